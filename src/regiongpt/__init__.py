@@ -1,0 +1,38 @@
+"""Ask about any region of an image: a region-level vision language model (RegionGPT).
+
+The public names below are imported on first use, so that ``import regiongpt`` and ``regiongpt --help`` stay fast.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+__version__ = version("regiongpt")
+
+_HOMES = {
+    "RegionGPTError": "errors",
+    "RegionError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "CheckpointError": "errors",
+    "load_image": "images",
+    "Region": "regions",
+    "RegionGPTConfig": "model",
+    "RegionGPTForConditionalGeneration": "model",
+    "RegionGPTProcessor": "model",
+    "RegionPredictor": "inference",
+}
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError
+    from regiongpt.images import load_image
+    from regiongpt.inference import RegionPredictor
+    from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor
+    from regiongpt.regions import Region
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'regiongpt' has no attribute '{name}'; it has {', '.join(__all__)}")
+    return getattr(import_module(f"regiongpt.{_HOMES[name]}"), name)

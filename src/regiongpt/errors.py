@@ -1,0 +1,25 @@
+"""The errors a user of regiongpt can cause, one class per kind of thing to mend.
+
+Each message is one line: what was expected, what came, where, and what to do about it. The command line prints that
+line and exits with code 2; library callers catch :class:`RegionGPTError` for all of them.
+"""
+
+
+class RegionGPTError(Exception):
+    """Base of every error that the user's input, and not a defect of this package, has caused."""
+
+
+class RegionError(RegionGPTError):
+    """A region, or a ``<regionN>`` placeholder that stands for one, is wrong."""
+
+
+class ConfigError(RegionGPTError):
+    """An option, or a combination of options, is wrong."""
+
+
+class DataError(RegionGPTError):
+    """An image, a record, a question or a data file is wrong."""
+
+
+class CheckpointError(RegionGPTError):
+    """A checkpoint folder lacks a file, or holds one that does not fit the others."""

@@ -1,0 +1,1 @@
+"""Neural network, processor and checkpoints (paper section 3.1)."""
