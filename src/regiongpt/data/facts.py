@@ -1,0 +1,438 @@
+"""Facts about the objects of an image that are true by construction: read off annotations and pixels, never guessed.
+
+Every fact is about a :class:`View`, the image after an optional crop and flip, so that augmentation cannot make a
+sentence false. Where a fact is not clear beyond its documented threshold, the function returns None, and no sentence
+says it.
+
+Thresholds, in one place:
+
+* an object keeps its facts while at least 30 % of its box is left in the crop; below that its class is only *maybe*
+  present, and nothing is counted or asked about the class;
+* a colour holds at least 45 % of the sampled pixels and 1.6 times the second;
+* a side relation needs boxes that overlap by at most 20 % of the smaller one along that axis, and centres at least
+  twice as far apart along it as along the other;
+* a superlative needs 6 % of the image side, or 1.6 times the area, over every rival.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from regiongpt.data.coco import Box, ImageAnnotations, ObjectAnnotation
+from regiongpt.errors import DataError
+
+MIN_VISIBLE = 0.3
+MIN_AREA = 4.0
+COLOURS = ("black", "white", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
+# Neighbouring names that two people may give to the same paint: never used to tell two objects apart.
+CONFUSABLE = {
+    frozenset(pair)
+    for pair in (
+        ("black", "grey"), ("white", "grey"), ("red", "orange"), ("red", "pink"), ("red", "brown"), ("orange", "brown"),
+        ("orange", "yellow"), ("yellow", "brown"), ("yellow", "green"), ("purple", "pink"), ("purple", "blue"),
+        ("black", "brown"), ("black", "blue"), ("grey", "blue"), ("grey", "brown"), ("yellow", "white"),
+        ("orange", "pink"), ("green", "blue"), ("black", "green"), ("grey", "green"), ("pink", "white"),
+        ("black", "purple"),
+    )
+}  # fmt: skip
+# What shows in the middle of these boxes is mostly something else; people are not described by a colour at all.
+COLOURLESS = frozenset({"person", "dining table", "wine glass"})
+SEE_THROUGH = frozenset(
+    (
+        "bicycle", "bench", "chair", "tennis racket", "baseball bat", "skis", "snowboard", "skateboard", "surfboard",
+        "scissors", "fork", "knife", "spoon", "toothbrush", "kite", "umbrella", "tie", "bed", "motorcycle",
+    )
+)  # fmt: skip
+SIZES = ((0.004, "tiny"), (0.03, "small"), (0.13, "medium-sized"), (0.4, "large"), (1.01, "huge"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewObject:
+    """One object as a view shows it: ``box`` is clipped, in the view's pixels; ``visible`` is the share of box left."""
+
+    id: int
+    category: str
+    box: Box
+    visible: float
+    iscrowd: bool
+    source: ObjectAnnotation
+
+    @property
+    def area(self) -> float:
+        """Area of the clipped box in px^2."""
+        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
+
+
+class View:
+    """An annotated image after an optional crop and then an optional horizontal flip.
+
+    Args:
+        annotations: The whole image's.
+        crop: Half-open xyxy in pixels of the original image, or None for all of it.
+        flip: Mirror left and right, after the crop.
+
+    Attributes:
+        width: Width of the view in pixels of the original's scale.
+        height: Its height.
+        objects: What is left in sight, crowds included, in annotation order.
+        maybe: Classes of which a piece too small to judge is left; neither present nor absent.
+
+    Raises:
+        DataError: The crop is empty or leaves the image.
+    """
+
+    def __init__(self, annotations: ImageAnnotations, crop: Box | None = None, flip: bool = False) -> None:
+        x0, y0, x1, y1 = crop if crop is not None else (0.0, 0.0, float(annotations.width), float(annotations.height))
+        if not (0 <= x0 < x1 <= annotations.width and 0 <= y0 < y1 <= annotations.height):
+            raise DataError(
+                f"{annotations.path.name}: expected a crop inside {annotations.width}x{annotations.height}, got {crop}"
+            )
+        self.annotations, self.crop, self.flip = annotations, (x0, y0, x1, y1), flip
+        self.width, self.height = x1 - x0, y1 - y0
+        objects: list[ViewObject] = []
+        maybe: set[str] = set()
+        for source in annotations.objects:
+            a0, b0, a1, b1 = source.box
+            left, top, right, bottom = max(a0, x0), max(b0, y0), min(a1, x1), min(b1, y1)
+            if right <= left or bottom <= top:
+                continue
+            visible = (right - left) * (bottom - top) / ((a1 - a0) * (b1 - b0))
+            if visible < MIN_VISIBLE:
+                maybe.add(source.category)
+                continue
+            left, right = (x1 - right, x1 - left) if flip else (left - x0, right - x0)
+            objects.append(
+                ViewObject(
+                    id=source.id,
+                    category=source.category,
+                    box=(left, top - y0, right, bottom - y0),
+                    visible=visible,
+                    iscrowd=source.iscrowd,
+                    source=source,
+                )
+            )
+        self.objects = tuple(objects)
+        self.maybe = frozenset(maybe)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the original image's area that the crop keeps."""
+        return self.width * self.height / (self.annotations.width * self.annotations.height)
+
+    @cached_property
+    def by_category(self) -> dict[str, list[ViewObject]]:
+        """Objects and crowds by class."""
+        groups: dict[str, list[ViewObject]] = {}
+        for each in self.objects:
+            groups.setdefault(each.category, []).append(each)
+        return groups
+
+    @cached_property
+    def askable(self) -> tuple[ViewObject, ...]:
+        """Single objects large enough to be pointed at."""
+        return tuple(each for each in self.objects if not each.iscrowd and each.area >= MIN_AREA)
+
+    def rings(self, each: ViewObject) -> list[list[list[float]]] | None:
+        """The object's polygon rings ``[[x, y], ...]`` in view pixels, not clipped; None when it has a box only."""
+        if each.source.polygons is None:
+            return None
+        x0, y0, x1, _ = self.crop
+        rings = []
+        for flat in each.source.polygons:
+            points = np.asarray(flat).reshape(-1, 2)
+            xs = x1 - points[:, 0] if self.flip else points[:, 0] - x0
+            rings.append(np.stack([xs, points[:, 1] - y0], axis=1).tolist())
+        return rings
+
+    def count(self, category: str) -> int | None:
+        """How many of a class are in sight, or None where a crowd or a cut piece leaves it open."""
+        group = self.by_category.get(category, [])
+        return None if category in self.maybe or any(each.iscrowd for each in group) else len(group)
+
+
+def colour_name(pixels_N3: NDArray[np.uint8]) -> str | None:
+    """Names the one colour that clearly dominates.
+
+    Args:
+        pixels_N3: uint8 RGB, shape (N, 3).
+
+    Returns:
+        One of :data:`COLOURS`, or None when no colour has 45 % of the pixels and 1.6 times the second. Pixels between
+        two names (beige, teal, dark red) belong to none and count against all.
+    """
+    if len(pixels_N3) == 0:
+        return None
+    rgb = pixels_N3.astype(np.float32) / 255.0
+    high, low = rgb.max(axis=1), rgb.min(axis=1)
+    span = high - low
+    sat = span / np.maximum(high, 1e-6)
+    r, g, b = rgb.T
+    safe = np.maximum(span, 1e-6)
+    hue = 60.0 * np.where(high == r, (g - b) / safe % 6, np.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    red = (hue < 14) | (hue >= 345)
+    warm = (hue >= 14) & (hue < 42)
+    rules = (
+        ("black", (high < 0.2) | ((high < 0.28) & (sat < 0.35))),
+        ("white", (sat < 0.14) & (high > 0.8)),
+        ("grey", (sat < 0.16) & (high >= 0.28)),
+        ("pink", (red & (sat >= 0.2) & (sat < 0.5) & (high > 0.7)) | ((hue >= 310) & (hue < 345) & (high > 0.5))),
+        ("red", red & (sat >= 0.5) & (high >= 0.35)),
+        ("orange", warm & (hue >= 16) & (sat >= 0.65) & (high >= 0.7)),
+        ("brown", (hue >= 8) & (hue < 42) & (sat >= 0.28) & (high < 0.62)),
+        ("yellow", (hue >= 44) & (hue < 68) & (sat >= 0.4) & (high >= 0.55)),
+        ("green", (hue >= 72) & (hue < 165) & (sat >= 0.2)),
+        ("blue", (hue >= 192) & (hue < 255) & (sat >= 0.25)),
+        ("purple", (hue >= 262) & (hue < 310) & (sat >= 0.2)),
+    )
+    named = np.full(len(rgb), len(COLOURS))
+    for name, rule in reversed(rules):  # the first rule that fits a pixel wins
+        named[rule] = COLOURS.index(name)
+    counts = np.bincount(named, minlength=len(COLOURS) + 1)
+    best = int(np.argmax(counts[:-1]))
+    share, second = counts[best] / len(rgb), np.delete(counts, best).max() / len(rgb)
+    return COLOURS[best] if share >= 0.45 and share >= 1.6 * second else None
+
+
+def colours_of(annotations: ImageAnnotations, image: Image.Image | NDArray[np.uint8]) -> dict[int, str]:
+    """Names the colours of an image's objects, for :func:`expressions` and the sentences; compute once and keep.
+
+    Looks at the pixels inside the polygon, or inside the central ellipse of the box (0.7 of its sides), less those
+    inside smaller boxes that lie over it. Objects under 64 px^2, people, and box-only objects one can see through
+    have no colour.
+
+    Args:
+        annotations: Frame of the boxes.
+        image: The same image, RGB, at the annotations' size.
+
+    Returns:
+        Annotation id -> colour; objects without a clear colour are not in it.
+
+    Raises:
+        DataError: The image has another size than the annotations.
+    """
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if pixels.shape != (annotations.height, annotations.width, 3):
+        raise DataError(
+            f"{annotations.path.name}: expected RGB pixels of shape {(annotations.height, annotations.width, 3)}, "
+            f"got {pixels.shape}"
+        )
+    unit = (np.arange(40) + 0.5) / 40
+    us, vs = (grid.ravel() for grid in np.meshgrid(unit, unit))
+    ellipse = (us - 0.5) ** 2 + (vs - 0.5) ** 2 <= 0.35**2
+    boxes = np.array([each.box for each in annotations.objects]).reshape(-1, 4)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    colours: dict[int, str] = {}
+    for k, each in enumerate(annotations.objects):
+        x0, y0, x1, y1 = each.box
+        hidden = each.category in COLOURLESS or (each.polygons is None and each.category in SEE_THROUGH)
+        if hidden or each.iscrowd or areas[k] < 64 or min(x1 - x0, y1 - y0) < 6:
+            continue
+        xs, ys = x0 + us * (x1 - x0), y0 + vs * (y1 - y0)
+        inside = ellipse if each.polygons is None else _inside(xs, ys, each.polygons)
+        xs, ys = xs[inside], ys[inside]
+        over = boxes[(areas < 0.8 * areas[k]) & (boxes[:, 0] < x1) & (boxes[:, 2] > x0)
+                     & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)]  # fmt: skip
+        clear = np.ones(len(xs), dtype=bool)
+        for a0, b0, a1, b1 in over:
+            clear &= ~((xs >= a0) & (xs < a1) & (ys >= b0) & (ys < b1))
+        if clear.sum() < max(0.4 * len(xs), 40):
+            continue
+        name = colour_name(pixels[ys[clear].astype(int), xs[clear].astype(int)])
+        if name is not None:
+            colours[each.id] = name
+    return colours
+
+
+def _inside(xs: NDArray[Any], ys: NDArray[Any], rings: Sequence[Sequence[float]]) -> NDArray[np.bool_]:
+    """Which points lie in any of the rings, by the even-odd rule; self-crossing rings are no trouble to it."""
+    found = np.zeros(len(xs), dtype=bool)
+    for flat in rings:
+        px, py = np.asarray(flat).reshape(-1, 2).T
+        qx, qy = np.roll(px, -1), np.roll(py, -1)
+        rise = np.where(qy == py, 1.0, qy - py)
+        crosses = (py > ys[:, None]) != (qy > ys[:, None])
+        at = px + (ys[:, None] - py) * (qx - px) / rise
+        found |= (crosses & (xs[:, None] < at)).sum(axis=1) % 2 == 1
+    return found
+
+
+def size_name(box: Box, width: float, height: float) -> str:
+    """Names the share of the image in a box: tiny < 0.4 %, small < 3 %, medium-sized < 13 %, large < 40 %, huge."""
+    share = (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
+    return next(name for limit, name in SIZES if share < limit)
+
+
+def place_name(box: Box, width: float, height: float) -> str | None:
+    """Says where in the image a box lies, as coarsely as it must be to be clearly true.
+
+    The centre falls in one cell of a 3x3 grid with gaps between the cells (below 0.31, 0.37 to 0.63, above 0.69 of the
+    side). In a gap only the other axis is named, or the half; a box spanning three quarters of a side is 'across' it.
+    The phrase can be followed by ``"of the image"``.
+    """
+    u, v = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
+    wide, tall = box[2] - box[0] > 0.75 * width, box[3] - box[1] > 0.75 * height
+    if wide and tall:
+        return "across most"
+    column, row = _third(u), _third(v)
+    if wide:
+        return (
+            {-1: "across the top", 0: "across the middle", 1: "across the bottom"}.get(row) if row is not None else None
+        )
+    if tall:
+        return (
+            {-1: "on the left side", 0: "in the middle", 1: "on the right side"}[column] if column is not None else None
+        )
+    if column is not None and row is not None:
+        return _CELLS[row + 1][column + 1]
+    if row is not None and row != 0:
+        return "in the upper part" if row < 0 else "in the lower part"
+    if column is not None and column != 0:
+        return "on the left side" if column < 0 else "on the right side"
+    if row is None and abs(v - 0.5) > 0.08:
+        return "in the upper half" if v < 0.5 else "in the lower half"
+    if column is None and abs(u - 0.5) > 0.08:
+        return "in the left half" if u < 0.5 else "in the right half"
+    return None
+
+
+_CELLS = (
+    ("in the upper left", "at the top", "in the upper right"),
+    ("on the left", "in the centre", "on the right"),
+    ("in the lower left", "at the bottom", "in the lower right"),
+)
+
+
+def _third(share: float) -> int | None:
+    return -1 if share < 0.31 else 1 if share > 0.69 else 0 if 0.37 < share < 0.63 else None
+
+
+def relation(a: Box, b: Box) -> str | None:
+    """Says how ``a`` lies to ``b`` in the image plane, or None when that is not clear.
+
+    Returns:
+        ``"to the left of"``, ``"to the right of"``, ``"above"``, ``"below"``; two of these joined by ``" and "`` when
+        the boxes are apart along both axes; ``"inside"`` (90 % of ``a`` in ``b``, at most 60 % of its size),
+        ``"around"`` (the reverse) or ``"overlapping"`` (a quarter of the smaller box shared).
+    """
+    aw, ah, bw, bh = a[2] - a[0], a[3] - a[1], b[2] - b[0], b[3] - b[1]
+    across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    dx, dy = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
+    apart_x, apart_y = across <= 0.2 * min(aw, bw), down <= 0.2 * min(ah, bh)
+    side, level = "to the left of" if dx < 0 else "to the right of", "above" if dy < 0 else "below"
+    if apart_x and abs(dx) >= 2 * abs(dy):
+        return side
+    if apart_y and abs(dy) >= 2 * abs(dx):
+        return level
+    if apart_x and apart_y:
+        return f"{level} and {side}"
+    shared = max(across, 0.0) * max(down, 0.0)
+    area, other = aw * ah, bw * bh
+    if shared >= 0.9 * area and area <= 0.6 * other:
+        return "inside"
+    if shared >= 0.9 * other and other <= 0.6 * area:
+        return "around"
+    return "overlapping" if shared >= 0.25 * min(area, other) else None
+
+
+def neighbours(view: View, each: ViewObject, limit: int = 3) -> list[tuple[ViewObject, str]]:
+    """The nearest objects of different classes to which an object clearly relates, with its relation to each of them.
+
+    Near is the gap between the boxes against the neighbour's own extent, so that a crumb does not outrank a table.
+    """
+    x0, y0, x1, y1 = each.box
+    ranked = []
+    for other in view.objects:
+        if other.id != each.id and other.area >= 0.001 * view.width * view.height:
+            a0, b0, a1, b1 = other.box
+            gap = max(a0 - x1, x0 - a1, 0.0) + max(b0 - y1, y0 - b1, 0.0)
+            ranked.append((gap / (other.area**0.5), other.id, other))
+    found: list[tuple[ViewObject, str]] = []
+    classes: set[str] = set()
+    for _, _, other in sorted(ranked)[:12]:
+        how = relation(each.box, other.box) if other.category not in classes else None
+        if how is not None:
+            found.append((other, how))
+            classes.add(other.category)
+            if len(found) == limit:
+                break
+    return found
+
+
+def clashing(colour: str | None, other: str | None) -> bool:
+    """Whether two objects could pass for the same colour; an unknown colour could be any."""
+    return colour is None or other is None or colour == other or frozenset((colour, other)) in CONFUSABLE
+
+
+def distinctions(view: View, each: ViewObject, colours: Mapping[int, str]) -> list[tuple[str, str]]:
+    """All facts that single out an object among everything in the image.
+
+    Args:
+        view: The image.
+        each: The object to tell from the others.
+        colours: As :func:`colours_of` gives.
+
+    Returns:
+        (kind, value) pairs: ``("class", "")`` the only one of its class; ``("colour", name)``; ``("place", phrase)``;
+        ``("most", "left" | "right" | "top" | "bottom" | "large" | "small")``; and ``("relation", "<how>|<class>")``
+        to the only object of another class. Empty when a crowd or a cut piece of the class makes all of them unsure.
+    """
+    count = view.count(each.category)
+    if count is None or each.iscrowd:
+        return []
+    rivals = [other for other in view.by_category[each.category] if other.id != each.id]
+    if not rivals:
+        return [("class", "")]
+    if len(rivals) > 7:  # beyond this the annotators may have left some out
+        return []
+    facts: list[tuple[str, str]] = []
+    colour = colours.get(each.id)
+    if colour is not None and not any(clashing(colour, colours.get(other.id)) for other in rivals):
+        facts.append(("colour", colour))
+    place = place_name(each.box, view.width, view.height)
+    if place in _EXACT_PLACES and all(_elsewhere(place, other, view) for other in rivals):
+        facts.append(("place", place))
+    facts.extend(("most", which) for which in _superlatives(view, each, rivals))
+    for anchor, how in neighbours(view, each):
+        if anchor.category == each.category or anchor.iscrowd or view.count(anchor.category) != 1 or how in _VAGUE:
+            continue
+        words = set(how.split(" and "))
+        others = [relation(other.box, anchor.box) for other in rivals]
+        if all(other is not None and not words & set(other.split(" and ")) for other in others):
+            facts.append(("relation", f"{how}|{anchor.category}"))
+    return facts
+
+
+_VAGUE = frozenset({"overlapping", "inside", "around"})
+_EXACT_PLACES = frozenset(name for row in _CELLS for name in row)
+
+
+def _elsewhere(place: str, other: ViewObject, view: View) -> bool:
+    """Whether a rival is clearly out of a cell: its centre at least 8 % of a side beyond the cell's limits."""
+    row, column = next((r, c) for r, names in enumerate(_CELLS) for c, name in enumerate(names) if name == place)
+    limits = ((-1.0, 0.31), (0.37, 0.63), (0.69, 2.0))
+    centre = ((other.box[0] + other.box[2]) / 2 / view.width, (other.box[1] + other.box[3]) / 2 / view.height)
+    return any(
+        share < limits[k][0] - 0.08 or share > limits[k][1] + 0.08
+        for share, k in zip(centre, (column, row), strict=True)
+    )
+
+
+def _superlatives(view: View, each: ViewObject, rivals: Sequence[ViewObject]) -> list[str]:
+    found = []
+    for axis, side, names in ((0, view.width, ("left", "right")), (1, view.height, ("top", "bottom"))):
+        low, high = each.box[axis], each.box[axis + 2]
+        margin = 0.12 * side  # twice the 6 %, since sums of two edges are compared
+        if all(o.box[axis] + o.box[axis + 2] - low - high >= margin and o.box[axis] >= low for o in rivals):
+            found.append(names[0])
+        if all(low + high - o.box[axis] - o.box[axis + 2] >= margin and o.box[axis + 2] <= high for o in rivals):
+            found.append(names[1])
+    if all(each.area >= 1.6 * o.area for o in rivals):
+        found.append("large")
+    if all(1.6 * each.area <= o.area for o in rivals):
+        found.append("small")
+    return found
