@@ -1,0 +1,215 @@
+"""Shape of a RegionGPT model: which tower, which refinement, which language model, and how they fit together.
+
+Every check that spans several fields is made where the configuration is built, so that a wrong combination fails
+before a single weight is allocated.
+"""
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from regiongpt.errors import ConfigError
+
+REFINEMENTS: dict[str, int] = {"deconv": 4, "bilinear": 16, "deconv_bilinear": 16, "none": 1}
+"""How many times finer than the tower's grid each refinement's grid is, on each axis. Paper: Tab. 6."""
+
+EFFICIENTNET_LITE_CHANNELS: dict[str, tuple[int, int]] = {
+    "efficientnet-lite0": (112, 320),
+    "efficientnet-lite1": (112, 320),
+    "efficientnet-lite2": (120, 352),
+    "efficientnet-lite3": (136, 384),
+    "efficientnet-lite4": (160, 448),
+}
+"""Channels of each variant's last stride-16 and last stride-32 block."""
+
+VISION_TOWERS = (
+    "clip_vision_model",
+    "siglip_vision_model",
+    "siglip2_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+    "efficientnet_lite",
+)
+"""``model_type`` of every vision tower that can stand in front of the refinement."""
+
+
+class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Shape of the EfficientNet-Lite tower, the small default that pip can install.
+
+    Args:
+        variant: ``efficientnet-lite0`` to ``efficientnet-lite4``.
+        image_size: side of the square input in pixels, a multiple of 32.
+        position_frequencies: number of sine and cosine wavelengths per axis (2, 1, 1/2, ... of the canvas) appended
+            as channels, because a convolutional tower says little about where on the canvas a feature lies; 0 for none.
+
+    Raises:
+        ConfigError: for an unknown variant, or an image size that the tower's stride does not divide.
+    """
+
+    model_type = "efficientnet_lite"
+
+    variant: str = "efficientnet-lite2"
+    image_size: int = 448
+    position_frequencies: int = 4
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the fields against each other."""
+        super().__post_init__(**kwargs)
+        if self.variant not in EFFICIENTNET_LITE_CHANNELS:
+            raise ConfigError(f"variant must be one of {', '.join(EFFICIENTNET_LITE_CHANNELS)}; got {self.variant!r}")
+        if self.position_frequencies < 0:
+            raise ConfigError(f"position_frequencies must be 0 or more; got {self.position_frequencies}")
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of the input per cell of the output, on each axis."""
+        return 32
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the output: stride 32, the four stride-16 cells below each of its cells, and the position."""
+        stride16, stride32 = EFFICIENTNET_LITE_CHANNELS[self.variant]
+        return stride32 + 4 * stride16 + 4 * self.position_frequencies
+
+
+class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Shape of a RegionGPT model.
+
+    Paper: §3.1.
+
+    Args:
+        vision_config: the tower's configuration (object or dictionary with ``model_type``); CLIP ViT-L/14 at 336 pixels
+            when None.
+        text_config: configuration of any ``AutoModelForCausalLM``; Llama when None.
+        image_size: side of the square input in pixels; the tower's own when None.
+        vision_feature_layer: which of the tower's hidden states to use, as an index; EfficientNet-Lite ignores it.
+        refinement: ``deconv``, ``bilinear``, ``deconv_bilinear`` or ``none``.
+        refinement_channels: channels of the refined map; the tower's own when None, otherwise a 1x1 convolution comes
+            first.
+        image_grid: rows and columns of image tokens; the tower's own grid when None.
+        projector_hidden_act: activation between the connector's two layers.
+        image_token_id: id of ``<image>`` in the tokenizer.
+        region_token_id: id of ``<region>`` in the tokenizer.
+        initializer_range: standard deviation of freshly initialised weights.
+
+    Raises:
+        ConfigError: for a tower, refinement, layer or size that does not exist or does not fit the rest.
+    """
+
+    model_type = "regiongpt"
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    # Typed as they are once built: None and dictionaries are only how they may be given.
+    vision_config: Any = None
+    text_config: Any = None
+    image_size: int = None  # type: ignore[assignment]
+    vision_feature_layer: int = -2
+    refinement: str = "deconv"
+    refinement_channels: int | None = None
+    image_grid: list[int] = None  # type: ignore[assignment]
+    projector_hidden_act: str = "gelu"
+    image_token_id: int | None = None
+    region_token_id: int | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Build the two inner configurations, fill in what was left open, and check the whole."""
+        self.vision_config = _sub_config(self.vision_config, "clip_vision_model", _CLIP_L_336)
+        # A complete CLIP or SigLIP configuration carries its vision half; only that half is a tower.
+        self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
+        self.text_config = _sub_config(self.text_config, "llama", {})
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        if self.vision_config.model_type not in VISION_TOWERS:
+            raise ConfigError(
+                f"vision_config must be one of the towers {', '.join(VISION_TOWERS)}; "
+                f"got model_type {self.vision_config.model_type!r}"
+            )
+        if self.image_size is None:
+            self.image_size = native_image_size(self.vision_config)
+        if self.image_grid is None:
+            self.image_grid = list(self.tower_grid)
+        self.image_grid = list(self.image_grid)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if self.refinement not in REFINEMENTS:
+            raise ConfigError(f"refinement must be one of {', '.join(REFINEMENTS)}; got {self.refinement!r}")
+        patch = self.vision_config.patch_size
+        if self.image_size <= 0 or self.image_size % patch:
+            raise ConfigError(
+                f"image_size must be a positive multiple of the tower's patch size, {patch} px; got {self.image_size}"
+            )
+        if self.refinement_channels is not None and self.refinement_channels < 1:
+            raise ConfigError(f"refinement_channels must be positive or None; got {self.refinement_channels}")
+        if len(self.image_grid) != 2 or any(
+            not 1 <= n <= finest for n, finest in zip(self.image_grid, self.refined_grid, strict=True)
+        ):
+            raise ConfigError(
+                f"image_grid must be two numbers from 1 to the refined grid {list(self.refined_grid)} (image_size "
+                f"{self.image_size}, refinement {self.refinement!r}); got {self.image_grid}"
+            )
+        layers = getattr(self.vision_config, "num_hidden_layers", None)
+        if layers is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
+            raise ConfigError(
+                f"vision_feature_layer must lie between {-layers - 1} and {layers}, since the tower has {layers} "
+                f"layers; got {self.vision_feature_layer}"
+            )
+
+    @property
+    def tower_grid(self) -> tuple[int, int]:
+        """Rows and columns of the tower's feature map."""
+        cells = self.image_size // self.vision_config.patch_size
+        return cells, cells
+
+    @property
+    def refined_grid(self) -> tuple[int, int]:
+        """Rows and columns of the refined map, the grid on which region weights are given."""
+        rows, columns = self.tower_grid
+        scale = REFINEMENTS[self.refinement]
+        return rows * scale, columns * scale
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of the refined map, the connector's input width."""
+        return self.refinement_channels or int(self.vision_config.hidden_size)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """How many ``<image>`` tokens one image takes."""
+        rows, columns = self.image_grid
+        return int(rows * columns)
+
+
+_CLIP_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+    "projection_dim": 768,
+}
+
+
+def native_image_size(vision_config: Any) -> int:
+    """Side in pixels of the square input that a tower was made for.
+
+    SigLIP 2 towers take any size and state a number of patches instead.
+    """
+    size = getattr(vision_config, "image_size", None)
+    return int(size) if size is not None else int(vision_config.num_patches**0.5) * int(vision_config.patch_size)
+
+
+def _sub_config(value: Any, default_type: str, defaults: dict[str, Any]) -> Any:
+    if value is None:
+        return AutoConfig.for_model(default_type, **defaults)
+    if isinstance(value, dict):
+        fields = dict(value)
+        return AutoConfig.for_model(fields.pop("model_type", default_type), **fields)
+    return value
+
+
+AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig)
+AutoConfig.register("regiongpt", RegionGPTConfig)

@@ -1,0 +1,394 @@
+"""RegionGPT: frozen tower -> refinement -> region and image features -> shared connector -> language model.
+
+Paper: §3.1.
+
+Shapes: B batch, R regions, K ``<region>`` tokens of one sequence, N image tokens, C channels, H and W rows and columns
+of a feature grid, T text tokens, D language model width, S image side in pixels.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from regiongpt.errors import DataError, RegionError
+from regiongpt.model.configuration import RegionGPTConfig
+from regiongpt.model.refinement import Refinement
+from regiongpt.model.towers import tower_features
+
+IGNORE = -100
+"""Label of a token that is not a target."""
+
+_VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_ids")
+
+
+class Connector(nn.Module):
+    """Two-layer perceptron from visual features to word embeddings, one for image and regions. Paper: §3.1.
+
+    Args:
+        config: the model's shape.
+    """
+
+    def __init__(self, config: RegionGPTConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.feature_channels, width)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project features (..., C) to (..., D)."""
+        return self.linear_2(self.act(self.linear_1(features)))  # type: ignore[no-any-return]
+
+
+class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Answers in words about regions of an image.
+
+    Paper: §3.1. The tower is frozen: it is never in training mode, keeps no graph and takes no gradient.
+
+    Args:
+        config: the model's shape.
+    """
+
+    config_class = RegionGPTConfig
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ("past_key_values",)
+
+    def __init__(self, config: RegionGPTConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.refinement = Refinement(config)
+        self.connector = Connector(config)
+        # The language model keeps its own head and its own weight tying, so that any architecture fits.
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+        self.train(self.training)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Each refined cell hears C input cells and no more (kernel equals stride), whatever torch counts as fan-in.
+        if isinstance(module, nn.ConvTranspose2d):
+            init.normal_(module.weight, std=(2 / module.in_channels) ** 0.5)
+        elif isinstance(module, nn.Conv2d):
+            init.normal_(module.weight, std=module.in_channels**-0.5)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode everywhere but in the tower, which stays frozen."""
+        super().train(mode)
+        self.vision_tower.requires_grad_(False).eval()
+        return self
+
+    @property
+    def num_image_tokens(self) -> int:
+        """How many ``<image>`` tokens one image takes."""
+        return int(self.config.num_image_tokens)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Word embeddings of the language model."""
+        return self.language_model.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings of the language model."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Head of the language model."""
+        return self.language_model.get_output_embeddings()  # type: ignore[no-any-return]
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the head of the language model."""
+        self.language_model.set_output_embeddings(value)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """Run the frozen tower: the costly part that any number of questions about an image can share.
+
+        Args:
+            pixel_values: (B, 3, S, S), from the processor.
+
+        Returns:
+            ``vision_features`` (B, C, H, W) on the tower's grid.
+        """
+        return tower_features(self.vision_tower, pixel_values, self.config.vision_feature_layer)
+
+    def refine(self, vision_features: Tensor) -> Tensor:
+        """Refine the tower's features.
+
+        Args:
+            vision_features: (B, C, H, W) from ``encode_image``, of any float dtype.
+
+        Returns:
+            The map that ``region_features`` and ``image_features`` take. For the bilinear variants it is the map before
+            upsampling; ``refinement.explicit`` builds the upsampled one.
+        """
+        expected = (self.config.vision_config.hidden_size, *self.config.tower_grid)
+        if tuple(vision_features.shape[1:]) != expected:
+            raise DataError(
+                f"vision_features must be (images, {', '.join(map(str, expected))}) for this model; "
+                f"got {tuple(vision_features.shape)}; encode the image with this model's own tower"
+            )
+        weight = self.connector.linear_1.weight
+        return self.refinement(vision_features.to(device=weight.device, dtype=weight.dtype))  # type: ignore[no-any-return]
+
+    def region_features(self, refined: Tensor, region_weights: Tensor) -> Tensor:
+        """Embed regions for the language model.
+
+        Args:
+            refined: what ``refine`` returned.
+            region_weights: (B, R, H, W) on ``config.refined_grid``; each region's weights sum to 1.
+
+        Returns:
+            (B, R, D). Paper: §3.1, ``H_r = h(Z_r)``.
+
+        Raises:
+            RegionError: when the weights are given on another grid.
+        """
+        if tuple(region_weights.shape[-2:]) != self.config.refined_grid:
+            raise RegionError(
+                f"region_weights must lie on this model's refined grid {self.config.refined_grid}; "
+                f"got the shape {tuple(region_weights.shape)}; make them with this model's own processor"
+            )
+        pooled = self.refinement.pool_regions(refined, region_weights.to(refined.device))
+        return self.connector(pooled)  # type: ignore[no-any-return]
+
+    def image_features(self, refined: Tensor) -> Tensor:
+        """Embed the whole image for the language model.
+
+        Args:
+            refined: what ``refine`` returned.
+
+        Returns:
+            (B, N, D), row by row. Paper: §3.1, ``H_v = h(Z_v)``.
+        """
+        return self.connector(self.refinement.pool_image(refined))  # type: ignore[no-any-return]
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Embed the whole image from its pixels: (B, 3, S, S) to (B, N, D)."""
+        return self.image_features(self.refine(self.encode_image(pixel_values)))
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        region_weights: Tensor | None = None,
+        region_ids: Tensor | None = None,
+        continues: bool = False,
+    ) -> Tensor:
+        """Look words up and put visual embeddings in the places that stand for them.
+
+        Args:
+            input_ids: (B, T).
+            pixel_values: (B, 3, S, S), unless ``vision_features`` are given.
+            vision_features: (B, C, H, W) from ``encode_image``.
+            region_weights: (B, R, H, W) on the refined grid.
+            region_ids: (B, K), for each ``<region>`` token in order the row of ``region_weights``; -1 pads at the end.
+            continues: the sequences go on from cached ones: ``region_ids`` may then begin with regions already seen,
+                and without an image placeholders stay words.
+
+        Returns:
+            Input embeddings (B, T, D).
+
+        Raises:
+            DataError: when image tokens and image features differ in number.
+            RegionError: when region tokens and region ids differ in number.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        image_BT = input_ids == (-1 if self.config.image_token_id is None else self.config.image_token_id)
+        region_BT = input_ids == (-1 if self.config.region_token_id is None else self.config.region_token_id)
+        images = image_BT.sum(1)
+        has_image, has_region = bool(images.any()), bool(region_BT.any())
+        if not has_image and not has_region:
+            return embeds  # type: ignore[no-any-return]
+        if vision_features is None and pixel_values is not None:
+            vision_features = self.encode_image(pixel_values)
+        if vision_features is None:
+            if continues:
+                return embeds  # type: ignore[no-any-return]
+            raise DataError(
+                "the text has <image> or <region> tokens, but neither pixel_values nor vision_features came"
+            )
+        refined = self.refine(vision_features)
+        if has_image:
+            if bool(((images != 0) & (images != self.num_image_tokens)).any()):
+                raise DataError(
+                    f"an image takes {self.num_image_tokens} <image> tokens in this model; got {images.tolist()}; "
+                    "make the inputs with this model's own processor"
+                )
+            features = self.image_features(refined)[images > 0]
+            embeds = embeds.masked_scatter(image_BT[..., None], features.to(embeds.dtype))
+        if has_region:
+            if region_weights is None or region_ids is None:
+                raise RegionError("the text has <region> tokens, but region_weights or region_ids did not come")
+            owners, rows = _region_rows(region_BT, region_ids, region_weights.shape[1], continues)
+            features = self.region_features(refined, region_weights)[owners, rows]
+            embeds = embeds.masked_scatter(region_BT[..., None], features.to(embeds.dtype))
+        return embeds  # type: ignore[no-any-return]
+
+    @can_return_tuple  # type: ignore[untyped-decorator, unused-ignore]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        region_weights: Tensor | None = None,
+        region_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        loss_only: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at every position.
+
+        Paper: §3.2, auto-regressive loss on the responses.
+
+        Args:
+            input_ids: (B, T), with placeholder tokens already expanded by the processor.
+            attention_mask: (B, T), 0 where padded.
+            pixel_values: (B, 3, S, S).
+            vision_features: (B, C, H, W) from ``encode_image``, in place of ``pixel_values``.
+            region_weights: (B, R, H, W) on ``config.refined_grid``, each region's summing to 1; rows of zeros pad.
+            region_ids: (B, K), for each ``<region>`` token the row of ``region_weights``; -1 pads at the end.
+            labels: (B, T), -100 where not a target.
+            inputs_embeds: (B, T, D) from ``embed``, in place of ``input_ids`` and all visual inputs.
+            position_ids: (B, T).
+            past_key_values: the language model's cache.
+            logits_to_keep: last positions (a number) or positions (a tensor) whose logits are wanted; 0 for all.
+            num_items_in_batch: targets in the whole optimiser step, over micro-batches and ranks; the loss is the sum
+                over this batch's targets divided by it. By default, this batch's own number.
+            loss_only: compute the head at target positions alone and return no logits, which saves most of the head's
+                arithmetic and memory in training.
+            **kwargs: passed on to the language model.
+
+        Returns:
+            ``loss`` if there are labels, ``logits`` unless ``loss_only``, ``past_key_values``, ``hidden_states`` and
+            ``attentions`` as asked for.
+
+        Raises:
+            ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` comes; for ``loss_only`` without labels.
+            DataError: when image tokens and image features differ in number.
+            RegionError: when region tokens and region ids differ in number.
+        """
+        if loss_only and labels is None:
+            raise ValueError("loss_only needs labels")
+        if input_ids is not None and inputs_embeds is None:
+            continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+            inputs_embeds = self.embed(input_ids, pixel_values, vision_features, region_weights, region_ids, continues)
+        elif input_ids is not None or inputs_embeds is None:
+            raise ValueError("forward takes exactly one of input_ids and inputs_embeds")
+        call = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        if labels is None:
+            output = self.language_model(**call, logits_to_keep=logits_to_keep, return_dict=True)
+            return _output(output, None, output.logits)
+        next_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(inputs_embeds.device)
+        is_target = next_BT != IGNORE
+        targets = next_BT[is_target]
+        if loss_only:
+            with _head_only_at(self.get_output_embeddings(), is_target):
+                output = self.language_model(**call, return_dict=True)
+            logits, target_logits = None, output.logits[0]
+        else:
+            output = self.language_model(**call, return_dict=True)
+            logits, target_logits = output.logits, output.logits[is_target]
+            if isinstance(logits_to_keep, Tensor):
+                logits = logits[:, logits_to_keep]
+            elif logits_to_keep:
+                logits = logits[:, -logits_to_keep:]
+        items = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
+        if isinstance(items, Tensor):
+            items = items.to(target_logits.device)
+        loss = F.cross_entropy(target_logits.float(), targets, reduction="sum") / items
+        return _output(output, loss, logits)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Drop the visual inputs once they are in the cache; see the base class for the arguments."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in _VISUAL_INPUTS:
+                inputs.pop(name, None)
+        return inputs
+
+    def generate(self, *args: Any, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
+        """Write an answer, as ``transformers.GenerationMixin.generate`` does, from any of the inputs of ``forward``.
+
+        The image is encoded once, however many beams or returned sequences there are, and the placeholder tokens are
+        never written.
+        """
+        if pixel_values is not None:
+            kwargs["vision_features"] = self.encode_image(pixel_values)
+        placeholders = [i for i in (self.config.image_token_id, self.config.region_token_id) if i is not None]
+        if placeholders and getattr(kwargs.get("generation_config"), "suppress_tokens", None) is None:
+            kwargs.setdefault("suppress_tokens", placeholders)
+        return super().generate(*args, **kwargs)
+
+
+def _region_rows(region_BT: Tensor, region_ids: Tensor, regions: int, continues: bool) -> tuple[Tensor, Tensor]:
+    """For every region token, in reading order, its sequence and its row of that sequence's region weights."""
+    tokens = region_BT.sum(1)
+    region_ids = region_ids.to(region_BT.device)
+    given = (region_ids >= 0).sum(1)
+    if bool((tokens > given).any()) or (not continues and bool((tokens != given).any())):
+        raise RegionError(
+            f"every <region> token needs one region id; got {tokens.tolist()} tokens and {given.tolist()} ids; "
+            "make the inputs with this model's own processor"
+        )
+    if int(region_ids.max()) >= regions:
+        raise RegionError(
+            f"region_ids must name rows of region_weights, 0 to {regions - 1}; got {int(region_ids.max())}"
+        )
+    # After a cached beginning, only the last ids belong to the tokens at hand.
+    order_BT = region_BT.cumsum(1) - 1 + (given - tokens)[:, None]
+    owners, places = region_BT.nonzero(as_tuple=True)
+    return owners, region_ids[owners, order_BT[owners, places]]
+
+
+@contextmanager
+def _head_only_at(head: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
+    """Let the language model's head see the chosen positions alone, as (1, chosen, D).
+
+    A hook rather than a call of the head, so that what an architecture does to its logits afterwards still happens.
+    """
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen_BT][None],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _output(output: Any, loss: Tensor | None, logits: Tensor | None) -> CausalLMOutputWithPast:
+    return CausalLMOutputWithPast(
+        loss=loss,
+        logits=logits,
+        past_key_values=output.get("past_key_values"),
+        hidden_states=output.get("hidden_states"),
+        attentions=output.get("attentions"),
+    )
+
+
+AutoModelForImageTextToText.register(RegionGPTConfig, RegionGPTForConditionalGeneration)

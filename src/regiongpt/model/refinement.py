@@ -1,0 +1,140 @@
+"""From the tower's coarse grid to region features and image tokens.
+
+Two deconvolutions refine the grid; a region is the weighted mean of the refined cells that it covers, and the image
+tokens are an adaptive average of the same map. A bilinear upsampling U is linear, and so are both poolings, so they are
+composed with it on the small grid and the upsampled map is never built: a region's weights W become U_h^T W U_w, and
+the adaptive average P becomes P U.
+
+Shapes: B batch, R regions, C channels, H rows and W columns of a grid, h and w those of the map before any bilinear
+upsampling.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regiongpt.model.configuration import REFINEMENTS, RegionGPTConfig
+
+
+class Refinement(nn.Module):
+    """Refine a tower's feature map, and pool regions and image tokens from it.
+
+    Paper: §3.1, feature refinement module, and Tab. 6 for the variants.
+
+    Args:
+        config: the model's shape; ``refinement`` chooses the variant.
+    """
+
+    def __init__(self, config: RegionGPTConfig) -> None:
+        super().__init__()
+        tower, channels = config.vision_config.hidden_size, config.feature_channels
+        self.reduce = nn.Conv2d(tower, channels, 1) if config.refinement_channels else nn.Identity()
+        self.deconvolves = config.refinement.startswith("deconv")
+        if self.deconvolves:
+            self.deconv_1 = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+            self.norm = nn.LayerNorm(channels)
+            self.deconv_2 = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.bilinear_scale = REFINEMENTS[config.refinement] // (4 if self.deconvolves else 1)
+        self.image_grid = (config.image_grid[0], config.image_grid[1])
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Apply the learned part of the refinement.
+
+        Args:
+            features_BCHW: the tower's features, (B, C, H, W).
+
+        Returns:
+            (B, C, h, w); the refined map itself, or the map of which it is a bilinear upsampling.
+        """
+        x = self.reduce(features_BCHW.contiguous(memory_format=torch.channels_last))
+        if self.deconvolves:
+            x = self.deconv_1(x)
+            x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            x = F.gelu(self.deconv_2(F.gelu(x)))
+        return x  # type: ignore[no-any-return]
+
+    def explicit(self, map_BChw: Tensor) -> Tensor:
+        """Build the refined map cell by cell, for inspection: 16 times the tower's grid for the bilinear variants.
+
+        Args:
+            map_BChw: what ``forward`` returned.
+
+        Returns:
+            (B, C, H, W) on the refined grid.
+        """
+        if self.bilinear_scale == 1:
+            return map_BChw
+        return F.interpolate(map_BChw, scale_factor=self.bilinear_scale, mode="bilinear", align_corners=False)
+
+    def pool_regions(self, map_BChw: Tensor, weights_BRHW: Tensor) -> Tensor:
+        """Average the refined map over each region. Paper: §3.1, mask pooling.
+
+        Args:
+            map_BChw: what ``forward`` returned.
+            weights_BRHW: (B, R, H, W) on the refined grid, summing to 1 for each region; rows of zeros give zeros.
+
+        Returns:
+            Region features (B, R, C).
+        """
+        if self.bilinear_scale > 1:
+            up_Hh, up_Ww = (upsampling_matrix(n, self.bilinear_scale, map_BChw.device) for n in map_BChw.shape[-2:])
+            weights_BRHW = up_Hh.T @ weights_BRHW.to(up_Hh.dtype) @ up_Ww
+        return mask_pool(map_BChw, weights_BRHW)
+
+    def pool_image(self, map_BChw: Tensor) -> Tensor:
+        """Average the refined map down to the image tokens. Paper: §3.1, AdaPool.
+
+        Args:
+            map_BChw: what ``forward`` returned.
+
+        Returns:
+            Image token features (B, H * W, C) for the image grid (H, W), row by row.
+        """
+        if self.bilinear_scale == 1:
+            pooled = F.adaptive_avg_pool2d(map_BChw, self.image_grid)
+            return pooled.flatten(2).transpose(1, 2)
+        rows, columns = (
+            _adaptive_matrix(n * self.bilinear_scale, cells, map_BChw.device)
+            @ upsampling_matrix(n, self.bilinear_scale, map_BChw.device)
+            for n, cells in zip(map_BChw.shape[-2:], self.image_grid, strict=True)
+        )
+        pooled = rows.to(map_BChw.dtype) @ map_BChw @ columns.to(map_BChw.dtype).T
+        return pooled.flatten(2).transpose(1, 2)
+
+
+def mask_pool(map_BCHW: Tensor, weights_BRHW: Tensor) -> Tensor:
+    """Average a map over regions given as weights on its grid.
+
+    Args:
+        map_BCHW: (B, C, H, W).
+        weights_BRHW: (B, R, H, W), any float dtype; each region's weights sum to 1.
+
+    Returns:
+        (B, R, C) in the map's dtype.
+    """
+    return weights_BRHW.to(map_BCHW.dtype).flatten(2) @ map_BCHW.flatten(2).transpose(1, 2)
+
+
+def upsampling_matrix(cells: int, scale: int, device: torch.device | None = None) -> Tensor:
+    """Bilinear upsampling along one axis as a matrix.
+
+    Args:
+        cells: input length.
+        scale: how many outputs per input cell.
+        device: where the matrix is wanted.
+
+    Returns:
+        (cells * scale, cells) in float32, so that ``matrix @ x`` upsamples x as ``F.interpolate`` does.
+    """
+    return _as_matrix(lambda x: F.interpolate(x, scale_factor=scale, mode="linear", align_corners=False), cells, device)
+
+
+def _adaptive_matrix(cells: int, outputs: int, device: torch.device | None) -> Tensor:
+    return _as_matrix(lambda x: F.adaptive_avg_pool1d(x, outputs), cells, device)
+
+
+def _as_matrix(linear: Callable[[Tensor], Tensor], cells: int, device: torch.device | None) -> Tensor:
+    """Matrix of a linear map of a sequence, read off from what it does to the unit vectors."""
+    return linear(torch.eye(cells, device=device, dtype=torch.float32)[None])[0].T
