@@ -45,7 +45,7 @@ COLOURLESS = frozenset({"person", "dining table", "wine glass"})
 SEE_THROUGH = frozenset(
     (
         "bicycle", "bench", "chair", "tennis racket", "baseball bat", "skis", "snowboard", "skateboard", "surfboard",
-        "scissors", "fork", "knife", "spoon", "toothbrush", "kite", "umbrella", "tie", "bed", "motorcycle",
+        "scissors", "fork", "knife", "spoon", "toothbrush", "kite", "umbrella", "tie", "bed", "motorcycle", "potted plant",
     )
 )  # fmt: skip
 SIZES = ((0.004, "tiny"), (0.03, "small"), (0.13, "medium-sized"), (0.4, "large"), (1.01, "huge"))
@@ -137,16 +137,15 @@ class View:
         """Single objects large enough to be pointed at."""
         return tuple(each for each in self.objects if not each.iscrowd and each.area >= MIN_AREA)
 
-    def rings(self, each: ViewObject) -> list[list[list[float]]] | None:
-        """The object's polygon rings ``[[x, y], ...]`` in view pixels, not clipped; None when it has a box only."""
-        if each.source.polygons is None:
-            return None
+    def rings(self, each: ViewObject) -> list[list[float]]:
+        """The object's polygon rings, flat ``[x, y, x, y, ...]`` in view pixels, not clipped; none for a bare box."""
         x0, y0, x1, _ = self.crop
         rings = []
-        for flat in each.source.polygons:
-            points = np.asarray(flat).reshape(-1, 2)
-            xs = x1 - points[:, 0] if self.flip else points[:, 0] - x0
-            rings.append(np.stack([xs, points[:, 1] - y0], axis=1).tolist())
+        for flat in each.source.polygons or ():
+            points = np.array(flat)
+            points[0::2] = x1 - points[0::2] if self.flip else points[0::2] - x0
+            points[1::2] -= y0
+            rings.append(points.tolist())
         return rings
 
     def count(self, category: str) -> int | None:
