@@ -1,0 +1,235 @@
+"""Images as people have them, turned into the one form the rest of the code knows: upright 8-bit RGB.
+
+Also the square padding (:class:`SquareFrame`): the only place that knows an image is padded before a tower sees it.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from regiongpt.errors import DataError
+
+MAX_PIXELS = 178_956_970
+"""Images beyond this many pixels (half a gigabyte as RGB) are refused before they are decoded."""
+
+ImageSource = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.generic]
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Read an image of any usual kind as upright 8-bit RGB.
+
+    The EXIF orientation is applied, so that boxes count in the pixels a person sees. Transparent images are laid on
+    white. 16-bit greyscale is scaled to 8 bits, not clipped. Of an animation the first frame is taken.
+
+    Args:
+        source: a path, the bytes of an image file, a binary file object, a PIL image, or an array of dtype uint8 or
+            uint16 and shape (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA.
+
+    Returns:
+        A PIL image of mode ``RGB`` that no longer depends on any file.
+
+    Raises:
+        DataError: the source is missing, not an image, truncated, empty, of more than :data:`MAX_PIXELS` pixels, or
+            of a pixel type whose range of brightness nobody can know (floats, 32-bit integers).
+    """
+    if isinstance(source, np.ndarray):
+        name, image = "image array", _from_array(source)
+    elif isinstance(source, Image.Image):
+        name, image = str(getattr(source, "filename", "") or "PIL image"), source
+    else:
+        name, image = _open(source)
+    _check_size(image.width, image.height, name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+    except Exception as error:  # decoders raise nearly every built-in exception on broken data
+        raise DataError(
+            f"{name}: expected a whole image, but decoding it failed ({_one_line(error)}): "
+            "the file is truncated or damaged; get a fresh copy"
+        ) from error
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF says nothing about orientation, and the pixels are good
+        image = image.copy()
+    return _to_rgb(image, name)
+
+
+@dataclass(frozen=True)
+class SquareFrame:
+    """The padding of a ``width`` x ``height`` image to a centred square, as one transform.
+
+    The image is moved by :meth:`pad`; its regions follow by being measured on the grid of :meth:`edges`.
+
+    Paper: §4 (images are padded to a square).
+
+    Attributes:
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+
+    Raises:
+        DataError: a side is not at least one pixel.
+    """
+
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.height < 1:
+            raise DataError(f"expected an image of at least 1 x 1 pixel, got {self.width} x {self.height} (W x H)")
+
+    @property
+    def side(self) -> int:
+        """Side of the padded square, in pixels."""
+        return max(self.width, self.height)
+
+    @property
+    def offset_x(self) -> int:
+        """Column of the padded square at which the image begins."""
+        return (self.side - self.width) // 2
+
+    @property
+    def offset_y(self) -> int:
+        """Row of the padded square at which the image begins."""
+        return (self.side - self.height) // 2
+
+    def pad(self, image: Image.Image, fill: tuple[int, int, int] = (127, 127, 127)) -> Image.Image:
+        """Lay the image in the middle of a ``side`` x ``side`` square of colour ``fill``.
+
+        Raises:
+            ValueError: the image is not the one this frame was made for.
+        """
+        if image.size != (self.width, self.height):
+            raise ValueError(f"this frame is for {self.width} x {self.height} pixels, the image has {image.size}")
+        if self.width == self.height:
+            return image
+        square = Image.new("RGB", (self.side, self.side), fill)
+        square.paste(image, (self.offset_x, self.offset_y))
+        return square
+
+    def edges(self, grid_h: int, grid_w: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Where a grid laid over the padded square cuts the image.
+
+        Args:
+            grid_h: rows of the grid.
+            grid_w: columns of the grid.
+
+        Returns:
+            ``y_edges`` (grid_h + 1,) and ``x_edges`` (grid_w + 1,), in pixels of the original image; negative or
+            beyond the image where the grid lies on padding.
+        """
+        y_edges = np.linspace(0.0, self.side, grid_h + 1) - self.offset_y
+        x_edges = np.linspace(0.0, self.side, grid_w + 1) - self.offset_x
+        return y_edges, x_edges
+
+
+def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
+    """The name to call the source by, and its image with only the header read."""
+    try:
+        if isinstance(source, str | Path):
+            name = str(source)
+            with open(source, "rb") as file:
+                data = file.read()
+        elif isinstance(source, bytes | bytearray | memoryview):
+            name, data = "image bytes", bytes(source)
+        elif hasattr(source, "read"):
+            name, data = str(getattr(source, "name", "image stream")), source.read()
+        else:
+            raise DataError(
+                "expected an image as a path, bytes, binary file, PIL image or numpy array, "
+                f"got {type(source).__name__}"
+            )
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{name}: expected an image file, but there is no such file; check the path") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{name}: expected an image file, got a folder; name one file in it") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: the image file cannot be read ({_one_line(error)})") from error
+    if not isinstance(data, bytes):
+        raise DataError(f"{name}: expected a file opened in binary mode, got one that reads {type(data).__name__}")
+    if not data:
+        raise DataError(f"{name}: expected an image, got an empty file")
+    try:
+        with warnings.catch_warnings():  # PIL warns from half our limit on; we have a limit of our own
+            warnings.simplefilter("ignore")
+            return name, Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{name}: expected an image of at most {MAX_PIXELS:,} pixels, but its header says more; scale it down first"
+        ) from error
+    except Exception as error:  # header parsers raise nearly every built-in exception on broken data
+        raise DataError(
+            f"{name}: expected an image (JPEG, PNG, WebP, TIFF, ...), got {len(data):,} bytes that PIL cannot read"
+        ) from error
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise DataError(f"{name}: expected an image of at least 1 x 1 pixel, got {width} x {height} (W x H)")
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{name}: expected an image of at most {MAX_PIXELS:,} pixels, got {width} x {height} = "
+            f"{width * height:,}; scale it down first"
+        )
+
+
+def _from_array(array: NDArray[np.generic]) -> Image.Image:
+    expected = "expected an image array of dtype uint8 or uint16 and shape (H, W), (H, W, 3) or (H, W, 4)"
+    if array.dtype.kind == "f":
+        raise DataError(
+            f"image array: {expected}, got {array.dtype}, whose white may be 1 or 255; "
+            "scale it to 0..255 and convert it with .astype(np.uint8)"
+        )
+    if array.dtype not in (np.uint8, np.uint16):
+        raise DataError(f"image array: {expected}, got dtype {array.dtype}; scale it to 0..255 as uint8")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise DataError(f"image array: {expected}, got shape {array.shape}; put the channels last, one image a call")
+    if array.size == 0:
+        raise DataError(f"image array: expected at least one pixel, got shape {array.shape}")
+    _check_size(array.shape[1], array.shape[0], "image array")
+    return Image.fromarray(np.ascontiguousarray(array if array.dtype == np.uint8 else _to_8_bit(array)))
+
+
+def _to_8_bit(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Scale 0..65535 to 0..255, rounding to nearest; 257 is exactly 65535 / 255."""
+    return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise DataError(
+                f"{name}: expected greyscale of at most 16 bits (0..65535), got values {low}..{high}; "
+                "scale them to 0..255 first"
+            )
+        return Image.fromarray(_to_8_bit(values)).convert("RGB")
+    if image.mode == "F":
+        raise DataError(
+            f"{name}: expected an image of 8 or 16 bits, got floating point (PIL mode F), whose white nobody knows; "
+            "scale it to 0..255 first"
+        )
+    try:
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            if image.mode == "La":  # PIL converts premultiplied grey only to plain grey with alpha
+                image = image.convert("LA")
+            layer = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        return image.convert("RGB")
+    except ValueError as error:
+        raise DataError(
+            f"{name}: expected an image that converts to RGB, got PIL mode {image.mode}; convert it to RGB first"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
