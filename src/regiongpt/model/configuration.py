@@ -13,14 +13,14 @@ from regiongpt.errors import ConfigError
 REFINEMENTS: dict[str, int] = {"deconv": 4, "bilinear": 16, "deconv_bilinear": 16, "none": 1}
 """How many times finer than the tower's grid each refinement's grid is, on each axis. Paper: Tab. 6."""
 
-EFFICIENTNET_LITE_CHANNELS: dict[str, tuple[int, int]] = {
-    "efficientnet-lite0": (112, 320),
-    "efficientnet-lite1": (112, 320),
-    "efficientnet-lite2": (120, 352),
-    "efficientnet-lite3": (136, 384),
-    "efficientnet-lite4": (160, 448),
+EFFICIENTNET_LITE_CHANNELS: dict[str, tuple[int, int, int]] = {
+    "efficientnet-lite0": (40, 112, 320),
+    "efficientnet-lite1": (40, 112, 320),
+    "efficientnet-lite2": (48, 120, 352),
+    "efficientnet-lite3": (48, 136, 384),
+    "efficientnet-lite4": (56, 160, 448),
 }
-"""Channels of each variant's last stride-16 and last stride-32 block."""
+"""Channels of each variant's last block at stride 8, 16 and 32."""
 
 VISION_TOWERS = (
     "clip_vision_model",
@@ -67,9 +67,14 @@ class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the output: stride 32, the four stride-16 cells below each of its cells, and the position."""
-        stride16, stride32 = EFFICIENTNET_LITE_CHANNELS[self.variant]
-        return stride32 + 4 * stride16 + 4 * self.position_frequencies
+        """Channels of the output: the stages, then the position."""
+        return self.stage_channels + 4 * self.position_frequencies
+
+    @property
+    def stage_channels(self) -> int:
+        """Channels of stride 32, and of the 2x2 cells at stride 16 below each of its cells, for strides 16 and 8."""
+        stride8, stride16, stride32 = EFFICIENTNET_LITE_CHANNELS[self.variant]
+        return stride32 + 4 * stride16 + 4 * stride8
 
 
 class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]

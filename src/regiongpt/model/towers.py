@@ -18,10 +18,12 @@ from regiongpt.model.configuration import EfficientNetLiteConfig, native_image_s
 
 
 class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
-    """EfficientNet-Lite without its head, its two coarsest stages side by side on the stride-32 grid.
+    """EfficientNet-Lite without its head, its three coarsest stages side by side on the stride-32 grid.
 
-    The output concatenates the last block, the last stride-16 block with its 2x2 cells laid out as channels, and fixed
-    sine and cosine channels of the position.
+    The output concatenates the last block at stride 32, that at stride 16 with its 2x2 cells laid out as channels, that
+    at stride 8 averaged to stride 16 and laid out alike, and fixed sine and cosine channels of the position. The stages
+    differ in scale by an order of magnitude, so each channel is standardised by the buffers ``mean`` and ``std``, which
+    a recipe measures once on its training photographs.
 
     Args:
         config: the tower's shape.
@@ -42,13 +44,18 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
         for unused in ("_conv_head", "_bn1", "_avg_pooling", "_dropout", "_fc"):
             delattr(self.network, unused)
         strided = [i for i, block in enumerate(self.network._blocks) if block._depthwise_conv.stride[0] == 2]
-        self.last_stride16 = strided[-1] - 1
+        self.last_stride16, self.last_stride8 = strided[-1] - 1, strided[-2] - 1
+        self.register_buffer("mean", torch.zeros(config.stage_channels))
+        self.register_buffer("std", torch.ones(config.stage_channels))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out")
+        if module is self:
+            init.zeros_(self.mean)
+            init.ones_(self.std)
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """Compute the feature grid.
@@ -64,9 +71,12 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
         x = network._swish(network._bn0(network._conv_stem(x)))
         for index, block in enumerate(network._blocks):
             x = block(x)
+            if index == self.last_stride8:
+                stride8_BCHW = F.pixel_unshuffle(F.avg_pool2d(x, 2), 2)
             if index == self.last_stride16:
                 stride16_BCHW = F.pixel_unshuffle(x, 2)
-        maps = [x, stride16_BCHW]
+        stages_BCHW = torch.cat([x, stride16_BCHW, stride8_BCHW], dim=1)
+        maps = [(stages_BCHW - self.mean[:, None, None]) / self.std[:, None, None]]
         if self.config.position_frequencies:
             maps.append(_position_channels(self.config.position_frequencies, x))
         return BaseModelOutput(last_hidden_state=torch.cat(maps, dim=1))
