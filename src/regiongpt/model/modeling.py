@@ -281,7 +281,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             ``attentions`` as asked for.
 
         Raises:
-            ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` comes; for ``loss_only`` without labels.
+            ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` comes; ``loss_only``, no labels.
             DataError: when image tokens and image features differ in number.
             RegionError: when region tokens and region ids differ in number.
         """

