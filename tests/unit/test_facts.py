@@ -1,0 +1,223 @@
+"""Facts on hand-made views: each is checked where it is clear, and silent where it is not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
+from regiongpt.data.facts import (
+    View,
+    clashing,
+    colour_name,
+    colours_of,
+    distinctions,
+    neighbours,
+    place_name,
+    relation,
+    size_name,
+)
+from regiongpt.data.wording import describe, noun, plural, say_presence, with_article
+from regiongpt.errors import DataError
+
+
+def annotated(*objects: tuple, width: int = 100, height: int = 100) -> ImageAnnotations:
+    """Objects as (category, box[, more fields]) with ids from 1."""
+    made = [
+        ObjectAnnotation(id=k, category=each[0], box=tuple(map(float, each[1])), **(each[2] if len(each) > 2 else {}))
+        for k, each in enumerate(objects, 1)
+    ]
+    return ImageAnnotations(path=Path("x.jpg"), image_id=1, width=width, height=height, objects=tuple(made))
+
+
+@pytest.mark.parametrize(
+    ("rgb", "name"),
+    [
+        ((10, 10, 12), "black"),
+        ((245, 245, 240), "white"),
+        ((128, 130, 127), "grey"),
+        ((200, 20, 25), "red"),
+        ((245, 130, 20), "orange"),
+        ((240, 220, 40), "yellow"),
+        ((30, 140, 40), "green"),
+        ((30, 60, 200), "blue"),
+        ((120, 40, 170), "purple"),
+        ((250, 150, 170), "pink"),
+        ((110, 70, 40), "brown"),
+        ((225, 200, 165), None),
+    ],
+)
+def test_plain_paints_have_their_names(rgb, name):
+    assert colour_name(np.full((50, 3), rgb, dtype=np.uint8)) == name
+
+
+def test_a_colour_must_dominate():
+    red, blue, beige = (200, 20, 25), (30, 60, 200), (225, 200, 165)
+
+    def mixed(*parts):
+        return colour_name(np.repeat(np.array([p[0] for p in parts], np.uint8), [p[1] for p in parts], axis=0))
+
+    assert mixed((red, 60), (blue, 37)) == "red"
+    assert mixed((red, 60), (blue, 40)) is None
+    assert mixed((red, 44), (beige, 20), (blue, 20), ((10, 10, 10), 16)) is None
+    assert mixed(((10, 10, 10), 58), (red, 22), (blue, 20)) is None
+    assert colour_name(np.zeros((0, 3), np.uint8)) is None
+
+
+def test_colours_come_from_the_object_and_not_from_what_lies_over_it():
+    pixels = np.full((100, 100, 3), (30, 140, 40), np.uint8)
+    pixels[10:50, 10:90] = (200, 20, 25)  # a car ...
+    pixels[15:45, 30:50] = (30, 60, 200)  # ... with a suitcase before it
+    ring = {"polygons": ((60.0, 60.0, 90.0, 60.0, 60.0, 90.0),)}
+    pixels[60:90, 60:90][np.add.outer(np.arange(30), np.arange(30)) < 30] = (240, 220, 40)
+    image = annotated(
+        ("car", (10, 10, 90, 50)), ("suitcase", (30, 15, 50, 45)), ("dog", (60, 60, 90, 90), ring),
+        ("person", (0, 60, 40, 100)), ("cup", (50, 60, 54, 64)),
+    )  # fmt: skip
+    assert colours_of(image, pixels) == {1: "red", 2: "blue", 3: "yellow"}
+    with pytest.raises(DataError, match=r"\(100, 100, 3\), got \(50, 100, 3\)"):
+        colours_of(image, pixels[:50])
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "place"),
+    [
+        ((0, 0, 5, 5), "tiny", "in the upper left"),
+        ((45, 45, 60, 60), "small", "in the centre"),
+        ((70, 40, 100, 60), "medium-sized", "on the right"),
+        ((30, 60, 70, 100), "large", "at the bottom"),
+        ((5, 5, 95, 95), "huge", "across most"),
+        ((0, 0, 100, 30), "large", "across the top"),
+        ((0, 0, 20, 100), "large", "on the left side"),
+        ((30, 0, 40, 10), "small", "in the upper part"),
+        ((30, 58, 40, 72), "small", "in the lower half"),
+        ((32, 30, 36, 38), "tiny", "in the upper half"),
+        ((34, 45, 36, 47), "tiny", "in the left half"),
+    ],
+)
+def test_size_and_place(box, size, place):
+    assert size_name(box, 100, 100) == size
+    assert place_name(box, 100, 100) == place
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "how"),
+    [
+        ((0, 40, 10, 60), (50, 40, 60, 60), "to the left of"),
+        ((50, 40, 60, 60), (0, 40, 10, 60), "to the right of"),
+        ((40, 0, 60, 10), (40, 50, 60, 60), "above"),
+        ((40, 50, 60, 60), (40, 0, 60, 10), "below"),
+        ((0, 0, 10, 10), (50, 50, 60, 60), "above and to the left of"),
+        ((20, 20, 30, 30), (10, 10, 60, 60), "inside"),
+        ((10, 10, 60, 60), (20, 20, 30, 30), "around"),
+        ((0, 0, 40, 40), (20, 5, 60, 45), "overlapping"),
+        ((0, 0, 40, 40), (28, 28, 70, 70), None),
+    ],
+)
+def test_relations(a, b, how):
+    assert relation(a, b) == how
+
+
+def test_mirroring_a_view_mirrors_its_relations():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        corners = np.sort(rng.uniform(0, 100, (2, 2, 2)), axis=1)
+        image = annotated(*(("cup", (c[0][0], c[0][1], c[1][0], c[1][1])) for c in corners))
+        straight, mirrored = View(image).objects, View(image, flip=True).objects
+        how = relation(straight[0].box, straight[1].box)
+        swapped = relation(mirrored[0].box, mirrored[1].box)
+        side = {"left": "right", "right": "left"}
+        expected = how and " ".join(side.get(word, word) for word in how.split())
+        assert swapped == expected
+
+
+def test_a_view_maps_boxes_and_rings_by_crop_then_flip():
+    ring = (20.0, 10.0, 40.0, 10.0, 40.0, 30.0)
+    image = annotated(("dog", (20, 10, 40, 30), {"polygons": (ring,)}), width=100, height=80)
+    view = View(image, crop=(10, 5, 60, 45), flip=True)
+    assert (view.width, view.height) == (50, 40)
+    assert view.objects[0].box == (20, 5, 40, 25)
+    assert view.rings(view.objects[0]) == [[40, 5, 20, 5, 20, 25]]
+    assert view.coverage == pytest.approx(0.25)
+    with pytest.raises(DataError, match="inside 100x80"):
+        View(image, crop=(10, 5, 10, 45))
+
+
+def test_what_a_crop_leaves_too_little_of_is_neither_there_nor_absent():
+    image = annotated(
+        ("dog", (0, 0, 10, 10)), ("dog", (60, 0, 80, 10)), ("cup", (48, 0, 58, 10)), ("cat", (40, 0, 54, 10))
+    )
+    view = View(image, crop=(0, 0, 50, 100))
+    assert [o.category for o in view.objects] == ["dog", "cat"]
+    assert view.maybe == {"cup"}
+    assert (view.count("dog"), view.count("cup"), view.count("bus")) == (1, None, 0)
+
+
+def test_crowds_are_seen_but_neither_counted_nor_asked_about():
+    view = View(annotated(("person", (0, 0, 50, 50), {"iscrowd": True}), ("person", (60, 0, 90, 90))))
+    assert [o.id for o in view.askable] == [2]
+    assert view.count("person") is None
+    assert distinctions(view, view.objects[1], {}) == []
+    assert say_presence(np.random.default_rng(0), view, "person").startswith("Yes")
+
+
+def test_neighbours_are_near_clear_and_of_different_classes():
+    view = View(
+        annotated(
+            ("cup", (40, 40, 50, 50)),
+            ("bottle", (55, 40, 65, 50)),
+            ("bottle", (90, 40, 99, 50)),
+            ("cat", (40, 60, 50, 70)),
+        )
+    )
+    found = [(o.id, how) for o, how in neighbours(view, view.objects[0])]
+    assert found == [(2, "to the left of"), (4, "above")]
+
+
+def test_distinctions_hold_for_one_object_alone():
+    view = View(
+        annotated(
+            ("car", (0, 40, 20, 60)), ("car", (40, 40, 60, 60)), ("car", (78, 40, 98, 62)), ("dog", (45, 80, 55, 90))
+        )
+    )
+    first, second, third, dog = view.objects
+    colours = {1: "red", 2: "green", 3: "green"}
+    assert distinctions(view, dog, colours) == [("class", "")]
+    assert distinctions(view, first, colours) == [("colour", "red"), ("place", "on the left"), ("most", "left")]
+    assert distinctions(view, second, colours) == [("place", "in the centre")]
+    assert ("most", "right") in distinctions(view, third, colours)
+    assert not any(kind == "colour" for kind, _ in distinctions(view, third, colours))
+    assert not any(kind == "colour" for kind, _ in distinctions(view, first, {1: "red", 2: "green"}))
+
+
+def test_largest_and_relation_to_a_single_anchor():
+    view = View(annotated(("cup", (10, 40, 30, 60)), ("cup", (68, 44, 78, 54)), ("tv", (40, 40, 60, 60))))
+    assert ("most", "large") in distinctions(view, view.objects[0], {})
+    assert ("relation", "to the left of|tv") in distinctions(view, view.objects[0], {})
+    assert ("relation", "to the right of|tv") in distinctions(view, view.objects[1], {})
+
+
+def test_colours_that_may_pass_for_each_other_clash():
+    assert clashing("red", "orange")
+    assert clashing("red", None)
+    assert not clashing("red", "green")
+
+
+def test_nouns():
+    assert [plural(c) for c in ("person", "bus", "knife", "skis", "sandwich", "sheep")] == [
+        "people", "buses", "knives", "pairs of skis", "sandwiches", "sheep",
+    ]  # fmt: skip
+    assert with_article(noun("skis", "small", "black")) == "a pair of small black skis"
+    assert with_article(noun("orange")) == "an orange"
+
+
+def test_descriptions_name_the_class_and_never_a_fact_that_is_not_known():
+    view = View(annotated(("dog", (0, 0, 30, 30)), ("cup", (60, 0, 80, 20)), ("cup", (60, 60, 80, 80))))
+    rng = np.random.default_rng(0)
+    texts = {describe(rng, view, view.objects[0], {1: "brown"}, brief=k % 3 == 0) for k in range(300)}
+    assert len(texts) > 100
+    for text in texts:
+        assert "brown dog" in text.replace("small ", "").replace("medium-sized ", "")
+        assert not any(wrong in text for wrong in ("{", "  ", "right of the", "lower", "below", "None", "two dogs"))
+        assert text.endswith(".")
+        assert text.count(".") <= 2

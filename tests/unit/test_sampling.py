@@ -1,0 +1,170 @@
+"""Conversations: the same for the same seed, well formed, and every answer true of the view."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
+from regiongpt.data.facts import View
+from regiongpt.data.sampling import ClassStatistics, ConversationSampler, dev_questions
+from regiongpt.errors import ConfigError
+from regiongpt.prompts import COCO_80, NO_MATCH, check_placeholders, parse_region_answer, placeholders
+
+KINDS = ("person", "person", "person", "dog", "cup", "cup", "car", "chair", "laptop", "book")
+
+
+def made(seed: int, count: int = 10, captions: tuple[str, ...] = ()) -> ImageAnnotations:
+    rng = np.random.default_rng(seed)
+    objects = []
+    for k in range(count):
+        x, y, w, h = rng.uniform(0, 150), rng.uniform(0, 90), rng.uniform(8, 50), rng.uniform(8, 30)
+        ring = (x, y, x + w, y, x + w, y + h, x, y + h)
+        polygons = (ring,) if k % 2 else None
+        box, number = (x, y, x + w, y + h), 100 * seed + k
+        objects.append(ObjectAnnotation(id=number, category=KINDS[k % len(KINDS)], box=box, polygons=polygons))
+    path = Path(f"{seed}.jpg")
+    return ImageAnnotations(path=path, image_id=seed, width=200, height=120, objects=tuple(objects), captions=captions)
+
+
+IMAGES = [made(seed) for seed in range(30)]
+SAMPLER = ConversationSampler(ClassStatistics.of(IMAGES))
+
+
+def test_the_same_arguments_give_the_same_conversation():
+    view = View(IMAGES[0])
+    first = SAMPLER.sample(view, {}, 1, 2, 3)
+    assert SAMPLER.sample(view, {}, 1, 2, 3) == first
+    assert all(
+        SAMPLER.sample(view, {}, *other).messages != first.messages for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0))
+    )
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_conversations_are_well_formed(flip):
+    for index, image in enumerate(IMAGES):
+        view = View(image, (20, 10, 180, 110), flip)
+        talk = SAMPLER.sample(view, {}, 0, index, 0)
+        texts = [message["content"] for message in talk.messages]
+        assert [message["role"] for message in talk.messages] == ["user", "assistant"] * len(talk.tasks)
+        assert texts[0].startswith("<image>\n")
+        assert "".join(texts).count("<image>") == 1
+        assert check_placeholders(texts, len(talk.regions)) == []
+        assert len(talk.regions) <= SAMPLER.regions_per_image
+        for region in talk.regions:
+            region.check(160, 100)
+
+
+def owner(view: View, bounds: tuple) -> str:
+    """Class of the object whose box is closest to a region's."""
+    return min(view.objects, key=lambda o: float(np.abs(np.subtract(o.box, bounds)).max())).category
+
+
+def test_answers_are_true():
+    seen: Counter[str] = Counter()
+    for index, image in enumerate(IMAGES):
+        view = View(image)
+        talk = SAMPLER.sample(view, {}, 0, index, 0)
+        classes = [owner(view, region.bounds(200, 120)) for region in talk.regions]
+        for asked, said, task in zip(talk.messages[::2], talk.messages[1::2], talk.tasks, strict=True):
+            text, answer = asked["content"], said["content"]
+            numbers = placeholders(text)
+            seen[task] += 1
+            if task == "classify":
+                assert answer == classes[numbers[0] - 1]
+            elif task in ("describe", "caption"):
+                assert classes[numbers[0] - 1] in answer
+            elif task == "locate":
+                chosen = parse_region_answer(answer)
+                if answer == NO_MATCH:
+                    seen["no match"] += 1
+                    assert chosen is None
+                else:
+                    assert chosen in numbers
+                    assert classes[chosen - 1] in text
+            elif task == "presence":
+                asked_for = max((c for c in COCO_80 if re.search(rf"\b{c}\b", text)), key=len)
+                assert answer.startswith("Yes" if asked_for in view.by_category else "No")
+                seen[answer.split(".")[0].split(",")[0]] += 1
+    assert all(seen[task] > 5 for task in ("classify", "describe", "caption", "relation", "locate", "presence"))
+    assert seen["no match"] > 0
+    assert 0.3 < seen["Yes"] / (seen["Yes"] + seen["No"]) < 0.7
+
+
+def test_rare_classes_come_first_where_there_are_more_objects_than_slots():
+    objects = [*made(0, 1).objects] * 19
+    crowd = [
+        ObjectAnnotation(id=k, category="toaster" if k == 7 else "person", box=each.box)
+        for k, each in enumerate(objects)
+    ]
+    image = ImageAnnotations(path=Path("x.jpg"), image_id=1, width=200, height=120, objects=tuple(crowd))
+    sampler = ConversationSampler(ClassStatistics.of([image] * 20), mix={"classify": 5}, regions_per_image=5)
+    asked = [m["content"] for k in range(40) for m in sampler.sample(View(image), {}, 0, k, 0).messages[1::2]]
+    assert asked.count("toaster") > 25
+
+
+def test_boxes_are_moved_a_little_and_polygons_taken_half_the_time():
+    view, kinds = View(IMAGES[0]), Counter()
+    for epoch in range(40):
+        for region in SAMPLER.sample(view, {}, 0, 0, epoch).regions:
+            kinds[region.kind] += 1
+            bounds = region.bounds(200, 120)
+            assert min(
+                max(
+                    abs(bounds[k] - o.box[k]) / (o.box[2 + k % 2] - o.box[k % 2]) for k in range(4)
+                )
+                for o in view.objects
+            ) <= 0.0601  # fmt: skip
+    assert 0.15 < kinds["polygon"] / sum(kinds.values()) < 0.35
+
+
+def test_captions_only_where_they_stay_true():
+    image = made(3, captions=("A dog on the left of a car.", "A dog by a car."))
+    sampler = ConversationSampler(ClassStatistics.of([image]), mix={"image_caption": 1, "presence": 0.01})
+
+    def captions(view):
+        talks = [sampler.sample(view, {}, 0, 0, epoch) for epoch in range(10)]
+        return {
+            t.messages[2 * k + 1]["content"] for t in talks for k, task in enumerate(t.tasks) if task == "image_caption"
+        }
+
+    assert captions(View(image)) == set(image.captions)
+    assert captions(View(image, flip=True)) == {"A dog by a car."}
+    assert captions(View(image, crop=(0, 0, 100, 120))) == set()
+
+
+def test_an_empty_image_still_gives_a_turn():
+    talk = SAMPLER.sample(View(made(1, 0)), {}, 0, 0, 0)
+    assert set(talk.tasks) == {"presence"}
+    assert talk.regions == []
+
+
+@pytest.mark.parametrize("options", [{"mix": {"sing": 1}}, {"mix": {"classify": -1}}, {"regions_per_image": 0}])
+def test_bad_options_are_refused(options):
+    with pytest.raises(ConfigError, match="expected"):
+        ConversationSampler(SAMPLER.statistics, **options)
+
+
+def test_development_questions():
+    classify = dev_questions(IMAGES, "classify")
+    assert len(classify) == sum(len(image.objects) for image in IMAGES)
+    assert classify[0].messages == [{"role": "user", "content": f"<image>\n{classify[0].text}"}]
+    assert classify[0].answer == classify[0].category == "person"
+    assert 0 < classify[0].share < 1
+
+    locate = dev_questions(IMAGES, "locate", seed=0)
+    assert len(locate) > 20
+    assert locate == dev_questions(IMAGES, "locate", seed=0)
+    for item in locate:
+        assert len(item.regions) == 5
+        assert parse_region_answer(item.answer) in range(1, 6)
+        assert item.category in item.text
+
+    presence = dev_questions(IMAGES, "presence")
+    assert Counter(item.answer for item in presence) == {"yes": 60, "no": 60}
+    for item in presence:
+        assert (item.category in View(item.image).by_category) == (item.answer == "yes")
+    with pytest.raises(ConfigError, match="'sing'"):
+        dev_questions(IMAGES, "sing")
