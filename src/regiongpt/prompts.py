@@ -18,7 +18,9 @@ IMAGE_TOKEN: Final = "<image>"
 REGION_TOKEN: Final = "<region>"
 """The one token in the vocabulary whose embedding is replaced by that of a region."""
 
-_PLACEHOLDER = re.compile(r"<region([^<>]{0,12})>")
+PLACEHOLDER: Final = re.compile(r"<region([^<>]{0,12})>")
+"""A region's placeholder, well-formed or not: group 1 is its number as written."""
+
 _NUMBER = re.compile(r"[1-9][0-9]*")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +84,9 @@ _LLAMA3 = """\
 {%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}
 """
 
+# Some chatml tokenizers name the opener of a turn as their begin token; it must not come twice.
 _CHATML = """\
+{%- if bos_token and bos_token != '<|im_start|>' -%}{{- bos_token -}}{%- endif -%}
 {%- for turn in messages -%}
 {{- '<|im_start|>' + turn['role'] + '\\n' -}}
 {%- if turn['role'] == 'assistant' -%}
@@ -188,7 +192,7 @@ def placeholders(text: str) -> list[int]:
 
     Paper: §3.2
     """
-    return [placeholder_number(match) for match in _PLACEHOLDER.finditer(text)]
+    return [placeholder_number(match) for match in PLACEHOLDER.finditer(text)]
 
 
 def placeholder_number(match: re.Match[str]) -> int:
@@ -202,7 +206,7 @@ def placeholder_number(match: re.Match[str]) -> int:
 
 def replace_placeholders(text: str, replacement: Callable[[int], str]) -> str:
     """Replace each ``<regionN>`` of ``text`` by ``replacement(N)``; raises RegionError as :func:`placeholders` does."""
-    return _PLACEHOLDER.sub(lambda match: replacement(placeholder_number(match)), text)
+    return PLACEHOLDER.sub(lambda match: replacement(placeholder_number(match)), text)
 
 
 def check_placeholders(texts: str | Iterable[str], n_regions: int) -> list[str]:
@@ -366,7 +370,7 @@ QUESTIONS: Final[dict[str, tuple[str, ...]]] = {
         "Tell me what this image is about.",
     ),
 }
-"""Ten wordings per task, the paper's own first where it has one (Figure 1, Table 1, §3.3, Figure 5)."""
+"""Ten wordings per task, the paper's own first where it has one (Figures 1 and 4, Table 1, §3.3)."""
 
 
 def question(
