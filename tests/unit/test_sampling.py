@@ -11,7 +11,14 @@ from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
 from regiongpt.data.facts import View
 from regiongpt.data.sampling import ClassStatistics, ConversationSampler, dev_questions
 from regiongpt.errors import ConfigError
-from regiongpt.prompts import COCO_80, NO_MATCH, check_placeholders, parse_region_answer, placeholders
+from regiongpt.prompts import (
+    COCO_80,
+    NO_MATCH,
+    check_placeholders,
+    closed_set_suffix,
+    parse_region_answer,
+    placeholders,
+)
 
 KINDS = ("person", "person", "person", "dog", "cup", "cup", "car", "chair", "laptop", "book")
 
@@ -73,7 +80,8 @@ def test_answers_are_true():
             numbers = placeholders(text)
             seen[task] += 1
             if task == "classify":
-                assert answer == classes[numbers[0] - 1]
+                name = classes[numbers[0] - 1]
+                assert answer == name if text.endswith(closed_set_suffix()) else name in answer
             elif task in ("describe", "caption"):
                 assert classes[numbers[0] - 1] in answer
             elif task == "locate":
@@ -102,7 +110,7 @@ def test_rare_classes_come_first_where_there_are_more_objects_than_slots():
     image = ImageAnnotations(path=Path("x.jpg"), image_id=1, width=200, height=120, objects=tuple(crowd))
     sampler = ConversationSampler(ClassStatistics.of([image] * 20), mix={"classify": 5}, regions_per_image=5)
     asked = [m["content"] for k in range(40) for m in sampler.sample(View(image), {}, 0, k, 0).messages[1::2]]
-    assert asked.count("toaster") > 25
+    assert sum("toaster" in answer for answer in asked) > 30
 
 
 def test_boxes_are_moved_a_little_and_polygons_taken_half_the_time():
