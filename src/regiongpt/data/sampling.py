@@ -32,6 +32,8 @@ DEFAULT_MIX: Mapping[str, float] = {
 }
 CANDIDATES = (2, 3, 3, 4, 4, 5, 5, 5, 5, 6, 7, 8)
 NO_MATCH_SHARE = 0.15
+# Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
+FREE_SHARE = 0.15
 JITTER = 0.06
 # A human caption still holds for a crop that keeps this much of the image.
 CAPTION_COVERAGE = 0.75
@@ -225,10 +227,11 @@ class ConversationSampler:
         return self._presence(rng, view) if task == "presence" else _caption(rng, view)
 
     def _classify(self, rng: np.random.Generator, each: ViewObject) -> _Plan:
-        wording = int(rng.integers(10))
+        wording, guided = int(rng.integers(10)), rng.random() >= FREE_SHARE
+        answer = each.category if guided else f"It is {with_article(noun(each.category))}."
 
         def write(numbers: list[int]) -> tuple[str, str]:
-            return question("classify", wording, regions=numbers, label_set=self.label_set), each.category
+            return question("classify", wording, regions=numbers, label_set=self.label_set, guided=guided), answer
 
         return _Plan("classify", (each,), write)
 

@@ -1,0 +1,194 @@
+"""A whole recipe from annotated photographs to a model that answers: ``regiongpt train CONFIG.toml``.
+
+Five steps, each skipped when its result is already in the run folder, each going on where it was stopped:
+
+1. ``tokenizer`` - a byte-level BPE of the project's own
+2. ``language`` - the small language model, pre-trained on text alone
+3. ``features`` - every view of every image through the frozen tower, once
+4. ``stage1`` - refinement and connector learn, the language model is frozen (paper §3.2, pre-training stage)
+5. ``stage2`` - refinement, connector and language model learn (paper §3.2, fine-tuning stage)
+"""
+
+import argparse
+import logging
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+
+from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
+from regiongpt.data.sampling import ClassStatistics, ConversationSampler
+from regiongpt.errors import ConfigError
+from regiongpt.model import weights
+from regiongpt.train.config import TrainConfig, load_config
+from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts
+from regiongpt.train.features import build_features, calibrate, keep_freed_memory
+from regiongpt.train.tokenizer import train_tokenizer
+from regiongpt.train.trainer import run_stage
+
+if TYPE_CHECKING:
+    from regiongpt.model import RegionGPTForConditionalGeneration, RegionGPTProcessor
+
+log = logging.getLogger(__name__)
+
+
+def run_cli(arguments: Sequence[str]) -> int:
+    """``regiongpt train CONFIG.toml [--out DIR] [--data.root DIR] [--stage2.lr 5e-4 ...]``.
+
+    Raises:
+        ConfigError: The recipe or an override is wrong.
+        DataError: The photographs or annotations are.
+    """
+    parser = argparse.ArgumentParser(
+        prog="regiongpt train",
+        description="Train a model from a recipe; run the same command again to go on after an interruption.",
+        epilog="Every field of the recipe can be overridden by its dotted name: --stage2.lr 5e-4 --data.root DIR",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", help="recipe, a TOML file such as configs/nano.toml")
+    options, overrides = parser.parse_known_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    finished = train(load_config(options.config, overrides))
+    print(finished)
+    return 0
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs every step of a recipe that is not yet done.
+
+    Args:
+        config: The recipe.
+
+    Returns:
+        Folder of the finished checkpoint, which ``--model`` and ``from_pretrained`` take.
+
+    Raises:
+        ConfigError: No data folder was given.
+        DataError: An annotation file or photograph cannot be used.
+
+    Paper: §3.2, §4
+    """
+    if not config.data.root:
+        raise ConfigError("data.root: expected the folder of the annotated photographs; give --data.root DIR")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    set_seed(config.seed)
+    data = load_coco(photo_sources(Path(config.data.root), config.data.split))
+    log.info("data: %s", data.report())
+    images = data.images
+    sampler = ConversationSampler(ClassStatistics.of(images))
+
+    language = out / "language"
+    if not (language / "config.json").exists():
+        _train_language(config, images, sampler, language)
+    start = out / "start"
+    if not (start / "config.json").exists():
+        _create(config, language, start, images)
+    model, processor = weights.load(start, device="cpu")
+    store = build_features(out / "features", images, model, processor, config.features, config.seed)
+
+    finished = start
+    for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+        folder = out / name / "model"
+        if not (folder / "config.json").exists():
+            model, processor = weights.load(finished)
+            model.train()
+            for parameter in model.language_model.parameters():
+                parameter.requires_grad_(name == "stage2")
+            items = round(stage.epochs * len(images))
+            dataset = ConversationDataset(images, store, sampler, processor, config.features, config.seed, items)
+            learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            log.info("%s: %d conversations, %.2f M trainable parameters", name, items, learning / 1e6)
+            run_stage(name, model, dataset, _Collate(processor), stage, out / name, config.seed)
+            _save(folder, model, processor)
+        finished = folder
+    return finished
+
+
+class _Collate:
+    """Pads examples into a batch that asks the model for its loss alone."""
+
+    def __init__(self, processor: "RegionGPTProcessor") -> None:
+        self.processor = processor
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self.processor.collate(examples), "loss_only": True}
+
+
+def _collate_text(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def _save(folder: Path, model: Any, processor: Any) -> None:
+    """Writes beside the folder and renames, so that a folder that exists is whole."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    temporary.rename(folder)
+
+
+def _train_language(
+    config: TrainConfig, images: Sequence[ImageAnnotations], sampler: ConversationSampler, folder: Path
+) -> None:
+    shape = config.model
+    texts = list(conversation_texts(images, sampler, shape.region_format, config.seed))
+    tokenizer = train_tokenizer(texts, shape.vocab_size, shape.max_length)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.mlp_size,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            max_position_embeddings=shape.max_length,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    documents = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    tokens, length = sum(map(len, documents)), 128
+    log.info(
+        "language: %d documents, %.2f M tokens, %.2f M parameters",
+        len(documents),
+        tokens / 1e6,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+    )
+    items = math.ceil(config.language.epochs * tokens / length)
+    run_stage(
+        "language",
+        model,
+        TextDataset(documents, length, config.seed, items),
+        cast(Any, _collate_text),
+        config.language,
+        folder.with_name("language-checkpoints"),
+        config.seed,
+    )
+    _save(folder, model, tokenizer)
+
+
+def _create(config: TrainConfig, language: Path, folder: Path, images: Sequence[ImageAnnotations]) -> None:
+    shape = config.model
+    grid = [shape.image_grid, shape.image_grid] if shape.image_grid else None
+    model, processor = weights.create(
+        shape.vision,
+        language,
+        image_size=shape.image_size,
+        refinement=shape.refinement,
+        refinement_channels=shape.refinement_channels or None,
+        image_grid=grid,
+        chat_template="plain",
+        region_format=shape.region_format,
+    )
+    calibrate(model, processor, images[:: max(1, len(images) // 128)])
+    _save(folder, model, processor)

@@ -1,0 +1,112 @@
+"""A thin layer over ``transformers.Trainer``: the loss over global target tokens, a fixed order, logs with time left."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from regiongpt.train.config import StageConfig
+
+log = logging.getLogger(__name__)
+
+
+class StageTrainer(Trainer):  # type: ignore[misc]
+    """Trains in the order of the data set: the data set itself shuffles, from the seed and the epoch."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+
+class _ProgressLog(TrainerCallback):  # type: ignore[misc]
+    """One log line every few steps: loss, learning rate, examples a second, minutes left."""
+
+    def __init__(self, name: str, batch_size: int) -> None:
+        self.name, self.batch_size = name, batch_size
+        self.started, self.first = time.monotonic(), 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started, self.first = time.monotonic(), state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs and state.global_step > self.first:
+            seconds = (time.monotonic() - self.started) / (state.global_step - self.first)
+            log.info(
+                "%s: step %d of %d, loss %.4f, lr %.2e, gradient norm %.2f, %.1f examples a second, %.0f min left",
+                self.name,
+                state.global_step,
+                state.max_steps,
+                logs["loss"],
+                logs["learning_rate"],
+                logs["grad_norm"],
+                self.batch_size / seconds,
+                (state.max_steps - state.global_step) * seconds / 60,
+            )
+
+
+def run_stage(
+    name: str,
+    model: torch.nn.Module,
+    dataset: Dataset[Any],
+    collate: Callable[[list[Any]], dict[str, Any]],
+    config: StageConfig,
+    folder: Path,
+    seed: int,
+) -> None:
+    """Optimises the parameters that require gradients, going on from the newest checkpoint in the folder.
+
+    Args:
+        name: Name in the log.
+        model: Returns a loss that is summed over target tokens and divided by ``num_items_in_batch``.
+        dataset: As long as the whole run: one pass over it is the stage.
+        collate: Makes a batch.
+        config: Hyper-parameters.
+        folder: Checkpoints of this stage.
+        seed: Seed of dropout; the data set has its own.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        adam_beta2=0.98,
+        max_grad_norm=config.max_grad_norm,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.log_steps,
+        logging_first_step=True,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        seed=seed,
+    )
+    trainer = StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collate,
+        callbacks=[_ProgressLog(name, config.batch_size)],
+    )
+    for callback in ("PrinterCallback", "ProgressCallback"):
+        trainer.callback_handler.callbacks = [
+            c for c in trainer.callback_handler.callbacks if type(c).__name__ != callback
+        ]
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
