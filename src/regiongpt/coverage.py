@@ -22,6 +22,9 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Bounds = tuple[float, float, float, float]
 
+_PRECISION = 2.0**-20
+"""Pixels that polygons are rounded to: with a fixed grid of points, intersections of any polygons are sound."""
+
 
 class Shape(Protocol):
     """A shape inside an image."""
@@ -182,10 +185,24 @@ class PolygonShape:
         return (start, end) if np.sum((ax + bx) * (by - ay)) < 0 else (end, start)
 
 
-def polygons_only(geometry: Any) -> Any:
-    """The part of any shapely geometry that has an area, as a valid Polygon or MultiPolygon (maybe empty)."""
+def united(rings: list[Floats]) -> Any:
+    """The union of the insides of rings, each (N, 2) xy, N >= 3, that may cross themselves: even-odd counts."""
+    # Coordinates a hair apart, and only those, break the intersections that make_valid works out.
+    rounded = [np.round(np.append(ring, ring[:1], axis=0) / _PRECISION) * _PRECISION for ring in rings]
+    return _polygons_only(shapely.make_valid(shapely.polygons([shapely.linearrings(ring) for ring in rounded])))
+
+
+def clipped(geometry: Any, width: int, height: int) -> PolygonShape:
+    """The part of a Polygon or MultiPolygon that lies in the image."""
+    frame = shapely.box(0, 0, width, height)
+    return PolygonShape(_polygons_only(shapely.intersection(geometry, frame, grid_size=_PRECISION)))
+
+
+def _polygons_only(geometry: Any) -> Any:
+    """What has an area in shapely geometries, as one valid Polygon or MultiPolygon (maybe empty)."""
     parts = shapely.get_parts(shapely.get_parts(geometry))  # twice: collections hold multi-polygons
-    return shapely.unary_union(parts[shapely.get_type_id(parts) == 3])
+    parts = parts[shapely.get_type_id(parts) == 3]
+    return parts[0] if len(parts) == 1 else shapely.union_all(parts, grid_size=_PRECISION)
 
 
 def _integral(values: NDArray[Any], edges: Floats) -> Floats:
@@ -196,7 +213,10 @@ def _integral(values: NDArray[Any], edges: Floats) -> Floats:
     edges = np.clip(edges, 0.0, rows)
     row = np.minimum(edges.astype(np.int64), rows - 1)
     starts = np.unique(np.append(row, 0))
-    sums = np.add.reduceat(values, starts, axis=0, dtype=np.float64 if values.dtype.kind == "f" else np.int32)
+    dtype = np.float64 if values.dtype.kind == "f" else np.int32
+    # Band by band: add.reduceat does the same in one call, at a tenth of the speed along this axis.
+    bands = zip(starts, [*starts[1:], rows], strict=True)
+    sums = np.stack([np.add.reduce(values[a:b], axis=0, dtype=dtype) for a, b in bands])
     before = np.cumsum(np.vstack([np.zeros_like(sums[:1]), sums[:-1]]), axis=0)[np.searchsorted(starts, row)]
     integral: Floats = before + (edges - row)[:, None] * values[row]
     return integral

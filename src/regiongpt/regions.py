@@ -25,9 +25,10 @@ from regiongpt.coverage import (
     PixelShape,
     PolygonShape,
     Shape,
+    clipped,
     decode_counts,
     decode_runs,
-    polygons_only,
+    united,
 )
 from regiongpt.errors import RegionError
 from regiongpt.images import MAX_PIXELS, SquareFrame
@@ -475,9 +476,7 @@ class _Vector(Region):
         """The whole region as shapely geometry, not clipped."""
 
     def _shape(self, width: int, height: int, name: str) -> Shape:
-        return PolygonShape(
-            polygons_only(shapely.intersection(self._drawn(width, height, name), _frame(width, height)))
-        )
+        return clipped(self._drawn(width, height, name), width, height)
 
     def _expect_finite(self, values: Sequence[float], name: str) -> None:
         wrong = [value for value in values if not abs(value) <= MAX_COORDINATE]
@@ -508,16 +507,14 @@ class _Polygon(_Vector):
 
     def _drawn(self, width: int, height: int, name: str) -> Any:
         self._expect_finite([value for ring in self.rings for point in ring for value in point], name)
-        rings = [ring[:-1] if len(ring) > 1 and ring[0] == ring[-1] else ring for ring in self.rings]
-        for index, ring in enumerate(rings, 1):
+        for index, ring in enumerate(self.rings, 1):
             if len(ring) < 3:
-                where = f" in ring {index}" if len(rings) > 1 else ""
+                where = f" in ring {index}" if len(self.rings) > 1 else ""
                 raise RegionError(
                     f"{name}: expected a polygon of at least 3 points, got {len(ring)}{where}; "
                     "use a box for two corners, or a scribble for a line"
                 )
-        drawn = shapely.polygons([shapely.linearrings(ring) for ring in rings])
-        drawn = polygons_only(shapely.make_valid(drawn))
+        drawn = united([np.array(ring) for ring in self.rings])
         if drawn.area < MIN_AREA:
             raise RegionError(
                 f"{name}: expected a polygon that encloses an area, got {self} that lie on one line; "
@@ -582,10 +579,6 @@ class _Scribble(_Vector):
 
 def _stroke(given: float | None, width: int, height: int) -> float:
     return max(1.0, STROKE * max(width, height)) if given is None else given
-
-
-def _frame(width: int, height: int) -> Any:
-    return shapely.box(0, 0, width, height)
 
 
 def _numbers(values: Any, what: str, count: int) -> tuple[float, ...]:

@@ -1,0 +1,565 @@
+"""Regions: areas are exact for every kind, on any grid, and every wrong region is named in one line."""
+
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+
+from regiongpt.errors import RegionError
+from regiongpt.images import SquareFrame
+from regiongpt.regions import KINDS, Region
+
+settings.register_profile("regions", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("regions")
+
+
+def encode(mask):
+    return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+def uncompressed(mask):
+    flat = np.asarray(mask, bool).T.ravel()
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    return {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
+
+
+@st.composite
+def scenes(draw, kind=None):
+    """A region of any kind that reaches into an image of width x height."""
+    width, height = draw(st.integers(1, 60)), draw(st.integers(1, 60))
+    kind = kind or draw(st.sampled_from(KINDS))
+    x = st.floats(-0.5 * width, 1.5 * width)
+    y = st.floats(-0.5 * height, 1.5 * height)
+    inside = st.tuples(st.floats(0, width), st.floats(0, height))
+    size = st.none() | st.floats(0.3, 30)
+    if kind == "box":
+        (cx, cy), w, h = draw(inside), draw(st.floats(0.1, 50)), draw(st.floats(0.1, 50))
+        return Region.box(cx - w, cy - h, cx + w, cy + h), width, height
+    if kind in ("mask", "rle"):
+        seed = draw(st.integers(0, 10_000))
+        rng = np.random.default_rng(seed)
+        mask = rng.random((height, width)) < rng.choice([0.02, 0.3, 0.9])
+        mask[rng.integers(height), rng.integers(width)] = True
+        if kind == "mask":
+            return Region.mask(mask), width, height
+        return Region.rle(draw(st.sampled_from([encode, uncompressed]))(mask)), width, height
+    if kind == "point":
+        return Region.point(*draw(inside), radius=draw(size)), width, height
+    if kind == "scribble":
+        points = [draw(inside), *draw(st.lists(st.tuples(x, y), max_size=6))]
+        return Region.scribble(points, width=draw(size)), width, height
+    cx, cy = draw(inside)
+    triangle = [(cx - 1, cy - 1), (cx + 1.5, cy - 1), (cx, cy + 2)]  # so that something is always inside
+    rings = draw(st.lists(st.lists(st.tuples(x, y), min_size=3, max_size=9), max_size=3))
+    rings = [ring for ring in rings if len(set(ring)) >= 3]
+    return Region.polygon([triangle, *rings]), width, height
+
+
+ONE_OF_EACH = [
+    Region.box(3.5, 2, 30, 20.25),
+    Region.mask(np.arange(24 * 40).reshape(24, 40) % 7 == 0),
+    Region.polygon([[[1, 1], [30, 2], [20, 22]], [[25, 3], [39, 3], [39, 12]]]),
+    Region.rle(encode(np.arange(24 * 40).reshape(24, 40) % 5 == 0)),
+    Region.point(12.5, 9, radius=4),
+    Region.scribble([[2, 2], [30, 12], [8, 20]], width=3),
+]
+
+
+# --- areas -----------------------------------------------------------------------------------------------------------
+
+
+@given(scenes(), st.integers(1, 30), st.integers(1, 30))
+def test_coverage_of_a_padded_grid_adds_up_to_the_area(scene, grid_h, grid_w):
+    region, width, height = scene
+    frame = SquareFrame(width, height)
+    coverage = region.coverage(*frame.edges(grid_h, grid_w), width, height)
+    assert coverage.shape == (grid_h, grid_w)
+    assert coverage.dtype == np.float32
+    assert coverage.min() >= 0
+    assert coverage.sum(dtype=float) == pytest.approx(region.area(width, height), rel=1e-4)
+    cell = frame.side**2 / grid_h / grid_w
+    assert coverage.max() <= cell * (1 + 1e-5)
+    weights = region.pool_weights(frame, grid_h, grid_w)
+    assert weights.sum(dtype=float) == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(weights * region.area(width, height), coverage, rtol=1e-4, atol=1e-4)
+
+
+@given(scenes(), st.data())
+def test_coverage_on_uneven_and_partial_grids(scene, data):
+    """Cells of a grid that covers only part of the image hold what a fine grid finds there."""
+    region, width, height = scene
+    lines = st.lists(st.floats(-20, 80).map(lambda v: round(v, 3)), min_size=2, max_size=6, unique=True).map(sorted)
+    y_edges, x_edges = np.array(data.draw(lines)), np.array(data.draw(lines))
+    coverage = region.coverage(y_edges, x_edges, width, height)
+    fine_y = np.unique(np.concatenate([y_edges, np.arange(-20, 81)]))
+    fine_x = np.unique(np.concatenate([x_edges, np.arange(-20, 81)]))
+    fine = region.coverage(fine_y, fine_x, width, height).astype(float)
+    for row in range(len(y_edges) - 1):
+        for column in range(len(x_edges) - 1):
+            rows = (fine_y[:-1] >= y_edges[row]) & (fine_y[:-1] < y_edges[row + 1])
+            columns = (fine_x[:-1] >= x_edges[column]) & (fine_x[:-1] < x_edges[column + 1])
+            assert coverage[row, column] == pytest.approx(fine[np.ix_(rows, columns)].sum(), abs=1e-3, rel=1e-4)
+
+
+@given(scenes(), st.integers(1, 5), st.integers(1, 5))
+def test_every_cell_agrees_with_shapely(scene, grid_h, grid_w):
+    region, width, height = scene
+    geometry = region.geometry(width, height)
+    if geometry is None:
+        pixels = region.to_mask(width, height)
+        geometry = shapely.union_all([shapely.box(x, y, x + 1, y + 1) for y, x in np.argwhere(pixels)])
+    y_edges, x_edges = SquareFrame(width, height).edges(grid_h, grid_w)
+    left, top = np.meshgrid(x_edges[:-1], y_edges[:-1])
+    right, bottom = np.meshgrid(x_edges[1:], y_edges[1:])
+    cells = shapely.area(shapely.intersection(shapely.box(left, top, right, bottom), geometry))
+    np.testing.assert_allclose(region.coverage(y_edges, x_edges, width, height), cells, rtol=1e-4, atol=1e-4)
+
+
+@given(scenes())
+def test_bounds_hold_all_the_area(scene):
+    region, width, height = scene
+    x0, y0, x1, y1 = region.bounds(width, height)
+    assert 0 <= x0 < x1 <= width
+    assert 0 <= y0 < y1 <= height
+    inside = region.coverage([y0, y1], [x0, x1], width, height)
+    assert inside[0, 0] == pytest.approx(region.area(width, height), rel=1e-4)
+
+
+@given(scenes())
+def test_pixels_agree_with_the_area_of_each_pixel(scene):
+    """A pixel that is wholly inside is set, one wholly outside is not, and the mask is never empty."""
+    region, width, height = scene
+    mask = region.to_mask(width, height)
+    pixels = region.coverage(np.arange(height + 1), np.arange(width + 1), width, height)
+    assert mask.shape == (height, width)
+    assert mask.dtype == np.bool_
+    assert mask.any()
+    assert mask[pixels > 1 - 1e-5].all()
+    assert not mask[pixels == 0].any()
+
+
+@pytest.mark.parametrize("make", [Region.mask, lambda mask: Region.rle(encode(mask))])
+@pytest.mark.parametrize("grid", [(24, 24), (56, 56), (96, 96)])
+def test_one_pixel_of_a_large_image_keeps_its_weight(make, grid):
+    mask = np.zeros((3000, 4000), bool)
+    mask[1234, 2345] = True
+    weights = make(mask).pool_weights(SquareFrame(4000, 3000), *grid)
+    assert np.isfinite(weights).all()
+    row, column = int((1234.5 + 500) * grid[0] / 4000), int(2345.5 * grid[1] / 4000)
+    assert weights[row, column] == pytest.approx(1, abs=1e-6)
+    assert weights.sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_one_pixel_as_vectors_of_a_large_image():
+    frame = SquareFrame(4000, 3000)
+    box = Region.box(2345, 1234, 2346, 1235)
+    ring = Region.polygon([2345, 1234, 2346, 1234, 2346, 1235, 2345, 1235])
+    for region in (box, ring, Region.point(2345.5, 1234.5, radius=0.5)):
+        weights = region.pool_weights(frame, 96, 96)
+        assert weights[int(1734.5 * 96 / 4000), int(2345.5 * 96 / 4000)] == pytest.approx(1, abs=1e-6)
+    assert box.area(4000, 3000) == ring.area(4000, 3000) == 1
+
+
+# --- hand-written 4 x 4 ----------------------------------------------------------------------------------------------
+
+L_SHAPE = np.array(
+    [
+        [1, 0, 0, 0],
+        [1, 0, 0, 0],
+        [1, 1, 1, 0],
+        [0, 0, 0, 0],
+    ],
+    bool,
+)
+
+
+def test_mask_by_hand():
+    region = Region.mask(L_SHAPE)
+    assert region.area(4, 4) == 5
+    assert region.bounds(4, 4) == (0, 0, 3, 3)
+    np.testing.assert_array_equal(region.coverage([0, 2, 4], [0, 2, 4], 4, 4), [[2, 0], [2, 1]])
+    np.testing.assert_allclose(region.coverage([0.5, 2.5, 3.5], [0.5, 1.5, 9], 4, 4), [[1.25, 0.75], [0.5, 0.75]])
+    np.testing.assert_array_equal(region.to_mask(4, 4), L_SHAPE)
+    np.testing.assert_array_equal(region.flip(4).to_mask(4, 4), L_SHAPE[:, ::-1])
+    np.testing.assert_array_equal(region.crop(1, 1, 4, 4, 4, 4).to_mask(3, 3), L_SHAPE[1:, 1:])
+    assert region.crop(1, 0, 4, 2, 4, 4) is None
+
+
+def test_polygon_by_hand():
+    region = Region.polygon([[0, 0], [1, 0], [1, 2], [3, 2], [3, 3], [0, 3]])
+    assert region.area(4, 4) == 5
+    np.testing.assert_allclose(region.coverage([0, 2, 4], [0, 2, 4], 4, 4), [[2, 0], [2, 1]], atol=1e-6)
+    np.testing.assert_array_equal(region.to_mask(4, 4), L_SHAPE)
+    triangle = Region.polygon([[0, 0], [4, 0], [0, 4]])
+    np.testing.assert_allclose(triangle.coverage([0, 2, 4], [0, 2, 4], 4, 4), [[4, 2], [2, 0]], atol=1e-6)
+
+
+def test_box_by_hand():
+    region = Region.box(0.5, 1, 3, 2.5)
+    assert region.area(4, 4) == 3.75
+    np.testing.assert_allclose(region.coverage([0, 2, 4], [0, 2, 4], 4, 4), [[1.5, 1], [0.75, 0.5]])
+    expected = np.zeros((4, 4), bool)
+    expected[1:2, 0:3] = True  # the third row's centres lie on the lower edge, which is outside
+    np.testing.assert_array_equal(region.to_mask(4, 4), expected)
+
+
+def test_to_mask_of_a_sliver_is_the_pixel_it_covers_most():
+    mask = Region.box(1.6, 2.1, 2.2, 2.3).to_mask(4, 4)
+    assert np.argwhere(mask).tolist() == [[2, 1]]
+
+
+def test_padding_rows_get_no_weight():
+    weights = Region.box(0, 0, 4, 2).pool_weights(SquareFrame(4, 2), 4, 4)
+    np.testing.assert_array_equal(weights, np.array([[0] * 4, [1] * 4, [1] * 4, [0] * 4]) / 8)
+
+
+# --- polygons --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("points", "area"),
+    [
+        ([[0, 0], [10, 10], [10, 0], [0, 10]], 50),  # a bow tie: both wings
+        ([[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]], 100),  # closed by hand
+        ([[0, 0], [0, 10], [10, 10], [10, 0]], 100),  # the other way round
+        ([0, 0, 10, 0, 10, 10, 0, 10], 100),
+        ([[0, 0, 10, 0, 10, 10, 0, 10]], 100),  # COCO's segmentation
+        ([[[0, 0], [4, 0], [4, 4]], [[5, 5], [9, 5], [9, 9]]], 16),
+        ([[[0, 0], [6, 0], [6, 6], [0, 6]], [[3, 0], [9, 0], [9, 6], [3, 6]]], 54),  # overlapping rings count once
+        ([[0, 0, 4, 0, 4, 4], [[5, 5], [9, 5], [9, 9]]], 16),  # both notations
+        ([[-5, -5], [5, -5], [5, 5], [-5, 5]], 25),
+        ([[0, 0], [5, 0], [5, 5], [5, 0], [10, 0], [10, -9]], 0),
+        ([[0, 0], [10, 0], [10, 10], [0, 10], [0, 0], [3, 3], [3, 6], [6, 6], [6, 3], [3, 3]], 91),  # a hole by a seam
+    ],
+)
+def test_polygon_notations_and_knots(points, area):
+    region = Region.polygon(points)
+    if area == 0:
+        with pytest.raises(RegionError):
+            region.area(10, 10)
+        return
+    assert region.area(10, 10) == pytest.approx(area)
+    assert region.coverage([0, 3.3, 10], [0, 2.2, 7, 10], 10, 10).sum() == pytest.approx(area, rel=1e-5)
+    assert region.to_mask(10, 10).sum() == pytest.approx(area, abs=10)
+
+
+def test_polygon_takes_arrays_and_agrees_with_pycocotools():
+    points = np.array([[3.0, 4.0], [60.0, 9.0], [41.0, 70.0], [8.0, 50.0]])
+    region = Region.polygon(points)
+    theirs = coco_mask.decode(coco_mask.frPyObjects([points.ravel().tolist()], 80, 64))[..., 0].astype(bool)
+    ours = region.to_mask(64, 80)
+    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.95
+    assert region == Region.polygon(points.tolist()) == Region.polygon(points.ravel())
+
+
+# --- points and scribbles --------------------------------------------------------------------------------------------
+
+
+def test_default_sizes_grow_with_the_image():
+    assert Region.point(500, 500).area(1000, 2000) == pytest.approx(math.pi * 30**2, rel=1e-3)
+    assert Region.point(5, 5).area(10, 10) == pytest.approx(math.pi, rel=1e-3)
+    assert Region.scribble([[500, 500], [600, 500]]).area(2000, 1000) == pytest.approx(
+        100 * 30 + math.pi * 225, rel=1e-3
+    )
+    assert Region.scribble([[5, 5]]).area(10, 10) == pytest.approx(math.pi / 4, rel=1e-3)
+    assert Region.scribble([[5, 5], [5, 5]]) != Region.scribble([[5, 5]])
+    assert Region.scribble([[5, 5], [5, 5]]).area(10, 10) == Region.scribble([[5, 5]]).area(10, 10)
+
+
+def test_a_scribble_that_crosses_itself_counts_once():
+    cross = Region.scribble([5, 0, 5, 10, 5, 5, 0, 5, 10, 5], width=2)
+    assert cross.area(10, 10) == pytest.approx(36, rel=0.01)
+
+
+# --- run-length encoding ---------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 999), st.sampled_from([0.02, 0.5, 0.98]))
+def test_rle_decodes_as_pycocotools_does(height, width, seed, share):
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    mask[0, 0] = True
+    coded = encode(mask)
+    text = {"size": coded["size"], "counts": coded["counts"].decode()}
+    for rle in (coded, text, uncompressed(mask)):
+        np.testing.assert_array_equal(Region.rle(rle).to_mask(width, height), mask)
+    assert Region.rle(coded) == Region.rle(text) == Region.rle(uncompressed(mask))
+
+
+def test_rle_with_long_runs():
+    mask = np.zeros((1200, 1600), bool)
+    mask[300:900, 400:1500] = True
+    mask[700, 20] = True
+    region = Region.rle(encode(mask))
+    assert region.area(1600, 1200) == mask.sum()
+    assert region.bounds(1600, 1200) == (20, 300, 1500, 900)
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ("", "cut short"),
+        ("x~y", "characters"),
+        ("é", "characters"),
+        (b"\x00\x01", "characters"),
+        ("04P", "cut short"),
+        ("PPPPPPPPPPPP0", "long run"),
+        ("0?", "add up to 15 pixels, not 16"),
+        ("17O", "negative"),
+        ([4, 4], "add up to 8 pixels, not 16"),
+        ([4, 4, 9], "add up to 17 pixels, not 16"),
+        ([20, -4], "within 0..16"),
+        ([8.5, 7.5], "whole numbers"),
+        (["8", "8"], "whole numbers"),
+        ([], "add up to 0"),
+    ],
+)
+def test_malformed_rle_is_named(counts, says):
+    region = Region.rle({"size": [4, 4], "counts": counts})
+    with pytest.raises(RegionError, match=f"^<region2>: expected COCO RLE of 4 x 4 .*{says}") as caught:
+        region.check(4, 4, "<region2>")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rle",
+    [
+        "0A",
+        {"counts": "04"},
+        {"size": [4, 4]},
+        {"size": [4, 4], "counts": 7},
+        {"size": [4], "counts": "04"},
+        {"size": [4, "4"], "counts": "04"},
+        {"size": [0, 4], "counts": "0"},
+        {"size": [10**6, 10**6], "counts": "0"},
+        {"size": None, "counts": "0"},
+    ],
+)
+def test_rle_of_another_form(rle):
+    with pytest.raises(RegionError, match=r"region: expected RLE like \{\"size\": \[H, W\]"):
+        Region.rle(rle)
+
+
+# --- wrong regions ---------------------------------------------------------------------------------------------------
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("region", "says"),
+    [
+        (Region.box(20, 5, 10, 15), "x0 < x1 and y0 < y1, got box (20, 5, 10, 15), which is inverted"),
+        (Region.box(10, 15, 20, 5), "inverted"),
+        (Region.box(10, 5, 10, 15), "empty"),
+        (Region.box(10, 5, 20, 5), "empty"),
+        (Region.box(NAN, 5, 20, 15), "finite"),
+        (Region.box(0, 5, INF, 15), "finite"),
+        (Region.box(100, 5, 120, 15), "covers nothing of the image of 40 x 24 pixels"),
+        (Region.box(-9, -9, 0, 24), "covers nothing"),
+        (Region.box(40, 0, 41, 24), "covers nothing"),
+        (Region.box(1, 1, 1 + 1e-9, 2), "covers nothing"),
+        (Region.polygon([[1, 1], [5, 5]]), "at least 3 points, got 2"),
+        (Region.polygon([[1, 1], [5, 5], [1, 1]]), "encloses an area"),
+        (Region.polygon([[1, 1], [5, 5], [9, 9]]), "encloses an area"),
+        (Region.polygon([[1, 1, 9, 1, 5, 5], [1, 1, 2, 2]]), "got 2 in ring 2"),
+        (Region.polygon([[1, 1], [5, NAN], [9, 1]]), "finite coordinates in pixels, got nan"),
+        (Region.polygon([[1, 1], [5, 1e300], [9, 1]]), "finite coordinates in pixels, got 1e+300"),
+        (Region.polygon([[50, 50], [60, 50], [60, 60]]), "covers nothing"),
+        (Region.point(NAN, 3), "finite"),
+        (Region.point(60, 3), "covers nothing"),
+        (Region.point(3, 3, radius=0), "radius above 0 pixels, got 0"),
+        (Region.point(3, 3, radius=-2), "radius above 0 pixels, got -2"),
+        (Region.point(3, 3, radius=NAN), "finite"),
+        (Region.scribble([[3, INF], [1, 2]]), "finite"),
+        (Region.scribble([[3, 3], [4, 4]], width=0), "width above 0"),
+        (Region.scribble([[100, 100], [120, 120]]), "covers nothing"),
+        (Region.mask(np.zeros((24, 40), bool)), "at least one set pixel"),
+        (Region.mask(np.ones((40, 24), bool)), "40 x 24 pixels (W x H), got 24 x 40"),
+        (Region.mask(np.zeros((0, 0), bool)), "got 0 x 0"),
+        (Region.rle(encode(np.zeros((24, 40)))), "at least one set pixel"),
+        (Region.rle(encode(np.ones((12, 20)))), "40 x 24 pixels (W x H), got 20 x 12"),
+    ],
+)
+def test_wrong_regions_are_named_in_one_line(region, says):
+    with pytest.raises(RegionError) as caught:
+        region.check(40, 24, name="<region3>")
+    message = str(caught.value)
+    assert message.startswith("<region3>: ")
+    assert says in message
+    assert "expected" in message
+    assert "\n" not in message
+    for use in (region.area, region.bounds, region.to_mask, region.geometry):
+        with pytest.raises(RegionError):
+            use(40, 24)
+    with pytest.raises(RegionError):
+        region.pool_weights(SquareFrame(40, 24), 7, 7)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Region.box("a", 1, 2, 3),
+        lambda: Region.box(None, 1, 2, 3),
+        lambda: Region.polygon([]),
+        lambda: Region.polygon([1, 2, 3, 4, 5]),
+        lambda: Region.polygon([[1, 2, 3], [4, 5, 6]]),
+        lambda: Region.polygon([[1, 2], [3]]),
+        lambda: Region.polygon([["a", "b"], ["c", "d"], ["e", "f"]]),
+        lambda: Region.polygon(np.zeros((2, 3, 4, 5))),
+        lambda: Region.scribble([]),
+        lambda: Region.scribble([1, 2, 3]),
+        lambda: Region.point("x", 2),
+        lambda: Region.point(1, 2, radius="big"),
+        lambda: Region.mask(np.zeros((4, 4, 1), bool)),
+        lambda: Region.mask(np.array([[0, 1, 2]])),
+        lambda: Region.mask(np.array([[0, -1]])),
+        lambda: Region.mask(np.array([[0.0, 1.0]])),
+        lambda: Region.mask([["a"]]),
+    ],
+)
+def test_what_cannot_be_a_region_is_refused_at_once(make):
+    with pytest.raises(RegionError, match=r"^region: expected") as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_masks_of_numbers():
+    for values in (np.array([[0, 1]]), np.array([[0, 255]], np.uint8), [[False, True]], [[0, 1]]):
+        assert Region.mask(values) == Region.mask(np.array([[False, True]]))
+
+
+def test_check_returns_the_region_and_clips_without_changing_it():
+    region = Region.box(-10, -10, 20, 12)
+    assert region.check(40, 24) is region
+    assert region.area(40, 24) == 240
+    assert region.to_dict() == {"box": [-10, -10, 20, 12]}
+
+
+def test_a_mask_does_not_follow_changes_to_the_array_it_came_from():
+    mask = np.ones((4, 4), bool)
+    region = Region.mask(mask)
+    mask[:] = False
+    assert region.area(4, 4) == 16
+
+
+# --- flip and crop ---------------------------------------------------------------------------------------------------
+
+
+@given(scenes(), st.integers(1, 12), st.integers(1, 12))
+def test_flip_mirrors_the_coverage(scene, grid_h, grid_w):
+    region, width, height = scene
+    y_edges, x_edges = np.linspace(0, height, grid_h + 1), np.linspace(0, width, grid_w + 1)
+    mirrored = region.flip(width)
+    assert mirrored.kind == region.kind
+    np.testing.assert_allclose(
+        mirrored.coverage(y_edges, x_edges, width, height),
+        region.coverage(y_edges, x_edges, width, height)[:, ::-1],
+        atol=1e-3,
+    )
+
+
+@given(scenes(), st.data())
+def test_crop_keeps_exactly_what_is_inside(scene, data):
+    region, width, height = scene
+    x0, y0 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    x1, y1 = data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height))
+    y_edges, x_edges = np.linspace(y0, y1, 6), np.linspace(x0, x1, 5)
+    before = region.coverage(y_edges, x_edges, width, height)
+    cropped = region.crop(x0, y0, x1, y1, width, height)
+    if cropped is None:
+        assert before.sum() < 2e-3
+        return
+    assert cropped.kind == region.kind
+    after = cropped.coverage(y_edges - y0, x_edges - x0, x1 - x0, y1 - y0)
+    np.testing.assert_allclose(after, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 0, 4), (-1, 0, 4, 4), (0, 0, 41, 4), (0, 3, 4, 2)])
+def test_crops_beyond_the_image_are_a_bug_of_the_caller(crop):
+    with pytest.raises(ValueError, match="crop"):
+        Region.box(0, 0, 4, 4).crop(*crop, 40, 24)
+
+
+def test_flipping_a_mask_of_another_width():
+    with pytest.raises(RegionError, match="9 x 24 pixels"):
+        ONE_OF_EACH[1].flip(9)
+
+
+# --- json, drawing ---------------------------------------------------------------------------------------------------
+
+
+@given(scenes())
+def test_json_round_trip(scene):
+    region, width, height = scene
+    again = Region.from_dict(json.loads(json.dumps(region.to_dict())))
+    assert again == region
+    assert hash(again) == hash(region)
+    assert again.kind == region.kind
+    assert again.area(width, height) == region.area(width, height)
+    assert pickle.loads(pickle.dumps(region)) == region
+
+
+def test_dicts_as_written():
+    assert ONE_OF_EACH[0].to_dict() == {"box": [3.5, 2, 30, 20.25]}
+    assert Region.point(1, 2).to_dict() == {"point": [1, 2], "radius": None}
+    assert Region.scribble([1, 2, 3, 4], 5).to_dict() == {"scribble": [[1, 2], [3, 4]], "width": 5}
+    assert Region.polygon([0, 0, 4, 0, 0, 4]).to_dict() == {"polygon": [[[0, 0], [4, 0], [0, 4]]]}
+    assert Region.mask(L_SHAPE).to_dict()["mask"]["size"] == [4, 4]
+    assert Region.from_dict({"point": [1, 2]}) == Region.point(1, 2)
+    assert Region.from_dict({"polygon": [0, 0, 4, 0, 0, 4]}) == Region.polygon([0, 0, 4, 0, 0, 4])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [1, 2, 3, 4],
+        {},
+        {"circle": [1, 2]},
+        {"box": [1, 2, 3]},
+        {"box": 5},
+        {"box": None},
+        {"box": "1,2,3,4"},
+        {"box": [1, 2, 3, 4], "radius": 3},
+        {"box": [1, 2, 3, 4], "point": [1, 2]},
+        {"point": [1, 2, 3]},
+        {"point": [1, 2], "radius": [1]},
+        {"polygon": 3},
+        {"polygon": "abcdef"},
+        {"polygon": None},
+        {"scribble": {}},
+        {"rle": {"size": [4, 4]}},
+        {"mask": [[0, 1]]},
+        {"mask": {"size": [4, 4], "counts": "0"}},
+    ],
+)
+def test_objects_that_are_no_region(data):
+    with pytest.raises(RegionError, match=r"^<region4>: expected") as caught:
+        Region.from_dict(data, name="<region4>")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("region", ONE_OF_EACH, ids=KINDS)
+def test_geometry_for_drawing(region):
+    geometry = region.geometry(40, 24)
+    if region.kind in ("mask", "rle"):
+        assert geometry is None
+    else:
+        assert geometry.is_valid
+        assert geometry.area == pytest.approx(region.area(40, 24))
+
+
+@pytest.mark.parametrize("region", ONE_OF_EACH, ids=KINDS)
+def test_regions_are_immutable_and_print_short(region):
+    with pytest.raises(AttributeError):
+        region.kind_of_thing = 1
+    with pytest.raises(AttributeError):
+        region.x0 = 1
+    assert region.kind in str(region)
+    assert len(str(region)) < 80
