@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
+from transformers import AutoProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import SquareFrame
@@ -201,7 +201,7 @@ def test_region_outside_the_image_is_named(processor: RegionGPTProcessor, photo:
     ("messages", "message"),
     [
         (chat(" \n"), "message 1 of 1: expected a question, got an empty one"),
-        (chat("Hello", "", "More"), "message 2 of 3: expected a answer"),
+        (chat("Hello", "", "More"), "message 2 of 3: expected an answer"),
         (chat("<image>\n"), "expected a question, got an empty one"),
         ([], "expected a conversation with a question"),
         (chat("Hello", "Hi")[1:], "expected role system or user, got 'assistant'"),
@@ -213,7 +213,7 @@ def test_region_outside_the_image_is_named(processor: RegionGPTProcessor, photo:
     ],
 )
 def test_bad_conversations(processor: RegionGPTProcessor, messages: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message.replace("a answer", "an? answer")):
+    with pytest.raises(DataError, match=message):
         processor.encode_conversation(messages, add_generation_prompt=True)
 
 
@@ -390,6 +390,7 @@ def test_saved_and_loaded_it_does_the_same(family: str, tmp_path: Any, photo: Im
     assert processor.stop_token_ids
     processor.save_pretrained(tmp_path)
     loaded = RegionGPTProcessor.from_pretrained(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is RegionGPTProcessor
     assert type(loaded.image_processor) is SiglipImageProcessorPil
     assert loaded.to_dict() == processor.to_dict()
     assert loaded.stop_token_ids == processor.stop_token_ids

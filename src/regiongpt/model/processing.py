@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, R regions, K region placeholders in a text, S side of
 
 import re
 import warnings
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -19,21 +18,16 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import SquareFrame, load_image
+from regiongpt.model.conversations import Messages, Spans, check_turns, control_pattern, expand_regions, images_in
 from regiongpt.prompts import (
     CHAT_TEMPLATES,
     CONTROL_TOKENS,
     IMAGE_TOKEN,
-    PLACEHOLDER,
     REGION_TOKEN,
     check_placeholders,
-    placeholder_number,
-    placeholders,
     template_family,
 )
 from regiongpt.regions import Region
-
-Messages = Sequence[Mapping[str, Any]]
-Spans = list[tuple[int, int]]
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -380,7 +374,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         if not tokenize:
             return [text for text, _ in rendered] if batched else rendered[0][0]
         if images is None:
-            found = [_images_in(messages) for messages in conversations]
+            found = [images_in(messages) for messages in conversations]
             images = [picture for own in found for picture in own] or None
         batch = self._batch(
             [(text, spans if return_labels or return_assistant_tokens_mask else None) for text, spans in rendered],
@@ -486,55 +480,10 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        """Finds what only the template, and never a person's words, may write."""
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        template = str(self.chat_template)
-        special |= {token for tokens in CONTROL_TOKENS.values() for token in tokens if token in template}
-        breakable = sorted((token for token in special if len(token.strip()) > 1), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, breakable)))
-
-    def _plain(self, text: str) -> str:
-        """Break up control tokens in a person's words with a blank, so that they are read as the words they are."""
-        while self._control.search(text):
-            text = self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-        return text
+        return control_pattern(self.tokenizer, str(self.chat_template))
 
     def _turns(self, messages: Messages, with_image: bool, forgive_beyond: int | None) -> list[dict[str, str]]:
-        """Check the order of turns and make each a string, ``<image>`` before the first question.
-
-        ``forgive_beyond``: placeholders of higher numbers, and malformed ones, are plain text in the assistant's turns.
-        """
-        turns: list[dict[str, str]] = []
-        expected = {"system", "user"}
-        first_question = True
-        for position, message in enumerate(messages, 1):
-            where = f"message {position} of {len(messages)}"
-            role = message.get("role")
-            if role not in expected:
-                raise DataError(f"{where}: expected role {' or '.join(sorted(expected))}, got {role!r}")
-            text, n_images = _content(message.get("content"), where)
-            expected = {"assistant"} if role == "user" else {"user"}
-            if role == "user" and first_question and text.startswith(IMAGE_TOKEN):
-                text, n_images = text.removeprefix(IMAGE_TOKEN), n_images + 1
-            if n_images > (with_image and role == "user" and first_question):
-                raise DataError(f"{where}: expected one image in all, in the first question, got {n_images} here")
-            if not text.strip():
-                kind = {"user": "question", "assistant": "answer"}.get(role, "system prompt")
-                raise DataError(f"{where}: expected a {kind}, got an empty one; write some text")
-            # A trailing blank is kept out because no tokenizer spells it the same way with and without a next word.
-            text = text.strip()
-            if role == "assistant" and forgive_beyond is not None:
-                text = PLACEHOLDER.sub(lambda match: _forgiven(match, forgive_beyond), text)
-            elif PLACEHOLDER.search(text):
-                placeholders(text)  # a malformed one is an error, not a control token to be broken up
-            text = self._plain(text)
-            if role == "user" and first_question:
-                text = f"{IMAGE_TOKEN}\n{text}" if with_image else text
-                first_question = False
-            turns.append({"role": role, "content": text})
-        if not turns or first_question:
-            raise DataError("expected a conversation with a question in it, got none; add a user message")
-        return turns
+        return check_turns(messages, self._control, with_image, forgive_beyond)
 
     def _render(
         self,
@@ -562,29 +511,16 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     def _tokenize(self, text: str, spans: Spans, n_regions: int) -> tuple[list[int], list[int], list[int]]:
         """Expand placeholders and tokenize; returns ids, labels and the region row of each ``<region>`` token."""
-        pieces: list[str] = []
-        region_ids: list[int] = []
-        ends, gains = [0], [0]  # where each placeholder ends in the old text, and characters gained up to there
-        for match in PLACEHOLDER.finditer(text):
-            number = placeholder_number(match)
-            if number > n_regions:
-                check_placeholders(match[0], n_regions)
-            written = self.region_format.replace("{n}", str(number))
-            pieces += text[ends[-1] : match.start()], written
-            gains.append(gains[-1] + len(written) - len(match[0]))
-            ends.append(match.end())
-            region_ids.append(number - 1)
-        pieces.append(text[ends[-1] :])
-        encoding = self.tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
+        text, spans, region_ids = expand_regions(text, spans, self.region_format, n_regions)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoding["input_ids"]
         if ids.count(self.region_token_id) != len(region_ids):
             raise RegionError(
                 f"expected {len(region_ids)} region tokens in the text, got {ids.count(self.region_token_id)}"
             )
-        targets = [tuple(place + gains[bisect_right(ends, place) - 1] for place in span) for span in spans]
         never = {self.region_token_id, self.image_token_id}  # an embedding stands there, which no word can predict
         labels = [
-            token if token not in never and any(start < b and end > a for a, b in targets) else IGNORED
+            token if token not in never and any(start < b and end > a for a, b in spans) else IGNORED
             for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
         ]
         # Expanding the image in ids rather than in text spares the tokenizer some hundred placeholders.
@@ -592,45 +528,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             ids[place : place + 1] = [self.image_token_id] * self.num_image_tokens
             labels[place : place + 1] = [IGNORED] * self.num_image_tokens
         return ids, labels, region_ids
-
-
-def _forgiven(match: re.Match[str], n_regions: int) -> str:
-    """A placeholder of the model's own making: itself if its region exists, else broken up into plain text."""
-    try:
-        known = placeholder_number(match) <= n_regions
-    except RegionError:
-        known = False
-    return match[0] if known else f"< {match[0][1:]}"
-
-
-def _content(content: Any, where: str) -> tuple[str, int]:
-    """Text of a message and how many images it holds, of a string or of transformers' list of parts."""
-    if isinstance(content, str):
-        return content, 0
-    if not isinstance(content, Sequence):
-        raise DataError(f"{where}: expected content as a string or a list of parts, got {type(content).__name__}")
-    texts, n_images = [], 0
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind == "text":
-            texts.append(str(part.get("text", "")))
-        elif kind == "image":
-            n_images += 1
-        else:
-            raise DataError(f"{where}: expected parts of type text or image, got {kind!r}")
-    return "\n".join(texts), n_images
-
-
-def _images_in(messages: Messages) -> list[Any]:
-    """Images carried by the content lists themselves."""
-    return [
-        part[key]
-        for message in messages
-        if not isinstance(message.get("content"), str)
-        for part in message.get("content") or ()
-        for key in ("image", "path", "url")
-        if isinstance(part, Mapping) and part.get("type") == "image" and key in part
-    ]
 
 
 def _flat(images: Any) -> list[Any]:
