@@ -45,19 +45,19 @@ def load_image(source: ImageSource) -> Image.Image:
     else:
         name, image = _open(source)
     _check_size(image.width, image.height, name)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():  # what can be read is read, what cannot be is an error: no third voice
+        warnings.simplefilter("ignore")
+        try:
             image.load()
-    except Exception as error:  # decoders raise nearly every built-in exception on broken data
-        raise DataError(
-            f"{name}: expected a whole image, but decoding it failed ({_one_line(error)}): "
-            "the file is truncated or damaged; get a fresh copy"
-        ) from error
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing about orientation, and the pixels are good
-        image = image.copy()
+        except Exception as error:  # decoders raise nearly every built-in exception on broken data
+            raise DataError(
+                f"{name}: expected a whole image, but decoding it failed ({_one_line(error)}): "
+                "the file is truncated or damaged; get a fresh copy"
+            ) from error
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # damaged EXIF says nothing about orientation, and the pixels are good
+            image = image.copy()
     return _to_rgb(image, name)
 
 

@@ -1,0 +1,285 @@
+"""Images of every usual kind become upright 8-bit RGB; everything else is refused in one line."""
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from regiongpt.errors import DataError
+from regiongpt.images import MAX_PIXELS, SquareFrame, load_image
+
+
+def saved(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def png(width, height, data=b""):
+    """A PNG header that claims a size, with whatever pixels."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def pixel(image, x=0, y=0):
+    assert image.mode == "RGB"
+    return image.getpixel((x, y))
+
+
+def refused(source, *says):
+    with pytest.raises(DataError) as caught:
+        load_image(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in says:
+        assert words in message
+    return message
+
+
+PHOTO = Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_source_gives_the_same_pixels(tmp_path):
+    path = tmp_path / "photo.png"
+    PHOTO.save(path)
+    with open(path, "rb") as file:
+        sources = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), file, Image.open(path)]
+        sources += [PHOTO, np.asarray(PHOTO)]
+        for source in sources:
+            image = load_image(source)
+            assert image.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(PHOTO))
+    path.unlink()
+    image.tobytes()  # no longer depends on the file
+
+
+def test_the_image_passed_in_is_not_changed():
+    image = load_image(PHOTO)
+    image.putpixel((0, 0), (9, 9, 9))
+    assert PHOTO.getpixel((0, 0)) == (0, 1, 2)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]
+    assert pixel(load_image(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))) == (255, 0, 0)
+
+
+# --- kinds of pixels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(orientation):
+    upright = Image.fromarray(np.arange(2 * 3, dtype=np.uint8).reshape(2, 3) * 40).convert("RGB")
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = load_image(saved(stored, exif=exif))
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(upright))
+    np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(upright))
+
+
+@pytest.mark.filterwarnings("error")
+def test_damaged_exif_is_ignored():
+    assert pixel(load_image(saved(PHOTO, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff"))) == (0, 1, 2)
+
+
+def test_grey_bilevel_and_palette():
+    assert pixel(load_image(saved(Image.new("L", (3, 2), 77)))) == (77, 77, 77)
+    assert pixel(load_image(saved(Image.new("1", (3, 2), 1)))) == (255, 255, 255)
+    assert pixel(load_image(saved(Image.new("RGB", (3, 2), (10, 200, 30)).quantize(4)))) == (10, 200, 30)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
+        ("LA", (0, 0), (255, 255, 255)),
+        ("LA", (0, 51), (204, 204, 204)),
+        ("La", (0, 51), (204, 204, 204)),
+        ("RGBa", (0, 0, 0, 51), (204, 204, 204)),
+    ],
+)
+def test_transparency_lies_on_white(mode, colour, expected):
+    assert pixel(load_image(Image.new(mode, (3, 2), colour))) == expected
+
+
+def test_transparent_colours_lie_on_white():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    image = load_image(saved(palette, transparency=1))
+    assert pixel(image, 0) == (255, 0, 0)
+    assert pixel(image, 1) == (255, 255, 255)
+    grey = Image.fromarray(np.array([[0, 90]], np.uint8))
+    image = load_image(saved(grey, transparency=0))
+    assert (pixel(image, 0), pixel(image, 1)) == ((255, 255, 255), (90, 90, 90))
+    colour = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    image = load_image(saved(colour, transparency=(1, 2, 3)))
+    assert (pixel(image, 0), pixel(image, 1)) == ((255, 255, 255), (4, 5, 6))
+
+
+DEEP = np.array([[0, 257, 128 * 257, 65535, 65535 - 257]], np.uint16)
+SHALLOW = [0, 1, 128, 255, 254]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        saved(Image.fromarray(DEEP)),
+        saved(Image.fromarray(DEEP), "TIFF"),
+        Image.fromarray(DEEP),
+        Image.fromarray(DEEP.astype(np.int32)),
+        DEEP,
+        np.repeat(DEEP[..., None], 3, axis=2),
+    ],
+    ids=["png", "tiff", "I;16", "I", "array", "colour array"],
+)
+def test_sixteen_bits_are_scaled_not_clipped(source):
+    assert [pixel(load_image(source), x) for x in range(5)] == [(value,) * 3 for value in SHALLOW]
+
+
+def test_printing_and_other_colour_spaces():
+    red = pixel(load_image(saved(Image.new("CMYK", (3, 2), (0, 255, 255, 0)), "JPEG", quality=100)))
+    assert red[0] > 240
+    assert max(red[1:]) < 15
+    for mode in ("YCbCr", "HSV"):
+        assert load_image(Image.new("RGB", (3, 2), "red").convert(mode)).mode == "RGB"
+
+
+def test_arrays():
+    grey = np.full((2, 3), 9, np.uint8)
+    assert pixel(load_image(grey)) == pixel(load_image(grey[..., None])) == (9, 9, 9)
+    assert pixel(load_image(np.zeros((2, 3, 4), np.uint8))) == (255, 255, 255)
+    assert pixel(load_image(np.arange(18, dtype=np.uint8).reshape(2, 3, 3)[:, ::-1])) == (6, 7, 8)
+    assert load_image(np.zeros((2, 3, 3), np.uint8)).size == (3, 2)
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+def test_missing_folder_empty_and_foreign_files(tmp_path):
+    refused(tmp_path / "none.jpg", str(tmp_path / "none.jpg"), "no such file")
+    refused(str(tmp_path), str(tmp_path), "folder")
+    (tmp_path / "empty.jpg").touch()
+    refused(tmp_path / "empty.jpg", "empty.jpg", "empty file")
+    (tmp_path / "text.jpg").write_text("a cat")
+    refused(tmp_path / "text.jpg", "text.jpg: expected an image", "5 bytes")
+    refused(tmp_path / "text.jpg" / "inner.jpg", "no such file")
+    refused("bad\0name.jpg", "cannot be read")
+    refused(b"", "image bytes")
+    refused(io.StringIO("text"), "binary")
+    refused(42, "got int")
+    refused(None, "got NoneType")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
+def test_truncated_files_are_named(tmp_path, format):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    whole = saved(noise, format)
+    path = tmp_path / f"cut.{format.lower()}"
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    refused(path, str(path), "expected")
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "BMP"]), st.integers(0, 10**6), st.integers(0, 255))
+def test_damaged_files_never_raise_anything_else(format, place, value):
+    data = bytearray(saved(PHOTO, format))
+    data[place % len(data)] = value
+    with contextlib.suppress(DataError):
+        assert load_image(bytes(data)).mode == "RGB"
+
+
+def test_decompression_bombs_are_refused_from_the_header():
+    refused(png(100_000, 100_000), f"{MAX_PIXELS:,}", "scale it down")
+    refused(png(MAX_PIXELS + 1, 1), f"{MAX_PIXELS:,}")
+    refused(png(20_000, 8_000), "truncated")  # within the limit: it fails on its pixels, not on its size
+
+
+def test_the_limit_holds_when_pillow_has_none(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    refused(png(100_000, 100_000), "got 100000 x 100000 = 10,000,000,000")
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_images_within_the_limit_do_not_warn():
+    refused(png(12_000, 8_000), "truncated")
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.ones((4, 4, 3)), "white may be 1 or 255"),
+        (np.ones((4, 4, 3), np.float32), "white may be 1 or 255"),
+        (np.ones((4, 4), bool), "dtype bool"),
+        (np.ones((4, 4, 3), np.int64), "dtype int64"),
+        (np.zeros((3, 4, 5), np.uint8), "(3, 4, 5); put the channels last"),
+        (np.zeros((1, 4, 4, 3), np.uint8), "one image a call"),
+        (np.zeros(4, np.uint8), "shape (4,)"),
+        (np.zeros((0, 4, 3), np.uint8), "at least one pixel"),
+    ],
+)
+def test_ambiguous_arrays_are_refused(array, says):
+    refused(array, "image array", says)
+
+
+def test_pixels_of_unknown_range_are_refused():
+    refused(Image.new("F", (3, 2), 0.5), "floating point")
+    refused(Image.new("I", (3, 2), 70_000), "values 70000..70000")
+    refused(Image.new("I", (3, 2), -1), "-1")
+    refused(Image.new("RGB", (0, 3)), "at least 1 x 1")
+
+
+# --- the square frame ------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_the_frame_moves_image_and_grid_together(width, height):
+    """The square lines of a grid with one cell a pixel cut the image at its own pixels."""
+    frame = SquareFrame(width, height)
+    image = Image.new("RGB", (width, height), "white")
+    square = np.asarray(frame.pad(image, (1, 2, 3)))
+    assert square.shape == (frame.side, frame.side, 3)
+    y_edges, x_edges = frame.edges(frame.side, frame.side)
+    rows = (y_edges[:-1] >= 0) & (y_edges[1:] <= height)
+    columns = (x_edges[:-1] >= 0) & (x_edges[1:] <= width)
+    np.testing.assert_array_equal(np.logical_and.outer(rows, columns), (square == 255).all(axis=2))
+    assert (square[~rows] == (1, 2, 3)).all()
+    assert rows.sum() == height
+    assert columns.sum() == width
+
+
+def test_frame_by_hand():
+    frame = SquareFrame(6, 3)
+    assert (frame.side, frame.offset_x, frame.offset_y) == (6, 0, 1)
+    y_edges, x_edges = frame.edges(2, 3)
+    assert y_edges.tolist() == [-1, 2, 5]
+    assert x_edges.tolist() == [0, 2, 4, 6]
+    with pytest.raises(ValueError, match="6 x 3"):
+        frame.pad(Image.new("RGB", (3, 6)))
+    with pytest.raises(DataError, match="0 x 3"):
+        SquareFrame(0, 3)
