@@ -15,6 +15,9 @@ from regiongpt.errors import DataError
 from regiongpt.images import MAX_PIXELS, SquareFrame, load_image
 
 
+repeatable = settings(deadline=None, max_examples=60, derandomize=True)
+
+
 def saved(image, format="PNG", **options):
     file = io.BytesIO()
     image.save(file, format, **options)
@@ -205,7 +208,7 @@ def test_truncated_files_are_named(tmp_path, format):
     refused(path, str(path), "expected")
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@repeatable
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "BMP"]), st.integers(0, 10**6), st.integers(0, 255))
 def test_damaged_files_never_raise_anything_else(format, place, value):
     data = bytearray(saved(PHOTO, format))
@@ -257,6 +260,7 @@ def test_pixels_of_unknown_range_are_refused():
 # --- the square frame ------------------------------------------------------------------------------------------------
 
 
+@repeatable
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_the_frame_moves_image_and_grid_together(width, height):
     """The square lines of a grid with one cell a pixel cut the image at its own pixels."""

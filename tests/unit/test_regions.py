@@ -15,8 +15,7 @@ from regiongpt.errors import RegionError
 from regiongpt.images import SquareFrame
 from regiongpt.regions import KINDS, Region
 
-settings.register_profile("regions", deadline=None, max_examples=40, derandomize=True)
-settings.load_profile("regions")
+repeatable = settings(deadline=None, max_examples=40, derandomize=True)
 
 
 def encode(mask):
@@ -75,6 +74,7 @@ ONE_OF_EACH = [
 # --- areas -----------------------------------------------------------------------------------------------------------
 
 
+@repeatable
 @given(scenes(), st.integers(1, 30), st.integers(1, 30))
 def test_coverage_of_a_padded_grid_adds_up_to_the_area(scene, grid_h, grid_w):
     region, width, height = scene
@@ -91,6 +91,7 @@ def test_coverage_of_a_padded_grid_adds_up_to_the_area(scene, grid_h, grid_w):
     np.testing.assert_allclose(weights * region.area(width, height), coverage, rtol=1e-4, atol=1e-4)
 
 
+@repeatable
 @given(scenes(), st.data())
 def test_coverage_on_uneven_and_partial_grids(scene, data):
     """Cells of a grid that covers only part of the image hold what a fine grid finds there."""
@@ -108,6 +109,7 @@ def test_coverage_on_uneven_and_partial_grids(scene, data):
             assert coverage[row, column] == pytest.approx(fine[np.ix_(rows, columns)].sum(), abs=1e-3, rel=1e-4)
 
 
+@repeatable
 @given(scenes(), st.integers(1, 5), st.integers(1, 5))
 def test_every_cell_agrees_with_shapely(scene, grid_h, grid_w):
     region, width, height = scene
@@ -122,6 +124,7 @@ def test_every_cell_agrees_with_shapely(scene, grid_h, grid_w):
     np.testing.assert_allclose(region.coverage(y_edges, x_edges, width, height), cells, rtol=1e-4, atol=1e-4)
 
 
+@repeatable
 @given(scenes())
 def test_bounds_hold_all_the_area(scene):
     region, width, height = scene
@@ -132,6 +135,7 @@ def test_bounds_hold_all_the_area(scene):
     assert inside[0, 0] == pytest.approx(region.area(width, height), rel=1e-4)
 
 
+@repeatable
 @given(scenes())
 def test_pixels_agree_with_the_area_of_each_pixel(scene):
     """A pixel that is wholly inside is set, one wholly outside is not, and the mask is never empty."""
@@ -281,6 +285,7 @@ def test_a_scribble_that_crosses_itself_counts_once():
 # --- run-length encoding ---------------------------------------------------------------------------------------------
 
 
+@repeatable
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 999), st.sampled_from([0.02, 0.5, 0.98]))
 def test_rle_decodes_as_pycocotools_does(height, width, seed, share):
     mask = np.random.default_rng(seed).random((height, width)) < share
@@ -451,6 +456,7 @@ def test_a_mask_does_not_follow_changes_to_the_array_it_came_from():
 # --- flip and crop ---------------------------------------------------------------------------------------------------
 
 
+@repeatable
 @given(scenes(), st.integers(1, 12), st.integers(1, 12))
 def test_flip_mirrors_the_coverage(scene, grid_h, grid_w):
     region, width, height = scene
@@ -464,6 +470,7 @@ def test_flip_mirrors_the_coverage(scene, grid_h, grid_w):
     )
 
 
+@repeatable
 @given(scenes(), st.data())
 def test_crop_keeps_exactly_what_is_inside(scene, data):
     region, width, height = scene
@@ -494,6 +501,7 @@ def test_flipping_a_mask_of_another_width():
 # --- json, drawing ---------------------------------------------------------------------------------------------------
 
 
+@repeatable
 @given(scenes())
 def test_json_round_trip(scene):
     region, width, height = scene
