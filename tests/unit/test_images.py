@@ -14,7 +14,6 @@ from PIL import Image
 from regiongpt.errors import DataError
 from regiongpt.images import MAX_PIXELS, SquareFrame, load_image
 
-
 repeatable = settings(deadline=None, max_examples=60, derandomize=True)
 
 
