@@ -1,0 +1,42 @@
+"""Asking a trained model about regions: the predictor, and pictures of what was asked.
+
+The names below are imported on first use: drawing needs no torch, and the command line must start fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "Answer": "engine",
+    "Classified": "predictor",
+    "Conversation": "conversation",
+    "Located": "predictor",
+    "RegionPredictor": "predictor",
+    "contact_sheet": "drawing",
+    "draw_regions": "drawing",
+    "pick_device": "engine",
+    "pick_dtype": "engine",
+}
+__all__ = [
+    "Answer",
+    "Classified",
+    "Conversation",
+    "Located",
+    "RegionPredictor",
+    "contact_sheet",
+    "draw_regions",
+    "pick_device",
+    "pick_dtype",
+]
+
+if TYPE_CHECKING:
+    from regiongpt.inference.conversation import Conversation
+    from regiongpt.inference.drawing import contact_sheet, draw_regions
+    from regiongpt.inference.engine import Answer, pick_device, pick_dtype
+    from regiongpt.inference.predictor import Classified, Located, RegionPredictor
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'regiongpt.inference' has no attribute '{name}'; it has {', '.join(__all__)}")
+    return getattr(import_module(f"regiongpt.inference.{_HOMES[name]}"), name)

@@ -1,0 +1,305 @@
+"""Pictures of what was asked: regions outlined, numbered and captioned on their photograph.
+
+Works on Pillow, numpy and the regions' own geometry alone, so it needs no plotting library and no font files.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import shapely
+from PIL import Image, ImageDraw, ImageFont
+
+from regiongpt.errors import ConfigError
+from regiongpt.images import load_image
+from regiongpt.regions import Region
+
+Colour = tuple[int, int, int]
+
+# Okabe and Ito's palette, which people with every kind of colour vision can tell apart, in the order that keeps
+# neighbours furthest apart. Numbers, not colours, carry the meaning: from the eighth region on, colours repeat.
+COLOURS: tuple[Colour, ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (213, 94, 0),
+    (204, 121, 167),
+    (0, 114, 178),
+    (240, 228, 66),
+)
+MIN_SIDE = 640  # photographs smaller than this are enlarged, or neither outline nor number could be read
+FILL_OPACITY = 0.15
+INK: Colour = (33, 33, 33)
+PAPER: Colour = (255, 255, 255)
+
+
+def draw_regions(
+    image: Any, regions: Sequence[Region], captions: Sequence[str | None] | None = None, *, title: str | None = None
+) -> Image.Image:
+    """Draw numbered regions on their photograph, with captions on a white panel beneath it.
+
+    Every region gets a translucent fill, an outline with a dark rim that shows on any background, and a tag with its
+    1-based number, the N of its ``<regionN>``. A photograph whose longer side is under 640 pixels is enlarged to that.
+
+    Args:
+        image: What :func:`regiongpt.load_image` takes: a path, bytes, a Pillow image or an array.
+        regions: Regions in pixels of that image, in the order of their numbers.
+        captions: One text a region, ``None`` or empty for no caption; the list may be left out.
+        title: Text above the captions, such as the question; line breaks are kept.
+
+    Returns:
+        An RGB picture: the photograph, and beneath it the panel where there is any text.
+
+    Raises:
+        DataError: The image cannot be read.
+        RegionError: A region does not fit the image.
+        ConfigError: The number of captions is not the number of regions.
+    """
+    photo = load_image(image)
+    if captions is not None and len(captions) != len(regions):
+        raise ConfigError(f"expected one caption a region, got {len(captions)} captions for {len(regions)} regions")
+    for number, region in enumerate(regions, 1):
+        region.check(photo.width, photo.height, f"<region{number}>")
+    canvas = _Canvas.of(photo)
+    # Large regions first, and every fill before the first line: nothing hides the outline of anything smaller, and
+    # nothing at all hides a number.
+    order = sorted(range(len(regions)), key=lambda index: -regions[index].area(*photo.size))
+    for part in ("fill", "line", "tag"):
+        for index in order if part != "tag" else range(len(regions)):
+            canvas.draw(part, regions[index], index + 1)
+    entries = [(number, text) for number, text in enumerate(captions or (), 1) if text]
+    return _with_panel(canvas.picture, title, entries) if title or entries else canvas.picture
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2, width: int = 1600) -> Image.Image:
+    """Lay pictures out in rows of equal columns, each scaled to its column's width, as one picture.
+
+    Args:
+        pictures: At least one picture, in reading order.
+        columns: Pictures a row, at least 1.
+        width: Width of the sheet in pixels.
+
+    Raises:
+        ConfigError: No picture was given, or ``columns`` is under 1.
+    """
+    if not pictures or columns < 1:
+        raise ConfigError(f"expected at least one picture and one column, got {len(pictures)} and {columns}")
+    gap = max(4, width // 80)
+    cell = (width - gap * (columns + 1)) // columns
+    scaled = [p.resize((cell, max(1, round(p.height * cell / p.width))), Image.Resampling.LANCZOS) for p in pictures]
+    # Each picture goes under the shortest column so far: captions of different length leave no holes.
+    ends = [gap] * columns
+    places = []
+    for picture in scaled:
+        column = ends.index(min(ends))
+        places.append((gap + column * (cell + gap), ends[column]))
+        ends[column] += picture.height + gap
+    sheet = Image.new("RGB", (width, max(ends)), (228, 228, 228))
+    for picture, place in zip(scaled, places, strict=True):
+        sheet.paste(picture, place)
+    return sheet
+
+
+@dataclass(kw_only=True)
+class _Canvas:
+    """A photograph being drawn on, at ``scale`` times its own size."""
+
+    picture: Image.Image
+    size: tuple[int, int]  # (width, height) of the photograph itself, the frame of its regions
+    scale: float
+    stroke: int  # thickness of an outline, in canvas pixels
+    taken: list[tuple[float, float, float, float]]  # where tags already are
+
+    @classmethod
+    def of(cls, photo: Image.Image) -> "_Canvas":
+        longer = max(photo.size)
+        scale = max(1.0, MIN_SIDE / longer)
+        size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+        picture = photo.resize(size, Image.Resampling.BICUBIC) if scale > 1 else photo.copy()
+        return cls(picture=picture, size=photo.size, scale=scale, stroke=max(3, round(max(size) / 260)), taken=[])
+
+    def draw(self, part: str, region: Region, number: int) -> None:
+        """Draw one part of a region: its translucent ``fill``, its ``line`` on a dark rim, or its number's ``tag``."""
+        if part == "tag":
+            return self._tag(region, number)
+        colour = COLOURS[(number - 1) % len(COLOURS)]
+        x0, y0, x1, y1 = (value * self.scale for value in region.bounds(*self.size))
+        margin = 2 * self.stroke + 2
+        left, top = max(0, int(x0) - margin), max(0, int(y0) - margin)
+        right, bottom = min(self.picture.width, int(x1) + margin + 1), min(self.picture.height, int(y1) + margin + 1)
+        window = (left, top, right, bottom)
+        fine = 2 if max(right - left, bottom - top) <= 2048 else 1  # drawn larger and shrunk, edges are smooth
+        inside, rim, line = self._layers(region, window, fine)
+        paints = [(inside, colour, FILL_OPACITY)] if part == "fill" else [(rim, INK, 0.55), (line, colour, 1.0)]
+        patch = self.picture.crop(window)
+        for layer, paint, opacity in paints:
+            alpha = layer.reduce(fine).point([round(value * opacity) for value in range(256)])
+            patch.paste(paint, (0, 0, *patch.size), alpha)
+        self.picture.paste(patch, (left, top))
+        return None
+
+    def _layers(
+        self, region: Region, window: tuple[int, int, int, int], fine: int
+    ) -> tuple[Image.Image, Image.Image, Image.Image]:
+        """The region's inside, the rim and the line, as masks of the window enlarged ``fine`` times."""
+        left, top, right, bottom = window
+        size = ((right - left) * fine, (bottom - top) * fine)
+        inside, rim, line = (Image.new("L", size) for _ in range(3))
+        if region.kind in ("mask", "rle"):
+            box = (left / self.scale, top / self.scale, right / self.scale, bottom / self.scale)
+            flat = Image.fromarray(region.to_mask(*self.size).astype(np.uint8) * 255)
+            inside = flat.resize(size, Image.Resampling.BILINEAR, box=_within(box, self.size))
+            solid = np.asarray(inside) >= 128
+            line = _band(solid, self.stroke * fine / 2)
+            rim = _band(solid, self.stroke * fine / 2 + 1.5 * fine)
+            return inside, rim, line
+        rings = _rings(region.geometry(*self.size))
+        fill, wide, narrow = (ImageDraw.Draw(layer) for layer in (inside, rim, line))
+        for ring, hole in rings:
+            path = [((x * self.scale - left) * fine, (y * self.scale - top) * fine) for x, y in ring]
+            fill.polygon(path, fill=0 if hole else 255)
+            # The first segment once more at the end, so that the joint where the ring closes is rounded as well.
+            closed = [*path, path[1]]
+            wide.line(closed, fill=255, width=(self.stroke + 3) * fine, joint="curve")
+            narrow.line(closed, fill=255, width=self.stroke * fine, joint="curve")
+        return inside, rim, line
+
+    def _tag(self, region: Region, number: int) -> None:
+        """Put the region's number at its edge, at the first of some places where no other number stands yet."""
+        x0, y0, x1, y1 = (value * self.scale for value in region.bounds(*self.size))
+        font = _font(max(14, round(max(self.picture.size) / 36)))
+        width, height = _tag_size(font, number)
+        if x1 - x0 < 2 * width or y1 - y0 < 2 * height:  # beside a small region, lest the tag hide it
+            places = [(x0 - width, y0 - height), (x1, y0 - height), (x0 - width, y1), (x1, y1)]
+        elif region.kind == "box":
+            places = [(x0, y0), (x1 - width, y0), (x0, y1 - height), (x1 - width, y1 - height)]
+        else:  # the corners of the bounds may be far from the region
+            places = [
+                (x * self.scale - width / 2, y * self.scale - height / 2) for x, y in _extremes(region, self.size)
+            ]
+        places.append(((x0 + x1 - width) / 2, (y0 + y1 - height) / 2))
+        room_x, room_y = max(0.0, self.picture.width - width), max(0.0, self.picture.height - height)
+        boxes = []
+        for x, y in places:
+            x, y = min(max(0.0, x), room_x), min(max(0.0, y), room_y)
+            boxes.append((x, y, x + width, y + height))
+        place = next((box for box in boxes if not any(_overlap(box, other) for other in self.taken)), boxes[0])
+        self.taken.append(place)
+        _draw_tag(ImageDraw.Draw(self.picture), (place[0], place[1]), number, font)
+
+
+def _with_panel(picture: Image.Image, title: str | None, entries: Sequence[tuple[int, str]]) -> Image.Image:
+    """The picture with a white panel of wrapped text beneath it."""
+    font = _font(max(16, round(picture.width / 40)))
+    leading, pad = round(_height(font) * 1.35), round(_height(font) * 0.7)
+    indent = max((_tag_size(font, number)[0] for number, _ in entries), default=0) + pad
+    room = picture.width - 2 * pad
+    rows: list[tuple[int | None, int, str]] = []  # tag or none, indent in pixels, text
+    for paragraph in (title or "").splitlines():
+        rows += [(None, 0, line) for line in _wrap(paragraph, font, room)]
+    for number, text in entries:
+        for index, line in enumerate(_wrap(" ".join(text.split()), font, room - indent)):
+            rows.append((None if index else number, indent, line))
+    tags = sum(tag is not None for tag, _, _ in rows)
+    height = picture.height + 2 * pad + leading * len(rows) + (pad // 2) * tags
+    sheet = Image.new("RGB", (picture.width, height), PAPER)
+    sheet.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    y = picture.height + pad
+    for tag, shift, line in rows:
+        if tag is not None:
+            y += pad // 2
+            _draw_tag(draw, (pad, y - _tag_size(font, tag)[1] / 2 + _height(font) / 2), tag, font)
+        draw.text((pad + shift, y + _height(font) / 2), line, fill=INK, font=font, anchor="lm")
+        y += leading
+    return sheet
+
+
+def _wrap(text: str, font: Any, room: float) -> list[str]:
+    """Lines of at most ``room`` pixels, broken between words, and inside a word only where it is wider than a line."""
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        joined = f"{line} {word}" if line else word
+        if font.getlength(joined) <= room:
+            line = joined
+            continue
+        if line:
+            lines.append(line)
+        while len(word) > 1 and font.getlength(word) > room:
+            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= room)
+            lines.append(word[:fits])
+            word = word[fits:]
+        line = word
+    return [*lines, line] if line else lines
+
+
+def _draw_tag(draw: ImageDraw.ImageDraw, place: tuple[float, float], number: int, font: Any) -> None:
+    x, y = place
+    width, height = _tag_size(font, number)
+    colour = COLOURS[(number - 1) % len(COLOURS)]
+    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    box = (x, y, x + width - 1, y + height - 1)
+    draw.rounded_rectangle(box, radius=height / 5, fill=colour, outline=INK, width=max(1, height // 20))
+    ink = INK if bright > 110 else PAPER
+    draw.text((x + width / 2, y + height / 2), str(number), fill=ink, font=font, anchor="mm")
+
+
+def _tag_size(font: Any, number: int) -> tuple[int, int]:
+    height = round(_height(font) * 1.3)
+    return max(height, round(font.getlength(str(number)) + 0.7 * _height(font))), height
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
+def _height(font: Any) -> float:
+    return float(getattr(font, "size", 11))
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _within(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box without the rounding that Pillow would refuse as outside the image."""
+    return max(0.0, box[0]), max(0.0, box[1]), min(float(size[0]), box[2]), min(float(size[1]), box[3])
+
+
+def _extremes(region: Region, size: tuple[int, int]) -> list[tuple[float, float]]:
+    """The topmost, bottommost, leftmost and rightmost point (x, y) of a region, in pixels of its image."""
+    geometry = region.geometry(*size)
+    if geometry is None:
+        rows, columns = np.nonzero(region.to_mask(*size))
+        points = np.stack([columns, rows], axis=1) + 0.5
+    else:
+        points = shapely.get_coordinates(geometry)
+    picks = (points[:, 1].argmin(), points[:, 1].argmax(), points[:, 0].argmin(), points[:, 0].argmax())
+    return [(float(points[pick, 0]), float(points[pick, 1])) for pick in picks]
+
+
+def _rings(geometry: Any) -> list[tuple[list[tuple[float, float]], bool]]:
+    """Every ring of a (multi)polygon as points and whether it bounds a hole, the outer ones before those they hold."""
+    rings = []
+    for polygon in getattr(geometry, "geoms", [geometry]):
+        if polygon.geom_type == "Polygon" and not polygon.is_empty:
+            rings.append((polygon.exterior, False))
+            rings += [(hole, True) for hole in polygon.interiors]
+    rings.sort(key=lambda ring: -shapely.Polygon(ring[0]).area)
+    return [(list(ring.coords), hole) for ring, hole in rings]
+
+
+def _band(solid: np.ndarray, reach: float) -> Image.Image:
+    """The pixels within ``reach`` of the border pixels of a bool (H, W) mask, as an image of 0 and 255."""
+    framed = np.pad(solid, 1)  # outside the window nothing is solid, so a region at the image's edge is closed there
+    hemmed = framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
+    rows, columns = np.nonzero(solid & ~hemmed)
+    band = np.zeros_like(solid)
+    steps = int(reach)
+    for dy in range(-steps, steps + 1):
+        half = int(np.sqrt(reach * reach - dy * dy))
+        for dx in range(-half, half + 1):
+            band[np.clip(rows + dy, 0, band.shape[0] - 1), np.clip(columns + dx, 0, band.shape[1] - 1)] = True
+    return Image.fromarray(band.astype(np.uint8) * 255)

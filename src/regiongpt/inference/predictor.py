@@ -1,0 +1,383 @@
+"""The friendly front of a model: set an image once, then ask about its regions as often as you like.
+
+What a question costs is kept small by what is kept between questions. ``set_image`` runs the vision tower, the
+refinement and the image's side of the connector; a question only pools its regions from the kept map and runs the
+language model. A closed set is scored in one pass over a prefix tree of all its names behind the cached prompt, so that
+eighty categories cost about as many tokens as they share.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.images import ImageSource, load_image
+from regiongpt.inference.closed_set import score_answers
+from regiongpt.inference.conversation import Conversation
+from regiongpt.inference.engine import (
+    LEAST_ROOM,
+    Answer,
+    Engine,
+    Options,
+    Prompt,
+    Scene,
+    Turn,
+    pick_device,
+    pick_dtype,
+    question_turns,
+    region_list,
+)
+from regiongpt.model import weights
+from regiongpt.prompts import LABEL_SETS, NO_MATCH, region_answer
+from regiongpt.prompts import question as task_question
+from regiongpt.regions import Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classified:
+    """The class of one region, chosen from a closed set.
+
+    Attributes:
+        label: the likeliest choice.
+        probability: of that choice, given that the answer is one of the choices.
+        probabilities: of every choice, in the order given; they sum to 1.
+        text: the answer as generated freely, without holding the model to the choices; None unless it was asked for.
+    """
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+    text: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """Which of several regions fits an expression.
+
+    Attributes:
+        index: 0-based position in the list of regions given; None where none of them fits.
+        number: the same, 1-based, as the model says it; None likewise.
+        text: the answer in the paper's words, ``Region [N]`` or the no-match sentence.
+        probability: of that answer, given that the answer is one of the regions or none.
+        probabilities: of each region, in the order given, and last of none; they sum to 1.
+    """
+
+    index: int | None
+    number: int | None
+    text: str
+    probability: float
+    probabilities: tuple[float, ...]
+
+
+class RegionPredictor:
+    """Ask a model about regions of an image.
+
+    >>> predictor = RegionPredictor.from_pretrained()
+    >>> predictor.set_image("photo.jpg")
+    >>> predictor.ask("What is <region1> doing?", [Region.box(40, 60, 300, 280)]).text
+
+    One predictor serves one thread at a time.
+
+    Args:
+        model: a :class:`RegionGPTForConditionalGeneration`, already on its device.
+        processor: the :class:`RegionGPTProcessor` that belongs to it.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.engine = Engine(model, processor)
+        self._scene: Scene | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> "RegionPredictor":
+        """Load a checkpoint folder.
+
+        Args:
+            path: the folder; default: the small model that ships in this package.
+            device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; default: the first of CUDA, MPS, CPU there is.
+            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 on CUDA devices that have it, else
+                float32.
+
+        Raises:
+            CheckpointError: a file of the checkpoint is missing, damaged, or does not fit the others.
+            ConfigError: there is no such device or dtype here.
+        """
+        chosen = pick_device(device)
+        return cls(*weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.engine.device
+
+    def set_image(self, image: ImageSource) -> "RegionPredictor":
+        """Encode an image; every later question is about it, until the next one is set.
+
+        Args:
+            image: what :func:`regiongpt.load_image` takes.
+
+        Returns:
+            This predictor, so that a question can follow on the same line.
+
+        Raises:
+            DataError: the image cannot be read.
+
+        Paper: §3.1
+        """
+        self._scene = self.engine.look(load_image(image))
+        return self
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Open questions
+
+    def ask(
+        self,
+        question: str,
+        regions: Region | Sequence[Region] = (),
+        *,
+        history: Sequence[Turn] = (),
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Answer:
+        """Ask one question about the image.
+
+        Args:
+            question: text in which ``<regionN>`` stands for the N-th region (from 1), any number of times.
+            regions: the regions, in pixels of the image; the same list for the whole conversation.
+            history: earlier turns, ``{"role": "user" | "assistant", "content": ...}``, the oldest first.
+            max_new_tokens: longest answer, in tokens, at least 1.
+            temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+            top_p: with a temperature, draw from the likeliest tokens of this joint probability, in (0, 1].
+            seed: with a temperature, makes the answer repeatable.
+
+        Raises:
+            RegionError: a region does not fit the image, or a placeholder stands for none.
+            DataError: the question is empty, or with its history longer than the model can read.
+            ConfigError: no image was set, or an option is out of its range.
+        """
+        began = time.perf_counter()
+        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        prompt = self._prepare(question, regions, history, options)
+        return self.engine.answer(self._here(), prompt, options, began)
+
+    def stream(
+        self,
+        question: str,
+        regions: Region | Sequence[Region] = (),
+        *,
+        history: Sequence[Turn] = (),
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Ask as :meth:`ask` does, and yield the answer in pieces as they are generated.
+
+        The arguments are checked before this returns. Leaving the iteration early ends the generation.
+
+        Yields:
+            Pieces of text, whole words where the language writes blanks; joined they are the answer.
+
+        Raises:
+            RegionError, DataError, ConfigError: as :meth:`ask`.
+        """
+        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return self.engine.stream(self._here(), self._prepare(question, regions, history, options), options)
+
+    def conversation(self, regions: Region | Sequence[Region] = ()) -> "Conversation":
+        """Begin a conversation about the image set now, whose turns all speak of the same regions.
+
+        Raises:
+            RegionError: a region does not fit the image.
+            ConfigError: no image was set.
+        """
+        listed = region_list(regions)
+        self.engine.pool(self._here(), listed)  # for its checks: better now than at the first question
+        return Conversation(engine=self.engine, scene=self._here(), regions=tuple(listed))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Tasks
+
+    @overload
+    def describe(self, regions: Region, *, brief: bool = ..., max_new_tokens: int = ...) -> Answer: ...
+
+    @overload
+    def describe(self, regions: Sequence[Region], *, brief: bool = ..., max_new_tokens: int = ...) -> list[Answer]: ...
+
+    def describe(
+        self, regions: Region | Sequence[Region], *, brief: bool = False, max_new_tokens: int = 128
+    ) -> Answer | list[Answer]:
+        """Describe regions, each on its own, in one batch.
+
+        Args:
+            regions: one region or several.
+            brief: a caption of a few words rather than a description.
+            max_new_tokens: longest description, in tokens.
+
+        Returns:
+            An answer for a region, a list of them for a list. In each, ``Region [1]`` is the region described.
+
+        Raises:
+            RegionError: a region does not fit the image.
+            ConfigError: no image was set, or an option is out of its range.
+        """
+        if isinstance(regions, Region):
+            return self.describe([regions], brief=brief, max_new_tokens=max_new_tokens)[0]
+        text = task_question("caption" if brief else "describe", regions=[1])
+        options = Options(max_new_tokens=max_new_tokens)
+        return self.engine.answer_each(self._here(), text, region_list(regions), options)
+
+    @overload
+    def classify(
+        self,
+        regions: Region,
+        choices: Sequence[str] | None = ...,
+        *,
+        label_set: str = ...,
+        generate: bool = ...,
+        length_normalized: bool = ...,
+    ) -> Classified: ...
+
+    @overload
+    def classify(
+        self,
+        regions: Sequence[Region],
+        choices: Sequence[str] | None = ...,
+        *,
+        label_set: str = ...,
+        generate: bool = ...,
+        length_normalized: bool = ...,
+    ) -> list[Classified]: ...
+
+    def classify(
+        self,
+        regions: Region | Sequence[Region],
+        choices: Sequence[str] | None = None,
+        *,
+        label_set: str = "COCO-80",
+        generate: bool = False,
+        length_normalized: bool = False,
+    ) -> Classified | list[Classified]:
+        """Choose the class of each region from a closed set; nothing off the list can come out.
+
+        A choice's score is the log likelihood of all its tokens *and the end of the answer*. With the end included
+        these are the likelihoods of whole answers, which need no correction for length: divided by their sum, they are
+        the probability of each answer given that it is on the list. ``length_normalized`` divides each score by its
+        number of tokens first. That ranks long names the model never saw in training more fairly against short
+        ones, but the results are then no probabilities of answers.
+
+        Args:
+            regions: one region or several, each classified on its own.
+            choices: at least one name; names may have several words, none may be there twice. Default: the names of
+                ``label_set``.
+            label_set: the set named in the question. The model that ships was trained with ``COCO-80`` alone, and
+                names things in that style for other ``choices`` too.
+            generate: also generate the answer freely, as the paper's exact-match protocol does.
+            length_normalized: see above.
+
+        Returns:
+            A result for a region, a list of them for a list.
+
+        Raises:
+            RegionError: a region does not fit the image.
+            ConfigError: choices are empty, blank or repeated; the label set is unknown; no image was set.
+
+        Paper: §3.2, Table 1 (the prompt), §4.1 (region classification)
+        """
+        if isinstance(regions, Region):
+            return self.classify(
+                [regions], choices, label_set=label_set, generate=generate, length_normalized=length_normalized
+            )[0]
+        names = _choices(choices, label_set)
+        text = task_question("classify", regions=[1], label_set=label_set)
+        scene, listed = self._here(), region_list(regions)
+        pooled = list(self.engine.pool(scene, listed)[:, None])
+        rows = score_answers(self.engine, scene, question_turns((), text), pooled, names, length_normalized)
+        free: list[Answer] | None = None
+        if generate:
+            free = self.engine.answer_each(scene, text, listed, Options(max_new_tokens=LEAST_ROOM))
+        results = []
+        for index, row in enumerate(rows):
+            best = max(range(len(names)), key=row.__getitem__)
+            results.append(
+                Classified(
+                    label=names[best],
+                    probability=row[best],
+                    probabilities=dict(zip(names, row, strict=True)),
+                    text=free[index].text if free else None,
+                )
+            )
+        return results
+
+    def locate(self, expression: str, regions: Region | Sequence[Region]) -> Located:
+        """Choose the region that an expression refers to, or none.
+
+        The paper's answers, ``Region [N]`` for each region and the no-match sentence, are scored as :meth:`classify`
+        scores choices, so the result is always one of them.
+
+        Args:
+            expression: such as ``"the red cup"``.
+            regions: at least one region to choose from.
+
+        Raises:
+            RegionError: a region does not fit the image, or none was given.
+            DataError: the expression is empty.
+            ConfigError: no image was set.
+
+        Paper: §3.2, Table 1; §4.3
+        """
+        if not expression.strip():
+            raise DataError("expected an expression such as 'the red cup', got an empty one")
+        scene, listed = self._here(), region_list(regions)
+        if not listed:
+            raise RegionError("expected at least one region to choose from, got none")
+        numbers = range(1, len(listed) + 1)
+        turns = question_turns((), task_question("locate", regions=numbers, expression=expression))
+        answers = [*map(region_answer, numbers), NO_MATCH]
+        row = score_answers(self.engine, scene, turns, [self.engine.pool(scene, listed)], answers, False)[0]
+        best = max(range(len(answers)), key=row.__getitem__)
+        found = best if best < len(listed) else None
+        return Located(
+            index=found,
+            number=None if found is None else found + 1,
+            text=answers[best],
+            probability=row[best],
+            probabilities=tuple(row),
+        )
+
+    def _here(self) -> Scene:
+        if self._scene is None:
+            raise ConfigError("expected an image before the first question; call set_image(...) first")
+        return self._scene
+
+    def _prepare(
+        self, question: str, regions: Region | Sequence[Region], history: Sequence[Turn], options: Options
+    ) -> Prompt:
+        turns = question_turns(history, question)
+        return self.engine.prepare(self._here(), turns, region_list(regions), options.max_new_tokens)
+
+
+def _choices(choices: Sequence[str] | None, label_set: str) -> list[str]:
+    if choices is None:
+        if label_set not in LABEL_SETS:
+            raise ConfigError(f"expected choices, or a label_set among {', '.join(LABEL_SETS)}, got {label_set!r}")
+        return list(LABEL_SETS[label_set])
+    if isinstance(choices, str):
+        raise ConfigError(f"expected choices as a list of names, got one string: {choices!r}")
+    names = [name.strip() for name in choices]
+    if not names or not all(names):
+        raise ConfigError(f"expected at least one choice, and none of them blank, got {list(choices)!r}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"expected every choice once, got {', '.join(map(repr, repeated))} more than once")
+    return names

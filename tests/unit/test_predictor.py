@@ -1,0 +1,273 @@
+"""The predictor against the plain transformers way, on a tiny random model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_checkpoint import make_checkpoint
+
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
+from regiongpt.inference import RegionPredictor
+from regiongpt.prompts import COCO_80, NO_MATCH, question
+from regiongpt.regions import Region
+
+BOX, OTHER = Region.box(4, 4, 30, 20), Region.polygon([[30, 5], [58, 8], [44, 36]])
+ASK = {"max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def predictor(checkpoint: Path, photo: np.ndarray) -> RegionPredictor:
+    return RegionPredictor.from_pretrained(checkpoint, device="cpu").set_image(photo)
+
+
+def plain_generate(predictor: RegionPredictor, photo: np.ndarray, text: str, regions: list[Region]) -> str:
+    """The same question through the processor and ``generate`` alone."""
+    processor, model = predictor.engine.processor, predictor.engine.model
+    messages = [{"role": "user", "content": text}]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, images=[photo], regions=regions
+    )
+    new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+
+
+def test_ask_equals_generate(predictor, photo):
+    text = "What is <region1> doing next to <region2>, and why <region1>?"
+    answer = predictor.ask(text, [BOX, OTHER], **ASK)
+    assert answer.text == plain_generate(predictor, photo, text, [BOX, OTHER])
+    assert answer.text
+    assert answer.seconds > 0
+    assert not answer.warnings
+
+
+def test_an_image_is_encoded_once(predictor, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the tower ran again")
+
+    monkeypatch.setattr(predictor.engine.model, "encode_image", refuse)
+    monkeypatch.setattr(predictor.engine.model, "refine", refuse)
+    predictor.ask("What is <region1>?", BOX, **ASK)
+    predictor.classify([BOX, OTHER])
+    predictor.describe([BOX, OTHER], max_new_tokens=4)
+
+
+def test_stream_pieces_join_to_the_answer(predictor):
+    asked = predictor.ask("Describe <region1>.", [BOX], max_new_tokens=80)
+    pieces = list(predictor.stream("Describe <region1>.", [BOX], max_new_tokens=16))
+    assert "".join(pieces).strip() == asked.text
+    assert len(pieces) > 1
+
+
+def test_stream_raises_what_the_thread_raised(predictor, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(predictor.engine.model.language_model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(predictor.stream("What is it?", **ASK))
+
+
+def test_stream_left_early_ends_the_thread(predictor):
+    import threading
+
+    before = threading.active_count()
+    pieces = predictor.stream("Describe <region1>.", [BOX], max_new_tokens=400)
+    next(pieces)
+    pieces.close()
+    assert threading.active_count() == before
+
+
+def test_describe_in_a_batch_equals_one_by_one(predictor):
+    together = predictor.describe([BOX, OTHER], max_new_tokens=8)
+    alone = [predictor.describe(region, max_new_tokens=8) for region in (BOX, OTHER)]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert predictor.describe([]) == []
+
+
+def naive_scores(predictor: RegionPredictor, photo: np.ndarray, region: Region, names: list[str]) -> list[float]:
+    """Log likelihood of each name and its end of turn, one whole conversation after the other."""
+    processor, model = predictor.engine.processor, predictor.engine.model
+    scores = []
+    for name in names:
+        turns = [
+            {"role": "user", "content": question("classify", regions=[1])},
+            {"role": "assistant", "content": name},
+        ]
+        encoded = processor.encode_conversation(turns, image=photo, regions=[region])
+        batch = processor.collate([encoded])
+        labels = batch.pop("labels")[0, 1:]
+        with torch.no_grad():
+            logits = model(**batch).logits[0, :-1].log_softmax(-1)
+        target = labels >= 0
+        scores.append(float(logits[target].gather(1, labels[target][:, None]).sum()))
+    return scores
+
+
+def test_classify_equals_scoring_every_choice_by_itself(predictor, photo):
+    names = ["cat", "hot dog", "hot", "dog", "baseball bat", "baseball glove", "a very long name of a thing"]
+    results = predictor.classify([BOX, OTHER], names)
+    for region, result in zip((BOX, OTHER), results, strict=True):
+        expected = torch.tensor(naive_scores(predictor, photo, region, names)).softmax(0)
+        assert list(result.probabilities) == names
+        torch.testing.assert_close(torch.tensor(list(result.probabilities.values())), expected, rtol=1e-3, atol=1e-6)
+        assert result.label == names[int(expected.argmax())]
+        assert result.probability == max(result.probabilities.values())
+
+
+def test_classify_defaults_to_coco(predictor, photo):
+    result = predictor.classify(BOX, generate=True)
+    assert tuple(result.probabilities) == COCO_80
+    assert sum(result.probabilities.values()) == pytest.approx(1, abs=1e-5)
+    text = question("classify", regions=[1])
+    assert plain_generate(predictor, photo, text, [BOX]).startswith(result.text[:10])
+    assert predictor.classify([]) == []
+
+
+def test_length_normalized_divides_by_tokens(predictor, photo):
+    names = ["cat", "baseball glove"]
+    result = predictor.classify(BOX, names, length_normalized=True)
+    tokenizer = predictor.engine.processor.tokenizer
+    lengths = torch.tensor([len(tokenizer(f" {name}")["input_ids"]) + 1.0 for name in names])
+    expected = (torch.tensor(naive_scores(predictor, photo, BOX, names)) / lengths).softmax(0)
+    torch.testing.assert_close(torch.tensor(list(result.probabilities.values())), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ([], "at least one choice"),
+        (["cat", " "], "none of them blank"),
+        (["cat", "dog", "cat "], "'cat' more than once"),
+        ("cat", "list of names"),
+    ],
+)
+def test_bad_choices(predictor, choices, message):
+    with pytest.raises(ConfigError, match=message):
+        predictor.classify(BOX, choices)
+    with pytest.raises(ConfigError, match="COCO-80"):
+        predictor.classify(BOX, label_set="LVIS")
+
+
+def test_locate(predictor):
+    found = predictor.locate("the red cup", [BOX, OTHER])
+    assert len(found.probabilities) == 3
+    assert sum(found.probabilities) == pytest.approx(1, abs=1e-5)
+    if found.index is None:
+        assert (found.number, found.text) == (None, NO_MATCH)
+    else:
+        assert (found.number, found.text) == (found.index + 1, f"Region [{found.index + 1}]")
+    assert found.probability == max(found.probabilities)
+    with pytest.raises(RegionError, match="got none"):
+        predictor.locate("the red cup", [])
+    with pytest.raises(DataError, match="empty"):
+        predictor.locate(" ", [BOX])
+
+
+def test_sampling_repeats_with_a_seed_and_leaves_the_global_generator_alone(predictor):
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first = predictor.ask("What?", temperature=1.5, top_p=0.9, seed=3, max_new_tokens=12)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert predictor.ask("What?", temperature=1.5, top_p=0.9, seed=3, max_new_tokens=12).text == first.text
+    others = {predictor.ask("What?", temperature=1.5, seed=seed, max_new_tokens=12).text for seed in range(4)}
+    assert len(others) > 1
+
+
+def test_conversation_equals_ask_with_history(predictor):
+    conversation = predictor.conversation([BOX, OTHER])
+    first = conversation.ask("What is <region1>?", **ASK)
+    second = "".join(conversation.stream("And <region2>?", **ASK)).strip()
+    history = [{"role": "user", "content": "What is <region1>?"}, {"role": "assistant", "content": first.text}]
+    assert predictor.ask("And <region2>?", [BOX, OTHER], history=history, **ASK).text == second
+    assert [turn["role"] for turn in conversation.messages] == ["user", "assistant"] * 2
+    before = list(conversation.messages)
+    with pytest.raises(RegionError, match="<region3>"):
+        conversation.ask("And <region3>?")
+    assert conversation.messages == before
+
+
+def test_conversation_keeps_its_image(predictor, photo):
+    conversation = predictor.conversation([BOX])
+    expected = predictor.ask("What is <region1>?", [BOX], **ASK).text
+    predictor.set_image(255 - photo)
+    assert conversation.ask("What is <region1>?", **ASK).text == expected
+
+
+def test_a_long_conversation_forgets_its_oldest_turns(tmp_path, photo):
+    predictor = RegionPredictor.from_pretrained(make_checkpoint(tmp_path, context=200), device="cpu").set_image(photo)
+    conversation = predictor.conversation([BOX])
+    warned = False
+    for _ in range(6):
+        conversation.ask("What is in <region1>, and what colour does it have?", max_new_tokens=24)
+        warned = warned or any("forgot" in warning for warning in conversation.warnings)
+    assert warned
+    with pytest.raises(DataError, match="at most 200 tokens"):
+        conversation.ask("why " * 200)
+
+
+def test_what_is_cited(predictor):
+    tokenizer, stop = predictor.engine.processor.tokenizer, predictor.engine.processor.stop_token_ids[0]
+    tokens = tokenizer("Region [2] is left of region [1], unlike Region [7]. Region [2]!")["input_ids"]
+    answer = predictor.engine.read([*tokens, stop, 5, 5], 2, (), 0.0)
+    assert answer.cited == (2, 1)
+    assert answer.complete
+    assert answer.text.endswith("Region [2]!")
+    assert not predictor.engine.read(tokens, 2, (), 0.0).complete
+
+
+def test_a_region_never_mentioned_is_a_warning(predictor):
+    answer = predictor.ask("What is <region2>?", [BOX, OTHER], **ASK)
+    assert len(answer.warnings) == 1
+    assert "<region1>" in answer.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "call"),
+    [
+        (DataError, "expected a question", lambda p: p.ask("  ")),
+        (RegionError, "<region2>", lambda p: p.ask("What is <region2>?", [BOX])),
+        (RegionError, "<region1>.*inverted", lambda p: p.stream("What is <region1>?", [Region.box(9, 9, 2, 2)])),
+        (RegionError, "expected a Region", lambda p: p.ask("What is <region1>?", [(1, 2, 3, 4)])),
+        (RegionError, "60 x 40", lambda p: p.conversation([Region.mask(np.ones((5, 5), bool))])),
+        (ConfigError, "max_new_tokens", lambda p: p.ask("What?", max_new_tokens=0)),
+        (ConfigError, "temperature", lambda p: p.ask("What?", temperature=-1)),
+        (ConfigError, "top_p", lambda p: p.ask("What?", temperature=1, top_p=0)),
+        (ConfigError, "seed", lambda p: p.ask("What?", temperature=1, seed=-1)),
+        (DataError, "role", lambda p: p.ask("What?", history=[{"role": "user", "content": "a"}])),
+    ],
+)
+def test_bad_questions(predictor, kind, message, call):
+    with pytest.raises(kind, match=message):
+        call(predictor)
+
+
+def test_an_image_is_needed_first(checkpoint):
+    predictor = RegionPredictor.from_pretrained(checkpoint, device="cpu")
+    with pytest.raises(ConfigError, match="set_image"):
+        predictor.ask("What is it?")
+
+
+def test_bad_checkpoints_devices_and_dtypes(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        RegionPredictor.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="'gpu'"):
+        RegionPredictor.from_pretrained(checkpoint, device="gpu")
+    with pytest.raises(ConfigError, match="'int8'"):
+        RegionPredictor.from_pretrained(checkpoint, dtype="int8")
+
+
+def test_half_precision(checkpoint, photo):
+    predictor = RegionPredictor.from_pretrained(checkpoint, device="cpu", dtype="bfloat16").set_image(photo)
+    assert predictor.ask("What is <region1>?", [BOX], **ASK).text
+    assert predictor.classify(BOX, ["cat", "hot dog"]).label in ("cat", "hot dog")

@@ -1,0 +1,58 @@
+"""A complete checkpoint folder with random weights, small enough to load and ask in a second."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+)
+
+from regiongpt.model import weights
+from regiongpt.prompts import COCO_80, NO_MATCH, QUESTIONS
+
+
+def make_parts(folder: Path, context: int = 512) -> tuple[Path, Path]:
+    """Folders of a tower and a language model, as a hub would have them."""
+    torch.manual_seed(0)
+    vision, language = folder / "vision", folder / "language"
+    tower = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    CLIPVisionModel(tower).save_pretrained(vision)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(vision)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = [*COCO_80, NO_MATCH, *(text for wordings in QUESTIONS.values() for text in wordings)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(language)
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=context,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(llama).save_pretrained(language)
+    return vision, language
+
+
+def make_checkpoint(folder: Path, context: int = 512) -> Path:
+    """A checkpoint folder."""
+    vision, language = make_parts(folder, context)
+    weights.create(vision, language, folder / "checkpoint", chat_template="vicuna_v1")
+    return folder / "checkpoint"
