@@ -73,6 +73,18 @@ def tiny_inputs(config: RegionGPTConfig, rows: list[int], seed: int = 0, regions
     }
 
 
+def assert_same(model: Any, other: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Every tensor is the same to the bit, and so are the logits but for where in memory the weights begin.
+
+    The CPU's kernels sum in another order on weights that are not aligned, as those read from a file may not be.
+    """
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    with torch.no_grad():
+        torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes and three special tokens."""
     vocabulary = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]

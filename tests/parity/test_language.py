@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tiny import IMAGE, WORDS, text_config, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SMALL = {"vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
 LANGUAGES: dict[str, Any] = {

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from efficientnet_lite_pytorch import EfficientNet
+from tiny import TOWERS, tower_config
 from torch.nn import functional as F
 from transformers import AutoModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig
 from regiongpt.model.towers import EfficientNetLiteModel, tower_features
-from tiny import TOWERS, tower_config
 
 
 def reference_tokens(tower: torch.nn.Module, pixels: torch.Tensor, layer: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_configured_channels_are_the_networks(variant: str) -> None:
     with torch.device("meta"):
         network = EfficientNet.from_name(variant)
     strides = [block._depthwise_conv.stride[0] for block in network._blocks]
-    last = [i - 1 for i, stride in enumerate(strides) if stride == 2][1:] + [len(strides) - 1]
+    last = [*(i - 1 for i, stride in enumerate(strides) if stride == 2), len(strides) - 1]
     channels = tuple(network._blocks[i]._project_conv.out_channels for i in last)
     assert channels[-3:] == EFFICIENTNET_LITE_CHANNELS[variant]
 

