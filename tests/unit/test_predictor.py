@@ -64,7 +64,7 @@ def test_an_image_is_encoded_once(predictor, monkeypatch):
 
 def test_stream_pieces_join_to_the_answer(predictor):
     asked = predictor.ask("Describe <region1>.", [BOX], max_new_tokens=80)
-    pieces = list(predictor.stream("Describe <region1>.", [BOX], max_new_tokens=16))
+    pieces = list(predictor.stream("Describe <region1>.", [BOX], max_new_tokens=80))
     assert "".join(pieces).strip() == asked.text
     assert len(pieces) > 1
 

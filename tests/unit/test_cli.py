@@ -1,0 +1,339 @@
+"""The command line in process: answers on standard output, and for whatever is wrong one line and exit code 2."""
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_checkpoint import make_checkpoint, make_parts
+
+from regiongpt import cli
+
+QUESTION = "What is <region1>?"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind of photograph and region file, good and bad."""
+    folder = tmp_path_factory.mktemp("files")
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels)
+    photo.save(folder / "photo.jpg")
+    whole = (folder / "photo.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.jpg").write_text("no image at all")
+    (folder / "empty.jpg").write_bytes(b"")
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 14000, 14000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(99)))
+    packed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter: 60x40 becomes 40x60
+    photo.save(folder / "turned.jpg", exif=exif)
+    photo.convert("L").save(folder / "grey.png")
+    photo.quantize(16).save(folder / "palette.png")
+    photo.convert("RGBA").save(folder / "alpha.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    photo.convert("CMYK").save(folder / "cmyk.jpg")
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:30, 20:40] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    Image.fromarray(np.dstack([np.full_like(pixels, 9), mask])).save(folder / "mask_alpha.png")
+    Image.fromarray(np.dstack([mask] * 3)).save(folder / "mask_rgb.png")
+    Image.fromarray(mask > 0).save(folder / "mask_1bit.png")
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(folder / "mask_black.png")
+    Image.fromarray(mask[:20]).save(folder / "mask_small.png")
+    (folder / "rle.json").write_text(json.dumps({"size": [40, 60], "counts": [100, 200, 2100]}))
+    (folder / "rle_short.json").write_text(json.dumps({"size": [40, 60], "counts": [100, 200]}))
+    (folder / "rle_keys.json").write_text(json.dumps({"counts": "x"}))
+    (folder / "rle_list.json").write_text("[1, 2]")
+    (folder / "rle_broken.json").write_text("{")
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], files: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs one command line in the folder of the files; returns exit code, standard output and standard error."""
+    monkeypatch.chdir(files)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main(list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def ask(run, checkpoint: Path):
+    model = ["--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "4"]
+    return lambda *arguments: run("ask", *model, *arguments)
+
+
+def is_one_line(err: str) -> bool:
+    return err.startswith("regiongpt: error: ") and err.endswith("\n") and err.count("\n") == 1
+
+
+def test_ask_prints_the_answer_alone(ask):
+    code, out, err = ask("photo.jpg", QUESTION, "--box", "5,5,30,30")
+    assert (code, err) == (0, "")
+    assert out.strip()
+
+
+def test_regions_are_numbered_as_typed_across_kinds(ask):
+    code, out, err = ask(
+        "photo.jpg",
+        "--point",
+        "9,9",
+        "--box",
+        "-5,-5.5,30,30",
+        "Compare <region1>, <region2>, <region3>, <region4>, <region5>, <region6> and <region7>.",
+        "--mask",
+        "mask.png",
+        "--json",
+        "--polygon",
+        "-1,5,20,5,20,30",
+        "--rle",
+        "rle.json",
+        "--box=1,2,3,4",
+        "--scribble",
+        "5,5,30,30",
+    )
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    kinds = [next(iter(region)) for region in record["regions"]]
+    assert kinds == ["point", "box", "mask", "polygon", "rle", "box", "scribble"]
+    assert record["regions"][1] == {"box": [-5, -5.5, 30, 30]}
+    assert set(record) >= {"image", "question", "answer", "cited", "warnings", "seconds"}
+
+
+@pytest.mark.parametrize("name", ["mask.png", "mask_alpha.png", "mask_rgb.png", "mask_1bit.png"])
+def test_masks_of_every_mode_mean_the_same(ask, name):
+    code, out, _ = ask("photo.jpg", QUESTION, "--mask", name, "--json")
+    assert code == 0
+    expected = np.zeros((40, 60), bool)
+    expected[10:30, 20:40] = True
+    from regiongpt.regions import Region
+
+    assert Region.from_dict(json.loads(out)["regions"][0]) == Region.mask(expected)
+
+
+@pytest.mark.parametrize("name", ["grey.png", "palette.png", "alpha.png", "deep.png", "cmyk.jpg"])
+def test_photographs_of_every_mode(ask, name):
+    code, out, err = ask(name, QUESTION, "--box", "5,5,30,30")
+    assert (code, err) == (0, "")
+    assert out.strip()
+
+
+def test_a_turned_photograph_is_turned_back(ask):
+    assert ask("turned.jpg", QUESTION, "--box", "0,50,40,60")[0] == 0
+    code, _, err = ask("turned.jpg", QUESTION, "--box", "50,0,60,40")
+    assert code == 2
+    assert "40 x 60" in err
+
+
+def test_picture(ask, tmp_path):
+    path = tmp_path / "out.png"
+    assert ask("photo.jpg", QUESTION, "--box", "5,5,30,30", "--picture", str(path))[0] == 0
+    with Image.open(path) as picture:
+        assert picture.width == 640
+        assert picture.height > 640 * 40 // 60
+
+
+def test_a_region_never_mentioned_is_a_warning(ask):
+    code, out, err = ask("photo.jpg", "What is <region2>?", "--box", "5,5,30,30", "--point", "9,9")
+    assert code == 0
+    assert out.strip()
+    assert err.startswith("regiongpt: warning: ")
+    assert "<region1>" in err
+    assert err.count("\n") == 1
+
+
+BOX = ["--box", "5,5,30,30"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        # photographs
+        (["nowhere.jpg", QUESTION, *BOX], ["nowhere.jpg", "no such file"]),
+        ([".", QUESTION, *BOX], ["folder"]),
+        (["text.jpg", QUESTION, *BOX], ["text.jpg", "expected an image"]),
+        (["empty.jpg", QUESTION, *BOX], ["empty.jpg", "empty file"]),
+        (["truncated.jpg", QUESTION, *BOX], ["truncated.jpg", "truncated"]),
+        (["bomb.png", QUESTION, *BOX], ["bomb.png", "178,956,970"]),
+        # boxes, polygons, points, scribbles
+        (["photo.jpg", QUESTION, "--box", "30,30,5,5"], ["<region1>", "--box", "inverted"]),
+        (["photo.jpg", QUESTION, "--box", "5,5,5,30"], ["<region1>", "empty"]),
+        (["photo.jpg", QUESTION, "--box", "nan,5,30,30"], ["<region1>", "finite", "nan"]),
+        (["photo.jpg", QUESTION, "--box", "-inf,5,30,30"], ["<region1>", "finite", "inf"]),
+        (["photo.jpg", QUESTION, "--box", "100,100,200,200"], ["<region1>", "60 x 40"]),
+        (["photo.jpg", QUESTION, "--box", "5,5,30"], ["<region1> (--box)", "4 numbers", "got 3"]),
+        (["photo.jpg", QUESTION, "--box", "a,b,c,d"], ["<region1> (--box)", "X0,Y0,X1,Y1", "'a,b,c,d'"]),
+        (["photo.jpg", QUESTION, "--box"], ["--box", "expected one argument"]),
+        (["photo.jpg", QUESTION, *BOX, "--polygon", "1,1,9,9"], ["<region2>", "at least 3 points", "got 2"]),
+        (["photo.jpg", QUESTION, "--polygon", "1,1,9"], ["<region1>", "3 numbers"]),
+        (["photo.jpg", QUESTION, "--point", "5"], ["<region1>", "2 numbers", "got 1"]),
+        (["photo.jpg", QUESTION, "--point", "500,5"], ["<region1>", "60 x 40"]),
+        (["photo.jpg", QUESTION, "--scribble", "5,5,7"], ["<region1>", "3 numbers"]),
+        # masks and run lengths
+        (["photo.jpg", QUESTION, "--mask", "mask_small.png"], ["<region1>", "60x40", "60x20"]),
+        (["photo.jpg", QUESTION, "--mask", "mask_black.png"], ["<region1>", "empty"]),
+        (["photo.jpg", QUESTION, "--mask", "nowhere.png"], ["<region1>", "nowhere.png", "No such file"]),
+        (["photo.jpg", QUESTION, "--mask", "text.jpg"], ["<region1>", "text.jpg", "not an image"]),
+        (["photo.jpg", QUESTION, "--mask", "bomb.png"], ["<region1>", "bomb.png"]),
+        (["photo.jpg", QUESTION, "--rle", "rle_short.json"], ["<region1>", "RLE"]),
+        (["photo.jpg", QUESTION, "--rle", "rle_keys.json"], ["<region1>", "size"]),
+        (["photo.jpg", QUESTION, "--rle", "rle_list.json"], ["<region1>", "list"]),
+        (["photo.jpg", QUESTION, "--rle", "rle_broken.json"], ["<region1>", "JSON", "rle_broken.json"]),
+        (["photo.jpg", QUESTION, "--rle", "nowhere.json"], ["<region1>", "nowhere.json"]),
+        # questions
+        (["photo.jpg", "What is <region2>?", *BOX], ["<region2>", "1 region was given"]),
+        (["photo.jpg", "What is <region0>?", *BOX], ["<region0>"]),
+        (["photo.jpg", "What is <regionx>?", *BOX], ["<regionx>"]),
+        (["photo.jpg", "", *BOX], ["question", "''"]),
+        (["photo.jpg", "  ", *BOX], ["question"]),
+        # options
+        (["photo.jpg", QUESTION, *BOX, "--device", "gpu"], ["device", "'gpu'"]),
+        (["photo.jpg", QUESTION, *BOX, "--dtype", "int8"], ["dtype", "'int8'"]),
+        (["photo.jpg", QUESTION, *BOX, "--temperature", "-1"], ["temperature", "-1"]),
+        (["photo.jpg", QUESTION, *BOX, "--seed", "x"], ["--seed", "'x'"]),
+        (["photo.jpg", QUESTION, *BOX, "--picture", "out.xyz"], ["--picture", "out.xyz"]),
+        (["photo.jpg", QUESTION, *BOX, "--picture", "nowhere/out.png"], ["--picture", "nowhere/out.png"]),
+        (["photo.jpg", QUESTION, *BOX, "--bx", "1,2,3,4"], ["--bx"]),
+        (["photo.jpg"], ["question"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(ask, arguments, parts):
+    code, out, err = ask(*arguments)
+    assert code == 2
+    assert out == ""
+    assert is_one_line(err), err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err, err
+
+
+def test_bad_checkpoints(run, checkpoint, tmp_path):
+    def with_model(path: Path) -> str:
+        code, out, err = run("ask", "photo.jpg", QUESTION, *BOX, "--model", str(path), "--device", "cpu")
+        assert (code, out) == (2, "")
+        assert is_one_line(err), err
+        return err
+
+    assert "nowhere" in with_model(tmp_path / "nowhere")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in checkpoint.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "tokenizer.json").unlink()
+    assert "tokenizer.json" in with_model(copy)
+    (copy / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 64
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "config.json" in with_model(copy)
+    (copy / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert str(copy) in with_model(copy)
+
+
+@pytest.fixture
+def chat(run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    def call(lines: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        model = ["--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "4"]
+        return run("chat", "photo.jpg", *arguments, *model)
+
+    return call
+
+
+def test_chat_answers_line_by_line(chat):
+    code, out, err = chat("What is <region1>?\n\nAnd <region2>?\nexit\nnot asked\n", *BOX, "--point", "9,9")
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 2
+
+
+def test_an_error_does_not_end_a_chat(chat):
+    code, out, err = chat("What is <region3>?\nWhat is <region1>?", *BOX)
+    assert code == 0
+    assert is_one_line(err)
+    assert "<region3>" in err
+    assert out.count("\n") == 1
+
+
+def test_a_chat_about_a_bad_photograph_does_not_begin(run):
+    code, _, err = run("chat", "text.jpg", *BOX)
+    assert code == 2
+    assert is_one_line(err)
+
+
+def test_weights_create_then_ask(run, tmp_path):
+    vision, language = make_parts(tmp_path)
+    out = tmp_path / "made"
+    parts = ["--vision", str(vision), "--language", str(language)]
+    assert run("weights", "create", *parts, "--out", str(out), "--refinement", "bilinear")[0] == 0
+    code, answer, _ = run("ask", "photo.jpg", QUESTION, *BOX, "--model", str(out), "--max-new-tokens", "2")
+    assert code == 0
+    assert answer
+    code, _, err = run("weights", "create", *parts, "--out", str(out))
+    assert code == 2
+    assert "empty folder" in err
+    for arguments, part in (
+        ([*parts, "--refinement", "cubic"], "cubic"),
+        ([*parts, "--chat-template", "alpaca"], "alpaca"),
+        (["--vision", str(vision)], "--language"),
+        ([*parts, "--llava", str(vision)], "--llava"),
+        (["--vision", str(tmp_path / "nowhere"), "--language", str(language)], "nowhere"),
+    ):
+        code, _, err = run("weights", "create", *arguments, "--out", str(tmp_path / "new"))
+        assert code == 2
+        assert is_one_line(err), err
+        assert part in err
+
+
+def test_help_names_every_region_option(run):
+    with pytest.raises(SystemExit) as left:
+        run("ask", "--help")
+    assert left.value.code == 0
+
+
+def test_help_and_mistakes_do_without_torch():
+    """Start-up stays fast because nothing heavy is imported before it is needed."""
+    script = (
+        "import sys; from regiongpt import cli\n"
+        "cli.main(['ask', 'nowhere.jpg', 'What is <region1>?', '--box', '1,2,3,4'])\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+def test_ctrl_c_and_a_closed_pipe_end_quietly(run, monkeypatch):
+    def raise_this(error: type[BaseException]):
+        def handler(_):
+            raise error
+
+        return handler
+
+    monkeypatch.setattr(cli, "_ask", raise_this(KeyboardInterrupt))
+    code, _, err = run("ask", "photo.jpg", QUESTION)
+    assert (code, err.strip()) == (130, "")
+    redirected = []
+    monkeypatch.setattr(cli, "_ask", raise_this(BrokenPipeError))
+    monkeypatch.setattr(os, "dup2", lambda *fds: redirected.append(fds))
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    assert cli.main(["ask", "photo.jpg", QUESTION]) == 141
+    assert len(redirected) == 1

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from regiongpt.errors import ConfigError, RegionError
+from regiongpt.inference.drawing import COLOURS, MIN_SIDE, _font, _wrap, contact_sheet, draw_regions
+from regiongpt.regions import Region
+
+
+def grey(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height), (120, 120, 120))
+
+
+def count(picture: Image.Image, colour: tuple[int, int, int]) -> int:
+    return int((np.asarray(picture) == colour).all(-1).sum())
+
+
+def every_kind(width: int, height: int) -> list[Region]:
+    mask = np.zeros((height, width), bool)
+    mask[height // 4 : height // 2, width // 4 : width // 2] = True
+    return [
+        Region.box(1, 1, width / 2, height / 2),
+        Region.mask(mask),
+        Region.polygon([[width * 0.6, height * 0.1], [width * 0.9, height * 0.2], [width * 0.7, height * 0.6]]),
+        Region.rle({"size": [height, width], "counts": [0, height * 2, height * (width - 2)]}),
+        Region.point(width * 0.3, height * 0.8),
+        Region.scribble([[width * 0.5, height * 0.9], [width * 0.9, height * 0.8]]),
+    ]
+
+
+def test_every_kind_is_outlined_in_its_colour():
+    regions = every_kind(700, 500)
+    picture = draw_regions(grey(700, 500), regions)
+    assert picture.size == (700, 500)
+    assert picture.mode == "RGB"
+    for colour in COLOURS[: len(regions)]:
+        assert count(picture, colour) > 40
+
+
+def test_the_photograph_is_left_alone_outside_of_regions_and_tags():
+    picture = np.asarray(draw_regions(grey(700, 500), [Region.box(300, 200, 400, 300)]))
+    assert (picture[:150] == 120).all()
+    assert (picture[:, 450:] == 120).all()
+
+
+def test_the_outline_of_a_box_and_of_its_mask_agree():
+    mask = np.zeros((500, 700), bool)
+    mask[200:300, 300:400] = True
+    box = np.asarray(draw_regions(grey(700, 500), [Region.box(300, 200, 400, 300)]))
+    same = np.asarray(draw_regions(grey(700, 500), [Region.mask(mask)]))
+    line = (box[290:310, 320:380] == COLOURS[0]).all(-1)
+    other = (same[290:310, 320:380] == COLOURS[0]).all(-1)
+    assert 2 * 60 <= line.sum() <= 4 * 60
+    assert abs(int(line.sum()) - int(other.sum())) <= 2 * 60
+
+
+def test_a_small_photograph_is_enlarged_and_a_large_one_kept():
+    assert draw_regions(grey(32, 24), every_kind(32, 24)).size == (MIN_SIDE, MIN_SIDE * 24 // 32)
+    assert draw_regions(grey(2400, 1800), [Region.box(5, 5, 6, 6)]).size == (2400, 1800)
+
+
+def test_a_single_pixel_of_a_large_photograph_can_be_seen():
+    picture = draw_regions(grey(2400, 1800), [Region.box(1000, 900, 1001, 901)])
+    assert count(picture.crop((960, 860, 1040, 940)), COLOURS[0]) > 20
+
+
+def test_a_region_at_the_border_is_closed_there():
+    picture = draw_regions(grey(700, 500), [Region.mask(np.ones((500, 700), bool))])
+    assert count(picture.crop((690, 0, 700, 500)), COLOURS[0]) > 400
+
+
+def test_the_outline_of_a_small_region_lies_above_a_larger_one():
+    small, large = Region.box(300, 200, 340, 240), Region.box(0, 0, 700, 500)
+    both = draw_regions(grey(700, 500), [small, large])
+    alone = draw_regions(grey(700, 500), [small])
+    assert count(both, COLOURS[0]) == count(alone, COLOURS[0])
+
+
+def test_tags_of_equal_regions_do_not_hide_each_other():
+    box = Region.box(100, 100, 400, 400)
+    picture = draw_regions(grey(700, 500), [box, box, box, box])
+    tags = [count(picture, colour) for colour in COLOURS[:4]]
+    assert min(tags) > 150
+
+
+def test_captions_and_title_stand_beneath():
+    regions = every_kind(700, 500)
+    plain = draw_regions(grey(700, 500), regions)
+    captions = ["a cat", None, "", "a cup " * 60, "point", "x" * 300]
+    picture = draw_regions(grey(700, 500), regions, captions, title="What is it?\nA cat.")
+    assert picture.width == plain.width
+    assert np.array_equal(np.asarray(picture)[:500], np.asarray(plain))
+    assert picture.height > 500 + 10 * 18
+    panel = picture.crop((0, 500, 700, picture.height))
+    assert count(panel, COLOURS[0]) > 100
+    assert count(panel, COLOURS[1]) == 0  # no caption, no tag
+    assert np.asarray(panel)[:, -6:].min() == 255
+
+
+def test_no_line_is_wider_than_its_room():
+    font = _font(20)
+    for text in ("one two three four five six seven", "x" * 90, "a " + "b" * 50 + " c", ""):
+        lines = _wrap(text, font, 120)
+        assert all(font.getlength(line) <= 120 for line in lines)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+def test_contact_sheet_keeps_proportions():
+    sheet = contact_sheet([grey(300, 200), grey(200, 300), grey(100, 100)], columns=2, width=800)
+    assert sheet.width == 800
+    assert 640 < sheet.height < 700
+    with pytest.raises(ConfigError, match="got 0 and 2"):
+        contact_sheet([])
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match="1 captions for 2 regions"):
+        draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)] * 2, ["one"])
+    with pytest.raises(RegionError, match="<region2>"):
+        draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5), Region.box(50, 50, 60, 60)])
