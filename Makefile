@@ -1,0 +1,60 @@
+# Everything runs in a virtual environment of its own. What is installed once is not installed again.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+VENV ?= .venv
+# Fixed here for repeatable figures; the package itself takes any release from 2.6 on.
+TORCH ?= torch==2.13.0
+# A folder of annotated photographs in COCO's format, for train-nano; docs/training.md says what it holds.
+DATA ?= ../shared/data/coco_photos
+RUN ?= runs/nano
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+
+.PHONY: help install demo test lint format train-nano package clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1 - \2/p' Makefile
+
+install: $(VENV)/.installed  ## make the virtual environment and install the package into it
+
+demo: install  ## ask about regions of real photographs, and draw them
+	$(BIN)/python examples/demo.py
+
+test: install  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: install  ## format, style, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## write the source as the formatter has it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+train-nano: install  ## train the model that ships, or go on with it: DATA=folder of photographs, RUN=folder of the run
+	$(BIN)/regiongpt train configs/nano.toml --data.root "$(DATA)" --out "$(RUN)"
+
+package: install  ## build the wheel and the source distribution in dist/
+	$(BIN)/python -m build
+
+clean:  ## remove the virtual environment and what was built; runs are kept
+	rm -rf $(VENV) build dist
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "expected Python 3.11 or newer, got: $$($(PYTHON) --version 2>&1); give another with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# First and alone: whatever is resolved after it takes the release that is there.
+$(VENV)/.torch: $(VENV)/.python
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[dev]'
+	@touch $@
