@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import TOWERS, assert_same, save_language, save_tower, tower_config
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from tiny import TOWERS, assert_same, save_language, save_tower, tiny_tokenizer, tower_config
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.model import RegionGPTForConditionalGeneration, RegionGPTProcessor, weights
@@ -136,12 +136,17 @@ def test_fresh_weights_are_finite_and_of_sensible_size(tower: Path, language: Pa
     assert embedded.std() > 1e-3
 
 
-def test_dtype_and_device(checkpoint: Path, tower: Path, language: Path) -> None:
+def test_dtype_and_device(checkpoint: Path, tower: Path, language: Path, tmp_path: Path) -> None:
     model, _ = weights.load(checkpoint, device="cpu", dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert weights.load(checkpoint)[0].dtype == torch.float32
     model, _ = weights.create(tower, language, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    halved = tmp_path / "halved"
+    AutoModelForCausalLM.from_pretrained(language, dtype=torch.bfloat16).save_pretrained(halved)
+    tiny_tokenizer().save_pretrained(halved)
+    weights.create(tower, halved, out=tmp_path / "mixed")
+    assert {p.dtype for p in weights.load(tmp_path / "mixed")[0].parameters()} == {torch.bfloat16}
 
 
 def test_efficientnet_lite_comes_with_its_imagenet_weights(language: Path) -> None:
@@ -286,6 +291,14 @@ def test_configuration_of_another_model(copy: Path, tower: Path, language: Path)
 def test_configuration_with_a_wrong_field(copy: Path) -> None:
     edit_json(copy / "config.json", refinement="cubic")
     refuse(copy, "cannot read the configuration of", "refinement must be one of")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"vision_config": 5}, {"image_size": "wide"}, {"text_config": {"hidden_size": "x"}}]
+)
+def test_configuration_with_a_field_of_the_wrong_type(fields: dict[str, Any], copy: Path) -> None:
+    edit_json(copy / "config.json", **fields)
+    refuse(copy, "cannot read the configuration of")
 
 
 def test_files_of_two_checkpoints(copy: Path) -> None:

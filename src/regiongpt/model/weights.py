@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from regiongpt.errors import CheckpointError, ConfigError
+from regiongpt.errors import CheckpointError
 from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig, RegionGPTConfig
 from regiongpt.model.modeling import Connector, RegionGPTForConditionalGeneration
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
@@ -37,7 +36,6 @@ from regiongpt.prompts import chat_template as known_template
 
 Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
 
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
 _BICUBIC = 3
 
 
@@ -117,7 +115,7 @@ def create(
         vision_feature_layer: which of the tower's hidden states to use.
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
         region_format: what a ``<regionN>`` becomes in the text, with ``{n}`` for its number.
-        dtype: of the weights; as each part is stored when None, the connector as the language model.
+        dtype: of all weights; the one that the language model is stored in when None.
 
     Returns:
         The model in evaluation mode, and its processor.
@@ -128,7 +126,7 @@ def create(
     """
     if chat_template is not None:
         known_template(chat_template)
-    tower, image_processor = _tower(str(vision), image_size, dtype)
+    tower, image_processor = _tower(str(vision), image_size)
     language_model = _pretrained(AutoModelForCausalLM, language, only_part=True, dtype=dtype)
     with _reading(f"the tokenizer of {language}"):
         tokenizer = AutoTokenizer.from_pretrained(language)
@@ -220,16 +218,16 @@ def from_llava(
     return _finish(model, image_processor, tokenizer, chat_template, region_format, out)
 
 
-def _tower(vision: str, image_size: int | None, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _tower(vision: str, image_size: int | None) -> tuple[Any, Any]:
     if vision in EFFICIENTNET_LITE_CHANNELS:
         size = image_size or EfficientNetLiteConfig().image_size
-        return _efficientnet_lite(vision, size).to(dtype), _pil_processor(size, [127 / 255] * 3, [128 / 255] * 3)
+        return _efficientnet_lite(vision, size), _pil_processor(size, [127 / 255] * 3, [128 / 255] * 3)
     with _reading(f"the configuration of the tower {vision}"):
         config = AutoConfig.from_pretrained(vision)
     config = getattr(config, "vision_config", config)
     # Built first, since it names the kinds of tower there are when this is none of them.
     shape = RegionGPTConfig(vision_config=config, image_size=image_size, vision_feature_layer=0)
-    tower = _pretrained(AutoModel, vision, only_part=True, config=config, dtype=dtype)
+    tower = _pretrained(AutoModel, vision, only_part=True, config=config)
     return tower, _image_processor(vision, shape.image_size)
 
 
@@ -290,9 +288,10 @@ def _assemble(config: RegionGPTConfig, tower: Any, language_model: Any) -> Regio
     model.vision_tower, model.language_model = tower, language_model
     model.refinement, model.connector = Refinement(config), Connector(config)
     for part in (model.refinement, model.connector):
-        part.apply(model._init_weights).to(dtype)
+        part.apply(model._init_weights)
     _check_materialised(model)
-    model.eval()
+    # One type throughout: a checkpoint is loaded in the one type that its config.json names.
+    model.to(dtype).eval()
     return model
 
 
@@ -398,9 +397,8 @@ def _reading(what: str) -> Iterator[None]:
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
         yield
-    except ConfigError as error:
-        raise CheckpointError(f"cannot read {what}: {error}") from error
-    except _UNREADABLE as error:
+    # A damaged file makes the libraries below raise nearly anything, AttributeError and their own kinds included.
+    except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"cannot read {what}: {first.strip()}") from error
     finally:
