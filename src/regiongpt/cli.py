@@ -9,11 +9,12 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from regiongpt import __version__
 from regiongpt.errors import ConfigError, DataError, RegionError, RegionGPTError
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return int(run_cli(arguments[1:]) or 0)
         options = _parser().parse_args(_bind_coordinates(arguments))
-        code = int(options.run(options))
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")  # they speak to programmers
+            code = int(options.run(options))
         sys.stdout.flush()
         return code
     except RegionGPTError as error:
@@ -101,6 +105,7 @@ def _bind_coordinates(arguments: Sequence[str]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="regiongpt", description="Ask about any region of an image.")
+    parser.add_argument("--version", action="version", version=f"regiongpt {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     ask = verbs.add_parser("ask", help="ask one question about regions of a photograph")
@@ -187,7 +192,7 @@ def _ask(options: argparse.Namespace) -> int:
     if options.picture:
         from regiongpt.inference.drawing import draw_regions
 
-        _save_picture(draw_regions(photo, regions, title=f"{options.question}\n{answer.text}"), options.picture)
+        _save_picture(draw_regions(photo, regions, dialogue=[(options.question, answer.text)]), options.picture)
     return 0
 
 
@@ -234,11 +239,12 @@ def _create_weights(options: argparse.Namespace) -> int:
     if options.llava and (options.vision or options.language):
         raise ConfigError("expected --llava alone or --vision with --language, got both; leave one of them out")
     if not options.llava and not (options.vision and options.language):
-        missing = " and ".join(f"--{name}" for name in ("vision", "language") if not getattr(options, name))
-        raise ConfigError(f"expected --vision and --language, or --llava, but {missing} is missing")
+        missing = ", ".join(f"--{name}" for name in ("vision", "language") if not getattr(options, name))
+        raise ConfigError(f"expected --vision and --language, or --llava; missing: {missing}")
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"expected --out to be a new or an empty folder, but {out} has something in it")
+    _quiet(progress=True)  # a download takes its time
     from regiongpt.model import weights
 
     chosen = {
@@ -263,35 +269,22 @@ def _predictor(options: argparse.Namespace) -> "RegionPredictor":
     _quiet()
     from regiongpt.inference import RegionPredictor
 
-    with _quiet_imports():
-        return RegionPredictor.from_pretrained(options.model, device=options.device, dtype=options.dtype)
+    return RegionPredictor.from_pretrained(options.model, device=options.device, dtype=options.dtype)
 
 
 def _generation(options: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
 
 
-def _quiet() -> None:
-    """Ask the libraries below to keep their progress bars and advice to themselves; set before they are imported."""
-    for name, value in (
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-    ):
-        os.environ.setdefault(name, value)
-
-
-@contextmanager
-def _quiet_imports() -> Iterator[None]:
-    import warnings
-
+def _quiet(progress: bool = False) -> None:
+    """Keep the libraries' advice, and unless ``progress`` their progress bars, out of the answers' way."""
+    # Before their import, because some of them speak as they are imported; setdefault, because a person may want it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    if not progress:
+        logging.disable_progress_bar()
 
 
 def _read_inputs(options: argparse.Namespace) -> "tuple[Image, list[Region]]":

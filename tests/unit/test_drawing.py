@@ -83,11 +83,11 @@ def test_tags_of_equal_regions_do_not_hide_each_other():
     assert min(tags) > 150
 
 
-def test_captions_and_title_stand_beneath():
+def test_captions_and_dialogue_stand_beneath():
     regions = every_kind(700, 500)
     plain = draw_regions(grey(700, 500), regions)
     captions = ["a cat", None, "", "a cup " * 60, "point", "x" * 300]
-    picture = draw_regions(grey(700, 500), regions, captions, title="What is it?\nA cat.")
+    picture = draw_regions(grey(700, 500), regions, captions, dialogue=[("What is <region1>?", "A cat.")])
     assert picture.width == plain.width
     assert np.array_equal(np.asarray(picture)[:500], np.asarray(plain))
     assert picture.height > 500 + 10 * 18

@@ -3,6 +3,7 @@
 Works on Pillow, numpy and the regions' own geometry alone, so it needs no plotting library and no font files.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import shapely
 from PIL import Image, ImageDraw, ImageFont
 
 from regiongpt.errors import ConfigError
-from regiongpt.images import load_image
+from regiongpt.images import ImageSource, load_image
 from regiongpt.regions import Region
 
 Colour = tuple[int, int, int]
@@ -31,11 +32,16 @@ COLOURS: tuple[Colour, ...] = (
 MIN_SIDE = 640  # photographs smaller than this are enlarged, or neither outline nor number could be read
 FILL_OPACITY = 0.15
 INK: Colour = (33, 33, 33)
+FAINT: Colour = (112, 112, 112)
 PAPER: Colour = (255, 255, 255)
 
 
 def draw_regions(
-    image: Any, regions: Sequence[Region], captions: Sequence[str | None] | None = None, *, title: str | None = None
+    image: ImageSource,
+    regions: Sequence[Region],
+    captions: Sequence[str | None] | None = None,
+    *,
+    dialogue: Sequence[tuple[str, str]] = (),
 ) -> Image.Image:
     """Draw numbered regions on their photograph, with captions on a white panel beneath it.
 
@@ -46,7 +52,7 @@ def draw_regions(
         image: What :func:`regiongpt.load_image` takes: a path, bytes, a Pillow image or an array.
         regions: Regions in pixels of that image, in the order of their numbers.
         captions: One text a region, ``None`` or empty for no caption; the list may be left out.
-        title: Text above the captions, such as the question; line breaks are kept.
+        dialogue: Questions and their answers, written beneath the captions; ``<regionN>`` in them becomes ``[N]``.
 
     Returns:
         An RGB picture: the photograph, and beneath it the panel where there is any text.
@@ -69,7 +75,7 @@ def draw_regions(
         for index in order if part != "tag" else range(len(regions)):
             canvas.draw(part, regions[index], index + 1)
     entries = [(number, text) for number, text in enumerate(captions or (), 1) if text]
-    return _with_panel(canvas.picture, title, entries) if title or entries else canvas.picture
+    return _with_panel(canvas.picture, entries, dialogue) if entries or dialogue else canvas.picture
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2, width: int = 1600) -> Image.Image:
@@ -189,29 +195,32 @@ class _Canvas:
         _draw_tag(ImageDraw.Draw(self.picture), (place[0], place[1]), number, font)
 
 
-def _with_panel(picture: Image.Image, title: str | None, entries: Sequence[tuple[int, str]]) -> Image.Image:
-    """The picture with a white panel of wrapped text beneath it."""
+def _with_panel(
+    picture: Image.Image, entries: Sequence[tuple[int, str]], dialogue: Sequence[tuple[str, str]]
+) -> Image.Image:
+    """The picture with a white panel of wrapped text beneath it: numbered captions, then questions and answers."""
     font = _font(max(16, round(picture.width / 40)))
     leading, pad = round(_height(font) * 1.35), round(_height(font) * 0.7)
     indent = max((_tag_size(font, number)[0] for number, _ in entries), default=0) + pad
     room = picture.width - 2 * pad
-    rows: list[tuple[int | None, int, str]] = []  # tag or none, indent in pixels, text
-    for paragraph in (title or "").splitlines():
-        rows += [(None, 0, line) for line in _wrap(paragraph, font, room)]
+    rows: list[tuple[int | None, int, str, Colour, int]] = []  # tag or none, indent, text, colour, gap above
     for number, text in entries:
-        for index, line in enumerate(_wrap(" ".join(text.split()), font, room - indent)):
-            rows.append((None if index else number, indent, line))
-    tags = sum(tag is not None for tag, _, _ in rows)
-    height = picture.height + 2 * pad + leading * len(rows) + (pad // 2) * tags
+        for index, line in enumerate(_wrap(text, font, room - indent)):
+            rows.append((None if index else number, indent, line, INK, 0 if index else pad // 2))
+    for turn in dialogue:
+        for text, colour, gap in zip(turn, (FAINT, INK), (pad, 0), strict=True):
+            lines = _wrap(re.sub(r"<region(\d+)>", r"[\1]", text), font, room)
+            rows += [(None, 0, line, colour, 0 if index else gap) for index, line in enumerate(lines)]
+    height = picture.height + 2 * pad + sum(leading + row[-1] for row in rows)
     sheet = Image.new("RGB", (picture.width, height), PAPER)
     sheet.paste(picture, (0, 0))
     draw = ImageDraw.Draw(sheet)
-    y = picture.height + pad
-    for tag, shift, line in rows:
+    y = picture.height + pad // 2
+    for tag, shift, line, colour, gap in rows:
+        y += gap
         if tag is not None:
-            y += pad // 2
             _draw_tag(draw, (pad, y - _tag_size(font, tag)[1] / 2 + _height(font) / 2), tag, font)
-        draw.text((pad + shift, y + _height(font) / 2), line, fill=INK, font=font, anchor="lm")
+        draw.text((pad + shift, y + _height(font) / 2), line, fill=colour, font=font, anchor="lm")
         y += leading
     return sheet
 

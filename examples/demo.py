@@ -1,0 +1,136 @@
+"""Ask the model of this package about regions of four photographs, and draw what was asked: `make demo`.
+
+The photographs are licence-free ones that scikit-image carries; nothing is downloaded. The regions were drawn by hand:
+boxes, polygons and a scribble.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers.utils import logging
+
+from regiongpt import Region, RegionGPTError, RegionPredictor
+from regiongpt.errors import DataError
+from regiongpt.inference import contact_sheet, draw_regions
+from regiongpt.prompts import question
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A photograph, its regions, and what is asked of them; the N-th of ``captions`` is answered beside region N."""
+
+    name: str
+    regions: tuple[Region, ...]
+    captions: tuple[str, ...]
+    questions: tuple[str, ...]
+    locate: str | None = None
+
+
+def name_it(number: int) -> str:
+    """The closed-set question about one region."""
+    return question("classify", 4, regions=[number])
+
+
+CAT = [
+    *([30, 70], [70, 0], [230, 0], [345, 25], [385, 0], [395, 0], [362, 60], [352, 130], [335, 190], [320, 235]),
+    *([310, 262], [300, 300], [40, 300], [15, 215], [10, 140]),
+]
+SCENES = (
+    Scene(
+        name="chelsea",
+        regions=(Region.polygon(CAT),),
+        captions=(name_it(1),),
+        questions=(question("describe", regions=[1]), question("presence", category="dog")),
+    ),
+    Scene(
+        name="coffee",
+        regions=(
+            Region.box(172, 16, 404, 308),
+            Region.polygon(
+                [[327, 262], [380, 205], [402, 66], [424, 72], [390, 240], [405, 270], [372, 325], [332, 308]]
+            ),
+            Region.box(0, 0, 600, 400),
+        ),
+        captions=(name_it(1), name_it(2), name_it(3)),
+        questions=(question("relation", regions=[1, 2]),),
+        locate="the cup",
+    ),
+    Scene(
+        name="astronaut",
+        regions=(Region.box(20, 15, 365, 512),),
+        captions=(name_it(1),),
+        questions=(question("describe", regions=[1]), question("image_caption")),
+    ),
+    Scene(
+        name="motorcycle_left",
+        regions=(
+            Region.box(95, 75, 685, 455),
+            Region.box(50, 105, 290, 305),
+            Region.scribble([[5, 190], [35, 200], [50, 165], [20, 150]], width=40),
+        ),
+        captions=(name_it(1), name_it(2), name_it(3)),
+        questions=(question("relation", regions=[1, 2]),),
+        locate="the motorcycle",
+    ),
+)
+
+
+def photograph(name: str) -> Path:
+    """A file inside the installed scikit-image, found without importing it.
+
+    Raises:
+        DataError: scikit-image is not installed, or carries no such photograph.
+    """
+    package = find_spec("skimage")
+    if package is None or package.origin is None:
+        raise DataError("expected scikit-image, whose photographs are asked about; run: pip install 'regiongpt[demo]'")
+    path = Path(package.origin).parent / "data" / f"{name}.png"
+    if not path.exists():
+        raise DataError(f"expected the photograph {path}; this release of scikit-image lacks it, install another")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Ask, print and draw; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="checkpoint folder (default: the model of this package)")
+    parser.add_argument("--out", type=Path, default=Path("demo/demo.png"), help="picture to write")
+    options = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    began = time.perf_counter()
+    predictor = RegionPredictor.from_pretrained(options.model)
+    pictures = []
+    for scene in SCENES:
+        path = photograph(scene.name)
+        predictor.set_image(path)
+        print(f"\n{path.name}")
+
+        def ask(text: str, regions: Sequence[Region] = scene.regions) -> str:
+            answer = predictor.ask(text, regions).text
+            print(f"  Q: {text}\n  A: {answer}")
+            return answer
+
+        captions = [ask(text) for text in scene.captions]
+        dialogue = [(text, ask(text)) for text in scene.questions]
+        if scene.locate:
+            found = predictor.locate(scene.locate, scene.regions)
+            asked, answer = f'Which one is "{scene.locate}"?', f"{found.text} ({found.probability:.0%} sure)"
+            print(f"  Q: {asked}\n  A: {answer}")
+            dialogue.append((asked, answer))
+        pictures.append(draw_regions(path, scene.regions, captions, dialogue=dialogue))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(pictures).save(options.out)
+    print(f"\n{options.out}: the regions, outlined, numbered and captioned ({time.perf_counter() - began:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except RegionGPTError as error:
+        sys.exit(f"demo: error: {error}")
