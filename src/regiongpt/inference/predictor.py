@@ -2,8 +2,7 @@
 
 What a question costs is kept small by what is kept between questions. ``set_image`` runs the vision tower, the
 refinement and the image's side of the connector; a question only pools its regions from the kept map and runs the
-language model. A closed set is scored in one pass over a prefix tree of all its names behind the cached prompt, so that
-eighty categories cost about as many tokens as they share.
+language model. A closed set is scored in one pass over the tree of all its names behind one prompt.
 """
 
 import time
