@@ -23,10 +23,12 @@ class DataConfig:
         root: Folder with ``instances_<split>.json``, ``captions_<split>.json`` and ``images/``; usually given on the
             command line as ``--data.root``.
         split: Which of them to train on.
+        mix: Turns of each task in a conversation, on average; the sampler's own mix where empty.
     """
 
     root: str = ""
     split: str = "train"
+    mix: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,7 @@ class TrainConfig:
     Attributes:
         out: Folder of the run: feature cache, checkpoints and the finished model.
         seed: Seed of every random number, together with an index and an epoch.
+        isolated_share: Share of the training conversations, in [0, 1], whose turns do not see each other.
         data: Annotated photographs.
         model: The untrained model.
         features: Feature cache.
@@ -141,12 +144,17 @@ class TrainConfig:
 
     out: str = "runs/nano"
     seed: int = 0
+    isolated_share: float = 0.8
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     language: StageConfig = field(default_factory=StageConfig)
     stage1: StageConfig = field(default_factory=StageConfig)
     stage2: StageConfig = field(default_factory=StageConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.isolated_share <= 1:
+            raise ConfigError(f"isolated_share: expected a share in [0, 1], got {self.isolated_share}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

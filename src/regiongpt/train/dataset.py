@@ -1,6 +1,7 @@
 """Training examples: a conversation about one view of one image, drawn from (seed, index, epoch) alone."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View
 from regiongpt.data.sampling import Conversation, ConversationSampler
+from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import IMAGE_TOKEN, replace_placeholders
 from regiongpt.train.config import FeatureConfig
 from regiongpt.train.features import FeatureStore, plan_views
@@ -18,22 +20,26 @@ if TYPE_CHECKING:
     from regiongpt.model import RegionGPTProcessor
 
 Example = dict[str, Any]
+_WINDOW = 16
 
 
 class ConversationDataset(Dataset[Example]):
     """Conversations for any number of epochs as one indexable list.
 
-    Item ``i`` belongs to epoch ``i // len(images)``; within an epoch the images come in a seeded permutation. Nothing
-    depends on what was drawn before, so a run that goes on from step k sees what an uninterrupted one would have seen.
+    Item ``i`` belongs to epoch ``i // len(images)``; within an epoch the images come in a seeded order, in groups with
+    about as many objects each, which pads little. Nothing depends on what was drawn before, so a run that goes on from
+    step k sees what an uninterrupted one would have seen.
 
     Args:
         images: Annotated images, in the order of the feature store.
-        store: Tower features and object colours; None makes text-only examples (the image and its regions dropped).
+        store: Tower features and object colours.
         sampler: Draws the conversation.
         processor: Tokenises it and makes the label mask.
         features: The views that the store holds.
         seed: Seed of the recipe.
         items: Number of examples in the whole run.
+        group: Images in a group; the size of a micro-batch.
+        isolated_share: Share of the conversations whose turns do not see each other; see :func:`turn_numbers`.
     """
 
     def __init__(
@@ -45,9 +51,13 @@ class ConversationDataset(Dataset[Example]):
         features: FeatureConfig,
         seed: int,
         items: int,
+        group: int,
+        isolated_share: float,
     ) -> None:
         self.images, self.store, self.sampler, self.processor = images, store, sampler, processor
         self.features, self.seed, self.items = features, seed, items
+        self.group, self.isolated_share = group, isolated_share
+        self.order = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:
         return self.items
@@ -58,16 +68,73 @@ class ConversationDataset(Dataset[Example]):
             conversation.messages, regions=conversation.regions, image_size=(round(view.width), round(view.height))
         )
         example["vision_features"] = self.store.row(index, number)
+        if np.random.default_rng((self.seed, 7, item)).random() < self.isolated_share:
+            example["turns"] = turn_numbers(example, self.processor.image_token_id)
         return example
 
     def draw(self, item: int) -> tuple[int, int, View, Conversation]:
         """The image's index, the number of its view, that view and the conversation of one item."""
         epoch, position = divmod(item, len(self.images))
-        index = int(np.random.default_rng((self.seed, 3, epoch)).permutation(len(self.images))[position])
+        index = int(self.order(epoch)[position])
         # Every image starts at another view and then goes round, so that each is seen equally often.
         number = (epoch + index) % self.features.views
         view = plan_views(self.images[index], index, self.seed, self.features)[number]
         return index, number, view, self.sampler.sample(view, self.store.colours[index], self.seed, index, epoch)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Image indices of one epoch: shuffled, sorted by objects within windows, then groups shuffled."""
+        rng = np.random.default_rng((self.seed, 3, epoch))
+        objects = np.array([min(len(image.objects), self.sampler.regions_per_image) for image in self.images])
+        shuffled, groups = rng.permutation(len(self.images)), []
+        for start in range(0, len(shuffled), _WINDOW * self.group):
+            window = shuffled[start : start + _WINDOW * self.group]
+            window = window[np.argsort(objects[window], kind="stable")]
+            groups += np.split(window, range(self.group, len(window), self.group))
+        # The one group that may be short stays last, so that the others fill whole micro-batches.
+        short = [group for group in groups if len(group) < self.group]
+        whole = [group for group in groups if len(group) == self.group]
+        return np.concatenate([whole[k] for k in rng.permutation(len(whole))] + short)
+
+
+def turn_numbers(example: Example, image_token_id: int) -> torch.Tensor:
+    """Which turn each token belongs to: 0 for what comes before the first question, the image above all; then 1, 2, ...
+
+    A conversation of ten turns about one image trains ten answers for one image's tokens, but what an earlier turn said
+    of a region answers a later one. Where turns are isolated, each sees the image and itself alone, at the positions
+    it would have as the only turn: ten single-turn conversations that share their image.
+
+    Args:
+        example: ``input_ids`` and ``labels``, each (T,), with the image first.
+        image_token_id: Id of ``<image>``.
+
+    Returns:
+        (T,) int64.
+    """
+    ids, is_target = example["input_ids"], example["labels"] != IGNORED
+    # The line break after the image belongs to no turn: each question follows it, as the first one does.
+    head = int((ids == image_token_id).nonzero()[-1]) + 2
+    ends = is_target & ~torch.cat([is_target[1:], torch.tensor([False])])
+    numbers = 1 + torch.cat([torch.tensor([0]), ends.cumsum(0)[:-1]])
+    numbers[:head] = 0
+    return numbers
+
+
+def isolate_turns(turns_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention mask and positions under which turns do not see each other.
+
+    Args:
+        turns_BT: (B, T) int64 from :func:`turn_numbers`; all 0 for a conversation whose turns see the earlier ones, and
+            -1 in the padding.
+
+    Returns:
+        Boolean mask (B, 1, T, T), True where attention is allowed, and position ids (B, T).
+    """
+    length = turns_BT.shape[1]
+    query, key = turns_BT[:, :, None], turns_BT[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = causal & ((query == key) | ((key == 0) & (query > 0)))
+    # How many tokens a token sees is the place it stands at.
+    return mask[:, None], mask.sum(-1) - 1
 
 
 class TextDataset(Dataset[Example]):

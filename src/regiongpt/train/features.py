@@ -1,6 +1,7 @@
 """The cache of frozen tower features: every view of every image goes through the tower once, and never again.
 
-The tower is frozen in both stages (paper §4), so its output for a fixed set of views (the whole image, random crops, some mirrored) can be computed beforehand. Each view is one row of a float16 file that training maps into memory.
+The tower is frozen in both stages (paper §4), so its output for a fixed set of views (the whole image, random crops,
+some mirrored) can be computed beforehand. Each view is one row of a float16 file that training maps into memory.
 """
 
 import ctypes
@@ -66,7 +67,7 @@ def plan_views(annotations: ImageAnnotations, index: int, seed: int, config: Fea
 
 def view_image(view: View, image: Image.Image) -> Image.Image:
     """The pixels of one view of an image."""
-    cropped = image.crop(tuple(int(edge) for edge in view.crop))
+    cropped = image.crop((int(view.crop[0]), int(view.crop[1]), int(view.crop[2]), int(view.crop[3])))
     return ImageOps.mirror(cropped) if view.flip else cropped
 
 
@@ -126,7 +127,7 @@ def build_features(
 ) -> FeatureStore:
     """Computes what is not yet computed, and opens the cache.
 
-    A run that was stopped goes on where it was: finished images are counted in a side file after their rows are on disk.
+    A run that was stopped goes on where it was: images are counted in a side file once their rows are on disk.
 
     Args:
         folder: Where the cache lies.

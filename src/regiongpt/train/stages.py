@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.sampling import ClassStatistics, ConversationSampler
+from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSampler
 from regiongpt.errors import ConfigError
 from regiongpt.model import weights
 from regiongpt.train.config import TrainConfig, load_config
-from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts
+from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts, isolate_turns
 from regiongpt.train.features import build_features, calibrate, keep_freed_memory
 from regiongpt.train.tokenizer import train_tokenizer
 from regiongpt.train.trainer import run_stage
 
 if TYPE_CHECKING:
-    from regiongpt.model import RegionGPTForConditionalGeneration, RegionGPTProcessor
+    from regiongpt.model import RegionGPTProcessor
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def train(config: TrainConfig) -> Path:
     data = load_coco(photo_sources(Path(config.data.root), config.data.split))
     log.info("data: %s", data.report())
     images = data.images
-    sampler = ConversationSampler(ClassStatistics.of(images))
+    sampler = ConversationSampler(ClassStatistics.of(images), config.data.mix or DEFAULT_MIX)
 
     language = out / "language"
     if not (language / "config.json").exists():
@@ -103,7 +103,17 @@ def train(config: TrainConfig) -> Path:
             for parameter in model.language_model.parameters():
                 parameter.requires_grad_(name == "stage2")
             items = round(stage.epochs * len(images))
-            dataset = ConversationDataset(images, store, sampler, processor, config.features, config.seed, items)
+            dataset = ConversationDataset(
+                images,
+                store,
+                sampler,
+                processor,
+                config.features,
+                config.seed,
+                items,
+                stage.micro_batch_size,
+                config.isolated_share,
+            )
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
             log.info("%s: %d conversations, %.2f M trainable parameters", name, items, learning / 1e6)
             run_stage(name, model, dataset, _Collate(processor), stage, out / name, config.seed)
@@ -119,7 +129,13 @@ class _Collate:
         self.processor = processor
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.processor.collate(examples), "loss_only": True}
+        batch = self.processor.collate(examples)
+        turns = torch.full(batch["input_ids"].shape, -1)
+        for row, example in enumerate(examples):
+            length = len(example["input_ids"])
+            turns[row, :length] = example.get("turns", torch.zeros(length, dtype=torch.long))
+        mask, positions = isolate_turns(turns)
+        return {**batch, "attention_mask": mask, "position_ids": positions, "loss_only": True}
 
 
 def _collate_text(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -156,7 +172,7 @@ def _train_language(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    documents = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    documents = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     tokens, length = sum(map(len, documents)), 128
     log.info(
         "language: %d documents, %.2f M tokens, %.2f M parameters",

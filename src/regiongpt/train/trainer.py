@@ -1,4 +1,4 @@
-"""A thin layer over ``transformers.Trainer``: the loss over global target tokens, a fixed order, logs with time left."""
+"""A thin layer over ``transformers.Trainer``: loss over global target tokens, a fixed order, logs with time left."""
 
 import logging
 import time

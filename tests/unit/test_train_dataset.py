@@ -1,0 +1,135 @@
+"""Training examples: isolated turns equal single-turn conversations; the order depends on the seed and epoch alone."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import save_language
+
+from regiongpt import Region
+from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
+from regiongpt.data.sampling import ClassStatistics, ConversationSampler
+from regiongpt.model import weights
+from regiongpt.train.config import FeatureConfig
+from regiongpt.train.dataset import ConversationDataset, TextDataset, isolate_turns, turn_numbers
+
+TURNS = [
+    ("What is <region2>?", "a cat"),
+    ("Is <region1> left of <region2>?", "Yes."),
+    ("Describe the image.", "So so."),
+]
+
+
+@pytest.fixture(scope="module")
+def nano_like(tmp_path_factory):
+    """A random model of nano's kind: EfficientNet-Lite tower, plain chat template, numbered regions."""
+    folder = tmp_path_factory.mktemp("language")
+    save_language(folder, max_position_embeddings=512)
+    return weights.create(
+        "efficientnet-lite2",
+        folder,
+        image_size=64,
+        image_grid=[2, 2],
+        refinement_channels=16,
+        chat_template="plain",
+        region_format="[{n}]<region>",
+    )
+
+
+def messages(turns):
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+
+
+def encode(processor, turns, regions):
+    example = processor.encode_conversation(messages(turns), regions=regions, image_size=(60, 40))
+    generator = torch.Generator().manual_seed(3)
+    example["vision_features"] = torch.randn(352 + 4 * 120 + 4 * 48 + 16, 2, 2, generator=generator)
+    return example
+
+
+@torch.no_grad()
+def loss_sum(model, batch):
+    return float(model(**batch, num_items_in_batch=1, loss_only=True).loss)
+
+
+def test_isolated_turns_have_the_loss_of_single_turn_conversations(nano_like):
+    model, processor = nano_like
+    regions = [Region.box(2, 3, 20, 30), Region.box(30, 5, 55, 38)]
+    whole = encode(processor, TURNS, regions)
+    turns = turn_numbers(whole, processor.image_token_id)
+    assert turns.unique().tolist() == [0, 1, 2, 3]
+    mask, positions = isolate_turns(turns[None])
+    isolated = {**processor.collate([whole]), "attention_mask": mask, "position_ids": positions}
+    alone = [processor.collate([encode(processor, [turn], regions)]) for turn in TURNS]
+    assert loss_sum(model, isolated) == pytest.approx(sum(loss_sum(model, each) for each in alone), rel=1e-5)
+    # The same tokens with each turn seeing the ones before are another loss: the test can fail.
+    together = {**processor.collate([whole])}
+    assert loss_sum(model, together) != pytest.approx(loss_sum(model, isolated), rel=1e-5)
+
+
+def test_turns_numbered_zero_see_all_that_came_before_and_padding_changes_nothing(nano_like):
+    model, processor = nano_like
+    regions = [Region.box(2, 3, 20, 30), Region.box(30, 5, 55, 38)]
+    long, short = encode(processor, TURNS, regions), encode(processor, TURNS[:1], regions)
+    plain = processor.collate([long, short])
+    turns = torch.zeros_like(plain["input_ids"]).masked_fill(plain["attention_mask"] == 0, -1)
+    mask, positions = isolate_turns(turns)
+    assert loss_sum(model, {**plain, "attention_mask": mask, "position_ids": positions}) == pytest.approx(
+        loss_sum(model, plain), rel=1e-5
+    )
+
+
+def annotated(count: int) -> list[ImageAnnotations]:
+    """Images with one to four objects each."""
+    return [
+        ImageAnnotations(
+            path=Path(f"{k}.jpg"),
+            image_id=k,
+            width=60,
+            height=40,
+            objects=tuple(
+                ObjectAnnotation(id=10 * k + j, category=("cat", "dog")[j % 2], box=(4.0 * j, 2.0, 4.0 * j + 20, 30.0))
+                for j in range(1 + k % 4)
+            ),
+        )
+        for k in range(count)
+    ]
+
+
+def dataset(processor, seed=0, images=23, epochs=2):
+    data = annotated(images)
+    store = SimpleNamespace(colours=[{}] * images, row=lambda index, view: torch.full((1,), 10.0 * index + view))
+    sampler = ConversationSampler(ClassStatistics.of(data))
+    return ConversationDataset(
+        data, store, sampler, processor, FeatureConfig(views=2), seed, epochs * images, group=4, isolated_share=0.5
+    )
+
+
+def test_every_epoch_holds_every_image_once_and_both_views_in_turn(nano_like):
+    data = dataset(nano_like[1])
+    drawn = [data.draw(item)[:2] for item in range(len(data))]
+    for epoch in (drawn[:23], drawn[23:]):
+        assert sorted(index for index, _ in epoch) == list(range(23))
+    views = dict(drawn[:23])
+    assert all(view != views[index] for index, view in drawn[23:])
+
+
+def test_an_item_is_the_same_whatever_was_drawn_before_and_differs_between_seeds(nano_like):
+    first, second = dataset(nano_like[1]), dataset(nano_like[1])
+    for item in (5, 40):
+        first[0]
+        ours, theirs = first[item], second[item]
+        assert torch.equal(ours["input_ids"], theirs["input_ids"])
+        assert torch.equal(ours["vision_features"], theirs["vision_features"])
+        assert ("turns" in ours) == ("turns" in theirs)
+    assert [first.draw(k)[0] for k in range(23)] != [dataset(nano_like[1], seed=1).draw(k)[0] for k in range(23)]
+
+
+def test_text_windows_have_one_length_and_depend_on_the_item(nano_like):
+    data = TextDataset([[word, 2] for word in range(3, 60)], length=8, seed=0, items=3)
+    assert len(data) == 3
+    assert all(data[k]["input_ids"].shape == (8,) for k in range(3))
+    assert torch.equal(data[1]["input_ids"], data[1]["labels"])
+    assert not torch.equal(data[0]["input_ids"], data[1]["input_ids"])
