@@ -22,8 +22,8 @@ install: $(VENV)/.installed  ## make the virtual environment and install the pac
 demo: install  ## ask about regions of real photographs, and draw them
 	$(BIN)/python examples/demo.py
 
-test: install  ## run the tests
-	$(BIN)/python -m pytest
+test: install  ## run the tests, all or as ARGS="-m 'not slow'" chooses
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: install  ## format, style, types and the direction of imports
 	$(BIN)/ruff format --check .
