@@ -22,7 +22,19 @@ _HOMES = {
     "RegionGPTProcessor": "model",
     "RegionPredictor": "inference",
 }
-__all__ = sorted(_HOMES)
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Region",
+    "RegionError",
+    "RegionGPTConfig",
+    "RegionGPTError",
+    "RegionGPTForConditionalGeneration",
+    "RegionGPTProcessor",
+    "RegionPredictor",
+    "load_image",
+]
 
 if TYPE_CHECKING:
     from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError

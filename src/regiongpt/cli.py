@@ -137,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     create.add_argument("--chat-template", metavar="FAMILY", help="vicuna_v1, llama2, llama3, chatml or plain")
     create.set_defaults(run=_create_weights)
+    convert = actions.add_parser("convert", help="store a checkpoint in another precision")
+    convert.add_argument("--model", metavar="PATH", required=True, help="checkpoint folder")
+    convert.add_argument("--out", metavar="DIR", required=True, help="folder to write, new or empty")
+    convert.add_argument(
+        "--dtype", default="float16", choices=("float32", "bfloat16", "float16"), help="of the weights on disk"
+    )
+    convert.set_defaults(run=_convert_weights)
 
     verbs.add_parser("train", help="train a model in the paper's two stages", add_help=False)
     return parser
@@ -241,9 +248,7 @@ def _create_weights(options: argparse.Namespace) -> int:
     if not options.llava and not (options.vision and options.language):
         missing = ", ".join(f"--{name}" for name in ("vision", "language") if not getattr(options, name))
         raise ConfigError(f"expected --vision and --language, or --llava; missing: {missing}")
-    out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"expected --out to be a new or an empty folder, but {out} has something in it")
+    out = _new_folder(options.out)
     _quiet(progress=True)  # a download takes its time
     from regiongpt.model import weights
 
@@ -261,8 +266,28 @@ def _create_weights(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert_weights(options: argparse.Namespace) -> int:
+    out = _new_folder(options.out)
+    _quiet()
+    import torch
+
+    from regiongpt.model import weights
+
+    weights.convert(options.model, out, getattr(torch, options.dtype))
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{out}: {size / 1e6:.1f} MB, weights stored as {options.dtype}")
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the verbs share
+
+
+def _new_folder(text: str) -> Path:
+    out = Path(text)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"expected --out to be a new or an empty folder, but {out} has something in it")
+    return out
 
 
 def _predictor(options: argparse.Namespace) -> "RegionPredictor":

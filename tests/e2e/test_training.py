@@ -1,0 +1,171 @@
+"""The whole recipe on a handful of drawn pictures: it trains, survives being killed, and what is frozen stays."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from regiongpt import ConfigError, Region, RegionPredictor
+from regiongpt.cli import main
+from regiongpt.model import weights
+from regiongpt.train.config import load_config
+from regiongpt.train.stages import train
+
+RECIPE = Path(__file__).parents[2] / "configs" / "nano.toml"
+SMALL = {
+    "model.image_size": 64,
+    "model.image_grid": 2,
+    "model.refinement_channels": 16,
+    "model.vocab_size": 500,
+    "model.hidden_size": 32,
+    "model.layers": 1,
+    "model.heads": 2,
+    "model.mlp_size": 32,
+    "language.epochs": 0.5,
+    "language.batch_size": 8,
+    "language.micro_batch_size": 8,
+    "stage1.batch_size": 8,
+    "stage1.micro_batch_size": 4,
+    "stage1.save_steps": 1,
+    "stage1.log_steps": 1,
+    "stage2.epochs": 3,
+    "stage2.batch_size": 8,
+    "stage2.micro_batch_size": 4,
+    "stage2.save_steps": 1,
+    "stage2.log_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Sixteen pictures with a red cat and a blue dog each, as rectangles, in COCO's format."""
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    images, annotations, captions = [], [], []
+    for number in range(1, 17):
+        picture = Image.new("RGB", (96, 64), "white")
+        draw = ImageDraw.Draw(picture)
+        images.append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 64})
+        for kind, colour, left in ((17, "red", 4), (18, "blue", 52)):
+            x, y, w, h = left + int(rng.integers(8)), int(rng.integers(4, 20)), int(rng.integers(16, 30)), 30
+            draw.rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": kind,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
+        captions.append({"id": number, "image_id": number, "caption": "A red cat and a blue dog."})
+        picture.save(root / "images" / f"{number}.png")
+    categories = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]
+    (root / "instances_train.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    (root / "captions_train.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    return root
+
+
+def overrides(pictures: Path, out: Path) -> list[str]:
+    return [f"--{name}={value}" for name, value in {**SMALL, "data.root": pictures, "out": out}.items()]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return weights.load(folder)[0].state_dict()
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    assert train(load_config(RECIPE, overrides(pictures, out))) == out / "stage2" / "model"
+    return out
+
+
+def test_each_stage_changes_what_it_should_and_the_tower_stays_to_the_bit(run):
+    start, first, second = (tensors(run / name) for name in ("start", "stage1/model", "stage2/model"))
+    for name, before in start.items():
+        part = name.split(".")[0]
+        assert torch.equal(before, first[name]) == (part in ("vision_tower", "language_model")), name
+        if part == "vision_tower":
+            assert torch.equal(before, second[name]), name
+        elif before.is_floating_point():
+            assert not torch.equal(first[name], second[name]), name
+
+
+def test_the_finished_model_answers(run, pictures):
+    predictor = RegionPredictor.from_pretrained(run / "stage2" / "model")
+    predictor.set_image(pictures / "images" / "1.png")
+    assert isinstance(predictor.ask("What is <region1>?", [Region.box(4, 4, 30, 40)]).text, str)
+
+
+def test_a_finished_run_is_not_run_again(run, pictures):
+    before = (run / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
+    train(load_config(RECIPE, overrides(pictures, run)))
+    assert (run / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(run, pictures, tmp_path):
+    command = [sys.executable, "-m", "regiongpt.cli", "train", str(RECIPE), *overrides(pictures, tmp_path / "run")]
+    checkpoint = tmp_path / "run" / "stage2" / "checkpoint-2"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ)
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline, "the run did not reach its second step"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "stage2" / "model").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout.strip() == str(tmp_path / "run" / "stage2" / "model")
+    expected, got = tensors(run / "stage2" / "model"), tensors(tmp_path / "run" / "stage2" / "model")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stage2.epoch", "8"], "did you mean 'stage2.epochs'"),
+        (["--stage2.lr", "fast"], "stage2.lr: expected float, got 'fast'"),
+        (["--stage2.lr"], "expected a value"),
+        (["--model.heads=3"], "model.heads: expected a divisor"),
+        (["--stage1.batch_size=9"], "a multiple of micro_batch_size"),
+        (["--seed.a=1"], "'seed' is a value, not a table"),
+        (["--features.views=0"], "features.views: expected at least 1"),
+        (["--isolated_share=2"], "isolated_share: expected a share"),
+        (["--model.refinement=cubic"], "model.refinement: expected one of"),
+        (["--data.root=nowhere"], "expected COCO annotations"),
+        ([], "data.root: expected the folder"),
+    ],
+)
+def test_wrong_recipes_end_in_one_line(words, message, capsys, tmp_path):
+    assert main(["train", str(RECIPE), *words, f"--out={tmp_path}"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("regiongpt: error:")
+    assert message in error
+
+
+def test_a_recipe_that_is_not_there_or_not_toml(tmp_path):
+    with pytest.raises(ConfigError, match="expected a readable TOML file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("seed = ")
+    with pytest.raises(ConfigError, match="expected a readable TOML file"):
+        load_config(tmp_path / "broken.toml")
+
+
+def test_the_cache_of_another_recipe_is_refused(run, pictures):
+    words = [word for word in overrides(pictures, run) if not word.startswith("--seed")]
+    assert main(["train", str(RECIPE), *words, "--seed=5"]) == 2
