@@ -47,11 +47,13 @@ class Conversation:
         messages: User and assistant turns by turns; the first begins with ``<image>`` on its own line.
         regions: What ``<region1>``, ``<region2>``, ... stand for, in pixels of the view.
         tasks: The task of each pair of turns, in order.
+        categories: The class of each region, in order.
     """
 
     messages: Turns
     regions: list[Region]
     tasks: list[str]
+    categories: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +379,12 @@ def _write(rng: np.random.Generator, view: View, plans: Sequence[_Plan]) -> Conv
         messages.append({"role": "user", "content": asked if messages else f"<image>\n{asked}"})
         messages.append({"role": "assistant", "content": answer})
         tasks.append(plans[k].task)
-    return Conversation(messages=messages, regions=[_region(rng, view, used[k]) for k in order], tasks=tasks)
+    return Conversation(
+        messages=messages,
+        regions=[_region(rng, view, used[k]) for k in order],
+        tasks=tasks,
+        categories=[used[k].category for k in order],
+    )
 
 
 def _region(rng: np.random.Generator, view: View, each: ViewObject) -> Region:

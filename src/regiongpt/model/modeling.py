@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from regiongpt.errors import DataError, RegionError
 from regiongpt.model.configuration import RegionGPTConfig
-from regiongpt.model.refinement import Refinement
+from regiongpt.model.refinement import Deconvolution, Refinement
 from regiongpt.model.towers import tower_features
 
 IGNORE = -100
@@ -78,11 +78,15 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # Each refined cell hears C input cells and no more (kernel equals stride), whatever torch counts as fan-in.
-        if isinstance(module, nn.ConvTranspose2d):
-            init.normal_(module.weight, std=(2 / module.in_channels) ** 0.5)
+        if isinstance(module, Deconvolution):
+            # The four cells begin alike, and orthogonal: the map begins as an upsampling that keeps what the tower saw.
+            # Four different random kernels would make a region's mean, over many cells, say next to nothing.
+            kernel = init.orthogonal_(module.weight.new_empty(module.weight.shape[:2]), gain=2**0.5)
+            init.copy_(module.weight, kernel[:, :, None, None].expand_as(module.weight))
         elif isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=module.in_channels**-0.5)
+        elif isinstance(module, Connector):
+            init.normal_(module.linear_1.weight, std=module.linear_1.in_features**-0.5)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode everywhere but in the tower, which stays frozen."""

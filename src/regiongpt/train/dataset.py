@@ -12,7 +12,7 @@ from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View
 from regiongpt.data.sampling import Conversation, ConversationSampler
 from regiongpt.model.processing import IGNORED
-from regiongpt.prompts import IMAGE_TOKEN, replace_placeholders
+from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, replace_placeholders
 from regiongpt.train.config import FeatureConfig
 from regiongpt.train.features import FeatureStore, plan_views
 
@@ -165,11 +165,19 @@ class TextDataset(Dataset[Example]):
 def conversation_texts(
     images: Sequence[ImageAnnotations], sampler: ConversationSampler, region_format: str, seed: int
 ) -> Iterator[str]:
-    """What the language model will read, as plain text: every human caption, and one conversation an image."""
+    """What the language model learns to read before it sees: every human caption, and one conversation an image.
+
+    The class of each region stands in words where its embedding will stand. The model so learns to look there for its
+    answers, and the first stage then finds a reader for what the connector writes.
+    """
     for index, image in enumerate(images):
         yield from image.captions
         conversation = sampler.sample(View(image), {}, seed, index, 0)
+        words = [
+            region_format.replace("{n}", str(number)).replace(REGION_TOKEN, f" {category}")
+            for number, category in enumerate(conversation.categories, 1)
+        ]
         for question, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
             asked = question["content"].removeprefix(f"{IMAGE_TOKEN}\n")
-            asked = replace_placeholders(asked, lambda number: region_format.replace("{n}", str(number)))
+            asked = replace_placeholders(asked, lambda number, words=words: words[number - 1])
             yield f"{asked}\n{answer['content']}"
