@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
@@ -32,6 +33,9 @@ _VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_i
 class Connector(nn.Module):
     """Two-layer perceptron from visual features to word embeddings, one for image and regions. Paper: §3.1.
 
+    Each input channel is first standardised by the buffers ``mean`` and ``std``, 0 and 1 unless a recipe has measured
+    them: refined features are all positive, and what they have in common would otherwise outgrow what tells them apart.
+
     Args:
         config: the model's shape.
     """
@@ -42,10 +46,12 @@ class Connector(nn.Module):
         self.linear_1 = nn.Linear(config.feature_channels, width)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(width, width)
+        self.register_buffer("mean", torch.zeros(config.feature_channels))
+        self.register_buffer("std", torch.ones(config.feature_channels))
 
     def forward(self, features: Tensor) -> Tensor:
         """Project features (..., C) to (..., D)."""
-        return self.linear_2(self.act(self.linear_1(features)))  # type: ignore[no-any-return]
+        return self.linear_2(self.act(self.linear_1((features - self.mean) / self.std)))  # type: ignore[no-any-return]
 
 
 class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -86,7 +92,10 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         elif isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=module.in_channels**-0.5)
         elif isinstance(module, Connector):
-            init.normal_(module.linear_1.weight, std=module.linear_1.in_features**-0.5)
+            for linear in (module.linear_1, module.linear_2):
+                init.normal_(linear.weight, std=linear.in_features**-0.5)
+            init.zeros_(module.mean)
+            init.ones_(module.std)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode everywhere but in the tower, which stays frozen."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -94,27 +94,26 @@ def calibrate(
     processor: "RegionGPTProcessor",
     images: Sequence[ImageAnnotations],
 ) -> None:
-    """Measures the mean and spread of each tower channel on some photographs, where the tower keeps such buffers.
+    """Measures, on some photographs, the mean and spread of what goes into the refinement and into the connector.
 
     Args:
-        model: Its EfficientNet-Lite tower is changed in place; any other tower is left as it is.
+        model: Its connector is changed in place, and so is an EfficientNet-Lite tower; another tower is left as it is.
         processor: Pads and normalises.
         images: The photographs to measure on.
     """
-    tower = model.vision_tower
-    if model.config.vision_config.model_type != "efficientnet_lite":
-        return
-    total, squares = torch.zeros_like(tower.mean, dtype=torch.float64), torch.zeros_like(tower.std, dtype=torch.float64)
-    tower.mean.zero_()
-    tower.std.fill_(1.0)
-    for each in images:
-        pixels = processor.image_inputs(load_image(each.path))["pixel_values"]
-        channels = model.encode_image(pixels)[0, : len(total)].flatten(1).double()
-        total += channels.mean(1)
-        squares += channels.square().mean(1)
-    mean = total / len(images)
-    tower.mean.copy_(mean)
-    tower.std.copy_((squares / len(images) - mean.square()).clamp_min(1e-6).sqrt())
+    pixels = [processor.image_inputs(load_image(each.path))["pixel_values"] for each in images]
+    if model.config.vision_config.model_type == "efficientnet_lite":
+        tower = model.vision_tower
+        _standardise(tower, [model.encode_image(each)[0, : len(tower.mean)].flatten(1).T for each in pixels])
+    refined = [model.refine(model.encode_image(each)) for each in pixels]
+    _standardise(model.connector, [model.refinement.pool_image(each)[0] for each in refined])
+
+
+def _standardise(module: Any, samples: Sequence[torch.Tensor]) -> None:
+    """Sets the buffers ``mean`` and ``std`` of a module by samples (N, C) that they do not yet act on."""
+    values = torch.cat(list(samples)).double()
+    module.mean.copy_(values.mean(0))
+    module.std.copy_(values.std(0).clamp_min(1e-3))
 
 
 def build_features(

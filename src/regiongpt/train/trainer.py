@@ -1,6 +1,8 @@
 """A thin layer over ``transformers.Trainer``: loss over global target tokens, a fixed order, logs with time left."""
 
+import json
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from regiongpt.train.config import StageConfig
 
@@ -109,4 +110,20 @@ def run_stage(
             c for c in trainer.callback_handler.callbacks if type(c).__name__ != callback
         ]
     folder.mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.train(resume_from_checkpoint=_newest_whole(folder))
+
+
+def _newest_whole(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; those that a kill has cut short are removed.
+
+    ``trainer_state.json`` is the last file of a checkpoint.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(checkpoint)
+        except (OSError, ValueError):
+            log.warning("%s was not written to its end; going on from the one before", checkpoint)
+            shutil.rmtree(checkpoint)
+    return None
