@@ -128,8 +128,8 @@ def test_an_item_is_the_same_whatever_was_drawn_before_and_differs_between_seeds
 
 
 def test_text_windows_have_one_length_and_depend_on_the_item(nano_like):
-    data = TextDataset([[word, 2] for word in range(3, 60)], length=8, seed=0, items=3)
+    data = TextDataset([([word, 2], [-100, 2]) for word in range(3, 60)], length=8, seed=0, items=3)
     assert len(data) == 3
     assert all(data[k]["input_ids"].shape == (8,) for k in range(3))
-    assert torch.equal(data[1]["input_ids"], data[1]["labels"])
+    assert data[1]["labels"].tolist() == [-100, 2] * 4
     assert not torch.equal(data[0]["input_ids"], data[1]["input_ids"])

@@ -141,13 +141,15 @@ class TextDataset(Dataset[Example]):
     """Text alone, for pre-training the language model: fixed-length windows over documents in a seeded order.
 
     Args:
-        documents: Token ids of each document, ended by the end-of-text token.
+        documents: Of each, its token ids and as many labels, -100 where not a target.
         length: Tokens in an example.
         seed: Seed of the order.
         items: Number of examples in the whole run.
     """
 
-    def __init__(self, documents: Sequence[Sequence[int]], length: int, seed: int, items: int) -> None:
+    def __init__(
+        self, documents: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, seed: int, items: int
+    ) -> None:
         self.documents, self.length, self.seed, self.items = documents, length, seed, items
 
     def __len__(self) -> int:
@@ -156,22 +158,26 @@ class TextDataset(Dataset[Example]):
     def __getitem__(self, item: int) -> Example:
         rng = np.random.default_rng((self.seed, 5, item))
         ids: list[int] = []
+        labels: list[int] = []
         while len(ids) < self.length:
-            ids.extend(self.documents[int(rng.integers(len(self.documents)))])
-        window = torch.tensor(ids[: self.length])
-        return {"input_ids": window, "labels": window.clone()}
+            document = self.documents[int(rng.integers(len(self.documents)))]
+            ids.extend(document[0])
+            labels.extend(document[1])
+        return {"input_ids": torch.tensor(ids[: self.length]), "labels": torch.tensor(labels[: self.length])}
 
 
 def conversation_texts(
     images: Sequence[ImageAnnotations], sampler: ConversationSampler, region_format: str, seed: int
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
     """What the language model learns to read before it sees: every human caption, and one conversation an image.
+
+    Yields pairs of what is given and what is to be learnt; with a caption nothing is given.
 
     The class of each region stands in words where its embedding will stand. The model so learns to look there for its
     answers, and the first stage then finds a reader for what the connector writes.
     """
     for index, image in enumerate(images):
-        yield from image.captions
+        yield from (("", caption) for caption in image.captions)
         conversation = sampler.sample(View(image), {}, seed, index, 0)
         words = [
             region_format.replace("{n}", str(number)).replace(REGION_TOKEN, f" {category}")
@@ -180,4 +186,4 @@ def conversation_texts(
         for question, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
             asked = question["content"].removeprefix(f"{IMAGE_TOKEN}\n")
             asked = replace_placeholders(asked, lambda number, words=words: words[number - 1])
-            yield f"{asked}\n{answer['content']}"
+            yield f"{asked}\n", answer["content"]

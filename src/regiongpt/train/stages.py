@@ -25,6 +25,7 @@ from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSampler
 from regiongpt.errors import ConfigError
 from regiongpt.model import weights
+from regiongpt.model.processing import IGNORED
 from regiongpt.train.config import TrainConfig, load_config
 from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts, isolate_turns
 from regiongpt.train.features import build_features, calibrate, keep_freed_memory
@@ -156,7 +157,7 @@ def _train_language(
 ) -> None:
     shape = config.model
     texts = list(conversation_texts(images, sampler, shape.region_format, config.seed))
-    tokenizer = train_tokenizer(texts, shape.vocab_size, shape.max_length)
+    tokenizer = train_tokenizer((given + learnt for given, learnt in texts), shape.vocab_size, shape.max_length)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -172,8 +173,12 @@ def _train_language(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    documents = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
-    tokens, length = sum(map(len, documents)), 128
+    given, learnt = (tokenizer(list(column))["input_ids"] for column in zip(*texts, strict=True))
+    documents = []
+    for before, after in zip(given, learnt, strict=True):
+        answer = [*after, tokenizer.eos_token_id]
+        documents.append((before + answer, [IGNORED] * len(before) + answer))
+    tokens, length = sum(len(ids) for ids, _ in documents), 128
     log.info(
         "language: %d documents, %.2f M tokens, %.2f M parameters",
         len(documents),
