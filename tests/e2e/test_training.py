@@ -95,14 +95,23 @@ def run(pictures, tmp_path_factory) -> Path:
 
 
 def test_each_stage_changes_what_it_should_and_the_tower_stays_to_the_bit(run):
-    start, first, second = (tensors(run / name) for name in ("start", "stage1/model", "stage2/model"))
+    start, first, second = (tensors(run / name) for name in ("aligned", "stage1/model", "stage2/model"))
     for name, before in start.items():
         part = name.split(".")[0]
-        assert torch.equal(before, first[name]) == (part in ("vision_tower", "language_model")), name
+        assert torch.equal(before, first[name]) == (
+            part in ("vision_tower", "language_model") or name in ("connector.mean", "connector.std")
+        ), name
         if part == "vision_tower":
             assert torch.equal(before, second[name]), name
-        elif before.is_floating_point():
+        elif before.is_floating_point() and name not in ("connector.mean", "connector.std"):
             assert not torch.equal(first[name], second[name]), name
+
+
+def test_alignment_changes_the_connector_alone(run):
+    start, aligned = tensors(run / "start"), tensors(run / "aligned")
+    for name, before in start.items():
+        fitted = name.startswith("connector.linear")
+        assert torch.equal(before, aligned[name]) != fitted, name
 
 
 def test_the_finished_model_answers(run, pictures):

@@ -46,6 +46,8 @@ class Connector(nn.Module):
         self.linear_1 = nn.Linear(config.feature_channels, width)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(width, width)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.zeros(config.feature_channels))
         self.register_buffer("std", torch.ones(config.feature_channels))
 

@@ -1,7 +1,7 @@
 """Training examples: a conversation about one view of one image, drawn from (seed, index, epoch) alone."""
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -185,5 +185,8 @@ def conversation_texts(
         ]
         for question, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
             asked = question["content"].removeprefix(f"{IMAGE_TOKEN}\n")
-            asked = replace_placeholders(asked, lambda number, words=words: words[number - 1])
-            yield f"{asked}\n", answer["content"]
+            yield f"{replace_placeholders(asked, partial(_word, words))}\n", answer["content"]
+
+
+def _word(words: Sequence[str], number: int) -> str:
+    return words[number - 1]

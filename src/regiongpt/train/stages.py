@@ -1,12 +1,13 @@
 """A whole recipe from annotated photographs to a model that answers: ``regiongpt train CONFIG.toml``.
 
-Five steps, each skipped when its result is already in the run folder, each going on where it was stopped:
+Six steps, each skipped when its result is already in the run folder, each going on where it was stopped:
 
 1. ``tokenizer`` - a byte-level BPE of the project's own
 2. ``language`` - the small language model, pre-trained on text alone
 3. ``features`` - every view of every image through the frozen tower, once
-4. ``stage1`` - refinement and connector learn, the language model is frozen (paper §3.2, pre-training stage)
-5. ``stage2`` - refinement, connector and language model learn (paper §3.2, fine-tuning stage)
+4. ``aligned`` - the connector is fitted to the words of the classes
+5. ``stage1`` - refinement and connector learn, the language model is frozen (paper §3.2, pre-training stage)
+6. ``stage2`` - refinement, connector and language model learn (paper §3.2, fine-tuning stage)
 """
 
 import argparse
@@ -26,6 +27,7 @@ from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSa
 from regiongpt.errors import ConfigError
 from regiongpt.model import weights
 from regiongpt.model.processing import IGNORED
+from regiongpt.train.alignment import align_connector
 from regiongpt.train.config import TrainConfig, load_config
 from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts, isolate_turns
 from regiongpt.train.features import build_features, calibrate, keep_freed_memory
@@ -95,7 +97,12 @@ def train(config: TrainConfig) -> Path:
     model, processor = weights.load(start, device="cpu")
     store = build_features(out / "features", images, model, processor, config.features, config.seed)
 
-    finished = start
+    aligned = out / "aligned"
+    if not (aligned / "config.json").exists():
+        align_connector(model, processor, images, store, config.seed)
+        _save(aligned, model, processor)
+
+    finished = aligned
     for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
         folder = out / name / "model"
         if not (folder / "config.json").exists():
