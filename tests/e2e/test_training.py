@@ -33,6 +33,7 @@ SMALL = {
     "language.epochs": 0.5,
     "language.batch_size": 8,
     "language.micro_batch_size": 8,
+    "stage1.epochs": 2,
     "stage1.batch_size": 8,
     "stage1.micro_batch_size": 4,
     "stage1.save_steps": 1,
