@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -230,9 +229,6 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name}: expected a table, got {value!r}")
         return build(typing.cast(type[Any], hint), value, f"{name}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        hint = next(a for a in arguments if a is not type(None))
-        return _convert(hint, value, name)
     if origin is tuple:
         items = [v for v in value.split(",") if v] if isinstance(value, _Text) else value
         if not isinstance(items, list):

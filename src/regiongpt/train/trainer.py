@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from regiongpt.train.config import StageConfig
 
@@ -105,10 +105,7 @@ def run_stage(
         data_collator=collate,
         callbacks=[_ProgressLog(name, config.batch_size)],
     )
-    for callback in ("PrinterCallback", "ProgressCallback"):
-        trainer.callback_handler.callbacks = [
-            c for c in trainer.callback_handler.callbacks if type(c).__name__ != callback
-        ]
+    trainer.remove_callback(PrinterCallback)
     folder.mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=_newest_whole(folder))
 
