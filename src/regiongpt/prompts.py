@@ -102,7 +102,7 @@ _PLAIN = """\
 {{- bos_token or '' -}}
 {%- for turn in messages -%}
 {%- if turn['role'] == 'assistant' -%}
-{%- generation -%}{{- turn['content'] + (eos_token or '') -}}{%- endgeneration -%}
+{%- generation -%}{{- ' ' + turn['content'] + (eos_token or '') -}}{%- endgeneration -%}
 {%- else -%}
 {{- turn['content'] + '\\n' -}}
 {%- endif -%}

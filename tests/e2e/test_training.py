@@ -33,6 +33,10 @@ SMALL = {
     "language.epochs": 0.5,
     "language.batch_size": 8,
     "language.micro_batch_size": 8,
+    "align.epochs": 1,
+    "align.batch_size": 8,
+    "align.micro_batch_size": 4,
+    "align.log_steps": 1,
     "stage1.epochs": 2,
     "stage1.batch_size": 8,
     "stage1.micro_batch_size": 4,
@@ -96,7 +100,7 @@ def run(pictures, tmp_path_factory) -> Path:
 
 
 def test_each_stage_changes_what_it_should_and_the_tower_stays_to_the_bit(run):
-    start, first, second = (tensors(run / name) for name in ("aligned", "stage1/model", "stage2/model"))
+    start, first, second = (tensors(run / name) for name in ("align/model", "stage1/model", "stage2/model"))
     for name, before in start.items():
         part = name.split(".")[0]
         assert torch.equal(before, first[name]) == (
@@ -108,10 +112,10 @@ def test_each_stage_changes_what_it_should_and_the_tower_stays_to_the_bit(run):
             assert not torch.equal(first[name], second[name]), name
 
 
-def test_alignment_changes_the_connector_alone(run):
-    start, aligned = tensors(run / "start"), tensors(run / "aligned")
+def test_the_alignment_leaves_tower_and_language_model_as_they_were(run):
+    start, aligned = tensors(run / "start"), tensors(run / "align/model")
     for name, before in start.items():
-        fitted = name.startswith("connector.linear")
+        fitted = name.startswith(("connector.linear", "refinement"))
         assert torch.equal(before, aligned[name]) != fitted, name
 
 
@@ -166,6 +170,8 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
         (["--seed.a=1"], "'seed' is a value, not a table"),
         (["--features.views=0"], "features.views: expected at least 1"),
         (["--isolated_share=2"], "isolated_share: expected a share"),
+        (["--stage2.visual_lr=-1"], "visual_lr and alignment: expected numbers of at least 0"),
+        (["--align.alignment=0"], "align.alignment: expected a number above 0"),
         (["--model.refinement=cubic"], "model.refinement: expected one of"),
         (["--data.root=nowhere"], "expected COCO annotations"),
         ([], "data.root: expected the folder"),

@@ -81,7 +81,7 @@ SNAPSHOTS = {
     "chatml": f"<s><|im_start|>user\n{IMAGE}\nWhat is <region>?<|im_end|>\n"
     "<|im_start|>assistant\n⟦A cat.<|im_end|>⟧\n"
     "<|im_start|>user\nAnd <region> by <region>?<|im_end|>\n<|im_start|>assistant\n⟦A cup.<|im_end|>⟧\n",
-    "plain": f"<s>{IMAGE}\nWhat is <region>?\n⟦A cat.</s>⟧And <region> by <region>?\n⟦A cup.</s>⟧",
+    "plain": f"<s>{IMAGE}\nWhat is <region>?\n⟦ A cat.</s>⟧And <region> by <region>?\n⟦ A cup.</s>⟧",
 }
 TWO_TURNS = chat("What is <region1>?", "A cat.", "And <region2> by <region1>?", "A cup.")
 
@@ -112,7 +112,7 @@ SYSTEM_STARTS = {
     "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Hi<|eot_id|>⟧",
     "chatml": f"<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{IMAGE}\nHello<|im_end|>\n"
     "<|im_start|>assistant\n⟦Hi<|im_end|>⟧\n",
-    "plain": f"<s>Be brief.\n{IMAGE}\nHello\n⟦Hi</s>⟧",
+    "plain": f"<s>Be brief.\n{IMAGE}\nHello\n⟦ Hi</s>⟧",
 }
 
 
@@ -146,7 +146,7 @@ def test_stop_tokens_end_every_response(family: str) -> None:
 
 def test_region_in_an_answer_is_no_target(processor: RegionGPTProcessor) -> None:
     encoded = processor.encode_conversation(chat("Which?", "It is <region1>."), regions=[LEFT], image_size=(40, 30))
-    assert show(processor, encoded) == f"<s>{IMAGE}\nWhich?\n⟦It is ⟧<region>⟦.</s>⟧"
+    assert show(processor, encoded) == f"<s>{IMAGE}\nWhich?\n⟦ It is ⟧<region>⟦.</s>⟧"
 
 
 def test_without_an_image(processor: RegionGPTProcessor) -> None:

@@ -9,10 +9,19 @@ from tiny import save_language
 
 from regiongpt import Region
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
+from regiongpt.data.facts import View
 from regiongpt.data.sampling import ClassStatistics, ConversationSampler
 from regiongpt.model import weights
+from regiongpt.prompts import COCO_80, REGION_TOKEN
 from regiongpt.train.config import FeatureConfig
-from regiongpt.train.dataset import ConversationDataset, TextDataset, isolate_turns, turn_numbers
+from regiongpt.train.dataset import (
+    ConversationDataset,
+    TextDataset,
+    conversation_texts,
+    isolate_turns,
+    shown_in_cells,
+    turn_numbers,
+)
 
 TURNS = [
     ("What is <region2>?", "a cat"),
@@ -103,7 +112,7 @@ def dataset(processor, seed=0, images=23, epochs=2):
     store = SimpleNamespace(colours=[{}] * images, row=lambda index, view: torch.full((1,), 10.0 * index + view))
     sampler = ConversationSampler(ClassStatistics.of(data))
     return ConversationDataset(
-        data, store, sampler, processor, FeatureConfig(views=2), seed, epochs * images, group=4, isolated_share=0.5
+        data, store, sampler, processor, FeatureConfig(views=2), seed, epochs * images, group=4, isolated_share=0.5, image_grid=(2, 2)
     )
 
 
@@ -128,8 +137,40 @@ def test_an_item_is_the_same_whatever_was_drawn_before_and_differs_between_seeds
 
 
 def test_text_windows_have_one_length_and_depend_on_the_item(nano_like):
-    data = TextDataset([([word, 2], [-100, 2]) for word in range(3, 60)], length=8, seed=0, items=3)
+    data = TextDataset([([word, 2], [-100, 2], [word, -1]) for word in range(3, 60)], length=8, seed=0, items=3)
     assert len(data) == 3
     assert all(data[k]["input_ids"].shape == (8,) for k in range(3))
     assert data[1]["labels"].tolist() == [-100, 2] * 4
+    assert torch.equal(data[1]["stand_ins"][::2], data[1]["input_ids"][::2])
+    assert data[1]["noise_seeds"] == data[1]["noise_seeds"] != data[2]["noise_seeds"]
     assert not torch.equal(data[0]["input_ids"], data[1]["input_ids"])
+
+
+def test_each_region_of_a_text_has_its_class(nano_like):
+    data = annotated(9)
+    sampler = ConversationSampler(ClassStatistics.of(data))
+    for form in ("[{n}]<region>", "<region><region>"):
+        texts = list(conversation_texts(data, sampler, form, 0))
+        assert all(text.given.count(REGION_TOKEN) == len(text.categories) for text in texts)
+        assert any(text.categories for text in texts)
+        for text in texts:
+            if text.learnt[1:] in COCO_80:
+                assert set(text.categories) == {text.learnt[1:]}
+
+
+def test_cells_show_what_fills_them_and_small_things_that_lie_in_them():
+    image = ImageAnnotations(
+        path=Path("a.jpg"),
+        image_id=1,
+        width=80,
+        height=40,
+        objects=(
+            ObjectAnnotation(id=1, category="dog", box=(0.0, 0.0, 40.0, 20.0)),
+            ObjectAnnotation(id=2, category="cup", box=(70.0, 30.0, 74.0, 34.0)),
+        ),
+    )
+    # The photograph lies in the middle of a square of side 80: each cell of the 4 x 4 grid is 20 px, rows 1 and 2 hold it.
+    shown = shown_in_cells(View(image), (4, 4)).reshape(4, 4, 80)
+    assert [tuple(cell) for cell in zip(*shown[..., COCO_80.index("dog")].nonzero(), strict=True)] == [(1, 0), (1, 1)]
+    assert [tuple(cell) for cell in zip(*shown[..., COCO_80.index("cup")].nonzero(), strict=True)] == [(2, 3)]
+    assert shown.sum() == 3

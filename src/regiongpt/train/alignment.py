@@ -1,101 +1,167 @@
-"""Before stage 1: the connector learns to write each region's class as the language model's own words.
+"""What a region's embedding should say to a language model that reads words: the name of its class.
 
 A small language model that has read about regions in words looks for words; what an untrained connector writes looks
-like none, and the gradient through the frozen language model hardly says how to change that. So the connector is first
-fitted directly: a region's embedding is pulled towards that of its class's name, by a cross-entropy over all classes.
+like none, and the gradient through the language model hardly says how to change that. Two things close the gap. While
+it reads text alone, the language model gets *stand-ins* in place of regions: the embedding of the class's name, blurred
+as a connector will blur it. And while refinement and connector learn, a second loss pulls what they write for a region
+towards its class's name and away from the other classes'.
+
 Paper: §3.2, "to align the image features with language embeddings".
 """
 
-import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regiongpt.data.coco import ImageAnnotations
 from regiongpt.prompts import COCO_80
-from regiongpt.regions import Region
-from regiongpt.train.features import FeatureStore
 
-if TYPE_CHECKING:
-    from regiongpt.model import RegionGPTForConditionalGeneration, RegionGPTProcessor
+SHARPNESS = 10.0
+"""Logit of a class whose name is written exactly, before that of the others is taken away."""
 
-log = logging.getLogger(__name__)
+CELL_WEIGHT = 0.25
+"""What a cell of the image counts beside a region: it often holds background and parts of several objects."""
 
-EPOCHS, BATCH, RATE, SHARPNESS = 20, 128, 1e-3, 10.0
+NOISE, RIVAL, STRETCH = 1.5, 0.7, 0.4
+"""Bounds of a stand-in's blur: length of random noise and share of another class's name, in lengths of a name, and the
+spread of the logarithm of its length."""
 
 
-def align_connector(
-    model: "RegionGPTForConditionalGeneration",
-    processor: "RegionGPTProcessor",
-    images: Sequence[ImageAnnotations],
-    store: FeatureStore,
-    seed: int,
-) -> None:
-    """Fits the connector, in place, to the names of the classes; nothing else is changed.
+class ClassWords(nn.Module):
+    """The word embeddings of the classes' names, as they are at the moment.
 
     Args:
-        model: Its refinement is used as it is.
-        processor: Pools the regions and knows the words.
-        images: Annotated photographs; their first view is used.
-        store: Their tower features.
-        seed: Order of the examples.
+        tokenizer: Of the language model.
     """
-    names = words_of_classes(model, processor)
-    pooled, classes = _pooled_regions(model, processor, images, store)
-    if not len(classes):
-        return
-    connector, generator = model.connector, torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(connector.parameters(), RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
-    for epoch in range(EPOCHS):
-        right, total = 0, 0.0
-        order = torch.randperm(len(classes), generator=generator)
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
-            written = connector(pooled[rows])
-            likeness = SHARPNESS * F.normalize(written, dim=-1) @ F.normalize(names, dim=-1).T
-            # The second term holds the scale to that of words, which the likeness does not see.
-            loss = F.cross_entropy(likeness, classes[rows]) + F.mse_loss(written, names[classes[rows]])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            right += int((likeness.argmax(-1) == classes[rows]).sum())
-            total += float(loss.detach()) * len(rows)
-        schedule.step()
-        if (epoch + 1) % 5 == 0:
-            mean, share = total / len(classes), right / len(classes)
-            log.info("align: epoch %d of %d, loss %.4f, nearest name right %.3f", epoch + 1, EPOCHS, mean, share)
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        tokens = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in COCO_80]
+        mean = torch.zeros(len(tokens), len(tokenizer))
+        for row, ids in enumerate(tokens):
+            mean[row].index_add_(0, torch.tensor(ids), torch.full((len(ids),), 1 / len(ids)))
+        used = mean.any(0).nonzero()[:, 0]
+        self.used: Tensor
+        self.mean: Tensor
+        self.register_buffer("used", used)
+        self.register_buffer("mean", mean[:, used])
+
+    def forward(self, table: Tensor) -> Tensor:
+        """The mean of the word embeddings of each class's name: (80, D) from a table (V, D)."""
+        return cast(Tensor, self.mean @ table[self.used])
 
 
-@torch.no_grad()
-def words_of_classes(model: "RegionGPTForConditionalGeneration", processor: "RegionGPTProcessor") -> torch.Tensor:
-    """The mean of the word embeddings of each class's name: (80, D)."""
-    table = cast(torch.Tensor, model.get_input_embeddings().weight)
-    tokens = [processor.tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in COCO_80]
-    return torch.stack([table[ids].mean(0) for ids in tokens])
+def stand_in_loss(words: ClassWords, model: Any, batch: Mapping[str, Tensor], items: Any) -> Tensor:
+    """Loss of the language model on text in which blurred names stand for regions.
+
+    Args:
+        words: Of the same tokenizer.
+        model: A causal language model.
+        batch: ``input_ids``, ``labels`` and ``stand_ins`` (B, T), the class whose name stands at a token, else -1;
+            ``noise_seeds`` (B,).
+        items: Target tokens of the optimiser step.
+    """
+    table = model.get_input_embeddings()
+    embeds, names = table(batch["input_ids"]), words(table.weight)
+    blurred = []
+    for classes, seed in zip(batch["stand_ins"], batch["noise_seeds"].tolist(), strict=True):
+        classes = classes[classes >= 0]
+        blurred.append(blur(names, classes, torch.Generator().manual_seed(seed)))
+    embeds = embeds.masked_scatter((batch["stand_ins"] >= 0)[..., None], torch.cat(blurred).to(embeds.dtype))
+    return cast(
+        Tensor, model(inputs_embeds=embeds, labels=batch["labels"], num_items_in_batch=items, use_cache=False).loss
+    )
 
 
-@torch.no_grad()
-def _pooled_regions(
-    model: "RegionGPTForConditionalGeneration",
-    processor: "RegionGPTProcessor",
-    images: Sequence[ImageAnnotations],
-    store: FeatureStore,
-    most: int = 12,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Refined features (N, C) and classes (N,) of the single objects, at most ``most`` of an image."""
-    pooled, classes = [], []
-    for index, image in enumerate(images):
-        objects = [each for each in image.objects if not each.iscrowd][:most]
-        if objects:
-            regions = [Region.box(*each.box) for each in objects]
-            weights = processor.region_inputs(regions, image.width, image.height)
-            refined = model.refine(store.row(index, 0)[None])
-            pooled.append(model.refinement.pool_regions(refined, weights[None])[0])
-            classes += [COCO_80.index(each.category) for each in objects]
-        if (index + 1) % 1000 == 0:
-            log.info("align: %d of %d images", index + 1, len(images))
-    return torch.cat(pooled) if pooled else torch.zeros(0, 0), torch.from_numpy(np.array(classes, dtype=np.int64))
+def blur(names: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
+    """Names as a connector may write them: with noise, with some of another class, longer or shorter.
+
+    Args:
+        names: (80, D) from :class:`ClassWords`.
+        classes: (N,) which of them.
+        generator: Draws the blur, on the CPU.
+
+    Returns:
+        (N, D).
+    """
+    count, width = len(classes), names.shape[1]
+    noise = torch.randn(count, width, generator=generator) / width**0.5
+    rivals = torch.randint(len(names), (count,), generator=generator)
+    shares = torch.rand(count, 3, generator=generator)
+    stretch = (STRETCH * torch.randn(count, 1, generator=generator)).exp()
+    noise, rivals, shares, stretch = (each.to(names.device) for each in (noise, rivals, shares, stretch))
+    length = names.detach().norm(dim=-1).mean()
+    rival_share = RIVAL * shares[:, 1:2] * (shares[:, 2:3] < 0.5)
+    return stretch * (names[classes] + NOISE * shares[:, :1] * length * noise + rival_share * names[rivals])
+
+
+def visual_loss(
+    words: ClassWords, weight: float, answers: bool, model: Any, batch: dict[str, Any], items: Any
+) -> Tensor:
+    """Loss of the whole model: its answers', and ``weight`` times that of the alignment.
+
+    Both are sums, over target tokens and over regions, divided by the target tokens of the optimiser step.
+
+    Args:
+        words: Of the same tokenizer.
+        weight: Target tokens that a region's alignment counts for; 0 leaves the alignment out.
+        answers: Whether the language model answers at all.
+        model: RegionGPT.
+        batch: Its inputs, with ``labels``; and ``region_classes`` (B, R), -1 where none, and ``cell_classes``
+            (B, N, 80), True for what an image token's cell shows.
+        items: Target tokens of the optimiser step.
+    """
+    classes, cells = batch.pop("region_classes"), batch.pop("cell_classes")
+    with _outputs_of(model.connector) as written:
+        if answers:
+            loss = model(**batch, loss_only=True, num_items_in_batch=items).loss
+        else:
+            refined = model.refine(batch["vision_features"])
+            model.image_features(refined)
+            if "region_weights" in batch:
+                model.region_features(refined, batch["region_weights"])
+            loss = 0.0
+    if weight:
+        names = words(model.get_input_embeddings().weight).detach()
+        image_BND, *regions_BRD = written
+        sums = CELL_WEIGHT * cell_alignment(image_BND, cells, names)
+        for region_BRD in regions_BRD:
+            sums = sums + region_alignment(region_BRD, classes, names)
+        loss = loss + weight * sums / items
+    return cast(Tensor, loss)
+
+
+def likeness(embeds: Tensor, names: Tensor) -> Tensor:
+    """How much of each name an embedding holds: (..., D) and (80, D) to (..., 80); 1 for the name of average length.
+
+    What else an embedding holds, such as a place or a colour, is left free.
+    """
+    lengths = names.norm(dim=-1, keepdim=True)
+    return embeds @ (names / lengths / lengths.mean()).T
+
+
+def region_alignment(embeds_BRD: Tensor, classes_BR: Tensor, names: Tensor) -> Tensor:
+    """Sum over regions of the cross-entropy of their class among all classes; a class of -1 is none."""
+    logits = SHARPNESS * likeness(embeds_BRD, names)
+    return F.cross_entropy(logits.flatten(0, 1).float(), classes_BR.flatten(), ignore_index=-1, reduction="sum")
+
+
+def cell_alignment(embeds_BND: Tensor, classes_BNK: Tensor, names: Tensor) -> Tensor:
+    """Sum over image cells that show something of minus the log of the share that the classes shown have together."""
+    log_shares = (SHARPNESS * likeness(embeds_BND, names)).float().log_softmax(-1)
+    shown = classes_BNK.any(-1)
+    return -log_shares[shown].masked_fill(~classes_BNK[shown], -torch.inf).logsumexp(-1).sum()
+
+
+@contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What the module returns at each call."""
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()

@@ -100,6 +100,9 @@ class StageConfig:
     Attributes:
         epochs: Passes over the images; fractions are allowed.
         lr: Highest learning rate, reached after the warm-up; it falls to zero along a cosine.
+        visual_lr: That of refinement and connector; ``lr`` where 0.
+        alignment: How many target tokens the alignment of a region with its class's name counts for in the loss; see
+            :mod:`regiongpt.train.alignment`.
         batch_size: Conversations in an optimiser step.
         micro_batch_size: Conversations in a forward pass; must divide ``batch_size``.
         warmup_ratio: Share of the steps spent warming up.
@@ -111,6 +114,8 @@ class StageConfig:
 
     epochs: float = 1.0
     lr: float = 1e-3
+    visual_lr: float = 0.0
+    alignment: float = 0.0
     batch_size: int = 32
     micro_batch_size: int = 16
     warmup_ratio: float = 0.03
@@ -126,11 +131,15 @@ class StageConfig:
             )
         if self.epochs <= 0 or self.lr <= 0:
             raise ConfigError(f"epochs and lr: expected positive numbers, got {self.epochs} and {self.lr}")
+        if self.visual_lr < 0 or self.alignment < 0:
+            raise ConfigError(
+                f"visual_lr and alignment: expected numbers of at least 0, got {self.visual_lr} and {self.alignment}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole recipe: language model, stage 1 and stage 2 (paper §3.2 and §4).
+    """A whole recipe: language model, alignment, stage 1 and stage 2 (paper §3.2 and §4).
 
     Attributes:
         out: Folder of the run: feature cache, checkpoints and the finished model.
@@ -140,6 +149,7 @@ class TrainConfig:
         model: The untrained model.
         features: Feature cache.
         language: Text-only pre-training of the language model.
+        align: Refinement and connector, by the alignment alone.
         stage1: Refinement and connector; the language model is frozen.
         stage2: Refinement, connector and language model.
     """
@@ -151,12 +161,15 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     language: StageConfig = field(default_factory=StageConfig)
+    align: StageConfig = field(default_factory=lambda: StageConfig(alignment=1.0))
     stage1: StageConfig = field(default_factory=StageConfig)
     stage2: StageConfig = field(default_factory=StageConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.isolated_share <= 1:
             raise ConfigError(f"isolated_share: expected a share in [0, 1], got {self.isolated_share}")
+        if not self.align.alignment:
+            raise ConfigError("align.alignment: expected a number above 0, got 0; nothing else is learnt in that step")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

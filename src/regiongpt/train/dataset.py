@@ -1,7 +1,8 @@
 """Training examples: a conversation about one view of one image, drawn from (seed, index, epoch) alone."""
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch.utils.data import Dataset
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View
 from regiongpt.data.sampling import Conversation, ConversationSampler
+from regiongpt.images import SquareFrame
 from regiongpt.model.processing import IGNORED
-from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, replace_placeholders
+from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, replace_placeholders
 from regiongpt.train.config import FeatureConfig
 from regiongpt.train.features import FeatureStore, plan_views
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 Example = dict[str, Any]
 _WINDOW = 16
+# An image token's cell shows an object that fills this much of it, or lies in it with half of its own box.
+_FILLED, _WITHIN = 0.2, 0.5
 
 
 class ConversationDataset(Dataset[Example]):
@@ -40,6 +44,7 @@ class ConversationDataset(Dataset[Example]):
         items: Number of examples in the whole run.
         group: Images in a group; the size of a micro-batch.
         isolated_share: Share of the conversations whose turns do not see each other; see :func:`turn_numbers`.
+        image_grid: Rows and columns of the image tokens.
     """
 
     def __init__(
@@ -53,10 +58,12 @@ class ConversationDataset(Dataset[Example]):
         items: int,
         group: int,
         isolated_share: float,
+        image_grid: tuple[int, int],
     ) -> None:
         self.images, self.store, self.sampler, self.processor = images, store, sampler, processor
         self.features, self.seed, self.items = features, seed, items
         self.group, self.isolated_share = group, isolated_share
+        self.image_grid = image_grid
         self.order = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:
@@ -68,6 +75,8 @@ class ConversationDataset(Dataset[Example]):
             conversation.messages, regions=conversation.regions, image_size=(round(view.width), round(view.height))
         )
         example["vision_features"] = self.store.row(index, number)
+        example["region_classes"] = torch.tensor([COCO_80.index(name) for name in conversation.categories])
+        example["cell_classes"] = torch.from_numpy(shown_in_cells(view, self.image_grid))
         if np.random.default_rng((self.seed, 7, item)).random() < self.isolated_share:
             example["turns"] = turn_numbers(example, self.processor.image_token_id)
         return example
@@ -137,19 +146,41 @@ def isolate_turns(turns_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mask[:, None], mask.sum(-1) - 1
 
 
+def shown_in_cells(view: View, grid: tuple[int, int]) -> np.ndarray:
+    """Which classes each cell of the image tokens shows, by the boxes of the objects and crowds.
+
+    Args:
+        view: What the tower saw.
+        grid: Rows and columns.
+
+    Returns:
+        Boolean (rows * columns, 80), row by row.
+    """
+    rows, columns = grid
+    y_edges, x_edges = SquareFrame(round(view.width), round(view.height)).edges(rows, columns)
+    cell_area = (y_edges[1] - y_edges[0]) * (x_edges[1] - x_edges[0])
+    shown = np.zeros((rows, columns, len(COCO_80)), dtype=bool)
+    for each in view.objects:
+        x0, y0, x1, y1 = each.box
+        across = np.clip(np.minimum(x_edges[1:], x1) - np.maximum(x_edges[:-1], x0), 0, None)
+        down = np.clip(np.minimum(y_edges[1:], y1) - np.maximum(y_edges[:-1], y0), 0, None)
+        common = down[:, None] * across
+        shown[..., COCO_80.index(each.category)] |= (common >= _FILLED * cell_area) | (common >= _WITHIN * each.area)
+    return shown.reshape(rows * columns, -1)
+
+
 class TextDataset(Dataset[Example]):
     """Text alone, for pre-training the language model: fixed-length windows over documents in a seeded order.
 
     Args:
-        documents: Of each, its token ids and as many labels, -100 where not a target.
+        documents: Of each, its token ids, as many labels, -100 where not a target, and as many classes, the index of
+            the one whose name stands in for a region there, else -1.
         length: Tokens in an example.
         seed: Seed of the order.
         items: Number of examples in the whole run.
     """
 
-    def __init__(
-        self, documents: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, seed: int, items: int
-    ) -> None:
+    def __init__(self, documents: Sequence[Sequence[Sequence[int]]], length: int, seed: int, items: int) -> None:
         self.documents, self.length, self.seed, self.items = documents, length, seed, items
 
     def __len__(self) -> int:
@@ -157,36 +188,51 @@ class TextDataset(Dataset[Example]):
 
     def __getitem__(self, item: int) -> Example:
         rng = np.random.default_rng((self.seed, 5, item))
-        ids: list[int] = []
-        labels: list[int] = []
-        while len(ids) < self.length:
+        columns: tuple[list[int], list[int], list[int]] = ([], [], [])
+        while len(columns[0]) < self.length:
             document = self.documents[int(rng.integers(len(self.documents)))]
-            ids.extend(document[0])
-            labels.extend(document[1])
-        return {"input_ids": torch.tensor(ids[: self.length]), "labels": torch.tensor(labels[: self.length])}
+            for column, values in zip(columns, document, strict=True):
+                column.extend(values)
+        names = ("input_ids", "labels", "stand_ins")
+        example = {name: torch.tensor(column[: self.length]) for name, column in zip(names, columns, strict=True)}
+        return {**example, "noise_seeds": torch.tensor(int(rng.integers(2**62)))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """One turn as the language model reads it before it sees.
+
+    Attributes:
+        given: Up to the answer, each region as its region token.
+        learnt: The answer.
+        categories: The class of each region token, in order.
+    """
+
+    given: str
+    learnt: str
+    categories: tuple[str, ...] = ()
 
 
 def conversation_texts(
     images: Sequence[ImageAnnotations], sampler: ConversationSampler, region_format: str, seed: int
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[Text]:
     """What the language model learns to read before it sees: every human caption, and one conversation an image.
 
-    Yields pairs of what is given and what is to be learnt; with a caption nothing is given.
-
-    The class of each region stands in words where its embedding will stand. The model so learns to look there for its
-    answers, and the first stage then finds a reader for what the connector writes.
+    Where a region stands, the name of its class will stand in for its embedding. The model so learns to look there for
+    its answers, and the stages that follow find a reader for what the connector writes. It must read the rare classes
+    as well as the common ones, so half of the closed-set questions are asked of a class that is drawn evenly.
     """
     for index, image in enumerate(images):
-        yield from (("", caption) for caption in image.captions)
+        rng = np.random.default_rng((seed, 23, index))
+        yield from (Text(given="", learnt=caption) for caption in image.captions)
         conversation = sampler.sample(View(image), {}, seed, index, 0)
-        words = [
-            region_format.replace("{n}", str(number)).replace(REGION_TOKEN, f" {category}")
-            for number, category in enumerate(conversation.categories, 1)
-        ]
         for question, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
-            asked = question["content"].removeprefix(f"{IMAGE_TOKEN}\n")
-            yield f"{replace_placeholders(asked, partial(_word, words))}\n", answer["content"]
-
-
-def _word(words: Sequence[str], number: int) -> str:
-    return words[number - 1]
+            asked, said = question["content"].removeprefix(f"{IMAGE_TOKEN}\n"), answer["content"]
+            classes = [conversation.categories[number - 1] for number in placeholders(asked)]
+            if classes == [said] and rng.random() < 0.5:
+                classes = [said := COCO_80[int(rng.integers(len(COCO_80)))]]
+            yield Text(
+                given=replace_placeholders(asked, lambda number: region_format.replace("{n}", str(number))) + "\n",
+                learnt=" " + said,
+                categories=tuple(name for name in classes for _ in range(region_format.count(REGION_TOKEN))),
+            )

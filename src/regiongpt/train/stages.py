@@ -3,9 +3,9 @@
 Six steps, each skipped when its result is already in the run folder, each going on where it was stopped:
 
 1. ``tokenizer`` - a byte-level BPE of the project's own
-2. ``language`` - the small language model, pre-trained on text alone
+2. ``language`` - the small language model, pre-trained on text in which blurred words stand for regions
 3. ``features`` - every view of every image through the frozen tower, once
-4. ``aligned`` - the connector is fitted to the words of the classes
+4. ``align`` - refinement and connector learn to write a region's class as the language model's own word
 5. ``stage1`` - refinement and connector learn, the language model is frozen (paper §3.2, pre-training stage)
 6. ``stage2`` - refinement, connector and language model learn (paper §3.2, fine-tuning stage)
 """
@@ -16,10 +16,12 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
@@ -27,7 +29,8 @@ from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSa
 from regiongpt.errors import ConfigError
 from regiongpt.model import weights
 from regiongpt.model.processing import IGNORED
-from regiongpt.train.alignment import align_connector
+from regiongpt.prompts import COCO_80, REGION_TOKEN
+from regiongpt.train.alignment import ClassWords, stand_in_loss, visual_loss
 from regiongpt.train.config import TrainConfig, load_config
 from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts, isolate_turns
 from regiongpt.train.features import build_features, calibrate, keep_freed_memory
@@ -97,13 +100,8 @@ def train(config: TrainConfig) -> Path:
     model, processor = weights.load(start, device="cpu")
     store = build_features(out / "features", images, model, processor, config.features, config.seed)
 
-    aligned = out / "aligned"
-    if not (aligned / "config.json").exists():
-        align_connector(model, processor, images, store, config.seed)
-        _save(aligned, model, processor)
-
-    finished = aligned
-    for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+    finished = start
+    for name, stage in (("align", config.align), ("stage1", config.stage1), ("stage2", config.stage2)):
         folder = out / name / "model"
         if not (folder / "config.json").exists():
             model, processor = weights.load(finished)
@@ -121,17 +119,20 @@ def train(config: TrainConfig) -> Path:
                 items,
                 stage.micro_batch_size,
                 config.isolated_share,
+                model.config.image_grid,
             )
+            words = ClassWords(processor.tokenizer).to(model.device)
+            loss = partial(visual_loss, words, stage.alignment, name != "align")
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
             log.info("%s: %d conversations, %.2f M trainable parameters", name, items, learning / 1e6)
-            run_stage(name, model, dataset, _Collate(processor), stage, out / name, config.seed)
+            run_stage(name, model, dataset, _Collate(processor), loss, stage, out / name, config.seed)
             _save(folder, model, processor)
         finished = folder
     return finished
 
 
 class _Collate:
-    """Pads examples into a batch that asks the model for its loss alone."""
+    """Pads examples into a batch."""
 
     def __init__(self, processor: "RegionGPTProcessor") -> None:
         self.processor = processor
@@ -143,7 +144,10 @@ class _Collate:
             length = len(example["input_ids"])
             turns[row, :length] = example.get("turns", torch.zeros(length, dtype=torch.long))
         mask, positions = isolate_turns(turns)
-        return {**batch, "attention_mask": mask, "position_ids": positions, "loss_only": True}
+        classes = pad_sequence([each["region_classes"] for each in examples], batch_first=True, padding_value=-1)
+        cells = torch.stack([each["cell_classes"] for each in examples])
+        shape = {"attention_mask": mask, "position_ids": positions}
+        return {**batch, **shape, "region_classes": classes, "cell_classes": cells}
 
 
 def _collate_text(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -164,7 +168,8 @@ def _train_language(
 ) -> None:
     shape = config.model
     texts = list(conversation_texts(images, sampler, shape.region_format, config.seed))
-    tokenizer = train_tokenizer((given + learnt for given, learnt in texts), shape.vocab_size, shape.max_length)
+    plain = (f"{text.given}{text.learnt}".replace(REGION_TOKEN, "") for text in texts)
+    tokenizer = train_tokenizer(plain, shape.vocab_size, shape.max_length)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -180,12 +185,16 @@ def _train_language(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    given, learnt = (tokenizer(list(column))["input_ids"] for column in zip(*texts, strict=True))
+    given = tokenizer([text.given for text in texts])["input_ids"]
+    learnt = tokenizer([text.learnt for text in texts])["input_ids"]
+    region = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
     documents = []
-    for before, after in zip(given, learnt, strict=True):
+    for text, before, after in zip(texts, given, learnt, strict=True):
         answer = [*after, tokenizer.eos_token_id]
-        documents.append((before + answer, [IGNORED] * len(before) + answer))
-    tokens, length = sum(len(ids) for ids, _ in documents), 128
+        classes = iter([COCO_80.index(name) for name in text.categories])
+        stand_ins = [next(classes) if token == region else -1 for token in before] + [-1] * len(answer)
+        documents.append((before + answer, [IGNORED] * len(before) + answer, stand_ins))
+    tokens, length = sum(len(ids) for ids, *_ in documents), 128
     log.info(
         "language: %d documents, %.2f M tokens, %.2f M parameters",
         len(documents),
@@ -198,6 +207,7 @@ def _train_language(
         model,
         TextDataset(documents, length, config.seed, items),
         cast(Any, _collate_text),
+        partial(stand_in_loss, ClassWords(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")),
         config.language,
         folder.with_name("language-checkpoints"),
         config.seed,

@@ -17,8 +17,49 @@ from regiongpt.train.config import StageConfig
 log = logging.getLogger(__name__)
 
 
+Loss = Callable[[Any, dict[str, Any], Any], torch.Tensor]
+"""Of a model, a batch, and the number of target tokens in the whole optimiser step."""
+
+
 class StageTrainer(Trainer):  # type: ignore[misc]
-    """Trains in the order of the data set: the data set itself shuffles, from the seed and the epoch."""
+    """Trains by a given loss in the order of the data set: the data set itself shuffles, from the seed and the epoch.
+
+    Args:
+        loss: Takes the model, a batch and the number of target tokens in the optimiser step.
+        visual_lr: Learning rate of all that is not the language model.
+        **options: Of ``transformers.Trainer``.
+    """
+
+    def __init__(self, loss: Loss, visual_lr: float, **options: Any) -> None:
+        self.loss, self.visual_lr = loss, visual_lr
+        super().__init__(**options)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        return self.loss(model, inputs, num_items_in_batch)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW whose groups differ in learning rate and weight decay."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                visual = name.startswith(("refinement.", "connector."))
+                groups.setdefault((visual, name in decayed), []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.visual_lr if visual else self.args.learning_rate,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for (visual, decays), parameters in groups.items()
+            ],
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+        )
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
@@ -62,6 +103,7 @@ def run_stage(
     model: torch.nn.Module,
     dataset: Dataset[Any],
     collate: Callable[[list[Any]], dict[str, Any]],
+    loss: Loss,
     config: StageConfig,
     folder: Path,
     seed: int,
@@ -70,9 +112,10 @@ def run_stage(
 
     Args:
         name: Name in the log.
-        model: Returns a loss that is summed over target tokens and divided by ``num_items_in_batch``.
+        model: Whose parameters that require gradients are trained.
         dataset: As long as the whole run: one pass over it is the stage.
         collate: Makes a batch.
+        loss: A sum over targets, divided by the number of them in the whole optimiser step.
         config: Hyper-parameters.
         folder: Checkpoints of this stage.
         seed: Seed of dropout; the data set has its own.
@@ -99,6 +142,8 @@ def run_stage(
         seed=seed,
     )
     trainer = StageTrainer(
+        loss,
+        config.visual_lr or config.lr,
         model=model,
         args=arguments,
         train_dataset=dataset,

@@ -1,0 +1,119 @@
+"""What a region's embedding is pulled towards, and what the language model reads before it sees."""
+
+import copy
+
+import pytest
+import torch
+from tiny import save_language
+from torch.nn import functional as F
+
+from regiongpt import Region
+from regiongpt.model import weights
+from regiongpt.prompts import COCO_80
+from regiongpt.train.alignment import (
+    SHARPNESS,
+    ClassWords,
+    blur,
+    cell_alignment,
+    likeness,
+    region_alignment,
+    stand_in_loss,
+    visual_loss,
+)
+
+CAT, DOG = COCO_80.index("cat"), COCO_80.index("dog")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("language")
+    save_language(folder, max_position_embeddings=512)
+    return weights.create(
+        "efficientnet-lite2", folder, image_size=64, image_grid=[2, 2], refinement_channels=16, chat_template="plain"
+    )
+
+
+def test_a_class_is_the_mean_of_the_words_of_its_name(pair):
+    model, processor = pair
+    table = model.get_input_embeddings().weight
+    names = ClassWords(processor.tokenizer)(table)
+    assert names.shape == (80, table.shape[1])
+    for name in ("cat", "traffic light"):
+        ids = processor.tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
+        torch.testing.assert_close(names[COCO_80.index(name)], table[ids].mean(0))
+
+
+def test_likeness_is_one_for_a_name_and_blind_to_what_lies_across(pair):
+    names = torch.eye(80, 100) * 3
+    embeds = names[[CAT, DOG]]
+    embeds[:, 90] = 50.0
+    torch.testing.assert_close(likeness(embeds, names), torch.eye(80)[[CAT, DOG]])
+
+
+def test_region_alignment_leaves_padding_out():
+    names = torch.eye(80)
+    embeds, classes = torch.randn(2, 3, 80), torch.tensor([[CAT, -1, DOG], [DOG, -1, -1]])
+    rows = [(0, 0, CAT), (0, 2, DOG), (1, 0, DOG)]
+    expected = sum(F.cross_entropy(SHARPNESS * embeds[b, r], torch.tensor(c)) for b, r, c in rows)
+    torch.testing.assert_close(region_alignment(embeds, classes, names), expected)
+    assert region_alignment(embeds, torch.full((2, 3), -1), names) == 0
+
+
+def test_a_cell_may_say_any_of_the_classes_it_shows():
+    names, shown = torch.eye(80), torch.zeros(1, 2, 80, dtype=torch.bool)
+    shown[0, 0, [CAT, DOG]] = True
+    wrong, either = torch.zeros(1, 2, 80), torch.zeros(1, 2, 80)
+    wrong[..., 0], either[..., DOG] = 1.0, 1.0
+    assert cell_alignment(either, shown, names) < 0.01 < cell_alignment(wrong, shown, names)
+    assert cell_alignment(wrong, torch.zeros_like(shown), names) == 0
+
+
+def test_blurred_names_depend_on_their_seed_and_stay_nearest_to_their_own():
+    names = F.normalize(torch.randn(80, 256, generator=torch.Generator().manual_seed(0)), dim=-1)
+    classes = torch.arange(80).repeat(5)
+    once, again, other = (blur(names, classes, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(once, again) and not torch.equal(once, other)
+    assert not torch.allclose(once, names[classes], atol=0.1)
+    assert (likeness(once, names).argmax(-1) == classes).float().mean() > 0.95
+
+
+def test_stand_ins_take_the_place_of_the_region_token_and_teach_the_names(pair):
+    model, processor = pair
+    language, words = copy.deepcopy(model.language_model), ClassWords(processor.tokenizer)
+    ids = torch.tensor([[1, processor.region_token_id, 7, 8]])
+    batch = {
+        "input_ids": ids,
+        "labels": torch.tensor([[-100, -100, 7, 8]]),
+        "stand_ins": torch.tensor([[-1, CAT, -1, -1]]),
+        "noise_seeds": torch.tensor([3]),
+    }
+    loss = stand_in_loss(words, language, batch, 2)
+    names = words(language.get_input_embeddings().weight)
+    embeds = language.get_input_embeddings()(ids).clone()
+    embeds[0, 1] = blur(names, torch.tensor([CAT]), torch.Generator().manual_seed(3))[0]
+    torch.testing.assert_close(loss, language(inputs_embeds=embeds, labels=batch["labels"]).loss)
+    assert stand_in_loss(words, language, {**batch, "stand_ins": torch.tensor([[-1, DOG, -1, -1]])}, 2) != loss
+
+
+def test_the_two_losses_add_up_over_all_target_tokens(pair):
+    model, processor = pair
+    example = processor.encode_conversation(
+        [{"role": "user", "content": "What is <region1>?"}, {"role": "assistant", "content": "cat"}],
+        regions=[Region.box(2, 3, 20, 30)],
+        image_size=(60, 40),
+    )
+    example["vision_features"] = torch.randn(model.config.vision_config.hidden_size, *model.config.tower_grid)
+    words = ClassWords(processor.tokenizer)
+    cells = torch.zeros(1, 4, 80, dtype=torch.bool)
+    cells[0, 2, CAT] = True
+    targets = {"region_classes": torch.tensor([[CAT]]), "cell_classes": cells}
+
+    def loss(weight, answers, items):
+        batch = {**processor.collate([example]), **targets}
+        return visual_loss(words, weight, answers, model, batch, items)
+
+    answer = model(**processor.collate([example]), num_items_in_batch=4).loss
+    torch.testing.assert_close(loss(0.0, True, 4), answer)
+    torch.testing.assert_close(loss(3.0, True, 4), answer + 3 * loss(1.0, False, 4))
+    torch.testing.assert_close(loss(1.0, False, 8), loss(1.0, False, 4) / 2)
+    assert loss(1.0, False, 4) > 0
