@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
 from regiongpt.errors import DataError
-from regiongpt.inference import contact_sheet, draw_regions
+from regiongpt.drawing import contact_sheet, draw_regions
 from regiongpt.prompts import question
 
 

@@ -197,7 +197,7 @@ def _ask(options: argparse.Namespace) -> int:
     else:
         print(answer.text)
     if options.picture:
-        from regiongpt.inference.drawing import draw_regions
+        from regiongpt.drawing import draw_regions
 
         _save_picture(draw_regions(photo, regions, dialogue=[(options.question, answer.text)]), options.picture)
     return 0

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from regiongpt.errors import ConfigError, RegionError
-from regiongpt.inference.drawing import COLOURS, MIN_SIDE, _font, _wrap, contact_sheet, draw_regions
+from regiongpt.drawing import COLOURS, MIN_SIDE, _font, _wrap, contact_sheet, draw_regions
 from regiongpt.regions import Region
 
 

@@ -1,6 +1,6 @@
-"""Asking a trained model about regions: the predictor, and pictures of what was asked.
+"""Asking a trained model about regions.
 
-The names below are imported on first use: drawing needs no torch, and the command line must start fast.
+The names below are imported on first use: the command line must start fast.
 """
 
 from importlib import import_module
@@ -12,8 +12,6 @@ _HOMES = {
     "Conversation": "conversation",
     "Located": "predictor",
     "RegionPredictor": "predictor",
-    "contact_sheet": "drawing",
-    "draw_regions": "drawing",
     "pick_device": "engine",
     "pick_dtype": "engine",
 }
@@ -23,15 +21,12 @@ __all__ = [
     "Conversation",
     "Located",
     "RegionPredictor",
-    "contact_sheet",
-    "draw_regions",
     "pick_device",
     "pick_dtype",
 ]
 
 if TYPE_CHECKING:
     from regiongpt.inference.conversation import Conversation
-    from regiongpt.inference.drawing import contact_sheet, draw_regions
     from regiongpt.inference.engine import Answer, pick_device, pick_dtype
     from regiongpt.inference.predictor import Classified, Located, RegionPredictor
 

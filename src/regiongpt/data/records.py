@@ -1,0 +1,240 @@
+"""One training record: an image, regions of it, and turns about them; what every converter writes and training reads.
+
+A record says what is asked and answered, not how: a turn whose ``question`` is empty is worded when it is read, by one
+of its task's ten paraphrases, drawn from (seed, epoch, index). So one conversion serves any number of epochs.
+
+Paper: §3.2, §4
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from regiongpt.errors import DataError, RegionError
+from regiongpt.prompts import IMAGE_TOKEN, check_placeholders, question
+from regiongpt.regions import Region
+
+SCHEMA_VERSION: Final = 1
+"""Raised whenever a reader of the old schema could misread the new one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordRegion:
+    """One region of a record.
+
+    Attributes:
+        region: In pixels of the image.
+        category: Name of its class, ``""`` where the source names none.
+        source_id: Its id in the source, ``""`` where it has none.
+    """
+
+    region: Region
+    category: str = ""
+    source_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One question and its answer.
+
+    Attributes:
+        task: A key of :data:`regiongpt.prompts.QUESTIONS`, or ``"chat"`` for a question that stands as it is.
+        answer: What is to be learnt; placeholders ``<regionN>`` are allowed.
+        question: The question as it stands, with placeholders ``<regionN>`` and without ``<image>``; ``""`` to have it
+            worded by the task.
+        regions: 1-based numbers of the record's regions that the wording names, in order.
+        expression: What to find, for ``locate``.
+        category: The class asked for, for ``presence``.
+        label_set: The closed set named in the suffix of ``classify``.
+        guided: Whether the suffix that fixes the format of the answer is added (paper Table 1).
+    """
+
+    task: str
+    answer: str
+    question: str = ""
+    regions: tuple[int, ...] = ()
+    expression: str = ""
+    category: str = ""
+    label_set: str = ""
+    guided: bool = False
+
+    def text(self, wording: int) -> str:
+        """The question in one of its wordings.
+
+        Raises:
+            DataError: The turn lacks what its task needs.
+        """
+        if self.question:
+            return self.question
+        return question(
+            self.task,
+            wording,
+            regions=self.regions,
+            expression=self.expression,
+            category=self.category,
+            label_set=self.label_set,
+            guided=self.guided,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One image and a conversation about it.
+
+    Attributes:
+        id: Unique in its folder, and the same whenever the same source is converted.
+        source: Name of the converter.
+        image: Path of the image below the images' folder, with forward slashes; ``""`` for a conversation without one.
+        width: Of the image in pixels, 0 without one.
+        height: Of the image in pixels, 0 without one.
+        regions: What ``<region1>``, ``<region2>``, ... stand for.
+        turns: At least one.
+    """
+
+    id: str
+    source: str
+    image: str
+    width: int
+    height: int
+    regions: tuple[RecordRegion, ...]
+    turns: tuple[Turn, ...]
+
+    @property
+    def task(self) -> str:
+        """The task of the turns, ``"mixed"`` where they differ."""
+        tasks = {turn.task for turn in self.turns}
+        return tasks.pop() if len(tasks) == 1 else "mixed"
+
+    def check(self) -> None:
+        """Makes sure that a model can learn from the record.
+
+        Raises:
+            RegionError: A region makes no sense in the image, or a placeholder has no region.
+            DataError: There is no turn, a turn has no answer or lacks what its task needs, or regions have no image.
+        """
+        if not self.turns:
+            raise DataError("expected at least one turn, got none")
+        if self.regions and not self.image:
+            raise DataError(f"expected an image for the {len(self.regions)} region(s), got none")
+        if self.image and (self.width < 1 or self.height < 1):
+            raise DataError(f"expected the image's size, got {self.width} x {self.height} (W x H)")
+        for number, each in enumerate(self.regions, 1):
+            each.region.check(self.width, self.height, f"<region{number}>")
+        for number, turn in enumerate(self.turns, 1):
+            if not turn.answer.strip():
+                raise DataError(f"turn {number}: expected an answer, got an empty one")
+            check_placeholders([turn.text(0), turn.answer], len(self.regions))
+
+    def messages(self, seed: int, epoch: int, index: int) -> list[dict[str, str]]:
+        """The conversation as chat messages; the same arguments always word it the same way.
+
+        Args:
+            seed: Of the run.
+            epoch: How often the record has come before.
+            index: Of the record in its folder.
+        """
+        wordings = np.random.default_rng((seed, epoch, index)).integers(0, 2**31, len(self.turns))
+        said: list[dict[str, str]] = []
+        for turn, wording in zip(self.turns, wordings.tolist(), strict=True):
+            said.append({"role": "user", "content": turn.text(wording)})
+            said.append({"role": "assistant", "content": turn.answer})
+        if self.image:
+            said[0]["content"] = f"{IMAGE_TOKEN}\n{said[0]['content']}"
+        return said
+
+    def row(self) -> dict[str, Any]:
+        """The record as a row of the schema: plain lists, numbers and strings."""
+        return {
+            "id": self.id,
+            "source": self.source,
+            "task": self.task,
+            "image": self.image,
+            "width": self.width,
+            "height": self.height,
+            "regions": [
+                {**region_row(each.region), "category": each.category, "source_id": each.source_id}
+                for each in self.regions
+            ],
+            "turns": [
+                {
+                    "task": turn.task,
+                    "question": turn.question,
+                    "answer": turn.answer,
+                    "regions": list(turn.regions),
+                    "expression": turn.expression,
+                    "category": turn.category,
+                    "label_set": turn.label_set,
+                    "guided": turn.guided,
+                }
+                for turn in self.turns
+            ],
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Record":
+        """The record of a row; the inverse of :meth:`row`.
+
+        Raises:
+            DataError: The row is not of the schema.
+        """
+        try:
+            return cls(
+                id=row["id"],
+                source=row["source"],
+                image=row["image"],
+                width=row["width"],
+                height=row["height"],
+                regions=tuple(
+                    RecordRegion(
+                        region=region_of_row(each), category=each["category"], source_id=each["source_id"]
+                    )
+                    for each in row["regions"]
+                ),
+                turns=tuple(Turn(**{**each, "regions": tuple(each["regions"])}) for each in row["turns"]),
+            )
+        except (KeyError, TypeError, ValueError, RegionError) as error:
+            raise DataError(
+                f"expected a record of schema version {SCHEMA_VERSION}, got a row that is not one ({error!r}); "
+                "convert the source again"
+            ) from error
+
+
+def region_row(region: Region) -> dict[str, Any]:
+    """A region as columns: ``kind``; ``coordinates`` of a vector, ``size`` (H, W) and ``counts`` of pixels.
+
+    A box is one row of x0, y0, x1, y1; a polygon a row of x, y, x, y, ... for each ring; a point one row of x, y and, if
+    it was given, the radius; a scribble a row of x, y, x, y, ... and, if it was given, a second row with the width.
+    """
+    (kind, value), *rest = region.to_dict().items()
+    coordinates: list[list[float]] = []
+    size, counts = [], ""
+    stroke = [number for _, number in rest if number is not None]
+    if kind == "box":
+        coordinates = [list(value)]
+    elif kind == "polygon":
+        coordinates = [[number for point in ring for number in point] for ring in value]
+    elif kind == "point":
+        coordinates = [[*value, *stroke]]
+    elif kind == "scribble":
+        coordinates = [[number for point in value for number in point], *([stroke] if stroke else [])]
+    else:
+        size, counts = list(value["size"]), value["counts"]
+    return {"kind": kind, "coordinates": coordinates, "size": size, "counts": counts}
+
+
+def region_of_row(row: Mapping[str, Any]) -> Region:
+    """The region of such columns; raises RegionError or ValueError for what is none."""
+    kind, rows = row["kind"], row["coordinates"]
+    if kind in ("mask", "rle"):
+        return Region.from_dict({kind: {"size": list(row["size"]), "counts": row["counts"]}})
+    if kind == "box":
+        return Region.box(*rows[0])
+    if kind == "polygon":
+        return Region.polygon([list(ring) for ring in rows])
+    if kind == "point":
+        return Region.point(*rows[0])
+    if kind == "scribble":
+        return Region.scribble(list(rows[0]), *(rows[1] if len(rows) > 1 else ()))
+    raise ValueError(f"expected a kind of region, got {kind!r}")

@@ -1,0 +1,323 @@
+"""Records on disk: Parquet shards with a manifest, written so that a kill at any moment leaves nothing half-written.
+
+A folder of records holds ``records-00000.parquet``, ...; ``rejects.jsonl``, a line for whatever could not be used; and
+``manifest.json``, written last: a folder without it is not read. Any tool that reads Parquet reads the shards.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, Self
+
+from regiongpt.data.records import SCHEMA_VERSION, Record
+from regiongpt.errors import ConfigError, DataError, RegionError
+
+MANIFEST: Final = "manifest.json"
+REJECTS: Final = "rejects.jsonl"
+RECORDS_PER_SHARD: Final = 20_000
+
+
+def schema() -> Any:
+    """The Arrow schema of a record; its metadata carries the version."""
+    import pyarrow as pa
+
+    text, whole = pa.string(), pa.int32()
+    region = pa.struct(
+        [
+            ("kind", text),
+            ("coordinates", pa.list_(pa.list_(pa.float64()))),
+            ("size", pa.list_(whole)),
+            ("counts", text),
+            ("category", text),
+            ("source_id", text),
+        ]
+    )
+    turn = pa.struct(
+        [
+            ("task", text),
+            ("question", text),
+            ("answer", text),
+            ("regions", pa.list_(whole)),
+            ("expression", text),
+            ("category", text),
+            ("label_set", text),
+            ("guided", pa.bool_()),
+        ]
+    )
+    columns = [("id", text), ("source", text), ("task", text), ("image", text), ("width", whole), ("height", whole)]
+    return pa.schema(
+        [*columns, ("regions", pa.list_(region)), ("turns", pa.list_(turn))],
+        metadata={"regiongpt_schema_version": str(SCHEMA_VERSION)},
+    )
+
+
+class Rejects:
+    """What a conversion could not use, by kind: one line of json each, with file, record and reason.
+
+    Args:
+        path: Of ``rejects.jsonl``; None keeps the counts alone.
+        strict: Fail at the first.
+    """
+
+    def __init__(self, path: Path | None = None, strict: bool = False) -> None:
+        self.path, self.strict = path, strict
+        self.counts: Counter[str] = Counter()
+        self._file = path.open("w", encoding="utf-8") if path is not None else None
+
+    def add(self, kind: str, file: str | Path, record: object, reason: str) -> None:
+        """Counts one record that is left out.
+
+        Args:
+            kind: Of fault, a few words that are the same for all of it: ``"box without size"``.
+            file: That holds the record.
+            record: Its id, or its place in the file.
+            reason: What was expected and what came.
+
+        Raises:
+            DataError: In strict mode.
+        """
+        name = Path(file).name
+        if self.strict:
+            raise DataError(f"{name}, record {record}: {kind}: {reason}")
+        self.counts[kind] += 1
+        if self._file is not None:
+            line = {"kind": kind, "file": name, "record": str(record), "reason": reason}
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def summary(self) -> str:
+        """One line: how many were left out, by kind."""
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
+        return f"{self.counts.total()} left out: {listed}" if listed else "nothing left out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of records was made of.
+
+    Attributes:
+        schema_version: Of the shards.
+        source: Name of the converter.
+        arguments: Of the conversion, with the seed.
+        inputs: Of each file that was read, its name, size in bytes and SHA-256.
+        images: Folder that the records' image paths are relative to.
+        counts: ``records``, ``images``, ``regions``, ``turns``, and ``task:...`` for each task.
+        rejects: How many records were left out, by kind.
+        shards: File names in order, with their number of records and SHA-256.
+        regiongpt_version: That wrote the folder.
+    """
+
+    schema_version: int
+    source: str
+    arguments: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    images: str
+    counts: dict[str, int] = field(default_factory=dict)
+    rejects: dict[str, int] = field(default_factory=dict)
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    regiongpt_version: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads the manifest of a folder.
+
+        Raises:
+            DataError: It is missing (no conversion ended there) or not one, or of a schema that is not read here.
+        """
+        path = Path(folder) / MANIFEST
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            manifest = cls(**values)
+        except FileNotFoundError:
+            raise DataError(
+                f"{folder}: expected a folder of records with a {MANIFEST}, found none; "
+                "run `regiongpt convert` to its end"
+            ) from None
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{path}: expected a manifest of records, got {error}; convert the source again") from None
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise DataError(
+                f"{path}: expected schema version {SCHEMA_VERSION}, got {manifest.schema_version}; "
+                "convert the source again with this version"
+            )
+        return manifest
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    digest = sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+            return {"name": Path(path).name, "bytes": file.tell(), "sha256": digest.hexdigest()}
+    except OSError as error:
+        raise DataError(f"expected a file at {path}, got {error.strerror}; check the path") from None
+
+
+def write_records(
+    out: Path,
+    records: Iterable[Record],
+    rejects: Rejects,
+    *,
+    source: str,
+    images: str,
+    inputs: Sequence[Path],
+    arguments: Mapping[str, Any],
+    records_per_shard: int = RECORDS_PER_SHARD,
+) -> Manifest:
+    """Writes records to a folder: shards first, each under another name until it is whole, the manifest last.
+
+    The same records give byte-identical shards. What an earlier, unfinished run has left is replaced.
+
+    Args:
+        out: The folder; made if missing.
+        records: In their order. One that no model could learn from is left out and counted.
+        rejects: Where such records are noted.
+        source: Name of the converter.
+        images: Folder of the images, as the manifest shall name it.
+        inputs: Files that were read.
+        arguments: Of the conversion.
+        records_per_shard: Most records in a shard.
+
+    Raises:
+        DataError: The disk is full or the folder not writable; in strict mode, a record is wrong.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    import regiongpt
+
+    counts: Counter[str] = Counter()
+    seen_images: set[str] = set()
+    seen_ids: set[str] = set()
+    shards: list[dict[str, Any]] = []
+
+    def flush(rows: list[dict[str, Any]]) -> None:
+        path = out / f"records-{len(shards):05d}.parquet"
+        temporary = path.with_suffix(".tmp")
+        table = pa.Table.from_pylist(rows, schema=schema())
+        pq.write_table(table, temporary, compression="zstd", row_group_size=1000)
+        temporary.replace(path)
+        shards.append({"file": path.name, "records": len(rows), "sha256": file_identity(path)["sha256"]})
+        rows.clear()
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for stale in [*out.glob("records-*.parquet"), *out.glob("records-*.tmp"), out / MANIFEST]:
+            stale.unlink(missing_ok=True)
+        rows: list[dict[str, Any]] = []
+        for record in records:
+            try:
+                record.check()
+            except (DataError, RegionError) as error:
+                kind = "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson"
+                rejects.add(kind, source, record.id, str(error))
+                continue
+            if record.id in seen_ids:
+                rejects.add("duplicate id", source, record.id, "expected ids to be unique, got one twice")
+                continue
+            seen_ids.add(record.id)
+            if record.image:
+                seen_images.add(record.image)
+            counts.update(records=1, regions=len(record.regions), turns=len(record.turns))
+            counts.update(f"task:{turn.task}" for turn in record.turns)
+            rows.append(record.row())
+            if len(rows) == records_per_shard:
+                flush(rows)
+        if rows:
+            flush(rows)
+        counts["images"] = len(seen_images)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            source=source,
+            arguments=dict(arguments),
+            inputs=[file_identity(path) for path in inputs],
+            images=images,
+            counts=dict(sorted(counts.items())),
+            rejects=dict(sorted(rejects.counts.items())),
+            shards=shards,
+            regiongpt_version=regiongpt.__version__,
+        )
+        temporary = out / f"{MANIFEST}.tmp"
+        temporary.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(out / MANIFEST)
+    except OSError as error:
+        with suppress(OSError):
+            for unfinished in out.glob("*.tmp"):
+                unfinished.unlink()
+        raise DataError(
+            f"{out}: expected room and the right to write records there, got {error.strerror or error}; "
+            "free some space or give another --out, then run the same command again"
+        ) from error
+    return manifest
+
+
+class RecordSet:
+    """A folder of records as an indexable list, mapped into memory.
+
+    Args:
+        folder: That `regiongpt convert` wrote.
+        images: Folder of the images, where it is not the one that the manifest names.
+
+    Raises:
+        DataError: The folder holds no finished conversion, or a shard is missing or of another length.
+    """
+
+    def __init__(self, folder: str | Path, images: str | Path | None = None) -> None:
+        from datasets import Dataset, disable_progress_bars
+
+        self.folder = Path(folder)
+        self.manifest = Manifest.read(self.folder)
+        self.images = Path(images if images is not None else self.manifest.images)
+        if not self.images.is_absolute():
+            self.images = self.folder / self.images
+        files = [str(self.folder / shard["file"]) for shard in self.manifest.shards]
+        if missing := [file for file in files if not Path(file).is_file()]:
+            raise DataError(f"{self.folder}: expected the shard {missing[0]}, found none; convert the source again")
+        if not files:
+            raise DataError(f"{self.folder}: expected records, but the conversion kept none; see its {REJECTS}")
+        disable_progress_bars()
+        cache = self.folder / ".arrow"
+        self.table: Any = Dataset.from_parquet(files, cache_dir=str(cache))
+        expected = self.manifest.counts["records"]
+        if len(self.table) != expected:
+            raise DataError(
+                f"{self.folder}: expected {expected} records, found {len(self.table)}; convert the source again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record.from_row(self.table[index])
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+    def image_path(self, record: Record) -> Path | None:
+        """Where the record's image lies, None without one."""
+        return self.images / record.image if record.image else None
+
+
+def require_data_extra() -> None:
+    """Raises ConfigError unless the libraries that read and write records are installed."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("pyarrow", "datasets", "ijson") if find_spec(name) is None]:
+        raise ConfigError(
+            f"expected the libraries that read and write records, but {', '.join(missing)} is missing; "
+            "install them: pip install 'regiongpt[data]'"
+        )
