@@ -43,18 +43,29 @@ def test_a_class_is_the_mean_of_the_words_of_its_name(pair):
         torch.testing.assert_close(names[COCO_80.index(name)], table[ids].mean(0))
 
 
-def test_likeness_is_one_for_a_name_and_blind_to_what_lies_across(pair):
+def test_likeness_is_one_for_a_name_of_any_length_and_less_for_what_else_is_said():
     names = torch.eye(80, 100) * 3
-    embeds = names[[CAT, DOG]]
-    embeds[:, 90] = 50.0
+    embeds = 7 * names[[CAT, DOG]]
     torch.testing.assert_close(likeness(embeds, names), torch.eye(80)[[CAT, DOG]])
+    embeds[:, 90] = 21.0
+    torch.testing.assert_close(likeness(embeds, names), torch.eye(80)[[CAT, DOG]] / 2**0.5)
+
+
+def test_alignment_asks_for_the_length_of_a_word():
+    names, classes = torch.eye(80) * 3, torch.tensor([[CAT]])
+    right = names[[CAT]][None]
+    assert region_alignment(right, classes, names) < region_alignment(2 * right, classes, names)
+    assert region_alignment(right, classes, names) < region_alignment(right / 2, classes, names)
 
 
 def test_region_alignment_leaves_padding_out():
     names = torch.eye(80)
     embeds, classes = torch.randn(2, 3, 80), torch.tensor([[CAT, -1, DOG], [DOG, -1, -1]])
     rows = [(0, 0, CAT), (0, 2, DOG), (1, 0, DOG)]
-    expected = sum(F.cross_entropy(SHARPNESS * embeds[b, r], torch.tensor(c)) for b, r, c in rows)
+    expected = sum(
+        F.cross_entropy(SHARPNESS * F.normalize(embeds[b, r], dim=0), torch.tensor(c)) + embeds[b, r].norm().log() ** 2
+        for b, r, c in rows
+    )
     torch.testing.assert_close(region_alignment(embeds, classes, names), expected)
     assert region_alignment(embeds, torch.full((2, 3), -1), names) == 0
 

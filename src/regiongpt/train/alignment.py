@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from regiongpt.prompts import COCO_80
 
 SHARPNESS = 10.0
-"""Logit of a class whose name is written exactly, before that of the others is taken away."""
+"""Logit of a class whose name is written exactly."""
 
 CELL_WEIGHT = 0.25
 """What a cell of the image counts beside a region: it often holds background and parts of several objects."""
@@ -135,25 +135,36 @@ def visual_loss(
 
 
 def likeness(embeds: Tensor, names: Tensor) -> Tensor:
-    """How much of each name an embedding holds: (..., D) and (80, D) to (..., 80); 1 for the name of average length.
+    """Cosine of embeddings (..., D) and names (80, D): (..., 80).
 
-    What else an embedding holds, such as a place or a colour, is left free.
+    A cosine, because whatever else an embedding holds drowns the name for a reader of words: with the part along the
+    names alone held to the classes, the rest grew to three times a word's length, and nothing was read.
     """
-    lengths = names.norm(dim=-1, keepdim=True)
-    return embeds @ (names / lengths / lengths.mean()).T
+    return F.normalize(embeds.float(), dim=-1) @ F.normalize(names.float(), dim=-1).T
 
 
 def region_alignment(embeds_BRD: Tensor, classes_BR: Tensor, names: Tensor) -> Tensor:
-    """Sum over regions of the cross-entropy of their class among all classes; a class of -1 is none."""
-    logits = SHARPNESS * likeness(embeds_BRD, names)
-    return F.cross_entropy(logits.flatten(0, 1).float(), classes_BR.flatten(), ignore_index=-1, reduction="sum")
+    """Sum over regions of the cross-entropy of their class among all classes, and of how far they are from a word's
+    length; a class of -1 is none.
+    """
+    embeds, classes = embeds_BRD[classes_BR >= 0], classes_BR[classes_BR >= 0]
+    entropy = F.cross_entropy(SHARPNESS * likeness(embeds, names), classes, reduction="sum")
+    return entropy + _stretch(embeds, names).sum()
 
 
 def cell_alignment(embeds_BND: Tensor, classes_BNK: Tensor, names: Tensor) -> Tensor:
-    """Sum over image cells that show something of minus the log of the share that the classes shown have together."""
-    log_shares = (SHARPNESS * likeness(embeds_BND, names)).float().log_softmax(-1)
+    """Sum over image cells that show something of minus the log of the share that the classes shown have together, and
+    over all cells of how far they are from a word's length.
+    """
     shown = classes_BNK.any(-1)
-    return -log_shares[shown].masked_fill(~classes_BNK[shown], -torch.inf).logsumexp(-1).sum()
+    log_shares = (SHARPNESS * likeness(embeds_BND[shown], names)).log_softmax(-1)
+    entropy = -log_shares.masked_fill(~classes_BNK[shown], -torch.inf).logsumexp(-1).sum()
+    return entropy + _stretch(embeds_BND, names).sum()
+
+
+def _stretch(embeds: Tensor, names: Tensor) -> Tensor:
+    """Squared logarithm of how many times the length of a word an embedding is."""
+    return (embeds.float().norm(dim=-1) / names.float().norm(dim=-1).mean()).clamp_min(1e-4).log() ** 2
 
 
 @contextmanager
