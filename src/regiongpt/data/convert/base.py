@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,7 +56,13 @@ class Converter(ABC):
         return {name: _stated(value) for name, value in values.items()}
 
 
-def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bool = False) -> Manifest:
+def convert(
+    converter: Converter,
+    out: Path,
+    strict: bool = False,
+    overwrite: bool = False,
+    watch: Callable[[Iterator[Record]], Iterator[Record]] = iter,
+) -> Manifest:
     """Converts one source into a folder of records; does nothing where that has been done before.
 
     Args:
@@ -64,6 +70,7 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
         out: The folder.
         strict: Fail at the first record that cannot be used.
         overwrite: Replace records of another source or of other options.
+        watch: Passes the records on one by one, to show how far the work is.
 
     Raises:
         ConfigError: The folder holds other records, or the libraries are missing.
@@ -91,7 +98,7 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
     try:
         return write_records(
             out,
-            converter.records(rejects),
+            watch(converter.records(rejects)),
             rejects,
             source=converter.name,
             images=str(converter.images.resolve()),

@@ -1,0 +1,218 @@
+"""Whether a model can be taught with a folder of records, and what one record looks like.
+
+Paper: §3.2 (only the response is learnt).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from regiongpt.data.progress import track
+from regiongpt.data.records import Record
+from regiongpt.data.shards import RecordSet, file_identity
+from regiongpt.data.statistics import rows
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
+from regiongpt.images import load_image
+from regiongpt.prompts import IMAGE_TOKEN, check_placeholders
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from regiongpt.model.processing import RegionGPTProcessor
+
+MOST_TURNS_DRAWN: Final = 12
+MOST_CAPTIONS_DRAWN: Final = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Why a model could not, or should not, learn from a record.
+
+    Attributes:
+        record: Its id, or its place where it has none; the name of a shard that is not what was written.
+        kind: A few words that are the same for all such faults.
+        reason: What was expected, and what is there.
+    """
+
+    record: str
+    kind: str
+    reason: str
+
+
+def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
+    """The processor of a checkpoint folder; of the model that ships in the package by default.
+
+    Raises:
+        CheckpointError: The folder is not there or holds no processor.
+    """
+    from regiongpt.model.processing import RegionGPTProcessor
+    from regiongpt.model.weights import nano_path
+
+    folder = nano_path() if model is None else Path(model)
+    if not (folder / "processor_config.json").is_file():
+        raise CheckpointError(
+            f"expected a checkpoint folder with a processor_config.json at {folder}; give one that regiongpt has made"
+        )
+    try:
+        loaded: RegionGPTProcessor = RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the processor of {folder} cannot be read: {' '.join(str(error).split())}") from error
+    return loaded
+
+
+def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[Fault]:
+    """Looks at every record as training would, and at every image.
+
+    Args:
+        records: To be checked.
+        processor: Of the model to be trained; its tokenizer and chat template decide what the targets are.
+
+    Yields:
+        Each fault: a shard with other bytes than the manifest says; a record that comes twice; a region that makes no
+        sense; a placeholder without its region; an answer that is empty or leaves no target; an image that is missing,
+        cannot be read, or is of another size.
+    """
+    for shard in records.manifest.shards:
+        found = file_identity(records.folder / shard["file"])["sha256"]
+        if found != shard["sha256"]:
+            reason = f"expected SHA-256 {shard['sha256'][:12]}..., got {found[:12]}...; convert the source again"
+            yield Fault(record=shard["file"], kind="shard of other content", reason=reason)
+    ids: set[str] = set()
+    images: dict[str, tuple[int, int] | str] = {}
+    for index, row in enumerate(track(rows(records), len(records))):
+        name = str(row.get("id") or f"row {index}")
+        if name in ids:
+            yield Fault(record=name, kind="duplicate id", reason="expected ids to be unique, got one twice")
+        ids.add(name)
+        try:
+            record = Record.from_row(row)
+        except DataError as error:
+            yield Fault(record=name, kind="row that is not a record", reason=str(error))
+            continue
+        faults = [*_text_faults(record), *_image_faults(record, records, images)]
+        if not faults:
+            faults = list(_target_faults(record, processor, index))
+        for kind, reason in faults:
+            yield Fault(record=name, kind=kind, reason=reason)
+
+
+def _text_faults(record: Record) -> Iterator[tuple[str, str]]:
+    for number, each in enumerate(record.regions, 1):
+        try:
+            each.region.check(record.width, record.height, f"<region{number}>")
+        except RegionError as error:
+            yield "region that makes no sense", str(error)
+    for number, turn in enumerate(record.turns, 1):
+        if not turn.answer.strip():
+            yield "answer that is empty", f"turn {number}: expected an answer, got {turn.answer!r}"
+        try:
+            check_placeholders([turn.text(0), turn.answer], len(record.regions))
+        except RegionError as error:
+            yield "placeholder without its region", f"turn {number}: {error}"
+        except (DataError, ConfigError) as error:
+            yield "question that cannot be worded", f"turn {number}: {error}"
+    if not record.turns:
+        yield "no turns", "expected at least one turn, got none"
+    if record.regions and not record.image:
+        yield "regions without an image", f"expected an image for {len(record.regions)} region(s), got none"
+
+
+def _image_faults(
+    record: Record, records: RecordSet, seen: dict[str, tuple[int, int] | str]
+) -> Iterator[tuple[str, str]]:
+    path = records.image_path(record)
+    if path is None:
+        return
+    if record.image not in seen:
+        try:
+            seen[record.image] = load_image(path).size
+        except DataError as error:
+            seen[record.image] = str(error)
+    found = seen[record.image]
+    if isinstance(found, str):
+        yield ("unreadable image" if path.is_file() else "image file missing"), found
+    elif found != (record.width, record.height):
+        expected = f"expected {record.width} x {record.height} pixels (W x H)"
+        yield "image of another size", f"{path}: {expected}, got {found[0]} x {found[1]}"
+
+
+def _target_faults(record: Record, processor: "RegionGPTProcessor", index: int) -> Iterator[tuple[str, str]]:
+    try:
+        labels = encode(record, processor, 0, 0, index)["labels"].tolist()
+    except (DataError, RegionError) as error:
+        yield "no target", str(error)
+        return
+    # The end of the turn is a target of every answer; a model that learns it alone learns to say nothing.
+    if not any(label >= 0 and label not in processor.stop_token_ids for label in labels):
+        yield "no target", "expected at least one word to be learnt, got answers without any; write them in words"
+
+
+def encode(record: Record, processor: "RegionGPTProcessor", seed: int, epoch: int, index: int) -> dict[str, Any]:
+    """The tokens and targets of a record, as training makes them; image and regions are left out.
+
+    Raises:
+        DataError: The record has no target.
+        RegionError: A placeholder has no region.
+    """
+    return processor.encode_conversation(
+        record.messages(seed, epoch, index),
+        region_weights=np.zeros((len(record.regions), 1, 1), np.float32),
+        with_image=bool(record.image),
+    )
+
+
+def find(records: RecordSet, which: str) -> int:
+    """The place of a record given by its place, from 0, or by its id.
+
+    Raises:
+        DataError: There is none.
+    """
+    if which.isdecimal():
+        if int(which) < len(records):
+            return int(which)
+        raise DataError(f"{records.folder}: expected a record from 0 to {len(records) - 1}, got {which}")
+    import pyarrow.compute as pc
+
+    place: int = pc.index(records.table.data.column("id"), which).as_py()
+    if place < 0:
+        raise DataError(f"{records.folder}: found no record '{which}'; its first is '{records[0].id}'")
+    return place
+
+
+def said(record: Record, seed: int, epoch: int, index: int) -> list[tuple[str, str]]:
+    """The questions and answers of a record as a model is taught them, without ``<image>``."""
+    texts = [message["content"] for message in record.messages(seed, epoch, index)]
+    texts[0] = texts[0].removeprefix(f"{IMAGE_TOKEN}\n")
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def draw_record(record: Record, path: Path | None, dialogue: Sequence[tuple[str, str]] = ()) -> "Image":
+    """A record's image with its regions numbered, their categories and, if given, the dialogue beneath.
+
+    Args:
+        record: To be drawn.
+        path: Of its image.
+        dialogue: Questions and answers; of more than :data:`MOST_TURNS_DRAWN`, the first.
+
+    Raises:
+        DataError: The record has no image, or it cannot be read, or it is of another size.
+        RegionError: A region makes no sense in it.
+    """
+    from regiongpt.drawing import draw_regions
+
+    if path is None:
+        raise DataError(f"{record.id}: expected a record with an image to be drawn, got one of text alone")
+    photo = load_image(path)
+    if photo.size != (record.width, record.height):
+        raise DataError(
+            f"{path}: expected {record.width} x {record.height} pixels (W x H) for {record.id}, "
+            f"got {photo.width} x {photo.height}; give the folder of the images that were converted"
+        )
+    shown = list(dialogue[:MOST_TURNS_DRAWN])
+    if len(dialogue) > len(shown):
+        shown.append((f"... and {len(dialogue) - len(shown)} more turns", ""))
+    names = [each.category for each in record.regions] if len(record.regions) <= MOST_CAPTIONS_DRAWN else None
+    return draw_regions(photo, [each.region for each in record.regions], names, dialogue=shown)
