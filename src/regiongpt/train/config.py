@@ -1,41 +1,47 @@
 """Training configuration: frozen dataclasses read from TOML, with dotted overrides from the command line."""
 
-import dataclasses
-import difflib
-import tomllib
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
+from regiongpt.configuration import build, dotted, override, read_toml
 from regiongpt.errors import ConfigError
 from regiongpt.model.configuration import REFINEMENTS
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the annotated photographs lie.
+    """Where the annotated photographs lie, or the records.
 
     Attributes:
         root: Folder with ``instances_<split>.json``, ``captions_<split>.json`` and ``images/``; usually given on the
-            command line as ``--data.root``.
-        split: Which of them to train on.
-        mix: Turns of each task in a conversation, on average; the sampler's own mix where empty.
+            command line as ``--data.root``. With a mixture: the folder that its paths are relative to.
+        split: Which of the photographs to train on.
+        mix: Turns of each task in a conversation about a photograph, on average; the sampler's own mix where empty.
+        mixture: Records of stage 2 in place of photographs: a TOML file (:mod:`regiongpt.data.mixture`) or one folder
+            of records. A stage that has none is left out.
+        pretrain_mixture: Likewise of stage 1.
     """
 
     root: str = ""
     split: str = "train"
     mix: dict[str, float] = field(default_factory=dict)
+    mixture: str = ""
+    pretrain_mixture: str = ""
+
+    @property
+    def on_records(self) -> bool:
+        """Whether records are trained on, not annotated photographs."""
+        return bool(self.mixture or self.pretrain_mixture)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The untrained model (paper §3.1).
+    """The untrained model (paper §3.1), or the checkpoint to go on from.
 
     Attributes:
+        init: With a mixture of records: a checkpoint folder, or ``nano`` for the model of the package. It brings its
+            own shape, so that nothing else is given here.
         vision: ``efficientnet-lite2``, or a folder or hub name of a CLIP, SigLIP, SigLIP 2 or DINOv2 tower.
         image_size: Side of the square tower input in pixels.
         refinement: ``deconv``, ``bilinear``, ``deconv_bilinear`` or ``none`` (paper Tab. 6).
@@ -50,6 +56,7 @@ class ModelConfig:
         max_length: Positions of the language model, in tokens.
     """
 
+    init: str = ""
     vision: str = "efficientnet-lite2"
     image_size: int = 576
     refinement: str = "deconv"
@@ -98,7 +105,7 @@ class StageConfig:
     """One pass of optimisation.
 
     Attributes:
-        epochs: Passes over the images; fractions are allowed.
+        epochs: Passes over the images or over the mixture; fractions are allowed.
         lr: Highest learning rate, reached after the warm-up; it falls to zero along a cosine.
         visual_lr: That of refinement and connector; ``lr`` where 0.
         alignment: How many target tokens the alignment of a region with its class's name counts for in the loss; see
@@ -145,8 +152,8 @@ class TrainConfig:
         out: Folder of the run: feature cache, checkpoints and the finished model.
         seed: Seed of every random number, together with an index and an epoch.
         isolated_share: Share of the training conversations, in [0, 1], whose turns do not see each other.
-        data: Annotated photographs.
-        model: The untrained model.
+        data: Annotated photographs, or records.
+        model: The untrained model, or the checkpoint to go on from.
         features: Feature cache.
         language: Text-only pre-training of the language model.
         align: Refinement and connector, by the alignment alone.
@@ -170,6 +177,16 @@ class TrainConfig:
             raise ConfigError(f"isolated_share: expected a share in [0, 1], got {self.isolated_share}")
         if not self.align.alignment:
             raise ConfigError("align.alignment: expected a number above 0, got 0; nothing else is learnt in that step")
+        if self.data.on_records and not self.model.init:
+            raise ConfigError(
+                "model.init: expected the checkpoint to train on records, a folder or 'nano', got none; give "
+                "--model.init, and make a folder from a tower and a language model with `regiongpt weights create`"
+            )
+        if self.data.on_records and (self.stage1.alignment or self.stage2.alignment):
+            raise ConfigError(
+                "alignment: goes with annotated photographs, whose objects have COCO's classes, not with a mixture of "
+                "records; leave it out"
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -181,93 +198,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises:
         ConfigError: The file is missing or is not TOML; a key is unknown (the message names the nearest one); a
-            value is of another type or out of range.
+            value is of another type or out of range; a key does not go with the kind of data.
     """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: expected a readable TOML file, got: {error}") from error
-    for name, text in _pairs(overrides):
-        target = values
-        *parents, leaf = name.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--{name}: '{parent}' is a value, not a table")
-        target[leaf] = _Text(text)
-    return build(TrainConfig, values, "")
+    values = read_toml(path)
+    override(values, overrides)
+    config = build(TrainConfig, values)
+    for name in dotted(values):
+        _check_use(name, config)
+    return config
 
 
-def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Builds one dataclass from plain values, checking every key and type.
-
-    Raises:
-        ConfigError: See :func:`load_config`.
-    """
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
-    hints = typing.get_type_hints(kind)
-    made: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{where}{key}"
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean '{where}{near[0]}'?" if near else f"known keys: {', '.join(fields)}"
-            raise ConfigError(f"unknown configuration key '{name}'; {hint}")
-        made[key] = _convert(hints[key], value, name)
-    return kind(**made)
-
-
-class _Text(str):
-    """A value from the command line: text whose type the field decides."""
-
-
-def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
-    pairs, rest = [], list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or len(word) < 3:
-            raise ConfigError(f"expected an override such as '--stage2.lr 5e-4', got '{word}'")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"--{name}: expected a value after it, got nothing")
-            value = rest.pop(0)
-        pairs.append((name, value))
-    return pairs
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name}: expected a table, got {value!r}")
-        return build(typing.cast(type[Any], hint), value, f"{name}.")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        items = [v for v in value.split(",") if v] if isinstance(value, _Text) else value
-        if not isinstance(items, list):
-            raise ConfigError(f"{name}: expected a list, got {value!r}")
-        return tuple(_convert(arguments[0], _Text(v) if isinstance(value, _Text) else v, name) for v in items)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name}: expected a table, got {value!r}")
-        return {k: _convert(arguments[1], v, f"{name}.{k}") for k, v in value.items()}
-    if isinstance(value, _Text):
-        return _parse(hint, value, name)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")
-    return value
-
-
-def _parse(hint: Any, text: str, name: str) -> Any:
-    if hint is str:
-        return str(text)
-    if hint is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ConfigError(f"{name}: expected true or false, got '{text}'")
-    try:
-        return hint(text)
-    except ValueError:
-        raise ConfigError(f"{name}: expected {hint.__name__}, got '{text}'") from None
+def _check_use(name: str, config: TrainConfig) -> None:
+    """Raises ConfigError for a value that was given and that nothing would read."""
+    if not config.data.on_records:
+        if name == "model.init":
+            raise ConfigError(
+                "model.init: a checkpoint is trained further on records alone; give data.mixture or "
+                "data.pretrain_mixture too, or leave it out"
+            )
+        return
+    stage, _, leaf = name.partition(".")
+    missing = {"stage1": "data.pretrain_mixture", "stage2": "data.mixture"}.get(stage)
+    if missing and leaf != "alignment":
+        if not (config.data.pretrain_mixture if stage == "stage1" else config.data.mixture):
+            raise ConfigError(f"{name}: {stage} has no records to train on; give {missing} too, or leave it out")
+    elif name not in ("out", "seed", "data.root", "data.mixture", "data.pretrain_mixture", "model.init"):
+        raise ConfigError(
+            f"{name}: goes with annotated photographs, not with a mixture of records, whose shape of model, images and "
+            "turns are those of model.init and of the records; leave it out"
+        )

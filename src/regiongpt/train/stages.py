@@ -8,9 +8,12 @@ Six steps, each skipped when its result is already in the run folder, each going
 4. ``align`` - refinement and connector learn to write a region's class as the language model's own word
 5. ``stage1`` - refinement and connector learn, the language model is frozen (paper §3.2, pre-training stage)
 6. ``stage2`` - refinement, connector and language model learn (paper §3.2, fine-tuning stage)
+
+With a mixture of records in place of photographs, a checkpoint goes through the two stages alone.
 """
 
 import argparse
+import json
 import logging
 import math
 import shutil
@@ -25,8 +28,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
+from regiongpt.data.mixture import Mixture, open_mixture
 from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSampler
-from regiongpt.errors import ConfigError
+from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
 from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import COCO_80, REGION_TOKEN
@@ -34,6 +38,7 @@ from regiongpt.train.alignment import ClassWords, stand_in_loss, visual_loss
 from regiongpt.train.config import TrainConfig, load_config
 from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts, isolate_turns
 from regiongpt.train.features import build_features, calibrate, keep_freed_memory
+from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
 from regiongpt.train.tokenizer import train_tokenizer
 from regiongpt.train.trainer import run_stage
 
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
     from regiongpt.model import RegionGPTProcessor
 
 log = logging.getLogger(__name__)
+
+_IDENTITY = "records.json"
 
 
 def run_cli(arguments: Sequence[str]) -> int:
@@ -75,11 +82,14 @@ def train(config: TrainConfig) -> Path:
         Folder of the finished checkpoint, which ``--model`` and ``from_pretrained`` take.
 
     Raises:
-        ConfigError: No data folder was given.
-        DataError: An annotation file or photograph cannot be used.
+        ConfigError: No data folder was given, or the folder of the run holds a run on other records.
+        DataError: An annotation file, a photograph or a record cannot be used.
+        CheckpointError: The checkpoint to go on from cannot be used.
 
     Paper: §3.2, §4
     """
+    if config.data.on_records:
+        return _train_on_records(config)
     if not config.data.root:
         raise ConfigError("data.root: expected the folder of the annotated photographs; give --data.root DIR")
     out = Path(config.out)
@@ -129,6 +139,78 @@ def train(config: TrainConfig) -> Path:
             _save(folder, model, processor)
         finished = folder
     return finished
+
+
+def _train_on_records(config: TrainConfig) -> Path:
+    """Takes a checkpoint through the stages that have records."""
+    stages = [
+        (name, stage, open_mixture(mixture, config.data.root, config.seed))
+        for name, stage, mixture in (
+            ("stage1", config.stage1, config.data.pretrain_mixture),
+            ("stage2", config.stage2, config.data.mixture),
+        )
+        if mixture
+    ]
+    for name, _, mixture in stages:
+        log.info("%s: %s", name, mixture.report())
+        if name == "stage1":
+            _refuse_text_alone(mixture)
+        _refuse_other_records(Path(config.out) / name, _identity(config, mixture))
+    keep_freed_memory()
+    set_seed(config.seed)
+    finished = weights.nano_path() if config.model.init == "nano" else Path(config.model.init)
+    for name, stage, mixture in stages:
+        folder = Path(config.out) / name / "model"
+        if not (folder / "config.json").exists():
+            # Adam's steps are lost in half precision, which a checkpoint may be stored in.
+            model, processor = weights.load(finished, dtype=torch.float32)
+            model.train()
+            model.language_model.requires_grad_(name == "stage2")
+            items = max(1, round(stage.epochs * len(mixture)))
+            longest = getattr(model.config.text_config, "max_position_embeddings", None)
+            dataset = RecordDataset(mixture, processor, items, longest)
+            learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            log.info("%s: %d conversations, %.2f M trainable parameters", name, items, learning / 1e6)
+            _note(folder.parent, _identity(config, mixture))
+            run_stage(name, model, dataset, RecordCollate(processor), answer_loss, stage, folder.parent, config.seed)
+            _save(folder, model, processor)
+        finished = folder
+    return finished
+
+
+def _refuse_text_alone(mixture: Mixture) -> None:
+    """Raises DataError for records from which refinement and connector, which alone learn in stage 1, learn nothing."""
+    for part in mixture.parts:
+        if count := part.without_image():
+            raise DataError(
+                f"{part.records.folder}: expected an image in every record, since the language model is frozen in "
+                f"stage 1, got {count} of {len(part.records)} without one; leave the part to stage 2"
+            )
+
+
+def _identity(config: TrainConfig, mixture: Mixture) -> str:
+    return json.dumps({"init": config.model.init, **mixture.identity()}, indent=1)
+
+
+def _refuse_other_records(folder: Path, identity: str) -> None:
+    """Raises ConfigError where a stage has begun on something else: going on would mix the two unseen."""
+    begun = (folder / "model").exists() or any(folder.glob("checkpoint-*"))
+    if begun and _noted(folder) != identity:
+        raise ConfigError(
+            f"{folder}: expected a run on the same records, with the same seed and from the same checkpoint, got "
+            "another one; give another --out, or delete the folder"
+        )
+
+
+def _noted(folder: Path) -> str:
+    note = folder / _IDENTITY
+    return note.read_text(encoding="utf-8") if note.exists() else ""
+
+
+def _note(folder: Path, identity: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if _noted(folder) != identity:
+        (folder / _IDENTITY).write_text(identity, encoding="utf-8")
 
 
 class _Collate:

@@ -1,0 +1,232 @@
+"""Several folders of records as one list without an end, in an order that the seed and the epoch alone decide.
+
+A mixture is a TOML file::
+
+    [[parts]]
+    records = "coco"        # a folder that `regiongpt convert` wrote, relative to the root
+    cap = 20000             # at most so many of its records an epoch
+
+    [[parts]]
+    records = "captions"
+    images = "photos"       # in place of the images' folder that the conversion noted
+    weight = 2.0            # passes over its records in one epoch
+
+Nothing depends on what was drawn before, so that a run which goes on from step k sees what an uninterrupted one would.
+
+Paper: §3.2, §4
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regiongpt.configuration import build, read_toml
+from regiongpt.data.records import Record
+from regiongpt.data.shards import RecordSet, require_data_extra
+from regiongpt.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One folder of records in a mixture.
+
+    Attributes:
+        records: The folder, relative to the mixture's root.
+        images: Folder of its images, relative to the mixture's root, where they are no longer where they were when the
+            records were made.
+        weight: Passes over the records in one epoch: 1 for each record once, 0.5 for every other one, 2 for twice.
+        cap: Most records in one epoch, 0 for no limit. What one epoch leaves out comes first in the next.
+    """
+
+    records: str
+    images: str = ""
+    weight: float = 1.0
+    cap: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """A mixture as its file has it.
+
+    Attributes:
+        parts: At least one.
+    """
+
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ConfigError("parts: expected at least one, got none; begin each with a line [[parts]]")
+        for number, part in enumerate(self.parts, 1):
+            where = f"parts[{number}]"
+            if not part.records:
+                raise ConfigError(f"{where}.records: expected a folder of records, got an empty name")
+            if part.records in [other.records for other in self.parts[: number - 1]]:
+                raise ConfigError(
+                    f"{where}.records: expected each folder once, got '{part.records}' again; give it a weight instead"
+                )
+            if not 0 < part.weight < math.inf:
+                raise ConfigError(f"{where}.weight: expected a positive number, got {part.weight}")
+            if part.cap < 0:
+                raise ConfigError(f"{where}.cap: expected a number of records, 0 for no limit, got {part.cap}")
+
+
+def read_mixture(path: str | Path) -> MixtureConfig:
+    """Reads a mixture's file.
+
+    Raises:
+        ConfigError: It is missing or not TOML; a key is unknown (the message names the nearest one); a value is of
+            another type or out of range.
+    """
+    values = read_toml(path)
+    try:
+        return build(MixtureConfig, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def open_mixture(path: str | Path, root: str | Path = "", seed: int = 0) -> "Mixture":
+    """Opens the records of a mixture.
+
+    Args:
+        path: A mixture's file, or one folder of records.
+        root: Folder that the file's paths are relative to; the one that the file lies in by default.
+        seed: Of the order.
+
+    Raises:
+        ConfigError: As :func:`read_mixture` does; a root is given with a folder of records, or the libraries that read
+            records are missing.
+        DataError: A part is no folder of finished records.
+    """
+    require_data_extra()
+    path = Path(path)
+    if path.is_dir():
+        if root:
+            raise ConfigError(
+                f"root: the paths of a mixture's file are relative to it, but {path} is one folder of records; "
+                "leave it out"
+            )
+        return Mixture([MixturePart(RecordSet(path))], seed)
+    config = read_mixture(path)
+    base = Path(root) if root else path.parent
+    if not base.is_dir():
+        raise DataError(f"{path}: expected its parts below the folder {base}, found none; check the root")
+    parts = []
+    for number, part in enumerate(config.parts, 1):
+        try:
+            records = RecordSet(base / part.records, base / part.images if part.images else None)
+        except DataError as error:
+            raise DataError(f"{path}: parts[{number}]: {error}") from None
+        parts.append(MixturePart(records, part.weight, part.cap))
+    return Mixture(parts, seed)
+
+
+class MixturePart:
+    """The records of one part, and how many of them make an epoch.
+
+    Args:
+        records: The records.
+        weight: As in :class:`Part`.
+        cap: As in :class:`Part`.
+    """
+
+    def __init__(self, records: RecordSet, weight: float = 1.0, cap: int = 0) -> None:
+        self.records = records
+        passes = max(1, round(weight * len(records)))
+        self.per_epoch = min(passes, cap) if cap else passes
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.records.folder.name
+
+    def without_image(self) -> int:
+        """How many of its records have no image."""
+        import pyarrow.compute as pc
+
+        return int(pc.sum(pc.equal(self.records.table.data.column("image"), "")).as_py() or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """One item of a mixture.
+
+    Attributes:
+        records: The part's records.
+        index: Which of them.
+        times: How often that record has come before.
+    """
+
+    records: RecordSet
+    index: int
+    times: int
+
+    def record(self) -> Record:
+        """Reads it."""
+        return self.records[self.index]
+
+
+class Mixture:
+    """A list of records without an end, one epoch after the other.
+
+    An epoch holds as many records of each part as its weight and cap say, in a seeded order. A part goes through all
+    its records, in an order of their own for each pass, before any comes again: also where a cap takes several epochs
+    for one pass.
+
+    Args:
+        parts: At least one.
+        seed: Of the order.
+    """
+
+    def __init__(self, parts: Sequence[MixturePart], seed: int) -> None:
+        self.parts, self.seed = list(parts), seed
+        self._starts = np.cumsum([0] + [part.per_epoch for part in self.parts])
+        self._order = lru_cache(maxsize=2)(self._make_order)
+        # An epoch of a part may end one pass and begin the next.
+        self._pass = lru_cache(maxsize=2 * len(self.parts))(self._make_pass)
+
+    def __len__(self) -> int:
+        """Records in one epoch."""
+        return int(self._starts[-1])
+
+    def draw(self, item: int) -> Drawn:
+        """The record at one place: places from ``epoch * len(self)`` on are those of that epoch."""
+        epoch, place = divmod(item, len(self))
+        slot = int(self._order(epoch)[place])
+        number = int(np.searchsorted(self._starts, slot, side="right")) - 1
+        part = self.parts[number]
+        times, offset = divmod(epoch * part.per_epoch + slot - int(self._starts[number]), len(part.records))
+        return Drawn(records=part.records, index=int(self._pass(number, times)[offset]), times=times)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the order and the records: to know a mixture by, wherever its folders lie."""
+        return {
+            "seed": self.seed,
+            "parts": [
+                {
+                    "records_per_epoch": part.per_epoch,
+                    "shards": [shard["sha256"] for shard in part.records.manifest.shards],
+                }
+                for part in self.parts
+            ],
+        }
+
+    def report(self) -> str:
+        """One line: what an epoch holds."""
+        listed = ", ".join(f"{part.name} {part.per_epoch:,} of {len(part.records):,}" for part in self.parts)
+        return f"{len(self):,} records an epoch: {listed}"
+
+    def _make_order(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng((self.seed, 31, epoch)).permutation(len(self))
+
+    def _make_pass(self, number: int, times: int) -> NDArray[np.int64]:
+        return np.random.default_rng((self.seed, 37, number, times)).permutation(len(self.parts[number].records))

@@ -1,0 +1,145 @@
+"""Training examples from records: the image as it is, the regions, and the turns in one of their wordings."""
+
+import logging
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from regiongpt.data.mixture import Drawn, Mixture
+from regiongpt.errors import DataError, RegionError
+from regiongpt.images import load_image
+from regiongpt.model.processing import IGNORED
+
+if TYPE_CHECKING:
+    from regiongpt.model import RegionGPTProcessor
+
+log = logging.getLogger(__name__)
+Example = dict[str, Any]
+
+
+class RecordDataset(Dataset[Example]):
+    """The records of a mixture as examples, for any number of epochs as one indexable list.
+
+    A conversation that is longer than the language model can read is cut: at the end of the last turn that fits, or
+    inside its answer where it has but one. The first that is cut is told in the log.
+
+    Args:
+        mixture: Of records.
+        processor: Pads and normalises images, tokenises, and makes the label mask.
+        items: Number of examples in the whole run.
+        longest: Most tokens in an example, None for no limit.
+    """
+
+    def __init__(
+        self, mixture: Mixture, processor: "RegionGPTProcessor", items: int, longest: int | None = None
+    ) -> None:
+        self.mixture, self.processor, self.items, self.longest = mixture, processor, items, longest
+        self._told = False
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, item: int) -> Example:
+        """One example.
+
+        Raises:
+            DataError: The image is missing, not readable or of another size; a region makes no sense in it; a
+                placeholder has no region; there is nothing to learn.
+        """
+        return self.encode(self.mixture.draw(item))
+
+    def encode(self, drawn: Drawn) -> Example:
+        """The example of one record; raises as :meth:`__getitem__` does."""
+        record = drawn.record()
+        where = f"{drawn.records.folder}, record {record.id}"
+        try:
+            image, weights = None, None
+            path = drawn.records.image_path(record)
+            if path is not None:
+                image = load_image(path)
+                if image.size != (record.width, record.height):
+                    raise DataError(
+                        f"expected an image of {record.width} x {record.height} (W x H), the size its regions are "
+                        f"given in, got {image.width} x {image.height}: {path}"
+                    )
+                weights = self.processor.region_inputs([each.region for each in record.regions], *image.size)
+            messages = record.messages(self.mixture.seed, drawn.times, drawn.index)
+            example = self._encode_text(messages, weights, path is not None, where)
+            if image is not None:
+                example["pixel_values"] = self.processor.image_inputs(image)["pixel_values"][0]
+        except (DataError, RegionError) as error:
+            raise DataError(f"{where}: {error}; `regiongpt inspect` checks all records of a folder") from error
+        return example
+
+    def _encode_text(
+        self, messages: list[dict[str, str]], weights: Tensor | None, with_image: bool, where: str
+    ) -> Example:
+        def of_turns(count: int) -> Example:
+            return self.processor.encode_conversation(
+                messages[: 2 * count], region_weights=weights, with_image=with_image
+            )
+
+        turns = len(messages) // 2
+        example = of_turns(turns)
+        tokens = len(example["input_ids"])
+        if self.longest is None or tokens <= self.longest:
+            return example
+        fitting = bisect_right(range(1, turns), self.longest, key=lambda count: len(of_turns(count)["input_ids"]))
+        example = of_turns(fitting) if fitting else self._cut(of_turns(1), self.longest)
+        if not self._told:
+            log.warning(
+                "%s: a conversation of %d tokens in %d turn(s) is longer than the language model's %d; what does not "
+                "fit is left out, here and in others like it",
+                where,
+                tokens,
+                turns,
+                self.longest,
+            )
+            self._told = True
+        return example
+
+    def _cut(self, example: Example, longest: int) -> Example:
+        """The beginning of a turn that does not fit."""
+        ids, labels = example["input_ids"][:longest], example["labels"][:longest]
+        if bool((labels == IGNORED).all()):
+            raise DataError(
+                f"expected a question that leaves room for an answer in the {longest} tokens that the language model "
+                "reads, got one that does not"
+            )
+        regions = int((ids == self.processor.region_token_id).sum())
+        return {**example, "input_ids": ids, "labels": labels, "region_ids": example["region_ids"][:regions]}
+
+
+class RecordCollate:
+    """Pads examples into a batch, those without an image among the others.
+
+    Args:
+        processor: Whose examples they are.
+    """
+
+    def __init__(self, processor: "RegionGPTProcessor") -> None:
+        self.processor = processor
+
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        """The model's inputs, ``labels`` among them."""
+        blank = next((torch.zeros_like(each["pixel_values"]) for each in examples if "pixel_values" in each), None)
+        if blank is not None:
+            # A text without <image> takes nothing from the pixels in its row, which are there to fill the batch.
+            examples = [each if "pixel_values" in each else {**each, "pixel_values": blank} for each in examples]
+        return dict(self.processor.collate(examples))
+
+
+def answer_loss(model: Any, batch: dict[str, Any], items: Any) -> Tensor:
+    """Loss of the answers: a sum over target tokens, divided by their number in the whole optimiser step.
+
+    Args:
+        model: RegionGPT.
+        batch: Its inputs, with ``labels``.
+        items: Target tokens of the optimiser step.
+
+    Paper: §3.2, "We only set the response as the learning target, ignoring the instruction parts."
+    """
+    return cast(Tensor, model(**batch, loss_only=True, num_items_in_batch=items).loss)

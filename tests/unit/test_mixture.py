@@ -1,0 +1,171 @@
+"""Mixtures of records: how many of each part an epoch holds, in which order, and what a wrong file is told."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from regiongpt.data.mixture import Mixture, MixturePart, open_mixture, read_mixture
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import RecordSet, Rejects, write_records
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.regions import Region
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(folder: Path, count: int, image: str = "a.png") -> Path:
+    """A folder of ``count`` records of one turn."""
+    regions = (RecordRegion(region=Region.box(0, 0, 5, 5)),) if image else ()
+    turn = (
+        Turn(task="caption", answer="a cat", regions=(1,)) if image else Turn(task="chat", question="Hi", answer="Yo")
+    )
+    records = [
+        Record(
+            id=f"{folder.name}/{number}",
+            source="jsonl",
+            image=image,
+            width=10 if image else 0,
+            height=10 if image else 0,
+            regions=regions,
+            turns=(turn,),
+        )
+        for number in range(count)
+    ]
+    write_records(folder, records, Rejects(), source="jsonl", images="images", inputs=[], arguments={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("records")
+    for name, count in (("small", 7), ("large", 40), ("talk", 3)):
+        write(root / name, count, "" if name == "talk" else "a.png")
+    return root
+
+
+def mixture(folders: Path, text: str, seed: int = 0) -> Mixture:
+    path = folders / "mixture.toml"
+    path.write_text(text)
+    return open_mixture(path, seed=seed)
+
+
+BOTH = '[[parts]]\nrecords = "small"\nweight = 2\n[[parts]]\nrecords = "large"\ncap = 12\n'
+
+
+def ids(mixed: Mixture, epoch: int) -> list[str]:
+    items = range(epoch * len(mixed), (epoch + 1) * len(mixed))
+    return [mixed.draw(item).record().id for item in items]
+
+
+def test_weights_and_caps_are_exact(folders: Path) -> None:
+    mixed = mixture(folders, BOTH)
+    assert len(mixed) == 2 * 7 + 12
+    counts = Counter(ids(mixed, 0))
+    assert {name: count for name, count in counts.items() if name.startswith("small")} == {
+        f"small/{number}": 2 for number in range(7)
+    }
+    assert sorted(count for name, count in counts.items() if name.startswith("large")) == [1] * 12
+    assert mixed.report() == "26 records an epoch: small 14 of 7, large 12 of 40"
+
+
+def test_a_cap_above_the_number_of_records_and_a_share_of_them(folders: Path) -> None:
+    assert len(mixture(folders, '[[parts]]\nrecords = "small"\ncap = 100\n')) == 7
+    assert len(mixture(folders, '[[parts]]\nrecords = "large"\nweight = 0.25\n')) == 10
+    assert len(mixture(folders, '[[parts]]\nrecords = "large"\nweight = 0.5\ncap = 5\n')) == 5
+    assert len(mixture(folders, '[[parts]]\nrecords = "small"\nweight = 0.001\n')) == 1
+
+
+def test_what_an_epoch_leaves_out_comes_before_anything_comes_again(folders: Path) -> None:
+    mixed = mixture(folders, BOTH)
+    seen = Counter[str]()
+    for epoch in range(10):  # three passes over the large part, in tens of a dozen
+        for item in range(epoch * len(mixed), (epoch + 1) * len(mixed)):
+            drawn = mixed.draw(item)
+            name = drawn.record().id
+            if epoch == 3:
+                assert name.startswith("small") or drawn.times in (0, 1)
+            seen[name] += 1
+        large = [seen[f"large/{number}"] for number in range(40)]
+        assert max(large) - min(large) <= 1
+    assert {seen[f"large/{number}"] for number in range(40)} == {3}
+
+
+def test_each_time_that_a_record_comes_has_its_number(folders: Path) -> None:
+    mixed = mixture(folders, BOTH)
+    times: dict[str, set[int]] = {}
+    for item in range(3 * len(mixed)):
+        drawn = mixed.draw(item)
+        if drawn.records.folder.name == "small":
+            times.setdefault(drawn.record().id, set()).add(drawn.times)
+    assert set(map(tuple, map(sorted, times.values()))) == {(0, 1, 2, 3, 4, 5)}
+
+
+def test_the_order_is_of_the_seed_and_the_epoch_alone(folders: Path) -> None:
+    first, second, other = mixture(folders, BOTH), mixture(folders, BOTH), mixture(folders, BOTH, seed=1)
+    second.draw(100)  # what was drawn before does not matter
+    assert ids(first, 2) == ids(second, 2)
+    assert ids(first, 0) != ids(first, 1)
+    assert ids(first, 0) != ids(other, 0)
+    assert first.identity() == second.identity() != other.identity()
+
+
+def test_parts_come_mixed_and_not_one_after_the_other(folders: Path) -> None:
+    kinds = [name.split("/")[0] for name in ids(mixture(folders, BOTH), 0)]
+    assert sum(before != after for before, after in zip(kinds, kinds[1:], strict=False)) > 3
+
+
+def test_a_folder_of_records_is_a_mixture_of_its_own(folders: Path) -> None:
+    mixed = open_mixture(folders / "small")
+    assert sorted(ids(mixed, 0)) == [f"small/{number}" for number in range(7)]
+    with pytest.raises(ConfigError, match="is one folder of records; leave it out"):
+        open_mixture(folders / "small", root=folders)
+
+
+def test_paths_are_relative_to_the_root_and_images_can_have_moved(folders: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mixture.toml"
+    path.write_text('[[parts]]\nrecords = "small"\nimages = "elsewhere"\n')
+    drawn = open_mixture(path, root=folders).draw(0)
+    assert drawn.records.image_path(drawn.record()) == folders / "elsewhere" / "a.png"
+    with pytest.raises(DataError, match=r"mixture.toml: parts\[1\]: .*small: expected a folder of records"):
+        open_mixture(path)
+    with pytest.raises(DataError, match=r"expected its parts below the folder .*none, found none"):
+        open_mixture(path, root=folders / "none")
+
+
+def test_records_without_an_image_are_counted(folders: Path) -> None:
+    assert MixturePart(RecordSet(folders / "talk")).without_image() == 3
+    assert MixturePart(RecordSet(folders / "small")).without_image() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"m.toml: parts: expected a value, got none"),
+        ("parts = []", "parts: expected at least one, got none"),
+        ("parts = 3", "parts: expected a list, got 3"),
+        ("parts = [3]", r"parts\[1\]: expected a table, got 3"),
+        ('[[part]]\nrecords = "a"', "unknown configuration key 'part'; did you mean 'parts'"),
+        ('[[parts]]\nrecords = "a"\nweigth = 2', r"'parts\[1\].weigth'; did you mean 'parts\[1\].weight'"),
+        ("[[parts]]\nweight = 2", r"parts\[1\].records: expected a value, got none"),
+        ('[[parts]]\nrecords = ""', r"parts\[1\].records: expected a folder of records, got an empty name"),
+        ('[[parts]]\nrecords = "a"\nweight = 0', r"parts\[1\].weight: expected a positive number, got 0"),
+        ('[[parts]]\nrecords = "a"\nweight = inf', r"parts\[1\].weight: expected a positive number, got inf"),
+        ('[[parts]]\nrecords = "a"\nweight = nan', r"parts\[1\].weight: expected a positive number, got nan"),
+        ('[[parts]]\nrecords = "a"\ncap = -1', r"parts\[1\].cap: expected a number of records"),
+        ('[[parts]]\nrecords = "a"\ncap = 1.5', r"parts\[1\].cap: expected int, got 1.5"),
+        ('[[parts]]\nrecords = "a"\n[[parts]]\nrecords = "a"', r"parts\[2\].records: expected each folder once"),
+        ("[[parts]", "expected a readable TOML file"),
+    ],
+)
+def test_a_wrong_file_ends_in_one_line_that_says_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_mixture(path)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_the_papers_mixtures_are_read(name: str) -> None:
+    config = read_mixture(ROOT / "configs" / "data" / f"{name}.toml")
+    assert all(part.weight == 1 and part.cap == 0 for part in config.parts)
