@@ -22,7 +22,7 @@ from regiongpt.prompts import COCO_80
 SHARPNESS = 10.0
 """Logit of a class whose name is written exactly."""
 
-CELL_WEIGHT = 0.25
+CELL_WEIGHT = 0.1
 """What a cell of the image counts beside a region: it often holds background and parts of several objects."""
 
 NOISE, RIVAL, STRETCH = 1.5, 0.7, 0.4

@@ -96,6 +96,8 @@ def calibrate(
 ) -> None:
     """Measures, on some photographs, the mean and spread of what goes into the refinement and into the connector.
 
+    The connector's output layer is scaled so that what it writes begins with the length of a word.
+
     Args:
         model: Its connector is changed in place, and so is an EfficientNet-Lite tower; another tower is left as it is.
         processor: Pads and normalises.
@@ -106,7 +108,10 @@ def calibrate(
         tower = model.vision_tower
         _standardise(tower, [model.encode_image(each)[0, : len(tower.mean)].flatten(1).T for each in pixels])
     refined = [model.refine(model.encode_image(each)) for each in pixels]
-    _standardise(model.connector, [model.refinement.pool_image(each)[0] for each in refined])
+    pooled = [model.refinement.pool_image(each)[0] for each in refined]
+    _standardise(model.connector, pooled)
+    written, words = model.connector(torch.cat(pooled)), model.get_input_embeddings().weight
+    model.connector.linear_2.weight.mul_(words.norm(dim=-1).mean() / written.norm(dim=-1).mean())
 
 
 def _standardise(module: Any, samples: Sequence[torch.Tensor]) -> None:
