@@ -1,6 +1,7 @@
 """Mixtures of records: how many of each part an epoch holds, in which order, and what a wrong file is told."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,7 @@ def test_the_order_is_of_the_seed_and_the_epoch_alone(folders: Path) -> None:
 
 def test_parts_come_mixed_and_not_one_after_the_other(folders: Path) -> None:
     kinds = [name.split("/")[0] for name in ids(mixture(folders, BOTH), 0)]
-    assert sum(before != after for before, after in zip(kinds, kinds[1:], strict=False)) > 3
+    assert sum(before != after for before, after in pairwise(kinds)) > 3
 
 
 def test_a_folder_of_records_is_a_mixture_of_its_own(folders: Path) -> None:

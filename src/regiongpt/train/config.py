@@ -175,7 +175,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.isolated_share <= 1:
             raise ConfigError(f"isolated_share: expected a share in [0, 1], got {self.isolated_share}")
-        if not self.align.alignment:
+        if not self.data.on_records and not self.align.alignment:
             raise ConfigError("align.alignment: expected a number above 0, got 0; nothing else is learnt in that step")
         if self.data.on_records and not self.model.init:
             raise ConfigError(

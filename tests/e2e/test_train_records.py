@@ -1,0 +1,259 @@
+"""Converted records train a checkpoint: drawn pictures from end to end, stages, interruptions, and what is refused."""
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from unit.tiny_checkpoint import make_checkpoint
+
+from regiongpt import Region, RegionPredictor
+from regiongpt.cli import main
+from regiongpt.data.convert import load_converter
+from regiongpt.data.convert.base import convert
+from regiongpt.data.inspection import check, load_processor
+from regiongpt.data.records import Record, Turn
+from regiongpt.data.shards import RecordSet, Rejects, write_records
+from regiongpt.model import weights
+from regiongpt.train.config import load_config
+from regiongpt.train.stages import train
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "configs" / "finetune_records.toml"
+DATA = Path(os.environ.get("REGIONGPT_DATA", ROOT.parent / "shared" / "data"))
+SMALL = ["--stage2.batch_size=4", "--stage2.micro_batch_size=2", "--stage2.save_steps=1", "--stage2.log_steps=1"]
+FIRST = [word.replace("stage2", "stage1") for word in SMALL]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures with a red cat and a blue dog each, as rectangles, in COCO's format; and the records of them."""
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number in range(1, 11):
+        picture = Image.new("RGB", (96, 64), "white")
+        draw = ImageDraw.Draw(picture)
+        images.append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 64})
+        for kind, colour, left in ((17, "red", 4), (18, "blue", 52)):
+            x, y, w, h = left + int(rng.integers(8)), int(rng.integers(4, 20)), int(rng.integers(16, 30)), 30
+            draw.rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
+            box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": kind, **box})
+        picture.save(root / "images" / f"{number}.png")
+    categories = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]
+    (root / "instances.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    convert_coco(root / "instances.json", root / "images", root / "coco")
+    talk = Turn(task="chat", question="Two and two?", answer="Four.")
+    texts = [
+        Record(id=f"talk/{n}", source="jsonl", image="", width=0, height=0, regions=(), turns=(talk,)) for n in range(3)
+    ]
+    write_records(root / "talk", texts, Rejects(), source="jsonl", images=".", inputs=[], arguments={})
+    (root / "both.toml").write_text('[[parts]]\nrecords = "coco"\ncap = 6\n[[parts]]\nrecords = "talk"\n')
+    return root
+
+
+def convert_coco(instances: Path, images: Path, out: Path) -> None:
+    convert(load_converter("coco")(instances=(instances,), images=images), out)  # type: ignore[call-arg]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained checkpoint."""
+    return make_checkpoint(tmp_path_factory.mktemp("parts"))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = weights.load(folder)[0].state_dict()
+    return state
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name.split(".")[0] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+def run(start: Path, out: Path, *words: str | Path) -> int:
+    return main(["train", str(RECIPE), f"--model.init={start}", f"--out={out}", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def finished(pictures: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the second stage, with all of its checkpoints."""
+    out = tmp_path_factory.mktemp("run")
+    assert run(start, out, f"--data.mixture={pictures / 'both.toml'}", "--stage2.epochs=2", *SMALL) == 0
+    return out
+
+
+def test_pictures_are_converted_inspected_and_trained_on(
+    pictures: Path, start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = RecordSet(pictures / "coco")
+    assert len(records) == 10
+    assert list(check(records, load_processor(start))) == []
+    with caplog.at_level(logging.INFO):
+        code = run(
+            start, tmp_path, f"--data.mixture={pictures / 'coco'}", "--stage2.lr=0.01", "--stage2.epochs=4", *SMALL
+        )
+    assert code == 0
+    assert "stage2: 10 records an epoch: coco 10 of 10" in caplog.text
+    losses = [float(loss) for loss in re.findall(r"stage2: step \d+ of 10, loss ([0-9.]+)", caplog.text)]
+    assert len(losses) == 10
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    model = tmp_path / "stage2" / "model"
+    assert capsys.readouterr().out.strip() == str(model)
+    assert changed(tensors(start), tensors(model)) == {"refinement", "connector", "language_model"}
+    predictor = RegionPredictor.from_pretrained(model)
+    predictor.set_image(pictures / "images" / "1.png")
+    assert isinstance(predictor.ask("What is <region1>?", [Region.box(4, 4, 30, 40)]).text, str)
+
+
+def test_the_first_stage_leaves_the_language_model_and_the_second_goes_on_from_it(
+    pictures: Path, start: Path, tmp_path: Path
+) -> None:
+    mixtures = (f"--data.pretrain_mixture={pictures / 'coco'}", f"--data.mixture={pictures / 'both.toml'}")
+    assert run(start, tmp_path, *mixtures, *FIRST, *SMALL) == 0
+    first, second = tensors(tmp_path / "stage1" / "model"), tensors(tmp_path / "stage2" / "model")
+    assert changed(tensors(start), first) == {"refinement", "connector"}
+    assert changed(first, second) == {"refinement", "connector", "language_model"}
+
+
+def test_the_first_stage_alone(pictures: Path, start: Path, tmp_path: Path) -> None:
+    config = tmp_path / "recipe.toml"
+    config.write_text(f'[data]\npretrain_mixture = "{pictures / "coco"}"\n[model]\ninit = "{start}"\n')
+    finished = train(load_config(config, [f"--out={tmp_path / 'out'}", *FIRST]))
+    assert finished == tmp_path / "out" / "stage1" / "model"
+    assert not (tmp_path / "out" / "stage2").exists()
+
+
+def test_a_run_cut_off_goes_on_to_the_same_weights_and_a_finished_one_is_not_run_again(
+    pictures: Path, start: Path, finished: Path, tmp_path: Path
+) -> None:
+    words = (f"--data.mixture={pictures / 'both.toml'}", "--stage2.epochs=2", *SMALL)
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    written = (out / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
+    assert run(start, out, *words) == 0
+    assert (out / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns == written
+    shutil.rmtree(out / "stage2" / "model")
+    checkpoints = sorted((out / "stage2").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.rmtree(checkpoints[-1])
+    assert run(start, out, *words) == 0
+    expected, got = tensors(finished / "stage2" / "model"), tensors(out / "stage2" / "model")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("words", [["--seed=1"], ["--data.mixture=coco"]])
+def test_a_run_does_not_go_on_with_other_records(
+    words: list[str],
+    pictures: Path,
+    start: Path,
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(pictures)
+    assert run(start, finished, "--data.mixture=both.toml", "--stage2.epochs=2", *SMALL, *words) == 2
+    assert "expected a run on the same records, with the same seed" in capsys.readouterr().err
+
+
+def test_texts_alone_are_for_the_second_stage(
+    pictures: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (f"--data.pretrain_mixture={pictures / 'both.toml'}", f"--data.mixture={pictures / 'both.toml'}")
+    assert run(start, tmp_path, *words) == 2
+    assert "talk: expected an image in every record" in capsys.readouterr().err
+    assert run(start, tmp_path, f"--data.mixture={pictures / 'talk'}", *SMALL) == 0
+
+
+def test_a_record_that_cannot_be_used_is_named(
+    pictures: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture = tmp_path / "moved.toml"
+    mixture.write_text('[[parts]]\nrecords = "coco"\nimages = "nowhere"\n')
+    assert run(start, tmp_path / "out", f"--data.mixture={mixture}", f"--data.root={pictures}", *SMALL) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"coco, record coco/\d+.*: .*there is no such file", error)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.mixture=none.toml"], "none.toml: expected a readable TOML file"),
+        (["--data.mixture=both.toml", "--data.root=nowhere"], "expected its parts below the folder nowhere"),
+        (["--data.mixture=images"], "images: expected a folder of records"),
+        (["--data.mixture=coco", "--data.root=."], "coco is one folder of records; leave it out"),
+        (["--data.mixture=coco", "--model.init=nowhere"], "expected a checkpoint folder at nowhere"),
+        (["--data.mixture=coco", "--model.init="], "model.init: expected the checkpoint to train on records"),
+        (["--data.mixture=coco", "--model.layers=3"], "model.layers: goes with annotated photographs"),
+        (["--data.mixture=coco", "--features.views=1"], "features.views: goes with annotated photographs"),
+        (["--data.mixture=coco", "--language.lr=1"], "language.lr: goes with annotated photographs"),
+        (["--data.mixture=coco", "--align.epochs=1"], "align.epochs: goes with annotated photographs"),
+        (["--data.mixture=coco", "--isolated_share=0.5"], "isolated_share: goes with annotated photographs"),
+        (["--data.mixture=coco", "--data.split=dev"], "data.split: goes with annotated photographs"),
+        (["--data.mixture=coco", "--data.mix.caption=2"], "data.mix.caption: goes with annotated photographs"),
+        (["--data.mixture=coco", "--stage2.alignment=0"], "stage2.alignment: goes with annotated photographs"),
+        (["--data.mixture=coco", "--stage2.alignment=1"], "alignment: goes with annotated photographs"),
+        (["--data.mixture=coco", "--stage1.lr=1"], "stage1.lr: stage1 has no records to train on; give data.pretrain"),
+        (["--data.mixture=", "--data.pretrain_mixture=coco"], "stage2 has no records to train on; give data.mixture"),
+        (["--data.mixture="], "model.init: a checkpoint is trained further on records alone"),
+    ],
+)
+def test_what_does_not_go_together_is_said_in_one_line(
+    words: list[str],
+    message: str,
+    pictures: Path,
+    start: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(pictures)
+    assert run(start, tmp_path, *words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("regiongpt: error:")
+    assert message in error
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_recipe_that_ships_is_read(path: Path) -> None:
+    config = load_config(path)
+    assert config.data.on_records == (path == RECIPE)
+
+
+@pytest.mark.slow
+def test_real_photographs_take_the_small_model_further(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    photos = DATA / "coco_photos"
+    if not photos.is_dir():
+        pytest.skip(f"needs the annotated photographs, which are not at {photos}")
+    whole = json.loads((photos / "instances_train.json").read_text())
+    whole["images"] = whole["images"][:24]
+    chosen = {image["id"] for image in whole["images"]}
+    whole["annotations"] = [each for each in whole["annotations"] if each["image_id"] in chosen]
+    (tmp_path / "instances.json").write_text(json.dumps(whole))
+    convert_coco(tmp_path / "instances.json", photos / "images", tmp_path / "records")
+    records = RecordSet(tmp_path / "records")
+    assert 20 <= len({record.image for record in records}) <= 24
+    assert list(check(records, load_processor())) == []
+    with caplog.at_level(logging.INFO):
+        words = ["--stage2.batch_size=8", "--stage2.save_steps=10", "--stage2.log_steps=1"]
+        assert run(Path("nano"), tmp_path / "run", f"--data.mixture={tmp_path / 'records'}", *words) == 0
+    losses = [float(loss) for loss in re.findall(r"stage2: step \d+ of \d+, loss ([0-9.]+)", caplog.text)]
+    assert len(losses) == -(-len(records) // 8)
+    assert all(0 < loss < 10 for loss in losses)
+    assert changed(tensors(weights.nano_path()), tensors(tmp_path / "run" / "stage2" / "model")) == {
+        "refinement",
+        "connector",
+        "language_model",
+    }
