@@ -1,4 +1,4 @@
-"""The command line: ``regiongpt ask``, ``chat``, ``weights`` and ``train``.
+"""The command line: ``regiongpt ask``, ``chat``, ``convert``, ``inspect``, ``weights`` and ``train``.
 
 torch and transformers are imported only by the verb that needs them, after its arguments, image and regions have been
 checked: help and mistakes cost a fraction of a second. Whatever the user got wrong ends as one line on standard error
@@ -72,11 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             from regiongpt.train.stages import run_cli
 
             return int(run_cli(arguments[1:]) or 0)
-        options = _parser().parse_args(_bind_coordinates(arguments))
         with warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # they speak to programmers
-            code = int(options.run(options))
+            if arguments[:1] in (["convert"], ["inspect"]):
+                from regiongpt.data import commands
+
+                verb = commands.run_convert if arguments[0] == "convert" else commands.run_inspect
+                code = verb(_Parser(prog=f"regiongpt {arguments[0]}"), arguments[1:])
+            else:
+                options = _parser().parse_args(_bind_coordinates(arguments))
+                code = int(options.run(options))
         sys.stdout.flush()
         return code
     except RegionGPTError as error:
@@ -122,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_region_options(chat)
     _add_model_options(chat)
     chat.set_defaults(run=_chat)
+
+    verbs.add_parser("convert", help="make training records of a data set's files", add_help=False)
+    verbs.add_parser("inspect", help="show what training records hold, and check them", add_help=False)
 
     weights = verbs.add_parser("weights", help="make checkpoint folders")
     actions = weights.add_subparsers(title="actions", metavar="ACTION", required=True)

@@ -189,13 +189,16 @@ def said(record: Record, seed: int, epoch: int, index: int) -> list[tuple[str, s
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def draw_record(record: Record, path: Path | None, dialogue: Sequence[tuple[str, str]] = ()) -> "Image":
+def draw_record(
+    record: Record, path: Path | None, dialogue: Sequence[tuple[str, str]] = (), *, names: bool = True
+) -> "Image":
     """A record's image with its regions numbered, their categories and, if given, the dialogue beneath.
 
     Args:
         record: To be drawn.
         path: Of its image.
         dialogue: Questions and answers; of more than :data:`MOST_TURNS_DRAWN`, the first.
+        names: Whether the categories are written, where there are at most :data:`MOST_CAPTIONS_DRAWN` regions.
 
     Raises:
         DataError: The record has no image, or it cannot be read, or it is of another size.
@@ -214,5 +217,7 @@ def draw_record(record: Record, path: Path | None, dialogue: Sequence[tuple[str,
     shown = list(dialogue[:MOST_TURNS_DRAWN])
     if len(dialogue) > len(shown):
         shown.append((f"... and {len(dialogue) - len(shown)} more turns", ""))
-    names = [each.category for each in record.regions] if len(record.regions) <= MOST_CAPTIONS_DRAWN else None
-    return draw_regions(photo, [each.region for each in record.regions], names, dialogue=shown)
+    captions = [each.category for each in record.regions] if names else None
+    if captions and len(captions) > MOST_CAPTIONS_DRAWN:
+        captions = None
+    return draw_regions(photo, [each.region for each in record.regions], captions, dialogue=shown)

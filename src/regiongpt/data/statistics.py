@@ -16,6 +16,7 @@ from regiongpt.data.records import Record
 from regiongpt.data.shards import RecordSet
 from regiongpt.drawing import COLOURS
 from regiongpt.errors import ConfigError, RegionError
+from regiongpt.prompts import PLACEHOLDER
 
 SHARE_EDGES: Final = tuple(10 ** (exponent / 4) for exponent in range(-20, 1))
 """Bounds of the area histogram, as shares of the image: four bins a power of ten, from 0.001 % to all of it."""
@@ -120,7 +121,7 @@ class Statistics:
             task = self.tasks.setdefault(turn.task, TaskStatistics())
             task.turns += 1
             task.guided += turn.guided
-            task.regions += len(turn.regions)
+            task.regions += len(turn.regions or set(PLACEHOLDER.findall(turn.question)))
             task.words[len(turn.answer.split())] += 1
 
     def as_dict(self) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def table_rows(counted: Statistics) -> list[tuple[str, list[list[str]]]]:
             f"{counted.turns:,}",
         ],
     ]
-    tasks = [["task", "turns", "with a guided prompt", "regions asked about", "average words"]]
+    tasks = [["task", "turns", "guided", "regions", "average words"]]
     for name, task in sorted(counted.tasks.items()):
         numbers = [f"{value:,}" for value in (task.turns, task.guided, task.regions)]
         tasks.append([name, *numbers, f"{task.average_words:.2f}"])
@@ -274,9 +275,10 @@ def plot(counted: Statistics, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ConfigError("expected matplotlib for --plot, found none; pip install 'regiongpt[data]'") from None
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(13, 9), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     figure.suptitle(
         f"{counted.source}: {counted.records:,} records, {counted.images:,} images, {counted.regions:,} regions, "
         f"{counted.turns:,} turns, {counted.average_words:.2f} words an answer"
@@ -303,9 +305,10 @@ def _plot_areas(panel: Any, counted: Statistics) -> None:
     edges = [SHARE_EDGES[0] / SHARE_EDGES[1] * SHARE_EDGES[0], *SHARE_EDGES]
     panel.stairs(counted.shares, edges, fill=True, color=_colour(5))
     panel.set_xscale("log")
-    panel.set_xlim(edges[0], 1)
+    panel.set_xlim(edges[0], 1.02)
     panel.set_xticks([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1], ["0.001 %", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
     panel.minorticks_off()
+    panel.set_ylim(0, 1.05 * max(1, *counted.shares))
     _whole(panel.yaxis)
 
 
@@ -322,6 +325,7 @@ def _plot_words(panel: Any, counted: Statistics) -> None:
         places = [(number + 0.5) * width - 0.5 for number in range(bins)]
         panel.bar(places, heights, 0.9 * width, bottom=below, color=_colour(index % len(COLOURS)), label=name)
         below = [low + height for low, height in zip(below, heights, strict=True)]
+    panel.set_ylim(0, 1.05 * max(1, *below))
     if len(counted.tasks) > 1:
         panel.legend(frameon=False)
     _whole(panel.yaxis)
@@ -336,6 +340,7 @@ def _plot_tasks(panel: Any, counted: Statistics) -> None:
     panel.barh(names, guided, color=_colour(2), label="with a guided prompt")
     free = [task.turns - task.guided for _, task in tasks]
     panel.barh(names, free, left=guided, color=_colour(1), label="without")
+    panel.set_xlim(0, 1.05 * max(1, *(task.turns for _, task in tasks)))
     panel.margins(y=max(0.05, 0.5 - len(tasks) / 10))
     panel.legend(frameon=False, loc="lower right")
     _whole(panel.xaxis)
@@ -357,5 +362,5 @@ def _plot_categories(panel: Any, counted: Statistics) -> None:
 def _whole(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(6, integer=True))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
