@@ -6,10 +6,9 @@ from typing import Any, TypeGuard
 
 from regiongpt.data.convert.images import Fault
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
+from regiongpt.regions import MIN_AREA
 
 Corners = tuple[float, float, float, float]
-MIN_SIDE = 1e-3
-"""Pixels that a box must reach into its image, each way."""
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
@@ -43,7 +42,7 @@ def clipped_box(x: Any, y: Any, width: Any, height: Any, image_width: int, image
         return Fault("box without size", f"expected a width and height above 0, got {short(given)} (x, y, w, h)")
     x0, y0 = max(float(x), 0.0), max(float(y), 0.0)
     x1, y1 = min(float(x + width), float(image_width)), min(float(y + height), float(image_height))
-    if x1 - x0 < MIN_SIDE or y1 - y0 < MIN_SIDE:
+    if x1 <= x0 or y1 <= y0 or (x1 - x0) * (y1 - y0) < MIN_AREA:
         return Fault(
             "box outside the image",
             f"expected it within {image_width} x {image_height} pixels (W x H), got {short(given)} (x, y, w, h)",

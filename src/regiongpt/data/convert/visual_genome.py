@@ -1,0 +1,301 @@
+"""Visual Genome: short captions of regions, as one dialogue an image; names of objects and relations where wanted.
+
+``region_descriptions.json`` is read image by image and never held. ``objects.json`` and ``relationships.json`` come in
+the same order in the release, but nothing says so: what they hold waits in a temporary file until its image comes.
+
+Paper: §3.2 (up to 10 boxes an image, sampled into a dialogue).
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final, NamedTuple
+
+import numpy as np
+
+from regiongpt.data.convert.base import Converter, option
+from regiongpt.data.convert.images import Fault, check_image
+from regiongpt.data.convert.jsonstream import iter_array
+from regiongpt.data.convert.values import Corners, clipped_box, image_fault, is_side, is_whole, plain_text, short
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Rejects
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.prompts import region_answer
+from regiongpt.regions import Region
+
+APART: Final = "files that do not belong together"
+MALFORMED: Final = "record of another format"
+_TABLES: Final = ("objects", "relationships")
+
+
+class _Image(NamedTuple):
+    path: str
+    width: int
+    height: int
+
+
+class _Part(NamedTuple):
+    """A box with its id in the source behind a letter for its kind: regions and objects are numbered apart."""
+
+    key: str
+    box: Corners
+    name: str
+
+
+class _Topic(NamedTuple):
+    """What can be said of one box, or of two."""
+
+    task: str
+    parts: tuple[_Part, ...]
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualGenomeConverter(Converter):
+    """Region descriptions of Visual Genome, each image's sample as one dialogue.
+
+    Each turn asks for the short caption of a box. With ``objects``, the name of an object in a box is a topic too
+    (``classify`` without a closed set: the names are free); with ``relationships``, how two objects relate, answered as
+    ``Region [1] on Region [2]``. The topics of an image are drawn evenly until its boxes are used up.
+    """
+
+    name: ClassVar[str] = "vg"
+    summary: ClassVar[str] = "Visual Genome: short captions of regions, object names and relations"
+
+    regions: Path = option("region_descriptions.json")
+    image_data: Path = option("image_data.json, the images' sizes and folders")
+    objects: Path | None = option("objects.json, to ask for names of objects too", default=None)
+    relationships: Path | None = option("relationships.json, to ask how objects relate too", default=None)
+    boxes_per_image: int = option("most boxes in the dialogue of an image, drawn by the seed; 0 for all", default=10)
+    check_images: bool = option("leave out images that are missing or of another size", default=True)
+
+    def __post_init__(self) -> None:
+        if self.boxes_per_image < 0:
+            raise ConfigError(f"boxes_per_image: expected 0 or more, got {self.boxes_per_image}")
+
+    def inputs(self) -> list[Path]:
+        """The files that are given."""
+        return [path for path in (self.regions, self.image_data, self.objects, self.relationships) if path is not None]
+
+    def records(self, rejects: Rejects) -> Iterator[Record]:
+        """One dialogue an image, in the order of ``region_descriptions.json``."""
+        images = self._images(rejects)
+        try:
+            # A database of no name is a temporary file that goes with its connection.
+            with closing(sqlite3.connect("")) as store:
+                for table in _TABLES:
+                    store.execute(f"CREATE TABLE {table} (image INTEGER PRIMARY KEY, content TEXT)")
+                    self._keep(table, images, store, rejects)
+                yield from self._dialogues(images, store, rejects)
+        except sqlite3.Error as error:
+            raise DataError(
+                f"expected room for a temporary file beside {self.regions.name}, got {error}; "
+                "free some space, or point TMPDIR to a larger disk"
+            ) from error
+
+    def _images(self, rejects: Rejects) -> dict[int, _Image]:
+        images: dict[int, _Image] = {}
+        for place, entry in enumerate(iter_array(self.image_data, None, rejects)):
+            number = _image_id(entry)
+            if number is None or not (is_side(entry.get("width")) and is_side(entry.get("height"))):
+                reason = f"expected image_id, width and height as whole numbers, got {short(entry)}"
+                rejects.add(MALFORMED, self.image_data, place, reason)
+                continue
+            # The release lies in the two folders that its addresses end in: .../VG_100K_2/1.jpg
+            path = "/".join(str(entry.get("url", "")).split("/")[-2:])
+            if fault := image_fault(path):
+                rejects.add(fault.kind, self.image_data, number, fault.reason)
+            elif number in images:
+                rejects.add("duplicate id", self.image_data, number, "expected each image once, got it again")
+            else:
+                images[number] = _Image(path, entry["width"], entry["height"])
+        return images
+
+    def _keep(self, table: str, images: dict[int, _Image], store: sqlite3.Connection, rejects: Rejects) -> None:
+        """Puts aside what one of the two further files says of each image."""
+        path: Path | None = getattr(self, table)
+        if path is None:
+            return
+        for place, entry in enumerate(iter_array(path, None, rejects)):
+            number = _image_id(entry)
+            content = entry.get(table) if number is not None else None
+            if number is None or not isinstance(content, list):
+                rejects.add(MALFORMED, path, place, f"expected image_id and a list {table!r}, got {short(entry)}")
+            elif number not in images:
+                rejects.add(APART, path, number, f"expected an image of {self.image_data.name}, got another")
+            else:
+                row = (number, json.dumps(content, separators=(",", ":")))
+                if store.execute(f"INSERT OR IGNORE INTO {table} VALUES (?, ?)", row).rowcount == 0:
+                    rejects.add("duplicate id", path, number, "expected each image once, got it again")
+
+    def _dialogues(self, images: dict[int, _Image], store: sqlite3.Connection, rejects: Rejects) -> Iterator[Record]:
+        seen: set[int] = set()
+        apart = 0
+        for place, entry in enumerate(iter_array(self.regions, None, rejects)):
+            number = _image_id(entry)
+            described = entry.get("regions") if number is not None else None
+            if number is None or not isinstance(described, list):
+                reason = f"expected an image's id and a list 'regions', got {short(entry)}"
+                rejects.add(MALFORMED, self.regions, place, reason)
+                continue
+            image = images.get(number)
+            if image is None:
+                apart += 1
+                reason = f"expected an image of {self.image_data.name}, got another, with {len(described)} regions"
+                rejects.add(APART, self.regions, number, reason)
+                continue
+            if number in seen:
+                rejects.add("duplicate id", self.regions, number, "expected each image once, got it again")
+                continue
+            seen.add(number)
+            if self.check_images and (fault := check_image(self.images / image.path, image.width, image.height)):
+                rejects.add(fault.kind, self.regions, number, fault.reason)
+                continue
+            topics = self._captions(number, image, described, rejects)
+            objects = {part.key: part for part in self._objects(number, image, store, rejects)}
+            topics += [_Topic("classify", (part,), part.name) for part in objects.values()]
+            topics += self._relations(number, image, objects, store, rejects)
+            if topics:
+                yield self._dialogue(number, image, topics)
+        if apart and not seen:
+            raise DataError(
+                f"{self.regions}: expected images of {self.image_data}, but it has none of the {apart} that are "
+                "described; give two files of one release"
+            )
+
+    def _captions(self, number: int, image: _Image, described: list[Any], rejects: Rejects) -> list[_Topic]:
+        topics: dict[str, _Topic] = {}
+        for place, entry in enumerate(described):
+            record = f"{number}[{place}]"
+            if not isinstance(entry, dict):
+                rejects.add(MALFORMED, self.regions, record, f"expected a region, got {short(entry)}")
+                continue
+            key = entry.get("region_id", entry.get("id"))
+            box = _box(entry, ("width", "height"), image)
+            phrase = plain_text(entry.get("phrase"), "expression")
+            if not is_whole(key):
+                rejects.add(MALFORMED, self.regions, record, f"expected region_id as a whole number, got {short(key)}")
+            elif entry.get("image_id", number) != number:
+                reason = f"expected a region of image {number}, got one of {short(entry['image_id'])}"
+                rejects.add(APART, self.regions, record, reason)
+            elif (name := f"r{key}") in topics:
+                rejects.add("duplicate id", self.regions, record, f"expected each region once, got {key} again")
+            elif isinstance(box, Fault):
+                rejects.add(box.kind, self.regions, record, box.reason)
+            elif isinstance(phrase, Fault):
+                rejects.add(phrase.kind, self.regions, record, phrase.reason)
+            else:
+                topics[name] = _Topic("caption", (_Part(name, box, ""),), phrase)
+        return list(topics.values())
+
+    def _objects(self, number: int, image: _Image, store: sqlite3.Connection, rejects: Rejects) -> Iterator[_Part]:
+        seen: set[str] = set()
+        for place, entry in enumerate(_kept(store, "objects", number)):
+            part = _object(entry, image)
+            if isinstance(part, _Part) and part.key in seen:
+                part = Fault("duplicate id", f"expected each object once, got {part.key[1:]} again")
+            if isinstance(part, Fault):
+                rejects.add(part.kind, self.objects or "", f"{number}[{place}]", part.reason)
+                continue
+            seen.add(part.key)
+            yield part
+
+    def _relations(
+        self,
+        number: int,
+        image: _Image,
+        objects: dict[str, _Part],
+        store: sqlite3.Connection,
+        rejects: Rejects,
+    ) -> list[_Topic]:
+        topics: list[_Topic] = []
+        for place, entry in enumerate(_kept(store, "relationships", number)):
+            topic = _relation(entry, image, objects)
+            if isinstance(topic, Fault):
+                rejects.add(topic.kind, self.relationships or "", f"{number}[{place}]", topic.reason)
+            else:
+                topics.append(topic)
+        return topics
+
+    def _dialogue(self, number: int, image: _Image, topics: list[_Topic]) -> Record:
+        most = self.boxes_per_image or sum(len(topic.parts) for topic in topics)
+        numbers: dict[str, int] = {}
+        regions: list[RecordRegion] = []
+        turns: list[Turn] = []
+        for choice in np.random.default_rng((self.seed, number)).permutation(len(topics)).tolist():
+            topic = topics[choice]
+            new = [part for part in topic.parts if part.key not in numbers]
+            if len(regions) + len(new) > most:
+                continue
+            for part in new:
+                regions.append(RecordRegion(region=Region.box(*part.box), category=part.name, source_id=part.key[1:]))
+                numbers[part.key] = len(regions)
+            named = tuple(numbers[part.key] for part in topic.parts)
+            answer = topic.answer
+            if topic.task == "relation":
+                answer = f"{region_answer(named[0])} {answer} {region_answer(named[1])}"
+            turns.append(Turn(task=topic.task, answer=answer, regions=named))
+        return Record(
+            id=f"{self.name}/{number}",
+            source=self.name,
+            image=image.path,
+            width=image.width,
+            height=image.height,
+            regions=tuple(regions),
+            turns=tuple(turns),
+        )
+
+
+def _image_id(entry: Any) -> int | None:
+    """The image id of a file's element: ``image_id``, or ``id`` as some files of the release have it."""
+    number = entry.get("image_id", entry.get("id")) if isinstance(entry, dict) else None
+    return number if is_whole(number) else None
+
+
+def _box(entry: dict[str, Any], sides: tuple[str, str], image: _Image) -> Corners | Fault:
+    values = (entry.get("x"), entry.get("y"), entry.get(sides[0]), entry.get(sides[1]))
+    return clipped_box(*values, image.width, image.height)
+
+
+def _object(entry: Any, image: _Image) -> _Part | Fault:
+    key = entry.get("object_id") if isinstance(entry, dict) else None
+    if not is_whole(key):
+        return Fault(MALFORMED, f"expected an object with object_id, got {short(entry)}")
+    box = _box(entry, ("w", "h"), image)
+    if isinstance(box, Fault):
+        return box
+    names = entry.get("names") or [entry.get("name", "")]
+    name = plain_text(names[0] if isinstance(names, list) else names, "object name")
+    return name if isinstance(name, Fault) else _Part(f"o{key}", box, name)
+
+
+def _relation(entry: Any, image: _Image, objects: dict[str, _Part]) -> _Topic | Fault:
+    if not isinstance(entry, dict):
+        return Fault(MALFORMED, f"expected a relationship, got {short(entry)}")
+    predicate = plain_text(entry.get("predicate"), "predicate")
+    if isinstance(predicate, Fault):
+        return predicate
+    parts: list[_Part] = []
+    for role in ("subject", "object"):
+        whole = entry.get(role)
+        if isinstance(whole, dict):  # as in relationships.json; scene graphs have the id alone
+            part = objects.get(f"o{whole.get('object_id')}") or _object(whole, image)
+            if isinstance(part, Fault):
+                return part
+        else:
+            known = objects.get(f"o{entry.get(f'{role}_id')}")
+            if known is None:
+                return Fault(APART, f"expected the {role} of a relationship or its id in objects.json, got neither")
+            part = known
+        parts.append(part)
+    if parts[0].key == parts[1].key:
+        return Fault("relation of an object to itself", f"expected two objects, got {parts[0].key[1:]} twice")
+    return _Topic("relation", tuple(parts), predicate.lower())
+
+
+def _kept(store: sqlite3.Connection, table: str, number: int) -> list[Any]:
+    found = store.execute(f"SELECT content FROM {table} WHERE image = ?", (number,)).fetchone()
+    return list(json.loads(found[0])) if found else []

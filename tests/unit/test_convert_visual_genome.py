@@ -1,0 +1,286 @@
+"""Visual Genome: the dialogue of an image, what is left out and why, and files in any order."""
+
+import json
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from regiongpt.data.convert import jsonstream, load_converter
+from regiongpt.data.convert.base import convert
+from regiongpt.data.convert.values import clipped_box
+from regiongpt.data.convert.visual_genome import VisualGenomeConverter
+from regiongpt.data.shards import Rejects
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.regions import MIN_AREA, Region
+
+WIDTH, HEIGHT = 80, 60
+
+
+def region(number: int, image: int, phrase: object = "a red door", **more: object) -> dict:
+    box = {"x": 3, "y": 4, "width": 20, "height": 10}
+    return {"region_id": number, "image_id": image, "phrase": phrase, **box, **more}
+
+
+def thing(number: int, name: str, **more: object) -> dict:
+    box = {"x": number % 50, "y": 4, "w": 20, "h": 10}
+    return {"object_id": number, "names": [name], "synsets": [], "merged_object_ids": [], **box, **more}
+
+
+def write(folder: Path, described: list, sizes: list | None = None, **others: list) -> VisualGenomeConverter:
+    if sizes is None:
+        numbers = sorted({entry["id"] for entry in described if isinstance(entry, dict) and "id" in entry})
+        sizes = [
+            {"image_id": k, "width": WIDTH, "height": HEIGHT, "url": f"https://a.b/c/VG_100K_2/{k}.jpg"}
+            for k in numbers
+        ]
+    pictures = folder / "images" / "VG_100K_2"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for entry in sizes:
+        Image.new("RGB", (WIDTH, HEIGHT)).save(pictures / entry["url"].split("/")[-1])
+    (folder / "region_descriptions.json").write_text(json.dumps(described))
+    (folder / "image_data.json").write_text(json.dumps(sizes))
+    for name, content in others.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return VisualGenomeConverter(
+        images=folder / "images",
+        regions=folder / "region_descriptions.json",
+        image_data=folder / "image_data.json",
+        **{name: folder / f"{name}.json" for name in others},
+    )
+
+
+def run(made: VisualGenomeConverter) -> tuple[list, dict]:
+    rejects = Rejects()
+    records = list(made.records(rejects))
+    for record in records:
+        record.check()
+    return records, dict(rejects.counts)
+
+
+def test_is_registered():
+    assert load_converter("vg") is VisualGenomeConverter
+
+
+def test_one_dialogue_an_image(tmp_path):
+    made = write(tmp_path, [{"id": 2, "regions": [region(21, 2)]}, {"id": 1, "regions": [region(11, 1, " a  cat\n")]}])
+    records, rejects = run(made)
+    assert rejects == {}
+    assert [record.id for record in records] == ["vg/2", "vg/1"]
+    record = records[1]
+    assert (record.image, record.width, record.height) == ("VG_100K_2/1.jpg", WIDTH, HEIGHT)
+    assert record.regions[0].region == Region.box(3, 4, 23, 14)
+    assert record.regions[0].source_id == "11"
+    assert [(turn.task, turn.answer, turn.regions, turn.question) for turn in record.turns] == [
+        ("caption", "a cat", (1,), "")
+    ]
+    assert record.turns[0].text(0) == "Describe <region1> briefly."
+
+
+def test_ten_boxes_an_image_by_the_seed(tmp_path):
+    many = [region(k, 1, f"thing {k}", x=k) for k in range(30)]
+    made = write(tmp_path, [{"id": 1, "regions": many}, {"id": 2, "regions": [region(k, 2) for k in range(4)]}])
+    first, _ = run(made)
+    again, _ = run(made)
+    other, _ = run(replace(made, seed=1))
+    every, _ = run(replace(made, boxes_per_image=0))
+    assert first == again
+    assert [len(record.regions) for record in first] == [10, 4]
+    assert [len(record.turns) for record in first] == [10, 4]
+    assert first[0] != other[0]
+    assert len(every[0].turns) == 30
+    for turn in first[0].turns:
+        (place,) = turn.regions
+        assert turn.answer == f"thing {first[0].regions[place - 1].source_id}"
+    # A sample does not hang on the other images of the file.
+    alone, _ = run(write(tmp_path, [{"id": 1, "regions": many}]))
+    assert alone == first[:1]
+    with pytest.raises(ConfigError, match="boxes_per_image"):
+        replace(made, boxes_per_image=-1)
+
+
+def test_objects_and_relations(tmp_path):
+    cat, mat = thing(5, "cat"), thing(6, "mat")
+    related = [
+        {"predicate": "ON", "relationship_id": 1, "subject": {**cat, "name": "cat"}, "object": mat},
+        {"predicate": "under", "relationship_id": 2, "subject_id": 6, "object_id": 5},
+        {"predicate": "near", "relationship_id": 3, "subject": cat, "object": cat},
+        {"predicate": "near", "relationship_id": 4, "subject_id": 6, "object_id": 77},
+        {"predicate": "", "relationship_id": 5, "subject": cat, "object": mat},
+        "near",
+    ]
+    made = write(
+        tmp_path,
+        [{"id": 1, "regions": [region(11, 1)]}, {"id": 2, "regions": [region(21, 2)]}],
+        # In another order than the images, and with an image that is nowhere else.
+        objects=[
+            {"image_id": 9, "objects": []},
+            {"image_id": 2, "objects": []},
+            {"image_id": 1, "objects": [cat, mat]},
+        ],
+        relationships=[{"image_id": 1, "relationships": related}],
+    )
+    records, rejects = run(replace(made, boxes_per_image=0))
+    assert rejects == {
+        "files that do not belong together": 2,
+        "relation of an object to itself": 1,
+        "predicate empty": 1,
+        "record of another format": 1,
+    }
+    record = records[0]
+    place = {each.category: number for number, each in enumerate(record.regions, 1)}
+    assert set(place) == {"", "cat", "mat"}
+    assert len(record.regions) == 3
+    told = {(turn.task, turn.answer, turn.regions) for turn in record.turns}
+    cat_at, mat_at = place["cat"], place["mat"]
+    assert told == {
+        ("caption", "a red door", (place[""],)),
+        ("classify", "cat", (cat_at,)),
+        ("classify", "mat", (mat_at,)),
+        ("relation", f"Region [{cat_at}] on Region [{mat_at}]", (cat_at, mat_at)),
+        ("relation", f"Region [{mat_at}] under Region [{cat_at}]", (mat_at, cat_at)),
+    }
+    assert not any(turn.guided for turn in record.turns)
+    assert len(records[1].turns) == 1
+    few, _ = run(replace(made, boxes_per_image=2))
+    assert all(len(record.regions) <= 2 for record in few)
+
+
+def test_what_is_left_out(tmp_path):
+    bad = [
+        region(1, 1),
+        region(1, 1),
+        region(2, 1, ""),
+        region(3, 1, None),
+        region(4, 1, x=500),
+        region(5, 1, width=0),
+        region(6, 1, height=float("nan")),
+        region(7, 1, x="3"),
+        region(8, 5),
+        region(9, 1, "see <region1>"),
+        region(10, 1, "half \ud800"),
+        "region",
+        {"phrase": "no id"},
+    ]
+    made = write(tmp_path, [{"id": 1, "regions": bad}, {"id": 1, "regions": []}, {"regions": []}, {"id": 2}])
+    records, rejects = run(made)
+    assert [len(record.turns) for record in records] == [1]
+    assert rejects == {
+        "duplicate id": 2,
+        "expression empty": 1,
+        "expression that is not text": 1,
+        "box outside the image": 1,
+        "box without size": 1,
+        "box that is not finite": 1,
+        "box that is not four numbers": 1,
+        "files that do not belong together": 1,
+        "placeholder in the text": 1,
+        "text that is not Unicode": 1,
+        "record of another format": 4,
+    }
+
+
+def test_faults_of_images(tmp_path):
+    sizes = [
+        {"image_id": 1, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/VG_100K/1.jpg"},
+        {"image_id": 2, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/VG_100K_2/2.jpg"},
+        {"image_id": 2, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/VG_100K_2/2.jpg"},
+        {"image_id": 3, "width": WIDTH, "height": HEIGHT + 1, "url": "https://a.b/VG_100K_2/3.jpg"},
+        {"image_id": 4, "width": 0, "height": HEIGHT, "url": "https://a.b/VG_100K_2/4.jpg"},
+        {"image_id": 6, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/../6.jpg"},
+        {"image_id": 7, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/VG_100K_2/7.jpg"},
+    ]
+    made = write(tmp_path, [{"id": k, "regions": [region(k, k)]} for k in (1, 2, 3, 5, 7)], sizes)
+    (tmp_path / "images" / "VG_100K_2" / "7.jpg").write_bytes(b"nothing")
+    records, rejects = run(made)
+    assert [record.id for record in records] == ["vg/2"]
+    assert rejects == {
+        "image file missing": 1,
+        "duplicate id": 1,
+        "image of another size": 1,
+        "record of another format": 1,
+        "image outside the folder": 1,
+        "files that do not belong together": 1,
+        "unreadable image": 1,
+    }
+    records, _ = run(replace(made, check_images=False))
+    assert [record.id for record in records] == ["vg/1", "vg/2", "vg/3", "vg/7"]
+
+
+def test_files_that_do_not_belong_together(tmp_path):
+    sizes = [{"image_id": 9, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/VG_100K_2/9.jpg"}]
+    made = write(tmp_path, [{"id": 1, "regions": [region(1, 1)]}], sizes)
+    with pytest.raises(DataError, match=r"none of the 1 that are described; give two files of one release"):
+        run(made)
+
+
+def test_a_file_that_breaks_off(tmp_path):
+    made = write(tmp_path, [{"id": k, "regions": [region(k, k)]} for k in (1, 2, 3)])
+    whole = made.regions.read_text()
+    made.regions.write_text(whole[:-20])
+    records, rejects = run(made)
+    assert [record.id for record in records] == ["vg/1", "vg/2"]
+    assert rejects == {"truncated json": 1}
+    made.regions.write_text("<html>")
+    with pytest.raises(DataError, match=r"region_descriptions\.json"):
+        run(made)
+
+
+def test_a_folder_of_records(tmp_path):
+    pytest.importorskip("pyarrow")
+    described = [{"id": k, "regions": [region(j, k, x=j) for j in range(20)]} for k in (1, 2)]
+    made = write(tmp_path, [*described, {"id": 3, "regions": [region(3, 4)]}])
+    manifest = convert(made, tmp_path / "out")
+    assert manifest.counts == {"records": 2, "images": 2, "regions": 20, "turns": 20, "task:caption": 20}
+    assert manifest.rejects == {"files that do not belong together": 1}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["record"]) for line in lines] == [("region_descriptions.json", "3[0]")]
+    convert(made, tmp_path / "again")
+    shard = "records-00000.parquet"
+    assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "again" / shard).read_bytes()
+    assert [each["name"] for each in manifest.inputs] == ["region_descriptions.json", "image_data.json"]
+    with pytest.raises(DataError, match="files that do not belong together"):
+        convert(made, tmp_path / "strict", strict=True)
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonstream, "BLOCK", 1 << 14)
+
+    def peak(images: int) -> int:
+        described = [{"id": k, "regions": [region(j, k, "a phrase") for j in range(40)]} for k in range(images)]
+        sizes = [{"image_id": k, "width": 80, "height": 60, "url": "https://a.b/V/0.jpg"} for k in range(images)]
+        objects = [{"image_id": k, "objects": [thing(j, "a name") for j in range(20)]} for k in range(images)]
+        made = replace(write(tmp_path, described, sizes[:1], objects=objects), check_images=False)
+        made.image_data.write_text(json.dumps(sizes))
+        del described, objects
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in made.records(Rejects())) == images
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(1)  # what is imported or cached once
+    # 200 images are more than a megabyte of json: what stays of them is their sizes.
+    assert peak(220) - peak(20) < 1 << 17
+
+
+@settings(deadline=None)
+@given(
+    st.tuples(*[st.floats(-100, 200) for _ in range(2)], *[st.floats(0.01, 300) for _ in range(2)]),
+    st.integers(1, 90),
+    st.integers(1, 90),
+)
+def test_boxes_become_their_part_of_the_image(box, width, height):
+    x, y, w, h = box
+    found = clipped_box(x, y, w, h, width, height)
+    overlap = max(min(x + w, width) - max(x, 0), 0) * max(min(y + h, height) - max(y, 0), 0)
+    if hasattr(found, "kind"):
+        assert found.kind == "box outside the image"
+        assert overlap < MIN_AREA
+    else:
+        assert Region.box(*found).area(width, height) == pytest.approx(overlap)
