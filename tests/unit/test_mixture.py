@@ -1,11 +1,15 @@
 """Mixtures of records: how many of each part an epoch holds, in which order, and what a wrong file is told."""
 
+import dataclasses
+import re
+import shlex
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from regiongpt.data.convert import load_converter
 from regiongpt.data.mixture import Mixture, MixturePart, open_mixture, read_mixture
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
@@ -166,7 +170,33 @@ def test_a_wrong_file_ends_in_one_line_that_says_what_is_wrong(text: str, messag
         read_mixture(path)
 
 
+def commands(path: Path) -> list[list[str]]:
+    """The words of each ``regiongpt convert`` in a file's comments."""
+    text = re.sub(r"^#", "", path.read_text(), flags=re.MULTILINE)
+    return [shlex.split(found) for found in re.findall(r"^ {5}regiongpt convert (.*(?:\n {9}.*)*)", text, re.MULTILINE)]
+
+
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
-def test_the_papers_mixtures_are_read(name: str) -> None:
-    config = read_mixture(ROOT / "configs" / "data" / f"{name}.toml")
-    assert all(part.weight == 1 and part.cap == 0 for part in config.parts)
+def test_the_papers_mixtures_are_read_and_their_commands_have_these_options(name: str) -> None:
+    path = ROOT / "configs" / "data" / f"{name}.toml"
+    parts = read_mixture(path).parts
+    assert all(part.weight == 1 and part.cap == 0 for part in parts)  # the paper limits boxes, not records
+    given = commands(path)
+    assert [words[-1] for words in given] == [f"ROOT/{part.records}" for part in parts]
+    for source, *words in given:
+        fields = {field.name: field for field in dataclasses.fields(load_converter(source))}
+        options = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+        assert options - {"out"} <= fields.keys()
+        required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+        assert required <= options
+
+
+def test_the_papers_limits() -> None:
+    given = {
+        name: {words[0]: " ".join(words) for words in commands(ROOT / "configs" / "data" / f"{name}.toml")}
+        for name in ("pretrain", "finetune")
+    }
+    assert "--boxes-per-category 100 " in given["pretrain"]["v3det"]
+    assert "--boxes-per-category 10 " in given["finetune"]["v3det"]
+    assert "--boxes-per-category 20 " in given["finetune"]["coco"]
+    assert all("--boxes-per-image 10 " in given[name]["vg"] for name in given)
