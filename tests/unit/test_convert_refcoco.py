@@ -1,0 +1,403 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg from both of their layouts, and the pickles that are refused."""
+
+import collections
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from regiongpt.data.convert import load_converter
+from regiongpt.data.convert.base import convert
+from regiongpt.data.convert.plain_pickle import load_plain_pickle
+from regiongpt.data.convert.refcoco import RefCocoConverter
+from regiongpt.data.shards import Rejects
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.prompts import NO_MATCH, REC_SUFFIX, parse_region_answer
+from regiongpt.regions import Region
+
+WIDTH, HEIGHT = 80, 60
+NAME = "COCO_train2014_{:012d}.jpg"
+CATEGORIES = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]
+
+
+def ref(number: int, ann: int, image: int, *texts: object, split: str = "train") -> dict:
+    sentences = [
+        {"sent": text, "raw": str(text), "tokens": str(text).split(), "sent_id": 10 * number + k}
+        for k, text in enumerate(texts)
+    ]
+    return {
+        "ref_id": number,
+        "ann_id": ann,
+        "image_id": image,
+        "category_id": 18,
+        "split": split,
+        "sentences": sentences,
+        "sent_ids": [each["sent_id"] for each in sentences],
+        "file_name": NAME.format(image)[:-4] + "_0.jpg",
+    }
+
+
+def annotation(number: int, image: int, box: object = None, category: int = 18, **more: object) -> dict:
+    given = [number % 7 * 10, 4, 9, 8] if box is None else box
+    return {"id": number, "image_id": image, "category_id": category, "bbox": given, "iscrowd": 0, **more}
+
+
+def write(
+    folder: Path,
+    refs: list,
+    annotations: list,
+    images: list | None = None,
+    name: str = "refs(umd).p",
+    protocol: int = 2,
+) -> RefCocoConverter:
+    if images is None:
+        numbers = sorted({each["image_id"] for each in annotations})
+        images = [{"id": k, "file_name": NAME.format(k), "width": WIDTH, "height": HEIGHT} for k in numbers]
+    (folder / "train2014").mkdir(exist_ok=True)
+    for each in images:
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "train2014" / Path(each["file_name"]).name)
+    (folder / name).write_bytes(pickle.dumps(refs, protocol=protocol))
+    content = {"info": {}, "images": images, "annotations": annotations, "categories": CATEGORIES}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return RefCocoConverter(images=folder / "train2014", refs=folder / name, instances=folder / "instances.json")
+
+
+def run(made: RefCocoConverter) -> tuple[list, dict]:
+    rejects = Rejects()
+    records = list(made.records(rejects))
+    for record in records:
+        record.check()
+    return records, dict(rejects.counts)
+
+
+def test_is_registered():
+    assert load_converter("refcoco") is RefCocoConverter
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4])
+def test_captions_are_dialogues(tmp_path, protocol):
+    refs = [
+        ref(1, 101, 5, "the left dog", "a brown  dog"),
+        ref(2, 102, 6, "a puppy"),
+        ref(3, 103, 5, "the right dog"),
+        ref(4, 104, 5, "of another split", split="val"),
+    ]
+    annotations = [annotation(101, 5), annotation(103, 5), annotation(104, 5), annotation(102, 6)]
+    made = replace(write(tmp_path, refs, annotations, protocol=protocol), task="caption")
+    records, rejects = run(made)
+    assert rejects == {}
+    assert [record.id for record in records] == [
+        "refcoco/refcocog-umd/train/5-1/caption",
+        "refcoco/refcocog-umd/train/5-2/caption",
+        "refcoco/refcocog-umd/train/6-1/caption",
+    ]
+    first, second, _ = records
+    assert (first.image, first.width, first.height) == (NAME.format(5), WIDTH, HEIGHT)
+    assert [(turn.task, turn.answer, turn.regions) for turn in first.turns] == [
+        ("caption", "the left dog", (1,)),
+        ("caption", "the right dog", (2,)),
+    ]
+    assert [(each.source_id, each.category) for each in first.regions] == [("101", "dog"), ("103", "dog")]
+    assert first.regions[0].region == Region.box(30, 4, 39, 12)
+    assert [(turn.answer, turn.regions) for turn in second.turns] == [("a brown dog", (1,))]
+    of_val, _ = run(replace(made, split="val"))
+    assert [turn.answer for record in of_val for turn in record.turns] == ["of another split"]
+
+
+def test_a_choice_among_regions(tmp_path):
+    annotations = [annotation(100 + k, 5, [7 * k, 4, 6, 5 + k]) for k in range(9)]
+    refs = [ref(k, 100 + k, 5, f"dog number {k}", f"the dog {k}") for k in range(9)]
+    made = replace(write(tmp_path, refs, annotations), task="locate", candidates=4, no_match_share=0.3)
+    records, rejects = run(made)
+    assert rejects == {}
+    assert len(records) == 18
+    assert records == run(made)[0]
+    assert records != run(replace(made, seed=1))[0]
+    places = collections.Counter()
+    for record in records:
+        (turn,) = record.turns
+        right = str(100 + int(turn.expression.split()[-1]))
+        given = [each.source_id for each in record.regions]
+        assert len(set(given)) == 4
+        assert turn.regions == (1, 2, 3, 4)
+        assert (turn.task, turn.guided) == ("locate", True)
+        assert turn.text(0).endswith(f'which one fits "{turn.expression}"? {REC_SUFFIX}')
+        chosen = parse_region_answer(turn.answer)
+        assert chosen == (given.index(right) + 1 if right in given else None)
+        places[chosen] += 1
+    assert set(places) == {1, 2, 3, 4, None}
+    assert all(turn.answer != NO_MATCH for record in run(replace(made, no_match_share=0))[0] for turn in record.turns)
+    none, _ = run(replace(made, no_match_share=1, candidates=20))
+    assert {(record.turns[0].answer, len(record.regions)) for record in none} == {(NO_MATCH, 8)}
+    both, _ = run(replace(made, task="both"))
+    assert [record.turns[0].task for record in both] == ["caption"] * 2 + ["locate"] * 18
+
+
+def test_what_is_no_other_region(tmp_path):
+    refs = [ref(1, 101, 5, "the dog"), ref(2, 102, 5, "The  dog", "a puppy"), ref(3, 110, 6, "alone")]
+    annotations = [
+        annotation(101, 5, [0, 0, 20, 20]),
+        annotation(102, 5, [40, 0, 20, 20]),
+        annotation(103, 5, [0, 0, 20, 20.5]),
+        annotation(104, 5, [30, 0, 40, 40], iscrowd=1),
+        annotation(110, 6),
+    ]
+    made = replace(write(tmp_path, refs, annotations), task="locate", no_match_share=0)
+    records, rejects = run(made)
+    options = {record.turns[0].expression: {each.source_id for each in record.regions} for record in records}
+    # 103 is 101 again, 104 a crowd, and either of 101 and 102 is "the dog".
+    assert options == {"The dog": {"102", "103"}, "a puppy": {"101", "102", "103"}}
+    assert rejects == {"no other region to choose": 2}
+
+
+def test_what_is_left_out(tmp_path):
+    refs = [
+        ref(1, 101, 5, "a dog", "", 7, "see <image>"),
+        ref(1, 101, 5, "again"),
+        ref(2, 999, 5, "of no annotation"),
+        ref(3, 101, 77, "of no image"),
+        ref(4, 105, 5, "without size"),
+        ref(5, 106, 5, "of no category"),
+        {**ref(6, 101, 5, "a dog"), "ann_id": None},
+        {**ref(7, 101, 5), "sentences": ["a dog"]},
+        {"split": "train"},
+        {"split": None},
+        "ref",
+    ]
+    annotations = [
+        annotation(101, 5),
+        annotation(102, 5),
+        annotation(102, 5),
+        annotation(103, 5, [500, 0, 5, 5]),
+        annotation(104, 5, [1, 2, 3]),
+        annotation(105, 5, [1, 2, 0, 3]),
+        annotation(106, 5, category=3),
+        annotation(107, 5, [1, 2, float("nan"), 3]),
+        annotation(None, 5, [1, 2, 3, 3]),
+    ]
+    images = [{"id": 5, "file_name": NAME.format(5), "width": WIDTH, "height": HEIGHT}] * 2
+    made = write(tmp_path, refs, annotations, images)
+    records, rejects = run(made)
+    assert [record.id.split("train/")[1] for record in records] == ["5-1/caption", "10/locate"]
+    assert rejects == {
+        "expression empty": 1,
+        "expression that is not text": 1,
+        "placeholder in the text": 1,
+        "duplicate id": 3,
+        "files that do not belong together": 2,
+        "expression of an unusable annotation": 2,
+        "record of another format": 6,
+        "box outside the image": 1,
+        "box that is not four numbers": 1,
+        "box without size": 1,
+        "box that is not finite": 1,
+        "unknown category": 1,
+    }
+    elsewhere = replace(made, images=tmp_path)
+    assert run(elsewhere) == ([], {**rejects, "image file missing": 1})
+    assert run(replace(elsewhere, check_images=False))[0] == records
+
+
+def test_files_that_do_not_belong_together(tmp_path):
+    made = write(tmp_path, [ref(1, 1, 5, "a dog"), ref(2, 2, 99, "a cat")], [annotation(101, 5), annotation(7, 8)])
+    with pytest.raises(DataError, match=r"which has none of them; give the instances\.json of the same data set"):
+        run(made)
+    with pytest.raises(DataError, match="expected references of the split 'testA', found train"):
+        run(replace(made, split="testA"))
+    made.instances.write_text('{"images": []}')
+    with pytest.raises(DataError, match=r"instances\.json"):
+        run(made)
+
+
+def test_options_that_do_not_fit(tmp_path):
+    made = write(tmp_path, [ref(1, 101, 5, "a dog")], [annotation(101, 5)])
+    for options, message in [
+        ({"dataset": "refcoco"}, "partition: expected unc or google for refcoco, got umd"),
+        ({"dataset": "coco"}, "dataset: expected one of refcoco, refcoco\\+, refcocog"),
+        ({"task": "all"}, "task: expected one of caption, locate, both"),
+        ({"candidates": 1}, "candidates: expected 2 or more"),
+        ({"no_match_share": 1.5}, "no_match_share"),
+        ({"instances": None}, "instances: expected the instances.json that belongs to"),
+        ({"refs": tmp_path / "refs.p"}, r"got none \(file refs.p\); give --dataset, or --partition"),
+        ({"refs": tmp_path / "finetune_refcocog_val.json"}, "split: expected val, which the file"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            replace(made, **options)
+    (tmp_path / "refs.p").write_bytes(made.refs.read_bytes())
+    records, _ = run(replace(made, refs=tmp_path / "refs.p", dataset="refcoco", partition="unc", task="caption"))
+    assert records[0].id == "refcoco/refcoco-unc/train/5-1/caption"
+
+
+def mdetr(folder: Path, *rows: tuple[int, int, str], **more: object) -> Path:
+    """One "image" an expression, with its own running ids, and the true ones beside them."""
+    images, annotations = [], []
+    for k, (image, ann, caption) in enumerate(rows):
+        size = {"width": WIDTH, "height": HEIGHT, "file_name": NAME.format(image)}
+        said = {"caption": caption, "dataset_name": "refcocog", "tokens_negative": [[0, 1]]}
+        images.append({"id": k, "original_id": image, **size, **said, **more})
+        annotations.append({**annotation(ann, k), "id": k, "original_id": ann, "tokens_positive": [[0, 3]]})
+    content = {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": CATEGORIES}
+    path = folder / "finetune_refcocog_train.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_json_layout_says_the_same(tmp_path):
+    refs = [ref(1, 101, 5, "the left dog", "a brown dog"), ref(2, 102, 6, "a puppy"), ref(3, 103, 5, "the right dog")]
+    made = write(tmp_path, refs, [annotation(101, 5), annotation(103, 5), annotation(102, 6), annotation(104, 6)])
+    rows = [(5, 101, "the left dog"), (5, 101, "a brown dog"), (6, 102, "a puppy"), (5, 103, "the right dog")]
+    path = mdetr(tmp_path, *rows)
+    captions, _ = run(replace(made, refs=path, task="caption"))
+    assert captions == run(replace(made, task="caption"))[0]
+    # By itself it knows only the objects that are referred to.
+    alone, rejects = run(replace(made, refs=path, instances=None, task="locate"))
+    assert [record.turns[0].expression for record in alone] == ["the left dog", "a brown dog", "the right dog"]
+    assert rejects == {"no other region to choose": 1}
+    together, rejects = run(replace(made, refs=path, task="locate"))
+    assert len(together) == 4
+    assert rejects == {}
+    mdetr(tmp_path, *rows, dataset_name="refcoco+")
+    with pytest.raises(DataError, match=r"expected expressions of 'refcocog', got 'refcoco\+'; give --dataset"):
+        run(replace(made, refs=path))
+
+
+def test_faults_of_the_json_layout(tmp_path):
+    made = write(tmp_path, [], [annotation(101, 5)])
+    path = mdetr(tmp_path, (5, 101, "a dog"), (5, 101, ""), (5, 101, "a dog"), (5, 102, "a cat"), (5, 103, "x"))
+    content = json.loads(path.read_text())
+    content["annotations"][2] = content["annotations"][1]
+    content["annotations"].append({**annotation(1, 70)})
+    content["annotations"][3]["bbox"] = [900, 0, 1, 1]
+    content["images"][4]["original_id"] = "5"
+    content["images"].append(["a dog"])
+    path.write_text(json.dumps(content))
+    records, rejects = run(replace(made, refs=path, instances=None, task="caption"))
+    assert [turn.answer for record in records for turn in record.turns] == ["a dog"]
+    assert rejects == {
+        "expression empty": 1,
+        "duplicate id": 1,
+        "files that do not belong together": 2,
+        "box outside the image": 1,
+        "record of another format": 2,
+    }
+    path.write_text(path.read_text()[:900])
+    assert run(replace(made, refs=path, instances=None))[1]["truncated json"] == 1
+
+
+def test_a_folder_of_records(tmp_path):
+    pytest.importorskip("pyarrow")
+    made = write(tmp_path, [ref(1, 101, 5, "a dog", "")], [annotation(101, 5), annotation(102, 5)])
+    manifest = convert(made, tmp_path / "out")
+    assert {key: manifest.counts[key] for key in ("records", "images")} == {"records": 2, "images": 1}
+    assert manifest.rejects == {"expression empty": 1}
+    assert [each["name"] for each in manifest.inputs] == ["refs(umd).p", "instances.json"]
+    with pytest.raises(DataError, match=r"refs\(umd\)\.p, record 1\[1\]: expression empty"):
+        convert(made, tmp_path / "strict", strict=True)
+
+
+def test_fixture_lines(tmp_path):
+    data = Path(os.environ.get("REGIONGPT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    path = data / "fixtures" / "refcocog" / "umd_val_first400.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no fixtures at {path}; set REGIONGPT_DATA to the folder that holds them")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    boxes = {line["ann_id"]: (line["image_id"], line["bbox_xywh"]) for line in lines}
+    said: dict[int, list[str]] = {}
+    for line in lines:
+        said.setdefault(line["ann_id"], []).append(line["sent"])
+    refs = [ref(k, ann, boxes[ann][0], *texts, split="val") for k, (ann, texts) in enumerate(said.items())]
+    images = [{"id": k, "file_name": NAME.format(k), "width": 640, "height": 640} for k, _ in boxes.values()]
+    annotations = [annotation(ann, image, box) for ann, (image, box) in boxes.items()]
+    unique = list({each["id"]: each for each in images}.values())
+    made = replace(write(tmp_path, refs, annotations, unique), split="val", check_images=False)
+    records, rejects = run(made)
+    captions = [record for record in records if record.turns[0].task == "caption"]
+    told = collections.Counter(
+        (int(record.regions[turn.regions[0] - 1].source_id), turn.answer)
+        for record in captions
+        for turn in record.turns
+    )
+    assert told == collections.Counter((line["ann_id"], line["sent"].strip()) for line in lines)
+    for record in captions:
+        for each in record.regions:
+            x, y, w, h = boxes[int(each.source_id)][1]
+            assert each.region.bounds(640, 640) == pytest.approx((x, y, min(x + w, 640), min(y + h, 640)))
+    choices = [record for record in records if record.turns[0].task == "locate"]
+    assert len(choices) + rejects.pop("no other region to choose", 0) == 400
+    assert rejects == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pickles
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_data_survives(tmp_path, protocol):
+    shared = ["twice"]
+    content = {
+        "list": [1, -(10**30), 2.5, True, None, "é\u4e00", shared, shared],
+        "tuple": ((), (1,), (1, 2, 3, 4)),
+        5: {"nested": {}},
+        "set": {1, 2},
+    }
+    if protocol > 2:
+        content |= {"bytes": b"\x00\xff"}
+    (tmp_path / "a.p").write_bytes(pickle.dumps(content, protocol))
+    assert load_plain_pickle(tmp_path / "a.p") == content
+
+
+def test_strings_of_python_2(tmp_path):
+    # {'sent': 'caf\xe9', u'raw': u'caf\xe9', 'long': 5L} as Python 2 writes it with protocol 2.
+    raw = b"\x80\x02}q\x00(U\x04sentq\x01U\x04caf\xe9q\x02"
+    raw += b"X\x03\x00\x00\x00rawq\x03X\x05\x00\x00\x00caf\xc3\xa9q\x04U\x04longq\x05\x8a\x01\x05u."
+    (tmp_path / "a.p").write_bytes(raw)
+    assert load_plain_pickle(tmp_path / "a.p") == {"sent": "café", "raw": "café", "long": 5}
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("echo harm > harm",)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_what_asks_for_code_is_refused(tmp_path, protocol, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for content, name in [
+        (_Evil(), f"{os.system.__module__}.system"),
+        ([{"sent": collections.OrderedDict()}], "collections.OrderedDict"),
+        (eval, "eval"),
+        (Path("x"), "pathlib"),
+    ]:
+        (tmp_path / "a.p").write_bytes(pickle.dumps(content, protocol))
+        with pytest.raises(DataError, match=rf"a\.p: expected a pickle of plain data .* asks for \S*{name}"):
+            load_plain_pickle(tmp_path / "a.p")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_no_opcode_leads_around_the_list(tmp_path):
+    for raw in [
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"(S'1'\nibuiltins\neval\n.",
+        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",
+        b"\x80\x02\x82\x01.",
+        b"Pouter\n.",
+        b"\x80\x04\x8c\x05outerQ.",
+        b"\x80\x04\x8c\x08builtins\x8c\x0bset.__class__\x93.",
+    ]:
+        (tmp_path / "a.p").write_bytes(raw)
+        with pytest.raises(DataError, match=r"a\.p: expected a (whole )?pickle of plain data"):
+            load_plain_pickle(tmp_path / "a.p")
+
+
+def test_files_that_are_no_pickle(tmp_path):
+    whole = pickle.dumps([{"a": list(range(100))}])
+    for raw in [b"", b"[1, 2]", whole[:-1], whole[:50], b"<html>", b"\x80\x05\x95\xff\xff\xff\xff\xff\xff\xff\x7f."]:
+        (tmp_path / "a.p").write_bytes(raw)
+        with pytest.raises(DataError, match=r"a\.p: expected a whole pickle of plain data, got one that breaks"):
+            load_plain_pickle(tmp_path / "a.p")
+    with pytest.raises(DataError, match=r"expected a pickle at .*none\.p, got No such file"):
+        load_plain_pickle(tmp_path / "none.p")
