@@ -1,0 +1,281 @@
+"""People's own json lines, and this project's region captions."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from regiongpt.data.convert import load_converter
+from regiongpt.data.convert.base import convert
+from regiongpt.data.convert.jsonl import JsonlConverter
+from regiongpt.data.convert.region_captions import RegionCaptionsConverter
+from regiongpt.data.shards import RecordSet, Rejects
+from regiongpt.errors import DataError
+from regiongpt.prompts import QUESTIONS, REC_SUFFIX
+from regiongpt.regions import Region
+
+BOX = {"box": [1, 2, 20, 15]}
+CHAT = {"question": "What is <region1>?", "answer": "A cup."}
+
+
+def line(*turns: object, **more: object) -> dict:
+    return {"image": "a.png", "regions": [BOX], "conversation": list(turns or [CHAT]), **more}
+
+
+def write(folder: Path, lines: list) -> JsonlConverter:
+    (folder / "images").mkdir(exist_ok=True)
+    Image.new("RGB", (40, 30)).save(folder / "images" / "a.png")
+    text = "".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in lines)
+    (folder / "own.jsonl").write_text(text)
+    return JsonlConverter(images=folder / "images", data=folder / "own.jsonl")
+
+
+class Told(Rejects):
+    """Keeps the reasons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: list[str] = []
+
+    def add(self, kind: str, file: str | Path, record: object, reason: str) -> None:
+        super().add(kind, file, record, reason)
+        self.reasons.append(reason)
+
+
+def run(made: JsonlConverter | RegionCaptionsConverter) -> tuple[list, dict, list[str]]:
+    rejects = Told()
+    records = list(made.records(rejects))
+    for record in records:
+        record.check()
+    return records, dict(rejects.counts), rejects.reasons
+
+
+def test_are_registered():
+    assert load_converter("jsonl") is JsonlConverter
+    assert load_converter("region_captions") is RegionCaptionsConverter
+
+
+def test_every_form_of_a_line(tmp_path):
+    rle = {"size": [30, 40], "counts": [600, 30, 570]}
+    regions = [
+        {**BOX, "category": "cup"},
+        {"polygon": [[[1, 1], [9, 1], [9, 9]]]},
+        {"rle": rle},
+        {"mask": rle},
+        {"point": [5, 6], "radius": 3},
+        {"scribble": [[1, 1], [9, 9]], "width": 2},
+    ]
+    turns = [
+        {"question": "How do <region1> and <region2> differ?", "answer": "In size."},
+        {"task": "caption", "regions": [1], "answer": "a cup"},
+        {"task": "locate", "regions": [1, 3], "expression": "the cup", "answer": "Region [1]", "guided": True},
+        {"task": "classify", "regions": [1], "answer": "cup", "label_set": "COCO-80", "guided": True},
+        {"task": "presence", "category": "cat", "answer": "No."},
+        {"task": "relation", "regions": [2, 1], "answer": "Region [2] is in Region [1]."},
+        {"task": "image_caption", "answer": "A table."},
+        {"task": "describe", "question": "What is <region2>?", "answer": "A spoon."},
+    ]
+    made = write(
+        tmp_path,
+        [
+            line(*turns, id="one", width=40, height=30, regions=regions),
+            "",
+            line(),
+            {"conversation": [{"question": "Who?", "answer": "Me."}], "id": 7},
+        ],
+    )
+    records, rejects, _ = run(made)
+    assert rejects == {}
+    assert [record.id for record in records] == ["jsonl/one", "jsonl/line-3", "jsonl/7"]
+    first = records[0]
+    assert (first.image, first.width, first.height) == ("a.png", 40, 30)
+    assert [each.region.kind for each in first.regions] == ["box", "polygon", "rle", "mask", "point", "scribble"]
+    assert first.regions[0].category == "cup"
+    texts = [turn.text(0) for turn in first.turns]
+    assert texts[0] == "How do <region1> and <region2> differ?"
+    assert texts[1] == "Describe <region1> briefly."
+    assert texts[2].endswith(REC_SUFFIX)
+    assert texts[3].endswith("using COCO-80 category names.")
+    assert texts[4] == "Is there a cat in the image?"
+    assert [turn.task for turn in first.turns] == ["chat", *[str(turn["task"]) for turn in turns[1:]]]
+    assert (records[1].width, records[1].height) == (40, 30)
+    assert (records[2].image, records[2].width) == ("", 0)
+
+
+FAULTS = [
+    ("{", "line that is not json", "expected a json object"),
+    ("[]", "record of another format", "expected a json object, got []"),
+    (line(regons=[]), "unknown key", "got 'regons'; did you mean 'regions'?"),
+    (line({**CHAT, "anwser": ""}), "unknown key", "did you mean 'answer'?"),
+    (line({**CHAT, "answer": " "}), "record without a lesson", "turn 1: expected an answer, got an empty one"),
+    (line({**CHAT, "question": " "}), "question empty", "turn 1"),
+    (line({**CHAT, "answer": 5}), "record of another format", "turn 1: expected answer as text, got 5"),
+    (line({**CHAT, "regions": [1]}), "record of another format", "got regions too"),
+    (line({**CHAT, "question": "<image> What?"}), "placeholder in the text", "the image comes first of itself"),
+    (line({**CHAT, "question": "Is <region2> red?"}), "region that makes no sense", "<region2> stands for region 2"),
+    (line({**CHAT, "question": "Is <region> red?"}), "region that makes no sense", "<region1>, <region2>"),
+    (line({"task": "caption", "regions": [2], "answer": "x"}), "region that makes no sense", "1 region was given"),
+    (line({"task": "caption", "regions": [0], "answer": "x"}), "record of another format", "numbers from 1"),
+    (line({"task": "caption", "answer": "x"}), "record without a lesson", "needs 1 region"),
+    (line({"task": "guess", "answer": "x"}), "unknown task", "expected a task among classify, describe"),
+    (line({"answer": "x"}), "unknown task", "got None"),
+    (line({"task": "chat", "answer": "x"}), "unknown task", "got 'chat'"),
+    (
+        line({"task": "locate", "regions": [1], "expression": "it", "answer": "Region [2]", "guided": True}),
+        "answer that is no option",
+        "expected Region [1] or 'No corresponding options found.', got 'Region [2]'",
+    ),
+    (
+        line({"task": "classify", "regions": [1], "answer": "mug", "label_set": "COCO-80", "guided": True}),
+        "unknown category",
+        "expected a name of COCO-80, got 'mug'",
+    ),
+    (line({"task": "classify", "regions": [1], "answer": "mug", "guided": True}), "record of another format", "label"),
+    (line({"task": "describe", "regions": [1], "answer": "x", "guided": True}), "record of another format", "guided"),
+    (line({"task": "describe", "regions": [1], "answer": "x", "guided": 1}), "record of another format", "true or"),
+    (line("hello"), "record of another format", "turn 1: expected an object"),
+    (line(conversation=[]), "record without a lesson", "at least one turn"),
+    (line(conversation=None), "record of another format", "conversation: expected a list"),
+    (line(regions=[{"box": [1, 2, 3]}]), "region that makes no sense", "<region1>"),
+    (line(regions=[{"box": [60, 2, 70, 9]}]), "region that makes no sense", "<region1>"),
+    (line(regions=[{"box": [1, 2, float("nan"), 9]}]), "region that makes no sense", "<region1>"),
+    (line(regions=[{"polygon": [[1, 2], [3, 4]]}]), "region that makes no sense", "<region1>"),
+    (line(regions=[{"rle": {"size": [9, 9], "counts": [81]}}]), "region that makes no sense", "<region1>"),
+    (line(regions=[BOX, "box"]), "record of another format", "<region2>: expected an object"),
+    (line(regions=[{**BOX, "category": 1}]), "record of another format", "<region1>: expected category as text"),
+    (line(width=40), "record of another format", "expected width and height as whole numbers, got (40, None)"),
+    (line(width=41, height=30), "image of another size", "41 x 30"),
+    (line(image="b.png"), "image file missing", "b.png"),
+    (line(image="../a.png"), "image outside the folder", "'../a.png'"),
+    (line(image=""), "record without a lesson", "expected an image for the 1 region(s)"),
+    (line(id=["a"]), "record of another format", "id: expected text or a whole number"),
+    (line({**CHAT, "answer": "half \ud83d"}), "text that is not Unicode", "half of a pair"),
+]
+
+
+@pytest.mark.parametrize(("bad", "kind", "reason"), FAULTS, ids=[f"{k}-{each[1]}" for k, each in enumerate(FAULTS)])
+def test_faults_name_file_and_line(tmp_path, bad, kind, reason):
+    records, rejects, reasons = run(write(tmp_path, [line(id="good"), bad, line(id="last")]))
+    assert [record.id for record in records] == ["jsonl/good", "jsonl/last"]
+    assert rejects == {kind: 1}
+    assert reasons[0].startswith("own.jsonl:2: ")
+    assert reason in reasons[0]
+
+
+def test_ids_and_ends(tmp_path):
+    made = write(tmp_path, [line(id="a"), line(id="a"), line(id="line-4"), line(), json.dumps(line())[:-5]])
+    made.data.write_bytes(b"\xef\xbb\xbf" + made.data.read_bytes().rstrip(b"\n"))
+    records, rejects, reasons = run(made)
+    assert [record.id for record in records] == ["jsonl/a", "jsonl/line-4"]
+    assert rejects == {"duplicate id": 2, "truncated json": 1}
+    assert reasons[2].startswith("own.jsonl:5: ")
+    made.data.write_bytes(json.dumps(line()).encode() + b'\n{"id": "\xff"}\n')
+    assert run(made)[1] == {"text that is not Unicode": 1}
+
+
+def test_files_that_are_no_json_lines(tmp_path):
+    made = write(tmp_path, ["<html>", "</html>"])
+    with pytest.raises(DataError, match=r"own\.jsonl: expected json lines, one object each, found no such line"):
+        run(made)
+    made.data.unlink()
+    with pytest.raises(DataError, match=r"expected a file of json lines at .*own\.jsonl, got No such file"):
+        run(made)
+
+
+numbers = st.floats(0, 30)
+points = st.lists(st.tuples(numbers, numbers), min_size=3, max_size=6)
+regions = st.one_of(
+    st.tuples(numbers, numbers, st.floats(0.5, 9), st.floats(0.5, 9)).map(
+        lambda box: Region.box(box[0], box[1], box[0] + box[2], box[1] + box[3])
+    ),
+    points.map(Region.polygon),
+    points.map(lambda line: Region.scribble(line, 2.5)),
+    st.tuples(numbers, numbers).map(lambda at: Region.point(*at)),
+    st.lists(st.lists(st.booleans(), min_size=40, max_size=40), min_size=30, max_size=30).map(Region.mask),
+)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@given(st.lists(regions, min_size=1, max_size=4))
+def test_regions_survive(tmp_path, marked):
+    given_regions = [each.to_dict() for each in marked]
+    records, rejects, _ = run(
+        write(tmp_path, [line(regions=given_regions), line({"task": "image_caption", "answer": "x"})])
+    )
+    if len(records) == 2:
+        assert [each.region for each in records[0].regions] == marked
+    else:
+        assert rejects == {"region that makes no sense": 1}
+        with pytest.raises(Exception, match="region"):
+            [each.check(40, 30) for each in marked]
+
+
+def test_a_folder_of_records(tmp_path):
+    pytest.importorskip("pyarrow")
+    made = write(tmp_path, [line(), line(), "{"])
+    manifest = convert(made, tmp_path / "out")
+    assert manifest.counts == {"records": 2, "images": 1, "regions": 2, "turns": 2, "task:chat": 2}
+    assert list(RecordSet(tmp_path / "out")) == run(made)[0]
+    with pytest.raises(DataError, match=r"own\.jsonl:3"):
+        convert(made, tmp_path / "strict", strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Region captions
+
+
+def described(**more: object) -> dict:
+    values = {"id": "a/1", "image": "a.png", "width": 40, "height": 30, "region": BOX, "category": "cup"}
+    return {**values, "caption": "A white cup with a blue rim.", "score": 0.31, **more}
+
+
+def captions(folder: Path, lines: list) -> RegionCaptionsConverter:
+    made = write(folder, lines)
+    return RegionCaptionsConverter(images=made.images, data=made.data)
+
+
+def test_region_captions(tmp_path):
+    polygon = {"polygon": [[1, 1, 9, 1, 9, 9]]}
+    records, rejects, _ = run(captions(tmp_path, [described(), described(id=2, region=polygon, category=None)]))
+    assert rejects == {}
+    assert [record.id for record in records] == ["region_captions/a/1", "region_captions/2"]
+    first, second = records
+    assert (first.image, first.width, first.height) == ("a.png", 40, 30)
+    (turn,) = first.turns
+    assert (turn.task, turn.answer, turn.regions) == ("describe", "A white cup with a blue rim.", (1,))
+    assert turn.text(0) == QUESTIONS["describe"][0].format(regions="<region1>")
+    assert (first.regions[0].region, first.regions[0].category) == (Region.box(1, 2, 20, 15), "cup")
+    assert (second.regions[0].region.kind, second.regions[0].category) == ("polygon", "")
+
+
+def test_faults_of_region_captions(tmp_path):
+    bad = {
+        "duplicate id": [described(id="good")],
+        "caption empty": [described(caption=" ")],
+        "caption that is not text": [described(caption=None)],
+        "placeholder in the text": [described(caption="See <region2>.")],
+        "region that makes no sense": [described(region={"box": [50, 2, 60, 9]}), described(region=None)],
+        "record of another format": [
+            described(id=None),
+            described(width="40"),
+            described(category=3),
+            described(height=0),
+            [1],
+        ],
+        "image file missing": [described(image="b.png")],
+        "image outside the folder": [described(image="/a.png"), described(image=None)],
+        "image of another size": [described(width=80)],
+        "line that is not json": ["{'id': 1}"],
+    }
+    lines = [described(id="good")]
+    for each in (one for many in bad.values() for one in many):
+        own = isinstance(each, dict) and each["id"] == "a/1"
+        lines.append({**each, "id": len(lines)} if own else each)
+    made = captions(tmp_path, lines)
+    records, rejects, reasons = run(made)
+    assert [record.id for record in records] == ["region_captions/good"]
+    assert rejects == {kind: len(many) for kind, many in bad.items()}
+    assert [reason.split(": ")[0] for reason in reasons] == [f"own.jsonl:{k}" for k in range(2, len(lines) + 1)]
