@@ -265,5 +265,5 @@ def _by_image(file: InstancesFile, chosen: Indices) -> Iterator[tuple[int, Indic
     """The chosen objects, which are in the order of their images, image by image."""
     places = file.places[chosen]
     starts = np.flatnonzero(np.diff(places, prepend=-1))
-    for begin, end in zip(starts, [*starts[1:], len(places)], strict=True):
+    for begin, end in pairwise([*starts.tolist(), len(places)]):
         yield int(places[begin]), chosen[begin:end]

@@ -155,15 +155,16 @@ class _Text:
                 value, end = self._json.raw_decode(self._held, self._at)
             except json.JSONDecodeError as error:
                 # What a longer text could mend is wrong at its end, or is a string that began anywhere.
-                cut = error.msg.startswith("Unterminated")
+                cut, place = error.msg.startswith("Unterminated"), self._before + error.pos
+                got = repr(self._held[error.pos]) if error.pos < len(self._held) and not cut else ""
                 if (cut or error.pos >= len(self._held) - _LONGEST_WORD) and self._more():
                     continue
-                got = self.end if cut or error.pos >= len(self._held) else repr(self._held[error.pos])
-                raise _BreakError(f"expected json, got {got} ({error.msg})", self._before + error.pos) from None
+                raise _BreakError(f"expected json, got {got or self.end} ({error.msg})", place) from None
             except RecursionError:
                 raise _BreakError("expected json of fewer levels", self.position) from None
-            # A number at the end of what is held may go on in the next block, or would have in a whole file.
-            if end == len(self._held) and isinstance(value, int | float):
+            # A number may go on in the next block, or would have in a whole file: 1 in 12, 1.5 and 1e+16.
+            rest = self._held[end : end + 3]
+            if isinstance(value, int | float) and rest in ("", ".", "e", "E", "e+", "e-", "E+", "E-"):
                 if self._more():
                     continue
                 raise _BreakError(f"expected a whole number, got {self.end}", self.position)

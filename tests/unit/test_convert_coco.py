@@ -1,0 +1,547 @@
+"""COCO and LVIS: streaming, what becomes of each object, samples that are exact, and every kind of fault."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from regiongpt.data.convert import CONVERTERS, jsonstream, load_converter
+from regiongpt.data.convert.base import Converter, convert
+from regiongpt.data.convert.coco import CocoConverter
+from regiongpt.data.convert.images import check_image, image_size
+from regiongpt.data.convert.jsonstream import iter_array, iter_arrays
+from regiongpt.data.convert.lvis import LvisConverter
+from regiongpt.data.shards import RecordSet, Rejects
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.regions import Region
+
+CATEGORIES = [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 18, "name": "dog"}]
+RING = [1, 1, 9, 1, 9, 8]
+DATA = Path(os.environ.get("REGIONGPT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def annotation(number: object, box: object, image: object = 1, category: object = 18, **more: object) -> dict:
+    return {"id": number, "image_id": image, "category_id": category, "bbox": box, "iscrowd": 0, **more}
+
+
+def write(folder: Path, annotations: list, images: list | None = None, name: str = "instances.json", **more) -> Path:
+    """An instances file in COCO's layout, with its images, 40 x 20 pixels each."""
+    (folder / "images").mkdir(exist_ok=True)
+    for file in ("1.png", "2.png"):
+        Image.new("RGB", (40, 20)).save(folder / "images" / file)
+    if images is None:
+        images = [{"id": k, "file_name": f"{k}.png", "width": 40, "height": 20} for k in (2, 1)]
+    content = {"info": {"year": 2017}, "licenses": [], "images": images, "annotations": annotations}
+    (folder / name).write_text(json.dumps({**content, "categories": CATEGORIES, **more}))
+    return folder / name
+
+
+def coco(folder: Path, *files: Path, **options: object) -> CocoConverter:
+    given = {"images": folder / "images", "instances": files or (folder / "instances.json",)}
+    return CocoConverter(**{**given, **options})  # type: ignore[arg-type]
+
+
+def read(converter: Converter) -> tuple[list, dict[str, int]]:
+    rejects = Rejects()
+    records = list(converter.records(rejects))
+    for record in records:
+        record.check()
+    return records, dict(rejects.counts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streaming
+
+
+@given(
+    st.lists(
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+            max_leaves=8,
+        ),
+        max_size=5,
+    ),
+    st.integers(1, 40),
+    st.sampled_from([None, 1]),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_array_streams_in_blocks_of_any_size(tmp_path_factory, elements, block, indent, plain):
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    content = {"before": [[1], {"x": "]"}], "n": 12, "wanted": elements, "after": {}}
+    path.write_text(json.dumps(content, indent=indent, ensure_ascii=plain), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonstream, "BLOCK", block)
+        assert list(iter_array(path, "wanted", Rejects())) == elements
+
+
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+def test_wherever_a_file_breaks_off_the_whole_elements_before_are_kept(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(jsonstream, "BLOCK", block)
+    path = tmp_path / "a.json"
+    text = json.dumps([{"id": k, "s": "é]"} for k in range(3)], ensure_ascii=False)
+    ends = [place for place, character in enumerate(text, 1) if character == "}"]
+    for cut in range(1, len(text)):
+        path.write_text(text[:cut], encoding="utf-8")
+        rejects = Rejects()
+        found = list(iter_array(path, None, rejects))
+        assert [each["id"] for each in found] == list(range(sum(end <= cut for end in ends)))
+        assert rejects.counts == {"truncated json": 1}
+
+
+def test_a_break_is_told_with_its_place(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": [1, 2], "b": [{"x": 1}, {"x" 2}]}')
+    rejects = Rejects(tmp_path / "rejects.jsonl")
+    assert list(iter_arrays(path, ("a", "b"), rejects)) == [("a", 1), ("a", 2), ("b", {"x": 1})]
+    rejects.close()
+    told = json.loads((tmp_path / "rejects.jsonl").read_text())
+    assert (told["kind"], told["file"], told["record"]) == ("truncated json", "a.json", "b[1]")
+    assert "character 35" in told["reason"]
+    with pytest.raises(DataError, match=r"a\.json, record b\[1\]: truncated json"):
+        list(iter_array(path, "b", Rejects(strict=True)))
+
+
+def test_numbers_that_are_none_do_not_end_a_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[NaN, -Infinity, 3]")
+    assert repr(list(iter_array(path, None, Rejects()))) == "[nan, -inf, 3]"
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "message"),
+    [
+        (b"", "a", "the end of the file"),
+        (b"<html>", "a", "'<'"),
+        (b"[1]", "a", "got an array"),
+        (b'{"a": []}', None, "got an object"),
+        (b'{"b": []}', "a", "found no array 'a'"),
+        (b'{"a": null}', "a", "found no array 'a'"),
+        (b'{"b": [1', "a", "breaks before"),
+        (b"\xff\xfe[\0", None, "0xff, which is not UTF-8"),
+        (b"\x1f\x8b\x08", None, r"'\\x1f'"),
+    ],
+)
+def test_a_file_of_another_format_is_named(tmp_path, content, key, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(iter_array(path, key, Rejects()))
+    assert "a.json" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"none\.json"):
+        list(iter_array(tmp_path / "none.json", None, Rejects()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def test_images_are_checked_by_their_headers(tmp_path):
+    good, broken = tmp_path / "a.png", tmp_path / "b.png"
+    Image.new("RGB", (40, 20)).save(good)
+    broken.write_bytes(b"\x89PNG\r\n")
+    assert check_image(good) is None
+    assert check_image(good, 40, 20) is None
+    assert check_image(good, 20, 40).kind == "image of another size"
+    assert check_image(tmp_path / "c.png").kind == "image file missing"
+    assert check_image(broken).kind == "unreadable image"
+    assert image_size(good) == (40, 20)
+    with pytest.raises(DataError, match=r"c\.png"):
+        image_size(tmp_path / "c.png")
+
+
+def test_an_image_on_its_side_has_the_size_that_training_sees(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert image_size(tmp_path / "a.jpg") == (20, 40)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objects
+
+
+def test_every_name_has_a_converter():
+    for name in CONVERTERS:
+        assert load_converter(name).name == name
+    with pytest.raises(ConfigError, match="coco, lvis"):
+        load_converter("cocco")
+
+
+def test_objects_of_an_image_are_one_conversation_in_a_fixed_order(tmp_path):
+    write(tmp_path, [annotation(7, [30, 10, 20, 5]), annotation(3, [1, 2, 3, 4], category=1), annotation(5, RING[:4])])
+    (record,), rejects = read(coco(tmp_path))
+    assert rejects == {}
+    assert (record.id, record.image, record.width, record.height) == ("coco/1", "1.png", 40, 20)
+    assert [(r.region, r.category, r.source_id) for r in record.regions] == [
+        (Region.box(1, 2, 4, 6), "person", "3"),
+        (Region.box(1, 1, 10, 2), "dog", "5"),
+        (Region.box(30, 10, 40, 15), "dog", "7"),
+    ]
+    assert [(turn.regions, turn.answer) for turn in record.turns] == [((1,), "person"), ((2,), "dog"), ((3,), "dog")]
+    assert record.turns[0].text(0).endswith("Answer the question using COCO-80 category names.")
+
+
+def test_long_conversations_go_on_in_further_records(tmp_path):
+    write(tmp_path, [annotation(k, [k, 1, 3, 3]) for k in range(5)])
+    records, _ = read(coco(tmp_path, objects_per_record=2))
+    assert [record.id for record in records] == ["coco/1", "coco/1/2", "coco/1/3"]
+    assert [each.source_id for record in records for each in record.regions] == list("01234")
+
+
+def test_shapes(tmp_path):
+    rle = {"size": [20, 40], "counts": [100, 30, 670]}
+    write(
+        tmp_path,
+        [
+            annotation(1, [1, 1, 8, 7], segmentation=[RING, [20, 1, 30, 1, 30, 9]]),
+            annotation(2, [0, 0, 40, 20], segmentation=rle),
+            annotation(3, [0, 0, 4, 4], segmentation=[]),
+            annotation(4, [0, 0, 4, 4], segmentation=rle, iscrowd=1),
+        ],
+    )
+    polygon = Region.polygon([RING, [20, 1, 30, 1, 30, 9]])
+    (boxes,), rejects = read(coco(tmp_path))
+    assert [each.region.kind for each in boxes.regions] == ["box"] * 3
+    assert rejects == {}
+    (masks,), rejects = read(coco(tmp_path, shapes="mask"))
+    assert [each.region for each in masks.regions] == [polygon, Region.rle(rle)]
+    assert rejects == {"object without a mask": 1}
+    (both,), rejects = read(coco(tmp_path, shapes="both"))
+    assert [each.region.kind for each in both.regions] == ["box", "polygon", "box", "rle", "box"]
+    assert [turn.regions for turn in both.turns] == [(1,), (2,), (3,), (4,), (5,)]
+    assert rejects == {}
+
+
+@pytest.mark.parametrize("shapes", ["box", "mask", "both"])
+@pytest.mark.parametrize(
+    ("faulty", "kind"),
+    [
+        (annotation(1, [0, 0, 4, 4], category=99), "unknown category"),
+        (annotation(1, [0, 0, 0, 4]), "box without size"),
+        (annotation(1, [0, 0, 4, -1]), "box without size"),
+        (annotation(1, [0, 0, float("nan"), 4]), "box that is not finite"),
+        (annotation(1, [0, float("inf"), 4, 4]), "box that is not finite"),
+        (annotation(1, [50, 0, 4, 4]), "box outside the image"),
+        (annotation(1, [39.999, 0, 4, 0.01]), "box outside the image"),
+        (annotation(1, [0, 0, 4, 4], image=9), "annotation of an absent image"),
+        (annotation(1, [0, 0, 4]), "record of another format"),
+        (annotation(1, None), "record of another format"),
+        (annotation("a", [0, 0, 4, 4]), "record of another format"),
+        (annotation(True, [0, 0, 4, 4]), "record of another format"),
+        (annotation(1 << 70, [0, 0, 4, 4]), "record of another format"),
+        ({"id": 1}, "record of another format"),
+        ([], "record of another format"),
+        (annotation(2, [0, 0, 4, 4]), "duplicate id"),
+    ],
+)
+def test_an_unusable_annotation_is_left_out_and_counted(tmp_path, shapes, faulty, kind):
+    write(tmp_path, [annotation(2, [0, 0, 4, 4], segmentation=[RING]), faulty])
+    (record,), rejects = read(coco(tmp_path, shapes=shapes))
+    assert rejects == {kind: 1}
+    assert {each.source_id for each in record.regions} == {"2"}
+    with pytest.raises(DataError, match=kind):
+        list(coco(tmp_path, shapes=shapes).records(Rejects(strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "kind", "only_masks"),
+    [
+        ([[1, 1, 5, 5]], "polygon of fewer than three points", False),
+        ([[1, 1, 5, 5, 9]], "polygon that is not pairs of numbers", False),
+        ([["a", 1, 5, 5, 9, 9]], "polygon that is not pairs of numbers", False),
+        ([1, 1, 5, 5, 9, 9], "polygon that is not pairs of numbers", False),
+        ("polygon", "polygon that is not pairs of numbers", False),
+        ([[1, 1, 5, float("nan"), 9, 9]], "polygon that is not finite", False),
+        ([RING, [1, 1, 5, 1e300, 9, 9]], "polygon that is not finite", False),
+        ({"size": [40, 20], "counts": [800]}, "RLE of another size", False),
+        ({"counts": [800]}, "RLE of another size", False),
+        ([[1, 1, 5, 5, 9, 9]], "mask that makes no sense", True),
+        ([[50, 1, 55, 5, 59, 9]], "mask that makes no sense", True),
+        ({"size": [20, 40], "counts": [7]}, "mask that makes no sense", True),
+        ({"size": [20, 40], "counts": [800]}, "mask that makes no sense", True),
+        ({"size": [20, 40]}, "mask that makes no sense", True),
+    ],
+)
+def test_a_faulty_mask_costs_no_more_than_it_must(tmp_path, segmentation, kind, only_masks):
+    good = annotation(1, [0, 0, 9, 9], segmentation=[RING])
+    write(tmp_path, [good, annotation(2, [0, 0, 9, 9], segmentation=segmentation)])
+    (record,), rejects = read(coco(tmp_path))
+    assert rejects == ({} if only_masks else {kind: segmentation.count("p") if segmentation == "polygon" else 1})
+    assert [each.source_id for each in record.regions] == ["1", "2"]
+    (record,), rejects = read(coco(tmp_path, shapes="both"))
+    assert rejects == {kind: 1}
+    assert [(each.source_id, each.region.kind) for each in record.regions] == [
+        ("1", "box"),
+        ("1", "polygon"),
+        ("2", "box"),
+    ]
+    (record,), rejects = read(coco(tmp_path, shapes="mask"))
+    assert rejects == {kind: 1}
+    assert [each.source_id for each in record.regions] == ["1"]
+
+
+def test_a_thin_ring_beside_a_good_one_is_left_out_alone(tmp_path):
+    write(tmp_path, [annotation(1, [0, 0, 9, 9], segmentation=[[1, 1, 5, 5], RING])])
+    (record,), rejects = read(coco(tmp_path, shapes="mask"))
+    assert rejects == {"polygon of fewer than three points": 1}
+    assert record.regions[0].region == Region.polygon([RING])
+
+
+def test_polygons_in_doubt_are_looked_at_closely(tmp_path):
+    bow = [0, 0, 8, 8, 8, 0, 0, 8]
+    beyond = [30, 5, 60, 5, 60, 15]
+    write(tmp_path, [annotation(k, [0, 0, 40, 20], segmentation=[ring]) for k, ring in enumerate((bow, beyond))])
+    (record,), rejects = read(coco(tmp_path, shapes="mask"))
+    assert rejects == {}
+    assert [each.region for each in record.regions] == [Region.polygon([bow]), Region.polygon([beyond])]
+
+
+def test_unusable_images_are_left_out_and_counted(tmp_path):
+    good = {"id": 1, "file_name": "1.png", "width": 40, "height": 20}
+    images = [
+        good,
+        good,
+        {**good, "id": 5, "file_name": "no.png"},
+        {**good, "id": 6, "width": 0},
+        {**good, "id": 7, "width": 41},
+        {**good, "id": 8, "file_name": "../images/1.png"},
+        {**good, "id": 9, "file_name": "bad.png"},
+        {"file_name": "1.png"},
+    ]
+    annotations = [annotation(k, [0, 0, 4, 4], image=k) for k in (1, 5)]
+    write(tmp_path, annotations, images)
+    (tmp_path / "images" / "bad.png").write_bytes(b"no image")
+    (record,), rejects = read(coco(tmp_path))
+    assert record.id == "coco/1"
+    assert rejects == {
+        "annotation of an image left out": 1,
+        "duplicate id": 1,
+        "image file missing": 1,
+        "image of another size": 1,
+        "image outside the folder": 1,
+        "image without size": 1,
+        "record of another format": 1,
+        "unreadable image": 1,
+    }
+    records, rejects = read(coco(tmp_path, check_images=False))
+    assert [record.id for record in records] == ["coco/1", "coco/5"]
+    assert "image file missing" not in rejects
+
+
+def test_what_holds_for_a_whole_file_fails(tmp_path):
+    path = write(tmp_path, [], categories=[{"id": 1, "name": "forklift"}])
+    with pytest.raises(DataError, match="COCO-80, got 'forklift'"):
+        read(coco(tmp_path))
+    read(coco(tmp_path, label_set="WAREHOUSE"))
+    write(tmp_path, [], categories=[{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}])
+    with pytest.raises(DataError, match="one name for category 1"):
+        read(coco(tmp_path))
+    write(tmp_path, [])
+    other = write(tmp_path, [], name="other.json", categories=[{"id": 1, "name": "dog"}])
+    with pytest.raises(DataError, match=r"category 1 to be 'person' as in instances\.json"):
+        read(coco(tmp_path, path, other))
+    path.write_text('{"images": [], "annotations": []}')
+    with pytest.raises(DataError, match="'categories'"):
+        read(coco(tmp_path))
+
+
+def test_categories_without_sense_are_counted(tmp_path):
+    categories = [*CATEGORIES, {"id": 3, "name": " "}, {"name": "cat"}, CATEGORIES[0]]
+    write(tmp_path, [annotation(1, [0, 0, 4, 4])], categories=categories)
+    records, rejects = read(coco(tmp_path))
+    assert len(records) == 1
+    assert rejects == {"category name empty": 1, "record of another format": 1}
+
+
+def test_a_truncated_file_gives_what_came_before_the_break(tmp_path, caplog):
+    path = write(tmp_path, [annotation(k, [k, 0, 4, 4]) for k in (1, 2, 3)])
+    text = path.read_text()
+    path.write_text(text[: text.index('"id": 3')])
+    (record,), rejects = read(coco(tmp_path))
+    assert [each.source_id for each in record.regions] == ["1", "2"]
+    assert rejects == {"truncated json": 1}
+    assert "official ids" in caplog.text
+    with pytest.raises(DataError, match="before them"):
+        read(coco(tmp_path, label_set="OTHER"))
+
+
+def test_an_image_of_two_files_comes_from_the_first(tmp_path):
+    first = write(tmp_path, [annotation(1, [0, 0, 4, 4])])
+    second = write(tmp_path, [annotation(1, [1, 1, 4, 4], image=2), annotation(2, [1, 1, 4, 4])], name="b.json")
+    records, rejects = read(coco(tmp_path, first, second))
+    assert [record.id for record in records] == ["coco/1"]
+    assert rejects == {"duplicate id": 2, "annotation of an image left out": 2}
+
+
+@pytest.mark.parametrize(
+    "options", [{"shapes": "oval"}, {"boxes_per_category": -1}, {"captions_per_image": -1}, {"label_set": " "}]
+)
+def test_options_out_of_range(tmp_path, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        coco(tmp_path, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def test_categories_are_capped_exactly_over_all_files(tmp_path):
+    images = [{"id": k, "file_name": "1.png", "width": 40, "height": 20} for k in range(1, 41)]
+    annotations = [annotation(k, [k % 30, 0, 4, 4], image=k, category=(1, 18)[k % 4 == 0]) for k in range(1, 41)]
+    annotations[0]["iscrowd"] = 1
+    annotations[1]["bbox"] = [0, 0, 0, 0]
+    first = write(tmp_path, annotations[:20], images[:20])
+    second = write(tmp_path, annotations[20:], images[20:], name="b.json")
+    drawn = []
+    for seed in (0, 0, 1):
+        records, rejects = read(coco(tmp_path, first, second, boxes_per_category=12, seed=seed))
+        assert rejects == {"box without size": 1}
+        regions = [each for record in records for each in record.regions]
+        names = [each.category for each in regions]
+        assert (names.count("person"), names.count("dog")) == (12, 10)
+        assert not {"1", "2"} & {each.source_id for each in regions}
+        drawn.append([each.source_id for each in regions])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_sample_of_a_category_does_not_hang_on_the_others(tmp_path):
+    dogs = [annotation(k, [k % 30, 0, 4, 4]) for k in range(20)]
+    people = [annotation(100 + k, [k % 30, 0, 4, 4], category=1) for k in range(9)]
+
+    def sample() -> set:
+        records, _ = read(coco(tmp_path, boxes_per_category=5))
+        return {each.source_id for record in records for each in record.regions if each.category == "dog"}
+
+    write(tmp_path, dogs)
+    alone = sample()
+    write(tmp_path, people + dogs)
+    assert sample() == alone
+    assert len(alone) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+
+
+def write_captions(folder: Path, captions: list) -> Path:
+    (folder / "captions.json").write_text(json.dumps({"images": [], "annotations": captions}))
+    return folder / "captions.json"
+
+
+def test_captions_are_records_of_their_own(tmp_path):
+    write(tmp_path, [annotation(1, [0, 0, 4, 4])])
+    given = [{"id": k, "image_id": 2 - k % 2, "caption": f" A dog\n{k}."} for k in range(6)]
+    captions = (write_captions(tmp_path, given),)
+    records, rejects = read(coco(tmp_path, captions=captions, captions_per_image=0))
+    assert rejects == {}
+    assert [record.id for record in records] == [
+        "coco/1",
+        *(f"coco/1/caption/{k}" for k in (1, 3, 5)),
+        *(f"coco/2/caption/{k}" for k in (0, 2, 4)),
+    ]
+    turn = records[1].turns[0]
+    assert (turn.task, turn.answer, records[1].regions) == ("image_caption", "A dog 1.", ())
+    one, _ = read(coco(tmp_path, captions=captions))
+    assert [record.task for record in one] == ["classify", "image_caption", "image_caption"]
+    assert {record.id for record in one} < {record.id for record in records}
+
+
+def test_unusable_captions_are_counted(tmp_path):
+    write(tmp_path, [])
+    captions = [
+        {"id": 1, "image_id": 1, "caption": "A cat."},
+        {"id": 1, "image_id": 1, "caption": "A cat."},
+        {"id": 2, "image_id": 1, "caption": " "},
+        {"id": 3, "image_id": 77, "caption": "A bus."},
+        {"id": 4, "image_id": 1, "caption": None},
+        {"image_id": 1},
+    ]
+    records, rejects = read(coco(tmp_path, captions=(write_captions(tmp_path, captions),)))
+    assert [record.id for record in records] == ["coco/1/caption/1"]
+    assert rejects == {
+        "caption empty": 1,
+        "caption of an absent image": 1,
+        "caption that is not text": 1,
+        "duplicate id": 1,
+        "record of another format": 1,
+    }
+
+
+def test_captions_of_other_images_do_not_belong(tmp_path):
+    write(tmp_path, [])
+    captions = write_captions(tmp_path, [{"id": 1, "image_id": 77, "caption": "A bus."}])
+    with pytest.raises(DataError, match="belong together"):
+        read(coco(tmp_path, captions=(captions,)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole conversions
+
+
+def test_boxes_and_masks_survive_and_a_second_run_gives_the_same_bytes(tmp_path):
+    pytest.importorskip("pyarrow")
+    rng = np.random.default_rng(0)
+    masks = [{"size": [20, 40], "counts": [100 * k, 30, 770 - 100 * k]} for k in range(1, 4)]
+    boxes = [[*rng.uniform(0, 10, 2).tolist(), *rng.uniform(1, 9, 2).tolist()] for _ in range(6)]
+    shapes = [*masks, *([rng.uniform(0, 18, 8).tolist()] for _ in range(3))]
+    write(tmp_path, [annotation(k, box, segmentation=s) for k, (box, s) in enumerate(zip(boxes, shapes, strict=True))])
+    converter = coco(tmp_path, shapes="both")
+    first = convert(converter, tmp_path / "a")
+    second = convert(converter, tmp_path / "b")
+    assert first == second
+    name = first.shards[0]["file"]
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    regions = [each.region for record in RecordSet(tmp_path / "a") for each in record.regions]
+    for number, (x, y, w, h) in enumerate(boxes):
+        assert regions[2 * number] == Region.box(x, y, x + w, y + h)
+        shape = shapes[number]
+        assert regions[2 * number + 1] == (Region.rle(shape) if isinstance(shape, dict) else Region.polygon(shape))
+
+
+def test_real_photographs(tmp_path):
+    root = DATA / "coco_photos"
+    if not root.is_dir():
+        pytest.skip(f"no photographs at {root}; set REGIONGPT_DATA to the folder that holds coco_photos")
+    files = (root / "instances_dev.json",)
+    options = {"images": root / "images", "instances": files, "captions": (root / "captions_dev.json",)}
+    records, rejects = read(CocoConverter(**options, captions_per_image=0))
+    assert rejects == {}
+    tasks = [turn.task for record in records for turn in record.turns]
+    assert tasks.count("image_caption") == 1371
+    assert tasks.count("classify") == 2776  # of 2,780, four of them crowds
+    records, rejects = read(CocoConverter(**options, shapes="mask"))
+    assert sum(len(record.regions) for record in records) == 509
+    assert rejects == {"object without a mask": 2267}
+
+
+def test_lvis():
+    path = DATA / "fixtures" / "lvis" / "lvis_val_100.json"
+    if not path.is_file():
+        pytest.skip(f"no LVIS annotations at {path}; set REGIONGPT_DATA to the folder that holds fixtures")
+    records, rejects = read(LvisConverter(images=DATA, instances=(path,), check_images=False, shapes="mask"))
+    assert rejects == {}
+    assert sum(len(record.regions) for record in records) == 977
+    assert records[0].image.startswith("val2017/0")
+    assert records[0].turns[0].text(0).endswith("Answer the question using LVIS category names.")
+    names = {category["name"] for category in json.loads(path.read_text())["categories"]}
+    assert {turn.answer for record in records for turn in record.turns} <= names
+
+
+def test_lvis_takes_the_image_from_its_address(tmp_path):
+    image = {"id": 1, "width": 40, "height": 20, "coco_url": "http://x.org/train2017/1.png"}
+    write(tmp_path, [annotation(1, [0, 0, 4, 4])], [image, {**image, "id": 2, "coco_url": None}])
+    (tmp_path / "train2017").mkdir()
+    Image.new("RGB", (40, 20)).save(tmp_path / "train2017" / "1.png")
+    (record,), rejects = read(LvisConverter(images=tmp_path, instances=(tmp_path / "instances.json",)))
+    assert (record.id, record.image) == ("lvis/1", "train2017/1.png")
+    assert rejects == {"image outside the folder": 1}
