@@ -154,7 +154,7 @@ def test_a_run_cut_off_goes_on_to_the_same_weights_and_a_finished_one_is_not_run
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("words", [["--seed=1"], ["--data.mixture=coco"]])
+@pytest.mark.parametrize("words", [["--seed=1"], ["--data.mixture=coco"], ["--data.pretrain_mixture=coco"]])
 def test_a_run_does_not_go_on_with_other_records(
     words: list[str],
     pictures: Path,

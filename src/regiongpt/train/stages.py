@@ -151,11 +151,14 @@ def _train_on_records(config: TrainConfig) -> Path:
         )
         if mixture
     ]
-    for name, _, mixture in stages:
+    identities: dict[str, str] = {}
+    for number, (name, _, mixture) in enumerate(stages, 1):
         log.info("%s: %s", name, mixture.report())
         if name == "stage1":
             _refuse_text_alone(mixture)
-        _refuse_other_records(Path(config.out) / name, _identity(config, mixture))
+        seen = [each.identity() for _, _, each in stages[:number]]
+        identities[name] = json.dumps({"init": config.model.init, "mixtures": seen}, indent=1)
+        _refuse_other_records(Path(config.out) / name, identities[name])
     keep_freed_memory()
     set_seed(config.seed)
     finished = weights.nano_path() if config.model.init == "nano" else Path(config.model.init)
@@ -171,7 +174,7 @@ def _train_on_records(config: TrainConfig) -> Path:
             dataset = RecordDataset(mixture, processor, items, longest)
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
             log.info("%s: %d conversations, %.2f M trainable parameters", name, items, learning / 1e6)
-            _note(folder.parent, _identity(config, mixture))
+            _note(folder.parent, identities[name])
             run_stage(name, model, dataset, RecordCollate(processor), answer_loss, stage, folder.parent, config.seed)
             _save(folder, model, processor)
         finished = folder
@@ -186,10 +189,6 @@ def _refuse_text_alone(mixture: Mixture) -> None:
                 f"{part.records.folder}: expected an image in every record, since the language model is frozen in "
                 f"stage 1, got {count} of {len(part.records)} without one; leave the part to stage 2"
             )
-
-
-def _identity(config: TrainConfig, mixture: Mixture) -> str:
-    return json.dumps({"init": config.model.init, **mixture.identity()}, indent=1)
 
 
 def _refuse_other_records(folder: Path, identity: str) -> None:
