@@ -61,7 +61,7 @@ def pieces(encoded: Mapping[str, Any], processor: "RegionGPTProcessor") -> list[
     regions = iter(encoded["region_ids"].tolist())
     found: list[Piece] = []
     waiting: list[int] = []
-    before: list[int] = []  # the last token: some tokenizers write the blank before a word only behind another
+    before: list[int] = []  # the last piece: some tokenizers write the blank before a word only behind another
     for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
         target = label == token
         if token == processor.image_token_id:
@@ -84,7 +84,7 @@ def pieces(encoded: Mapping[str, Any], processor: "RegionGPTProcessor") -> list[
                 continue
             found.append(Piece(text=text, target=target, count=len(waiting), ids=tuple(waiting)))
             waiting = []
-        before = [token]
+        before = list(found[-1].ids)
     return found
 
 

@@ -146,7 +146,8 @@ def _target_faults(record: Record, processor: "RegionGPTProcessor", index: int) 
         yield "no target", str(error)
         return
     # The end of the turn is a target of every answer; a model that learns it alone learns to say nothing.
-    if not any(label >= 0 and label not in processor.stop_token_ids for label in labels):
+    words = [label for label in labels if label >= 0 and label not in processor.stop_token_ids]
+    if not processor.tokenizer.decode(words).strip():
         yield "no target", "expected at least one word to be learnt, got answers without any; write them in words"
 
 

@@ -1,0 +1,546 @@
+"""What records hold is counted exactly, every fault of a folder is told, and a person sees what a model is taught."""
+
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
+
+from regiongpt import cli
+from regiongpt.data import gallery, inspection
+from regiongpt.data.progress import Meter, track
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import MANIFEST, REJECTS, RecordSet, Rejects, file_identity, schema, write_records
+from regiongpt.data.statistics import SHARE_EDGES, Statistics, as_text, coarse_shares, plot, statistics
+from regiongpt.errors import CheckpointError, ConfigError, DataError
+from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
+from regiongpt.prompts import CHAT_TEMPLATES, NO_MATCH
+from regiongpt.regions import Region
+
+WIDTH, HEIGHT = 200, 100
+
+
+def region(shape: Region, category: str = "") -> RecordRegion:
+    return RecordRegion(region=shape, category=category)
+
+
+def record(name: str, regions: list[RecordRegion], turns: list[Turn], image: str = "a.png") -> Record:
+    size = (WIDTH, HEIGHT) if image else (0, 0)
+    return Record(
+        id=f"hand/{name}",
+        source="hand",
+        image=image,
+        width=size[0],
+        height=size[1],
+        regions=tuple(regions),
+        turns=tuple(turns),
+    )
+
+
+def classify(number: int, answer: str) -> Turn:
+    return Turn(task="classify", answer=answer, regions=(number,), label_set="COCO-80", guided=True)
+
+
+CAT, DOG = region(Region.box(0, 0, 20, 10), "cat"), region(Region.box(100, 0, 200, 100), "dog")
+MASK = region(Region.rle({"size": [HEIGHT, WIDTH], "counts": [0, 50, HEIGHT * WIDTH - 50]}), "dog")
+TALK = Turn(
+    task="chat", question="How does <region1> relate to <region2>?", answer="It is left of it.\n\nNaïve 日本 🙂."
+)
+RECORDS = [
+    record("two", [CAT, DOG], [classify(1, "cat"), classify(2, "dog")]),
+    record("talk", [CAT, MASK], [TALK], image="b.png"),
+    record(
+        "which",
+        [CAT, DOG],
+        [Turn(task="locate", answer=NO_MATCH, regions=(1, 2), expression="a bird", guided=True)],
+    ),
+    record("text", [], [Turn(task="chat", question="Hi?", answer="A \x1b[31m<b>red</b> day.")], image=""),
+]
+
+
+def write(folder: Path, records: list[Record], images: Path) -> Path:
+    rejects = Rejects(folder.parent / f"{folder.name}.jsonl")
+    rejects.add("box without size", "instances.json", 7, "expected a width")
+    write_records(folder, records, rejects, source="hand", images=str(images), inputs=[], arguments={})
+    rejects.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    for name, level in (("a.png", 90), ("b.png", 200)):
+        pixels = np.stack([np.full_like(rows, level), columns, 2 * rows], axis=-1)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("records") / "good", RECORDS, images)
+
+
+@pytest.fixture(scope="module")
+def processor() -> RegionGPTProcessor:
+    return inspection.load_processor()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main(["inspect", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_the_statistics_are_those_counted_by_hand(folder: Path):
+    counted = statistics(RecordSet(folder))
+    assert (counted.source, counted.records, counted.images, counted.regions, counted.turns) == ("hand", 4, 2, 6, 5)
+    assert counted.categories == {"cat": 3, "dog": 3}
+    assert counted.kinds == {"box": 5, "rle": 1}
+    assert {name: (task.turns, task.guided, task.regions) for name, task in counted.tasks.items()} == {
+        "classify": (2, 2, 2),
+        "chat": (2, 0, 2),
+        "locate": (1, 1, 2),
+    }
+    assert counted.tasks["chat"].words == {8: 1, 3: 1}
+    assert counted.average_words == (1 + 1 + 8 + 3 + 4) / 5
+    # 200 of 20,000 pixels thrice, half the image twice, 50 pixels once.
+    assert dict(coarse_shares(counted)) == {
+        "under 0.01 %": 0,
+        "0.01 to 0.1 %": 0,
+        "0.1 to 1 %": 1,
+        "1 to 10 %": 3,
+        "10 to 100 %": 2,
+    }
+    assert counted.sizes == [4, 0, 2]
+    assert counted.rejects == {"box without size": 1}
+    assert json.loads(json.dumps(counted.as_dict()))["tasks"]["locate"]["average_words"] == 4
+
+
+def test_areas_at_the_bounds_of_the_histogram():
+    counted = Statistics(source="hand")
+    shapes = [Region.box(0, 0, 1, 1), Region.box(0, 0, 10, 10), Region.box(0, 0, 1000, 1000), Region.box(-9, -9, 1, 1)]
+    turn = Turn(task="image_caption", answer="x")
+    counted.add(replace(record("areas", [region(s) for s in shapes], [turn]), width=1000, height=1000))
+    assert sum(counted.shares) == 4
+    assert counted.shares[0] == 2, "a millionth of the image is below the first bound"
+    assert counted.shares[5] == 1, "a bound belongs to the bin above it"
+    assert SHARE_EDGES[4] == pytest.approx(1e-4)
+    assert counted.shares[-1] == 1, "the whole image is in the last bin"
+
+
+def test_a_region_outside_its_image_is_counted_apart():
+    counted = Statistics(source="hand")
+    counted.add(record("out", [region(Region.box(900, 900, 999, 999))], [classify(1, "cat")]))
+    assert (counted.regions, counted.unmeasured, sum(counted.shares)) == (1, 1, 0)
+    assert re.search(r"no area +1", as_text(counted))
+
+
+def test_the_table_is_like_the_papers(folder: Path, run):
+    code, out, err = run(folder)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert re.split(" {2,}", lines[0])[1:4] == ["images", "regions", "average words"]
+    assert re.split(" {2,}", lines[1]) == ["hand", "2", "6", "3.40", "2", "4", "5"]
+    assert re.search(r"^box without size +1$", out, re.MULTILINE)
+    assert re.search(r"^locate +1 +1 +2 +4.00$", out, re.MULTILINE)
+
+
+def test_many_categories_are_summed_up():
+    counted = Statistics(source="hand")
+    for number in range(1, 31):
+        counted.categories[f"kind {number:02d}"] = number
+    text = as_text(counted)
+    assert "kind 30" in text
+    assert "kind 10" not in text
+    assert "of 30: the rarest 1, half of them up to 16" in text
+
+
+@pytest.mark.parametrize("name", ["plot.png", "plot.svg"])
+def test_the_plot(folder: Path, tmp_path: Path, run, name: str):
+    path = tmp_path / name
+    code, out, _ = run(folder, "--plot", path)
+    assert code == 0
+    assert str(path) in out
+    if path.suffix == ".png":
+        with Image.open(path) as picture:
+            assert min(picture.size) > 900
+            assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
+    else:
+        assert "<svg" in path.read_text()
+
+
+def test_a_plot_of_records_without_regions(images: Path, tmp_path: Path):
+    counted = statistics(RecordSet(write(tmp_path / "text", RECORDS[3:], images)))
+    plot(counted, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    with pytest.raises(ConfigError, match=r"plot\.xyz"):
+        plot(counted, tmp_path / "plot.xyz")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Check
+
+
+def put(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Replaces the rows of a folder behind the back of the checks that writing makes."""
+    path = folder / "records-00000.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema()), path)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["shards"] = [{"file": path.name, "records": len(rows), "sha256": file_identity(path)["sha256"]}]
+    manifest["counts"]["records"] = len(rows)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "region outside": ({"regions": [region(Region.box(900, 0, 990, 9)), DOG]}, "region that makes no sense"),
+    "mask of another size": (
+        {"regions": [region(Region.rle({"size": [9, 9], "counts": [40, 9, 32]})), DOG]},
+        "region that makes no sense",
+    ),
+    "too few regions": ({"regions": [CAT]}, "placeholder without its region"),
+    "malformed placeholder": (
+        {"turns": [Turn(task="chat", question="What is <regionx>?", answer="A cat.")]},
+        "placeholder without its region",
+    ),
+    "placeholder in the answer": (
+        {"turns": [Turn(task="chat", question="Which?", answer="<region3>")]},
+        "placeholder without its region",
+    ),
+    "no answer": ({"turns": [classify(1, " ")]}, "answer that is empty"),
+    "no expression": (
+        {"turns": [Turn(task="locate", answer="Region [1]", regions=(1, 2))]},
+        "question that cannot be worded",
+    ),
+    "unknown task": ({"turns": [Turn(task="dance", answer="x")]}, "question that cannot be worded"),
+    "no turns": ({"turns": []}, "no turns"),
+    "no image for the regions": ({"image": "", "width": 0, "height": 0}, "regions without an image"),
+    "missing image": ({"image": "none.png"}, "image file missing"),
+    "unreadable image": ({"image": "torn.png"}, "unreadable image"),
+    "image of another size": ({"height": 99}, "image of another size"),
+}
+
+
+def test_good_records_have_no_fault(folder: Path, run):
+    code, out, err = run(folder, "--check")
+    assert (code, err) == (0, "")
+    assert out == "4 records checked: every one can be taught\n"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_every_fault_is_told_by_id_and_kind(name: str, images: Path, tmp_path: Path, processor: RegionGPTProcessor):
+    changes, kind = BROKEN[name]
+    whole = (images / "a.png").read_bytes()
+    (images / "torn.png").write_bytes(whole[: len(whole) // 2])
+    made = write(tmp_path / "records", RECORDS, images)
+    bad = replace(RECORDS[0], id="hand/bad", **{key: _tuple(value) for key, value in changes.items()})
+    put(made, [each.row() for each in (RECORDS[0], bad, *RECORDS[1:])])
+    faults = list(inspection.check(RecordSet(made), processor))
+    assert {fault.record for fault in faults} == {"hand/bad"}
+    assert kind in {fault.kind for fault in faults}
+    assert all(fault.reason for fault in faults)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def test_a_row_that_is_no_record_and_one_that_comes_twice(images: Path, tmp_path: Path, run):
+    made = write(tmp_path / "records", RECORDS, images)
+    odd = RECORDS[0].row() | {"id": "hand/odd"}
+    odd["regions"] = [{**odd["regions"][0], "kind": "blob"}]
+    put(made, [RECORDS[0].row(), odd, RECORDS[1].row(), RECORDS[1].row()])
+    code, out, _ = run(made, "--check")
+    assert code == 1
+    lines = out.splitlines()
+    assert lines[0].startswith("hand/odd: row that is not a record: ")
+    assert lines[1].startswith("hand/talk: duplicate id: ")
+    assert lines[2] == "4 records checked: 2 faulty"
+    code, out, _ = run(made, "--check", "--json")
+    told = json.loads(out)["check"]
+    assert (code, told["faulty"], told["kinds"]) == (1, 2, {"row that is not a record": 1, "duplicate id": 1})
+    assert [fault["record"] for fault in told["faults"]] == ["hand/odd", "hand/talk"]
+
+
+def test_a_shard_that_was_changed_is_a_fault(images: Path, tmp_path: Path, processor: RegionGPTProcessor):
+    made = write(tmp_path / "records", RECORDS, images)
+    manifest = (made / MANIFEST).read_text()
+    put(made, [each.row() for each in RECORDS])
+    (made / MANIFEST).write_text(manifest.replace('"sha256": "', '"sha256": "0'))
+    (fault,) = inspection.check(RecordSet(made), processor)
+    assert (fault.record, fault.kind) == ("records-00000.parquet", "shard of other content")
+
+
+def test_an_answer_without_a_word_leaves_no_target(images: Path, tmp_path: Path):
+    silent = replace(RECORDS[0], turns=(Turn(task="chat", question="Which of them?", answer="<region1>"),))
+    made = write(tmp_path / "records", [silent], images)
+    # Where a region is read as its embedding alone, nothing but the end of the turn is left to be learnt.
+    (fault,) = inspection.check(RecordSet(made), metaspace("vicuna_v1"))
+    assert (fault.record, fault.kind) == ("hand/two", "no target")
+
+
+def test_moved_images(folder: Path, images: Path, tmp_path: Path, run):
+    elsewhere = tmp_path / "moved"
+    elsewhere.mkdir()
+    assert run(folder, "--check", "--images", elsewhere)[0] == 1
+    for name in ("a.png", "b.png"):
+        (elsewhere / name).write_bytes((images / name).read_bytes())
+    assert run(folder, "--check", "--images", elsewhere)[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One record
+
+
+def test_a_record_is_found_by_place_and_by_id(folder: Path):
+    records = RecordSet(folder)
+    assert [inspection.find(records, which) for which in ("0", "3", "hand/talk")] == [0, 3, 1]
+    for which in ("4", "hand/nobody"):
+        with pytest.raises(DataError, match=which):
+            inspection.find(records, which)
+
+
+def test_what_is_said_is_what_is_taught(folder: Path):
+    records = RecordSet(folder)
+    for index in range(len(records)):
+        for epoch in range(3):
+            messages = records[index].messages(5, epoch, index)
+            dialogue = inspection.said(records[index], 5, epoch, index)
+            flat = [text for turn in dialogue for text in turn]
+            assert [message["content"].removeprefix("<image>\n") for message in messages] == flat
+
+
+def test_a_record_is_drawn_on_its_image(folder: Path, images: Path, tmp_path: Path, run):
+    code, out, _ = run(folder, "--record", "hand/two", "--picture", tmp_path / "out.png")
+    assert code == 0
+    assert "out.png" in out
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width == 640
+        assert picture.height > 320, "beneath the photograph stand categories and the dialogue"
+    with pytest.raises(DataError, match="image"):
+        inspection.draw_record(RECORDS[3], None)
+    with pytest.raises(DataError, match="100 x 100"):
+        inspection.draw_record(replace(RECORDS[0], width=100), images / "a.png")
+    many = [("What is this?", "A cat.")] * 40
+    tall = inspection.draw_record(RECORDS[0], images / "a.png", many)
+    assert tall.height < 320 + 40 * 40, "not every one of forty turns is written"
+
+
+def metaspace(family: str) -> RegionGPTProcessor:
+    """A tokenizer of Llama's kind: a blank is part of the word behind it, and is lost where a text begins with it."""
+    spelt = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    merges = [("▁", letter) for letter in "acitW"]
+    vocabulary = {token: number for number, token in enumerate([*spelt, *map("".join, merges)])}
+    words = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    prepare_tokenizer(tokenizer, family)
+    pixels = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    return RegionGPTProcessor(pixels, tokenizer, 16, 4, [8, 8], chat_template=family)
+
+
+def byte_level(family: str) -> RegionGPTProcessor:
+    """A tokenizer of the shipped model's kind: what no token spells is spelt by bytes."""
+    processor = inspection.load_processor()
+    prepare_tokenizer(processor.tokenizer, family)
+    return RegionGPTProcessor(processor.image_processor, processor.tokenizer, chat_template=family)
+
+
+@pytest.mark.parametrize("family", CHAT_TEMPLATES)
+@pytest.mark.parametrize("make", [byte_level, metaspace])
+def test_tokens_spell_the_conversation_and_the_marked_ones_its_answers(family: str, make):
+    processor = make(family)
+    for index, each in enumerate(RECORDS):
+        encoded = inspection.encode(each, processor, 0, 0, index)
+        shown = gallery.pieces(encoded, processor)
+        assert sum(piece.count for piece in shown) == len(encoded["input_ids"])
+        total, learnt = gallery.target_count(shown)
+        assert (total, learnt) == (len(encoded["labels"]), int((encoded["labels"] >= 0).sum()))
+        text = "".join(piece.text for piece in shown)
+        for question, answer in inspection.said(each, 0, 0, index):
+            assert question in text
+            assert answer in text
+        # Between two questions, what is marked is the answer with at most blanks and the end of its turn.
+        runs = re.findall("⟦(.*?)⟧", gallery.terminal(shown, colour=False), re.DOTALL)
+        ends = "|".join(re.escape(piece.text) for piece in shown if piece.kind == "special")
+        plain = [re.sub(ends, "", run).strip() for run in runs]
+        answers = [answer for _, answer in inspection.said(each, 0, 0, index)]
+        assert plain == [answer.replace("\x1b", "\\x1b") for answer in answers]
+
+
+def test_the_terminal_sees_no_control_character_of_the_data(folder: Path, run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    code, out, _ = run(folder, "--record", "hand/text")
+    assert code == 0
+    assert "\x1b" not in out
+    assert r"⟦A \x1b[31m<b>red</b> day.</s>⟧" in out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, out, _ = run(folder, "--record", "hand/text")
+    assert "\x1b[31m" not in out
+    assert "\x1b[1;32m" in out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in run(folder, "--record", "hand/text")[1]
+
+
+def test_one_record_as_json(folder: Path, run):
+    code, out, _ = run(folder, "--record", "1", "--json")
+    told = json.loads(out)["record"]
+    assert (code, told["id"], told["index"]) == (0, "hand/talk", 1)
+    assert told["messages"][1]["content"] == TALK.answer
+    learnt = "".join(token["text"] for token in told["tokens"] if token["learnt"])
+    assert learnt.removesuffix("</s>").strip() == TALK.answer
+
+
+def test_the_wording_changes_with_seed_and_epoch(folder: Path, run):
+    shown = {run(folder, "--record", "0", "--epoch", epoch, "--seed", 1)[1] for epoch in range(4)}
+    assert len(shown) > 1
+    assert run(folder, "--record", "0", "--epoch", 2)[1] == run(folder, "--record", "0", "--epoch", 2)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def test_the_gallery_needs_no_other_file(folder: Path, tmp_path: Path, run):
+    path = tmp_path / "page.html"
+    code, out, _ = run(folder, "--html", path)
+    assert code == 0
+    assert "page of 4 records" in out
+    page = path.read_text(encoding="utf-8")
+    assert not re.findall(r"https?://|<script|<link", page)
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert page.count("<article>") == 4
+    assert "<b>red</b>" not in page, "words of the data are no markup"
+    assert "&lt;b&gt;red&lt;/b&gt;" in page
+    assert page.count('class="chip"') > 10
+    assert "box without size" in page
+    assert run(folder, "--html", path, "--count", 2)[0] == 0
+    assert path.read_text(encoding="utf-8").count("<article>") == 2
+    assert run(folder, "--html", path, "--record", "hand/which")[0] == 0
+    assert path.read_text(encoding="utf-8").count("<article>") == 1
+
+
+def test_the_gallery_shows_faulty_records_with_the_reason(images: Path, tmp_path: Path, processor: RegionGPTProcessor):
+    made = write(tmp_path / "records", RECORDS, images)
+    odd = RECORDS[0].row()
+    odd["regions"] = [{**odd["regions"][0], "kind": "blob"}]
+    lost = replace(RECORDS[0], image="none.png")
+    silent = replace(RECORDS[0], turns=(classify(1, ""),))
+    unworded = replace(RECORDS[0], turns=(Turn(task="locate", answer="Region [1]", regions=(1,)),))
+    put(made, [odd, *(each.row() for each in (lost, silent, unworded))])
+    page = gallery.gallery(RecordSet(made), range(4), processor)
+    assert page.count('class="fault"') == 4
+    assert "blob" in page
+    assert "none.png" in page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input, progress
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--picture", "x.png"], ["--picture", "--record"]),
+        (["--count", "3"], ["--count", "--html"]),
+        (["--count", "0", "--html", "x.html"], ["--count", "at least 1"]),
+        (["--count", "3", "--html", "x.html", "--record", "0"], ["--count", "--record"]),
+        (["--seed", "1"], ["--seed", "--record"]),
+        (["--epoch", "1", "--check"], ["--epoch", "--record"]),
+        (["--epoch", "-1", "--record", "0"], ["--epoch", "-1"]),
+        (["--model", "nano"], ["--model", "--check"]),
+        (["--images", "."], ["--images", "--check"]),
+        (["--record", "99"], ["from 0 to 3", "99"]),
+        (["--record", "hand/none"], ["hand/none"]),
+        (["--record", "hand/text", "--picture", "x.png"], ["hand/text", "text alone"]),
+        (["--record", "0", "--picture", "nowhere/x.png"], ["--picture", "nowhere/x.png"]),
+        (["--record", "0", "--picture", "x.xyz"], ["--picture", "x.xyz"]),
+        (["--plot", "nowhere/x.png"], ["--plot", "nowhere"]),
+        (["--html", "."], ["--html"]),
+        (["--check", "--model", "nowhere"], ["nowhere", "processor_config.json"]),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(
+    folder: Path, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(folder, *arguments)
+    assert code == 2
+    assert err.startswith("regiongpt: error: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def test_a_folder_without_a_finished_conversion(tmp_path: Path, run):
+    code, _, err = run(tmp_path)
+    assert code == 2
+    assert MANIFEST in err
+
+
+def test_a_checkpoint_without_a_processor(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        inspection.load_processor(tmp_path)
+    (tmp_path / "processor_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        inspection.load_processor(tmp_path)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_has_a_rate_and_the_time_left():
+    stream = Terminal()
+    with Meter("work", "images", stream=stream) as meter:
+        for number in meter.watch(track(range(100), 100)):
+            if number == 50:
+                assert re.fullmatch(r"work: 50 images, [\d,.]+ a second, 50% done, \d+:\d\d left", meter.line())
+    assert stream.getvalue().endswith("\r\x1b[K"), "the line is wiped when the work is done"
+
+
+def test_progress_knows_how_far_a_file_is_read(tmp_path: Path):
+    path = tmp_path / "big.json"
+    path.write_bytes(bytes(1 << 20))
+    with Meter("work", files=[path], stream=io.StringIO()) as meter, path.open("rb", buffering=0) as file:
+        assert meter.line() == "work: reading"
+        file.read(1 << 18)
+        assert re.fullmatch(r"work: 25% done, \d+:\d\d left", meter.line())
+
+
+def test_progress_is_plain_lines_where_nobody_watches():
+    stream = io.StringIO()
+    with Meter("work", stream=stream, seconds=0.01) as meter:
+        for _ in meter.watch(track(range(3), 3)):
+            meter._stop.wait(0.05)
+    lines = stream.getvalue().splitlines()
+    assert lines
+    assert all(line.startswith("work") and "\x1b" not in line for line in lines)
+
+
+def test_tracking_without_a_meter_changes_nothing():
+    assert list(track(iter("abc"), 3)) == ["a", "b", "c"]
+    assert REJECTS == "rejects.jsonl"
