@@ -18,16 +18,17 @@ class Fault(NamedTuple):
 
 
 def check_image(path: Path, width: int | None = None, height: int | None = None) -> Fault | None:
-    """What is wrong with the image of a record, None if nothing is; cached, so each image is opened once.
+    """What is wrong with the image of a record, None if nothing is; a good image is opened once.
 
     Args:
         path: Of the image file.
         width: That the annotations state, in pixels; None where they state none.
         height: Likewise.
     """
-    found = _measured(Path(path))
-    if isinstance(found, Fault):
-        return found
+    try:
+        found = _measured(Path(path))
+    except _UnusableError as error:
+        return error.fault
     if width is not None and height is not None and found != (width, height):
         return Fault(
             "image of another size",
@@ -42,14 +43,22 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         DataError: There is no such file, or it is not an image.
     """
-    found = _measured(Path(path))
-    if isinstance(found, Fault):
-        raise DataError(f"{found.reason}; fetch it, or check the folder of images")
-    return found
+    try:
+        return _measured(Path(path))
+    except _UnusableError as error:
+        raise DataError(f"{error.fault.reason}; fetch it, or check the folder of images") from None
+
+
+class _UnusableError(Exception):
+    """A fault that is raised and so not cached: the file may come to be there."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.reason)
+        self.fault = fault
 
 
 @lru_cache(maxsize=1 << 16)
-def _measured(path: Path) -> tuple[int, int] | Fault:
+def _measured(path: Path) -> tuple[int, int]:
     from PIL import Image
 
     try:
@@ -60,7 +69,8 @@ def _measured(path: Path) -> tuple[int, int] | Fault:
             sideways = tagged and image.getexif().get(_ORIENTATION) in _SIDEWAYS
             return (height, width) if sideways else (width, height)
     except (FileNotFoundError, NotADirectoryError):
-        return Fault("image file missing", f"expected an image at {path}, found none")
+        fault = Fault("image file missing", f"expected an image at {path}, found none")
     except Exception as error:  # header parsers raise nearly every built-in exception on broken data
         reason = " ".join(str(error).split()) or type(error).__name__
-        return Fault("unreadable image", f"expected an image at {path}, got a file that PIL cannot open ({reason})")
+        fault = Fault("unreadable image", f"expected an image at {path}, got a file that PIL cannot open ({reason})")
+    raise _UnusableError(fault)
