@@ -1,0 +1,325 @@
+"""Records and shards: every kind of region comes back, the same records give the same bytes, nothing half-written."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regiongpt.data.records import Record, RecordRegion, Turn, region_of_row, region_row
+from regiongpt.data.shards import MANIFEST, REJECTS, Manifest, RecordSet, Rejects, file_identity, write_records
+from regiongpt.errors import DataError, RegionError
+from regiongpt.prompts import QUESTIONS
+from regiongpt.regions import Region
+
+pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+pytest.importorskip("datasets", reason="datasets is not installed")
+
+WIDTH, HEIGHT = 12, 9
+x, y = st.floats(0, WIDTH), st.floats(0, HEIGHT)
+points = st.tuples(x, y).map(list)
+strokes = st.none() | st.floats(0.5, 9)
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> np.ndarray:
+    flat = draw(st.lists(st.booleans(), min_size=WIDTH * HEIGHT, max_size=WIDTH * HEIGHT))
+    pixels = np.array(flat).reshape(HEIGHT, WIDTH)
+    pixels[draw(st.integers(0, HEIGHT - 1)), draw(st.integers(0, WIDTH - 1))] = True
+    return pixels
+
+
+regions = st.one_of(
+    st.builds(
+        lambda x0, y0, w, h: Region.box(x0, y0, x0 + w, y0 + h),
+        st.floats(0, WIDTH - 1),
+        st.floats(0, HEIGHT - 1),
+        st.floats(0.1, 20),
+        st.floats(0.1, 20),
+    ),
+    masks().map(Region.mask),
+    masks().map(lambda mask: Region.rle(Region.mask(mask).to_dict()["mask"])),
+    st.lists(st.lists(points, min_size=3, max_size=6), min_size=1, max_size=3).map(Region.polygon),
+    st.builds(Region.point, x, y, strokes),
+    st.builds(Region.scribble, st.lists(points, min_size=1, max_size=5), strokes),
+)
+
+
+def record(number: int, *given: Region, **changed: object) -> Record:
+    parts: dict = {
+        "id": f"test/{number}",
+        "source": "test",
+        "image": f"{number % 7}.jpg",
+        "width": WIDTH,
+        "height": HEIGHT,
+        "regions": tuple(RecordRegion(region=each, category="dog", source_id=str(number)) for each in given),
+        "turns": (Turn(task="image_caption", answer=f"A dog, {number} é."),),
+    }
+    return Record(**{**parts, **changed})
+
+
+def save(out: Path, records: object, rejects: Rejects | None = None, **more: object) -> Manifest:
+    given = {"source": "test", "images": "photos", "inputs": [], "arguments": {"seed": 0}}
+    return write_records(out, records, rejects or Rejects(), **{**given, **more})  # type: ignore[arg-type]
+
+
+def some(count: int) -> list[Record]:
+    return [record(k, Region.box(0, 0, 1 + k % 9, 2), Region.point(3, 3)) for k in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schema
+
+
+@given(regions)
+@settings(max_examples=150, deadline=None)
+def test_every_kind_of_region_survives_a_row(region):
+    row = region_row(region)
+    json.dumps(row, allow_nan=False)
+    assert region_of_row(row) == region
+
+
+@given(st.lists(regions, max_size=6))
+@settings(max_examples=15, deadline=None)
+def test_every_kind_of_region_survives_a_shard(tmp_path_factory, given):
+    out = tmp_path_factory.mktemp("records")
+    turns = tuple(Turn(task="caption", regions=(n,), answer="a dog") for n in range(1, len(given) + 1))
+    written = record(0, *given, **({"turns": turns} if turns else {}))
+    try:
+        written.check()
+    except RegionError:  # a polygon on one line
+        return
+    save(out, [written])
+    (read,) = RecordSet(out)
+    assert read == written
+
+
+def test_every_field_of_a_turn_survives(tmp_path):
+    turns = (
+        Turn(task="classify", answer="dog", regions=(1,), label_set="COCO-80", guided=True),
+        Turn(task="locate", answer="Region [2]", regions=(1, 2), expression="the dog", guided=True),
+        Turn(task="relation", answer="beside <region2>", regions=(1, 2)),
+        Turn(task="presence", answer="Yes.", category="dog"),
+        Turn(task="chat", answer="Yes.", question="Is <region1> a dog?"),
+    )
+    written = record(0, Region.box(0, 0, 4, 4), Region.box(1, 1, 4, 4), turns=turns)
+    save(tmp_path, [written])
+    (read,) = RecordSet(tmp_path)
+    assert read == written
+    assert (read.task, record(0).task) == ("mixed", "image_caption")
+
+
+def test_wordings_are_drawn_from_seed_epoch_and_index():
+    asked = record(
+        0, Region.box(0, 0, 4, 4), turns=tuple(Turn(task="caption", regions=(1,), answer="a") for _ in "123")
+    )
+    first = asked.messages(0, 0, 0)
+    assert first == asked.messages(0, 0, 0)
+    assert first[0]["content"].startswith("<image>\n")
+    assert [said["role"] for said in first] == ["user", "assistant"] * 3
+    others = [asked.messages(*place) for place in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert all(other != first for other in others)
+    seen = {asked.messages(0, epoch, 0)[2]["content"] for epoch in range(120)}
+    assert seen == {question.format(regions="<region1>") for question in QUESTIONS["caption"]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"turns": ()}, "at least one turn"),
+        ({"image": ""}, "image for the 1 region"),
+        ({"width": 0}, "image's size"),
+        ({"turns": (Turn(task="caption", regions=(1,), answer=" "),)}, "answer"),
+        ({"turns": (Turn(task="caption", regions=(2,), answer="a"),)}, "region2"),
+        ({"turns": (Turn(task="caption", answer="a"),)}, "needs 1 region"),
+        ({"turns": (Turn(task="locate", regions=(1,), answer="a"),)}, "expression"),
+    ],
+)
+def test_a_record_that_teaches_nothing_is_told(changed, message):
+    with pytest.raises((DataError, RegionError), match=message):
+        record(0, Region.box(0, 0, 4, 4), **changed).check()
+
+
+def test_a_row_of_another_schema_is_told():
+    row = record(0, Region.box(0, 0, 4, 4)).row()
+    for broken in (
+        {},
+        {**row, "turns": [{"task": "chat"}]},
+        {**row, "regions": [{**row["regions"][0], "kind": "oval"}]},
+    ):
+        with pytest.raises(DataError, match="schema version 1"):
+            Record.from_row(broken)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    first, second = (
+        save(tmp_path / "a", some(50), records_per_shard=20),
+        save(tmp_path / "b", iter(some(50)), records_per_shard=20),
+    )
+    assert first == second
+    assert [shard["records"] for shard in first.shards] == [20, 20, 10]
+    for shard in first.shards:
+        assert (tmp_path / "a" / shard["file"]).read_bytes() == (tmp_path / "b" / shard["file"]).read_bytes()
+        assert file_identity(tmp_path / "a" / shard["file"])["sha256"] == shard["sha256"]
+    assert first.counts == {"images": 7, "records": 50, "regions": 100, "task:image_caption": 50, "turns": 50}
+
+
+def test_records_are_read_by_index_and_in_order(tmp_path):
+    written = some(45)
+    save(tmp_path, written, records_per_shard=20)
+    read = RecordSet(tmp_path)
+    assert len(read) == 45
+    assert [read[k] for k in (44, 0, 21)] == [written[k] for k in (44, 0, 21)]
+    assert list(read) == written
+    assert read.image_path(read[3]) == tmp_path / "photos" / "3.jpg"
+    assert RecordSet(tmp_path, images="/elsewhere").image_path(read[3]) == Path("/elsewhere/3.jpg")
+
+
+def test_the_shards_carry_the_schema_for_any_reader_of_parquet(tmp_path):
+    import pyarrow.parquet as pq
+
+    save(tmp_path, some(3))
+    table = pq.read_table(tmp_path / "records-00000.parquet")
+    assert table.schema.metadata[b"regiongpt_schema_version"] == b"1"
+    assert table.column("id").to_pylist() == ["test/0", "test/1", "test/2"]
+
+
+def test_what_cannot_be_learnt_is_left_out_and_counted(tmp_path):
+    good = record(1, Region.box(0, 0, 4, 4))
+    outside = record(2, Region.box(50, 0, 60, 4))
+    mute = record(3, turns=())
+    rejects = Rejects(tmp_path / REJECTS)
+    manifest = save(tmp_path, [good, outside, mute, good], rejects)
+    rejects.close()
+    expected = {"duplicate id": 1, "record without a lesson": 1, "region that makes no sense": 1}
+    assert manifest.rejects == dict(rejects.counts) == expected
+    lines = [json.loads(line) for line in (tmp_path / REJECTS).read_text().splitlines()]
+    assert [(line["kind"], line["record"]) for line in lines] == [
+        ("region that makes no sense", "test/2"),
+        ("record without a lesson", "test/3"),
+        ("duplicate id", "test/1"),
+    ]
+    assert list(RecordSet(tmp_path)) == [good]
+    assert rejects.summary() == ("3 left out: 1 duplicate id, 1 record without a lesson, 1 region that makes no sense")
+    with pytest.raises(DataError, match=r"record test/2: region that makes no sense"):
+        save(tmp_path, [good, outside], Rejects(strict=True))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests_records import record, save, some, Region
+def endless():
+    number = 0
+    while True:
+        yield record(number, Region.box(0, 0, 4, 4))
+        number += 1
+        if number == 50:
+            print("written", flush=True)
+save(Path(sys.argv[1]), endless(), records_per_shard=20)
+"""
+
+
+def test_a_killed_run_leaves_nothing_that_is_read_and_the_next_completes_it(tmp_path):
+    out = tmp_path / "records"
+    code = textwrap.dedent(KILLED).replace("tests_records", Path(__file__).stem)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == b"written\n"
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert (out / "records-00001.parquet").exists()
+    with pytest.raises(DataError, match="run `regiongpt convert` to its end"):
+        RecordSet(out)
+
+    written = some(15)
+    save(out, written, records_per_shard=20)
+    assert sorted(each.name for each in out.glob("*.*")) == [MANIFEST, "records-00000.parquet"]
+    assert list(RecordSet(out)) == written
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    import pyarrow.parquet as pq
+
+    real = pq.write_table
+    calls = []
+
+    def full(table: object, path: Path, **options: object) -> None:
+        real(table, path, **options)
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(DataError, match=r"No space left on device.*run the same command again"):
+        save(tmp_path, some(50), records_per_shard=20)
+    assert [each.name for each in tmp_path.iterdir()] == ["records-00000.parquet"]
+    with pytest.raises(DataError, match="to its end"):
+        RecordSet(tmp_path)
+    monkeypatch.undo()
+    save(tmp_path, some(50), records_per_shard=20)
+    assert len(RecordSet(tmp_path)) == 50
+
+
+def test_a_fault_of_the_source_leaves_no_manifest(tmp_path):
+    def broken() -> Iterator[Record]:
+        yield from some(30)
+        raise DataError("the source ends here")
+
+    save(tmp_path, some(10))
+    with pytest.raises(DataError, match="ends here"):
+        save(tmp_path, broken(), records_per_shard=20)
+    with pytest.raises(DataError, match="to its end"):
+        RecordSet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected a manifest of records"),
+        ("[]", "expected a manifest of records"),
+        ('{"schema_version": 1}', "expected a manifest of records"),
+        ('{"schema_version": 1, "colour": 2}', "expected a manifest of records"),
+        (
+            '{"schema_version": 2, "source": "a", "arguments": {}, "inputs": [], "images": "i"}',
+            "schema version 1, got 2",
+        ),
+        (
+            '{"schema_version": 1, "source": "a", "arguments": {}, "inputs": [], "images": "i"}',
+            f"kept none; see its {REJECTS}",
+        ),
+    ],
+)
+def test_a_manifest_that_is_none_is_told(tmp_path, content, message):
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(DataError, match=message):
+        RecordSet(tmp_path)
+
+
+def test_shards_that_do_not_fit_the_manifest_are_told(tmp_path):
+    save(tmp_path, some(30), records_per_shard=20)
+    path = tmp_path / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["counts"]["records"] = 31
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="expected 31 records, found 30"):
+        RecordSet(tmp_path)
+    (tmp_path / "records-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"records-00001\.parquet, found none"):
+        RecordSet(tmp_path)
