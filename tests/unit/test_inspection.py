@@ -298,13 +298,25 @@ def test_an_answer_without_a_word_leaves_no_target(images: Path, tmp_path: Path)
     assert (fault.record, fault.kind) == ("hand/two", "no target")
 
 
-def test_moved_images(folder: Path, images: Path, tmp_path: Path, run):
+def test_a_broken_shard_is_one_line(images: Path, tmp_path: Path, run):
+    shard = write(tmp_path / "records", RECORDS, images) / "records-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:2000])
+    code, _, err = run(tmp_path / "records")
+    assert code == 2
+    assert err.startswith("regiongpt: error: ")
+    assert "convert the source again" in err
+    assert err.count("\n") == 1
+
+
+def test_moved_images(folder: Path, images: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch):
     elsewhere = tmp_path / "moved"
     elsewhere.mkdir()
     assert run(folder, "--check", "--images", elsewhere)[0] == 1
     for name in ("a.png", "b.png"):
         (elsewhere / name).write_bytes((images / name).read_bytes())
     assert run(folder, "--check", "--images", elsewhere)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(folder, "--check", "--images", "moved")[0] == 0, "a relative path is that of where one is"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

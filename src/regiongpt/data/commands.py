@@ -154,6 +154,9 @@ def run_inspect(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> in
     # Before the tokenizer's libraries are imported, because some of them speak as they are.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from datasets.utils.logging import CRITICAL, set_verbosity
+
+    set_verbosity(CRITICAL)  # what goes wrong is said once, and on one line
     records = RecordSet(options.folder, options.images)
     found: dict[str, Any] = {}
     if not (options.record or options.check) or options.plot:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -198,8 +199,6 @@ def write_records(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    import regiongpt
-
     counts: Counter[str] = Counter()
     seen_images: set[str] = set()
     seen_ids: set[str] = set()
@@ -222,7 +221,7 @@ def write_records(
         for record in records:
             try:
                 record.check()
-            except (DataError, RegionError) as error:
+            except (ConfigError, DataError, RegionError) as error:  # ConfigError: there is no such task
                 kind = "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson"
                 rejects.add(kind, source, record.id, str(error))
                 continue
@@ -249,7 +248,7 @@ def write_records(
             counts=dict(sorted(counts.items())),
             rejects=dict(sorted(rejects.counts.items())),
             shards=shards,
-            regiongpt_version=regiongpt.__version__,
+            regiongpt_version=version("regiongpt"),
         )
         temporary = out / f"{MANIFEST}.tmp"
         temporary.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -273,17 +272,16 @@ class RecordSet:
         images: Folder of the images, where it is not the one that the manifest names.
 
     Raises:
-        DataError: The folder holds no finished conversion, or a shard is missing or of another length.
+        DataError: The folder holds no finished conversion, or a shard is missing, broken or of another length.
     """
 
     def __init__(self, folder: str | Path, images: str | Path | None = None) -> None:
         from datasets import Dataset, disable_progress_bars
+        from datasets.exceptions import DatasetsError
 
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
-        self.images = Path(images if images is not None else self.manifest.images)
-        if not self.images.is_absolute():
-            self.images = self.folder / self.images
+        self.images = self.folder / self.manifest.images if images is None else Path(images)
         files = [str(self.folder / shard["file"]) for shard in self.manifest.shards]
         if missing := [file for file in files if not Path(file).is_file()]:
             raise DataError(f"{self.folder}: expected the shard {missing[0]}, found none; convert the source again")
@@ -291,7 +289,13 @@ class RecordSet:
             raise DataError(f"{self.folder}: expected records, but the conversion kept none; see its {REJECTS}")
         disable_progress_bars()
         cache = self.folder / ".arrow"
-        self.table: Any = Dataset.from_parquet(files, cache_dir=str(cache))
+        try:
+            self.table: Any = Dataset.from_parquet(files, cache_dir=str(cache))
+        except (OSError, ValueError, DatasetsError) as error:
+            raise DataError(
+                f"{self.folder}: expected shards that can be read, and room and the right to write a copy for memory "
+                f"mapping at {cache}, got {error}; convert the source again, or free some space"
+            ) from error
         expected = self.manifest.counts["records"]
         if len(self.table) != expected:
             raise DataError(
