@@ -107,8 +107,11 @@ class Record:
         tasks = {turn.task for turn in self.turns}
         return tasks.pop() if len(tasks) == 1 else "mixed"
 
-    def check(self) -> None:
+    def check(self, regions: bool = True) -> None:
         """Makes sure that a model can learn from the record.
+
+        Args:
+            regions: Look at the regions too, which costs most of the time; who made them may know that they are sound.
 
         Raises:
             RegionError: A region makes no sense in the image, or a placeholder has no region.
@@ -120,7 +123,7 @@ class Record:
             raise DataError(f"expected an image for the {len(self.regions)} region(s), got none")
         if self.image and (self.width < 1 or self.height < 1):
             raise DataError(f"expected the image's size, got {self.width} x {self.height} (W x H)")
-        for number, each in enumerate(self.regions, 1):
+        for number, each in enumerate(self.regions if regions else (), 1):
             each.region.check(self.width, self.height, f"<region{number}>")
         for number, turn in enumerate(self.turns, 1):
             if not turn.answer.strip():
@@ -187,9 +190,7 @@ class Record:
                 width=row["width"],
                 height=row["height"],
                 regions=tuple(
-                    RecordRegion(
-                        region=region_of_row(each), category=each["category"], source_id=each["source_id"]
-                    )
+                    RecordRegion(region=region_of_row(each), category=each["category"], source_id=each["source_id"])
                     for each in row["regions"]
                 ),
                 turns=tuple(Turn(**{**each, "regions": tuple(each["regions"])}) for each in row["turns"]),
@@ -204,8 +205,8 @@ class Record:
 def region_row(region: Region) -> dict[str, Any]:
     """A region as columns: ``kind``; ``coordinates`` of a vector, ``size`` (H, W) and ``counts`` of pixels.
 
-    A box is one row of x0, y0, x1, y1; a polygon a row of x, y, x, y, ... for each ring; a point one row of x, y and, if
-    it was given, the radius; a scribble a row of x, y, x, y, ... and, if it was given, a second row with the width.
+    A box is one row of x0, y0, x1, y1; a polygon a row of x, y, x, y, ... for each ring; a point one row of x, y and,
+    if it was given, the radius; a scribble a row of x, y, x, y, ... and, if it was given, a second row with the width.
     """
     (kind, value), *rest = region.to_dict().items()
     coordinates: list[list[float]] = []

@@ -178,6 +178,7 @@ def write_records(
     inputs: Sequence[Path],
     arguments: Mapping[str, Any],
     records_per_shard: int = RECORDS_PER_SHARD,
+    check_regions: bool = True,
 ) -> Manifest:
     """Writes records to a folder: shards first, each under another name until it is whole, the manifest last.
 
@@ -192,6 +193,7 @@ def write_records(
         inputs: Files that were read.
         arguments: Of the conversion.
         records_per_shard: Most records in a shard.
+        check_regions: Look at every region, where that has not been done.
 
     Raises:
         DataError: The disk is full or the folder not writable; in strict mode, a record is wrong.
@@ -220,7 +222,7 @@ def write_records(
         rows: list[dict[str, Any]] = []
         for record in records:
             try:
-                record.check()
+                record.check(regions=check_regions)
             except (ConfigError, DataError, RegionError) as error:  # ConfigError: there is no such task
                 kind = "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson"
                 rejects.add(kind, source, record.id, str(error))

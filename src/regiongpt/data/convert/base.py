@@ -34,6 +34,8 @@ class Converter(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    sound_regions: ClassVar[bool] = False
+    """Whether each region of a record has been held against its image already."""
 
     images: Path = option("folder of the images")
     seed: int = option("of every random choice", default=0)
@@ -104,6 +106,7 @@ def convert(
             images=str(converter.images.resolve()),
             inputs=converter.inputs(),
             arguments=converter.arguments(),
+            check_regions=not converter.sound_regions,
         )
     finally:
         rejects.close()

@@ -7,7 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -35,6 +35,8 @@ class InstancesConverter(Converter):
     The questions about an image are one conversation, or several where there are many. Crowds are not asked about: no
     single class stands in such a box alone.
     """
+
+    sound_regions: ClassVar[bool] = True
 
     instances: tuple[Path, ...] = option("instances files; an image in two of them is taken from the first")
     label_set: str = option("name of the closed set, as the question shall name it")
@@ -255,7 +257,7 @@ class CocoConverter(InstancesConverter):
         return captions
 
 
-@cache
+@lru_cache(maxsize=1 << 17)
 def _turn(label_set: str, region: int, name: str) -> Turn:
     """One closed-set question; the same few thousand serve a million objects."""
     return Turn(task="classify", regions=(region,), answer=name, label_set=label_set, guided=True)

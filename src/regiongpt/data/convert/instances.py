@@ -220,7 +220,7 @@ class InstancesFile:
         self.crowds = int(np.count_nonzero(crowd & ~bad))
         self._mask_kinds = _column(self._mask).copy()
         kept = np.flatnonzero(~bad & ~crowd)
-        self._check_rle(np.flatnonzero(~bad), places)
+        self._check_rle(~bad, crowd, places)
         if self._shapes != "box":
             self._check_polygons(kept, places)
         if self._shapes == "mask":
@@ -264,19 +264,16 @@ class InstancesFile:
         reason = f"expected at least {MIN_AREA} px^2 within {width} x {height} pixels, got {short(box)} (x, y, w, h)"
         return Fault("box outside the image", reason)
 
-    def _check_rle(self, usable: Indices, places: Indices) -> None:
-        if not self._rle:
-            return
-        alive = set(usable.tolist())
+    def _check_rle(self, usable: NDArray[np.bool_], crowd: NDArray[np.bool_], places: Indices) -> None:
         for k, rle in self._rle.items():
-            if k not in alive:
+            if not usable[k]:
                 continue
             width, height = int(self.widths[places[k]]), int(self.heights[places[k]])
             fault: Fault | None = None
             if rle.get("size") != [height, width]:
                 reason = f"expected the size {[height, width]} of its image (H, W), got {short(rle.get('size'))}"
                 fault = Fault("RLE of another size", reason)
-            elif self._shapes != "box":
+            elif self._shapes != "box" and not crowd[k]:
                 try:
                     Region.rle(rle).check(width, height, "mask")
                 except RegionError as error:
