@@ -19,6 +19,7 @@ from regiongpt.data.convert.images import Fault
 from regiongpt.data.convert.instances import MALFORMED, SHAPES, Indices, InstancesFile, Shapes
 from regiongpt.data.convert.jsonstream import iter_array
 from regiongpt.data.convert.values import is_whole, plain_text, short
+from regiongpt.data.progress import track
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
@@ -81,11 +82,27 @@ class InstancesConverter(Converter):
         """The files that are given."""
         return list(self.instances)
 
+    def captions_of(self, files: list[InstancesFile], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
+        """Captions of whole images with their ids, by image; none unless a subclass has some."""
+        return {}
+
     def records(self, rejects: Rejects) -> Iterator[Record]:
-        """Conversations in the order of the files, the images' ids and the objects' ids."""
-        for file, chosen in self.select(rejects):
-            for place, objects in _by_image(file, chosen):
-                yield from self.conversations(file, place, objects)
+        """Conversations in the order of the files, the images' ids and the objects' ids, then the image's captions."""
+        selected = self.select(rejects)
+        captions = self.captions_of([file for file, _ in selected], rejects)
+        total = sum(len(file.images) for file, _ in selected)
+        for file, place, objects in track(_by_image(selected), total):
+            yield from self.conversations(file, place, objects)
+            for identity, text in captions.get(int(file.images[place]), ()):
+                yield Record(
+                    id=f"{self.name}/{file.images[place]}/caption/{identity}",
+                    source=self.name,
+                    image=file.paths[place],
+                    width=int(file.widths[place]),
+                    height=int(file.heights[place]),
+                    regions=(),
+                    turns=(Turn(task="image_caption", answer=text),),
+                )
 
     def select(self, rejects: Rejects) -> list[tuple[InstancesFile, Indices]]:
         """The files, each with the indices of the objects that are asked about, in order.
@@ -142,7 +159,7 @@ class InstancesConverter(Converter):
     def conversations(self, file: InstancesFile, place: int, objects: Indices) -> Iterator[Record]:
         """The conversations about the objects of one image, whose place in the file's images is given."""
         number = int(file.images[place])
-        most = self.objects_per_record or len(objects)
+        most = self.objects_per_record or max(1, len(objects))
         for part, begin in enumerate(range(0, len(objects), most)):
             regions: list[RecordRegion] = []
             turns: list[Turn] = []
@@ -197,30 +214,8 @@ class CocoConverter(InstancesConverter):
         """The files that are given."""
         return [*self.instances, *self.captions]
 
-    def records(self, rejects: Rejects) -> Iterator[Record]:
-        """Conversations about objects, each image's followed by its captions."""
-        selected = self.select(rejects)
-        captions = self._captions([file for file, _ in selected], rejects)
-        for file, chosen in selected:
-            groups = _by_image(file, chosen)
-            group = next(groups, None)
-            for place in range(len(file.images)):
-                if group is not None and group[0] == place:
-                    yield from self.conversations(file, *group)
-                    group = next(groups, None)
-                for identity, text in captions.get(int(file.images[place]), ()):
-                    yield Record(
-                        id=f"{self.name}/{file.images[place]}/caption/{identity}",
-                        source=self.name,
-                        image=file.paths[place],
-                        width=int(file.widths[place]),
-                        height=int(file.heights[place]),
-                        regions=(),
-                        turns=(Turn(task="image_caption", answer=text),),
-                    )
-
-    def _captions(self, files: list[InstancesFile], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
-        """Captions with their ids by image, those that are wanted, in the order of their ids."""
+    def captions_of(self, files: list[InstancesFile], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
+        """Those that are wanted, in the order of their ids."""
         captions: dict[int, list[tuple[int, str]]] = {}
         images = {int(number) for file in files for number in file.images}
         seen: set[int] = set()
@@ -263,9 +258,9 @@ def _turn(label_set: str, region: int, name: str) -> Turn:
     return Turn(task="classify", regions=(region,), answer=name, label_set=label_set, guided=True)
 
 
-def _by_image(file: InstancesFile, chosen: Indices) -> Iterator[tuple[int, Indices]]:
-    """The chosen objects, which are in the order of their images, image by image."""
-    places = file.places[chosen]
-    starts = np.flatnonzero(np.diff(places, prepend=-1))
-    for begin, end in pairwise([*starts.tolist(), len(places)]):
-        yield int(places[begin]), chosen[begin:end]
+def _by_image(selected: list[tuple[InstancesFile, Indices]]) -> Iterator[tuple[InstancesFile, int, Indices]]:
+    """Every image of every file with its chosen objects, which are in the order of the images."""
+    for file, chosen in selected:
+        bounds = np.searchsorted(file.places[chosen], np.arange(len(file.images) + 1)).tolist()
+        for place, (begin, end) in enumerate(pairwise(bounds)):
+            yield file, place, chosen[begin:end]
