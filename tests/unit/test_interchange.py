@@ -183,9 +183,13 @@ def test_detections_become_a_record():
         ("classify", "dog", (1,)),
         ("classify", "cat", (2,)),
     ]
+    beyond = record_of_detections(
+        detections(xyxy=[[-3, 0, 9, 9], [30, 5, 60, 9]]), "a.png", 40, 20, {0: "dog", 1: "cat"}
+    )
+    assert [each.region for each in beyond.regions] == [Region.box(0, 0, 9, 9), Region.box(30, 5, 40, 9)]
     with pytest.raises(DataError, match="pass names"):
         record_of_detections(detections(), "a.png", 40, 20)
-    with pytest.raises(RegionError, match="region2"):
+    with pytest.raises(RegionError, match="detection 1"):
         record_of_detections(detections(xyxy=[[0, 0, 9, 9], [50, 0, 60, 9]]), "a.png", 40, 20, {0: "dog", 1: "cat"})
 
 
@@ -351,7 +355,7 @@ def test_every_shape_of_labelme(tmp_path):
     Image.fromarray(window).save(png, "PNG")
     (made,), rejects = labelme(
         tmp_path,
-        shape("rectangle", [[11, 8], [1, 2]]),
+        shape("rectangle", [[11, 8], [1, -2]]),
         shape("polygon", [[1, 1], [9, 1], [9, 8]], description="a brown dog"),
         shape("circle", [[20, 10], [23, 14]]),
         shape("point", [[20, 10]]),
@@ -364,7 +368,7 @@ def test_every_shape_of_labelme(tmp_path):
     whole = np.zeros((20, 40), bool)
     whole[7:9, 6:8] = True
     assert [each.region for each in made.regions] == [
-        Region.box(1, 2, 11, 8),
+        Region.box(1, 0, 11, 8),
         Region.polygon([[1, 1], [9, 1], [9, 8]]),
         Region.point(20, 10, 5),
         Region.point(20, 10),

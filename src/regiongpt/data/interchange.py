@@ -7,6 +7,7 @@ COCO json is written here and read by the converter ``coco``. The exports of Lab
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,10 @@ def record_of_detections(
         DataError: A detection has no name, or there is none.
         RegionError: A box or mask makes no sense in the image.
     """
-    regions = regions_of_detections(detections, names)
+    regions = tuple(
+        replace(each, region=_within(each.region, width, height, f"detection {number}"))
+        for number, each in enumerate(regions_of_detections(detections, names))
+    )
     record = Record(
         id=f"detections/{image}",
         source="detections",
@@ -243,6 +247,12 @@ def record_of_detections(
     )
     record.check()
     return record
+
+
+def _within(region: Region, width: int, height: int, name: str) -> Region:
+    """A box clipped to the image, as records have them; RegionError for a region that makes no sense there."""
+    region.check(width, height, name)
+    return Region.box(*region.bounds(width, height)) if region.kind == "box" else region
 
 
 def _asked(regions: tuple[RecordRegion, ...]) -> Iterator[Turn]:

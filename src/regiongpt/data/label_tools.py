@@ -41,6 +41,8 @@ class _Drawn:
     def add(self, region: Region, label: str, caption: str, identity: str) -> None:
         """Takes one region with its label and caption, one of which may be empty; RegionError if it makes no sense."""
         region.check(self.width, self.height, "region")
+        if region.kind == "box":
+            region = Region.box(*region.bounds(self.width, self.height))
         self.regions.append(RecordRegion(region=region, category=label, source_id=identity))
         numbers = (len(self.regions),)
         if label:
