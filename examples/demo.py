@@ -15,8 +15,8 @@ from pathlib import Path
 from transformers.utils import logging
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
-from regiongpt.errors import DataError
 from regiongpt.drawing import contact_sheet, draw_regions
+from regiongpt.errors import DataError
 from regiongpt.prompts import question
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regiongpt.errors import ConfigError, RegionError
 from regiongpt.drawing import COLOURS, MIN_SIDE, _font, _wrap, contact_sheet, draw_regions
+from regiongpt.errors import ConfigError, RegionError
 from regiongpt.regions import Region
 
 

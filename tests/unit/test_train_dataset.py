@@ -112,7 +112,16 @@ def dataset(processor, seed=0, images=23, epochs=2):
     store = SimpleNamespace(colours=[{}] * images, row=lambda index, view: torch.full((1,), 10.0 * index + view))
     sampler = ConversationSampler(ClassStatistics.of(data))
     return ConversationDataset(
-        data, store, sampler, processor, FeatureConfig(views=2), seed, epochs * images, group=4, isolated_share=0.5, image_grid=(2, 2)
+        data,
+        store,
+        sampler,
+        processor,
+        FeatureConfig(views=2),
+        seed,
+        epochs * images,
+        group=4,
+        isolated_share=0.5,
+        image_grid=(2, 2),
     )
 
 
@@ -169,7 +178,7 @@ def test_cells_show_what_fills_them_and_small_things_that_lie_in_them():
             ObjectAnnotation(id=2, category="cup", box=(70.0, 30.0, 74.0, 34.0)),
         ),
     )
-    # The photograph lies in the middle of a square of side 80: each cell of the 4 x 4 grid is 20 px, rows 1 and 2 hold it.
+    # The photograph lies in the middle of a square of side 80: cells of the 4 x 4 grid are 20 px, rows 1 and 2 hold it.
     shown = shown_in_cells(View(image), (4, 4)).reshape(4, 4, 80)
     assert [tuple(cell) for cell in zip(*shown[..., COCO_80.index("dog")].nonzero(), strict=True)] == [(1, 0), (1, 1)]
     assert [tuple(cell) for cell in zip(*shown[..., COCO_80.index("cup")].nonzero(), strict=True)] == [(2, 3)]

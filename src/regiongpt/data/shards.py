@@ -322,7 +322,7 @@ def require_data_extra() -> None:
     """Raises ConfigError unless the libraries that read and write records are installed."""
     from importlib.util import find_spec
 
-    if missing := [name for name in ("pyarrow", "datasets", "ijson") if find_spec(name) is None]:
+    if missing := [name for name in ("pyarrow", "datasets") if find_spec(name) is None]:
         raise ConfigError(
             f"expected the libraries that read and write records, but {', '.join(missing)} is missing; "
             "install them: pip install 'regiongpt[data]'"

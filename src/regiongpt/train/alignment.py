@@ -144,18 +144,14 @@ def likeness(embeds: Tensor, names: Tensor) -> Tensor:
 
 
 def region_alignment(embeds_BRD: Tensor, classes_BR: Tensor, names: Tensor) -> Tensor:
-    """Sum over regions of the cross-entropy of their class among all classes, and of how far they are from a word's
-    length; a class of -1 is none.
-    """
+    """Sum over regions, but for those of class -1, of the cross-entropy of the class and the misfit of the length."""
     embeds, classes = embeds_BRD[classes_BR >= 0], classes_BR[classes_BR >= 0]
     entropy = F.cross_entropy(SHARPNESS * likeness(embeds, names), classes, reduction="sum")
     return entropy + _stretch(embeds, names).sum()
 
 
 def cell_alignment(embeds_BND: Tensor, classes_BNK: Tensor, names: Tensor) -> Tensor:
-    """Sum over image cells that show something of minus the log of the share that the classes shown have together, and
-    over all cells of how far they are from a word's length.
-    """
+    """Sum over image cells of the misfit of the length, and of minus the log of what the classes shown get together."""
     shown = classes_BNK.any(-1)
     log_shares = (SHARPNESS * likeness(embeds_BND[shown], names)).log_softmax(-1)
     entropy = -log_shares.masked_fill(~classes_BNK[shown], -torch.inf).logsumexp(-1).sum()
