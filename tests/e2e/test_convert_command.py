@@ -97,7 +97,7 @@ def test_a_source_becomes_records_that_can_be_taught(run, tmp_path: Path):
     assert (code, err) == (0, "")
     lines = printed.splitlines()
     assert lines[0] == "coco: 3 records, 3 images, 12 regions, 12 turns"
-    assert re.fullmatch(rf"{re.escape(str(out))}: 1 shard\(s\), [\d.]+ MB; [\d.]+ s", lines[1])
+    assert re.fullmatch(rf"{re.escape(str(out))}: 1 shard, [\d.]+ MB; [\d.]+ s", lines[1])
     assert lines[2:] == ["nothing left out"]
     assert run("inspect", out, "--check")[:2] == (0, "3 records checked: every one can be taught\n")
     rows = load_dataset("parquet", data_files=str(out / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
@@ -112,7 +112,7 @@ def test_what_is_left_out_is_counted_by_kind(run, tmp_path: Path):
     lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert {*lines[0]} == {"kind", "file", "record", "reason"}
     assert all(line["file"] == "bad.json" and line["reason"] for line in lines)
-    assert f"left out {len(lines)} times, each with its reason in {out}/rejects.jsonl:" in printed
+    assert f"{len(lines)} left out, each with its reason in {out}/rejects.jsonl:" in printed
     counted = {kind: int(count) for count, kind in re.findall(r"^ +(\d+)  (.+)$", printed, re.MULTILINE)}
     assert sum(counted.values()) == len(lines)
     assert counted == json.loads((out / "manifest.json").read_text())["rejects"]
@@ -241,12 +241,12 @@ def test_mistakes_are_one_line_and_exit_code_2(run, arguments: list[str], parts:
 def test_without_the_libraries_it_says_which_extra_to_install(run, monkeypatch: pytest.MonkeyPatch):
     whole = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "ijson" else whole(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name == "pyarrow" else whole(name, *rest)
     )
     for command in ([*COCO, "good.json", "--out", "x"], ["inspect", "x"]):
         code, _, err = run(*command)
         assert code == 2
-        assert "ijson" in err
+        assert "pyarrow" in err
         assert "pip install 'regiongpt[data]'" in err
 
 

@@ -412,6 +412,7 @@ def test_the_terminal_sees_no_control_character_of_the_data(folder: Path, run, m
     _, out, _ = run(folder, "--record", "hand/text")
     assert "\x1b[31m" not in out
     assert "\x1b[1;32m" in out
+    assert "⟧" not in out
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in run(folder, "--record", "hand/text")[1]
 
@@ -541,6 +542,8 @@ def test_progress_knows_how_far_a_file_is_read(tmp_path: Path):
         assert meter.line() == "work: reading"
         file.read(1 << 18)
         assert re.fullmatch(r"work: 25% done, \d+:\d\d left", meter.line())
+        assert list(track("abc", 3)) == ["a", "b", "c"]
+        assert meter.line() == "work: reading", "what is tracked comes after the files were read"
 
 
 def test_progress_is_plain_lines_where_nobody_watches():

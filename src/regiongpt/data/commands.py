@@ -109,17 +109,22 @@ def _converted(manifest: Manifest, out: Path, seconds: float | None) -> str:
     """What a conversion has made, or, where ``seconds`` is None, had made before."""
     counts = manifest.counts
     size = sum((out / shard["file"]).stat().st_size for shard in manifest.shards)
-    listed = ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("records", "images", "regions", "turns"))
+    listed = ", ".join(_many(counts.get(f"{name}s", 0), name) for name in ("record", "image", "region", "turn"))
     time = "already converted, nothing to do" if seconds is None else f"{seconds:,.1f} s"
-    lines = [f"{manifest.source}: {listed}", f"{out}: {len(manifest.shards)} shard(s), {size / 1e6:,.1f} MB; {time}"]
+    shards = f"{_many(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB"
+    lines = [f"{manifest.source}: {listed}", f"{out}: {shards}; {time}"]
     tasks = {name.removeprefix("task:"): count for name, count in counts.items() if name.startswith("task:")}
     if len(tasks) > 1:
         lines.append("turns: " + ", ".join(f"{count:,} {name}" for name, count in sorted(tasks.items())))
     if not manifest.rejects:
         return "\n".join([*lines, "nothing left out"])
-    lines.append(f"left out {sum(manifest.rejects.values()):,} times, each with its reason in {out / REJECTS}:")
+    lines.append(f"{sum(manifest.rejects.values()):,} left out, each with its reason in {out / REJECTS}:")
     lines += _counted(manifest.rejects)
     return "\n".join(lines)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _counted(kinds: dict[str, int]) -> list[str]:
@@ -272,7 +277,9 @@ def _described(record: Record, index: int) -> str:
     for number, each in enumerate(record.regions, 1):
         bounds = ", ".join(f"{side:g}" for side in np.round(each.region.bounds(record.width, record.height), 1))
         share = each.region.area(record.width, record.height) / (record.width * record.height)
-        lines.append(f"[{number}]     {each.region.kind} within {bounds}, {share:.2%} of the image  {each.category}")
+        lines.append(
+            f"[{number}]     {each.region.kind} within {bounds}, {100 * share:.3g} % of the image  {each.category}"
+        )
     for number, turn in enumerate(record.turns, 1):
         traits = [turn.task, *(["guided"] if turn.guided else []), *([turn.label_set] if turn.label_set else [])]
         lines.append(f"turn {number}  {', '.join(traits)}")
@@ -288,7 +295,7 @@ def _write_gallery(records: RecordSet, options: argparse.Namespace) -> None:
     counted = getattr(options, "counted", None) or _count(records)
     page = gallery.gallery(records, sorted(drawn.tolist()), processor, counted, seed=options.seed, epoch=options.epoch)
     gallery.write_page(page, options.html)
-    _tell(options, f"page of {count} records written to {options.html}")
+    _tell(options, f"page of {_many(count, 'record')} written to {options.html}")
 
 
 def _check(records: RecordSet, options: argparse.Namespace, found: dict[str, Any]) -> bool:
@@ -310,7 +317,9 @@ def _check(records: RecordSet, options: argparse.Namespace, found: dict[str, Any
         "faults": [dataclasses.asdict(fault) for fault in faults],
     }
     if not options.json:
-        print(f"{len(records):,} records checked: {f'{faulty:,} faulty' if faulty else 'every one can be taught'}")
+        print(
+            f"{_many(len(records), 'record')} checked: {f'{faulty:,} faulty' if faulty else 'every one can be taught'}"
+        )
         print("\n".join(_counted(kinds)), end="\n" if kinds else "")
     return bool(faults)
 

@@ -122,7 +122,7 @@ def terminal(shown: Sequence[Piece], colour: bool) -> str:
             parts.append("⟦" if piece.target else "⟧")
             learnt = piece.target
         parts.append(text)
-    return "".join(parts) + ("⟧" if learnt else "")
+    return "".join(parts) + ("⟧" if learnt and not colour else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

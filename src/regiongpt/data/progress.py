@@ -100,6 +100,8 @@ class Meter:
         """The share that is done, 0 where it is unknown, and when that part of the work began."""
         if self._total:
             return self._done / self._total, self._tracked_from
+        if self._tracked_from:  # what was tracked is done: the files were read before it
+            return 1.0, self._opened
         for path, position in _positions(self._sizes):
             self._read[path] = max(position, self._read.get(path, 0))
         # Most files are read one after the other: one that is no longer open has been read whole.

@@ -246,7 +246,7 @@ def _share_bar(count: int, total: int) -> str:
     share = count / max(1, total)
     eighths = round(share * _BAR * 8)
     bar = "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
-    return f"{share:6.1%}  {bar}".rstrip()
+    return f"{100 * share:5.1f} %  {bar}".rstrip()
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
