@@ -51,7 +51,7 @@ class ClassWords(nn.Module):
 
     def forward(self, table: Tensor) -> Tensor:
         """The mean of the word embeddings of each class's name: (80, D) from a table (V, D)."""
-        return cast(Tensor, self.mean @ table[self.used])
+        return self.mean @ table[self.used]
 
 
 def stand_in_loss(words: ClassWords, model: Any, batch: Mapping[str, Tensor], items: Any) -> Tensor:
@@ -95,7 +95,8 @@ def blur(names: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
     noise, rivals, shares, stretch = (each.to(names.device) for each in (noise, rivals, shares, stretch))
     length = names.detach().norm(dim=-1).mean()
     rival_share = RIVAL * shares[:, 1:2] * (shares[:, 2:3] < 0.5)
-    return stretch * (names[classes] + NOISE * shares[:, :1] * length * noise + rival_share * names[rivals])
+    blurred: Tensor = stretch * (names[classes] + NOISE * shares[:, :1] * length * noise + rival_share * names[rivals])
+    return blurred
 
 
 def visual_loss(
@@ -160,7 +161,8 @@ def cell_alignment(embeds_BND: Tensor, classes_BNK: Tensor, names: Tensor) -> Te
 
 def _stretch(embeds: Tensor, names: Tensor) -> Tensor:
     """Squared logarithm of how many times the length of a word an embedding is."""
-    return (embeds.float().norm(dim=-1) / names.float().norm(dim=-1).mean()).clamp_min(1e-4).log() ** 2
+    times: Tensor = embeds.float().norm(dim=-1) / names.float().norm(dim=-1).mean()
+    return times.clamp_min(1e-4).log() ** 2
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -110,7 +110,8 @@ def calibrate(
     refined = [model.refine(model.encode_image(each)) for each in pixels]
     pooled = [model.refinement.pool_image(each)[0] for each in refined]
     _standardise(model.connector, pooled)
-    written, words = model.connector(torch.cat(pooled)), model.get_input_embeddings().weight
+    written = model.connector(torch.cat(pooled))
+    words = cast(torch.Tensor, model.get_input_embeddings().weight)
     model.connector.linear_2.weight.mul_(words.norm(dim=-1).mean() / written.norm(dim=-1).mean())
 
 
