@@ -611,7 +611,7 @@ def _points(values: Any, what: str) -> tuple[Point, ...]:
         raise RegionError(f"{expected}, got {array.size} numbers; give an x and a y for every point")
     if array.ndim != 2 or array.shape[1] != 2:
         raise RegionError(f"{expected}, got an array of shape {array.shape}")
-    return tuple((x, y) for x, y in array.astype(float).tolist())
+    return tuple(map(tuple, array.astype(float).tolist()))
 
 
 def _is_whole(value: Any) -> bool:
