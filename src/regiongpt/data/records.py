@@ -205,7 +205,7 @@ class Record:
 
 @lru_cache(maxsize=1 << 12)
 def _check_turn(turn: Turn, n_regions: int) -> None:
-    """Raises as :meth:`Record.check` does for a turn's placeholders; a closed set asks the same thing a million times."""
+    """Raises as :meth:`Record.check` does for a turn's placeholders; a closed set repeats its questions."""
     check_placeholders([turn.text(0), turn.answer], n_regions)
 
 
