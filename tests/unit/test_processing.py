@@ -151,7 +151,7 @@ def test_region_in_an_answer_is_no_target(processor: RegionGPTProcessor) -> None
 
 def test_without_an_image(processor: RegionGPTProcessor) -> None:
     encoded = processor.encode_conversation(chat("Hello", "Hi"), with_image=False)
-    assert show(processor, encoded) == "<s>Hello\n⟦Hi</s>⟧"
+    assert show(processor, encoded) == "<s>Hello\n⟦ Hi</s>⟧"
 
 
 def test_image_and_weights(processor: RegionGPTProcessor, photo: Image.Image) -> None:
@@ -356,7 +356,7 @@ def test_batched_prompts_pad_left_and_conversations_right(processor: RegionGPTPr
 
 def test_prefilled_answer(processor: RegionGPTProcessor) -> None:
     text = processor.apply_chat_template(chat("What is it?", "It is"), continue_final_message=True)
-    assert text == "<s><image>\nWhat is it?\nIt is"
+    assert text == "<s><image>\nWhat is it?\n It is"
 
 
 def test_one_image_for_many_texts(processor: RegionGPTProcessor, photo: Image.Image) -> None:
