@@ -6,12 +6,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from pictures import draw_pictures
 from unit.tiny_checkpoint import make_checkpoint
 
 from regiongpt import Region, RegionPredictor
@@ -36,24 +35,7 @@ FIRST = [word.replace("stage2", "stage1") for word in SMALL]
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten pictures with a red cat and a blue dog each, as rectangles, in COCO's format; and the records of them."""
     root = tmp_path_factory.mktemp("pictures")
-    (root / "images").mkdir()
-    rng = np.random.default_rng(0)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number in range(1, 11):
-        picture = Image.new("RGB", (96, 64), "white")
-        draw = ImageDraw.Draw(picture)
-        images.append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 64})
-        for kind, colour, left in ((17, "red", 4), (18, "blue", 52)):
-            x, y, w, h = left + int(rng.integers(8)), int(rng.integers(4, 20)), int(rng.integers(16, 30)), 30
-            draw.rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
-            box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
-            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": kind, **box})
-        picture.save(root / "images" / f"{number}.png")
-    categories = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]
-    (root / "instances.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
+    draw_pictures(root, 10, "instances.json")
     convert_coco(root / "instances.json", root / "images", root / "coco")
     talk = Turn(task="chat", question="Two and two?", answer="Four.")
     texts = [

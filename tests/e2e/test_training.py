@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from pictures import draw_pictures
 
 from regiongpt import ConfigError, Region, RegionPredictor
 from regiongpt.cli import main
@@ -54,32 +53,8 @@ SMALL = {
 def pictures(tmp_path_factory) -> Path:
     """Sixteen pictures with a red cat and a blue dog each, as rectangles, in COCO's format."""
     root = tmp_path_factory.mktemp("pictures")
-    (root / "images").mkdir()
-    rng = np.random.default_rng(0)
-    images, annotations, captions = [], [], []
-    for number in range(1, 17):
-        picture = Image.new("RGB", (96, 64), "white")
-        draw = ImageDraw.Draw(picture)
-        images.append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 64})
-        for kind, colour, left in ((17, "red", 4), (18, "blue", 52)):
-            x, y, w, h = left + int(rng.integers(8)), int(rng.integers(4, 20)), int(rng.integers(16, 30)), 30
-            draw.rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": kind,
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
-                    "iscrowd": 0,
-                }
-            )
-        captions.append({"id": number, "image_id": number, "caption": "A red cat and a blue dog."})
-        picture.save(root / "images" / f"{number}.png")
-    categories = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]
-    (root / "instances_train.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
+    images = draw_pictures(root, 16, "instances_train.json")
+    captions = [{"id": each["id"], "image_id": each["id"], "caption": "A red cat and a blue dog."} for each in images]
     (root / "captions_train.json").write_text(json.dumps({"images": images, "annotations": captions}))
     return root
 

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from converting import run
 from PIL import Image
 
 from regiongpt.data.convert import load_converter
 from regiongpt.data.convert.base import convert
 from regiongpt.data.convert.llava import LlavaConverter
-from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
 
 
@@ -27,14 +27,6 @@ def write(folder: Path, entries: list, **options: str) -> LlavaConverter:
     Image.new("RGB", (40, 30)).save(folder / "images" / "turned.jpg", exif=turned)
     (folder / "mix.json").write_text(json.dumps(entries))
     return LlavaConverter(images=folder / "images", data=folder / "mix.json", **options)
-
-
-def run(made: LlavaConverter) -> tuple[list, dict]:
-    rejects = Rejects()
-    records = list(made.records(rejects))
-    for record in records:
-        record.check()
-    return records, dict(rejects.counts)
 
 
 def test_is_registered():

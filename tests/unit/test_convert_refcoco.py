@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from converting import run
 from PIL import Image
 
 from regiongpt.data.convert import load_converter
 from regiongpt.data.convert.base import convert
 from regiongpt.data.convert.plain_pickle import load_plain_pickle
 from regiongpt.data.convert.refcoco import RefCocoConverter
-from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.prompts import NO_MATCH, REC_SUFFIX, parse_region_answer
 from regiongpt.regions import Region
@@ -64,14 +64,6 @@ def write(
     content = {"info": {}, "images": images, "annotations": annotations, "categories": CATEGORIES}
     (folder / "instances.json").write_text(json.dumps(content))
     return RefCocoConverter(images=folder / "train2014", refs=folder / name, instances=folder / "instances.json")
-
-
-def run(made: RefCocoConverter) -> tuple[list, dict]:
-    rejects = Rejects()
-    records = list(made.records(rejects))
-    for record in records:
-        record.check()
-    return records, dict(rejects.counts)
 
 
 def test_is_registered():

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from converting import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -52,14 +53,6 @@ def write(folder: Path, described: list, sizes: list | None = None, **others: li
         image_data=folder / "image_data.json",
         **{name: folder / f"{name}.json" for name in others},
     )
-
-
-def run(made: VisualGenomeConverter) -> tuple[list, dict]:
-    rejects = Rejects()
-    records = list(made.records(rejects))
-    for record in records:
-        record.check()
-    return records, dict(rejects.counts)
 
 
 def test_is_registered():
