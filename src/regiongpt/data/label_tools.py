@@ -19,14 +19,13 @@ from PIL import Image
 
 from regiongpt.data.convert.images import Fault, image_size
 from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import image_fault, is_side, plain_text, short
+from regiongpt.data.convert.values import MALFORMED, image_fault, is_side, plain_text, short
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError, RegionError
 from regiongpt.images import MAX_PIXELS
 from regiongpt.regions import Region
 
-MALFORMED: Final = "record of another format"
 _ELLIPSE: Final = 64  # points on the outline: its area is 0.2 % short
 
 

@@ -30,7 +30,7 @@ NOISE, RIVAL, STRETCH = 1.5, 0.7, 0.4
 spread of the logarithm of its length."""
 
 
-class ClassWords(nn.Module):
+class ClassWords:
     """The word embeddings of the classes' names, as they are at the moment.
 
     Args:
@@ -38,20 +38,16 @@ class ClassWords(nn.Module):
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
         tokens = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in COCO_80]
         mean = torch.zeros(len(tokens), len(tokenizer))
         for row, ids in enumerate(tokens):
             mean[row].index_add_(0, torch.tensor(ids), torch.full((len(ids),), 1 / len(ids)))
-        used = mean.any(0).nonzero()[:, 0]
-        self.used: Tensor
-        self.mean: Tensor
-        self.register_buffer("used", used)
-        self.register_buffer("mean", mean[:, used])
+        self.used = mean.any(0).nonzero()[:, 0]
+        self.mean = mean[:, self.used]
 
-    def forward(self, table: Tensor) -> Tensor:
-        """The mean of the word embeddings of each class's name: (80, D) from a table (V, D)."""
-        return self.mean @ table[self.used]
+    def __call__(self, table: Tensor) -> Tensor:
+        """The mean of the word embeddings of each class's name: (80, D) from a table (V, D), on its device."""
+        return self.mean.to(table.device) @ table[self.used.to(table.device)]
 
 
 def stand_in_loss(words: ClassWords, model: Any, batch: Mapping[str, Tensor], items: Any) -> Tensor:

@@ -18,7 +18,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,12 +35,12 @@ from regiongpt.model import weights
 from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import COCO_80, REGION_TOKEN
 from regiongpt.train.alignment import ClassWords, stand_in_loss, visual_loss
-from regiongpt.train.config import TrainConfig, load_config
+from regiongpt.train.config import StageConfig, TrainConfig, load_config
 from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts, isolate_turns
 from regiongpt.train.features import build_features, calibrate, keep_freed_memory
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
 from regiongpt.train.tokenizer import train_tokenizer
-from regiongpt.train.trainer import run_stage
+from regiongpt.train.trainer import Loss, run_stage
 
 if TYPE_CHECKING:
     from regiongpt.model import RegionGPTProcessor
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _IDENTITY = "records.json"
+Lessons = tuple[ConversationDataset | RecordDataset, Callable[[list[Any]], dict[str, Any]], Loss]
+"""The data set of a stage, what makes a batch of its examples, and the loss."""
 
 
 def run_cli(arguments: Sequence[str]) -> int:
@@ -110,34 +112,60 @@ def train(config: TrainConfig) -> Path:
     model, processor = weights.load(start, device="cpu")
     store = build_features(out / "features", images, model, processor, config.features, config.seed)
 
+    def prepare(name: str, stage: StageConfig, model: Any, processor: "RegionGPTProcessor") -> Lessons:
+        dataset = ConversationDataset(
+            images,
+            store,
+            sampler,
+            processor,
+            config.features,
+            config.seed,
+            round(stage.epochs * len(images)),
+            stage.micro_batch_size,
+            config.isolated_share,
+            model.config.image_grid,
+        )
+        loss = partial(visual_loss, ClassWords(processor.tokenizer), stage.alignment, name != "align")
+        return dataset, _Collate(processor), loss
+
     finished = start
     for name, stage in (("align", config.align), ("stage1", config.stage1), ("stage2", config.stage2)):
-        folder = out / name / "model"
-        if not (folder / "config.json").exists():
-            model, processor = weights.load(finished)
-            model.train()
-            for parameter in model.language_model.parameters():
-                parameter.requires_grad_(name == "stage2")
-            items = round(stage.epochs * len(images))
-            dataset = ConversationDataset(
-                images,
-                store,
-                sampler,
-                processor,
-                config.features,
-                config.seed,
-                items,
-                stage.micro_batch_size,
-                config.isolated_share,
-                model.config.image_grid,
-            )
-            words = ClassWords(processor.tokenizer).to(model.device)
-            loss = partial(visual_loss, words, stage.alignment, name != "align")
-            learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            log.info("%s: %d conversations, %.2f M trainable parameters", name, items, learning / 1e6)
-            run_stage(name, model, dataset, _Collate(processor), loss, stage, out / name, config.seed)
-            _save(folder, model, processor)
-        finished = folder
+        finished = _learn(name, stage, finished, out / name, config.seed, partial(prepare, name, stage))
+    return finished
+
+
+def _learn(
+    name: str,
+    stage: StageConfig,
+    start: Path,
+    folder: Path,
+    seed: int,
+    prepare: Callable[[Any, "RegionGPTProcessor"], Lessons],
+) -> Path:
+    """Takes a checkpoint through one stage, unless that has been done; all but the tower learns in stage 2 alone.
+
+    Args:
+        name: Of the stage.
+        stage: Its hyper-parameters.
+        start: The checkpoint to go on from.
+        folder: Of the stage.
+        seed: Of the run.
+        prepare: Makes what is learnt from, of the model and its processor.
+
+    Returns:
+        Folder of the checkpoint that came of it.
+    """
+    finished = folder / "model"
+    if not (finished / "config.json").exists():
+        # Adam's steps are lost in half precision, which a checkpoint may be stored in.
+        model, processor = weights.load(start, dtype=torch.float32)
+        model.train()
+        model.language_model.requires_grad_(name == "stage2")
+        dataset, collate, loss = prepare(model, processor)
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        log.info("%s: %d conversations, %.2f M trainable parameters", name, len(dataset), learning / 1e6)
+        run_stage(name, model, dataset, collate, loss, stage, folder, seed)
+        _save(finished, model, processor)
     return finished
 
 
@@ -162,22 +190,16 @@ def _train_on_records(config: TrainConfig) -> Path:
     keep_freed_memory()
     set_seed(config.seed)
     finished = weights.nano_path() if config.model.init == "nano" else Path(config.model.init)
+
+    def prepare(stage: StageConfig, mixture: Mixture, model: Any, processor: "RegionGPTProcessor") -> Lessons:
+        items = max(1, round(stage.epochs * len(mixture)))
+        longest = getattr(model.config.text_config, "max_position_embeddings", None)
+        return RecordDataset(mixture, processor, items, longest), RecordCollate(processor), answer_loss
+
     for name, stage, mixture in stages:
-        folder = Path(config.out) / name / "model"
-        if not (folder / "config.json").exists():
-            # Adam's steps are lost in half precision, which a checkpoint may be stored in.
-            model, processor = weights.load(finished, dtype=torch.float32)
-            model.train()
-            model.language_model.requires_grad_(name == "stage2")
-            items = max(1, round(stage.epochs * len(mixture)))
-            longest = getattr(model.config.text_config, "max_position_embeddings", None)
-            dataset = RecordDataset(mixture, processor, items, longest)
-            learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            log.info("%s: %d conversations, %.2f M trainable parameters", name, items, learning / 1e6)
-            _note(folder.parent, identities[name])
-            run_stage(name, model, dataset, RecordCollate(processor), answer_loss, stage, folder.parent, config.seed)
-            _save(folder, model, processor)
-        finished = folder
+        folder = Path(config.out) / name
+        _note(folder, identities[name])
+        finished = _learn(name, stage, finished, folder, config.seed, partial(prepare, stage, mixture))
     return finished
 
 
@@ -288,7 +310,7 @@ def _train_language(
         model,
         TextDataset(documents, length, config.seed, items),
         cast(Any, _collate_text),
-        partial(stand_in_loss, ClassWords(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")),
+        partial(stand_in_loss, ClassWords(tokenizer)),
         config.language,
         folder.with_name("language-checkpoints"),
         config.seed,

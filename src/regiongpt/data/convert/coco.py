@@ -16,9 +16,9 @@ import numpy as np
 
 from regiongpt.data.convert.base import Converter, option
 from regiongpt.data.convert.images import Fault
-from regiongpt.data.convert.instances import MALFORMED, SHAPES, Indices, InstancesFile, Shapes
+from regiongpt.data.convert.instances import SHAPES, Indices, InstancesFile, Shapes
 from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import is_whole, plain_text, short
+from regiongpt.data.convert.values import MALFORMED, is_whole, plain_text, short
 from regiongpt.data.progress import track
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from regiongpt.data.convert.images import Fault, check_image
 from regiongpt.data.convert.jsonstream import iter_arrays
-from regiongpt.data.convert.values import clipped_box, image_fault, is_side, is_whole, plain_text, short
+from regiongpt.data.convert.values import MALFORMED, clipped_box, image_fault, is_side, is_whole, plain_text, short
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError, RegionError
 from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 Indices = NDArray[np.intp]
 Shapes = Literal["box", "mask", "both"]
 SHAPES: Final = ("box", "mask", "both")
-MALFORMED: Final = "record of another format"
 _TRUNCATED: Final = "truncated json"
 _NONE, _POLYGON, _RLE, _FAULTY = range(4)  # what an annotation has for a mask
 _AT_ONCE: Final = 20_000  # polygons that are looked at together

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final
 
 from regiongpt.data.convert.base import Converter, option
 from regiongpt.data.convert.images import Fault, check_image, image_size
-from regiongpt.data.convert.values import image_fault, is_side, short, unicode_fault
+from regiongpt.data.convert.values import MALFORMED, image_fault, is_side, short, unicode_fault
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError, RegionError
@@ -25,7 +25,6 @@ from regiongpt.prompts import (
 )
 from regiongpt.regions import Region
 
-MALFORMED: Final = "record of another format"
 KEYS: Final = ("id", "image", "width", "height", "regions", "conversation")
 SLOTS: Final = tuple(slot.name for slot in dataclasses.fields(Turn))
 
@@ -50,6 +49,7 @@ class JsonlConverter(Converter):
 
     name: ClassVar[str] = "jsonl"
     summary: ClassVar[str] = "your own data: json lines of images, regions and conversations"
+    sound_regions: ClassVar[bool] = True
 
     data: Path = option("the file of json lines")
 

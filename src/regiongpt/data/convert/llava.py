@@ -12,13 +12,12 @@ from typing import Any, ClassVar, Final
 from regiongpt.data.convert.base import Converter, option
 from regiongpt.data.convert.images import Fault, check_image, image_size
 from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import image_fault, short, text_fault, unicode_fault
+from regiongpt.data.convert.values import MALFORMED, image_fault, short, text_fault, unicode_fault
 from regiongpt.data.records import Record, Turn
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError
 from regiongpt.prompts import IMAGE_TOKEN
 
-MALFORMED: Final = "record of another format"
 TASKS: Final = ("chat", "image_caption")
 
 

@@ -8,12 +8,20 @@ from typing import Any, Final, NamedTuple
 from regiongpt.data.convert.images import Fault
 from regiongpt.data.convert.jsonstream import iter_arrays
 from regiongpt.data.convert.plain_pickle import load_plain_pickle
-from regiongpt.data.convert.values import Corners, clipped_box, image_fault, is_side, is_whole, plain_text, short
+from regiongpt.data.convert.values import (
+    MALFORMED,
+    Corners,
+    clipped_box,
+    image_fault,
+    is_side,
+    is_whole,
+    plain_text,
+    short,
+)
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 
 APART: Final = "files that do not belong together"
-MALFORMED: Final = "record of another format"
 _ARRAYS: Final = ("images", "annotations", "categories")
 
 

@@ -6,18 +6,16 @@ Paper: §3.3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from regiongpt.data.convert.base import Converter, option
 from regiongpt.data.convert.images import Fault, check_image
 from regiongpt.data.convert.jsonl import iter_lines
-from regiongpt.data.convert.values import image_fault, is_side, plain_text, short
+from regiongpt.data.convert.values import MALFORMED, image_fault, is_side, plain_text, short
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import RegionError
 from regiongpt.regions import Region
-
-MALFORMED: Final = "record of another format"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +34,7 @@ class RegionCaptionsConverter(Converter):
 
     name: ClassVar[str] = "region_captions"
     summary: ClassVar[str] = "this project's own detailed descriptions of regions"
+    sound_regions: ClassVar[bool] = True
 
     data: Path = option("the file of json lines")
     check_images: bool = option("leave out images that are missing or of another size", default=True)

@@ -2,13 +2,15 @@
 
 import math
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, TypeGuard
+from typing import Any, Final, TypeGuard
 
 from regiongpt.data.convert.images import Fault
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
 from regiongpt.regions import MIN_AREA
 
 Corners = tuple[float, float, float, float]
+MALFORMED: Final = "record of another format"
+"""The kind of fault of a record that lacks what the source's layout has."""
 
 
 def is_whole(value: Any) -> TypeGuard[int]:

@@ -19,7 +19,16 @@ import numpy as np
 from regiongpt.data.convert.base import Converter, option
 from regiongpt.data.convert.images import Fault, check_image
 from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import Corners, clipped_box, image_fault, is_side, is_whole, plain_text, short
+from regiongpt.data.convert.values import (
+    MALFORMED,
+    Corners,
+    clipped_box,
+    image_fault,
+    is_side,
+    is_whole,
+    plain_text,
+    short,
+)
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
@@ -27,7 +36,6 @@ from regiongpt.prompts import region_answer
 from regiongpt.regions import Region
 
 APART: Final = "files that do not belong together"
-MALFORMED: Final = "record of another format"
 _TABLES: Final = ("objects", "relationships")
 
 
