@@ -1,0 +1,197 @@
+"""How sure a figure is, and whether two systems differ: bootstrap over images, whose items are not independent."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regiongpt.errors import DataError
+
+Floats = NDArray[np.float64]
+_AT_ONCE = 1 << 22  # multiplicities held at a time
+
+
+class Statistic(ABC):
+    """A figure as a function of how often each image is counted.
+
+    Attributes:
+        clusters: The images, each once.
+    """
+
+    clusters: tuple[Hashable, ...]
+
+    @abstractmethod
+    def values(self, times: Floats) -> Floats:
+        """The figure for several weightings of the images.
+
+        Args:
+            times: (N, C) how often each of the C images counts.
+
+        Returns:
+            (N,); NaN where nothing is left to measure.
+        """
+
+    def value(self) -> float:
+        """The figure itself: every image counts once. NaN where there is nothing to measure."""
+        return float(self.values(np.ones((1, len(self.clusters))))[0])
+
+
+@dataclass(frozen=True)
+class SumStatistic(Statistic):
+    """A figure computed from sums over items: shares, averages over classes, F1, METEOR, BLEU.
+
+    Args:
+        clusters: The images.
+        sums: (C, K) what each image adds to each of K sums.
+        combine: From (N, K) sums to (N,) figures; a division by 0 is to give NaN.
+    """
+
+    clusters: tuple[Hashable, ...]
+    sums: Floats
+    combine: Callable[[Floats], Floats]
+
+    def values(self, times: Floats) -> Floats:
+        """The figure for each of (N, C) weightings."""
+        return self.combine(times @ self.sums)
+
+
+def sum_statistic(
+    clusters: Sequence[Hashable], sums: Sequence[Sequence[float]] | Floats, combine: Callable[[Floats], Floats]
+) -> SumStatistic:
+    """A figure of what each *item* adds to K sums; see :class:`SumStatistic`.
+
+    Args:
+        clusters: Image of each of n items.
+        sums: (n, K).
+        combine: From (N, K) to (N,).
+    """
+    place = {name: k for k, name in enumerate(dict.fromkeys(clusters))}
+    added = np.asarray(sums, np.float64).reshape(len(clusters), -1)
+    gathered = np.zeros((len(place), added.shape[1]))
+    np.add.at(gathered, np.array([place[name] for name in clusters], np.intp), added)
+    return SumStatistic(tuple(place), gathered, combine)
+
+
+def mean_statistic(
+    clusters: Sequence[Hashable], scores: Sequence[float], groups: Sequence[Hashable] | None = None
+) -> SumStatistic:
+    """The mean of the items' scores; with groups, the mean over groups of each group's mean.
+
+    Args:
+        clusters: Image of each item.
+        scores: Score of each item.
+        groups: Group of each item. One that no image of a resample has is left out of that resample's mean.
+    """
+    column = {name: k for k, name in enumerate(dict.fromkeys(groups if groups is not None else (None,)))}
+    width = len(column)
+    sums = np.zeros((len(scores), 2 * width))
+    own = np.array([column[name] for name in groups], np.intp) if groups is not None else np.zeros(len(scores), np.intp)
+    sums[np.arange(len(scores)), own] = np.asarray(scores, np.float64)
+    sums[np.arange(len(scores)), own + width] = 1.0
+
+    def combine(totals: Floats) -> Floats:
+        means = ratio(totals[:, :width], totals[:, width:])
+        there = ~np.isnan(means)
+        return ratio(np.where(there, means, 0.0).sum(axis=1), there.sum(axis=1))
+
+    return sum_statistic(clusters, sums, combine)
+
+
+def ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
+    """``above / below``, NaN where that is a division by 0."""
+    top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    return np.divide(top, bottom, out=np.full(np.broadcast(top, bottom).shape, np.nan), where=bottom != 0)
+
+
+def resample(count: int, resamples: int, seed: int) -> Floats:
+    """How often each of ``count`` images comes in each resample, (resamples, count); the same for the same numbers."""
+    rng = np.random.default_rng((seed, count))
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+
+
+def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """The percentile bootstrap interval of a figure, images drawn with replacement.
+
+    Args:
+        statistic: The figure.
+        resamples: How many, at least 1.
+        seed: Of the drawing.
+        level: Share of the resamples inside.
+
+    Returns:
+        Both ends; NaN where no resample has anything to measure.
+    """
+    return _ends(_resampled((statistic,), resamples, seed)[0], level)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """Two systems on the same items.
+
+    Attributes:
+        a: Figure of the first.
+        b: Figure of the second.
+        difference: ``b - a``.
+        interval: 95 % of the resampled differences.
+        p: Two-sided: twice the share of resamples in which the difference has the other sign or is 0, at most 1, and
+            at least ``1 / (resamples + 1)`` since no number of resamples shows it to be 0.
+        resamples: How many were drawn.
+    """
+
+    a: float
+    b: float
+    difference: float
+    interval: tuple[float, float]
+    p: float
+    resamples: int
+
+
+def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Paired:
+    """The paired bootstrap: each resample counts the same images for both systems.
+
+    Raises:
+        DataError: The two are about different images.
+    """
+    if a.clusters != b.clusters:
+        only = len(set(a.clusters) ^ set(b.clusters))
+        raise DataError(f"expected two results on the same images in one order, got {only} that one of them lacks")
+    first, second = _resampled((a, b), resamples, seed)
+    differences = second - first
+    differences = differences[~np.isnan(differences)]
+    found = (a.value(), b.value())
+    beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    p = min(1.0, 2 * (int(beyond) + 1) / (len(differences) + 1)) if len(differences) else float("nan")
+    if found[0] == found[1] and not differences.any():
+        p = 1.0
+    return Paired(
+        a=found[0],
+        b=found[1],
+        difference=found[1] - found[0],
+        interval=_ends(differences, level),
+        p=p,
+        resamples=resamples,
+    )
+
+
+def _resampled(statistics: Sequence[Statistic], resamples: int, seed: int) -> list[Floats]:
+    """Each statistic on the same resamples, a part of them at a time."""
+    count = len(statistics[0].clusters)
+    if not count:
+        return [np.full(resamples, np.nan) for _ in statistics]
+    size = max(1, _AT_ONCE // count)
+    parts: list[list[Floats]] = [[] for _ in statistics]
+    for part, start in enumerate(range(0, resamples, size)):
+        times = resample(count, min(size, resamples - start), seed + part * 1_000_003)
+        for found, statistic in zip(parts, statistics, strict=True):
+            found.append(statistic.values(times))
+    return [np.concatenate(found) for found in parts]
+
+
+def _ends(values: Floats, level: float) -> tuple[float, float]:
+    there = values[~np.isnan(values)]
+    if not len(there):
+        return float("nan"), float("nan")
+    low, high = np.percentile(there, (50 * (1 - level), 50 * (1 + level)))
+    return float(low), float(high)

@@ -1,0 +1,223 @@
+"""What a benchmark is: questions about images, and how answers to them are scored; no model is needed for either.
+
+A task lists its :class:`Item` questions; somebody answers them, a model here or any other system; the task turns the
+:class:`Answer` objects into a :class:`Result`. Everything in a result can be written as json, but the statistics, from
+which intervals and comparisons of two runs are drawn.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from regiongpt.data.convert.base import option
+from regiongpt.errors import DataError
+from regiongpt.evaluate.metrics.bootstrap import Statistic
+from regiongpt.regions import Region
+
+__all__ = ["RESAMPLES", "Answer", "Figure", "Item", "Result", "Table", "Task", "option"]
+
+RESAMPLES = 1000
+"""Bootstrap resamples behind an interval, unless another number is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question of a benchmark.
+
+    Args:
+        id: Of the question in the benchmark's own numbering, such as an annotation id; no two items share one.
+        image: Image file.
+        image_id: Of the image; items of one image are resampled together.
+        question: The user's text with ``<regionN>``, without ``<image>``, ready for the model.
+        regions: What the placeholders stand for, in pixels of the image.
+        choices: The answers to score by likelihood, in this order; empty where none are scored.
+        generate: Whether a free answer is wanted.
+        max_new_tokens: Longest free answer, in tokens.
+        truth: The right answer as a person would say it: a class name, ``Region [2]``, ``yes``; the first reference.
+        groups: What figures are broken down by: ``{"category": "dog", "size": "small"}``.
+        detail: What the task itself needs for scoring, as plain json; tells runners nothing.
+    """
+
+    id: str
+    image: Path
+    image_id: int | str
+    question: str
+    regions: tuple[Region, ...] = ()
+    choices: tuple[str, ...] = ()
+    generate: bool = True
+    max_new_tokens: int = 32
+    truth: str = ""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What was answered to one item; what was not asked for, or is not known, is None.
+
+    Args:
+        text: The free answer.
+        probability: Of that text and its end, in [0, 1].
+        scores: Of each of the item's choices, in their order: the probability of each given that it is one of them, or
+            any number that is larger for a better choice.
+
+    Raises:
+        DataError: A number is not finite, or the probability lies outside [0, 1].
+    """
+
+    text: str | None = None
+    probability: float | None = None
+    scores: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.probability is not None and not 0 <= self.probability <= 1:
+            raise DataError(f"probability: expected a number from 0 to 1, got {self.probability}")
+        for score in self.scores or ():
+            if not float("-inf") < score < float("inf"):
+                raise DataError(f"scores: expected finite numbers, got {score}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One number of a result.
+
+    Attributes:
+        value: Shares in [0, 1]; BLEU, ROUGE-L, METEOR in [0, 1]; CIDEr in [0, 10]; None where there is nothing to
+            measure.
+        of: How many items it is about.
+        interval: Where 95 % of the bootstrap resamples of the images lie; None where none was drawn.
+    """
+
+    value: float | None
+    of: int
+    interval: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain json."""
+        return {"value": self.value, "of": self.of, "interval": list(self.interval) if self.interval else None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table for the page of results, such as a confusion matrix."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int | float | None, ...], ...]
+
+
+Figures = Mapping[str, Figure]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The scores of one task.
+
+    Attributes:
+        task: Its name.
+        pinned: What has to be the same for two figures to be comparable, by name: split, grouping, scorer, ...
+        protocols: Figures by name, by the name of the protocol that they were measured under.
+        breakdowns: By protocol, then ``"size"``, ``"category"``, ..., then group: figures by name.
+        rows: One json object an item, in their order: ``id``, ``image_id``, ``truth``, ``answer``, ``groups``,
+            ``missing`` and ``scores``, the item's number under ``"protocol.figure"``.
+        tables: For the page of results.
+        notes: Sentences that belong beside the figures, such as how many answers were missing.
+        statistics: By protocol and figure, what bootstrap intervals and comparisons are computed from.
+    """
+
+    task: str
+    pinned: Mapping[str, str]
+    protocols: Mapping[str, Figures]
+    breakdowns: Mapping[str, Mapping[str, Mapping[str, Figures]]] = field(default_factory=dict)
+    rows: tuple[dict[str, Any], ...] = ()
+    tables: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+    statistics: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain json, without rows and statistics."""
+        return {
+            "task": self.task,
+            "pinned": dict(self.pinned),
+            "protocols": {name: _plain(figures) for name, figures in self.protocols.items()},
+            "breakdowns": {
+                protocol: {
+                    by: {group: _plain(figures) for group, figures in groups.items()} for by, groups in parts.items()
+                }
+                for protocol, parts in self.breakdowns.items()
+            },
+            "tables": [dataclasses.asdict(table) for table in self.tables],
+            "notes": list(self.notes),
+        }
+
+
+def _plain(figures: Figures) -> dict[str, Any]:
+    return {name: figure.to_dict() for name, figure in figures.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """One benchmark with its options; each field made by :func:`option` is an option of the command.
+
+    Fields have the types ``Path``, ``Path | None``, ``tuple[Path, ...]``, ``int``, ``float``, ``str`` or ``bool``.
+
+    Attributes:
+        name: Of the task on the command line.
+        summary: One line of help.
+        item_id: What an item's id is, for messages: ``"annotation id"``.
+        paper: The paper's figures by protocol and figure, in the unit of :class:`Figure`; named in the table caption.
+        paper_source: Where in the paper they are, and on what they were measured.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    item_id: ClassVar[str]
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+    paper_source: ClassVar[str] = ""
+
+    data: Path = option("folder of the data set; the files below are looked for in it")
+    limit: int = option("only the first so many images that are asked about; 0 for all", default=0)
+    seed: int = option("of every random choice", default=0)
+
+    @abstractmethod
+    def inputs(self) -> list[Path]:
+        """The annotation files that are read, for the manifest; images are not among them."""
+
+    @abstractmethod
+    def load(self) -> list[Item]:
+        """The items, in an order that the files and the options alone decide.
+
+        Raises:
+            DataError: A file is missing or of another format, or has nothing to ask about.
+            ConfigError: An option is wrong.
+        """
+
+    @abstractmethod
+    def score(
+        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
+    ) -> Result:
+        """Scores answers.
+
+        Args:
+            items: What :meth:`load` gave, or some of them.
+            answers: By item id. An item without one counts as wrong, and the notes say how many there are.
+            resamples: Of the bootstrap; 0 draws no intervals.
+            seed: Of the bootstrap.
+
+        Raises:
+            DataError: An answer does not fit its item, such as scores for another number of choices.
+            ConfigError: A program or library that a metric needs is missing.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """The options as plain json, for the manifest; of paths the last part alone."""
+        return {f.name: _stated(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def _stated(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.name
+    return [_stated(each) for each in value] if isinstance(value, tuple) else value

@@ -1,0 +1,34 @@
+"""The benchmarks, one module each."""
+
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Final
+
+from regiongpt.errors import ConfigError
+from regiongpt.evaluate.task import Task
+
+TASKS: Final[Mapping[str, str]] = {
+    "coco_cls": "coco_cls:CocoClassification",
+    "refcocog_caption": "refcocog_caption:RefCocogCaption",
+    "vg_caption": "vg_caption:VisualGenomeCaption",
+    "refcocog_rec": "refcocog_rec:RefCocogRec",
+    "coco_rec": "coco_rec:CocoRec",
+    "pope": "pope:Pope",
+}
+"""Where each task is, by its name on the command line."""
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task, imported now.
+
+    Raises:
+        ConfigError: There is no such task.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"expected a task among {', '.join(TASKS)}, got {name!r}{hint}")
+    module, _, kind = TASKS[name].partition(":")
+    found: type[Task] = getattr(import_module(f"regiongpt.evaluate.tasks.{module}"), kind)
+    return found
