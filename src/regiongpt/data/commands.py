@@ -244,6 +244,7 @@ def _show_statistics(records: RecordSet, options: argparse.Namespace, found: dic
 
 def _show_record(records: RecordSet, options: argparse.Namespace, found: dict[str, Any]) -> None:
     from regiongpt.data import gallery, inspection
+    from regiongpt.pages import write_page
 
     index = inspection.find(records, options.record)
     record = records[index]
@@ -267,7 +268,7 @@ def _show_record(records: RecordSet, options: argparse.Namespace, found: dict[st
         print(gallery.terminal(shown, _coloured()))
     if options.html:
         page = gallery.gallery(records, [index], processor, seed=options.seed, epoch=options.epoch)
-        gallery.write_page(page, options.html)
+        write_page(page, options.html)
         _tell(options, f"page written to {options.html}")
 
 
@@ -288,13 +289,14 @@ def _described(record: Record, index: int) -> str:
 
 def _write_gallery(records: RecordSet, options: argparse.Namespace) -> None:
     from regiongpt.data import gallery, inspection
+    from regiongpt.pages import write_page
 
     count = min(len(records), options.count or GALLERY_RECORDS)
     drawn = np.random.default_rng(options.seed).choice(len(records), count, replace=False)
     processor = inspection.load_processor(options.model)
     counted = getattr(options, "counted", None) or _count(records)
     page = gallery.gallery(records, sorted(drawn.tolist()), processor, counted, seed=options.seed, epoch=options.epoch)
-    gallery.write_page(page, options.html)
+    write_page(page, options.html)
     _tell(options, f"page of {_many(count, 'record')} written to {options.html}")
 
 
