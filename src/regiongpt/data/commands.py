@@ -76,23 +76,28 @@ def _add_fields(parser: argparse.ArgumentParser, converter: type[Converter]) -> 
     types = typing.get_type_hints(converter)
     fields = sorted(dataclasses.fields(converter), key=lambda field: field.default is not dataclasses.MISSING)
     for field in fields:
-        required = field.default is dataclasses.MISSING
-        given: dict[str, Any] = {"help": _help(field), "required": required}
-        if not required:
-            given["default"] = field.default
-        kind = types[field.name]
-        if kind is bool:
-            given["action"] = argparse.BooleanOptionalAction
-        elif kind in (int, float, str):
-            given |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
-        else:
-            given |= {"type": Path, "metavar": "DIR" if field.name == "images" else "FILE"}
-            if typing.get_origin(kind) is tuple:
-                given["nargs"] = "+"
+        given = option_arguments(field, types[field.name])
         parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, **given)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records, new or empty")
     parser.add_argument("--strict", action="store_true", help="fail at the first record that cannot be used")
     parser.add_argument("--overwrite", action="store_true", help="replace other records in --out")
+
+
+def option_arguments(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
+    """What ``argparse.ArgumentParser.add_argument`` is told of a field of this type, its name left out."""
+    required = field.default is dataclasses.MISSING
+    given: dict[str, Any] = {"help": _help(field), "required": required}
+    if not required:
+        given["default"] = field.default
+    if kind is bool:
+        given["action"] = argparse.BooleanOptionalAction
+    elif kind in (int, float, str):
+        given |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+    else:
+        given |= {"type": Path, "metavar": "DIR" if field.name in ("data", "images") else "FILE"}
+        if typing.get_origin(kind) is tuple:
+            given["nargs"] = "+"
+    return given
 
 
 def _help(field: "dataclasses.Field[Any]") -> str:
