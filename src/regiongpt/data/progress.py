@@ -87,11 +87,11 @@ class Meter:
         parts = [self._name]
         if self._count:
             rate = self._count / max(1e-9, time.monotonic() - self._counted_from)
-            parts.append(f"{self._count:,} {self._unit}, {_rounded(rate)} a second")
+            parts.append(f"{self._count:,} {self._unit}, {rounded(rate)} a second")
         share, since = self._share()
         if 0 < share < 1:
             left = (time.monotonic() - since) * (1 - share) / share
-            parts.append(f"{share:.0%} done, {_clock(left)} left")
+            parts.append(f"{share:.0%} done, {clock(left)} left")
         elif not self._count:
             parts.append("reading")
         return f"{parts[0]}: {', '.join(parts[1:])}" if parts[1:] else parts[0]
@@ -156,10 +156,12 @@ def _positions(files: dict[str, int]) -> Iterator[tuple[str, int]]:
             continue
 
 
-def _rounded(rate: float) -> str:
+def rounded(rate: float) -> str:
+    """A rate in few digits."""
     return f"{rate:.1f}" if rate < 10 else f"{rate:,.0f}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
