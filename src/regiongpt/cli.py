@@ -1,4 +1,4 @@
-"""The command line: ``regiongpt ask``, ``chat``, ``convert``, ``inspect``, ``weights`` and ``train``.
+"""The command line: ``regiongpt ask``, ``chat``, ``convert``, ``inspect``, ``weights``, ``train``, ``evaluate`` and more.
 
 torch and transformers are imported only by the verb that needs them, after its arguments, image and regions have been
 checked: help and mistakes cost a fraction of a second. Whatever the user got wrong ends as one line on standard error
@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,6 +36,14 @@ REGION_OPTIONS = {
     "--point": ("X,Y", "a point: the small disk around it"),
     "--scribble": ("X,Y,X,Y,...", "a stroke through at least two points"),
 }
+
+OWN_OPTIONS = {
+    "convert": "data.commands:run_convert",
+    "inspect": "data.commands:run_inspect",
+    "evaluate": "evaluate.commands:run_evaluate",
+    "ablate": "ablate.commands:run_ablate",
+}
+"""Verbs whose options depend on what they are about, each with the module and function that knows them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,11 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # they speak to programmers
-            if arguments[:1] in (["convert"], ["inspect"]):
-                from regiongpt.data import commands
-
-                verb = commands.run_convert if arguments[0] == "convert" else commands.run_inspect
-                code = verb(_Parser(prog=f"regiongpt {arguments[0]}"), arguments[1:])
+            if arguments and arguments[0] in OWN_OPTIONS:
+                module, _, name = OWN_OPTIONS[arguments[0]].partition(":")
+                run = getattr(import_module(f"regiongpt.{module}"), name)
+                code = int(run(_Parser(prog=f"regiongpt {arguments[0]}"), arguments[1:]))
             else:
                 options = _parser().parse_args(_bind_coordinates(arguments))
                 code = int(options.run(options))
@@ -155,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert_weights)
 
     verbs.add_parser("train", help="train a model in the paper's two stages", add_help=False)
+    verbs.add_parser("evaluate", help="score a model, or anyone's answers, on benchmarks", add_help=False)
+    verbs.add_parser("ablate", help="train and score the variants of one part of the model", add_help=False)
     return parser
 
 
