@@ -1,4 +1,4 @@
-"""The command line: ``regiongpt ask``, ``chat``, ``convert``, ``inspect``, ``weights``, ``train``, ``evaluate`` and more.
+"""The command line: ``regiongpt ask``, ``chat``, ``convert``, ``inspect``, ``weights``, ``train`` and ``evaluate``.
 
 torch and transformers are imported only by the verb that needs them, after its arguments, image and regions have been
 checked: help and mistakes cost a fraction of a second. Whatever the user got wrong ends as one line on standard error
