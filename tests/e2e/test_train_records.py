@@ -66,7 +66,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 
 
 def run(start: Path, out: Path, *words: str | Path) -> int:
-    return main(["train", str(RECIPE), f"--model.init={start}", f"--out={out}", *map(str, words)])
+    return main(["train", str(RECIPE), f"--model.init={start}", f"--out={out}", "--from-scratch", *map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,18 @@ def test_what_does_not_go_together_is_said_in_one_line(
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_recipe_that_ships_is_read(path: Path) -> None:
     config = load_config(path)
-    assert config.data.on_records == (path.name != "nano.toml")
+    assert config.data.on_records == (not path.name.startswith("nano"))
+
+
+def test_the_second_stage_alone_wants_to_be_told_so(
+    pictures: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["train", str(RECIPE), f"--model.init={start}", f"--out={tmp_path}", f"--data.mixture={pictures / 'coco'}"]
+    assert main([*words, *SMALL]) == 2
+    assert "whose refinement and connector are untrained" in capsys.readouterr().err
+    with caplog.at_level(logging.WARNING):
+        assert main([*words, *SMALL, "--from-scratch", "--stage2.epochs=0.4"]) == 0
+    assert "live with noise" in caplog.text
 
 
 @pytest.mark.slow

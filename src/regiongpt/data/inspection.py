@@ -160,7 +160,7 @@ def encode(record: Record, processor: "RegionGPTProcessor", seed: int, epoch: in
     """
     return processor.encode_conversation(
         record.messages(seed, epoch, index),
-        region_weights=np.zeros((len(record.regions), 1, 1), np.float32),
+        region_weights=np.zeros((len(record.regions) * processor.tokens_per_region, 1, 1), np.float32),
         with_image=bool(record.image),
     )
 

@@ -143,7 +143,7 @@ class Engine:
     def encode(self, messages: Sequence[Turn], n_regions: int, answered: bool = False) -> dict[str, Any]:
         """Token ids, and what goes with them, of a conversation that awaits an answer or already has it."""
         # The features are pooled here, so the processor only needs to know how many regions there are.
-        blank = torch.zeros((n_regions, 1, 1))
+        blank = torch.zeros((n_regions * self.processor.tokens_per_region, 1, 1))
         encoded: dict[str, Any] = self.processor.encode_conversation(
             messages, region_weights=blank, add_generation_prompt=not answered
         )

@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import SquareFrame, load_image
 from regiongpt.model.conversations import Messages, Spans, check_turns, control_pattern, expand_regions, images_in
+from regiongpt.model.region_grid import split_weights
 from regiongpt.prompts import (
     CHAT_TEMPLATES,
     CONTROL_TOKENS,
@@ -67,6 +68,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         pad_fill: ``[r, g, b]``, 0 to 255, for the padding around the image; the image processor's mean by default.
         chat_template: a key of :data:`regiongpt.prompts.CHAT_TEMPLATES`, or jinja with ``generation`` blocks. By
             default that of the tokenizer's family.
+        region_grid: side of the square grid of embeddings that a region becomes, over the cells that it touches; 1 for
+            the paper's one embedding.
 
     Raises:
         ConfigError: the tokenizer is slow or lacks a token, or ``region_format`` has no or two ``<region>``.
@@ -84,6 +87,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         region_format: str = REGION_TOKEN,
         pad_fill: Sequence[int] | None = None,
         chat_template: str | None = None,
+        region_grid: int = 1,
     ):
         # Parameters are not keyword-only because transformers' from_pretrained reads the positional ones.
         if region_format.count(REGION_TOKEN) != 1:
@@ -97,6 +101,9 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         self.num_image_tokens = int(num_image_tokens)
         self.refined_grid = [int(cells) for cells in refined_grid]
         self.region_format = region_format
+        if region_grid < 1:
+            raise ConfigError(f"expected region_grid of at least 1, got {region_grid}")
+        self.region_grid = int(region_grid)
         mean = getattr(image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
         self.pad_fill = (
             [round(255 * level) for level in mean] if pad_fill is None else [int(level) for level in pad_fill]
@@ -128,6 +135,11 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         encoded = self.encode_conversation(example, with_image=False)
         ids = {int(encoded["labels"][encoded["labels"] != IGNORED][-1])}
         return sorted(ids | ({self.tokenizer.eos_token_id} - {None}))
+
+    @property
+    def tokens_per_region(self) -> int:
+        """How many tokens, and so rows of region weights, one region takes."""
+        return self.region_grid**2
 
     # -- pieces --------------------------------------------------------------------------------------------------------
 
@@ -168,7 +180,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             height: of the original image, pixels.
 
         Returns:
-            (R, gh, gw) float32; each region's weights sum to 1.
+            (R, gh, gw) float32; each region's weights sum to 1. Where a region takes several tokens, as many rows for
+            each region, one after the other.
 
         Raises:
             RegionError: a region is empty, wholly outside the image, or otherwise wrong; it is named ``<regionN>``.
@@ -180,6 +193,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         for row, region in enumerate(regions):
             checked = region.check(width, height, name=f"<region{row + 1}>")
             weights[row] = checked.pool_weights(frame, *self.refined_grid)
+        if self.region_grid > 1 and len(weights):
+            weights = np.concatenate([split_weights(each, self.region_grid) for each in weights])
         return torch.from_numpy(weights)
 
     def encode_conversation(
@@ -234,10 +249,11 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             else torch.as_tensor(region_weights, dtype=torch.float32)
         )
         generating = add_generation_prompt or continue_final_message
-        turns = self._turns(messages, with_image, len(weights) if generating else None)
-        notes = check_placeholders([turn["content"] for turn in turns], len(weights))
+        n_regions = len(weights) // self.tokens_per_region
+        turns = self._turns(messages, with_image, n_regions if generating else None)
+        notes = check_placeholders([turn["content"] for turn in turns], n_regions)
         text, spans = self._render(turns, add_generation_prompt, continue_final_message)
-        ids, labels, region_ids = self._tokenize(text, spans, len(weights))
+        ids, labels, region_ids = self._tokenize(text, spans, n_regions)
         encoded: dict[str, Any] = {
             "input_ids": torch.tensor(ids),
             "region_ids": torch.tensor(region_ids, dtype=torch.long),
@@ -469,7 +485,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
                 warnings.warn(note, stacklevel=3)
             if pictures and text.count(IMAGE_TOKEN) != 1:
                 raise DataError(f"expected {IMAGE_TOKEN} once in a text with an image, got {text.count(IMAGE_TOKEN)}")
-            ids, labels, region_ids = self._tokenize(text, spans or [], len(item["region_weights"]))
+            ids, labels, region_ids = self._tokenize(text, spans or [], len(own or ()))
             item |= {"input_ids": torch.tensor(ids), "region_ids": torch.tensor(region_ids, dtype=torch.long)}
             if spans is not None:
                 item["labels"] = torch.tensor(labels)
@@ -523,11 +539,14 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             token if token not in never and any(start < b and end > a for a, b in spans) else IGNORED
             for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
         ]
-        # Expanding the image in ids rather than in text spares the tokenizer some hundred placeholders.
-        for place in [place for place, token in enumerate(ids) if token == self.image_token_id][::-1]:
-            ids[place : place + 1] = [self.image_token_id] * self.num_image_tokens
-            labels[place : place + 1] = [IGNORED] * self.num_image_tokens
-        return ids, labels, region_ids
+        # Expanding image and regions in ids rather than in text spares the tokenizer some hundred placeholders.
+        counts = {self.image_token_id: self.num_image_tokens, self.region_token_id: self.tokens_per_region}
+        for place in [place for place, token in enumerate(ids) if counts.get(token, 1) > 1][::-1]:
+            count = counts[ids[place]]
+            ids[place : place + 1] = ids[place : place + 1] * count
+            labels[place : place + 1] = [IGNORED] * count
+        rows = range(self.tokens_per_region)
+        return ids, labels, [region * len(rows) + row for region in region_ids for row in rows]
 
 
 def _flat(images: Any) -> list[Any]:

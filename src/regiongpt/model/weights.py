@@ -97,6 +97,7 @@ def create(
     vision_feature_layer: int = -2,
     chat_template: str | None = None,
     region_format: str = REGION_TOKEN,
+    region_grid: int = 1,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
     """Join a trained tower and a trained language model by an untrained refinement and connector.
@@ -115,13 +116,15 @@ def create(
         vision_feature_layer: which of the tower's hidden states to use.
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
         region_format: what a ``<regionN>`` becomes in the text, with ``{n}`` for its number.
+        region_grid: side of the square grid of embeddings that each region becomes; 1 for the paper's one embedding.
         dtype: of all weights; the one that the language model is stored in when None.
 
     Returns:
         The model in evaluation mode, and its processor.
 
     Raises:
-        CheckpointError: when a part cannot be read or lacks weights.
+        CheckpointError: when a part cannot be read or lacks weights, or the tokenizer has more tokens than the language
+            model has embeddings.
         ConfigError: when the options do not fit the parts or each other.
     """
     if chat_template is not None:
@@ -130,6 +133,12 @@ def create(
     language_model = _pretrained(AutoModelForCausalLM, language, only_part=True, dtype=dtype)
     with _reading(f"the tokenizer of {language}"):
         tokenizer = AutoTokenizer.from_pretrained(language)
+    embeddings = language_model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise CheckpointError(
+            f"tokenizer and model in {language} do not belong together: {len(tokenizer)} tokens for a vocabulary of "
+            f"{embeddings}; take both from one release of the language model"
+        )
     family = chat_template or template_family(tokenizer)
     prepare_tokenizer(tokenizer, family)
     _grow_vocabulary(language_model, len(tokenizer))
@@ -145,7 +154,7 @@ def create(
         region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
     )
     model = _assemble(config, tower, language_model)
-    return _finish(model, image_processor, tokenizer, family, region_format, out)
+    return _finish(model, image_processor, tokenizer, family, region_format, out, region_grid)
 
 
 def from_llava(
@@ -334,6 +343,7 @@ def _finish(
     template: str,
     region_format: str,
     out: str | Path | None,
+    region_grid: int = 1,
 ) -> Loaded:
     config = model.config
     processor = RegionGPTProcessor(
@@ -344,6 +354,7 @@ def _finish(
         refined_grid=list(config.refined_grid),
         region_format=region_format,
         chat_template=template,
+        region_grid=region_grid,
     )
     # Only the tokens are the language model's: its sampling settings are not how this model answers.
     model.generation_config = GenerationConfig(
@@ -371,7 +382,7 @@ def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **option
     wrong = [f"missing {_some(info['missing_keys'])}"] if info["missing_keys"] else []
     if info["mismatched_keys"]:
         shapes = [f"{name} {list(came)} for {list(expected)}" for name, came, expected in info["mismatched_keys"]]
-        wrong.append(f"of another shape {_some(shapes)}")
+        wrong.append(f"of another shape {_some(shapes, limit=50)}")
     if info["unexpected_keys"] and not only_part:
         wrong.append(f"unexpected {_some(info['unexpected_keys'])}")
     if wrong:

@@ -52,8 +52,8 @@ class ModelConfig:
     """The untrained model (paper §3.1), or the checkpoint to go on from.
 
     Attributes:
-        init: A checkpoint folder, or ``nano`` for the model of the package. It brings its own shape, so that nothing
-            else is given here. For records alone.
+        init: A checkpoint folder, or ``nano`` for the model of the package; for records alone. It brings its own shape:
+            what else is given here, with ``language``, is what it must have been made of.
         vision: ``efficientnet-lite2``, or a folder or hub name of a CLIP, SigLIP, SigLIP 2 or DINOv2 tower.
         language: Folder or hub name of a trained causal language model. Where it is empty, a recipe on photographs
             trains one of its own, in the shape that ``vocab_size`` and the fields after it give.
@@ -117,7 +117,7 @@ class LoraConfig:
     """
 
     rank: int = 0
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
 
@@ -197,28 +197,46 @@ class WatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """How much data a stage has, supposed where its records cannot be read.
+
+    Attributes:
+        records: In an epoch.
+        text_tokens: Of a record, besides those of its image, on average.
+        answer_tokens: How many of these are targets.
+    """
+
+    records: int = 0
+    text_tokens: int = 0
+    answer_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.records < 0 or not 0 <= self.answer_tokens <= self.text_tokens:
+            raise ConfigError(
+                "plan: expected records of at least 0 and no more answer_tokens than text_tokens, got "
+                f"{self.records}, {self.answer_tokens} and {self.text_tokens}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """What `--plan` supposes: the machines, and the data where the records are not at hand.
+    """What ``--plan`` supposes: the machines, and the data where the records are not at hand.
 
     Attributes:
         gpu: A name of :data:`regiongpt.train.gpus.GPUS`.
         gpus: How many.
         utilisation: Share of the GPU's peak arithmetic that is reached, in (0, 1]; the table's own where 0.
-        stage1_records: Records of stage 1, where they cannot be read.
-        stage2_records: Likewise of stage 2.
-        text_tokens: Tokens of a record besides those of its image, on average, where the records cannot be read.
-        answer_tokens: How many of these are targets.
         sample: Most records that tokens are counted on; all of them where there are no more.
+        stage1: The data of stage 1, where it cannot be read.
+        stage2: Likewise of stage 2.
     """
 
     gpu: str = "a100-80gb"
     gpus: int = 1
     utilisation: float = 0.0
-    stage1_records: int = 0
-    stage2_records: int = 0
-    text_tokens: int = 0
-    answer_tokens: int = 0
     sample: int = 256
+    stage1: DataSize = field(default_factory=DataSize)
+    stage2: DataSize = field(default_factory=DataSize)
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.sample < 1 or not 0 <= self.utilisation <= 1:
@@ -348,17 +366,16 @@ class TrainConfig:
             raise ConfigError(f"steps: expected some of {', '.join(STEPS)}, got '{wrong[0]}'")
         if self.data.on_records:
             self._check_records()
+        if self.lora.rank and not self.runs("stage2"):
+            raise ConfigError(
+                f"lora.rank: the adapters belong to stage 2, which this recipe does not run, got {self.lora.rank}"
+            )
 
     def _check_records(self) -> None:
         if not self.model.init and not self.model.language:
             raise ConfigError(
                 "model.init: expected the checkpoint to train on records, a folder or 'nano', got none; give "
                 "--model.init, or a tower and a language model to join: --model.vision and --model.language"
-            )
-        if self.model.init and self.model.language:
-            raise ConfigError(
-                f"model.language: expected a checkpoint or the parts of a new model, got both, the checkpoint "
-                f"{self.model.init} and the language model {self.model.language}; leave one of them empty"
             )
         if self.stage1.alignment or self.stage2.alignment:
             raise ConfigError(
@@ -437,6 +454,8 @@ _OF_NEW_MODELS = tuple(
 def _check_use(name: str, config: TrainConfig) -> None:
     """Raises ConfigError for a value that was given and that nothing would read."""
     table, _, leaf = name.partition(".")
+    if table == "lora" and not config.lora.rank and name != "lora.rank":
+        raise ConfigError(f"{name}: goes with adapters, whose lora.rank is 0; give lora.rank too, or leave it out")
     if table in ("lora", "engine", "watch", "plan"):
         return
     if not config.data.on_records:
@@ -453,7 +472,7 @@ def _check_use(name: str, config: TrainConfig) -> None:
         if not (config.data.pretrain_mixture if table == "stage1" else config.data.mixture):
             raise ConfigError(f"{name}: {table} has no records to train on; give {missing} too, or leave it out")
     elif name in _OF_NEW_MODELS:
-        if config.model.init:
+        if config.model.init and not config.model.language:
             raise ConfigError(
                 f"{name}: goes with a new model, not with the checkpoint {config.model.init}, which brings its own "
                 "shape; leave it out"

@@ -77,7 +77,7 @@ class ConversationDataset(Dataset[Example]):
         example["vision_features"] = self.store.row(index, number)
         example["region_classes"] = torch.tensor(
             [COCO_80.index(name) for name in conversation.categories], dtype=torch.long
-        )
+        ).repeat_interleave(self.processor.tokens_per_region)
         example["cell_classes"] = torch.from_numpy(shown_in_cells(view, self.image_grid))
         if np.random.default_rng((self.seed, 7, item)).random() < self.isolated_share:
             example["turns"] = turn_numbers(example, self.processor.image_token_id)

@@ -92,7 +92,7 @@ class FeatureStore:
 def calibrate(
     model: "RegionGPTForConditionalGeneration",
     processor: "RegionGPTProcessor",
-    images: Sequence[ImageAnnotations],
+    photographs: Sequence[Path],
 ) -> None:
     """Measures, on some photographs, the mean and spread of what goes into the refinement and into the connector.
 
@@ -101,9 +101,9 @@ def calibrate(
     Args:
         model: Its connector is changed in place, and so is an EfficientNet-Lite tower; another tower is left as it is.
         processor: Pads and normalises.
-        images: The photographs to measure on.
+        photographs: Those to measure on.
     """
-    pixels = [processor.image_inputs(load_image(each.path))["pixel_values"] for each in images]
+    pixels = [processor.image_inputs(load_image(each))["pixel_values"] for each in photographs]
     if model.config.vision_config.model_type == "efficientnet_lite":
         tower = model.vision_tower
         _standardise(tower, [model.encode_image(each)[0, : len(tower.mean)].flatten(1).T for each in pixels])

@@ -9,16 +9,17 @@ Six steps, each skipped when its result is already in the run folder, each going
 5. ``stage1`` - refinement and connector learn, the language model is frozen (paper §3.2, pre-training stage)
 6. ``stage2`` - refinement, connector and language model learn (paper §3.2, fine-tuning stage)
 
-With a mixture of records in place of photographs, a checkpoint goes through the two stages alone.
+With a mixture of records in place of photographs, a checkpoint goes through the two stages alone, or a new model of a
+tower and a language model does.
 """
 
 import argparse
 import json
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.utils import logging as transformers_logging
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.mixture import Mixture, open_mixture
@@ -37,8 +39,11 @@ from regiongpt.prompts import COCO_80, REGION_TOKEN
 from regiongpt.train.alignment import ClassWords, stand_in_loss, visual_loss
 from regiongpt.train.config import StageConfig, TrainConfig, load_config
 from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts, isolate_turns
-from regiongpt.train.features import build_features, calibrate, keep_freed_memory
+from regiongpt.train.debug import debug_size
+from regiongpt.train.features import build_features, keep_freed_memory
+from regiongpt.train.lora import add_adapters, merge_adapters
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
+from regiongpt.train.starts import check_shape, create_start, needs_calibration, require_trained, save_whole
 from regiongpt.train.tokenizer import train_tokenizer
 from regiongpt.train.trainer import Loss, run_stage
 
@@ -66,11 +71,21 @@ def run_cli(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("config", help="recipe, a TOML file such as configs/nano.toml")
+    parser.add_argument(
+        "--debug", action="store_true", help="run the recipe at a size that takes seconds, on pictures made up for it"
+    )
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="let stage 2 begin with an untrained refinement and connector"
+    )
     options, overrides = parser.parse_known_args(arguments)
+    overrides += ["--from_scratch=true"] if options.from_scratch else []
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    finished = train(load_config(options.config, overrides))
-    print(finished)
+    transformers_logging.disable_progress_bar()
+    config = load_config(options.config, overrides)
+    if options.debug:
+        config = debug_size(config)
+    print(train(config))
     return 0
 
 
@@ -103,12 +118,15 @@ def train(config: TrainConfig) -> Path:
     images = data.images
     sampler = ConversationSampler(ClassStatistics.of(images), config.data.mix or DEFAULT_MIX)
 
-    language = out / "language"
-    if not (language / "config.json").exists():
+    language = Path(config.model.language) if config.model.language else out / "language"
+    if config.runs("language") and not (language / "config.json").exists():
         _train_language(config, images, sampler, language)
+    if not config.model.language and not (language / "config.json").exists():
+        raise ConfigError(f"steps: expected the result of 'language' in {language}, found none; run that step first")
     start = out / "start"
-    if not (start / "config.json").exists():
-        _create(config, language, start, images)
+    # A recipe that trains its own language model teaches it the plain template.
+    shape = config.model if config.model.language else replace(config.model, chat_template="plain")
+    create_start(shape, language, start, [each.path for each in images[:: max(1, len(images) // 128)]])
     model, processor = weights.load(start, device="cpu")
     store = build_features(out / "features", images, model, processor, config.features, config.seed)
 
@@ -130,26 +148,34 @@ def train(config: TrainConfig) -> Path:
 
     finished = start
     for name, stage in (("align", config.align), ("stage1", config.stage1), ("stage2", config.stage2)):
-        finished = _learn(name, stage, finished, out / name, config.seed, partial(prepare, name, stage))
+        if config.runs(name):
+            if name == "stage2" and finished.parent.name != "stage1" and not config.from_scratch:
+                raise ConfigError(
+                    f"stage 2 begins with {finished}, which stage 1 has not trained; run that step first, or give "
+                    "--from-scratch"
+                )
+            finished = _learn(config, name, stage, finished, out / name, partial(prepare, name, stage))
+        elif (out / name / "model").exists():
+            finished = out / name / "model"
     return finished
 
 
 def _learn(
+    config: TrainConfig,
     name: str,
     stage: StageConfig,
     start: Path,
     folder: Path,
-    seed: int,
     prepare: Callable[[Any, "RegionGPTProcessor"], Lessons],
 ) -> Path:
     """Takes a checkpoint through one stage, unless that has been done; all but the tower learns in stage 2 alone.
 
     Args:
+        config: The recipe.
         name: Of the stage.
         stage: Its hyper-parameters.
         start: The checkpoint to go on from.
         folder: Of the stage.
-        seed: Of the run.
         prepare: Makes what is learnt from, of the model and its processor.
 
     Returns:
@@ -157,15 +183,22 @@ def _learn(
     """
     finished = folder / "model"
     if not (finished / "config.json").exists():
+        if name == "stage2" and (warning := require_trained(start, config.from_scratch)):
+            log.warning("%s", warning)
         # Adam's steps are lost in half precision, which a checkpoint may be stored in.
         model, processor = weights.load(start, dtype=torch.float32)
         model.train()
+        adapts = name == "stage2" and config.lora.rank > 0
         model.language_model.requires_grad_(name == "stage2")
+        if adapts:
+            add_adapters(model.language_model, config.lora)
         dataset, collate, loss = prepare(model, processor)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info("%s: %d conversations, %.2f M trainable parameters", name, len(dataset), learning / 1e6)
-        run_stage(name, model, dataset, collate, loss, stage, folder, seed)
-        _save(finished, model, processor)
+        run_stage(name, model, dataset, collate, loss, stage, folder, config.seed)
+        if adapts:
+            merge_adapters(model.language_model)
+        save_whole(finished, model, processor)
     return finished
 
 
@@ -177,19 +210,25 @@ def _train_on_records(config: TrainConfig) -> Path:
             ("stage1", config.stage1, config.data.pretrain_mixture),
             ("stage2", config.stage2, config.data.mixture),
         )
-        if mixture
+        if config.runs(name)
     ]
+    if not stages:
+        raise ConfigError(
+            f"steps: expected a stage that has records, got {', '.join(config.steps)}; stage1 learns from "
+            "data.pretrain_mixture, stage2 from data.mixture"
+        )
     identities: dict[str, str] = {}
     for number, (name, _, mixture) in enumerate(stages, 1):
         log.info("%s: %s", name, mixture.report())
         if name == "stage1":
             _refuse_text_alone(mixture)
         seen = [each.identity() for _, _, each in stages[:number]]
-        identities[name] = json.dumps({"init": config.model.init, "mixtures": seen}, indent=1)
+        adapters = {"lora": asdict(config.lora)} if config.lora.rank and name == "stage2" else {}
+        identities[name] = json.dumps({"init": _begins_with(config), "mixtures": seen, **adapters}, indent=1)
         _refuse_other_records(Path(config.out) / name, identities[name])
     keep_freed_memory()
     set_seed(config.seed)
-    finished = weights.nano_path() if config.model.init == "nano" else Path(config.model.init)
+    finished = _start_on_records(config, stages[0][2])
 
     def prepare(stage: StageConfig, mixture: Mixture, model: Any, processor: "RegionGPTProcessor") -> Lessons:
         items = max(1, round(stage.epochs * len(mixture)))
@@ -199,8 +238,43 @@ def _train_on_records(config: TrainConfig) -> Path:
     for name, stage, mixture in stages:
         folder = Path(config.out) / name
         _note(folder, identities[name])
-        finished = _learn(name, stage, finished, folder, config.seed, partial(prepare, stage, mixture))
+        finished = _learn(config, name, stage, finished, folder, partial(prepare, stage, mixture))
     return finished
+
+
+def _begins_with(config: TrainConfig) -> Any:
+    """What the run's first checkpoint is known by: its name, or the shape of the new model."""
+    return config.model.init or {name: value for name, value in asdict(config.model).items() if name != "init"}
+
+
+def _start_on_records(config: TrainConfig, mixture: Mixture) -> Path:
+    """The checkpoint to begin with, held to what the recipe says of it; made first where the recipe names its parts."""
+    if config.model.init:
+        folder = weights.nano_path() if config.model.init == "nano" else Path(config.model.init)
+        check_shape(config.model, folder)
+        return folder
+    folder = Path(config.out) / "start"
+    _note_start(folder, config)
+    photographs: list[Path] = []
+    if needs_calibration(config.model):
+        drawn = (mixture.draw(item) for item in range(min(128, len(mixture))))
+        paths = (each.records.image_path(each.record()) for each in drawn)
+        photographs = [path for path in paths if path is not None]
+    create_start(config.model, config.model.language, folder, photographs)
+    return folder
+
+
+def _note_start(folder: Path, config: TrainConfig) -> None:
+    """Raises ConfigError where the folder of the run holds the start of another model."""
+    identity = json.dumps({**_begins_with(config), "seed": config.seed}, indent=1)
+    note = folder.with_name("start.json")
+    if folder.exists() and (not note.exists() or note.read_text(encoding="utf-8") != identity):
+        raise ConfigError(
+            f"{folder}: expected the start of a run on the same model, with the same seed, got another one; give "
+            "another --out, or delete the folder"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(identity, encoding="utf-8")
 
 
 def _refuse_text_alone(mixture: Mixture) -> None:
@@ -257,20 +331,12 @@ def _collate_text(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Te
     return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def _save(folder: Path, model: Any, processor: Any) -> None:
-    """Writes beside the folder and renames, so that a folder that exists is whole."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    temporary.rename(folder)
-
-
 def _train_language(
     config: TrainConfig, images: Sequence[ImageAnnotations], sampler: ConversationSampler, folder: Path
 ) -> None:
     shape = config.model
-    texts = list(conversation_texts(images, sampler, shape.region_format, config.seed))
+    region_format = shape.region_format.replace(REGION_TOKEN, REGION_TOKEN * shape.region_grid**2)
+    texts = list(conversation_texts(images, sampler, region_format, config.seed))
     plain = (f"{text.given}{text.learnt}".replace(REGION_TOKEN, "") for text in texts)
     tokenizer = train_tokenizer(plain, shape.vocab_size, shape.max_length)
     model = LlamaForCausalLM(
@@ -315,21 +381,4 @@ def _train_language(
         folder.with_name("language-checkpoints"),
         config.seed,
     )
-    _save(folder, model, tokenizer)
-
-
-def _create(config: TrainConfig, language: Path, folder: Path, images: Sequence[ImageAnnotations]) -> None:
-    shape = config.model
-    grid = [shape.image_grid, shape.image_grid] if shape.image_grid else None
-    model, processor = weights.create(
-        shape.vision,
-        language,
-        image_size=shape.image_size,
-        refinement=shape.refinement,
-        refinement_channels=shape.refinement_channels or None,
-        image_grid=grid,
-        chat_template="plain",
-        region_format=shape.region_format,
-    )
-    calibrate(model, processor, images[:: max(1, len(images) // 128)])
-    _save(folder, model, processor)
+    save_whole(folder, model, tokenizer)

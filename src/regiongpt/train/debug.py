@@ -1,0 +1,284 @@
+"""Any recipe at a size that takes seconds on a laptop: ``regiongpt train CONFIG.toml --debug``.
+
+The recipe's own code runs, in its order and with its settings; only the sizes are others. The tower and the language
+model are of the same families as the recipe's, with a few thousand random weights; the pictures are drawn, and what is
+said of them is true. Nothing is fetched.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipImageProcessorPil
+
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Rejects, require_data_extra, write_records
+from regiongpt.errors import RegionGPTError
+from regiongpt.model import weights
+from regiongpt.model.configuration import VISION_TOWERS
+from regiongpt.prompts import closed_set_suffix
+from regiongpt.regions import Region
+from regiongpt.train.config import ModelConfig, StageConfig, TrainConfig
+from regiongpt.train.shapes import language_shape, tower_shape
+from regiongpt.train.starts import create_start, read_shape, save_whole
+from regiongpt.train.tokenizer import train_tokenizer
+
+PICTURES = 12
+SIZE = (96, 64)
+"""Width and height of a drawn picture, in pixels."""
+
+_VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+_PATCHES = 4
+_POSITIONS = 512
+_KINDS = ((17, "cat", "red", 4), (18, "dog", "blue", 52))
+_TEMPLATES = {"llama": "vicuna_v1", "qwen2": "chatml", "qwen3": "chatml"}
+
+
+def debug_size(config: TrainConfig) -> TrainConfig:
+    """The same recipe at debug size, with what it needs made beside its run.
+
+    Args:
+        config: Any recipe. ``out`` gets ``-debug`` behind its name; what another debug run has left there is deleted.
+
+    Returns:
+        A recipe of about three optimiser steps a stage.
+
+    Raises:
+        ConfigError: The shape of the recipe's tower or language model is not known, or a library is missing.
+    """
+    out = Path(config.out.rstrip("/") + "-debug")
+    shutil.rmtree(out, ignore_errors=True)
+    made = out / "made"
+    made.mkdir(parents=True)
+    draw_pictures(made)
+    small = replace(
+        config,
+        out=str(out / "run"),
+        from_scratch=True,
+        features=replace(config.features, views=min(config.features.views, 2)),
+        lora=replace(config.lora, rank=min(config.lora.rank, 4)),
+        watch=replace(
+            config.watch,
+            dev_steps=min(config.watch.dev_steps, 2),
+            answer_steps=min(config.watch.answer_steps, 2),
+            dev_items=2,
+            answers=2,
+        ),
+        engine=replace(config.engine, pack_length=min(config.engine.pack_length, _POSITIONS)),
+        language=_few_steps(config.language, 0.2),
+        align=_few_steps(config.align),
+        stage1=_few_steps(config.stage1),
+        stage2=_few_steps(config.stage2),
+    )
+    if not config.data.on_records:
+        return replace(
+            small,
+            data=replace(config.data, root=str(made), dev_split=config.data.dev_split and "train"),
+            steps=(),
+            model=_small_on_photographs(config.model, made),
+        )
+    require_data_extra()
+    data = config.data
+    if data.pretrain_mixture:
+        data = replace(data, pretrain_mixture=str(_write(made / "pretrain", made, with_text=False)))
+    if data.mixture:
+        data = replace(data, mixture=str(_write(made / "mixture", made, with_text=True)))
+    if data.dev_mixture:
+        data = replace(data, dev_mixture=data.mixture or data.pretrain_mixture)
+    return replace(small, data=replace(data, root=""), model=_small_on_records(config.model, made))
+
+
+def _few_steps(stage: StageConfig, epochs: float = 1.0) -> StageConfig:
+    """Three optimiser steps over the pictures, of two micro-batches each where the stage accumulates gradients."""
+    accumulates = stage.batch_size > stage.micro_batch_size
+    return replace(
+        stage,
+        epochs=epochs,
+        batch_size=4,
+        micro_batch_size=2 if accumulates else 4,
+        save_steps=2,
+        log_steps=1,
+    )
+
+
+def draw_pictures(folder: Path) -> None:
+    """Draws a red cat and a blue dog into each picture, as rectangles, and writes them down in COCO's format."""
+    (folder / "images").mkdir()
+    images: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
+    for number in range(1, PICTURES + 1):
+        picture = Image.new("RGB", SIZE, "white")
+        drawing = ImageDraw.Draw(picture)
+        images.append({"id": number, "file_name": f"{number}.png", "width": SIZE[0], "height": SIZE[1]})
+        captions.append({"id": number, "image_id": number, "caption": "A red cat and a blue dog."})
+        for kind, _, colour, (x, y, w, h) in _objects(number):
+            drawing.rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
+            box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0, "category_id": kind}
+            boxes.append({"id": len(boxes) + 1, "image_id": number, **box})
+        picture.save(folder / "images" / f"{number}.png")
+    categories = [{"id": kind, "name": name} for kind, name, *_ in _KINDS]
+    instances = {"images": images, "annotations": boxes, "categories": categories}
+    (folder / "instances_train.json").write_text(json.dumps(instances), encoding="utf-8")
+    (folder / "captions_train.json").write_text(
+        json.dumps({"images": images, "annotations": captions}), encoding="utf-8"
+    )
+
+
+def _objects(number: int) -> Iterator[tuple[int, str, str, tuple[int, int, int, int]]]:
+    """Category, its name, colour and box (x, y, width, height) of what is in a picture."""
+    rng = np.random.default_rng((0, number))
+    for kind, name, colour, left in _KINDS:
+        x, y, w = left + int(rng.integers(8)), int(rng.integers(4, 20)), int(rng.integers(16, 30))
+        yield kind, name, colour, (x, y, w, 30)
+
+
+def _write(folder: Path, made: Path, with_text: bool) -> Path:
+    """Records of the pictures, a few of text alone among them if the stage can learn from those."""
+    rejects = Rejects()
+    write_records(
+        folder,
+        _records(with_text),
+        rejects,
+        source="debug",
+        images=str((made / "images").resolve()),
+        inputs=[],
+        arguments={},
+    )
+    return folder
+
+
+def _records(with_text: bool) -> Iterator[Record]:
+    for number in range(1, PICTURES + 1):
+        if with_text and number % 4 == 0:
+            talk = Turn(task="chat", question="What is two and two?", answer="Four.")
+            yield Record(id=f"talk/{number}", source="debug", image="", width=0, height=0, regions=(), turns=(talk,))
+            continue
+        objects = list(_objects(number))
+        regions = tuple(
+            RecordRegion(region=Region.box(x, y, x + w, y + h), category=name) for _, name, _, (x, y, w, h) in objects
+        )
+        names = [name for _, name, *_ in objects]
+        turns = (
+            Turn(task="classify", regions=(1,), answer=names[0], label_set="COCO-80", guided=True),
+            Turn(task="caption", regions=(2,), answer=f"a {objects[1][2]} {names[1]}"),
+            Turn(task="chat", question="What are <region1> and <region2>?", answer="A red cat and a blue dog."),
+        )
+        yield Record(
+            id=f"picture/{number}",
+            source="debug",
+            image=f"{number}.png",
+            width=SIZE[0],
+            height=SIZE[1],
+            regions=regions,
+            turns=turns,
+        )
+
+
+def _small_on_photographs(shape: ModelConfig, made: Path) -> ModelConfig:
+    """The shape with a tower of its family; and its own language model or one of its family."""
+    vision = _make_tower(tower_shape(shape.vision).model_type, made / "tower")
+    language = ""
+    if shape.language:
+        family = language_shape(shape.language).model_type
+        language = str(_make_language(family, made / "language"))
+    return replace(
+        shape,
+        vision=str(vision),
+        language=language,
+        image_size=0,
+        refinement_channels=16 if shape.refinement_channels else 0,
+        image_grid=2 if shape.image_grid else 0,
+        vocab_size=500,
+        hidden_size=32,
+        layers=1,
+        heads=2,
+        mlp_size=32,
+        max_length=_POSITIONS,
+    )
+
+
+def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
+    """A new model of the same families, or a checkpoint of them where the recipe goes on from one."""
+    vision, language = "clip_vision_model", "llama"
+    if shape.language:
+        vision, language = tower_shape(shape.vision).model_type, language_shape(shape.language).model_type
+    else:
+        # Nothing but the checkpoint says what it is made of; where it is not there, it is taken for the paper's model.
+        try:
+            found = read_shape(weights.nano_path() if shape.init == "nano" else Path(shape.init))
+            vision, language = found.vision_config.model_type, found.text_config.model_type
+            shape = replace(
+                shape,
+                refinement=found.refinement,
+                refinement_channels=found.refinement_channels or 0,
+                image_grid=0 if list(found.tower_grid) == found.image_grid else found.image_grid[0],
+            )
+        except RegionGPTError:
+            pass
+    tower, model = _make_tower(vision, made / "tower"), _make_language(language, made / "language")
+    small = replace(
+        shape,
+        init="",
+        vision=str(tower),
+        language=str(model),
+        image_size=0,
+        refinement_channels=16 if shape.refinement_channels else 0,
+        image_grid=2 if shape.image_grid else 0,
+        chat_template=shape.chat_template or _TEMPLATES.get(language, "plain"),
+    )
+    if shape.init:
+        create_start(small, str(model), made / "start", [])
+        small = replace(small, init=str(made / "start"))
+    return small
+
+
+def _make_tower(kind: str, folder: Path) -> Path:
+    """A tower of random weights, with its image processor."""
+    assert kind in VISION_TOWERS
+    patch = 8
+    shape: dict[str, Any] = {**_VIT, "image_size": _PATCHES * patch, "patch_size": patch}
+    if kind == "siglip2_vision_model":
+        shape = {**_VIT, "num_patches": _PATCHES**2, "patch_size": patch}
+    elif kind.startswith("dinov2"):
+        shape = {**shape, "mlp_ratio": 2}
+    elif kind == "efficientnet_lite":
+        patch = 32
+        shape = {"variant": "efficientnet-lite0", "image_size": 2 * patch}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModel.from_config(AutoConfig.for_model(kind, **shape)).save_pretrained(folder)
+    side = shape.get("image_size", _PATCHES * patch)
+    SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+    return folder
+
+
+def _make_language(kind: str, folder: Path) -> Path:
+    """A language model of random weights, with a tokenizer of the words in the made-up records."""
+    texts = [text for record in _records(with_text=True) for each in record.messages(0, 0, 0) for text in each.values()]
+    tokenizer = train_tokenizer([*texts, closed_set_suffix()], 400, _POSITIONS)
+    tokenizer.chat_template = None
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": _POSITIONS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
+    save_whole(folder, model, tokenizer)
+    return folder

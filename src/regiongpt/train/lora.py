@@ -1,0 +1,65 @@
+"""Low-rank adapters on the language model: put in before stage 2, merged into its weights after it.
+
+A finished checkpoint so has the layers of any other, and loads wherever others do.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from regiongpt.errors import ConfigError
+from regiongpt.train.config import LoraConfig
+
+
+def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:
+    """Puts adapters beside linear layers of the language model, which they leave as it is until they have learnt.
+
+    Args:
+        language_model: A causal language model; changed in place. Of its parameters only the adapters' require
+            gradients afterwards.
+        config: The rank is at least 1.
+
+    Raises:
+        ConfigError: peft is not installed, or a target is no linear layer of the model.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft import inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError("lora: expected the library peft, found none; run: pip install 'regiongpt[train]'") from error
+    linear = {name.rpartition(".")[2] for name, each in language_model.named_modules() if isinstance(each, nn.Linear)}
+    wrong = [name for name in config.targets if name not in linear]
+    if wrong:
+        raise ConfigError(
+            f"lora.targets: expected names of the language model's linear layers, {', '.join(sorted(linear))}, got "
+            f"'{wrong[0]}'"
+        )
+    adapters = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets) or "all-linear",
+    )
+    language_model.requires_grad_(False)
+    inject_adapter_in_model(adapters, language_model)
+    for name, parameter in language_model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def merge_adapters(language_model: Any) -> None:
+    """Adds what the adapters have learnt to the weights beside them, and takes the adapters out.
+
+    Args:
+        language_model: As :func:`add_adapters` left it; changed in place.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(name, each) for name, each in language_model.named_modules() if isinstance(each, BaseTunerLayer)]
+    for name, layer in adapted:
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(language_model.get_submodule(parent), child, layer.get_base_layer())
+    # What peft notes on the model would be taken for adapters that are still there.
+    for note in ("peft_config", "_hf_peft_config_loaded"):
+        if note in vars(language_model):
+            delattr(language_model, note)
