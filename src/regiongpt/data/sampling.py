@@ -35,6 +35,7 @@ NO_MATCH_SHARE = 0.15
 # Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
 FREE_SHARE = 0.15
 JITTER = 0.06
+OUTLINE_SHARE = 0.5
 # A human caption still holds for a crop that keeps this much of the image.
 CAPTION_COVERAGE = 0.75
 
@@ -151,17 +152,26 @@ class ConversationSampler:
         regions_per_image: Most distinct regions in a conversation. Where an image has more objects, those of rare
             classes come first (weight 1/sqrt(boxes of the class), halved for people).
         label_set: Name of the closed set in the suffix of ``classify``.
+        suffixes: Whether questions end with the suffix that fixes the format of their answer; answers are as they are
+            either way. Off, it shows what the suffix is good for.
+        outline_share: Share of the regions with an outline, in [0, 1], that are given by it rather than by their box.
 
     Raises:
-        ConfigError: An unknown task, a negative number of turns, or fewer than one region.
+        ConfigError: An unknown task, a negative number of turns, fewer than one region, or no share.
+
+    Paper: §3.2, Table 1 (the suffixes)
     """
 
     statistics: ClassStatistics
     mix: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
     regions_per_image: int = 12
     label_set: str = "COCO-80"
+    suffixes: bool = True
+    outline_share: float = OUTLINE_SHARE
 
     def __post_init__(self) -> None:
+        if not 0 <= self.outline_share <= 1:
+            raise ConfigError(f"expected outline_share in [0, 1], got {self.outline_share}")
         unknown = sorted(set(self.mix) - set(DEFAULT_MIX))
         if unknown:
             raise ConfigError(f"expected tasks among {', '.join(DEFAULT_MIX)}, got {', '.join(unknown)} in the mix")
@@ -202,7 +212,7 @@ class ConversationSampler:
         if not plans:
             plan = self._presence(rng, view)
             plans += [] if plan is None else [plan]
-        return _write(rng, view, plans)
+        return _write(rng, view, plans, self.outline_share)
 
     def _choose(self, rng: np.random.Generator, view: View) -> list[ViewObject]:
         """Objects to ask about, in random order weighted to rare classes (keys u^(1/w), drawn without replacement)."""
@@ -233,7 +243,8 @@ class ConversationSampler:
         answer = each.category if guided else f"It is {with_article(noun(each.category))}."
 
         def write(numbers: list[int]) -> tuple[str, str]:
-            return question("classify", wording, regions=numbers, label_set=self.label_set, guided=guided), answer
+            suffix = guided and self.suffixes
+            return question("classify", wording, regions=numbers, label_set=self.label_set, guided=suffix), answer
 
         return _Plan("classify", (each,), write)
 
@@ -274,7 +285,8 @@ class ConversationSampler:
 
         def write(numbers: list[int]) -> tuple[str, str]:
             answer = NO_MATCH if target is None else region_answer(numbers[order.index(target)])
-            return question("locate", wording, regions=numbers, expression=text), answer
+            asked = question("locate", wording, regions=numbers, expression=text, guided=self.suffixes)
+            return asked, answer
 
         return _Plan("locate", order, write)
 
@@ -367,7 +379,7 @@ def _caption(rng: np.random.Generator, view: View) -> _Plan | None:
     return _Plan("image_caption", (), lambda numbers: (text, answer))
 
 
-def _write(rng: np.random.Generator, view: View, plans: Sequence[_Plan]) -> Conversation:
+def _write(rng: np.random.Generator, view: View, plans: Sequence[_Plan], outline_share: float) -> Conversation:
     """Numbers the regions that are used, in an order that tells nothing, and puts the turns into one."""
     used = {each.id: each for plan in plans for each in plan.objects}
     order = [list(used)[k] for k in rng.permutation(len(used))]
@@ -381,15 +393,15 @@ def _write(rng: np.random.Generator, view: View, plans: Sequence[_Plan]) -> Conv
         tasks.append(plans[k].task)
     return Conversation(
         messages=messages,
-        regions=[_region(rng, view, used[k]) for k in order],
+        regions=[_region(rng, view, used[k], outline_share) for k in order],
         tasks=tasks,
         categories=[used[k].category for k in order],
     )
 
 
-def _region(rng: np.random.Generator, view: View, each: ViewObject) -> Region:
-    """The polygon half of the times there is one; else the box with each side moved by up to 6 % of its length."""
-    if each.source.polygons is not None and rng.random() < 0.5:
+def _region(rng: np.random.Generator, view: View, each: ViewObject, outline_share: float) -> Region:
+    """The polygon in its share of the times that there is one; else the box with each side moved by up to 6 % of its length."""
+    if each.source.polygons is not None and rng.random() < outline_share:
         shape = Region.polygon(view.rings(each))
         try:
             if shape.area(round(view.width), round(view.height)) >= MIN_AREA:
