@@ -400,7 +400,7 @@ def _write(rng: np.random.Generator, view: View, plans: Sequence[_Plan], outline
 
 
 def _region(rng: np.random.Generator, view: View, each: ViewObject, outline_share: float) -> Region:
-    """The polygon in its share of the times that there is one; else the box with each side moved by up to 6 % of its length."""
+    """The polygon, where there is one, in its share of the times; else the box with each side moved by up to 6 %."""
     if each.source.polygons is not None and rng.random() < outline_share:
         shape = Region.polygon(view.rings(each))
         try:
