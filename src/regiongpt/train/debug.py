@@ -80,7 +80,8 @@ def debug_size(config: TrainConfig) -> TrainConfig:
         return replace(
             small,
             data=replace(config.data, root=str(made), dev_split=config.data.dev_split and "train"),
-            steps=(),
+            # What comes before the steps that were chosen has to be made too.
+            steps=config.steps if "language" in config.steps else (),
             model=_small_on_photographs(config.model, made),
         )
     require_data_extra()
