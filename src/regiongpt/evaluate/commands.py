@@ -9,27 +9,19 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from regiongpt.data.commands import option_arguments
-from regiongpt.data.progress import Meter
-from regiongpt.errors import ConfigError, RegionGPTError
-from regiongpt.evaluate import mistakes, report, tables
-from regiongpt.evaluate.manifest import manifest, model_identity
-from regiongpt.evaluate.predictions import read_predictions
-from regiongpt.evaluate.runner import Runner, load_items, make_keys, usable
-from regiongpt.evaluate.runs import options_of, read_run, refuse_other, write_task
-from regiongpt.evaluate.sharding import Processes, processes
-from regiongpt.evaluate.store import AnswerStore
-from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
+from regiongpt.errors import ConfigError
+from regiongpt.evaluate import tables
+from regiongpt.evaluate.runs import PAGE
+from regiongpt.evaluate.session import GALLERY, Session
+from regiongpt.evaluate.sharding import ALONE, processes
+from regiongpt.evaluate.task import RESAMPLES, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
 
-if TYPE_CHECKING:
-    from regiongpt.inference import RegionPredictor
-
-GALLERY: Final = 24
 _OF_A_RUN: Final = ("predictions", "model", "device", "dtype", "overwrite", "gallery", "missing", "unknown")
 """Options that a comparison has no use for."""
 
@@ -64,12 +56,26 @@ def run_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> i
         raise ConfigError("expected --out DIR, the folder of the results, got none")
     _check_numbers(options)
     tasks = [_make(name, options) for name in names]
-    if options.predictions is None:
-        for name in ("missing", "unknown"):
-            if getattr(options, name) is not None:
-                raise ConfigError(f"expected --{name} together with --predictions, got it alone; leave it out")
-        return _evaluate_model(tasks, options)
-    return _evaluate_predictions(tasks, options)
+    _check_predictions(tasks, options)
+    session = Session(
+        out=options.out,
+        resamples=options.resamples,
+        gallery=options.gallery,
+        overwrite=options.overwrite,
+        processes=ALONE if options.predictions is not None else processes(),
+    )
+    if options.predictions is not None:
+        missing: Any = options.missing or "refuse"
+        unknown: Any = options.unknown or "refuse"
+        runs = [session.score_predictions(tasks[0], options.predictions, missing, unknown)]
+    else:
+        runs = session.score_model(tasks, options.model, options.device, options.dtype)
+    if runs and options.json:
+        print(json.dumps([{**run.result, "manifest": run.manifest} for run in runs], indent=1, ensure_ascii=False))
+    elif runs:
+        print("\n\n".join(map(tables.as_text, runs)))
+        print(f"\nresults written to {options.out}; see {options.out / PAGE}")
+    return 0
 
 
 def _named(arguments: Sequence[str]) -> list[str]:
@@ -157,6 +163,17 @@ def _make(name: str, options: argparse.Namespace) -> Task:
     return task_class(name)(**values)
 
 
+def _check_predictions(tasks: Sequence[Task], options: argparse.Namespace) -> None:
+    """Refuses what does not go with ``--predictions``, or without it."""
+    given = options.predictions is not None
+    for name in ("model", "device", "dtype") if given else ("missing", "unknown"):
+        if getattr(options, name) is not None:
+            why = "no model is run for predictions" if given else "a model answers everything"
+            raise ConfigError(f"expected --{name} {'without' if given else 'with'} --predictions; {why}; leave it out")
+    if given and len(tasks) > 1:
+        raise ConfigError(f"expected one task with --predictions, got {len(tasks)}; score them one after the other")
+
+
 def _check_numbers(options: argparse.Namespace) -> None:
     options.resamples = RESAMPLES if options.resamples is None else options.resamples
     options.gallery = GALLERY if options.gallery is None else options.gallery
@@ -164,149 +181,6 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"expected --resamples and --gallery of at least 0, got {options.resamples} and {options.gallery}"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A model
-
-
-def _evaluate_model(tasks: Sequence[Task], options: argparse.Namespace) -> int:
-    here = processes()
-    listed = [(task, _load(task, here)) for task in tasks]
-    device, dtype = _device(options, here)
-    path = options.model
-    if path is None:
-        from regiongpt.model.weights import nano_path
-
-        path = nano_path()
-    model = model_identity(path, dtype, device)
-    settings = [_manifest(task, model, options) for task in tasks]
-    for task, noted in zip(tasks, settings, strict=True):
-        refuse_other(options.out, task.name, noted, options.overwrite)
-    with _shown(here, "images", "images"):
-        asked = make_keys(model["key"], listed)
-    store = AnswerStore(options.out, here.rank)
-    here.wait()  # all have read the same answers before the first writes another
-    with store:
-        runner = Runner(asked, store, here, lambda: _predictor(path, device, dtype))
-        if store.damaged and here.first:
-            _say(f"{store.folder}: {store.damaged} lines that were cut short are passed over and asked again")
-        failures: list[RegionGPTError] = []
-        for number, (task, items) in enumerate(listed):
-            if here.first:
-                _say(runner.plan(number))
-            found = runner.answer(number)
-            if here.first:
-                try:
-                    answers, notes = usable(found)
-                    _finish(task, items, answers, settings[number], options, notes)
-                except RegionGPTError as error:  # the answers are kept, and other tasks need not wait for this one
-                    failures.append(error)
-                    _say(f"{task.name}: {error}")
-    if here.first:
-        _conclude(tasks, options, failures)
-    return 0
-
-
-def _load(task: Task, here: Processes) -> list[Item]:
-    with _shown(here, task.name, "items"):
-        return load_items(task)
-
-
-def _shown(here: Processes, name: str, unit: str) -> Any:
-    """A meter in the process that reports, and nothing in the others."""
-    from contextlib import nullcontext
-
-    return Meter(name, unit=unit) if here.first else nullcontext()
-
-
-def _device(options: argparse.Namespace, here: Processes) -> tuple[str, str]:
-    """Names of the device and the dtype that the model will have."""
-    from regiongpt.inference.engine import pick_device, pick_dtype
-
-    device = pick_device(options.device)
-    if options.device is None and device.type == "cuda" and here.count > 1:
-        device = pick_device(f"cuda:{here.local}")
-    return str(device), str(pick_dtype(options.dtype, device)).removeprefix("torch.")
-
-
-def _predictor(path: Path, device: str, dtype: str) -> "RegionPredictor":
-    from transformers.utils import logging
-
-    from regiongpt.inference import RegionPredictor
-
-    logging.disable_progress_bar()
-    return RegionPredictor.from_pretrained(path, device=device, dtype=dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Anyone's answers
-
-
-def _evaluate_predictions(tasks: Sequence[Task], options: argparse.Namespace) -> int:
-    if len(tasks) > 1:
-        raise ConfigError(f"expected one task with --predictions, got {len(tasks)}; score them one after the other")
-    for name in ("model", "device", "dtype"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"expected --predictions or --{name}, got both; no model is run for predictions")
-    task, here = tasks[0], Processes()
-    noted = _manifest(task, None, options)
-    refuse_other(options.out, task.name, noted, options.overwrite)
-    items = _load(task, here)
-    found = read_predictions(
-        options.predictions, task, items, missing=options.missing or "refuse", unknown=options.unknown or "refuse"
-    )
-    _finish(task, items, found.answers, noted, options, found.report)
-    _conclude(tasks, options, [])
-    return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What both share
-
-
-def _manifest(task: Task, model: Mapping[str, Any] | None, options: argparse.Namespace) -> dict[str, Any]:
-    noted = manifest(task.settings(), task.inputs(), model)
-    noted["options"] = options_of(task)
-    noted["scoring"] = {"resamples": options.resamples}
-    if options.predictions is not None:
-        from regiongpt.data.shards import file_identity
-
-        noted["predictions"] = file_identity(options.predictions)
-        noted["scoring"] |= {"missing": options.missing or "refuse", "unknown": options.unknown or "refuse"}
-    return noted
-
-
-def _finish(
-    task: Task,
-    items: Sequence[Item],
-    answers: Mapping[str, Answer],
-    noted: dict[str, Any],
-    options: argparse.Namespace,
-    notes: Sequence[str],
-) -> None:
-    """Scores a task and writes its part of the run."""
-    result: Result = task.score(items, answers, resamples=options.resamples)
-    result = dataclasses.replace(result, notes=(*notes, *result.notes))
-    run = write_task(options.out, result, items, answers, noted)
-    chosen = mistakes.worst(result, answers, options.gallery)
-    cards = mistakes.gallery(chosen, {item.id: item for item in items}, answers)
-    (run.folder / report.GALLERY).write_text(cards, encoding="utf-8", errors="replace")
-    if not options.json:
-        print(tables.as_text(run), end="\n\n", flush=True)
-
-
-def _conclude(tasks: Sequence[Task], options: argparse.Namespace, failures: Sequence[RegionGPTError]) -> None:
-    """Writes the page of the whole run, and raises what a task has failed with."""
-    if failures:
-        raise failures[0]
-    runs = read_run(options.out)
-    written = report.write_report(options.out, runs)
-    if options.json:
-        mine = {task.name for task in tasks}
-        print(json.dumps([{**run.result, "manifest": run.manifest} for run in runs if run.name in mine], indent=1))
-    else:
-        print(f"results written to {options.out}; see {written}")
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -330,14 +204,10 @@ def _compare(options: argparse.Namespace) -> int:
     found = compare.compare_runs(a, b, getattr(options, "data", None), options.tasks, options.resamples)
     if options.html is not None:
         write_page(compare.as_page(found, a, b), options.html)
-        _say(f"page written to {options.html}")
+        print(f"page written to {options.html}", file=sys.stderr)
     if options.json:
         print(json.dumps([each.to_dict() for each in found], indent=1, ensure_ascii=False))
     else:
         print(f"A: {a}\nB: {b}\n")
         print("\n\n".join(map(compare.as_text, found)))
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

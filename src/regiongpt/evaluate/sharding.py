@@ -50,10 +50,13 @@ class Processes:
         return mine
 
 
+ALONE: Final = Processes()
+
+
 def processes() -> Processes:
     """The processes that a launcher has started, told of each other; otherwise this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Processes()
+        return ALONE
     from accelerate import PartialState
 
     state = PartialState(timeout=PATIENCE)

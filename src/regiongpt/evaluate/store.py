@@ -102,6 +102,12 @@ class AnswerStore:
             self._file.close()
             self._file = None
 
+    def damaged_report(self) -> str:
+        """One line on what was passed over; empty where nothing was."""
+        if not self.damaged:
+            return ""
+        return f"{self.folder}: lines cut short or damaged: {self.damaged}; their questions are asked again"
+
     def add(self, answers: Mapping[str, dict[str, Any]]) -> None:
         """Writes answers and hands them to the operating system before it returns.
 
