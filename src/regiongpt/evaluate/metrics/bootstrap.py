@@ -102,7 +102,8 @@ def mean_statistic(
 def ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
     """``above / below``, NaN where that is a division by 0."""
     top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
-    return np.divide(top, bottom, out=np.full(np.broadcast(top, bottom).shape, np.nan), where=bottom != 0)
+    result: Floats = np.divide(top, bottom, out=np.full(np.broadcast(top, bottom).shape, np.nan), where=bottom != 0)
+    return result
 
 
 def resample(count: int, resamples: int, seed: int) -> Floats:
