@@ -11,6 +11,7 @@ Coordinates are pixels of the original image, x to the right and y down; pixel (
 Paper: §3.1 (mask pooling); the weights of the pooling come from here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -185,7 +186,7 @@ class PolygonShape:
         return (start, end) if np.sum((ax + bx) * (by - ay)) < 0 else (end, start)
 
 
-def united(rings: list[Floats]) -> Any:
+def united(rings: Sequence[Floats]) -> Any:
     """The union of the insides of rings, each (N, 2) xy, N >= 3, that may cross themselves: even-odd counts."""
     # Coordinates a hair apart, and only those, break the intersections that make_valid works out.
     rounded = [np.round(np.append(ring, ring[:1], axis=0) / _PRECISION) * _PRECISION for ring in rings]

@@ -164,7 +164,7 @@ class Region(ABC):
         Raises:
             RegionError: there is no point, or one that is not a pair of numbers.
         """
-        line = _points(points, "scribble")
+        line = tuple((x, y) for x, y in _points(points, "scribble").tolist())
         return _Scribble(line, None if width is None else _numbers((width,), "width", 1)[0])
 
     @staticmethod
@@ -487,26 +487,34 @@ class _Vector(Region):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Polygon(_Vector):
-    rings: tuple[tuple[Point, ...], ...]
+    rings: tuple[NDArray[np.float64], ...]  # of (N, 2) each: data sets hold millions, too many for pairs of Python's
     kind = "polygon"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Polygon):
+            return NotImplemented
+        return len(self.rings) == len(other.rings) and all(map(np.array_equal, self.rings, other.rings))
+
+    def __hash__(self) -> int:
+        return hash(tuple(tuple(ring.ravel().tolist()) for ring in self.rings))
 
     def __str__(self) -> str:
         points = sum(map(len, self.rings))
         return f"polygon of {points} points" + (f" in {len(self.rings)} rings" if len(self.rings) > 1 else "")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"polygon": [[list(point) for point in ring] for ring in self.rings]}
+        return {"polygon": [ring.tolist() for ring in self.rings]}
 
     def flip(self, width: int) -> Region:
-        return _Polygon(tuple(tuple((width - x, y) for x, y in ring) for ring in self.rings))
+        return _Polygon(tuple(np.column_stack((width - ring[:, 0], ring[:, 1])) for ring in self.rings))
 
     def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        return _Polygon(tuple(tuple((x - x0, y - y0) for x, y in ring) for ring in self.rings))
+        return _Polygon(tuple(ring - (x0, y0) for ring in self.rings))
 
     def _drawn(self, width: int, height: int, name: str) -> Any:
-        self._expect_finite([value for ring in self.rings for point in ring for value in point], name)
+        self._expect_finite(np.concatenate(self.rings).ravel().tolist(), name)
         for index, ring in enumerate(self.rings, 1):
             if len(ring) < 3:
                 where = f" in ring {index}" if len(self.rings) > 1 else ""
@@ -514,7 +522,7 @@ class _Polygon(_Vector):
                     f"{name}: expected a polygon of at least 3 points, got {len(ring)}{where}; "
                     "use a box for two corners, or a scribble for a line"
                 )
-        drawn = united([np.array(ring) for ring in self.rings])
+        drawn = united(self.rings)
         if drawn.area < MIN_AREA:
             raise RegionError(
                 f"{name}: expected a polygon that encloses an area, got {self} that lie on one line; "
@@ -594,8 +602,8 @@ def _numbers(values: Any, what: str, count: int) -> tuple[float, ...]:
     return numbers
 
 
-def _points(values: Any, what: str) -> tuple[Point, ...]:
-    """Points from [[x, y], ...] or [x, y, x, y, ...]."""
+def _points(values: Any, what: str) -> NDArray[np.float64]:
+    """Points (N, 2) from [[x, y], ...] or [x, y, x, y, ...], in an array of their own."""
     expected = f"region: expected a {what} as [[x, y], ...] or [x, y, x, y, ...] in numbers"
     try:
         array = np.asarray(values)
@@ -611,7 +619,7 @@ def _points(values: Any, what: str) -> tuple[Point, ...]:
         raise RegionError(f"{expected}, got {array.size} numbers; give an x and a y for every point")
     if array.ndim != 2 or array.shape[1] != 2:
         raise RegionError(f"{expected}, got an array of shape {array.shape}")
-    return tuple(map(tuple, array.astype(float).tolist()))
+    return array.astype(float)
 
 
 def _is_whole(value: Any) -> bool:

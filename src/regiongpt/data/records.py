@@ -9,6 +9,7 @@ Paper: §3.2, §4
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -222,7 +223,7 @@ def region_row(region: Region) -> dict[str, Any]:
     if kind == "box":
         coordinates = [list(value)]
     elif kind == "polygon":
-        coordinates = [[number for point in ring for number in point] for ring in value]
+        coordinates = [list(chain.from_iterable(ring)) for ring in value]
     elif kind == "point":
         coordinates = [[*value, *stroke]]
     elif kind == "scribble":

@@ -5,6 +5,9 @@ A folder of records holds ``records-00000.parquet``, ...; ``rejects.jsonl``, a l
 """
 
 import json
+import multiprocessing
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -198,28 +201,16 @@ def write_records(
     Raises:
         DataError: The disk is full or the folder not writable; in strict mode, a record is wrong.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     counts: Counter[str] = Counter()
     seen_images: set[str] = set()
     seen_ids: set[str] = set()
-    shards: list[dict[str, Any]] = []
-
-    def flush(rows: list[dict[str, Any]]) -> None:
-        path = out / f"records-{len(shards):05d}.parquet"
-        temporary = path.with_suffix(".tmp")
-        table = pa.Table.from_pylist(rows, schema=schema())
-        pq.write_table(table, temporary, compression="zstd", row_group_size=1000)
-        temporary.replace(path)
-        shards.append({"file": path.name, "records": len(rows), "sha256": file_identity(path)["sha256"]})
-        rows.clear()
+    writer = _ShardWriter(out)
 
     try:
         out.mkdir(parents=True, exist_ok=True)
         for stale in [*out.glob("records-*.parquet"), *out.glob("records-*.tmp"), out / MANIFEST]:
             stale.unlink(missing_ok=True)
-        rows: list[dict[str, Any]] = []
+        gathered: list[Record] = []
         for record in records:
             try:
                 record.check(regions=check_regions)
@@ -235,11 +226,13 @@ def write_records(
                 seen_images.add(record.image)
             counts.update(records=1, regions=len(record.regions), turns=len(record.turns))
             counts.update(f"task:{turn.task}" for turn in record.turns)
-            rows.append(record.row())
-            if len(rows) == records_per_shard:
-                flush(rows)
-        if rows:
-            flush(rows)
+            gathered.append(record)
+            if len(gathered) == records_per_shard:
+                writer.write(gathered)
+                gathered = []
+        if gathered:
+            writer.write(gathered)
+        shards = writer.finish()
         counts["images"] = len(seen_images)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -256,14 +249,97 @@ def write_records(
         temporary.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(out / MANIFEST)
     except OSError as error:
-        with suppress(OSError):
-            for unfinished in out.glob("*.tmp"):
-                unfinished.unlink()
         raise DataError(
             f"{out}: expected room and the right to write records there, got {error.strerror or error}; "
             "free some space or give another --out, then run the same command again"
         ) from error
+    finally:
+        writer.close()
     return manifest
+
+
+class _ShardWriter:
+    """Writes shards in order, each in a process of its own while the next one is gathered.
+
+    The process is a fork, so that it finds the records where they are and none is sent anywhere. Where forking is not
+    safe, shards are written on the spot; their bytes are the same.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shards: list[dict[str, Any]] = []
+        self._busy: tuple[Any, Any] | None = None
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Begins the next shard, once the one before is whole."""
+        self._settle()
+        path = self.folder / f"records-{len(self._shards):05d}.parquet"
+        self._shards.append({"file": path.name, "records": len(records)})
+        if sys.platform != "linux":
+            self._keep(_write_shard(path, records))
+            return
+        context = multiprocessing.get_context("fork")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_report, args=(sender, path, records), daemon=True)
+        process.start()
+        sender.close()
+        self._busy = (process, receiver)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Waits for the last shard; of each, its file, number of records and SHA-256."""
+        self._settle()
+        return self._shards
+
+    def close(self) -> None:
+        """Stops what is not finished, and removes what it has left."""
+        if self._busy is not None:
+            self._busy[0].kill()
+            self._busy[0].join()
+        with suppress(OSError):
+            for unfinished in self.folder.glob("*.tmp"):
+                unfinished.unlink()
+
+    def _settle(self) -> None:
+        if self._busy is None:
+            return
+        process, receiver = self._busy
+        try:
+            outcome = receiver.recv()
+        except EOFError:
+            process.join()
+            outcome = OSError(f"the process that wrote a shard was ended with code {process.exitcode}")
+        process.join()
+        self._busy = None
+        if isinstance(outcome, Exception):
+            raise outcome
+        self._keep(outcome)
+
+    def _keep(self, written: tuple[Path, str]) -> None:
+        """Gives a whole shard its name."""
+        temporary, self._shards[-1]["sha256"] = written
+        temporary.replace(self.folder / self._shards[-1]["file"])
+
+
+def _report(sender: Any, path: Path, records: Sequence[Record]) -> None:
+    """In the process that writes a shard: its digest, or what went wrong, to the one that waits."""
+    outcome: tuple[Path, str] | Exception
+    try:
+        outcome = _write_shard(path, records)
+    except Exception as error:
+        outcome = error
+    sender.send(outcome)
+
+
+def _write_shard(path: Path, records: Sequence[Record]) -> tuple[Path, str]:
+    """Writes one shard under another name; that name, and its SHA-256."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # The name of a run that was killed is not met again, even if this process outlives it.
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    table = pa.Table.from_pylist([record.row() for record in records], schema=schema())
+    pq.write_table(table, temporary, compression="zstd", row_group_size=1000)
+    return temporary, file_identity(temporary)["sha256"]
 
 
 class RecordSet:

@@ -318,7 +318,8 @@ class InstancesFile:
 
     def _polygon(self, k: int) -> Region:
         ends = self._ring_ends[self._first_ring[k] : self._first_ring[k + 1] + 1]
-        return Region.polygon([self._points[2 * begin : 2 * end].tolist() for begin, end in pairwise(ends)])
+        points = _column(self._points)
+        return Region.polygon([points[2 * begin : 2 * end] for begin, end in pairwise(ends)])
 
 
 def _column(values: "array[Any]") -> NDArray[Any]:
