@@ -7,6 +7,7 @@ A folder of records holds ``records-00000.parquet``, ...; ``rejects.jsonl``, a l
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -322,6 +323,7 @@ class _ShardWriter:
 
 def _report(sender: Any, path: Path, records: Sequence[Record]) -> None:
     """In the process that writes a shard: its digest, or what went wrong, to the one that waits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the one that waits decides
     outcome: tuple[Path, str] | Exception
     try:
         outcome = _write_shard(path, records)
