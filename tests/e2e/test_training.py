@@ -17,7 +17,6 @@ from regiongpt.cli import main
 from regiongpt.model import weights
 from regiongpt.train.config import load_config
 from regiongpt.train.stages import train
-from regiongpt.train.trainer import _newest_whole
 
 RECIPE = Path(__file__).parents[2] / "configs" / "nano.toml"
 SMALL = {
@@ -123,15 +122,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, pictures, tmp_path):
     expected, got = tensors(run / "stage2" / "model"), tensors(tmp_path / "run" / "stage2" / "model")
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
-    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_'), (11, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert _newest_whole(tmp_path) == str(tmp_path / "checkpoint-9")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-9"]
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
         Returns:
             ``loss`` if there are labels, ``logits`` unless ``loss_only``, ``past_key_values``, ``hidden_states`` and
-            ``attentions`` as asked for.
+            ``attentions`` as asked for. Where there are labels, the attribute ``target_losses`` holds the loss of each
+            target token, in reading order and detached.
 
         Raises:
             ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` comes; ``loss_only``, no labels.
@@ -334,8 +335,10 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         items = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
         if isinstance(items, Tensor):
             items = items.to(target_logits.device)
-        loss = F.cross_entropy(target_logits.float(), targets, reduction="sum") / items
-        return _output(output, loss, logits)
+        losses = F.cross_entropy(target_logits.float(), targets, reduction="none")
+        answer = _output(output, losses.sum() / items, logits)
+        answer.target_losses = losses.detach()
+        return answer
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, is_first_iteration: bool = False, **kwargs: Any

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regiongpt.prompts import COCO_80
+from regiongpt.train.packing import answer_output
 
 SHARPNESS = 10.0
 """Logit of a class whose name is written exactly."""
@@ -114,7 +115,7 @@ def visual_loss(
     classes, cells = batch.pop("region_classes"), batch.pop("cell_classes")
     with _outputs_of(model.connector) as written:
         if answers:
-            loss = model(**batch, loss_only=True, num_items_in_batch=items).loss
+            loss = answer_output(model, batch, items).loss
         else:
             refined = model.refine(batch["vision_features"])
             model.image_features(refined)

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from regiongpt.data.mixture import Drawn, Mixture
 from regiongpt.errors import DataError, RegionError
 from regiongpt.images import load_image
 from regiongpt.model.processing import IGNORED
+from regiongpt.train.packing import answer_output
+from regiongpt.train.watch_tally import task_numbers
 
 if TYPE_CHECKING:
     from regiongpt.model import RegionGPTProcessor
@@ -51,6 +54,11 @@ class RecordDataset(Dataset[Example]):
         """
         return self.encode(self.mixture.draw(item))
 
+    def name_of(self, item: int) -> str:
+        """What a person finds the record of an item by."""
+        drawn = self.mixture.draw(item)
+        return f"{drawn.records.folder}:{drawn.record().id}"
+
     def encode(self, drawn: Drawn) -> Example:
         """The example of one record; raises as :meth:`__getitem__` does."""
         record = drawn.record()
@@ -68,6 +76,7 @@ class RecordDataset(Dataset[Example]):
                 weights = self.processor.region_inputs([each.region for each in record.regions], *image.size)
             messages = record.messages(self.mixture.seed, drawn.times, drawn.index)
             example = self._encode_text(messages, weights, path is not None, where)
+            example["tasks"] = task_numbers(example["labels"], [turn.task for turn in record.turns])
             if image is not None:
                 example["pixel_values"] = self.processor.image_inputs(image)["pixel_values"][0]
         except (DataError, RegionError) as error:
@@ -124,22 +133,31 @@ class RecordCollate:
         self.processor = processor
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """The model's inputs, ``labels`` among them."""
+        """The model's inputs, ``labels`` and ``tasks`` among them."""
         blank = next((torch.zeros_like(each["pixel_values"]) for each in examples if "pixel_values" in each), None)
         if blank is not None:
             # A text without <image> takes nothing from the pixels in its row, which are there to fill the batch.
             examples = [each if "pixel_values" in each else {**each, "pixel_values": blank} for each in examples]
-        return dict(self.processor.collate(examples))
+        batch = dict(self.processor.collate(examples))
+        tasks = pad_sequence([each["tasks"] for each in examples], batch_first=True, padding_value=-1)
+        return {**batch, "tasks": tasks}
 
 
 def answer_loss(model: Any, batch: dict[str, Any], items: Any) -> Tensor:
     """Loss of the answers: a sum over target tokens, divided by their number in the whole optimiser step.
 
+    Refinement and connector take part in a batch without images too, with nothing to learn: processes that train
+    together wait for each other's gradients of every parameter, and one that has none would be left behind.
+
     Args:
         model: RegionGPT.
-        batch: Its inputs, with ``labels``.
+        batch: Its inputs, with ``labels``, padded or packed.
         items: Target tokens of the optimiser step.
 
     Paper: §3.2, "We only set the response as the learning target, ignoring the instruction parts."
     """
-    return cast(Tensor, model(**batch, loss_only=True, num_items_in_batch=items).loss)
+    loss = cast(Tensor, answer_output(model, batch, items).loss)
+    if "pixel_values" not in batch and "vision_features" not in batch:
+        shape = (1, model.config.vision_config.hidden_size, *model.config.tower_grid)
+        loss = loss + 0.0 * model.image_features(model.refine(loss.new_zeros(shape))).sum()
+    return loss

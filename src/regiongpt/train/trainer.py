@@ -1,131 +1,172 @@
-"""A thin layer over ``transformers.Trainer``: loss over global target tokens, a fixed order, logs with time left."""
+"""One stage of training: from its options to the weights that came of it, in as many processes as were started.
 
-import json
+:mod:`regiongpt.train.stage_trainer` has the steps, :mod:`regiongpt.train.watch` what is seen of them.
+"""
+
+import atexit
 import logging
-import shutil
-import time
-from collections.abc import Callable
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
-from regiongpt.train.config import StageConfig
+from regiongpt.errors import ConfigError
+from regiongpt.train import state as states
+from regiongpt.train.checkpoints import Checkpoints
+from regiongpt.train.config import EngineConfig, StageConfig, WatchConfig
+from regiongpt.train.dataset import Example
+from regiongpt.train.lesson import Lesson, Loss, decoder_layers
+from regiongpt.train.packing import Collate, PackedCollate, width_cost
+from regiongpt.train.processes import Processes, Sharded, disconnect, launched, put_together, refuse_outer_sharding
+from regiongpt.train.stage_trainer import StageTrainer
+from regiongpt.train.watch import Cost, Watch
+from regiongpt.train.watch_answers import Watched
 
 log = logging.getLogger(__name__)
 
+STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
+"""Exit code of a run that was asked to stop and has saved first."""
 
-Loss = Callable[[Any, dict[str, Any], Any], torch.Tensor]
-"""Of a model, a batch, and the number of target tokens in the whole optimiser step."""
-
-
-class StageTrainer(Trainer):  # type: ignore[misc]
-    """Trains by a given loss in the order of the data set: the data set itself shuffles, from the seed and the epoch.
-
-    Args:
-        loss: Takes the model, a batch and the number of target tokens in the optimiser step.
-        visual_lr: Learning rate of all that is not the language model.
-        **options: Of ``transformers.Trainer``.
-    """
-
-    def __init__(self, loss: Loss, visual_lr: float, **options: Any) -> None:
-        self.loss, self.visual_lr = loss, visual_lr
-        super().__init__(**options)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """The given loss."""
-        return self.loss(model, inputs, num_items_in_batch)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW whose groups differ in learning rate and weight decay."""
-        decayed = set(self.get_decay_parameter_names(self.model))
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                visual = name.startswith(("refinement.", "connector."))
-                groups.setdefault((visual, name in decayed), []).append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": parameters,
-                    "lr": self.visual_lr if visual else self.args.learning_rate,
-                    "weight_decay": self.args.weight_decay if decays else 0.0,
-                }
-                for (visual, decays), parameters in groups.items()
-            ],
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            eps=self.args.adam_epsilon,
-        )
-        return self.optimizer
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
-
-
-class _ProgressLog(TrainerCallback):  # type: ignore[misc]
-    """One log line every few steps: loss, learning rate, examples a second, minutes left."""
-
-    def __init__(self, name: str, batch_size: int) -> None:
-        self.name, self.batch_size = name, batch_size
-        self.started, self.first = time.monotonic(), 0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started, self.first = time.monotonic(), state.global_step
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs and "loss" in logs and state.global_step > self.first:
-            seconds = (time.monotonic() - self.started) / (state.global_step - self.first)
-            log.info(
-                "%s: step %d of %d, loss %.4f, lr %.2e, gradient norm %.2f, %.1f examples a second, %.0f min left",
-                self.name,
-                state.global_step,
-                state.max_steps,
-                logs["loss"],
-                logs["learning_rate"],
-                logs["grad_norm"],
-                self.batch_size / seconds,
-                (state.max_steps - state.global_step) * seconds / 60,
-            )
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""In which matrices are multiplied, by the recipe's name."""
 
 
 def run_stage(
     name: str,
-    model: torch.nn.Module,
-    dataset: Dataset[Any],
-    collate: Callable[[list[Any]], dict[str, Any]],
+    model: nn.Module,
+    dataset: Dataset[Example],
+    collate: Collate,
     loss: Loss,
     config: StageConfig,
     folder: Path,
     seed: int,
-) -> None:
-    """Optimises the parameters that require gradients, going on from the newest checkpoint in the folder.
+    *,
+    engine: EngineConfig | None = None,
+    watch: WatchConfig | None = None,
+    dev: Dataset[Example] | None = None,
+    resume: str = "auto",
+    processor: Any = None,
+    watched: Sequence[Watched] = (),
+    cost: Cost | None = None,
+) -> StageTrainer:
+    """Optimises the parameters that require gradients, in as many processes as were started together.
 
     Args:
-        name: Name in the log.
-        model: Whose parameters that require gradients are trained.
-        dataset: As long as the whole run: one pass over it is the stage.
-        collate: Makes a batch.
+        name: Of the stage, in the log and in its checkpoints.
+        model: Whose parameters that require gradients are trained. Where it was sharded, the first process has it whole
+            afterwards, and the others have it without content.
+        dataset: As long as the whole run: one pass over it is the stage. Where it has ``name_of(item)``, a bad step is
+            reported by those names.
+        collate: Makes a padded batch.
         loss: A sum over targets, divided by the number of them in the whole optimiser step.
         config: Hyper-parameters.
         folder: Checkpoints of this stage.
         seed: Seed of dropout; the data set has its own.
+        engine: How it is computed; plainly by default.
+        watch: How many checkpoints are kept, and how often the dev loss is measured.
+        dev: What the dev loss is measured on. The weights with the lowest are those that the model has in the end.
+        resume: ``auto`` goes on from the newest whole checkpoint in the folder, and begins where there is none;
+            ``never`` begins; anything else is the folder of the checkpoint to go on from.
+        processor: Of the model, to ask it about ``watched``.
+        watched: Regions that it is asked about now and then.
+        cost: What the stage computes, to report its utilisation.
+
+    Returns:
+        The trainer, whose work is done.
+
+    Raises:
+        ConfigError: Options do not go with each other, with the number of processes, or with the checkpoint.
+        CheckpointError: The checkpoint given is none, or one of other tensors.
+        DataError: A record cannot be used, or a loss is not finite: training has stopped before that step.
+        SystemExit: 143, after SIGTERM: what was learnt is in a checkpoint.
     """
+    engine, watch = engine or EngineConfig(), watch or WatchConfig()
+    refuse_outer_sharding()
+    processes = Processes()
+    arguments = _arguments(config, watch, folder, seed, dev)
+    together = config.micro_batch_size * processes.count
+    if config.batch_size % together:
+        raise ConfigError(
+            f"{name}.batch_size: expected a multiple of {together}, since {processes.count} processes take "
+            f"micro_batch_size = {config.micro_batch_size} each, got {config.batch_size}"
+        )
+    arguments.gradient_accumulation_steps = config.batch_size // together
+    checkpoints = Checkpoints(folder, watch.keep, processes)
+    decisive = {key: value for key, value in asdict(config).items() if key not in _FREE}
+    facts = states.facts_of(name, {**decisive, "items": len(cast(Any, dataset)), "seed": seed}, model)
+    begin = (
+        None if resume == "never" else checkpoints.newest() if resume == "auto" else checkpoints.chosen(Path(resume))
+    )
+    if begin is not None:
+        states.require_same(begin, facts)
+        _tell(processes, "%s: going on from %s", name, begin)
+    if engine.packing:
+        collate = _packed(collate, model, engine)
+    watcher = Watch(
+        name,
+        folder,
+        log_steps=config.log_steps,
+        answer_steps=watch.answer_steps,
+        watched=watched,
+        processor=processor,
+        tensorboard=watch.tensorboard,
+        cost=cost,
+        precision=PRECISIONS[engine.precision],
+    )
+    lesson, sharded = _prepare(model, loss, engine, processes)
+    trainer = StageTrainer(
+        lesson,
+        dataset,
+        dev if watch.dev_steps else None,
+        collate,
+        config,
+        engine,
+        checkpoints,
+        facts,
+        sharded,
+        watcher.tally,
+        args=arguments,
+        callbacks=[watcher],
+    )
+    processes.wait()
+    with _stops_on_sigterm(trainer), closing(watcher):
+        trainer.train(resume_from_checkpoint=str(begin) if begin else None)
+    if trainer.stopped:
+        _tell(processes, "%s: stopped by SIGTERM after step %d; run again to go on", name, trainer.state.global_step)
+        raise SystemExit(STOPPED_BY_SIGTERM)
+    trainer.load_best()
+    if sharded is not None:
+        put_together(model, processes.is_first)
+    return trainer
+
+
+def _tell(processes: Processes, message: str, *values: Any) -> None:
+    """One log line, not one from each process."""
+    if processes.is_first:
+        log.info(message, *values)
+
+
+_FREE = ("micro_batch_size", "save_steps", "log_steps")
+"""Settings of a stage that may change from one run to the one that goes on from it."""
+
+
+def _arguments(
+    config: StageConfig, watch: WatchConfig, folder: Path, seed: int, dev: Dataset[Example] | None
+) -> TrainingArguments:
+    """What ``transformers.Trainer`` is told; making it connects the processes."""
+    measures = dev is not None and watch.dev_steps > 0
+    folder.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,
         per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
         learning_rate=config.lr,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_ratio,
@@ -133,40 +174,68 @@ def run_stage(
         adam_beta2=0.98,
         max_grad_norm=config.max_grad_norm,
         save_steps=config.save_steps,
-        save_total_limit=2,
         logging_steps=config.log_steps,
         logging_first_step=True,
+        eval_strategy="steps" if measures else "no",
+        eval_steps=watch.dev_steps if measures else None,
+        metric_for_best_model="loss" if measures else None,
+        greater_is_better=False if measures else None,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         seed=seed,
+        use_cpu=launched() > 1 and not torch.cuda.is_available(),
     )
-    trainer = StageTrainer(
-        loss,
-        config.visual_lr or config.lr,
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=collate,
-        callbacks=[_ProgressLog(name, config.batch_size)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=_newest_whole(folder))
+    if arguments.world_size > 1:
+        atexit.register(disconnect)
+    if arguments.n_gpu > 1:
+        # DataParallel would split the batch of one process over them; each GPU has a process of its own here.
+        log.info("%d GPUs are here and one is used; start with `torchrun --nproc-per-node N`", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
 
 
-def _newest_whole(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; those that a kill has cut short are removed.
+def _packed(collate: Collate, model: Any, engine: EngineConfig) -> Collate:
+    """The collate that packs.
 
-    ``trainer_state.json`` is the last file of a checkpoint.
+    Raises:
+        ConfigError: What is trained is text in windows of one length, which are full already.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in found:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(checkpoint)
-        except (OSError, ValueError):
-            log.warning("%s was not written to its end; going on from the one before", checkpoint)
-            shutil.rmtree(checkpoint)
-    return None
+    if not hasattr(model, "embed"):
+        return collate
+    text = model.config.text_config
+    longest = engine.pack_length or getattr(text, "max_position_embeddings", None) or 1 << 30
+    return PackedCollate(collate, longest, width_cost(text))
+
+
+def _prepare(model: nn.Module, loss: Loss, engine: EngineConfig, processes: Processes) -> tuple[Lesson, Sharded | None]:
+    precision = PRECISIONS[engine.precision]
+    if engine.gradient_checkpointing:
+        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+    if engine.compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
+    lesson = Lesson(model, loss, precision)
+    if engine.sharding == "fsdp" and processes.count > 1:
+        return lesson, Sharded(lesson, decoder_layers(model), precision)
+    return lesson, None
+
+
+@contextmanager
+def _stops_on_sigterm(trainer: StageTrainer) -> Iterator[None]:
+    """SIGTERM ends training after the step at hand, with a checkpoint; outside the main thread, at once."""
+
+    def ask(*_: Any) -> None:
+        trainer.asked_to_stop = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, ask)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
