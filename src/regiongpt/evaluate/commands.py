@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,7 +44,7 @@ def run_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> i
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     names = _named(arguments)
-    _add_options(parser, names)
+    _add_options(parser, names, {"-h", "--help"} & set(arguments))
     options = parser.parse_args(arguments)
     if options.compare:
         return _compare(options)
@@ -91,7 +91,7 @@ def _named(arguments: Sequence[str]) -> list[str]:
     return names
 
 
-def _add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+def _add_options(parser: argparse.ArgumentParser, names: Sequence[str], helping: Collection[str]) -> None:
     parser.description = "Ask a model the questions of benchmarks, or take anyone's answers, and score them."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     known = "\n".join(f"  {name:<18}{task_class(name).summary}" for name in TASKS) if not names else ""

@@ -1,0 +1,180 @@
+"""The verb ``regiongpt ablate``."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from regiongpt.ablate import summary
+from regiongpt.ablate.study import Study
+from regiongpt.ablate.variants import KINDS, Variant, check_names, chosen
+from regiongpt.errors import ConfigError
+from regiongpt.evaluate.paper import TABLES
+from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun, write_json
+from regiongpt.evaluate.task import RESAMPLES, Task
+from regiongpt.evaluate.tasks import task_class
+from regiongpt.pages import write_page
+from regiongpt.train.config import load_config
+
+TABLE = "table.md"
+_ASKED = "--eval."
+
+
+def run_ablate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """``regiongpt ablate KIND CONFIG.toml --out DIR [--variants A,B] [--seeds 0,1,2] [--stage2.lr 5e-4 ...]``.
+
+    Args:
+        parser: Still without arguments.
+        arguments: What follows the verb.
+
+    Returns:
+        0.
+
+    Raises:
+        ConfigError: An option is wrong, or the folder holds runs of another recipe.
+        DataError: A data set cannot be used.
+        CheckpointError: A checkpoint cannot be used.
+    """
+    _add_options(parser)
+    options, words = parser.parse_known_args(arguments)
+    asked, overrides = _split(words)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("expected one process, got several; variants are trained one after the other")
+    if options.resamples < 1:
+        raise ConfigError(f"expected --resamples of at least 1, got {options.resamples}")
+    base = load_config(options.config, overrides)
+    variants = chosen(options.kind, options.variants, base.data.on_records)
+    check_names(variants)
+    asked.setdefault("data", base.data.root)
+    study = Study(
+        kind=options.kind,
+        recipe=options.config,
+        overrides=tuple(overrides),
+        variants=variants,
+        seeds=_seeds(options.seeds),
+        tasks={variant.name: _task(options.task, {**asked, **variant.asked}) for variant in variants},
+        out=options.out,
+        device=options.device,
+        resamples=options.resamples,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    print(_write(study, study.run()))
+    return 0
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Train the variants of one part of the model alike, ask them alike, and set them side by side."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    kinds = "\n".join(f"  {name:<12}{kind.summary}" for name, kind in KINDS.items())
+    parser.epilog = (
+        f"what is varied:\n{kinds}\n\nEvery field of the recipe can be overridden by its dotted name (--stage2.lr 5e-4 "
+        "--data.root DIR), and\nevery option of the benchmark is given as --eval.OPTION (--eval.limit 50). Run the "
+        "same command again\nto go on after an interruption."
+    )
+    parser.add_argument("kind", choices=tuple(KINDS), metavar="KIND", help=f"what is varied: {', '.join(KINDS)}")
+    parser.add_argument("config", type=Path, help="recipe, a TOML file such as configs/nano.toml")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of all runs and of the table")
+    parser.add_argument(
+        "--variants", metavar="A,B,...", help="which (default: all); the others are held against the first"
+    )
+    parser.add_argument("--seeds", metavar="N,N,...", default="0,1,2", help="of the training (default: 0,1,2)")
+    parser.add_argument("--task", default="coco_cls", help="the benchmark (default: coco_cls)")
+    parser.add_argument("--device", help="that the trained models are asked on (default: the first there is)")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, metavar="N", help=f"default: {RESAMPLES}")
+
+
+def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options of the benchmark by name, and the words that are about the recipe."""
+    asked: dict[str, str] = {}
+    rest: list[str] = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith(_ASKED):
+            rest.append(word)
+            continue
+        name, equals, value = word.removeprefix(_ASKED).partition("=")
+        if not equals:
+            if not words:
+                raise ConfigError(f"{word}: expected a value after it, got nothing")
+            value = words.pop(0)
+        asked[name.replace("-", "_")] = value
+    return asked, rest
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise ConfigError(f"expected --seeds such as 0,1,2, each once, got {text!r}")
+    return tuple(map(int, words))
+
+
+def _task(name: str, values: Mapping[str, str]) -> Task:
+    """A benchmark of the texts of its options."""
+    kind = task_class(name)
+    types = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    made: dict[str, Any] = {}
+    for option, text in values.items():
+        if option not in fields:
+            raise ConfigError(f"{_ASKED}{option}: {name} has no such option; it has {', '.join(fields)}")
+        made[option] = _value(types[option], text, f"{_ASKED}{option}")
+    for option, field in fields.items():
+        if field.default is dataclasses.MISSING and not made.get(option):
+            raise ConfigError(f"{_ASKED}{option}: expected a value, got none")
+    return kind(**made)
+
+
+def _value(kind: Any, text: str, name: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{name}: expected true or false, got {text!r}")
+        return text.lower() == "true"
+    if typing.get_origin(kind) is tuple:
+        return tuple(_value(typing.get_args(kind)[0], word, name) for word in text.split(","))
+    try:
+        return kind(text) if kind in (int, float, str) else Path(text)
+    except ValueError:
+        raise ConfigError(f"{name}: expected {kind.__name__}, got {text!r}") from None
+
+
+def _write(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
+    """Writes table, page and json, and returns the table."""
+    measured = {name: summary.measure(study.tasks[name], found) for name, found in runs.items()}
+    found = summary.summarise(measured, study.resamples)
+    printed = TABLES.get(KINDS[study.kind].paper)
+    first = next(iter(runs.values()))[0]
+    pinned = "; ".join(f"{name}: {text}" for name, text in first.result["pinned"].items())
+    about = [
+        f"{KINDS[study.kind].summary}; recipe {study.recipe.name}{''.join(f' {word}' for word in study.overrides)}",
+        f"{first.name}; {pinned}",
+        f"Means over {len(study.seeds)} seeds ({', '.join(map(str, study.seeds))}), times 100; behind each the range of "
+        "95 % of resamples, which draw the images"
+        + (" and the seeds anew." if len(study.seeds) > 1 else " anew; one seed says nothing of how seeds differ."),
+    ]
+    title = f"Ablation: {study.kind}"
+    text = summary.as_markdown(title, about, found, printed)
+    (study.out / TABLE).write_text(text, encoding="utf-8")
+    write_page(summary.as_page(title, about, found, printed), study.out / PAGE, "--out")
+    origin = {name: [json.loads(json.dumps(run.manifest)) for run in each] for name, each in runs.items()}
+    write_json(
+        study.out / RESULT,
+        {
+            "ablation": study.kind,
+            "task": first.name,
+            "seeds": list(study.seeds),
+            "variants": [dataclasses.asdict(variant) for variant in study.variants],
+            "pinned": first.result["pinned"],
+            "protocols": summary.to_dict(found),
+            "orders": summary.orders(found, printed),
+            "manifests": origin,
+        },
+    )
+    return text + f"\nwritten to {study.out / TABLE}, {study.out / RESULT} and {study.out / PAGE}"

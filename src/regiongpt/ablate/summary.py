@@ -1,0 +1,216 @@
+"""The variants of an ablation side by side: means over the seeds with intervals, differences, and the paper's order."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regiongpt import charts
+from regiongpt.evaluate import bars
+from regiongpt.evaluate.answering import from_json
+from regiongpt.evaluate.bars import Bar, bar_chart
+from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, resample
+from regiongpt.evaluate.paper import PaperTable
+from regiongpt.evaluate.runs import PREDICTIONS, TaskRun, read_lines
+from regiongpt.evaluate.tables import NOTHING, markdown
+from regiongpt.evaluate.task import Task
+from regiongpt.pages import card, page, table
+
+Measured = Mapping[str, Mapping[str, Statistic]]
+"""Statistics by protocol and figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One figure of one variant, times 100.
+
+    Attributes:
+        mean: Over the seeds.
+        interval: 95 % of the resamples, each of which draws images and seeds anew.
+        seeds: The figure with each seed.
+        gain: Over the first variant, resampled with the same images; None for the first.
+        gain_interval: Likewise; None where the two were not asked about the same images.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+    seeds: tuple[float, ...]
+    gain: float | None = None
+    gain_interval: tuple[float, float] | None = None
+
+
+Summary = dict[str, dict[str, dict[str, Cell]]]
+"""Cells by protocol, figure and variant."""
+
+
+def measure(task: Task, runs: Sequence[TaskRun]) -> list[Measured]:
+    """The statistics of one variant's runs, one for each seed."""
+    items = task.load()
+    found = []
+    for run in runs:
+        answers = {str(row["id"]): from_json(row) for row in read_lines(run.folder / PREDICTIONS)}
+        found.append(task.score(items, answers, resamples=0).statistics)
+    return found
+
+
+def summarise(measured: Mapping[str, Sequence[Measured]], resamples: int, seed: int = 0) -> Summary:
+    """Means, intervals and differences of all figures that every variant has.
+
+    Args:
+        measured: By variant, the statistics of each seed; the first variant is what the others are held against.
+        resamples: Of the bootstrap, at least 1.
+        seed: Of the drawing.
+    """
+    names = list(measured)
+    first = measured[names[0]][0]
+    summary: Summary = {}
+    for protocol, figures in first.items():
+        for figure in figures:
+            if all(figure in each.get(protocol, {}) for runs in measured.values() for each in runs):
+                own = {name: [each[protocol][figure] for each in measured[name]] for name in names}
+                summary.setdefault(protocol, {})[figure] = _cells(own, resamples, seed)
+    return summary
+
+
+def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) -> dict[str, Cell]:
+    names = list(own)
+    drawn = {name: _drawn(statistics, resamples, seed, place) for place, (name, statistics) in enumerate(own.items())}
+    means = {name: 100 * float(np.mean([each.value() for each in statistics])) for name, statistics in own.items()}
+    cells = {}
+    for name, statistics in own.items():
+        alike = name != names[0] and statistics[0].clusters == own[names[0]][0].clusters
+        cells[name] = Cell(
+            mean=means[name],
+            interval=_ends(drawn[name]),
+            seeds=tuple(100 * each.value() for each in statistics),
+            gain=means[name] - means[names[0]] if name != names[0] else None,
+            gain_interval=_ends(drawn[name] - drawn[names[0]]) if alike else None,
+        )
+    return cells
+
+
+def _drawn(statistics: Sequence[Statistic], resamples: int, seed: int, place: int) -> Floats:
+    """The mean over seeds of each resample: the images are the same for all variants, the seeds each one's own."""
+    times = resample(len(statistics[0].clusters), resamples, seed)
+    values = 100 * np.stack([each.values(times) for each in statistics])
+    picks = np.random.default_rng((seed, 31, place)).integers(len(statistics), size=(len(statistics), resamples))
+    means: Floats = np.take_along_axis(values, picks, axis=0).mean(axis=0)
+    return means
+
+
+def _ends(values: Floats) -> tuple[float, float]:
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return float("nan"), float("nan")
+    low, high = np.percentile(known, (2.5, 97.5))
+    return float(low), float(high)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shown
+
+
+def to_dict(summary: Summary) -> dict[str, Any]:
+    """As plain json."""
+    return {
+        protocol: {
+            figure: {variant: vars(cell) for variant, cell in cells.items()} for figure, cells in figures.items()
+        }
+        for protocol, figures in summary.items()
+    }
+
+
+def orders(summary: Summary, printed: PaperTable | None) -> list[str]:
+    """For each figure that the paper has too, its order of the variants beside the one found here."""
+    lines = []
+    for protocol, figures in summary.items():
+        for figure, cells in figures.items():
+            column = next((c for c in printed.columns if _plain(c) == _plain(figure)), None) if printed else None
+            if printed is None or column is None:
+                continue
+            both = {name: cell for name, cell in cells.items() if name in printed.rows}
+            if len(both) < 2:
+                continue
+            ours = sorted(both, key=lambda name: -both[name].mean)
+            theirs = sorted(both, key=lambda name: -printed.figure(column, name))
+            verdict = "the same order" if ours == theirs else "another order"
+            lines.append(f"{protocol}, {figure}: here {' > '.join(ours)}; paper {' > '.join(theirs)}: {verdict}")
+    return lines
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace(" ", "")
+
+
+def tables(summary: Summary) -> list[tuple[str, list[list[str]]]]:
+    """Of each protocol its name and rows of text, the header first."""
+    found = []
+    for protocol, figures in summary.items():
+        variants = list(next(iter(figures.values())))
+        body = [[name, *(_text(cells[name]) for cells in figures.values())] for name in variants]
+        found.append((protocol, [["variant", *figures], *body]))
+        gains = [[name, *(_gain(cells[name]) for cells in figures.values())] for name in variants[1:]]
+        found.append((f"{protocol}, difference from {variants[0]}", [["variant", *figures], *gains]))
+    return found
+
+
+def _text(cell: Cell) -> str:
+    if cell.mean != cell.mean:
+        return NOTHING
+    return f"{cell.mean:.1f} ({cell.interval[0]:.1f} to {cell.interval[1]:.1f})"
+
+
+def _gain(cell: Cell) -> str:
+    if cell.gain is None or cell.gain != cell.gain:
+        return NOTHING
+    ends = cell.gain_interval
+    return f"{cell.gain:+.1f}" + (f" ({ends[0]:+.1f} to {ends[1]:+.1f})" if ends else "")
+
+
+def paper_rows(printed: PaperTable) -> list[list[str]]:
+    """The paper's table as rows of text, the header first."""
+    body = [
+        [name, *(NOTHING if value is None else f"{value:.1f}" for value in values)]
+        for name, values in printed.rows.items()
+    ]
+    return [["variant", *printed.columns], *body]
+
+
+def as_markdown(title: str, about: Sequence[str], summary: Summary, printed: PaperTable | None) -> str:
+    """The tables as a document."""
+    parts = [f"# {title}", *about]
+    parts += [f"## {name}\n\n{markdown(rows)}" for name, rows in tables(summary)]
+    if printed is not None:
+        parts.append(
+            f"## The paper's {printed.number}\n\nMeasured on {printed.data}: another data set, so that only the order "
+            f"can be compared.\n\n{markdown(paper_rows(printed))}"
+        )
+        parts += [f"- {line}" for line in orders(summary, printed)]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_page(title: str, about: Sequence[str], summary: Summary, printed: PaperTable | None) -> str:
+    """The tables and bars as a page that needs no other file."""
+    parts = [card("".join(f"<p>{html.escape(line)}</p>" for line in about))]
+    parts += [card(table(rows), name) for name, rows in tables(summary)]
+    if printed is not None:
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in orders(summary, printed))
+        note = f"Measured on {printed.data}: another data set, so that only the order can be compared."
+        parts.append(card(table(paper_rows(printed)) + f"<ul>{lines}</ul>", f"The paper's {printed.number}", note))
+    drawn = [
+        bar_chart(f"{protocol}: {figure}", [(name, [_bar(cell)]) for name, cell in cells.items()], [figure])
+        for protocol, figures in summary.items()
+        for figure, cells in figures.items()
+    ]
+    parts.append(card(f'<div class="charts">{"".join(drawn)}</div>', "Bars"))
+    return page(
+        title, "means over the seeds, times 100, with 95 % intervals", "\n".join(parts), charts.STYLE + bars.STYLE
+    )
+
+
+def _bar(cell: Cell) -> Bar:
+    if cell.mean != cell.mean:
+        return Bar(value=None)
+    return Bar(value=cell.mean, interval=cell.interval)

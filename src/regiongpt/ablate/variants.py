@@ -1,0 +1,198 @@
+"""What an ablation varies: of each variant the fields of the recipe and the options of the benchmark that differ.
+
+Paper: Tables 1, 6 and 7; §3.1 (image tokens), §3.2 (the task-guided prompt)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from regiongpt.errors import ConfigError
+from regiongpt.model.configuration import REFINEMENTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One of the things that are compared.
+
+    Attributes:
+        name: In tables, and of its folder.
+        recipe: Fields of the recipe by dotted name, over those of the file.
+        asked: Options of the benchmark, over those given for all.
+        annotations: What is done to the annotations of the photographs before training: ``""`` for nothing,
+            ``"outlined"`` to keep the objects with an outline alone, or ``"N%"`` to keep that share of the images.
+    """
+
+    name: str
+    recipe: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)
+    annotations: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One ablation.
+
+    Attributes:
+        summary: One line of help.
+        variants: That are compared where none are named; the first is what the others are held against.
+        made: A variant of the text of ``--variants`` where none of that name is known.
+        field: On records, the field of the recipe that ``NAME=VALUE`` of ``--variants`` sets.
+        paper: Key of :data:`regiongpt.evaluate.paper.TABLES`; empty where the paper has no figures.
+    """
+
+    summary: str
+    variants: tuple[Variant, ...]
+    made: Callable[[str], Variant] | None = None
+    field: str
+    paper: str = ""
+
+
+def _refinement(name: str) -> Variant:
+    return Variant(name=name, recipe={"model.refinement": name})
+
+
+def _tower(text: str) -> Variant:
+    """``NAME`` or ``NAME@SIZE``, the size of its input in pixels."""
+    vision, _, size = text.rpartition("@") if text.rpartition("@")[2].isdecimal() else (text, "", "")
+    sized = {"model.image_size": size} if size else {}
+    return Variant(
+        name=vision.rstrip("/").rpartition("/")[2] + (f"-{size}" if size else ""),
+        recipe={"model.vision": vision, **sized},
+    )
+
+
+def _tokens(text: str) -> Variant:
+    """``image=SIDE`` or ``region=SIDE``: the side of the square grid of tokens that the image or a region becomes."""
+    what, _, side = text.partition("=")
+    if what not in ("image", "region") or not side.isdecimal():
+        raise ConfigError(f"expected a variant such as image=6 or region=2, the side of a grid of tokens, got {text!r}")
+    return Variant(name=text, recipe={f"model.{what}_grid": side})
+
+
+def _data(text: str) -> Variant:
+    """``N%`` of the images."""
+    if not (text.endswith("%") and text[:-1].isdecimal() and 0 < int(text[:-1]) <= 100):
+        raise ConfigError(f"expected a variant among boxes, masks and shares of the images such as 25%, got {text!r}")
+    return Variant(name=text, annotations=text)
+
+
+KINDS: Final[dict[str, Kind]] = {
+    "refinement": Kind(
+        summary="the module that refines the feature map (Table 6)",
+        variants=tuple(map(_refinement, REFINEMENTS)),
+        field="model.init",
+        paper="refinement",
+    ),
+    "tower": Kind(
+        summary="the vision tower (Table 7); --variants NAME@SIZE,... names towers of a hub or folders",
+        variants=tuple(
+            map(
+                _tower,
+                (
+                    "openai/clip-vit-large-patch14-336@336",
+                    "google/siglip-base-patch16-512@512",
+                    "google/siglip-large-patch16-384@384",
+                    "google/siglip-so400m-patch14-384@384",
+                ),
+            )
+        ),
+        made=_tower,
+        field="model.init",
+        paper="tower",
+    ),
+    "prompt": Kind(
+        summary="the task-guided suffix (Table 1): taught and asked with it, taught and asked without, asked without",
+        variants=(
+            Variant(name="with"),
+            Variant(name="without", recipe={"data.suffixes": "false"}, asked={"guided": "false"}),
+            Variant(name="asked-without", asked={"guided": "false"}),
+        ),
+        field="data.mixture",
+    ),
+    "tokens": Kind(
+        summary="how many tokens the image and a region become; --variants image=SIDE,region=SIDE,...",
+        variants=tuple(map(_tokens, ("image=6", "image=3", "image=1", "image=9", "region=2"))),
+        made=_tokens,
+        field="model.init",
+    ),
+    "data": Kind(
+        summary="boxes against masks, on the objects that have an outline; --variants 25%,50%,100% for shares of it",
+        variants=(
+            Variant(
+                name="boxes",
+                recipe={"data.outline_share": "0"},
+                asked={"regions": "box", "outlined": "true"},
+                annotations="outlined",
+            ),
+            Variant(
+                name="masks",
+                recipe={"data.outline_share": "1"},
+                asked={"regions": "mask", "outlined": "true"},
+                annotations="outlined",
+            ),
+        ),
+        made=_data,
+        field="data.mixture",
+    ),
+}
+"""The ablations by name."""
+
+
+def chosen(kind: str, text: str | None, on_records: bool) -> tuple[Variant, ...]:
+    """The variants that are compared.
+
+    Args:
+        kind: A key of :data:`KINDS`.
+        text: Of ``--variants``: names with commas between them; None for all.
+        on_records: Whether the recipe trains on records. Then each is ``NAME=VALUE``: of the checkpoint to begin with,
+            since a checkpoint brings its own shape, or of the records.
+
+    Raises:
+        ConfigError: There is no such variant, or fewer than two.
+    """
+    known = {variant.name: variant for variant in KINDS[kind].variants}
+    words = [word.strip() for word in text.split(",") if word.strip()] if text else []
+    if on_records:
+        found = tuple(_on_records(kind, word) for word in words)
+    elif text is None:
+        found = KINDS[kind].variants
+    else:
+        found = tuple(known[word] if word in known else _made(kind, word) for word in words)
+    if len(found) < 2 or len({variant.name for variant in found}) < len(found):
+        raise ConfigError(
+            f"expected --variants with at least two different ones, got {text!r}; known: {', '.join(known)}"
+            + (f"; with records write each as NAME=VALUE, the value of {KINDS[kind].field}" if on_records else "")
+        )
+    return found
+
+
+def _made(kind: str, word: str) -> Variant:
+    make = KINDS[kind].made
+    if make is None:
+        names = ", ".join(variant.name for variant in KINDS[kind].variants)
+        raise ConfigError(f"expected a variant among {names}, got {word!r}")
+    return make(word)
+
+
+def _on_records(kind: str, word: str) -> Variant:
+    name, equals, value = word.partition("=")
+    if not (name and equals and value):
+        raise ConfigError(
+            f"expected NAME=VALUE, the value being that of {KINDS[kind].field}, since the recipe trains on records, "
+            f"got {word!r}"
+        )
+    known = {variant.name: variant.asked for variant in KINDS[kind].variants}
+    return Variant(name=name, recipe={KINDS[kind].field: value}, asked=known.get(name, {}))
+
+
+def same_training(a: Variant, b: Variant) -> bool:
+    """Whether two variants are asked differently of one model."""
+    return a.recipe == b.recipe and a.annotations == b.annotations
+
+
+def check_names(variants: Sequence[Variant]) -> None:
+    """Raises ConfigError for a name that is no folder's."""
+    for variant in variants:
+        if not variant.name or variant.name in (".", "..") or "/" in variant.name:
+            raise ConfigError(f"expected variants whose names can be those of folders, got {variant.name!r}")
