@@ -13,7 +13,7 @@ from typing import Any
 
 from regiongpt.ablate import summary
 from regiongpt.ablate.study import Study
-from regiongpt.ablate.variants import KINDS, Variant, check_names, chosen
+from regiongpt.ablate.variants import KINDS, check_names, chosen
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun, write_json
@@ -155,9 +155,8 @@ def _write(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
     about = [
         f"{KINDS[study.kind].summary}; recipe {study.recipe.name}{''.join(f' {word}' for word in study.overrides)}",
         f"{first.name}; {pinned}",
-        f"Means over {len(study.seeds)} seeds ({', '.join(map(str, study.seeds))}), times 100; behind each the range of "
-        "95 % of resamples, which draw the images"
-        + (" and the seeds anew." if len(study.seeds) > 1 else " anew; one seed says nothing of how seeds differ."),
+        f"Means over the seeds {', '.join(map(str, study.seeds))}, times 100; behind each the range of 95 % of resamples, "
+        + ("which draw images and seeds anew." if len(study.seeds) > 1 else "which draw the images anew."),
     ]
     title = f"Ablation: {study.kind}"
     text = summary.as_markdown(title, about, found, printed)
