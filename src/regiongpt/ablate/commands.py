@@ -155,8 +155,8 @@ def _write(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
     about = [
         f"{KINDS[study.kind].summary}; recipe {study.recipe.name}{''.join(f' {word}' for word in study.overrides)}",
         f"{first.name}; {pinned}",
-        f"Means over the seeds {', '.join(map(str, study.seeds))}, times 100; behind each the range of 95 % of resamples, "
-        + ("which draw images and seeds anew." if len(study.seeds) > 1 else "which draw the images anew."),
+        f"Means over the seeds {', '.join(map(str, study.seeds))}, times 100; behind each the range of 95 % of the "
+        f"resamples, which draw the images{' and the seeds' if len(study.seeds) > 1 else ''} anew.",
     ]
     title = f"Ablation: {study.kind}"
     text = summary.as_markdown(title, about, found, printed)
