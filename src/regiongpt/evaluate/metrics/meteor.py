@@ -34,9 +34,9 @@ def meteor_scores(counts: Floats) -> Floats:
     """METEOR of captions, or of whole sets by their summed counts.
 
     Args:
-        counts: (N, 23), for a set the sum of what :func:`meteor_addends` makes of its captions'. Words of the caption, of the reference; function words of each; for each of the four stages the
-            content words matched of the caption, of the reference, and the function words likewise; chunks; words
-            matched of the caption, of the reference.
+        counts: (N, 23), for a set the sum of its :func:`meteor_addends`. Words of the caption, of the reference;
+            function words of each; for each of the four stages the content words matched of the caption, of the
+            reference, and the function words likewise; chunks; words matched of the caption, of the reference.
 
     Returns:
         (N,) in [0, 1]; 0 where nothing matches.
@@ -118,8 +118,8 @@ def find_java(java: str | None = None) -> str:
         if candidate and (found := shutil.which(candidate)):
             return found
     raise ConfigError(
-        f"expected Java to compute METEOR or SPICE, found {java or 'none on the path'}; install a Java runtime, such as "
-        "Debian's default-jre-headless, or leave them out"
+        f"expected Java to compute METEOR or SPICE, found {java or 'none on the path'}; install a Java runtime, such "
+        "as Debian's default-jre-headless, or leave them out"
     )
 
 

@@ -1,0 +1,209 @@
+"""Average precision as the COCO API computes it, and the same for resampled images."""
+
+import io
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regiongpt.errors import DataError
+from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio
+
+FIGURES: Final = (
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),
+)
+"""The twelve figures of the COCO API, in its order. Small is below 32^2 px^2 of object area, large from 96^2."""
+_AREAS: Final = {"AP": 0, "AP50": 0, "AP75": 0, "AP_small": 1, "AP_medium": 2, "AP_large": 3}
+_AT_ONCE = 1 << 20  # numbers held at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionScores:
+    """What the COCO API says of detections.
+
+    Attributes:
+        figures: By the names of :data:`FIGURES`, in [0, 1]; NaN where there is nothing to find.
+        statistics: Of the six precisions.
+        by_category: AP of each category that has objects, by its id.
+    """
+
+    figures: Mapping[str, float]
+    statistics: Mapping[str, Statistic]
+    by_category: Mapping[int, float]
+
+
+def detection_scores(
+    truth: Mapping[str, Any],
+    detections: Sequence[Mapping[str, Any]],
+    kind: Literal["bbox", "segm"] = "bbox",
+    images: Sequence[int] | None = None,
+) -> DetectionScores:
+    """Scores detections against annotations through pycocotools.
+
+    Args:
+        truth: COCO's json: ``images``, ``annotations`` with ``area`` and ``iscrowd``, ``categories``.
+        detections: ``image_id``, ``category_id``, ``score`` and ``bbox`` (x, y, width, height) or ``segmentation``.
+        kind: What is compared.
+        images: Ids of the images to score; default: all of ``truth``.
+
+    Raises:
+        DataError: A detection has no score, or is of an image or a category that the truth does not have.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    _check(truth, detections, kind)
+    with redirect_stdout(io.StringIO()):  # it reports its progress there
+        found = COCO()
+        found.dataset = {**truth, "annotations": [dict(each) for each in truth["annotations"]]}
+        found.createIndex()
+        # Without any detection the API fails; one of no score in a category of its own stands for none.
+        results = found.loadRes([dict(each) for each in detections]) if detections else _none(found)
+        evaluation = COCOeval(found, results, kind)
+        if images is not None:
+            evaluation.params.imgIds = sorted(images)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    figures = {name: _number(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
+    matches = _Matches.of(evaluation)
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    per_category = {}
+    for k, category in enumerate(evaluation.params.catIds):
+        own = precision[:, :, k]
+        if (own > -1).any():
+            per_category[int(category)] = float(own[own > -1].mean())
+    statistics = {name: PrecisionStatistic(matches=matches, figure=name) for name in _AREAS}
+    return DetectionScores(figures=figures, statistics=statistics, by_category=per_category)
+
+
+def _number(value: float) -> float:
+    return float("nan") if value < 0 else float(value)
+
+
+def _none(found: Any) -> Any:
+    from pycocotools.coco import COCO
+
+    empty = COCO()
+    empty.dataset = {"images": found.dataset["images"], "annotations": [], "categories": found.dataset["categories"]}
+    empty.createIndex()
+    return empty
+
+
+def _check(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: str) -> None:
+    images = {each["id"] for each in truth["images"]}
+    categories = {each["id"] for each in truth["categories"]}
+    shape = "bbox" if kind == "bbox" else "segmentation"
+    for number, each in enumerate(detections):
+        lacking = [key for key in ("image_id", "category_id", "score", shape) if key not in each]
+        if lacking:
+            raise DataError(f"detections[{number}]: expected {', '.join(lacking)}, found none; keys: {', '.join(each)}")
+        for key, known in (("image_id", images), ("category_id", categories)):
+            if each[key] not in known:
+                raise DataError(f"detections[{number}]: expected {key} of the ground truth, got {each[key]!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Category:
+    """Detections of one category in one range of areas, the best score first.
+
+    Attributes:
+        hits: (T, D) found an object, for each threshold of overlap.
+        misses: (T, D) found none; a detection may be neither, where it does not count.
+        image: (D,) place of its image.
+        objects: (C,) objects of each image to find.
+    """
+
+    hits: NDArray[np.bool_]
+    misses: NDArray[np.bool_]
+    image: NDArray[np.intp]
+    objects: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Matches:
+    """What the COCO API matched, kept for counting images more or less often."""
+
+    images: tuple[Hashable, ...]
+    thresholds: Floats
+    recalls: Floats
+    areas: tuple[tuple[_Category, ...], ...]
+
+    @classmethod
+    def of(cls, evaluation: Any) -> "_Matches":
+        p = evaluation.params
+        images = len(p.imgIds)
+        areas = []
+        for a in range(len(p.areaRng)):
+            categories = []
+            for k in range(len(p.catIds)):
+                start = (k * len(p.areaRng) + a) * images
+                own = [(i, e) for i, e in enumerate(evaluation.evalImgs[start : start + images]) if e is not None]
+                if category := _category(own, images, p.maxDets[-1]):
+                    categories.append(category)
+            areas.append(tuple(categories))
+        return cls(images=tuple(p.imgIds), thresholds=p.iouThrs, recalls=p.recThrs, areas=tuple(areas))
+
+
+def _category(own: Sequence[tuple[int, Any]], images: int, most: int) -> _Category | None:
+    objects = np.zeros(images)
+    for i, each in own:
+        objects[i] = np.count_nonzero(~np.asarray(each["gtIgnore"], bool))
+    if not objects.any():
+        return None
+    scores = np.concatenate([each["dtScores"][:most] for _, each in own])
+    order = np.argsort(-scores, kind="mergesort")
+    matched = np.concatenate([each["dtMatches"][:, :most] for _, each in own], axis=1)[:, order] > 0
+    ignored = np.concatenate([each["dtIgnore"][:, :most] for _, each in own], axis=1)[:, order].astype(bool)
+    image = np.concatenate([np.full(len(each["dtScores"][:most]), i) for i, each in own]).astype(np.intp)[order]
+    counts = ~ignored.all(axis=0)
+    hits, misses = (matched & ~ignored)[:, counts], (~matched & ~ignored)[:, counts]
+    return _Category(hits=hits, misses=misses, image=image[counts], objects=objects)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionStatistic(Statistic):
+    """One of the six precisions. Counted once each, the images give the API's own figure."""
+
+    matches: _Matches
+    figure: str
+
+    @property
+    def clusters(self) -> tuple[Hashable, ...]:  # type: ignore[override]
+        """The images."""
+        return self.matches.images
+
+    def values(self, times: Floats) -> Floats:
+        """The figure for each of (N, C) weightings."""
+        wanted = {"AP50": 0.5, "AP75": 0.75}.get(self.figure)
+        rows = slice(None) if wanted is None else np.isclose(self.matches.thresholds, wanted)
+        categories = self.matches.areas[_AREAS[self.figure]]
+        if not categories:
+            return np.full(len(times), np.nan)
+        found = np.stack([self._of(category, rows, times) for category in categories])
+        there = ~np.isnan(found)
+        return ratio(np.where(there, found, 0.0).sum(axis=0), there.sum(axis=0))
+
+    def _of(self, category: _Category, rows: Any, times: Floats) -> Floats:
+        """(N,) the mean over thresholds and recalls of the precision of one category; NaN without objects."""
+        hits, misses = category.hits[rows], category.misses[rows]
+        size = max(1, _AT_ONCE // max(1, hits.size))
+        parts = [self._part(category, hits, misses, times[k : k + size]) for k in range(0, len(times), size)]
+        return np.concatenate(parts)
+
+    def _part(self, category: _Category, hits: NDArray[Any], misses: NDArray[Any], times: Floats) -> Floats:
+        total = times @ category.objects
+        weights = times[:, category.image][:, None, :]
+        right, wrong = np.cumsum(hits * weights, axis=2), np.cumsum(misses * weights, axis=2)
+        precision = right / (right + wrong + np.spacing(1))
+        reached = np.searchsorted(self.matches.recalls, ratio(right, total[:, None, None]), side="right")
+        # What counts at a recall is the best precision of all detections that reach it.
+        best = np.zeros((*precision.shape[:2], len(self.matches.recalls) + 1))
+        n, t = np.ogrid[: precision.shape[0], : precision.shape[1]]
+        np.maximum.at(best, (n[:, :, None], t[:, :, None], reached), precision)
+        best = np.maximum.accumulate(best[:, :, ::-1], axis=2)[:, :, ::-1][:, :, 1:]
+        return np.where(total > 0, best.mean(axis=(1, 2)), np.nan)
