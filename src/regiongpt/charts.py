@@ -24,18 +24,20 @@ class Curve:
     Attributes:
         name: In the legend.
         xs: In rising order.
-        ys: As many; what is not a finite number leaves a gap.
+        ys: As many; what is not a finite number is left out.
+        exact: Whether it is drawn as it is, however many points it has: not a measurement, which varies by chance.
     """
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
+    exact: bool = False
 
 
 def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, logarithmic: bool = False) -> str:
-    """Curves over one axis, with a legend that gives the last value of each where there are several.
+    """Curves over one axis, with a legend that gives the last value of each.
 
-    A curve of many points is drawn faint, with its moving average in full colour.
+    A curve of many points is drawn faint, with its moving average in full colour; the legend then gives the average's.
 
     Args:
         title: Of the chart.
@@ -46,8 +48,8 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
     Returns:
         A ``<figure>``; ``""`` where there is nothing to draw.
     """
-    drawn = [(curve.name, _points(curve, logarithmic)) for curve in curves]
-    drawn = [(name, points) for name, points in drawn if points]
+    drawn = [(curve, _points(curve, logarithmic)) for curve in curves]
+    drawn = [(curve, points) for curve, points in drawn if points]
     if not drawn:
         return ""
     every = [point for _, points in drawn for point in points]
@@ -65,12 +67,14 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
 
     parts = [_axes(at, (left, right), (low, high), x_label, logarithmic)]
     legend = []
-    for number, (name, points) in enumerate(drawn):
+    for number, (curve, points) in enumerate(drawn):
         colour = f"c{number % COLOURS}"
-        parts.append(_line(name, points, at, colour))
-        value = f"<small>{short(points[-1][1])}</small>"
-        legend.append(f'<li><i class="{colour}"></i>{html.escape(name)} {value}</li>')
-    described = html.escape(f"{title}, from {short(drawn[0][1][0][1])} to {short(drawn[0][1][-1][1])}")
+        line, value = _line(curve, points, at, colour, logarithmic)
+        parts.append(line)
+        legend.append(f'<li><i class="{colour}"></i>{html.escape(curve.name)} <small>{short(value)}</small></li>')
+    described = html.escape(
+        f"{title}: {drawn[0][0].name} from {short(drawn[0][1][0][1])} to {short(drawn[0][1][-1][1])}"
+    )
     return (
         f'<figure class="chart"><figcaption>{html.escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{"".join(parts)}</svg>'
@@ -130,19 +134,22 @@ def _axes(at: _Place, xs: tuple[float, float], ys: tuple[float, float], x_label:
     return "".join(parts)
 
 
-def _line(name: str, points: Sequence[tuple[float, float]], at: _Place, colour: str) -> str:
+def _line(
+    curve: Curve, points: Sequence[tuple[float, float]], at: _Place, colour: str, logarithmic: bool
+) -> tuple[str, float]:
+    """The curve, and the last value of what is in full colour."""
     if len(points) == 1:
         across, down = at(*points[0])
-        return f'<circle class="{colour} dot" cx="{across:.1f}" cy="{down:.1f}" r="3"/>'
-    title = f"<title>{html.escape(name)}</title>"
+        return f'<circle class="{colour} dot" cx="{across:.1f}" cy="{down:.1f}" r="3"/>', points[0][1]
+    title = f"<title>{html.escape(curve.name)}</title>"
     thinned = _thinned(points, _POINTS)
-    if len(points) < _SMOOTHED_FROM:
-        return f'<path class="{colour}" d="{_path(thinned, at)}">{title}</path>'
-    smooth = _thinned(_averaged(points, max(2, len(points) // 40)), _POINTS)
+    if curve.exact or len(points) < _SMOOTHED_FROM:
+        return f'<path class="{colour}" d="{_path(thinned, at)}">{title}</path>', points[-1][1]
+    smooth = _averaged(points, max(2, len(points) // 40), logarithmic)
     return (
         f'<path class="{colour} raw" d="{_path(thinned, at)}"/>'
-        f'<path class="{colour}" d="{_path(smooth, at)}">{title}</path>'
-    )
+        f'<path class="{colour}" d="{_path(_thinned(smooth, _POINTS), at)}">{title}</path>'
+    ), smooth[-1][1]
 
 
 def _path(points: Sequence[tuple[float, float]], at: _Place) -> str:
@@ -160,15 +167,16 @@ def _thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[flo
     return [*means[:-1], points[-1]]
 
 
-def _averaged(points: Sequence[tuple[float, float]], span: int) -> list[tuple[float, float]]:
-    """The mean of the points up to ``span`` before each and, where there are as many, behind it."""
+def _averaged(points: Sequence[tuple[float, float]], span: int, logarithmic: bool) -> list[tuple[float, float]]:
+    """The mean of each point and up to ``span`` others on either side; the geometric one for a logarithmic axis."""
     sums = [0.0]
     for _, y in points:
-        sums.append(sums[-1] + y)
+        sums.append(sums[-1] + (math.log(y) if logarithmic else y))
     found = []
     for place, (x, _) in enumerate(points):
-        reach = min(span, place, len(points) - 1 - place)
-        found.append((x, (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)))
+        first, last = max(0, place - span), min(len(points), place + span + 1)
+        mean = (sums[last] - sums[first]) / (last - first)
+        found.append((x, math.exp(mean) if logarithmic else mean))
     return found
 
 

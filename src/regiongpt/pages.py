@@ -166,13 +166,15 @@ article, .columns { margin: 20px 0; padding: 18px 20px; background: var(--card);
 .columns { columns: 2 480px; column-gap: 40px; }
 .columns > div { margin-bottom: 14px; break-inside: avoid; }
 .columns > div > h3:first-child, article > h3:first-child { margin-top: 0; }
+h2 + .facts, h2 + .wide { margin-top: 10px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 2px 18px 2px 0; text-align: right; white-space: pre; }
 th:last-child, td:last-child { padding-right: 0; }
 th { color: var(--faint); font-weight: 600; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child, .bar { text-align: left; }
-.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 18px; margin: 0; font-size: 13px; }
+.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 18px; margin: 0;
+  font-size: 13px; }
 .facts dt { color: var(--faint); } .facts dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 .pair { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; }
 .pair > img { flex: 1 1 420px; width: 420px; max-width: min(620px, 100%); height: auto; border-radius: 6px; }
@@ -183,11 +185,11 @@ th:first-child, td:first-child, .bar { text-align: left; }
 .regions { display: flex; flex-wrap: wrap; gap: 4px 14px; margin: 0 0 12px; padding: 0; list-style: none;
   font-size: 13px; }
 .regions small { color: var(--faint); }
-.chip { display: inline-block; min-width: 1.6em; padding: 0 5px; border-radius: 5px; text-align: center;
-  font: 600 12px/1.5 system-ui, sans-serif; }
+.chip { padding: 1px 6px; border-radius: 5px; font: 600 12px/1.5 system-ui, sans-serif; }
 .fault { padding: 10px 12px; border: 1px solid #d55e00; border-radius: 8px; overflow-wrap: anywhere; }
 @media (max-width: 600px) { body { padding: 12px; } article, .columns { margin: 12px 0; padding: 12px; }
-  .talk { flex-basis: 100%; } .facts { grid-template-columns: minmax(0, 1fr); } .facts dd { margin-bottom: 6px; } }
+  .talk { flex-basis: 100%; }
+  .facts { grid-template-columns: fit-content(45%) minmax(0, 1fr); } .facts dt { overflow-wrap: anywhere; } }
 """
 
 _PAGE: Final = """<!doctype html>

@@ -70,7 +70,7 @@ def write_report(out: Path) -> Path:
     state = stages[-1].state
     made = f"{out}, {state}; made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     sections = [_overview(stages, notes), *(_stage(stage) for stage in stages)]
-    sections += [_recipe(notes), _data(notes), _environment(notes)]
+    sections += [_recipe(notes, [stage.name for stage in stages]), _data(notes), _environment(notes)]
     body = "\n".join(section for section in sections if section)
     write_page(page(f"Training {out.resolve().name}", made, body, charts.STYLE + _STYLE), out / PAGE, "the report")
     return out / PAGE
@@ -98,9 +98,14 @@ class Stage:
         return self.folder.name.removesuffix("-checkpoints")
 
     @property
+    def steps(self) -> int:
+        """That it has when it is finished."""
+        return int(self.lines[-1]["of"]) if self.lines else 0
+
+    @property
     def finished(self) -> bool:
         """Whether its last step is done."""
-        return bool(self.lines) and self.lines[-1]["step"] >= self.lines[-1].get("of", math.inf)
+        return bool(self.lines) and int(self.lines[-1]["step"]) >= self.steps
 
     @property
     def state(self) -> str:
@@ -109,7 +114,7 @@ class Stage:
             return f"{self.name} has not begun"
         if self.finished:
             return f"{self.name} is finished"
-        return f"{self.name} has done step {self.lines[-1]['step']:,} of {self.lines[-1].get('of', 0):,}"
+        return f"{self.name} has done step {self.lines[-1]['step']:,} of {self.steps:,}"
 
     def total(self, name: str) -> float:
         """The sum of a figure over all steps."""
@@ -158,7 +163,7 @@ def _overview(stages: Sequence[Stage], notes: Mapping[str, Any]) -> str:
         rows.append(
             [
                 stage.name,
-                f"{len(stage.lines):,}" if stage.finished else f"{len(stage.lines):,}, not at its end",
+                f"{len(stage.lines):,}" if stage.finished else f"{len(stage.lines):,} of {stage.steps:,}",
                 f"{stage.recent(line['loss'] for line in stage.lines):.4f}",
                 f"{stage.total('examples'):,.0f}",
                 short(stage.total("tokens")),
@@ -211,11 +216,10 @@ def _curves(stage: Stage) -> Iterator[str]:
     rates = sorted({name for line in lines for name in line.get("lr", {})})
     yield line_chart(
         "Learning rate",
-        [Curve(name=name, xs=steps, ys=_floats(line["lr"].get(name) for line in lines)) for name in rates],
+        [Curve(name=name, xs=steps, ys=_floats(line["lr"].get(name) for line in lines), exact=True) for name in rates],
     )
-    for title, name in (("Gradient norm, before clipping", "grad_norm"),):
-        curve = Curve(name="norm", xs=steps, ys=_floats(line.get(name) for line in lines))
-        yield line_chart(title, [curve], logarithmic=True)
+    norm = Curve(name="norm", xs=steps, ys=_floats(line.get("grad_norm") for line in lines))
+    yield line_chart("Gradient norm, before clipping", [norm], logarithmic=True)
     for title, name in (("Tokens a second", "tokens"), ("Examples a second", "examples")):
         ys = [line[name] / line["seconds"] if line["seconds"] else math.nan for line in lines]
         yield line_chart(title, [Curve(name=name, xs=steps, ys=ys)])
@@ -259,9 +263,8 @@ def _answers(stage: Stage) -> str:
         )
         told += f"<p class='expected'><small>in the data</small>{chips(each['expected'])}</p>"
         blocks.append(f"<h3>{html.escape(each['name'])}</h3>{beside(_picture(stage.folder, number), told)}")
-    left = len(stage.answers)
-    heading = f"Answers on fixed dev regions, at {left:,} steps"
-    return f'<h2 class="part">{html.escape(heading)}</h2>{"".join(blocks)}'
+    heading = f"Answers on fixed dev regions, at {len(stage.answers):,} steps"
+    return f'<h2 class="part">{html.escape(heading)}</h2><div class="answers">{"".join(blocks)}</div>'
 
 
 def over_time(said: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
@@ -293,9 +296,17 @@ def _picture(folder: Path, number: int) -> str:
     return f'<img src="data:image/jpeg;base64,{coded}" alt="the image with its numbered regions">'
 
 
-def _recipe(notes: Mapping[str, Any]) -> str:
+def _recipe(notes: Mapping[str, Any], stages: Sequence[str]) -> str:
+    """The recipe, table by table, without what only a plan reads and the stages that were not run."""
     config = notes.get("config")
-    return card(facts(flat(config)), "Recipe") if config else ""
+    if not config:
+        return ""
+    hidden = {"plan", *(name.removesuffix("-checkpoints") for name in _ORDER)} - set(stages)
+    blocks = [facts((name, text) for name, text in flat(config) if "." not in name)]
+    for name, values in config.items():
+        if isinstance(values, Mapping) and name not in hidden:
+            blocks.append(facts(flat(values), f"[{name}]"))
+    return card(f'<div class="tables">{"".join(f"<div>{block}</div>" for block in blocks)}</div>', "Recipe")
 
 
 def _data(notes: Mapping[str, Any]) -> str:
@@ -357,5 +368,8 @@ def flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
 _STYLE: Final = """
 .note { margin: 10px 0 0; } .part { margin: 22px 0 0; font-size: 15px; }
 .talk .a small, .expected small { display: block; opacity: 0.75; font-size: 12px; }
-.expected { border: 1px dashed var(--line); margin-left: 28px !important; }
+.talk .expected { margin-left: 28px; border: 1px dashed var(--line); }
+.answers .pair > img { flex: 0 1 auto; width: auto; max-width: min(480px, 100%); max-height: 400px; }
+.tables { columns: 3 320px; column-gap: 36px; margin-top: 10px; } .tables > div { break-inside: avoid; }
+.tables > div { margin-bottom: 16px; } .tables h3 { margin: 0 0 4px; font-family: ui-monospace, monospace; }
 """

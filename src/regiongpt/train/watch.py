@@ -167,7 +167,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         metrics: Mapping[str, float] | None = None,
         **given: Any,
     ) -> None:
-        """Writes what was measured on dev data."""
+        """Writes what was measured on dev data, and the lines before it: a checkpoint may follow at once."""
+        self._flush()
         if self._writes and metrics:
             found = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "epoch"}
             self._dev.write([{"step": state.global_step, **found}])
@@ -190,7 +191,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.close()
 
     def close(self) -> None:
-        """Ends the line of progress and closes the files; what is not yet read of the device is left."""
+        """Ends the line of progress and closes the files; after an error, what is not yet written is, if it can be."""
+        if self._pending and self._processes.count == 1:  # of several, the others may never come to the sum
+            with suppress(RuntimeError):
+                self._flush()
         self._open.close()
         self._meter = self._events = None
 

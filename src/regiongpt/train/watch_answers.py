@@ -41,7 +41,7 @@ class Watched:
         image: File.
         regions: Of it, in pixels.
         question: Without ``<image>``.
-        expected: What the data answer.
+        expected: What the data answer, or the class of the region that is to be described.
     """
 
     name: str
@@ -113,14 +113,13 @@ def _of_photographs(data: "DataConfig", count: int, seed: int) -> list[Watched]:
             # The largest region: what is said of it can be held against the picture.
             one = max(asked, key=lambda each: each.share)
             name = f"{images[place].path.name} ({task})"
-            expected = one.answer if task == "classify" else f"(of a {one.category})"
             found.append(
                 Watched(
                     name=name,
                     image=images[place].path,
                     regions=tuple(one.regions),
                     question=one.text,
-                    expected=expected,
+                    expected=one.answer,
                 )
             )
     return found
@@ -162,14 +161,11 @@ def check_whole(model: nn.Module) -> None:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model itself, within what runs it on several devices or compiles it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+    """The model itself, within what computes its loss, runs it on several devices, or compiles it."""
+    while not hasattr(model, "generate"):
+        names = ("_orig_mod", "module", "model")
+        model = next(getattr(model, name) for name in names if isinstance(getattr(model, name, None), nn.Module))
+    return model
 
 
 def draw(watched: Sequence[Watched], folder: Path) -> None:
