@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from regiongpt.configuration import build, dotted, override, read_toml
+from regiongpt.data.sampling import OUTLINE_SHARE
 from regiongpt.errors import ConfigError
 from regiongpt.model.configuration import REFINEMENTS
 
@@ -26,6 +27,9 @@ class DataConfig:
             command line as ``--data.root``. With a mixture: the folder that its paths are relative to.
         split: Which of the photographs to train on.
         mix: Turns of each task in a conversation about a photograph, on average; the sampler's own mix where empty.
+        suffixes: Whether questions about photographs end with the suffix that fixes the format of their answer (paper
+            Table 1).
+        outline_share: Share of the regions with an outline, in [0, 1], that are given by it rather than by their box.
         mixture: Records of stage 2 in place of photographs: a TOML file (:mod:`regiongpt.data.mixture`) or one folder
             of records. A stage that has none is left out.
         pretrain_mixture: Likewise of stage 1.
@@ -36,6 +40,8 @@ class DataConfig:
     root: str = ""
     split: str = "train"
     mix: dict[str, float] = field(default_factory=dict)
+    suffixes: bool = True
+    outline_share: float = OUTLINE_SHARE
     mixture: str = ""
     pretrain_mixture: str = ""
     dev_mixture: str = ""
@@ -325,6 +331,8 @@ class TrainConfig:
         steps: Which of :data:`STEPS` to run, those that have data where empty. A step that is left out must have left
             its result in ``out`` before.
         from_scratch: Whether stage 2 may begin with a refinement and a connector that stage 1 has not trained.
+        resume: ``auto`` goes on where the run in ``out`` stopped, ``never`` puts its results aside and begins anew, the
+            folder of a checkpoint goes on from it; see :mod:`regiongpt.train.resuming`.
         isolated_share: Share of the training conversations, in [0, 1], whose turns do not see each other.
         data: Annotated photographs, or records.
         model: The untrained model, or the checkpoint to go on from.
@@ -343,6 +351,7 @@ class TrainConfig:
     seed: int = 0
     steps: tuple[str, ...] = ()
     from_scratch: bool = False
+    resume: str = "auto"
     isolated_share: float = 0.8
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -439,7 +448,7 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 
 _OF_RECORDS = (
-    *("out", "seed", "steps", "from_scratch"),
+    *("out", "seed", "steps", "from_scratch", "resume"),
     *("data.root", "data.mixture", "data.pretrain_mixture", "data.dev_mixture", "model.init"),
 )
 _OF_NEW_MODELS = tuple(

@@ -17,6 +17,7 @@ from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, replace_placeholders
 from regiongpt.train.config import FeatureConfig
 from regiongpt.train.features import FeatureStore, plan_views
+from regiongpt.train.watch_tally import task_numbers
 
 if TYPE_CHECKING:
     from regiongpt.model import RegionGPTProcessor
@@ -79,9 +80,15 @@ class ConversationDataset(Dataset[Example]):
             [COCO_80.index(name) for name in conversation.categories], dtype=torch.long
         ).repeat_interleave(self.processor.tokens_per_region)
         example["cell_classes"] = torch.from_numpy(shown_in_cells(view, self.image_grid))
+        example["tasks"] = task_numbers(example["labels"], conversation.tasks)
         if np.random.default_rng((self.seed, 7, item)).random() < self.isolated_share:
             example["turns"] = turn_numbers(example, self.processor.image_token_id)
         return example
+
+    def name_of(self, item: int) -> str:
+        """What a person finds the image of an item by."""
+        epoch, position = divmod(item, len(self.images))
+        return str(self.images[int(self.order(epoch)[position])].path)
 
     def draw(self, item: int) -> tuple[int, int, View, Conversation]:
         """The image's index, the number of its view, that view and the conversation of one item."""

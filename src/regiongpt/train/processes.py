@@ -80,6 +80,13 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def connect() -> None:
+    """Connects this process to those that were started with it, over GPUs where there are any."""
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())
+
+
 def disconnect() -> None:
     """Closes the connection; a process that ends with it open may be taken for one that failed."""
     if _connected():

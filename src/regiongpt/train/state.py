@@ -123,6 +123,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sched
     with _quiet():
         state_dict_loader.load(_tensors(model, optimizer), checkpoint_id=folder / _TENSORS)
     scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate  # a scheduler sets it at its next step only
 
 
 def load_model(folder: Path, model: nn.Module) -> None:

@@ -213,7 +213,11 @@ def _packed(collate: Collate, model: Any, engine: EngineConfig) -> Collate:
 def _prepare(model: nn.Module, loss: Loss, engine: EngineConfig, processes: Processes) -> tuple[Lesson, Sharded | None]:
     precision = PRECISIONS[engine.precision]
     if engine.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+        # Newer releases of transformers call it by another name, and warn at the old one.
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or cast(Any, model).gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
     if engine.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)

@@ -1,0 +1,170 @@
+"""A tiny stage of training: drawn examples, their collate, and one call that trains on them.
+
+Run as a script, it is one process of a real run: the tests start it by itself, or several of it with torchrun.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import IMAGE, REGION, tiny_inputs, tiny_model
+
+from regiongpt.errors import DataError
+from regiongpt.train.config import EngineConfig, StageConfig, WatchConfig
+from regiongpt.train.dataset import turn_numbers
+from regiongpt.train.records import answer_loss
+from regiongpt.train.trainer import StageTrainer, run_stage
+
+Example = dict[str, Any]
+
+
+def example(item: int, config: Any, text_alone: bool = False, isolated: bool = False) -> Example:
+    """A conversation of two turns: an image and up to three regions, or neither."""
+    generator = torch.Generator().manual_seed(item)
+    count = int(torch.randint(0, 4, (1,), generator=generator))
+    rows = [] if text_alone else torch.randint(0, 3, (count,), generator=generator).tolist()
+    made = {name: value[0] for name, value in tiny_inputs(config, rows, seed=item).items()}
+    del made["attention_mask"]
+    words = torch.randint(3, IMAGE, (6 + 3 * (item % 5),), generator=generator)
+    ids = torch.cat([made["input_ids"], words])
+    if text_alone:
+        ids = ids[(ids != IMAGE) & (ids != REGION)]
+        del made["pixel_values"]
+    answered = torch.zeros_like(ids, dtype=torch.bool)
+    answered[-2:] = answered[-5:-3] = True
+    made |= {"input_ids": ids, "labels": torch.where(answered, ids, -100), "tasks": torch.where(answered, item % 2, -1)}
+    if isolated:
+        made["turns"] = turn_numbers(made, IMAGE)
+    return made
+
+
+class Examples(Dataset[Example]):
+    """Examples by their numbers.
+
+    Args:
+        config: Of the model.
+        items: How many.
+        texts: Items without an image.
+        isolated: Items whose turns do not see each other.
+        broken: An item that cannot be made, or -1.
+        endless: An item whose region's weights are infinite, or -1.
+        isolated: Items whose turns do not see each other.
+    """
+
+    def __init__(
+        self, config: Any, items: int, texts: Any = (), isolated: Any = (), broken: int = -1, endless: int = -1
+    ) -> None:
+        self.config, self.items, self.texts, self.isolated = config, items, texts, isolated
+        self.broken, self.endless = broken, endless
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, item: int) -> Example:
+        if item == self.broken:
+            raise DataError(f"record {item}: expected sense, got none")
+        made = example(item, self.config, item in self.texts, item in self.isolated)
+        if item == self.endless:
+            made["pixel_values"] = made["pixel_values"] * torch.inf
+        return made
+
+    def name_of(self, item: int) -> str:
+        return f"record-{item}"
+
+
+def collate(examples: list[Example]) -> dict[str, Any]:
+    """Padded, as the processor pads."""
+
+    def padded(name: str, fill: int) -> torch.Tensor:
+        return pad_sequence([each[name] for each in examples], batch_first=True, padding_value=fill)
+
+    ones = [torch.ones_like(each["input_ids"]) for each in examples]
+    batch: dict[str, Any] = {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100)}
+    batch |= {"tasks": padded("tasks", -1), "attention_mask": pad_sequence(ones, batch_first=True)}
+    if any(len(each["region_ids"]) for each in examples):
+        batch["region_ids"] = padded("region_ids", -1)
+        batch["region_weights"] = torch.stack([each["region_weights"] for each in examples])
+    blank = next((torch.zeros_like(each["pixel_values"]) for each in examples if "pixel_values" in each), None)
+    if blank is not None:
+        batch["pixel_values"] = torch.stack([each.get("pixel_values", blank) for each in examples])
+    return batch
+
+
+def settings(**changed: Any) -> StageConfig:
+    return StageConfig(
+        **{"batch_size": 8, "micro_batch_size": 2, "lr": 1e-2, "log_steps": 1, "save_steps": 2, **changed}
+    )
+
+
+def learn(
+    out: Path,
+    *,
+    items: int = 32,
+    stage: StageConfig | None = None,
+    engine: EngineConfig | None = None,
+    watch: WatchConfig | None = None,
+    name: str = "stage2",
+    resume: str = "auto",
+    dev: int = 0,
+    **data: Any,
+) -> tuple[Any, StageTrainer]:
+    """Trains a tiny model: the model and the trainer."""
+    model = tiny_model().train()
+    model.language_model.requires_grad_(name == "stage2")
+    config = model.config
+    trainer = run_stage(
+        name,
+        model,
+        Examples(config, items, **data),
+        collate,
+        answer_loss,
+        stage or settings(),
+        out,
+        0,
+        engine=engine,
+        watch=watch,
+        dev=Examples(config, dev) if dev else None,
+        resume=resume,
+    )
+    return model, trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--items", type=int, default=32)
+    parser.add_argument("--micro", type=int, default=2)
+    parser.add_argument("--sharding", default="ddp")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--texts", type=int, nargs="*", default=[])
+    parser.add_argument("--dev", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    given = parser.parse_args()
+    engine = EngineConfig(sharding=given.sharding, precision=given.precision, packing=given.packing)
+    watch = WatchConfig(dev_steps=2) if given.dev else WatchConfig(keep=3)
+    model, trainer = learn(
+        given.out,
+        items=given.items,
+        stage=settings(micro_batch_size=given.micro, save_steps=1, lr=given.lr),
+        engine=engine,
+        watch=watch,
+        texts=given.texts,
+        dev=given.dev,
+    )
+    if trainer.processes.is_first:
+        torch.save(model.state_dict(), given.out / "weights.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    main()

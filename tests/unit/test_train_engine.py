@@ -1,0 +1,412 @@
+"""One stage of training: the same however it is spread, packed or stopped; checkpoints are whole; mistakes are told."""
+
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from training import Examples, collate, example, learn, settings
+
+from regiongpt.errors import CheckpointError, ConfigError, DataError
+from regiongpt.train.batches import StepBatches
+from regiongpt.train.checkpoints import LIST, Checkpoints, damage
+from regiongpt.train.config import EngineConfig, WatchConfig
+from regiongpt.train.packing import PackedCollate, plan_rows, targets_in
+from regiongpt.train.processes import Processes
+from regiongpt.train.records import answer_loss
+
+SCRIPT = Path(__file__).parents[1] / "training.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# -- which conversation comes when -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", [1, 7, 8, 9, 24, 29])
+@pytest.mark.parametrize(("micro", "processes"), [(8, 1), (1, 1), (2, 2), (1, 4), (4, 2)])
+def test_a_step_takes_the_same_items_however_they_are_spread(items: int, micro: int, processes: int) -> None:
+    each = [list(StepBatches(items, 8, micro, number, processes)) for number in range(processes)]
+    assert {len(batches) for batches in each} == {len(StepBatches(items, 8, micro, 0, processes))}
+    accumulation = 8 // micro // processes
+    for step in range(-(-items // 8)):
+        rounds = slice(step * accumulation, (step + 1) * accumulation)
+        together = [item for batches in each for batch in batches[rounds] for item in batch]
+        assert sorted(item for item in together if item >= 0) == list(range(8 * step, min(8 * step + 8, items)))
+        assert all(-1 - item == 8 * step for item in together if item < 0)
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_hold_every_conversation_once_and_no_more_than_fits() -> None:
+    drawn = random.Random(0)
+    for _ in range(50):
+        lengths = [drawn.randint(1, 60) for _ in range(drawn.randint(1, 20))]
+        longest = drawn.randint(10, 100)
+        rows = plan_rows(lengths, longest, 50.0)
+        assert sorted(k for row in rows for k in row) == list(range(len(lengths)))
+        assert max(sum(lengths[k] for k in row) for row in rows) <= max(longest, *lengths)
+
+
+def gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = answer_loss(model, {name: value for name, value in batch.items() if name != "tasks"}, targets_in(batch))
+    loss.backward()
+    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("longest", [1, 60, 4096])
+@pytest.mark.parametrize("texts", [(), (1, 4), range(8)])
+def test_packed_loss_and_gradients_are_those_of_the_padded_batch(longest: int, texts: Any) -> None:
+    model = tiny_model().train()
+    isolated = [k for k in (0, 2, 3) if k not in texts]
+    examples = [example(k, model.config, k in texts, k in isolated) for k in range(8)]
+    packed = PackedCollate(collate, longest, 100.0)(examples)
+    assert (packed["packed_documents"] >= 0).sum() == sum(len(each["input_ids"]) for each in examples)
+    # Each by itself is what the padded batch is held to as well; isolated turns have no other padded form here.
+    alone = [PackedCollate(collate, 1, 100.0)([each]) for each in examples]
+    plain = collate([each for k, each in enumerate(examples) if k not in isolated])
+    targets = int(targets_in(packed))
+    total, sums = 0.0, {}
+    for batch in [plain, *(alone[k] for k in isolated)]:
+        loss, grads = gradients(model, batch)
+        share = int(targets_in(batch)) / targets
+        total += share * loss
+        for name, gradient in grads.items():
+            sums[name] = sums.get(name, 0) + share * gradient
+    loss, grads = gradients(model, packed)
+    assert loss == pytest.approx(total, rel=1e-5)
+    assert_close(grads, sums)
+    assert grads.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_packed_conversations_do_not_see_each_other() -> None:
+    model = tiny_model().eval()
+    first = example(0, model.config)
+    sums = []
+    for others in ((), (1, 2, 3), (10, 11, 12)):
+        batch = PackedCollate(collate, 4096, 1e9)([first, *(example(k, model.config) for k in others)])
+        assert len(batch["packed_from"]) == 1
+        batch["packed_labels"][batch["packed_documents"] != 0] = -100
+        del batch["tasks"]
+        with torch.no_grad():
+            sums.append(float(answer_loss(model, batch, 1)))
+    assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
+
+
+# -- a stage in one process --------------------------------------------------------------------------------------------
+
+
+def test_eight_at_once_are_one_at_a_time_and_packed_and_with_less_memory(tmp_path: Path) -> None:
+    expected, trainer = learn(tmp_path / "8", items=29, stage=settings(micro_batch_size=8), texts=(3, 9, 10, 28))
+    assert trainer.state.global_step == 4
+    for name, micro, engine in (
+        ("1", 1, EngineConfig()),
+        ("packed", 4, EngineConfig(packing=True, pack_length=80)),
+        ("checkpointed", 2, EngineConfig(gradient_checkpointing=True, workers=1)),
+    ):
+        stage = settings(micro_batch_size=micro)
+        model, _ = learn(tmp_path / name, items=29, stage=stage, engine=engine, texts=(3, 9, 10, 28))
+        assert_close(weights_of(model), weights_of(expected))
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "8"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_what_is_frozen_stays_to_the_bit_and_all_else_learns(name: str, tmp_path: Path) -> None:
+    before = weights_of(tiny_model())
+    model, _ = learn(tmp_path, items=16, name=name)
+    frozen = ("vision_tower.", "connector.mean", "connector.std") + (("language_model.",) if name == "stage1" else ())
+    for tensor, value in weights_of(model).items():
+        moves = not tensor.startswith(frozen)
+        assert torch.equal(value, before[tensor]) != moves, tensor
+
+
+def test_bfloat16_learns_about_the_same_and_keeps_its_weights_in_float32(tmp_path: Path) -> None:
+    model, _ = learn(tmp_path / "16", engine=EngineConfig(precision="bf16"))
+    expected, _ = learn(tmp_path / "32")
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    assert losses(tmp_path / "16") == pytest.approx(losses(tmp_path / "32"), rel=0.05)
+    assert losses(tmp_path / "16") != losses(tmp_path / "32")
+    assert model.training == expected.training
+
+
+def test_the_weights_with_the_lowest_dev_loss_are_taken_and_kept(tmp_path: Path) -> None:
+    watch = WatchConfig(keep=1, dev_steps=2, dev_items=5)
+    model, trainer = learn(tmp_path, stage=settings(lr=0.3, save_steps=100), watch=watch, dev=5)
+    measured = {
+        line["step"]: line["dev_loss"] if "dev_loss" in line else line["loss"]
+        for line in map(json.loads, (tmp_path / "dev.jsonl").read_text().splitlines())
+    }
+    best = min(measured, key=measured.__getitem__)
+    assert sorted(measured) == [2, 4]
+    assert trainer.state.best_global_step == best
+    assert (tmp_path / f"checkpoint-{best}").is_dir()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(measured[best], rel=1e-6)
+    examples = [Examples(model.config, 5)[k] for k in range(5)]
+    with torch.no_grad():
+        batch = collate(examples)
+        expected = float(answer_loss(model, {k: v for k, v in batch.items() if k != "tasks"}, targets_in(batch)))
+    assert measured[best] == pytest.approx(expected, rel=1e-5)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def put(folder: Path, step: int, keep: int = 5, best: int | None = None) -> bool:
+    def fill(path: Path) -> None:
+        (path / "a").write_text(f"weights {step}")
+        (path / "stage.json").write_text('{"stage": "stage2"}')
+
+    return Checkpoints(folder, keep, Processes()).write(step, fill, best)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 100):
+        assert put(tmp_path, step, keep=2, best=5)
+    assert names(tmp_path) == ["checkpoint-100", "checkpoint-15", "checkpoint-5"]
+    assert Checkpoints(tmp_path, 2, Processes()).newest() == tmp_path / "checkpoint-100"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: flip(path / "a"), "a is damaged: its content is not what was written"),
+        (lambda path: (path / "a").write_text("weigh"), "a is damaged: expected 9 bytes, got 5"),
+        (lambda path: (path / "a").unlink(), "a cannot be read: No such file"),
+        (lambda path: (path / LIST).unlink(), "it was not written to its end"),
+        (lambda path: (path / LIST).write_text("[]"), "it was not written to its end"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
+    harm: Any, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, 1)
+    put(tmp_path, 2)
+    harm(tmp_path / "checkpoint-2")
+    (tmp_path / ".unfinished-3").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert Checkpoints(tmp_path, 2, Processes()).newest() == tmp_path / "checkpoint-1"
+    assert message in caplog.text
+    assert "the one before is taken" in caplog.text
+    assert names(tmp_path) == ["aside-1-checkpoint-2", "checkpoint-1"]
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    expected, _ = learn(tmp_path / "enough", stage=settings(save_steps=1))
+    model = tiny_model()
+    del model
+    original = Checkpoints.write
+
+    def write(self: Checkpoints, step: int, fill: Any, best: int | None = None) -> bool:
+        if step != 3:
+            return original(self, step, fill, best)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # as much of a file as a disk has room for
+        try:
+            return original(self, step, fill, best)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(Checkpoints, "write", write)
+        got, _ = learn(tmp_path / "full", stage=settings(save_steps=1), watch=WatchConfig(keep=9))
+    assert "checkpoint-3 could not be written" in caplog.text
+    assert "the run goes on, and the newest checkpoint is" in caplog.text
+    whole = [name for name in names(tmp_path / "full") if "checkpoint" in name or name.startswith(".")]
+    assert whole == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
+    assert_close(weights_of(got), weights_of(expected), 0)
+
+
+def test_going_on_is_as_if_it_had_not_stopped_and_other_settings_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = settings(save_steps=1)
+    expected, _ = learn(tmp_path / "whole", stage=stage, watch=WatchConfig(keep=9), texts=(4, 5))
+    for step in (1, 3):
+        out = tmp_path / f"from{step}"
+        shutil.copytree(tmp_path / "whole", out)
+        for later in range(step + 1, 5):
+            shutil.rmtree(out / f"checkpoint-{later}")
+        with caplog.at_level(logging.INFO):
+            model, _ = learn(out, stage=stage, watch=WatchConfig(keep=9), texts=(4, 5))
+        assert f"going on from {out}/checkpoint-{step}" in caplog.text
+        assert_close(weights_of(model), weights_of(expected), 0)
+        assert losses(out) == losses(tmp_path / "whole")
+    chosen = tmp_path / "whole" / "checkpoint-2"
+    model, _ = learn(tmp_path / "whole", stage=stage, watch=WatchConfig(keep=9), texts=(4, 5), resume=str(chosen))
+    assert_close(weights_of(model), weights_of(expected), 0)
+    assert "aside-1-checkpoint-4" in names(tmp_path / "whole")
+    with pytest.raises(ConfigError, match=r"other settings.*lr = 0.02, it has 0.01.*--resume never"):
+        learn(tmp_path / "whole", stage=settings(lr=0.02))
+    with pytest.raises(ConfigError, match="expected a checkpoint of stage1, got one of stage2"):
+        learn(tmp_path / "whole", name="stage1")
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        learn(tmp_path / "whole", resume=str(tmp_path / "none"))
+
+
+def test_a_checkpoint_of_other_shapes_lists_them(tmp_path: Path) -> None:
+    learn(tmp_path, items=8)
+    facts = tmp_path / "checkpoint-1" / "stage.json"
+    told = json.loads(facts.read_text())
+    told["tensors"]["connector.linear_1.weight"] = [7, 7]
+    del told["tensors"]["refinement.deconv_1.weight"]
+    told["tensors"]["extra"] = [1]
+    facts.write_text(json.dumps(told))
+    listed = json.loads((tmp_path / "checkpoint-1" / LIST).read_text())
+    listed["stage.json"] = [facts.stat().st_size, __import__("hashlib").sha256(facts.read_bytes()).hexdigest()]
+    (tmp_path / "checkpoint-1" / LIST).write_text(json.dumps(listed))
+    assert damage(tmp_path / "checkpoint-1") is None
+    with pytest.raises(CheckpointError) as error:
+        learn(tmp_path, items=8)
+    for part in ("linear_1.weight: expected [32, 32], got [7, 7]", "deconv_1.weight: expected", "extra: not expected"):
+        assert part in str(error.value)
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_loss_that_is_no_number_stops_and_names_the_records(packing: bool, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        learn(tmp_path, stage=settings(save_steps=1), endless=21, engine=EngineConfig(packing=packing))
+    message = str(error.value)
+    assert "stage2, step 3: expected a finite loss" in message
+    assert f"the last good checkpoint is {tmp_path}/checkpoint-2" in message
+    assert "record-20, record-21;" in message
+    assert "checkpoint-3" not in names(tmp_path)
+    assert damage(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_record_that_cannot_be_used_is_told_in_its_own_words(workers: int, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^record 3: expected sense, got none$"):
+        learn(tmp_path, items=8, broken=3, engine=EngineConfig(workers=workers))
+
+
+def test_sharding_that_accelerate_would_do_again_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"--engine.sharding fsdp"):
+        learn(tmp_path, items=8)
+
+
+# -- real processes ----------------------------------------------------------------------------------------------------
+
+
+def run(out: Path, *words: Any, processes: int = 1, steps: int = 10) -> dict[str, torch.Tensor]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
+    command = [sys.executable, *launcher, SCRIPT, out, "--items", 8 * steps - 3, *words]
+    done = subprocess.run([str(word) for word in command], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state: dict[str, torch.Tensor] = torch.load(out / "weights.pt")
+    return state
+
+
+TEXTS = ("--texts", *range(16, 24), 30, 31, 75, 76)
+"""A step of texts alone, a micro-batch of them, and the last step's."""
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Ten steps of one process."""
+    out = tmp_path_factory.mktemp("one")
+    return out, run(out, *TEXTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--sharding", "ddp"], ["--sharding", "fsdp", "--packing"]])
+def test_two_processes_learn_what_one_does(
+    words: list[str], one_process: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Ten steps, one of them of texts alone and the last one short; with gloo, on a CPU."""
+    out, expected = one_process
+    got = run(tmp_path, *words, *TEXTS, processes=2)
+    assert_close(got, expected)
+    assert losses(tmp_path) == pytest.approx(losses(out), rel=1e-5)
+    assert len(losses(tmp_path)) == 10
+    # A checkpoint of two processes is one of any number: the last three steps again, in one.
+    for later in (8, 9, 10):
+        shutil.rmtree(tmp_path / f"checkpoint-{later}", ignore_errors=True)
+    if (tmp_path / "checkpoint-7").exists():
+        assert_close(run(tmp_path, *TEXTS), expected)
+
+
+@pytest.mark.slow
+def test_a_run_killed_anywhere_goes_on_to_the_same_losses(
+    one_process: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    out, expected = one_process
+    command = [str(word) for word in (sys.executable, SCRIPT, tmp_path, "--items", 77, *TEXTS)]
+    drawn, kills = random.Random(4), 0
+    for _ in range(3):
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        seen = len(names(tmp_path))
+        while process.poll() is None and len([n for n in names(tmp_path) if "checkpoint" in n]) == seen == 0:
+            time.sleep(0.005)
+        deadline = time.monotonic() + drawn.uniform(0.0, 1.0)
+        while process.poll() is None and (time.monotonic() < deadline or not (tmp_path / "log.jsonl").exists()):
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills
+    got = run(tmp_path, *TEXTS)
+    assert_close(got, expected, 0)
+    assert losses(tmp_path) == losses(out)
+
+
+def test_sigterm_saves_first_and_the_run_goes_on(
+    one_process: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    out, expected = one_process
+    command = [str(word) for word in (sys.executable, SCRIPT, tmp_path, "--items", 77, *TEXTS)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "checkpoint-1").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    newest = Checkpoints(tmp_path, 3, Processes()).newest()
+    assert newest is not None
+    assert len(losses(tmp_path)) == int(newest.name.removeprefix("checkpoint-"))
+    assert not (tmp_path / "weights.pt").exists()
+    assert_close(run(tmp_path, *TEXTS), expected, 0)
+    assert losses(tmp_path) == losses(out)
