@@ -1,0 +1,192 @@
+"""A RegionGPT checkpoint as a model of lmms-eval, found there under the name ``regiongpt``.
+
+lmms-eval is no dependency: it looks for this module by an entry point of the package, and the model's class is made
+when it asks for it.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+from regiongpt.data.progress import Meter, track
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.images import load_image
+from regiongpt.prompts import question
+from regiongpt.regions import Region
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from regiongpt.inference import RegionPredictor
+
+NAME: Final = "regiongpt"
+PROMPTS: Final = ("task", "trained")
+YES_NO: Final = ("first_word", "verbatim")
+_LONGEST: Final = 128
+_REGION_TASK: Final = re.compile(r"refcoco(\+|g)?_(bbox|seg)(?!_rec)")
+_COORDINATE_TASK: Final = re.compile(r"refcoco(\+|g)?_bbox_rec|refcoco_grounding")
+
+
+def manifest() -> Any:
+    """What lmms-eval registers: its entry point ``lmms_eval.models`` calls this."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id=NAME, simple_class_path=f"{__name__}.RegionGPT")
+
+
+class Answering:
+    """The answers of a checkpoint to lmms-eval's questions; of lmms-eval itself this knows nothing.
+
+    Args:
+        predictor: The model.
+        prompt: Of tasks that are about a region: ``"task"`` keeps the benchmark's words, with ``<region1>`` for "this
+            region"; ``"trained"`` asks for a short caption in the words that the model was trained on.
+        yes_no: Of POPE, which compares whole answers: ``"first_word"`` hands over a leading yes or no alone, as POPE's
+            own script reads answers; ``"verbatim"`` whatever was said.
+
+    Raises:
+        ConfigError: An option is none of these.
+    """
+
+    def __init__(self, predictor: "RegionPredictor", prompt: str = "task", yes_no: str = "first_word") -> None:
+        for name, value, known in (("prompt", prompt, PROMPTS), ("yes_no", yes_no, YES_NO)):
+            if value not in known:
+                raise ConfigError(f"{name}: expected {' or '.join(known)}, got {value!r}")
+        self.predictor, self.prompt, self.yes_no = predictor, prompt, yes_no
+
+    def answer(
+        self,
+        task: str,
+        context: str,
+        document: Mapping[str, Any],
+        visuals: Callable[[Any], Sequence["Image"]],
+        options: Mapping[str, Any],
+    ) -> str:
+        """The answer to one question.
+
+        Args:
+            task: Its name in lmms-eval, ``"pope"`` or ``"refcocog_bbox_val"``.
+            context: The question as the task words it.
+            document: The row of the data set. Where the task is about a region, ``bbox`` (xywh) or ``segmentation`` (a
+                flat polygon) is taken from here, and ``image`` without the outline that the task would draw into it.
+            visuals: Makes the images of a row.
+            options: ``max_new_tokens``, ``temperature``, ``top_p`` and ``until``.
+
+        Raises:
+            DataError: The task shows several images or none, or asks for coordinates.
+        """
+        if _COORDINATE_TASK.match(task):
+            raise DataError(
+                f"{task}: expected a question whose answer is text, got one for coordinates, which RegionGPT does not "
+                "write; `regiongpt evaluate refcocog_rec` lets it choose among boxes"
+            )
+        regions: list[Region] = []
+        if _REGION_TASK.match(task):
+            image, regions, context = document["image"], [_region(task, document)], self._about_region(context)
+        else:
+            images = list(visuals(document))
+            if len(images) != 1:
+                raise DataError(f"{task}: expected one image a question, got {len(images)}")
+            image = images[0]
+        self.predictor.set_image(load_image(image))
+        said = self.predictor.ask(
+            context,
+            regions,
+            max_new_tokens=int(options.get("max_new_tokens") or _LONGEST),
+            temperature=float(options.get("temperature") or 0.0),
+            top_p=float(options.get("top_p") or 1.0),
+        ).text
+        for stop in _listed(options.get("until")):
+            said = said.partition(stop)[0] if stop else said
+        return _first_word(said) if task.startswith("pope") and self.yes_no == "first_word" else said.strip()
+
+    def _about_region(self, context: str) -> str:
+        if self.prompt == "trained":
+            return question("caption", regions=[1])
+        asked = context.replace("this region", "<region1>")
+        return asked if "<region1>" in asked else f"{asked} <region1>"
+
+
+def _region(task: str, document: Mapping[str, Any]) -> Region:
+    if "_seg" in task:
+        flat = [float(value) for value in document["segmentation"]]
+        return Region.polygon([list(zip(flat[::2], flat[1::2], strict=True))])
+    x, y, width, height = (float(value) for value in document["bbox"])
+    return Region.box(x, y, x + width, y + height)
+
+
+def _listed(until: Any) -> list[str]:
+    return [until] if isinstance(until, str) else list(until or ())
+
+
+def _first_word(said: str) -> str:
+    match = re.match(r"\s*(yes|no)\b", said, re.IGNORECASE)
+    return match[1].lower() if match else said.strip()
+
+
+@cache
+def _model_class() -> type:
+    """The model as lmms-eval wants it: a subclass of its own class."""
+    from lmms_eval.api.model import lmms
+
+    class RegionGPT(lmms):  # type: ignore[misc]
+        """``lmms-eval --model regiongpt --model_args pretrained=DIR,prompt=task,yes_no=first_word``."""
+
+        is_simple = True
+
+        def __init__(
+            self,
+            pretrained: str = "",
+            device: str | None = None,
+            dtype: str | None = None,
+            prompt: str = "task",
+            yes_no: str = "first_word",
+            batch_size: int | str = 1,
+            max_batch_size: int | None = None,
+        ) -> None:
+            super().__init__()
+            if str(batch_size) != "1" or max_batch_size not in (None, 1):
+                raise ConfigError(f"batch_size: expected 1, got {batch_size}; questions are asked image by image")
+            from regiongpt.inference import RegionPredictor
+
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                from accelerate import Accelerator
+
+                self.accelerator = Accelerator()
+                self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+                device = str(self.accelerator.device)
+            # lmms-eval says "cuda:0" where nothing was asked for, there being a device or not.
+            import torch
+
+            known = None if device is None or (device.startswith("cuda") and not torch.cuda.is_available()) else device
+            predictor = RegionPredictor.from_pretrained(pretrained or None, device=known, dtype=dtype)
+            self.answering = Answering(predictor, prompt, yes_no)
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            """Answers in the order of the requests."""
+            with Meter("lmms-eval", unit="answers") as meter:
+                return [self._answer(request) for request in meter.watch(track(requests, len(requests)))]
+
+        def _answer(self, request: Any) -> str:
+            context, options, visuals, number, task, split = request.args
+            document = self.task_dict[task][split][number]
+            said = self.answering.answer(task, context, document, visuals, options)
+            self.cache_hook.add_partial("generate_until", (context, options), said)
+            return said
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            raise NotImplementedError("RegionGPT answers tasks of the kind generate_until, not loglikelihood")
+
+        def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+            raise NotImplementedError("RegionGPT answers tasks of the kind generate_until, not of several rounds")
+
+    return RegionGPT
+
+
+def __getattr__(name: str) -> Any:
+    """``RegionGPT``, made when lmms-eval asks for it."""
+    if name == "RegionGPT":
+        return _model_class()
+    raise AttributeError(name)
