@@ -147,14 +147,14 @@ def _value(kind: Any, text: str, name: str) -> Any:
 
 def _write(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
     """Writes table, page and json, and returns the table."""
-    measured = {name: summary.measure(study.tasks[name], found) for name, found in runs.items()}
+    measured, items = summary.measure(study.tasks, runs)
     found = summary.summarise(measured, study.resamples)
     printed = TABLES.get(KINDS[study.kind].paper)
     first = next(iter(runs.values()))[0]
     pinned = "; ".join(f"{name}: {text}" for name, text in first.result["pinned"].items())
     about = [
         f"{KINDS[study.kind].summary}; recipe {study.recipe.name}{''.join(f' {word}' for word in study.overrides)}",
-        f"{first.name}; {pinned}",
+        f"{first.name}, {items:,} items; {pinned}",
         f"Means over the seeds {', '.join(map(str, study.seeds))}, times 100; behind each the range of 95 % of the "
         f"resamples, which draw the images{' and the seeds' if len(study.seeds) > 1 else ''} anew.",
     ]
@@ -168,6 +168,7 @@ def _write(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
         {
             "ablation": study.kind,
             "task": first.name,
+            "items": items,
             "seeds": list(study.seeds),
             "variants": [dataclasses.asdict(variant) for variant in study.variants],
             "pinned": first.result["pinned"],

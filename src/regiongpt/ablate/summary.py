@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from regiongpt import charts
+from regiongpt.errors import DataError
 from regiongpt.evaluate import bars
 from regiongpt.evaluate.answering import from_json
 from regiongpt.evaluate.bars import Bar, bar_chart
@@ -45,14 +46,31 @@ Summary = dict[str, dict[str, dict[str, Cell]]]
 """Cells by protocol, figure and variant."""
 
 
-def measure(task: Task, runs: Sequence[TaskRun]) -> list[Measured]:
-    """The statistics of one variant's runs, one for each seed."""
-    items = task.load()
-    found = []
-    for run in runs:
-        answers = {str(row["id"]): from_json(row) for row in read_lines(run.folder / PREDICTIONS)}
-        found.append(task.score(items, answers, resamples=0).statistics)
-    return found
+def measure(tasks: Mapping[str, Task], runs: Mapping[str, Sequence[TaskRun]]) -> tuple[dict[str, list[Measured]], int]:
+    """The statistics of all variants with all seeds, on the items that every variant was asked about.
+
+    Args:
+        tasks: By variant, what it was asked.
+        runs: By variant, its run with each seed.
+
+    Returns:
+        By variant, the statistics of each seed; and the number of items.
+
+    Raises:
+        DataError: The variants have no item in common.
+    """
+    items = {name: task.load() for name, task in tasks.items()}
+    shared = set.intersection(*({item.id for item in each} for each in items.values()))
+    if not shared:
+        raise DataError("expected variants that are asked about the same items, but they have none in common")
+    found: dict[str, list[Measured]] = {}
+    for name, task in tasks.items():
+        asked = [item for item in items[name] if item.id in shared]
+        for run in runs[name]:
+            answers = {str(row["id"]): from_json(row) for row in read_lines(run.folder / PREDICTIONS)}
+            given = {item.id: answers[item.id] for item in asked if item.id in answers}
+            found.setdefault(name, []).append(task.score(asked, given, resamples=0).statistics)
+    return found, len(shared)
 
 
 def summarise(measured: Mapping[str, Sequence[Measured]], resamples: int, seed: int = 0) -> Summary:
@@ -141,7 +159,8 @@ def orders(summary: Summary, printed: PaperTable | None) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace("_", "").replace(" ", "")
+    plain = name.lower().replace("_", "").replace(" ", "")
+    return {"apsmall": "aps", "apmedium": "apm", "aplarge": "apl"}.get(plain, plain)
 
 
 def tables(summary: Summary) -> list[tuple[str, list[list[str]]]]:

@@ -122,13 +122,13 @@ KINDS: Final[dict[str, Kind]] = {
             Variant(
                 name="boxes",
                 recipe={"data.outline_share": "0"},
-                asked={"regions": "box", "outlined": "true"},
+                asked={"region": "box"},
                 annotations="outlined",
             ),
             Variant(
                 name="masks",
                 recipe={"data.outline_share": "1"},
-                asked={"regions": "mask", "outlined": "true"},
+                asked={"region": "mask"},
                 annotations="outlined",
             ),
         ),
