@@ -6,6 +6,7 @@ Every function takes plain text and escapes it, unless it says that it takes HTM
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,8 @@ from regiongpt.errors import ConfigError
 from regiongpt.prompts import PLACEHOLDER
 
 PICTURE_SIDE: Final = 900
+_BLOCKS: Final = " █▉▊▋▌▍▎▏"
+_SHARE: Final = re.compile(rf"\s*(\d+(?:\.\d+)?) %[{_BLOCKS}]*$")
 
 
 def page(title: str, made: str, body: str, style: str = "") -> str:
@@ -68,17 +71,37 @@ def columns(blocks: Iterable[str]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], heading: str = "") -> str:
-    """A table, its header first; the first column, and any whose header is empty, stands left, all others right."""
+    """A table, its header first.
+
+    The first column stands left, all others right. A column whose header is empty holds shares, such as ``12.5 %``, or
+    remarks: a share is followed by a bar, the longest of the column being the largest share; what else is written
+    behind it, a bar of blocks for a terminal, is left out.
+    """
     header, *body = rows
-    # A column without a name holds bars.
-    marks = ["" if cell else ' class="bar"' for cell in header]
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    lines = "".join(
-        f"<tr>{''.join(f'<td{m}>{html.escape(cell)}</td>' for m, cell in zip(marks, row, strict=True))}</tr>"
-        for row in body
-    )
+    most = [
+        None if name else max((_share(row[place]) or 0.0 for row in body), default=0.0)
+        for place, name in enumerate(header)
+    ]
+    lines = "".join(f"<tr>{''.join(map(_cell, row, most))}</tr>" for row in body)
     title = f"<h3>{html.escape(heading)}</h3>" if heading else ""
     return f'{title}<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
+
+
+def _share(cell: str) -> float | None:
+    found = _SHARE.match(cell)
+    return float(found[1]) if found else None
+
+
+def _cell(cell: str, most: float | None) -> str:
+    if most is None:
+        return f"<td>{html.escape(cell)}</td>"
+    share = _share(cell)
+    if share is None:
+        return f'<td class="bar">{html.escape(cell)}</td>'
+    width = 100 * share / most if most else 0.0
+    text = cell.rstrip(_BLOCKS).strip()
+    return f'<td class="bar"><span><b>{text}</b><i style="width:calc({width:.1f} * var(--unit))"></i></span></td>'
 
 
 def facts(pairs: Iterable[tuple[str, str]], heading: str = "") -> str:
@@ -151,9 +174,11 @@ def fault(reason: str) -> str:
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --line: #d5d8dc; --faint: #5f6773; --card: #fff; --page: #f3f4f6; --ink: #1f2937;
-  --learnt: #c7ecd4; --learnt-ink: #0b4f27; --asked: #eef1f5; }
+  --learnt: #c7ecd4; --learnt-ink: #0b4f27; --asked: #eef1f5;
+  --filled: #4b83b5; --unit: 1px; }
 @media (prefers-color-scheme: dark) { :root { --line: #3a414b; --faint: #9aa3af; --card: #1c2128; --page: #12161b;
-  --ink: #e5e7eb; --learnt: #14532d; --learnt-ink: #d1fae5; --asked: #272e38; } }
+  --ink: #e5e7eb; --learnt: #14532d; --learnt-ink: #d1fae5;
+  --asked: #272e38; --filled: #5b93c4; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 24px; max-width: 1240px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
@@ -172,7 +197,10 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { padding: 2px 18px 2px 0; text-align: right; white-space: pre; }
 th:last-child, td:last-child { padding-right: 0; }
 th { color: var(--faint); font-weight: 600; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child, .bar { text-align: left; }
+th:first-child, td:first-child, td.bar { text-align: left; }
+td.bar { min-width: 170px; white-space: normal; } .bar span { display: flex; align-items: center; gap: 8px; }
+.bar b { flex: 0 0 50px; font-weight: 400; text-align: right; }
+.bar i { height: 11px; border-radius: 2px; background: var(--filled); }
 .facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 18px; margin: 0;
   font-size: 13px; }
 .facts dt { color: var(--faint); } .facts dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
@@ -187,7 +215,8 @@ th:first-child, td:first-child, .bar { text-align: left; }
 .regions small { color: var(--faint); }
 .chip { padding: 1px 6px; border-radius: 5px; font: 600 12px/1.5 system-ui, sans-serif; }
 .fault { padding: 10px 12px; border: 1px solid #d55e00; border-radius: 8px; overflow-wrap: anywhere; }
-@media (max-width: 600px) { body { padding: 12px; } article, .columns { margin: 12px 0; padding: 12px; }
+@media (max-width: 600px) { :root { --unit: 0.5px; } body { padding: 12px; }
+  article, .columns { margin: 12px 0; padding: 12px; } th, td { padding-right: 10px; } td.bar { min-width: 116px; }
   .talk { flex-basis: 100%; }
   .facts { grid-template-columns: fit-content(45%) minmax(0, 1fr); } .facts dt { overflow-wrap: anywhere; } }
 """
