@@ -69,23 +69,27 @@ def test_stream_pieces_join_to_the_answer(predictor):
     assert len(pieces) > 1
 
 
-def test_stream_raises_what_the_thread_raised(predictor, monkeypatch):
+def test_what_the_model_raises_comes_out_and_the_next_question_is_answered(predictor, monkeypatch):
+    expected = predictor.ask("What is it?", **ASK).text
+
     def fail(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(predictor.engine.model.language_model, "generate", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        list(predictor.stream("What is it?", **ASK))
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor.engine.decoder, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(predictor.stream("What is it?", **ASK))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            predictor.describe([BOX, OTHER])
+    assert predictor.ask("What is it?", **ASK).text == expected
 
 
-def test_stream_left_early_ends_the_thread(predictor):
-    import threading
-
-    before = threading.active_count()
+def test_stream_left_early_frees_the_batch(predictor):
     pieces = predictor.stream("Describe <region1>.", [BOX], max_new_tokens=400)
     next(pieces)
+    assert predictor.engine.scheduler.active == 1
     pieces.close()
-    assert threading.active_count() == before
+    assert predictor.engine.scheduler.active == 0
 
 
 def test_describe_in_a_batch_equals_one_by_one(predictor):

@@ -11,6 +11,7 @@ _HOMES = {
     "Classified": "predictor",
     "Conversation": "conversation",
     "Located": "predictor",
+    "Question": "many",
     "RegionPredictor": "predictor",
     "pick_device": "engine",
     "pick_dtype": "engine",
@@ -20,6 +21,7 @@ __all__ = [
     "Classified",
     "Conversation",
     "Located",
+    "Question",
     "RegionPredictor",
     "pick_device",
     "pick_dtype",
@@ -28,6 +30,7 @@ __all__ = [
 if TYPE_CHECKING:
     from regiongpt.inference.conversation import Conversation
     from regiongpt.inference.engine import Answer, pick_device, pick_dtype
+    from regiongpt.inference.many import Question
     from regiongpt.inference.predictor import Classified, Located, RegionPredictor
 
 

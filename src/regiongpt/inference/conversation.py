@@ -5,15 +5,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Unpack
 
+from torch import Tensor
+
 from regiongpt.inference.engine import Answer, Engine, Generation, Options, Prompt, Scene, TooLong, Turn, question_turns
+from regiongpt.inference.prefix import Prefix
+from regiongpt.inference.scheduler import Job
 from regiongpt.regions import Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What the model has read and written so far, as keys and values.
+
+    Attributes:
+        tokens: what each stands for: a token's id, or for a region's tokens -1 and less.
+        prefix: their keys and values.
+    """
+
+    tokens: list[int]
+    prefix: Prefix
 
 
 @dataclass(kw_only=True)
 class Conversation:
     """Several turns about one image and one list of regions; made by :meth:`RegionPredictor.conversation`.
 
-    It stays with the image it was begun on, even after the predictor has been given another one.
+    It stays with the image it was begun on, even after the predictor has been given another one. What the model has
+    read and written in earlier turns is kept as keys and values, so a turn costs its own tokens alone. An answer whose
+    text is tokenised otherwise than the model wrote it is read again from where the two part, so that answers are the
+    same as :meth:`RegionPredictor.ask` gives with the turns so far as its history. One thread at a time may use it.
 
     Attributes:
         engine: who answers.
@@ -28,6 +48,8 @@ class Conversation:
     regions: tuple[Region, ...]
     messages: list[Turn] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
+    past: Past | None = field(default=None, repr=False)
+    _pooled: Tensor | None = field(default=None, init=False, repr=False)
 
     def ask(self, question: str, **generation: Unpack[Generation]) -> Answer:
         """Ask the next question, as :meth:`RegionPredictor.ask` does, with the turns so far as its history.
@@ -37,7 +59,8 @@ class Conversation:
 
         Args:
             question: may mention every region of the conversation.
-            **generation: ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``; see :meth:`RegionPredictor.ask`.
+            **generation: ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``stop``; see
+                :meth:`RegionPredictor.ask`.
 
         Raises:
             RegionError: a placeholder stands for no region.
@@ -45,7 +68,11 @@ class Conversation:
             ConfigError: an option is out of its range.
         """
         began, options = time.perf_counter(), Options(**generation)
-        answer = self.engine.answer(self.scene, self._prepare(question, options), options, began)
+        prompt = self._prepare(question, options)
+        job = self._job(prompt, options)
+        for _ in self.engine.scheduler.run([job]):
+            self._keep(prompt, job)
+        answer = self.engine.finish(job, prompt, time.perf_counter() - began)
         self._remember(question, answer.text)
         return answer
 
@@ -59,21 +86,49 @@ class Conversation:
 
         def pieces() -> Iterator[str]:
             said = ""
+            job = self._job(prompt, options, streams=True)
             try:
-                for piece in self.engine.stream(self.scene, prompt, options):
+                for piece in self.engine.scheduler.stream(job):
                     said += piece
                     yield piece
             finally:
+                self._keep(prompt, job)
                 self._remember(question, said)
 
         return pieces()
 
+    def _job(self, prompt: Prompt, options: Options, streams: bool = False) -> Job:
+        """The prompt behind as much of it as was read before."""
+        root, embeds_ND = self.engine.begin(self.scene, prompt.ids, prompt.rows, prompt.pooled)
+        prefix, known = root, root.length if root else 0
+        if self.past is not None:
+            same = _common(self.past.tokens, self._tokens(prompt)[:-1])  # the last is read again, for its logits
+            cut = self.past.prefix.crop(same) if same > known else None
+            if cut is not None:
+                embeds_ND = self.engine.embed(self.scene, prompt.ids, prompt.rows, prompt.pooled, start=cut.length)
+                prefix = cut
+        job = self.engine.job_behind(prefix, embeds_ND, prompt, options, streams)
+        job.keep, job.onto = True, prefix.chain[0] if prefix else None
+        return job
+
+    def _keep(self, prompt: Prompt, job: Job) -> None:
+        if job.kept is not None:
+            tokens = [*self._tokens(prompt), *job.tokens]
+            self.past = Past(tokens=tokens[: job.kept.length], prefix=job.kept)
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        """Two alike at the same place read the same, if all before them are alike."""
+        rows, region = iter(prompt.rows), self.engine.model.config.region_token_id
+        return [-1 - next(rows) if token == region else token for token in prompt.ids]
+
     def _prepare(self, question: str, options: Options) -> Prompt:
         kept = list(self.messages)
+        if self._pooled is None:
+            self._pooled = self.engine.pool(self.scene, self.regions)
         while True:
             try:
                 turns = question_turns(kept, question)
-                prompt = self.engine.prepare(self.scene, turns, self.regions, options.max_new_tokens)
+                prompt = self.engine.prompt(turns, self._pooled, len(self.regions), options.max_new_tokens)
                 break
             except TooLong:
                 if not kept:
@@ -88,3 +143,8 @@ class Conversation:
     def _remember(self, question: str, answer: str) -> None:
         if answer.strip():  # silence is not a turn that a template could write
             self.messages = [*question_turns(self.messages, question), {"role": "assistant", "content": answer.strip()}]
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -31,6 +31,9 @@ class Decoder:
         language_model: any ``AutoModelForCausalLM`` that attends through transformers' ``AttentionInterface``.
     """
 
+    shares = True
+    """Whether a prefix is stored once, and trees are possible."""
+
     def __init__(self, language_model: Any) -> None:
         self.model = language_model
         self.lock = threading.RLock()

@@ -1,29 +1,38 @@
 """The model at work: images encoded once, prompts made of what was kept, answers generated whole or in pieces.
 
-Shapes: B questions, R regions, T prompt tokens, N image tokens, D model width.
+Every answer goes the same way: its prompt stands behind the image's shared prefix, and the scheduler writes it in the
+batch that is running.
+
+Shapes: R regions, K tokens of a region, T prompt tokens, N tokens behind the shared prefix, D model width.
 """
 
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.inference.decoder import Decoder
+from regiongpt.inference.options import Generation, Options
+from regiongpt.inference.plain import decoder_for
+from regiongpt.inference.prefix import Prefix
+from regiongpt.inference.scheduler import ROWS, Job, Scheduler
+from regiongpt.inference.text import TextReader
 from regiongpt.regions import Region
 
+__all__ = ["Answer", "Engine", "Generation", "Options", "Prompt", "Scene", "TooLong", "Turn"]
+
 Turn = dict[str, str]
-ROWS = 16
-"""Questions that go through the language model at a time."""
 LEAST_ROOM = 32
 """Tokens that an answer must have room for in the model's context, unless fewer are asked for."""
+POOLED = 128
+"""Regions whose weights are made and pooled at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +43,10 @@ class Answer:
         text: the answer.
         cited: 1-based numbers of the given regions that the answer names, as ``Region [N]``, in order of first mention.
         warnings: what the person asking should know, one line each, such as a region that was never mentioned.
-        seconds: wall time from question to answer; the image's encoding is not in it.
+        seconds: wall time from question to answer; the image's encoding is not in it, nor the reading of other images.
+            Of questions asked together each is counted from the call to the end of its own answer.
         complete: False where the answer was cut off at ``max_new_tokens``.
+        tokens: how many the model wrote, the one that ends the answer among them.
     """
 
     text: str
@@ -43,45 +54,42 @@ class Answer:
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
     complete: bool = True
-
-
-class Generation(TypedDict, total=False):
-    """How to generate, as keyword arguments; see :meth:`RegionPredictor.ask` for what each means."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The same, checked and with defaults."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"expected max_new_tokens of at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"expected a temperature of 0 or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"expected top_p above 0 and at most 1, got {self.top_p}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError(f"expected a seed from 0 to 2**63 - 1, got {self.seed}")
+    tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One encoded image: what questions need of it, and nothing that would have to be computed again."""
+    """One encoded image: what questions need of it, and nothing that would have to be computed again.
+
+    Attributes:
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        map_1Chw: the refined map that regions are pooled from.
+        image_ND: the image's tokens for the language model.
+        begun: the image's tokens with the system text before them, as keys and values, by the tokens of the text. One
+            for nearly everybody; a system text of one's own makes another.
+    """
 
     width: int
     height: int
     map_1Chw: Tensor
     image_ND: Tensor
+    begun: "Begun" = field(default_factory=lambda: Begun(), repr=False, compare=False)
+
+
+class Begun:
+    """The shared prefixes of one image, the latest few of them."""
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.prefixes: dict[tuple[int, ...], Prefix] = {}
+
+    def clear(self) -> None:
+        """Give their memory back, unless an answer that is being written still needs it."""
+        with self.lock:
+            self.prefixes.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +98,9 @@ class Prompt:
 
     Attributes:
         ids: tokens of the conversation up to the answer.
-        rows: for each region token in them the region it stands for, from 0.
-        pooled: region features (R, D).
+        rows: for each region token in them the row of ``pooled`` that it stands for, from 0.
+        pooled: region features (R * K, D).
+        n_regions: R.
         room: how many tokens the answer may have.
         warnings: one line each.
     """
@@ -99,8 +108,9 @@ class Prompt:
     ids: list[int]
     rows: list[int]
     pooled: Tensor
+    n_regions: int
     room: int
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 class TooLong(DataError):
@@ -113,11 +123,18 @@ class Engine:
     Args:
         model: a :class:`RegionGPTForConditionalGeneration`, already on its device.
         processor: the :class:`RegionGPTProcessor` that belongs to it.
+        token_budget: see :class:`Scheduler`.
+        rows: see :class:`Scheduler`.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, token_budget: int | None = None, rows: int = ROWS) -> None:
         self.model = model.eval()
         self.processor = processor
+        self.decoder: Decoder = decoder_for(model.language_model)
+        never = [token for token in (model.config.image_token_id, model.config.region_token_id) if token is not None]
+        self.scheduler = Scheduler(
+            self.decoder, model.get_input_embeddings(), processor.stop_token_ids, never, token_budget, rows
+        )
 
     @property
     def device(self) -> torch.device:
@@ -135,10 +152,22 @@ class Engine:
 
     @torch.inference_mode()
     def pool(self, scene: Scene, regions: Sequence[Region]) -> Tensor:
-        """Region features (R, D) from the kept map."""
-        weights_RHW = self.processor.region_inputs(regions, scene.width, scene.height)
-        pooled: Tensor = self.model.region_features(scene.map_1Chw, weights_RHW.to(self.device)[None])[0]
-        return pooled
+        """Region features (R * K, D) from the kept map, a region's K rows one after the other."""
+        rows = []
+        for start in range(0, max(1, len(regions)), POOLED):
+            try:
+                weights_RHW = self.processor.region_inputs(regions[start : start + POOLED], scene.width, scene.height)
+            except RegionError:
+                if not start:
+                    raise
+                check_regions(regions, scene.width, scene.height)  # raises the same, with the region's own number
+                raise
+            rows.append(self.model.region_features(scene.map_1Chw, weights_RHW.to(self.device)[None])[0])
+        return torch.cat(rows)
+
+    def pool_each(self, scene: Scene, regions: Sequence[Region]) -> list[Tensor]:
+        """Features (K, D) of each region by itself."""
+        return list(torch.split(self.pool(scene, regions), self.processor.tokens_per_region)) if regions else []
 
     def encode(self, messages: Sequence[Turn], n_regions: int, answered: bool = False) -> dict[str, Any]:
         """Token ids, and what goes with them, of a conversation that awaits an answer or already has it."""
@@ -156,12 +185,14 @@ class Engine:
             RegionError: a region does not fit the image, or a placeholder stands for none.
             DataError: a turn is empty or out of order, or (as :class:`TooLong`) there are too many.
         """
-        pooled = self.pool(scene, regions)
-        encoded = self.encode(messages, len(pooled))
-        ids = encoded["input_ids"].tolist()
-        room = self.room(len(ids), wanted)
-        rows = encoded["region_ids"].tolist()
-        return Prompt(ids=ids, rows=rows, pooled=pooled, room=room, warnings=tuple(encoded["warnings"]))
+        return self.prompt(messages, self.pool(scene, regions), len(regions), wanted)
+
+    def prompt(self, messages: Sequence[Turn], pooled: Tensor, n_regions: int, wanted: int) -> Prompt:
+        """The same, of regions that are pooled already."""
+        encoded = self.encode(messages, n_regions)
+        ids, rows = encoded["input_ids"].tolist(), encoded["region_ids"].tolist()
+        room, warnings = self.room(len(ids), wanted), tuple(encoded["warnings"])
+        return Prompt(ids=ids, rows=rows, pooled=pooled, n_regions=n_regions, room=room, warnings=warnings)
 
     def room(self, length: int, wanted: int) -> int:
         """How many of ``wanted`` tokens the model's context has room for behind ``length`` others."""
@@ -173,113 +204,145 @@ class Engine:
             )
         return min(wanted, limit - length)
 
-    @torch.inference_mode()
-    def embed(self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Sequence[Tensor]) -> Tensor:
-        """Embeddings (B, T, D) of one prompt for each of B sets of region features (R, D)."""
-        ids_T = torch.tensor(ids, device=self.device)
-        embeds_TD = self.model.get_input_embeddings()(ids_T).clone()
-        embeds_TD[ids_T == self.model.config.image_token_id] = scene.image_ND.to(embeds_TD.dtype)
-        embeds_BTD: Tensor = embeds_TD.repeat(len(pooled), 1, 1)
-        for embeds, features in zip(embeds_BTD, pooled, strict=True):
-            embeds[ids_T == self.model.config.region_token_id] = features[list(rows)].to(embeds.dtype)
-        return embeds_BTD
+    # -----------------------------------------------------------------------------------------------------------------
+    # From prompts to answers
 
     @torch.inference_mode()
-    def generate(self, embeds_BTD: Tensor, options: Options, room: int, **more: Any) -> list[list[int]]:
-        """New token ids of each row."""
-        config = self.model.config
-        sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature else {}
-        settings = GenerationConfig(
-            max_new_tokens=room,
-            do_sample=bool(sampling),
-            eos_token_id=self.processor.stop_token_ids,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
-            suppress_tokens=[config.image_token_id, config.region_token_id],
-            **sampling,
-        )
-        seen = torch.ones(embeds_BTD.shape[:2], dtype=torch.long, device=self.device)
-        with _seeded(options.seed, self.device):
-            # Of embeddings the language model alone generates; nothing visual is left to do.
-            tokens: list[list[int]] = self.model.language_model.generate(
-                inputs_embeds=embeds_BTD, attention_mask=seen, generation_config=settings, **more
-            ).tolist()
-        return tokens
+    def embed(self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor, start: int = 0) -> Tensor:
+        """Embeddings (N, D) of a prompt from its token ``start`` on.
+
+        Args:
+            scene: the image.
+            ids: all tokens of the prompt.
+            rows: for each region token in them the row of ``pooled``.
+            pooled: region features.
+            start: the first token to embed; not between two of the image's.
+        """
+        image, region = self.model.config.image_token_id, self.model.config.region_token_id
+        ids_N = torch.tensor(ids[start:], device=self.device)
+        embeds_ND: Tensor = self.model.get_input_embeddings()(ids_N).clone()
+        if (image_N := ids_N == image).any():
+            embeds_ND[image_N] = scene.image_ND.to(embeds_ND.dtype)
+        skipped = sum(token == region for token in ids[:start])
+        if len(rows) > skipped:
+            embeds_ND[ids_N == region] = pooled[list(rows[skipped:])].to(embeds_ND.dtype)
+        return embeds_ND
+
+    def begin(
+        self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor
+    ) -> tuple[Prefix | None, Tensor]:
+        """What a prompt shares with all others about its image, computed once, and embeddings (N, D) of the rest."""
+        prefix = self._root(scene, ids)
+        return prefix, self.embed(scene, ids, rows, pooled, start=prefix.length if prefix else 0)
+
+    def _root(self, scene: Scene, ids: Sequence[int]) -> Prefix | None:
+        """The system text and the image as a prefix."""
+        image, region = self.model.config.image_token_id, self.model.config.region_token_id
+        end = len(ids) - list(reversed(ids)).index(image) if image in ids else 0
+        if region in ids[:end]:
+            end = list(ids).index(region)
+        if not 0 < end < len(ids):
+            return None
+        key = tuple(ids[:end])
+        with scene.begun.lock:
+            prefixes = scene.begun.prefixes
+            found = prefixes.pop(key, None)
+            if found is None:
+                found = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
+            prefixes[key] = found  # the latest last
+            while len(prefixes) > Begun.MOST:
+                del prefixes[next(iter(prefixes))]
+        return found
+
+    def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
+        """A prompt as the scheduler takes it."""
+        prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled)
+        return self.job_behind(prefix, embeds_ND, prompt, options, streams)
+
+    def job_behind(
+        self, prefix: Prefix | None, embeds_ND: Tensor, prompt: Prompt, options: Options, streams: bool
+    ) -> Job:
+        """The same for a prompt of which more than the image is known already."""
+        reader = TextReader(self.processor.tokenizer, options.stop) if streams or options.stop else None
+        return Job(prefix=prefix, embeds=embeds_ND, options=options, room=prompt.room, reader=reader)
+
+    def finish(self, job: Job, prompt: Prompt, seconds: float) -> Answer:
+        """The answer that a finished job has written."""
+        answer = self.read(job.tokens, prompt.n_regions, prompt.warnings, seconds)
+        if job.reader is not None and job.reader.stopped:
+            text = job.reader.text.strip()
+            answer = replace(answer, text=text, cited=cited(text, prompt.n_regions), complete=True)
+        return answer
 
     def answer(self, scene: Scene, prompt: Prompt, options: Options, began: float) -> Answer:
         """Generate a whole answer to a question that came in at ``began``, by ``time.perf_counter``."""
-        embeds = self.embed(scene, prompt.ids, prompt.rows, [prompt.pooled])
-        tokens = self.generate(embeds, options, prompt.room)[0]
-        return self.read(tokens, len(prompt.pooled), prompt.warnings, time.perf_counter() - began)
+        return next(answer for _, answer in self.answers([(scene, prompt, options)], began))
+
+    def answers(
+        self, asked: Iterable[tuple[Scene, Prompt, Options]], began: float | None = None
+    ) -> Iterator[tuple[int, Answer]]:
+        """Generate many answers in one batch, and yield each with its place among those asked, as they are finished."""
+        start = time.perf_counter() if began is None else began
+        places: dict[Job, tuple[int, Prompt]] = {}
+
+        def jobs() -> Iterator[Job]:
+            for place, (scene, prompt, options) in enumerate(asked):
+                job = self.job(scene, prompt, options)
+                places[job] = (place, prompt)
+                yield job
+
+        for job in self.scheduler.run(jobs()):
+            place, prompt = places.pop(job)
+            yield place, self.finish(job, prompt, time.perf_counter() - start)
 
     def answer_each(self, scene: Scene, text: str, regions: Sequence[Region], options: Options) -> list[Answer]:
-        """Ask the same question about each region, on its own as ``<region1>``, in batches."""
+        """Ask the same question about each region, on its own as ``<region1>``, in one batch."""
         began = time.perf_counter()
-        pooled = list(self.pool(scene, regions)[:, None])
-        encoded = self.encode(question_turns((), text), 1)
-        ids, rows = encoded["input_ids"].tolist(), encoded["region_ids"].tolist()
-        room = self.room(len(ids), options.max_new_tokens)
-        tokens: list[list[int]] = []
-        for start in range(0, len(pooled), ROWS):
-            tokens += self.generate(self.embed(scene, ids, rows, pooled[start : start + ROWS]), options, room)
-        seconds = (time.perf_counter() - began) / max(1, len(pooled))
-        return [self.read(row, 1, (), seconds) for row in tokens]
+        if not regions:
+            return []
+        pooled = self.pool_each(scene, regions)
+        first = self.prompt(question_turns((), text), pooled[0], 1, options.max_new_tokens)
+        asked = ((scene, replace(first, pooled=features), options) for features in pooled)
+        found = dict(self.answers(asked, began))
+        return [found[place] for place in range(len(regions))]
+
+    def stream(self, scene: Scene, prompt: Prompt, options: Options) -> Iterator[str]:
+        """Yield an answer in pieces as they are written, starting when first asked for a piece."""
+        yield from self.scheduler.stream(self.job(scene, prompt, options, streams=True))
 
     def read(self, tokens: list[int], n_regions: int, warnings: tuple[str, ...], seconds: float) -> Answer:
         """The answer that generated tokens spell, up to the end of turn."""
         stops = set(self.processor.stop_token_ids)
         end = next((place for place, token in enumerate(tokens) if token in stops), None)
         text = self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
-        cited = dict.fromkeys(int(a or b) for a, b in _CITATION.findall(text))
         return Answer(
             text=text,
-            cited=tuple(number for number in cited if 1 <= number <= n_regions),
+            cited=cited(text, n_regions),
             warnings=warnings,
             seconds=seconds,
             complete=end is not None,
+            tokens=len(tokens) if end is None else end + 1,
         )
-
-    def stream(self, scene: Scene, prompt: Prompt, options: Options) -> Iterator[str]:
-        """Generate in a thread and yield what it writes, starting when first asked for a piece."""
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = _Stop()
-        failures: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                embeds = self.embed(scene, prompt.ids, prompt.rows, [prompt.pooled])
-                criteria = StoppingCriteriaList([stop])
-                self.generate(embeds, options, prompt.room, streamer=streamer, stopping_criteria=criteria)
-            except BaseException as error:  # raised again where the caller can see it
-                failures.append(error)
-                streamer.text_queue.put(streamer.stop_signal)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        begun = False
-        try:
-            for piece in streamer:
-                piece = piece if begun else piece.lstrip()
-                if piece:
-                    begun = True
-                    yield piece
-        finally:
-            stop.asked = True
-            thread.join()
-        if failures:
-            raise failures[0]
 
 
 # "Region [2]" as the paper has it, and the placeholder itself, which a model may repeat from the question.
 _CITATION = re.compile(r"region\s*\[\s*(\d{1,6})\s*\]|<\s*region\s*(\d{1,6})\s*>", re.IGNORECASE)
 
 
-class _Stop(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
-    """Ends a generation from another thread."""
+def cited(text: str, n_regions: int) -> tuple[int, ...]:
+    """Numbers of the given regions that a text names, in order of first mention."""
+    numbers = dict.fromkeys(int(a or b) for a, b in _CITATION.findall(text))
+    return tuple(number for number in numbers if 1 <= number <= n_regions)
 
-    asked = False
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device, dtype=torch.bool)
+def check_regions(regions: Sequence[Region], width: int, height: int) -> None:
+    """Look whether every region fits an image of this size.
+
+    Raises:
+        RegionError: one does not; it is named ``<regionN>``.
+    """
+    for number, region in enumerate(regions, 1):
+        region.check(width, height, name=f"<region{number}>")
 
 
 def question_turns(history: Sequence[Turn], question: str) -> list[Turn]:
@@ -338,14 +401,3 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     if name not in known:
         raise ConfigError(f"expected dtype float32, bfloat16 or float16, got {name!r}")
     return known[name]
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from a generator of this question's own, and leave the global one as it was."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

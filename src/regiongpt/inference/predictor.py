@@ -1,10 +1,12 @@
 """The friendly front of a model: set an image once, then ask about its regions as often as you like.
 
 What a question costs is kept small by what is kept between questions. ``set_image`` runs the vision tower, the
-refinement and the image's side of the connector; a question only pools its regions from the kept map and runs the
-language model. A closed set is scored in one pass over the tree of all its names behind one prompt.
+refinement and the image's side of the connector; the first question reads the image's tokens into keys and values; from
+then on a question only pools its regions from the kept map and runs its own words through the language model, in one
+batch with whatever else is asked at the time. A closed set is scored in one pass over the tree of all its names.
 """
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import ImageSource, load_image
+from regiongpt.inference import many
 from regiongpt.inference.closed_set import score_answers
 from regiongpt.inference.conversation import Conversation
 from regiongpt.inference.engine import (
@@ -30,6 +33,9 @@ from regiongpt.inference.engine import (
     question_turns,
     region_list,
 )
+from regiongpt.inference.many import Question
+from regiongpt.inference.scenes import Scenes
+from regiongpt.inference.scheduler import ROWS
 from regiongpt.model import weights
 from regiongpt.prompts import LABEL_SETS, NO_MATCH, region_answer
 from regiongpt.prompts import question as task_question
@@ -79,16 +85,31 @@ class RegionPredictor:
     >>> predictor.set_image("photo.jpg")
     >>> predictor.ask("What is <region1> doing?", [Region.box(40, 60, 300, 280)]).text
 
-    One predictor serves one thread at a time.
+    Several threads may use one predictor, each with an image of its own: a thread asks about the image that it set
+    itself, or, if it never set one, about the last that any thread has set. What they ask at the same time is answered
+    in one batch. While a predictor is at work, nobody else may call its language model.
 
     Args:
         model: a :class:`RegionGPTForConditionalGeneration`, already on its device.
         processor: the :class:`RegionGPTProcessor` that belongs to it.
+        images: encoded images to keep, found again by their pixels; the one used longest ago goes first. 0 keeps none
+            but those set.
+        token_budget: tokens that all answers being written may take in memory, their questions included and the shared
+            beginning not: the longest times their number. By default 1 GiB on a CPU and half of the free memory on a
+            CUDA device.
+        rows: answers written at a time, unless the budget allows fewer.
+
+    Raises:
+        ConfigError: ``images`` is negative, or ``token_budget`` or ``rows`` below 1.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.engine = Engine(model, processor)
-        self._scene: Scene | None = None
+    def __init__(
+        self, model: Any, processor: Any, *, images: int = 4, token_budget: int | None = None, rows: int = ROWS
+    ) -> None:
+        self.engine = Engine(model, processor, token_budget, rows)
+        self._scenes = Scenes(self.engine.look, images)
+        self._last: Scene | None = None
+        self._own = threading.local()
 
     @classmethod
     def from_pretrained(
@@ -96,6 +117,10 @@ class RegionPredictor:
         path: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        *,
+        images: int = 4,
+        token_budget: int | None = None,
+        rows: int = ROWS,
     ) -> "RegionPredictor":
         """Load a checkpoint folder.
 
@@ -104,13 +129,17 @@ class RegionPredictor:
             device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; default: the first of CUDA, MPS, CPU there is.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 on CUDA devices that have it, else
                 float32.
+            images: as above.
+            token_budget: as above.
+            rows: as above.
 
         Raises:
             CheckpointError: a file of the checkpoint is missing, damaged, or does not fit the others.
-            ConfigError: there is no such device or dtype here.
+            ConfigError: there is no such device or dtype here, or a number is out of its range.
         """
         chosen = pick_device(device)
-        return cls(*weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen)))
+        model, processor = weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen))
+        return cls(model, processor, images=images, token_budget=token_budget, rows=rows)
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +147,9 @@ class RegionPredictor:
         return self.engine.device
 
     def set_image(self, image: ImageSource) -> "RegionPredictor":
-        """Encode an image; every later question is about it, until the next one is set.
+        """Encode an image; every later question of this thread is about it, until the next one is set.
+
+        An image that was encoded lately is not encoded again: the same pixels find what was kept.
 
         Args:
             image: what :func:`regiongpt.load_image` takes.
@@ -131,7 +162,7 @@ class RegionPredictor:
 
         Paper: §3.1
         """
-        self._scene = self.engine.look(load_image(image))
+        self._last = self._own.scene = self._scenes.get(load_image(image))
         return self
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -147,6 +178,7 @@ class RegionPredictor:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        stop: str | Sequence[str] = (),
     ) -> Answer:
         """Ask one question about the image.
 
@@ -157,15 +189,16 @@ class RegionPredictor:
             max_new_tokens: longest answer, in tokens, at least 1.
             temperature: 0 takes the likeliest token each time; above, tokens are drawn.
             top_p: with a temperature, draw from the likeliest tokens of this joint probability, in (0, 1].
-            seed: with a temperature, makes the answer repeatable.
+            seed: with a temperature, makes the answer repeatable, whatever else is asked at the same time.
+            stop: strings that end the answer; they are not part of it.
 
         Raises:
             RegionError: a region does not fit the image, or a placeholder stands for none.
             DataError: the question is empty, or with its history longer than the model can read.
-            ConfigError: no image was set, or an option is out of its range.
+            ConfigError: no image was set, an option is out of its range, or the token budget is too small for it.
         """
         began = time.perf_counter()
-        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
         prompt = self._prepare(question, regions, history, options)
         return self.engine.answer(self._here(), prompt, options, began)
 
@@ -179,6 +212,7 @@ class RegionPredictor:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
         """Ask as :meth:`ask` does, and yield the answer in pieces as they are generated.
 
@@ -190,8 +224,66 @@ class RegionPredictor:
         Raises:
             RegionError, DataError, ConfigError: as :meth:`ask`.
         """
-        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
         return self.engine.stream(self._here(), self._prepare(question, regions, history, options), options)
+
+    def ask_many(
+        self,
+        questions: Sequence[Question],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> list[Answer]:
+        """Ask many questions at once, each with regions of its own, about one image or several.
+
+        Each image is encoded once and its tokens are stored once, however many questions there are about it. Everything
+        that can be wrong with a question is found before the first is answered.
+
+        Args:
+            questions: any number. One that names no image is about the image set.
+            max_new_tokens: as for :meth:`ask`; so with the next four. A question's own come first.
+            temperature: see there.
+            top_p: see there.
+            seed: with a temperature, makes the answers repeatable; each question draws by itself, so an answer depends
+                on the seed and the question's place, not on the others.
+            stop: see there.
+
+        Returns:
+            The answers, in the order of the questions.
+
+        Raises:
+            RegionError, DataError, ConfigError: as :meth:`ask`, with the number of the question, from 1.
+        """
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        found = dict(self.answers(questions, stop=stop, **options))  # type: ignore[arg-type]
+        return [found[place] for place in range(len(questions))]
+
+    def answers(
+        self,
+        questions: Sequence[Question],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[tuple[int, Answer]]:
+        """Ask as :meth:`ask_many` does, and yield each question's place and answer as soon as it is finished.
+
+        The questions are checked before this returns. Leaving the iteration early ends what is being written.
+
+        Yields:
+            The place of a question among those asked, from 0, and its answer.
+
+        Raises:
+            RegionError, DataError, ConfigError: as :meth:`ask_many`.
+        """
+        began = time.perf_counter()
+        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+        return many.answers(self.engine, self._scenes, self._scene, list(questions), options, began)
 
     def conversation(self, regions: Region | Sequence[Region] = ()) -> "Conversation":
         """Begin a conversation about the image set now, whose turns all speak of the same regions.
@@ -300,7 +392,7 @@ class RegionPredictor:
         names = _choices(choices, label_set)
         text = task_question("classify", regions=[1], label_set=label_set)
         scene, listed = self._here(), region_list(regions)
-        pooled = list(self.engine.pool(scene, listed)[:, None])
+        pooled = self.engine.pool_each(scene, listed)
         rows = score_answers(self.engine, scene, question_turns((), text), pooled, names, length_normalized)
         free: list[Answer] | None = None
         if generate:
@@ -318,46 +410,71 @@ class RegionPredictor:
             )
         return results
 
-    def locate(self, expression: str, regions: Region | Sequence[Region]) -> Located:
+    @overload
+    def locate(self, expression: str, regions: Region | Sequence[Region]) -> Located: ...
+
+    @overload
+    def locate(self, expression: list[str] | tuple[str, ...], regions: Region | Sequence[Region]) -> list[Located]: ...
+
+    def locate(
+        self, expression: str | list[str] | tuple[str, ...], regions: Region | Sequence[Region]
+    ) -> Located | list[Located]:
         """Choose the region that an expression refers to, or none.
 
         The paper's answers, ``Region [N]`` for each region and the no-match sentence, are scored as :meth:`classify`
         scores choices, so the result is always one of them.
 
         Args:
-            expression: such as ``"the red cup"``.
+            expression: such as ``"the red cup"``, or several of them, each located by itself among the same regions.
             regions: at least one region to choose from.
+
+        Returns:
+            A result for an expression, a list of them for a list.
 
         Raises:
             RegionError: a region does not fit the image, or none was given.
-            DataError: the expression is empty.
+            DataError: an expression is empty.
             ConfigError: no image was set.
 
         Paper: §3.2, Table 1; §4.3
         """
-        if not expression.strip():
-            raise DataError("expected an expression such as 'the red cup', got an empty one")
+        if isinstance(expression, str):
+            return self.locate([expression], regions)[0]
+        expressions = list(expression)
+        if not all(isinstance(each, str) and each.strip() for each in expressions):
+            raise DataError(f"expected an expression such as 'the red cup', got an empty one in {expressions!r}")
         scene, listed = self._here(), region_list(regions)
         if not listed:
             raise RegionError("expected at least one region to choose from, got none")
-        numbers = range(1, len(listed) + 1)
-        turns = question_turns((), task_question("locate", regions=numbers, expression=expression))
+        pooled, numbers = self.engine.pool(scene, listed), range(1, len(listed) + 1)
         answers = [*map(region_answer, numbers), NO_MATCH]
-        row = score_answers(self.engine, scene, turns, [self.engine.pool(scene, listed)], answers, False)[0]
-        best = max(range(len(answers)), key=row.__getitem__)
-        found = best if best < len(listed) else None
-        return Located(
-            index=found,
-            number=None if found is None else found + 1,
-            text=answers[best],
-            probability=row[best],
-            probabilities=tuple(row),
-        )
+        results = []
+        for each in expressions:
+            turns = question_turns((), task_question("locate", regions=numbers, expression=each))
+            row = score_answers(self.engine, scene, turns, [pooled], answers, False)[0]
+            best = max(range(len(answers)), key=row.__getitem__)
+            found = best if best < len(listed) else None
+            results.append(
+                Located(
+                    index=found,
+                    number=None if found is None else found + 1,
+                    text=answers[best],
+                    probability=row[best],
+                    probabilities=tuple(row),
+                )
+            )
+        return results
+
+    @property
+    def _scene(self) -> Scene | None:
+        own: Scene | None = getattr(self._own, "scene", None)
+        return own or self._last
 
     def _here(self) -> Scene:
-        if self._scene is None:
+        scene = self._scene
+        if scene is None:
             raise ConfigError("expected an image before the first question; call set_image(...) first")
-        return self._scene
+        return scene
 
     def _prepare(
         self, question: str, regions: Region | Sequence[Region], history: Sequence[Turn], options: Options

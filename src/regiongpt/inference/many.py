@@ -1,0 +1,171 @@
+"""Many questions at once, about one image or several."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regiongpt.errors import ConfigError, RegionGPTError
+from regiongpt.images import ImageSource, load_image
+from regiongpt.inference.engine import (
+    Answer,
+    Engine,
+    Options,
+    Prompt,
+    Scene,
+    Turn,
+    check_regions,
+    question_turns,
+    region_list,
+)
+from regiongpt.inference.scenes import Scenes
+from regiongpt.regions import Region
+
+_PHOTOS = 8
+"""Images kept in memory between their check and their encoding; further ones are read a second time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One of many questions, for :meth:`RegionPredictor.ask_many`.
+
+    Attributes:
+        text: in it ``<regionN>`` stands for the N-th region (from 1), any number of times.
+        regions: in pixels of the image.
+        image: what :func:`regiongpt.load_image` takes; None for the image that is set.
+        history: earlier turns, the oldest first.
+        max_new_tokens: None for what all questions were given; so with the next ones.
+        temperature: likewise.
+        top_p: likewise.
+        seed: likewise; a seed given to all is another one for each question.
+        stop: likewise.
+    """
+
+    text: str
+    regions: Region | Sequence[Region] = ()
+    image: ImageSource | None = None
+    history: Sequence[Turn] = ()
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+
+
+@dataclass(kw_only=True)
+class _Checked:
+    """A question in which nothing but its regions can be wrong any more."""
+
+    place: int
+    regions: list[Region]
+    prompt: Prompt
+    options: Options
+
+
+def answers(
+    engine: Engine, scenes: Scenes, here: Scene | None, questions: Sequence[Question], options: Options, began: float
+) -> Iterator[tuple[int, Answer]]:
+    """Answer questions in one batch, image by image.
+
+    Everything that can be wrong with a question is found before this returns.
+
+    Args:
+        engine: who answers.
+        scenes: where encoded images are kept.
+        here: the image set, if any.
+        questions: in any order; those about one image are answered together.
+        options: for what a question leaves open.
+        began: when the call came in, by ``time.perf_counter``.
+
+    Yields:
+        The place of a question and its answer, as they are finished.
+
+    Raises:
+        RegionGPTError: of its kind, with the number of the question, from 1, before what is wrong with it.
+    """
+    groups = _group(engine, here, questions, options)
+    photos: dict[Any, Any] = {}
+    for key, (source, members) in groups.items():
+        if source is None:
+            assert here is not None
+            _fit(members, here.width, here.height)
+            continue
+        with _Numbered(members[0].place):
+            photo = load_image(source)
+        _fit(members, photo.width, photo.height)
+        if len(photos) < _PHOTOS or not isinstance(source, str | Path):  # a stream cannot be read twice
+            photos[key] = photo
+    order: list[int] = []
+
+    def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
+        for key, (source, members) in groups.items():
+            if source is None:
+                assert here is not None
+                scene = here
+            else:
+                photo = photos.pop(key, None)
+                scene = scenes.get(load_image(source) if photo is None else photo)
+            regions = [region for member in members for region in member.regions]
+            sizes = [len(member.regions) * engine.processor.tokens_per_region for member in members]
+            for member, pooled in zip(members, torch.split(engine.pool(scene, regions), sizes), strict=True):
+                order.append(member.place)
+                yield scene, replace(member.prompt, pooled=pooled), member.options
+
+    return ((order[place], answer) for place, answer in engine.answers(asked(), began))
+
+
+def _group(
+    engine: Engine, here: Scene | None, questions: Sequence[Question], options: Options
+) -> dict[Any, tuple[ImageSource | None, list[_Checked]]]:
+    """The questions of each image, the images in the order of their first question."""
+    groups: dict[Any, tuple[ImageSource | None, list[_Checked]]] = {}
+    known: dict[Any, Prompt] = {}
+    nothing = engine.model.connector.mean.new_empty(0)
+    for place, question in enumerate(questions):
+        with _Numbered(place):
+            if not isinstance(question, Question):
+                raise ConfigError(f"expected a Question(text=..., regions=[...]), got {type(question).__name__}")
+            if question.image is None and here is None:
+                raise ConfigError("expected an image; call set_image(...) first, or give the question its own")
+            own = _options(question, options, place)
+            turns, regions = question_turns(question.history, question.text), region_list(question.regions)
+            alike = (repr(turns), len(regions), own.max_new_tokens)
+            if alike not in known:
+                known[alike] = engine.prompt(turns, nothing, len(regions), own.max_new_tokens)
+        source = question.image
+        key = str(source) if isinstance(source, str | Path) else id(source)
+        checked = _Checked(place=place, regions=regions, prompt=known[alike], options=own)
+        groups.setdefault(key, (source, []))[1].append(checked)
+    return groups
+
+
+def _options(question: Question, options: Options, place: int) -> Options:
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
+    own = {name: value for name in names if (value := getattr(question, name)) is not None}
+    if "seed" not in own and options.seed is not None:
+        digest = blake2b(f"{options.seed} {place}".encode(), digest_size=8).digest()
+        own["seed"] = int.from_bytes(digest) >> 1
+    return replace(options, **own) if own else options
+
+
+def _fit(members: Sequence[_Checked], width: int, height: int) -> None:
+    for member in members:
+        with _Numbered(member.place):
+            check_regions(member.regions, width, height)
+
+
+class _Numbered:
+    """Says which question it was that something is wrong with."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RegionGPTError):
+            raise type(error)(f"question {self.place + 1}: {error}") from error

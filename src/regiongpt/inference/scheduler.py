@@ -1,0 +1,331 @@
+"""Continuous batching: answers that are finished leave the batch, waiting ones enter it, whoever asked for them.
+
+There is no thread of its own. Whoever waits for an answer moves the whole batch on by a step, so that the questions of
+several threads share their passes through the language model.
+
+Shapes: R sequences, V vocabulary, D model width, T tokens.
+"""
+
+import random
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regiongpt.errors import ConfigError
+from regiongpt.inference.decoder import Decoder
+from regiongpt.inference.options import Options
+from regiongpt.inference.prefix import Prefix
+from regiongpt.inference.text import TextReader
+
+ROWS = 64
+"""Answers written at a time, unless the token budget allows fewer."""
+PREFILL = 2048
+"""Tokens of entering questions that go through the language model in one pass, unless a single one has more."""
+CACHE_BYTES = 2**30
+"""Memory for the answers' own keys and values on a CPU; on a CUDA device it is half of what is free."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One answer to be written.
+
+    Attributes:
+        prefix: what the question begins with.
+        embeds: embeddings (T, D) of the rest of the question.
+        options: how to write.
+        room: most tokens to write, at least 1.
+        reader: reads the text along; needed to stream and for stop strings.
+        keep: whether question and answer are to be kept as a prefix for the next turn.
+        onto: the prefix that stays shared then.
+        tokens: those written so far, the one that ended the answer among them.
+        kept: the prefix that was kept, of all tokens but the last one written.
+        finished: no token will come.
+        complete: it ended by itself, not for want of room.
+        error: why it could not be written.
+    """
+
+    prefix: Prefix | None
+    embeds: Tensor
+    options: Options
+    room: int
+    reader: TextReader | None = None
+    keep: bool = False
+    onto: Prefix | None = None
+    tokens: list[int] = field(default_factory=list)
+    kept: Prefix | None = None
+    finished: bool = False
+    complete: bool = False
+    cancelled: bool = False
+    admitted: bool = False
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        # A generator of its own: what is drawn for an answer does not depend on what else is in the batch.
+        seed = secrets.randbits(63) if self.options.seed is None else self.options.seed
+        self.draws = random.Random(seed)
+
+    @property
+    def reserve(self) -> int:
+        """Tokens of its own that its sequence may come to."""
+        return len(self.embeds) + self.room
+
+
+class Scheduler:
+    """Writes the answers of all jobs handed to it, many at a time.
+
+    Args:
+        decoder: runs the language model.
+        embed: word embeddings of token ids (R,), as (R, D).
+        stop_ids: tokens that end an answer.
+        never: tokens that are never written.
+        token_budget: tokens that the sequences of a batch may have of their own, counted as the longest times their
+            number, which is what they take in memory. By default what :data:`CACHE_BYTES` holds.
+        rows: most sequences in a batch.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        embed: Callable[[Tensor], Tensor],
+        stop_ids: Sequence[int],
+        never: Sequence[int],
+        token_budget: int | None = None,
+        rows: int = ROWS,
+    ) -> None:
+        if rows < 1 or (token_budget is not None and token_budget < 1):
+            raise ConfigError(f"expected rows and token_budget of at least 1, got {rows} and {token_budget}")
+        self.decoder, self.rows = decoder, rows
+        self.token_budget = token_budget
+        self._embed, self._stop_ids, self._never = embed, frozenset(stop_ids), list(never)
+        self._lock = threading.Lock()
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []  # in the order of the cache's rows
+        self._cache = decoder.cache()
+        self._device = torch.device("cpu")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What callers see
+
+    @property
+    def active(self) -> int:
+        """Answers being written now, whoever asked for them."""
+        return len(self._running)
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        """Write answers and yield each job when it is finished, in no particular order.
+
+        Jobs are taken from the iterable as there is room for them. Leaving the iteration ends those begun.
+
+        Raises:
+            ConfigError: a job needs more tokens than the budget has.
+            Exception: what a pass through the language model raised.
+        """
+        source: Iterator[Job] | None = iter(jobs)
+        mine: list[Job] = []
+        try:
+            while True:
+                while source is not None and sum(not job.admitted for job in mine) < self.rows:
+                    job = next(source, None)
+                    if job is None:
+                        source = None
+                    else:
+                        self._submit(job)
+                        mine.append(job)
+                done = [job for job in mine if job.finished]
+                mine = [job for job in mine if not job.finished]
+                for job in done:
+                    if job.error is not None:
+                        raise job.error
+                    yield job
+                if not mine and source is None:
+                    return
+                if not done:
+                    self._advance(mine)
+        finally:
+            self._cancel(mine)
+
+    def stream(self, job: Job) -> Iterator[str]:
+        """Write one answer and yield its text in pieces, which joined are the answer.
+
+        Leaving the iteration ends it. The job has a reader.
+        """
+        assert job.reader is not None
+        self._submit(job)
+        begun = False
+        try:
+            while True:
+                finished = job.finished
+                piece = job.reader.take(final=finished)
+                piece = piece if begun else piece.lstrip()
+                if piece:
+                    begun = True
+                    yield piece
+                if finished:
+                    break
+                self._advance([job])
+        finally:
+            self._cancel([job])
+        if job.error is not None:
+            raise job.error
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The batch
+
+    def _submit(self, job: Job) -> None:
+        budget = self._budget(job)
+        if job.reserve > budget:
+            raise ConfigError(
+                f"expected a question and an answer of at most {budget} tokens of their own, the token budget, got "
+                f"{len(job.embeds)} and up to {job.room}; raise token_budget or lower max_new_tokens"
+            )
+        with self._lock:
+            self._waiting.append(job)
+
+    def _advance(self, mine: Sequence[Job]) -> None:
+        """One step for everybody, unless another thread has meanwhile finished one of mine."""
+        with self._lock:
+            if any(job.finished for job in mine):
+                return
+            try:
+                self._step()
+            except BaseException as error:
+                # The pass was for all of them; whoever waits for one raises it.
+                ours = isinstance(error, Exception)
+                for job in self._running:
+                    job.error = error if ours else RuntimeError("the pass through the model was interrupted")
+                    job.finished = True
+                self._running, self._cache = [], self.decoder.cache()
+                if not ours:
+                    raise
+
+    def _cancel(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            job.cancelled = True
+        # At the latest the next step frees their memory. Now, where nobody is at it: a generator may be closed by the
+        # garbage collector, in the middle of a step of this very thread.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drop_cancelled()
+            finally:
+                self._lock.release()
+
+    def _drop_cancelled(self) -> None:
+        for row in reversed(range(len(self._running))):
+            if self._running[row].cancelled:
+                self._leave(row)
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        self._drop_cancelled()
+        entering = self._enter()
+        if entering:
+            first = len(self._running) - len(entering)
+            rows = list(range(first, len(self._running)))
+            embeds = torch.cat([job.embeds for job in entering])
+            self._write(rows, self.decoder.forward(self._cache, embeds, rows, [len(job.embeds) for job in entering]))
+        rows = list(range(len(self._running)))
+        if rows:
+            last = torch.tensor([job.tokens[-1] for job in self._running], device=self._device)
+            self._write(rows, self.decoder.forward(self._cache, self._embed(last), rows, [1] * len(rows)))
+
+    def _enter(self) -> list[Job]:
+        """Take from those waiting, in their order, as many as rows, budget and one pass have room for."""
+        entering: list[Job] = []
+        size, tokens = max((job.reserve for job in self._running), default=0), 0
+        while self._waiting and len(self._running) < self.rows:
+            job = self._waiting[0]
+            if job.cancelled:
+                self._waiting.popleft()
+                job.finished = True
+                continue
+            tokens += len(job.embeds)
+            size = max(size, job.reserve)
+            if self._running and size * (len(self._running) + 1) > self._budget(job):
+                break
+            if entering and tokens > PREFILL:
+                break
+            self._waiting.popleft()
+            job.admitted = True
+            self._cache.add(job.prefix)
+            self._running.append(job)
+            entering.append(job)
+            self._device = job.embeds.device
+        return entering
+
+    def _write(self, rows: Sequence[int], logits_RV: Tensor) -> None:
+        """Choose the next token of these sequences; those that are finished leave."""
+        chosen = choose(logits_RV, [self._running[row] for row in rows], self._never)
+        for row, token in reversed(list(zip(rows, chosen, strict=True))):
+            job = self._running[row]
+            job.tokens.append(token)
+            ended = token in self._stop_ids
+            if job.reader is not None and not ended:
+                job.reader.push(token)
+                ended = job.reader.stopped
+            if ended or len(job.tokens) >= job.room:
+                job.complete = ended
+                self._leave(row)
+
+    def _leave(self, row: int) -> None:
+        job = self._running[row]
+        if job.reader is not None:
+            job.reader.finish()
+        if job.keep and not job.cancelled:
+            job.kept = self._cache.keep(row, onto=job.onto)
+        self._cache.remove(row)
+        last = self._running.pop()
+        if last is not job:
+            self._running[row] = last
+        job.finished = True
+
+    def _budget(self, job: Job) -> int:
+        if self.token_budget is None:
+            self.token_budget = _tokens_that_fit(self.decoder, job)
+        return self.token_budget
+
+
+def choose(logits_RV: Tensor, jobs: Sequence[Job], never: Sequence[int]) -> list[int]:
+    """The next token of each sequence: the likeliest, or one drawn where the job has a temperature."""
+    scores_RV = logits_RV.float()
+    if never:
+        scores_RV = scores_RV.index_fill(1, torch.tensor(never, device=scores_RV.device), float("-inf"))
+    chosen: list[int] = scores_RV.argmax(-1).tolist()
+    for row, job in enumerate(jobs):
+        if job.options.temperature:
+            chosen[row] = draw(scores_RV[row], job.options.temperature, job.options.top_p, job.draws.random())
+    return chosen
+
+
+def draw(scores_V: Tensor, temperature: float, top_p: float, at: float) -> int:
+    """The token at a place of the distribution, the likeliest tokens first.
+
+    Args:
+        scores_V: logits.
+        temperature: above 0.
+        top_p: how much of the distribution to draw from, its likeliest tokens; at least one remains.
+        at: the place, in [0, 1).
+    """
+    likely_V, tokens_V = (scores_V.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    up_to_V = likely_V.cumsum(-1)
+    kept = int((up_to_V - likely_V < top_p).sum())
+    place = int(torch.searchsorted(up_to_V[:kept], at * float(up_to_V[kept - 1]), right=True))
+    return int(tokens_V[min(place, kept - 1)])
+
+
+def _tokens_that_fit(decoder: Decoder, job: Job) -> int:
+    """How many tokens' keys and values there is memory for; at least one longest question's."""
+    device = job.embeds.device
+    memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CACHE_BYTES
+    config: Any = decoder.model.config
+    context = int(getattr(config, "max_position_embeddings", None) or 0)
+    per_token = 0
+    if job.prefix is not None and job.prefix.chain[0].own:
+        root = job.prefix.chain[0]
+        per_token = root.nbytes // root.own
+    return max(context, job.reserve, memory // per_token if per_token else ROWS * job.reserve)
