@@ -9,10 +9,12 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from regiongpt.data.convert.base import option
+from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic
 from regiongpt.regions import Region
@@ -211,6 +213,11 @@ class Task(ABC):
             DataError: An answer does not fit its item, such as scores for another number of choices.
             ConfigError: A program or library that a metric needs is missing.
         """
+
+    @cached_property
+    def left_out(self) -> Rejects:
+        """What :meth:`load` could not use, counted by kind; begun anew with each load."""
+        return Rejects()
 
     def settings(self) -> dict[str, Any]:
         """The options as plain json, for the manifest; of paths the last part alone."""

@@ -59,7 +59,9 @@ def detection_scores(
     _check(truth, detections, kind)
     with redirect_stdout(io.StringIO()):  # it reports its progress there
         found = COCO()
-        found.dataset = {**truth, "annotations": [dict(each) for each in truth["annotations"]]}
+        # The API takes the annotation of id 0 for none, and writes into what it is given.
+        numbered = [{**each, "id": number} for number, each in enumerate(truth["annotations"], 1)]
+        found.dataset = {**truth, "annotations": numbered}
         found.createIndex()
         # Without any detection the API fails; one of no score in a category of its own stands for none.
         results = found.loadRes([dict(each) for each in detections]) if detections else _none(found)
