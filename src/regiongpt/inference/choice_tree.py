@@ -62,7 +62,7 @@ class ChoiceTree:
         leaves = [0] * len(paths)
         above: list[int] = []  # the entries of the last path
         before: Sequence[int] = ()
-        for answer in sorted(range(len(paths)), key=paths.__getitem__):
+        for answer in sorted(range(len(paths)), key=lambda answer: list(paths[answer])):
             path = paths[answer]
             alike = common_length(before, path)
             del above[alike:]

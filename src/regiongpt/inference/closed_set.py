@@ -1,23 +1,293 @@
 """Answers that cannot be off the list, with scores: every choice's likelihood behind one prompt.
 
-The prompt goes through the language model once a question. Behind it go all answers together, as the tree of their
-common beginnings: a node attends to the prompt and to its own ancestors alone, at the position it would have were it
-the only answer. Eighty names cost as many tokens as they do not share, and no answer copies the prompt's cache.
+What all regions' prompts begin with goes through the language model once, and what each has of its own once for each.
+Behind them go all answers together, as the tree of their common beginnings: a node attends to the prompt and to its own
+ancestors alone, at the position it would have were it the only answer. A large tree goes in pieces, each with the
+ancestors that it needs, so memory does not grow with the number of answers.
 
-Shapes: B questions, T prompt tokens, N logits (the prompt's last and one for each node), D model width, V vocabulary,
-A answers, S steps (tokens of all answers).
+Shapes: B questions, R regions of a question, T prompt tokens, M nodes of a piece, E entries of the tree, A answers,
+D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from regiongpt.inference.engine import ROWS, Engine, Scene, Turn
+from regiongpt.errors import ConfigError
+from regiongpt.inference.choice_tree import ChoiceTree, common_length
+from regiongpt.inference.engine import Engine, Scene, TooLong, Turn
+from regiongpt.model.conversations import expand_regions
 
+TOKENS = 4096
+"""Tokens of all questions of one forward pass."""
+NODES = 512
+"""Nodes of a piece of the tree: a pass compares all pairs of them for every question."""
 LOGITS = 2**26
-"""Logits that one batch of questions may take: 256 MiB in float32."""
+"""Logits of one forward pass: 256 MiB in float32."""
+KEPT = 8
+"""Closed sets, made ready for a question, that are kept for the next time."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClosedSet:
+    """A question and its possible answers as tokens; of no image in particular.
+
+    Attributes:
+        ids: the prompt, up to where the first answers part.
+        rows: for each region token in it the row of the region features that it stands for.
+        tree: the answers from there on, their ends included.
+    """
+
+    ids: list[int]
+    rows: list[int]
+    tree: ChoiceTree
+
+
+_READY: "WeakKeyDictionary[Engine, OrderedDict[Any, ClosedSet]]" = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> ClosedSet:
+    """Make the answers to a question ready to be scored; what was ready lately is not made again.
+
+    Args:
+        engine: the model.
+        messages: the conversation up to the question.
+        n_regions: how many regions the question has.
+        answers: at least one.
+
+    Raises:
+        TooLong: the question and its longest answer do not fit the model's context.
+    """
+    key = (*((turn["role"], turn["content"]) for turn in messages), n_regions, engine.processor.chat_template)
+    whole_key = (key, tuple(answers))
+    with _LOCK:
+        ready = _READY.setdefault(engine, OrderedDict())
+        if whole_key in ready:
+            ready.move_to_end(whole_key)
+            return ready[whole_key]
+    made = _closed_set(engine, messages, n_regions, answers)
+    with _LOCK:
+        ready[whole_key] = made
+        while len(ready) > KEPT:
+            ready.popitem(last=False)
+    return made
+
+
+def _closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> ClosedSet:
+    prompt = engine.encode(messages, n_regions)
+    ids, rows = prompt["input_ids"].tolist(), prompt["region_ids"].tolist()
+    # A tokenizer may join the prompt's last letters with the answer's first: score from where they are all alike.
+    shared, ends = len(ids), []
+    kept = max(0, len(ids) - _JOINT)
+    for whole in _wholes(engine, messages, n_regions, answers):
+        shared = min(shared, common_length(ids, whole))
+        # Only the end, from as far back as a joint can reach: the rest of the prompt would be kept for each answer.
+        ends.append(whole[kept:])
+    if shared < kept:
+        raise ConfigError(
+            f"expected a chat template that writes an answer behind its question, got one that changes the last "
+            f"{len(ids) - shared} tokens of the question"
+        )
+    paths = [end[shared - kept :] for end in ends]
+    longest = max(map(len, paths))
+    if engine.room(shared, longest) < longest:
+        raise TooLong(f"expected a question and an answer that fit the model's context, got {shared + longest} tokens")
+    return ClosedSet(ids=ids[:shared], rows=rows, tree=ChoiceTree(paths))
+
+
+def _wholes(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> Iterator[list[int]]:
+    """The tokens of the conversation with each of the answers, up to the answer's end of turn.
+
+    The processor takes its time to check and render a conversation, so a large set's texts are made from one that it
+    rendered, and go through the tokenizer together; what that gives is held against the processor's own tokens.
+    """
+
+    def plain(answer: str) -> list[int]:
+        encoded = engine.encode([*messages, {"role": "assistant", "content": answer}], n_regions, answered=True)
+        whole: list[int] = encoded["input_ids"][: int((encoded["labels"] >= 0).nonzero()[-1]) + 1].tolist()
+        return whole
+
+    processor = engine.processor
+    rendered = processor.apply_chat_template([*messages, {"role": "assistant", "content": _MARK}], tokenize=False)
+    text, _, _ = expand_regions(rendered, [], processor.region_format, n_regions)
+    head, *tails = text.split(_MARK)
+
+    def quick(some: Sequence[str]) -> list[list[int]]:
+        texts = [head + answer + tails[0] for answer in some]
+        image = [processor.image_token_id] * processor.num_image_tokens
+        found = []
+        for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            place = ids.index(processor.image_token_id)
+            last = max(place for place, token in enumerate(ids) if token in processor.stop_token_ids)
+            found.append(ids[:place] + image + ids[place + 1 : last + 1])
+        return found
+
+    # Brackets make placeholders and control tokens, which the processor checks.
+    simple = [re.search(r"[<>\[\]|]", answer) is None for answer in answers]
+    samples = sorted((answer for answer, fits in zip(answers, simple, strict=True) if fits), key=len)[
+        :: -(-len(answers) // 4)
+    ]
+    try:
+        trusted = len(tails) == 1 and bool(samples) and quick(samples) == [plain(answer) for answer in samples]
+    except ValueError:  # no image or no end of turn among the tokens
+        trusted = False
+    for start in range(0, len(answers), _TOGETHER):
+        some = answers[start : start + _TOGETHER]
+        quickly = iter(quick([a for a, fits in zip(some, simple[start:], strict=False) if fits]) if trusted else ())
+        for answer, fits in zip(some, simple[start:], strict=False):
+            yield next(quickly) if trusted and fits else plain(answer)
+
+
+_JOINT = 64
+"""Tokens at a prompt's end that an answer behind it may change."""
+_MARK = "Xanthochroid"
+"""Stands for an answer in a rendered conversation; no question has it."""
+_TOGETHER = 1024
+"""Conversations that are tokenized at a time."""
+
+
+def log_likelihoods(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Tensor]) -> Tensor:
+    """Log likelihood of every answer, its end included, for each of B sets of region features.
+
+    Args:
+        engine: the model.
+        scene: the image asked about.
+        closed: the question and its answers.
+        pooled: what the question's placeholders stand for, (R, D) each.
+
+    Returns:
+        (B, A) float32, on the CPU.
+    """
+    tree = closed.tree
+    budget = max(1, min(TOKENS, LOGITS // engine.model.config.get_text_config().vocab_size))
+    size = max(1, min(NODES, len(tree.nodes), budget))
+    batch = max(1, budget // size)
+    rows = [torch.empty((0, len(tree.leaves)))]
+    for start in range(0, len(pooled), batch):
+        rows.append(_score(engine, scene, closed, pooled[start : start + batch], size))
+    return torch.cat(rows)
+
+
+@torch.inference_mode()
+def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Tensor], size: int) -> Tensor:
+    decoder, tree, count = engine.decoder, closed.tree, len(pooled)
+    region = engine.model.config.region_token_id
+    alike = closed.ids.index(region) if region in closed.ids else len(closed.ids) - 1
+    begun = [engine.begin(scene, closed.ids, closed.rows, features) for features in pooled]
+    prefix = begun[0][0]
+    common = max(0, alike - (prefix.length if prefix else 0))
+    if count > 1 and common:
+        prefix = decoder.read(begun[0][1][:common], parent=prefix)
+    else:
+        common = 0
+    own = [embeds_ND[common:] for _, embeds_ND in begun]
+    cache = decoder.cache()
+    rows = [cache.add(prefix) for _ in own]
+    steps_BE = torch.zeros((count, len(tree.tokens)))
+    first = decoder.forward(cache, torch.cat(own), rows, [len(embeds) for embeds in own])
+    _fill(steps_BE, first[:, None], tree, tree.first, torch.zeros(len(tree.first), dtype=torch.long))
+    embed = engine.model.get_input_embeddings()
+    for piece in tree.pieces(size) if decoder.shares else tree.chains():
+        nodes = len(piece.tokens)
+        tokens_M = torch.from_numpy(piece.tokens).to(engine.device)
+        wanted = torch.arange(count)[:, None] * nodes + torch.arange(piece.known, nodes)
+        logits = decoder.forward(
+            cache,
+            embed(tokens_M).repeat(count, 1),
+            rows,
+            [nodes] * count,
+            tree=torch.from_numpy(piece.visible) if decoder.shares else None,
+            keep=False,
+            logits=wanted.flatten(),
+        ).view(count, nodes - piece.known, -1)
+        _fill(steps_BE, logits, tree, piece.entries, torch.from_numpy(piece.rows - piece.known))
+    return _sums(steps_BE, tree)
+
+
+def _fill(steps_BE: Tensor, logits_BMV: Tensor, tree: ChoiceTree, entries: Any, rows: Tensor) -> None:
+    """Write the log probabilities of entries that are predicted at ``rows`` of the logits."""
+    normal_BM = torch.stack([logits.float().logsumexp(-1) for logits in logits_BMV])
+    tokens = torch.from_numpy(tree.tokens[entries]).to(logits_BMV.device)
+    rows = rows.to(logits_BMV.device)
+    steps_BE[:, torch.from_numpy(entries)] = (logits_BMV[:, rows, tokens].float() - normal_BM[:, rows]).cpu()
+
+
+def _sums(steps_BE: Tensor, tree: ChoiceTree) -> Tensor:
+    """Of each answer the sum of the steps that lead to its end, (B, A)."""
+    sums_BE = steps_BE.double()
+    for depth in range(1, int(tree.depths.max()) + 1):
+        entries = torch.from_numpy((tree.depths == depth).nonzero()[0])
+        sums_BE[:, entries] += sums_BE[:, torch.from_numpy(tree.parents)[entries]]
+    return sums_BE[:, torch.from_numpy(tree.leaves)].float()
+
+
+def content_free(engine: Engine) -> Tensor:
+    """Features (K, D) of a region of which nothing is known, with as many tokens as any region has.
+
+    It is what the connector makes of the mean that it standardises its input by: the mean of the regions that the model
+    was trained on where its recipe measured one, and else zero.
+    """
+    connector = engine.model.connector
+    with torch.inference_mode():
+        blank_1D = connector(connector.mean[None].to(connector.linear_1.weight.dtype))
+    features: Tensor = blank_1D.repeat(engine.processor.tokens_per_region, 1)
+    return features
+
+
+def answer_scores(
+    engine: Engine,
+    scene: Scene,
+    messages: Sequence[Turn],
+    pooled: Sequence[Tensor],
+    answers: Sequence[str],
+    *,
+    length_normalized: bool = False,
+    calibrated: bool = False,
+) -> Tensor:
+    """Score of each answer to one question, for each of B sets of region features.
+
+    Args:
+        engine: the model.
+        scene: the image asked about.
+        messages: the conversation up to the question.
+        pooled: what the question's placeholders stand for, (R, D), B times.
+        answers: at least one, no two alike.
+        length_normalized: divide each answer's log likelihood by its number of tokens.
+        calibrated: take from each answer's log likelihood that of the same answer about regions of which nothing is
+            known, in the same image.
+
+    Returns:
+        (B, A) float32 on the CPU; their softmax are the probabilities.
+
+    Raises:
+        ConfigError: both ways of handling length are asked for.
+        TooLong: the question and its longest answer do not fit the model's context.
+    """
+    if calibrated and length_normalized:
+        raise ConfigError(
+            "expected calibrated or length_normalized, got both; a calibrated score needs no division by the length"
+        )
+    asked = list(pooled)
+    if not asked:
+        return torch.empty((0, len(answers)))
+    closed = closed_set(engine, messages, len(asked[0]) // engine.processor.tokens_per_region, answers)
+    if calibrated:
+        blank_KD = content_free(engine)
+        asked.append(blank_KD.repeat(len(asked[0]) // len(blank_KD), 1))
+    scores_BA = log_likelihoods(engine, scene, closed, asked)
+    if calibrated:
+        scores_BA = scores_BA[:-1] - scores_BA[-1:]
+    if length_normalized:
+        scores_BA = scores_BA / torch.from_numpy(closed.tree.lengths)
+    return scores_BA.float()
 
 
 def score_answers(
@@ -26,128 +296,12 @@ def score_answers(
     messages: Sequence[Turn],
     pooled: Sequence[Tensor],
     answers: Sequence[str],
-    length_normalized: bool,
+    length_normalized: bool = False,
+    calibrated: bool = False,
 ) -> list[list[float]]:
-    """Probability of each answer to one question, for each of B sets of region features (R, D).
-
-    Args:
-        engine: the model.
-        scene: the image asked about.
-        messages: the conversation up to the question.
-        pooled: what the question's placeholders stand for, B times.
-        answers: at least one, no two alike.
-        length_normalized: divide each answer's log likelihood by its number of tokens first.
-
-    Returns:
-        B rows of A probabilities, each row summing to 1.
-    """
-    if not pooled:
-        return []
-    n_regions = len(pooled[0])
-    prompt = engine.encode(messages, n_regions)
-    ids, rows = prompt["input_ids"].tolist(), prompt["region_ids"].tolist()
-    wholes = [
-        engine.encode([*messages, {"role": "assistant", "content": answer}], n_regions, answered=True)
-        for answer in answers
-    ]
-    # A tokenizer may join the prompt's last letters with the answer's first: score from where they are all alike.
-    shared = min(_common(ids, whole["input_ids"].tolist()) for whole in wholes)
-    tree = Tree([_target_tokens(whole, shared) for whole in wholes])
-    engine.room(shared, max(tree.lengths))
-    alike = ids[:shared].index(engine.model.config.region_token_id) if rows else shared - 1
-    vocabulary = engine.model.config.get_text_config().vocab_size
-    size = max(1, min(ROWS, LOGITS // ((len(tree.tokens) + 1) * vocabulary)))
-    results: list[list[float]] = []
-    for start in range(0, len(pooled), size):
-        embeds_BTD = engine.embed(scene, ids, rows, pooled[start : start + size])[:, :shared]
-        scores_BA = score_tree(engine.model, embeds_BTD, alike, tree)
-        if length_normalized:
-            scores_BA = scores_BA / torch.tensor(tree.lengths, device=engine.device)
-        results += scores_BA.softmax(-1).tolist()
-    return results
-
-
-@torch.inference_mode()
-def score_tree(model: Any, embeds_BTD: Tensor, alike: int, tree: "Tree") -> Tensor:
-    """Log likelihood of every path of a tree behind a prompt.
-
-    Args:
-        model: the whole model, with an attention that takes a mask for every pair of tokens (``eager`` or ``sdpa``).
-        embeds_BTD: the prompts, (B, T, D).
-        alike: how many tokens all prompts begin with in common, under T; these are computed once.
-        tree: the answers.
-
-    Returns:
-        (B, A) float32.
-    """
-    rows, length = embeds_BTD.shape[:2]
-    cache = None
-    if rows > 1 and alike:
-        cache = model(inputs_embeds=embeds_BTD[:1, :alike], use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(rows)
-    ahead = embeds_BTD if cache is None else embeds_BTD[:, alike:]
-    first = model(inputs_embeds=ahead, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits_BNV = first.logits.float()
-    if tree.tokens:
-        tokens_BN = torch.tensor([tree.tokens], device=model.device).expand(rows, -1)
-        hidden = torch.finfo(embeds_BTD.dtype).min
-        mask_NN = torch.full((len(tree.tokens), len(tree.tokens)), hidden)
-        for node, ancestors in enumerate(tree.ancestors):
-            mask_NN[node, [*ancestors, node]] = 0.0
-        mask = torch.cat([torch.zeros(len(tree.tokens), length), mask_NN], dim=1)
-        behind = model(
-            inputs_embeds=model.get_input_embeddings()(tokens_BN),
-            attention_mask=mask.to(model.device, embeds_BTD.dtype).expand(rows, 1, -1, -1),
-            position_ids=torch.tensor([[length + len(a) for a in tree.ancestors]], device=model.device),
-            past_key_values=first.past_key_values,
-            use_cache=True,
-        )
-        logits_BNV = torch.cat([logits_BNV, behind.logits.float()], dim=1)
-    parents, tokens, owners = (torch.tensor(column, device=model.device) for column in tree.steps)
-    steps_BS = logits_BNV[:, parents, tokens] - logits_BNV.logsumexp(-1)[:, parents]
-    scores = torch.zeros((rows, len(tree.lengths)), device=model.device)
-    return scores.index_add_(1, owners, steps_BS)
-
-
-class Tree:
-    """Answers as token paths, merged where they begin alike.
-
-    Attributes:
-        tokens: of each node, its id. Nodes are the tokens that something follows, in the order of first use.
-        ancestors: of each node, the nodes before it.
-        lengths: of each answer, its number of tokens.
-        steps: three parallel lists; for every token of every answer the place of the logits that predict it (0 the
-            prompt's last, n + 1 those of node n), its id, and the answer it belongs to.
-    """
-
-    def __init__(self, paths: Sequence[Sequence[int]]) -> None:
-        self.tokens: list[int] = []
-        self.ancestors: list[list[int]] = []
-        self.lengths = [len(path) for path in paths]
-        self.steps: tuple[list[int], list[int], list[int]] = ([], [], [])
-        nodes: dict[tuple[int, ...], int] = {}
-        for owner, path in enumerate(paths):
-            above: list[int] = []
-            for depth, token in enumerate(path):
-                for column, value in zip(self.steps, (above[-1] + 1 if above else 0, token, owner), strict=True):
-                    column.append(value)
-                if depth + 1 == len(path):
-                    continue  # nothing follows the last token, so its logits are not needed
-                key = tuple(path[: depth + 1])
-                if key not in nodes:
-                    nodes[key] = len(self.tokens)
-                    self.tokens.append(token)
-                    self.ancestors.append(list(above))
-                above.append(nodes[key])
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _target_tokens(encoded: dict[str, Any], shared: int) -> list[int]:
-    """The tokens behind ``shared`` others, up to the answer's end of turn."""
-    targets = (encoded["labels"] >= 0).nonzero()
-    tokens: list[int] = encoded["input_ids"][shared : int(targets[-1]) + 1].tolist()
-    return tokens
+    """Probability of each answer, as :func:`answer_scores` scores it: B rows of A, each summing to 1."""
+    scores_BA = answer_scores(
+        engine, scene, messages, pooled, answers, length_normalized=length_normalized, calibrated=calibrated
+    )
+    rows: list[list[float]] = scores_BA.softmax(-1).tolist()
+    return rows

@@ -1,0 +1,216 @@
+"""Scores of whole sets of answers against one full forward pass an answer."""
+
+from itertools import islice, product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_checkpoint import make_checkpoint
+
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.inference import RegionPredictor, closed_set
+from regiongpt.inference.choice_tree import ChoiceTree
+from regiongpt.inference.closed_set import answer_scores, content_free, log_likelihoods, score_answers
+from regiongpt.inference.engine import question_turns
+from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
+from regiongpt.regions import Region
+
+PHOTO = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+PATHS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=7), min_size=1, max_size=30)
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> RegionPredictor:
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("tiny"), context=1024)
+    return RegionPredictor.from_pretrained(checkpoint, device="cpu").set_image(PHOTO)
+
+
+def boxes(count: int, seed: int = 0) -> list[Region]:
+    corners = np.random.default_rng(seed).uniform([0, 0, 2, 2], [40, 25, 20, 15], (count, 4))
+    return [Region.box(x, y, x + w, y + h) for x, y, w, h in corners.tolist()]
+
+
+def full_pass(predictor: RegionPredictor, text: str, regions: list[Region], answer: str) -> float:
+    """Log likelihood of one answer and its end, from one conversation with its own image and no cache."""
+    processor, model = predictor.engine.processor, predictor.engine.model
+    turns = [*question_turns((), text), {"role": "assistant", "content": answer}]
+    batch = processor.collate([processor.encode_conversation(turns, image=PHOTO, regions=regions)])
+    labels = batch.pop("labels")[0, 1:]
+    with torch.inference_mode():
+        logits = model(**batch, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+    target = labels >= 0
+    return float(logits[target].gather(1, labels[target][:, None]).sum())
+
+
+def scores(predictor: RegionPredictor, text: str, sets: list[list[Region]], answers: list[str]) -> torch.Tensor:
+    engine, scene = predictor.engine, predictor._here()
+    closed = closed_set.closed_set(engine, question_turns((), text), len(sets[0]), answers)
+    return log_likelihoods(engine, scene, closed, [engine.pool(scene, regions) for regions in sets])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tree
+
+
+@settings(max_examples=50, deadline=None)
+@given(paths=PATHS, size=st.integers(1, 9))
+def test_each_entry_is_predicted_once_behind_its_own_beginning(paths, size):
+    tree = ChoiceTree(paths)
+
+    def path(entry: int) -> list[int]:
+        return [*path(int(tree.parents[entry])), int(tree.tokens[entry])] if entry >= 0 else []
+
+    assert [path(leaf) for leaf in tree.leaves] == paths
+    assert len({tuple(path(entry)) for entry in range(len(tree.tokens))}) == len(tree.tokens)
+    deepest = max(map(len, paths))
+    for pieces in (tree.pieces(size), tree.chains()):
+        predicted = list(tree.first)
+        for piece in pieces:
+            assert len(piece.tokens) <= max(size, deepest) + deepest
+            for row, entry in zip(piece.rows, piece.entries, strict=True):
+                assert row >= piece.known
+                assert [*piece.tokens[piece.visible[row]], tree.tokens[entry]] == path(entry)
+                assert list(piece.depths[piece.visible[row]]) == list(range(len(path(entry)) - 1))
+            predicted += list(piece.entries)
+        assert set(predicted) == set(range(len(tree.tokens)))
+    assert sum(len(piece.entries) for piece in tree.pieces(size)) + len(tree.first) == len(tree.tokens)
+
+
+def test_paths_must_be_there():
+    for paths in ([], [[]], [[1], []]):
+        with pytest.raises(ValueError, match="none of them empty"):
+            ChoiceTree(paths)
+    with pytest.raises(ValueError, match="at least 1 node"):
+        next(ChoiceTree([[1, 2]]).pieces(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+NAMES = st.text("abc ä-(", min_size=1, max_size=14).map(lambda name: " ".join(name.split())).filter(bool)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    names=st.lists(NAMES, min_size=1, max_size=8, unique=True),
+    seed=st.integers(0, 99),
+    count=st.integers(1, 3),
+    size=st.integers(1, 12),
+)
+def test_scores_equal_a_full_pass_an_answer(predictor, names, seed, count, size):
+    regions = boxes(count, seed)
+    text = question("classify", index=seed, regions=[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closed_set, "NODES", size)
+        patch.setattr(closed_set, "TOKENS", 2 * size)
+        found = scores(predictor, text, [[region] for region in regions], names)
+    expected = [[full_pass(predictor, text, [region], name) for name in names] for region in regions]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_answers_to_a_question_about_several_regions(predictor):
+    regions = boxes(3)
+    text = question("locate", regions=[1, 2, 3], expression="the red cup")
+    answers = [*map(region_answer, (1, 2, 3)), NO_MATCH]
+    found = scores(predictor, text, [regions], answers)[0]
+    expected = [full_pass(predictor, text, regions, answer) for answer in answers]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_a_question_without_a_region(predictor):
+    found = scores(predictor, "Is there a cat?", [[]], ["Yes.", "No."])[0]
+    expected = [full_pass(predictor, "Is there a cat?", [], answer) for answer in ("Yes.", "No.")]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_two_hundred_regions_and_duplicates(predictor):
+    text, names = question("classify", regions=[1]), ["cat", "hot dog", "hot", "dog"]
+    regions = boxes(200)
+    regions[77] = regions[3]
+    found = scores(predictor, text, [[region] for region in regions], names)
+    alone = torch.cat([scores(predictor, text, [[regions[k]]], names) for k in (0, 3, 199)])
+    torch.testing.assert_close(found[[0, 3, 199]], alone, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found[77], found[3], rtol=1e-5, atol=1e-4)
+    assert scores(predictor, text, [[regions[0]]], ["cat"]).shape == (1, 1)
+
+
+def test_pieces_give_what_the_whole_gives(predictor, monkeypatch):
+    text, regions = question("classify", regions=[1]), [[region] for region in boxes(2)]
+    whole = scores(predictor, text, regions, list(COCO_80))
+    monkeypatch.setattr(closed_set, "NODES", 7)
+    torch.testing.assert_close(scores(predictor, text, regions, list(COCO_80)), whole, rtol=1e-5, atol=1e-4)
+    monkeypatch.setattr(predictor.engine.decoder, "shares", False)
+    torch.testing.assert_close(scores(predictor, text, regions, list(COCO_80)), whole, rtol=1e-5, atol=1e-4)
+
+
+def test_thousands_of_names_in_bounded_memory(predictor, monkeypatch):
+    syllables = ["ka", "to", "mi", "re", "su", "no", "ba"]
+    names = ["".join(chosen) for chosen in islice(product(syllables, repeat=5), 13204)]
+    monkeypatch.setattr(closed_set, "TOKENS", 1024)
+    widest = []
+    forward = predictor.engine.decoder.forward
+
+    def watched(cache, embeds, *more, **options):
+        widest.append(len(embeds))
+        return forward(cache, embeds, *more, **options)
+
+    monkeypatch.setattr(predictor.engine.decoder, "forward", watched)
+    text, region = question("classify", regions=[1]), boxes(1)
+    found = scores(predictor, text, [region], names)
+    assert max(widest) < 1024 + 64
+    some = [0, 5000, 13203]
+    expected = [full_pass(predictor, text, region, names[k]) for k in some]
+    torch.testing.assert_close(found[0, some], torch.tensor(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_a_large_set_is_tokenized_as_the_processor_does(predictor, monkeypatch):
+    engine, turns = predictor.engine, question_turns((), question("classify", regions=[1]))
+    names = ["cat", "hot dog", "é", "a [b]", "x" * 50, "c|d"]
+    quick = closed_set._closed_set(engine, turns, 1, names)
+    monkeypatch.setattr(engine.processor, "apply_chat_template", lambda *_, **__: "no mark")
+    plain = closed_set._closed_set(engine, turns, 1, names)
+    assert quick.ids == plain.ids
+    for part in ("tokens", "parents", "leaves"):
+        np.testing.assert_array_equal(getattr(quick.tree, part), getattr(plain.tree, part))
+
+
+def test_what_is_ready_is_kept_for_the_next_time(predictor, monkeypatch):
+    engine, turns = predictor.engine, question_turns((), "What is <region1>?")
+    first = closed_set.closed_set(engine, turns, 1, ["cat", "dog"])
+    assert closed_set.closed_set(engine, turns, 1, ("cat", "dog")) is first
+    assert closed_set.closed_set(engine, turns, 1, ["dog", "cat"]) is not first
+    for number in range(closed_set.KEPT):
+        closed_set.closed_set(engine, turns, 1, [f"name {number}"])
+    assert closed_set.closed_set(engine, turns, 1, ["cat", "dog"]) is not first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Length
+
+
+def test_calibrated_scores_are_less_those_of_a_region_of_which_nothing_is_known(predictor):
+    engine, scene = predictor.engine, predictor._here()
+    turns, names = question_turns((), question("classify", regions=[1])), ["cat", "hot dog", "baseball glove"]
+    pooled = engine.pool_each(scene, boxes(2))
+    plain = answer_scores(engine, scene, turns, [*pooled, content_free(engine)], names)
+    found = answer_scores(engine, scene, turns, pooled, names, calibrated=True)
+    torch.testing.assert_close(found, plain[:2] - plain[2:], rtol=1e-5, atol=1e-4)
+    row = score_answers(engine, scene, turns, pooled, names, calibrated=True)[0]
+    torch.testing.assert_close(torch.tensor(row), found[0].softmax(0))
+    with pytest.raises(ConfigError, match="got both"):
+        score_answers(engine, scene, turns, pooled, names, length_normalized=True, calibrated=True)
+
+
+def test_a_region_of_which_nothing_is_known_is_the_mean_of_those_trained_on(predictor, monkeypatch):
+    model = predictor.engine.model
+    monkeypatch.setattr(model.connector, "mean", torch.randn(model.config.feature_channels))
+    standard = model.connector.act(model.connector.linear_1.bias)
+    expected = model.connector.linear_2(standard).detach()
+    torch.testing.assert_close(content_free(predictor.engine)[0], expected)
+
+
+def test_an_answer_longer_than_the_context(predictor):
+    with pytest.raises(DataError, match="tokens"):
+        scores(predictor, "What is <region1>?", [boxes(1)], ["cat " * 900])

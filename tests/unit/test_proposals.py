@@ -1,0 +1,197 @@
+"""Regions from files, grids and a segmenting model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import SamConfig, SamImageProcessorPil, SamModel
+
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
+from regiongpt.inference.proposals import Proposal, choose, grid_points, read_proposals
+from regiongpt.inference.segment import Segmenter
+from regiongpt.regions import Region
+
+WIDTH, HEIGHT = 60, 40
+MASK = Region.mask(np.tri(HEIGHT, WIDTH, dtype=bool))
+
+
+def write(folder: Path, data: object) -> Path:
+    path = folder / "boxes.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def read(folder: Path, data: object, **more: object) -> list[Proposal]:
+    return read_proposals(write(folder, data), WIDTH, HEIGHT, **more)
+
+
+def test_coco_results(tmp_path):
+    rle = MASK.to_dict()["mask"]
+    found = read(
+        tmp_path,
+        [
+            {"image_id": 7, "category_id": 1, "bbox": [1, 2, 10.5, 20], "score": 0.5},
+            {"image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1], "segmentation": rle, "score": 0.9},
+            {"image_id": 7, "category_id": 1, "segmentation": [[0, 0, 20, 0, 20, 20]]},
+        ],
+    )
+    assert [proposal.region for proposal in found] == [
+        Region.box(1, 2, 11.5, 22),
+        Region.rle(rle),
+        Region.polygon([[0, 0], [20, 0], [20, 20]]),
+    ]
+    assert [proposal.score for proposal in found] == [0.5, 0.9, None]
+    assert found[2].place == "boxes.json[2]"
+
+
+def test_regions_of_this_project(tmp_path):
+    regions = [
+        Region.box(1, 2, 3, 4),
+        Region.point(5, 5, 3),
+        Region.scribble([1, 1, 30, 30], 4),
+        Region.polygon([0, 0, 9, 0, 9, 9]),
+        MASK,
+    ]
+    entries = [region.to_dict() for region in regions]
+    for data in (
+        entries,
+        {"image": "photo.jpg", "regions": entries},
+        [{"region": entry, "score": 1} for entry in entries],
+        [{**entry, "score": 1, "category": "cat"} for entry in entries],
+    ):
+        assert [proposal.region for proposal in read(tmp_path, data)] == regions
+
+
+def test_one_image_of_several(tmp_path):
+    boxes = [{"image_id": k, "bbox": [k, 0, 5, 5]} for k in (3, 42, 3)]
+    assert [p.place for p in read(tmp_path, boxes, image="coco/000000000003.jpg")] == ["boxes.json[0]", "boxes.json[2]"]
+    assert len(read(tmp_path, boxes, image="photo.jpg", image_id=42)) == 1
+    assert len(read(tmp_path, boxes[:1], image="photo.jpg")) == 1
+    images = [{"id": 42, "file_name": "train/photo.jpg"}, {"id": 3, "file_name": "other.jpg"}]
+    assert len(read(tmp_path, {"images": images, "annotations": boxes}, image="x/photo.jpg")) == 1
+    with pytest.raises(DataError, match=r"image_id 9 .*others: 3, 42"):
+        read(tmp_path, boxes, image_id=9)
+    for more in ({}, {"image": "photo.jpg"}, {"image": "photo17.jpg"}):
+        with pytest.raises(DataError, match="which of the 2 images"):
+            read(tmp_path, boxes, **more)
+    with pytest.raises(DataError, match="which of the 2 images"):
+        read(tmp_path, {"images": images, "annotations": boxes[:1]}, image="third.jpg")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        ([], DataError, "empty list"),
+        ({}, DataError, "expected a list of regions"),
+        ({"boxes": []}, DataError, "'boxes'"),
+        (3, DataError, "expected a list of regions"),
+        ([[1, 2, 3, 4]], RegionError, r"boxes.json\[0\]: expected an object with a region, got list"),
+        ([{"bbox": [1, 2, 3]}], RegionError, r"boxes.json\[0\]: expected a bbox \[x, y, width, height\]"),
+        ([{"bbox": ["1", 2, 3, 4]}], RegionError, "in numbers"),
+        ([{"bbox": [1, 2, 3, 4]}, {"bbox": [1, 2, 0, 4]}], RegionError, r"boxes.json\[1\].*empty"),
+        ([{"bbox": [100, 2, 3, 4]}], RegionError, r"boxes.json\[0\].*60 x 40"),
+        ([{"bbox": [float("nan"), 2, 3, 4]}], RegionError, "finite"),
+        ([{"segmentation": {"size": [4, 4], "counts": "04"}}], RegionError, "60 x 40"),
+        ([{"label": "cat"}], RegionError, "'label'"),
+        ([{"box": [1, 2, 3, 4], "score": "high"}], DataError, "score as a number"),
+    ],
+)
+def test_bad_entries(tmp_path, data, kind, message):
+    with pytest.raises(kind, match=message):
+        read(tmp_path, data)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        read_proposals(tmp_path / "none.json", WIDTH, HEIGHT)
+    (tmp_path / "bad.json").write_text("[1, ")
+    with pytest.raises(DataError, match="not json"):
+        read_proposals(tmp_path / "bad.json", WIDTH, HEIGHT)
+
+
+def test_grid():
+    points = [proposal.region.to_dict()["point"] for proposal in grid_points(2, WIDTH, HEIGHT)]
+    assert points == [[15, 10], [45, 10], [15, 30], [45, 30]]
+    for side in (0, 129):
+        with pytest.raises(ConfigError, match="1 to 128"):
+            grid_points(side, WIDTH, HEIGHT)
+
+
+def test_choose_keeps_the_best_in_the_order_given():
+    boxes = [Region.box(0, 0, 10, 10), Region.box(20, 20, 30, 30), Region.box(0, 0, 10, 8), Region.box(40, 0, 50, 9)]
+    scores = [0.5, None, 0.9, 0.1]
+    proposals = [Proposal(region=b, score=s, place=str(k)) for k, (b, s) in enumerate(zip(boxes, scores, strict=True))]
+
+    def kept(**options: float) -> str:
+        return "".join(proposal.place for proposal in choose(proposals, WIDTH, HEIGHT, **options))
+
+    assert kept() == "0123"
+    assert kept(most=3) == "023"
+    assert kept(iou=0.7) == "123"  # of 0 and 2, which overlap by 0.8, the better one
+    assert kept(iou=0.8) == "0123"
+    assert kept(iou=0.0, most=1) == "2"
+    with pytest.raises(ConfigError, match="got none of 1"):
+        kept(min_score=0.2)
+    proposals[1] = Proposal(region=boxes[1], score=0.2, place="1")
+    assert kept(min_score=0.2) == "012"
+    for options in ({"most": 0}, {"iou": 1.5}):
+        with pytest.raises(ConfigError):
+            kept(**options)
+
+
+def test_choose_compares_masks_by_their_pixels():
+    half = np.zeros((HEIGHT, WIDTH), bool)
+    half[:20] = True
+    proposals = [
+        Proposal(region=Region.mask(half), score=0.3),
+        Proposal(region=Region.box(0, 0, WIDTH, 20), score=0.4),
+        Proposal(region=Region.mask(~half), score=0.1),
+    ]
+    assert [p.score for p in choose(proposals, WIDTH, HEIGHT, iou=0.9)] == [0.4, 0.1]
+    assert choose([], WIDTH, HEIGHT, iou=0.5) == []
+
+
+@pytest.fixture(scope="module")
+def sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sam")
+    torch.manual_seed(0)
+    config = SamConfig(
+        vision_config={
+            "hidden_size": 16, "output_channels": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 64, "patch_size": 16, "mlp_ratio": 2.0, "global_attn_indexes": [0], "window_size": 2,
+            "num_pos_feats": 8, "mlp_dim": 32,
+        },
+        prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 4},
+        mask_decoder_config={
+            "hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "iou_head_hidden_dim": 16,
+        },
+    )  # fmt: skip
+    SamModel(config).save_pretrained(folder)
+    SamImageProcessorPil(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def test_segmenter(sam):
+    photo = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    segmenter = Segmenter(sam)
+    found = segmenter.propose(photo, 3, min_quality=-9.0, min_stability=0.0, batch=4)
+    assert 1 <= len(found) <= 27  # three masks a point, less those with nothing in the image
+    for proposal in found:
+        assert proposal.region.kind == "mask"
+        assert proposal.region.area(WIDTH, HEIGHT) >= 1
+        assert proposal.score is not None
+    together = segmenter.propose(photo, 3, min_quality=-9.0, min_stability=0.0)
+    assert [proposal.region for proposal in together] == [proposal.region for proposal in found]
+    assert segmenter.propose(photo, 3, min_quality=9.0) == []
+    assert len(choose(found, WIDTH, HEIGHT, iou=0.5)) < len(found)
+
+
+def test_not_a_sam_model(tmp_path):
+    with pytest.raises(CheckpointError, match=r"SAM model at .*none"):
+        Segmenter(tmp_path / "none")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(CheckpointError, match="'clip'"):
+        Segmenter(tmp_path)
