@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,15 +72,26 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     for key, value in values.items():
         name = f"{where}{key}"
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean '{where}{near[0]}'?" if near else f"known keys: {', '.join(fields)}"
-            raise ConfigError(f"unknown configuration key '{name}'; {hint}")
+            raise ConfigError(f"unknown configuration key '{name}'; {nearest(key, fields, where)}")
         made[key] = _convert(hints[key], value, name)
     for name, each in fields.items():
         required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
         if required and name not in made:
             raise ConfigError(f"{where}{name}: expected a value, got none")
     return kind(**made)
+
+
+def nearest(key: str, known: Iterable[str], where: str = "") -> str:
+    """What to say to someone who wrote a name that there is not: the nearest one, or all where none is near.
+
+    Args:
+        key: What was written.
+        known: The names there are.
+        where: What stands before a name in the message.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"did you mean '{where}{near[0]}'?" if near else f"known keys: {', '.join(names)}"
 
 
 class _Text(str):

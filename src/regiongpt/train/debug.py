@@ -24,7 +24,7 @@ from regiongpt.model import weights
 from regiongpt.model.configuration import VISION_TOWERS
 from regiongpt.prompts import closed_set_suffix
 from regiongpt.regions import Region
-from regiongpt.train.config import ModelConfig, StageConfig, TrainConfig
+from regiongpt.train.config import ModelConfig, PlanConfig, StageConfig, TrainConfig
 from regiongpt.train.shapes import language_shape, tower_shape
 from regiongpt.train.starts import create_start, read_shape, save_whole
 from regiongpt.train.tokenizer import train_tokenizer
@@ -70,6 +70,7 @@ def debug_size(config: TrainConfig) -> TrainConfig:
             dev_items=2,
             answers=2,
         ),
+        plan=PlanConfig(gpu=config.plan.gpu),
         engine=replace(config.engine, pack_length=min(config.engine.pack_length, _POSITIONS)),
         language=_few_steps(config.language, 0.2),
         align=_few_steps(config.align),

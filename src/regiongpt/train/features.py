@@ -81,7 +81,7 @@ class FeatureStore:
     """
 
     features: np.ndarray
-    colours: list[dict[int, str]]
+    colours: Sequence[dict[int, str]]
 
     def row(self, index: int, view: int) -> torch.Tensor:
         """Features of one view: float32 (C, h, w)."""

@@ -46,6 +46,24 @@ def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:
         parameter.requires_grad_("lora_" in name)
 
 
+def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
+    """Says which parameters learn: refinement and connector always, the language model or adapters on it in some steps.
+
+    Args:
+        stage: ``language``, ``align``, ``stage1`` or ``stage2``.
+        model: RegionGPT; changed in place.
+        config: Of the adapters.
+
+    Returns:
+        Whether there are adapters, to be merged when the stage is done.
+    """
+    model.language_model.requires_grad_(stage in ("language", "stage2"))
+    if stage != "stage2" or not config.rank:
+        return False
+    add_adapters(model.language_model, config)
+    return True
+
+
 def merge_adapters(language_model: Any) -> None:
     """Adds what the adapters have learnt to the weights beside them, and takes the adapters out.
 

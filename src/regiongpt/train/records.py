@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from regiongpt.data.mixture import Drawn, Mixture
+from regiongpt.data.records import Record
 from regiongpt.errors import DataError, RegionError
 from regiongpt.images import load_image
 from regiongpt.model.processing import IGNORED
@@ -82,6 +83,19 @@ class RecordDataset(Dataset[Example]):
         except (DataError, RegionError) as error:
             raise DataError(f"{where}: {error}; `regiongpt inspect` checks all records of a folder") from error
         return example
+
+    def words(self, drawn: Drawn) -> tuple[Record, Example]:
+        """A record and its tokens and targets, as :meth:`encode` makes them, without a look at its image.
+
+        Raises:
+            DataError: There is nothing to learn in it.
+            RegionError: A placeholder has no region.
+        """
+        record = drawn.record()
+        messages = record.messages(self.mixture.seed, drawn.times, drawn.index)
+        weights = torch.zeros(len(record.regions) * self.processor.tokens_per_region, 1, 1)
+        where = f"{drawn.records.folder}, record {record.id}"
+        return record, self._encode_text(messages, weights, bool(record.image), where)
 
     def _encode_text(
         self, messages: list[dict[str, str]], weights: Tensor | None, with_image: bool, where: str

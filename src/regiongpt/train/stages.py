@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -26,26 +27,30 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from torch.utils.data import Dataset
+from transformers import LlamaForCausalLM, set_seed
 from transformers.utils import logging as transformers_logging
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.mixture import Mixture, open_mixture
-from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSampler
+from regiongpt.data.sampling import ConversationSampler
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
-from regiongpt.model.processing import IGNORED
-from regiongpt.prompts import COCO_80, REGION_TOKEN
 from regiongpt.train.alignment import ClassWords, stand_in_loss, visual_loss
 from regiongpt.train.config import StageConfig, TrainConfig, load_config
-from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts, isolate_turns
+from regiongpt.train.dataset import ConversationDataset, TextDataset, isolate_turns
 from regiongpt.train.debug import debug_size
 from regiongpt.train.features import build_features, keep_freed_memory
-from regiongpt.train.lora import add_adapters, merge_adapters
+from regiongpt.train.lesson import Loss
+from regiongpt.train.lora import choose_learners, merge_adapters
+from regiongpt.train.photographs import TEXT_LENGTH, documents_of, language_of, sampler_of, texts_of, tokenizer_of
+from regiongpt.train.plan import make_plan
+from regiongpt.train.processes import Processes, connect, launched
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
+from regiongpt.train.resuming import prepare_resuming, resume_of
 from regiongpt.train.starts import check_shape, create_start, needs_calibration, require_trained, save_whole
-from regiongpt.train.tokenizer import train_tokenizer
-from regiongpt.train.trainer import Loss, run_stage
+from regiongpt.train.trainer import run_stage
+from regiongpt.train.watch_answers import load_watched
 
 if TYPE_CHECKING:
     from regiongpt.model import RegionGPTProcessor
@@ -53,8 +58,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _IDENTITY = "records.json"
-Lessons = tuple[ConversationDataset | RecordDataset, Callable[[list[Any]], dict[str, Any]], Loss]
-"""The data set of a stage, what makes a batch of its examples, and the loss."""
+Lessons = tuple[ConversationDataset | RecordDataset, Dataset[Any] | None, Callable[[list[Any]], dict[str, Any]], Loss]
+"""The data set of a stage, that of its dev loss, what makes a batch of their examples, and the loss."""
 
 
 def run_cli(arguments: Sequence[str]) -> int:
@@ -72,19 +77,41 @@ def run_cli(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("config", help="recipe, a TOML file such as configs/nano.toml")
     parser.add_argument(
+        "--plan", action="store_true", help="say what the recipe takes - parameters, tokens, memory, days - and stop"
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="with --plan: the kind of GPU, such as a100-80gb or h100-sxm")
+    parser.add_argument("--gpus", metavar="N", help="with --plan: how many of them")
+    parser.add_argument("--json", action="store_true", help="with --plan: print it as JSON")
+    parser.add_argument(
         "--debug", action="store_true", help="run the recipe at a size that takes seconds, on pictures made up for it"
     )
     parser.add_argument(
         "--from-scratch", action="store_true", help="let stage 2 begin with an untrained refinement and connector"
     )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|never|FOLDER",
+        help="go on from the newest whole checkpoint (auto, the default), put what is there aside and begin anew "
+        "(never), or go on from the checkpoint in a folder such as runs/nano/stage2/checkpoint-200",
+    )
     options, overrides = parser.parse_known_args(arguments)
+    overrides += [f"--plan.gpu={options.gpu}"] if options.gpu else []
+    overrides += [f"--plan.gpus={options.gpus}"] if options.gpus else []
+    if not options.plan and (options.gpu or options.gpus or options.json):
+        raise ConfigError("--gpu, --gpus and --json go with --plan; give it too, or leave them out")
     overrides += ["--from_scratch=true"] if options.from_scratch else []
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    overrides += [f"--resume={options.resume}"] if options.resume else []
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     config = load_config(options.config, overrides)
     if options.debug:
         config = debug_size(config)
+    if options.plan:
+        plan = make_plan(config)
+        print(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
+        return 0
     print(train(config))
     return 0
 
@@ -105,6 +132,14 @@ def train(config: TrainConfig) -> Path:
 
     Paper: §3.2, §4
     """
+    if launched() > 1:
+        if not config.data.on_records:
+            raise ConfigError(
+                f"expected one process, since a recipe on photographs trains a small model, got {launched()}; several "
+                "processes train on records (data.mixture)"
+            )
+        connect()
+    prepare_resuming(config)
     if config.data.on_records:
         return _train_on_records(config)
     if not config.data.root:
@@ -116,7 +151,7 @@ def train(config: TrainConfig) -> Path:
     data = load_coco(photo_sources(Path(config.data.root), config.data.split))
     log.info("data: %s", data.report())
     images = data.images
-    sampler = ConversationSampler(ClassStatistics.of(images), config.data.mix or DEFAULT_MIX)
+    sampler = sampler_of(config, images)
 
     language = Path(config.model.language) if config.model.language else out / "language"
     if config.runs("language") and not (language / "config.json").exists():
@@ -144,7 +179,7 @@ def train(config: TrainConfig) -> Path:
             model.config.image_grid,
         )
         loss = partial(visual_loss, ClassWords(processor.tokenizer), stage.alignment, name != "align")
-        return dataset, _Collate(processor), loss
+        return dataset, dev_conversations(config, sampler, model, processor), _Collate(processor), loss
 
     finished = start
     for name, stage in (("align", config.align), ("stage1", config.stage1), ("stage2", config.stage2)):
@@ -158,6 +193,21 @@ def train(config: TrainConfig) -> Path:
         elif (out / name / "model").exists():
             finished = out / name / "model"
     return finished
+
+
+def dev_conversations(
+    config: TrainConfig, sampler: ConversationSampler, model: Any, processor: "RegionGPTProcessor"
+) -> ConversationDataset | None:
+    """One conversation about each of some dev photographs, the same ones at every measurement; None without any."""
+    if not config.data.dev_split or not config.watch.dev_steps:
+        return None
+    found = load_coco(photo_sources(Path(config.data.root), config.data.dev_split)).images
+    images = found[:: max(1, len(found) // config.watch.dev_items)][: config.watch.dev_items]
+    whole = replace(config.features, views=1)
+    store = build_features(Path(config.out) / "features-dev", images, model, processor, whole, config.seed)
+    return ConversationDataset(
+        images, store, sampler, processor, whole, config.seed, len(images), 1, 1.0, model.config.image_grid
+    )
 
 
 def _learn(
@@ -188,17 +238,31 @@ def _learn(
         # Adam's steps are lost in half precision, which a checkpoint may be stored in.
         model, processor = weights.load(start, dtype=torch.float32)
         model.train()
-        adapts = name == "stage2" and config.lora.rank > 0
-        model.language_model.requires_grad_(name == "stage2")
-        if adapts:
-            add_adapters(model.language_model, config.lora)
-        dataset, collate, loss = prepare(model, processor)
+        adapts = choose_learners(name, model, config.lora)
+        dataset, dev, collate, loss = prepare(model, processor)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info("%s: %d conversations, %.2f M trainable parameters", name, len(dataset), learning / 1e6)
-        run_stage(name, model, dataset, collate, loss, stage, folder, config.seed)
-        if adapts:
-            merge_adapters(model.language_model)
-        save_whole(finished, model, processor)
+        trainer = run_stage(
+            name,
+            model,
+            dataset,
+            collate,
+            loss,
+            stage,
+            folder,
+            config.seed,
+            engine=config.engine,
+            watch=config.watch,
+            dev=dev,
+            resume=resume_of(config, name),
+            processor=processor,
+            watched=load_watched(config.data, config.watch.answers, config.seed) if config.watch.answer_steps else (),
+        )
+        if trainer.processes.is_first:
+            if adapts:
+                merge_adapters(model.language_model)
+            save_whole(finished, model, processor)
+        trainer.processes.wait()
     return finished
 
 
@@ -228,16 +292,20 @@ def _train_on_records(config: TrainConfig) -> Path:
         _refuse_other_records(Path(config.out) / name, identities[name])
     keep_freed_memory()
     set_seed(config.seed)
-    finished = _start_on_records(config, stages[0][2])
+    processes = Processes()
+    finished = processes.from_first(lambda: _start_on_records(config, stages[0][2]))
+    dev = open_mixture(config.data.dev_mixture, config.data.root, config.seed) if config.data.dev_mixture else None
 
     def prepare(stage: StageConfig, mixture: Mixture, model: Any, processor: "RegionGPTProcessor") -> Lessons:
         items = max(1, round(stage.epochs * len(mixture)))
         longest = getattr(model.config.text_config, "max_position_embeddings", None)
-        return RecordDataset(mixture, processor, items, longest), RecordCollate(processor), answer_loss
+        measured = RecordDataset(dev, processor, min(config.watch.dev_items, len(dev)), longest) if dev else None
+        return RecordDataset(mixture, processor, items, longest), measured, RecordCollate(processor), answer_loss
 
     for name, stage, mixture in stages:
         folder = Path(config.out) / name
-        _note(folder, identities[name])
+        if processes.is_first:
+            _note(folder, identities[name])
         finished = _learn(config, name, stage, finished, folder, partial(prepare, stage, mixture))
     return finished
 
@@ -323,8 +391,9 @@ class _Collate:
         mask, positions = isolate_turns(turns)
         classes = pad_sequence([each["region_classes"] for each in examples], batch_first=True, padding_value=-1)
         cells = torch.stack([each["cell_classes"] for each in examples])
+        tasks = pad_sequence([each["tasks"] for each in examples], batch_first=True, padding_value=-1)
         shape = {"attention_mask": mask, "position_ids": positions}
-        return {**batch, **shape, "region_classes": classes, "cell_classes": cells}
+        return {**batch, **shape, "tasks": tasks, "region_classes": classes, "cell_classes": cells}
 
 
 def _collate_text(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -334,36 +403,11 @@ def _collate_text(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Te
 def _train_language(
     config: TrainConfig, images: Sequence[ImageAnnotations], sampler: ConversationSampler, folder: Path
 ) -> None:
-    shape = config.model
-    region_format = shape.region_format.replace(REGION_TOKEN, REGION_TOKEN * shape.region_grid**2)
-    texts = list(conversation_texts(images, sampler, region_format, config.seed))
-    plain = (f"{text.given}{text.learnt}".replace(REGION_TOKEN, "") for text in texts)
-    tokenizer = train_tokenizer(plain, shape.vocab_size, shape.max_length)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.mlp_size,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.heads,
-            max_position_embeddings=shape.max_length,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    given = tokenizer([text.given for text in texts])["input_ids"]
-    learnt = tokenizer([text.learnt for text in texts])["input_ids"]
-    region = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
-    documents = []
-    for text, before, after in zip(texts, given, learnt, strict=True):
-        answer = [*after, tokenizer.eos_token_id]
-        classes = iter([COCO_80.index(name) for name in text.categories])
-        stand_ins = [next(classes) if token == region else -1 for token in before] + [-1] * len(answer)
-        documents.append((before + answer, [IGNORED] * len(before) + answer, stand_ins))
-    tokens, length = sum(len(ids) for ids, *_ in documents), 128
+    texts = texts_of(config, images, sampler)
+    tokenizer = tokenizer_of(texts, config.model)
+    model = LlamaForCausalLM(language_of(config.model, tokenizer))
+    documents = documents_of(texts, tokenizer)
+    tokens, length = sum(len(ids) for ids, *_ in documents), TEXT_LENGTH
     log.info(
         "language: %d documents, %.2f M tokens, %.2f M parameters",
         len(documents),
@@ -380,5 +424,8 @@ def _train_language(
         config.language,
         folder.with_name("language-checkpoints"),
         config.seed,
+        engine=config.engine,
+        watch=config.watch,
+        resume=resume_of(config, "language"),
     )
     save_whole(folder, model, tokenizer)

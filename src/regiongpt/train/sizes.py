@@ -1,0 +1,327 @@
+"""What one image, region, token and target cost a model: arithmetic and memory, found by running it without numbers.
+
+The network's own code runs on tensors that have a shape and no content, so that what is counted is what will be
+computed, whatever the tower and the language model. The language model is run with one layer and with two, at two
+lengths; its layers are alike, and its cost is a polynomial of the length. Seconds for a model of any size.
+
+Shapes: T tokens, D language model width, R regions.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from regiongpt.errors import ConfigError
+from regiongpt.model.modeling import Connector
+from regiongpt.model.refinement import Refinement
+from regiongpt.train.config import LoraConfig
+from regiongpt.train.lora import add_adapters
+
+_LENGTHS = (64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCosts:
+    """Arithmetic of the language model over a row of T tokens, all layers: ``linear * T + square * T**2`` FLOPs.
+
+    Attributes:
+        linear: Of the matrices, forward and back.
+        square: Of attention.
+        again: What of ``linear`` is the forward pass, which gradient checkpointing computes twice.
+        again_square: Likewise of ``square``.
+    """
+
+    linear: float = 0.0
+    square: float = 0.0
+    again: float = 0.0
+    again_square: float = 0.0
+
+    def row(self, tokens: float, twice: bool = False) -> float:
+        """FLOPs of a row of so many tokens; ``twice`` with gradient checkpointing."""
+        extra = self.again * tokens + self.again_square * tokens**2 if twice else 0.0
+        return self.linear * tokens + self.square * tokens**2 + extra
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """FLOPs of a stage, forward and back, for one of each.
+
+    Attributes:
+        tower: An image through the frozen tower; forward alone.
+        image: Its refinement and connector.
+        region: A region's pooling and connector.
+        layers: The language model but for its head.
+        head: A target through the head.
+    """
+
+    tower: float = 0.0
+    image: float = 0.0
+    region: float = 0.0
+    layers: LayerCosts = LayerCosts()
+    head: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Bytes that the forward pass keeps for the backward one.
+
+    Attributes:
+        layer: For a layer, whatever the tokens: copies of its weights in another precision.
+        layer_token: For a token in a layer.
+        outside: Likewise outside the layers.
+        outside_token: Likewise.
+        between: For a token between two layers, all that gradient checkpointing keeps of a layer.
+        target: For a target, in the head.
+        layers: How many layers there are.
+    """
+
+    layer: float = 0.0
+    layer_token: float = 0.0
+    outside: float = 0.0
+    outside_token: float = 0.0
+    between: float = 0.0
+    target: float = 0.0
+    layers: int = 0
+
+    def language(self, tokens: float, checkpointing: bool, sharded: bool) -> float:
+        """Bytes at the end of the forward pass of so many tokens, over all rows.
+
+        Args:
+            tokens: In all rows together.
+            checkpointing: Whether one layer at a time is kept whole.
+            sharded: Whether copies of weights are put together for a layer and given up again.
+        """
+        one = self.layer_token * tokens + (0.0 if sharded else self.layer)
+        outside = self.outside_token * tokens + self.outside
+        if checkpointing:
+            return outside + self.layers * self.between * tokens + one
+        return outside + self.layers * one
+
+
+def count(run: Callable[[], Any]) -> int:
+    """FLOPs of what a function computes."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def visual_costs(model: Any, with_tower: bool) -> dict[str, float]:
+    """``tower``, ``image`` and ``region`` of :class:`Costs`.
+
+    Args:
+        model: RegionGPT on the meta device.
+        with_tower: Whether the tower runs, rather than having run.
+    """
+    config = model.config
+    side = config.image_size
+    pixels = torch.zeros(1, 3, side, side, device="meta")
+    features = torch.zeros(1, config.vision_config.hidden_size, *config.tower_grid, device="meta")
+    with torch.no_grad():
+        refined = model.refine(features)
+    refined.requires_grad_()
+    weights = torch.zeros(1, 1, *config.refined_grid, device="meta")
+
+    def run(make: Callable[[], Tensor]) -> int:
+        return count(lambda: _backward(make()))
+
+    return {
+        "tower": count(lambda: model.encode_image(pixels)) if with_tower else 0,
+        "image": run(lambda: model.image_features(model.refine(features))),
+        "region": run(lambda: model.region_features(refined, weights)),
+    }
+
+
+def language_costs(text_config: Any, trained: bool, lora: LoraConfig | None = None) -> tuple[LayerCosts, float]:
+    """``layers`` and ``head`` of :class:`Costs`.
+
+    Args:
+        text_config: Of the language model.
+        trained: Whether its own weights learn.
+        lora: Its adapters, if they learn in place of them.
+    """
+    return _language_costs(text_config.to_json_string(use_diff=False), trained, lora)
+
+
+@lru_cache(maxsize=16)
+def _language_costs(shape: str, trained: bool, lora: LoraConfig | None) -> tuple[LayerCosts, float]:
+    text_config = AutoConfig.for_model(**json.loads(shape))
+    forward: dict[tuple[int, int], int] = {}
+    both: dict[tuple[int, int], int] = {}
+    for layers in (1, 2):
+        with torch.device("meta"):
+            base = _base(_shallow(text_config, layers, trained, lora))
+        for tokens in _LENGTHS:
+            embeds = torch.zeros(1, tokens, text_config.hidden_size, device="meta", requires_grad=True)
+            forward[layers, tokens] = count(partial(_hidden, base, embeds))
+            both[layers, tokens] = count(partial(_there_and_back, base, embeds))
+    linear, square = _polynomial(both, text_config.num_hidden_layers)
+    again, again_square = _polynomial(forward, text_config.num_hidden_layers)
+    costs = LayerCosts(linear=linear, square=square, again=again, again_square=again_square)
+    # A target's row of logits, its gradient, and the gradient of the head where that learns.
+    head = 2 * text_config.hidden_size * text_config.vocab_size * (3 if trained else 2)
+    return costs, float(head)
+
+
+def kept_bytes(text_config: Any, trained: bool, precision: str, lora: LoraConfig | None = None) -> Kept:
+    """Bytes that the language model keeps; see :func:`language_costs`.
+
+    Args:
+        text_config: Of the language model.
+        trained: Whether its own weights learn.
+        precision: ``fp32`` or ``bf16``, as training takes it.
+        lora: Its adapters, if they learn in place of them.
+    """
+    return _kept_bytes(text_config.to_json_string(use_diff=False), trained, precision, lora)
+
+
+@lru_cache(maxsize=16)
+def _kept_bytes(shape: str, trained: bool, precision: str, lora: LoraConfig | None) -> Kept:
+    text_config = AutoConfig.for_model(**json.loads(shape))
+    kept: dict[tuple[int, int], int] = {}
+    for layers in (1, 2):
+        with torch.device("meta"):
+            model = _shallow(text_config, layers, trained, lora)
+        with FakeTensorMode():
+            _put_on_cpu(model)
+            for tokens in _LENGTHS:
+                embeds = torch.zeros(1, tokens, text_config.hidden_size, requires_grad=True)
+                kept[layers, tokens] = _saved(model, precision, partial(_hidden, _base(model), embeds))
+    head = model.get_output_embeddings()
+    with FakeTensorMode():
+        _put_on_cpu(head)
+        targets = {count: _saved(head, precision, partial(_answer, head, count)) for count in _LENGTHS}
+    (short, long), span = _LENGTHS, _LENGTHS[1] - _LENGTHS[0]
+    slope = {n: (kept[n, long] - kept[n, short]) / span for n in (1, 2)}
+    constant = {n: kept[n, short] - slope[n] * short for n in (1, 2)}
+    # The gradient of the logits is there together with what was kept.
+    gradient = 4 * text_config.vocab_size
+    target = (targets[long] - targets[short]) / span
+    return Kept(
+        layer=max(0.0, constant[2] - constant[1]),
+        layer_token=slope[2] - slope[1],
+        outside=max(0.0, 2 * constant[1] - constant[2]) + targets[short] - target * short,
+        outside_token=max(0.0, 2 * slope[1] - slope[2]),
+        between=4.0 * text_config.hidden_size,
+        target=target + gradient,
+        layers=text_config.num_hidden_layers,
+    )
+
+
+def kept_by_image(config: Any, precision: str) -> float:
+    """Bytes that refinement and connector keep for one image, and one region in it.
+
+    Args:
+        config: RegionGPT's.
+        precision: ``fp32`` or ``bf16``, as training takes it.
+    """
+    with FakeTensorMode():
+        refinement, connector = Refinement(config), Connector(config)
+        features = torch.zeros(1, config.vision_config.hidden_size, *config.tower_grid)
+        weights = torch.zeros(1, 1, *config.refined_grid)
+
+        def run() -> Tensor:
+            refined = refinement(features)
+            image, region = refinement.pool_image(refined), refinement.pool_regions(refined, weights)
+            total: Tensor = connector(image).sum() + connector(region).sum()
+            return total
+
+        return float(_saved(nn.ModuleList([refinement, connector]), precision, run))
+
+
+def _polynomial(flops: dict[tuple[int, int], int], layers: int) -> tuple[float, float]:
+    """Coefficients of T and T**2 for so many layers, of the FLOPs by layers and tokens."""
+    short, long = _LENGTHS
+    by_length = {t: flops[1, t] + (layers - 1) * (flops[2, t] - flops[1, t]) for t in _LENGTHS}
+    square = (by_length[long] / long - by_length[short] / short) / (long - short)
+    return by_length[short] / short - square * short, square
+
+
+def _shallow(text_config: Any, layers: int, trained: bool, lora: LoraConfig | None) -> Any:
+    """The language model with so few of its layers, which are alike, on the device at hand."""
+    config = copy.deepcopy(text_config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config._attn_implementation = "sdpa"
+    model = AutoModelForCausalLM.from_config(config)
+    model.requires_grad_(trained)
+    if lora is not None and lora.rank:
+        add_adapters(model, lora)
+    return model.train()
+
+
+def _put_on_cpu(module: nn.Module) -> None:
+    """Gives a module on the meta device tensors of a CPU, without content: autocast knows no other device's.
+
+    Not by ``Module.to``, which does not take such tensors.
+    """
+    for part in module.modules():
+        for name, tensor in part.named_parameters(recurse=False):
+            fresh = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            part.register_parameter(name, nn.Parameter(fresh, requires_grad=tensor.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
+
+
+def _base(model: Any) -> Any:
+    return getattr(model, model.base_model_prefix)
+
+
+def _hidden(base: Any, embeds: Tensor) -> Tensor:
+    """What the head gets. The mask is given whole: without one, the library looks at the numbers of the positions."""
+    tokens = embeds.shape[1]
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=embeds.device)
+    try:
+        hidden: Tensor = base(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--plan: expected a language model that runs without numbers, got {type(base).__name__}, which looks at "
+            f"them: {error}"
+        ) from error
+    return hidden
+
+
+def _there_and_back(base: Any, embeds: Tensor) -> None:
+    _backward(_hidden(base, embeds))
+
+
+def _backward(outputs: Tensor) -> None:
+    torch.autograd.backward(outputs.sum())
+
+
+def _answer(head: Any, targets: int) -> Tensor:
+    """The loss of so many targets."""
+    hidden = torch.zeros(targets, head.in_features, requires_grad=True)
+    return F.cross_entropy(head(hidden).float(), torch.zeros(targets, dtype=torch.long), reduction="sum")
+
+
+def _saved(module: nn.Module, precision: str, run: Callable[[], Tensor]) -> int:
+    """Bytes of what a function keeps for its backward pass, the module's own weights not among them."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    found: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            found[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # else another storage could take its place
+        return tensor
+
+    half = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    with saved_tensors_hooks(note, lambda tensor: tensor), half:
+        result = run()
+    del result
+    return sum(found.values())
