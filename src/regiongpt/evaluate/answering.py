@@ -1,8 +1,10 @@
 """The questions of a benchmark put to a model, image by image, and its answers as plain json."""
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from regiongpt.errors import RegionGPTError
 from regiongpt.evaluate.store import digest
@@ -10,7 +12,13 @@ from regiongpt.evaluate.task import Answer, Item
 from regiongpt.images import load_image
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from regiongpt.inference import RegionPredictor
+    from regiongpt.inference.engine import Engine, Prompt, Scene
+
+SHORT: Final = 16
+"""Tokens up to which an answer is one of a closed set, whose probability is worth another pass."""
 
 
 def question_key(model: str, image: str, item: Item) -> str:
@@ -44,45 +52,126 @@ def from_json(values: dict[str, Any]) -> Answer:
     )
 
 
-def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """Answers the items of one image, which is encoded once.
+def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[dict[str, Any]]:
+    """Answers the items of one image, which is encoded once; their questions run as a batch behind it.
 
     Args:
         predictor: The model.
         items: All of the same image file.
 
-    Yields:
-        Each item with its answer as plain json; ``{"refused": why}`` where the question does not fit the model's
-        context.
+    Returns:
+        The answer to each as plain json; ``{"refused": why}`` where the question does not fit the model's context.
 
     Raises:
         DataError: The image cannot be read, or a question makes no sense.
         RegionError: A region does not fit the image.
     """
-    from regiongpt.inference.engine import TooLong
+    engine = predictor.engine
+    scene = engine.look(load_image(items[0].image))
+    answering = _Image(engine, scene, items)
+    scores = answering.scores()
+    texts = answering.texts()
+    found = []
+    for place in range(len(items)):
+        if place in answering.refused:
+            found.append({"refused": answering.refused[place]})
+            continue
+        likelihoods, text = scores.get(place), texts.get(place)
+        shares = tuple(likelihoods.softmax(-1).tolist()) if likelihoods is not None else None
+        known = answering.probability(place, text, likelihoods) if text is not None else None
+        found.append(to_json(Answer(text=text, probability=known, scores=shares)))
+    return found
 
-    predictor.set_image(load_image(items[0].image))
-    for item in items:
+
+class _Image:
+    """The items of one encoded image."""
+
+    def __init__(self, engine: "Engine", scene: "Scene", items: Sequence[Item]) -> None:
+        self.engine, self.scene, self.items = engine, scene, items
+        self.refused: dict[int, str] = {}
+        self.pooled = self._pool()
+
+    def _pool(self) -> list["Tensor"]:
+        """Features of each item's regions, all pooled together."""
+        import torch
+
+        from regiongpt.inference.engine import check_regions
+
+        for item in self.items:
+            with _naming(item):
+                check_regions(item.regions, self.scene.width, self.scene.height)
+        pooled = self.engine.pool(self.scene, [region for item in self.items for region in item.regions])
+        rows = self.engine.processor.tokens_per_region
+        return list(torch.split(pooled, [rows * len(item.regions) for item in self.items]))
+
+    def scores(self) -> dict[int, "Tensor"]:
+        """Log likelihoods of its choices by item; items with the same question and choices run together."""
+        alike: dict[tuple[str, tuple[str, ...], int], list[int]] = {}
+        for place, item in enumerate(self.items):
+            if item.choices:
+                alike.setdefault((item.question, item.choices, len(item.regions)), []).append(place)
+        found: dict[int, Tensor] = {}
+        for (_, choices, _), places in alike.items():
+            rows = self._likelihoods(places, choices)
+            found |= dict(zip(places, rows, strict=True)) if rows is not None else {}
+        return found
+
+    def texts(self) -> dict[int, str]:
+        """The free answers by item."""
+        from regiongpt.inference.engine import Options, TooLong, question_turns
+
+        ready: dict[tuple[str, int, int], Prompt] = {}
+        asked: list[tuple[Scene, Prompt, Options]] = []
+        places = []
+        for place, item in enumerate(self.items):
+            if not item.generate or place in self.refused:
+                continue
+            key = (item.question, len(item.regions), item.max_new_tokens)
+            try:
+                if key not in ready:
+                    with _naming(item):
+                        ready[key] = self.engine.prompt(
+                            question_turns((), item.question),
+                            self.pooled[place],
+                            len(item.regions),
+                            item.max_new_tokens,
+                        )
+            except TooLong as error:
+                self.refused[place] = str(error)
+                continue
+            prompt = replace(ready[key], pooled=self.pooled[place])
+            asked.append((self.scene, prompt, Options(max_new_tokens=item.max_new_tokens)))
+            places.append(place)
+        return {places[number]: answer.text for number, answer in self.engine.answers(asked)}
+
+    def probability(self, place: int, text: str, likelihoods: "Tensor | None") -> float | None:
+        """Of a free answer and its end; None for long ones, whose probability no protocol asks for."""
+        item = self.items[place]
+        if likelihoods is not None and text in item.choices:
+            return min(1.0, math.exp(float(likelihoods[item.choices.index(text)])))
+        if item.max_new_tokens > SHORT or not text:
+            return None
+        rows = self._likelihoods([place], (text,))
+        return min(1.0, math.exp(float(rows[0, 0]))) if rows is not None else None
+
+    def _likelihoods(self, places: Sequence[int], answers: tuple[str, ...]) -> "Tensor | None":
+        """Log likelihoods (B, A) of answers to items with the same question; None where it does not fit the context."""
+        from regiongpt.inference.closed_set import answer_scores
+        from regiongpt.inference.engine import TooLong, question_turns
+
+        turns = question_turns((), self.items[places[0]].question)
         try:
-            yield item, to_json(_answer(predictor, item))
+            with _naming(self.items[places[0]]):
+                return answer_scores(self.engine, self.scene, turns, [self.pooled[each] for each in places], answers)
         except TooLong as error:
-            yield item, {"refused": str(error)}
-        except RegionGPTError as error:
-            raise type(error)(f"{item.image.name}, item {item.id}: {error}") from error
+            self.refused |= dict.fromkeys(places, str(error))
+            return None
 
 
-def _answer(predictor: "RegionPredictor", item: Item) -> Answer:
-    from regiongpt.inference.closed_set import score_answers
-    from regiongpt.inference.engine import question_turns
-
-    answer = Answer()
-    if item.choices:
-        engine, scene = predictor.engine, predictor._here()
-        pooled = [engine.pool(scene, item.regions)]
-        turns = question_turns((), item.question)
-        row = score_answers(engine, scene, turns, pooled, item.choices, False)[0]
-        answer = replace(answer, scores=tuple(row))
-    if item.generate:
-        said = predictor.ask(item.question, item.regions, max_new_tokens=item.max_new_tokens)
-        answer = replace(answer, text=said.text)
-    return answer
+@contextmanager
+def _naming(item: Item) -> Iterator[None]:
+    """Says in which item a mistake is."""
+    try:
+        yield
+    except RegionGPTError as error:
+        raise type(error)(f"{item.image.name}, item {item.id}: {error}") from error

@@ -151,12 +151,9 @@ class Runner:
         if self._predictor is None:
             self._predictor = self._load()
         for image in work:
-            keys = {id(item): key for key, item in image}
-            answers: dict[str, dict[str, Any]] = {}
-            for item, answer in answer_image(self._predictor, [item for _, item in image]):
-                answers[keys[id(item)]] = answer
-                yield
-            self.store.add(answers)
+            answers = answer_image(self._predictor, [item for _, item in image])
+            self.store.add({key: answer for (key, _), answer in zip(image, answers, strict=True)})
+            yield from (None for _ in image)
 
     def _name(self, task: str) -> str:
         return task if self.processes.count == 1 else f"{task}, process 1 of {self.processes.count}"
