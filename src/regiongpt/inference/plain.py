@@ -87,7 +87,10 @@ class PlainPrefix(Prefix):
         if length <= 0 or not getattr(self.state, "is_croppable", False):
             return None
         state = copy.deepcopy(self.state)
-        state.crop(self.tokens - length)
+        try:
+            state.crop(length - self.tokens)
+        except RuntimeError:  # a window has dropped what would be needed again
+            return None
         return PlainPrefix(state=state, tokens=length)
 
 

@@ -145,6 +145,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
         self.lengths.append(0)
         return len(self.lengths) - 1
 
+    @torch.inference_mode()
     def remove(self, row: int) -> None:
         """End a sequence. The last one takes its row."""
         last = len(self.lengths) - 1
@@ -164,6 +165,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
         prefix = self.prefixes[row]
         return self.lengths[row] + (prefix.length if prefix else 0)
 
+    @torch.inference_mode()
     def keep(self, row: int, onto: Prefix | None = None) -> Prefix | None:
         """The tokens of a sequence as a prefix for others.
 
@@ -281,12 +283,17 @@ class _Plan:
             columns_n = torch.arange(self.widest, device=self.device)
             query_Rn = self.starts_R[:, None] + columns_n
             seen = places_S <= query_Rn[:, :, None]
+            key_RS = places_S.expand(self.n_rows, -1)
             if self.tree is not None:
+                tree = self.tree.to(self.device)
                 new_RS = places_S - self.starts_R[:, None]
-                within_RnS = self.tree.to(self.device)[:, new_RS.clamp(0, self.widest - 1)].transpose(0, 1)
-                seen = (new_RS < 0)[:, None] | (within_RnS & (new_RS < self.widest)[:, None])
-            if window is not None:  # a tree with a window is refused where the step begins
-                seen = seen & (places_S > query_Rn[:, :, None] - window)
+                node_RS = new_RS.clamp(0, self.widest - 1)
+                seen = (new_RS < 0)[:, None] | (tree[:, node_RS].transpose(0, 1) & (new_RS < self.widest)[:, None])
+                depth_n = tree.sum(1) - 1
+                query_Rn = self.starts_R[:, None] + depth_n
+                key_RS = torch.where(new_RS < 0, key_RS, self.starts_R[:, None] + depth_n[node_RS])
+            if window is not None:
+                seen = seen & (key_RS[:, None] > query_Rn[:, :, None] - window)
             mask = torch.zeros(seen.shape, dtype=dtype, device=self.device)
             self._masks[key] = mask.masked_fill_(~seen, float("-inf"))[:, None]
         return self._masks[key]
@@ -367,8 +374,6 @@ def shared_prefix_attention(
     plan = step.on(query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = sliding_window if sliding_window is not None and plan.reach > sliding_window else None
-    if window is not None and plan.tree is not None:
-        raise NotImplementedError("a tree of answers longer than a sliding window")
     query_HNE = query[0]
     out_HNE, lse_HN = _own(plan, query_HNE, layer, scale, softcap, window)
     heads, key_heads = query_HNE.shape[0], layer.keys.shape[1]

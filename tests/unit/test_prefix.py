@@ -1,0 +1,252 @@
+"""Many sequences behind a shared beginning against each run plainly by itself, for many kinds of language models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from regiongpt.errors import ConfigError
+from regiongpt.inference.decoder import Decoder
+from regiongpt.inference.plain import PlainDecoder, decoder_for
+from regiongpt.inference.prefix import Prefix
+
+WORDS = 90
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 2}
+WINDOW = {**GROUPED, "head_dim": 8, "sliding_window": 8}
+SHARING: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, grouped": ("llama", GROUPED),
+    "mistral, window of 8": ("mistral", {**GROUPED, "sliding_window": 8}),
+    "qwen2, one key head": ("qwen2", {"num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {**GROUPED, "head_dim": 8}),
+    "gemma2, capped scores": ("gemma2", WINDOW),
+    "gemma3": ("gemma3_text", WINDOW),
+    "phi3": ("phi3", GROUPED),
+    "gpt_neox": ("gpt_neox", {}),
+    "opt, learnt positions": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "olmo2": ("olmo2", GROUPED),
+    "mixtral": ("mixtral", {**GROUPED, "num_local_experts": 4}),
+    "gpt_oss, sinks": ("gpt_oss", {**WINDOW, "num_local_experts": 4}),
+}
+COPYING: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom, a bias of its own": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "llama4, chunks of 8": (
+        "llama4_text",
+        {**GROUPED, "head_dim": 8, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    ),
+    "deepseek_v3, compressed keys": (
+        "deepseek_v3",
+        {
+            **{"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+            **{"moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
+            **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+        },
+    ),
+}
+
+
+def language_model(kind: str, options: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SHAPE, **options})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+class Words:
+    """Random words of a model, as embeddings."""
+
+    def __init__(self, model: Any, seed: int = 0) -> None:
+        self.table = model.get_input_embeddings()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, count: int) -> Tensor:
+        with torch.inference_mode():
+            embeds: Tensor = self.table(torch.randint(3, WORDS, (count,), generator=self.generator))
+        return embeds
+
+
+@torch.inference_mode()
+def plainly(model: Any, embeds_TD: Tensor) -> Tensor:
+    logits: Tensor = model(inputs_embeds=embeds_TD[None], use_cache=False).logits[0]
+    return logits
+
+
+def assert_alike(model: Any, texts: Sequence[Tensor], last_RV: Tensor) -> None:
+    for text, logits in zip(texts, last_RV, strict=True):
+        torch.testing.assert_close(logits, plainly(model, text)[-1], rtol=1e-4, atol=1e-4)
+
+
+def walk(decoder: Decoder) -> None:
+    """Prefixes of several kinds, suffixes of several lengths, steps, a sequence that leaves, one that is kept."""
+    model, words = decoder.model, Words(decoder.model)
+    beginnings = [words(13), words(7)]
+    long, short = (decoder.read(each) for each in beginnings)
+    more = words(5)
+    longer = decoder.read(more, parent=long)
+    cache = decoder.cache()
+    prefixes: list[Prefix | None] = [long, short, longer, None, long]
+    before = [*beginnings, torch.cat([beginnings[0], more]), words(0), beginnings[0]]
+    suffixes = [words(count) for count in (3, 11, 1, 6, 11)]
+    rows = [cache.add(prefix) for prefix in prefixes]
+    texts = [torch.cat(pair) for pair in zip(before, suffixes, strict=True)]
+    assert_alike(model, texts, decoder.forward(cache, torch.cat(suffixes), rows, [len(s) for s in suffixes]))
+    for step in range(3):
+        new = words(len(rows))
+        texts = [torch.cat([text, word[None]]) for text, word in zip(texts, new, strict=True)]
+        assert_alike(model, texts, decoder.forward(cache, new, rows, [1] * len(rows)))
+        if step == 1:
+            cache.remove(1)
+            texts[1] = texts.pop()
+            rows.pop()
+    some = [words(2), words(4)]
+    expected = [torch.cat([texts[1], some[0]]), torch.cat([texts[3], some[1]])]
+    assert_alike(model, expected, decoder.forward(cache, torch.cat(some), [1, 3], [2, 4], keep=False))
+    kept = cache.keep(2, onto=long)
+    assert kept is not None
+    assert kept.length == len(texts[2])
+    for prefix, length in ((kept, kept.length), (kept.crop(15), 15)):
+        if prefix is None:  # a cache with a window cannot be cut
+            assert not decoder.shares
+            continue
+        again, new = decoder.cache(), words(3)
+        row = again.add(prefix)
+        text = torch.cat([texts[2][:length], new])
+        assert_alike(model, [text], decoder.forward(again, new, [row], [3]))
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_a_shared_prefix_gives_the_logits_of_plain_passes(name):
+    decoder = decoder_for(language_model(*SHARING[name]))
+    assert decoder.shares
+    walk(decoder)
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_a_model_that_cannot_share_gets_copies(name, caplog):
+    decoder = decoder_for(language_model(*COPYING[name]))
+    assert isinstance(decoder, PlainDecoder)
+    assert "gets a copy" in caplog.text
+    walk(decoder)
+    with pytest.raises(ConfigError, match="tree"):
+        decoder.forward(decoder.cache(), torch.zeros(1, 32), [0], [1], tree=torch.ones(1, 1, dtype=torch.bool))
+
+
+def test_a_model_without_a_cache_is_refused():
+    model = language_model("llama", {})
+    decoder = PlainDecoder(model)
+    model.forward = lambda **_: {"logits": torch.zeros(1, 1, WORDS)}
+    cache = decoder.cache()
+    with pytest.raises(ConfigError, match="past_key_values"):
+        decoder.forward(cache, torch.zeros(1, 32), [cache.add()], [1])
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, grouped", "gemma2, capped scores", "mistral, window of 8"])
+def test_trees_of_tokens(name):
+    model = language_model(*SHARING[name])
+    decoder, words = Decoder(model), Words(model)
+    beginning, suffixes = words(13), [words(4), words(9), words(1)]
+    prefix, cache = decoder.read(beginning), decoder.cache()
+    rows = [cache.add(prefix) for _ in suffixes]
+    decoder.forward(cache, torch.cat(suffixes), rows, [len(s) for s in suffixes])
+    parents = [None, 0, 1, 1, 0, None, 5]
+    nodes, tree = words(len(parents)), torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent is not None:
+            tree[node] |= tree[parent]
+    for _ in range(2):  # a tree leaves nothing behind
+        logits = decoder.forward(
+            cache, nodes.repeat(3, 1), rows, [len(nodes)] * 3, tree=tree, keep=False, logits=range(3 * len(nodes))
+        ).view(3, len(nodes), -1)
+        for suffix, found in zip(suffixes, logits, strict=True):
+            for node in range(len(nodes)):
+                path = torch.cat([beginning, suffix, nodes[tree[node]]])
+                torch.testing.assert_close(found[node], plainly(model, path)[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Decoder:
+    return Decoder(language_model(*SHARING["llama, grouped"]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prefix=st.integers(1, 40),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9),
+    steps=st.integers(0, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_any_lengths(llama, prefix, lengths, steps, seed):
+    words = Words(llama.model, seed)
+    beginning, suffixes = words(prefix), [words(length) for length in lengths]
+    cache, shared = llama.cache(), llama.read(beginning)
+    rows = [cache.add(shared) for _ in suffixes]
+    texts = [torch.cat([beginning, suffix]) for suffix in suffixes]
+    assert_alike(llama.model, texts, llama.forward(cache, torch.cat(suffixes), rows, lengths))
+    for _ in range(steps):
+        new = words(len(rows))
+        texts = [torch.cat([text, word[None]]) for text, word in zip(texts, new, strict=True)]
+        assert_alike(llama.model, texts, llama.forward(cache, new, rows, [1] * len(rows)))
+
+
+def test_the_prefix_is_stored_once(llama):
+    words = Words(llama.model)
+    prefix = llama.read(words(200))
+    sizes = []
+    for count in (2, 20):
+        cache = llama.cache()
+        rows = [cache.add(prefix) for _ in range(count)]
+        llama.forward(cache, words(count * 3), rows, [3] * count)
+        assert all(other is prefix for other in cache.prefixes)
+        sizes.append(cache.nbytes)
+    assert sizes[1] == 10 * sizes[0]
+    # 2 layers of keys and values, 2 heads of 8, in float32; 64 places are made at a time.
+    assert prefix.nbytes == 2 * 2 * 200 * 2 * 8 * 4
+    assert sizes[0] == 2 * 2 * 2 * 64 * 2 * 8 * 4
+
+
+def test_the_model_keeps_its_own_attention(llama):
+    words = Words(llama.model)
+    text = words(9)
+    before = plainly(llama.model, text)
+    llama.read(text)
+    assert llama.model.config._attn_implementation == "eager"
+    assert torch.equal(plainly(llama.model, text), before)
+    with pytest.raises(NotImplementedError, match="no hands"):
+        raise_in_forward(llama, words)
+    assert llama.model.config._attn_implementation == "eager"
+
+
+def raise_in_forward(decoder: Decoder, words: Words) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("no hands")
+
+    handle = decoder.model.model.layers[0].register_forward_pre_hook(fail)
+    try:
+        decoder.read(words(2))
+    finally:
+        handle.remove()
+
+
+def test_a_cache_is_filled_by_its_decoder_alone(llama):
+    with pytest.raises(RuntimeError, match=r"Decoder\.forward"):
+        llama.model(inputs_embeds=Words(llama.model)(2)[None], past_key_values=llama.cache(), use_cache=True)
