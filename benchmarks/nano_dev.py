@@ -3,15 +3,15 @@
     python benchmarks/nano_dev.py --data ../shared/data/coco_photos --out nano_dev.json
 
 Answers are generated greedily and read as text; nothing holds the model to a list. Each image goes through the tower
-once and each set of regions is pooled once; then the questions of all images run in batches of equal length, so no
-answer depends on padding. The tables' rules are in ``nano_metrics.py``.
+once and each set of regions is pooled once; then all questions, image by image, are answered in one batch that they
+enter and leave. The tables' rules are in ``nano_metrics.py``.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from regiongpt.data.facts import colours_of
 from regiongpt.data.sampling import DevQuestion, dev_questions
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
-from regiongpt.inference.engine import Engine, Options, Scene, pick_device, pick_dtype
+from regiongpt.inference.engine import Engine, Options, Prompt, Scene, pick_device, pick_dtype
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80, NO_MATCH, region_answer
 from regiongpt.train.features import keep_freed_memory
@@ -107,29 +107,31 @@ def prepare(
                 prompt = engine.encode(each.messages, len(each.regions))
                 encoded[key] = (prompt["input_ids"].tolist(), prompt["region_ids"].tolist())
             ids, rows = encoded[key]
-            own, pooled = pooled[: len(each.regions)], pooled[len(each.regions) :]
+            size = len(each.regions) * engine.processor.tokens_per_region
+            own, pooled = pooled[:size], pooled[size:]
             ready[task][place] = Ready(asked=each, scene=scene, pooled=own, ids=ids, rows=rows)
         progress.add()
     return {task: [found[place] for place in range(len(found))] for task, found in ready.items()}
 
 
-def answer_all(engine: Engine, task: str, ready: Sequence[Ready], batch: int) -> list[str]:
+def answer_all(engine: Engine, task: str, ready: Sequence[Ready]) -> list[str]:
     """Greedy answers, in the order of the questions."""
     tokenize = engine.processor.tokenizer
     room = max([ROOM[task], *(len(tokenize(text)["input_ids"]) + 2 for text in CLOSED.get(task, ()))])
-    by_length: dict[int, list[int]] = {}
-    for place, each in enumerate(ready):
-        by_length.setdefault(len(each.ids), []).append(place)
     texts = [""] * len(ready)
     progress = Progress(task, len(ready), "answers")
-    for length, places in sorted(by_length.items()):
-        fits = engine.room(length, room)
-        for start in range(0, len(places), batch):
-            chunk = places[start : start + batch]
-            embeds = torch.cat([engine.embed(r.scene, r.ids, r.rows, [r.pooled]) for r in (ready[k] for k in chunk)])
-            for place, tokens in zip(chunk, engine.generate(embeds, Options(max_new_tokens=fits), fits), strict=True):
-                texts[place] = engine.read(tokens, len(ready[place].asked.regions), (), 0.0).text
-            progress.add(len(chunk))
+
+    def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
+        for before, each in zip([None, *ready], ready, strict=False):
+            if before is not None and before.scene is not each.scene:
+                before.scene.begun.clear()  # the questions come image by image: no more of that one
+            n_regions, fits = len(each.asked.regions), engine.room(len(each.ids), room)
+            prompt = Prompt(ids=each.ids, rows=each.rows, pooled=each.pooled, n_regions=n_regions, room=fits)
+            yield each.scene, prompt, Options(max_new_tokens=fits)
+
+    for place, answer in engine.answers(asked()):
+        texts[place] = answer.text
+        progress.add()
     return texts
 
 
@@ -264,14 +266,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if not images:
         raise ConfigError(f"expected annotated images in {options.data}, found none; see what was left out above")
     device = pick_device(options.device)
-    engine = Engine(*weights.load(options.model, device=device, dtype=pick_dtype(options.dtype, device)))
+    model, processor = weights.load(options.model, device=device, dtype=pick_dtype(options.dtype, device))
+    engine = Engine(model, processor, rows=options.batch)
     questions = build_questions(images, options.tasks, options.seed, options.describe_limit)
     ready = prepare(engine, images, questions)
     seconds = {"load_and_encode": time.monotonic() - began}
     rows: dict[str, list[Answered]] = {}
     for task in options.tasks:
         began_task = time.monotonic()
-        rows[task] = answered(questions[task], answer_all(engine, task, ready[task], options.batch))
+        rows[task] = answered(questions[task], answer_all(engine, task, ready[task]))
         seconds[task] = time.monotonic() - began_task
     results = measure(rows, options.describe_limit, options.seed)
     seconds["all"] = time.monotonic() - began
