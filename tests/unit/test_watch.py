@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 from regiongpt.errors import ConfigError, DataError
+from regiongpt.model import weights
 from regiongpt.train import watch_log
 from regiongpt.train.processes import Processes
 from regiongpt.train.watch import StepMeter, Watch, learning_rates
+from regiongpt.train.watch_cost import StageCost, matmul_rate, named_peak
 from regiongpt.train.watch_log import StepLog, read_lines
-from regiongpt.train.watch_peak import matmul_rate
-from regiongpt.train.watch_tally import TASKS, Tally, task_numbers
+from regiongpt.train.watch_tally import TASKS, StepSums, Tally, task_numbers
 
 
 class Points(Dataset[dict[str, torch.Tensor]]):
@@ -63,8 +64,8 @@ class LineTrainer(Trainer):
 
 
 class Tenfold:
-    def flops(self, tokens: int, images: int) -> float:
-        return 1e6 * tokens + images
+    def flops(self, step: StepSums) -> float:
+        return 1e5 * step.tokens
 
 
 def train(out: Path, watch: Watch, resume: str | None = None, **options: Any) -> None:
@@ -281,7 +282,8 @@ def test_micro_batches_add_up() -> None:
     tally.add(torch.tensor(1.0), examples=1, tokens=1)
     tally.close()
     first, second = tally.take()
-    assert (first.loss, first.examples, first.tokens, first.images, first.grad_norm) == (0.75, 3, 12, 2, 2.0)
+    assert (first.loss, first.examples, first.tokens, first.images, first.targets) == (0.75, 3, 12, 2, 4)
+    assert first.grad_norm == 2.0
     assert first.tasks == {TASKS[0]: (1.0, 1), TASKS[2]: (5.0, 2)}
     assert (second.loss, second.tasks, second.grad_norm) == (1.0, {}, None)
     assert tally.take() == []
@@ -311,6 +313,37 @@ def test_groups_of_one_name_share_a_rate() -> None:
 
 def test_a_matrix_product_has_a_rate() -> None:
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e15
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A10G", 0),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 5090", 0),
+    ],
+)
+def test_known_gpus_have_their_makers_peak(name: str, tflops: float) -> None:
+    assert named_peak(name, torch.bfloat16) == 1e12 * tflops
+
+
+def test_a_steps_arithmetic_is_counted_of_what_it_had() -> None:
+    config = AutoConfig.from_pretrained(weights.nano_path())
+    step = StepSums(loss=1.0, examples=4, tokens=400, images=4, targets=30)
+    costs = {
+        name: StageCost.of(name, config, cached=name == "align").flops(step) for name in ("align", "stage1", "stage2")
+    }
+    assert costs["align"] < costs["stage1"] < costs["stage2"]
+    layers = 5 * (4 * config.text_config.hidden_size**2 + 3 * 256 * 704)
+    weights_of_all = layers * 400 + config.text_config.vocab_size * 256 * 30
+    tower = StageCost.of("stage1", config, cached=False).costs.tower
+    # A frozen language model is passed once forward and once back, one that learns once more.
+    assert (costs["stage2"] - costs["stage1"]) / (2 * weights_of_all) == pytest.approx(1, rel=0.05)
+    assert costs["stage1"] - costs["align"] == pytest.approx(4 * tower + 4 * weights_of_all, rel=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

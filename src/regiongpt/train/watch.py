@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from regiongpt.data.progress import Meter, clock, rounded
 from regiongpt.train.processes import Processes
 from regiongpt.train.watch_answers import Watched, ask, check_whole, draw, unwrapped
+from regiongpt.train.watch_cost import peak_flops
 from regiongpt.train.watch_log import ANSWERS, DEV, LOG, StepLog, open_events, require_tensorboard
-from regiongpt.train.watch_peak import peak_flops
 from regiongpt.train.watch_tally import StepSums, Tally
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class Cost(Protocol):
     """What a stage computes."""
 
-    def flops(self, tokens: int, images: int) -> float:
-        """Floating-point operations, forward and backward, of tokens without padding and of pictures."""
+    def flops(self, step: StepSums) -> float:
+        """Floating-point operations of a step, forward and backward, over all processes."""
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -232,12 +232,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             "examples": step.examples,
             "tokens": step.tokens,
             "images": step.images,
+            "targets": step.targets,
         }
         if step.grad_norm is not None:
             found["grad_norm"] = step.grad_norm
         if self.cost is not None and self._peak:
             peak = self._peak * self._processes.count
-            found["mfu"] = self.cost.flops(step.tokens, step.images) / (seconds * peak)
+            found["mfu"] = self.cost.flops(step) / (seconds * peak)
         return found
 
     def _to_tensorboard(self, lines: Sequence[Mapping[str, Any]]) -> None:

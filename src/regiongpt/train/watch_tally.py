@@ -18,7 +18,7 @@ from regiongpt.train.processes import Processes
 TASKS: Final[tuple[str, ...]] = (*QUESTIONS, "chat")
 """The tasks that losses are told by; the place of a name here is its number in a batch."""
 
-_LOSS, _EXAMPLES, _TOKENS, _IMAGES, _SUMS = range(5)
+_LOSS, _EXAMPLES, _TOKENS, _IMAGES, _TARGETS, _SUMS = range(6)
 _COUNTS = _SUMS + len(TASKS)
 _WIDTH = _COUNTS + len(TASKS)
 
@@ -49,7 +49,8 @@ class StepSums:
         tasks: Of each task that had targets, the sum of their losses and their number.
         examples: Conversations.
         tokens: Without padding.
-        images: Pictures that went through the tower.
+        images: Pictures among them.
+        targets: Tokens that were learnt.
         grad_norm: Before it was clipped; None where nobody has told it.
     """
 
@@ -58,6 +59,7 @@ class StepSums:
     examples: int = 0
     tokens: int = 0
     images: int = 0
+    targets: int = 0
     grad_norm: float | None = None
 
 
@@ -88,7 +90,7 @@ class Tally:
             tasks_N: (N,) place in :data:`TASKS` of each target, -1 for none.
             examples: Conversations in the micro-batch, however they are packed.
             tokens: In it, without padding.
-            images: Pictures that go through the tower.
+            images: Pictures among them.
         """
         device = loss.device
         kind = torch.float32 if device.type == "mps" else torch.float64
@@ -99,6 +101,8 @@ class Tally:
         row[_EXAMPLES] += examples
         row[_TOKENS] += tokens
         row[_IMAGES] += images
+        if losses_N is not None:
+            row[_TARGETS] += len(losses_N)
         if losses_N is not None and tasks_N is not None:
             # A product, for scattered sums on a GPU come out a little different each time.
             chosen = tasks_N.to(device)[None] == torch.arange(len(TASKS), device=device)[:, None]
@@ -136,5 +140,6 @@ def _sums(row: list[float], norm: float | None) -> StepSums:
         examples=round(row[_EXAMPLES]),
         tokens=round(row[_TOKENS]),
         images=round(row[_IMAGES]),
+        targets=round(row[_TARGETS]),
         grad_norm=norm,
     )
