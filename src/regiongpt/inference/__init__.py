@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "Answer": "engine",
-    "Classified": "predictor",
+    "Classified": "classification",
     "Conversation": "conversation",
     "Located": "predictor",
     "Question": "many",
@@ -28,10 +28,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from regiongpt.inference.classification import Classified
     from regiongpt.inference.conversation import Conversation
     from regiongpt.inference.engine import Answer, pick_device, pick_dtype
     from regiongpt.inference.many import Question
-    from regiongpt.inference.predictor import Classified, Located, RegionPredictor
+    from regiongpt.inference.predictor import Located, RegionPredictor
 
 
 def __getattr__(name: str) -> Any:

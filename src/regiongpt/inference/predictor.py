@@ -18,10 +18,10 @@ import torch
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import ImageSource, load_image
 from regiongpt.inference import many
+from regiongpt.inference.classification import Classified, check_choices, classify_regions
 from regiongpt.inference.closed_set import score_answers
 from regiongpt.inference.conversation import Conversation
 from regiongpt.inference.engine import (
-    LEAST_ROOM,
     Answer,
     Engine,
     Options,
@@ -34,29 +34,13 @@ from regiongpt.inference.engine import (
     region_list,
 )
 from regiongpt.inference.many import Question
+from regiongpt.inference.quantization import to_int8
 from regiongpt.inference.scenes import Scenes
 from regiongpt.inference.scheduler import ROWS
 from regiongpt.model import weights
-from regiongpt.prompts import LABEL_SETS, NO_MATCH, region_answer
+from regiongpt.prompts import NO_MATCH, region_answer
 from regiongpt.prompts import question as task_question
 from regiongpt.regions import Region
-
-
-@dataclass(frozen=True, kw_only=True)
-class Classified:
-    """The class of one region, chosen from a closed set.
-
-    Attributes:
-        label: the likeliest choice.
-        probability: of that choice, given that the answer is one of the choices.
-        probabilities: of every choice, in the order given; they sum to 1.
-        text: the answer as generated freely, without holding the model to the choices; None unless it was asked for.
-    """
-
-    label: str
-    probability: float
-    probabilities: dict[str, float]
-    text: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +102,7 @@ class RegionPredictor:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         *,
+        int8: bool = False,
         images: int = 4,
         token_budget: int | None = None,
         rows: int = ROWS,
@@ -129,16 +114,21 @@ class RegionPredictor:
             device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; default: the first of CUDA, MPS, CPU there is.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 on CUDA devices that have it, else
                 float32.
+            int8: keep the language model's weights in int8, on the CPU in float32 alone: less memory, more answers a
+                second, and answers that are not quite the same; see :mod:`regiongpt.inference.quantization`.
             images: as above.
             token_budget: as above.
             rows: as above.
 
         Raises:
             CheckpointError: a file of the checkpoint is missing, damaged, or does not fit the others.
-            ConfigError: there is no such device or dtype here, or a number is out of its range.
+            ConfigError: there is no such device or dtype here, int8 does not go with them, or a number is out of its
+                range.
         """
         chosen = pick_device(device)
         model, processor = weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen))
+        if int8:
+            to_int8(model)
         return cls(model, processor, images=images, token_budget=token_budget, rows=rows)
 
     @property
@@ -337,6 +327,8 @@ class RegionPredictor:
         label_set: str = ...,
         generate: bool = ...,
         length_normalized: bool = ...,
+        calibrated: bool = ...,
+        top_k: int | None = ...,
     ) -> Classified: ...
 
     @overload
@@ -348,6 +340,8 @@ class RegionPredictor:
         label_set: str = ...,
         generate: bool = ...,
         length_normalized: bool = ...,
+        calibrated: bool = ...,
+        top_k: int | None = ...,
     ) -> list[Classified]: ...
 
     def classify(
@@ -358,14 +352,18 @@ class RegionPredictor:
         label_set: str = "COCO-80",
         generate: bool = False,
         length_normalized: bool = False,
+        calibrated: bool = False,
+        top_k: int | None = None,
     ) -> Classified | list[Classified]:
         """Choose the class of each region from a closed set; nothing off the list can come out.
 
         A choice's score is the log likelihood of all its tokens *and the end of the answer*. With the end included
         these are the likelihoods of whole answers, which need no correction for length: divided by their sum, they are
-        the probability of each answer given that it is on the list. ``length_normalized`` divides each score by its
-        number of tokens first. That ranks long names the model never saw in training more fairly against short
-        ones, but the results are then no probabilities of answers.
+        the probability of each answer given that it is on the list. Two options rank names that the model seldom or
+        never saw more fairly; their results are then no probabilities of answers. ``length_normalized`` divides each
+        score by its number of tokens. ``calibrated`` takes from it the score of the same answer about a region of which
+        nothing is known, in the same image, so that a long or a rare name is held against itself. Any number of names
+        does: memory does not grow with them.
 
         Args:
             regions: one region or several, each classified on its own.
@@ -374,41 +372,33 @@ class RegionPredictor:
             label_set: the set named in the question. The model that ships was trained with ``COCO-80`` alone, and
                 names things in that style for other ``choices`` too.
             generate: also generate the answer freely, as the paper's exact-match protocol does.
-            length_normalized: see above.
+            length_normalized: see above; not together with ``calibrated``.
+            calibrated: see above.
+            top_k: keep only so many of the likeliest choices in the result; for large sets and many regions.
 
         Returns:
             A result for a region, a list of them for a list.
 
         Raises:
             RegionError: a region does not fit the image.
-            ConfigError: choices are empty, blank or repeated; the label set is unknown; no image was set.
+            ConfigError: choices are empty, blank or repeated; the label set is unknown; an option is out of its range;
+                no image was set.
 
         Paper: §3.2, Table 1 (the prompt), §4.1 (region classification)
         """
-        if isinstance(regions, Region):
-            return self.classify(
-                [regions], choices, label_set=label_set, generate=generate, length_normalized=length_normalized
-            )[0]
-        names = _choices(choices, label_set)
-        text = task_question("classify", regions=[1], label_set=label_set)
-        scene, listed = self._here(), region_list(regions)
-        pooled = self.engine.pool_each(scene, listed)
-        rows = score_answers(self.engine, scene, question_turns((), text), pooled, names, length_normalized)
-        free: list[Answer] | None = None
-        if generate:
-            free = self.engine.answer_each(scene, text, listed, Options(max_new_tokens=LEAST_ROOM))
-        results = []
-        for index, row in enumerate(rows):
-            best = max(range(len(names)), key=row.__getitem__)
-            results.append(
-                Classified(
-                    label=names[best],
-                    probability=row[best],
-                    probabilities=dict(zip(names, row, strict=True)),
-                    text=free[index].text if free else None,
-                )
-            )
-        return results
+        listed = region_list(regions)
+        found = classify_regions(
+            self.engine,
+            self._here(),
+            listed,
+            check_choices(choices, label_set),
+            label_set=label_set,
+            generate=generate,
+            length_normalized=length_normalized,
+            calibrated=calibrated,
+            top_k=top_k,
+        )
+        return found[0] if isinstance(regions, Region) else found
 
     @overload
     def locate(self, expression: str, regions: Region | Sequence[Region]) -> Located: ...
@@ -481,19 +471,3 @@ class RegionPredictor:
     ) -> Prompt:
         turns = question_turns(history, question)
         return self.engine.prepare(self._here(), turns, region_list(regions), options.max_new_tokens)
-
-
-def _choices(choices: Sequence[str] | None, label_set: str) -> list[str]:
-    if choices is None:
-        if label_set not in LABEL_SETS:
-            raise ConfigError(f"expected choices, or a label_set among {', '.join(LABEL_SETS)}, got {label_set!r}")
-        return list(LABEL_SETS[label_set])
-    if isinstance(choices, str):
-        raise ConfigError(f"expected choices as a list of names, got one string: {choices!r}")
-    names = [name.strip() for name in choices]
-    if not names or not all(names):
-        raise ConfigError(f"expected at least one choice, and none of them blank, got {list(choices)!r}")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ConfigError(f"expected every choice once, got {', '.join(map(repr, repeated))} more than once")
-    return names
