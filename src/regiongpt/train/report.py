@@ -6,6 +6,7 @@ It is made of what the run has written so far, so it can be made of one that is 
 import argparse
 import base64
 import html
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from typing import Any, Final
 from regiongpt import charts
 from regiongpt.charts import Curve, line_chart, short
 from regiongpt.data.progress import clock
-from regiongpt.errors import DataError
+from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.pages import beside, card, chips, facts, fault, page, table, write_page
 from regiongpt.train.watch_answers import PICTURES
 from regiongpt.train.watch_log import ANSWERS, DEV, LOG, read_lines
 from regiongpt.train.watch_notes import read_notes
 
+log = logging.getLogger(__name__)
 PAGE: Final = "report.html"
 _ORDER: Final = ("language", "language-checkpoints", "align", "stage1", "stage2")
 _ANSWERS_SHOWN: Final = 8
@@ -74,6 +76,15 @@ def write_report(out: Path) -> Path:
     body = "\n".join(section for section in sections if section)
     write_page(page(f"Training {out.resolve().name}", made, body, charts.STYLE + _STYLE), out / PAGE, "the report")
     return out / PAGE
+
+
+def report_what_there_is(out: Path) -> None:
+    """Writes the report at the end of a run, however it ends: what cannot be reported is said, and is no fault."""
+    try:
+        if any(stage.lines for stage in read_stages(out)):
+            log.info("report: %s", write_report(out))
+    except (RegionGPTError, OSError, ValueError, KeyError) as error:
+        log.warning("no report was made: %s", error)
 
 
 @dataclass(frozen=True, kw_only=True)

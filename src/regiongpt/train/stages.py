@@ -36,6 +36,7 @@ from regiongpt.data.mixture import Mixture, open_mixture
 from regiongpt.data.sampling import ConversationSampler
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
+from regiongpt.train import report
 from regiongpt.train.alignment import ClassWords, stand_in_loss, visual_loss
 from regiongpt.train.config import StageConfig, TrainConfig, load_config
 from regiongpt.train.dataset import ConversationDataset, TextDataset, isolate_turns
@@ -51,6 +52,8 @@ from regiongpt.train.resuming import prepare_resuming, resume_of
 from regiongpt.train.starts import check_shape, create_start, needs_calibration, require_trained, save_whole
 from regiongpt.train.trainer import run_stage
 from regiongpt.train.watch_answers import load_watched
+from regiongpt.train.watch_cost import StageCost
+from regiongpt.train.watch_notes import data_of, note_run
 
 if TYPE_CHECKING:
     from regiongpt.model import RegionGPTProcessor
@@ -69,10 +72,13 @@ def run_cli(arguments: Sequence[str]) -> int:
         ConfigError: The recipe or an override is wrong.
         DataError: The photographs or annotations are.
     """
+    if (code := report.run_cli(arguments)) is not None:
+        return code
     parser = argparse.ArgumentParser(
         prog="regiongpt train",
         description="Train a model from a recipe; run the same command again to go on after an interruption.",
-        epilog="Every field of the recipe can be overridden by its dotted name: --stage2.lr 5e-4 --data.root DIR",
+        epilog="Every field of the recipe can be overridden by its dotted name: --stage2.lr 5e-4 --data.root DIR. "
+        "`regiongpt train --report DIR` makes the report of a run anew, also of one that runs or was killed.",
         allow_abbrev=False,
     )
     parser.add_argument("config", help="recipe, a TOML file such as configs/nano.toml")
@@ -107,7 +113,9 @@ def run_cli(arguments: Sequence[str]) -> int:
     transformers_logging.disable_progress_bar()
     config = load_config(options.config, overrides)
     if options.debug:
-        config = debug_size(config)
+        if launched() > 1:
+            connect()
+        config = Processes().from_first(partial(debug_size, config))
     if options.plan:
         plan = make_plan(config)
         print(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
@@ -140,8 +148,15 @@ def train(config: TrainConfig) -> Path:
             )
         connect()
     prepare_resuming(config)
-    if config.data.on_records:
-        return _train_on_records(config)
+    try:
+        return _train_on_records(config) if config.data.on_records else _train_on_photographs(config)
+    finally:
+        if config.watch.report and Processes().is_first:
+            report.report_what_there_is(Path(config.out))
+
+
+def _train_on_photographs(config: TrainConfig) -> Path:
+    """Takes a new model through all steps."""
     if not config.data.root:
         raise ConfigError("data.root: expected the folder of the annotated photographs; give --data.root DIR")
     out = Path(config.out)
@@ -151,6 +166,7 @@ def train(config: TrainConfig) -> Path:
     data = load_coco(photo_sources(Path(config.data.root), config.data.split))
     log.info("data: %s", data.report())
     images = data.images
+    note_run(out, config, {"photographs": {"folder": config.data.root, "split": config.data.split, "": data.report()}})
     sampler = sampler_of(config, images)
 
     language = Path(config.model.language) if config.model.language else out / "language"
@@ -257,6 +273,7 @@ def _learn(
             resume=resume_of(config, name),
             processor=processor,
             watched=load_watched(config.data, config.watch.answers, config.seed) if config.watch.answer_steps else (),
+            cost=_cost(config, name, model),
         )
         if trainer.processes.is_first:
             if adapts:
@@ -264,6 +281,13 @@ def _learn(
             save_whole(finished, model, processor)
         trainer.processes.wait()
     return finished
+
+
+def _cost(config: TrainConfig, name: str, model: Any) -> StageCost | None:
+    """The arithmetic of a stage, which the first process writes down."""
+    if not Processes().is_first:
+        return None
+    return StageCost.of(name, model.config, cached=not config.data.on_records, lora=config.lora)
 
 
 def _train_on_records(config: TrainConfig) -> Path:
@@ -295,6 +319,9 @@ def _train_on_records(config: TrainConfig) -> Path:
     processes = Processes()
     finished = processes.from_first(lambda: _start_on_records(config, stages[0][2]))
     dev = open_mixture(config.data.dev_mixture, config.data.root, config.seed) if config.data.dev_mixture else None
+    if processes.is_first:
+        read = {name: mixture for name, _, mixture in stages} | ({"dev": dev} if dev is not None else {})
+        note_run(Path(config.out), config, {name: data_of(mixture) for name, mixture in read.items()})
 
     def prepare(stage: StageConfig, mixture: Mixture, model: Any, processor: "RegionGPTProcessor") -> Lessons:
         items = max(1, round(stage.epochs * len(mixture)))
@@ -427,5 +454,6 @@ def _train_language(
         engine=config.engine,
         watch=config.watch,
         resume=resume_of(config, "language"),
+        cost=_cost(config, "language", model),
     )
     save_whole(folder, model, tokenizer)
