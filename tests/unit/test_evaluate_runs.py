@@ -1,0 +1,280 @@
+"""What runs benchmarks, on a benchmark of drawn pictures and a model with random weights."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from evaluating import Drawn, register
+from pictures import draw_pictures
+from tiny_checkpoint import make_checkpoint
+
+from regiongpt import ConfigError, DataError
+from regiongpt.cli import main
+from regiongpt.evaluate import answering, runner
+from regiongpt.evaluate.runs import PAGE, options_of, read_lines, read_run, task_of
+from regiongpt.evaluate.session import Session
+from regiongpt.evaluate.sharding import Processes
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    register(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    draw_pictures(root, 5, "instances_dev.json")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def run(data, checkpoint, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        assert main(["evaluate", "drawn", "--data", str(data), "--model", str(checkpoint), "--out", str(out)]) == 0
+    return out
+
+
+def counted(monkeypatch) -> list[int]:
+    """How many questions each image is asked from now on."""
+    asked: list[int] = []
+    real = answering.answer_image
+
+    def answer_image(predictor, items):
+        asked.append(len(items))
+        return real(predictor, items)
+
+    monkeypatch.setattr(runner, "answer_image", answer_image)
+    return asked
+
+
+def evaluate(data, checkpoint, out, *words) -> int:
+    return main(["evaluate", "drawn", "--data", str(data), "--model", str(checkpoint), "--out", str(out), *words])
+
+
+def test_a_run_writes_figures_items_answers_and_their_origin(run):
+    (found,) = read_run(run)
+    assert found.result["protocols"]["choices"]["accuracy"]["of"] == 10
+    rows = found.rows()
+    assert {"id", "truth", "answer", "scores", "question", "image"} <= rows[0].keys()
+    given = read_lines(run / "drawn" / "predictions.jsonl")
+    assert [row["id"] for row in given] == [row["id"] for row in rows]
+    for row in given:
+        assert sum(row["scores"]) == pytest.approx(1.0, abs=1e-5)
+        assert 0 <= row["probability"] <= 1 or not row["text"]
+    manifest = found.manifest
+    assert manifest["inputs"][0]["name"] == "instances_dev.json"
+    assert len(manifest["inputs"][0]["sha256"]) == 64
+    assert len(manifest["model"]["files"]["model.safetensors"]) == 64
+    assert {"regiongpt", "torch", "transformers", "python"} <= manifest["packages"].keys()
+    assert manifest["settings"]["wording"] == "What is <region1>?"
+    assert manifest["scoring"] == {"resamples": 1000}
+
+
+def test_a_finished_run_asks_nothing_again(run, data, checkpoint, monkeypatch, capsys):
+    asked = counted(monkeypatch)
+    before = (run / "drawn" / "result.json").read_text()
+    assert evaluate(data, checkpoint, run) == 0
+    assert asked == []
+    assert (run / "drawn" / "result.json").read_text() == before
+    assert "10 questions, 10 answered before" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_asks_the_rest_alone_and_ends_alike(run, data, checkpoint, monkeypatch, tmp_path):
+    shutil.copytree(run / "answers", tmp_path / "answers")
+    path = tmp_path / "answers" / "00000.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    asked = counted(monkeypatch)
+    assert evaluate(data, checkpoint, tmp_path) == 0
+    assert sum(asked) == 5
+    for name in ("result.json", "items.jsonl"):
+        assert (tmp_path / "drawn" / name).read_bytes() == (run / "drawn" / name).read_bytes()
+
+
+def test_only_questions_that_changed_are_asked(run, data, checkpoint, monkeypatch, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    changed = tmp_path / "data"
+    shutil.copytree(data, changed)
+    content = json.loads((changed / "instances_dev.json").read_text())
+    content["annotations"][0]["bbox"][2] += 1
+    (changed / "instances_dev.json").write_text(json.dumps(content))
+    asked = counted(monkeypatch)
+    assert evaluate(changed, checkpoint, tmp_path / "run") == 2  # other annotations: not without being told to
+    assert asked == []
+    assert evaluate(changed, checkpoint, tmp_path / "run", "--overwrite") == 0
+    assert asked == [1]
+
+
+def test_questions_of_an_image_share_one_look_at_it(data, checkpoint, monkeypatch, tmp_path):
+    asked = counted(monkeypatch)
+    assert evaluate(data, checkpoint, tmp_path, "--limit", "2", "--resamples", "0", "--gallery", "0") == 0
+    assert asked == [2, 2]
+    (found,) = read_run(tmp_path)
+    assert found.result["protocols"]["choices"]["accuracy"]["interval"] is None
+    assert (tmp_path / "drawn" / "mistakes.html").read_text() == ""
+
+
+def test_batched_answers_are_those_to_single_questions(data, checkpoint):
+    from regiongpt import RegionPredictor
+
+    predictor = RegionPredictor.from_pretrained(checkpoint)
+    items = [item for item in Drawn(data=data).load() if item.image_id == 1]
+    for item, together in zip(items, answering.answer_image(predictor, items), strict=True):
+        predictor.set_image(item.image)
+        assert together["text"] == predictor.ask(item.question, item.regions, max_new_tokens=4).text
+        (alone,) = answering.answer_image(predictor, [item])
+        assert alone["scores"] == pytest.approx(together["scores"], abs=1e-5)
+
+
+def test_a_question_too_long_for_the_model_is_counted_and_said(data, checkpoint, tmp_path, capsys):
+    assert evaluate(data, checkpoint, tmp_path, "--limit", "1", "--wording", "What is <region1>? " * 200) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 questions could not be asked and count as wrong" in printed
+    assert "2 answers are missing" in printed
+
+
+def test_predictions_of_one_run_score_as_that_run(run, data, tmp_path, capsys):
+    given = str(run / "drawn" / "predictions.jsonl")
+    words = ["evaluate", "drawn", "--data", str(data), "--out", str(tmp_path / "p"), "--predictions", given]
+    assert main([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    (ours,) = read_run(run)
+    assert shown[0]["protocols"] == ours.result["protocols"]
+    assert shown[0]["manifest"]["model"] is None
+    assert shown[0]["manifest"]["predictions"]["name"] == "predictions.jsonl"
+
+
+def test_missing_predictions_are_refused_or_counted(run, data, tmp_path, capsys):
+    lines = (run / "drawn" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "some.jsonl").write_text("".join(lines[:4]))
+    words = ["evaluate", "drawn", "--data", str(data), "--out", str(tmp_path / "p")]
+    words += ["--predictions", str(tmp_path / "some.jsonl")]
+    assert main(words) == 2
+    assert main([*words, "--missing", "wrong"]) == 0
+    assert "6 answers are missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["drawm"], "did you mean 'drawn'"),
+        ([], "expected a task among"),
+        (["drawn", "drawn"], "twice"),
+        (["drawn"], "expected --out DIR"),
+        (["drawn", "--out", "x"], "drawn: expected --data"),
+        (["drawn", "--out", "x", "--data", "DATA", "--resamples", "-1"], "at least 0"),
+        (["drawn", "--out", "x", "--data", "DATA", "--missing", "wrong"], "with --predictions"),
+        (["drawn", "--out", "x", "--data", "DATA", "--predictions", "p", "--model", "m"], "no model is run"),
+        (["drawn", "--out", "x", "--data", "DATA", "--html", "p"], "--html together with --compare"),
+        (["drawn", "--out", "x", "--data", "DATA", "--model", "nowhere"], "expected a checkpoint folder at nowhere"),
+        (["--compare", "a", "b", "--device", "cpu"], "expected --compare or --device"),
+        (["--compare", "a", "b"], "found no finished task"),
+        (["drawn", "--compare", "a", "b", "--limit", "3"], "the runs' own settings"),
+        (["--compare", "a", "b", "--resamples", "0"], "at least 1 with --compare"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, message, data, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *(str(data) if word == "DATA" else word for word in words)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("regiongpt: error:")
+    assert message in error
+
+
+def test_a_missing_image_is_found_before_anything_is_asked(data, checkpoint, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "images" / "3.png").unlink()
+    assert evaluate(tmp_path / "data", checkpoint, tmp_path / "out") == 2
+    assert "3.png, found no such file" in capsys.readouterr().err
+
+
+def test_figures_of_another_model_are_not_replaced(run, data, checkpoint, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config, indent=7))
+    assert evaluate(data, tmp_path / "model", tmp_path / "run") == 2
+    assert "model differ" in capsys.readouterr().err
+
+
+def test_comparing_a_run_with_itself_and_with_another(run, data, checkpoint, tmp_path, capsys):
+    rows = read_lines(run / "drawn" / "predictions.jsonl")
+    truths = {row["id"]: row["truth"] for row in read_lines(run / "drawn" / "items.jsonl")}
+    for row in rows[:4]:
+        row["text"] = truths[row["id"]]
+    other = tmp_path / "better.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["evaluate", "drawn", "--data", str(data), "--out", str(tmp_path / "b"), "--predictions", str(other)]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", str(run), str(tmp_path / "b"), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    accuracy = found["figures"]["generated"]["accuracy"]
+    assert accuracy["difference"] == pytest.approx(0.4)
+    assert accuracy["interval"][0] <= 0.4 <= accuracy["interval"][1]
+    assert found["figures"]["choices"]["accuracy"]["difference"] == 0
+    assert {change["id"] for change in found["changed"]["gained"]} == {row["id"] for row in rows[:4]}
+    assert found["changed"]["lost"] == []
+    page = tmp_path / "compared.html"
+    assert main(["evaluate", "--compare", str(run), str(run), "--html", str(page)]) == 0
+    assert "0 items better, 0 worse" in capsys.readouterr().out
+    assert "Two runs compared" in page.read_text()
+
+
+def test_runs_with_other_settings_are_not_compared(run, data, checkpoint, tmp_path, capsys):
+    assert evaluate(data, checkpoint, tmp_path, "--wording", "Name <region1>.") == 0
+    assert main(["evaluate", "--compare", str(run), str(tmp_path)]) == 2
+    assert "--wording: 'What is <region1>?' and 'Name <region1>.'" in capsys.readouterr().err
+
+
+def test_a_data_set_that_moved_is_found_by_data(run, data, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(data, tmp_path / "moved")
+    manifest = tmp_path / "run" / "drawn" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(data), "/gone"))
+    both = [str(tmp_path / "run"), str(tmp_path / "run")]
+    with pytest.raises(OSError, match="gone"):
+        main(["evaluate", "--compare", *both])
+    assert main(["evaluate", "--compare", *both, "--data", str(tmp_path / "moved")]) == 0
+
+
+def test_options_come_back_as_they_were(data):
+    task = Drawn(data=data, limit=3, wording="Name <region1>.")
+    assert task_of("drawn", json.loads(json.dumps(options_of(task)))) == task
+    assert task_of("drawn", options_of(task), Path("/elsewhere")).data == Path("/elsewhere")
+    with pytest.raises(ConfigError, match="evaluate again"):
+        task_of("drawn", {"data": str(data), "gone": 1})
+
+
+def test_the_page_needs_no_other_file_and_shows_everything(run):
+    text = (run / PAGE).read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    for part in ("80.61", "Confusions", "by size", "by category", "the worst mistakes", "data:image/jpeg", "split"):
+        assert part in text, part
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_work_is_shared_whole_disjoint_and_evenly():
+    work = [[0] * size for size in (5, 1, 1, 1, 1, 1, 4, 2)]
+    parts = [Processes(rank=rank, count=3).share(list(range(8)), lambda k: len(work[k])) for rank in range(3)]
+    assert sorted(k for part in parts for k in part) == list(range(8))
+    sizes = [sum(len(work[k]) for k in part) for part in parts]
+    assert max(sizes) - min(sizes) <= 2
+
+
+def test_a_broken_image_is_named_with_its_item(data, checkpoint, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "images" / "2.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"2\.png"):
+        Session(out=tmp_path / "out").score_model([Drawn(data=tmp_path / "data")], checkpoint)
+    assert len((tmp_path / "out" / "answers" / "00000.jsonl").read_text().splitlines()) == 2
