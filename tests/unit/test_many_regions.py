@@ -1,0 +1,114 @@
+"""Many regions in one batch against plain ``generate``, one region at a time: the same tokens, the same logits."""
+
+import pytest
+import torch
+from asking import batch_tokens, boxes, photograph, plain_tokens, tiny_parts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import TOWERS
+from transformers import AutoConfig
+
+from regiongpt.images import load_image
+from regiongpt.inference.engine import Engine, question_turns
+from regiongpt.model.configuration import REFINEMENTS
+from regiongpt.prompts import CHAT_TEMPLATES, question
+
+DESCRIBE, BRIEF = question("describe", regions=[1]), question("caption", regions=[1])
+TWO = "How does <region2> relate to <region1>, and <region2> to the rest?"
+HISTORY = [{"role": "user", "content": "What is <region1>?"}, {"role": "assistant", "content": "A hot dog."}]
+KINDS = [*TOWERS, "efficientnet_lite"]
+# Every tower with every refinement, and every template several times.
+COMBINATIONS = [
+    (tower, refinement, list(CHAT_TEMPLATES)[(i + j) % len(CHAT_TEMPLATES)])
+    for i, tower in enumerate(KINDS)
+    for j, refinement in enumerate(REFINEMENTS)
+]
+
+
+def assert_exact(engine: Engine, most: int = 5) -> None:
+    photo, regions = photograph(), boxes(3)
+    scene = engine.look(load_image(photo))
+    asked = [
+        *((question_turns((), DESCRIBE), [region]) for region in regions),
+        (question_turns((), BRIEF), regions[:1]),
+        (question_turns(HISTORY, TWO), regions[:2]),
+    ]
+    expected = [plain_tokens(engine, photo, messages, own, most) for messages, own in asked]
+    assert batch_tokens(engine, scene, asked, most) == expected
+    messages, own = asked[-1]
+    prompt = engine.prepare(scene, messages, own, most)
+    prefix, embeds = engine.begin(scene, prompt.ids, prompt.rows, prompt.pooled)
+    assert prefix is not None
+    assert prefix.length >= engine.processor.num_image_tokens
+    cache = engine.decoder.cache()
+    count = len(embeds)
+    logits = engine.decoder.forward(cache, embeds, [cache.add(prefix)], [count], logits=range(count))
+    encoded = engine.processor.encode_conversation(messages, image=photo, regions=own, add_generation_prompt=True)
+    with torch.inference_mode():
+        plain = engine.model(**engine.processor.collate([encoded])).logits[0, prefix.length :]
+    torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tower", "refinement", "template"), COMBINATIONS)
+def test_answers_are_those_of_generate(tower, refinement, template):
+    assert_exact(Engine(*tiny_parts(tower, template, refinement=refinement)))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "bloom"])
+def test_with_other_language_models(kind):
+    def language(size: int):
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        grouped = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
+        shape |= {"n_layer": 2, "n_head": 4} if kind == "bloom" else grouped
+        shape |= {"vocab_size": size, "max_position_embeddings": 512}
+        config = AutoConfig.for_model(kind, **shape, initializer_range=0.3, bos_token_id=0, eos_token_id=1)
+        config._attn_implementation = "eager"
+        return config
+
+    engine = Engine(*tiny_parts(language=language))
+    assert engine.decoder.shares == (kind != "bloom")
+    assert_exact(engine)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(*tiny_parts())
+
+
+def test_two_hundred_regions_with_duplicates_under_a_budget(engine):
+    photo, distinct = photograph(), boxes(8)
+    scene = engine.look(load_image(photo))
+    turns = question_turns((), BRIEF)
+    order = torch.randint(0, len(distinct), (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = [plain_tokens(engine, photo, turns, [region], 6) for region in distinct]
+    tight = Engine(engine.model, engine.processor, token_budget=700)
+    found = batch_tokens(tight, scene, [(turns, [distinct[place]]) for place in order], 6)
+    assert found == [expected[place] for place in order]
+
+
+def test_a_batch_of_one(engine):
+    scene = engine.look(load_image(photograph()))
+    single = Engine(engine.model, engine.processor, rows=1)
+    asked = [(question_turns((), DESCRIBE), [region]) for region in boxes(3)]
+    assert batch_tokens(single, scene, asked, 5) == batch_tokens(engine, scene, asked, 5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    asked=st.lists(
+        st.tuples(st.integers(1, 3), st.integers(0, 25), st.integers(1, 7), st.booleans()), min_size=1, max_size=7
+    ),
+    rows=st.integers(1, 4),
+    seed=st.integers(0, 2**16),
+)
+def test_questions_of_any_length_enter_and_leave(engine, asked, rows, seed):
+    photo = photograph()
+    scene = engine.look(load_image(photo))
+    narrow = Engine(engine.model, engine.processor, rows=rows)
+    conversations, most = [], []
+    for place, (count, words, limit, later) in enumerate(asked):
+        text = " and ".join(f"<region{n}>" for n in range(1, count + 1)) + " why" * words
+        conversations.append((question_turns(HISTORY if later else (), text), boxes(count, seed + place)))
+        most.append(limit)
+    expected = [plain_tokens(engine, photo, *each, limit) for each, limit in zip(conversations, most, strict=True)]
+    assert batch_tokens(narrow, scene, conversations, most) == expected
