@@ -44,7 +44,7 @@ def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], series: S
     if not groups:
         return ""
     reach = [x for _, bars in groups for bar in bars for x in (bar.value, *(bar.interval or ())) if x is not None]
-    step, top = _scale(max([1e-9, *reach]))
+    step, top = _scale(max([1.0, *reach]))
     scale = (_WIDTH - _LABEL - _NUMBER) / top
     parts: list[str] = []
     y = float(_TOP)

@@ -75,7 +75,7 @@ def _task(run: TaskRun) -> str:
     parts += [f"<p class='note'>{html.escape(note)}</p>" for note in run.result["notes"]]
     tables = [_figures(protocol, [row for row in found if row.protocol == protocol]) for protocol in protocols]
     tables += [_paper(TABLES[name]) for name in OF_TASK.get(run.name, ())]
-    parts.append(f'<div class="charts">{"".join(f"<div>{each}</div>" for each in tables)}</div>')
+    parts.append(f'<div class="tables">{"".join(f"<div>{each}</div>" for each in tables)}</div>')
     if any(row.paper is not None for row in found):
         parts.append(f"<p class='meta'>paper: {html.escape(paper_source(run))}</p>")
     drawn = "".join(_breakdowns(run.result["breakdowns"]))
@@ -85,7 +85,11 @@ def _task(run: TaskRun) -> str:
     parts.append(_folded("Where this comes from", _manifest(run.manifest)))
     gallery = run.folder / GALLERY
     shown = gallery.read_text(encoding="utf-8") if gallery.is_file() else ""
-    worst = f"<h2 class='worst'>{html.escape(run.name)}: the worst mistakes</h2>{shown}" if shown else ""
+    worst = (
+        f"<h2 class='worst'>{html.escape(run.name)}: the worst mistakes</h2><div class='gallery'>{shown}</div>"
+        if shown
+        else ""
+    )
     return card("\n".join(parts), run.name) + worst
 
 
@@ -178,5 +182,10 @@ details .facts, details .wide { margin-top: 8px; }
 .note { margin: 10px 0; padding: 8px 12px; border-left: 3px solid var(--c4); background: var(--asked);
   overflow-wrap: anywhere; }
 .worst { margin: 28px 0 0; } .talk strong { color: var(--ink); }
-article > .charts { margin-top: 14px; } .charts > div { min-width: 0; }
+article > .charts, .tables { margin-top: 14px; }
+.tables, .gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 470px), 1fr));
+  gap: 0 20px; }
+.tables > div, .gallery > article { min-width: 0; } .gallery .talk { flex-basis: 100%; }
+.gallery .talk p { margin-bottom: 2px; }
+.gallery .pair > img { max-width: 100%; max-height: 480px; object-fit: contain; }
 """
