@@ -21,11 +21,13 @@ _HOMES = {
     "RegionGPTForConditionalGeneration": "model",
     "RegionGPTProcessor": "model",
     "RegionPredictor": "inference",
+    "Question": "inference",
 }
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Question",
     "Region",
     "RegionError",
     "RegionGPTConfig",
@@ -39,7 +41,7 @@ __all__ = [
 if TYPE_CHECKING:
     from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError
     from regiongpt.images import load_image
-    from regiongpt.inference import RegionPredictor
+    from regiongpt.inference import Question, RegionPredictor
     from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor
     from regiongpt.regions import Region
 
