@@ -101,7 +101,7 @@ def test_lmms_eval_finds_the_model(monkeypatch):
         model_id: str
         simple_class_path: str
 
-    class lmms:  # noqa: N801
+    class lmms:
         def __init__(self):
             self.task_dict = {}
 

@@ -94,10 +94,9 @@ def _named(arguments: Sequence[str]) -> list[str]:
 def _add_options(parser: argparse.ArgumentParser, names: Sequence[str], helping: Collection[str]) -> None:
     parser.description = "Ask a model the questions of benchmarks, or take anyone's answers, and score them."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    known = "\n".join(f"  {name:<18}{task_class(name).summary}" for name in TASKS) if not names else ""
-    parser.epilog = (
-        f"tasks:\n{known}\n\n`regiongpt evaluate TASK --help` lists the options of a task." if known else None
-    )
+    if helping and not names:  # only the help that lists them all needs them all
+        known = "\n".join(f"  {name:<18}{task_class(name).summary}" for name in TASKS)
+        parser.epilog = f"tasks:\n{known}\n\n`regiongpt evaluate TASK --help` lists the options of a task."
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="the benchmarks, before all options")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; the same again goes on there")
     parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the package's model)")

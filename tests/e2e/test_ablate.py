@@ -1,0 +1,152 @@
+"""An ablation at a size of seconds: trained, asked, tabulated, gone on with, and refused where it would mislead."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from pictures import draw_pictures
+
+from regiongpt import ConfigError
+from regiongpt.ablate.annotations import prepare
+from regiongpt.ablate.variants import chosen
+from regiongpt.cli import main
+from regiongpt.model.configuration import REFINEMENTS
+
+RECIPE = Path(__file__).parents[2] / "configs" / "nano.toml"
+SIZE = {
+    "model.image_size": 64,
+    "model.image_grid": 2,
+    "model.refinement_channels": 16,
+    "model.vocab_size": 500,
+    "model.hidden_size": 32,
+    "model.layers": 1,
+    "model.heads": 2,
+    "model.mlp_size": 32,
+    "language.epochs": 0.2,
+    "language.batch_size": 8,
+    "language.micro_batch_size": 8,
+    "align.epochs": 0.5,
+    "align.batch_size": 8,
+    "align.micro_batch_size": 8,
+    "stage1.epochs": 0.5,
+    "stage1.batch_size": 8,
+    "stage1.micro_batch_size": 8,
+    "stage2.epochs": 0.5,
+    "stage2.batch_size": 8,
+    "stage2.micro_batch_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    draw_pictures(root, 8, "instances_train.json")
+    content = json.loads((root / "instances_train.json").read_text())
+    for each in content["annotations"][::2]:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    (root / "instances_train.json").write_text(json.dumps(content))
+    shutil.copy(root / "instances_train.json", root / "instances_dev.json")
+    return root
+
+
+def ablate(kind: str, pictures: Path, out: Path, *words: str) -> int:
+    size = [f"--{name}={value}" for name, value in SIZE.items()]
+    asked = ["--eval.split", "dev", "--eval.limit=4", "--data.root", str(pictures), "--resamples", "50"]
+    return main(["ablate", kind, str(RECIPE), "--out", str(out), *size, *asked, *words])
+
+
+@pytest.mark.slow
+def test_variants_are_trained_asked_and_tabulated_and_not_twice(pictures, tmp_path, capsys):
+    words = ["--variants", "none,deconv", "--seeds", "0"]
+    assert ablate("refinement", pictures, tmp_path, *words) == 0
+    printed = capsys.readouterr().out
+    assert "difference from none" in printed
+    assert "| deconv |" in printed
+    assert "The paper's Table 6" in printed
+    assert "paper deconv > none" in printed
+    found = json.loads((tmp_path / "result.json").read_text())
+    cells = found["protocols"]["score all choices"]["accuracy"]
+    assert cells["none"]["gain"] is None
+    assert cells["deconv"]["gain"] == pytest.approx(cells["deconv"]["mean"] - cells["none"]["mean"])
+    assert len(cells["deconv"]["seeds"]) == 1
+    assert found["manifests"]["deconv"][0]["settings"]["split"] == "dev"
+    assert "<svg" in (tmp_path / "index.html").read_text()
+    # What the two have in common was made once.
+    assert len(list((tmp_path / "shared").glob("features-*"))) == 1
+    assert len(list((tmp_path / "shared").glob("language-*"))) == 1
+    models = sorted(tmp_path.glob("*/seed-0/training/stage2/model/model.safetensors"))
+    assert len(models) == 2
+    stamps = [path.stat().st_mtime_ns for path in models]
+    table = (tmp_path / "table.md").read_text()
+    assert ablate("refinement", pictures, tmp_path, *words) == 0
+    assert [path.stat().st_mtime_ns for path in models] == stamps
+    assert (tmp_path / "table.md").read_text() == table
+    # Another recipe in the same folder would pass the old models off as its own.
+    assert ablate("refinement", pictures, tmp_path, *words, "--stage2.lr=1e-2") == 2
+    assert "stage2 differ" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_is_asked_with_and_without_the_guiding_words(pictures, tmp_path, capsys):
+    assert ablate("prompt", pictures, tmp_path, "--variants", "with,asked-without", "--seeds", "1") == 0
+    capsys.readouterr()
+    assert len(list(tmp_path.glob("*/seed-1/training/stage2"))) == 1
+    asked = {
+        name: json.loads((tmp_path / name / "seed-1/evaluation/coco_cls/items.jsonl").read_text().splitlines()[0])
+        for name in ("with", "asked-without")
+    }
+    assert asked["with"]["question"].endswith("Answer the question using COCO-80 category names.")
+    assert not asked["asked-without"]["question"].endswith("category names.")
+
+
+def test_annotations_are_cut_down_and_larger_shares_hold_smaller_ones(pictures, tmp_path):
+    outlined = prepare(pictures, "train", "outlined", tmp_path)
+    kept = json.loads((outlined / "instances_train.json").read_text())
+    assert len(kept["annotations"]) == 8
+    assert all(each["segmentation"] for each in kept["annotations"])
+    assert (outlined / "images" / "1.png").is_file()
+    images = {}
+    for share in ("25%", "50%", "100%"):
+        content = json.loads((prepare(pictures, "train", share, tmp_path) / "instances_train.json").read_text())
+        images[share] = {image["id"] for image in content["images"]}
+    assert [len(each) for each in images.values()] == [2, 4, 8]
+    assert images["25%"] < images["50%"] < images["100%"]
+    assert prepare(pictures, "train", "outlined", tmp_path) == outlined
+
+
+def test_variants_by_name_by_value_and_on_records():
+    assert [each.name for each in chosen("refinement", None, False)] == list(REFINEMENTS)
+    tower = chosen("tower", "efficientnet-lite0@320,models/clip", False)
+    assert tower[0].recipe == {"model.vision": "efficientnet-lite0", "model.image_size": "320"}
+    assert (tower[1].name, tower[1].recipe) == ("clip", {"model.vision": "models/clip"})
+    assert chosen("tokens", "image=3,region=2", False)[1].recipe == {"model.region_grid": "2"}
+    assert [variant.annotations for variant in chosen("data", "25%,100%", False)] == ["25%", "100%"]
+    masks = chosen("data", "masks=records-m,boxes=records-b", True)[0]
+    assert (masks.recipe, masks.asked) == ({"data.mixture": "records-m"}, {"region": "mask"})
+    for words in (("refinement", "deconv", False), ("refinement", "cubic,none", False), ("data", "0%,5%", False)):
+        with pytest.raises(ConfigError, match="expected"):
+            chosen(*words)
+    with pytest.raises(ConfigError, match="NAME=VALUE"):
+        chosen("refinement", "deconv,none", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "0,0"], "expected --seeds"),
+        (["--resamples", "0"], "--resamples of at least 1"),
+        (["--eval.limits", "3"], "coco_cls has no such option"),
+        (["--eval.limit", "few"], "expected int, got 'few'"),
+        (["--eval.guided", "maybe"], "expected true or false"),
+        (["--stage2.epoch=1"], "did you mean 'stage2.epochs'"),
+        (["--task", "coco_clas"], "did you mean 'coco_cls'"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_is_trained(words, message, pictures, tmp_path, capsys):
+    assert ablate("refinement", pictures, tmp_path / "out", *words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("regiongpt: error:")
+    assert message in error
+    assert not (tmp_path / "out").exists()

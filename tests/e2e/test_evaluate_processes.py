@@ -1,0 +1,61 @@
+"""One evaluation in two real processes, stopped by a kill and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pictures import draw_pictures
+
+from regiongpt.evaluate.runs import read_run
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from tiny_checkpoint import make_checkpoint
+
+
+def command(root: Path, out: Path, processes: int) -> list[str]:
+    words = ["evaluate", "coco_cls", "--data", str(root), "--split", "dev", "--model", str(root / "checkpoint")]
+    words += ["--out", str(out), "--resamples", "20", "--gallery", "2"]
+    if processes == 1:
+        return [sys.executable, "-m", "regiongpt.cli", *words]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *launcher, "-m", "regiongpt.cli", *words]
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one_does_and_go_on_after_a_kill(tmp_path):
+    draw_pictures(tmp_path, 12, "instances_dev.json")
+    make_checkpoint(tmp_path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+
+    process = subprocess.Popen(
+        command(tmp_path, tmp_path / "two", 2), env=environment, start_new_session=True, stderr=subprocess.PIPE
+    )
+    answers = tmp_path / "two" / "answers"
+    deadline = time.monotonic() + 240
+    while not any(path.stat().st_size for path in answers.glob("*.jsonl")):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = sum(len(path.read_bytes().splitlines()) for path in answers.glob("*.jsonl"))
+
+    done = subprocess.run(command(tmp_path, tmp_path / "two", 2), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "24 questions" in done.stderr
+    assert f"24 questions, {kept} answered before" in done.stderr or kept == 0
+    assert done.stdout.count("coco_cls") == 1 or done.stdout.count("\ncoco_cls\n") <= 1
+    assert (answers / "00001.jsonl").stat().st_size > 0
+
+    single = subprocess.run(command(tmp_path, tmp_path / "one", 1), env=environment, capture_output=True, text=True)
+    assert single.returncode == 0, single.stderr
+    (two,), (one,) = read_run(tmp_path / "two"), read_run(tmp_path / "one")
+    assert [row["answer"] for row in two.rows()] == [row["answer"] for row in one.rows()]
+    assert json.dumps(two.result["protocols"]["generate and match"]) == json.dumps(
+        one.result["protocols"]["generate and match"]
+    )
