@@ -126,7 +126,7 @@ def _axes(at: _Place, xs: tuple[float, float], ys: tuple[float, float], x_label:
             f'<path class="grid" d="M{_LEFT} {down:.1f}H{WIDTH - _RIGHT}"/>'
             f'<text x="{_LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{short(y)}</text>'
         )
-    for x in _ticks(*xs, 5):
+    for x in _ticks(*xs, 5, whole=all(float(x).is_integer() for x in xs)):
         across, _ = at(x, ys[0])
         parts.append(f'<text x="{across:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{short(x)}</text>')
     middle = (_LEFT + WIDTH - _RIGHT) / 2
@@ -180,11 +180,11 @@ def _averaged(points: Sequence[tuple[float, float]], span: int, logarithmic: boo
     return found
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round numbers between two others."""
+def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+    """About ``count`` round numbers between two others; whole ones if asked for."""
     if high <= low:
         return [low]
-    rough = (high - low) / count
+    rough = max((high - low) / count, 1.0 if whole else 0.0)
     unit = 10 ** math.floor(math.log10(rough))
     step = unit * next(each for each in (1, 2, 5, 10) if each * unit >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
