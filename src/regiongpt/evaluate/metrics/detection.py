@@ -1,6 +1,7 @@
 """Average precision as the COCO API computes it, and the same for resampled images."""
 
 import io
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -192,20 +193,33 @@ class PrecisionStatistic(Statistic):
 
     def _of(self, category: _Category, rows: Any, times: Floats) -> Floats:
         """(N,) the mean over thresholds and recalls of the precision of one category; NaN without objects."""
-        hits, misses = category.hits[rows], category.misses[rows]
-        size = max(1, _AT_ONCE // max(1, hits.size))
-        parts = [self._part(category, hits, misses, times[k : k + size]) for k in range(0, len(times), size)]
-        return np.concatenate(parts)
+        # Most thresholds match alike, above all where the regions were given.
+        kinds: dict[bytes, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
+        counts: Counter[bytes] = Counter()
+        for hits, misses in zip(category.hits[rows], category.misses[rows], strict=True):
+            key = hits.tobytes() + misses.tobytes()
+            kinds[key] = (hits, misses)
+            counts[key] += 1
+        size = max(1, _AT_ONCE // max(1, len(category.image)))
+        found = np.zeros(len(times))
+        for key, (hits, misses) in kinds.items():
+            parts = [self._curve(category, hits, misses, times[k : k + size]) for k in range(0, len(times), size)]
+            found += counts[key] * np.concatenate(parts)
+        result: Floats = found / counts.total()
+        return result
 
-    def _part(self, category: _Category, hits: NDArray[Any], misses: NDArray[Any], times: Floats) -> Floats:
+    def _curve(self, category: _Category, hits: NDArray[np.bool_], misses: NDArray[np.bool_], times: Floats) -> Floats:
         total = times @ category.objects
-        weights = times[:, category.image][:, None, :]
-        right, wrong = np.cumsum(hits * weights, axis=2), np.cumsum(misses * weights, axis=2)
-        precision = right / (right + wrong + np.spacing(1))
-        reached = np.searchsorted(self.matches.recalls, ratio(right, total[:, None, None]), side="right")
+        best = np.zeros((len(times), len(self.matches.recalls) + 1))
+        at = np.flatnonzero(hits)
+        if len(at):
+            weights = times[:, category.image]
+            right = np.cumsum(weights[:, at], axis=1)
+            # Between hits precision only falls, so the hits are all there is to look at.
+            wrong = np.cumsum(weights * misses, axis=1)[:, at]
+            precision = right / (right + wrong + np.spacing(1))
+            reached = np.searchsorted(self.matches.recalls, ratio(right, total[:, None]), side="right")
+            np.maximum.at(best, (np.arange(len(times))[:, None], reached), precision)
         # What counts at a recall is the best precision of all detections that reach it.
-        best = np.zeros((*precision.shape[:2], len(self.matches.recalls) + 1))
-        n, t = np.ogrid[: precision.shape[0], : precision.shape[1]]
-        np.maximum.at(best, (n[:, :, None], t[:, :, None], reached), precision)
-        best = np.maximum.accumulate(best[:, :, ::-1], axis=2)[:, :, ::-1][:, :, 1:]
-        return np.where(total > 0, best.mean(axis=(1, 2)), np.nan)
+        best = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1][:, 1:]
+        return np.where(total > 0, best.mean(axis=1), np.nan)

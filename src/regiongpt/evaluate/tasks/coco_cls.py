@@ -238,7 +238,8 @@ class CocoClassification(Task):
         ways = Counter(reading.by for reading in readings if reading and reading.by not in ("", "as it stands"))
         for by, count in sorted(ways.items()):
             taken = next(reading.name for reading in readings if reading and reading.by == by)
-            what = "letters' case" if by == "case" else f"{by} alone" if by != "synonym" else "a synonym"
+            ways_of = {"case": "letters' case", "plural": "the plural", "synonym": "a synonym"}
+            what = ways_of.get(by, "letters' case and the plural")
             if taken is None:
                 notes.append(
                     f"{count} answers off the list differ from a name on it by {what}; --synonyms {by} takes them"

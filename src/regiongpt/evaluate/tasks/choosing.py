@@ -1,0 +1,97 @@
+"""What the tasks of referring expressions share: a region is chosen, by generating ``Region [x]`` or by likelihood.
+
+Paper: §4.3, Table 5
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from regiongpt.errors import DataError
+from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
+from regiongpt.evaluate.task import Answer, Figure, Item
+from regiongpt.evaluate.tasks.scoring import figures, images_of
+from regiongpt.prompts import NO_MATCH, parse_region_answer, region_answer
+
+GENERATED: Final = "generate"
+SCORED: Final = "score all choices"
+RULES: Final = {
+    GENERATED: "the generated answer must be Region [x] of a candidate; other answers, and that none fits, are wrong",
+    SCORED: "the likeliest of Region [x] for every candidate and the sentence that none fits",
+}
+
+
+def choices_of(candidates: int) -> tuple[str, ...]:
+    """The answers to choose from: each region, and that none of them fits."""
+    return (*map(region_answer, range(1, candidates + 1)), NO_MATCH)
+
+
+def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, list[int | str | None]]:
+    """What was chosen, for each protocol that the answers allow.
+
+    Returns:
+        By protocol, for each item the number of the region from 1, ``"none"`` for the sentence that none fits,
+        ``"invalid"`` for anything else, None where there is no answer.
+
+    Raises:
+        DataError: There is no answer with a text or scores, or the scores are not as many as the choices.
+    """
+    given = [answers.get(item.id) for item in items]
+    found: dict[str, list[int | str | None]] = {}
+    if any(answer and answer.text is not None for answer in given):
+        found[GENERATED] = [
+            _read(answer.text, item) if answer and answer.text is not None else None
+            for item, answer in zip(items, given, strict=True)
+        ]
+    if any(answer and answer.scores is not None for answer in given):
+        found[SCORED] = [
+            _best(answer.scores, item) if answer and answer.scores is not None else None
+            for item, answer in zip(items, given, strict=True)
+        ]
+    if not found:
+        raise DataError("expected answers with a text or with scores, got neither for any item")
+    return found
+
+
+def _read(text: str, item: Item) -> int | str:
+    number = parse_region_answer(text)
+    if number is None:
+        return "none"
+    return number if isinstance(number, int) and number <= len(item.regions) else "invalid"
+
+
+def _best(scores: Sequence[float], item: Item) -> int | str:
+    if len(scores) != len(item.regions) + 1:
+        raise DataError(
+            f"item {item.id}: expected scores of {len(item.regions)} regions and of none, got {len(scores)}"
+        )
+    best = int(np.argmax(scores))
+    return best + 1 if best < len(item.regions) else "none"
+
+
+def choice_statistics(
+    items: Sequence[Item], picked: Sequence[int | str | None], right: Sequence[bool]
+) -> dict[str, Statistic]:
+    """Accuracy, what chance would give, and the shares of answers that choose nothing."""
+    images = images_of(items)
+    shares: dict[str, list[float]] = {
+        "accuracy": [float(each) for each in right],
+        "chance": [item.detail["chance"] for item in items],
+        "no_match": [float(each == "none") for each in picked],
+        "invalid": [float(each == "invalid" or each is None) for each in picked],
+    }
+    return {name: mean_statistic(images, values) for name, values in shares.items()}
+
+
+def measured(
+    statistics: Mapping[str, Mapping[str, Statistic]], of: int, resamples: int, seed: int
+) -> dict[str, dict[str, Figure]]:
+    """Figures of every protocol; what chance would give has no interval."""
+    found = {}
+    for protocol, those in statistics.items():
+        with_interval = {name: each for name, each in those.items() if name != "chance"}
+        found[protocol] = figures(with_interval, of, resamples, seed)
+        if "chance" in those:
+            found[protocol] |= figures({"chance": those["chance"]}, of, 0, seed)
+    return found

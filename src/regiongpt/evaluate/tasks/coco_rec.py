@@ -1,0 +1,114 @@
+"""Which of five annotated boxes does an expression mean that was written from the annotations themselves?
+
+A stand-in for referring expressions where only boxes, classes and pixels are known: expressions say a class, a place, a
+size or a colour that is true of one of the five alone. Its figures are no RefCOCOg figures.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from regiongpt.data.coco import load_coco, photo_sources
+from regiongpt.data.convert.base import option
+from regiongpt.data.facts import colours_of
+from regiongpt.data.sampling import dev_questions
+from regiongpt.errors import DataError
+from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
+from regiongpt.evaluate.tasks.choosing import RULES, choice_statistics, choices_of, chosen, measured
+from regiongpt.evaluate.tasks.scoring import by_group, limited, mean_figure, missing_notes, rows_of
+from regiongpt.images import load_image
+from regiongpt.prompts import parse_region_answer, question
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoRec(Task):
+    """Up to three questions an image of at least five objects; without colours no image is read to write them."""
+
+    name: ClassVar[str] = "coco_rec"
+    summary: ClassVar[str] = "the box that an expression means, among five of an annotated image; needs no RefCOCOg"
+    item_id: ClassVar[str] = "question id"
+
+    split: str = option("instances_SPLIT.json in the folder, with images/", default="dev")
+    colours: bool = option("expressions may name a colour, found in the pixels", default=True)
+    guided: bool = option("end the question with the template of the answer", default=True)
+    choices: bool = option("score all candidates too", default=True)
+
+    def inputs(self) -> list[Path]:
+        """The annotations."""
+        return [source.instances for source in photo_sources(self.data, self.split)]
+
+    def load(self) -> list[Item]:
+        """Questions by image, in their first wording."""
+        self.left_out.counts.clear()
+        data = load_coco(photo_sources(self.data, self.split))
+        self.left_out.counts.update(data.skipped)
+        images = data.images[: self.limit or None]
+        colours = {
+            k: v for image in images if self.colours for k, v in colours_of(image, load_image(image.path)).items()
+        }
+        asked = dev_questions(images, "locate", self.seed, colours)
+        items = []
+        turn: dict[int, int] = {}
+        for each in asked:
+            number = turn[each.image.image_id] = turn.get(each.image.image_id, 0) + 1
+            text = each.text if self.guided else question_without_guide(each.text)
+            items.append(
+                Item(
+                    id=f"{each.image.image_id}-{number}",
+                    image=each.image.path,
+                    image_id=each.image.image_id,
+                    question=text,
+                    regions=tuple(each.regions),
+                    choices=choices_of(len(each.regions)) if self.choices else (),
+                    truth=each.answer,
+                    groups={"kind": each.kind, "category": each.category},
+                    detail={"right": parse_region_answer(each.answer), "chance": 1 / len(each.regions)},
+                )
+            )
+        if not items:
+            raise DataError(f"{self.data}: expected images with five objects or more, found none; {data.report()}")
+        return limited(items, self.limit)
+
+    def score(
+        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
+    ) -> Result:
+        """Right is the region that the expression was written of."""
+        statistics = {}
+        rights: dict[str, list[float | None]] = {}
+        breakdowns = {}
+        for protocol, picked in chosen(items, answers).items():
+            right = [number == item.detail["right"] for item, number in zip(items, picked, strict=True)]
+            statistics[protocol] = choice_statistics(items, picked, right)
+            scores = [float(ok) for ok in right]
+            rights[f"{protocol}.accuracy"] = list(scores)
+
+            def measure(places: list[int], scores: list[float] = scores) -> dict[str, Figure]:
+                return {"accuracy": mean_figure(items, scores, places)}
+
+            breakdowns[protocol] = {name: by_group(items, name, measure) for name in ("kind", "category")}
+        notes = missing_notes(items, answers, self.item_id)
+        if self.left_out.counts:
+            notes.append(f"annotations left out: {self.left_out.summary()}")
+        return Result(
+            task=self.name,
+            pinned={
+                "split": self.split,
+                "expressions": f"of annotations, seed {self.seed}, {'with' if self.colours else 'no'} colours",
+                "candidates": "five objects of the image, drawn by the seed, crowds aside",
+                **{f"protocol {name}": RULES[name] for name in statistics},
+            },
+            protocols=measured(statistics, len(items), resamples, seed),
+            breakdowns=breakdowns,
+            rows=rows_of(items, answers, rights),
+            notes=tuple(notes),
+            statistics=statistics,
+        )
+
+
+def question_without_guide(text: str) -> str:
+    """A question without the suffix that fixes the form of its answer."""
+    guide = question("locate", 0, regions=[1], expression="x").removeprefix(
+        question("locate", 0, regions=[1], expression="x", guided=False)
+    )
+    return text.removesuffix(guide)

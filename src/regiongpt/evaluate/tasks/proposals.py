@@ -1,0 +1,111 @@
+"""Candidate boxes from a file of detections in the common form of detection results."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regiongpt.data.convert.jsonstream import iter_array
+from regiongpt.data.convert.values import short
+from regiongpt.data.shards import Rejects
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.evaluate.metrics.overlap import overlaps
+
+Box = tuple[float, float, float, float]
+ENOUGH = 0.5
+"""Intersection over union from which a candidate counts as the object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposals:
+    """Boxes by image, the best score first where there are scores.
+
+    Attributes:
+        boxes: By image id, xyxy in pixels.
+        scored: Whether the file has scores.
+    """
+
+    boxes: Mapping[int, Sequence[Box]]
+    scored: bool
+
+
+def read_proposals(path: Path, images: set[int], top: int, least: float, rejects: Rejects) -> Proposals:
+    """The candidates of the images that are asked about.
+
+    Args:
+        path: A json array of objects with ``image_id`` and ``bbox`` (x, y, width, height), and ``score``.
+        images: Ids of the images.
+        top: Most candidates an image, by score; 0 for all.
+        least: Least score; 0 for all.
+        rejects: Where unusable entries are noted.
+
+    Raises:
+        DataError: The file is of another form, or has scores for some entries alone, or none for any image.
+        ConfigError: ``top`` or ``least`` is asked for, and there are no scores.
+    """
+    found: dict[int, list[tuple[float, Box]]] = {}
+    scored = unscored = 0
+    for place, entry in enumerate(iter_array(path, None, rejects)):
+        image_id = entry.get("image_id") if isinstance(entry, dict) else None
+        box = entry.get("bbox") if isinstance(entry, dict) else None
+        if type(image_id) is not int or not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
+            rejects.add("proposal of another form", path, place, f"expected image_id and bbox, got {short(entry)}")
+            continue
+        score = entry.get("score")
+        if score is not None and not _finite(score):
+            rejects.add("proposal of another form", path, place, f"expected a finite score, got {short(score)}")
+            continue
+        scored, unscored = scored + (score is not None), unscored + (score is None)
+        if image_id not in images:
+            continue
+        x, y, width, height = map(float, box)
+        if width <= 0 or height <= 0:
+            rejects.add("box without size", path, place, f"expected a width and height above 0, got {short(box)}")
+            continue
+        found.setdefault(image_id, []).append((float(score or 0.0), (x, y, x + width, y + height)))
+    if not found:
+        raise DataError(
+            f"{path}: expected candidates of the {len(images)} images that are asked about, found none; "
+            f"{rejects.summary()}; is the file of another split?"
+        )
+    if scored and unscored:
+        raise DataError(
+            f"{path}: expected a score for every candidate or for none, got {unscored} without of {scored + unscored}"
+        )
+    if unscored and (top or least):
+        raise ConfigError(
+            f"{path}: expected scores to choose candidates by, found none; give a file with scores, or take all "
+            "candidates with --top 0 --min-score 0"
+        )
+    kept = {}
+    for image_id, those in found.items():
+        order = np.argsort([-score for score, _ in those], kind="stable") if scored else np.arange(len(those))
+        best = [those[k][1] for k in order.tolist() if not scored or those[k][0] >= least]
+        kept[image_id] = best[: top or None]
+    return Proposals(boxes=kept, scored=bool(scored))
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and float("-inf") < value < float("inf")
+
+
+def candidates_of(truth: Box, proposed: Sequence[Box], inject: bool, seed: tuple[int, ...]) -> tuple[list[Box], bool]:
+    """The boxes to choose among, in an order drawn by the seed, for a detector's order says which is likely.
+
+    Args:
+        truth: The object's box.
+        proposed: Of the image.
+        inject: Add the truth where no candidate reaches an overlap of 0.5, as the paper does.
+        seed: Of the order.
+
+    Returns:
+        The boxes, and whether the truth had to be added (or would have had to be).
+
+    Paper: §4.3
+    """
+    lacking = not proposed or bool(overlaps(truth, proposed).max() < ENOUGH)
+    boxes = [*proposed, truth] if lacking and inject else list(proposed)
+    order = np.random.default_rng(seed).permutation(len(boxes)).tolist()
+    return [boxes[k] for k in order], lacking

@@ -1,0 +1,82 @@
+"""Captions of RefCOCOg's objects, against the expressions that people referred to them by.
+
+Paper: §4.2, Table 4
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final
+
+from regiongpt.data.convert.base import option
+from regiongpt.evaluate.paper import TABLES
+from regiongpt.evaluate.task import Item
+from regiongpt.evaluate.tasks.captioning import PROTOCOL, CaptionTask
+from regiongpt.evaluate.tasks.refcocog_files import RefCocogFiles, each_expression
+from regiongpt.evaluate.tasks.scoring import check_choice, limited
+
+GROUPINGS: Final = {
+    "object": "all expressions of an object are the references of its one caption",
+    "expression": "each expression is an item of its own, with itself as its only reference",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefCocogCaption(CaptionTask):
+    """One caption an object, or with ``grouping`` set to ``expression`` one for each of its expressions.
+
+    Published figures use both groupings and seldom say which.
+    """
+
+    name: ClassVar[str] = "refcocog_caption"
+    summary: ClassVar[str] = "captions of RefCOCOg's objects: METEOR and CIDEr (Table 4)"
+    item_id: ClassVar[str] = "annotation id"
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        PROTOCOL: {
+            "METEOR": TABLES["refcocog_caption"].figure("METEOR") / 100,
+            "CIDEr": TABLES["refcocog_caption"].figure("CIDEr") / 100,
+        }
+    }
+    paper_source: ClassVar[str] = "Table 4, RefCOCOg; the paper names neither split nor grouping of the references"
+
+    split: str = option("of a refs(...).p; a json holds one split, which this names", default="val")
+    refs: Path | None = option("refs(umd).p, a json in COCO's layout or json lines, wherever it is", default=None)
+    instances: Path | None = option("instances.json of the data set, wherever it is", default=None)
+    images: Path | None = option("folder of the images, wherever it is", default=None)
+    grouping: str = option("of the references: object or expression", default="object")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("grouping", self.grouping, tuple(GROUPINGS))
+
+    @property
+    def _files(self) -> RefCocogFiles:
+        return RefCocogFiles(self.data, self.refs, self.instances, self.images)
+
+    def inputs(self) -> list[Path]:
+        """Expressions and objects."""
+        return self._files.inputs
+
+    def pinned(self) -> dict[str, str]:
+        """Partition, split and grouping."""
+        files = self._files
+        split = self.split if files.refs.suffix == ".p" else files.refs.name
+        return {"split": f"RefCOCOg {files.partition} {split}", "references": GROUPINGS[self.grouping]}
+
+    def load(self) -> list[Item]:
+        """One item an object or an expression, in the order of the file."""
+        self.left_out.counts.clear()
+        files = self._files
+        objects, folder = files.objects(self.split, self.left_out), files.folder
+        if self.grouping == "object":
+            asked = [(str(each.ann_id), each, [text for _, text in each.expressions]) for each in objects]
+        else:
+            asked = [(str(number), each, [text]) for each, number, text in each_expression(objects)]
+        items = [
+            self.item(
+                id=number, place=(folder / each.file, each.image_id), box=each.box, references=said,
+                category=each.category,
+            )
+            for number, each, said in asked
+        ]  # fmt: skip
+        return limited([item for item in items if item is not None], self.limit)

@@ -1,0 +1,133 @@
+"""The files of RefCOCOg as the evaluation reads them: by the converters' readers, or json lines of expressions."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from regiongpt.data.convert.images import Fault
+from regiongpt.data.convert.jsonl import iter_lines
+from regiongpt.data.convert.refcoco_files import APART, Scene, read_instances, read_json, read_pickle
+from regiongpt.data.convert.values import MALFORMED, Corners, is_whole, plain_text, short
+from regiongpt.data.shards import Rejects
+from regiongpt.errors import DataError
+from regiongpt.evaluate.tasks.scoring import find_file, find_folder
+
+REFS = ("refcocog/refs(umd).p", "refs(umd).p", "refcocog/refs(google).p", "refs(google).p")
+INSTANCES = ("refcocog/instances.json", "instances.json")
+FOLDERS = ("train2014", "images/mscoco/images/train2014", "coco/train2014", "images", ".")
+
+
+class Referred(NamedTuple):
+    """One object with the expressions that refer to it."""
+
+    image_id: int
+    file: str
+    ann_id: int
+    box: Corners
+    category: str
+    expressions: tuple[tuple[int, str], ...]
+
+
+class RefCocogFiles:
+    """Where the files are.
+
+    Args:
+        data: Folder that they are looked for in.
+        refs: ``refs(umd).p``, a json in COCO's layout or json lines, wherever it is.
+        instances: ``instances.json``, wherever it is; only ``refs(...).p`` needs it.
+        images: Folder of the images, wherever it is.
+
+    Raises:
+        DataError: A file is not there.
+    """
+
+    def __init__(self, data: Path, refs: Path | None, instances: Path | None, images: Path | None) -> None:
+        self.refs = find_file(refs, data, REFS, "the expressions", "refs")
+        self.instances: Path | None = None
+        if self.refs.suffix == ".p" or instances is not None:
+            self.instances = find_file(instances, data, INSTANCES, "the objects", "instances")
+        self._data, self._images = data, images
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files that are read."""
+        return [self.refs] if self.instances is None else [self.refs, self.instances]
+
+    @property
+    def partition(self) -> str:
+        """Who divided the data set, as far as the file's name says it."""
+        return next((name for name in ("umd", "google") if name in self.refs.name.lower()), "as in the file")
+
+    @property
+    def folder(self) -> Path:
+        """Of the images."""
+        return find_folder(self._images, self._data, FOLDERS, "the images", "images")
+
+    def objects(self, split: str, rejects: Rejects) -> list[Referred]:
+        """The objects of a split, in the order of the file.
+
+        Raises:
+            DataError: A file is of another form, has no such split, or does not belong to the other.
+        """
+        if self.refs.suffix == ".jsonl":
+            return _read_lines(self.refs, rejects)
+        if self.refs.suffix == ".p":
+            refs = read_pickle(self.refs, split, rejects)
+            scenes: dict[int, Scene] = {}
+        else:
+            refs, scenes = read_json(self.refs, "refcocog", rejects)
+        if self.instances is not None:
+            scenes = read_instances(self.instances, set(refs), rejects)
+        found: list[Referred] = []
+        for image_id, those in refs.items():
+            for ref in those:
+                scene = scenes.get(image_id)
+                each = scene.objects.get(ref.ann_id) if scene is not None else None
+                if scene is None or each is None:
+                    rejects.add(APART, self.refs, ref.ann_id, "expected the object in the instances, found none")
+                else:
+                    said = tuple((expression.id, expression.text) for expression in ref.expressions)
+                    found.append(Referred(image_id, scene.path, ref.ann_id, each.box, each.category, said))
+        if not found:
+            raise DataError(f"{self.refs}: expected objects of the split {split!r}, found none; {rejects.summary()}")
+        return found
+
+
+def _read_lines(path: Path, rejects: Rejects) -> list[Referred]:
+    """``{"image_id", "ann_id", "bbox_xywh", "sent"}`` a line; further: ``sent_id``, ``file_name``, ``category``."""
+    found: dict[int, Referred] = {}
+    for number, entry in iter_lines(path, rejects):
+        read = _read_line(entry, number)
+        if isinstance(read, Fault):
+            rejects.add(read.kind, path, number, read.reason)
+        elif read.ann_id in found:
+            kept = found[read.ann_id]
+            found[read.ann_id] = kept._replace(expressions=kept.expressions + read.expressions)
+        else:
+            found[read.ann_id] = read
+    return list(found.values())
+
+
+def _read_line(entry: Mapping[str, Any], number: int) -> Referred | Fault:
+    image_id, ann_id, box = entry.get("image_id"), entry.get("ann_id"), entry.get("bbox_xywh", entry.get("bbox"))
+    sent_id, category = entry.get("sent_id", number), entry.get("category", "")
+    if not (is_whole(image_id) and is_whole(ann_id) and is_whole(sent_id)):
+        return Fault(MALFORMED, f"expected image_id and ann_id as whole numbers, got {short(dict(entry))}")
+    if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
+        return Fault("box that is not four numbers", f"expected bbox_xywh as four numbers, got {short(box)}")
+    if not (box[2] > 0 and box[3] > 0):
+        return Fault("box without size", f"expected a width and height above 0, got {short(box)}")
+    text = plain_text(entry.get("sent"), "expression")
+    if isinstance(text, Fault):
+        return text
+    x, y, width, height = map(float, box)
+    name = entry.get("file_name") or f"COCO_train2014_{image_id:012d}.jpg"
+    corners = (max(x, 0.0), max(y, 0.0), x + width, y + height)
+    return Referred(image_id, str(name), ann_id, corners, str(category), ((sent_id, text),))
+
+
+def each_expression(objects: list[Referred]) -> Iterator[tuple[Referred, int, str]]:
+    """Every expression with its object."""
+    for each in objects:
+        for number, text in each.expressions:
+            yield each, number, text

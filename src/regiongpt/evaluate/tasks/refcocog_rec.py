@@ -1,0 +1,175 @@
+"""Which of the candidate boxes does an expression of RefCOCOg mean?
+
+Paper: §4.3, Table 5
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final
+
+from regiongpt.data.convert.base import option
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
+from regiongpt.evaluate.metrics.overlap import overlaps
+from regiongpt.evaluate.paper import TABLES
+from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
+from regiongpt.evaluate.tasks.choosing import RULES, choice_statistics, choices_of, chosen, measured
+from regiongpt.evaluate.tasks.proposals import ENOUGH, Box, candidates_of, read_proposals
+from regiongpt.evaluate.tasks.refcocog_files import RefCocogFiles, each_expression
+from regiongpt.evaluate.tasks.scoring import (
+    SIZES,
+    by_group,
+    find_file,
+    images_of,
+    limited,
+    mean_figure,
+    missing_notes,
+    rows_of,
+    size_name,
+)
+from regiongpt.prompts import question, region_answer
+from regiongpt.regions import Region
+
+INJECTED: Final = "ground truth injected"
+BARE: Final = "without injection"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefCocogRec(Task):
+    """One question an expression, among the proposals for its image.
+
+    Where no proposal reaches an overlap of 0.5 with the object, the object's own box is added, as in the paper; such
+    questions cannot be lost by the detector any more, so their share is reported. Without the injection the same
+    questions have no right answer among the candidates and count as wrong: every other question is the same in both
+    variants, so one run measures both.
+    """
+
+    name: ClassVar[str] = "refcocog_rec"
+    summary: ClassVar[str] = "the box that an expression means, among proposals (Table 5)"
+    item_id: ClassVar[str] = "sentence id"
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        f"generate, {INJECTED}": {"accuracy": TABLES["rec"].figure("val") / 100}
+    }
+    paper_source: ClassVar[str] = "Table 5, RefCOCOg val (test: 86.96), ground truth injected; proposals not published"
+
+    split: str = option("of a refs(...).p; a json holds one split, which this names", default="val")
+    proposals: Path | None = option("json array of detections: image_id, bbox (x, y, w, h), score", default=None)
+    refs: Path | None = option("refs(umd).p, a json in COCO's layout or json lines, wherever it is", default=None)
+    instances: Path | None = option("instances.json of the data set, wherever it is", default=None)
+    images: Path | None = option("folder of the images, wherever it is", default=None)
+    top: int = option("most proposals an image, the best by score; 0 for all", default=20)
+    min_score: float = option("least score of a proposal; 0 for all", default=0.0)
+    guided: bool = option("end the question with the template of the answer", default=True)
+    choices: bool = option("score all candidates too", default=True)
+
+    def __post_init__(self) -> None:
+        if self.top < 0:
+            raise ConfigError(f"top: expected 0 or more, got {self.top}")
+
+    @property
+    def _files(self) -> RefCocogFiles:
+        return RefCocogFiles(self.data, self.refs, self.instances, self.images)
+
+    @property
+    def _proposals(self) -> Path:
+        names = [f"proposals_{self.split}.json", "proposals.json"]
+        return find_file(self.proposals, self.data, names, "the proposals", "proposals")
+
+    def inputs(self) -> list[Path]:
+        """Expressions, objects and proposals."""
+        return [*self._files.inputs, self._proposals]
+
+    def load(self) -> list[Item]:
+        """One item an expression, in the order of the file."""
+        self.left_out.counts.clear()
+        files = self._files
+        objects, folder = files.objects(self.split, self.left_out), files.folder
+        images = {each.image_id for each in objects}
+        found = read_proposals(self._proposals, images, self.top, self.min_score, self.left_out)
+        items = []
+        for each, number, text in each_expression(objects):
+            proposed = found.boxes.get(each.image_id, ())
+            boxes, lacking = candidates_of(each.box, proposed, True, (self.seed, each.image_id, number))
+            agreement = overlaps(each.box, boxes)
+            right = [k for k, overlap in enumerate(agreement.tolist(), 1) if overlap >= ENOUGH]
+            items.append(
+                Item(
+                    id=str(number),
+                    image=folder / each.file,
+                    image_id=each.image_id,
+                    question=question(
+                        "locate", 0, regions=range(1, len(boxes) + 1), expression=text, guided=self.guided
+                    ),
+                    regions=tuple(Region.box(*box) for box in boxes),
+                    choices=choices_of(len(boxes)) if self.choices else (),
+                    truth=region_answer(int(agreement.argmax()) + 1),
+                    groups={"size": size_name(_area(each.box)), "injected": "yes" if lacking else "no"},
+                    detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes), "expression": text},
+                )
+            )
+        if not items:
+            raise DataError(f"{files.refs}: expected expressions, found none; {self.left_out.summary()}")
+        return limited(items, self.limit)
+
+    def score(
+        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
+    ) -> Result:
+        """Right is a candidate whose overlap with the object is at least 0.5."""
+        injected = [bool(item.detail["injected"]) for item in items]
+        share = mean_statistic(images_of(items), [float(each) for each in injected])
+        statistics: dict[str, dict[str, Statistic]] = {}
+        rights: dict[str, list[float | None]] = {}
+        for protocol, picked in chosen(items, answers).items():
+            right = [number in item.detail["right"] for item, number in zip(items, picked, strict=True)]
+            for variant in (INJECTED, BARE):
+                name = f"{protocol}, {variant}"
+                kept = [ok and (variant == INJECTED or not own) for ok, own in zip(right, injected, strict=True)]
+                statistics[name] = choice_statistics(items, picked, kept)
+                if variant == BARE:
+                    del statistics[name]["chance"]
+                else:
+                    statistics[name]["injected_share"] = share
+                rights[f"{name}.accuracy"] = [float(ok) for ok in kept]
+        notes = missing_notes(items, answers, self.item_id)
+        if self.left_out.counts:
+            notes.append(f"left out: {self.left_out.summary()}")
+        notes.append(
+            f"{sum(injected)} of {len(items)} questions had no candidate with an overlap of {ENOUGH}; "
+            f"{_mean([len(item.regions) for item in items]):.1f} candidates a question on average"
+        )
+        return Result(
+            task=self.name,
+            pinned={
+                "split": f"RefCOCOg {self._files.partition} {self.split}",
+                "candidates": f"{self._proposals.name}, at most {self.top or 'all'} an image, order drawn by seed",
+                "right": f"overlap with the object of at least {ENOUGH}",
+                **{f"protocol {name}": rule for name, rule in RULES.items()},
+                f"variant {INJECTED}": "the object's box is added where no candidate overlaps it enough",
+                f"variant {BARE}": "the same questions, of which those count as wrong",
+            },
+            protocols=measured(statistics, len(items), resamples, seed),
+            breakdowns={name: _breakdowns(items, rights[f"{name}.accuracy"]) for name in statistics},
+            rows=rows_of(items, answers, rights),
+            notes=tuple(notes),
+            statistics=statistics,
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of at least one number."""
+    return sum(values) / len(values)
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _breakdowns(items: Sequence[Item], right: Sequence[float | None]) -> dict[str, dict[str, Mapping[str, Figure]]]:
+    scores = [each or 0.0 for each in right]
+
+    def measure(places: list[int]) -> dict[str, Figure]:
+        return {"accuracy": mean_figure(items, scores, places)}
+
+    order = [name for name, _ in SIZES]
+    return {"size": by_group(items, "size", measure, order), "injected": by_group(items, "injected", measure)}

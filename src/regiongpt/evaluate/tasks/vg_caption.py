@@ -1,0 +1,119 @@
+"""Captions of Visual Genome's regions, against what people wrote of them.
+
+Paper: §4.2, Table 4
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from regiongpt.data.convert.base import option
+from regiongpt.data.convert.jsonstream import iter_array
+from regiongpt.data.convert.values import is_whole
+from regiongpt.data.convert.visual_genome import VisualGenomeConverter
+from regiongpt.data.shards import Rejects
+from regiongpt.errors import DataError
+from regiongpt.evaluate.paper import TABLES
+from regiongpt.evaluate.task import Item
+from regiongpt.evaluate.tasks.captioning import PROTOCOL, CaptionTask
+from regiongpt.evaluate.tasks.scoring import check_choice, find_file, find_folder, limited
+
+GROUPINGS: Final = {
+    "region": "each region is an item of its own, with its one phrase as the only reference",
+    "box": "regions of one image with the same box are one item, with all their phrases as references",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualGenomeCaption(CaptionTask):
+    """One caption a region of the images of a split, which a file lists: papers use different ones."""
+
+    name: ClassVar[str] = "vg_caption"
+    summary: ClassVar[str] = "captions of Visual Genome's regions: METEOR and CIDEr (Table 4)"
+    item_id: ClassVar[str] = "region id"
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        PROTOCOL: {
+            "METEOR": TABLES["vg_caption"].figure("METEOR") / 100,
+            "CIDEr": TABLES["vg_caption"].figure("CIDEr") / 100,
+        }
+    }
+    paper_source: ClassVar[str] = "Table 4, Visual Genome; the paper names neither split nor number of regions"
+
+    split: str = option("of the file of splits", default="test")
+    regions: Path | None = option("region_descriptions.json, wherever it is", default=None)
+    image_data: Path | None = option("image_data.json, wherever it is", default=None)
+    splits: Path | None = option(
+        "json of image ids by split, such as densecap_splits.json; without one, all images", default=None
+    )
+    images: Path | None = option("folder with VG_100K and VG_100K_2, wherever it is", default=None)
+    grouping: str = option("of the references: region or box", default="region")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("grouping", self.grouping, tuple(GROUPINGS))
+
+    def inputs(self) -> list[Path]:
+        """Regions, images' sizes and splits."""
+        found = [
+            find_file(self.regions, self.data, ["region_descriptions.json"], "the regions", "regions"),
+            find_file(self.image_data, self.data, ["image_data.json"], "the images' sizes", "image-data"),
+        ]
+        return [*found, self.splits] if self.splits is not None else found
+
+    def pinned(self) -> dict[str, str]:
+        """Split and grouping."""
+        split = f"{self.split} of {self.splits.name}" if self.splits is not None else "all images of the file"
+        return {"split": f"Visual Genome, {split}", "references": GROUPINGS[self.grouping]}
+
+    def load(self) -> list[Item]:
+        """One item a region or a box, by image and region id."""
+        self.left_out.counts.clear()
+        regions, image_data = self.inputs()[:2]
+        folder = find_folder(self.images, self.data, ["images", "."], "the images", "images")
+        wanted = _split_of(self.splits, self.split) if self.splits is not None else None
+        reader = VisualGenomeConverter(
+            images=folder, regions=regions, image_data=image_data, boxes_per_image=0, check_images=False
+        )
+        items: list[Item] = []
+        for record in reader.records(self.left_out):
+            image_id = int(record.id.rsplit("/", 1)[-1])
+            if wanted is not None and image_id not in wanted:
+                continue
+            asked: dict[Any, tuple[str, tuple[float, ...], list[str]]] = {}
+            parts = sorted(
+                (
+                    (int(part.source_id), tuple(part.region.to_dict()["box"]), turn.answer)
+                    for turn in record.turns
+                    for part in (record.regions[turn.regions[0] - 1],)
+                ),
+                key=lambda part: part[0],
+            )
+            for number, box, phrase in parts:
+                key = number if self.grouping == "region" else tuple(box)
+                asked.setdefault(key, (str(number), tuple(box), []))[2].append(phrase)
+            for number_text, corners, phrases in asked.values():
+                place = (folder / record.image, image_id)
+                item = self.item(id=number_text, place=place, box=corners, references=phrases)
+                items += [] if item is None else [item]
+        if not items:
+            raise DataError(
+                f"{regions}: expected regions of the split {self.split!r}, found none; {self.left_out.summary()}"
+            )
+        return limited(items, self.limit)
+
+
+def _split_of(path: Path, split: str) -> set[int]:
+    """The image ids of a split.
+
+    Raises:
+        DataError: The file has no such list of ids.
+    """
+    rejects = Rejects()
+    try:
+        numbers = list(iter_array(path, split, rejects))
+    except DataError as error:
+        raise DataError(f"{error}; the file of splits is to have a list of image ids by split") from None
+    if rejects.counts or not numbers or not all(is_whole(number) for number in numbers):
+        raise DataError(f"{path}: expected a list {split!r} of image ids as whole numbers; got another form")
+    return set(numbers)
