@@ -29,10 +29,10 @@ SIZE = {
     "align.epochs": 0.5,
     "align.batch_size": 8,
     "align.micro_batch_size": 8,
-    "stage1.epochs": 0.5,
+    "stage1.epochs": 3,
     "stage1.batch_size": 8,
     "stage1.micro_batch_size": 8,
-    "stage2.epochs": 0.5,
+    "stage2.epochs": 2,
     "stage2.batch_size": 8,
     "stage2.micro_batch_size": 8,
 }

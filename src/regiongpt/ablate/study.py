@@ -114,8 +114,11 @@ class Study:
 
     def _model(self, number: int, seed: int, configs: Mapping[tuple[str, int], TrainConfig]) -> Path:
         """The trained model of a variant: that of an earlier one where only the questions differ."""
+        from transformers.utils import logging as transformers_logging
+
         from regiongpt.train.stages import train
 
+        transformers_logging.disable_progress_bar()
         variant = self.variants[number]
         owner = next(each for each in self.variants if same_training(each, variant))
         config = configs[owner.name, seed]

@@ -1,0 +1,115 @@
+"""Writes the measured figures of docs/results.md from folders that ``regiongpt evaluate`` and ``ablate`` have written.
+
+    python benchmarks/results_doc.py --runs runs/eval --ablations runs/ablate/refinement runs/ablate/prompt
+
+What stands between the two marks in the document is replaced; the rest is left as it is. Every table carries the
+commit, checkpoint and annotations that its figures come from, so that the document can be made again and compared.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from regiongpt.errors import DataError, RegionGPTError
+from regiongpt.evaluate.paper import TABLES
+from regiongpt.evaluate.runs import TaskRun, read_json, read_run
+from regiongpt.evaluate.tables import markdown, paper_source, rows
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+
+
+def task_section(run: TaskRun) -> str:
+    """One benchmark: every protocol, beside the paper's figures in their own column."""
+    found = list(rows(run))
+    parts = [f"### {run.name}", "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items()) + "."]
+    for protocol in dict.fromkeys(row.protocol for row in found):
+        here = [row for row in found if row.protocol == protocol]
+        with_paper = any(row.paper is not None for row in here)
+        head = ["figure", "measured", "95 %", "items", *(["paper, on other data"] if with_paper else [])]
+        parts.append(f"**{protocol}**\n\n{markdown([head, *(row.cells()[: len(head)] for row in here)])}")
+    if any(row.paper is not None for row in found):
+        parts.append(f"Paper: {paper_source(run)}. Another data set is another test.")
+    parts += [f"- {note}" for note in run.result["notes"]]
+    return "\n\n".join([*parts, origin(run.manifest)])
+
+
+def origin(manifest: dict[str, Any]) -> str:
+    """One line: checkpoint, commit, files."""
+    model, commit = manifest.get("model"), manifest["code"].get("commit") or {}
+    weights = model["files"].get("model.safetensors", "") if model else ""
+    made = f"model {model['name']}{f', weights {weights[:12]}' if weights else ''}" if model else "predictions"
+    files = ", ".join(f"{each['name']} {each['sha256'][:12]}" for each in manifest["inputs"])
+    changed = " with changes" if commit.get("changed") else ""
+    return f"From {made}; commit {commit.get('hash', 'unknown')[:12]}{changed}; {files}; {manifest['date']}."
+
+
+def ablation_section(folder: Path) -> str:
+    """One ablation: means over the seeds, differences from the first variant, and the paper's order."""
+    found = read_json(folder / "result.json")
+    if "ablation" not in found:
+        raise DataError(f"{folder}: expected the folder of `regiongpt ablate`, found another result.json")
+    names = [variant["name"] for variant in found["variants"]]
+    parts = [
+        f"### Ablation: {found['ablation']}",
+        f"{found['task']}, {found['items']:,} items; seeds {', '.join(map(str, found['seeds']))}; in brackets 95 % of "
+        f"the resamples; behind the comma the difference from {names[0]}.",
+    ]
+    for protocol, figures in found["protocols"].items():
+        head = ["variant", *figures]
+        body = [[name, *(cell(cells[name]) for cells in figures.values())] for name in names]
+        parts.append(f"**{protocol}**\n\n{markdown([head, *body])}")
+    printed = TABLES.get(found["ablation"])
+    if printed is not None:
+        body = [[name, *("–" if x is None else f"{x:.1f}" for x in values)] for name, values in printed.rows.items()]
+        shown = markdown([["variant", *printed.columns], *body])
+        parts.append(f"The paper's {printed.number}, on {printed.data}:\n\n{shown}")
+    parts += [f"- {line}" for line in found["orders"]]
+    first = next(iter(found["manifests"].values()))[0]
+    return "\n\n".join([*parts, origin(first)])
+
+
+def cell(values: dict[str, Any]) -> str:
+    """A mean with its interval, and the difference from the first variant."""
+    if values["mean"] is None:
+        return "–"
+    text = f"{values['mean']:.1f}"
+    if values["interval"] and None not in values["interval"]:
+        text += f" ({values['interval'][0]:.1f} to {values['interval'][1]:.1f})"
+    return text + (f", {values['gain']:+.1f}" if values["gain"] is not None else "")
+
+
+def document(text: str, sections: Sequence[str]) -> str:
+    """The document with other figures between its marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise DataError(f"expected a document with {BEGIN} and {END}, found one of them missing")
+    body = "\n\n".join(sections)
+    return f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], metavar="DIR", help="of `regiongpt evaluate`")
+    parser.add_argument("--ablations", type=Path, nargs="*", default=[], metavar="DIR", help="of `regiongpt ablate`")
+    parser.add_argument("--document", type=Path, default=DOCUMENT, metavar="FILE", help="default: docs/results.md")
+    options = parser.parse_args(argv)
+    try:
+        sections = [task_section(run) for folder in options.runs for run in read_run(folder)]
+        sections += [ablation_section(folder) for folder in options.ablations]
+        if not sections:
+            raise DataError("expected --runs or --ablations with at least one folder, got none")
+        text = document(options.document.read_text(encoding="utf-8"), sections)
+    except (RegionGPTError, OSError) as error:
+        print(f"results_doc: error: {error}", file=sys.stderr)
+        return 2
+    options.document.write_text(text, encoding="utf-8")
+    print(f"{len(sections)} sections written to {options.document}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
