@@ -1,4 +1,4 @@
-"""The command line: ``regiongpt ask``, ``chat``, ``convert``, ``inspect``, ``weights``, ``train`` and ``evaluate``.
+"""The command line: ``regiongpt ask``, ``chat``, ``describe``, ``convert``, ``train``, ``evaluate`` and others.
 
 torch and transformers are imported only by the verb that needs them, after its arguments, image and regions have been
 checked: help and mistakes cost a fraction of a second. Whatever the user got wrong ends as one line on standard error
@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from regiongpt.inference import RegionPredictor
+    from regiongpt.inference.proposals import Proposal
     from regiongpt.regions import Region
 
 EXIT_BAD_INPUT = 2
@@ -137,6 +139,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(chat)
     chat.set_defaults(run=_chat)
 
+    describe = verbs.add_parser("describe", help="describe many regions of a photograph at once")
+    describe.add_argument("image", help="the photograph")
+    _add_proposal_options(describe)
+    _add_region_options(describe)
+    _add_model_options(describe, sampling=False)
+    describe.add_argument("--brief", action="store_true", help="a caption of a few words a region")
+    describe.add_argument("--json", action="store_true", help="print regions and descriptions as JSON")
+    describe.add_argument("--picture", metavar="FILE", help="write the photograph with regions and descriptions")
+    describe.set_defaults(run=_describe)
+
     verbs.add_parser("convert", help="make training records of a data set's files", add_help=False)
     verbs.add_parser("inspect", help="show what training records hold, and check them", add_help=False)
 
@@ -174,12 +186,34 @@ def _add_region_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option, action=_AddRegion, dest="regions", metavar=metavar, help=text, default=None)
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_proposal_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "proposals", "where regions come from, beside those typed; one of the first three"
+    )
+    group.add_argument(
+        "--proposals",
+        metavar="FILE",
+        help="json of COCO detection results, a COCO data set, or regions as --json has them",
+    )
+    group.add_argument("--grid", type=int, metavar="N", help="N x N points; with --sam, the points it is asked at")
+    group.add_argument("--sam", metavar="PATH", help="masks that a SAM model of transformers finds, at 32 x 32 points")
+    group.add_argument("--image-id", metavar="ID", help="of the photograph in --proposals, where its name does not say")
+    group.add_argument("--min-score", type=float, metavar="S", help="leave out regions of a lower score")
+    group.add_argument(
+        "--iou", type=float, metavar="T", help="leave out regions that overlap a better one more (--sam: 0.7, else off)"
+    )
+    group.add_argument("--max-regions", type=int, metavar="N", help="only the N best, by score or else by order")
+
+
+def _add_model_options(parser: argparse.ArgumentParser, sampling: bool = True) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="PATH", help="checkpoint folder (default: the model of this package)")
     group.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
     group.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)")
+    group.add_argument("--int8", action="store_true", help="language model's weights in int8; on a CPU, in float32")
     group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    if not sampling:
+        return
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest word")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature: nucleus to draw from")
     group.add_argument("--seed", type=int, default=None, metavar="N", help="with a temperature: makes answers repeat")
@@ -241,6 +275,72 @@ def _chat(options: argparse.Namespace) -> int:
         except RegionGPTError as error:
             print(f"regiongpt: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return 0
+
+
+def _describe(options: argparse.Namespace) -> int:
+    photo, typed = _read_inputs(options)
+    if options.picture:
+        _check_picture_path(options.picture)
+    proposals, left_out = _proposals(options, photo, typed)
+    regions = [proposal.region for proposal in proposals]
+    predictor = _predictor(options)
+    began = time.perf_counter()
+    predictor.set_image(photo)
+    answers = predictor.describe(regions, brief=options.brief, max_new_tokens=options.max_new_tokens)
+    seconds = time.perf_counter() - began
+    if left_out:
+        print(f"regiongpt: warning: left out {left_out} of {left_out + len(regions)} regions", file=sys.stderr)
+    if options.json:
+        found = [
+            {
+                "region": proposal.region.to_dict(),
+                **({} if proposal.score is None else {"score": proposal.score}),
+                "answer": answer.text,
+                "complete": answer.complete,
+            }
+            for proposal, answer in zip(proposals, answers, strict=True)
+        ]
+        record = {"image": options.image, "regions": found, "left_out": left_out, "seconds": round(seconds, 3)}
+        print(json.dumps({**record, "device": str(predictor.device)}, ensure_ascii=False, indent=2))
+    else:
+        for number, answer in enumerate(answers, 1):
+            print(f"[{number}] {' '.join(answer.text.split())}")  # one line a region
+    if options.picture:
+        from regiongpt.drawing import draw_regions
+
+        captions = [answer.text for answer in answers]
+        _save_picture(draw_regions(photo, regions, captions), options.picture)
+    return 0
+
+
+def _proposals(options: argparse.Namespace, photo: "Image", typed: "list[Region]") -> "tuple[list[Proposal], int]":
+    """The regions to describe, and how many were left out."""
+    from regiongpt.inference.proposals import Proposal, choose, grid_points, read_proposals
+
+    if options.proposals and (options.sam or options.grid is not None):
+        raise ConfigError("expected --proposals, or --grid or --sam, got several; describe them one after the other")
+    if options.image_id is not None and not options.proposals:
+        raise ConfigError("expected --image-id with --proposals, got it alone")
+    if not (options.proposals or options.sam or options.grid is not None or typed):
+        raise ConfigError("expected regions from --proposals, --grid, --sam, --box or another option, got none")
+    found = [Proposal(region=region, place=f"<region{number}>") for number, region in enumerate(typed, 1)]
+    if options.proposals:
+        found += read_proposals(options.proposals, *photo.size, image=options.image, image_id=options.image_id)
+    elif options.sam:
+        side = 32 if options.grid is None else options.grid
+        grid_points(side, *photo.size)  # for its check: before the model is loaded
+        choose([], *photo.size, most=options.max_regions, iou=options.iou)  # likewise
+        _quiet()
+        from regiongpt.inference.segment import Segmenter
+
+        found += Segmenter(options.sam, options.device).propose(photo, side)
+    elif options.grid is not None:
+        found += grid_points(options.grid, *photo.size)
+    iou = 0.7 if options.sam and options.iou is None else options.iou
+    kept = choose(found, *photo.size, most=options.max_regions, iou=iou, min_score=options.min_score)
+    if not kept:
+        raise DataError("expected at least one region to describe, got none that is left; lower --min-score or --iou")
+    return kept, len(found) - len(kept)
 
 
 def _questions(typed: bool) -> Iterator[str]:
@@ -313,7 +413,7 @@ def _predictor(options: argparse.Namespace) -> "RegionPredictor":
     _quiet()
     from regiongpt.inference import RegionPredictor
 
-    return RegionPredictor.from_pretrained(options.model, device=options.device, dtype=options.dtype)
+    return RegionPredictor.from_pretrained(options.model, device=options.device, dtype=options.dtype, int8=options.int8)
 
 
 def _generation(options: argparse.Namespace) -> dict[str, Any]:
