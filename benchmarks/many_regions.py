@@ -1,0 +1,448 @@
+"""What many regions of one image cost: the peers' way, one batch with the prefix copied, and the shared prefix.
+
+    python benchmarks/many_regions.py --out many_regions.json --plot docs/images/many_regions.png
+
+Every way is timed in this one run, on the model of the package and on a random one of CLIP-B/16 and a Llama of 160M
+parameters. All answers have the same number of tokens, for the end of an answer is not allowed before. The peers' way
+encodes the image for every region and answers it alone; since its cost is the same for each, ``--alone`` of them are
+run and the rest is counted. The limit is the time that reading the weights and the arithmetic would take at the
+bandwidth and the rate that this machine shows for a large sum and a large product of matrices.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from stamp import Progress, stamp, write_json
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipImageProcessorPil,
+)
+
+from regiongpt import Region, RegionGPTError, RegionPredictor
+from regiongpt.inference.classification import classify_regions
+from regiongpt.inference.engine import Engine, Options, pick_device, pick_dtype, question_turns
+from regiongpt.inference.quantization import to_int8, weight_bytes
+from regiongpt.inference.scheduler import Scheduler
+from regiongpt.model import weights
+from regiongpt.prompts import COCO_80, question
+
+MODELS = ("nano", "clip-b-llama-160m")
+WAYS = {
+    "alone": "encode and ask each alone",
+    "copied": "one batch, prefix copied",
+    "shared": "one batch, prefix shared",
+}
+
+
+def random_model(folder: Path) -> tuple[Any, Any]:
+    """CLIP-B/16 and a Llama of 160M parameters, untrained, with the tokenizer of the package."""
+    torch.manual_seed(0)
+    vision, language = folder / "vision", folder / "language"
+    tower = CLIPVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+        patch_size=16,
+    )  # fmt: skip
+    CLIPVisionModel(tower).save_pretrained(vision)
+    SiglipImageProcessorPil(size={"height": 224, "width": 224}).save_pretrained(vision)
+    AutoTokenizer.from_pretrained(weights.nano_path()).save_pretrained(language)
+    llama = LlamaConfig(
+        vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(language)
+    return weights.create(vision, language, chat_template="vicuna_v1")
+
+
+def photograph(size: int = 480) -> np.ndarray:
+    """Noise: what is in an image does not change what it costs."""
+    return np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
+
+
+def boxes(count: int, size: int = 480) -> list[Region]:
+    """Different boxes of the image."""
+    rng = np.random.default_rng(1)
+    corners = rng.uniform([0, 0, 20, 20], [size - 120, size - 120, 120, 120], (count, 4))
+    return [Region.box(x, y, x + w, y + h) for x, y, w, h in corners.tolist()]
+
+
+class Bench:
+    """One model, all ways.
+
+    Args:
+        engine: the model.
+        tokens: new tokens of each answer.
+    """
+
+    def __init__(self, engine: Engine, tokens: int) -> None:
+        self.engine, self.tokens, self.photo = engine, tokens, photograph()
+        self.text = question("describe", regions=[1])
+        self.cache_bytes = 0
+
+    def alone(self, regions: Sequence[Region]) -> None:
+        """The peers' way: the image encoded and read for every region."""
+        engine = self.engine
+        for region in regions:
+            inputs = engine.processor.apply_chat_template(
+                question_turns((), self.text), tokenize=True, return_dict=True, add_generation_prompt=True,
+                images=[self.photo], regions=[region],
+            ).to(engine.device)  # fmt: skip
+            inputs["pixel_values"] = inputs["pixel_values"].to(engine.model.dtype)
+            with torch.inference_mode():
+                engine.model.generate(
+                    **inputs, max_new_tokens=self.tokens, min_new_tokens=self.tokens, do_sample=False, pad_token_id=0
+                )
+
+    @torch.inference_mode()
+    def copied(self, regions: Sequence[Region]) -> None:
+        """The image encoded and read once, its keys and values copied for each sequence of a plain batch."""
+        engine, language_model = self.engine, self.engine.model.language_model
+        scene = engine.look(Image.fromarray(self.photo))
+        prompt = engine.encode(question_turns((), self.text), 1)
+        ids, rows = prompt["input_ids"].tolist(), prompt["region_ids"].tolist()
+        begin = len(ids) - ids[::-1].index(engine.model.config.image_token_id)
+        embeds = torch.stack(
+            [engine.embed(scene, ids, rows, features) for features in engine.pool_each(scene, regions)]
+        )
+        cache = DynamicCache()
+        language_model(inputs_embeds=embeds[:1, :begin], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(regions))
+        ahead = embeds[:, begin:]
+        for _ in range(self.tokens):
+            logits = language_model(inputs_embeds=ahead, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            ahead = engine.model.get_input_embeddings()(logits[:, -1].argmax(-1))[:, None]
+        self.cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    def shared(self, regions: Sequence[Region]) -> None:
+        """This package's way."""
+        engine = self.engine
+        scene = engine.look(Image.fromarray(self.photo))
+        features = engine.pool_each(scene, regions)
+        prompt = engine.prompt(question_turns((), self.text), features[0], 1, self.tokens)
+        scheduler = Scheduler(engine.decoder, engine.model.get_input_embeddings(), [], [], None, len(regions))
+        options = Options(max_new_tokens=self.tokens)
+        jobs = (engine.job(scene, replace(prompt, pooled=each), options) for each in features)
+        with self._watched(engine):
+            written = [len(job.tokens) for job in scheduler.run(jobs)]
+        assert written == [self.tokens] * len(regions), written
+        self.cache_bytes += sum(prefix.nbytes for prefix in scene.begun.prefixes.values())
+
+    @contextmanager
+    def _watched(self, engine: Engine) -> Iterator[None]:
+        """Note how large the sequences' own keys and values become."""
+        forward, self.cache_bytes = engine.decoder.forward, 0
+
+        def watched(cache: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = forward(cache, *args, **kwargs)
+            self.cache_bytes = max(self.cache_bytes, getattr(cache, "nbytes", 0))
+            return logits
+
+        engine.decoder.forward = watched  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del engine.decoder.forward  # the class's own again
+
+    def limit(self, regions: int, machine: dict[str, float]) -> dict[str, float]:
+        """The least seconds of all answers' steps, and of reading their prompts, on this machine."""
+        model = self.engine.model.language_model
+        embedding = self.engine.model.get_input_embeddings().weight
+        tied = model.get_output_embeddings().weight is embedding
+        read = weight_bytes(model) - (0 if tied else embedding.nbytes)
+        products = read / embedding.element_size()
+        prompt = self.engine.encode(question_turns((), self.text), 1)["input_ids"].tolist()
+        begin = len(prompt) - prompt[::-1].index(self.engine.model.config.image_token_id)
+        step = max(read / machine["bytes_per_second"], 2 * products * regions / machine["flops"])
+        first = 2 * products * (begin + regions * (len(prompt) - begin)) / machine["flops"]
+        return {"step": step, "prompts": first, "all": first + (self.tokens - 1) * step, "bytes_read_per_step": read}
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes read a second by a large sum, and operations a second of a large product, the best of three each."""
+    numbers = torch.ones(64 * 2**20, device=device, dtype=dtype)
+    square = torch.randn((1024, 1024), device=device, dtype=dtype)
+    summing = min(timed(numbers.sum, device) for _ in range(3))
+    product = min(timed(lambda: square @ square, device) for _ in range(5))
+    return {"bytes_per_second": numbers.nbytes / summing, "flops": 2 * 1024**3 / product}
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def generation(bench: Bench, counts: Sequence[int], alone: int, machine: dict[str, float]) -> list[dict[str, Any]]:
+    """Seconds of each way at each number of regions."""
+    device, rows = bench.engine.device, []
+    bench.shared(boxes(2))  # once unmeasured
+    each = timed(lambda: bench.alone(boxes(alone)), device) / alone
+    progress = Progress("answers", len(counts), "numbers of regions")
+    for count in counts:
+        row: dict[str, Any] = {"regions": count, "seconds": {"alone": each * count}, "cache_bytes": {}}
+        for way in ("copied", "shared"):
+            # Both see the same neighbours on a busy machine, and the quicker of two runs less of them.
+            work = partial(getattr(bench, way), boxes(count))
+            runs = [timed(work, device) for _ in range(2)]
+            row["seconds"][way] = min(runs)
+            row["cache_bytes"][way] = bench.cache_bytes
+        row["times_faster"] = {way: row["seconds"][way] / row["seconds"]["shared"] for way in ("alone", "copied")}
+        row["tokens_per_second"] = count * bench.tokens / row["seconds"]["shared"]
+        row["limit"] = bench.limit(count, machine)
+        encoded = timed(lambda: bench.engine.look(Image.fromarray(bench.photo)), device)
+        row["share_of_limit"] = row["limit"]["all"] / max(row["seconds"]["shared"] - encoded, row["limit"]["all"])
+        rows.append(row)
+        progress.add()
+    return rows
+
+
+def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, Any]:
+    """Scoring closed sets: 80 names for some regions against one sequence a choice, and thousands for one region."""
+    bench = Bench(engine, 1)
+    scene = engine.look(Image.fromarray(bench.photo))
+    options: dict[str, Any] = {
+        "label_set": "COCO-80", "generate": False, "length_normalized": False, "calibrated": False, "top_k": 5,
+    }  # fmt: skip
+    text = question("classify", regions=[1])
+
+    def one_by_one() -> None:
+        for region, name in zip(boxes(alone), COCO_80, strict=False):
+            turns = [*question_turns((), text), {"role": "assistant", "content": name}]
+            batch = engine.processor.collate(
+                [engine.processor.encode_conversation(turns, image=Image.fromarray(bench.photo), regions=[region])]
+            ).to(engine.device)
+            batch.pop("labels")
+            batch["pixel_values"] = batch["pixel_values"].to(engine.model.dtype)
+            with torch.inference_mode():
+                engine.model(**batch)
+
+    def tree() -> None:
+        classify_regions(engine, engine.look(Image.fromarray(bench.photo)), boxes(regions), COCO_80, **options)
+
+    tree()  # once unmeasured; the names are then ready, as they are for every image but the first
+    seconds = {"tree": min(timed(tree, engine.device) for _ in range(2))}
+    seconds["alone"] = timed(one_by_one, engine.device) / alone * regions * len(COCO_80)
+    found: dict[str, Any] = {
+        "regions": regions, "names": len(COCO_80), "seconds": seconds,
+        "times_faster": seconds["alone"] / seconds["tree"],
+    }  # fmt: skip
+    if many:
+        names = made_up_names(many)
+        before = _peak()
+        work = partial(classify_regions, engine, scene, boxes(1), names, **options)
+        first, again = timed(work, engine.device), timed(work, engine.device)
+        found["many"] = {
+            "names": many, "regions": 1, "seconds_first": first, "seconds_again": again,
+            "peak_memory_growth_bytes": _peak() - before,
+        }  # fmt: skip
+    return found
+
+
+def made_up_names(count: int) -> list[str]:
+    """Names of two to four syllables, no two alike, seeded."""
+    syllables = ["ka", "to", "mi", "re", "sun", "no", "bar", "li", "pen", "dor", "fa", "gel"]
+    rng, names = np.random.default_rng(2), dict[str, None]()
+    while len(names) < count:
+        picks = rng.integers(0, len(syllables), (count, 5))
+        names |= dict.fromkeys("".join(syllables[k] for k in row[: 2 + row[4] % 3]) + f" {row[3]}" for row in picks)
+    return list(names)[:count]
+
+
+def _peak() -> int:
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def compiled(engine: Engine, rows: int) -> dict[str, float]:
+    """Seconds of one step of the language model, a token for each of ``rows`` sequences, plain and compiled."""
+    model = engine.model.language_model
+    embeds = torch.randn((rows, 1, model.config.hidden_size), device=engine.device, dtype=engine.model.dtype)
+    found = {}
+    with torch.inference_mode():
+        for name, call in (("plain", model), ("compiled", torch.compile(model))):
+            step = partial(call, inputs_embeds=embeds, use_cache=False)
+            found[f"{name}_first"] = timed(step, engine.device)
+            found[name] = statistics.median(timed(step, engine.device) for _ in range(9))
+    torch.compiler.reset()
+    return found
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Seconds and cache memory over the number of regions, one column a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(results), figsize=(5.2 * len(results), 7), squeeze=False)
+    for column, (name, found) in enumerate(results.items()):
+        rows = found["generation"]
+        counts = [row["regions"] for row in rows]
+        above, below = axes[0][column], axes[1][column]
+        for way, label in WAYS.items():
+            above.plot(counts, [row["seconds"][way] for row in rows], marker="o", label=label)
+            if way != "alone":
+                below.plot(counts, [row["cache_bytes"][way] / 1e6 for row in rows], marker="o", label=label)
+        above.plot(counts, [row["limit"]["all"] for row in rows], "k:", label="limit of the machine")
+        above.set(title=name, xscale="log", yscale="log", ylabel=f"seconds, {found['tokens']} tokens a region")
+        below.set(xscale="log", xlabel="regions of one image", ylabel="MB of keys and values")
+        for axis in (above, below):
+            axis.set_xticks(counts, [str(count) for count in counts])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = []
+    for name, found in results.items():
+        lines.append(f"{name}: {found['tokens']} new tokens a region")
+        lines.append(f"  {'regions':>8}{'alone s':>10}{'copied s':>10}{'shared s':>10}{'x alone':>9}{'x copied':>9}"
+                     f"{'tok/s':>9}{'of limit':>9}{'MB copied':>11}{'MB shared':>11}")  # fmt: skip
+        for row in found["generation"]:
+            seconds, memory = row["seconds"], row["cache_bytes"]
+            lines.append(
+                f"  {row['regions']:>8}{seconds['alone']:>10.2f}{seconds['copied']:>10.2f}{seconds['shared']:>10.2f}"
+                f"{row['times_faster']['alone']:>9.1f}{row['times_faster']['copied']:>9.2f}"
+                f"{row['tokens_per_second']:>9.0f}{row['share_of_limit']:>9.0%}"
+                f"{memory['copied'] / 1e6:>11.1f}{memory['shared'] / 1e6:>11.1f}"
+            )
+        if "choices" in found:
+            scored = found["choices"]
+            lines.append(
+                f"  {scored['names']} choices x {scored['regions']} regions: {scored['seconds']['tree']:.2f} s, "
+                f"{scored['times_faster']:.0f} times faster than a sequence a choice with its own image"
+            )
+            if "many" in scored:
+                many = scored["many"]
+                lines.append(
+                    f"  {many['names']} choices x 1 region: {many['seconds_first']:.1f} s, again "
+                    f"{many['seconds_again']:.1f} s, peak memory +{many['peak_memory_growth_bytes'] / 1e6:.0f} MB"
+                )
+        if "int8" in found:
+            small = found["int8"]
+            lines.append(
+                f"  int8 weights: {small['weight_bytes'] / 1e6:.0f} MB instead of "
+                f"{small['weight_bytes_before'] / 1e6:.0f}, "
+                f"{small['seconds']:.2f} s instead of {small['seconds_before']:.2f} for {small['regions']} regions"
+            )
+        if "compile" in found:
+            step = found["compile"]
+            lines.append(
+                f"  torch.compile: a step {step['compiled'] * 1e3:.1f} ms instead of {step['plain'] * 1e3:.1f}, "
+                f"the first {step['compiled_first']:.0f} s"
+            )
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, draw and write.
+
+    Raises:
+        RegionGPTError: the model or an option is wrong.
+    """
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    machine = measure_machine(device, dtype)
+    results: dict[str, Any] = {}
+    for name in options.models:
+        print(f"{name} ...", file=sys.stderr)
+        if name == "nano":
+            model, processor = weights.load()
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                model, processor = random_model(Path(folder))
+        engine = RegionPredictor(model.to(device, dtype), processor).engine
+        bench = Bench(engine, options.tokens)
+        rows = generation(bench, options.regions, options.alone, machine)
+        found: dict[str, Any] = {"tokens": options.tokens, "generation": rows}
+        if options.choice_regions:
+            many = options.many_choices if name == "nano" else 0
+            found["choices"] = choices(engine, options.choice_regions, options.alone, many)
+        if options.compile:
+            found["compile"] = compiled(engine, max(options.regions))
+        if options.int8:
+            before = weight_bytes(model.language_model)
+            to_int8(model)
+            bench.shared(boxes(2))
+            seconds = min(
+                timed(lambda bench=bench: bench.shared(boxes(max(options.regions))), device) for _ in range(2)
+            )  # type: ignore[misc]
+            found["int8"] = {
+                "weight_bytes_before": before, "weight_bytes": weight_bytes(model.language_model),
+                "regions": max(options.regions), "seconds_before": rows[-1]["seconds"]["shared"], "seconds": seconds,
+            }  # fmt: skip
+        results[name] = found
+    report = {
+        "benchmark": "many_regions",
+        "machine_limits": machine,
+        "results": results,
+        **stamp(vars(options), {"model": weights.nano_path()}),
+    }
+    print(f"machine: {machine['bytes_per_second'] / 1e9:.1f} GB/s read, {machine['flops'] / 1e9:.0f} GFLOP/s, {dtype}")
+    print(table(results))
+    if options.plot:
+        plot(results, options.plot)
+    if options.out:
+        write_json(report, options.out)
+    return report
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--regions", type=int, nargs="+", default=[1, 4, 16, 64], metavar="N")
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="new tokens of each answer (default: 32)")
+    parser.add_argument("--alone", type=int, default=4, metavar="N", help="regions really asked alone (default: 4)")
+    parser.add_argument(
+        "--choice-regions", type=int, default=32, metavar="N", help="regions to classify; 0: not at all"
+    )
+    parser.add_argument("--many-choices", type=int, default=13204, metavar="N", help="names of the large set, on nano")
+    parser.add_argument("--int8", action="store_true", help="also with int8 weights (CPU, float32)")
+    parser.add_argument("--compile", action="store_true", help="also a step of the language model under torch.compile")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them over the number of regions (matplotlib)")
+    options = parser.parse_args(argv)
+    options.regions = sorted(set(options.regions))
+    for name in ("tokens", "alone"):
+        if getattr(options, name) < 1:
+            parser.error(f"expected --{name} of at least 1, got {getattr(options, name)}")
+    if options.regions[0] < 1:
+        parser.error(f"expected --regions of at least 1, got {options.regions[0]}")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+    except RegionGPTError as error:
+        print(f"many_regions: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,50 @@
+"""int8 weights: smaller, nearly the same, and refused where they do not go."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from tiny_checkpoint import make_checkpoint
+
+from regiongpt.errors import ConfigError
+from regiongpt.inference import RegionPredictor
+from regiongpt.inference.quantization import to_int8, weight_bytes
+from regiongpt.regions import Region
+
+PHOTO = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def test_int8_is_smaller_and_nearly_the_same(checkpoint):
+    plain = RegionPredictor.from_pretrained(checkpoint, device="cpu").set_image(PHOTO)
+    small = RegionPredictor.from_pretrained(checkpoint, device="cpu", int8=True).set_image(PHOTO)
+    before, after = (weight_bytes(p.engine.model.language_model) for p in (plain, small))
+    assert after < 0.6 * before  # the embeddings stay as they are, and are a third of so small a model
+    names, box = ["cat", "hot dog", "horse"], Region.box(4, 4, 30, 20)
+    expected, found = (list(p.classify(box, names).probabilities.values()) for p in (plain, small))
+    assert expected != found
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=0.15)
+    assert small.ask("What is <region1>?", box, max_new_tokens=4).text
+
+
+def test_int8_goes_with_float32_on_a_cpu_alone(checkpoint):
+    with pytest.raises(ConfigError, match="float32 with int8"):
+        RegionPredictor.from_pretrained(checkpoint, device="cpu", dtype="bfloat16", int8=True)
+    with pytest.raises(ConfigError, match="device cpu with int8"):
+        to_int8(tiny_model().to("meta"))
+    model = tiny_model()
+    model.language_model = torch.nn.Embedding(3, 3)
+    with pytest.raises(ConfigError, match="none; leave int8 out"):
+        to_int8(model)
+
+
+def test_weights_are_counted_once():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Embedding(4, 4))
+    model[1].weight = model[0].weight
+    assert weight_bytes(model) == 4 * (16 + 4)
