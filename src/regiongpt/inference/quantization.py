@@ -64,15 +64,11 @@ def to_int8(model: Any) -> Any:
 
 def weight_bytes(module: nn.Module) -> int:
     """Memory of a model's weights, those of quantized layers among them."""
-    total = 0
-    seen: set[int] = set()
+    tensors: dict[int, torch.Tensor] = {}  # kept until the end: an id is of one tensor only while that lives
     for part in module.modules():
-        tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        found = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
         if type(part).__module__.startswith("torch.ao.nn.quantized"):
             weight, bias = part._weight_bias()  # type: ignore[operator]  # packed: they are no parameters any more
-            tensors += [weight, *([] if bias is None else [bias])]
-        for tensor in tensors:
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                total += tensor.nelement() * tensor.element_size()
-    return total
+            found += [weight, *([] if bias is None else [bias])]
+        tensors |= {id(tensor): tensor for tensor in found}
+    return sum(tensor.nelement() * tensor.element_size() for tensor in tensors.values())
