@@ -67,7 +67,7 @@ def weight_bytes(module: nn.Module) -> int:
     tensors: dict[int, torch.Tensor] = {}  # kept until the end: an id is of one tensor only while that lives
     for part in module.modules():
         found = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-        if type(part).__module__.startswith("torch.ao.nn.quantized"):
+        if type(part).__name__ == "LinearPackedParams":  # within a quantized layer, which hands it out too
             weight, bias = part._weight_bias()  # type: ignore[operator]  # packed: they are no parameters any more
             found += [weight, *([] if bias is None else [bias])]
         tensors |= {id(tensor): tensor for tensor in found}
