@@ -19,6 +19,7 @@ from torch import Tensor
 from regiongpt.errors import ConfigError
 from regiongpt.model.processing import IGNORED
 from regiongpt.train.dataset import Example
+from regiongpt.train.packed_attention import Units, attends_in_units
 
 Collate = Callable[[list[Example]], dict[str, Any]]
 
@@ -153,6 +154,18 @@ def answer_output(model: Any, batch: dict[str, Any], items: Any) -> Any:
     inputs = {name: value for name, value in batch.items() if name not in PACKED}
     from_PW, labels_PW, positions_PW, documents_PW, turns_PW = (batch[name] for name in PACKED)
     embeds_BTD = model.embed(**inputs)
+    if attends_in_units(model.language_model):
+        there_PW = documents_PW >= 0
+        units = Units.of(documents_PW[there_PW], turns_PW[there_PW])
+        return model(
+            inputs_embeds=embeds_BTD.flatten(0, 1)[from_PW[there_PW]][None],
+            labels=labels_PW[there_PW][None],
+            position_ids=positions_PW[there_PW][None],
+            # Given, so that none is made of the positions.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+            units=units,
+            **options,
+        )
     embeds_PWD = embeds_BTD.flatten(0, 1)[from_PW.clamp_min(0)]
     return model(
         inputs_embeds=embeds_PWD,

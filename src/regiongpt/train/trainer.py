@@ -23,6 +23,7 @@ from regiongpt.train.checkpoints import Checkpoints
 from regiongpt.train.config import EngineConfig, StageConfig, WatchConfig
 from regiongpt.train.dataset import Example
 from regiongpt.train.lesson import Lesson, Loss, decoder_layers
+from regiongpt.train.packed_attention import require_packable, units_on_cpu
 from regiongpt.train.packing import Collate, PackedCollate, width_cost
 from regiongpt.train.processes import Processes, Sharded, disconnect, launched, put_together, refuse_outer_sharding
 from regiongpt.train.stage_trainer import StageTrainer
@@ -136,7 +137,7 @@ def run_stage(
         callbacks=[watcher],
     )
     processes.wait()
-    with _stops_on_sigterm(trainer), closing(watcher):
+    with _stops_on_sigterm(trainer), closing(watcher), _packing(model, engine, arguments.device):
         trainer.train(resume_from_checkpoint=str(begin) if begin else None)
     if trainer.stopped:
         _tell(processes, "%s: stopped by SIGTERM after step %d; run again to go on", name, trainer.state.global_step)
@@ -198,14 +199,15 @@ def _arguments(
 
 
 def _packed(collate: Collate, model: Any, engine: EngineConfig) -> Collate:
-    """The collate that packs.
+    """The collate that packs; text in windows of one length is full already, and stays as it is.
 
     Raises:
-        ConfigError: What is trained is text in windows of one length, which are full already.
+        ConfigError: The language model cannot be told who sees whom.
     """
     if not hasattr(model, "embed"):
         return collate
     text = model.config.text_config
+    require_packable(text)
     longest = engine.pack_length or getattr(text, "max_position_embeddings", None) or 1 << 30
     return PackedCollate(collate, longest, width_cost(text))
 
@@ -225,6 +227,16 @@ def _prepare(model: nn.Module, loss: Loss, engine: EngineConfig, processes: Proc
     if engine.sharding == "fsdp" and processes.count > 1:
         return lesson, Sharded(lesson, decoder_layers(model), precision)
     return lesson, None
+
+
+@contextmanager
+def _packing(model: Any, engine: EngineConfig, device: torch.device) -> Iterator[None]:
+    """Attention for packed rows; compiled layers take masks, since each batch has other units."""
+    if engine.packing and not engine.compile and hasattr(model, "embed"):
+        with units_on_cpu(model.language_model, device):
+            yield
+    else:
+        yield
 
 
 @contextmanager
