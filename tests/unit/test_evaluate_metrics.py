@@ -1,0 +1,203 @@
+"""Bootstrap, closed lists, yes and no, overlap, detections."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.evaluate.metrics.bootstrap import interval, mean_statistic, paired, sum_statistic
+from regiongpt.evaluate.metrics.detection import detection_scores
+from regiongpt.evaluate.metrics.labels import Labels
+from regiongpt.evaluate.metrics.lexing import Lexer, Rule
+from regiongpt.evaluate.metrics.overlap import overlaps
+from regiongpt.evaluate.metrics.yes_no import first_word, pope_script, yes_no_statistics
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bootstrap
+
+
+def test_a_mean_and_a_mean_of_groups() -> None:
+    images, scores, groups = [1, 1, 2, 3], [1.0, 0.0, 1.0, 1.0], ["a", "a", "a", "b"]
+    assert mean_statistic(images, scores).value() == 0.75
+    assert mean_statistic(images, scores, groups).value() == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_intervals_are_those_of_a_plain_bootstrap_and_repeat() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.random(400) < 0.7
+    statistic = mean_statistic(list(range(400)), scores.astype(float).tolist())
+    low, high = interval(statistic, 2000, seed=1)
+    assert (low, high) == interval(statistic, 2000, seed=1)
+    spread = 1.96 * (scores.mean() * (1 - scores.mean()) / 400) ** 0.5
+    assert low == pytest.approx(scores.mean() - spread, abs=0.01)
+    assert high == pytest.approx(scores.mean() + spread, abs=0.01)
+
+
+def test_items_of_one_image_stay_together() -> None:
+    scores = [1.0, 0.0] * 50
+    alone = interval(mean_statistic(list(range(100)), scores), 1000)
+    together = interval(mean_statistic([k // 2 for k in range(100)], scores), 1000)
+    assert alone[1] - alone[0] > 0.1
+    assert together == (0.5, 0.5)
+
+
+def test_a_biased_average_has_an_interval_around_it() -> None:
+    # A class of one image falls out of a third of the resamples, and the average of classes rises.
+    images = list(range(40))
+    statistic = mean_statistic(images, [1.0] * 39 + [0.0], ["common"] * 39 + ["rare"])
+    low, high = interval(statistic, 1000)
+    assert low <= statistic.value() == 0.5 <= high
+
+
+def test_paired_systems() -> None:
+    rng = np.random.default_rng(3)
+    images = list(range(300))
+    a = (rng.random(300) < 0.5).astype(float)
+    better = np.maximum(a, rng.random(300) < 0.2)
+    found = paired(mean_statistic(images, a.tolist()), mean_statistic(images, better.tolist()), 500)
+    assert found.difference == pytest.approx(better.mean() - a.mean())
+    assert found.interval[0] > 0
+    assert found.p < 0.01
+    same = paired(mean_statistic(images, a.tolist()), mean_statistic(images, a.tolist()), 500)
+    assert (same.difference, same.p) == (0, 1)
+    with pytest.raises(DataError, match="the same images"):
+        paired(mean_statistic(images, a.tolist()), mean_statistic(images[:-1], a.tolist()[:-1]))
+
+
+def test_nothing_to_measure_is_no_number() -> None:
+    empty = sum_statistic([1, 2], [[0.0], [0.0]], lambda s: s[:, 0] / np.where(s[:, 0] == 0, np.nan, 1))
+    assert np.isnan(empty.value())
+    assert np.isnan(interval(empty, 10)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closed lists
+
+
+def test_nothing_is_forgiven_unasked() -> None:
+    labels = Labels(["dog", "hot dog", "skis"])
+    assert labels.read(" dog. ").name == "dog"
+    for text, by in (("Dog", "case"), ("dogs", "plural"), ("Hot Dogs", "case,plural"), ("cat", ""), ("", "")):
+        assert (labels.read(text).name, labels.read(text).by) == (None, by)
+
+
+def test_what_is_asked_for_is_forgiven_and_said(tmp_path: Path) -> None:
+    assert Labels(["dog"], "case").read("DOG").name == "dog"
+    assert Labels(["dog"], "case").read("dogs").name is None
+    assert Labels(["dog"], "case,plural").read("Dogs").name == "dog"
+    file = tmp_path / "more.json"
+    file.write_text(json.dumps({"puppy": "dog"}))
+    assert Labels(["dog"], str(file)).read("puppy").by == "synonym"
+    file.write_text(json.dumps({"puppy": "wolf"}))
+    with pytest.raises(DataError, match="got 'wolf' for 'puppy'"):
+        Labels(["dog"], str(file))
+    with pytest.raises(ConfigError, match="or the path of a json file, got 'plurals'"):
+        Labels(["dog"], "plurals")
+    with pytest.raises(ConfigError, match="dog more than once"):
+        Labels(["dog", "dog"])
+
+
+def test_a_form_of_two_names_is_forgiven_for_neither() -> None:
+    assert Labels(["Dog", "dog"], "case").read("DOG").name is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Yes and no
+
+
+@pytest.mark.parametrize(
+    ("text", "ours", "published"),
+    [
+        ("Yes, there is.", "yes", "yes"),
+        ("no", "no", "no"),
+        ("No.", "no", "no"),
+        ("There is no dog.", None, "no"),
+        ("A dog is not there", None, "no"),
+        ("", None, "yes"),
+        ("Nope", None, "yes"),
+        ("**Yes**", "yes", "yes"),
+        ("I see a cat. No dog.", None, "yes"),
+    ],
+)
+def test_two_readings(text: str, ours: str | None, published: str) -> None:
+    assert (first_word(text), pope_script(text)) == (ours, published)
+
+
+def test_figures_of_yes_and_no_by_hand() -> None:
+    truth = ["yes", "yes", "yes", "no", "no", "no", "no", "yes"]
+    said = ["yes", "yes", "no", "yes", "no", "no", None, None]
+    found = {name: s.value() for name, s in yes_no_statistics(list(range(8)), truth, said).items()}  # type: ignore[arg-type]
+    assert found == pytest.approx(
+        {"accuracy": 4 / 8, "precision": 2 / 3, "recall": 2 / 4, "f1": 4 / 7, "yes_ratio": 3 / 8, "unparsable": 2 / 8}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes
+
+
+def test_overlaps_by_hand() -> None:
+    assert overlaps((0, 0, 2, 2), [(0, 0, 2, 2), (1, 0, 3, 2), (2, 2, 3, 3), (1, 1, 1, 1)]).tolist() == [1, 1 / 3, 0, 0]
+
+
+def scene() -> dict[str, object]:
+    return {
+        "images": [{"id": 1}, {"id": 2}],
+        "annotations": [
+            {"id": 0, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": 100, "iscrowd": 0},
+            {"id": 7, "image_id": 2, "category_id": 1, "bbox": [0, 0, 100, 100], "area": 10000, "iscrowd": 0},
+        ],
+        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}],
+    }
+
+
+def test_detections_by_hand() -> None:
+    right = [
+        {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9},  # of the annotation with the id 0
+        {"image_id": 2, "category_id": 1, "bbox": [0, 0, 100, 100], "score": 0.8},
+    ]
+    found = detection_scores(scene(), right)
+    assert found.figures["AP"] == pytest.approx(1)
+    assert np.isnan(found.figures["AP_medium"])
+    assert found.by_category == pytest.approx({1: 1.0})
+    assert detection_scores(scene(), right[:1]).figures["AP50"] == pytest.approx(51 / 101)
+    assert detection_scores(scene(), []).figures["AP"] == 0
+    # An image counted twice is one that is there twice.
+    times = np.array([[2.0, 0.0], [0.0, 3.0], [0.0, 0.0]])
+    values = detection_scores(scene(), right[:1]).statistics["AP"].values(times)
+    assert values[:2].tolist() == pytest.approx([1, 0])
+    assert np.isnan(values[2])
+
+
+def test_detections_that_cannot_be_scored_are_refused() -> None:
+    good = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1.0}
+    for change, message in (({"image_id": 9}, "image_id of the ground truth, got 9"), ({"category_id": 5}, "got 5")):
+        with pytest.raises(DataError, match=message):
+            detection_scores(scene(), [good, {**good, **change}])
+    with pytest.raises(DataError, match=r"detections\[0\]: expected score, found none"):
+        detection_scores(scene(), [{key: value for key, value in good.items() if key != "score"}])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The lexer
+
+
+def test_the_longest_match_wins_then_the_earlier_rule() -> None:
+    rules = (Rule("ab", "ab"), Rule("word", "[a-z]+"), Rule("before !", "[a-z]+", "!"), Rule("any", r"\a"))
+    lexer = Lexer(rules, {}, {"a": ((0, 0xFFFF),)})
+
+    def first(text: str) -> tuple[str, int]:
+        rule, end = lexer.match([ord(c) for c in text], 0)
+        return (rule.name if rule else ""), end
+
+    assert first("ab c") == ("ab", 2)
+    assert first("abc ") == ("word", 3)
+    assert first("ab!") == ("before !", 2)
+    assert first("?") == ("any", 1)
+
+
+def test_what_follows_is_cut_off_at_the_longest_token() -> None:
+    lexer = Lexer((Rule("x", "a+b*", "b+c?"),), {}, {})
+    assert lexer.match([ord(c) for c in "aabbbc"], 0)[1] == 4
