@@ -119,7 +119,7 @@ def find_java(java: str | None = None) -> str:
             return found
     raise ConfigError(
         f"expected Java to compute METEOR or SPICE, found {java or 'none on the path'}; install a Java runtime, such "
-        "as Debian's default-jre-headless, or leave them out"
+        "as Debian's default-jre-headless, or leave these two metrics out"
     )
 
 
@@ -132,7 +132,7 @@ def find_jar() -> Path:
     found = find_spec("pycocoevalcap")
     if found is None or not found.submodule_search_locations:
         raise ConfigError(
-            "expected pycocoevalcap, which brings METEOR; install it with: pip install regiongpt[evaluate]"
+            "expected pycocoevalcap, which scores captions; install it with: pip install regiongpt[evaluate]"
         )
     return Path(next(iter(found.submodule_search_locations))) / "meteor" / "meteor-1.5.jar"
 

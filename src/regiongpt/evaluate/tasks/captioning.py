@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from regiongpt.data.convert.base import option
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate.metrics.captions import METRICS, CaptionScore, caption_scores
+from regiongpt.evaluate.metrics.meteor import find_jar, find_java
 from regiongpt.evaluate.metrics.ptb import scored_words
 from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
 from regiongpt.evaluate.tasks.scoring import (
@@ -55,6 +56,12 @@ class CaptionTask(Task):
     @property
     def _metrics(self) -> list[str]:
         return [name.strip() for name in self.metrics.split(",") if name.strip()]
+
+    def check_programs(self) -> None:
+        """Raises ConfigError where a metric lacks its library or Java: better now than after all the answers."""
+        find_jar()
+        if {"METEOR", "SPICE"} & set(self._metrics):
+            find_java()
 
     def pinned(self) -> dict[str, str]:
         """Split and grouping of the references."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, TypeGuard, cast
 
 from regiongpt.data.convert.base import option
 from regiongpt.data.convert.instances import InstancesFile, Shapes
@@ -275,10 +275,16 @@ def read_areas(path: Path) -> tuple[dict[int, float], dict[int, list[dict[str, A
         area = entry.get("area")
         if isinstance(entry.get("id"), int) and isinstance(area, int | float) and area > 0:
             areas[entry["id"]] = float(area)
-        if entry.get("iscrowd") and isinstance(entry.get("image_id"), int):
-            kept = {key: entry.get(key) for key in ("bbox", "category_id", "area")}
-            crowds.setdefault(entry["image_id"], []).append(kept)
+        box, numbers = entry.get("bbox"), (entry.get("image_id"), entry.get("category_id"))
+        if entry.get("iscrowd") and all(type(number) is int for number in numbers) and _is_box(box):
+            size = float(area) if isinstance(area, int | float) and area > 0 else box[2] * box[3]
+            crowd = {"bbox": box, "category_id": numbers[1], "area": size}
+            crowds.setdefault(entry["image_id"], []).append(crowd)
     return areas, crowds
+
+
+def _is_box(value: Any) -> TypeGuard[list[float]]:
+    return isinstance(value, list) and len(value) == 4 and all(type(each) in (int, float) for each in value)
 
 
 def _detection(item: Item, name: str, score: float) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class RefCocogCaption(CaptionTask):
 
     def load(self) -> list[Item]:
         """One item an object or an expression, in the order of the file."""
+        self.check_programs()
         self.left_out.counts.clear()
         files = self._files
         objects, folder = files.objects(self.split, self.left_out), files.folder

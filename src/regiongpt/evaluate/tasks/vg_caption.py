@@ -68,6 +68,7 @@ class VisualGenomeCaption(CaptionTask):
 
     def load(self) -> list[Item]:
         """One item a region or a box, by image and region id."""
+        self.check_programs()
         self.left_out.counts.clear()
         regions, image_data = self.inputs()[:2]
         folder = find_folder(self.images, self.data, ["images", "."], "the images", "images")

@@ -1,0 +1,112 @@
+"""Answers that others gave: what is taken, and what is refused and why."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluating import Drawn
+
+from regiongpt.errors import DataError
+from regiongpt.evaluate.predictions import read_predictions
+from regiongpt.evaluate.task import Answer, Item
+
+ITEMS = [
+    Item(id=str(k), image=Path("x.jpg"), image_id=1, question="?", choices=("cat", "dog"), truth="cat")
+    for k in (1, 2, 3)
+]
+TASK = Drawn(data=Path("nowhere"))
+
+
+def write(folder: Path, entries: Sequence[Any], array: bool = False) -> Path:
+    path = folder / "answers.json"
+    path.write_text(json.dumps(list(entries)) if array else "\n".join(map(json.dumps, entries)), encoding="utf-8")
+    return path
+
+
+def whole(**changes: Any) -> list[dict[str, Any]]:
+    return [{"id": k, "text": "cat", **changes} for k in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_lines_and_arrays_are_taken(tmp_path: Path, array: bool) -> None:
+    entries = [
+        {"id": 1, "text": "cat", "probability": 0.5, "scores": {"dog": 0.25, "cat": 0.75}},
+        {"question_id": "2", "answer": "dog", "scores": [0.1, 0.9]},
+        {"ann_id": 3, "caption": ""},
+    ]
+    found = read_predictions(write(tmp_path, entries, array), TASK, ITEMS)
+    assert found.answers == {
+        "1": Answer(text="cat", probability=0.5, scores=(0.75, 0.25)),
+        "2": Answer(text="dog", scores=(0.1, 0.9)),
+        "3": Answer(text=""),
+    }
+    assert found.report == ()
+
+
+def test_unknown_ids_are_refused_or_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, [*whole(), {"id": 8, "text": "cat"}, {"id": 9, "text": "cat"}])
+    with pytest.raises(DataError, match=r"got 2 for others: annotation ids 8, 9; .*--unknown ignore"):
+        read_predictions(path, TASK, ITEMS)
+    found = read_predictions(path, TASK, ITEMS, unknown="ignore")
+    assert found.report == ("2 predictions are for no item and were left out (8, 9)",)
+
+
+def test_missing_ids_are_listed_and_refused_or_counted(tmp_path: Path) -> None:
+    path = write(tmp_path, whole()[:1])
+    with pytest.raises(DataError, match=r"of 3 items, found none for 2: annotation ids 2, 3; .*--missing wrong"):
+        read_predictions(path, TASK, ITEMS)
+    assert list(read_predictions(path, TASK, ITEMS, missing="wrong").answers) == ["1"]
+
+
+def test_duplicates_must_be_alike(tmp_path: Path) -> None:
+    found = read_predictions(write(tmp_path, [*whole(), whole()[0]]), TASK, ITEMS)
+    assert found.report == ("1 predictions came more than once, always alike (1)",)
+    with pytest.raises(DataError, match=r":4: expected one prediction for annotation id 1, got another that differs"):
+        read_predictions(write(tmp_path, [*whole(), {"id": 1, "text": "dog"}]), TASK, ITEMS)
+
+
+def test_another_split_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="are they of another split, or of another task"):
+        read_predictions(write(tmp_path, [{"id": 70, "text": "cat"}]), TASK, ITEMS, unknown="ignore", missing="wrong")
+
+    class Split(Drawn):
+        split = "val"
+
+    path = write(tmp_path, whole(split="test"))
+    with pytest.raises(DataError, match=r":1: expected a prediction for the split 'val', got one for 'test'"):
+        read_predictions(path, Split(data=Path("nowhere")), ITEMS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"text": "cat"}, "expected the annotation id as 'id', found keys: 'text'"),
+        ({"id": 1.5, "text": "cat"}, "expected id as a number or text"),
+        ({"id": True, "text": "cat"}, "expected id as a number or text"),
+        ({"id": 1}, "expected the answer as 'text', or 'scores'"),
+        ({"id": 1, "text": 5}, "expected text as text, got 5"),
+        ({"id": 1, "text": "cat", "probability": 1.5}, "expected a number from 0 to 1, got 1.5"),
+        ({"id": 1, "text": "cat", "probability": "high"}, "expected probability as a number"),
+        ({"id": 1, "scores": [1]}, "a score for each of 2 choices, got 1"),
+        ({"id": 1, "scores": {"cat": 1}}, "expected a score of every choice, found none of dog"),
+        ({"id": 1, "scores": {"cat": 1, "dgo": 1}}, "got one of 'dgo'; near: dog"),
+        ({"id": 1, "scores": [1, "2"]}, "expected scores as numbers"),
+        ({"id": 1, "scores": [1, float("nan")]}, "expected finite numbers"),
+        ([1, "cat"], "expected a json object, got list"),
+    ],
+)
+def test_what_cannot_be_read_is_said_with_its_line(tmp_path: Path, entry: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        read_predictions(write(tmp_path, [{"id": 2, "text": "x"}, entry]), TASK, ITEMS, missing="wrong")
+    assert "answers.json:2" in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected predictions at"):
+        read_predictions(tmp_path / "none.json", TASK, ITEMS)
+    for content, message in ((b"", "found none"), (b"{", "expected json, got"), (b"\xff\xfe", "json in UTF-8")):
+        (tmp_path / "odd.json").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            read_predictions(tmp_path / "odd.json", TASK, ITEMS)
