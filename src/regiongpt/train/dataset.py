@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from regiongpt.data.coco import ImageAnnotations
@@ -153,6 +154,31 @@ def isolate_turns(turns_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mask = causal & ((query == key) | ((key == 0) & (query > 0)))
     # How many tokens a token sees is the place it stands at.
     return mask[:, None], mask.sum(-1) - 1
+
+
+class ConversationCollate:
+    """Pads conversations about photographs into a batch, with the mask and the positions that keep turns apart.
+
+    Args:
+        processor: Whose examples they are.
+    """
+
+    def __init__(self, processor: "RegionGPTProcessor") -> None:
+        self.processor = processor
+
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        """The model's inputs, ``labels`` and ``tasks``, and what the alignment is held to."""
+        batch = self.processor.collate(examples)
+        turns = torch.full(batch["input_ids"].shape, -1)
+        for row, example in enumerate(examples):
+            length = len(example["input_ids"])
+            turns[row, :length] = example.get("turns", torch.zeros(length, dtype=torch.long))
+        mask, positions = isolate_turns(turns)
+        classes = pad_sequence([each["region_classes"] for each in examples], batch_first=True, padding_value=-1)
+        cells = torch.stack([each["cell_classes"] for each in examples])
+        tasks = pad_sequence([each["tasks"] for each in examples], batch_first=True, padding_value=-1)
+        shape = {"attention_mask": mask, "position_ids": positions}
+        return {**batch, **shape, "tasks": tasks, "region_classes": classes, "cell_classes": cells}
 
 
 def shown_in_cells(view: View, grid: tuple[int, int]) -> np.ndarray:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, set_seed
 from transformers.utils import logging as transformers_logging
@@ -39,7 +38,7 @@ from regiongpt.model import weights
 from regiongpt.train import report
 from regiongpt.train.alignment import ClassWords, stand_in_loss, visual_loss
 from regiongpt.train.config import StageConfig, TrainConfig, load_config
-from regiongpt.train.dataset import ConversationDataset, TextDataset, isolate_turns
+from regiongpt.train.dataset import ConversationCollate, ConversationDataset, TextDataset
 from regiongpt.train.debug import debug_size
 from regiongpt.train.features import build_features, keep_freed_memory
 from regiongpt.train.lesson import Loss
@@ -195,7 +194,7 @@ def _train_on_photographs(config: TrainConfig) -> Path:
             model.config.image_grid,
         )
         loss = partial(visual_loss, ClassWords(processor.tokenizer), stage.alignment, name != "align")
-        return dataset, dev_conversations(config, sampler, model, processor), _Collate(processor), loss
+        return dataset, dev_conversations(config, sampler, model, processor), ConversationCollate(processor), loss
 
     finished = start
     for name, stage in (("align", config.align), ("stage1", config.stage1), ("stage2", config.stage2)):
@@ -401,26 +400,6 @@ def _note(folder: Path, identity: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if _noted(folder) != identity:
         (folder / _IDENTITY).write_text(identity, encoding="utf-8")
-
-
-class _Collate:
-    """Pads examples into a batch."""
-
-    def __init__(self, processor: "RegionGPTProcessor") -> None:
-        self.processor = processor
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.processor.collate(examples)
-        turns = torch.full(batch["input_ids"].shape, -1)
-        for row, example in enumerate(examples):
-            length = len(example["input_ids"])
-            turns[row, :length] = example.get("turns", torch.zeros(length, dtype=torch.long))
-        mask, positions = isolate_turns(turns)
-        classes = pad_sequence([each["region_classes"] for each in examples], batch_first=True, padding_value=-1)
-        cells = torch.stack([each["cell_classes"] for each in examples])
-        tasks = pad_sequence([each["tasks"] for each in examples], batch_first=True, padding_value=-1)
-        shape = {"attention_mask": mask, "position_ids": positions}
-        return {**batch, **shape, "tasks": tasks, "region_classes": classes, "cell_classes": cells}
 
 
 def _collate_text(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

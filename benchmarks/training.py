@@ -1,0 +1,316 @@
+"""Time training on this machine: packed against padded batches, waiting for data, and the share of the arithmetic.
+
+    python benchmarks/training.py --data ../shared/data/coco_photos --out training.json
+
+The model is the small one of the package, in its second stage; the conversations are those of its recipe about the
+photographs' annotations. The tower's features, which the recipe keeps in a file, are made up, in a file of that kind:
+time does not depend on what they are. Four measurements:
+
+- ``packing``: forward and backward pass of the same conversations, padded and packed by turns; in the order drawn, as
+  records come, and padded once more in the recipe's groups of like numbers of objects;
+- ``waiting``: share of a step of real training that goes by until its batch has come;
+- ``utilisation``: arithmetic that learning needs, without padding, in the time that a plain matrix product of this
+  machine would take for it;
+- ``large``, with a GPU: a language model of 1.2 billion parameters in bfloat16, on conversations of 2,048 tokens.
+
+``--threads 1`` where something else is running: threads that wait for each other measure the others' work.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stamp import Progress, stamp, write_json
+from torch.utils.data import Dataset
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
+from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, weights
+from regiongpt.train.alignment import ClassWords, visual_loss
+from regiongpt.train.config import EngineConfig, StageConfig, TrainConfig, WatchConfig, load_config
+from regiongpt.train.dataset import ConversationCollate, ConversationDataset
+from regiongpt.train.features import FeatureStore, keep_freed_memory
+from regiongpt.train.packed_attention import units_on_cpu
+from regiongpt.train.packing import PackedCollate, targets_in, width_cost
+from regiongpt.train.photographs import sampler_of
+from regiongpt.train.records import answer_loss
+from regiongpt.train.trainer import run_stage
+from regiongpt.train.watch_cost import StageCost
+
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "nano.toml"
+CACHED = 64
+"""Rows of made-up features, read one after the other: enough that they do not stay in the processor's cache."""
+
+
+def features(folder: Path, images: int, shape: tuple[int, ...]) -> FeatureStore:
+    """A file of made-up features, and rows of it for any number of images."""
+    path = folder / "features.npy"
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(CACHED, 1, *shape))
+    for row in range(CACHED):
+        rows[row] = np.random.default_rng(row).standard_normal((1, *shape), np.float32)
+    rows.flush()
+
+    class Store(FeatureStore):
+        def row(self, index: int, view: int) -> torch.Tensor:
+            return super().row(index % CACHED, 0)
+
+    return Store(features=np.lib.format.open_memmap(path, mode="r"), colours=[{}] * images)
+
+
+def conversations(
+    recipe: TrainConfig, images: list[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, group: int
+) -> ConversationDataset:
+    return ConversationDataset(
+        images,
+        store,
+        sampler_of(recipe, images),
+        processor,
+        recipe.features,
+        recipe.seed,
+        len(images),
+        group,
+        recipe.isolated_share,
+        model.config.image_grid,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed against padded
+
+
+def measure_packing(
+    recipe: TrainConfig, images: list[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, rounds: int
+) -> dict[str, Any]:
+    """Tokens a second of each way, the fastest round of each; the ways take turns."""
+    size = recipe.stage2.micro_batch_size
+    padded = ConversationCollate(processor)
+    text = model.config.text_config
+    packed = PackedCollate(padded, text.max_position_embeddings, width_cost(text))
+    loss = partial(visual_loss, ClassWords(processor.tokenizer), recipe.stage2.alignment, True)
+    drawn = conversations(recipe, images, store, model, processor, 1)
+    grouped = conversations(recipe, images, store, model, processor, size)
+    count = 4
+    # Both orders go through the same share of the photographs; that of the recipe sorts within windows of 16 batches.
+    batches = [[drawn[k] for k in range(b * size, (b + 1) * size)] for b in range(count)]
+    groups = [[grouped[k] for k in range(b * size, (b + 1) * size)] for b in range(0, 16, 16 // count)]
+    ways = {
+        "padded": (batches, padded, False),
+        "padded_in_groups": (groups, padded, False),
+        "packed": (batches, packed, True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    sums: dict[str, float] = {}
+    progress = Progress("packing", rounds * len(ways) * count, "steps")
+    for _ in range(rounds):
+        for name, (chosen, collate, in_units) in ways.items():
+            ready = [collate(batch) for batch in chosen]
+            total, spent = 0.0, 0.0
+            with units_on_cpu(model.language_model, next(model.parameters()).device) if in_units else nullcontext():
+                for batch in ready:
+                    batch.pop("tasks")
+                    began = time.perf_counter()
+                    model.zero_grad()
+                    value = loss(model, batch, targets_in(batch))
+                    value.backward()
+                    spent += time.perf_counter() - began
+                    total += float(value.detach())
+                    progress.add()
+            seconds[name].append(spent)
+            sums[name] = total / count
+    result: dict[str, Any] = {"conversations": size * count, "micro_batch_size": size, "ways": {}}
+    for name, (chosen, _, _) in ways.items():
+        lengths = [[len(each["input_ids"]) for each in batch] for batch in chosen]
+        tokens = sum(map(sum, lengths))
+        padding = sum(max(row) * len(row) for row in lengths) / tokens
+        result["ways"][name] = {
+            "tokens": tokens,
+            "tokens_computed": tokens if name == "packed" else round(padding * tokens),
+            "tokens_a_second": tokens / min(seconds[name]),
+            "seconds": seconds[name],
+            "loss": sums[name],
+        }
+    rates = {name: way["tokens_a_second"] for name, way in result["ways"].items()}
+    result["packed_over_padded"] = rates["packed"] / rates["padded"]
+    result["packed_over_padded_in_groups"] = rates["packed"] / rates["padded_in_groups"]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real steps
+
+
+def measure_steps(
+    recipe: TrainConfig, images: list[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, steps: int
+) -> dict[str, Any]:
+    """Waiting and utilisation of real training, packed, from its own log but for the first step."""
+    stage = recipe.stage2
+    dataset = conversations(recipe, images[: steps * stage.batch_size], store, model, processor, 1)
+    with tempfile.TemporaryDirectory() as out:
+        run_stage(
+            "stage2",
+            model,
+            dataset,
+            ConversationCollate(processor),
+            partial(visual_loss, ClassWords(processor.tokenizer), stage.alignment, True),
+            StageConfig(batch_size=stage.batch_size, micro_batch_size=stage.micro_batch_size, log_steps=1, lr=1e-5),
+            Path(out),
+            0,
+            engine=EngineConfig(packing=True),
+            watch=WatchConfig(),
+            processor=processor,
+            cost=StageCost.of("stage2", model.config, cached=True),
+        )
+        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][1:]
+    seconds = sum(line["seconds"] for line in lines)
+    return {
+        "steps": len(lines),
+        "seconds_a_step": seconds / len(lines),
+        "tokens_a_second": sum(line["tokens"] for line in lines) / seconds,
+        "waiting_for_data": sum(line["wait"] for line in lines) / seconds,
+        "utilisation": sum(line["mfu"] * line["seconds"] for line in lines) / seconds,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A large model
+
+
+class Talk(Dataset[dict[str, Any]]):
+    """Made-up conversations of one length about made-up features, two thirds of it answers."""
+
+    def __init__(self, config: RegionGPTConfig, length: int, items: int) -> None:
+        self.config, self.length, self.items = config, length, items
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(item)
+        ids = torch.randint(10, 1000, (self.length,), generator=generator)
+        ids[1 : 1 + self.config.num_image_tokens] = self.config.image_token_id
+        labels = ids.clone()
+        labels[: self.length // 3] = -100
+        shape = (self.config.vision_config.hidden_size, *self.config.tower_grid)
+        return {"input_ids": ids, "labels": labels, "vision_features": torch.randn(shape, generator=generator)}
+
+
+def stacked(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+@contextmanager
+def on_device(device: str) -> Iterator[None]:
+    before = torch.get_default_device()
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(before)
+
+
+def large_config(width: int, layers: int) -> RegionGPTConfig:
+    """The shape of a language model of ``width`` and ``layers``; 2,048 and 16 are 1.2 billion parameters."""
+    text = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        num_key_value_heads=max(1, width // 64),
+        max_position_embeddings=4096,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=336, patch_size=14
+    )
+    return RegionGPTConfig(vision_config=vision, text_config=text, image_token_id=3, region_token_id=4)
+
+
+def measure_large(width: int, layers: int, length: int, batch: int, steps: int, compiled: bool) -> dict[str, Any]:
+    """Utilisation of a language model in bfloat16; ``mfu`` of the training log, without the steps that warm up."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = large_config(width, layers)
+    with on_device(device):
+        model = RegionGPTForConditionalGeneration(config).train()
+    with tempfile.TemporaryDirectory() as out:
+        run_stage(
+            "stage2",
+            model,
+            Talk(config, length, steps * batch),
+            stacked,
+            answer_loss,
+            StageConfig(batch_size=batch, micro_batch_size=batch, log_steps=1, lr=1e-5, save_steps=10**6),
+            Path(out),
+            0,
+            engine=EngineConfig(precision="bf16", compile=compiled, workers=4 if device == "cuda" else 0),
+            cost=StageCost.of("stage2", config, cached=True),
+        )
+        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][steps // 3 :]
+    seconds = sum(line["seconds"] for line in lines)
+    return {
+        "parameters": sum(p.numel() for p in model.language_model.parameters()),
+        "length": length,
+        "batch": batch,
+        "compiled": compiled,
+        "tokens_a_second": sum(line["tokens"] for line in lines) / seconds,
+        "utilisation": sum(line["mfu"] * line["seconds"] for line in lines) / seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of annotated photographs, as for `regiongpt train`")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each way of batching is measured")
+    parser.add_argument("--steps", type=int, default=12, help="optimiser steps of real training")
+    parser.add_argument("--threads", type=int, default=0, help="of the arithmetic; as many as PyTorch takes where 0")
+    parser.add_argument("--large", action="store_true", help="measure the large model, for which a GPU is needed")
+    parser.add_argument("--large-width", type=int, default=2048)
+    parser.add_argument("--large-layers", type=int, default=16)
+    parser.add_argument("--large-length", type=int, default=2048)
+    parser.add_argument("--large-batch", type=int, default=8)
+    parser.add_argument("--compile", action="store_true", help="compile the layers of the large model")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if not options.large and not options.data:
+        parser.error("give --data, a folder of annotated photographs, or --large")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    result: dict[str, Any] = stamp(vars(options), {"recipe": RECIPE, "weights": weights.nano_path()})
+    if options.large:
+        shape = (options.large_width, options.large_layers, options.large_length, options.large_batch)
+        result["large"] = measure_large(*shape, max(3, options.steps), options.compile)
+        print(f"large: {result['large']['utilisation']:.0%} of the device's arithmetic")
+    if options.data:
+        recipe = load_config(RECIPE)
+        model, processor = weights.load(weights.nano_path(), dtype=torch.float32)
+        model.train()
+        found = list(load_coco(photo_sources(options.data, "train")).images)
+        wanted = max(options.steps, 16) * recipe.stage2.batch_size
+        images = random.Random(0).sample(found, min(len(found), wanted))
+        with tempfile.TemporaryDirectory() as folder:
+            shape = (model.config.vision_config.hidden_size, *model.config.tower_grid)
+            store = features(Path(folder), len(images), shape)
+            result["packing"] = measure_packing(recipe, images, store, model, processor, options.rounds)
+            for name, way in result["packing"]["ways"].items():
+                print(f"{name:18}{way['tokens_a_second']:10,.0f} tokens a second, loss {way['loss']:.4f}")
+            for name in ("packed_over_padded", "packed_over_padded_in_groups"):
+                print(f"{name}: {result['packing'][name]:.2f}")
+            result["training"] = measure_steps(recipe, images, store, model, processor, options.steps)
+            for name, value in result["training"].items():
+                print(f"{name}: {value:.4g}")
+    if options.out:
+        write_json(result, options.out)
+
+
+if __name__ == "__main__":
+    main()
