@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from regiongpt.evaluate.runs import read_run
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from tiny_checkpoint import make_checkpoint
 
+PICTURES = 60
+
 
 def command(root: Path, out: Path, processes: int) -> list[str]:
     words = ["evaluate", "coco_cls", "--data", str(root), "--split", "dev", "--model", str(root / "checkpoint")]
@@ -27,29 +30,35 @@ def command(root: Path, out: Path, processes: int) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux lists them")
 def test_two_processes_answer_as_one_does_and_go_on_after_a_kill(tmp_path):
-    draw_pictures(tmp_path, 12, "instances_dev.json")
+    draw_pictures(tmp_path, PICTURES, "instances_dev.json")
     make_checkpoint(tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    process = subprocess.Popen(
-        command(tmp_path, tmp_path / "two", 2), env=environment, start_new_session=True, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen(command(tmp_path, tmp_path / "two", 2), env=environment, stderr=subprocess.PIPE)
     answers = tmp_path / "two" / "answers"
     deadline = time.monotonic() + 240
     while not any(path.stat().st_size for path in answers.glob("*.jsonl")):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    # The launcher gives each of its processes a session of its own, so that killing it alone would leave them running.
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(workers) == 2
+    for pid in (process.pid, *workers):
+        os.kill(pid, signal.SIGKILL)
     process.wait()
+    while any(Path(f"/proc/{pid}/fd").exists() and os.listdir(f"/proc/{pid}/fd") for pid in workers):
+        time.sleep(0.01)
     kept = sum(len(path.read_bytes().splitlines()) for path in answers.glob("*.jsonl"))
 
     done = subprocess.run(command(tmp_path, tmp_path / "two", 2), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "24 questions" in done.stderr
-    assert f"24 questions, {kept} answered before" in done.stderr or kept == 0
-    assert done.stdout.count("coco_cls") == 1 or done.stdout.count("\ncoco_cls\n") <= 1
+    # A line that the kill has cut short is asked again.
+    before = int(re.search(rf"{2 * PICTURES} questions, (\d+) answered before", done.stderr)[1])
+    assert kept - 2 <= before <= kept < 2 * PICTURES
+    assert done.stdout.count("results written to") == 1
     assert (answers / "00001.jsonl").stat().st_size > 0
 
     single = subprocess.run(command(tmp_path, tmp_path / "one", 1), env=environment, capture_output=True, text=True)

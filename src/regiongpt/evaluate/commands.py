@@ -62,7 +62,7 @@ def run_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> i
         resamples=options.resamples,
         gallery=options.gallery,
         overwrite=options.overwrite,
-        processes=ALONE if options.predictions is not None else processes(),
+        processes=ALONE if options.predictions is not None else processes(options.device == "cpu"),
     )
     if options.predictions is not None:
         missing: Any = options.missing or "refuse"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, TypeVar
 
+from regiongpt.errors import ConfigError
+
 T = TypeVar("T")
 
 PATIENCE: Final = timedelta(days=7)
@@ -53,13 +55,28 @@ class Processes:
 ALONE: Final = Processes()
 
 
-def processes() -> Processes:
-    """The processes that a launcher has started, told of each other; otherwise this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+def processes(on_cpu: bool = False) -> Processes:
+    """The processes that a launcher has started, told of each other; otherwise this one alone.
+
+    Args:
+        on_cpu: Whether the model runs on the CPU though there is an accelerator.
+
+    Raises:
+        ConfigError: A launcher has started several that cannot be connected.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched < 2:
         return ALONE
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(timeout=PATIENCE)
+    # accelerate connects processes without an accelerator only where it is told that they are meant to have none.
+    state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
+    if state.num_processes != launched:
+        raise ConfigError(
+            f"expected the {launched} processes that WORLD_SIZE speaks of, got {state.num_processes} connected; start "
+            "them with `torchrun` or `accelerate launch`"
+        )
     return Processes(
         rank=state.process_index,
         count=state.num_processes,
