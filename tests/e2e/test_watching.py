@@ -1,0 +1,189 @@
+"""A run that is watched learns what it would have learnt, and its page tells of it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import draw_pictures
+from unit.tiny_checkpoint import make_checkpoint
+
+from regiongpt.cli import main
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Rejects, write_records
+from regiongpt.errors import ConfigError
+from regiongpt.model import weights
+from regiongpt.regions import Region
+from regiongpt.train.report import over_time, write_report
+from regiongpt.train.watch_answers import check_whole
+from regiongpt.train.watch_log import read_lines
+
+RECIPE = Path(__file__).parents[2] / "configs" / "finetune_records.toml"
+SMALL = [
+    "--from-scratch",
+    "--stage2.batch_size=4",
+    "--stage2.micro_batch_size=2",
+    "--stage2.save_steps=2",
+    "--stage2.epochs=2",
+]
+WATCHED = ["--watch.answer_steps=2", "--watch.answers=2", "--watch.tensorboard=true", "--stage2.log_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    draw_pictures(root, 6, "instances.json")
+    cat = RecordRegion(region=Region.box(4, 4, 30, 40), category="cat")
+    turns = (
+        Turn(task="classify", answer="cat", regions=(1,), label_set="COCO-80", guided=True),
+        Turn(task="caption", answer="a red cat", regions=(1,)),
+    )
+    made = [
+        Record(id=f"p/{n}", source="s", image=f"{n}.png", width=96, height=64, regions=(cat,), turns=turns)
+        for n in range(1, 7)
+    ]
+    talk = Turn(task="chat", question="Two and two?", answer="Four.")
+    made.append(Record(id="talk", source="s", image="", width=0, height=0, regions=(), turns=(talk,)))
+    images = str(root / "images")
+    write_records(root / "records", made, Rejects(), source="s", images=images, inputs=[], arguments={"seed": 0})
+    return root / "records"
+
+
+@pytest.fixture(scope="module")
+def runs(records: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same run, not watched and watched."""
+    start = make_checkpoint(tmp_path_factory.mktemp("parts"))
+    out = tmp_path_factory.mktemp("runs")
+    for name, words in (("plain", []), ("watched", [*WATCHED, f"--data.dev_mixture={records}"])):
+        given = [f"--model.init={start}", f"--out={out / name}", f"--data.mixture={records}", *SMALL, *words]
+        assert main(["train", str(RECIPE), *given]) == 0
+    return {name: out / name for name in ("plain", "watched")}
+
+
+def test_watching_changes_nothing_that_is_learnt(runs: dict[str, Path]) -> None:
+    plain, watched = (read_lines(runs[name] / "stage2" / "log.jsonl") for name in ("plain", "watched"))
+    assert len(plain) == 4
+    for name in ("step", "loss", "tasks", "lr", "grad_norm", "examples", "tokens", "targets"):
+        assert [line[name] for line in plain] == [line[name] for line in watched], name
+    states = [weights.load(runs[name] / "stage2" / "model")[0].state_dict() for name in ("plain", "watched")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_lines_add_up(runs: dict[str, Path]) -> None:
+    for line in read_lines(runs["watched"] / "stage2" / "log.jsonl"):
+        assert set(line["tasks"]) <= {"classify", "caption", "chat"}
+        assert sum(each["targets"] for each in line["tasks"].values()) == line["targets"]
+        whole = sum(each["loss"] * each["targets"] for each in line["tasks"].values()) / line["targets"]
+        assert line["loss"] == pytest.approx(whole, rel=1e-5)
+        assert set(line["lr"]) == {"visual", "language"}
+        assert 0 < line["mfu"] < 1
+
+
+def test_the_same_questions_are_asked_over_time(runs: dict[str, Path]) -> None:
+    asked = read_lines(runs["watched"] / "stage2" / "answers.jsonl")
+    assert [line["step"] for line in asked] == [0, 2, 4]
+    for line in asked:
+        assert [each["question"] for each in line["answers"]] == [each["question"] for each in asked[0]["answers"]]
+        assert len(line["answers"]) == 2
+    assert not (runs["plain"] / "stage2" / "answers.jsonl").read_text()
+
+
+def test_the_page_tells_of_the_run_and_needs_no_other_file(runs: dict[str, Path], records: Path) -> None:
+    page = (runs["watched"] / "report.html").read_text()
+    assert not re.search(r"(src|href)=[\"'](?!data:)", page)
+    assert "stage2 is finished" in page
+    for title in ("Loss", "Loss by task", "Learning rate", "Gradient norm", "Tokens a second", "Recipe", "Data"):
+        assert title in page
+    assert page.count("<svg") >= 6
+    assert page.count("data:image/jpeg;base64,") == 2
+    notes = json.loads((runs["watched"] / "run.json").read_text())
+    assert notes["starts"][0]["packages"]["torch"] in page
+    (part,) = notes["data"]["stage2"]["parts"]
+    assert part["shards"][0]["sha256"][:12] in page
+    assert notes["data"]["dev"]["records an epoch"] == 7
+    assert str(records) in page
+    assert "micro_batch_size" in page
+    # A step that is not watched needs no picture.
+    assert "data:image" not in (runs["plain"] / "report.html").read_text()
+
+
+def test_the_page_of_a_run_that_was_killed_is_made_of_what_there_is(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "killed"
+    shutil.copytree(runs["watched"], out)
+    (out / "report.html").unlink()
+    log = out / "stage2" / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:2]) + lines[2][:30])
+    (out / "run.json").unlink()
+    shutil.rmtree(out / "stage2" / "answers")
+    assert main(["train", "--report", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "report.html")
+    page = (out / "report.html").read_text()
+    assert "stage2 has done step 2 of 4" in page
+    assert "No such file" in page
+
+
+def test_a_folder_that_holds_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--report", str(tmp_path)]) == 2
+    assert "expected the folder of a run, with log.jsonl in the folder of a stage" in capsys.readouterr().err
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2" / "log.jsonl").write_text('nonsense\n{"step": 2}\n')
+    assert main(["train", "--report", str(tmp_path)]) == 2
+    assert "line 1: expected a line of JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 1'])
+def test_a_run_that_has_done_no_step_has_a_page(text: str, tmp_path: Path) -> None:
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "log.jsonl").write_text(text)
+    assert "stage1 has not begun" in write_report(tmp_path).read_text()
+
+
+def test_a_loss_that_was_no_number_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
+    lines = read_lines(runs["plain"] / "stage2" / "log.jsonl")
+    lines[2]["loss"] = lines[2]["grad_norm"] = "nan"
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2" / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines[:3]))
+    page = write_report(tmp_path).read_text()
+    assert "the loss was no finite number at step 3" in page
+
+
+def test_equal_answers_in_a_row_are_shown_once() -> None:
+    assert over_time([(0, "a"), (10, "a"), (20, "b"), (30, "a")]) == [
+        ("steps 0 to 10", "a"),
+        ("step 20", "b"),
+        ("step 30", "a"),
+    ]
+    shown = over_time([(step, str(step)) for step in range(1001)])
+    assert len(shown) == 8
+    assert (shown[0], shown[-1]) == (("step 0", "0"), ("step 1,000", "1000"))
+
+
+def test_answers_need_dev_data(
+    records: Path, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = runs["plain"] / "stage2" / "model"
+    words = [f"--model.init={start}", f"--out={tmp_path / 'out'}", f"--data.mixture={records}"]
+    assert main(["train", str(RECIPE), *words, *SMALL, "--watch.answer_steps=2"]) == 2
+    assert "watch.answer_steps" in capsys.readouterr().err
+
+
+def test_a_model_in_shards_is_not_asked() -> None:
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        check_whole(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(ConfigError, match=r"watch.answer_steps: .*--engine.sharding ddp"):
+            check_whole(model)
+    finally:
+        distributed.destroy_process_group()
