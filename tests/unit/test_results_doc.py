@@ -1,0 +1,87 @@
+"""The document of results is made of what runs have written, and of nothing else."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from evaluating import Drawn, register
+from pictures import draw_pictures
+
+from regiongpt.evaluate.session import Session
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import results_doc
+
+CELL = {"mean": 12.34, "interval": [10.0, 15.0], "seeds": [12.34], "gain": None, "gain_interval": None}
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    register(monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    (tmp_path / "data").mkdir()
+    draw_pictures(tmp_path / "data", 2, "instances_dev.json")
+    items = Drawn(data=tmp_path / "data").load()
+    given = tmp_path / "given.jsonl"
+    given.write_text("".join(json.dumps({"id": i.id, "text": "cat", "scores": [3, 2, 1]}) + "\n" for i in items))
+    Session(out=tmp_path / "run", gallery=0).score_predictions(Drawn(data=tmp_path / "data"), given)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def ablation(tmp_path, run) -> Path:
+    folder = tmp_path / "ablation"
+    folder.mkdir()
+    manifest = json.loads((run / "drawn" / "manifest.json").read_text())
+    found = {
+        "ablation": "refinement",
+        "task": "drawn",
+        "items": 4,
+        "seeds": [0, 1],
+        "variants": [{"name": "none"}, {"name": "deconv"}],
+        "protocols": {"choices": {"AP": {"none": CELL, "deconv": {**CELL, "mean": 20.0, "gain": 7.66}}}},
+        "orders": ["choices, AP: here deconv > none; paper deconv > none: the same order"],
+        "manifests": {"none": [manifest]},
+    }
+    (folder / "result.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_figures_go_between_the_marks_and_the_rest_stays(run, ablation, tmp_path, capsys):
+    document = tmp_path / "results.md"
+    document.write_text(f"before\n\n{results_doc.BEGIN}\n\nold\n\n{results_doc.END}\n\nafter\n")
+    words = ["--runs", str(run), "--ablations", str(ablation), "--document", str(document)]
+    assert results_doc.main(words) == 0
+    assert "2 sections" in capsys.readouterr().out
+    text = document.read_text()
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| accuracy | 50.0 | 50.0 to 50.0 | 4 | 80.61 |" in text
+    assert "| deconv | 20.0 (10.0 to 15.0), +7.7 |" in text
+    assert "The paper's Table 6" in text
+    assert "instances_dev.json" in text
+    results_doc.main(words)
+    assert document.read_text() == text
+
+
+def test_what_cannot_be_written_is_said(run, tmp_path, capsys):
+    document = tmp_path / "results.md"
+    document.write_text("no marks")
+    assert results_doc.main(["--runs", str(run), "--document", str(document)]) == 2
+    assert results_doc.main(["--document", str(document)]) == 2
+    assert results_doc.main(["--ablations", str(run / "drawn"), "--document", str(document)]) == 2
+    error = capsys.readouterr().err
+    for part in ("one of them missing", "at least one folder", "expected the folder of `regiongpt ablate`"):
+        assert part in error
+    assert document.read_text() == "no marks"
+
+
+def test_the_document_of_this_repository_has_the_marks():
+    text = results_doc.DOCUMENT.read_text(encoding="utf-8")
+    assert text.index(results_doc.BEGIN) < text.index(results_doc.END)
