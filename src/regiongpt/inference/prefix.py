@@ -250,53 +250,35 @@ class _Plan:
 
     def __init__(self, step: Step, device: torch.device) -> None:
         cache, rows, counts = step.cache, list(step.rows), list(step.counts)
-        self.device, self.tree, self.n_rows, self.widest = device, step.tree, len(rows), max(counts)
+        self.device = device
         starts = [cache.lengths[row] for row in rows]
-        self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
-        self.even = min(counts) == self.widest
-        self.fresh = not any(starts) and step.tree is None
-        self.contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
-        self.first = rows[0]
-        counts_R = torch.tensor(counts)
-        self.starts_R = torch.tensor(starts).to(device)
+        counts_R, before_R = torch.tensor(counts), torch.tensor([cache.total(row) for row in rows])
         owner_N = torch.repeat_interleave(torch.arange(len(rows)), counts_R)
         column_N = torch.arange(len(owner_N)) - (counts_R.cumsum(0) - counts_R)[owner_N]
-        place_N = torch.tensor(starts)[owner_N] + column_N
-        self.rows_R = torch.tensor(rows).to(device)
-        self.places = (torch.tensor(rows)[owner_N].to(device), place_N.to(device))
-        self.padded = (owner_N.to(device), column_N.to(device))
+        self.places = (
+            torch.tensor(rows)[owner_N].to(device),
+            (torch.tensor(starts)[owner_N] + column_N).to(device),
+        )
         depth_N = column_N if step.tree is None else (step.tree.sum(1).cpu() - 1)[column_N]
-        before = torch.tensor([cache.total(row) for row in rows])
-        self.position_N = (before[owner_N] + depth_N).to(device)
-        self.reach = int(before.max()) + self.widest
+        self.position_N = (before_R[owner_N] + depth_N).to(device)
+        self.reach = int(before_R.max()) + max(counts)
         self.segments = _segments([cache.prefixes[row] for row in rows], owner_N, device)
+        # Sequences that go on by one token beside others that begin: padded to the same length they would cost as much.
+        single = [place for place, count in enumerate(counts) if count == 1]
+        mixed = step.tree is None and 0 < len(single) < len(counts)
+        several = [place for place, count in enumerate(counts) if count > 1]
+        self.groups = [
+            _Group(
+                [rows[place] for place in places],
+                [counts[place] for place in places],
+                [starts[place] for place in places],
+                step.tree,
+                torch.isin(owner_N, torch.tensor(places)).nonzero()[:, 0].to(device) if mixed else None,
+                device,
+            )
+            for places in ([single, several] if mixed else [list(range(len(rows)))])
+        ]
         self._masks: dict[Any, Tensor] = {}
-
-    def suffix_mask(self, dtype: torch.dtype, window: int | None) -> Tensor | None:
-        """What is added to the scores of the sequences' own keys: (R, 1, n, S); None where all may be seen."""
-        single = self.even and self.widest == 1 and self.tree is None
-        if single and window is None and bool((self.starts_R == self.starts_R[0]).all()):
-            return None
-        key = ("suffix", dtype, window)
-        if key not in self._masks:
-            places_S = torch.arange(self.longest, device=self.device)
-            columns_n = torch.arange(self.widest, device=self.device)
-            query_Rn = self.starts_R[:, None] + columns_n
-            seen = places_S <= query_Rn[:, :, None]
-            key_RS = places_S.expand(self.n_rows, -1)
-            if self.tree is not None:
-                tree = self.tree.to(self.device)
-                new_RS = places_S - self.starts_R[:, None]
-                node_RS = new_RS.clamp(0, self.widest - 1)
-                seen = (new_RS < 0)[:, None] | (tree[:, node_RS].transpose(0, 1) & (new_RS < self.widest)[:, None])
-                depth_n = tree.sum(1) - 1
-                query_Rn = self.starts_R[:, None] + depth_n
-                key_RS = torch.where(new_RS < 0, key_RS, self.starts_R[:, None] + depth_n[node_RS])
-            if window is not None:
-                seen = seen & (key_RS[:, None] > query_Rn[:, :, None] - window)
-            mask = torch.zeros(seen.shape, dtype=dtype, device=self.device)
-            self._masks[key] = mask.masked_fill_(~seen, float("-inf"))[:, None]
-        return self._masks[key]
 
     def prefix_mask(self, index: int, dtype: torch.dtype, window: int) -> Tensor:
         """The same for the tokens that come behind a segment, under a sliding window: (1, 1, N, P)."""
@@ -308,6 +290,66 @@ class _Plan:
             mask = torch.zeros((len(position_N), segment.own), dtype=dtype, device=self.device)
             hidden = places_P <= position_N[:, None] - window
             self._masks[key] = mask.masked_fill_(hidden, float("-inf"))[None, None]
+        return self._masks[key]
+
+
+class _Group:
+    """Sequences of a step whose attention to their own tokens is computed together.
+
+    Attributes:
+        tokens: their new tokens among the step's; None for all of them.
+        widest: new tokens of the sequence that has most.
+        longest: tokens of the longest sequence, the new ones among them.
+        even: all have as many new tokens.
+        fresh: none has any before these, so a plain causal attention will do.
+        chosen: their rows in the cache.
+        padded: of each new token its sequence and its place among the new ones, where they are not even.
+    """
+
+    def __init__(
+        self,
+        rows: list[int],
+        counts: list[int],
+        starts: list[int],
+        tree: Tensor | None,
+        tokens: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.tokens, self.device, self.size, self.widest = tokens, device, len(rows), max(counts)
+        self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
+        self.even, self.level = min(counts) == self.widest, min(starts) == max(starts)
+        self.fresh = not any(starts) and tree is None
+        self.starts_R = torch.tensor(starts).to(device)
+        self.tree = None if tree is None else tree.to(device)
+        contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
+        self.chosen = slice(rows[0], rows[0] + len(rows)) if contiguous else torch.tensor(rows).to(device)
+        if not self.even:
+            columns = [(row, column) for row, count in enumerate(counts) for column in range(count)]
+            owner_N, column_N = torch.tensor(columns).to(device).unbind(1)
+            self.padded = (owner_N, column_N)
+        self._masks: dict[Any, Tensor] = {}
+
+    def mask(self, dtype: torch.dtype, window: int | None) -> Tensor | None:
+        """What is added to the scores of the sequences' own keys: (R, 1, n, S); None where all may be seen."""
+        if self.widest == 1 and self.level and window is None and self.tree is None:
+            return None
+        key = (dtype, window)
+        if key not in self._masks:
+            places_S = torch.arange(self.longest, device=self.device)
+            query_Rn = self.starts_R[:, None] + torch.arange(self.widest, device=self.device)
+            seen = places_S <= query_Rn[:, :, None]
+            key_RS = places_S.expand(self.size, -1)
+            if self.tree is not None:
+                new_RS = places_S - self.starts_R[:, None]
+                node_RS = new_RS.clamp(0, self.widest - 1)
+                seen = (new_RS < 0)[:, None] | (self.tree[:, node_RS].transpose(0, 1) & (new_RS < self.widest)[:, None])
+                depth_n = self.tree.sum(1) - 1
+                query_Rn = self.starts_R[:, None] + depth_n
+                key_RS = torch.where(new_RS < 0, key_RS, self.starts_R[:, None] + depth_n[node_RS])
+            if window is not None:
+                seen = seen & (key_RS[:, None] > query_Rn[:, :, None] - window)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=self.device)
+            self._masks[key] = mask.masked_fill_(~seen, float("-inf"))[:, None]
         return self._masks[key]
 
 
@@ -448,29 +490,40 @@ def _own(
     plan: _Plan, query_HNE: Tensor, layer: SuffixLayer, scale: float, softcap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Attention of the new tokens to their own sequences: (H, N, E) and (H, N)."""
+    if plan.groups[0].tokens is None:
+        return _own_of(plan.groups[0], query_HNE, layer, scale, softcap, window)
+    out_HNE = query_HNE.new_empty((*query_HNE.shape[:2], layer.values.shape[-1]))
+    lse_HN = query_HNE.new_empty(query_HNE.shape[:2], dtype=torch.float32)
+    for group in plan.groups:
+        tokens = group.tokens
+        out_HNE[:, tokens], lse_HN[:, tokens] = _own_of(group, query_HNE[:, tokens], layer, scale, softcap, window)
+    return out_HNE, lse_HN
+
+
+def _own_of(
+    group: _Group, query_HNE: Tensor, layer: SuffixLayer, scale: float, softcap: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The same for the sequences of one group."""
     heads, tokens, _ = query_HNE.shape
     key_heads = layer.keys.shape[1]
-    group, rows, widest = heads // key_heads, plan.n_rows, plan.widest
-    if plan.contiguous:
-        chosen = slice(plan.first, plan.first + rows)
-        keys, values = layer.keys[chosen, :, : plan.longest], layer.values[chosen, :, : plan.longest]
-    else:
-        keys, values = layer.keys[plan.rows_R, :, : plan.longest], layer.values[plan.rows_R, :, : plan.longest]
-    if plan.even:
+    shared, rows, widest = heads // key_heads, group.size, group.widest
+    keys = layer.keys[group.chosen][:, :, : group.longest]
+    values = layer.values[group.chosen][:, :, : group.longest]
+    if group.even:
         query_RHnE = query_HNE.reshape(heads, rows, widest, -1).transpose(0, 1)
     else:
         query_RHnE = query_HNE.new_zeros((rows, heads, widest, query_HNE.shape[-1]))
-        query_RHnE[plan.padded[0], :, plan.padded[1]] = query_HNE.transpose(0, 1)
-    causal = plan.fresh and group == 1 and window is None and widest > 1
-    mask = None if causal else plan.suffix_mask(query_HNE.dtype, window)
-    if mask is not None and group > 1 and widest > 1:
-        mask = mask.repeat(1, 1, group, 1)
-    folded = query_RHnE.reshape(rows, key_heads, group * widest, -1)
+        query_RHnE[group.padded[0], :, group.padded[1]] = query_HNE.transpose(0, 1)
+    causal = group.fresh and shared == 1 and window is None and widest > 1
+    mask = None if causal else group.mask(query_HNE.dtype, window)
+    if mask is not None and shared > 1 and widest > 1:
+        mask = mask.repeat(1, 1, shared, 1)
+    folded = query_RHnE.reshape(rows, key_heads, shared * widest, -1)
     out, lse = attend(folded, keys, values, scale, mask=mask, causal=causal, softcap=softcap)
     out_RHnE, lse_RHn = out.reshape(rows, heads, widest, -1), lse.reshape(rows, heads, widest)
-    if plan.even:
+    if group.even:
         return out_RHnE.transpose(0, 1).reshape(heads, tokens, -1), lse_RHn.transpose(0, 1).reshape(heads, tokens)
-    out_NHE, lse_NH = out_RHnE[plan.padded[0], :, plan.padded[1]], lse_RHn[plan.padded[0], :, plan.padded[1]]
+    out_NHE, lse_NH = out_RHnE[group.padded[0], :, group.padded[1]], lse_RHn[group.padded[0], :, group.padded[1]]
     return out_NHE.transpose(0, 1), lse_NH.transpose(0, 1)
 
 

@@ -223,16 +223,18 @@ class Scheduler:
     @torch.inference_mode()
     def _step(self) -> None:
         self._drop_cancelled()
+        going = list(self._running)
         entering = self._enter()
-        if entering:
-            first = len(self._running) - len(entering)
-            rows = list(range(first, len(self._running)))
-            embeds = torch.cat([job.embeds for job in entering])
-            self._write(rows, self.decoder.forward(self._cache, embeds, rows, [len(job.embeds) for job in entering]))
-        rows = list(range(len(self._running)))
-        if rows:
-            last = torch.tensor([job.tokens[-1] for job in self._running], device=self._device)
-            self._write(rows, self.decoder.forward(self._cache, self._embed(last), rows, [1] * len(rows)))
+        if not self._running:
+            return
+        # Questions that enter and answers that go on share the pass: the weights are read once for both.
+        embeds = [job.embeds for job in entering]
+        if going:
+            last = torch.tensor([job.tokens[-1] for job in going], device=self._device)
+            embeds = [self._embed(last), *embeds]
+        counts = [1] * len(going) + [len(job.embeds) for job in entering]
+        rows = list(range(len(counts)))
+        self._write(rows, self.decoder.forward(self._cache, torch.cat(embeds), rows, counts))
 
     def _enter(self) -> list[Job]:
         """Take from those waiting, in their order, as many as rows, budget and one pass have room for."""
