@@ -151,7 +151,9 @@ def _write(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
     found = summary.summarise(measured, study.resamples)
     printed = TABLES.get(KINDS[study.kind].paper)
     first = next(iter(runs.values()))[0]
-    pinned = "; ".join(f"{name}: {text}" for name, text in first.result["pinned"].items())
+    everywhere = [run.result["pinned"] for each in runs.values() for run in each]
+    alike = {name: text for name, text in everywhere[0].items() if all(each.get(name) == text for each in everywhere)}
+    pinned = "; ".join(f"{name}: {text}" for name, text in alike.items())
     about = [
         f"{KINDS[study.kind].summary}; recipe {study.recipe.name}{''.join(f' {word}' for word in study.overrides)}",
         f"{first.name}, {items:,} items; {pinned}",
@@ -171,7 +173,7 @@ def _write(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
             "items": items,
             "seeds": list(study.seeds),
             "variants": [dataclasses.asdict(variant) for variant in study.variants],
-            "pinned": first.result["pinned"],
+            "pinned": alike,
             "protocols": summary.to_dict(found),
             "orders": summary.orders(found, printed),
             "manifests": origin,
