@@ -71,7 +71,8 @@ def debug_size(config: TrainConfig) -> TrainConfig:
             answers=2,
         ),
         plan=PlanConfig(gpu=config.plan.gpu),
-        engine=replace(config.engine, pack_length=min(config.engine.pack_length, _POSITIONS)),
+        # Processes that load data take longer to start than all of the run.
+        engine=replace(config.engine, pack_length=min(config.engine.pack_length, _POSITIONS), workers=0),
         language=_few_steps(config.language, 0.2),
         align=_few_steps(config.align),
         stage1=_few_steps(config.stage1),
