@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regiongpt.inference.prefix import ATTENTION, Prefix, PrefixCache, Step
+from regiongpt.inference.attention import ATTENTION
+from regiongpt.inference.prefix import Prefix, PrefixCache
+from regiongpt.inference.step import Step
 
 
 class Decoder:
