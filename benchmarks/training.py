@@ -4,10 +4,11 @@
 
 The model is the small one of the package, in its second stage; the conversations are those of its recipe about the
 photographs' annotations. The tower's features, which the recipe keeps in a file, are made up, in a file of that kind:
-time does not depend on what they are. Four measurements:
+time does not depend on what they are. The measurements:
 
 - ``packing``: forward and backward pass of the same conversations, padded and packed by turns; in the order drawn, as
-  records come, and padded once more in the recipe's groups of like numbers of objects;
+  records come, and padded once more in the recipe's groups of like numbers of objects; ``packing_mixed`` the same of
+  a mixture in which every other conversation is a single question;
 - ``waiting``: share of a step of real training that goes by until its batch has come;
 - ``utilisation``: arithmetic that learning needs, without padding, in the time that a plain matrix product of this
   machine would take for it;
@@ -23,9 +24,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
+from regiongpt.data.sampling import ConversationSampler
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, weights
 from regiongpt.train.alignment import ClassWords, visual_loss
 from regiongpt.train.config import EngineConfig, StageConfig, TrainConfig, WatchConfig, load_config
@@ -66,13 +69,31 @@ def features(folder: Path, images: int, shape: tuple[int, ...]) -> FeatureStore:
     return Store(features=np.lib.format.open_memmap(path, mode="r"), colours=[{}] * images)
 
 
+class EveryOtherShort:
+    """Draws as the recipe does, and leaves every other image one turn: conversations and single questions, mixed."""
+
+    def __init__(self, sampler: ConversationSampler) -> None:
+        self.sampler, self.regions_per_image = sampler, sampler.regions_per_image
+
+    def sample(self, view: Any, colours: Any, seed: int, index: int, epoch: int) -> Any:
+        drawn = self.sampler.sample(view, colours, seed, index, epoch)
+        return replace(drawn, messages=drawn.messages[:2], tasks=drawn.tasks[:1]) if index % 2 else drawn
+
+
 def conversations(
-    recipe: TrainConfig, images: list[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, group: int
+    recipe: TrainConfig,
+    images: list[ImageAnnotations],
+    store: FeatureStore,
+    model: Any,
+    processor: Any,
+    group: int,
+    mixed: bool = False,
 ) -> ConversationDataset:
+    sampler = sampler_of(recipe, images)
     return ConversationDataset(
         images,
         store,
-        sampler_of(recipe, images),
+        cast(Any, EveryOtherShort(sampler)) if mixed else sampler,
         processor,
         recipe.features,
         recipe.seed,
@@ -88,44 +109,47 @@ def conversations(
 
 
 def measure_packing(
-    recipe: TrainConfig, images: list[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, rounds: int
+    recipe: TrainConfig,
+    images: list[ImageAnnotations],
+    store: FeatureStore,
+    model: Any,
+    processor: Any,
+    rounds: int,
+    mixed: bool,
 ) -> dict[str, Any]:
-    """Tokens a second of each way, the fastest round of each; the ways take turns."""
+    """Tokens a second of each way, by the fastest round of each batch; the ways take turns."""
     size = recipe.stage2.micro_batch_size
     padded = ConversationCollate(processor)
     text = model.config.text_config
     packed = PackedCollate(padded, text.max_position_embeddings, width_cost(text))
     loss = partial(visual_loss, ClassWords(processor.tokenizer), recipe.stage2.alignment, True)
-    drawn = conversations(recipe, images, store, model, processor, 1)
-    grouped = conversations(recipe, images, store, model, processor, size)
-    count = 4
+    drawn = conversations(recipe, images, store, model, processor, 1, mixed)
+    grouped = conversations(recipe, images, store, model, processor, size, mixed)
+    count = 3
     # Both orders go through the same share of the photographs; that of the recipe sorts within windows of 16 batches.
     batches = [[drawn[k] for k in range(b * size, (b + 1) * size)] for b in range(count)]
-    groups = [[grouped[k] for k in range(b * size, (b + 1) * size)] for b in range(0, 16, 16 // count)]
+    groups = [[grouped[k] for k in range(b * size, (b + 1) * size)] for b in range(0, 16, 6)]
     ways = {
         "padded": (batches, padded, False),
         "padded_in_groups": (groups, padded, False),
         "packed": (batches, packed, True),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    sums: dict[str, float] = {}
+    ready = {name: [collate(batch) for batch in chosen] for name, (chosen, collate, _) in ways.items()}
+    seconds: dict[str, list[float]] = {name: [float("inf")] * count for name in ways}
+    sums: dict[str, list[float]] = {name: [0.0] * count for name in ways}
+    device = next(model.parameters()).device
     progress = Progress("packing", rounds * len(ways) * count, "steps")
-    for _ in range(rounds):
-        for name, (chosen, collate, in_units) in ways.items():
-            ready = [collate(batch) for batch in chosen]
-            total, spent = 0.0, 0.0
-            with units_on_cpu(model.language_model, next(model.parameters()).device) if in_units else nullcontext():
-                for batch in ready:
-                    batch.pop("tasks")
-                    began = time.perf_counter()
-                    model.zero_grad()
-                    value = loss(model, batch, targets_in(batch))
-                    value.backward()
-                    spent += time.perf_counter() - began
-                    total += float(value.detach())
-                    progress.add()
-            seconds[name].append(spent)
-            sums[name] = total / count
+    for number in [*range(count)] * rounds:
+        for name, (_, _, in_units) in ways.items():
+            batch = {key: value for key, value in ready[name][number].items() if key != "tasks"}
+            with units_on_cpu(model.language_model, device) if in_units else nullcontext():
+                began = time.perf_counter()
+                model.zero_grad()
+                value = loss(model, batch, targets_in(batch))
+                value.backward()
+                sums[name][number] = float(value.detach())
+                seconds[name][number] = min(seconds[name][number], time.perf_counter() - began)
+            progress.add()
     result: dict[str, Any] = {"conversations": size * count, "micro_batch_size": size, "ways": {}}
     for name, (chosen, _, _) in ways.items():
         lengths = [[len(each["input_ids"]) for each in batch] for batch in chosen]
@@ -134,9 +158,9 @@ def measure_packing(
         result["ways"][name] = {
             "tokens": tokens,
             "tokens_computed": tokens if name == "packed" else round(padding * tokens),
-            "tokens_a_second": tokens / min(seconds[name]),
+            "tokens_a_second": tokens / sum(seconds[name]),
             "seconds": seconds[name],
-            "loss": sums[name],
+            "loss": sum(sums[name]) / count,
         }
     rates = {name: way["tokens_a_second"] for name, way in result["ways"].items()}
     result["packed_over_padded"] = rates["packed"] / rates["padded"]
@@ -268,6 +292,7 @@ def measure_large(width: int, layers: int, length: int, batch: int, steps: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of annotated photographs, as for `regiongpt train`")
+    parser.add_argument("--micro-batch", type=int, default=0, help="conversations in a batch; the recipe's where 0")
     parser.add_argument("--rounds", type=int, default=3, help="how often each way of batching is measured")
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps of real training")
     parser.add_argument("--threads", type=int, default=0, help="of the arithmetic; as many as PyTorch takes where 0")
@@ -291,7 +316,10 @@ def main() -> None:
         result["large"] = measure_large(*shape, max(3, options.steps), options.compile)
         print(f"large: {result['large']['utilisation']:.0%} of the device's arithmetic")
     if options.data:
-        recipe = load_config(RECIPE)
+        size = options.micro_batch
+        recipe = load_config(
+            RECIPE, [f"--stage2.{k}={size}" for k in ("batch_size", "micro_batch_size")] if size else []
+        )
         model, processor = weights.load(weights.nano_path(), dtype=torch.float32)
         model.train()
         found = list(load_coco(photo_sources(options.data, "train")).images)
@@ -300,11 +328,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             shape = (model.config.vision_config.hidden_size, *model.config.tower_grid)
             store = features(Path(folder), len(images), shape)
-            result["packing"] = measure_packing(recipe, images, store, model, processor, options.rounds)
-            for name, way in result["packing"]["ways"].items():
-                print(f"{name:18}{way['tokens_a_second']:10,.0f} tokens a second, loss {way['loss']:.4f}")
-            for name in ("packed_over_padded", "packed_over_padded_in_groups"):
-                print(f"{name}: {result['packing'][name]:.2f}")
+            for part, mixed in (("packing", False), ("packing_mixed", True)):
+                found_here = measure_packing(recipe, images, store, model, processor, options.rounds, mixed)
+                result[part] = found_here
+                print(part)
+                for name, way in found_here["ways"].items():
+                    print(f"  {name:18}{way['tokens_a_second']:10,.0f} tokens a second, loss {way['loss']:.4f}")
+                for name in ("packed_over_padded", "packed_over_padded_in_groups"):
+                    print(f"  {name}: {found_here[name]:.2f}")
             result["training"] = measure_steps(recipe, images, store, model, processor, options.steps)
             for name, value in result["training"].items():
                 print(f"{name}: {value:.4g}")
