@@ -180,8 +180,9 @@ class Engine:
         embeds_TD = self.model.get_input_embeddings()(ids_T).clone()
         embeds_TD[ids_T == self.model.config.image_token_id] = scene.image_ND.to(embeds_TD.dtype)
         embeds_BTD: Tensor = embeds_TD.repeat(len(pooled), 1, 1)
+        numbers_KD = self.model.number_embeds(ids_T)
         for embeds, features in zip(embeds_BTD, pooled, strict=True):
-            embeds[ids_T == self.model.config.region_token_id] = features[list(rows)].to(embeds.dtype)
+            embeds[ids_T == self.model.config.region_token_id] = features[list(rows)].to(embeds.dtype) + numbers_KD
         return embeds_BTD
 
     @torch.inference_mode()

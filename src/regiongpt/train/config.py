@@ -48,6 +48,7 @@ class ModelConfig:
         refinement_channels: Channels inside the refinement; 0 keeps the tower's own number.
         image_grid: Side of the square grid of image tokens; 0 keeps the tower's own grid.
         region_format: What each ``<regionN>`` becomes; ``{n}`` is its number, ``<region>`` its embedding.
+        region_numbers: Add the word embedding of a region's number to the region's own.
         vocab_size: Size of the byte-level BPE that is trained for the language model.
         hidden_size: Width of the language model.
         layers: Layers of the language model.
@@ -63,6 +64,7 @@ class ModelConfig:
     refinement_channels: int = 384
     image_grid: int = 6
     region_format: str = "[{n}]<region>"
+    region_numbers: bool = False
     vocab_size: int = 4096
     hidden_size: int = 320
     layers: int = 5

@@ -15,7 +15,6 @@ With a mixture of records in place of photographs, a checkpoint goes through the
 import argparse
 import json
 import logging
-import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -32,13 +31,13 @@ from regiongpt.data.mixture import Mixture, open_mixture
 from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSampler
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
-from regiongpt.model.processing import IGNORED
-from regiongpt.prompts import COCO_80, REGION_TOKEN
+from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
 from regiongpt.train.alignment import ClassWords, stand_in_loss, visual_loss
 from regiongpt.train.config import StageConfig, TrainConfig, load_config
-from regiongpt.train.dataset import ConversationDataset, TextDataset, conversation_texts, isolate_turns
+from regiongpt.train.dataset import ConversationDataset, isolate_turns
 from regiongpt.train.features import build_features, calibrate, keep_freed_memory
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
+from regiongpt.train.text import READING_MIX, TextDataset, conversation_texts
 from regiongpt.train.tokenizer import train_tokenizer
 from regiongpt.train.trainer import Loss, run_stage
 
@@ -270,8 +269,10 @@ def _train_language(
     config: TrainConfig, images: Sequence[ImageAnnotations], sampler: ConversationSampler, folder: Path
 ) -> None:
     shape = config.model
-    texts = list(conversation_texts(images, sampler, shape.region_format, config.seed))
-    plain = (f"{text.given}{text.learnt}".replace(REGION_TOKEN, "") for text in texts)
+    grid = (shape.image_grid, shape.image_grid)
+    sampler = ConversationSampler(sampler.statistics, READING_MIX)
+    texts = list(conversation_texts(images, sampler, shape.region_format, grid, config.seed))
+    plain = ("".join(text.pieces).replace(REGION_TOKEN, "").replace(IMAGE_TOKEN, "") for text in texts)
     tokenizer = train_tokenizer(plain, shape.vocab_size, shape.max_length)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -288,29 +289,27 @@ def _train_language(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    given = tokenizer([text.given for text in texts])["input_ids"]
-    learnt = tokenizer([text.learnt for text in texts])["input_ids"]
-    region = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
-    documents = []
-    for text, before, after in zip(texts, given, learnt, strict=True):
-        answer = [*after, tokenizer.eos_token_id]
-        classes = iter([COCO_80.index(name) for name in text.categories])
-        stand_ins = [next(classes) if token == region else -1 for token in before] + [-1] * len(answer)
-        documents.append((before + answer, [IGNORED] * len(before) + answer, stand_ins))
-    tokens, length = sum(len(ids) for ids, *_ in documents), 128
+    dataset = TextDataset(
+        texts,
+        tokenizer,
+        shape.region_format,
+        config.seed,
+        config.language.epochs,
+    )
     log.info(
-        "language: %d documents, %.2f M tokens, %.2f M parameters",
-        len(documents),
-        tokens / 1e6,
+        "language: %d texts, %.2f M tokens, %.2f M parameters",
+        len(texts),
+        dataset.tokens / 1e6,
         sum(p.numel() for p in model.parameters()) / 1e6,
     )
-    items = math.ceil(config.language.epochs * tokens / length)
+    region = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
+    offset = weights.number_offset(tokenizer, shape.region_format) if shape.region_numbers else 0
     run_stage(
         "language",
         model,
-        TextDataset(documents, length, config.seed, items),
+        dataset,
         cast(Any, _collate_text),
-        partial(stand_in_loss, ClassWords(tokenizer)),
+        partial(stand_in_loss, ClassWords(tokenizer), (region, offset)),
         config.language,
         folder.with_name("language-checkpoints"),
         config.seed,
@@ -330,6 +329,7 @@ def _create(config: TrainConfig, language: Path, folder: Path, images: Sequence[
         image_grid=grid,
         chat_template="plain",
         region_format=shape.region_format,
+        region_numbers=shape.region_numbers,
     )
     calibrate(model, processor, images[:: max(1, len(images) // 128)])
     _save(folder, model, processor)
