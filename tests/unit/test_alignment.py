@@ -87,6 +87,7 @@ def test_blurred_names_depend_on_their_seed_and_stay_nearest_to_their_own():
     assert not torch.equal(once, other)
     assert not torch.allclose(once, names[classes], atol=0.1)
     assert (likeness(once, names).argmax(-1) == classes).float().mean() > 0.95
+    torch.testing.assert_close(blur(names, classes, torch.Generator().manual_seed(1), 0.0), names[classes])
     nothing = blur(names, torch.tensor([80]), torch.Generator().manual_seed(1))
     assert nothing.shape == (1, 256)
     assert likeness(nothing, names).max() < 0.3
@@ -102,6 +103,7 @@ def test_stand_ins_take_the_place_of_the_region_token_and_teach_the_names(pair):
         "stand_ins": torch.tensor([[-1, CAT, -1, -1]]),
         "turns": torch.tensor([[1, 1, 1, 1]]),
         "noise_seeds": torch.tensor([3]),
+        "blurs": torch.tensor([1.0]),
     }
     loss = stand_in_loss(words, (processor.region_token_id, 0), language, batch, 2)
     names = words(language.get_input_embeddings().weight)
@@ -122,6 +124,7 @@ def test_stand_ins_carry_their_numbers_and_texts_do_not_see_each_other(pair):
         "stand_ins": torch.tensor([[-1, -1, CAT, -1, -1, -1, -1]]),
         "turns": torch.tensor([[1, 1, 1, 1, 2, 2, 2]]),
         "noise_seeds": torch.tensor([3]),
+        "blurs": torch.tensor([1.0]),
     }
     table = language.get_input_embeddings()
     embeds = table(ids).clone()

@@ -62,15 +62,17 @@ def stand_in_loss(
         regions: The id of ``<region>``, and how far before it its number stands; 0 where regions carry none.
         model: A causal language model.
         batch: ``input_ids``, ``labels``, ``stand_ins`` and ``turns`` (B, T): the class whose name stands at a token,
-            80 for what shows none, -1 for a word; the text that a token belongs to; ``noise_seeds`` (B,).
+            80 for what shows none, -1 for a word; the text that a token belongs to; ``noise_seeds`` and ``blurs``
+            (B,), how blurred the names are, in [0, 1].
         items: Target tokens of the optimiser step.
     """
     table = model.get_input_embeddings()
     embeds, names = table(batch["input_ids"]), words(table.weight)
     blurred = []
-    for classes, seed in zip(batch["stand_ins"], batch["noise_seeds"].tolist(), strict=True):
+    columns = (batch["stand_ins"], batch["noise_seeds"].tolist(), batch["blurs"].tolist())
+    for classes, seed, strength in zip(*columns, strict=True):
         classes = classes[classes >= 0]
-        blurred.append(blur(names, classes, torch.Generator().manual_seed(seed)))
+        blurred.append(blur(names, classes, torch.Generator().manual_seed(seed), strength))
     embeds = embeds.masked_scatter((batch["stand_ins"] >= 0)[..., None], torch.cat(blurred).to(embeds.dtype))
     region, offset = regions
     if offset:
@@ -90,13 +92,14 @@ def stand_in_loss(
     )
 
 
-def blur(names: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
+def blur(names: Tensor, classes: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Names as a connector may write them: with noise, with some of another class, longer or shorter.
 
     Args:
         names: (80, D) from :class:`ClassWords`.
         classes: (N,) which of them; 80 for what has no name, of which the noise alone is left.
         generator: Draws the blur, on the CPU.
+        strength: From 0, exact names, to 1.
 
     Returns:
         (N, D).
@@ -105,12 +108,14 @@ def blur(names: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(count, width, generator=generator) / width**0.5
     rivals = torch.randint(len(names), (count,), generator=generator)
     shares = torch.rand(count, 3, generator=generator)
-    stretch = (STRETCH * torch.randn(count, 1, generator=generator)).exp()
+    stretch = (strength * STRETCH * torch.randn(count, 1, generator=generator)).exp()
     noise, rivals, shares, stretch = (each.to(names.device) for each in (noise, rivals, shares, stretch))
     length = names.detach().norm(dim=-1).mean()
-    rival_share = RIVAL * shares[:, 1:2] * (shares[:, 2:3] < 0.5)
+    rival_share = strength * RIVAL * shares[:, 1:2] * (shares[:, 2:3] < 0.5)
     named = torch.cat([names, torch.zeros_like(names[:1])])
-    blurred: Tensor = stretch * (named[classes] + NOISE * shares[:, :1] * length * noise + rival_share * names[rivals])
+    blurred: Tensor = stretch * (
+        named[classes] + strength * NOISE * shares[:, :1] * length * noise + rival_share * names[rivals]
+    )
     return blurred
 
 

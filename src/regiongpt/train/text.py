@@ -39,9 +39,9 @@ UNKNOWN = len(COCO_80)
 LENGTH = 160
 """Tokens of a window."""
 
-FIRST, EXERCISES = 0.12, 0.35
-"""Share of the windows, at the beginning, that hold exercises alone, and share of the exercises among the texts of the
-others."""
+FIRST, EXERCISES, LISTED = 0.12, 0.35, 0.3
+"""Share of the windows, at the beginning, that hold exercises alone, whose names are exact; share of the exercises among
+the texts of the others, whose names become blurred over as many windows again; share of the exercises that are listed."""
 
 _TRIES = 4  # texts that may turn out too long for what is left of a window
 _MOST_REGIONS = 5  # in an exercise
@@ -94,25 +94,26 @@ def conversation_texts(
             yield Text(pieces=(given, " " + said), shown=tuple(classes), cells=cells if seen else ())
 
 
-def exercise(region_format: str, rng: np.random.Generator) -> Text:
+def exercise(region_format: str, rng: np.random.Generator, listed: bool = False) -> Text:
     """Some regions, then their names in another order, each followed by the number of its region.
 
     What has to be learnt is one thing alone: to look where the embedding like a word is. A model that cannot do that
-    yet does not learn it from whole questions, in which it is one step of several.
+    yet does not learn it from whole questions, in which it is one step of several. So the numbers alone are learnt.
+
+    Args:
+        region_format: What a region becomes.
+        rng: Draws the exercise.
+        listed: With a question before it, and brackets around the numbers.
     """
     count = int(rng.integers(2, _MOST_REGIONS + 1))
     classes = rng.choice(len(COCO_80), count, replace=False)
     asked = rng.permutation(count)
-    numbered = "".join(f"<region{number}>" for number in range(1, count + 1))
-    if rng.random() < 0.7:
-        pieces = [_written(numbered, region_format) + "\n"]
-        for region in asked:
-            pieces[-1] += f" {COCO_80[classes[region]]}"
-            pieces += [str(region + 1), ""]
-    else:
-        listed = ", ".join(f"<region{number}>" for number in range(1, count + 1))
-        found = ", ".join(f"{COCO_80[classes[region]]} [{region + 1}]" for region in asked)
-        pieces = [_written(f"Find each of these names among {listed}.", region_format) + "\n", " " + found]
+    regions = (", " if listed else "").join(f"<region{number}>" for number in range(1, count + 1))
+    question = f"Find each of these names among {regions}." if listed else regions
+    pieces = [_written(question, region_format) + "\n"]
+    for region in asked:
+        pieces[-1] += f" {COCO_80[classes[region]]}" + " [" * listed
+        pieces += [str(region + 1), "]," * listed]
     return Text(pieces=tuple(pieces), shown=tuple(map(int, classes)))
 
 
@@ -152,12 +153,13 @@ class TextDataset(Dataset[Example]):
 
     def __getitem__(self, item: int) -> Example:
         rng = np.random.default_rng((self.seed, 5, item))
-        share = 1.0 if item < FIRST * self.items else EXERCISES
+        first = item < FIRST * self.items
+        share = 1.0 if first else EXERCISES
         columns: tuple[list[int], ...] = ([], [], [], [])
         number = misses = 0
         while misses < _TRIES:
             if rng.random() < share:
-                document = self._encoded(exercise(self.region_format, rng))
+                document = self._encoded(exercise(self.region_format, rng, not first and rng.random() < LISTED))
             else:
                 document = self.documents[int(rng.integers(len(self.documents)))]
             if len(columns[0]) + len(document[0]) > LENGTH:
@@ -170,7 +172,8 @@ class TextDataset(Dataset[Example]):
         example = {}
         for name, column, filler in zip(names, columns, (self.tokenizer.pad_token_id, IGNORED, -1, -1), strict=True):
             example[name] = torch.tensor(column + [filler] * (LENGTH - len(column)))
-        return {**example, "noise_seeds": torch.tensor(int(rng.integers(2**62)))}
+        blur = min(max(item / (FIRST * self.items) - 1, 0.0), 1.0)
+        return {**example, "noise_seeds": torch.tensor(int(rng.integers(2**62))), "blurs": torch.tensor(blur)}
 
     def _encoded(self, text: Text) -> tuple[list[int], list[int], list[int]]:
         """Token ids, labels, and the classes that stand in, -1 for words."""
