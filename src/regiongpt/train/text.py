@@ -40,8 +40,8 @@ LENGTH = 160
 """Tokens of a window."""
 
 FIRST, EXERCISES, LISTED = 0.12, 0.35, 0.3
-"""Share of the windows, at the beginning, that hold exercises alone, whose names are exact; share of the exercises among
-the texts of the others, whose names become blurred over as many windows again; share of the exercises that are listed."""
+"""Share of the windows, at the beginning, that hold exercises alone, whose names are exact; they become blurred over as
+many windows again. Then the share of exercises among the texts, and of listed ones among those."""
 
 _TRIES = 4  # texts that may turn out too long for what is left of a window
 _MOST_REGIONS = 5  # in an exercise
