@@ -17,6 +17,7 @@ from regiongpt.train.text import (
     TextDataset,
     conversation_texts,
     exercise,
+    sightings,
 )
 from regiongpt.train.tokenizer import train_tokenizer
 
@@ -41,10 +42,10 @@ def test_each_region_of_a_text_has_its_class_and_each_cell_one_that_it_shows(for
     for text in texts:
         assert "".join(text.pieces).count(REGION_TOKEN) == len(text.shown)
         assert len(text.cells) == 4 * text.pieces[0].count(IMAGE_TOKEN)
-        assert not (text.shown and text.cells), "what a region answers is not answered by the image"
         if len(text.shown) == 1 and text.pieces[1][1:] in COCO_80:
             assert COCO_80[text.shown[0]] == text.pieces[1][1:]
-    assert any(text.shown for text in texts)
+    assert any(text.shown and text.cells for text in texts)
+    assert any(text.shown and not text.cells for text in texts)
     cells = {cell for text in texts for cell in text.cells}
     assert cells
     assert cells <= {*range(UNKNOWN + 1)}
@@ -62,9 +63,29 @@ def test_an_exercise_numbers_every_name_by_its_region():
         assert set("".join(text.pieces[1::2])) == set("12345"[: len(names)])
 
 
+def test_an_image_comes_before_an_exercise_where_there_is_a_grid():
+    for seed in range(10):
+        text = exercise(FORM, np.random.default_rng(seed), grid=(2, 3))
+        assert text.pieces[0].startswith(f"{IMAGE_TOKEN}\n[1]")
+        assert len(text.cells) == 6
+
+
+def test_sightings_say_of_every_name_whether_a_cell_shows_it():
+    said = set()
+    for seed in range(40):
+        text = sightings((3, 4), np.random.default_rng(seed))
+        assert len(text.cells) == 12
+        shown = {COCO_80[cell] for cell in text.cells if cell != UNKNOWN}
+        names = [piece.split("\n")[-1].strip() for piece in text.pieces[:-1:2]]
+        assert len(set(names)) == len(names) >= 2
+        assert [piece == " Yes" for piece in text.pieces[1::2]] == [name in shown for name in names]
+        said |= {*text.pieces[1::2]}
+    assert said == {" Yes", " No"}
+
+
 def test_windows_hold_whole_texts_apart_and_depend_on_the_item_alone(tokenizer):
     texts = conversations()
-    data = TextDataset(texts, tokenizer, FORM, seed=0, epochs=2)
+    data = TextDataset(texts, tokenizer, FORM, (2, 2), seed=0, epochs=2)
     region, image = (tokenizer.convert_tokens_to_ids(token) for token in (REGION_TOKEN, IMAGE_TOKEN))
     assert len(data) == -(-2 * data.tokens // LENGTH)
     for item in range(len(data)):
@@ -79,9 +100,9 @@ def test_windows_hold_whole_texts_apart_and_depend_on_the_item_alone(tokenizer):
         assert torch.equal(window["labels"][learnt], window["input_ids"][learnt])
         if item < FIRST * len(data):
             assert not (window["input_ids"] == image).any()
-    again = TextDataset(texts, tokenizer, FORM, seed=0, epochs=2)
+    again = TextDataset(texts, tokenizer, FORM, (2, 2), seed=0, epochs=2)
     assert torch.equal(again[3]["input_ids"], data[3]["input_ids"])
-    other = TextDataset(texts, tokenizer, FORM, seed=1, epochs=2)
+    other = TextDataset(texts, tokenizer, FORM, (2, 2), seed=1, epochs=2)
     assert not torch.equal(other[3]["input_ids"], data[3]["input_ids"])
 
 
@@ -89,7 +110,7 @@ def test_only_what_is_learnt_is_a_target_and_an_image_takes_its_cells(tokenizer)
     text = Text(
         pieces=(f"{IMAGE_TOKEN}\n[1]{REGION_TOKEN}\n cat", "1", " dog", "2", ""), shown=(3,), cells=(5, UNKNOWN)
     )
-    data = TextDataset([text], tokenizer, FORM, seed=0, epochs=1)
+    data = TextDataset([text], tokenizer, FORM, (2, 2), seed=0, epochs=1)
     ids, labels, shown = data.documents[0]
     targets = [token for token in labels if token != IGNORED]
     assert tokenizer.decode(targets) == "12"

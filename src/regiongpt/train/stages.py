@@ -293,6 +293,7 @@ def _train_language(
         texts,
         tokenizer,
         shape.region_format,
+        grid,
         config.seed,
         config.language.epochs,
     )

@@ -41,10 +41,16 @@ LENGTH = 160
 
 FIRST, EXERCISES, LISTED = 0.12, 0.35, 0.3
 """Share of the windows, at the beginning, that hold exercises alone, whose names are exact; they become blurred over as
-many windows again. Then the share of exercises among the texts, and of listed ones among those."""
+many windows again. Then the share of exercises among the texts, and of listed ones among those about regions."""
+
+IMAGED = 0.7
+"""Share of what is asked about regions that an image comes before, as one always does when the whole model answers."""
+
+SIGHTINGS = 0.5
+"""Share of the exercises after the first ones that are about an image alone."""
 
 _TRIES = 4  # texts that may turn out too long for what is left of a window
-_MOST_REGIONS = 5  # in an exercise
+_MOST_REGIONS, _MOST_NAMES, _MOST_CELLS = 5, 5, 3  # in an exercise: and on each side of a rectangle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +95,14 @@ def conversation_texts(
             if len(classes) == 1 and said == COCO_80[classes[0]] and rng.random() < 0.5:
                 classes = [int(rng.integers(len(COCO_80)))]
                 said = COCO_80[classes[0]]
-            seen = not numbers
+            seen = not numbers or rng.random() < IMAGED
             given = _written(f"{IMAGE_TOKEN}\n" * seen + asked, region_format) + "\n"
             yield Text(pieces=(given, " " + said), shown=tuple(classes), cells=cells if seen else ())
 
 
-def exercise(region_format: str, rng: np.random.Generator, listed: bool = False) -> Text:
+def exercise(
+    region_format: str, rng: np.random.Generator, listed: bool = False, grid: tuple[int, int] = (0, 0)
+) -> Text:
     """Some regions, then their names in another order, each followed by the number of its region.
 
     What has to be learnt is one thing alone: to look where the embedding like a word is. A model that cannot do that
@@ -104,17 +112,48 @@ def exercise(region_format: str, rng: np.random.Generator, listed: bool = False)
         region_format: What a region becomes.
         rng: Draws the exercise.
         listed: With a question before it, and brackets around the numbers.
+        grid: Rows and columns of the image before it; zeros where there is none.
     """
     count = int(rng.integers(2, _MOST_REGIONS + 1))
     classes = rng.choice(len(COCO_80), count, replace=False)
     asked = rng.permutation(count)
     regions = (", " if listed else "").join(f"<region{number}>" for number in range(1, count + 1))
     question = f"Find each of these names among {regions}." if listed else regions
-    pieces = [_written(question, region_format) + "\n"]
+    cells = image_of(grid, rng)
+    pieces = [f"{IMAGE_TOKEN}\n" * bool(cells) + _written(question, region_format) + "\n"]
     for region in asked:
         pieces[-1] += f" {COCO_80[classes[region]]}" + " [" * listed
         pieces += [str(region + 1), "]," * listed]
-    return Text(pieces=tuple(pieces), shown=tuple(map(int, classes)))
+    return Text(pieces=tuple(pieces), shown=tuple(map(int, classes)), cells=cells)
+
+
+def sightings(grid: tuple[int, int], rng: np.random.Generator) -> Text:
+    """An image, then names, some of which a cell shows, each followed by whether one does.
+
+    Args:
+        grid: Rows and columns of the image.
+        rng: Draws the exercise.
+    """
+    cells = image_of(grid, rng)
+    there = sorted({*cells} - {UNKNOWN})
+    absent = [name for name in rng.permutation(len(COCO_80)) if name not in there]
+    asked = [*map(int, rng.permutation(there)[:_MOST_NAMES]), *map(int, absent[: rng.integers(1, _MOST_NAMES + 1)])]
+    pieces = [f"{IMAGE_TOKEN}\n"]
+    for name in rng.permutation(asked):
+        pieces[-1] += f" {COCO_80[name]}"
+        pieces += [" Yes" if name in there else " No", ""]
+    return Text(pieces=tuple(pieces), cells=cells)
+
+
+def image_of(grid: tuple[int, int], rng: np.random.Generator) -> tuple[int, ...]:
+    """What each cell of a made-up image shows: some classes in rectangles, and else :data:`UNKNOWN`."""
+    cells = np.full(grid, UNKNOWN)
+    if not cells.size:
+        return ()
+    for name in rng.choice(len(COCO_80), rng.integers(1, _MOST_NAMES + 2), replace=False):
+        (top, left), (high, wide) = rng.integers(grid), rng.integers(1, _MOST_CELLS + 1, 2)
+        cells[top : top + high, left : left + wide] = name
+    return tuple(map(int, cells.flat))
 
 
 def _written(text: str, region_format: str) -> str:
@@ -128,6 +167,7 @@ class TextDataset(Dataset[Example]):
         texts: To read.
         tokenizer: Of the language model, with the region's and the image's token.
         region_format: What a region becomes, for the exercises.
+        grid: Rows and columns of an image, for the exercises.
         seed: Seed of the order.
         epochs: How often the texts are read in the whole run, exercises not counted.
     """
@@ -137,11 +177,12 @@ class TextDataset(Dataset[Example]):
         texts: Sequence[Text],
         tokenizer: Any,
         region_format: str,
+        grid: tuple[int, int],
         seed: int,
         epochs: float,
     ) -> None:
         self.region, self.image = (tokenizer.convert_tokens_to_ids(token) for token in (REGION_TOKEN, IMAGE_TOKEN))
-        self.tokenizer, self.region_format, self.seed = tokenizer, region_format, seed
+        self.tokenizer, self.region_format, self.grid, self.seed = tokenizer, region_format, grid, seed
         # Exercises are made of few pieces, over and over.
         self._tokens = lru_cache(4096)(lambda piece: tokenizer(piece, add_special_tokens=False)["input_ids"])
         self.documents = [each for each in map(self._encoded, texts) if len(each[0]) <= LENGTH]
@@ -159,7 +200,7 @@ class TextDataset(Dataset[Example]):
         number = misses = 0
         while misses < _TRIES:
             if rng.random() < share:
-                document = self._encoded(exercise(self.region_format, rng, not first and rng.random() < LISTED))
+                document = self._encoded(self._exercise(rng, first))
             else:
                 document = self.documents[int(rng.integers(len(self.documents)))]
             if len(columns[0]) + len(document[0]) > LENGTH:
@@ -174,6 +215,14 @@ class TextDataset(Dataset[Example]):
             example[name] = torch.tensor(column + [filler] * (LENGTH - len(column)))
         blur = min(max(item / (FIRST * self.items) - 1, 0.0), 1.0)
         return {**example, "noise_seeds": torch.tensor(int(rng.integers(2**62))), "blurs": torch.tensor(blur)}
+
+    def _exercise(self, rng: np.random.Generator, first: bool) -> Text:
+        if first:
+            return exercise(self.region_format, rng)
+        if rng.random() < SIGHTINGS:
+            return sightings(self.grid, rng)
+        grid = self.grid if rng.random() < IMAGED else (0, 0)
+        return exercise(self.region_format, rng, bool(rng.random() < LISTED), grid)
 
     def _encoded(self, text: Text) -> tuple[list[int], list[int], list[int]]:
         """Token ids, labels, and the classes that stand in, -1 for words."""
