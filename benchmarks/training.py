@@ -76,6 +76,7 @@ class EveryOtherShort:
         self.sampler, self.regions_per_image = sampler, sampler.regions_per_image
 
     def sample(self, view: Any, colours: Any, seed: int, index: int, epoch: int) -> Any:
+        """A conversation, or its first question."""
         drawn = self.sampler.sample(view, colours, seed, index, epoch)
         return replace(drawn, messages=drawn.messages[:2], tasks=drawn.tasks[:1]) if index % 2 else drawn
 

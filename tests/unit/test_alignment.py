@@ -87,6 +87,10 @@ def test_blurred_names_depend_on_their_seed_and_stay_nearest_to_their_own():
     assert not torch.equal(once, other)
     assert not torch.allclose(once, names[classes], atol=0.1)
     assert (likeness(once, names).argmax(-1) == classes).float().mean() > 0.95
+    torch.testing.assert_close(blur(names, classes, torch.Generator().manual_seed(1), 0.0), names[classes])
+    nothing = blur(names, torch.tensor([80]), torch.Generator().manual_seed(1))
+    assert nothing.shape == (1, 256)
+    assert likeness(nothing, names).max() < 0.3
 
 
 def test_stand_ins_take_the_place_of_the_region_token_and_teach_the_names(pair):
@@ -97,14 +101,42 @@ def test_stand_ins_take_the_place_of_the_region_token_and_teach_the_names(pair):
         "input_ids": ids,
         "labels": torch.tensor([[-100, -100, 7, 8]]),
         "stand_ins": torch.tensor([[-1, CAT, -1, -1]]),
+        "turns": torch.tensor([[1, 1, 1, 1]]),
         "noise_seeds": torch.tensor([3]),
+        "blurs": torch.tensor([1.0]),
     }
-    loss = stand_in_loss(words, language, batch, 2)
+    loss = stand_in_loss(words, (processor.region_token_id, 0), language, batch, 2)
     names = words(language.get_input_embeddings().weight)
     embeds = language.get_input_embeddings()(ids).clone()
     embeds[0, 1] = blur(names, torch.tensor([CAT]), torch.Generator().manual_seed(3))[0]
     torch.testing.assert_close(loss, language(inputs_embeds=embeds, labels=batch["labels"]).loss)
-    assert stand_in_loss(words, language, {**batch, "stand_ins": torch.tensor([[-1, DOG, -1, -1]])}, 2) != loss
+    other = {**batch, "stand_ins": torch.tensor([[-1, DOG, -1, -1]])}
+    assert stand_in_loss(words, (processor.region_token_id, 0), language, other, 2) != loss
+
+
+def test_stand_ins_carry_their_numbers_and_texts_do_not_see_each_other(pair):
+    model, processor = pair
+    language, words, region = copy.deepcopy(model.language_model), ClassWords(processor.tokenizer), model.config
+    ids = torch.tensor([[1, 9, region.region_token_id, 7, 1, 8, 6]])
+    batch = {
+        "input_ids": ids,
+        "labels": torch.tensor([[-100, -100, -100, 7, -100, -100, 6]]),
+        "stand_ins": torch.tensor([[-1, -1, CAT, -1, -1, -1, -1]]),
+        "turns": torch.tensor([[1, 1, 1, 1, 2, 2, 2]]),
+        "noise_seeds": torch.tensor([3]),
+        "blurs": torch.tensor([1.0]),
+    }
+    table = language.get_input_embeddings()
+    embeds = table(ids).clone()
+    names = words(table.weight)
+    embeds[0, 2] = blur(names, torch.tensor([CAT]), torch.Generator().manual_seed(3))[0] + table(torch.tensor(9))
+    apart = [
+        language(inputs_embeds=embeds[:, part], labels=batch["labels"][:, part], num_items_in_batch=2).loss
+        for part in (slice(0, 4), slice(4, 7))
+    ]
+    numbered = stand_in_loss(words, (region.region_token_id, 1), language, batch, 2)
+    torch.testing.assert_close(numbered, sum(apart))
+    assert stand_in_loss(words, (region.region_token_id, 0), language, batch, 2) != numbered
 
 
 def test_the_two_losses_add_up_over_all_target_tokens(pair):

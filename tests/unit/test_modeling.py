@@ -12,6 +12,7 @@ import regiongpt.model.modeling as modeling
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.model import EfficientNetLiteConfig, EfficientNetLiteModel, RegionGPTConfig
 from regiongpt.model.configuration import REFINEMENTS
+from regiongpt.model.modeling import number_ids
 
 LITE = {"model_type": "efficientnet_lite", "variant": "efficientnet-lite0", "image_size": 32}
 
@@ -415,3 +416,10 @@ def test_attention_kinds_agree(tmp_path: Path) -> None:
         with torch.no_grad():
             logits.append(model(**tiny_inputs(model.config, [0, 1])).logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_number_of_a_region_is_the_token_that_stands_before_it():
+    region = 4
+    ids = torch.tensor([[9, 11, 5, region, 12, 5, region, region], [13, 5, region, 7, 7, 14, 5, region]])
+    assert number_ids(ids, region, 2).tolist() == [11, 12, 12, 13, 14]
+    assert number_ids(ids[0], region, 1).tolist() == [5, 5, 5]

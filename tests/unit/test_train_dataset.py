@@ -12,12 +12,10 @@ from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
 from regiongpt.data.facts import View
 from regiongpt.data.sampling import ClassStatistics, ConversationSampler
 from regiongpt.model import weights
-from regiongpt.prompts import COCO_80, REGION_TOKEN
+from regiongpt.prompts import COCO_80
 from regiongpt.train.config import FeatureConfig
 from regiongpt.train.dataset import (
     ConversationDataset,
-    TextDataset,
-    conversation_texts,
     isolate_turns,
     shown_in_cells,
     turn_numbers,
@@ -143,28 +141,6 @@ def test_an_item_is_the_same_whatever_was_drawn_before_and_differs_between_seeds
         assert torch.equal(ours["vision_features"], theirs["vision_features"])
         assert ("turns" in ours) == ("turns" in theirs)
     assert [first.draw(k)[0] for k in range(23)] != [dataset(nano_like[1], seed=1).draw(k)[0] for k in range(23)]
-
-
-def test_text_windows_have_one_length_and_depend_on_the_item(nano_like):
-    data = TextDataset([([word, 2], [-100, 2], [word, -1]) for word in range(3, 60)], length=8, seed=0, items=3)
-    assert len(data) == 3
-    assert all(data[k]["input_ids"].shape == (8,) for k in range(3))
-    assert data[1]["labels"].tolist() == [-100, 2] * 4
-    assert torch.equal(data[1]["stand_ins"][::2], data[1]["input_ids"][::2])
-    assert data[1]["noise_seeds"] == data[1]["noise_seeds"] != data[2]["noise_seeds"]
-    assert not torch.equal(data[0]["input_ids"], data[1]["input_ids"])
-
-
-def test_each_region_of_a_text_has_its_class(nano_like):
-    data = annotated(9)
-    sampler = ConversationSampler(ClassStatistics.of(data))
-    for form in ("[{n}]<region>", "<region><region>"):
-        texts = list(conversation_texts(data, sampler, form, 0))
-        assert all(text.given.count(REGION_TOKEN) == len(text.categories) for text in texts)
-        assert any(text.categories for text in texts)
-        for text in texts:
-            if text.learnt[1:] in COCO_80:
-                assert set(text.categories) == {text.learnt[1:]}
 
 
 def test_cells_show_what_fills_them_and_small_things_that_lie_in_them():

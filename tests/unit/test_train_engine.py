@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from learning import Examples, collate, example, learn, settings
 from tiny import text_config, tiny_model
-from training import Examples, collate, example, learn, settings
 from transformers import LlamaConfig
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError
@@ -29,7 +29,7 @@ from regiongpt.train.packing import PackedCollate, plan_rows, targets_in
 from regiongpt.train.processes import Processes
 from regiongpt.train.records import answer_loss
 
-SCRIPT = Path(__file__).parents[1] / "training.py"
+SCRIPT = Path(__file__).parents[1] / "learning.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 

@@ -116,6 +116,29 @@ def test_created_model_answers_and_survives_saving(family: str, tower: Path, lan
     assert torch.equal(*answers)
 
 
+def test_regions_may_carry_their_numbers(tower: Path, language: Path, tmp_path: Path) -> None:
+    plain, processor = weights.create(tower, language, region_format="[{n}] <region>")
+    model, again = weights.create(tower, language, out=tmp_path, region_format="[{n}] <region>", region_numbers=True)
+    model.load_state_dict(plain.state_dict())
+    inputs = ask(processor)
+    assert torch.equal(inputs["input_ids"], ask(again)["input_ids"])
+    is_region = inputs["input_ids"] == model.config.region_token_id
+    before, after = (each.eval().embed(**_visual(inputs)) for each in (plain, model))
+    assert torch.equal(before[~is_region], after[~is_region])
+    numbered = is_region.roll(-model.config.region_number_offset, 1)
+    numbers = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][numbered].tolist())
+    assert [number[-1] for number in numbers] == ["1", "2"]
+    added = model.get_input_embeddings()(inputs["input_ids"][numbered])
+    torch.testing.assert_close(after[is_region], before[is_region] + added)
+    assert weights.load(tmp_path)[0].config.region_number_offset == model.config.region_number_offset
+    with pytest.raises(ConfigError, match=r"region_numbers: expected a region_format in which"):
+        weights.create(tower, language, region_format="<region>", region_numbers=True)
+
+
+def _visual(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: inputs[name] for name in ("input_ids", "pixel_values", "region_weights", "region_ids")}
+
+
 def test_the_plain_transformers_way(checkpoint: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
     processor = AutoProcessor.from_pretrained(checkpoint)

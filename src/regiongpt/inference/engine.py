@@ -225,7 +225,9 @@ class Engine:
             embeds_ND[image_N] = scene.image_ND.to(embeds_ND.dtype)
         skipped = sum(token == region for token in ids[:start])
         if len(rows) > skipped:
-            embeds_ND[ids_N == region] = pooled[list(rows[skipped:])].to(embeds_ND.dtype)
+            # A region's number stands before it, and so perhaps before the first token to embed.
+            numbers_KD = self.model.number_embeds(torch.tensor(ids, device=self.device))[skipped:]
+            embeds_ND[ids_N == region] = pooled[list(rows[skipped:])].to(embeds_ND.dtype) + numbers_KD
         return embeds_ND
 
     def begin(

@@ -95,6 +95,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         projector_hidden_act: activation between the connector's two layers.
         image_token_id: id of ``<image>`` in the tokenizer.
         region_token_id: id of ``<region>`` in the tokenizer.
+        region_number_offset: how many tokens before a region its number stands in the text, the word embedding of which
+            is added to the region's own; 0 adds none.
         initializer_range: standard deviation of freshly initialised weights.
 
     Raises:
@@ -115,6 +117,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     projector_hidden_act: str = "gelu"
     image_token_id: int | None = None
     region_token_id: int | None = None
+    region_number_offset: int = 0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

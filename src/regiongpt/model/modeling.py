@@ -192,6 +192,19 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """Embed the whole image from its pixels: (B, 3, S, S) to (B, N, D)."""
         return self.image_features(self.refine(self.encode_image(pixel_values)))
 
+    def number_embeds(self, input_ids: Tensor) -> Tensor:
+        """What is added to the embeddings of regions, so that each carries its number.
+
+        Args:
+            input_ids: (B, T) or (T,), each region with its number as the processor writes it.
+
+        Returns:
+            (K, D), for the ``<region>`` tokens in reading order; zeros where this model's regions carry no number.
+        """
+        table = self.get_input_embeddings()
+        numbers = number_ids(input_ids, self.config.region_token_id, self.config.region_number_offset or 1)
+        return table(numbers) * bool(self.config.region_number_offset)  # type: ignore[no-any-return]
+
     def embed(
         self,
         input_ids: Tensor,
@@ -247,8 +260,9 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             if region_weights is None or region_ids is None:
                 raise RegionError("the text has <region> tokens, but region_weights or region_ids did not come")
             owners, rows = _region_rows(region_BT, region_ids, region_weights.shape[1], continues)
-            features = self.region_features(refined, region_weights)[owners, rows]
-            embeds = embeds.masked_scatter(region_BT[..., None], features.to(embeds.dtype))
+            features = self.region_features(refined, region_weights)[owners, rows].to(embeds.dtype)
+            features = features + self.number_embeds(input_ids)
+            embeds = embeds.masked_scatter(region_BT[..., None], features)
         return embeds  # type: ignore[no-any-return]
 
     @can_return_tuple  # type: ignore[untyped-decorator, unused-ignore]
@@ -364,6 +378,24 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         if placeholders and getattr(kwargs.get("generation_config"), "suppress_tokens", None) is None:
             kwargs.setdefault("suppress_tokens", placeholders)
         return super().generate(*args, **kwargs)
+
+
+def number_ids(input_ids: Tensor, region_token_id: int, offset: int) -> Tensor:
+    """The token that stands ``offset`` places before each region, or before the first token of one that takes several.
+
+    Args:
+        input_ids: (..., T).
+        region_token_id: of ``<region>``.
+        offset: at least 1.
+
+    Returns:
+        (K,), for the ``<region>`` tokens in reading order.
+    """
+    is_region = input_ids == region_token_id
+    places = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
+    begins = is_region & ~torch.nn.functional.pad(is_region[..., :-1], (1, 0))
+    begun = torch.where(begins, places, 0).cummax(-1).values
+    return input_ids.gather(-1, (begun - offset).clamp_min(0))[is_region]
 
 
 def _region_rows(region_BT: Tensor, region_ids: Tensor, regions: int, continues: bool) -> tuple[Tensor, Tensor]:

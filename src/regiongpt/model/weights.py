@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from regiongpt.errors import CheckpointError
+from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig, RegionGPTConfig
 from regiongpt.model.modeling import Connector, RegionGPTForConditionalGeneration
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
@@ -98,6 +98,7 @@ def create(
     chat_template: str | None = None,
     region_format: str = REGION_TOKEN,
     region_grid: int = 1,
+    region_numbers: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
     """Join a trained tower and a trained language model by an untrained refinement and connector.
@@ -117,6 +118,8 @@ def create(
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
         region_format: what a ``<regionN>`` becomes in the text, with ``{n}`` for its number.
         region_grid: side of the square grid of embeddings that each region becomes; 1 for the paper's one embedding.
+        region_numbers: add the word embedding of a region's number to the region's own; the number has to stand before
+            the region in ``region_format``.
         dtype: of all weights; the one that the language model is stored in when None.
 
     Returns:
@@ -152,9 +155,28 @@ def create(
         image_grid=None if image_grid is None else list(image_grid),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
+        region_number_offset=number_offset(tokenizer, region_format) if region_numbers else 0,
     )
     model = _assemble(config, tower, language_model)
     return _finish(model, image_processor, tokenizer, family, region_format, out, region_grid)
+
+
+def number_offset(tokenizer: Any, region_format: str) -> int:
+    """How many tokens before a region its number stands, as a tokenizer reads the format.
+
+    Raises:
+        ConfigError: no number stands before the region.
+    """
+    before, found, after = region_format.partition("{n}")
+    if not found or REGION_TOKEN not in after:
+        raise ConfigError(
+            f"region_numbers: expected a region_format in which '{{n}}' stands before '{REGION_TOKEN}', got "
+            f"{region_format!r}; give one such as '[{{n}}]{REGION_TOKEN}'"
+        )
+    encoding = tokenizer(f"{before}1{after}", add_special_tokens=False, return_offsets_mapping=True)
+    number = max(k for k, (start, end) in enumerate(encoding["offset_mapping"]) if start <= len(before) < end)
+    region = encoding["input_ids"].index(tokenizer.convert_tokens_to_ids(REGION_TOKEN))
+    return int(region - number)
 
 
 def from_llava(

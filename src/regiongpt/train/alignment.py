@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regiongpt.model.modeling import number_ids
 from regiongpt.prompts import COCO_80
+from regiongpt.train.dataset import isolate_turns
 from regiongpt.train.packing import answer_output
 
 SHARPNESS = 10.0
@@ -26,7 +28,7 @@ SHARPNESS = 10.0
 CELL_WEIGHT = 0.1
 """What a cell of the image counts beside a region: it often holds background and parts of several objects."""
 
-NOISE, RIVAL, STRETCH = 1.5, 0.7, 0.4
+NOISE, RIVAL, STRETCH = 2.5, 0.7, 0.4
 """Bounds of a stand-in's blur: length of random noise and share of another class's name, in lengths of a name, and the
 spread of the logarithm of its length."""
 
@@ -51,35 +53,54 @@ class ClassWords:
         return self.mean.to(table.device) @ table[self.used.to(table.device)]
 
 
-def stand_in_loss(words: ClassWords, model: Any, batch: Mapping[str, Tensor], items: Any) -> Tensor:
-    """Loss of the language model on text in which blurred names stand for regions.
+def stand_in_loss(
+    words: ClassWords, regions: tuple[int, int], model: Any, batch: Mapping[str, Tensor], items: Any
+) -> Tensor:
+    """Loss of the language model on texts in which blurred names stand for regions and for cells of the image.
 
     Args:
         words: Of the same tokenizer.
+        regions: The id of ``<region>``, and how far before it its number stands; 0 where regions carry none.
         model: A causal language model.
-        batch: ``input_ids``, ``labels`` and ``stand_ins`` (B, T), the class whose name stands at a token, else -1;
-            ``noise_seeds`` (B,).
+        batch: ``input_ids``, ``labels``, ``stand_ins`` and ``turns`` (B, T): the class whose name stands at a token,
+            80 for what shows none, -1 for a word; the text that a token belongs to; ``noise_seeds`` and ``blurs``
+            (B,), how blurred the names are, in [0, 1].
         items: Target tokens of the optimiser step.
     """
     table = model.get_input_embeddings()
     embeds, names = table(batch["input_ids"]), words(table.weight)
     blurred = []
-    for classes, seed in zip(batch["stand_ins"], batch["noise_seeds"].tolist(), strict=True):
+    columns = (batch["stand_ins"], batch["noise_seeds"].tolist(), batch["blurs"].tolist())
+    for classes, seed, strength in zip(*columns, strict=True):
         classes = classes[classes >= 0]
-        blurred.append(blur(names, classes, torch.Generator().manual_seed(seed)))
+        blurred.append(blur(names, classes, torch.Generator().manual_seed(seed), strength))
     embeds = embeds.masked_scatter((batch["stand_ins"] >= 0)[..., None], torch.cat(blurred).to(embeds.dtype))
+    region, offset = regions
+    if offset:
+        is_region = batch["input_ids"] == region
+        embeds[is_region] = embeds[is_region] + table(number_ids(batch["input_ids"], region, offset))
+    mask, positions = isolate_turns(batch["turns"])
     return cast(
-        Tensor, model(inputs_embeds=embeds, labels=batch["labels"], num_items_in_batch=items, use_cache=False).loss
+        Tensor,
+        model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            labels=batch["labels"],
+            num_items_in_batch=items,
+            use_cache=False,
+        ).loss,
     )
 
 
-def blur(names: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
+def blur(names: Tensor, classes: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Names as a connector may write them: with noise, with some of another class, longer or shorter.
 
     Args:
         names: (80, D) from :class:`ClassWords`.
-        classes: (N,) which of them.
+        classes: (N,) which of them; 80 for what has no name, of which the noise alone is left.
         generator: Draws the blur, on the CPU.
+        strength: From 0, exact names, to 1.
 
     Returns:
         (N, D).
@@ -88,11 +109,14 @@ def blur(names: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(count, width, generator=generator) / width**0.5
     rivals = torch.randint(len(names), (count,), generator=generator)
     shares = torch.rand(count, 3, generator=generator)
-    stretch = (STRETCH * torch.randn(count, 1, generator=generator)).exp()
+    stretch = (strength * STRETCH * torch.randn(count, 1, generator=generator)).exp()
     noise, rivals, shares, stretch = (each.to(names.device) for each in (noise, rivals, shares, stretch))
     length = names.detach().norm(dim=-1).mean()
-    rival_share = RIVAL * shares[:, 1:2] * (shares[:, 2:3] < 0.5)
-    blurred: Tensor = stretch * (names[classes] + NOISE * shares[:, :1] * length * noise + rival_share * names[rivals])
+    rival_share = strength * RIVAL * shares[:, 1:2] * (shares[:, 2:3] < 0.5)
+    named = torch.cat([names, torch.zeros_like(names[:1])])
+    blurred: Tensor = stretch * (
+        named[classes] + strength * NOISE * shares[:, :1] * length * noise + rival_share * names[rivals]
+    )
     return blurred
 
 

@@ -69,6 +69,7 @@ class ModelConfig:
         image_grid: Side of the square grid of image tokens; 0 keeps the tower's own grid.
         region_format: What each ``<regionN>`` becomes; ``{n}`` is its number, ``<region>`` its embeddings.
         region_grid: Side of the square grid of embeddings that each region becomes; 1 for the paper's one embedding.
+        region_numbers: Add the word embedding of a region's number to the region's own.
         chat_template: A key of :data:`regiongpt.prompts.CHAT_TEMPLATES`; that of the language model's family where
             empty. The project's own language model is trained with ``plain``.
         vocab_size: Size of the byte-level BPE that is trained for the language model.
@@ -88,6 +89,7 @@ class ModelConfig:
     image_grid: int = 0
     region_format: str = "<region>"
     region_grid: int = 1
+    region_numbers: bool = False
     chat_template: str = ""
     vocab_size: int = 4096
     hidden_size: int = 320
@@ -455,7 +457,7 @@ _OF_NEW_MODELS = tuple(
     f"model.{name}"
     for name in (
         *("vision", "language", "image_size", "refinement", "refinement_channels"),
-        *("image_grid", "region_format", "region_grid", "chat_template"),
+        *("image_grid", "region_format", "region_grid", "region_numbers", "chat_template"),
     )
 )
 

@@ -1,7 +1,6 @@
 """Training examples: a conversation about one view of one image, drawn from (seed, index, epoch) alone."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from regiongpt.data.facts import View
 from regiongpt.data.sampling import Conversation, ConversationSampler
 from regiongpt.images import SquareFrame
 from regiongpt.model.processing import IGNORED
-from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, replace_placeholders
+from regiongpt.prompts import COCO_80
 from regiongpt.train.config import FeatureConfig
 from regiongpt.train.features import FeatureStore, plan_views
 from regiongpt.train.watch_tally import task_numbers
@@ -202,72 +201,3 @@ def shown_in_cells(view: View, grid: tuple[int, int]) -> np.ndarray:
         common = down[:, None] * across
         shown[..., COCO_80.index(each.category)] |= (common >= _FILLED * cell_area) | (common >= _WITHIN * each.area)
     return shown.reshape(rows * columns, -1)
-
-
-class TextDataset(Dataset[Example]):
-    """Text alone, for pre-training the language model: fixed-length windows over documents in a seeded order.
-
-    Args:
-        documents: Of each, its token ids, as many labels, -100 where not a target, and as many classes, the index of
-            the one whose name stands in for a region there, else -1.
-        length: Tokens in an example.
-        seed: Seed of the order.
-        items: Number of examples in the whole run.
-    """
-
-    def __init__(self, documents: Sequence[Sequence[Sequence[int]]], length: int, seed: int, items: int) -> None:
-        self.documents, self.length, self.seed, self.items = documents, length, seed, items
-
-    def __len__(self) -> int:
-        return self.items
-
-    def __getitem__(self, item: int) -> Example:
-        rng = np.random.default_rng((self.seed, 5, item))
-        columns: tuple[list[int], list[int], list[int]] = ([], [], [])
-        while len(columns[0]) < self.length:
-            document = self.documents[int(rng.integers(len(self.documents)))]
-            for column, values in zip(columns, document, strict=True):
-                column.extend(values)
-        names = ("input_ids", "labels", "stand_ins")
-        example = {name: torch.tensor(column[: self.length]) for name, column in zip(names, columns, strict=True)}
-        return {**example, "noise_seeds": torch.tensor(int(rng.integers(2**62)))}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """One turn as the language model reads it before it sees.
-
-    Attributes:
-        given: Up to the answer, each region as its region token.
-        learnt: The answer.
-        categories: The class of each region token, in order.
-    """
-
-    given: str
-    learnt: str
-    categories: tuple[str, ...] = ()
-
-
-def conversation_texts(
-    images: Sequence[ImageAnnotations], sampler: ConversationSampler, region_format: str, seed: int
-) -> Iterator[Text]:
-    """What the language model learns to read before it sees: every human caption, and one conversation an image.
-
-    Where a region stands, the name of its class will stand in for its embedding. The model so learns to look there for
-    its answers, and the stages that follow find a reader for what the connector writes. It must read the rare classes
-    as well as the common ones, so half of the closed-set questions are asked of a class that is drawn evenly.
-    """
-    for index, image in enumerate(images):
-        rng = np.random.default_rng((seed, 23, index))
-        yield from (Text(given="", learnt=caption) for caption in image.captions)
-        conversation = sampler.sample(View(image), {}, seed, index, 0)
-        for question, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
-            asked, said = question["content"].removeprefix(f"{IMAGE_TOKEN}\n"), answer["content"]
-            classes = [conversation.categories[number - 1] for number in placeholders(asked)]
-            if classes == [said] and rng.random() < 0.5:
-                classes = [said := COCO_80[int(rng.integers(len(COCO_80)))]]
-            yield Text(
-                given=replace_placeholders(asked, lambda number: region_format.replace("{n}", str(number))) + "\n",
-                learnt=" " + said,
-                categories=tuple(name for name in classes for _ in range(region_format.count(REGION_TOKEN))),
-            )

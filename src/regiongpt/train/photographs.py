@@ -11,18 +11,15 @@ from transformers import LlamaConfig
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import colours_of
 from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSampler
+from regiongpt.errors import ConfigError
 from regiongpt.images import load_image
-from regiongpt.model.processing import IGNORED
-from regiongpt.prompts import COCO_80, REGION_TOKEN
+from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
 from regiongpt.train.config import ModelConfig, TrainConfig
-from regiongpt.train.dataset import Text, conversation_texts
+from regiongpt.train.text import LENGTH, READING_MIX, Text, TextDataset, conversation_texts
 from regiongpt.train.tokenizer import train_tokenizer
 
-TEXT_LENGTH = 128
-"""Tokens of an example of text alone."""
-
-Document = tuple[list[int], list[int], list[int]]
-"""Token ids, labels, and the class whose name stands in for a region at each token, else -1."""
+READ_GRID, MOST_REGION_GRID = 6, 4
+"""Most rows and columns of an image in the texts, where a cell is a token of its own, and of a region."""
 
 
 def sampler_of(config: TrainConfig, images: Sequence[ImageAnnotations]) -> ConversationSampler:
@@ -37,29 +34,31 @@ def sampler_of(config: TrainConfig, images: Sequence[ImageAnnotations]) -> Conve
 
 def texts_of(config: TrainConfig, images: Sequence[ImageAnnotations], sampler: ConversationSampler) -> list[Text]:
     """What the language model reads before it sees."""
-    tokens = REGION_TOKEN * config.model.region_grid**2
-    region_format = config.model.region_format.replace(REGION_TOKEN, tokens)
-    return list(conversation_texts(images, sampler, region_format, config.seed))
+    drawn = ConversationSampler(
+        sampler.statistics, READING_MIX, suffixes=config.data.suffixes, outline_share=config.data.outline_share
+    )
+    return list(conversation_texts(images, drawn, _format_of(config.model), _grid_of(config.model), config.seed))
+
+
+def reading_of(config: TrainConfig, texts: Sequence[Text], tokenizer: Any) -> TextDataset:
+    """The windows in which the language model reads them.
+
+    Raises:
+        ConfigError: A region takes so many tokens that several of them do not fit into a window.
+    """
+    shape = config.model
+    if shape.region_grid > MOST_REGION_GRID:
+        raise ConfigError(
+            f"model.region_grid: expected at most {MOST_REGION_GRID} where the recipe trains its own language model, "
+            f"which reads windows of {LENGTH} tokens, got {shape.region_grid}; give a trained one as model.language"
+        )
+    return TextDataset(texts, tokenizer, _format_of(shape), _grid_of(shape), config.seed, config.language.epochs)
 
 
 def tokenizer_of(texts: Sequence[Text], shape: ModelConfig) -> Any:
     """A byte-level BPE of these texts."""
-    plain = (f"{text.given}{text.learnt}".replace(REGION_TOKEN, "") for text in texts)
+    plain = ("".join(text.pieces).replace(REGION_TOKEN, "").replace(IMAGE_TOKEN, "") for text in texts)
     return train_tokenizer(plain, shape.vocab_size, shape.max_length)
-
-
-def documents_of(texts: Sequence[Text], tokenizer: Any) -> list[Document]:
-    """The texts in tokens."""
-    given = tokenizer([text.given for text in texts])["input_ids"]
-    learnt = tokenizer([text.learnt for text in texts])["input_ids"]
-    region = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
-    documents: list[Document] = []
-    for text, before, after in zip(texts, given, learnt, strict=True):
-        answer = [*after, tokenizer.eos_token_id]
-        classes = iter([COCO_80.index(name) for name in text.categories])
-        stand_ins = [next(classes) if token == region else -1 for token in before] + [-1] * len(answer)
-        documents.append((before + answer, [IGNORED] * len(before) + answer, stand_ins))
-    return documents
 
 
 def language_of(shape: ModelConfig, tokenizer: Any) -> LlamaConfig:
@@ -77,6 +76,15 @@ def language_of(shape: ModelConfig, tokenizer: Any) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _format_of(shape: ModelConfig) -> str:
+    return shape.region_format.replace(REGION_TOKEN, REGION_TOKEN * shape.region_grid**2)
+
+
+def _grid_of(shape: ModelConfig) -> tuple[int, int]:
+    side = min(shape.image_grid or READ_GRID, READ_GRID)
+    return side, side
 
 
 class Colours(Sequence[dict[int, str]]):

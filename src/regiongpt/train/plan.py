@@ -27,10 +27,9 @@ from regiongpt.train.features import FeatureStore
 from regiongpt.train.gpus import Gpu, find_gpu
 from regiongpt.train.lora import choose_learners
 from regiongpt.train.photographs import (
-    TEXT_LENGTH,
     Colours,
-    documents_of,
     language_of,
+    reading_of,
     sampler_of,
     texts_of,
     tokenizer_of,
@@ -49,6 +48,7 @@ from regiongpt.train.plan_data import (
 from regiongpt.train.shapes import language_shape, tower_shape
 from regiongpt.train.sizes import Costs, LayerCosts, kept_by_image, kept_bytes, language_costs, visual_costs
 from regiongpt.train.starts import check_shape, read_shape
+from regiongpt.train.text import LENGTH
 
 GIB = 2**30
 _PARTS = ("vision_tower", "refinement", "connector", "language_model")
@@ -298,10 +298,9 @@ def _photograph_stages(config: TrainConfig, gpu: Gpu) -> list[StagePlan]:
     shape = _new_shape(config.model, text_config)
     plans = []
     if config.runs("language"):
-        tokens = sum(len(ids) for ids, *_ in documents_of(texts, tokenizer))
-        items = math.ceil(config.language.epochs * tokens / TEXT_LENGTH)
+        items = len(reading_of(config, texts, tokenizer))
         # The head runs at every token, whether or not it is a target.
-        each = Item(tokens=TEXT_LENGTH, targets=TEXT_LENGTH, regions=0, image=False)
+        each = Item(tokens=LENGTH, targets=LENGTH, regions=0, image=False)
         reading = read(items, config.language.micro_batch_size, lambda _: each, 1, 0, 0.0)
         reading = replace(reading, how="counted on all")
         plans.append(_plan_stage(config, gpu, "language", config.language, shape, reading, cached=True))

@@ -16,7 +16,6 @@ tower and a language model does.
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,15 +34,16 @@ from regiongpt.data.mixture import Mixture, open_mixture
 from regiongpt.data.sampling import ConversationSampler
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
+from regiongpt.prompts import REGION_TOKEN
 from regiongpt.train import report
 from regiongpt.train.alignment import ClassWords, stand_in_loss, visual_loss
 from regiongpt.train.config import StageConfig, TrainConfig, load_config
-from regiongpt.train.dataset import ConversationCollate, ConversationDataset, TextDataset
+from regiongpt.train.dataset import ConversationCollate, ConversationDataset
 from regiongpt.train.debug import debug_size
 from regiongpt.train.features import build_features, keep_freed_memory
 from regiongpt.train.lesson import Loss
 from regiongpt.train.lora import choose_learners, merge_adapters
-from regiongpt.train.photographs import TEXT_LENGTH, documents_of, language_of, sampler_of, texts_of, tokenizer_of
+from regiongpt.train.photographs import language_of, reading_of, sampler_of, texts_of, tokenizer_of
 from regiongpt.train.plan import make_plan
 from regiongpt.train.processes import Processes, connect, launched
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
@@ -412,21 +412,22 @@ def _train_language(
     texts = texts_of(config, images, sampler)
     tokenizer = tokenizer_of(texts, config.model)
     model = LlamaForCausalLM(language_of(config.model, tokenizer))
-    documents = documents_of(texts, tokenizer)
-    tokens, length = sum(len(ids) for ids, *_ in documents), TEXT_LENGTH
+    dataset = reading_of(config, texts, tokenizer)
     log.info(
-        "language: %d documents, %.2f M tokens, %.2f M parameters",
-        len(documents),
-        tokens / 1e6,
+        "language: %d texts, %.2f M tokens, %.2f M parameters",
+        len(texts),
+        dataset.tokens / 1e6,
         sum(p.numel() for p in model.parameters()) / 1e6,
     )
-    items = math.ceil(config.language.epochs * tokens / length)
+    shape = config.model
+    region = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
+    offset = weights.number_offset(tokenizer, shape.region_format) if shape.region_numbers else 0
     run_stage(
         "language",
         model,
-        TextDataset(documents, length, config.seed, items),
+        dataset,
         cast(Any, _collate_text),
-        partial(stand_in_loss, ClassWords(tokenizer)),
+        partial(stand_in_loss, ClassWords(tokenizer), (region, offset)),
         config.language,
         folder.with_name("language-checkpoints"),
         config.seed,

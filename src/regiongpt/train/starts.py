@@ -54,6 +54,7 @@ def create_start(shape: ModelConfig, language: str | Path, folder: Path, photogr
         chat_template=shape.chat_template or None,
         region_format=shape.region_format,
         region_grid=shape.region_grid,
+        region_numbers=shape.region_numbers,
     )
     if photographs:
         calibrate(model, processor, photographs)

@@ -1,0 +1,246 @@
+"""What the language model reads before it sees: human captions, conversations, and exercises in finding a name.
+
+Where a region or a cell of the image stands in a text, the blurred name of what it shows stands in for its embedding
+(:mod:`regiongpt.train.alignment`). Which of several regions bears a name, and whether any cell does, is then asked in
+words alone, at a hundredth of the cost of asking it of photographs.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from regiongpt.data.coco import ImageAnnotations
+from regiongpt.data.facts import View
+from regiongpt.data.sampling import ConversationSampler
+from regiongpt.model.processing import IGNORED
+from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, replace_placeholders
+from regiongpt.train.dataset import Example, shown_in_cells
+
+READING_MIX = {
+    "classify": 4.0,
+    "describe": 1.2,
+    "caption": 0.6,
+    "relation": 0.8,
+    "locate": 3.0,
+    "presence": 2.5,
+    "image_caption": 0.6,
+}
+"""Turns of each task in a conversation that is read: more about several regions than in one about photographs."""
+
+UNKNOWN = len(COCO_80)
+"""Stands in for what shows no class: noise alone."""
+
+LENGTH = 160
+"""Tokens of a window."""
+
+FIRST, EXERCISES, LISTED = 0.12, 0.35, 0.3
+"""Share of the windows, at the beginning, that hold exercises alone, whose names are exact; they become blurred over as
+many windows again. Then the share of exercises among the texts, and of listed ones among those about regions."""
+
+IMAGED = 0.7
+"""Share of what is asked about regions that an image comes before, as one always does when the whole model answers."""
+
+SIGHTINGS = 0.5
+"""Share of the exercises after the first ones that are about an image alone."""
+
+_TRIES = 4  # texts that may turn out too long for what is left of a window
+_MOST_REGIONS, _MOST_NAMES, _MOST_CELLS = 5, 5, 3  # in an exercise: and on each side of a rectangle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """One turn as the language model reads it.
+
+    Attributes:
+        pieces: By turns what is given and what is learnt, beginning with the first; a region is its region token, an
+            image its image token.
+        shown: Of each region in order, the index of its class.
+        cells: Of each cell of the image, the index of a class that it shows, or :data:`UNKNOWN`; empty without one.
+    """
+
+    pieces: tuple[str, ...]
+    shown: tuple[int, ...] = ()
+    cells: tuple[int, ...] = ()
+
+
+def conversation_texts(
+    images: Sequence[ImageAnnotations],
+    sampler: ConversationSampler,
+    region_format: str,
+    grid: tuple[int, int],
+    seed: int,
+) -> Iterator[Text]:
+    """Every human caption, and one conversation an image, turn by turn.
+
+    The model must read the rare classes as well as the common ones, so half of the closed-set questions are asked of a
+    class that is drawn evenly. Questions that only the image answers come with it.
+    """
+    for index, image in enumerate(images):
+        rng = np.random.default_rng((seed, 23, index))
+        yield from (Text(pieces=("", caption)) for caption in image.captions)
+        view = View(image)
+        conversation = sampler.sample(view, {}, seed, index, 0)
+        shown = shown_in_cells(view, grid)
+        cells = tuple(int(rng.choice(np.flatnonzero(each))) if each.any() else UNKNOWN for each in shown)
+        for question, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
+            asked, said = question["content"].removeprefix(f"{IMAGE_TOKEN}\n"), answer["content"]
+            numbers = placeholders(asked)
+            classes = [COCO_80.index(conversation.categories[number - 1]) for number in numbers]
+            if len(classes) == 1 and said == COCO_80[classes[0]] and rng.random() < 0.5:
+                classes = [int(rng.integers(len(COCO_80)))]
+                said = COCO_80[classes[0]]
+            seen = not numbers or rng.random() < IMAGED
+            given = _written(f"{IMAGE_TOKEN}\n" * seen + asked, region_format) + "\n"
+            yield Text(pieces=(given, " " + said), shown=tuple(classes), cells=cells if seen else ())
+
+
+def exercise(
+    region_format: str, rng: np.random.Generator, listed: bool = False, grid: tuple[int, int] = (0, 0)
+) -> Text:
+    """Some regions, then their names in another order, each followed by the number of its region.
+
+    What has to be learnt is one thing alone: to look where the embedding like a word is. A model that cannot do that
+    yet does not learn it from whole questions, in which it is one step of several. So the numbers alone are learnt.
+
+    Args:
+        region_format: What a region becomes.
+        rng: Draws the exercise.
+        listed: With a question before it, and brackets around the numbers.
+        grid: Rows and columns of the image before it; zeros where there is none.
+    """
+    count = int(rng.integers(2, _MOST_REGIONS + 1))
+    classes = rng.choice(len(COCO_80), count, replace=False)
+    asked = rng.permutation(count)
+    regions = (", " if listed else "").join(f"<region{number}>" for number in range(1, count + 1))
+    question = f"Find each of these names among {regions}." if listed else regions
+    cells = image_of(grid, rng)
+    pieces = [f"{IMAGE_TOKEN}\n" * bool(cells) + _written(question, region_format) + "\n"]
+    for region in asked:
+        pieces[-1] += f" {COCO_80[classes[region]]}" + " [" * listed
+        pieces += [str(region + 1), "]," * listed]
+    return Text(pieces=tuple(pieces), shown=tuple(map(int, classes)), cells=cells)
+
+
+def sightings(grid: tuple[int, int], rng: np.random.Generator) -> Text:
+    """An image, then names, some of which a cell shows, each followed by whether one does.
+
+    Args:
+        grid: Rows and columns of the image.
+        rng: Draws the exercise.
+    """
+    cells = image_of(grid, rng)
+    there = sorted({*cells} - {UNKNOWN})
+    absent = [name for name in rng.permutation(len(COCO_80)) if name not in there]
+    asked = [*map(int, rng.permutation(there)[:_MOST_NAMES]), *map(int, absent[: rng.integers(1, _MOST_NAMES + 1)])]
+    pieces = [f"{IMAGE_TOKEN}\n"]
+    for name in rng.permutation(asked):
+        pieces[-1] += f" {COCO_80[name]}"
+        pieces += [" Yes" if name in there else " No", ""]
+    return Text(pieces=tuple(pieces), cells=cells)
+
+
+def image_of(grid: tuple[int, int], rng: np.random.Generator) -> tuple[int, ...]:
+    """What each cell of a made-up image shows: some classes in rectangles, and else :data:`UNKNOWN`."""
+    cells = np.full(grid, UNKNOWN)
+    if not cells.size:
+        return ()
+    for name in rng.choice(len(COCO_80), rng.integers(1, _MOST_NAMES + 2), replace=False):
+        (top, left), (high, wide) = rng.integers(grid), rng.integers(1, _MOST_CELLS + 1, 2)
+        cells[top : top + high, left : left + wide] = name
+    return tuple(map(int, cells.flat))
+
+
+def _written(text: str, region_format: str) -> str:
+    return replace_placeholders(text, lambda number: region_format.replace("{n}", str(number)))
+
+
+class TextDataset(Dataset[Example]):
+    """Windows of several texts that do not see each other, in a seeded order; exercises alone come first.
+
+    Args:
+        texts: To read.
+        tokenizer: Of the language model, with the region's and the image's token.
+        region_format: What a region becomes, for the exercises.
+        grid: Rows and columns of an image, for the exercises.
+        seed: Seed of the order.
+        epochs: How often the texts are read in the whole run, exercises not counted.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Text],
+        tokenizer: Any,
+        region_format: str,
+        grid: tuple[int, int],
+        seed: int,
+        epochs: float,
+    ) -> None:
+        self.region, self.image = (tokenizer.convert_tokens_to_ids(token) for token in (REGION_TOKEN, IMAGE_TOKEN))
+        self.tokenizer, self.region_format, self.grid, self.seed = tokenizer, region_format, grid, seed
+        # Exercises are made of few pieces, over and over.
+        self._tokens = lru_cache(4096)(lambda piece: tokenizer(piece, add_special_tokens=False)["input_ids"])
+        self.documents = [each for each in map(self._encoded, texts) if len(each[0]) <= LENGTH]
+        self.tokens = sum(len(ids) for ids, *_ in self.documents)
+        self.items = math.ceil(epochs * self.tokens / LENGTH)
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, item: int) -> Example:
+        rng = np.random.default_rng((self.seed, 5, item))
+        first = item < FIRST * self.items
+        share = 1.0 if first else EXERCISES
+        columns: tuple[list[int], ...] = ([], [], [], [])
+        number = misses = 0
+        while misses < _TRIES:
+            if rng.random() < share:
+                document = self._encoded(self._exercise(rng, first))
+            else:
+                document = self.documents[int(rng.integers(len(self.documents)))]
+            if len(columns[0]) + len(document[0]) > LENGTH:
+                misses += 1
+                continue
+            number += 1
+            for column, values in zip(columns, (*document, [number] * len(document[0])), strict=True):
+                column.extend(values)
+        names = ("input_ids", "labels", "stand_ins", "turns")
+        example = {}
+        for name, column, filler in zip(names, columns, (self.tokenizer.pad_token_id, IGNORED, -1, -1), strict=True):
+            example[name] = torch.tensor(column + [filler] * (LENGTH - len(column)))
+        blur = min(max(item / (FIRST * self.items) - 1, 0.0), 1.0)
+        return {**example, "noise_seeds": torch.tensor(int(rng.integers(2**62))), "blurs": torch.tensor(blur)}
+
+    def _exercise(self, rng: np.random.Generator, first: bool) -> Text:
+        if first:
+            return exercise(self.region_format, rng)
+        if rng.random() < SIGHTINGS:
+            return sightings(self.grid, rng)
+        grid = self.grid if rng.random() < IMAGED else (0, 0)
+        return exercise(self.region_format, rng, bool(rng.random() < LISTED), grid)
+
+    def _encoded(self, text: Text) -> tuple[list[int], list[int], list[int]]:
+        """Token ids, labels, and the classes that stand in, -1 for words."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for place, piece in enumerate(text.pieces):
+            tokens = self._tokens(piece)
+            if not place:
+                tokens = [self.tokenizer.bos_token_id, *tokens]
+            if place % 2 and place + 1 == len(text.pieces):
+                tokens = [*tokens, self.tokenizer.eos_token_id]
+            ids += tokens
+            labels += tokens if place % 2 else [IGNORED] * len(tokens)
+        for place in [place for place, token in enumerate(ids) if token == self.image]:
+            ids[place : place + 1] = [self.image] * len(text.cells)
+            labels[place : place + 1] = [IGNORED] * len(text.cells)
+        # A region may take several tokens, all of which show the same.
+        taken = ids.count(self.region) // max(1, len(text.shown))
+        regions, cells = (each for each in text.shown for _ in range(taken)), iter(text.cells)
+        sources = {self.region: regions, self.image: cells}
+        return ids, labels, [next(sources[token]) if token in sources else -1 for token in ids]
