@@ -43,7 +43,6 @@ def test_every_question_has_an_answer(demo):
     assert all(answer.strip() for asked in found.values() for _, answer in asked)
 
 
-@pytest.mark.xfail(strict=True, reason="the model in the package was trained for minutes, not for the recipe's hours")
 def test_the_cat_is_named(demo):
     question, answer = exchanges(demo[0])["chelsea.png"][0]
     assert "<region1>" in question

@@ -182,6 +182,8 @@ def test_convert_halves_the_files_and_loads_in_full_precision(checkpoint: Path, 
         if tensor.is_floating_point():
             assert model.state_dict()[name].dtype == plain.state_dict()[name].dtype == torch.float32, name
             assert torch.equal(plain.state_dict()[name], tensor.half().float()), name
+    for folder in (checkpoint, tmp_path / "half"):
+        assert str(checkpoint.parent) not in (folder / "config.json").read_text(), "a folder of this machine"
 
 
 def test_efficientnet_lite_comes_with_its_imagenet_weights(language: Path) -> None:

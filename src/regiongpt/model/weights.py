@@ -271,6 +271,7 @@ def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
     config = json.loads(description.read_text(encoding="utf-8"))
     for part in (config, config["vision_config"], config["text_config"]):
         part["dtype"] = "float32"
+        part.pop("_name_or_path", None)
     description.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return load(out)
 
@@ -382,6 +383,9 @@ def _finish(
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=processor.stop_token_ids, pad_token_id=tokenizer.pad_token_id
     )
+    # Folders of this machine say nothing on another.
+    for part in (config.text_config, config.vision_config):
+        part._name_or_path = ""
     if out is not None:
         model.save_pretrained(out)
         processor.save_pretrained(out)
