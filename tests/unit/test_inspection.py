@@ -407,7 +407,7 @@ def test_the_terminal_sees_no_control_character_of_the_data(folder: Path, run, m
     code, out, _ = run(folder, "--record", "hand/text")
     assert code == 0
     assert "\x1b" not in out
-    assert r"⟦A \x1b[31m<b>red</b> day.</s>⟧" in out
+    assert r"⟦ A \x1b[31m<b>red</b> day.</s>⟧" in out
     monkeypatch.setenv("FORCE_COLOR", "1")
     _, out, _ = run(folder, "--record", "hand/text")
     assert "\x1b[31m" not in out
