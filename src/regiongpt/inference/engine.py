@@ -219,15 +219,16 @@ class Engine:
             start: the first token to embed; not between two of the image's.
         """
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
-        ids_N = torch.tensor(ids[start:], device=self.device)
+        ids_T = torch.tensor(ids, device=self.device)
+        ids_N = ids_T[start:]
         embeds_ND: Tensor = self.model.get_input_embeddings()(ids_N).clone()
         if (image_N := ids_N == image).any():
             embeds_ND[image_N] = scene.image_ND.to(embeds_ND.dtype)
         skipped = sum(token == region for token in ids[:start])
         if len(rows) > skipped:
             # A region's number stands before it, and so perhaps before the first token to embed.
-            numbers_KD = self.model.number_embeds(torch.tensor(ids, device=self.device))[skipped:]
-            embeds_ND[ids_N == region] = pooled[list(rows[skipped:])].to(embeds_ND.dtype) + numbers_KD
+            features_KD = pooled[list(rows[skipped:])].to(embeds_ND.dtype)
+            embeds_ND[ids_N == region] = self.model.add_numbers(features_KD, ids_T)
         return embeds_ND
 
     def begin(

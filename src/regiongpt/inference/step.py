@@ -92,7 +92,7 @@ class Plan:
         self._masks: dict[Any, Tensor] = {}
 
     def prefix_mask(self, index: int, dtype: torch.dtype, window: int) -> Tensor:
-        """The same for the tokens that come behind a segment, under a sliding window: (1, 1, N, P)."""
+        """What is added to the scores of a segment's keys under a sliding window: (1, 1, N, P), N tokens behind it."""
         key = ("prefix", index, dtype, window)
         if key not in self._masks:
             segment, begin, tokens = self.segments[index]

@@ -192,18 +192,21 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """Embed the whole image from its pixels: (B, 3, S, S) to (B, N, D)."""
         return self.image_features(self.refine(self.encode_image(pixel_values)))
 
-    def number_embeds(self, input_ids: Tensor) -> Tensor:
-        """What is added to the embeddings of regions, so that each carries its number.
+    def add_numbers(self, features_KD: Tensor, input_ids: Tensor) -> Tensor:
+        """Adds to the embeddings of regions what carries their numbers, where this model's regions carry them.
 
         Args:
+            features_KD: of the last K ``<region>`` tokens in reading order.
             input_ids: (B, T) or (T,), each region with its number as the processor writes it.
 
         Returns:
-            (K, D), for the ``<region>`` tokens in reading order; zeros where this model's regions carry no number.
+            (K, D), in the dtype of the features.
         """
-        table = self.get_input_embeddings()
-        numbers = number_ids(input_ids, self.config.region_token_id, self.config.region_number_offset or 1)
-        return table(numbers) * bool(self.config.region_number_offset)  # type: ignore[no-any-return]
+        if not self.config.region_number_offset:
+            return features_KD
+        numbers = number_ids(input_ids, self.config.region_token_id, self.config.region_number_offset)
+        numbers_K = numbers[len(numbers) - len(features_KD) :]
+        return features_KD + self.get_input_embeddings()(numbers_K).to(features_KD.dtype)  # type: ignore[no-any-return]
 
     def embed(
         self,
@@ -261,8 +264,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
                 raise RegionError("the text has <region> tokens, but region_weights or region_ids did not come")
             owners, rows = _region_rows(region_BT, region_ids, region_weights.shape[1], continues)
             features = self.region_features(refined, region_weights)[owners, rows].to(embeds.dtype)
-            features = features + self.number_embeds(input_ids)
-            embeds = embeds.masked_scatter(region_BT[..., None], features)
+            embeds = embeds.masked_scatter(region_BT[..., None], self.add_numbers(features, input_ids))
         return embeds  # type: ignore[no-any-return]
 
     @can_return_tuple  # type: ignore[untyped-decorator, unused-ignore]

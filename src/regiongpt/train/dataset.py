@@ -155,6 +155,11 @@ def isolate_turns(turns_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mask[:, None], mask.sum(-1) - 1
 
 
+def padded(examples: Sequence[Example], name: str) -> torch.Tensor:
+    """What examples have under a name, each (L,), as (B, longest L) with -1 behind the shorter ones."""
+    return pad_sequence([each[name] for each in examples], batch_first=True, padding_value=-1)
+
+
 class ConversationCollate:
     """Pads conversations about photographs into a batch, with the mask and the positions that keep turns apart.
 
@@ -173,11 +178,10 @@ class ConversationCollate:
             length = len(example["input_ids"])
             turns[row, :length] = example.get("turns", torch.zeros(length, dtype=torch.long))
         mask, positions = isolate_turns(turns)
-        classes = pad_sequence([each["region_classes"] for each in examples], batch_first=True, padding_value=-1)
+        classes = padded(examples, "region_classes")
         cells = torch.stack([each["cell_classes"] for each in examples])
-        tasks = pad_sequence([each["tasks"] for each in examples], batch_first=True, padding_value=-1)
         shape = {"attention_mask": mask, "position_ids": positions}
-        return {**batch, **shape, "tasks": tasks, "region_classes": classes, "cell_classes": cells}
+        return {**batch, **shape, "tasks": padded(examples, "tasks"), "region_classes": classes, "cell_classes": cells}
 
 
 def shown_in_cells(view: View, grid: tuple[int, int]) -> np.ndarray:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from regiongpt.data.mixture import Drawn, Mixture
@@ -14,6 +13,7 @@ from regiongpt.data.records import Record
 from regiongpt.errors import DataError, RegionError
 from regiongpt.images import load_image
 from regiongpt.model.processing import IGNORED
+from regiongpt.train.dataset import padded
 from regiongpt.train.packing import answer_output
 from regiongpt.train.watch_tally import task_numbers
 
@@ -153,8 +153,7 @@ class RecordCollate:
             # A text without <image> takes nothing from the pixels in its row, which are there to fill the batch.
             examples = [each if "pixel_values" in each else {**each, "pixel_values": blank} for each in examples]
         batch = dict(self.processor.collate(examples))
-        tasks = pad_sequence([each["tasks"] for each in examples], batch_first=True, padding_value=-1)
-        return {**batch, "tasks": tasks}
+        return {**batch, "tasks": padded(examples, "tasks")}
 
 
 def answer_loss(model: Any, batch: dict[str, Any], items: Any) -> Tensor:
