@@ -321,6 +321,18 @@ QUESTIONS: Final[dict[str, tuple[str, ...]]] = {
         "In short, what is in {regions}?",
         "Caption the area {regions}.",
     ),
+    "refer": (
+        "Refer to {regions} so that nothing else in the image is meant.",
+        "Which words single out {regions}?",
+        "Give an expression that fits {regions} alone.",
+        "How would you point out {regions} in words?",
+        "Tell {regions} from everything else in the image.",
+        "Name {regions} so that it can be found.",
+        "What is the object in {regions} to be called among the others?",
+        "Write a referring expression for {regions}.",
+        "By which words is {regions} found in the image?",
+        "Say which object {regions} is.",
+    ),
     "relation": (
         "Describe the relationship between {first} and {second}.",
         "How does {first} relate to {second}?",
@@ -344,6 +356,30 @@ QUESTIONS: Final[dict[str, tuple[str, ...]]] = {
         'The regions are {regions}. Which one does "{expression}" refer to?',
         'Choose from {regions} the one that fits "{expression}".',
         'Of the regions {regions}, which corresponds to "{expression}"?',
+    ),
+    "locate_each": (
+        "Find each of these among {regions}: {expression}.",
+        "Which of {regions} is which of these: {expression}?",
+        "Match each name with its region: {expression}. The regions are {regions}.",
+        "The regions are {regions}. Where are these: {expression}?",
+        "Among {regions}, find {expression}.",
+        "Where are {expression} among {regions}?",
+        "Give the region of each: {expression}. Choose from {regions}.",
+        "Of the regions {regions}, name the one that shows each of {expression}.",
+        "Assign to each of these one of {regions}: {expression}.",
+        "Given {regions}, locate each of {expression}.",
+    ),
+    "presence_each": (
+        "Which of these are in the image: {expression}?",
+        "Say of each whether the image shows it: {expression}.",
+        "Are these in the picture: {expression}?",
+        "Does the image show these: {expression}?",
+        "Check the photo for each of these: {expression}.",
+        "Go through this list and say what can be seen: {expression}.",
+        "Which of these does the photo show: {expression}?",
+        "For each of these, is it in the image: {expression}?",
+        "Can these be seen in the image: {expression}?",
+        "Is each of these there: {expression}?",
     ),
     "presence": (
         "Is there {category} in the image?",
@@ -389,7 +425,7 @@ def question(
         task: a key of :data:`QUESTIONS`.
         index: which wording; taken modulo their number, so any counter or random integer will do.
         regions: 1-based numbers of the regions asked about (``relation``: exactly two; ``locate``: the options).
-        expression: what to find, for ``locate``.
+        expression: what to find, for ``locate``; names, separated by commas, for ``locate_each`` and ``presence_each``.
         category: the class asked for, for ``presence``; its article is added.
         label_set: the closed set named in the suffix of ``classify``.
         guided: end ``classify`` and ``locate`` with the suffix that fixes the format of the answer.
@@ -406,11 +442,11 @@ def question(
     if task not in QUESTIONS:
         raise ConfigError(f"expected a task among {', '.join(QUESTIONS)}, got {task!r}")
     text = QUESTIONS[task][index % len(QUESTIONS[task])]
-    needs = {"relation": 2, "presence": 0, "image_caption": 0}.get(task, 1)
+    needs = {"relation": 2, "presence": 0, "presence_each": 0, "image_caption": 0}.get(task, 1)
     if len(regions) < needs or (task == "relation" and len(regions) != 2):
         raise DataError(f"a {task!r} question needs {needs} region number(s), got {list(regions)}")
-    for slot, value, user in (("expression", expression, "locate"), ("category", category, "presence")):
-        if task == user and not value.strip():
+    for slot, value in (("expression", expression), ("category", category)):
+        if f"{{{slot}}}" in text and not value.strip():
             raise DataError(f"a {task!r} question needs {slot}=..., got {value!r}")
     text = text.format(
         regions=region_list(regions) if regions else "",

@@ -1,6 +1,7 @@
 """What a region's embedding is pulled towards, and what the language model reads before it sees."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from regiongpt.train.alignment import (
 )
 
 CAT, DOG = COCO_80.index("cat"), COCO_80.index("dog")
+EVEN = torch.full((80,), 1 / 80)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,9 @@ def test_a_class_is_the_mean_of_the_words_of_its_name(pair):
     table = model.get_input_embeddings().weight
     names = ClassWords(processor.tokenizer)(table)
     assert names.shape == (80, table.shape[1])
+    torch.testing.assert_close(ClassWords(processor.tokenizer).shares, EVEN)
+    shares = ClassWords(processor.tokenizer, range(80)).shares
+    assert shares[0] > 0 and (shares.diff() > 0).all() and abs(shares.sum() - 1) < 1e-6
     for name in ("cat", "traffic light"):
         ids = processor.tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
         torch.testing.assert_close(names[COCO_80.index(name)], table[ids].mean(0))
@@ -54,8 +59,27 @@ def test_likeness_is_one_for_a_name_of_any_length_and_less_for_what_else_is_said
 def test_alignment_asks_for_the_length_of_a_word():
     names, classes = torch.eye(80) * 3, torch.tensor([[CAT]])
     right = names[[CAT]][None]
-    assert region_alignment(right, classes, names) < region_alignment(2 * right, classes, names)
-    assert region_alignment(right, classes, names) < region_alignment(right / 2, classes, names)
+    misfit = partial(region_alignment, classes_BR=classes, names=names, shares=EVEN)
+    assert misfit(right) < misfit(2 * right)
+    assert misfit(right) < misfit(right / 2)
+
+
+def test_alignment_asks_for_the_name_itself_where_the_class_is_told_already():
+    names = torch.eye(80, 100)
+    told = names[[CAT]].clone()
+    told[:, 90] = 3**0.5
+    misfit = partial(region_alignment, classes_BR=torch.tensor([[CAT]]), names=names, shares=EVEN)
+    with_the_rest, without = misfit(told[None] / 2), misfit(names[[CAT]][None])
+    assert with_the_rest > without + SHARPNESS / 2 - 0.01
+
+
+def test_what_a_common_class_has_in_its_favour_need_not_be_written():
+    names, rest = torch.eye(80), torch.ones(80)
+    shares = rest.index_fill(0, torch.tensor([CAT]), 80.0) / 159
+    undecided = F.normalize(rest[None, None], dim=-1)
+    cat, dog = (region_alignment(undecided, torch.tensor([[k]]), names, shares) for k in (CAT, DOG))
+    assert cat < dog
+    assert region_alignment(undecided, torch.tensor([[DOG]]), names, EVEN) < dog
 
 
 def test_region_alignment_leaves_padding_out():
@@ -63,11 +87,13 @@ def test_region_alignment_leaves_padding_out():
     embeds, classes = torch.randn(2, 3, 80), torch.tensor([[CAT, -1, DOG], [DOG, -1, -1]])
     rows = [(0, 0, CAT), (0, 2, DOG), (1, 0, DOG)]
     expected = sum(
-        F.cross_entropy(SHARPNESS * F.normalize(embeds[b, r], dim=0), torch.tensor(c)) + embeds[b, r].norm().log() ** 2
+        F.cross_entropy(SHARPNESS * F.normalize(embeds[b, r], dim=0), torch.tensor(c))
+        + SHARPNESS * (1 - F.normalize(embeds[b, r], dim=0)[c])
+        + embeds[b, r].norm().log() ** 2
         for b, r, c in rows
     )
-    torch.testing.assert_close(region_alignment(embeds, classes, names), expected)
-    assert region_alignment(embeds, torch.full((2, 3), -1), names) == 0
+    torch.testing.assert_close(region_alignment(embeds, classes, names, EVEN), expected)
+    assert region_alignment(embeds, torch.full((2, 3), -1), names, EVEN) == 0
 
 
 def test_a_cell_may_say_any_of_the_classes_it_shows():

@@ -54,7 +54,8 @@ def test_region_never_mentioned_is_a_warning() -> None:
 
 
 def test_ten_different_wordings_per_task() -> None:
-    assert set(QUESTIONS) == {"classify", "describe", "caption", "relation", "locate", "presence", "image_caption"}
+    regional = {"classify", "describe", "caption", "refer", "relation", "locate", "locate_each"}
+    assert set(QUESTIONS) == regional | {"presence", "presence_each", "image_caption"}
     for wordings in QUESTIONS.values():
         assert len(set(wordings)) == 10
 
@@ -76,11 +77,12 @@ def test_first_wordings_are_the_papers() -> None:
 
 @pytest.mark.parametrize("task", QUESTIONS)
 def test_every_wording_uses_its_slots(task: str) -> None:
-    regions = {"relation": [1, 2], "locate": [1, 2, 3], "presence": [], "image_caption": []}.get(task, [1])
+    several = {"relation": [1, 2], "locate": [1, 2, 3], "locate_each": [1, 2, 3]}
+    regions = [] if task.startswith(("presence", "image")) else several.get(task, [1])
     for index in range(10):
         text = question(task, index, regions=regions, expression="the red {cup}", category="cat")
         assert sorted(placeholders(text)) == regions
-        assert ("the red {cup}" in text) == (task == "locate")
+        assert ("the red {cup}" in text) == (task in ("locate", "locate_each", "presence_each"))
         assert ("a cat" in text) == (task == "presence")
     assert question(task, 10, regions=regions, expression="x", category="cat") == question(
         task, 0, regions=regions, expression="x", category="cat"
@@ -96,6 +98,8 @@ def test_a_question_lacking_something_is_refused() -> None:
         question("relation", regions=[1, 2, 3])
     with pytest.raises(DataError, match="needs expression"):
         question("locate", regions=[1])
+    with pytest.raises(DataError, match="needs expression"):
+        question("presence_each", expression=" ")
     with pytest.raises(DataError, match="needs category"):
         question("presence")
 

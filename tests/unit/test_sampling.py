@@ -101,6 +101,46 @@ def test_answers_are_true():
     assert 0.3 < seen["Yes"] / (seen["Yes"] + seen["No"]) < 0.7
 
 
+def test_what_a_region_is_called_fits_it_alone():
+    sampler = ConversationSampler(ClassStatistics.of(IMAGES), mix={"refer": 3})
+    seen = 0
+    for index, image in enumerate(IMAGES):
+        view = View(image)
+        talk = sampler.sample(view, {}, 0, index, 0)
+        assert sum(task == "refer" for task in talk.tasks) == 3
+        for asked, said in zip(talk.messages[::2], talk.messages[1::2], strict=True):
+            region = talk.regions[placeholders(asked["content"])[0] - 1].bounds(200, 120)
+            name = owner(view, region)
+            assert name in said["content"] and said["content"].startswith("the ")
+            if "leftmost" in said["content"]:
+                seen += 1
+                alike = [each.box[0] for each in view.by_category[name]]
+                assert abs(min(alike) - region[0]) < 5
+    assert seen > 1
+
+
+def test_lists_are_true_and_whole():
+    sampler = ConversationSampler(ClassStatistics.of(IMAGES), mix={"locate_each": 2, "presence_each": 2})
+    seen: Counter[str] = Counter()
+    for index, image in enumerate(IMAGES):
+        view = View(image)
+        talk = sampler.sample(view, {}, 0, index, 0)
+        classes = [owner(view, region.bounds(200, 120)) for region in talk.regions]
+        for asked, said, task in zip(talk.messages[::2], talk.messages[1::2], talk.tasks, strict=True):
+            offered, items = placeholders(asked["content"]), said["content"].split(", ")
+            seen[task] += len(items)
+            for item in items:
+                name, _, found = item.rpartition(" ")
+                assert name in asked["content"]
+                if task == "locate_each":
+                    assert [n for n in offered if classes[n - 1] == name] == [int(found.strip("[]"))]
+                else:
+                    assert (found == "yes") == (name in view.by_category)
+                    seen[found] += 1
+    assert seen["locate_each"] > 60 and seen["presence_each"] > 200
+    assert 0.4 < seen["yes"] / seen["presence_each"] < 0.6
+
+
 def test_rare_classes_come_first_where_there_are_more_objects_than_slots():
     objects = [*made(0, 1).objects] * 19
     crowd = [

@@ -25,13 +25,18 @@ DEFAULT_MIX: Mapping[str, float] = {
     "classify": 10,
     "describe": 2,
     "caption": 1,
+    "refer": 0,
     "relation": 1,
     "locate": 1.5,
     "presence": 2,
+    "locate_each": 0,
+    "presence_each": 0,
     "image_caption": 1,
 }
 CANDIDATES = (2, 3, 3, 4, 4, 5, 5, 5, 5, 6, 7, 8)
 NO_MATCH_SHARE = 0.15
+# Names in a question about several of them: so many that are there, and as many that are not.
+MOST_ASKED = 5
 # Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
 FREE_SHARE = 0.15
 JITTER = 0.06
@@ -232,10 +237,16 @@ class ConversationSampler:
         colours: Mapping[int, str],
         task: str,
     ) -> _Plan | None:
+        if task == "refer":
+            return _refer(rng, view, chosen, colours)
         if task == "relation":
             return _relate(rng, chosen)
         if task == "locate":
             return self._locate(rng, view, chosen, colours)
+        if task == "locate_each":
+            return _locate_each(rng, chosen)
+        if task == "presence_each":
+            return self._presence_each(rng, view)
         return self._presence(rng, view) if task == "presence" else _caption(rng, view)
 
     def _classify(self, rng: np.random.Generator, each: ViewObject) -> _Plan:
@@ -260,6 +271,21 @@ class ConversationSampler:
         text = question("presence", int(rng.integers(10)), category=category)
         answer = say_presence(rng, view, category)
         return _Plan("presence", (), lambda numbers: (text, answer))
+
+    def _presence_each(self, rng: np.random.Generator, view: View) -> _Plan | None:
+        """Whether several classes are there, about as many of which are as are not."""
+        there = sorted(set(view.by_category) - view.maybe)
+        asked = {there[k]: "yes" for k in rng.permutation(len(there))[:MOST_ASKED]}
+        for turn in range(max(1, len(asked))):
+            absent = self.statistics.absent(rng, view, tempting=turn % 2 == 0)
+            if absent is not None:
+                asked[absent] = "no"
+        if not asked:
+            return None
+        names = [list(asked)[k] for k in rng.permutation(len(asked))]
+        text = question("presence_each", int(rng.integers(10)), expression=", ".join(names))
+        answer = ", ".join(f"{name} {asked[name]}" for name in names)
+        return _Plan("presence_each", (), lambda numbers: (text, answer))
 
     def _locate(
         self, rng: np.random.Generator, view: View, chosen: Sequence[ViewObject], colours: Mapping[int, str]
@@ -317,9 +343,37 @@ class ConversationSampler:
         return "absent class", f"the {word}" if rng.random() < 0.6 else with_article(word)
 
 
+def _locate_each(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:
+    """Which of several regions bears which name, of the names that one of them alone bears."""
+    options = [chosen[k] for k in rng.permutation(len(chosen))[: pick(rng, CANDIDATES)]]
+    classes = [each.category for each in options]
+    sought = [each for each in options if classes.count(each.category) == 1][:MOST_ASKED]
+    if len(options) < 2 or not sought:
+        return None
+    wording = int(rng.integers(10))
+    order, sought = (tuple(each[k] for k in rng.permutation(len(each))) for each in (options, sought))
+
+    def write(numbers: list[int]) -> tuple[str, str]:
+        text = question("locate_each", wording, regions=numbers, expression=", ".join(each.category for each in sought))
+        return text, ", ".join(f"{each.category} [{numbers[order.index(each)]}]" for each in sought)
+
+    return _Plan("locate_each", order, write)
+
+
 def _describe(rng: np.random.Generator, view: View, each: ViewObject, colours: Mapping[int, str], task: str) -> _Plan:
     wording, answer = int(rng.integers(10)), describe(rng, view, each, colours, brief=task == "caption")
     return _Plan(task, (each,), lambda numbers: (question(task, wording, regions=numbers), answer))
+
+
+def _refer(
+    rng: np.random.Generator, view: View, chosen: Sequence[ViewObject], colours: Mapping[int, str]
+) -> _Plan | None:
+    """A true expression that fits one object alone, of up to four objects the first that has one."""
+    for k in rng.permutation(len(chosen))[:4]:
+        if facts := distinctions(view, chosen[k], colours):
+            wording, expression = int(rng.integers(10)), express(rng, chosen[k].category, *pick(rng, facts))
+            return _Plan("refer", (chosen[k],), lambda numbers: (question("refer", wording, regions=numbers), expression))
+    return None
 
 
 def _relate(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:

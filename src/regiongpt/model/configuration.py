@@ -92,6 +92,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         refinement_channels: channels of the refined map; the tower's own when None, otherwise a 1x1 convolution comes
             first.
         image_grid: rows and columns of image tokens; the tower's own grid when None.
+        connector_size: width of the connector between its two layers; the language model's when None.
         projector_hidden_act: activation between the connector's two layers.
         image_token_id: id of ``<image>`` in the tokenizer.
         region_token_id: id of ``<region>`` in the tokenizer.
@@ -114,6 +115,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     refinement: str = "deconv"
     refinement_channels: int | None = None
     image_grid: list[int] = None  # type: ignore[assignment]
+    connector_size: int | None = None
     projector_hidden_act: str = "gelu"
     image_token_id: int | None = None
     region_token_id: int | None = None
@@ -151,6 +153,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
             )
         if self.refinement_channels is not None and self.refinement_channels < 1:
             raise ConfigError(f"refinement_channels must be positive or None; got {self.refinement_channels}")
+        if self.connector_size is not None and self.connector_size < 1:
+            raise ConfigError(f"connector_size must be positive or None; got {self.connector_size}")
         if len(self.image_grid) != 2 or any(
             not 1 <= n <= finest for n, finest in zip(self.image_grid, self.refined_grid, strict=True)
         ):

@@ -43,9 +43,10 @@ class Connector(nn.Module):
     def __init__(self, config: RegionGPTConfig) -> None:
         super().__init__()
         width = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.feature_channels, width)
+        between = config.connector_size or width
+        self.linear_1 = nn.Linear(config.feature_channels, between)
         self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(between, width)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.zeros(config.feature_channels))

@@ -92,6 +92,7 @@ def create(
     *,
     refinement: str = "deconv",
     refinement_channels: int | None = None,
+    connector_size: int | None = None,
     image_size: int | None = None,
     image_grid: Iterable[int] | None = None,
     vision_feature_layer: int = -2,
@@ -112,6 +113,7 @@ def create(
         out: folder to save the result in; nowhere when None.
         refinement: ``deconv``, ``bilinear``, ``deconv_bilinear`` or ``none``.
         refinement_channels: channels of the refined map; the tower's own when None.
+        connector_size: width of the connector between its two layers; the language model's when None.
         image_size: side of the square input in pixels; the tower's own when None.
         image_grid: rows and columns of image tokens; the tower's own grid when None.
         vision_feature_layer: which of the tower's hidden states to use.
@@ -152,6 +154,7 @@ def create(
         vision_feature_layer=vision_feature_layer,
         refinement=refinement,
         refinement_channels=refinement_channels,
+        connector_size=connector_size,
         image_grid=None if image_grid is None else list(image_grid),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),

@@ -66,6 +66,7 @@ class ModelConfig:
         image_size: Side of the square tower input in pixels; 0 for the tower's own.
         refinement: ``deconv``, ``bilinear``, ``deconv_bilinear`` or ``none`` (paper Tab. 6).
         refinement_channels: Channels inside the refinement; 0 keeps the tower's own number.
+        connector_size: Width of the connector between its two layers; 0 for the language model's.
         image_grid: Side of the square grid of image tokens; 0 keeps the tower's own grid.
         region_format: What each ``<regionN>`` becomes; ``{n}`` is its number, ``<region>`` its embeddings.
         region_grid: Side of the square grid of embeddings that each region becomes; 1 for the paper's one embedding.
@@ -86,6 +87,7 @@ class ModelConfig:
     image_size: int = 0
     refinement: str = "deconv"
     refinement_channels: int = 0
+    connector_size: int = 0
     image_grid: int = 0
     region_format: str = "<region>"
     region_grid: int = 1
@@ -456,7 +458,7 @@ _OF_RECORDS = (
 _OF_NEW_MODELS = tuple(
     f"model.{name}"
     for name in (
-        *("vision", "language", "image_size", "refinement", "refinement_channels"),
+        *("vision", "language", "image_size", "refinement", "refinement_channels", "connector_size"),
         *("image_grid", "region_format", "region_grid", "region_numbers", "chat_template"),
     )
 )

@@ -197,6 +197,7 @@ def _small_on_photographs(shape: ModelConfig, made: Path) -> ModelConfig:
         language=language,
         image_size=0,
         refinement_channels=16 if shape.refinement_channels else 0,
+        connector_size=32 if shape.connector_size else 0,
         image_grid=2 if shape.image_grid else 0,
         vocab_size=500,
         hidden_size=32,
@@ -221,6 +222,7 @@ def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
                 shape,
                 refinement=found.refinement,
                 refinement_channels=found.refinement_channels or 0,
+                connector_size=found.connector_size or 0,
                 image_grid=0 if list(found.tower_grid) == found.image_grid else found.image_grid[0],
             )
         except RegionGPTError:
@@ -233,6 +235,7 @@ def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
         language=str(model),
         image_size=0,
         refinement_channels=16 if shape.refinement_channels else 0,
+        connector_size=32 if shape.connector_size else 0,
         image_grid=2 if shape.image_grid else 0,
         chat_template=shape.chat_template or _TEMPLATES.get(language, "plain"),
     )

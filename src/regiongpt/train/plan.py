@@ -261,6 +261,7 @@ def _new_shape(model: ModelConfig, text_config: Any) -> RegionGPTConfig:
         image_size=model.image_size or None,
         refinement=model.refinement,
         refinement_channels=model.refinement_channels or None,
+        connector_size=model.connector_size or None,
         image_grid=[model.image_grid] * 2 if model.image_grid else None,
     )
 

@@ -193,7 +193,8 @@ def _train_on_photographs(config: TrainConfig) -> Path:
             config.isolated_share,
             model.config.image_grid,
         )
-        loss = partial(visual_loss, ClassWords(processor.tokenizer), stage.alignment, name != "align")
+        words = ClassWords(processor.tokenizer, sampler.statistics.boxes)
+        loss = partial(visual_loss, words, stage.alignment, name != "align")
         return dataset, dev_conversations(config, sampler, model, processor), ConversationCollate(processor), loss
 
     finished = start

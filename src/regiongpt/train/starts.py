@@ -50,6 +50,7 @@ def create_start(shape: ModelConfig, language: str | Path, folder: Path, photogr
         image_size=shape.image_size or None,
         refinement=shape.refinement,
         refinement_channels=shape.refinement_channels or None,
+        connector_size=shape.connector_size or None,
         image_grid=[shape.image_grid, shape.image_grid] if shape.image_grid else None,
         chat_template=shape.chat_template or None,
         region_format=shape.region_format,
@@ -79,6 +80,7 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     pairs = {
         "refinement": (config.refinement, shape.refinement),
         "refinement_channels": (config.refinement_channels, shape.refinement_channels or None),
+        "connector_size": (config.connector_size, shape.connector_size or None),
         "image_size": (config.image_size, shape.image_size or config.image_size),
         "image_grid": (list(config.image_grid), cells),
     }

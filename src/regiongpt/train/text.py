@@ -26,9 +26,12 @@ READING_MIX = {
     "classify": 4.0,
     "describe": 1.2,
     "caption": 0.6,
+    "refer": 1.0,
     "relation": 0.8,
     "locate": 3.0,
     "presence": 2.5,
+    "locate_each": 1.0,
+    "presence_each": 0.8,
     "image_caption": 0.6,
 }
 """Turns of each task in a conversation that is read: more about several regions than in one about photographs."""
