@@ -261,10 +261,15 @@ class FeatureConfig:
     Attributes:
         views: Views of each image: the whole one, then random crops, every other one mirrored.
         min_crop: Smallest side of a crop as a share of the image's side, in (0, 1].
+        seed: Of the crops. It is not the recipe's, so that runs with other seeds can share what is cached.
+        root: Folder of annotated photographs whose features are cached, of which those of ``data.root`` are a part;
+            ``data.root`` where empty.
     """
 
     views: int = 2
     min_crop: float = 0.6
+    seed: int = 0
+    root: str = ""
 
     def __post_init__(self) -> None:
         if self.views < 1:

@@ -48,7 +48,15 @@ from regiongpt.train.plan import make_plan
 from regiongpt.train.processes import Processes, connect, launched
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
 from regiongpt.train.resuming import prepare_resuming, resume_of
-from regiongpt.train.starts import check_shape, create_start, needs_calibration, require_trained, save_whole
+from regiongpt.train.starts import (
+    check_shape,
+    create_start,
+    measured_on,
+    needs_calibration,
+    require_trained,
+    save_whole,
+    start_shape,
+)
 from regiongpt.train.trainer import run_stage
 from regiongpt.train.watch_answers import load_watched
 from regiongpt.train.watch_cost import StageCost
@@ -174,11 +182,11 @@ def _train_on_photographs(config: TrainConfig) -> Path:
     if not config.model.language and not (language / "config.json").exists():
         raise ConfigError(f"steps: expected the result of 'language' in {language}, found none; run that step first")
     start = out / "start"
-    # A recipe that trains its own language model teaches it the plain template.
-    shape = config.model if config.model.language else replace(config.model, chat_template="plain")
-    create_start(shape, language, start, [each.path for each in images[:: max(1, len(images) // 128)]])
+    whole = cached_images(config) if config.features.root else images
+    create_start(start_shape(config.model), language, start, [each.path for each in measured_on(whole)])
     model, processor = weights.load(start, device="cpu")
-    store = build_features(out / "features", images, model, processor, config.features, config.seed)
+    store = build_features(out / "features", whole, model, processor, config.features)
+    store = store.part(whole, images) if config.features.root else store
 
     def prepare(name: str, stage: StageConfig, model: Any, processor: "RegionGPTProcessor") -> Lessons:
         dataset = ConversationDataset(
@@ -210,6 +218,11 @@ def _train_on_photographs(config: TrainConfig) -> Path:
     return finished
 
 
+def cached_images(config: TrainConfig) -> Sequence[ImageAnnotations]:
+    """The photographs whose features are cached: those that are trained on, or more."""
+    return load_coco(photo_sources(Path(config.features.root or config.data.root), config.data.split)).images
+
+
 def dev_conversations(
     config: TrainConfig, sampler: ConversationSampler, model: Any, processor: "RegionGPTProcessor"
 ) -> ConversationDataset | None:
@@ -219,7 +232,7 @@ def dev_conversations(
     found = load_coco(photo_sources(Path(config.data.root), config.data.dev_split)).images
     images = found[:: max(1, len(found) // config.watch.dev_items)][: config.watch.dev_items]
     whole = replace(config.features, views=1)
-    store = build_features(Path(config.out) / "features-dev", images, model, processor, whole, config.seed)
+    store = build_features(Path(config.out) / "features-dev", images, model, processor, whole)
     return ConversationDataset(
         images, store, sampler, processor, whole, config.seed, len(images), 1, 1.0, model.config.image_grid
     )
