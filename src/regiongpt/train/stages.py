@@ -127,7 +127,9 @@ def run_cli(arguments: Sequence[str]) -> int:
         plan = make_plan(config)
         print(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
         return 0
-    print(train(config))
+    finished = train(config)
+    if Processes().is_first:
+        print(finished)
     return 0
 
 
@@ -173,7 +175,8 @@ def _train_on_photographs(config: TrainConfig) -> Path:
     data = load_coco(photo_sources(Path(config.data.root), config.data.split))
     log.info("data: %s", data.report())
     images = data.images
-    note_run(out, config, {"photographs": {"folder": config.data.root, "split": config.data.split, "": data.report()}})
+    found = {"folder": config.data.root, "split": config.data.split, "found": data.report()}
+    note_run(out, config, {"photographs": found})
     sampler = sampler_of(config, images)
 
     language = Path(config.model.language) if config.model.language else out / "language"
@@ -304,15 +307,17 @@ def _cost(config: TrainConfig, name: str, model: Any) -> StageCost | None:
 
 def _train_on_records(config: TrainConfig) -> Path:
     """Takes a checkpoint through the stages that have records."""
+    config = _with_a_beginning(config)
     stages = [
         (name, stage, open_mixture(mixture, config.data.root, config.seed))
         for name, stage, mixture in (
             ("stage1", config.stage1, config.data.pretrain_mixture),
             ("stage2", config.stage2, config.data.mixture),
         )
-        if config.runs(name)
+        # What is finished is known by what it learnt from, whether or not it is to be run now.
+        if mixture and (config.runs(name) or (Path(config.out) / name / "model").exists())
     ]
-    if not stages:
+    if not any(config.runs(name) for name, *_ in stages):
         raise ConfigError(
             f"steps: expected a stage that has records, got {', '.join(config.steps)}; stage1 learns from "
             "data.pretrain_mixture, stage2 from data.mixture"
@@ -343,10 +348,34 @@ def _train_on_records(config: TrainConfig) -> Path:
 
     for name, stage, mixture in stages:
         folder = Path(config.out) / name
-        if processes.is_first:
-            _note(folder, identities[name])
-        finished = _learn(config, name, stage, finished, folder, partial(prepare, stage, mixture))
+        if config.runs(name):
+            if processes.is_first:
+                _note(folder, identities[name])
+            finished = _learn(config, name, stage, finished, folder, partial(prepare, stage, mixture))
+        else:
+            finished = folder / "model"
     return finished
+
+
+def _with_a_beginning(config: TrainConfig) -> TrainConfig:
+    """The recipe with a start that is there: a new model where stage 2 comes first and was told to begin with one.
+
+    Raises:
+        ConfigError: Stage 2 comes first, stage 1 has left no checkpoint, and ``from_scratch`` is not given. Said before
+            a new model is made, which takes long where it is large.
+    """
+    out, init = Path(config.out), config.model.init
+    there = init == "nano" or (init and (Path(init) / "config.json").is_file())
+    begun = config.runs("stage1") or any((out / stage / "model").exists() for stage in ("stage1", "stage2"))
+    if there or begun or not config.model.language:
+        return config
+    if not config.from_scratch:
+        raise ConfigError(
+            f"stage 2 comes first: expected a checkpoint that stage 1 has trained, got "
+            f"{f'{init}, where there is none' if init else 'none'}; run stage 1 first and give its result as "
+            "model.init, or give --from-scratch"
+        )
+    return replace(config, model=replace(config.model, init=""))
 
 
 def _begins_with(config: TrainConfig) -> Any:
