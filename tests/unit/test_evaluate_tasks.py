@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from java import need_pycocoevalcap
+from PIL import Image
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.task import Answer, Item, Result, Task
@@ -14,6 +15,7 @@ from regiongpt.evaluate.tasks import TASKS, task_class
 from regiongpt.evaluate.tasks.pope_questions import build_questions
 from regiongpt.evaluate.tasks.proposals import candidates_of, read_proposals
 from regiongpt.prompts import NO_MATCH
+from regiongpt.regions import Region
 
 NAMES = ("cat", "dog", "bird", "car", "bus", "cup", "fork", "spoon")
 
@@ -338,6 +340,23 @@ def test_proposals_of_another_split_or_form(expressions: Path, tmp_path: Path) -
     found = read_proposals(proposals(expressions, [*odd, good, {**good, "score": 0.7}]), {1}, 1, 0.5, rejects)
     assert found.boxes == {1: [(0, 0, 5, 5)]}
     assert rejects.counts == {"proposal of another form": 2, "box without size": 1}
+
+
+def test_a_proposal_outside_its_image_is_left_out_and_counted(expressions: Path) -> None:
+    Image.new("RGB", (120, 60)).save(expressions / "1.png")
+    lines = [json.loads(line) for line in (expressions / "refs.jsonl").read_text().splitlines()]
+    named = [{**line, "file_name": "1.png"} if line["image_id"] == 1 else line for line in lines]
+    (expressions / "refs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in named))
+    inside = {"image_id": 1, "bbox": [110, 50, 500, 500], "score": 0.5}
+    outside = [{"image_id": 1, "bbox": box, "score": 0.9} for box in ([120, 0, 5, 5], [-9, 0, 9, 5], [0, 60, 9, 9])]
+    proposals(expressions, [*outside, inside])
+    task = rec(expressions, top=1)
+    items = [item for item in task.load() if item.image_id == 1]
+    assert task.left_out.counts["proposal outside its image"] == 3
+    assert {region for item in items for region in item.regions} >= {Region.box(110, 50, 610, 550)}
+    assert all(len(item.regions) == 2 for item in items)
+    result = task.score(items, {item.id: Answer(text=item.truth) for item in items}, resamples=0)
+    assert any("proposal outside its image" in note for note in result.notes)
 
 
 def test_the_place_of_the_object_tells_nothing() -> None:

@@ -149,7 +149,8 @@ class Session:
         notes: Sequence[str],
     ) -> TaskRun:
         result: Result = task.score(items, answers, resamples=self.resamples)
-        result = dataclasses.replace(result, notes=(*notes, *result.notes))
+        part = {"part": f"the first {task.limit:,} images alone (--limit)"} if task.limit else {}
+        result = dataclasses.replace(result, notes=(*notes, *result.notes), pinned={**result.pinned, **part})
         run = write_task(self.out, result, items, answers, noted)
         chosen = mistakes.worst(result, answers, self.gallery)
         cards = mistakes.gallery(chosen, {item.id: item for item in items}, answers)
