@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,22 @@ def test_lvis_names_its_images_by_their_address(tmp_path: Path) -> None:
     (item,) = task.load()
     assert item.image == tmp_path / "val2017" / "000000000005.jpg"
     assert item.regions[0].kind == "polygon"
+    answers = {"1": Answer(text="aerosol_can")}
+    assert "LVIS" not in task.score([item], answers, resamples=0).pinned["scorer"]
+    with pytest.raises(DataError, match="expected neg_category_ids"):
+        replace(task, rules="lvis").load()
+
+    content["images"][0] |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    content["categories"][0]["frequency"] = "c"
+    dump(tmp_path / "lvis.json", content)
+    result = task.score(task.load(), answers, resamples=0)
+    assert "LVIS' rules" in result.pinned["scorer"]
+    assert values(result, "generate and match")["AP_common"] == pytest.approx(1)
+    assert values(result, "generate and match")["AP_rare"] is None
+    assert "AP_common" not in values(
+        replace(task, rules="coco").score(replace(task, rules="coco").load(), answers, resamples=0),
+        "generate and match",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
