@@ -57,6 +57,17 @@ class Prefix:
         """Memory of the tokens stored here."""
         return sum(part.nbytes for part in (*self.keys, *self.values))
 
+    def joined(self) -> "Prefix":
+        """The same in one piece, in memory of its own where it was in several: each is an attention by itself."""
+        if self.parent is None:
+            return self
+        keys = zip(*(part.keys for part in self.chain), strict=True)
+        values = zip(*(part.values for part in self.chain), strict=True)
+        return Prefix(
+            keys=tuple(torch.cat(parts, dim=1) for parts in keys),
+            values=tuple(torch.cat(parts, dim=1) for parts in values),
+        )
+
     def crop(self, length: int) -> "Prefix | None":
         """The first ``length`` tokens, in the same memory; None for none."""
         if length <= 0:
