@@ -1,5 +1,6 @@
 """Training configuration: frozen dataclasses read from TOML, with dotted overrides from the command line."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -314,7 +315,7 @@ class StageConfig:
             raise ConfigError(
                 f"batch_size: expected a multiple of micro_batch_size={self.micro_batch_size}, got {self.batch_size}"
             )
-        if self.epochs <= 0 or self.lr <= 0:
+        if not (0 < self.epochs < math.inf and 0 < self.lr < math.inf):
             raise ConfigError(f"epochs and lr: expected positive numbers, got {self.epochs} and {self.lr}")
         if self.visual_lr < 0 or self.alignment < 0:
             raise ConfigError(
