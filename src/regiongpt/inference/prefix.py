@@ -11,6 +11,7 @@ heads, E width of a head.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Prefix:
         """Tokens stored here."""
         return self.keys[0].shape[1]
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Tokens from the start of the text, those of the parents among them."""
         return sum(part.own for part in self.chain)

@@ -57,7 +57,16 @@ STEP: ContextVar[Step | None] = ContextVar("regiongpt_step", default=None)
 
 
 class Plan:
-    """Index tensors of a step on one device."""
+    """Index tensors of a step on one device.
+
+    Attributes:
+        places: of each new token its row in the cache and its place there, as indices; two numbers in their stead where
+            one new token of each of a run of rows goes to the same place, which is quicker to write.
+        position_N: of each new token in the text.
+        reach: tokens of the longest text.
+        segments: each stored piece of the prefixes once: where it begins, and the tokens behind it (None for all).
+        groups: sequences whose attention to their own tokens is computed together.
+    """
 
     def __init__(self, step: Step, device: torch.device) -> None:
         cache, rows, counts = step.cache, list(step.rows), list(step.counts)
@@ -66,10 +75,14 @@ class Plan:
         counts_R, before_R = torch.tensor(counts), torch.tensor([cache.total(row) for row in rows])
         owner_N = torch.repeat_interleave(torch.arange(len(rows)), counts_R)
         column_N = torch.arange(len(owner_N)) - (counts_R.cumsum(0) - counts_R)[owner_N]
-        self.places = (
-            torch.tensor(rows)[owner_N].to(device),
-            (torch.tensor(starts)[owner_N] + column_N).to(device),
-        )
+        self.places: tuple[slice, int] | tuple[Tensor, Tensor]
+        if max(counts) == 1 and len(set(starts)) == 1 and rows == list(range(rows[0], rows[0] + len(rows))):
+            self.places = slice(rows[0], rows[0] + len(rows)), starts[0]
+        else:
+            self.places = (
+                torch.tensor(rows)[owner_N].to(device),
+                (torch.tensor(starts)[owner_N] + column_N).to(device),
+            )
         depth_N = column_N if step.tree is None else (step.tree.sum(1).cpu() - 1)[column_N]
         self.position_N = (before_R[owner_N] + depth_N).to(device)
         self.reach = int(before_R.max()) + max(counts)
