@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from java import need_pycocoevalcap
+from java import need_java, need_pycocoevalcap
 from PIL import Image
 
 from regiongpt.errors import ConfigError, DataError
@@ -243,6 +243,14 @@ def test_java_is_asked_for_before_the_answers(expressions: Path, monkeypatch: py
     monkeypatch.delenv("JAVA_HOME", raising=False)
     with pytest.raises(ConfigError, match="expected Java"):
         captions(expressions, metrics="METEOR,CIDEr").load()
+
+
+def test_spice_says_what_it_lacks_before_the_answers(expressions: Path) -> None:
+    need_java()
+    if (need_pycocoevalcap("spice", "lib") / "stanford-corenlp-3.6.0.jar").is_file():
+        pytest.skip("SPICE's parser is installed here")
+    with pytest.raises(ConfigError, match=r"stanford-corenlp-3\.6\.0-models\.jar .* leave SPICE out"):
+        captions(expressions, metrics="CIDEr,SPICE").load()
 
 
 def test_visual_genome_by_split_and_grouping(tmp_path: Path) -> None:

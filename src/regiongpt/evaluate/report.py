@@ -39,7 +39,7 @@ def write_report(out: Path, runs: Sequence[TaskRun]) -> Path:
     sections = [_summary(runs), *(_task(run) for run in runs)]
     origin = {_origin(run) for run in runs}
     body = "\n".join(sections)
-    text = page("Evaluation", "; ".join(sorted(origin)), body, charts.STYLE + bars.STYLE + _STYLE)
+    text = page("Evaluation", "; ".join(sorted(origin)), body, charts.STYLE + bars.STYLE + STYLE)
     write_page(text, out / PAGE, "--out")
     return out / PAGE
 
@@ -176,7 +176,7 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-_STYLE: Final = """
+STYLE: Final = """
 details { margin-top: 14px; } summary { cursor: pointer; font-weight: 600; font-size: 14px; }
 details .facts, details .wide { margin-top: 8px; }
 .note { margin: 10px 0; padding: 8px 12px; border-left: 3px solid var(--c4); background: var(--asked);
