@@ -59,7 +59,7 @@ def shared_prefix_attention(
     step = STEP.get()
     if step is None or step.written is None or step.written[1] is not key or position_bias is not None:
         raise NotImplementedError(f"{type(module).__name__} does not hand keys from its cache to its attention")
-    if sliding_window is None and _has_window(module):
+    if step.trial and sliding_window is None and _has_window(module):
         raise NotImplementedError(f"{type(module).__name__} has a window and tells its mask alone of it")
     layer = step.written[0]
     index = next(i for i, other in enumerate(step.cache.layers) if other is layer)

@@ -27,6 +27,7 @@ class Step:
         counts: how many each has, at least 1.
         tree: bool (n, n), which new token of a sequence attends to which of its others, itself among them; all counts
             are n then. None where each attends to all before it.
+        trial: whether it is to be found out if the language model can go this way.
         written: the layer that was filled last, and with which keys.
     """
 
@@ -34,6 +35,7 @@ class Step:
     rows: Sequence[int]
     counts: Sequence[int]
     tree: Tensor | None = None
+    trial: bool = False
     written: "tuple[SuffixLayer, Tensor] | None" = None
     _plans: dict[torch.device, "Plan"] = field(default_factory=dict)
 
@@ -181,13 +183,16 @@ def _segments(
     prefixes: "Sequence[Prefix | None]", owner_N: Tensor, device: torch.device
 ) -> "list[tuple[Prefix, int, Tensor | None]]":
     """Each stored piece of the prefixes once: where it begins, and the tokens behind it (None for all of them)."""
+    rows: dict[int, list[int]] = {}
+    for row, prefix in enumerate(prefixes):
+        rows.setdefault(id(prefix), []).append(row)
     behind: dict[int, list[int]] = {}
     found: dict[int, tuple[Prefix, int]] = {}
-    for row, prefix in enumerate(prefixes):
-        begin = 0
+    for mine in rows.values():  # a prefix at a time: hundreds of sequences have few
+        begin, prefix = 0, prefixes[mine[0]]
         for segment in prefix.chain if prefix else ():
             found.setdefault(id(segment), (segment, begin))
-            behind.setdefault(id(segment), []).append(row)
+            behind.setdefault(id(segment), []).extend(mine)
             begin += segment.own
     result: list[tuple[Prefix, int, Tensor | None]] = []
     for key, (segment, begin) in found.items():
