@@ -468,6 +468,15 @@ _OF_NEW_MODELS = tuple(
 )
 
 
+def is_read(name: str, config: TrainConfig) -> bool:
+    """Whether a field, by its dotted name, goes with the rest of a recipe: a checkpoint brings its own shape, say."""
+    try:
+        _check_use(name, config)
+    except ConfigError:
+        return False
+    return True
+
+
 def _check_use(name: str, config: TrainConfig) -> None:
     """Raises ConfigError for a value that was given and that nothing would read."""
     table, _, leaf = name.partition(".")
