@@ -137,13 +137,14 @@ class Bench:
         scene = engine.look(Image.fromarray(self.photo))
         features = engine.pool_each(scene, regions)
         prompt = engine.prompt(question_turns((), self.text), features[0], 1, self.tokens)
+        prompt = prompt.for_many(engine.model.config.region_token_id) if len(regions) > 1 else prompt
         scheduler = Scheduler(engine.decoder, engine.model.get_input_embeddings(), [], [], None, len(regions))
         options = Options(max_new_tokens=self.tokens)
         jobs = (engine.job(scene, replace(prompt, pooled=each), options) for each in features)
         with self._watched(engine):
             written = [len(job.tokens) for job in scheduler.run(jobs)]
         assert written == [self.tokens] * len(regions), written
-        self.cache_bytes += sum(prefix.nbytes for prefix in scene.begun.prefixes.values())
+        self.cache_bytes += scene.begun.nbytes
 
     @contextmanager
     def _watched(self, engine: Engine) -> Iterator[None]:

@@ -4,6 +4,7 @@ import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 WIDTH, HEIGHT = 440, 250
@@ -11,6 +12,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 38
 _Place = Callable[[float, float], tuple[float, float]]
 _POINTS: Final = 300
 _SMOOTHED_FROM: Final = 60
+_TINY: Final = 1e-3
 _PREFIXES: Final = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 COLOURS: Final = 8
@@ -82,17 +84,23 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
     )
 
 
-def short(value: float) -> str:
-    """A number in few characters: ``1.2k``, ``0.034``, ``2e-05``."""
+def short(value: float, digits: int = 3) -> str:
+    """A number in few characters: ``1.2k``, ``0.034``, ``2e-05``.
+
+    Args:
+        value: The number.
+        digits: Most that are given; one less of numbers below a thousandth.
+    """
     size = abs(value)
     if not math.isfinite(value) or size == 0:
         return f"{value:g}"
-    if size < 1e-3:
-        return f"{value:.1e}".replace(".0e", "e")
+    if size < _TINY:
+        mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
+        return f"{float(mantissa):g}e{exponent}"
     for least, prefix in _PREFIXES:
         if size >= least:
-            return f"{value / least:.3g}{prefix}"
-    return f"{value:.3g}"
+            return f"{value / least:.{digits}g}{prefix}"
+    return f"{value:.{digits}g}"
 
 
 def _points(curve: Curve, logarithmic: bool) -> list[tuple[float, float]]:
@@ -120,15 +128,17 @@ def _range(ys: Sequence[float], logarithmic: bool) -> tuple[float, float]:
 
 def _axes(at: _Place, xs: tuple[float, float], ys: tuple[float, float], x_label: str, logarithmic: bool) -> str:
     parts = []
-    for y in _powers(*ys) if logarithmic else _ticks(*ys, 5):
+    heights = _powers(*ys) if logarithmic else _ticks(*ys, 5)
+    for y, label in zip(heights, _labels(heights), strict=True):
         _, down = at(xs[0], y)
         parts.append(
             f'<path class="grid" d="M{_LEFT} {down:.1f}H{WIDTH - _RIGHT}"/>'
-            f'<text x="{_LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{short(y)}</text>'
+            f'<text x="{_LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{label}</text>'
         )
-    for x in _ticks(*xs, 5, whole=all(float(x).is_integer() for x in xs)):
+    places = _ticks(*xs, 5, whole=all(float(x).is_integer() for x in xs))
+    for x, label in zip(places, _labels(places), strict=True):
         across, _ = at(x, ys[0])
-        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{short(x)}</text>')
+        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{label}</text>')
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{html.escape(x_label)}</text>')
     return "".join(parts)
@@ -191,13 +201,25 @@ def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[flo
     return [number * step for number in range(first, last + 1)]
 
 
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """Ticks in few characters, all with as many digits as tell each from the next."""
+    step = min((abs(right - left) for left, right in pairwise(ticks)), default=math.inf)
+
+    def is_told(tick: float, digits: int) -> bool:
+        return abs(float(f"{tick:.{digits - (abs(tick) < _TINY)}g}") - tick) <= 0.01 * step
+
+    digits = next((count for count in range(3, 12) if all(is_told(each, count) for each in ticks)), 12)
+    return [short(each, digits) for each in ticks]
+
+
 def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten between two numbers, with their 2 and 5 times where those are few."""
+    """Powers of ten between two numbers, with their 2 and 5 times where those are few, or else round numbers."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     tens = [10.0**each for each in exponents if low <= 10.0**each <= high]
     if len(tens) > 2:
         return tens[:: max(1, len(tens) // 5)]
-    return [k * 10.0**each for each in exponents for k in (1, 2, 5) if low <= k * 10.0**each <= high]
+    more = [k * 10.0**each for each in exponents for k in (1, 2, 5) if low <= k * 10.0**each <= high]
+    return more if len(more) > 1 else _ticks(low, high, 4)
 
 
 STYLE: Final = """

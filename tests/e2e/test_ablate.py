@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from pictures import draw_pictures
+from safetensors.torch import load_file
 
 from regiongpt import ConfigError
 from regiongpt.ablate.annotations import prepare
@@ -99,6 +100,46 @@ def test_a_model_is_asked_with_and_without_the_guiding_words(pictures, tmp_path,
     }
     assert asked["with"]["question"].endswith("Answer the question using COCO-80 category names.")
     assert not asked["asked-without"]["question"].endswith("category names.")
+
+
+@pytest.mark.slow
+def test_an_earlier_run_is_reused_by_all_variants_and_seeds(pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    size = [f"--{name}={value}" for name, value in SIZE.items()]
+    learnt = ["--steps=language,align", "--data.root", str(pictures)]
+    assert main(["train", str(RECIPE), *size, *learnt, "--out", str(run)]) == 0
+    made = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    words = ["--seeds", "0,1", "--reuse", str(run), "--shared", str(tmp_path / "shared"), "--steps=align"]
+    out = tmp_path / "out"
+    assert ablate("refinement", pictures, out, "--variants", "none,deconv", *words) == 0
+    assert not list((tmp_path / "shared").glob("language-*"))
+    towers = {
+        tower.tobytes()
+        for path in out.glob("*/seed-*/training/align/model/model.safetensors")
+        for tower in [load_file(path)["vision_tower.mean"].numpy()]
+    }
+    assert towers == {load_file(run / "start" / "model.safetensors")["vision_tower.mean"].numpy().tobytes()}
+    first, second = (load_file(path)["connector.mean"] for path in out.glob("none/seed-*/training/start/*.safetensors"))
+    assert not first.equal(second)
+    # Boxes and masks learn on some of the photographs, whose rows of the same features they take.
+    assert ablate("data", pictures, tmp_path / "data", *words, "--seeds", "0") == 0
+    found = json.loads((tmp_path / "data" / "result.json").read_text())
+    assert [variant["name"] for variant in found["variants"]] == ["boxes", "masks"]
+    assert len(list((tmp_path / "shared" / "towers").glob("*"))) == 1
+    # The alignment learns no words: of one seed it is made once for all wordings.
+    prompt = [*words[:-1], "--steps=align,stage2", "--stage2.epochs=1", "--from_scratch=true", "--seeds", "0"]
+    before = len(list((tmp_path / "shared").glob("align-*")))
+    assert ablate("prompt", pictures, tmp_path / "prompt", "--variants", "with,without", *prompt) == 0
+    aligned = {path.read_bytes() for path in (tmp_path / "prompt").glob("*/*/training/align/model/model.safetensors")}
+    assert len(aligned) == 1
+    assert len(list((tmp_path / "shared").glob("align-*"))) == before
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == made
+    # Neither another language model nor a folder without a run passes for the recipe's own.
+    capsys.readouterr()
+    assert ablate("refinement", pictures, tmp_path / "other", *words, "--model.layers=2") == 2
+    assert "num_hidden_layers 1 for 2" in capsys.readouterr().err
+    assert ablate("refinement", pictures, tmp_path / "other", "--reuse", str(tmp_path / "none")) == 2
+    assert "regiongpt train" in capsys.readouterr().err
 
 
 def test_annotations_are_cut_down_and_larger_shares_hold_smaller_ones(pictures, tmp_path):

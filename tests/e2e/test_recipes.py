@@ -23,6 +23,7 @@ from regiongpt.train.debug import debug_size
 from regiongpt.train.lora import choose_learners
 from regiongpt.train.plan import Plan, make_plan
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
+from regiongpt.train.shapes import language_shape, tower_shape
 from regiongpt.train.stages import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -88,6 +89,24 @@ def test_adapters_are_merged_into_a_checkpoint_like_any_other(runs: Any) -> None
     predictor = RegionPredictor.from_pretrained(finished)
     predictor.set_image(next((Path(config.out).parent / "made" / "images").iterdir()))
     assert isinstance(predictor.ask("What is <region1>?", [Region.box(4, 4, 30, 40)]).text, str)
+
+
+@pytest.mark.parametrize(
+    ("language", "vision"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", "facebook/dinov2-large"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "efficientnet-lite2"),
+    ],
+)
+def test_other_towers_and_language_models(language: str, vision: str, tmp_path: Path) -> None:
+    words = [f"--out={tmp_path}", f"--model.language={language}", f"--model.vision={vision}", "--model.image_size=0"]
+    config = debug_size(load_config(CONFIGS / "table7_openai_vit_l_336.toml", [*words, "--lora.rank=4"]))
+    plan, finished = make_plan(config), train(config)
+    model, _ = weights.load(finished)
+    assert model.config.text_config.model_type == language_shape(language).model_type
+    assert model.config.vision_config.model_type == tower_shape(vision).model_type
+    for part in plan.stages[0].parts:
+        assert part.parameters == sum(tensor.numel() for tensor in getattr(model, part.name).parameters()), part.name
 
 
 @pytest.mark.parametrize("grid", [1, 2])

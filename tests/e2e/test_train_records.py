@@ -22,6 +22,7 @@ from regiongpt.data.records import Record, Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
 from regiongpt.model import weights
 from regiongpt.train.config import load_config
+from regiongpt.train.debug import debug_size
 from regiongpt.train.stages import train
 
 ROOT = Path(__file__).parents[2]
@@ -223,6 +224,35 @@ def test_the_second_stage_alone_wants_to_be_told_so(
     with caplog.at_level(logging.WARNING):
         assert main([*words, *SMALL, "--from-scratch", "--stage2.epochs=0.4"]) == 0
     assert "live with noise" in caplog.text
+
+
+def test_the_second_stage_of_a_new_model_is_refused_before_the_model_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = debug_size(load_config(ROOT / "configs" / "vicuna7b_stage2.toml", [f"--out={tmp_path / 'made'}"]))
+    parts = [f"--model.{name}={value}" for name, value in (("vision", made.model.vision), ("image_size", 0))]
+    parts += [f"--model.language={made.model.language}", f"--data.mixture={made.data.mixture}", "--engine.workers=0"]
+    recipe = ["train", str(ROOT / "configs" / "vicuna7b_stage2.toml"), f"--out={tmp_path / 'run'}", *parts, *SMALL]
+    for init, told in ((tmp_path / "none", f"got {tmp_path / 'none'}, where there is none"), ("", "got none")):
+        assert main([*recipe, f"--model.init={init}"]) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert "run stage 1 first and give its result as model.init, or give --from-scratch" in error
+        assert not (tmp_path / "run" / "start").exists()
+    with caplog.at_level(logging.WARNING):
+        assert main([*recipe, f"--model.init={tmp_path / 'none'}", "--from-scratch"]) == 0
+    assert "live with noise" in caplog.text
+
+
+def test_stages_one_by_one_are_both_at_once(pictures: Path, start: Path, tmp_path: Path) -> None:
+    both = [f"--data.{name}={pictures / 'coco'}" for name in ("mixture", "pretrain_mixture")] + [*FIRST, *SMALL]
+    assert run(start, tmp_path / "once", *both) == 0
+    assert run(start, tmp_path / "twice", *both, "--steps=stage1") == 0
+    assert not (tmp_path / "twice" / "stage2").exists()
+    assert run(start, tmp_path / "twice", *both, "--steps=stage2") == 0
+    once, twice = (tensors(tmp_path / out / "stage2" / "model") for out in ("once", "twice"))
+    assert not [name for name in once if not torch.equal(once[name], twice[name])]
+    assert run(start, tmp_path / "once", *both, "--steps=stage2") == 0
 
 
 @pytest.mark.slow

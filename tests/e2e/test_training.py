@@ -130,6 +130,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, pictures, tmp_path):
         (["--stage2.epoch", "8"], "did you mean 'stage2.epochs'"),
         (["--stage2.lr", "fast"], "stage2.lr: expected float, got 'fast'"),
         (["--stage2.lr"], "expected a value"),
+        (["--stage2.lr=nan"], "epochs and lr: expected positive numbers"),
         (["--model.heads=3"], "model.heads: expected a divisor"),
         (["--stage1.batch_size=9"], "a multiple of micro_batch_size"),
         (["--seed.a=1"], "'seed' is a value, not a table"),

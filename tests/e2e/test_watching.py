@@ -104,9 +104,20 @@ def test_the_page_tells_of_the_run_and_needs_no_other_file(runs: dict[str, Path]
     assert part["shards"][0]["sha256"][:12] in page
     assert notes["data"]["dev"]["records an epoch"] == 7
     assert str(records) in page
-    assert "micro_batch_size" in page
+    for field in ("micro_batch_size", "init", "packing", "rank"):
+        assert f"<dt>{field}</dt>" in page
+    for unread in ("vocab_size", "vision", "outline_share", "isolated_share", "views", "alpha"):
+        assert f"<dt>{unread}</dt>" not in page
     # A step that is not watched needs no picture.
     assert "data:image" not in (runs["plain"] / "report.html").read_text()
+
+
+def test_the_recipe_of_another_release_is_shown_as_it_is(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["plain"], tmp_path / "run")
+    notes = json.loads((tmp_path / "run" / "run.json").read_text())
+    notes["config"]["engine"]["turbo"] = "on"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(notes))
+    assert "<dt>turbo</dt><dd>on</dd>" in write_report(tmp_path / "run").read_text()
 
 
 def test_the_page_of_a_run_that_was_killed_is_made_of_what_there_is(

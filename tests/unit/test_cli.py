@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_checkpoint import make_checkpoint, make_parts
 
 from regiongpt import cli
+from regiongpt.inference import commands
 
 QUESTION = "What is <region1>?"
 
@@ -323,16 +324,16 @@ def test_help_and_mistakes_do_without_torch():
 
 def test_ctrl_c_and_a_closed_pipe_end_quietly(run, monkeypatch):
     def raise_this(error: type[BaseException]):
-        def handler(_):
+        def handler(*_):
             raise error
 
         return handler
 
-    monkeypatch.setattr(cli, "_ask", raise_this(KeyboardInterrupt))
+    monkeypatch.setattr(commands, "run_ask", raise_this(KeyboardInterrupt))
     code, _, err = run("ask", "photo.jpg", QUESTION)
     assert (code, err.strip()) == (130, "")
     redirected = []
-    monkeypatch.setattr(cli, "_ask", raise_this(BrokenPipeError))
+    monkeypatch.setattr(commands, "run_ask", raise_this(BrokenPipeError))
     monkeypatch.setattr(os, "dup2", lambda *fds: redirected.append(fds))
     monkeypatch.setattr(sys, "stdout", sys.__stdout__)
     assert cli.main(["ask", "photo.jpg", QUESTION]) == 141

@@ -8,7 +8,7 @@ import pytest
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import interval, mean_statistic, paired, sum_statistic
-from regiongpt.evaluate.metrics.detection import detection_scores
+from regiongpt.evaluate.metrics.detection import Federated, detection_scores
 from regiongpt.evaluate.metrics.labels import Labels
 from regiongpt.evaluate.metrics.lexing import Lexer, Rule
 from regiongpt.evaluate.metrics.overlap import overlaps
@@ -169,6 +169,42 @@ def test_detections_by_hand() -> None:
     values = detection_scores(scene(), right[:1]).statistics["AP"].values(times)
     assert values[:2].tolist() == pytest.approx([1, 0])
     assert np.isnan(values[2])
+
+
+def test_lvis_counts_what_was_looked_for_alone() -> None:
+    box = [0, 0, 10, 10]
+    there = [
+        {"image_id": i, "category_id": c, "bbox": box, "area": 100, "iscrowd": 0} for i, c in ((1, 1), (2, 2), (3, 1))
+    ]
+    truth = {"images": [{"id": k} for k in (1, 2, 3)], "annotations": there, "categories": [{"id": 1}, {"id": 2}]}
+    far = [50, 50, 10, 10]
+    said = [
+        (1, 1, box, 0.5),
+        (2, 1, far, 0.9),  # known not to be there: wrong
+        (3, 1, far, 0.95),  # there may be more of them than were annotated: does not count
+        (3, 1, box, 0.3),
+        (1, 2, far, 0.9),  # nobody looked for it there: does not count
+        (2, 2, box, 0.4),
+    ]
+    found = [dict(zip(("image_id", "category_id", "bbox", "score"), each, strict=True)) for each in said]
+    rules = Federated(absent={1: [], 2: [1], 3: []}, partly={3: [1]}, frequency={1: "r", 2: "f"})
+    scores = detection_scores(truth, found, federated=rules)
+    # Of the first category one wrong, then two right: the better precision, 2/3, counts at both recalls.
+    assert scores.figures["AP_rare"] == pytest.approx(2 / 3)
+    assert scores.figures["AP_frequent"] == pytest.approx(1)
+    assert np.isnan(scores.figures["AP_common"])
+    assert scores.figures["AP"] == pytest.approx((2 / 3 + 1) / 2)
+    assert detection_scores(truth, found).figures["AP"] == pytest.approx(1 / 2)
+
+
+def test_of_an_image_lvis_takes_the_best_300_detections() -> None:
+    there = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}]
+    truth = {"images": [{"id": 1}], "annotations": there, "categories": [{"id": 1}, {"id": 2}]}
+    others = [{"image_id": 1, "category_id": 2, "bbox": [0, 0, 9, 9], "score": 0.9}] * 300
+    own = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 0.5}
+    rules = Federated(absent={1: []}, partly={}, frequency={1: "r", 2: "r"})
+    assert detection_scores(truth, [own, *others[1:]], federated=rules).figures["AP"] == pytest.approx(1)
+    assert detection_scores(truth, [own, *others], federated=rules).figures["AP"] == 0
 
 
 def test_detections_that_cannot_be_scored_are_refused() -> None:

@@ -10,7 +10,7 @@ from evaluating import Drawn, register
 from pictures import draw_pictures
 from tiny_checkpoint import make_checkpoint
 
-from regiongpt import ConfigError, DataError
+from regiongpt import ConfigError
 from regiongpt.cli import main
 from regiongpt.evaluate import answering, runner
 from regiongpt.evaluate.runs import PAGE, options_of, read_lines, read_run, task_of
@@ -272,9 +272,26 @@ def test_work_is_shared_whole_disjoint_and_evenly():
     assert max(sizes) - min(sizes) <= 2
 
 
-def test_a_broken_image_is_named_with_its_item(data, checkpoint, tmp_path):
+def test_a_broken_image_or_a_region_outside_is_counted_and_does_not_end_the_run(data, checkpoint, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "images" / "2.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"2\.png"):
-        Session(out=tmp_path / "out").score_model([Drawn(data=tmp_path / "data")], checkpoint)
-    assert len((tmp_path / "out" / "answers" / "00000.jsonl").read_text().splitlines()) == 2
+    content = json.loads((tmp_path / "data" / "instances_dev.json").read_text())
+    outside = next(each for each in content["annotations"] if each["image_id"] == 1)
+    outside["bbox"] = [5000, 10, 20, 20]
+    (tmp_path / "data" / "instances_dev.json").write_text(json.dumps(content))
+    task = Drawn(data=tmp_path / "data")
+    (run,) = Session(out=tmp_path / "out").score_model([task], checkpoint)
+    broken = [item for item in task.load() if item.image_id == 2]
+    wrong = len(broken) + 1
+    assert any(note.startswith(f"{wrong} of {len(task.load())} questions could not") for note in run.result["notes"])
+    answers = {row["id"] for row in map(json.loads, (run.folder / "predictions.jsonl").read_text().splitlines())}
+    assert answers == {item.id for item in task.load()} - {item.id for item in broken} - {str(outside["id"])}
+    # What is wrong with one item changes nothing for the others of its image.
+    (whole,) = Session(out=tmp_path / "whole").score_model([Drawn(data=data)], checkpoint)
+    rows = {row["id"]: row["answer"] for row in read_lines(whole.folder / "items.jsonl")}
+    assert all(row["answer"] == rows[row["id"]] for row in read_lines(run.folder / "items.jsonl") if not row["missing"])
+
+
+def test_a_part_of_the_images_is_named_beside_the_figures(data, checkpoint, tmp_path):
+    (run,) = Session(out=tmp_path).score_model([Drawn(data=data, limit=1)], checkpoint)
+    assert run.result["pinned"]["part"] == "the first 1 images alone (--limit)"

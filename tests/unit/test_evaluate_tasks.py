@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from java import need_pycocoevalcap
+from java import need_java, need_pycocoevalcap
+from PIL import Image
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.task import Answer, Item, Result, Task
@@ -14,6 +16,7 @@ from regiongpt.evaluate.tasks import TASKS, task_class
 from regiongpt.evaluate.tasks.pope_questions import build_questions
 from regiongpt.evaluate.tasks.proposals import candidates_of, read_proposals
 from regiongpt.prompts import NO_MATCH
+from regiongpt.regions import Region
 
 NAMES = ("cat", "dog", "bird", "car", "bus", "cup", "fork", "spoon")
 
@@ -174,6 +177,22 @@ def test_lvis_names_its_images_by_their_address(tmp_path: Path) -> None:
     (item,) = task.load()
     assert item.image == tmp_path / "val2017" / "000000000005.jpg"
     assert item.regions[0].kind == "polygon"
+    answers = {"1": Answer(text="aerosol_can")}
+    assert "LVIS" not in task.score([item], answers, resamples=0).pinned["scorer"]
+    with pytest.raises(DataError, match="expected neg_category_ids"):
+        replace(task, rules="lvis").load()
+
+    content["images"][0] |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    content["categories"][0]["frequency"] = "c"
+    dump(tmp_path / "lvis.json", content)
+    result = task.score(task.load(), answers, resamples=0)
+    assert "LVIS' rules" in result.pinned["scorer"]
+    assert values(result, "generate and match")["AP_common"] == pytest.approx(1)
+    assert values(result, "generate and match")["AP_rare"] is None
+    assert "AP_common" not in values(
+        replace(task, rules="coco").score(replace(task, rules="coco").load(), answers, resamples=0),
+        "generate and match",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,6 +243,14 @@ def test_java_is_asked_for_before_the_answers(expressions: Path, monkeypatch: py
     monkeypatch.delenv("JAVA_HOME", raising=False)
     with pytest.raises(ConfigError, match="expected Java"):
         captions(expressions, metrics="METEOR,CIDEr").load()
+
+
+def test_spice_says_what_it_lacks_before_the_answers(expressions: Path) -> None:
+    need_java()
+    if (need_pycocoevalcap("spice", "lib") / "stanford-corenlp-3.6.0.jar").is_file():
+        pytest.skip("SPICE's parser is installed here")
+    with pytest.raises(ConfigError, match=r"stanford-corenlp-3\.6\.0-models\.jar .* leave SPICE out"):
+        captions(expressions, metrics="CIDEr,SPICE").load()
 
 
 def test_visual_genome_by_split_and_grouping(tmp_path: Path) -> None:
@@ -338,6 +365,23 @@ def test_proposals_of_another_split_or_form(expressions: Path, tmp_path: Path) -
     found = read_proposals(proposals(expressions, [*odd, good, {**good, "score": 0.7}]), {1}, 1, 0.5, rejects)
     assert found.boxes == {1: [(0, 0, 5, 5)]}
     assert rejects.counts == {"proposal of another form": 2, "box without size": 1}
+
+
+def test_a_proposal_outside_its_image_is_left_out_and_counted(expressions: Path) -> None:
+    Image.new("RGB", (120, 60)).save(expressions / "1.png")
+    lines = [json.loads(line) for line in (expressions / "refs.jsonl").read_text().splitlines()]
+    named = [{**line, "file_name": "1.png"} if line["image_id"] == 1 else line for line in lines]
+    (expressions / "refs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in named))
+    inside = {"image_id": 1, "bbox": [110, 50, 500, 500], "score": 0.5}
+    outside = [{"image_id": 1, "bbox": box, "score": 0.9} for box in ([120, 0, 5, 5], [-9, 0, 9, 5], [0, 60, 9, 9])]
+    proposals(expressions, [*outside, inside])
+    task = rec(expressions, top=1)
+    items = [item for item in task.load() if item.image_id == 1]
+    assert task.left_out.counts["proposal outside its image"] == 3
+    assert {region for item in items for region in item.regions} >= {Region.box(110, 50, 610, 550)}
+    assert all(len(item.regions) == 2 for item in items)
+    result = task.score(items, {item.id: Answer(text=item.truth) for item in items}, resamples=0)
+    assert any("proposal outside its image" in note for note in result.notes)
 
 
 def test_the_place_of_the_object_tells_nothing() -> None:

@@ -9,7 +9,7 @@ from tiny import TOWERS
 from transformers import AutoConfig
 
 from regiongpt.images import load_image
-from regiongpt.inference.engine import Engine, question_turns
+from regiongpt.inference.engine import Engine, Options, question_turns
 from regiongpt.model.configuration import REFINEMENTS
 from regiongpt.prompts import CHAT_TEMPLATES, question
 
@@ -112,3 +112,33 @@ def test_questions_of_any_length_enter_and_leave(engine, asked, rows, seed):
         most.append(limit)
     expected = [plain_tokens(engine, photo, *each, limit) for each, limit in zip(conversations, most, strict=True)]
     assert batch_tokens(narrow, scene, conversations, most) == expected
+
+
+def test_what_a_question_says_before_its_region_is_read_once(engine, monkeypatch):
+    photo, regions = photograph(), boxes(5)
+    scene = engine.look(load_image(photo))
+    read, forward = [], engine.decoder.forward
+
+    def watched(cache, embeds, rows, counts, **options):
+        read.append((len(rows), len(embeds)))
+        return forward(cache, embeds, rows, counts, **options)
+
+    monkeypatch.setattr(engine.decoder, "forward", watched)
+    for text in (DESCRIBE, BRIEF, DESCRIBE):
+        read.clear()
+        answers = engine.answer_each(scene, text, regions, Options(max_new_tokens=4))
+        ids = engine.encode(question_turns((), text), 1)["input_ids"].tolist()
+        first = ids.index(engine.model.config.region_token_id)
+        assert (5, 5 * (len(ids) - first)) in read
+        plain = [plain_tokens(engine, photo, question_turns((), text), [region], 4) for region in regions]
+        assert [answer.text for answer in answers] == [engine.read(tokens, 1, (), 0.0).text for tokens in plain]
+        # The words stand behind the image in one piece of memory, and take that of the last question's.
+        (image,), ((_, prefix),) = scene.begun.prefixes.values(), scene.begun.questions.values()
+        assert prefix.length == first
+        assert image.keys[0].data_ptr() == prefix.keys[0].data_ptr()
+        assert scene.begun.nbytes == prefix.nbytes
+    read.clear()
+    engine.answer_each(scene, DESCRIBE, regions, Options(max_new_tokens=1))
+    assert read == [(5, 5 * (len(ids) - first))]
+    scene.begun.clear()
+    assert scene.begun.nbytes == 0

@@ -135,6 +135,22 @@ def test_a_spike_does_not_flatten_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
+    ("ys", "logarithmic", "labels"),
+    [
+        ([6.2002, 6.2134], False, ["6.2", "6.205", "6.21"]),
+        ([1.2e-4, 2.1e-4], False, ["1.2e-04", "1.4e-04", "1.6e-04", "1.8e-04", "2e-04"]),
+        ([100_120, 100_210], False, ["100.12k", "100.14k", "100.16k", "100.18k", "100.2k"]),
+        ([0.0, 1.0], False, ["0", "0.5", "1"]),
+        ([3.13, 4.51], True, ["3", "4", "5"]),
+        ([0.1, 10.0], True, ["0.1", "1", "10"]),
+    ],
+)
+def test_an_axis_has_some_numbers_and_they_differ(ys: list[float], logarithmic: bool, labels: list[str]) -> None:
+    figure = line_chart("t", [Curve(name="n", xs=[1, 2], ys=ys)], logarithmic=logarithmic)
+    assert re.findall(r'text-anchor="end">([^<]*)<', figure) == labels
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (0.5, "0.5"), (1234, "1.23k"), (2e-5, "2e-05"), (3.2e9, "3.2G"), (math.nan, "nan"), (-1500, "-1.5k")],
 )

@@ -46,6 +46,7 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss, sinks": ("gpt_oss", {**WINDOW, "num_local_experts": 4}),
 }
 COPYING: dict[str, tuple[str, dict[str, Any]]] = {
+    "phimoe, a window in its mask alone": ("phimoe", {**GROUPED, "sliding_window": 8, "num_local_experts": 4}),
     "bloom, a bias of its own": ("bloom", {"n_layer": 2, "n_head": 4}),
     "llama4, chunks of 8": (
         "llama4_text",

@@ -323,7 +323,7 @@ def test_pieces_are_whole_words_and_never_taken_back():
 def test_the_token_budget_bounds_memory_and_changes_no_answer(parts, monkeypatch):
     predictor = RegionPredictor(*parts).set_image(photograph())
     expected = [answer.text for answer in predictor.describe(BOXES * 5, max_new_tokens=5)]
-    tight = RegionPredictor(*parts, token_budget=120).set_image(photograph())
+    tight = RegionPredictor(*parts, token_budget=90).set_image(photograph())
     most, forward = [0], tight.engine.decoder.forward
 
     def watched(cache, embeds, rows, counts, **options):

@@ -172,6 +172,26 @@ def test_bfloat16_learns_about_the_same_and_keeps_its_weights_in_float32(tmp_pat
     assert model.training == expected.training
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_compiled_layers_learn_the_same(packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, compiled = torch.nn.Module.compile, []
+
+    def compile_layer(layer: torch.nn.Module, **options: Any) -> None:
+        compiled.append(layer)
+        whole(layer, backend="aot_eager", **options)  # the default backend's C++ takes half a minute to build
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
+    expected, _ = learn(tmp_path / "plain", items=16)
+    assert not compiled
+    torch._dynamo.utils.counters.clear()
+    model, _ = learn(tmp_path / "compiled", items=16, engine=EngineConfig(compile=True, packing=packing))
+    assert len(compiled) == model.config.text_config.num_hidden_layers
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert_close(weights_of(model), weights_of(expected))
+
+
 def test_the_weights_with_the_lowest_dev_loss_are_taken_and_kept(tmp_path: Path) -> None:
     watch = WatchConfig(keep=1, dev_steps=2, dev_items=5)
     model, trainer = learn(tmp_path, stage=settings(lr=0.3, save_steps=100), watch=watch, dev=5)

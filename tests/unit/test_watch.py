@@ -18,7 +18,7 @@ from regiongpt.model import weights
 from regiongpt.train import watch_log
 from regiongpt.train.processes import Processes
 from regiongpt.train.watch import StepMeter, Watch, learning_rates
-from regiongpt.train.watch_cost import StageCost, matmul_rate, named_peak
+from regiongpt.train.watch_cost import StageCost, matmul_rate, named_peak, peak_flops
 from regiongpt.train.watch_log import StepLog, read_lines
 from regiongpt.train.watch_tally import TASKS, StepSums, Tally, task_numbers
 
@@ -313,6 +313,15 @@ def test_groups_of_one_name_share_a_rate() -> None:
 
 def test_a_matrix_product_has_a_rate() -> None:
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e15
+
+
+def test_a_device_that_is_slow_in_bfloat16_is_held_to_its_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {torch.float32: 5e10, torch.bfloat16: 1e9}
+    monkeypatch.setattr("regiongpt.train.watch_cost.matmul_rate", lambda _, precision: rates[precision])
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) == 5e10
+    rates[torch.bfloat16] = 4e11
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) == 4e11
+    assert peak_flops(torch.device("cpu"), torch.float32) == 5e10
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ def run_ablate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int
         out=options.out,
         device=options.device,
         resamples=options.resamples,
+        shared=options.shared,
+        reuse=options.reuse,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -85,6 +87,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--variants", metavar="A,B,...", help="which (default: all); the others are held against the first"
     )
     parser.add_argument("--seeds", metavar="N,N,...", default="0,1,2", help="of the training (default: 0,1,2)")
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        metavar="RUN",
+        help="an earlier run of `regiongpt train`: its language model, tower and features serve all variants and seeds",
+    )
+    parser.add_argument(
+        "--shared",
+        type=Path,
+        metavar="DIR",
+        help="what runs have in common; several ablations may (default: OUT/shared)",
+    )
     parser.add_argument("--task", default="coco_cls", help="the benchmark (default: coco_cls)")
     parser.add_argument("--device", help="that the trained models are asked on (default: the first there is)")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, metavar="N", help=f"default: {RESAMPLES}")

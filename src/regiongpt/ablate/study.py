@@ -3,7 +3,7 @@
 OUT/VARIANT/seed-N/recipe.json   the recipe, resolved; another one is refused
 OUT/VARIANT/seed-N/training/     the run of ``regiongpt train``
 OUT/VARIANT/seed-N/evaluation/   the run of ``regiongpt evaluate``
-OUT/shared/                      language models and features of variants whose recipes agree in them
+OUT/shared/                      language models, features and the like of variants whose recipes agree in them
 """
 
 import dataclasses
@@ -11,10 +11,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from regiongpt.ablate.annotations import prepare
 from regiongpt.ablate.variants import Variant, same_training
@@ -45,6 +48,9 @@ class Study:
         out: Folder.
         device: That the trained models are asked on.
         resamples: Of the bootstrap.
+        shared: Folder of what runs have in common, which several ablations may use; ``OUT/shared`` where None.
+        reuse: An earlier run of ``regiongpt train``, whose language model, tower and features serve all runs whose
+            recipe is of the same shape.
     """
 
     kind: str
@@ -56,6 +62,8 @@ class Study:
     out: Path
     device: str | None
     resamples: int
+    shared: Path | None = None
+    reuse: Path | None = None
 
     def run(self) -> dict[str, list[TaskRun]]:
         """Trains and asks whatever is still to be trained and asked.
@@ -66,6 +74,8 @@ class Study:
         Raises:
             RegionGPTError: As training and evaluation do.
         """
+        if self.reuse is not None:
+            check_reuse(self.reuse, load_config(self.recipe, self.overrides))
         configs = {(v.name, seed): self._config(v, seed) for v in self.variants for seed in self.seeds}
         for (name, seed), config in configs.items():
             self._note(name, seed, config)
@@ -75,9 +85,17 @@ class Study:
             for number, variant in enumerate(self.variants):
                 log.info("%s, seed %d", variant.name, seed)
                 model = self._model(number, seed, configs)
-                session = Session(out=self._folder(variant.name, seed) / "evaluation", resamples=self.resamples)
+                session = Session(
+                    out=self._folder(variant.name, seed) / "evaluation",
+                    resamples=self.resamples,
+                    towers=self._shared / "towers",
+                )
                 found[variant.name] += session.score_model([self.tasks[variant.name]], model, self.device)
         return found
+
+    @property
+    def _shared(self) -> Path:
+        return self.shared if self.shared is not None else self.out / "shared"
 
     def _folder(self, name: str, seed: int) -> Path:
         return self.out / name / f"seed-{seed}"
@@ -90,18 +108,26 @@ class Study:
         if not config.data.on_records and not config.data.root:
             raise ConfigError("data.root: expected the folder of the annotated photographs; give --data.root DIR")
         if variant.annotations:
-            root = prepare(Path(config.data.root), config.data.split, variant.annotations, self.out / "shared")
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(root)))
+            whole = config.data.root
+            root = prepare(Path(whole), config.data.split, variant.annotations, self._shared)
+            # The features of a part are some of those of the whole, which other ablations have made, or will need.
+            config = dataclasses.replace(
+                config,
+                data=dataclasses.replace(config.data, root=str(root)),
+                features=dataclasses.replace(config.features, root=config.features.root or whole),
+            )
         return config
 
     def _note(self, name: str, seed: int, config: TrainConfig) -> None:
         """Raises ConfigError where the folder holds a run of another recipe, whose model would pass for this one's."""
         plain = json.loads(json.dumps(asdict(config)))
         del plain["out"]
+        if self.reuse is not None:
+            plain["reuse"] = str(self.reuse.resolve())
         path = self._folder(name, seed) / RECIPE
         if path.exists() and read_json(path) != plain:
             there = read_json(path)
-            parts = [part for part in plain if plain[part] != there.get(part)]
+            parts = [part for part in {**there, **plain} if plain.get(part) != there.get(part)]
             raise ConfigError(
                 f"{path.parent}: expected a run of the same recipe, found another ({', '.join(parts)} differ); give "
                 "another --out, or delete the folder"
@@ -122,41 +148,161 @@ class Study:
         variant = self.variants[number]
         owner = next(each for each in self.variants if same_training(each, variant))
         config = configs[owner.name, seed]
-        if not config.data.on_records:
-            self._share(config)
+        if config.data.on_records:
+            return train(config)
+        # Another process with other seeds waits for what it would else make too, and trains beside this one then.
+        with self._alone():
+            self._take(config)
+            if not all(kept.exists() for made, kept in self._kept(config) if made.name != "model"):
+                model = train(config)
+                self._keep(config)
+                return model
         model = train(config)
-        if not config.data.on_records:
-            self._keep_language(config)
+        with self._alone():
+            self._keep(config)
         return model
 
-    def _share(self, config: TrainConfig) -> None:
-        """Gives a run the language model and the features that another has made in the same way."""
+    def _kept(self, config: TrainConfig) -> list[tuple[Path, Path]]:
+        """What a run makes that others can take, and where it is kept for them."""
+        training = Path(config.out)
+        pairs = [(training / "start", self._tower(config))]
+        if not config.model.language:
+            pairs.append((training / "language", self._language(config)))
+        if config.runs("align"):
+            pairs.append((training / "align" / "model", self._align(config)))
+        return pairs
+
+    def _keep(self, config: TrainConfig) -> None:
+        for made, kept in self._kept(config):
+            if made.exists() and not kept.exists():
+                _copy(made, kept)
+
+    def _take(self, config: TrainConfig) -> None:
+        """Gives a run what another has made in the same way: language model, features, start, alignment."""
+        import torch
+        from transformers import set_seed
+
+        from regiongpt.train.stages import cached_images
+        from regiongpt.train.starts import create_start, measured_on, start_shape
+
         training = Path(config.out)
         training.mkdir(parents=True, exist_ok=True)
-        language, kept = training / "language", self._language(config)
-        if not config.model.language and not language.exists() and kept.exists():
-            _copy(kept, language)
+        for made, kept in self._kept(config):
+            if made.name != "start" and kept.exists() and not made.exists():
+                _copy(kept, made)
         features = training / "features"
         if not features.exists() and not features.is_symlink():
-            data, model = config.data, config.model
-            made = [data.root, data.split, asdict(config.features), config.seed, model.vision, model.image_size]
-            shared = self.out / "shared" / f"features-{digest(made)}"
+            shared = self._features(config)
             shared.mkdir(parents=True, exist_ok=True)
             features.symlink_to(os.path.relpath(shared, training), target_is_directory=True)
+        language = Path(config.model.language or training / "language")
+        tower, start = self._tower(config), training / "start"
+        if tower.exists() and (language / "config.json").exists() and not (start / "config.json").exists():
+            rows = np.load(features / "features.npy", mmap_mode="r")
+            measured = [torch.from_numpy(rows[k, 0].astype(np.float32)) for k in measured_on(range(len(rows)))]
+            if len(rows) != len(cached_images(config)):
+                raise DataError(
+                    f"{features}: expected features of the {len(cached_images(config))} photographs, got {len(rows)}; "
+                    "give another folder, or leave it out"
+                )
+            set_seed(config.seed)
+            create_start(start_shape(config.model), language, start, (), (tower, measured))
 
-    def _keep_language(self, config: TrainConfig) -> None:
-        language, kept = Path(config.out) / "language", self._language(config)
-        if language.exists() and not kept.exists():
-            _copy(language, kept)
+    def _alone(self) -> AbstractContextManager[None]:
+        return _locked(self._shared / "lock")
+
+    def _features(self, config: TrainConfig) -> Path:
+        if self._reusing(config):
+            assert self.reuse is not None
+            return self.reuse / "features"
+        return self._shared / f"features-{digest(self._seen(config))}"
+
+    def _tower(self, config: TrainConfig) -> Path:
+        if self._reusing(config):
+            assert self.reuse is not None
+            return self.reuse / "start"
+        return self._shared / f"tower-{digest(self._seen(config))}"
 
     def _language(self, config: TrainConfig) -> Path:
-        shape = {name: value for name, value in asdict(config.model).items() if name not in _NOT_OF_LANGUAGE}
-        made = [shape, asdict(config.data), asdict(config.language), config.seed]
-        return self.out / "shared" / f"language-{digest(made)}"
+        if self.reuse is not None and _shape(config) == _shape(self._base()):
+            return self.reuse / "language"
+        made = [_shape(config), asdict(config.data), asdict(config.language), config.seed]
+        return self._shared / f"language-{digest(made)}"
+
+    def _align(self, config: TrainConfig) -> Path:
+        # The words of questions and answers are not learnt there.
+        data = {name: value for name, value in asdict(config.data).items() if name != "suffixes"}
+        parts = [asdict(config.model), data, asdict(config.align), config.isolated_share, config.seed]
+        origin = [str(self._features(config).resolve()), str(self.reuse.resolve()) if self.reuse else ""]
+        return self._shared / f"align-{digest(parts, asdict(config.features), origin)}"
+
+    def _base(self) -> TrainConfig:
+        return load_config(self.recipe, self.overrides)
+
+    def _reusing(self, config: TrainConfig) -> bool:
+        """Whether the earlier run has made the features that this one needs."""
+        return self.reuse is not None and self._seen(config) == self._seen(self._base())
+
+    @staticmethod
+    def _seen(config: TrainConfig) -> list[Any]:
+        """What features depend on."""
+        features = {**asdict(config.features), "root": config.features.root or config.data.root}
+        return [config.data.split, features, config.model.vision, config.model.image_size]
+
+
+def check_reuse(run: Path, config: TrainConfig) -> None:
+    """Holds an earlier run to what an ablation takes from it.
+
+    Args:
+        run: Folder of ``regiongpt train``.
+        config: The recipe that all variants are varied from.
+
+    Raises:
+        ConfigError: The recipe trains on records, or its language model is of another shape.
+        DataError: The run has not made all of it.
+    """
+    if config.data.on_records or config.model.language:
+        raise ConfigError(
+            "expected --reuse with a recipe that trains its own language model on photographs; leave it out"
+        )
+    for name in ("language/config.json", "start/config.json", "features/features.npy", "features/progress.json"):
+        if not (run / name).exists():
+            raise DataError(
+                f"{run / name}: expected the folder of an earlier `regiongpt train` with its features, found none"
+            )
+    there, model = read_json(run / "language" / "config.json"), config.model
+    wanted = {
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "intermediate_size": model.mlp_size,
+    }
+    if wrong := [f"{name} {there.get(name)} for {value}" for name, value in wanted.items() if there.get(name) != value]:
+        raise ConfigError(f"{run / 'language'}: expected the recipe's language model, got another: {', '.join(wrong)}")
+
+
+def _shape(config: TrainConfig) -> dict[str, Any]:
+    """What the shape of a language model depends on, and the form of what it reads."""
+    return {name: value for name, value in asdict(config.model).items() if name not in _NOT_OF_LANGUAGE}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a file that one process holds at a time, where the system has such locks; its end lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:
+            pass
+        yield
 
 
 def _copy(source: Path, target: Path) -> None:
     """Copies a folder; one that a kill cuts short does not count."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from regiongpt.errors import RegionGPTError
+from regiongpt.errors import DataError, RegionError, RegionGPTError
 from regiongpt.evaluate.store import digest
 from regiongpt.evaluate.task import Answer, Item
 from regiongpt.images import load_image
@@ -60,14 +60,18 @@ def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[di
         items: All of the same image file.
 
     Returns:
-        The answer to each as plain json; ``{"refused": why}`` where the question does not fit the model's context.
+        The answer to each as plain json; ``{"refused": why}`` where the image cannot be read, a region lies outside it,
+        or the question does not fit the model's context: what is wrong with one item does not end a long run.
 
     Raises:
-        DataError: The image cannot be read, or a question makes no sense.
-        RegionError: A region does not fit the image.
+        DataError: A question makes no sense.
     """
     engine = predictor.engine
-    scene = engine.look(load_image(items[0].image))
+    try:
+        photo = load_image(items[0].image)
+    except DataError as error:
+        return [{"refused": str(error)} for _ in items]
+    scene = engine.look(photo)
     answering = _Image(engine, scene, items)
     scores = answering.scores()
     texts = answering.texts()
@@ -97,18 +101,21 @@ class _Image:
 
         from regiongpt.inference.engine import check_regions
 
-        for item in self.items:
-            with _naming(item):
+        for place, item in enumerate(self.items):
+            try:
                 check_regions(item.regions, self.scene.width, self.scene.height)
-        pooled = self.engine.pool(self.scene, [region for item in self.items for region in item.regions])
+            except RegionError as error:
+                self.refused[place] = str(error)
+        kept = [() if place in self.refused else item.regions for place, item in enumerate(self.items)]
+        pooled = self.engine.pool(self.scene, [region for regions in kept for region in regions])
         rows = self.engine.processor.tokens_per_region
-        return list(torch.split(pooled, [rows * len(item.regions) for item in self.items]))
+        return list(torch.split(pooled, [rows * len(regions) for regions in kept]))
 
     def scores(self) -> dict[int, "Tensor"]:
         """Log likelihoods of its choices by item; items with the same question and choices run together."""
         alike: dict[tuple[str, tuple[str, ...], int], list[int]] = {}
         for place, item in enumerate(self.items):
-            if item.choices:
+            if item.choices and place not in self.refused:
                 alike.setdefault((item.question, item.choices, len(item.regions)), []).append(place)
         found: dict[int, Tensor] = {}
         for (_, choices, _), places in alike.items():

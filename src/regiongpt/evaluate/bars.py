@@ -29,7 +29,9 @@ class Bar:
     of: int = 0
 
 
-def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], series: Sequence[str], unit: str = "%") -> str:
+def bar_chart(
+    title: str, groups: Sequence[tuple[str, Sequence[Bar]]], series: Sequence[str], unit: str = "%", reach: float = 1.0
+) -> str:
     """Groups of bars one below the other.
 
     Args:
@@ -37,14 +39,14 @@ def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], series: S
         groups: Each with its label and a bar for every series.
         series: Names, for the legend where there are several.
         unit: Behind the numbers of the axis.
+        reach: The axis goes as far as this at least, so that charts beside each other can have the same one.
 
     Returns:
         A ``<figure>``; ``""`` without groups.
     """
     if not groups:
         return ""
-    reach = [x for _, bars in groups for bar in bars for x in (bar.value, *(bar.interval or ())) if x is not None]
-    step, top = _scale(max([1.0, *reach]))
+    step, top = _scale(max(reach, furthest(groups)))
     scale = (_WIDTH - _LABEL - _NUMBER) / top
     parts: list[str] = []
     y = float(_TOP)
@@ -70,6 +72,12 @@ def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], series: S
         f'<svg viewBox="0 0 {_WIDTH} {y + _BOTTOM:.0f}" role="img" aria-label="{html.escape(f"{title}: {spoken}")}">'
         f"{''.join(axis)}{''.join(parts)}</svg>{f'<ul>{legend}</ul>' if len(series) > 1 else ''}</figure>"
     )
+
+
+def furthest(groups: Sequence[tuple[str, Sequence[Bar]]]) -> float:
+    """The highest value or end of an interval; 0 without any."""
+    ends = [x for _, bars in groups for bar in bars for x in (bar.value, *(bar.interval or ()))]
+    return max((x for x in ends if x is not None), default=0.0)
 
 
 def _drawn(bar: Bar, y: float, scale: float, colour: str) -> str:

@@ -10,6 +10,7 @@ from regiongpt.data.shards import file_identity
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.answering import from_json
 from regiongpt.evaluate.metrics.bootstrap import Paired, paired
+from regiongpt.evaluate.report import STYLE
 from regiongpt.evaluate.runs import PREDICTIONS, TaskRun, read_lines, read_run, task_of
 from regiongpt.evaluate.tables import NOTHING, aligned
 from regiongpt.evaluate.task import Answer, Result, Task
@@ -201,7 +202,8 @@ def as_page(comparisons: Sequence[Comparison], a: Path, b: Path) -> str:
     """As a page that needs no other file."""
     cards = []
     for each in comparisons:
-        parts = [table(cells, protocol) for protocol, cells in _cells(each)]
+        tables = "".join(f"<div>{table(cells, protocol)}</div>" for protocol, cells in _cells(each))
+        parts = [f'<div class="tables">{tables}</div>']
         parts.append(
             f"<p>By {html.escape(each.figure)}: {len(each.gained):,} items better, {len(each.lost):,} worse, "
             f"{each.reworded:,} reworded.</p>"
@@ -211,7 +213,7 @@ def as_page(comparisons: Sequence[Comparison], a: Path, b: Path) -> str:
                 shown = table(_changed(changes))
                 parts.append(f"<details><summary>{title}: {len(changes):,}</summary>{shown}</details>")
         cards.append(card("".join(parts), f"{each.task}: {each.items:,} items"))
-    return page("Two runs compared", f"A: {a}; B: {b}; differences are B less A, times 100", "\n".join(cards))
+    return page("Two runs compared", f"A: {a}; B: {b}; differences are B less A, times 100", "\n".join(cards), STYLE)
 
 
 def _cells(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
@@ -230,7 +232,8 @@ def _row(name: str, each: Paired) -> list[str]:
 
 
 def _times_100(value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}" if value == value else NOTHING
+    # What rounds to nothing has no sign of its own.
+    return f"{round(100 * value, 1) + 0.0:{sign}.1f}" if value == value else NOTHING
 
 
 def _changed(changes: Sequence[Change]) -> list[list[str]]:

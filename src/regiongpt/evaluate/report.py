@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from regiongpt import charts
 from regiongpt.evaluate import bars
-from regiongpt.evaluate.bars import Bar, bar_chart
+from regiongpt.evaluate.bars import Bar, bar_chart, furthest
 from regiongpt.evaluate.paper import OF_TASK, OURS, TABLES, PaperTable
 from regiongpt.evaluate.runs import PAGE, TaskRun
 from regiongpt.evaluate.tables import NOTHING, Row, interval_of, paper_source, rows, times_100
@@ -39,7 +39,7 @@ def write_report(out: Path, runs: Sequence[TaskRun]) -> Path:
     sections = [_summary(runs), *(_task(run) for run in runs)]
     origin = {_origin(run) for run in runs}
     body = "\n".join(sections)
-    text = page("Evaluation", "; ".join(sorted(origin)), body, charts.STYLE + bars.STYLE + _STYLE)
+    text = page("Evaluation", "; ".join(sorted(origin)), body, charts.STYLE + bars.STYLE + STYLE)
     write_page(text, out / PAGE, "--out")
     return out / PAGE
 
@@ -130,7 +130,7 @@ def _breakdowns(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]
         for start in range(0, len(listed), _COLUMN):
             part = f", {start + 1} to {min(len(listed), start + _COLUMN)}" if len(listed) > _COLUMN else ""
             title = f"by {by}{part}" + (f" ({series[0]})" if len(series) == 1 else "")
-            yield bar_chart(title, listed[start : start + _COLUMN], series)
+            yield bar_chart(title, listed[start : start + _COLUMN], series, reach=max(1.0, furthest(listed)))
 
 
 def _first_figure(groups: Mapping[str, Mapping[str, Any]]) -> str:
@@ -176,7 +176,7 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-_STYLE: Final = """
+STYLE: Final = """
 details { margin-top: 14px; } summary { cursor: pointer; font-weight: 600; font-size: 14px; }
 details .facts, details .wide { margin-top: 8px; }
 .note { margin: 10px 0; padding: 8px 12px; border-left: 3px solid var(--c4); background: var(--asked);
@@ -187,5 +187,7 @@ article > .charts, .tables { margin-top: 14px; }
   gap: 0 20px; }
 .tables > div, .gallery > article { min-width: 0; } .gallery .talk { flex-basis: 100%; }
 .gallery .talk p { margin-bottom: 2px; }
+.gallery .a { background: var(--wrong); color: var(--ink); } :root { --wrong: #f8d7d3; }
+@media (prefers-color-scheme: dark) { :root { --wrong: #5c2b29; } }
 .gallery .pair > img { max-width: 100%; max-height: 480px; object-fit: contain; }
 """

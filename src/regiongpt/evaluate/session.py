@@ -12,6 +12,7 @@ from regiongpt.data.progress import Meter
 from regiongpt.data.shards import file_identity
 from regiongpt.errors import RegionGPTError
 from regiongpt.evaluate import mistakes, report
+from regiongpt.evaluate.kept_towers import KeptTower
 from regiongpt.evaluate.manifest import manifest, model_identity
 from regiongpt.evaluate.predictions import read_predictions
 from regiongpt.evaluate.runner import Runner, load_items, make_keys, usable
@@ -37,6 +38,7 @@ class Session:
         gallery: Worst mistakes that the page shows of each task.
         overwrite: Replace figures of another model, other settings or other files.
         processes: Of the run; the first of them scores, writes and speaks.
+        towers: Where the tower's features of each image are kept for models with the same tower; None to keep none.
     """
 
     out: Path
@@ -44,6 +46,7 @@ class Session:
     gallery: int = GALLERY
     overwrite: bool = False
     processes: Processes = ALONE
+    towers: Path | None = None
 
     def score_model(
         self, tasks: Sequence[Task], path: Path | None, device: str | None = None, dtype: str | None = None
@@ -84,7 +87,7 @@ class Session:
         failures: list[RegionGPTError] = []
         with store:
             self._say(store.damaged_report())
-            runner = Runner(asked, store, self.processes, lambda: _predictor(path, device, dtype))
+            runner = Runner(asked, store, self.processes, lambda: _predictor(path, device, dtype, self.towers))
             for number, (task, items) in enumerate(listed):
                 self._say(runner.plan(number))
                 answers, notes = usable(runner.answer(number))
@@ -146,7 +149,8 @@ class Session:
         notes: Sequence[str],
     ) -> TaskRun:
         result: Result = task.score(items, answers, resamples=self.resamples)
-        result = dataclasses.replace(result, notes=(*notes, *result.notes))
+        part = {"part": f"the first {task.limit:,} images alone (--limit)"} if task.limit else {}
+        result = dataclasses.replace(result, notes=(*notes, *result.notes), pinned={**result.pinned, **part})
         run = write_task(self.out, result, items, answers, noted)
         chosen = mistakes.worst(result, answers, self.gallery)
         cards = mistakes.gallery(chosen, {item.id: item for item in items}, answers)
@@ -173,10 +177,14 @@ class Session:
             print(text, file=sys.stderr, flush=True)
 
 
-def _predictor(path: Path, device: str, dtype: str) -> "RegionPredictor":
+def _predictor(path: Path, device: str, dtype: str, towers: Path | None) -> "RegionPredictor":
     from transformers.utils import logging
 
     from regiongpt.inference import RegionPredictor
 
     logging.disable_progress_bar()
-    return RegionPredictor.from_pretrained(path, device=device, dtype=dtype)
+    predictor = RegionPredictor.from_pretrained(path, device=device, dtype=dtype)
+    if towers is not None:
+        model: Any = predictor.engine.model
+        model.encode_image = KeptTower(model, towers)
+    return predictor

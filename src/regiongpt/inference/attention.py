@@ -53,11 +53,14 @@ def shared_prefix_attention(
         (1, N, H, E) and None.
 
     Raises:
-        NotImplementedError: the architecture changes keys between cache and attention, or adds a bias of its own.
+        NotImplementedError: the architecture changes keys between cache and attention, adds a bias of its own, or has
+            a sliding window that it does not hand over. It is tried before anybody asks (``plain.py``).
     """
     step = STEP.get()
     if step is None or step.written is None or step.written[1] is not key or position_bias is not None:
         raise NotImplementedError(f"{type(module).__name__} does not hand keys from its cache to its attention")
+    if step.trial and sliding_window is None and _has_window(module):
+        raise NotImplementedError(f"{type(module).__name__} has a window and tells its mask alone of it")
     layer = step.written[0]
     index = next(i for i, other in enumerate(step.cache.layers) if other is layer)
     plan = step.on(query.device)
@@ -131,6 +134,15 @@ def attend(
     total = weights.sum(-1, keepdim=True)
     out = torch.matmul((weights / total.clamp_min(1e-38)).to(value.dtype), value)
     return out, (most + total.log())[..., 0]
+
+
+def _has_window(module: Any) -> bool:
+    """Whether this layer's configuration says that it sees a window."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return bool(kinds[module.layer_idx] == "sliding_attention")
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def _own(

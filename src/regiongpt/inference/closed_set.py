@@ -22,7 +22,7 @@ from torch import Tensor
 
 from regiongpt.errors import ConfigError
 from regiongpt.inference.choice_tree import ChoiceTree, common_length
-from regiongpt.inference.engine import Engine, Scene, TooLong, Turn
+from regiongpt.inference.engine import Engine, Scene, TooLong, Turn, alike
 from regiongpt.model.conversations import expand_regions
 
 TOKENS = 4096
@@ -179,18 +179,11 @@ def log_likelihoods(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Seq
 @torch.inference_mode()
 def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Tensor], size: int) -> Tensor:
     decoder, tree, count = engine.decoder, closed.tree, len(pooled)
-    region = engine.model.config.region_token_id
-    alike = closed.ids.index(region) if region in closed.ids else len(closed.ids) - 1
-    begun = [engine.begin(scene, closed.ids, closed.rows, features) for features in pooled]
-    prefix = begun[0][0]
-    common = max(0, alike - (prefix.length if prefix else 0))
-    if count > 1 and common:
-        prefix = decoder.read(begun[0][1][:common], parent=prefix)
-    else:
-        common = 0
-    own = [embeds_ND[common:] for _, embeds_ND in begun]
+    shared = alike(closed.ids, engine.model.config.region_token_id) if count > 1 else 0
+    begun = [engine.begin(scene, closed.ids, closed.rows, features, shared) for features in pooled]
+    own = [embeds_ND for _, embeds_ND in begun]
     cache = decoder.cache()
-    rows = [cache.add(prefix) for _ in own]
+    rows = [cache.add(prefix) for prefix, _ in begun]
     steps_BE = torch.zeros((count, len(tree.tokens)))
     first = decoder.forward(cache, torch.cat(own), rows, [len(embeds) for embeds in own])
     _fill(steps_BE, first[:, None], tree, tree.first, torch.zeros(len(tree.first), dtype=torch.long))

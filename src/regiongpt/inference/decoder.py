@@ -39,6 +39,7 @@ class Decoder:
     def __init__(self, language_model: Any) -> None:
         self.model = language_model
         self.lock = threading.RLock()
+        self.trial = False  # while it is found out whether the language model can go this way
         configs = {id(m.config): m.config for m in language_model.modules() if hasattr(m, "config")}
         self._configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
 
@@ -91,7 +92,7 @@ class Decoder:
         if logits is None:
             logits = torch.tensor(counts).cumsum(0) - 1
         wanted = torch.as_tensor(logits, device=embeds_ND.device)
-        step = Step(cache=cache, rows=rows, counts=counts, tree=tree)
+        step = Step(cache=cache, rows=rows, counts=counts, tree=tree, trial=self.trial)
         with self.lock, self._attention(), step.at_hand():
             cache.reserve(max(cache.lengths[row] + count for row, count in zip(rows, counts, strict=True)))
             output = self.model(

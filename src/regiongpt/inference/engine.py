@@ -78,18 +78,32 @@ class Scene:
 
 
 class Begun:
-    """The shared prefixes of one image, the latest few of them."""
+    """The shared prefixes of one image, the latest few of them.
+
+    Attributes:
+        prefixes: the system text and the image, by the tokens of both.
+        questions: the same with the first words of the question that was last asked about many regions, and the tokens
+            of these words. The prefix above then lies in its memory.
+    """
 
     MOST = 4
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.prefixes: dict[tuple[int, ...], Prefix] = {}
+        self.questions: dict[tuple[int, ...], tuple[tuple[int, ...], Prefix]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values."""
+        longest = [self.questions[key][1] if key in self.questions else self.prefixes[key] for key in self.prefixes]
+        return sum(prefix.nbytes for prefix in longest)
 
     def clear(self) -> None:
         """Give their memory back, unless an answer that is being written still needs it."""
         with self.lock:
             self.prefixes.clear()
+            self.questions.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +117,8 @@ class Prompt:
         n_regions: R.
         room: how many tokens the answer may have.
         warnings: one line each.
+        alike: how many of the first tokens other questions begin with too, those of the image among them; 0 where that
+            is not known.
     """
 
     ids: list[int]
@@ -111,6 +127,16 @@ class Prompt:
     n_regions: int
     room: int
     warnings: tuple[str, ...] = ()
+    alike: int = 0
+
+    def for_many(self, region: int) -> "Prompt":
+        """The same question about many regions: alike up to the first ``region`` token."""
+        return replace(self, alike=alike(self.ids, region))
+
+
+def alike(ids: Sequence[int], region: int) -> int:
+    """How many tokens of a question are the same whatever its regions: those before the first, or all but the last."""
+    return list(ids).index(region) if region in ids else len(ids) - 1
 
 
 class TooLong(DataError):
@@ -232,34 +258,51 @@ class Engine:
         return embeds_ND
 
     def begin(
-        self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor
+        self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor, alike: int = 0
     ) -> tuple[Prefix | None, Tensor]:
-        """What a prompt shares with all others about its image, computed once, and embeddings (N, D) of the rest."""
-        prefix = self._root(scene, ids)
+        """What a prompt shares with others about its image, computed once, and embeddings (N, D) of the rest.
+
+        Args:
+            scene: the image.
+            ids: all tokens of the prompt.
+            rows: for each region token in them the row of ``pooled``.
+            pooled: region features.
+            alike: so many of the first tokens are worth sharing, none of them a region's; at least the image's are.
+        """
+        prefix = self._shared(scene, ids, alike)
         return prefix, self.embed(scene, ids, rows, pooled, start=prefix.length if prefix else 0)
 
-    def _root(self, scene: Scene, ids: Sequence[int]) -> Prefix | None:
-        """The system text and the image as a prefix."""
+    def _shared(self, scene: Scene, ids: Sequence[int], alike: int) -> Prefix | None:
+        """The system text and the image as a prefix, and what is ``alike`` behind them."""
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
         end = len(ids) - list(reversed(ids)).index(image) if image in ids else 0
         if region in ids[:end]:
             end = list(ids).index(region)
         if not 0 < end < len(ids):
             return None
-        key = tuple(ids[:end])
-        with scene.begun.lock:
-            prefixes = scene.begun.prefixes
-            found = prefixes.pop(key, None)
+        key, words = tuple(ids[:end]), tuple(ids[end:alike])
+        begun = scene.begun
+        with begun.lock:
+            found = begun.prefixes.pop(key, None)
             if found is None:
                 found = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
-            prefixes[key] = found  # the latest last
-            while len(prefixes) > Begun.MOST:
-                del prefixes[next(iter(prefixes))]
-        return found
+            begun.prefixes[key] = found  # the latest last
+            while len(begun.prefixes) > Begun.MOST:
+                oldest = next(iter(begun.prefixes))
+                del begun.prefixes[oldest]
+                begun.questions.pop(oldest, None)
+            if not words:
+                return found
+            if key not in begun.questions or begun.questions[key][0] != words:
+                behind = self.embed(scene, ids[:alike], (), scene.image_ND[:0], start=end)
+                begun.questions[key] = words, self.decoder.read(behind, parent=found).joined()
+                if self.decoder.shares:  # one memory for both
+                    begun.prefixes[key] = begun.questions[key][1].crop(end) or found
+            return begun.questions[key][1]
 
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """A prompt as the scheduler takes it."""
-        prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled)
+        prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled, prompt.alike)
         return self.job_behind(prefix, embeds_ND, prompt, options, streams)
 
     def job_behind(
@@ -305,6 +348,8 @@ class Engine:
             return []
         pooled = self.pool_each(scene, regions)
         first = self.prompt(question_turns((), text), pooled[0], 1, options.max_new_tokens)
+        if len(regions) > 1:
+            first = first.for_many(self.model.config.region_token_id)
         asked = ((scene, replace(first, pooled=features), options) for features in pooled)
         found = dict(self.answers(asked, began))
         return [found[place] for place in range(len(regions))]

@@ -110,6 +110,9 @@ def answers(
                 scene = scenes.get(load_image(source) if photo is None else photo)
             regions = [region for member in members for region in member.regions]
             sizes = [len(member.regions) * engine.processor.tokens_per_region for member in members]
+            if len(members) > 1 and all(member.prompt is members[0].prompt for member in members):
+                for member in members:
+                    member.prompt = member.prompt.for_many(engine.model.config.region_token_id)
             for member, pooled in zip(members, torch.split(engine.pool(scene, regions), sizes), strict=True):
                 order.append(member.place)
                 yield scene, replace(member.prompt, pooled=pooled), member.options

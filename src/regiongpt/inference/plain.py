@@ -48,6 +48,7 @@ def _shares(decoder: Decoder) -> bool:
     device = next(decoder.model.parameters()).device
     embeds_ND = table(torch.arange(6, device=device))
     expected_V = decoder.model(inputs_embeds=embeds_ND[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    decoder.trial = True
     try:
         cache = decoder.cache()
         row = cache.add(decoder.read(embeds_ND[:3]))
@@ -57,6 +58,8 @@ def _shares(decoder: Decoder) -> bool:
     except Exception as error:  # whatever an architecture does that the shared way does not know
         _LOG.info("%s cannot share prefixes: %s", type(decoder.model).__name__, error)
         return False
+    finally:
+        decoder.trial = False
     # Half precision rounds; another attention than the model's own is off by as much as the logits vary.
     return bool((found_V - expected_V).abs().max() <= 0.2 * expected_V.std().clamp_min(1e-6))
 

@@ -11,6 +11,7 @@ heads, E width of a head.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Prefix:
         """Tokens stored here."""
         return self.keys[0].shape[1]
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Tokens from the start of the text, those of the parents among them."""
         return sum(part.own for part in self.chain)
@@ -56,6 +57,17 @@ class Prefix:
     def nbytes(self) -> int:
         """Memory of the tokens stored here."""
         return sum(part.nbytes for part in (*self.keys, *self.values))
+
+    def joined(self) -> "Prefix":
+        """The same in one piece, in memory of its own where it was in several: each is an attention by itself."""
+        if self.parent is None:
+            return self
+        keys = zip(*(part.keys for part in self.chain), strict=True)
+        values = zip(*(part.values for part in self.chain), strict=True)
+        return Prefix(
+            keys=tuple(torch.cat(parts, dim=1) for parts in keys),
+            values=tuple(torch.cat(parts, dim=1) for parts in values),
+        )
 
     def crop(self, length: int) -> "Prefix | None":
         """The first ``length`` tokens, in the same memory; None for none."""

@@ -48,6 +48,7 @@ class Job:
         finished: no token will come.
         complete: it ended by itself, not for want of room.
         error: why it could not be written.
+        reserve: tokens of its own that its sequence may come to.
     """
 
     prefix: Prefix | None
@@ -69,11 +70,7 @@ class Job:
         # A generator of its own: what is drawn for an answer does not depend on what else is in the batch.
         seed = secrets.randbits(63) if self.options.seed is None else self.options.seed
         self.draws = random.Random(seed)
-
-    @property
-    def reserve(self) -> int:
-        """Tokens of its own that its sequence may come to."""
-        return len(self.embeds) + self.room
+        self.reserve = len(self.embeds) + self.room
 
 
 class Scheduler:
@@ -239,6 +236,8 @@ class Scheduler:
     def _enter(self) -> list[Job]:
         """Take from those waiting, in their order, as many as rows, budget and one pass have room for."""
         entering: list[Job] = []
+        if not self._waiting:
+            return entering
         size, tokens = max((job.reserve for job in self._running), default=0), 0
         while self._waiting and len(self._running) < self.rows:
             job = self._waiting[0]

@@ -27,6 +27,7 @@ class Step:
         counts: how many each has, at least 1.
         tree: bool (n, n), which new token of a sequence attends to which of its others, itself among them; all counts
             are n then. None where each attends to all before it.
+        trial: whether it is to be found out if the language model can go this way.
         written: the layer that was filled last, and with which keys.
     """
 
@@ -34,6 +35,7 @@ class Step:
     rows: Sequence[int]
     counts: Sequence[int]
     tree: Tensor | None = None
+    trial: bool = False
     written: "tuple[SuffixLayer, Tensor] | None" = None
     _plans: dict[torch.device, "Plan"] = field(default_factory=dict)
 
@@ -57,7 +59,16 @@ STEP: ContextVar[Step | None] = ContextVar("regiongpt_step", default=None)
 
 
 class Plan:
-    """Index tensors of a step on one device."""
+    """Index tensors of a step on one device.
+
+    Attributes:
+        places: of each new token its row in the cache and its place there, as indices; two numbers in their stead where
+            one new token of each of a run of rows goes to the same place, which is quicker to write.
+        position_N: of each new token in the text.
+        reach: tokens of the longest text.
+        segments: each stored piece of the prefixes once: where it begins, and the tokens behind it (None for all).
+        groups: sequences whose attention to their own tokens is computed together.
+    """
 
     def __init__(self, step: Step, device: torch.device) -> None:
         cache, rows, counts = step.cache, list(step.rows), list(step.counts)
@@ -66,10 +77,14 @@ class Plan:
         counts_R, before_R = torch.tensor(counts), torch.tensor([cache.total(row) for row in rows])
         owner_N = torch.repeat_interleave(torch.arange(len(rows)), counts_R)
         column_N = torch.arange(len(owner_N)) - (counts_R.cumsum(0) - counts_R)[owner_N]
-        self.places = (
-            torch.tensor(rows)[owner_N].to(device),
-            (torch.tensor(starts)[owner_N] + column_N).to(device),
-        )
+        self.places: tuple[slice, int] | tuple[Tensor, Tensor]
+        if max(counts) == 1 and len(set(starts)) == 1 and rows == list(range(rows[0], rows[0] + len(rows))):
+            self.places = slice(rows[0], rows[0] + len(rows)), starts[0]
+        else:
+            self.places = (
+                torch.tensor(rows)[owner_N].to(device),
+                (torch.tensor(starts)[owner_N] + column_N).to(device),
+            )
         depth_N = column_N if step.tree is None else (step.tree.sum(1).cpu() - 1)[column_N]
         self.position_N = (before_R[owner_N] + depth_N).to(device)
         self.reach = int(before_R.max()) + max(counts)
@@ -168,13 +183,16 @@ def _segments(
     prefixes: "Sequence[Prefix | None]", owner_N: Tensor, device: torch.device
 ) -> "list[tuple[Prefix, int, Tensor | None]]":
     """Each stored piece of the prefixes once: where it begins, and the tokens behind it (None for all of them)."""
+    rows: dict[int, list[int]] = {}
+    for row, prefix in enumerate(prefixes):
+        rows.setdefault(id(prefix), []).append(row)
     behind: dict[int, list[int]] = {}
     found: dict[int, tuple[Prefix, int]] = {}
-    for row, prefix in enumerate(prefixes):
-        begin = 0
+    for mine in rows.values():  # a prefix at a time: hundreds of sequences have few
+        begin, prefix = 0, prefixes[mine[0]]
         for segment in prefix.chain if prefix else ():
             found.setdefault(id(segment), (segment, begin))
-            behind.setdefault(id(segment), []).append(row)
+            behind.setdefault(id(segment), []).extend(mine)
             begin += segment.own
     result: list[tuple[Prefix, int, Tensor | None]] = []
     for key, (segment, begin) in found.items():

@@ -1,5 +1,6 @@
 """Training configuration: frozen dataclasses read from TOML, with dotted overrides from the command line."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -263,10 +264,15 @@ class FeatureConfig:
     Attributes:
         views: Views of each image: the whole one, then random crops, every other one mirrored.
         min_crop: Smallest side of a crop as a share of the image's side, in (0, 1].
+        seed: Of the crops. It is not the recipe's, so that runs with other seeds can share what is cached.
+        root: Folder of annotated photographs whose features are cached, of which those of ``data.root`` are a part;
+            ``data.root`` where empty.
     """
 
     views: int = 2
     min_crop: float = 0.6
+    seed: int = 0
+    root: str = ""
 
     def __post_init__(self) -> None:
         if self.views < 1:
@@ -311,7 +317,7 @@ class StageConfig:
             raise ConfigError(
                 f"batch_size: expected a multiple of micro_batch_size={self.micro_batch_size}, got {self.batch_size}"
             )
-        if self.epochs <= 0 or self.lr <= 0:
+        if not (0 < self.epochs < math.inf and 0 < self.lr < math.inf):
             raise ConfigError(f"epochs and lr: expected positive numbers, got {self.epochs} and {self.lr}")
         if self.visual_lr < 0 or self.alignment < 0:
             raise ConfigError(
@@ -462,6 +468,15 @@ _OF_NEW_MODELS = tuple(
         *("image_grid", "region_format", "region_grid", "region_numbers", "chat_template"),
     )
 )
+
+
+def is_read(name: str, config: TrainConfig) -> bool:
+    """Whether a field, by its dotted name, goes with the rest of a recipe: a checkpoint brings its own shape, say."""
+    try:
+        _check_use(name, config)
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_use(name: str, config: TrainConfig) -> None:

@@ -96,7 +96,7 @@ class ConversationDataset(Dataset[Example]):
         index = int(self.order(epoch)[position])
         # Every image starts at another view and then goes round, so that each is seen equally often.
         number = (epoch + index) % self.features.views
-        view = plan_views(self.images[index], index, self.seed, self.features)[number]
+        view = plan_views(self.images[index], self.store.place(index), self.features)[number]
         return index, number, view, self.sampler.sample(view, self.store.colours[index], self.seed, index, epoch)
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -277,7 +277,8 @@ def _make_language(kind: str, folder: Path) -> Path:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "vocab_size": len(tokenizer),
+        # As with large ones, a few more than there are tokens: some families' tokenizers add one when they are loaded.
+        "vocab_size": len(tokenizer) + 8,
         "max_position_embeddings": _POSITIONS,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -10,7 +10,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import safe_open
 
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View, colours_of
@@ -44,19 +45,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def plan_views(annotations: ImageAnnotations, index: int, seed: int, config: FeatureConfig) -> list[View]:
+def plan_views(annotations: ImageAnnotations, index: int, config: FeatureConfig) -> list[View]:
     """The views of one image: the whole, then seeded crops, every other one mirrored.
 
     Args:
         annotations: The image and its objects.
-        index: Position of the image in the data set.
-        seed: Seed of the recipe.
-        config: Number of views and the smallest crop.
+        index: Position of the image among those of the cache.
+        config: Number of views, the smallest crop, the seed.
     """
     views = [View(annotations)]
     width, height = annotations.width, annotations.height
     for number in range(1, config.views):
-        rng = np.random.default_rng((seed, 17, index, number))
+        rng = np.random.default_rng((config.seed, 17, index, number))
         shares = rng.uniform(config.min_crop, 1.0, 2)
         crop_width, crop_height = max(1, round(width * shares[0])), max(1, round(height * shares[1]))
         x0, y0 = int(rng.integers(0, width - crop_width + 1)), int(rng.integers(0, height - crop_height + 1))
@@ -78,14 +78,40 @@ class FeatureStore:
     Attributes:
         features: float16, (images, views, C, h, w), mapped from disk.
         colours: For each image, the name of the dominant colour of each object whose colour is clear.
+        places: For each image, its place among those of ``features``; None where they are the same.
     """
 
     features: np.ndarray
     colours: Sequence[dict[int, str]]
+    places: Sequence[int] | None = None
+
+    def place(self, index: int) -> int:
+        """Where an image stands among those of the cache, by which its crops are drawn."""
+        return index if self.places is None else self.places[index]
 
     def row(self, index: int, view: int) -> torch.Tensor:
         """Features of one view: float32 (C, h, w)."""
-        return torch.from_numpy(self.features[index, view].astype(np.float32))
+        return torch.from_numpy(self.features[self.place(index), view].astype(np.float32))
+
+    def part(self, whole: Sequence[ImageAnnotations], images: Sequence[ImageAnnotations]) -> "FeatureStore":
+        """The same rows for some of the images.
+
+        Args:
+            whole: The images of the cache.
+            images: Some of them, perhaps with fewer objects.
+
+        Raises:
+            DataError: One of them is not in the cache.
+        """
+        at = {image.path.resolve(): place for place, image in enumerate(whole)}
+        lacking = [image.path for image in images if image.path.resolve() not in at]
+        if lacking:
+            raise DataError(
+                f"{lacking[0]}: expected a photograph of the folder whose features are cached (features.root), and so "
+                f"{len(lacking) - 1} others; leave features.root out, or give the folder that holds them"
+            )
+        places = [at[image.path.resolve()] for image in images]
+        return FeatureStore(self.features, [self.colours[place] for place in places], places)
 
 
 @torch.no_grad()
@@ -107,8 +133,28 @@ def calibrate(
     if model.config.vision_config.model_type == "efficientnet_lite":
         tower = model.vision_tower
         _standardise(tower, [model.encode_image(each)[0, : len(tower.mean)].flatten(1).T for each in pixels])
-    refined = [model.refine(model.encode_image(each)) for each in pixels]
-    pooled = [model.refinement.pool_image(each)[0] for each in refined]
+    _calibrate_connector(model, [model.encode_image(each) for each in pixels])
+
+
+@torch.no_grad()
+def calibrate_like(model: "RegionGPTForConditionalGeneration", like: Path, features: Sequence[torch.Tensor]) -> None:
+    """Does what :func:`calibrate` does, with what another model of the same tower has measured.
+
+    Args:
+        model: Changed in place as :func:`calibrate` says.
+        like: Folder of a checkpoint with the same tower.
+        features: Cached features of photographs to measure the connector on, each (C, h, w).
+    """
+    if model.config.vision_config.model_type == "efficientnet_lite":
+        with safe_open(like / "model.safetensors", "pt") as stored:
+            for name in ("mean", "std"):
+                getattr(model.vision_tower, name).copy_(stored.get_tensor(f"vision_tower.{name}"))
+    _calibrate_connector(model, [each[None] for each in features])
+
+
+def _calibrate_connector(model: "RegionGPTForConditionalGeneration", encoded: Sequence[torch.Tensor]) -> None:
+    """By encoded images (1, C, h, w)."""
+    pooled = [model.refinement.pool_image(model.refine(each))[0] for each in encoded]
     _standardise(model.connector, pooled)
     written = model.connector(torch.cat(pooled))
     words = cast(torch.Tensor, model.get_input_embeddings().weight)
@@ -128,7 +174,6 @@ def build_features(
     model: "RegionGPTForConditionalGeneration",
     processor: "RegionGPTProcessor",
     config: FeatureConfig,
-    seed: int,
 ) -> FeatureStore:
     """Computes what is not yet computed, and opens the cache.
 
@@ -140,15 +185,15 @@ def build_features(
         model: Holds the frozen tower.
         processor: Pads and normalises exactly as inference does.
         config: Views.
-        seed: Seed of the crops.
 
     Raises:
         DataError: An image cannot be read, or the cache was made for other data or another tower.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    views = {"views": config.views, "min_crop": config.min_crop}
     shape = (len(images), config.views, model.config.vision_config.hidden_size, *model.config.tower_grid)
     identity = json.dumps(
-        [asdict(config), seed, shape, model.config.vision_config.to_dict(), [i.image_id for i in images]],
+        [views, config.seed, shape, model.config.vision_config.to_dict(), [i.image_id for i in images]],
         sort_keys=True,
         default=str,
     )
@@ -171,7 +216,7 @@ def build_features(
     for index in range(done, len(images)):
         image = load_image(images[index].path)
         colours.append(colours_of(images[index], image))
-        for number, view in enumerate(plan_views(images[index], index, seed, config)):
+        for number, view in enumerate(plan_views(images[index], index, config)):
             pixels = processor.image_inputs(view_image(view, image))["pixel_values"]
             rows[index, number] = model.encode_image(pixels)[0].to(torch.float16).numpy()
         if (index + 1) % 100 == 0 or index + 1 == len(images):

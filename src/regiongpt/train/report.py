@@ -17,9 +17,11 @@ from typing import Any, Final
 
 from regiongpt import charts
 from regiongpt.charts import Curve, line_chart, short
+from regiongpt.configuration import build
 from regiongpt.data.progress import clock
-from regiongpt.errors import DataError, RegionGPTError
+from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.pages import beside, card, chips, facts, fault, page, table, write_page
+from regiongpt.train.config import TrainConfig, is_read
 from regiongpt.train.watch_answers import PICTURES
 from regiongpt.train.watch_log import ANSWERS, DEV, LOG, read_lines
 from regiongpt.train.watch_notes import read_notes
@@ -308,15 +310,21 @@ def _picture(folder: Path, number: int) -> str:
 
 
 def _recipe(notes: Mapping[str, Any], stages: Sequence[str]) -> str:
-    """The recipe, table by table, without what only a plan reads and the stages that were not run."""
+    """The recipe, table by table, without what the run does not read and the stages that were not run."""
     config = notes.get("config")
     if not config:
         return ""
     hidden = {"plan", *(name.removesuffix("-checkpoints") for name in _ORDER)} - set(stages)
-    blocks = [facts((name, text) for name, text in flat(config) if "." not in name)]
-    for name, values in config.items():
-        if isinstance(values, Mapping) and name not in hidden:
-            blocks.append(facts(flat(values), f"[{name}]"))
+    try:
+        recipe = build(TrainConfig, config)
+        read = [(name, text) for name, text in flat(config) if is_read(name, recipe)]
+    except ConfigError:  # of another release
+        read = flat(config)
+    blocks = [facts((name, text) for name, text in read if "." not in name)]
+    for kind in (name for name, values in config.items() if isinstance(values, Mapping) and name not in hidden):
+        own = [(name.partition(".")[2], text) for name, text in read if name.startswith(f"{kind}.")]
+        if own:
+            blocks.append(facts(own, f"[{kind}]"))
     return card(f'<div class="tables">{"".join(f"<div>{block}</div>" for block in blocks)}</div>', "Recipe")
 
 

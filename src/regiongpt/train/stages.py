@@ -48,7 +48,15 @@ from regiongpt.train.plan import make_plan
 from regiongpt.train.processes import Processes, connect, launched
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
 from regiongpt.train.resuming import prepare_resuming, resume_of
-from regiongpt.train.starts import check_shape, create_start, needs_calibration, require_trained, save_whole
+from regiongpt.train.starts import (
+    check_shape,
+    create_start,
+    measured_on,
+    needs_calibration,
+    require_trained,
+    save_whole,
+    start_shape,
+)
 from regiongpt.train.trainer import run_stage
 from regiongpt.train.watch_answers import load_watched
 from regiongpt.train.watch_cost import StageCost
@@ -119,7 +127,9 @@ def run_cli(arguments: Sequence[str]) -> int:
         plan = make_plan(config)
         print(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
         return 0
-    print(train(config))
+    finished = train(config)
+    if Processes().is_first:
+        print(finished)
     return 0
 
 
@@ -165,7 +175,8 @@ def _train_on_photographs(config: TrainConfig) -> Path:
     data = load_coco(photo_sources(Path(config.data.root), config.data.split))
     log.info("data: %s", data.report())
     images = data.images
-    note_run(out, config, {"photographs": {"folder": config.data.root, "split": config.data.split, "": data.report()}})
+    found = {"folder": config.data.root, "split": config.data.split, "found": data.report()}
+    note_run(out, config, {"photographs": found})
     sampler = sampler_of(config, images)
 
     language = Path(config.model.language) if config.model.language else out / "language"
@@ -174,11 +185,11 @@ def _train_on_photographs(config: TrainConfig) -> Path:
     if not config.model.language and not (language / "config.json").exists():
         raise ConfigError(f"steps: expected the result of 'language' in {language}, found none; run that step first")
     start = out / "start"
-    # A recipe that trains its own language model teaches it the plain template.
-    shape = config.model if config.model.language else replace(config.model, chat_template="plain")
-    create_start(shape, language, start, [each.path for each in images[:: max(1, len(images) // 128)]])
+    whole = cached_images(config) if config.features.root else images
+    create_start(start_shape(config.model), language, start, [each.path for each in measured_on(whole)])
     model, processor = weights.load(start, device="cpu")
-    store = build_features(out / "features", images, model, processor, config.features, config.seed)
+    store = build_features(out / "features", whole, model, processor, config.features)
+    store = store.part(whole, images) if config.features.root else store
 
     def prepare(name: str, stage: StageConfig, model: Any, processor: "RegionGPTProcessor") -> Lessons:
         dataset = ConversationDataset(
@@ -211,6 +222,11 @@ def _train_on_photographs(config: TrainConfig) -> Path:
     return finished
 
 
+def cached_images(config: TrainConfig) -> Sequence[ImageAnnotations]:
+    """The photographs whose features are cached: those that are trained on, or more."""
+    return load_coco(photo_sources(Path(config.features.root or config.data.root), config.data.split)).images
+
+
 def dev_conversations(
     config: TrainConfig, sampler: ConversationSampler, model: Any, processor: "RegionGPTProcessor"
 ) -> ConversationDataset | None:
@@ -220,7 +236,7 @@ def dev_conversations(
     found = load_coco(photo_sources(Path(config.data.root), config.data.dev_split)).images
     images = found[:: max(1, len(found) // config.watch.dev_items)][: config.watch.dev_items]
     whole = replace(config.features, views=1)
-    store = build_features(Path(config.out) / "features-dev", images, model, processor, whole, config.seed)
+    store = build_features(Path(config.out) / "features-dev", images, model, processor, whole)
     return ConversationDataset(
         images, store, sampler, processor, whole, config.seed, len(images), 1, 1.0, model.config.image_grid
     )
@@ -292,15 +308,17 @@ def _cost(config: TrainConfig, name: str, model: Any) -> StageCost | None:
 
 def _train_on_records(config: TrainConfig) -> Path:
     """Takes a checkpoint through the stages that have records."""
+    config = _with_a_beginning(config)
     stages = [
         (name, stage, open_mixture(mixture, config.data.root, config.seed))
         for name, stage, mixture in (
             ("stage1", config.stage1, config.data.pretrain_mixture),
             ("stage2", config.stage2, config.data.mixture),
         )
-        if config.runs(name)
+        # What is finished is known by what it learnt from, whether or not it is to be run now.
+        if mixture and (config.runs(name) or (Path(config.out) / name / "model").exists())
     ]
-    if not stages:
+    if not any(config.runs(name) for name, *_ in stages):
         raise ConfigError(
             f"steps: expected a stage that has records, got {', '.join(config.steps)}; stage1 learns from "
             "data.pretrain_mixture, stage2 from data.mixture"
@@ -331,10 +349,34 @@ def _train_on_records(config: TrainConfig) -> Path:
 
     for name, stage, mixture in stages:
         folder = Path(config.out) / name
-        if processes.is_first:
-            _note(folder, identities[name])
-        finished = _learn(config, name, stage, finished, folder, partial(prepare, stage, mixture))
+        if config.runs(name):
+            if processes.is_first:
+                _note(folder, identities[name])
+            finished = _learn(config, name, stage, finished, folder, partial(prepare, stage, mixture))
+        else:
+            finished = folder / "model"
     return finished
+
+
+def _with_a_beginning(config: TrainConfig) -> TrainConfig:
+    """The recipe with a start that is there: a new model where stage 2 comes first and was told to begin with one.
+
+    Raises:
+        ConfigError: Stage 2 comes first, stage 1 has left no checkpoint, and ``from_scratch`` is not given. Said before
+            a new model is made, which takes long where it is large.
+    """
+    out, init = Path(config.out), config.model.init
+    there = init == "nano" or (init and (Path(init) / "config.json").is_file())
+    begun = config.runs("stage1") or any((out / stage / "model").exists() for stage in ("stage1", "stage2"))
+    if there or begun or not config.model.language:
+        return config
+    if not config.from_scratch:
+        raise ConfigError(
+            f"stage 2 comes first: expected a checkpoint that stage 1 has trained, got "
+            f"{f'{init}, where there is none' if init else 'none'}; run stage 1 first and give its result as "
+            "model.init, or give --from-scratch"
+        )
+    return replace(config, model=replace(config.model, init=""))
 
 
 def _begins_with(config: TrainConfig) -> Any:

@@ -3,19 +3,22 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig
 
 from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.model import weights
 from regiongpt.model.configuration import RegionGPTConfig
 from regiongpt.train.config import ModelConfig
-from regiongpt.train.features import calibrate
+from regiongpt.train.features import calibrate, calibrate_like
 from regiongpt.train.shapes import language_shape, tower_shape
 
+Image = TypeVar("Image")
 _OF_PARTS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
 
 
@@ -28,7 +31,23 @@ def save_whole(folder: Path, model: Any, processor: Any) -> None:
     temporary.rename(folder)
 
 
-def create_start(shape: ModelConfig, language: str | Path, folder: Path, photographs: Sequence[Path]) -> None:
+def start_shape(shape: ModelConfig) -> ModelConfig:
+    """That of a model on photographs: a recipe that trains its own language model teaches it the plain template."""
+    return shape if shape.language else replace(shape, chat_template="plain")
+
+
+def measured_on(images: Sequence[Image]) -> Sequence[Image]:
+    """Those of the photographs that a tower's channels are measured on: 128 or somewhat more, evenly spread."""
+    return images[:: max(1, len(images) // 128)]
+
+
+def create_start(
+    shape: ModelConfig,
+    language: str | Path,
+    folder: Path,
+    photographs: Sequence[Path],
+    like: tuple[Path, Sequence[Tensor]] | None = None,
+) -> None:
     """Joins a tower and a language model by an untrained refinement and connector, unless that has been done.
 
     Args:
@@ -37,6 +56,7 @@ def create_start(shape: ModelConfig, language: str | Path, folder: Path, photogr
         folder: Gets the checkpoint.
         photographs: Some that are trained on, to measure the mean and spread of the tower's channels on; none to leave
             that out.
+        like: In place of photographs: a checkpoint of the same tower, and the tower's features (C, h, w) of some.
 
     Raises:
         CheckpointError: A part cannot be read or lacks weights, or its tokenizer is another's.
@@ -57,7 +77,9 @@ def create_start(shape: ModelConfig, language: str | Path, folder: Path, photogr
         region_grid=shape.region_grid,
         region_numbers=shape.region_numbers,
     )
-    if photographs:
+    if like is not None:
+        calibrate_like(model, *like)
+    elif photographs:
         calibrate(model, processor, photographs)
     save_whole(folder, model, processor)
 

@@ -149,8 +149,12 @@ class _Bleu:
         return result
 
 
-def _spice(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
-    program = find_java()
+def find_spice() -> Path:
+    """The folder of SPICE with its parser.
+
+    Raises:
+        ConfigError: pycocoevalcap or the parser is missing.
+    """
     folder = Path(str(_pycocoevalcap("spice").__file__)).parent
     lacking = [
         name
@@ -159,9 +163,15 @@ def _spice(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
     ]
     if lacking:
         raise ConfigError(
-            f"expected {' and '.join(lacking)} in {folder / 'lib'} for SPICE, found none; take them from Stanford's "
-            "stanford-corenlp-full-2015-12-09.zip, or leave SPICE out"
+            f"expected {' and '.join(lacking)} in {folder / 'lib'} for SPICE, found none: its parser comes with no "
+            "package; take them from https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip (500 MB), "
+            "or leave SPICE out of --metrics"
         )
+    return folder
+
+
+def _spice(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
+    program, folder = find_java(), find_spice()
     given = [{"image_id": k, "test": text, "refs": list(wanted[k])} for k, text in enumerate(said)]
     with tempfile.TemporaryDirectory() as place:
         asked, answered = Path(place) / "asked.json", Path(place) / "answered.json"

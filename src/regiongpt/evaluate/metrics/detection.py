@@ -1,10 +1,11 @@
-"""Average precision as the COCO API computes it, and the same for resampled images."""
+"""Average precision as the COCO API computes it, also by LVIS' rules, and the same for resampled images."""
 
 import io
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,6 +21,27 @@ FIGURES: Final = (
 """The twelve figures of the COCO API, in its order. Small is below 32^2 px^2 of object area, large from 96^2."""
 _AREAS: Final = {"AP": 0, "AP50": 0, "AP75": 0, "AP_small": 1, "AP_medium": 2, "AP_large": 3}
 _AT_ONCE = 1 << 20  # numbers held at a time
+FREQUENCIES: Final = {"r": "AP_rare", "c": "AP_common", "f": "AP_frequent"}
+"""LVIS' groups of categories, by the letter in its annotations, and the precision of each."""
+_LVIS_MOST: Final = 300
+"""Detections of an image that LVIS looks at, over all categories."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federated:
+    """What LVIS' annotations say of images in which not everything was looked for.
+
+    Attributes:
+        absent: By image, the categories that are known not to be there; of those that were not looked for, that are
+            neither annotated nor in this list, detections do not count.
+        partly: By image, the categories of which there are more objects than were annotated: detections of them that
+            match none do not count.
+        frequency: By category, ``r``, ``c`` or ``f``.
+    """
+
+    absent: Mapping[int, Collection[int]]
+    partly: Mapping[int, Collection[int]]
+    frequency: Mapping[int, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +49,9 @@ class DetectionScores:
     """What the COCO API says of detections.
 
     Attributes:
-        figures: By the names of :data:`FIGURES`, in [0, 1]; NaN where there is nothing to find.
-        statistics: Of the six precisions.
+        figures: By the names of :data:`FIGURES`, in [0, 1]; NaN where there is nothing to find. By LVIS' rules, the six
+            precisions and those of :data:`FREQUENCIES`.
+        statistics: Of the precisions.
         by_category: AP of each category that has objects, by its id.
     """
 
@@ -42,6 +65,7 @@ def detection_scores(
     detections: Sequence[Mapping[str, Any]],
     kind: Literal["bbox", "segm"] = "bbox",
     images: Sequence[int] | None = None,
+    federated: Federated | None = None,
 ) -> DetectionScores:
     """Scores detections against annotations through pycocotools.
 
@@ -50,29 +74,38 @@ def detection_scores(
         detections: ``image_id``, ``category_id``, ``score`` and ``bbox`` (x, y, width, height) or ``segmentation``.
         kind: What is compared.
         images: Ids of the images to score; default: all of ``truth``.
+        federated: Score by LVIS' rules: the best 300 detections of an image, and those of categories alone that were
+            looked for in it. The ``lvis`` package, whose figures these are, does not run with numpy 1.24 or later.
 
     Raises:
         DataError: A detection has no score, or is of an image or a category that the truth does not have.
     """
     from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
 
     _check(truth, detections, kind)
+    if federated is not None:
+        detections = _looked_for(truth, detections, federated)
     with redirect_stdout(io.StringIO()):  # it reports its progress there
         found = COCO()
         # The API takes the annotation of id 0 for none, and writes into what it is given.
         numbered = [{**each, "id": number} for number, each in enumerate(truth["annotations"], 1)]
         found.dataset = {**truth, "annotations": numbered}
         found.createIndex()
-        # Without any detection the API fails; one of no score in a category of its own stands for none.
-        results = found.loadRes([dict(each) for each in detections]) if detections else _none(found)
-        evaluation = COCOeval(found, results, kind)
+        if kind == "bbox":
+            results = _boxes(found, detections)
+        else:
+            # Without any detection the API fails; one of no score in a category of its own stands for none.
+            results = found.loadRes([dict(each) for each in detections]) if detections else _boxes(found, ())
+        evaluation = _evaluation()(found, results, kind)
         if images is not None:
             evaluation.params.imgIds = sorted(images)
+        if federated is not None:
+            evaluation.params.maxDets = [_LVIS_MOST]
+            evaluation.partly = {(image, each) for image, those in federated.partly.items() for each in those}
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    figures = {name: _number(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
+        if federated is None:
+            evaluation.summarize()
     matches = _Matches.of(evaluation)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     per_category = {}
@@ -81,20 +114,105 @@ def detection_scores(
         if (own > -1).any():
             per_category[int(category)] = float(own[own > -1].mean())
     statistics = {name: PrecisionStatistic(matches=matches, figure=name) for name in _AREAS}
+    if federated is None:
+        figures = {name: _number(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
+    else:
+        for letter, name in FREQUENCIES.items():
+            only = frozenset(each for each, its in federated.frequency.items() if its == letter)
+            statistics[name] = PrecisionStatistic(matches=matches, figure=name, only=only)
+        figures = {name: statistic.value() for name, statistic in statistics.items()}
     return DetectionScores(figures=figures, statistics=statistics, by_category=per_category)
+
+
+@cache
+def _evaluation() -> Any:
+    """COCOeval, to the same figures in less time where most categories are in few images."""
+    from pycocotools.cocoeval import COCOeval
+
+    class Evaluation(COCOeval):  # type: ignore[misc]
+        partly: Collection[tuple[int, int]] = ()
+        _sorted: tuple[Any, Any] = (None, None)
+
+        def computeIoU(self, imgId: int, catId: int) -> Any:
+            if not self._gts.get((imgId, catId)):
+                return []
+            return super().computeIoU(imgId, catId)
+
+        def evaluateImg(self, imgId: int, catId: int, aRng: Any, maxDet: int) -> Any:
+            if self._gts.get((imgId, catId)):
+                found = super().evaluateImg(imgId, catId, aRng, maxDet)
+            elif self._dts.get((imgId, catId)):
+                found = self._alone(imgId, catId, aRng, maxDet)
+            else:
+                return None
+            if (imgId, catId) in self.partly:
+                found["dtIgnore"] = found["dtIgnore"] | (found["dtMatches"] == 0)
+            return found
+
+        def _alone(self, image: int, category: int, area: Any, most: int) -> Any:
+            """Detections where there is nothing to find: none is matched, and those of other sizes do not count."""
+            if self._sorted[0] != category:
+                self._sorted = (category, {})
+            kept = self._sorted[1]
+            if image not in kept:
+                those = self._dts[image, category]
+                scores = np.array([each["score"] for each in those])
+                order = np.argsort(-scores, kind="mergesort")[:most]
+                kept[image] = scores[order], np.array([each["area"] for each in those])[order]
+            scores, areas = kept[image]
+            shape = (len(self.params.iouThrs), len(scores))
+            return {
+                "dtScores": scores,
+                "dtMatches": np.zeros(shape),
+                "dtIgnore": np.broadcast_to((areas < area[0]) | (areas > area[1]), shape),
+                "gtIgnore": np.zeros(0),
+            }
+
+    return Evaluation
+
+
+def _looked_for(
+    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], federated: Federated
+) -> list[Mapping[str, Any]]:
+    """The best detections of each image, of the categories that were looked for in it."""
+    known = {image: set(those) for image, those in federated.absent.items()}
+    for each in truth["annotations"]:
+        known.setdefault(each["image_id"], set()).add(each["category_id"])
+    by_image: dict[Any, list[Mapping[str, Any]]] = {}
+    for each in detections:
+        by_image.setdefault(each["image_id"], []).append(each)
+    return [
+        each
+        for image, those in by_image.items()
+        for each in sorted(those, key=lambda each: -each["score"])[:_LVIS_MOST]
+        if each["category_id"] in known.get(image, ())
+    ]
 
 
 def _number(value: float) -> float:
     return float("nan") if value < 0 else float(value)
 
 
-def _none(found: Any) -> Any:
+def _boxes(found: Any, detections: Sequence[Mapping[str, Any]]) -> Any:
+    """What the API makes of detections of boxes, without the outlines that it draws around them."""
     from pycocotools.coco import COCO
 
-    empty = COCO()
-    empty.dataset = {"images": found.dataset["images"], "annotations": [], "categories": found.dataset["categories"]}
-    empty.createIndex()
-    return empty
+    results = COCO()
+    annotations = [
+        {
+            "id": number,
+            "image_id": each["image_id"],
+            "category_id": each["category_id"],
+            "bbox": each["bbox"],
+            "score": each["score"],
+            "area": each["bbox"][2] * each["bbox"][3],
+        }
+        for number, each in enumerate(detections, 1)
+    ]
+    images, categories = found.dataset["images"], found.dataset["categories"]
+    results.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    results.createIndex()
+    return results
 
 
 def _check(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: str) -> None:
@@ -115,12 +233,14 @@ class _Category:
     """Detections of one category in one range of areas, the best score first.
 
     Attributes:
+        id: Of the category.
         hits: (T, D) found an object, for each threshold of overlap.
         misses: (T, D) found none; a detection may be neither, where it does not count.
         image: (D,) place of its image.
         objects: (C,) objects of each image to find.
     """
 
+    id: int
     hits: NDArray[np.bool_]
     misses: NDArray[np.bool_]
     image: NDArray[np.intp]
@@ -146,13 +266,13 @@ class _Matches:
             for k in range(len(p.catIds)):
                 start = (k * len(p.areaRng) + a) * images
                 own = [(i, e) for i, e in enumerate(evaluation.evalImgs[start : start + images]) if e is not None]
-                if category := _category(own, images, p.maxDets[-1]):
+                if category := _category(int(p.catIds[k]), own, images, p.maxDets[-1]):
                     categories.append(category)
             areas.append(tuple(categories))
         return cls(images=tuple(p.imgIds), thresholds=p.iouThrs, recalls=p.recThrs, areas=tuple(areas))
 
 
-def _category(own: Sequence[tuple[int, Any]], images: int, most: int) -> _Category | None:
+def _category(number: int, own: Sequence[tuple[int, Any]], images: int, most: int) -> _Category | None:
     objects = np.zeros(images)
     for i, each in own:
         objects[i] = np.count_nonzero(~np.asarray(each["gtIgnore"], bool))
@@ -165,15 +285,17 @@ def _category(own: Sequence[tuple[int, Any]], images: int, most: int) -> _Catego
     image = np.concatenate([np.full(len(each["dtScores"][:most]), i) for i, each in own]).astype(np.intp)[order]
     counts = ~ignored.all(axis=0)
     hits, misses = (matched & ~ignored)[:, counts], (~matched & ~ignored)[:, counts]
-    return _Category(hits=hits, misses=misses, image=image[counts], objects=objects)
+    return _Category(id=number, hits=hits, misses=misses, image=image[counts], objects=objects)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionStatistic(Statistic):
-    """One of the six precisions. Counted once each, the images give the API's own figure."""
+    """One of the precisions. Counted once each, the images give the API's own figure."""
 
     matches: _Matches
     figure: str
+    only: frozenset[int] | None = None
+    """Categories that it is about; None for all."""
 
     @property
     def clusters(self) -> tuple[Hashable, ...]:  # type: ignore[override]
@@ -184,7 +306,9 @@ class PrecisionStatistic(Statistic):
         """The figure for each of (N, C) weightings."""
         wanted = {"AP50": 0.5, "AP75": 0.75}.get(self.figure)
         rows = slice(None) if wanted is None else np.isclose(self.matches.thresholds, wanted)
-        categories = self.matches.areas[_AREAS[self.figure]]
+        categories = [
+            each for each in self.matches.areas[_AREAS.get(self.figure, 0)] if self.only is None or each.id in self.only
+        ]
         if not categories:
             return np.full(len(times), np.nan)
         found = np.stack([self._of(category, rows, times) for category in categories])

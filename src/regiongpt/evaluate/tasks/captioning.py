@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from regiongpt.data.convert.base import option
 from regiongpt.errors import ConfigError
-from regiongpt.evaluate.metrics.captions import METRICS, CaptionScore, caption_scores
+from regiongpt.evaluate.metrics.captions import METRICS, CaptionScore, caption_scores, find_spice
 from regiongpt.evaluate.metrics.meteor import find_jar, find_java
 from regiongpt.evaluate.metrics.ptb import scored_words
 from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
@@ -62,6 +62,8 @@ class CaptionTask(Task):
         find_jar()
         if {"METEOR", "SPICE"} & set(self._metrics):
             find_java()
+        if "SPICE" in self._metrics:
+            find_spice()
 
     def pinned(self) -> dict[str, str]:
         """Split and grouping of the references."""

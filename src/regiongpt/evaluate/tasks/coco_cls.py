@@ -15,7 +15,7 @@ from regiongpt.data.convert.jsonstream import iter_array
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
-from regiongpt.evaluate.metrics.detection import DetectionScores, detection_scores
+from regiongpt.evaluate.metrics.detection import FREQUENCIES, DetectionScores, Federated, detection_scores
 from regiongpt.evaluate.metrics.labels import Labels, Reading
 from regiongpt.evaluate.paper import COCO, TABLES
 from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
@@ -78,6 +78,7 @@ class CocoClassification(Task):
     label_set: str = option("name of the closed set in the question", default="COCO-80")
     guided: bool = option("end the question by naming the closed set", default=True)
     choices: bool = option("score all names too; of a long list this takes most of the time", default=True)
+    rules: str = option("of AP: coco, lvis, or auto for LVIS' where the annotations have what it needs", default="auto")
     synonyms: str = option(
         "forgiven of answers: case, plural, or json files of synonyms, by commas; counted, and nothing by default",
         default="",
@@ -85,6 +86,7 @@ class CocoClassification(Task):
 
     def __post_init__(self) -> None:
         check_choice("region", self.region, ("box", "mask"))
+        check_choice("rules", self.rules, ("auto", "coco", "lvis"))
 
     @property
     def _file(self) -> Path:
@@ -110,6 +112,12 @@ class CocoClassification(Task):
                 "set with --label-set"
             )
         areas, crowds = read_areas(self._file)
+        federated = read_federated(self._file) if self.rules != "coco" else None
+        if self.rules == "lvis" and federated is None:
+            raise DataError(
+                f"{self._file}: expected neg_category_ids and not_exhaustive_category_ids of every image and the "
+                "frequency of every category, as LVIS has them, found none; leave out --rules lvis"
+            )
         text = question("classify", 0, regions=[1], label_set=self.label_set, guided=self.guided)
         items = []
         for k, (number, place, category, box) in enumerate(
@@ -137,6 +145,7 @@ class CocoClassification(Task):
                         "area": area,
                         "crowds": crowds.get(image_id, []),
                         "ids": sorted(file.names),
+                        **({"federated": federated} if federated is not None else {}),
                     },
                 )
             )
@@ -149,6 +158,7 @@ class CocoClassification(Task):
     ) -> Result:
         """All protocols that the answers allow: without probabilities and scores, the first alone."""
         names: list[str] = items[0].detail["names"]
+        ids = dict(zip(names, items[0].detail["ids"], strict=True))
         labels = Labels(names, self.synonyms)
         texts = [a.text if (a := answers.get(item.id)) is not None else None for item in items]
         readings = [labels.read(text) if text is not None else None for text in texts]
@@ -164,23 +174,25 @@ class CocoClassification(Task):
         detections: dict[str, list[dict[str, Any]]] = {}
         if generated:
             chosen[MATCH] = said
-            detections[MATCH] = [_detection(item, name, 1.0) for item, name in zip(items, said, strict=True) if name]
+            detections[MATCH] = [
+                _detection(item, ids[name], 1.0) for item, name in zip(items, said, strict=True) if name
+            ]
             unsure = [
                 item.id for item, text, p in zip(items, texts, sure, strict=True) if text is not None and p is None
             ]
             if not unsure:
                 chosen[PROBABLE] = said
                 detections[PROBABLE] = [
-                    _detection(item, name, p)
+                    _detection(item, ids[name], p)
                     for item, name, p in zip(items, said, sure, strict=True)
                     if name and p is not None
                 ]
         if any(scores is not None for scores in rated):
             chosen[SCORED] = [names[max(range(len(names)), key=s.__getitem__)] if s else None for s in rated]
             detections[SCORED] = [
-                _detection(item, name, score)
+                _detection(item, number, score)
                 for item, scores in zip(items, rated, strict=True)
-                for name, score in zip(names, scores or (), strict=bool(scores))
+                for number, score in zip(ids.values(), scores or (), strict=bool(scores))
             ]
         if not chosen:
             raise DataError("expected answers with a text or with scores, got neither for any item")
@@ -190,10 +202,10 @@ class CocoClassification(Task):
         breakdowns: dict[str, Any] = {}
         tables = []
         scores_of: dict[str, list[float | None]] = {}
-        truth = _truth(items)
+        truth, federated = _truth(items), _federated(items)
         for protocol, answered in chosen.items():
             right = [float(name == item.truth) for name, item in zip(answered, items, strict=True)]
-            found = detection_scores(truth, detections[protocol])
+            found = detection_scores(truth, detections[protocol], federated=federated)
             statistics[protocol] = _statistics(items, right, answered, found)
             protocols[protocol] = {
                 name: figure(each, _count(items, name), resamples, seed) for name, each in statistics[protocol].items()
@@ -205,7 +217,7 @@ class CocoClassification(Task):
                 tables.append(confusion_table([item.truth for item in items], answered, names, title))
         return Result(
             task=self.name,
-            pinned=self._pinned(len(names)),
+            pinned=self._pinned(len(names), federated is not None),
             protocols=protocols,
             breakdowns=breakdowns,
             rows=rows_of(items, answers, scores_of),
@@ -214,14 +226,15 @@ class CocoClassification(Task):
             statistics=statistics,
         )
 
-    def _pinned(self, names: int) -> dict[str, str]:
+    def _pinned(self, names: int, lvis: bool) -> dict[str, str]:
+        rules = "by LVIS' rules, restated on COCOeval of pycocotools," if lvis else "COCOeval of pycocotools"
         return {
             "split": self.split if self.annotations is None else self.annotations.name,
             "regions": f"ground-truth {'boxes' if self.region == 'box' else 'masks'}, one a question, crowds aside",
             "prompt": f"guided, {self.label_set}" if self.guided else "not guided",
             "closed set": f"{names} categories of the annotations",
             "matching": f"as it stands{f', forgiving {self.synonyms}' if self.synonyms else ''}",
-            "scorer": f"COCOeval of pycocotools on the boxes; at most {MOST_PRECISIONS} resamples for its intervals",
+            "scorer": f"{rules} on the boxes; at most {MOST_PRECISIONS} resamples for its intervals",
             **{f"protocol {name}": rule for name, rule in PROTOCOLS.items()},
         }
 
@@ -283,12 +296,35 @@ def read_areas(path: Path) -> tuple[dict[int, float], dict[int, list[dict[str, A
     return areas, crowds
 
 
+def read_federated(path: Path) -> dict[str, Any] | None:
+    """What LVIS' rules go by; None where not every image and category has it."""
+    absent, partly, frequency = {}, {}, {}
+    for entry in iter_array(path, "images", Rejects()):
+        lists = [entry.get(f"{name}_category_ids") for name in ("neg", "not_exhaustive")]
+        if not all(isinstance(those, list) for those in lists):
+            return None
+        absent[entry["id"]], partly[entry["id"]] = lists
+    for entry in iter_array(path, "categories", Rejects()):
+        if entry.get("frequency") not in FREQUENCIES:
+            return None
+        frequency[entry["id"]] = entry["frequency"]
+    return {"absent": absent, "partly": partly, "frequency": frequency}
+
+
+def _federated(items: Sequence[Item]) -> Federated | None:
+    known = items[0].detail.get("federated")
+    if known is None:
+        return None
+    asked = {item.image_id for item in items}
+    absent, partly = ({i: those for i, those in known[name].items() if i in asked} for name in ("absent", "partly"))
+    return Federated(absent=absent, partly=partly, frequency=known["frequency"])
+
+
 def _is_box(value: Any) -> TypeGuard[list[float]]:
     return isinstance(value, list) and len(value) == 4 and all(type(each) in (int, float) for each in value)
 
 
-def _detection(item: Item, name: str, score: float) -> dict[str, Any]:
-    category = item.detail["ids"][item.detail["names"].index(name)]
+def _detection(item: Item, category: int, score: float) -> dict[str, Any]:
     return {"image_id": item.image_id, "category_id": category, "bbox": item.detail["box"], "score": score}
 
 

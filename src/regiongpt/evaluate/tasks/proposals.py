@@ -1,6 +1,6 @@
 """Candidate boxes from a file of detections in the common form of detection results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,14 @@ class Proposals:
     scored: bool
 
 
-def read_proposals(path: Path, images: set[int], top: int, least: float, rejects: Rejects) -> Proposals:
+def read_proposals(
+    path: Path,
+    images: set[int],
+    top: int,
+    least: float,
+    rejects: Rejects,
+    size: Callable[[int], tuple[int, int] | None] = lambda _: None,
+) -> Proposals:
     """The candidates of the images that are asked about.
 
     Args:
@@ -40,6 +47,7 @@ def read_proposals(path: Path, images: set[int], top: int, least: float, rejects
         top: Most candidates an image, by score; 0 for all.
         least: Least score; 0 for all.
         rejects: Where unusable entries are noted.
+        size: Width and height of an image in pixels, of which a candidate has to show something; None where unknown.
 
     Raises:
         DataError: The file is of another form, or has scores for some entries alone, or none for any image.
@@ -63,6 +71,11 @@ def read_proposals(path: Path, images: set[int], top: int, least: float, rejects
         x, y, width, height = map(float, box)
         if width <= 0 or height <= 0:
             rejects.add("box without size", path, place, f"expected a width and height above 0, got {short(box)}")
+            continue
+        within = size(image_id)
+        if within is not None and not (x < within[0] and y < within[1] and x + width > 0 and y + height > 0):
+            said = f"expected a box that shows something of an image of {within[0]} x {within[1]} pixels"
+            rejects.add("proposal outside its image", path, place, f"{said}, got {short(box)}")
             continue
         found.setdefault(image_id, []).append((float(score or 0.0), (x, y, x + width, y + height)))
     if not found:

@@ -5,10 +5,12 @@ Paper: §4.3, Table 5
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, Final
 
 from regiongpt.data.convert.base import option
+from regiongpt.data.convert.images import image_size
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
 from regiongpt.evaluate.metrics.overlap import overlaps
@@ -85,8 +87,9 @@ class RefCocogRec(Task):
         self.left_out.counts.clear()
         files = self._files
         objects, folder = files.objects(self.split, self.left_out), files.folder
-        images = {each.image_id for each in objects}
-        found = read_proposals(self._proposals, images, self.top, self.min_score, self.left_out)
+        images = {each.image_id: folder / each.file for each in objects}
+        size = cache(lambda number: _size(images[number]))
+        found = read_proposals(self._proposals, set(images), self.top, self.min_score, self.left_out, size)
         items = []
         for each, number, text in each_expression(objects):
             proposed = found.boxes.get(each.image_id, ())
@@ -154,6 +157,14 @@ class RefCocogRec(Task):
             notes=tuple(notes),
             statistics=statistics,
         )
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Of an image; None where it cannot be read, which is said when it is asked about."""
+    try:
+        return image_size(path)
+    except DataError:
+        return None
 
 
 def _mean(values: Sequence[float]) -> float:
