@@ -42,7 +42,9 @@ def test_a_class_is_the_mean_of_the_words_of_its_name(pair):
     assert names.shape == (80, table.shape[1])
     torch.testing.assert_close(ClassWords(processor.tokenizer).shares, EVEN)
     shares = ClassWords(processor.tokenizer, range(80)).shares
-    assert shares[0] > 0 and (shares.diff() > 0).all() and abs(shares.sum() - 1) < 1e-6
+    assert shares[0] > 0
+    assert (shares.diff() > 0).all()
+    assert abs(shares.sum() - 1) < 1e-6
     for name in ("cat", "traffic light"):
         ids = processor.tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
         torch.testing.assert_close(names[COCO_80.index(name)], table[ids].mean(0))

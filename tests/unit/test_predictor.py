@@ -9,6 +9,8 @@ from tiny_checkpoint import make_checkpoint
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
 from regiongpt.inference import RegionPredictor
+from regiongpt.inference.closed_set import answer_scores
+from regiongpt.inference.engine import question_turns
 from regiongpt.prompts import COCO_80, NO_MATCH, question
 from regiongpt.regions import Region
 
@@ -176,6 +178,27 @@ def test_locate(predictor):
         predictor.locate("the red cup", [])
     with pytest.raises(DataError, match="empty"):
         predictor.locate(" ", [BOX])
+
+
+def test_locate_by_what_each_region_is_called_and_by_both(predictor):
+    expressions, regions = ["the red cup", "a dog", "the red cup"], [BOX, OTHER, BOX]
+    by_answer, by_words, by_both = (predictor.locate(expressions, regions, by=by) for by in ("answer", "words", "both"))
+    assert predictor.locate(expressions, regions) == by_both
+    engine, scene = predictor.engine, predictor._here()
+    turns = question_turns((), question("refer", regions=[1]))
+    for k, expression in enumerate(expressions):
+        alone = [answer_scores(engine, scene, turns, engine.pool_each(scene, [r]), [expression]) for r in regions]
+        expected = torch.cat(alone)[:, 0].softmax(0)
+        torch.testing.assert_close(torch.tensor(by_words[k].probabilities[:3]), expected, atol=1e-4, rtol=1e-4)
+        assert by_words[k].probabilities[3] == 0
+        assert by_words[k].index is not None
+        none = by_answer[k].probabilities[3]
+        product = torch.tensor(by_answer[k].probabilities[:3]) * expected
+        found = torch.tensor(by_both[k].probabilities)
+        torch.testing.assert_close(found[:3], (1 - none) * product / product.sum(), atol=1e-4, rtol=1e-4)
+        assert found[3] == pytest.approx(none, abs=1e-5)
+    with pytest.raises(ConfigError, match="by: expected one of answer, words, both, got 'luck'"):
+        predictor.locate("a dog", regions, by="luck")
 
 
 def test_sampling_repeats_with_a_seed_and_leaves_the_global_generator_alone(predictor):

@@ -111,7 +111,8 @@ def test_what_a_region_is_called_fits_it_alone():
         for asked, said in zip(talk.messages[::2], talk.messages[1::2], strict=True):
             region = talk.regions[placeholders(asked["content"])[0] - 1].bounds(200, 120)
             name = owner(view, region)
-            assert name in said["content"] and said["content"].startswith("the ")
+            assert name in said["content"]
+            assert said["content"].startswith("the ")
             if "leftmost" in said["content"]:
                 seen += 1
                 alike = [each.box[0] for each in view.by_category[name]]
@@ -137,7 +138,8 @@ def test_lists_are_true_and_whole():
                 else:
                     assert (found == "yes") == (name in view.by_category)
                     seen[found] += 1
-    assert seen["locate_each"] > 60 and seen["presence_each"] > 200
+    assert seen["locate_each"] > 60
+    assert seen["presence_each"] > 200
     assert 0.4 < seen["yes"] / seen["presence_each"] < 0.6
 
 

@@ -31,7 +31,15 @@ from regiongpt.train.config import TrainConfig, load_config
 log = logging.getLogger(__name__)
 
 RECIPE: Final = "recipe.json"
-_NOT_OF_LANGUAGE: Final = ("init", "vision", "image_size", "refinement", "refinement_channels", "connector_size", "image_grid")
+_NOT_OF_LANGUAGE: Final = (
+    "init",
+    "vision",
+    "image_size",
+    "refinement",
+    "refinement_channels",
+    "connector_size",
+    "image_grid",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -371,9 +371,12 @@ def _refer(
     """A true expression that fits one object alone, of up to four objects the first that has one."""
     for k in rng.permutation(len(chosen))[:4]:
         if facts := distinctions(view, chosen[k], colours):
-            wording, expression = int(rng.integers(10)), express(rng, chosen[k].category, *pick(rng, facts))
-            return _Plan("refer", (chosen[k],), lambda numbers: (question("refer", wording, regions=numbers), expression))
+            return _reference(int(rng.integers(10)), chosen[k], express(rng, chosen[k].category, *pick(rng, facts)))
     return None
+
+
+def _reference(wording: int, each: ViewObject, expression: str) -> _Plan:
+    return _Plan("refer", (each,), lambda numbers: (question("refer", wording, regions=numbers), expression))
 
 
 def _relate(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:

@@ -10,7 +10,7 @@ _HOMES = {
     "Answer": "engine",
     "Classified": "classification",
     "Conversation": "conversation",
-    "Located": "predictor",
+    "Located": "locating",
     "Question": "many",
     "RegionPredictor": "predictor",
     "pick_device": "engine",
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from regiongpt.inference.classification import Classified
     from regiongpt.inference.conversation import Conversation
     from regiongpt.inference.engine import Answer, pick_device, pick_dtype
+    from regiongpt.inference.locating import Located
     from regiongpt.inference.many import Question
-    from regiongpt.inference.predictor import Located, RegionPredictor
+    from regiongpt.inference.predictor import RegionPredictor
 
 
 def __getattr__(name: str) -> Any:

@@ -281,20 +281,3 @@ def answer_scores(
     if length_normalized:
         scores_BA = scores_BA / torch.from_numpy(closed.tree.lengths)
     return scores_BA.float()
-
-
-def score_answers(
-    engine: Engine,
-    scene: Scene,
-    messages: Sequence[Turn],
-    pooled: Sequence[Tensor],
-    answers: Sequence[str],
-    length_normalized: bool = False,
-    calibrated: bool = False,
-) -> list[list[float]]:
-    """Probability of each answer, as :func:`answer_scores` scores it: B rows of A, each summing to 1."""
-    scores_BA = answer_scores(
-        engine, scene, messages, pooled, answers, length_normalized=length_normalized, calibrated=calibrated
-    )
-    rows: list[list[float]] = scores_BA.softmax(-1).tolist()
-    return rows

@@ -9,7 +9,6 @@ batch with whatever else is asked at the time. A closed set is scored in one pas
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +18,6 @@ from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import ImageSource, load_image
 from regiongpt.inference import many
 from regiongpt.inference.classification import Classified, check_choices, classify_regions
-from regiongpt.inference.closed_set import score_answers
 from regiongpt.inference.conversation import Conversation
 from regiongpt.inference.engine import (
     Answer,
@@ -33,33 +31,14 @@ from regiongpt.inference.engine import (
     question_turns,
     region_list,
 )
+from regiongpt.inference.locating import By, Located, locate_expressions
 from regiongpt.inference.many import Question
 from regiongpt.inference.quantization import to_int8
 from regiongpt.inference.scenes import Scenes
 from regiongpt.inference.scheduler import ROWS
 from regiongpt.model import weights
-from regiongpt.prompts import NO_MATCH, region_answer
 from regiongpt.prompts import question as task_question
 from regiongpt.regions import Region
-
-
-@dataclass(frozen=True, kw_only=True)
-class Located:
-    """Which of several regions fits an expression.
-
-    Attributes:
-        index: 0-based position in the list of regions given; None where none of them fits.
-        number: the same, 1-based, as the model says it; None likewise.
-        text: the answer in the paper's words, ``Region [N]`` or the no-match sentence.
-        probability: of that answer, given that the answer is one of the regions or none.
-        probabilities: of each region, in the order given, and last of none; they sum to 1.
-    """
-
-    index: int | None
-    number: int | None
-    text: str
-    probability: float
-    probabilities: tuple[float, ...]
 
 
 class RegionPredictor:
@@ -401,22 +380,28 @@ class RegionPredictor:
         return found[0] if isinstance(regions, Region) else found
 
     @overload
-    def locate(self, expression: str, regions: Region | Sequence[Region]) -> Located: ...
+    def locate(self, expression: str, regions: Region | Sequence[Region], *, by: By = ...) -> Located: ...
 
     @overload
-    def locate(self, expression: list[str] | tuple[str, ...], regions: Region | Sequence[Region]) -> list[Located]: ...
+    def locate(
+        self, expression: list[str] | tuple[str, ...], regions: Region | Sequence[Region], *, by: By = ...
+    ) -> list[Located]: ...
 
     def locate(
-        self, expression: str | list[str] | tuple[str, ...], regions: Region | Sequence[Region]
+        self, expression: str | list[str] | tuple[str, ...], regions: Region | Sequence[Region], *, by: By = "both"
     ) -> Located | list[Located]:
         """Choose the region that an expression refers to, or none.
 
-        The paper's answers, ``Region [N]`` for each region and the no-match sentence, are scored as :meth:`classify`
-        scores choices, so the result is always one of them.
+        Two things tell. The answer: the paper's question about all regions at once, with ``Region [N]`` for each of
+        them and the no-match sentence scored as :meth:`classify` scores choices. The words: how likely the model is to
+        call a region by the expression, asked of each region by itself. A model that reads many regions well needs the
+        first alone; a small one knows a region when it sees one long before it can compare several.
 
         Args:
             expression: such as ``"the red cup"``, or several of them, each located by itself among the same regions.
             regions: at least one region to choose from.
+            by: ``"answer"``, the paper's protocol; ``"words"``, which always chooses a region; or ``"both"``: the
+                product of the two, with the no-match answer as likely as the first has it.
 
         Returns:
             A result for an expression, a list of them for a list.
@@ -424,36 +409,19 @@ class RegionPredictor:
         Raises:
             RegionError: a region does not fit the image, or none was given.
             DataError: an expression is empty.
-            ConfigError: no image was set.
+            ConfigError: no image was set, or there is no such way.
 
         Paper: §3.2, Table 1; §4.3
         """
         if isinstance(expression, str):
-            return self.locate([expression], regions)[0]
+            return self.locate([expression], regions, by=by)[0]
         expressions = list(expression)
         if not all(isinstance(each, str) and each.strip() for each in expressions):
             raise DataError(f"expected an expression such as 'the red cup', got an empty one in {expressions!r}")
         scene, listed = self._here(), region_list(regions)
         if not listed:
             raise RegionError("expected at least one region to choose from, got none")
-        pooled, numbers = self.engine.pool(scene, listed), range(1, len(listed) + 1)
-        answers = [*map(region_answer, numbers), NO_MATCH]
-        results = []
-        for each in expressions:
-            turns = question_turns((), task_question("locate", regions=numbers, expression=each))
-            row = score_answers(self.engine, scene, turns, [pooled], answers, False)[0]
-            best = max(range(len(answers)), key=row.__getitem__)
-            found = best if best < len(listed) else None
-            results.append(
-                Located(
-                    index=found,
-                    number=None if found is None else found + 1,
-                    text=answers[best],
-                    probability=row[best],
-                    probabilities=tuple(row),
-                )
-            )
-        return results
+        return locate_expressions(self.engine, scene, listed, [each.strip() for each in expressions], by)
 
     @property
     def _scene(self) -> Scene | None:

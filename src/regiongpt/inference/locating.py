@@ -1,0 +1,93 @@
+"""Which of several regions an expression refers to: by the model's answer, by its words for each region, or by both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from regiongpt.errors import ConfigError
+from regiongpt.inference.closed_set import answer_scores
+from regiongpt.inference.engine import Engine, Scene, question_turns
+from regiongpt.prompts import NO_MATCH, question, region_answer
+from regiongpt.regions import Region
+
+By = Literal["answer", "words", "both"]
+WAYS: Final[tuple[By, ...]] = ("answer", "words", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """Which of several regions fits an expression.
+
+    Attributes:
+        index: 0-based position in the list of regions given; None where none of them fits.
+        number: the same, 1-based, as the model says it; None likewise.
+        text: the answer in the paper's words, ``Region [N]`` or the no-match sentence.
+        probability: of that answer, given that the answer is one of the regions or none.
+        probabilities: of each region, in the order given, and last of none; they sum to 1.
+    """
+
+    index: int | None
+    number: int | None
+    text: str
+    probability: float
+    probabilities: tuple[float, ...]
+
+
+def locate_expressions(
+    engine: Engine, scene: Scene, regions: Sequence[Region], expressions: Sequence[str], by: By
+) -> list[Located]:
+    """What :meth:`RegionPredictor.locate` does, of at least one region and of expressions that are not blank.
+
+    Raises:
+        RegionError: a region does not fit the image.
+        ConfigError: there is no such way.
+    """
+    if by not in WAYS:
+        raise ConfigError(f"by: expected one of {', '.join(WAYS)}, got {by!r}")
+    if not expressions:
+        return []
+    numbers = range(1, len(regions) + 1)
+    answers = [*map(region_answer, numbers), NO_MATCH]
+    told = _by_answer(engine, scene, regions, expressions, answers) if by != "words" else []
+    called_ER = _by_words(engine, scene, regions, expressions) if by != "answer" else torch.empty(0)
+    results = []
+    for row, _ in enumerate(expressions):
+        if by == "answer":
+            shares = told[row].softmax(-1)
+        elif by == "words":
+            shares = torch.cat([called_ER[row].softmax(-1), torch.zeros(1)])
+        else:
+            none = told[row].softmax(-1)[-1:]
+            shares = torch.cat([(1 - none) * (told[row][:-1] + called_ER[row]).softmax(-1), none])
+        best = int(shares.argmax())
+        found = best if best < len(regions) else None
+        results.append(
+            Located(
+                index=found,
+                number=None if found is None else found + 1,
+                text=answers[best],
+                probability=float(shares[best]),
+                probabilities=tuple(shares.tolist()),
+            )
+        )
+    return results
+
+
+def _by_answer(
+    engine: Engine, scene: Scene, regions: Sequence[Region], expressions: Sequence[str], answers: Sequence[str]
+) -> list[Tensor]:
+    """Log likelihood of each answer to the paper's question about all regions: (R + 1,) an expression."""
+    pooled, numbers = engine.pool(scene, regions), range(1, len(regions) + 1)
+    asked = (question("locate", regions=numbers, expression=each) for each in expressions)
+    return [answer_scores(engine, scene, question_turns((), text), [pooled], answers)[0] for text in asked]
+
+
+def _by_words(engine: Engine, scene: Scene, regions: Sequence[Region], expressions: Sequence[str]) -> Tensor:
+    """Log likelihood (E, R) of each expression as what the model calls a region, each region by itself."""
+    turns, pooled = question_turns((), question("refer", regions=[1])), engine.pool_each(scene, regions)
+    different = list(dict.fromkeys(expressions))
+    scores_RE = answer_scores(engine, scene, turns, pooled, different)
+    return scores_RE.T[[different.index(each) for each in expressions]]
