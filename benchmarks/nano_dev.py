@@ -34,6 +34,7 @@ from regiongpt.data.sampling import DevQuestion, dev_questions
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.inference.engine import Engine, Options, Prompt, Scene, pick_device, pick_dtype
+from regiongpt.inference.locating import WAYS, By, locate_expressions
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80, NO_MATCH, region_answer
 from regiongpt.train.features import keep_freed_memory
@@ -135,6 +136,19 @@ def answer_all(engine: Engine, task: str, ready: Sequence[Ready]) -> list[str]:
     return texts
 
 
+def locate_all(engine: Engine, ready: Sequence[Ready], by: By) -> list[str]:
+    """What ``RegionPredictor.locate`` chooses, in the order of the questions."""
+    texts = []
+    progress = Progress(f"locate by {by}", len(ready), "choices")
+    for before, each in zip([None, *ready], ready, strict=False):
+        if before is not None and before.scene is not each.scene:
+            before.scene.begun.clear()
+        pooled = torch.split(each.pooled, engine.processor.tokens_per_region)
+        texts.append(locate_expressions(engine, each.scene, pooled, [each.asked.expression], by)[0].text)
+        progress.add()
+    return texts
+
+
 def answered(questions: Sequence[DevQuestion], texts: Sequence[str]) -> list[Answered]:
     """What the metrics need of questions and answers."""
     return [
@@ -156,7 +170,7 @@ def measure(rows: dict[str, list[Answered]], describe_limit: int | None, seed: i
     for task, asked in rows.items():
         if task == "classify":
             results[task] = classify_scores(asked, seed)
-        elif task == "locate":
+        elif task.startswith("locate"):
             results[task] = locate_scores(asked, seed)
         elif task == "presence":
             results[task] = presence_scores(asked, seed)
@@ -194,8 +208,10 @@ def tables(results: dict[str, Any]) -> str:
             lines.append(f"    {pair['truth']} called {pair['answer']}: {pair['count']} of {pair['of_truth']}")
         for other in found["off_list"][:5]:
             lines.append(f"    off the list: {other['answer']!r} ({other['count']})")
-    if found := results.get("locate"):
-        head("Region chosen by an expression")
+    for task, how in (("locate", "generated answer"), *((f"locate_by_{by}", f"locate(by={by!r})") for by in WAYS)):
+        if not (found := results.get(task)):
+            continue
+        head(f"Region chosen by an expression: {how}")
         row("all expressions", found["accuracy"])
         row("chance", found["chance"])
         for name, figure in found["by_kind"].items():
@@ -276,6 +292,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         began_task = time.monotonic()
         rows[task] = answered(questions[task], answer_all(engine, task, ready[task]))
         seconds[task] = time.monotonic() - began_task
+    for by in WAYS if "locate" in options.tasks else ():
+        began_task, name = time.monotonic(), f"locate_by_{by}"
+        questions[name] = questions["locate"]
+        rows[name] = answered(questions[name], locate_all(engine, ready["locate"], by))
+        seconds[name] = time.monotonic() - began_task
     results = measure(rows, options.describe_limit, options.seed)
     seconds["all"] = time.monotonic() - began
     files = {source.instances.name: source.instances for source in sources}

@@ -75,6 +75,7 @@ class DevQuestion:
         category: Class of the object asked about.
         share: Area of the object's box as a share of the image, 0 where there is none.
         kind: What the answer rests on: the kind of expression, or of negative.
+        expression: What to find, for ``locate``.
     """
 
     image: ImageAnnotations
@@ -85,6 +86,7 @@ class DevQuestion:
     category: str
     share: float = 0.0
     kind: str = ""
+    expression: str = ""
 
     @property
     def messages(self) -> Turns:
@@ -518,7 +520,7 @@ def dev_questions(
                 kind, text = expression
                 asked = question(task, 0, regions=[1, 2, 3, 4, 5], expression=text)
                 answer, boxes = region_answer(options.index(target) + 1), [each.box for each in options]
-                found.append(_ask(image, task, asked, boxes, answer, target.category, target.box, kind))
+                found.append(_ask(image, task, asked, boxes, answer, target.category, target.box, kind, text))
     return found
 
 
@@ -531,6 +533,7 @@ def _ask(
     category: str,
     box: Box = (0.0, 0.0, 0.0, 0.0),
     kind: str = "",
+    expression: str = "",
 ) -> DevQuestion:
     return DevQuestion(
         image=image,
@@ -541,4 +544,5 @@ def _ask(
         category=category,
         share=(box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height),
         kind=kind,
+        expression=expression,
     )

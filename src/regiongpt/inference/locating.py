@@ -11,7 +11,6 @@ from regiongpt.errors import ConfigError
 from regiongpt.inference.closed_set import answer_scores
 from regiongpt.inference.engine import Engine, Scene, question_turns
 from regiongpt.prompts import NO_MATCH, question, region_answer
-from regiongpt.regions import Region
 
 By = Literal["answer", "words", "both"]
 WAYS: Final[tuple[By, ...]] = ("answer", "words", "both")
@@ -37,22 +36,28 @@ class Located:
 
 
 def locate_expressions(
-    engine: Engine, scene: Scene, regions: Sequence[Region], expressions: Sequence[str], by: By
+    engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str], by: By
 ) -> list[Located]:
-    """What :meth:`RegionPredictor.locate` does, of at least one region and of expressions that are not blank.
+    """What :meth:`RegionPredictor.locate` does, of expressions that are not blank.
+
+    Args:
+        engine: the model.
+        scene: the image.
+        pooled: the features (K, D) of each region, at least one.
+        expressions: what to find, each by itself.
+        by: one of :data:`WAYS`.
 
     Raises:
-        RegionError: a region does not fit the image.
         ConfigError: there is no such way.
     """
     if by not in WAYS:
         raise ConfigError(f"by: expected one of {', '.join(WAYS)}, got {by!r}")
     if not expressions:
         return []
-    numbers = range(1, len(regions) + 1)
+    numbers = range(1, len(pooled) + 1)
     answers = [*map(region_answer, numbers), NO_MATCH]
-    told = _by_answer(engine, scene, regions, expressions, answers) if by != "words" else []
-    called_ER = _by_words(engine, scene, regions, expressions) if by != "answer" else torch.empty(0)
+    told = _by_answer(engine, scene, pooled, expressions, answers) if by != "words" else []
+    called_ER = _by_words(engine, scene, pooled, expressions) if by != "answer" else torch.empty(0)
     results = []
     for row, _ in enumerate(expressions):
         if by == "answer":
@@ -63,7 +68,7 @@ def locate_expressions(
             none = told[row].softmax(-1)[-1:]
             shares = torch.cat([(1 - none) * (told[row][:-1] + called_ER[row]).softmax(-1), none])
         best = int(shares.argmax())
-        found = best if best < len(regions) else None
+        found = best if best < len(pooled) else None
         results.append(
             Located(
                 index=found,
@@ -77,17 +82,17 @@ def locate_expressions(
 
 
 def _by_answer(
-    engine: Engine, scene: Scene, regions: Sequence[Region], expressions: Sequence[str], answers: Sequence[str]
+    engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str], answers: Sequence[str]
 ) -> list[Tensor]:
     """Log likelihood of each answer to the paper's question about all regions: (R + 1,) an expression."""
-    pooled, numbers = engine.pool(scene, regions), range(1, len(regions) + 1)
+    features, numbers = torch.cat(list(pooled)), range(1, len(pooled) + 1)
     asked = (question("locate", regions=numbers, expression=each) for each in expressions)
-    return [answer_scores(engine, scene, question_turns((), text), [pooled], answers)[0] for text in asked]
+    return [answer_scores(engine, scene, question_turns((), text), [features], answers)[0] for text in asked]
 
 
-def _by_words(engine: Engine, scene: Scene, regions: Sequence[Region], expressions: Sequence[str]) -> Tensor:
+def _by_words(engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str]) -> Tensor:
     """Log likelihood (E, R) of each expression as what the model calls a region, each region by itself."""
-    turns, pooled = question_turns((), question("refer", regions=[1])), engine.pool_each(scene, regions)
+    turns = question_turns((), question("refer", regions=[1]))
     different = list(dict.fromkeys(expressions))
     scores_RE = answer_scores(engine, scene, turns, pooled, different)
     return scores_RE.T[[different.index(each) for each in expressions]]

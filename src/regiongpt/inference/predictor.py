@@ -421,7 +421,8 @@ class RegionPredictor:
         scene, listed = self._here(), region_list(regions)
         if not listed:
             raise RegionError("expected at least one region to choose from, got none")
-        return locate_expressions(self.engine, scene, listed, [each.strip() for each in expressions], by)
+        pooled = self.engine.pool_each(scene, listed)
+        return locate_expressions(self.engine, scene, pooled, [each.strip() for each in expressions], by)
 
     @property
     def _scene(self) -> Scene | None:
