@@ -3,12 +3,14 @@
     python benchmarks/closed_set_dev.py --data ../shared/data/coco_photos --limit 80 --int8
 
 Every box of the development photographs is classified by the likelihoods of all 80 answers. With ``--int8`` the same
-boxes go through the quantized model too, from the same image features.
+boxes go through the quantized model too, from the same image features. With ``--references`` scores are also calibrated
+against other things of which nothing is known, wholly and by a quarter.
 """
 
 import argparse
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +23,34 @@ from regiongpt.data.sampling import DevQuestion, dev_questions
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.inference.closed_set import closed_set, content_free, log_likelihoods
-from regiongpt.inference.engine import Engine, question_turns
+from regiongpt.inference.engine import Engine, Scene, question_turns
 from regiongpt.inference.quantization import to_int8
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80, question
+from regiongpt.regions import Region
+
+WORDS = ("N/A", "region", "thing")
+"""Words that say nothing, in a region's stead."""
+
+
+def content_free_regions(engine: Engine, scene: Scene, every: bool) -> dict[str, list[torch.Tensor]]:
+    """Features that stand for no region of the image, by the name of the way they are made."""
+    blank = content_free(engine)
+    found = {"calibrated": [blank]}
+    if every:
+        table, encode = engine.model.get_input_embeddings().weight.detach(), engine.processor.tokenizer.encode
+        words = [table[encode(text, add_special_tokens=False)].mean(0).expand_as(blank) for text in WORDS]
+        whole = engine.pool_each(scene, [Region.box(0, 0, scene.width, scene.height)])
+        found |= {"zeros": [torch.zeros_like(blank)], "words": words, "whole image": whole}
+    return found
 
 
 def likelihoods(
-    engine: Engine, images: Sequence[ImageAnnotations], asked: Sequence[DevQuestion], name: str
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+    engine: Engine, images: Sequence[ImageAnnotations], asked: Sequence[DevQuestion], name: str, every: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
     """Of every box the log likelihoods of all names, those about nothing in its image, and the seconds they took."""
     closed = closed_set(engine, question_turns((), question("classify", regions=[1])), 1, COCO_80)
-    blank = content_free(engine)
-    rows, nothing, seconds = [], [], 0.0
+    rows, nothing, seconds = [], defaultdict(list), 0.0
     progress = Progress(name, len(images), "images")
     for image in images:
         regions = [each.regions[0] for each in asked if each.image.image_id == image.image_id]
@@ -41,19 +58,35 @@ def likelihoods(
         if not regions:
             continue
         scene = engine.look(load_image(image.path))
-        pooled = engine.pool_each(scene, regions)
+        pooled, blanks = engine.pool_each(scene, regions), content_free_regions(engine, scene, every)
         began = time.perf_counter()
-        found = log_likelihoods(engine, scene, closed, [*pooled, blank])
+        found = log_likelihoods(engine, scene, closed, [*pooled, *(each for kind in blanks.values() for each in kind)])
         seconds += time.perf_counter() - began
-        rows.append(found[:-1])
-        nothing.append(found[-1:].expand(len(regions), -1))
-    return torch.cat(rows), torch.cat(nothing), seconds
+        sizes = [len(pooled), *map(len, blanks.values())]
+        boxes, *others = torch.split(found, sizes)
+        rows.append(boxes)
+        for kind, scores in zip(blanks, others, strict=True):
+            nothing[kind].append(scores.mean(0).expand(len(regions), -1))
+    return torch.cat(rows), {kind: torch.cat(scores) for kind, scores in nothing.items()}, seconds
 
 
-def measure(rows: torch.Tensor, nothing: torch.Tensor, lengths: torch.Tensor, truth: torch.Tensor) -> dict[str, Any]:
+def ways(
+    rows: torch.Tensor, nothing: dict[str, torch.Tensor], lengths: torch.Tensor, every: bool
+) -> dict[str, torch.Tensor]:
+    """Scores by way."""
+    found = {"sum": rows, "mean": rows / lengths, **{kind: rows - blank for kind, blank in nothing.items()}}
+    if every:
+        batch = rows.softmax(-1).mean(0).log().expand_as(rows)
+        found["all boxes"] = rows - batch
+        for kind, blank in {**nothing, "all boxes": batch}.items():
+            found[f"{kind}, a quarter"] = rows - blank / 4
+    return found
+
+
+def measure(scores_by_way: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, Any]:
     """Shares of boxes named rightly, by way."""
     results = {}
-    for way, scores in (("sum", rows), ("mean", rows / lengths), ("calibrated", rows - nothing)):
+    for way, scores in scores_by_way.items():
         right = (scores.argmax(1) == truth).float()
         person = truth == COCO_80.index("person")
         results[way] = {
@@ -85,15 +118,16 @@ def run(options: argparse.Namespace) -> None:
     for name in ("float32", "int8") if options.int8 else ("float32",):
         if name == "int8":
             to_int8(engine.model)
-        rows, nothing, seconds = likelihoods(engine, images, asked, name)
-        results[name] = {"ways": measure(rows, nothing, lengths, truth), "seconds": seconds}
+        rows, nothing, seconds = likelihoods(engine, images, asked, name, options.references)
+        scores = ways(rows, nothing, lengths, options.references)
+        results[name] = {"ways": measure(scores, truth), "seconds": seconds}
         if plain is not None:
             results[name]["same_answer"] = float((rows.argmax(1) == plain.argmax(1)).float().mean())
             results[name]["mean_change_of_log_likelihood"] = float((rows - plain).abs().mean())
         plain = rows
         for way, found in results[name]["ways"].items():
             shares = "  ".join(f"{key} {100 * value:.1f} %" for key, value in found.items() if value is not None)
-            print(f"{name:<8} {way:<11} {shares}")
+            print(f"{name:<8} {way:<22} {shares}")
         print(f"{name:<8} {seconds:.1f} s for {len(asked)} boxes")
     if options.int8:
         same, change = results["int8"]["same_answer"], results["int8"]["mean_change_of_log_likelihood"]
@@ -111,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="checkpoint folder (default: the model of the package)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     parser.add_argument("--int8", action="store_true", help="also with int8 weights")
+    parser.add_argument("--references", action="store_true", help="also calibrated against other references")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(argv)
     if options.limit is not None and options.limit < 1:

@@ -3,10 +3,12 @@
     python benchmarks/many_regions.py --out many_regions.json --plot docs/images/many_regions.png
 
 Every way is timed in this one run, on the model of the package and on a random one of CLIP-B/16 and a Llama of 160M
-parameters. All answers have the same number of tokens, for the end of an answer is not allowed before. The peers' way
-encodes the image for every region and answers it alone; since its cost is the same for each, ``--alone`` of them are
-run and multiplied. The limit is the time that reading the weights and the arithmetic would take at the
-bandwidth and the rate that this machine shows for a large sum and a large product of matrices.
+parameters; ``--models`` also takes ones of 1B and 7B, for a GPU. All answers have the same number of tokens, for the
+end of an answer is not allowed before. The peers' way encodes the image for every region and answers it alone; since
+its cost is the same for each, ``--alone`` of them are run and multiplied. The batch with the prefix copied shares what
+goes to the end of the image; this package's way also reads once what the question says before its region. The limit is
+the time that reading the weights and the arithmetic would take at the bandwidth and the rate that this machine shows
+for a large sum and a large product of matrices.
 """
 
 import argparse
@@ -45,7 +47,20 @@ from regiongpt.inference.scheduler import Scheduler
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80, question
 
-MODELS = ("nano", "clip-b-llama-160m")
+CLIP_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "image_size": 224, "patch_size": 16}  # fmt: skip
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+          "image_size": 336, "patch_size": 14}  # fmt: skip
+RANDOM = {
+    "clip-b-llama-160m": (CLIP_B, {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                                   "num_attention_heads": 12}),
+    "clip-l-llama-1b": (CLIP_L, {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+                                 "num_attention_heads": 32, "num_key_value_heads": 4}),
+    "clip-l-llama-7b": (CLIP_L, {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+                                 "num_attention_heads": 32}),
+}  # fmt: skip
+"""Shapes of untrained models: what is in a model does not change what it costs."""
+MODELS = ("nano", *RANDOM)
 WAYS = {
     "alone": "encode and ask each alone",
     "copied": "one batch, prefix copied",
@@ -53,22 +68,24 @@ WAYS = {
 }
 
 
-def random_model(folder: Path) -> tuple[Any, Any]:
-    """CLIP-B/16 and a Llama of 160M parameters, untrained, with the tokenizer of the package."""
+def configurations(name: str) -> tuple[CLIPVisionConfig, LlamaConfig]:
+    """Of tower and language model."""
+    tower, language = RANDOM[name]
+    fixed = {"vocab_size": 32000, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
+    return CLIPVisionConfig(**tower), LlamaConfig(**language, **fixed, pad_token_id=0)
+
+
+def random_model(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A CLIP tower and a Llama, untrained, with the tokenizer of the package."""
     torch.manual_seed(0)
     vision, language = folder / "vision", folder / "language"
-    tower = CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-        patch_size=16,
-    )  # fmt: skip
+    tower, llama = configurations(name)
     CLIPVisionModel(tower).save_pretrained(vision)
-    SiglipImageProcessorPil(size={"height": 224, "width": 224}).save_pretrained(vision)
+    side = {"height": tower.image_size, "width": tower.image_size}
+    SiglipImageProcessorPil(size=side).save_pretrained(vision)
     AutoTokenizer.from_pretrained(weights.nano_path()).save_pretrained(language)
-    llama = LlamaConfig(
-        vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(llama).save_pretrained(language)
+    with device:  # billions of random numbers take an accelerator seconds
+        LlamaForCausalLM(llama).to(dtype).save_pretrained(language)
     return weights.create(vision, language, chat_template="vicuna_v1")
 
 
@@ -410,7 +427,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             model, processor = weights.load()
         else:
             with tempfile.TemporaryDirectory() as folder:
-                model, processor = random_model(Path(folder))
+                model, processor = random_model(name, Path(folder), device, dtype)
         engine = RegionPredictor(model.to(device, dtype), processor).engine
         bench = Bench(engine, options.tokens)
         rows = generation(bench, options.regions, options.alone, dtype)
@@ -447,7 +464,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS[:2]))
     parser.add_argument("--regions", type=int, nargs="+", default=[1, 4, 16, 64], metavar="N")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="new tokens of each answer (default: 32)")
     parser.add_argument("--alone", type=int, default=4, metavar="N", help="regions really asked alone (default: 4)")

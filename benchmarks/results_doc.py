@@ -58,8 +58,8 @@ def ablation_section(folder: Path) -> str:
         f"the resamples; behind the comma the difference from {names[0]}.",
     ]
     for protocol, figures in found["protocols"].items():
-        head = ["variant", *figures]
-        body = [[name, *(cell(cells[name]) for cells in figures.values())] for name in names]
+        head = ["figure", *names]
+        body = [[figure, *(cell(cells[name]) for name in names)] for figure, cells in figures.items()]
         parts.append(f"**{protocol}**\n\n{markdown([head, *body])}")
     printed = TABLES.get(found["ablation"])
     if printed is not None:

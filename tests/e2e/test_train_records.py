@@ -26,6 +26,7 @@ from regiongpt.train.debug import debug_size
 from regiongpt.train.stages import train
 
 ROOT = Path(__file__).parents[2]
+TOWER = "google/siglip-so400m-patch14-384"
 RECIPE = ROOT / "configs" / "finetune_records.toml"
 DATA = Path(os.environ.get("REGIONGPT_DATA", ROOT.parent / "shared" / "data"))
 SMALL = ["--stage2.batch_size=4", "--stage2.micro_batch_size=2", "--stage2.save_steps=1", "--stage2.log_steps=1"]
@@ -242,6 +243,23 @@ def test_the_second_stage_of_a_new_model_is_refused_before_the_model_is_made(
     with caplog.at_level(logging.WARNING):
         assert main([*recipe, f"--model.init={tmp_path / 'none'}", "--from-scratch"]) == 0
     assert "live with noise" in caplog.text
+
+
+def test_a_start_of_another_shape_is_refused_with_every_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ROOT / "configs" / "vicuna7b_stage2.toml"
+    made = debug_size(load_config(recipe, [f"--out={tmp_path / 'made'}", "--model.region_grid=2"]))
+    model = {"init": made.model.init, "vision": made.model.vision, "language": made.model.language, "image_size": 0}
+    words = [f"--model.{name}={value}" for name, value in model.items()]
+    words += [f"--data.mixture={made.data.mixture}", f"--out={tmp_path / 'run'}"]
+    assert main(["train", str(recipe), *words, "--model.refinement=none"]) == 2
+    error = capsys.readouterr().err
+    assert "refinement is deconv there and none here; region_grid is 2 there and 1 here; correct model.init" in error
+    assert main(["train", str(recipe), *words, "--model.region_grid=2", f"--model.vision={TOWER}"]) == 2
+    error = capsys.readouterr().err
+    assert "vision.hidden_size is 32 there and 1152 here" in error
+    assert "region_grid" not in error
 
 
 def test_stages_one_by_one_are_both_at_once(pictures: Path, start: Path, tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ def test_with_other_language_models(kind):
     engine = Engine(*tiny_parts(language=language))
     assert engine.decoder.shares == (kind != "bloom")
     assert_exact(engine)
+    photo, turns = photograph(), question_turns((), BRIEF)
+    found = engine.answer_each(engine.look(load_image(photo)), BRIEF, boxes(3), Options(max_new_tokens=4))
+    plain = [plain_tokens(engine, photo, turns, [region], 4) for region in boxes(3)]
+    assert [answer.text for answer in found] == [engine.read(tokens, 1, (), 0.0).text for tokens in plain]
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.slow
-def test_all_ways_run_and_are_written(tmp_path, monkeypatch):
+@pytest.fixture
+def module(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("many_regions", BENCHMARKS / "many_regions.py")
     assert spec is not None
@@ -20,6 +22,36 @@ def test_all_ways_run_and_are_written(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "many_regions", module)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_random_models_have_the_sizes_of_their_names(module):
+    for name, least, most in (
+        ("clip-b-llama-160m", 0.15e9, 0.17e9),
+        ("clip-l-llama-1b", 1.0e9, 1.2e9),
+        ("clip-l-llama-7b", 6.5e9, 7e9),
+    ):
+        tower, language = module.configurations(name)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(language)
+        assert least < sum(parameter.numel() for parameter in model.parameters()) < most, name
+        assert tower.image_size % tower.patch_size == 0
+
+
+def test_a_random_model_answers(module, tmp_path, monkeypatch):
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = ({**tower, "image_size": 32, "patch_size": 8}, tower)
+    monkeypatch.setitem(module.RANDOM, "clip-l-llama-1b", small)
+    cpu = torch.device("cpu")
+    model, processor = module.random_model("clip-l-llama-1b", tmp_path, cpu, torch.float32)
+    bench = module.Bench(module.RegionPredictor(model, processor).engine, 2)
+    for way in (bench.alone, bench.copied, bench.shared):
+        way(module.boxes(2))
+    assert bench.cache_bytes > 0
+
+
+@pytest.mark.slow
+def test_all_ways_run_and_are_written(module, tmp_path):
     small = ["--models", "nano", "--regions", "1", "2", "--tokens", "2", "--alone", "1"]
     small += ["--choice-regions", "1", "--many-choices", "20", "--int8"]
     out, picture = tmp_path / "out.json", tmp_path / "out.png"

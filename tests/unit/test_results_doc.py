@@ -63,7 +63,8 @@ def test_figures_go_between_the_marks_and_the_rest_stays(run, ablation, tmp_path
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| accuracy | 50.0 | 50.0 to 50.0 | 4 | 80.61 |" in text
-    assert "| deconv | 20.0 (10.0 to 15.0), +7.7 |" in text
+    assert "| figure | none | deconv |" in text
+    assert "(10.0 to 15.0) | 20.0 (10.0 to 15.0), +7.7 |" in text
     assert "The paper's Table 6" in text
     assert "instances_dev.json" in text
     results_doc.main(words)

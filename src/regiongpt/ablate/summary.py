@@ -12,7 +12,7 @@ from regiongpt.errors import DataError
 from regiongpt.evaluate import bars
 from regiongpt.evaluate.answering import from_json
 from regiongpt.evaluate.bars import Bar, bar_chart
-from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, resample
+from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, centred, resample
 from regiongpt.evaluate.paper import PaperTable
 from regiongpt.evaluate.runs import PREDICTIONS, TaskRun, read_lines
 from regiongpt.evaluate.tables import NOTHING, markdown
@@ -101,10 +101,12 @@ def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) ->
         alike = name != names[0] and statistics[0].clusters == own[names[0]][0].clusters
         cells[name] = Cell(
             mean=means[name],
-            interval=_ends(drawn[name]),
+            interval=_ends(centred(drawn[name], means[name])),
             seeds=tuple(100 * each.value() for each in statistics),
             gain=means[name] - means[names[0]] if name != names[0] else None,
-            gain_interval=_ends(drawn[name] - drawn[names[0]]) if alike else None,
+            gain_interval=_ends(centred(drawn[name] - drawn[names[0]], means[name] - means[names[0]]))
+            if alike
+            else None,
         )
     return cells
 
@@ -154,8 +156,21 @@ def orders(summary: Summary, printed: PaperTable | None) -> list[str]:
             ours = sorted(both, key=lambda name: -both[name].mean)
             theirs = sorted(both, key=lambda name: -printed.figure(column, name))
             verdict = "the same order" if ours == theirs else "another order"
-            lines.append(f"{protocol}, {figure}: here {' > '.join(ours)}; paper {' > '.join(theirs)}: {verdict}")
+            lines.append(
+                f"{protocol}, {figure}: here {' > '.join(ours)}; paper {' > '.join(theirs)}: {verdict}{_beyond(both)}"
+            )
     return lines
+
+
+def _beyond(cells: Mapping[str, Cell]) -> str:
+    """Which variants differ from the first by more than the resamples do."""
+    others = {name: cell.gain_interval for name, cell in cells.items() if cell.gain_interval is not None}
+    first = next((name for name, cell in cells.items() if cell.gain is None), None)
+    if first is None or not others:
+        return ""
+    apart = [f"'{name}'" for name, (low, high) in others.items() if low > 0 or high < 0]
+    who = f"{' and '.join(apart)} differ" if len(apart) > 1 else f"{apart[0] if apart else 'no other'} differs"
+    return f"; beyond chance {who} from '{first}'"
 
 
 def _plain(name: str) -> str:
@@ -164,14 +179,14 @@ def _plain(name: str) -> str:
 
 
 def tables(summary: Summary) -> list[tuple[str, list[list[str]]]]:
-    """Of each protocol its name and rows of text, the header first."""
+    """Of each protocol its name and a row of text a figure, the header first."""
     found = []
     for protocol, figures in summary.items():
         variants = list(next(iter(figures.values())))
-        body = [[name, *(_text(cells[name]) for cells in figures.values())] for name in variants]
-        found.append((protocol, [["variant", *figures], *body]))
-        gains = [[name, *(_gain(cells[name]) for cells in figures.values())] for name in variants[1:]]
-        found.append((f"{protocol}, difference from {variants[0]}", [["variant", *figures], *gains]))
+        body = [[name, *(_text(cells[each]) for each in variants)] for name, cells in figures.items()]
+        found.append((protocol, [["figure", *variants], *body]))
+        gains = [[name, *(_gain(cells[each]) for each in variants[1:])] for name, cells in figures.items()]
+        found.append((f"{protocol}, difference from {variants[0]}", [["figure", *variants[1:]], *gains]))
     return found
 
 

@@ -226,7 +226,8 @@ def content_free(engine: Engine) -> Tensor:
     """Features (K, D) of a region of which nothing is known, with as many tokens as any region has.
 
     It is what the connector makes of the mean that it standardises its input by: the mean of the regions that the model
-    was trained on where its recipe measured one, and else zero.
+    was trained on where its recipe measured one, and else zero. Others were tried, and none is better than no
+    calibration with the model that ships (``docs/performance.md``).
     """
     connector = engine.model.connector
     with torch.inference_mode():

@@ -245,12 +245,13 @@ class Engine:
             start: the first token to embed; not between two of the image's.
         """
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
-        ids_T = torch.tensor(ids, device=self.device)
+        table = self.model.get_input_embeddings()
+        ids_T = torch.tensor(ids, device=table.weight.device)
         ids_N = ids_T[start:]
-        embeds_ND: Tensor = self.model.get_input_embeddings()(ids_N).clone()
+        embeds_ND: Tensor = table(ids_N).clone()
         if (image_N := ids_N == image).any():
             embeds_ND[image_N] = scene.image_ND.to(embeds_ND.dtype)
-        skipped = sum(token == region for token in ids[:start])
+        skipped = ids[:start].count(region)
         if len(rows) > skipped:
             # A region's number stands before it, and so perhaps before the first token to embed.
             features_KD = pooled[list(rows[skipped:])].to(embeds_ND.dtype)
@@ -283,22 +284,24 @@ class Engine:
         key, words = tuple(ids[:end]), tuple(ids[end:alike])
         begun = scene.begun
         with begun.lock:
-            found = begun.prefixes.pop(key, None)
-            if found is None:
-                found = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
-            begun.prefixes[key] = found  # the latest last
+            root, known = begun.prefixes.pop(key, None), begun.questions.get(key)
+            if words and (known is None or known[0] != words):
+                if root is None and not self.decoder.shares:
+                    root = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
+                behind = self.embed(scene, ids[:alike], (), scene.image_ND[:0], start=end if root else 0)
+                known = words, self.decoder.read(behind, parent=root).joined()
+                begun.questions[key] = known
+                if self.decoder.shares:  # one memory for both
+                    root = known[1].crop(end)
+            elif root is None:
+                root = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
+            assert root is not None
+            begun.prefixes[key] = root  # the latest last
             while len(begun.prefixes) > Begun.MOST:
                 oldest = next(iter(begun.prefixes))
                 del begun.prefixes[oldest]
                 begun.questions.pop(oldest, None)
-            if not words:
-                return found
-            if key not in begun.questions or begun.questions[key][0] != words:
-                behind = self.embed(scene, ids[:alike], (), scene.image_ND[:0], start=end)
-                begun.questions[key] = words, self.decoder.read(behind, parent=found).joined()
-                if self.decoder.shares:  # one memory for both
-                    begun.prefixes[key] = begun.questions[key][1].crop(end) or found
-            return begun.questions[key][1]
+            return known[1] if words and known else root
 
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """A prompt as the scheduler takes it."""

@@ -341,8 +341,10 @@ class RegionPredictor:
         the probability of each answer given that it is on the list. Two options rank names that the model seldom or
         never saw more fairly; their results are then no probabilities of answers. ``length_normalized`` divides each
         score by its number of tokens. ``calibrated`` takes from it the score of the same answer about a region of which
-        nothing is known, in the same image, so that a long or a rare name is held against itself. Any number of names
-        does: memory does not grow with them.
+        nothing is known, in the same image, so that a long or a rare name is held against itself
+        (https://arxiv.org/abs/2102.09690). With the model that ships that does harm, and so did every other reference
+        tried (``docs/performance.md``): measure it before using it. Any number of names does: memory does not grow with
+        them.
 
         Args:
             regions: one region or several, each classified on its own.

@@ -99,13 +99,21 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
         return
     config = read_shape(folder)
     cells = [shape.image_grid, shape.image_grid] if shape.image_grid else config.image_grid
-    pairs = {
+    pairs: dict[str, tuple[Any, Any]] = {
         "refinement": (config.refinement, shape.refinement),
         "refinement_channels": (config.refinement_channels, shape.refinement_channels or None),
         "connector_size": (config.connector_size, shape.connector_size or None),
         "image_size": (config.image_size, shape.image_size or config.image_size),
         "image_grid": (list(config.image_grid), cells),
+        "region_numbers": (bool(config.region_number_offset), shape.region_numbers),
     }
+    try:
+        described = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+        # What the first releases did not write is the paper's.
+        pairs |= {"region_grid": (described.get("region_grid", 1), shape.region_grid)}
+        pairs |= {"region_format": (described.get("region_format", "<region>"), shape.region_format)}
+    except (OSError, ValueError, AttributeError):
+        pass  # what is missing or torn is named where the checkpoint is loaded
     for part, ours, theirs in (
         ("vision", config.vision_config, tower_shape(shape.vision)),
         ("language", config.text_config, language_shape(shape.language)),

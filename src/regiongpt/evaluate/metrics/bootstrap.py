@@ -128,7 +128,7 @@ def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0, level: 
     Returns:
         Both ends; NaN where no resample has anything to measure.
     """
-    return _ends(_centred(_resampled((statistic,), resamples, seed)[0], statistic.value()), level)
+    return _ends(centred(_resampled((statistic,), resamples, seed)[0], statistic.value()), level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0, lev
         raise DataError(f"expected two results on the same images in one order, got {only} that one of them lacks")
     first, second = _resampled((a, b), resamples, seed)
     found = (a.value(), b.value())
-    differences = _centred(second - first, found[1] - found[0])
+    differences = centred(second - first, found[1] - found[0])
     differences = differences[~np.isnan(differences)]
     beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
     p = min(1.0, 2 * (int(beyond) + 1) / (len(differences) + 1)) if len(differences) else float("nan")
@@ -194,7 +194,7 @@ def _resampled(statistics: Sequence[Statistic], resamples: int, seed: int) -> li
     return [np.concatenate(found) for found in parts]
 
 
-def _centred(values: Floats, figure: float) -> Floats:
+def centred(values: Floats, figure: float) -> Floats:
     """Resampled figures, moved so that their mean is the figure where it differs by more than chance."""
     there = values[~np.isnan(values)]
     if len(there) < 2:
