@@ -353,11 +353,11 @@ def _locate_each(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Pla
     if len(options) < 2 or not sought:
         return None
     wording = int(rng.integers(10))
-    order, sought = (tuple(each[k] for k in rng.permutation(len(each))) for each in (options, sought))
+    order, asked = (tuple(each[k] for k in rng.permutation(len(each))) for each in (options, sought))
 
     def write(numbers: list[int]) -> tuple[str, str]:
-        text = question("locate_each", wording, regions=numbers, expression=", ".join(each.category for each in sought))
-        return text, ", ".join(f"{each.category} [{numbers[order.index(each)]}]" for each in sought)
+        text = question("locate_each", wording, regions=numbers, expression=", ".join(each.category for each in asked))
+        return text, ", ".join(f"{each.category} [{numbers[order.index(each)]}]" for each in asked)
 
     return _Plan("locate_each", order, write)
 
