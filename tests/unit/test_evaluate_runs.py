@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,12 +129,15 @@ def test_batched_answers_are_those_to_single_questions(data, checkpoint):
     from regiongpt import RegionPredictor
 
     predictor = RegionPredictor.from_pretrained(checkpoint)
-    items = [item for item in Drawn(data=data).load() if item.image_id == 1]
+    items = [replace(item, expression="a dog") for item in Drawn(data=data).load() if item.image_id == 1]
     for item, together in zip(items, answering.answer_image(predictor, items), strict=True):
         predictor.set_image(item.image)
         assert together["text"] == predictor.ask(item.question, item.regions, max_new_tokens=4).text
         (alone,) = answering.answer_image(predictor, [item])
         assert alone["scores"] == pytest.approx(together["scores"], abs=1e-5)
+        assert alone["called"] == pytest.approx(together["called"], abs=1e-4)
+        assert len(alone["called"]) == len(item.regions)
+        assert answering.from_json(alone).called == tuple(alone["called"])
 
 
 def test_a_question_too_long_for_the_model_is_counted_and_said(data, checkpoint, tmp_path, capsys):

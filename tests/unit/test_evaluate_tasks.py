@@ -11,6 +11,7 @@ from java import need_java, need_pycocoevalcap
 from PIL import Image
 
 from regiongpt.errors import ConfigError, DataError
+from regiongpt.evaluate.predictions import read_predictions
 from regiongpt.evaluate.task import Answer, Item, Result, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
 from regiongpt.evaluate.tasks.pope_questions import build_questions
@@ -337,6 +338,27 @@ def test_choices_are_scored_too(expressions: Path) -> None:
     assert values(task.score(items, right, resamples=0), "score all choices, ground truth injected")["accuracy"] == 1
     none = {item.id: prefer(item, len(item.regions)) for item in items}
     assert values(task.score(items, none, resamples=0), "score all choices, ground truth injected")["no_match"] == 1
+
+
+def test_what_each_region_is_called_is_a_protocol_of_its_own(expressions: Path, tmp_path: Path) -> None:
+    proposals(expressions, [{"image_id": 1, "bbox": [12, 10, 50, 40], "score": 0.9}])
+    task = rec(expressions)
+    items = task.load()
+    assert all(item.expression == item.detail["expression"] for item in items)
+    assert all(not item.expression for item in rec(expressions, calls=False).load())
+    rows = [
+        {"id": item.id, "called": [-1.0 if k + 1 in item.detail["right"] else -2.0 for k in range(len(item.regions))]}
+        for item in items
+    ]
+    path = tmp_path / "predictions.json"
+    dump(path, rows)
+    answers = read_predictions(path, task, items).answers
+    found = task.score(items, answers, resamples=0)
+    assert list(found.protocols) == ["call each region, ground truth injected", "call each region, without injection"]
+    assert values(found, "call each region, ground truth injected")["accuracy"] == 1
+    dump(path, [{**rows[0], "called": [0.5] * 9}, *rows[1:]])
+    with pytest.raises(DataError, match=r"expected a score for each of \d regions, got 9"):
+        read_predictions(path, task, items)
 
 
 def test_proposals_without_scores(expressions: Path) -> None:

@@ -31,6 +31,7 @@ def question_key(model: str, image: str, item: Item) -> str:
     """
     regions = [region.to_dict() for region in item.regions]
     asked = [item.question, regions, list(item.choices), item.max_new_tokens if item.generate else None]
+    asked += [item.expression] if item.expression else []
     return digest(model, image, asked)
 
 
@@ -39,16 +40,19 @@ def to_json(answer: Answer) -> dict[str, Any]:
     known: dict[str, Any] = {"text": answer.text, "probability": answer.probability}
     if answer.scores is not None:
         known["scores"] = list(answer.scores)
+    if answer.called is not None:
+        known["called"] = list(answer.called)
     return {name: value for name, value in known.items() if value is not None}
 
 
 def from_json(values: dict[str, Any]) -> Answer:
     """The answer that :func:`to_json` was given."""
-    scores = values.get("scores")
+    scores, called = values.get("scores"), values.get("called")
     return Answer(
         text=values.get("text"),
         probability=values.get("probability"),
         scores=tuple(map(float, scores)) if scores is not None else None,
+        called=tuple(map(float, called)) if called is not None else None,
     )
 
 
@@ -75,6 +79,7 @@ def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[di
     answering = _Image(engine, scene, items)
     scores = answering.scores()
     texts = answering.texts()
+    called = answering.called()
     found = []
     for place in range(len(items)):
         if place in answering.refused:
@@ -83,7 +88,7 @@ def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[di
         likelihoods, text = scores.get(place), texts.get(place)
         shares = tuple(likelihoods.softmax(-1).tolist()) if likelihoods is not None else None
         known = answering.probability(place, text, likelihoods) if text is not None else None
-        found.append(to_json(Answer(text=text, probability=known, scores=shares)))
+        found.append(to_json(Answer(text=text, probability=known, scores=shares, called=called.get(place))))
     return found
 
 
@@ -121,6 +126,25 @@ class _Image:
         for (_, choices, _), places in alike.items():
             rows = self._likelihoods(places, choices)
             found |= dict(zip(places, rows, strict=True)) if rows is not None else {}
+        return found
+
+    def called(self) -> dict[int, tuple[float, ...]]:
+        """By item with an expression, the log likelihood of each of its regions to be called so."""
+        import torch
+
+        from regiongpt.inference.engine import TooLong
+        from regiongpt.inference.locating import called
+
+        found: dict[int, tuple[float, ...]] = {}
+        for place, item in enumerate(self.items):
+            if not item.expression or place in self.refused:
+                continue
+            pooled = torch.split(self.pooled[place], self.engine.processor.tokens_per_region)
+            try:
+                with _naming(item):
+                    found[place] = tuple(called(self.engine, self.scene, pooled, [item.expression])[0].tolist())
+            except TooLong as error:
+                self.refused[place] = str(error)
         return found
 
     def texts(self) -> dict[int, str]:

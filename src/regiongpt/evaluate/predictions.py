@@ -42,8 +42,9 @@ def read_predictions(
 
     The file holds json objects, one a line or in one array. Each has the item's id (``id``, ``question_id``,
     ``ann_id``, ...) and at least one of: the answer (``text``, ``answer``, ``caption``, ...), with ``probability`` if
-    it is known; and ``scores`` of the item's choices, a list in their order or an object by choice. A ``split`` is held
-    against the task's.
+    it is known; ``scores`` of the item's choices, a list in their order or an object by choice; and ``called``, a list:
+    of each of the item's regions the log likelihood to be called by its expression. A ``split`` is held against the
+    task's.
 
     Args:
         path: Of the file.
@@ -155,8 +156,8 @@ def _id(entry: Mapping[str, Any], where: str, task: Task) -> str:
 def _answer(entry: Mapping[str, Any], item: Item, where: str) -> Answer:
     key = next((key for key in TEXT_KEYS if key in entry), None)
     text = entry[key] if key is not None else None
-    probability, scores = entry.get("probability"), entry.get("scores")
-    if text is None and scores is None:
+    probability, scores, called = entry.get("probability"), entry.get("scores"), entry.get("called")
+    if text is None and scores is None and called is None:
         raise DataError(f"{where}: expected the answer as 'text', or 'scores' of the choices, found neither")
     if text is not None and not isinstance(text, str):
         raise DataError(f"{where}: expected {key} as text, got {text!r}")
@@ -167,6 +168,7 @@ def _answer(entry: Mapping[str, Any], item: Item, where: str) -> Answer:
             text=text,
             probability=None if probability is None else float(probability),
             scores=None if scores is None else _scores(scores, item, where),
+            called=None if called is None else _numbers(called, len(item.regions), "regions", where),
         )
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
@@ -182,9 +184,13 @@ def _scores(given: Any, item: Item, where: str) -> tuple[float, ...]:
         if lacking := [name for name in choices if name not in given]:
             raise DataError(f"{where}: expected a score of every choice, found none of {_shown(lacking)}")
         given = [given[name] for name in choices]
-    if not isinstance(given, list) or len(given) != len(choices):
+    return _numbers(given, len(choices), "choices", where)
+
+
+def _numbers(given: Any, count: int, of: str, where: str) -> tuple[float, ...]:
+    if not isinstance(given, list) or len(given) != count:
         got = len(given) if isinstance(given, list) else repr(given)
-        raise DataError(f"{where}: expected a score for each of {len(choices)} choices, got {got}")
+        raise DataError(f"{where}: expected a score for each of {count} {of}, got {got}")
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in given):
         raise DataError(f"{where}: expected scores as numbers, got {given!r}"[:200])
     return tuple(float(value) for value in given)

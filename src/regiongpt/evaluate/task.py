@@ -36,6 +36,8 @@ class Item:
         question: The user's text with ``<regionN>``, without ``<image>``, ready for the model.
         regions: What the placeholders stand for, in pixels of the image.
         choices: The answers to score by likelihood, in this order; empty where none are scored.
+        expression: To be held against each region by itself: how likely the model is to call it so; empty where that is
+            not asked.
         generate: Whether a free answer is wanted.
         max_new_tokens: Longest free answer, in tokens.
         truth: The right answer as a person would say it: a class name, ``Region [2]``, ``yes``; the first reference.
@@ -49,6 +51,7 @@ class Item:
     question: str
     regions: tuple[Region, ...] = ()
     choices: tuple[str, ...] = ()
+    expression: str = ""
     generate: bool = True
     max_new_tokens: int = 32
     truth: str = ""
@@ -65,6 +68,7 @@ class Answer:
         probability: Of that text and its end, in [0, 1].
         scores: Of each of the item's choices, in their order: the probability of each given that it is one of them, or
             any number that is larger for a better choice.
+        called: Of each of the item's regions: the log likelihood that it is called by the item's expression.
 
     Raises:
         DataError: A number is not finite, or the probability lies outside [0, 1].
@@ -73,11 +77,12 @@ class Answer:
     text: str | None = None
     probability: float | None = None
     scores: tuple[float, ...] | None = None
+    called: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.probability is not None and not 0 <= self.probability <= 1:
             raise DataError(f"probability: expected a number from 0 to 1, got {self.probability}")
-        for score in self.scores or ():
+        for score in (*(self.scores or ()), *(self.called or ())):
             if not float("-inf") < score < float("inf"):
                 raise DataError(f"scores: expected finite numbers, got {score}")
 

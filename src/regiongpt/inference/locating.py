@@ -57,7 +57,7 @@ def locate_expressions(
     numbers = range(1, len(pooled) + 1)
     answers = [*map(region_answer, numbers), NO_MATCH]
     told = _by_answer(engine, scene, pooled, expressions, answers) if by != "words" else []
-    called_ER = _by_words(engine, scene, pooled, expressions) if by != "answer" else torch.empty(0)
+    called_ER = called(engine, scene, pooled, expressions) if by != "answer" else torch.empty(0)
     results = []
     for row, _ in enumerate(expressions):
         if by == "answer":
@@ -90,8 +90,12 @@ def _by_answer(
     return [answer_scores(engine, scene, question_turns((), text), [features], answers)[0] for text in asked]
 
 
-def _by_words(engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str]) -> Tensor:
-    """Log likelihood (E, R) of each expression as what the model calls a region, each region by itself."""
+def called(engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str]) -> Tensor:
+    """Log likelihood (E, R) of each expression as what the model calls a region, each region by itself.
+
+    Raises:
+        TooLong: an expression does not fit the model's context.
+    """
     turns = question_turns((), question("refer", regions=[1]))
     different = list(dict.fromkeys(expressions))
     scores_RE = answer_scores(engine, scene, turns, pooled, different)

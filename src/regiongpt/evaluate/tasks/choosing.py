@@ -1,4 +1,4 @@
-"""What the tasks of referring expressions share: a region is chosen, by generating ``Region [x]`` or by likelihood.
+"""What the tasks of referring expressions share: a region is chosen by an answer, its likelihood, or what it is called.
 
 Paper: §4.3, Table 5
 """
@@ -16,9 +16,11 @@ from regiongpt.prompts import NO_MATCH, parse_region_answer, region_answer
 
 GENERATED: Final = "generate"
 SCORED: Final = "score all choices"
+CALLED: Final = "call each region"
 RULES: Final = {
     GENERATED: "the generated answer must be Region [x] of a candidate; other answers, and that none fits, are wrong",
     SCORED: "the likeliest of Region [x] for every candidate and the sentence that none fits",
+    CALLED: "the candidate that the model is likeliest to call by the expression, each asked about by itself",
 }
 
 
@@ -49,6 +51,11 @@ def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, li
             _best(answer.scores, item) if answer and answer.scores is not None else None
             for item, answer in zip(items, given, strict=True)
         ]
+    if any(answer and answer.called is not None for answer in given):
+        found[CALLED] = [
+            _likeliest(answer.called, item) if answer and answer.called is not None else None
+            for item, answer in zip(items, given, strict=True)
+        ]
     if not found:
         raise DataError("expected answers with a text or with scores, got neither for any item")
     return found
@@ -68,6 +75,12 @@ def _best(scores: Sequence[float], item: Item) -> int | str:
         )
     best = int(np.argmax(scores))
     return best + 1 if best < len(item.regions) else "none"
+
+
+def _likeliest(called: Sequence[float], item: Item) -> int:
+    if len(called) != len(item.regions):
+        raise DataError(f"item {item.id}: expected a likelihood of {len(item.regions)} regions, got {len(called)}")
+    return int(np.argmax(called)) + 1
 
 
 def choice_statistics(

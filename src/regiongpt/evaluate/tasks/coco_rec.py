@@ -33,6 +33,7 @@ class CocoRec(Task):
     colours: bool = option("expressions may name a colour, found in the pixels", default=True)
     guided: bool = option("end the question with the template of the answer", default=True)
     choices: bool = option("score all candidates too", default=True)
+    calls: bool = option("ask of each candidate by itself, too, how likely it is called so", default=True)
 
     def inputs(self) -> list[Path]:
         """The annotations."""
@@ -61,6 +62,7 @@ class CocoRec(Task):
                     question=text,
                     regions=tuple(each.regions),
                     choices=choices_of(len(each.regions)) if self.choices else (),
+                    expression=each.expression if self.calls else "",
                     truth=each.answer,
                     groups={"kind": each.kind, "category": each.category},
                     detail={"right": parse_region_answer(each.answer), "chance": 1 / len(each.regions)},

@@ -64,6 +64,7 @@ class RefCocogRec(Task):
     min_score: float = option("least score of a proposal; 0 for all", default=0.0)
     guided: bool = option("end the question with the template of the answer", default=True)
     choices: bool = option("score all candidates too", default=True)
+    calls: bool = option("ask of each candidate by itself, too, how likely it is called so", default=True)
 
     def __post_init__(self) -> None:
         if self.top < 0:
@@ -106,6 +107,7 @@ class RefCocogRec(Task):
                     ),
                     regions=tuple(Region.box(*box) for box in boxes),
                     choices=choices_of(len(boxes)) if self.choices else (),
+                    expression=text if self.calls else "",
                     truth=region_answer(int(agreement.argmax()) + 1),
                     groups={"size": size_name(_area(each.box)), "injected": "yes" if lacking else "no"},
                     detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes), "expression": text},
