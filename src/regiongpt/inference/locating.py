@@ -66,7 +66,7 @@ def locate_expressions(
             shares = torch.cat([called_ER[row].softmax(-1), torch.zeros(1)])
         else:
             none = told[row].softmax(-1)[-1:]
-            shares = torch.cat([(1 - none) * (told[row][:-1] + called_ER[row]).softmax(-1), none])
+            shares = torch.cat([(1 - none) * called_ER[row].softmax(-1), none])
         best = int(shares.argmax())
         found = best if best < len(pooled) else None
         results.append(

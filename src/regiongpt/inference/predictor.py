@@ -396,14 +396,14 @@ class RegionPredictor:
 
         Two things tell. The answer: the paper's question about all regions at once, with ``Region [N]`` for each of
         them and the no-match sentence scored as :meth:`classify` scores choices. The words: how likely the model is to
-        call a region by the expression, asked of each region by itself. A model that reads many regions well needs the
+        call a region by the expression, asked of each region by itself. A model that compares regions well needs the
         first alone; a small one knows a region when it sees one long before it can compare several.
 
         Args:
             expression: such as ``"the red cup"``, or several of them, each located by itself among the same regions.
             regions: at least one region to choose from.
-            by: ``"answer"``, the paper's protocol; ``"words"``, which always chooses a region; or ``"both"``: the
-                product of the two, with the no-match answer as likely as the first has it.
+            by: ``"answer"``, the paper's protocol; ``"words"``, which always chooses a region; or ``"both"``: by the
+                answer whether any of them fits, and by the words which.
 
         Returns:
             A result for an expression, a list of them for a list.
