@@ -351,10 +351,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
         rows = found["generation"]
         counts = [row["regions"] for row in rows]
         above, below = axes[0][column], axes[1][column]
-        for way, label in WAYS.items():
-            above.plot(counts, [row["seconds"][way] for row in rows], marker="o", label=label)
+        for number, (way, label) in enumerate(WAYS.items()):
+            look = {"marker": "o", "color": f"C{number}", "label": label}
+            above.plot(counts, [row["seconds"][way] for row in rows], **look)
             if way != "alone":
-                below.plot(counts, [row["cache_bytes"][way] / 1e6 for row in rows], marker="o", label=label)
+                below.plot(counts, [row["cache_bytes"][way] / 1e6 for row in rows], **look)
         above.plot(counts, [row["limit"]["all"] for row in rows], "k:", label="limit of the machine")
         above.set(title=name, xscale="log", yscale="log", ylabel=f"seconds, {found['tokens']} tokens a region")
         below.set(xscale="log", xlabel="regions of one image", ylabel="MB of keys and values")
