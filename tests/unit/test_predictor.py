@@ -173,7 +173,7 @@ def test_locate(predictor):
         assert (found.number, found.text) == (None, NO_MATCH)
     else:
         assert (found.number, found.text) == (found.index + 1, f"Region [{found.index + 1}]")
-    assert found.probability == max(found.probabilities)
+    assert found.probability == found.probabilities[-1 if found.index is None else found.index]
     with pytest.raises(RegionError, match="got none"):
         predictor.locate("the red cup", [])
     with pytest.raises(DataError, match="empty"):
@@ -196,6 +196,8 @@ def test_locate_by_what_each_region_is_called_and_by_both(predictor):
         found = torch.tensor(by_both[k].probabilities)
         torch.testing.assert_close(found[:3], (1 - none) * expected, atol=1e-4, rtol=1e-4)
         assert found[3] == pytest.approx(none, abs=1e-5)
+        best = None if none > 0.5 else by_words[k].index
+        assert by_both[k].index == best
     with pytest.raises(ConfigError, match="by: expected one of answer, words, both, got 'luck'"):
         predictor.locate("a dog", regions, by="luck")
 

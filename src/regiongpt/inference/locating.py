@@ -67,7 +67,8 @@ def locate_expressions(
         else:
             none = told[row].softmax(-1)[-1:]
             shares = torch.cat([(1 - none) * called_ER[row].softmax(-1), none])
-        best = int(shares.argmax())
+        # Two regions that fit alike share what is likely; that does not make it likelier that none fits.
+        best = int(shares.argmax()) if by == "answer" or shares[-1] > 0.5 else int(shares[:-1].argmax())
         found = best if best < len(pooled) else None
         results.append(
             Located(

@@ -403,7 +403,7 @@ class RegionPredictor:
             expression: such as ``"the red cup"``, or several of them, each located by itself among the same regions.
             regions: at least one region to choose from.
             by: ``"answer"``, the paper's protocol; ``"words"``, which always chooses a region; or ``"both"``: by the
-                answer whether any of them fits, and by the words which.
+                answer whether any of them fits, which is more likely than not, and by the words which.
 
         Returns:
             A result for an expression, a list of them for a list.
