@@ -159,5 +159,4 @@ def test_a_recipe_that_is_not_there_or_not_toml(tmp_path):
 
 
 def test_the_cache_of_another_recipe_is_refused(run, pictures):
-    words = [word for word in overrides(pictures, run) if not word.startswith("--seed")]
-    assert main(["train", str(RECIPE), *words, "--seed=5"]) == 2
+    assert main(["train", str(RECIPE), *overrides(pictures, run), "--features.seed=5"]) == 2

@@ -107,7 +107,11 @@ def annotated(count: int) -> list[ImageAnnotations]:
 
 def dataset(processor, seed=0, images=23, epochs=2):
     data = annotated(images)
-    store = SimpleNamespace(colours=[{}] * images, row=lambda index, view: torch.full((1,), 10.0 * index + view))
+    store = SimpleNamespace(
+        colours=[{}] * images,
+        row=lambda index, view: torch.full((1,), 10.0 * index + view),
+        place=lambda index: index,
+    )
     sampler = ConversationSampler(ClassStatistics.of(data))
     return ConversationDataset(
         data,
