@@ -115,6 +115,14 @@ def prepare(
     return {task: [found[place] for place in range(len(found))] for task, found in ready.items()}
 
 
+def image_by_image(ready: Sequence[Ready]) -> Iterator[Ready]:
+    """The questions, which come image by image; what was begun of an image is given up behind its last."""
+    for before, each in zip([None, *ready], ready, strict=False):
+        if before is not None and before.scene is not each.scene:
+            before.scene.begun.clear()
+        yield each
+
+
 def answer_all(engine: Engine, task: str, ready: Sequence[Ready]) -> list[str]:
     """Greedy answers, in the order of the questions."""
     tokenize = engine.processor.tokenizer
@@ -123,9 +131,7 @@ def answer_all(engine: Engine, task: str, ready: Sequence[Ready]) -> list[str]:
     progress = Progress(task, len(ready), "answers")
 
     def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
-        for before, each in zip([None, *ready], ready, strict=False):
-            if before is not None and before.scene is not each.scene:
-                before.scene.begun.clear()  # the questions come image by image: no more of that one
+        for each in image_by_image(ready):
             n_regions, fits = len(each.asked.regions), engine.room(len(each.ids), room)
             prompt = Prompt(ids=each.ids, rows=each.rows, pooled=each.pooled, n_regions=n_regions, room=fits)
             yield each.scene, prompt, Options(max_new_tokens=fits)
@@ -140,9 +146,7 @@ def locate_all(engine: Engine, ready: Sequence[Ready], by: By) -> list[str]:
     """What ``RegionPredictor.locate`` chooses, in the order of the questions."""
     texts = []
     progress = Progress(f"locate by {by}", len(ready), "choices")
-    for before, each in zip([None, *ready], ready, strict=False):
-        if before is not None and before.scene is not each.scene:
-            before.scene.begun.clear()
+    for each in image_by_image(ready):
         pooled = torch.split(each.pooled, engine.processor.tokens_per_region)
         texts.append(locate_expressions(engine, each.scene, pooled, [each.asked.expression], by)[0].text)
         progress.add()

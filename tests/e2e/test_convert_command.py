@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,13 @@ def test_what_is_there_is_not_lost(run, tmp_path: Path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="shards have a process of their own on Linux")
-def test_a_run_that_is_stopped_is_completed_by_the_same_command(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_is_stopped_is_completed_by_the_same_command(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
     # What a shell starts in the background would not hear the signal.
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(
+        partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+    )
     command = [*COCO, "good.json", "--out"]
     assert run(*command, tmp_path / "whole")[0] == 0
     write_table = pq.write_table
@@ -176,7 +181,6 @@ def test_a_run_that_is_stopped_is_completed_by_the_same_command(run, tmp_path: P
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", stopped)
         assert run(*command, tmp_path / "stopped")[0] == 130
-    signal.signal(signal.SIGINT, heard)
     assert [path.name for path in (tmp_path / "stopped").glob("records-*")] == []
     code, _, err = run("inspect", tmp_path / "stopped")
     assert code == 2

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
 from regiongpt.data.facts import View
-from regiongpt.data.sampling import ClassStatistics, ConversationSampler, dev_questions
+from regiongpt.data.sampling import ClassStatistics, Conversation, ConversationSampler, dev_questions
 from regiongpt.errors import ConfigError
 from regiongpt.prompts import (
     COCO_80,
@@ -69,33 +70,38 @@ def owner(view: View, bounds: tuple) -> str:
     return min(view.objects, key=lambda o: float(np.abs(np.subtract(o.box, bounds)).max())).category
 
 
-def test_answers_are_true():
-    seen: Counter[str] = Counter()
+def turns_of(sampler: ConversationSampler) -> Iterator[tuple[View, Conversation, str, str, str]]:
+    """Of one conversation about each image, every turn: the view, the conversation, its task, question and answer."""
     for index, image in enumerate(IMAGES):
         view = View(image)
-        talk = SAMPLER.sample(view, {}, 0, index, 0)
-        classes = [owner(view, region.bounds(200, 120)) for region in talk.regions]
+        talk = sampler.sample(view, {}, 0, index, 0)
         for asked, said, task in zip(talk.messages[::2], talk.messages[1::2], talk.tasks, strict=True):
-            text, answer = asked["content"], said["content"]
-            numbers = placeholders(text)
-            seen[task] += 1
-            if task == "classify":
-                name = classes[numbers[0] - 1]
-                assert answer == name if text.endswith(closed_set_suffix()) else name in answer
-            elif task in ("describe", "caption"):
-                assert classes[numbers[0] - 1] in answer
-            elif task == "locate":
-                chosen = parse_region_answer(answer)
-                if answer == NO_MATCH:
-                    seen["no match"] += 1
-                    assert chosen is None
-                else:
-                    assert chosen in numbers
-                    assert classes[chosen - 1] in text
-            elif task == "presence":
-                asked_for = max((c for c in COCO_80 if re.search(rf"\b{c}\b", text)), key=len)
-                assert answer.startswith("Yes" if asked_for in view.by_category else "No")
-                seen[answer.split(".")[0].split(",")[0]] += 1
+            yield view, talk, task, asked["content"], said["content"]
+
+
+def test_answers_are_true():
+    seen: Counter[str] = Counter()
+    for view, talk, task, text, answer in turns_of(SAMPLER):
+        classes = [owner(view, region.bounds(200, 120)) for region in talk.regions]
+        numbers = placeholders(text)
+        seen[task] += 1
+        if task == "classify":
+            name = classes[numbers[0] - 1]
+            assert answer == name if text.endswith(closed_set_suffix()) else name in answer
+        elif task in ("describe", "caption"):
+            assert classes[numbers[0] - 1] in answer
+        elif task == "locate":
+            chosen = parse_region_answer(answer)
+            if answer == NO_MATCH:
+                seen["no match"] += 1
+                assert chosen is None
+            else:
+                assert chosen in numbers
+                assert classes[chosen - 1] in text
+        elif task == "presence":
+            asked_for = max((c for c in COCO_80 if re.search(rf"\b{c}\b", text)), key=len)
+            assert answer.startswith("Yes" if asked_for in view.by_category else "No")
+            seen[answer.split(".")[0].split(",")[0]] += 1
     assert all(seen[task] > 5 for task in ("classify", "describe", "caption", "relation", "locate", "presence"))
     assert seen["no match"] > 0
     assert 0.3 < seen["Yes"] / (seen["Yes"] + seen["No"]) < 0.7
@@ -104,40 +110,34 @@ def test_answers_are_true():
 def test_what_a_region_is_called_fits_it_alone():
     sampler = ConversationSampler(ClassStatistics.of(IMAGES), mix={"refer": 3})
     seen = 0
-    for index, image in enumerate(IMAGES):
-        view = View(image)
-        talk = sampler.sample(view, {}, 0, index, 0)
+    for view, talk, _, text, answer in turns_of(sampler):
         assert sum(task == "refer" for task in talk.tasks) == 3
-        for asked, said in zip(talk.messages[::2], talk.messages[1::2], strict=True):
-            region = talk.regions[placeholders(asked["content"])[0] - 1].bounds(200, 120)
-            name = owner(view, region)
-            assert name in said["content"]
-            assert said["content"].startswith("the ")
-            if "leftmost" in said["content"]:
-                seen += 1
-                alike = [each.box[0] for each in view.by_category[name]]
-                assert abs(min(alike) - region[0]) < 5
+        region = talk.regions[placeholders(text)[0] - 1].bounds(200, 120)
+        name = owner(view, region)
+        assert name in answer
+        assert answer.startswith("the ")
+        if "leftmost" in answer:
+            seen += 1
+            alike = [each.box[0] for each in view.by_category[name]]
+            assert abs(min(alike) - region[0]) < 5
     assert seen > 1
 
 
 def test_lists_are_true_and_whole():
     sampler = ConversationSampler(ClassStatistics.of(IMAGES), mix={"locate_each": 2, "presence_each": 2})
     seen: Counter[str] = Counter()
-    for index, image in enumerate(IMAGES):
-        view = View(image)
-        talk = sampler.sample(view, {}, 0, index, 0)
+    for view, talk, task, text, answer in turns_of(sampler):
         classes = [owner(view, region.bounds(200, 120)) for region in talk.regions]
-        for asked, said, task in zip(talk.messages[::2], talk.messages[1::2], talk.tasks, strict=True):
-            offered, items = placeholders(asked["content"]), said["content"].split(", ")
-            seen[task] += len(items)
-            for item in items:
-                name, _, found = item.rpartition(" ")
-                assert name in asked["content"]
-                if task == "locate_each":
-                    assert [n for n in offered if classes[n - 1] == name] == [int(found.strip("[]"))]
-                else:
-                    assert (found == "yes") == (name in view.by_category)
-                    seen[found] += 1
+        offered, items = placeholders(text), answer.split(", ")
+        seen[task] += len(items)
+        for item in items:
+            name, _, found = item.rpartition(" ")
+            assert name in text
+            if task == "locate_each":
+                assert [n for n in offered if classes[n - 1] == name] == [int(found.strip("[]"))]
+            else:
+                assert (found == "yes") == (name in view.by_category)
+                seen[found] += 1
     assert seen["locate_each"] > 60
     assert seen["presence_each"] > 200
     assert 0.4 < seen["yes"] / seen["presence_each"] < 0.6

@@ -132,7 +132,6 @@ class _Image:
         """By item with an expression, the log likelihood of each of its regions to be called so."""
         import torch
 
-        from regiongpt.inference.engine import TooLong
         from regiongpt.inference.locating import called
 
         found: dict[int, tuple[float, ...]] = {}
@@ -140,16 +139,13 @@ class _Image:
             if not item.expression or place in self.refused:
                 continue
             pooled = torch.split(self.pooled[place], self.engine.processor.tokens_per_region)
-            try:
-                with _naming(item):
-                    found[place] = tuple(called(self.engine, self.scene, pooled, [item.expression])[0].tolist())
-            except TooLong as error:
-                self.refused[place] = str(error)
+            with self._asking([place]):
+                found[place] = tuple(called(self.engine, self.scene, pooled, [item.expression])[0].tolist())
         return found
 
     def texts(self) -> dict[int, str]:
         """The free answers by item."""
-        from regiongpt.inference.engine import Options, TooLong, question_turns
+        from regiongpt.inference.engine import Options, question_turns
 
         ready: dict[tuple[str, int, int], Prompt] = {}
         asked: list[tuple[Scene, Prompt, Options]] = []
@@ -158,17 +154,12 @@ class _Image:
             if not item.generate or place in self.refused:
                 continue
             key = (item.question, len(item.regions), item.max_new_tokens)
-            try:
-                if key not in ready:
-                    with _naming(item):
-                        ready[key] = self.engine.prompt(
-                            question_turns((), item.question),
-                            self.pooled[place],
-                            len(item.regions),
-                            item.max_new_tokens,
-                        )
-            except TooLong as error:
-                self.refused[place] = str(error)
+            if key not in ready:
+                with self._asking([place]):
+                    ready[key] = self.engine.prompt(
+                        question_turns((), item.question), self.pooled[place], len(item.regions), item.max_new_tokens
+                    )
+            if place in self.refused:
                 continue
             prompt = replace(ready[key], pooled=self.pooled[place])
             asked.append((self.scene, prompt, Options(max_new_tokens=item.max_new_tokens)))
@@ -188,15 +179,23 @@ class _Image:
     def _likelihoods(self, places: Sequence[int], answers: tuple[str, ...]) -> "Tensor | None":
         """Log likelihoods (B, A) of answers to items with the same question; None where it does not fit the context."""
         from regiongpt.inference.closed_set import answer_scores
-        from regiongpt.inference.engine import TooLong, question_turns
+        from regiongpt.inference.engine import question_turns
 
         turns = question_turns((), self.items[places[0]].question)
+        with self._asking(places):
+            return answer_scores(self.engine, self.scene, turns, [self.pooled[each] for each in places], answers)
+        return None  # refused
+
+    @contextmanager
+    def _asking(self, places: Sequence[int]) -> Iterator[None]:
+        """Refuses items whose question does not fit the model's context; says of other mistakes in which they are."""
+        from regiongpt.inference.engine import TooLong
+
         try:
             with _naming(self.items[places[0]]):
-                return answer_scores(self.engine, self.scene, turns, [self.pooled[each] for each in places], answers)
+                yield
         except TooLong as error:
             self.refused |= dict.fromkeys(places, str(error))
-            return None
 
 
 @contextmanager

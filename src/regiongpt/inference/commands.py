@@ -42,17 +42,11 @@ def run_ask(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     Raises:
         RegionGPTError: Of its kind: something typed, or a file, cannot be used.
     """
-    parser.description = "Ask one question about regions of a photograph."
     parser.add_argument("image", help="the photograph")
     parser.add_argument("question", help='for example "What is <region1> doing next to <region2>?"')
-    add_region_options(parser)
-    _add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print the answer with its circumstances as JSON")
     parser.add_argument("--picture", metavar="FILE", help="write the photograph with the regions drawn and the answer")
-    options = parser.parse_args(bind_coordinates(arguments))
-    photo, regions = read_inputs(options)
-    if options.picture:
-        check_picture_path(options.picture)
+    options, photo, regions = _read(parser, "Ask one question about regions of a photograph.", arguments)
     from regiongpt.prompts import check_placeholders
 
     check_placeholders(options.question, len(regions))  # before the model is loaded: it is the commonest mistake
@@ -95,12 +89,8 @@ def run_chat(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     Raises:
         RegionGPTError: Of its kind: something typed, or a file, cannot be used.
     """
-    parser.description = "Hold a conversation about regions of a photograph."
     parser.add_argument("image", help="the photograph")
-    add_region_options(parser)
-    _add_model_options(parser)
-    options = parser.parse_args(bind_coordinates(arguments))
-    photo, regions = read_inputs(options)
+    options, photo, regions = _read(parser, "Hold a conversation about regions of a photograph.", arguments)
     predictor = _predictor(options)
     predictor.set_image(photo)
     conversation = predictor.conversation(regions)
@@ -133,18 +123,12 @@ def run_describe(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> i
     Raises:
         RegionGPTError: Of its kind: something typed, or a file, cannot be used.
     """
-    parser.description = "Describe many regions of a photograph at once."
     parser.add_argument("image", help="the photograph")
     _add_proposal_options(parser)
-    add_region_options(parser)
-    _add_model_options(parser, sampling=False)
     parser.add_argument("--brief", action="store_true", help="a caption of a few words a region")
     parser.add_argument("--json", action="store_true", help="print regions and descriptions as JSON")
     parser.add_argument("--picture", metavar="FILE", help="write the photograph with regions and descriptions")
-    options = parser.parse_args(bind_coordinates(arguments))
-    photo, typed = read_inputs(options)
-    if options.picture:
-        check_picture_path(options.picture)
+    options, photo, typed = _read(parser, "Describe many regions of a photograph at once.", arguments, sampling=False)
     proposals, left_out = _proposals(options, photo, typed)
     regions = [proposal.region for proposal in proposals]
     predictor = _predictor(options)
@@ -175,6 +159,20 @@ def run_describe(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> i
         captions = [answer.text for answer in answers]
         save_picture(draw_regions(photo, regions, captions), options.picture)
     return 0
+
+
+def _read(
+    parser: argparse.ArgumentParser, description: str, arguments: Sequence[str], sampling: bool = True
+) -> "tuple[argparse.Namespace, Image, list[Region]]":
+    """Adds what every verb takes to its own options, and reads them, the photograph and the regions typed."""
+    parser.description = description
+    add_region_options(parser)
+    _add_model_options(parser, sampling)
+    options = parser.parse_args(bind_coordinates(arguments))
+    photo, regions = read_inputs(options)
+    if picture := getattr(options, "picture", None):
+        check_picture_path(picture)
+    return options, photo, regions
 
 
 def _proposals(options: argparse.Namespace, photo: "Image", typed: "list[Region]") -> "tuple[list[Proposal], int]":
