@@ -14,6 +14,7 @@ from regiongpt.prompts import COCO_80
 from regiongpt.train.alignment import (
     SHARPNESS,
     ClassWords,
+    Marks,
     blur,
     cell_alignment,
     likeness,
@@ -105,6 +106,13 @@ def test_a_cell_may_say_any_of_the_classes_it_shows():
     wrong[..., 0], either[..., DOG] = 1.0, 1.0
     assert cell_alignment(either, shown, names) < 0.01 < cell_alignment(wrong, shown, names)
     assert cell_alignment(wrong, torch.zeros_like(shown), names) == 0
+    # Of two names the nearer one counts, and the direction goes on counting when the class is no longer in doubt.
+    near, exact = torch.zeros(1, 2, 80), torch.zeros(1, 2, 80)
+    exact[..., CAT] = 1.0
+    near[..., CAT], near[..., 79] = 0.8, 0.6
+    shown[0, 0, DOG] = False
+    lost = [cell_alignment(each, shown, names) for each in (exact, near)]
+    assert lost[1] - lost[0] > 0.2 * SHARPNESS
 
 
 def test_blurred_names_depend_on_their_seed_and_stay_nearest_to_their_own():
@@ -133,13 +141,13 @@ def test_stand_ins_take_the_place_of_the_region_token_and_teach_the_names(pair):
         "noise_seeds": torch.tensor([3]),
         "blurs": torch.tensor([1.0]),
     }
-    loss = stand_in_loss(words, (processor.region_token_id, 0), language, batch, 2)
+    loss = stand_in_loss(words, Marks(processor.region_token_id), language, batch, 2)
     names = words(language.get_input_embeddings().weight)
     embeds = language.get_input_embeddings()(ids).clone()
     embeds[0, 1] = blur(names, torch.tensor([CAT]), torch.Generator().manual_seed(3))[0]
     torch.testing.assert_close(loss, language(inputs_embeds=embeds, labels=batch["labels"]).loss)
     other = {**batch, "stand_ins": torch.tensor([[-1, DOG, -1, -1]])}
-    assert stand_in_loss(words, (processor.region_token_id, 0), language, other, 2) != loss
+    assert stand_in_loss(words, Marks(processor.region_token_id), language, other, 2) != loss
 
 
 def test_stand_ins_carry_their_numbers_and_texts_do_not_see_each_other(pair):
@@ -162,9 +170,29 @@ def test_stand_ins_carry_their_numbers_and_texts_do_not_see_each_other(pair):
         language(inputs_embeds=embeds[:, part], labels=batch["labels"][:, part], num_items_in_batch=2).loss
         for part in (slice(0, 4), slice(4, 7))
     ]
-    numbered = stand_in_loss(words, (region.region_token_id, 1), language, batch, 2)
+    numbered = stand_in_loss(words, Marks(region.region_token_id, 1), language, batch, 2)
     torch.testing.assert_close(numbered, sum(apart))
-    assert stand_in_loss(words, (region.region_token_id, 0), language, batch, 2) != numbered
+    assert stand_in_loss(words, Marks(region.region_token_id), language, batch, 2) != numbered
+
+
+def test_cells_carry_the_mark_of_an_image(pair):
+    model, processor = pair
+    language, words, image = copy.deepcopy(model.language_model), ClassWords(processor.tokenizer), 5
+    batch = {
+        "input_ids": torch.tensor([[1, image, image, 7, 8]]),
+        "labels": torch.tensor([[-100, -100, -100, 7, 8]]),
+        "stand_ins": torch.tensor([[-1, CAT, 80, -1, -1]]),
+        "turns": torch.tensor([[1, 1, 1, 1, 1]]),
+        "noise_seeds": torch.tensor([3]),
+        "blurs": torch.tensor([1.0]),
+    }
+    table = language.get_input_embeddings()
+    embeds = table(batch["input_ids"]).clone()
+    stand_ins = blur(words(table.weight), torch.tensor([CAT, 80]), torch.Generator().manual_seed(3))
+    embeds[0, 1:3] = stand_ins + table.weight[image]
+    marked = stand_in_loss(words, Marks(processor.region_token_id, 0, image), language, batch, 2)
+    torch.testing.assert_close(marked, language(inputs_embeds=embeds, labels=batch["labels"]).loss)
+    assert stand_in_loss(words, Marks(processor.region_token_id), language, batch, 2) != marked
 
 
 def test_the_two_losses_add_up_over_all_target_tokens(pair):

@@ -135,6 +135,19 @@ def test_regions_may_carry_their_numbers(tower: Path, language: Path, tmp_path: 
         weights.create(tower, language, region_format="<region>", region_numbers=True)
 
 
+def test_cells_may_carry_the_mark_of_an_image(tower: Path, language: Path, tmp_path: Path) -> None:
+    plain, processor = weights.create(tower, language)
+    model, _ = weights.create(tower, language, out=tmp_path, image_marks=True)
+    model.load_state_dict(plain.state_dict())
+    inputs = ask(processor)
+    is_cell = inputs["input_ids"] == model.config.image_token_id
+    before, after = (each.eval().embed(**_visual(inputs)) for each in (plain, model))
+    assert torch.equal(before[~is_cell], after[~is_cell])
+    mark = model.get_input_embeddings().weight[model.config.image_token_id]
+    torch.testing.assert_close(after[is_cell], before[is_cell] + mark)
+    assert weights.load(tmp_path)[0].config.image_marks
+
+
 def _visual(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: inputs[name] for name in ("input_ids", "pixel_values", "region_weights", "region_ids")}
 

@@ -220,16 +220,16 @@ class Study:
         return _locked(self._shared / "lock")
 
     def _features(self, config: TrainConfig) -> Path:
-        if self._reusing(config):
-            assert self.reuse is not None
-            return self.reuse / "features"
-        return self._shared / f"features-{digest(self._seen(config))}"
+        return self._of_tower(config, "features", "features")
 
     def _tower(self, config: TrainConfig) -> Path:
-        if self._reusing(config):
-            assert self.reuse is not None
-            return self.reuse / "start"
-        return self._shared / f"tower-{digest(self._seen(config))}"
+        return self._of_tower(config, "start", "tower")
+
+    def _of_tower(self, config: TrainConfig, there: str, shared: str) -> Path:
+        """In the earlier run, where it has made the features that this one needs, or among what is shared."""
+        if self.reuse is not None and self._seen(config) == self._seen(self._base()):
+            return self.reuse / there
+        return self._shared / f"{shared}-{digest(self._seen(config))}"
 
     def _language(self, config: TrainConfig) -> Path:
         if self.reuse is not None and _shape(config) == _shape(self._base()):
@@ -246,10 +246,6 @@ class Study:
 
     def _base(self) -> TrainConfig:
         return load_config(self.recipe, self.overrides)
-
-    def _reusing(self, config: TrainConfig) -> bool:
-        """Whether the earlier run has made the features that this one needs."""
-        return self.reuse is not None and self._seen(config) == self._seen(self._base())
 
     @staticmethod
     def _seen(config: TrainConfig) -> list[Any]:
@@ -284,7 +280,9 @@ def check_reuse(run: Path, config: TrainConfig) -> None:
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "intermediate_size": model.mlp_size,
+        "image_marks": model.image_marks,
     }
+    there["image_marks"] = read_json(run / "start" / "config.json").get("image_marks", False)
     if wrong := [f"{name} {there.get(name)} for {value}" for name, value in wanted.items() if there.get(name) != value]:
         raise ConfigError(f"{run / 'language'}: expected the recipe's language model, got another: {', '.join(wrong)}")
 

@@ -98,6 +98,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         region_token_id: id of ``<region>`` in the tokenizer.
         region_number_offset: how many tokens before a region its number stands in the text, the word embedding of which
             is added to the region's own; 0 adds none.
+        image_marks: whether the word embedding of ``<image>`` is added to each image token's own, by which the language
+            model can tell a cell that looks like a word from that word.
         initializer_range: standard deviation of freshly initialised weights.
 
     Raises:
@@ -120,6 +122,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     image_token_id: int | None = None
     region_token_id: int | None = None
     region_number_offset: int = 0
+    image_marks: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

@@ -185,9 +185,14 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             refined: what ``refine`` returned.
 
         Returns:
-            (B, N, D), row by row. Paper: §3.1, ``H_v = h(Z_v)``.
+            (B, N, D), row by row, with the image's mark added where this model's cells carry one. Paper: §3.1,
+            ``H_v = h(Z_v)``.
         """
-        return self.connector(self.refinement.pool_image(refined))  # type: ignore[no-any-return]
+        cells_BND: Tensor = self.connector(self.refinement.pool_image(refined))
+        if self.config.image_marks:
+            image = torch.tensor(self.config.image_token_id, device=cells_BND.device)
+            cells_BND = cells_BND + self.get_input_embeddings()(image).to(cells_BND)
+        return cells_BND
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Embed the whole image from its pixels: (B, 3, S, S) to (B, N, D)."""

@@ -100,6 +100,7 @@ def create(
     region_format: str = REGION_TOKEN,
     region_grid: int = 1,
     region_numbers: bool = False,
+    image_marks: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
     """Join a trained tower and a trained language model by an untrained refinement and connector.
@@ -122,6 +123,7 @@ def create(
         region_grid: side of the square grid of embeddings that each region becomes; 1 for the paper's one embedding.
         region_numbers: add the word embedding of a region's number to the region's own; the number has to stand before
             the region in ``region_format``.
+        image_marks: add the word embedding of ``<image>`` to each image token's own.
         dtype: of all weights; the one that the language model is stored in when None.
 
     Returns:
@@ -159,6 +161,7 @@ def create(
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
         region_number_offset=number_offset(tokenizer, region_format) if region_numbers else 0,
+        image_marks=image_marks,
     )
     model = _assemble(config, tower, language_model)
     return _finish(model, image_processor, tokenizer, family, region_format, out, region_grid)

@@ -11,7 +11,7 @@ Paper: §3.2, "to align the image features with language embeddings".
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +63,26 @@ class ClassWords:
         return self.mean.to(table.device) @ table[self.used.to(table.device)]
 
 
-def stand_in_loss(
-    words: ClassWords, regions: tuple[int, int], model: Any, batch: Mapping[str, Tensor], items: Any
-) -> Tensor:
+class Marks(NamedTuple):
+    """What is added to a stand-in, as the whole model adds it to what it sees.
+
+    Attributes:
+        region: The id of ``<region>``.
+        offset: How far before a region its number stands, the word of which is added; 0 where regions carry none.
+        image: The id of ``<image>``, the word of which is added to each cell; None where cells carry none.
+    """
+
+    region: int
+    offset: int = 0
+    image: int | None = None
+
+
+def stand_in_loss(words: ClassWords, marks: Marks, model: Any, batch: Mapping[str, Tensor], items: Any) -> Tensor:
     """Loss of the language model on texts in which blurred names stand for regions and for cells of the image.
 
     Args:
         words: Of the same tokenizer.
-        regions: The id of ``<region>``, and how far before it its number stands; 0 where regions carry none.
+        marks: What regions and cells carry beside the names.
         model: A causal language model.
         batch: ``input_ids``, ``labels``, ``stand_ins`` and ``turns`` (B, T): the class whose name stands at a token,
             80 for what shows none, -1 for a word; the text that a token belongs to; ``noise_seeds`` and ``blurs``
@@ -85,10 +97,11 @@ def stand_in_loss(
         classes = classes[classes >= 0]
         blurred.append(blur(names, classes, torch.Generator().manual_seed(seed), strength))
     embeds = embeds.masked_scatter((batch["stand_ins"] >= 0)[..., None], torch.cat(blurred).to(embeds.dtype))
-    region, offset = regions
-    if offset:
-        is_region = batch["input_ids"] == region
-        embeds[is_region] = embeds[is_region] + table(number_ids(batch["input_ids"], region, offset))
+    if marks.offset:
+        is_region = batch["input_ids"] == marks.region
+        embeds[is_region] = embeds[is_region] + table(number_ids(batch["input_ids"], marks.region, marks.offset))
+    if marks.image is not None:
+        embeds[batch["input_ids"] == marks.image] += table.weight[marks.image]
     mask, positions = isolate_turns(batch["turns"])
     return cast(
         Tensor,
@@ -200,11 +213,16 @@ def region_alignment(embeds_BRD: Tensor, classes_BR: Tensor, names: Tensor, shar
 
 
 def cell_alignment(embeds_BND: Tensor, classes_BNK: Tensor, names: Tensor) -> Tensor:
-    """Sum over image cells of the misfit of the length, and of minus the log of what the classes shown get together."""
+    """Sum over image cells of the misfit of the length and, where a cell shows any class, of two more.
+
+    Minus the log of what the classes shown get together, and how far off the direction of the nearest of their names
+    is: a cell of several objects may say which of them it likes.
+    """
     shown = classes_BNK.any(-1)
-    log_shares = (SHARPNESS * likeness(embeds_BND[shown], names)).log_softmax(-1)
-    entropy = -log_shares.masked_fill(~classes_BNK[shown], -torch.inf).logsumexp(-1).sum()
-    return entropy + _stretch(embeds_BND, names).sum()
+    cosines, absent = likeness(embeds_BND[shown], names), ~classes_BNK[shown]
+    entropy = -(SHARPNESS * cosines).log_softmax(-1).masked_fill(absent, -torch.inf).logsumexp(-1).sum()
+    direction = SHARPNESS * (1 - cosines.masked_fill(absent, -1.0).amax(-1)).sum()
+    return entropy + direction + _stretch(embeds_BND, names).sum()
 
 
 def _stretch(embeds: Tensor, names: Tensor) -> Tensor:

@@ -72,12 +72,15 @@ class ModelConfig:
         region_format: What each ``<regionN>`` becomes; ``{n}`` is its number, ``<region>`` its embeddings.
         region_grid: Side of the square grid of embeddings that each region becomes; 1 for the paper's one embedding.
         region_numbers: Add the word embedding of a region's number to the region's own.
+        image_marks: Add the word embedding of ``<image>`` to each image token's own.
         chat_template: A key of :data:`regiongpt.prompts.CHAT_TEMPLATES`; that of the language model's family where
             empty. The project's own language model is trained with ``plain``.
         vocab_size: Size of the byte-level BPE that is trained for the language model.
         hidden_size: Width of the language model.
         layers: Layers of the language model.
         heads: Attention heads of the language model.
+        comparing_layers: First layers of the language model, half of whose heads begin by attending to what is like the
+            token that they read for (:mod:`regiongpt.train.matching`).
         mlp_size: Width of the language model's feed-forward layers.
         max_length: Positions of the language model, in tokens.
     """
@@ -93,11 +96,13 @@ class ModelConfig:
     region_format: str = "<region>"
     region_grid: int = 1
     region_numbers: bool = False
+    image_marks: bool = False
     chat_template: str = ""
     vocab_size: int = 4096
     hidden_size: int = 320
     layers: int = 5
     heads: int = 5
+    comparing_layers: int = 0
     mlp_size: int = 832
     max_length: int = 1024
 
@@ -105,6 +110,10 @@ class ModelConfig:
         if self.hidden_size % self.heads:
             raise ConfigError(
                 f"model.heads: expected a divisor of model.hidden_size={self.hidden_size}, got {self.heads}"
+            )
+        if not 0 <= self.comparing_layers <= self.layers:
+            raise ConfigError(
+                f"model.comparing_layers: expected 0 to model.layers={self.layers}, got {self.comparing_layers}"
             )
         if self.refinement not in REFINEMENTS:
             raise ConfigError(f"model.refinement: expected one of {', '.join(REFINEMENTS)}, got '{self.refinement}'")
@@ -465,7 +474,7 @@ _OF_NEW_MODELS = tuple(
     f"model.{name}"
     for name in (
         *("vision", "language", "image_size", "refinement", "refinement_channels", "connector_size"),
-        *("image_grid", "region_format", "region_grid", "region_numbers", "chat_template"),
+        *("image_grid", "region_format", "region_grid", "region_numbers", "image_marks", "chat_template"),
     )
 )
 

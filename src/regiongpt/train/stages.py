@@ -34,15 +34,16 @@ from regiongpt.data.mixture import Mixture, open_mixture
 from regiongpt.data.sampling import ConversationSampler
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
-from regiongpt.prompts import REGION_TOKEN
+from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
 from regiongpt.train import report
-from regiongpt.train.alignment import ClassWords, stand_in_loss, visual_loss
+from regiongpt.train.alignment import ClassWords, Marks, stand_in_loss, visual_loss
 from regiongpt.train.config import StageConfig, TrainConfig, load_config
 from regiongpt.train.dataset import ConversationCollate, ConversationDataset
 from regiongpt.train.debug import debug_size
 from regiongpt.train.features import build_features, keep_freed_memory
 from regiongpt.train.lesson import Loss
 from regiongpt.train.lora import choose_learners, merge_adapters
+from regiongpt.train.matching import compare_at_first
 from regiongpt.train.photographs import language_of, reading_of, sampler_of, texts_of, tokenizer_of
 from regiongpt.train.plan import make_plan
 from regiongpt.train.processes import Processes, connect, launched
@@ -180,13 +181,17 @@ def _train_on_photographs(config: TrainConfig) -> Path:
     sampler = sampler_of(config, images)
 
     language = Path(config.model.language) if config.model.language else out / "language"
-    if config.runs("language") and not (language / "config.json").exists():
-        _train_language(config, images, sampler, language)
+    if config.runs("language") and not config.model.language:
+        if (language / "config.json").exists():
+            log.info("language: finished before, in %s; give another --out to train anew", language)
+        else:
+            _train_language(config, images, sampler, language)
     if not config.model.language and not (language / "config.json").exists():
         raise ConfigError(f"steps: expected the result of 'language' in {language}, found none; run that step first")
     start = out / "start"
     whole = cached_images(config) if config.features.root else images
     create_start(start_shape(config.model), language, start, [each.path for each in measured_on(whole)])
+    check_shape(replace(start_shape(config.model), language=str(language)), start)
     model, processor = weights.load(start, device="cpu")
     store = build_features(out / "features", whole, model, processor, config.features)
     store = store.part(whole, images) if config.features.root else store
@@ -296,6 +301,8 @@ def _learn(
                 merge_adapters(model.language_model)
             save_whole(finished, model, processor)
         trainer.processes.wait()
+    else:
+        log.info("%s: finished before, in %s; give another --out to train anew", name, finished)
     return finished
 
 
@@ -455,6 +462,7 @@ def _train_language(
     texts = texts_of(config, images, sampler)
     tokenizer = tokenizer_of(texts, config.model)
     model = LlamaForCausalLM(language_of(config.model, tokenizer))
+    compare_at_first(model, config.model.comparing_layers, config.seed)
     dataset = reading_of(config, texts, tokenizer)
     log.info(
         "language: %d texts, %.2f M tokens, %.2f M parameters",
@@ -465,12 +473,13 @@ def _train_language(
     shape = config.model
     region = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
     offset = weights.number_offset(tokenizer, shape.region_format) if shape.region_numbers else 0
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) if shape.image_marks else None
     run_stage(
         "language",
         model,
         dataset,
         cast(Any, _collate_text),
-        partial(stand_in_loss, ClassWords(tokenizer), (region, offset)),
+        partial(stand_in_loss, ClassWords(tokenizer), Marks(region, offset, image)),
         config.language,
         folder.with_name("language-checkpoints"),
         config.seed,

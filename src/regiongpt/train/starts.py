@@ -76,6 +76,7 @@ def create_start(
         region_format=shape.region_format,
         region_grid=shape.region_grid,
         region_numbers=shape.region_numbers,
+        image_marks=shape.image_marks,
     )
     if like is not None:
         calibrate_like(model, *like)
@@ -106,6 +107,7 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
         "image_size": (config.image_size, shape.image_size or config.image_size),
         "image_grid": (list(config.image_grid), cells),
         "region_numbers": (bool(config.region_number_offset), shape.region_numbers),
+        "image_marks": (config.image_marks, shape.image_marks),
     }
     try:
         described = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
@@ -126,7 +128,7 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     if wrong:
         raise CheckpointError(
             f"{folder}: expected a checkpoint of the shape that the recipe gives, got another: {'; '.join(wrong)}; "
-            "correct model.init, or the recipe's [model]"
+            "correct model.init or the recipe's [model], or give another --out"
         )
 
 

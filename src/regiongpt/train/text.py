@@ -1,4 +1,4 @@
-"""What the language model reads before it sees: human captions, conversations, and exercises in finding a name.
+"""What the language model reads before it sees: human captions, conversations, and exercises in names.
 
 Where a region or a cell of the image stands in a text, the blurred name of what it shows stands in for its embedding
 (:mod:`regiongpt.train.alignment`). Which of several regions bears a name, and whether any cell does, is then asked in
@@ -46,11 +46,15 @@ FIRST, EXERCISES, LISTED = 0.12, 0.35, 0.3
 """Share of the windows, at the beginning, that hold exercises alone, whose names are exact; they become blurred over as
 many windows again. Then the share of exercises among the texts, and of listed ones among those about regions."""
 
+ABSENT, ALONE = 0.5, 0.5
+"""Share of the exercises in finding a region, after the first ones, that ask for names of none of them too; and of
+those in naming that show one region alone."""
+
 IMAGED = 0.7
 """Share of what is asked about regions that an image comes before, as one always does when the whole model answers."""
 
-SIGHTINGS = 0.5
-"""Share of the exercises after the first ones that are about an image alone."""
+SIGHTINGS, NAMINGS = 0.4, 0.3
+"""Share of the exercises that are about an image alone, and of those that ask for names; the rest ask for numbers."""
 
 _TRIES = 4  # texts that may turn out too long for what is left of a window
 _MOST_REGIONS, _MOST_NAMES, _MOST_CELLS = 5, 5, 3  # in an exercise: and on each side of a rectangle
@@ -90,7 +94,9 @@ def conversation_texts(
         view = View(image)
         conversation = sampler.sample(view, {}, seed, index, 0)
         shown = shown_in_cells(view, grid)
-        cells = tuple(int(rng.choice(np.flatnonzero(each))) if each.any() else UNKNOWN for each in shown)
+        # What few cells show at all would else be lost among what many do, and be asked for nevertheless.
+        rarest = np.argsort(shown.sum(0), kind="stable")
+        cells = tuple(int(rarest[each[rarest].argmax()]) if each.any() else UNKNOWN for each in shown)
         for question, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
             asked, said = question["content"].removeprefix(f"{IMAGE_TOKEN}\n"), answer["content"]
             numbers = placeholders(asked)
@@ -104,9 +110,13 @@ def conversation_texts(
 
 
 def exercise(
-    region_format: str, rng: np.random.Generator, listed: bool = False, grid: tuple[int, int] = (0, 0)
+    region_format: str,
+    rng: np.random.Generator,
+    listed: bool = False,
+    grid: tuple[int, int] = (0, 0),
+    absent: int = 0,
 ) -> Text:
-    """Some regions, then their names in another order, each followed by the number of its region.
+    """Some regions, then their names in another order, each followed by the number of its region, or by 0.
 
     What has to be learnt is one thing alone: to look where the embedding like a word is. A model that cannot do that
     yet does not learn it from whole questions, in which it is one step of several. So the numbers alone are learnt.
@@ -116,17 +126,40 @@ def exercise(
         rng: Draws the exercise.
         listed: With a question before it, and brackets around the numbers.
         grid: Rows and columns of the image before it; zeros where there is none.
+        absent: Names to ask for that are of none of the regions.
     """
     count = int(rng.integers(2, _MOST_REGIONS + 1))
-    classes = rng.choice(len(COCO_80), count, replace=False)
-    asked = rng.permutation(count)
+    classes = rng.choice(len(COCO_80), count + absent, replace=False)
+    asked = rng.permutation(count + absent)
     regions = (", " if listed else "").join(f"<region{number}>" for number in range(1, count + 1))
     question = f"Find each of these names among {regions}." if listed else regions
     cells = image_of(grid, rng)
     pieces = [f"{IMAGE_TOKEN}\n" * bool(cells) + _written(question, region_format) + "\n"]
     for region in asked:
         pieces[-1] += f" {COCO_80[classes[region]]}" + " [" * listed
-        pieces += [str(region + 1), "]," * listed]
+        pieces += [str(region + 1 if region < count else 0), "]," * listed]
+    return Text(pieces=tuple(pieces), shown=tuple(map(int, classes[:count])), cells=cells)
+
+
+def naming(region_format: str, rng: np.random.Generator, grid: tuple[int, int] = (0, 0)) -> Text:
+    """Some regions, then their numbers in another order, each followed by the name; or one region, and its name.
+
+    The names alone are learnt. Without this a model that finds regions by their names still says none: to say what one
+    holds is another thing, and where an image comes before the region it was not learnt from whole questions.
+
+    Args:
+        region_format: What a region becomes.
+        rng: Draws the exercise.
+        grid: Rows and columns of the image before it; zeros where there is none.
+    """
+    count = 1 if rng.random() < ALONE else int(rng.integers(2, _MOST_REGIONS + 1))
+    classes = rng.choice(len(COCO_80), count, replace=False)
+    regions = "".join(f"<region{number}>" for number in range(1, count + 1))
+    cells = image_of(grid, rng)
+    pieces = [f"{IMAGE_TOKEN}\n" * bool(cells) + _written(regions, region_format) + "\n"]
+    for region in rng.permutation(count):
+        pieces[-1] += str(region + 1) * (count > 1)
+        pieces += [f" {COCO_80[classes[region]]}", ""]
     return Text(pieces=tuple(pieces), shown=tuple(map(int, classes)), cells=cells)
 
 
@@ -220,12 +253,16 @@ class TextDataset(Dataset[Example]):
         return {**example, "noise_seeds": torch.tensor(int(rng.integers(2**62))), "blurs": torch.tensor(blur)}
 
     def _exercise(self, rng: np.random.Generator, first: bool) -> Text:
-        if first:
-            return exercise(self.region_format, rng)
-        if rng.random() < SIGHTINGS:
+        kind = rng.random()
+        if kind < SIGHTINGS:
             return sightings(self.grid, rng)
         grid = self.grid if rng.random() < IMAGED else (0, 0)
-        return exercise(self.region_format, rng, bool(rng.random() < LISTED), grid)
+        if kind < SIGHTINGS + NAMINGS:
+            return naming(self.region_format, rng, grid)
+        if first:
+            return exercise(self.region_format, rng)
+        absent = int(rng.integers(1, 3)) if rng.random() < ABSENT else 0
+        return exercise(self.region_format, rng, bool(rng.random() < LISTED), grid, absent)
 
     def _encoded(self, text: Text) -> tuple[list[int], list[int], list[int]]:
         """Token ids, labels, and the classes that stand in, -1 for words."""
