@@ -46,15 +46,16 @@ FIRST, EXERCISES, LISTED = 0.12, 0.35, 0.3
 """Share of the windows, at the beginning, that hold exercises alone, whose names are exact; they become blurred over as
 many windows again. Then the share of exercises among the texts, and of listed ones among those about regions."""
 
-ABSENT, ALONE = 0.5, 0.5
+ABSENT, ALONE = 0.5, 0.3
 """Share of the exercises in finding a region, after the first ones, that ask for names of none of them too; and of
 those in naming that show one region alone."""
 
 IMAGED = 0.7
 """Share of what is asked about regions that an image comes before, as one always does when the whole model answers."""
 
-SIGHTINGS, NAMINGS = 0.4, 0.3
-"""Share of the exercises that are about an image alone, and of those that ask for names; the rest ask for numbers."""
+SIGHTINGS, NAMINGS = 0.2, 0.5
+"""Share of the exercises that are about an image alone, and of those that ask for names; the rest ask for numbers.
+Names are many words, where the others are two or six: with a third of each, names alone were not learnt."""
 
 _TRIES = 4  # texts that may turn out too long for what is left of a window
 _MOST_REGIONS, _MOST_NAMES, _MOST_CELLS = 5, 5, 3  # in an exercise: and on each side of a rectangle
