@@ -40,6 +40,7 @@ def test_it_hands_on_what_it_finds():
 def test_other_heads_and_layers_stay_as_they_are_and_the_seed_says_which_projections():
     plain, first, again, other = (untrained() for _ in range(4))
     compare_at_first(plain, 0, seed=1)
+    compare_at_first(untrained(), 9, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), untrained().parameters(), strict=True))
     for model, seed in ((first, 1), (again, 1), (other, 2)):
         compare_at_first(model, 2, seed)

@@ -79,8 +79,8 @@ class ModelConfig:
         hidden_size: Width of the language model.
         layers: Layers of the language model.
         heads: Attention heads of the language model.
-        comparing_layers: First layers of the language model, half of whose heads begin by attending to what is like the
-            token that they read for (:mod:`regiongpt.train.matching`).
+        comparing_layers: First layers of the language model, or all where it has fewer, half of whose heads begin by
+            attending to what is like the token that they read for (:mod:`regiongpt.train.matching`).
         mlp_size: Width of the language model's feed-forward layers.
         max_length: Positions of the language model, in tokens.
     """
@@ -111,10 +111,8 @@ class ModelConfig:
             raise ConfigError(
                 f"model.heads: expected a divisor of model.hidden_size={self.hidden_size}, got {self.heads}"
             )
-        if not 0 <= self.comparing_layers <= self.layers:
-            raise ConfigError(
-                f"model.comparing_layers: expected 0 to model.layers={self.layers}, got {self.comparing_layers}"
-            )
+        if self.comparing_layers < 0:
+            raise ConfigError(f"model.comparing_layers: expected 0 or more, got {self.comparing_layers}")
         if self.refinement not in REFINEMENTS:
             raise ConfigError(f"model.refinement: expected one of {', '.join(REFINEMENTS)}, got '{self.refinement}'")
         if "<region>" not in self.region_format:

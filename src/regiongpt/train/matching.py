@@ -28,7 +28,7 @@ def compare_at_first(model: Any, layers: int, seed: int) -> None:
     Args:
         model: An untrained causal language model in Llama's architecture with as many keys as queries; changed in
             place. With rotary positions it compares near tokens best, and far ones by their slowly turning half.
-        layers: How many layers from the first; 0 leaves the model as it is.
+        layers: How many layers from the first, or all where it has fewer; 0 leaves the model as it is.
         seed: Of the projections.
     """
     heads, size = model.config.num_attention_heads, model.config.head_dim
