@@ -99,9 +99,12 @@ def test_the_finished_model_answers(run, pictures):
     assert isinstance(predictor.ask("What is <region1>?", [Region.box(4, 4, 30, 40)]).text, str)
 
 
-def test_a_finished_run_is_not_run_again(run, pictures):
+def test_a_finished_run_is_not_run_again_and_says_so(run, pictures, caplog):
     before = (run / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
-    train(load_config(RECIPE, overrides(pictures, run)))
+    with caplog.at_level("INFO"):
+        train(load_config(RECIPE, [*overrides(pictures, run), "--seed=9"]))
+    for step in ("language", "align", "stage1", "stage2"):
+        assert f"{step}: finished before, in {run}" in caplog.text
     assert (run / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -161,3 +164,10 @@ def test_a_recipe_that_is_not_there_or_not_toml(tmp_path):
 
 def test_the_cache_of_another_recipe_is_refused(run, pictures):
     assert main(["train", str(RECIPE), *overrides(pictures, run), "--features.seed=5"]) == 2
+
+
+def test_the_start_of_another_recipe_is_refused(run, pictures, capsys):
+    assert main(["train", str(RECIPE), *overrides(pictures, run), "--model.image_marks=false"]) == 2
+    error = capsys.readouterr().err
+    assert "image_marks is True there and False here" in error
+    assert "give another --out" in error
