@@ -106,7 +106,7 @@ def conversation_texts(
                 classes = [int(rng.integers(len(COCO_80)))]
                 said = COCO_80[classes[0]]
             seen = not numbers or rng.random() < IMAGED
-            given = _written(f"{IMAGE_TOKEN}\n" * seen + asked, region_format) + "\n"
+            given = _opening(asked, seen, region_format)
             yield Text(pieces=(given, " " + said), shown=tuple(classes), cells=cells if seen else ())
 
 
@@ -135,7 +135,7 @@ def exercise(
     regions = (", " if listed else "").join(f"<region{number}>" for number in range(1, count + 1))
     question = f"Find each of these names among {regions}." if listed else regions
     cells = image_of(grid, rng)
-    pieces = [f"{IMAGE_TOKEN}\n" * bool(cells) + _written(question, region_format) + "\n"]
+    pieces = [_opening(question, bool(cells), region_format)]
     for region in asked:
         pieces[-1] += f" {COCO_80[classes[region]]}" + " [" * listed
         pieces += [str(region + 1 if region < count else 0), "]," * listed]
@@ -157,7 +157,7 @@ def naming(region_format: str, rng: np.random.Generator, grid: tuple[int, int] =
     classes = rng.choice(len(COCO_80), count, replace=False)
     regions = "".join(f"<region{number}>" for number in range(1, count + 1))
     cells = image_of(grid, rng)
-    pieces = [f"{IMAGE_TOKEN}\n" * bool(cells) + _written(regions, region_format) + "\n"]
+    pieces = [_opening(regions, bool(cells), region_format)]
     for region in rng.permutation(count):
         pieces[-1] += str(region + 1) * (count > 1)
         pieces += [f" {COCO_80[classes[region]]}", ""]
@@ -193,8 +193,10 @@ def image_of(grid: tuple[int, int], rng: np.random.Generator) -> tuple[int, ...]
     return tuple(map(int, cells.flat))
 
 
-def _written(text: str, region_format: str) -> str:
-    return replace_placeholders(text, lambda number: region_format.replace("{n}", str(number)))
+def _opening(asked: str, seen: bool, region_format: str) -> str:
+    """A line of question, with its regions written out, behind the image where there is one."""
+    written = replace_placeholders(asked, lambda number: region_format.replace("{n}", str(number)))
+    return f"{IMAGE_TOKEN}\n" * seen + written + "\n"
 
 
 class TextDataset(Dataset[Example]):
