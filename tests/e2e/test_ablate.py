@@ -7,15 +7,21 @@ from pathlib import Path
 import pytest
 from pictures import draw_pictures
 from safetensors.torch import load_file
+from tiny import save_tower, tower_config
+from tiny_checkpoint import make_parts
+from transformers import AutoModel
 
 from regiongpt import ConfigError
 from regiongpt.ablate.annotations import prepare
 from regiongpt.ablate.summary import orders, summarise
-from regiongpt.ablate.variants import chosen
+from regiongpt.ablate.variants import KINDS, chosen
 from regiongpt.cli import main
+from regiongpt.data.convert import load_converter
+from regiongpt.data.convert.base import convert
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.model.configuration import REFINEMENTS
+from regiongpt.train.config import load_config
 
 RECIPE = Path(__file__).parents[2] / "configs" / "nano.toml"
 SIZE = {
@@ -72,13 +78,19 @@ def test_what_is_beyond_chance_is_said_and_intervals_lie_around_means():
     measured = {"deconv": [seen(even), seen(even[::-1])], "none": [seen(wrong)] * 2, "bilinear": [seen(even)] * 2}
     found = summarise(measured, 300)
     (line,) = orders(found, TABLES["refinement"])
-    assert line.startswith("p, AP: here ")
-    assert line.endswith("the same order; beyond chance 'none' differs from 'deconv'")
+    # What is alike has none before the other.
+    order = "p, AP: here deconv = bilinear > none; paper deconv > bilinear > none: another order"
+    assert line == f"{order}; beyond chance 'none' differs from 'deconv'"
     # Rare classes fall out of resamples, and what is said of the others would move the interval off the mean.
     cell = summarise({"a": [seen([0.0] * 30 + [1.0] * 30)], "b": [seen(right)]}, 300)["p"]["class_average"]
     for each, (low, high) in ((cell["a"].mean, cell["a"].interval), (cell["b"].gain, cell["b"].gain_interval)):
         assert abs(each - (low + high) / 2) < (high - low) / 4
     assert orders(found, None) == []
+    (line,) = orders(summarise({"deconv": [seen(even)], "none": [seen(wrong)]}, 50), TABLES["refinement"])
+    assert "here deconv > none; paper deconv > none: the same order" in line
+    # What was not measured has no place in an order.
+    nothing = {"p": {"AP": mean_statistic([0], [float("nan")])}}
+    assert orders(summarise({"deconv": [nothing], "none": [seen(even)]}, 50), TABLES["refinement"]) == []
 
 
 @pytest.mark.slow
@@ -165,6 +177,73 @@ def test_an_earlier_run_is_reused_by_all_variants_and_seeds(pictures, tmp_path, 
     assert "regiongpt train" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_towers_and_numbers_of_tokens_are_set_side_by_side(pictures, tmp_path, capsys):
+    small, large = tmp_path / "clip", tmp_path / "siglip"
+    save_tower(small, AutoModel.from_config(tower_config("clip_vision_model")))
+    save_tower(large, AutoModel.from_config(tower_config("siglip_vision_model")))
+    variants = f"{small}@28,{large}@56"
+    assert ablate("tower", pictures, tmp_path / "towers", "--variants", variants, "--seeds", "0") == 0
+    printed = capsys.readouterr().out
+    assert "| figure | clip-28 | siglip-56 |" in printed
+    assert "The paper's Table 7" in printed
+    grids = "image=2,image=1,region=2"
+    assert ablate("tokens", pictures, tmp_path / "tokens", "--variants", grids, "--seeds", "0") == 0
+    assert "| figure | image=2 | image=1 | region=2 |" in capsys.readouterr().out
+    cells = {
+        name: json.loads((tmp_path / "tokens" / name / "seed-0/training/stage2/model" / file).read_text())[field]
+        for name, file, field in (
+            ("image=2", "config.json", "image_grid"),
+            ("image=1", "config.json", "image_grid"),
+            ("region=2", "processor_config.json", "region_grid"),
+        )
+    }
+    assert cells == {"image=2": [2, 2], "image=1": [1, 1], "region=2": 2}
+
+
+@pytest.mark.slow
+def test_a_recipe_of_the_paper_is_varied_on_records(pictures, tmp_path, capsys):
+    vision, language = make_parts(tmp_path)
+    source = load_converter("coco")(instances=(pictures / "instances_train.json",), images=pictures / "images")
+    convert(source, tmp_path / "records")
+    parts = [
+        f"--model.vision={vision}",
+        f"--model.language={language}",
+        "--model.image_size=32",
+        "--model.image_grid=2",
+    ]
+    records = [f"--data.{name}={tmp_path / 'records'}" for name in ("pretrain_mixture", "mixture")]
+    size = [f"--{stage}.{name}=4" for stage in ("stage1", "stage2") for name in ("batch_size", "micro_batch_size")]
+    asked = [f"--eval.data={pictures}", "--eval.split=dev", "--eval.limit=2", "--resamples=20", "--seeds=0"]
+    words = [*parts, *records, *size, *asked, "--engine.precision=fp32"]
+    recipe = str(RECIPE.with_name("table6_deconv.toml"))
+    assert main(["ablate", "refinement", recipe, "--variants=deconv,none", f"--out={tmp_path / 'out'}", *words]) == 0
+    assert "paper deconv > none" in capsys.readouterr().out
+    made = {
+        name: json.loads((tmp_path / "out" / name / "seed-0/training/stage2/model/config.json").read_text())[
+            "refinement"
+        ]
+        for name in ("deconv", "none")
+    }
+    assert made == {"deconv": "deconv", "none": "none"}
+    # Two trained checkpoints, of a recipe that says nothing of their shape.
+    starts = [f"{name}={tmp_path / 'out' / name / 'seed-0/training/stage1/model'}" for name in made]
+    recipe = str(RECIPE.with_name("finetune_records.toml"))
+    words = [*records[1:], *size[2:], *asked, f"--variants={','.join(starts)}", f"--out={tmp_path / 'further'}"]
+    assert main(["ablate", "refinement", recipe, *words]) == 0
+    # The suffix is part of no record.
+    words[-2:] = [
+        f"--model.init={starts[0].partition('=')[2]}",
+        "--variants=with,without",
+        f"--out={tmp_path / 'prompt'}",
+    ]
+    assert main(["ablate", "prompt", recipe, *words]) == 0
+    learnt = [
+        (tmp_path / "prompt" / name / "seed-0/training/stage2/model/model.safetensors") for name in ("with", "without")
+    ]
+    assert learnt[0].read_bytes() != learnt[1].read_bytes()
+
+
 def test_annotations_are_cut_down_and_larger_shares_hold_smaller_ones(pictures, tmp_path):
     outlined = prepare(pictures, "train", "outlined", tmp_path)
     kept = json.loads((outlined / "instances_train.json").read_text())
@@ -180,20 +259,47 @@ def test_annotations_are_cut_down_and_larger_shares_hold_smaller_ones(pictures, 
     assert prepare(pictures, "train", "outlined", tmp_path) == outlined
 
 
-def test_variants_by_name_by_value_and_on_records():
-    assert [each.name for each in chosen("refinement", None, False)] == list(REFINEMENTS)
-    tower = chosen("tower", "efficientnet-lite0@320,models/clip", False)
+def test_variants_by_name_and_by_value():
+    recipe = load_config(RECIPE)
+    assert [each.name for each in chosen("refinement", None, recipe)] == list(REFINEMENTS)
+    tower = chosen("tower", "efficientnet-lite0@320,models/clip", recipe)
     assert tower[0].recipe == {"model.vision": "efficientnet-lite0", "model.image_size": "320"}
     assert (tower[1].name, tower[1].recipe) == ("clip", {"model.vision": "models/clip"})
-    assert chosen("tokens", "image=3,region=2", False)[1].recipe == {"model.region_grid": "2"}
-    assert [variant.annotations for variant in chosen("data", "25%,100%", False)] == ["25%", "100%"]
-    masks = chosen("data", "masks=records-m,boxes=records-b", True)[0]
-    assert (masks.recipe, masks.asked) == ({"data.mixture": "records-m"}, {"region": "mask"})
-    for words in (("refinement", "deconv", False), ("refinement", "cubic,none", False), ("data", "0%,5%", False)):
+    assert chosen("tokens", "image=3,region=2", recipe)[1].recipe == {"model.region_grid": "2"}
+    assert [variant.annotations for variant in chosen("data", "25%,100%", recipe)] == ["25%", "100%"]
+    for words in (("refinement", "deconv"), ("refinement", "cubic,none"), ("data", "0%,5%")):
         with pytest.raises(ConfigError, match="expected"):
-            chosen(*words)
-    with pytest.raises(ConfigError, match="NAME=VALUE"):
-        chosen("refinement", "deconv,none", True)
+            chosen(*words, recipe)
+
+
+def test_variants_of_records_are_fields_of_a_new_model_checkpoints_and_records():
+    new = load_config(RECIPE.with_name("table6_deconv.toml"))
+    assert [each.recipe for each in chosen("refinement", "none,deconv", new)] == [
+        {"model.refinement": "none"},
+        {"model.refinement": "deconv"},
+    ]
+    # A recipe that describes its checkpoint is held to the description, one that does not to none.
+    described = chosen("refinement", "none=a,deconv=b", load_config(RECIPE.with_name("vicuna7b_stage2.toml")))
+    assert described[0].recipe == {"model.init": "a", "model.refinement": "none"}
+    bare = load_config(RECIPE.with_name("finetune_records.toml"))
+    assert chosen("refinement", "none=a,deconv=b", bare)[0].recipe == {"model.init": "a"}
+    for recipe in (new, bare):
+        masks = chosen("data", "masks=records-m,boxes=records-b", recipe)[0]
+        assert (masks.recipe, masks.asked) == ({"data.mixture": "records-m"}, {"region": "mask"})
+        assert chosen("prompt", None, recipe) == KINDS["prompt"].variants
+        with pytest.raises(ConfigError, match=r"NAME=VALUE, the value of data\.mixture"):
+            chosen("data", None, recipe)
+    with pytest.raises(ConfigError, match=r"NAME=VALUE, the value being that of model\.init"):
+        chosen("refinement", "deconv,none", bare)
+
+
+def test_the_variants_of_the_papers_tables_have_the_names_and_shapes_of_their_recipes():
+    for kind, recipes in (("refinement", "table6"), ("tower", "table7")):
+        for variant in KINDS[kind].variants:
+            config = load_config(RECIPE.with_name(f"{recipes}_{variant.name}.toml"))
+            for field, value in variant.recipe.items():
+                assert str(getattr(config.model, field.removeprefix("model."))) == value
+        assert {variant.name for variant in KINDS[kind].variants} == set(TABLES[kind].rows)
 
 
 @pytest.mark.parametrize(
@@ -213,4 +319,23 @@ def test_mistakes_end_in_one_line_before_anything_is_trained(words, message, pic
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("regiongpt: error:")
     assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        (
+            "tower",
+            ["--variants", "efficientnet-lite2@64,efficientnet-lite4@64"],
+            "efficientnet-lite4 are not installed",
+        ),
+        ("tokens", ["--variants", "image=2,image=99"], "image_grid must be two numbers from 1"),
+        ("refinement", ["--eval.data", "nowhere"], "nowhere"),
+        ("refinement", ["--device", "cuda:99"], "expected device"),
+    ],
+)
+def test_what_would_stop_the_last_variant_is_said_before_the_first(kind, words, message, pictures, tmp_path, capsys):
+    assert ablate(kind, pictures, tmp_path / "out", *words) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

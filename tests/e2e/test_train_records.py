@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import draw_pictures
-from unit.tiny_checkpoint import make_checkpoint
+from tiny_checkpoint import make_checkpoint
 
 from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import draw_pictures
-from unit.tiny_checkpoint import make_checkpoint
+from tiny_checkpoint import make_checkpoint
 
 from regiongpt.cli import main
 from regiongpt.data.records import Record, RecordRegion, Turn

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from efficientnet_lite_pytorch import EfficientNet
-from tiny import TOWERS, tower_config
+from tiny import TOWERS, text_config, tower_config
 from torch.nn import functional as F
 from transformers import AutoModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig
+from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig, RegionGPTConfig
 from regiongpt.model.towers import EfficientNetLiteModel, tower_features
 
 
@@ -46,6 +46,21 @@ def test_features_are_transformers_patch_tokens(kind: str, layer: int, size: int
     assert not features.requires_grad
     # Row by row: the token of patch (y, x) is at y * columns + x.
     torch.testing.assert_close(features.permute(0, 2, 3, 1).reshape(tokens.shape), tokens)
+
+
+@pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model"])
+def test_a_tower_whose_input_is_no_whole_number_of_patches_sees_those_that_it_has(kind: str) -> None:
+    torch.manual_seed(0)
+    described = tower_config(kind)
+    described.image_size = 30
+    config = RegionGPTConfig(vision_config=described, text_config=text_config())
+    assert (config.image_size, config.tower_grid) == (28, (4, 4))
+    tower = AutoModel.from_config(described).eval()
+    pixels = torch.randn(1, 3, 30, 30)
+    with torch.no_grad():
+        theirs = tower(pixels, output_hidden_states=True).hidden_states[-2][0, -16:]
+    found = tower_features(tower, pixels[..., :28, :28])[0]
+    torch.testing.assert_close(found.flatten(1).T, theirs)
 
 
 @pytest.mark.parametrize("variant", EFFICIENTNET_LITE_CHANNELS)

@@ -132,6 +132,20 @@ def test_wordings_are_drawn_from_seed_epoch_and_index():
     assert seen == {question.format(regions="<region1>") for question in QUESTIONS["caption"]}
 
 
+def test_the_suffix_of_a_guided_turn_can_be_left_out_and_nothing_else_with_it():
+    turns = (
+        Turn(task="classify", answer="dog", regions=(1,), label_set="COCO-80", guided=True),
+        Turn(task="locate", answer="Region [2]", regions=(1, 2), expression="the dog", guided=True),
+        Turn(task="chat", answer="Yes.", question="Is <region1> a dog? Answer yes or no."),
+    )
+    one = record(0, Region.box(0, 0, 4, 4), Region.box(1, 1, 4, 4), turns=turns)
+    guided, bare = (one.messages(0, 0, 0, suffixes) for suffixes in (True, False))
+    for number in (0, 2):
+        assert guided[number]["content"].removeprefix(bare[number]["content"]).startswith(" Answer")
+    assert guided[4:] == bare[4:]
+    assert guided[1::2] == bare[1::2]
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

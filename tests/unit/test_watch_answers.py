@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from pictures import draw_pictures
+from tiny_checkpoint import make_checkpoint
 from torch import nn
-from unit.tiny_checkpoint import make_checkpoint
 
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects, write_records

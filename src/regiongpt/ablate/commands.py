@@ -49,7 +49,7 @@ def run_ablate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int
     if options.resamples < 1:
         raise ConfigError(f"expected --resamples of at least 1, got {options.resamples}")
     base = load_config(options.config, overrides)
-    variants = chosen(options.kind, options.variants, base.data.on_records)
+    variants = chosen(options.kind, options.variants, base)
     check_names(variants)
     asked.setdefault("data", base.data.root)
     study = Study(

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from regiongpt.ablate.annotations import prepare
 from regiongpt.ablate.variants import Variant, same_training
 from regiongpt.errors import ConfigError, DataError
+from regiongpt.evaluate.runner import load_items
 from regiongpt.evaluate.runs import TaskRun, read_json, write_json
 from regiongpt.evaluate.session import Session
 from regiongpt.evaluate.store import digest
@@ -85,6 +86,7 @@ class Study:
         if self.reuse is not None:
             check_reuse(self.reuse, load_config(self.recipe, self.overrides))
         configs = {(v.name, seed): self._config(v, seed) for v in self.variants for seed in self.seeds}
+        self._check([configs[variant.name, self.seeds[0]] for variant in self.variants])
         for (name, seed), config in configs.items():
             self._note(name, seed, config)
         found: dict[str, list[TaskRun]] = {variant.name: [] for variant in self.variants}
@@ -100,6 +102,18 @@ class Study:
                 )
                 found[variant.name] += session.score_model([self.tasks[variant.name]], model, self.device)
         return found
+
+    def _check(self, configs: Sequence[TrainConfig]) -> None:
+        """Raises, before the first variant is trained for hours, what would stop the last one or its questions."""
+        from regiongpt.inference.engine import pick_device
+        from regiongpt.train.stages import check_beginning
+
+        pick_device(self.device)
+        for task in self.tasks.values():
+            load_items(task)
+        for config in configs:
+            if not (Path(config.out) / "start" / "config.json").exists():
+                check_beginning(config)
 
     @property
     def _shared(self) -> Path:

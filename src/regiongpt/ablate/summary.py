@@ -3,6 +3,7 @@
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -150,16 +151,21 @@ def orders(summary: Summary, printed: PaperTable | None) -> list[str]:
             column = next((c for c in printed.columns if _plain(c) == _plain(figure)), None) if printed else None
             if printed is None or column is None:
                 continue
-            both = {name: cell for name, cell in cells.items() if name in printed.rows}
+            both = {name: cell for name, cell in cells.items() if name in printed.rows and cell.mean == cell.mean}
             if len(both) < 2:
                 continue
-            ours = sorted(both, key=lambda name: -both[name].mean)
-            theirs = sorted(both, key=lambda name: -printed.figure(column, name))
+            ours = _ranked({name: cell.mean for name, cell in both.items()})
+            theirs = _ranked({name: printed.figure(column, name) for name in both})
             verdict = "the same order" if ours == theirs else "another order"
-            lines.append(
-                f"{protocol}, {figure}: here {' > '.join(ours)}; paper {' > '.join(theirs)}: {verdict}{_beyond(both)}"
-            )
+            lines.append(f"{protocol}, {figure}: here {ours}; paper {theirs}: {verdict}{_beyond(both)}")
     return lines
+
+
+def _ranked(values: Mapping[str, float]) -> str:
+    """``a > b = c``, the largest first."""
+    names = sorted(values, key=lambda name: -values[name])
+    signs = [" = " if values[a] == values[b] else " > " for a, b in pairwise(names)]
+    return "".join(part for pair in zip(names, [*signs, ""], strict=True) for part in pair)
 
 
 def _beyond(cells: Mapping[str, Cell]) -> str:

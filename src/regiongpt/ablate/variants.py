@@ -9,6 +9,7 @@ from typing import Final
 
 from regiongpt.errors import ConfigError
 from regiongpt.model.configuration import REFINEMENTS
+from regiongpt.train.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +38,15 @@ class Kind:
         summary: One line of help.
         variants: That are compared where none are named; the first is what the others are held against.
         made: A variant of the text of ``--variants`` where none of that name is known.
-        field: On records, the field of the recipe that ``NAME=VALUE`` of ``--variants`` sets.
+        field: Of a recipe on records, what ``NAME=VALUE`` of ``--variants`` sets: the checkpoint to begin with, unless
+            the recipe makes a new model, or the records; empty where records are varied like photographs.
         paper: Key of :data:`regiongpt.evaluate.paper.TABLES`; empty where the paper has no figures.
     """
 
     summary: str
     variants: tuple[Variant, ...]
     made: Callable[[str], Variant] | None = None
-    field: str
+    field: str = ""
     paper: str = ""
 
 
@@ -60,6 +62,10 @@ def _tower(text: str) -> Variant:
         name=vision.rstrip("/").rpartition("/")[2] + (f"-{size}" if size else ""),
         recipe={"model.vision": vision, **sized},
     )
+
+
+def _paper_tower(name: str, vision: str, size: int) -> Variant:
+    return Variant(name=name, recipe={"model.vision": vision, "model.image_size": str(size)})
 
 
 def _tokens(text: str) -> Variant:
@@ -86,16 +92,12 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "tower": Kind(
         summary="the vision tower (Table 7); --variants NAME@SIZE,... names towers of a hub or folders",
-        variants=tuple(
-            map(
-                _tower,
-                (
-                    "openai/clip-vit-large-patch14-336@336",
-                    "google/siglip-base-patch16-512@512",
-                    "google/siglip-large-patch16-384@384",
-                    "google/siglip-so400m-patch14-384@384",
-                ),
-            )
+        variants=(
+            _paper_tower("openai_vit_l_336", "openai/clip-vit-large-patch14-336", 336),
+            _paper_tower("siglip_vit_b_512", "google/siglip-base-patch16-512", 512),
+            _paper_tower("siglip_vit_l_384", "google/siglip-large-patch16-384", 384),
+            # Its patches of 14 cover 27 x 14 = 378 of the 384 pixels.
+            _paper_tower("siglip_vit_so400m_384", "google/siglip-so400m-patch14-384", 378),
         ),
         made=_tower,
         field="model.init",
@@ -108,7 +110,6 @@ KINDS: Final[dict[str, Kind]] = {
             Variant(name="without", recipe={"data.suffixes": "false"}, asked={"guided": "false"}),
             Variant(name="asked-without", asked={"guided": "false"}),
         ),
-        field="data.mixture",
     ),
     "tokens": Kind(
         summary="how many tokens the image and a region become; --variants image=SIDE,region=SIDE,...",
@@ -139,22 +140,24 @@ KINDS: Final[dict[str, Kind]] = {
 """The ablations by name."""
 
 
-def chosen(kind: str, text: str | None, on_records: bool) -> tuple[Variant, ...]:
+def chosen(kind: str, text: str | None, recipe: TrainConfig) -> tuple[Variant, ...]:
     """The variants that are compared.
 
     Args:
         kind: A key of :data:`KINDS`.
         text: Of ``--variants``: names with commas between them; None for all.
-        on_records: Whether the recipe trains on records. Then each is ``NAME=VALUE``: of the checkpoint to begin with,
-            since a checkpoint brings its own shape, or of the records.
+        recipe: That all are varied from. Where it trains a checkpoint on records, each variant of the model is
+            ``NAME=VALUE``, since a checkpoint brings its own shape; so is, on any records, each variant of the data.
 
     Raises:
         ConfigError: There is no such variant, or fewer than two.
     """
     known = {variant.name: variant for variant in KINDS[kind].variants}
     words = [word.strip() for word in text.split(",") if word.strip()] if text else []
-    if on_records:
-        found = tuple(_on_records(kind, word) for word in words)
+    field = KINDS[kind].field
+    valued = recipe.data.on_records and (field == "data.mixture" or (field == "model.init" and bool(recipe.model.init)))
+    if valued:
+        found = tuple(_valued(kind, word, recipe) for word in words)
     elif text is None:
         found = KINDS[kind].variants
     else:
@@ -162,7 +165,7 @@ def chosen(kind: str, text: str | None, on_records: bool) -> tuple[Variant, ...]
     if len(found) < 2 or len({variant.name for variant in found}) < len(found):
         raise ConfigError(
             f"expected --variants with at least two different ones, got {text!r}; known: {', '.join(known)}"
-            + (f"; with records write each as NAME=VALUE, the value of {KINDS[kind].field}" if on_records else "")
+            + (f"; with this recipe write each as NAME=VALUE, the value of {field}" if valued else "")
         )
     return found
 
@@ -175,15 +178,18 @@ def _made(kind: str, word: str) -> Variant:
     return make(word)
 
 
-def _on_records(kind: str, word: str) -> Variant:
-    name, equals, value = word.partition("=")
-    if not (name and equals and value):
+def _valued(kind: str, word: str, recipe: TrainConfig) -> Variant:
+    """``NAME=VALUE``."""
+    field, name, value = KINDS[kind].field, *word.partition("=")[::2]
+    if not (name and value):
         raise ConfigError(
-            f"expected NAME=VALUE, the value being that of {KINDS[kind].field}, since the recipe trains on records, "
-            f"got {word!r}"
+            f"expected NAME=VALUE, the value being that of {field}, since the recipe trains "
+            f"{'a checkpoint ' if field == 'model.init' else ''}on records, got {word!r}"
         )
-    known = {variant.name: variant.asked for variant in KINDS[kind].variants}
-    return Variant(name=name, recipe={KINDS[kind].field: value}, asked=known.get(name, {}))
+    # A recipe that says what its checkpoint is made of is held to it.
+    known = next((variant for variant in KINDS[kind].variants if variant.name == name), Variant(name=name))
+    described = known.recipe if field == "model.init" and recipe.model.language else {}
+    return Variant(name=name, recipe={**described, field: value}, asked=known.asked)
 
 
 def same_training(a: Variant, b: Variant) -> bool:

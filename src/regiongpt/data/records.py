@@ -62,8 +62,12 @@ class Turn:
     label_set: str = ""
     guided: bool = False
 
-    def text(self, wording: int) -> str:
+    def text(self, wording: int, suffixes: bool = True) -> str:
         """The question in one of its wordings.
+
+        Args:
+            wording: Which.
+            suffixes: Leave the suffix out of a guided turn where false.
 
         Raises:
             DataError: The turn lacks what its task needs.
@@ -77,7 +81,7 @@ class Turn:
             expression=self.expression,
             category=self.category,
             label_set=self.label_set,
-            guided=self.guided,
+            guided=self.guided and suffixes,
         )
 
 
@@ -132,18 +136,19 @@ class Record:
                 raise DataError(f"turn {number}: expected an answer, got an empty one")
             _check_turn(turn, len(self.regions))
 
-    def messages(self, seed: int, epoch: int, index: int) -> list[dict[str, str]]:
+    def messages(self, seed: int, epoch: int, index: int, suffixes: bool = True) -> list[dict[str, str]]:
         """The conversation as chat messages; the same arguments always word it the same way.
 
         Args:
             seed: Of the run.
             epoch: How often the record has come before.
             index: Of the record in its folder.
+            suffixes: Leave the suffixes of guided turns out where false.
         """
         wordings = np.random.default_rng((seed, epoch, index)).integers(0, 2**31, len(self.turns))
         said: list[dict[str, str]] = []
         for turn, wording in zip(self.turns, wordings.tolist(), strict=True):
-            said.append({"role": "user", "content": turn.text(wording)})
+            said.append({"role": "user", "content": turn.text(wording, suffixes)})
             said.append({"role": "assistant", "content": turn.answer})
         if self.image:
             said[0]["content"] = f"{IMAGE_TOKEN}\n{said[0]['content']}"

@@ -130,10 +130,10 @@ TABLES: Final[dict[str, PaperTable]] = {
         data=COCO,
         columns=("AP", "AP_s", "AP_m", "AP_l"),
         rows={
-            "OpenAI ViT-L-336": (70.0, 55.7, 75.5, 81.5),
-            "SigLip ViT-B-512": (66.8, 51.1, 71.5, 78.0),
-            "SigLip ViT-L-384": (69.5, 56.8, 74.1, 80.2),
-            "SigLip ViT-SO400M-384": (71.0, 57.9, 76.5, 81.6),
+            "openai_vit_l_336": (70.0, 55.7, 75.5, 81.5),
+            "siglip_vit_b_512": (66.8, 51.1, 71.5, 78.0),
+            "siglip_vit_l_384": (69.5, 56.8, 74.1, 80.2),
+            "siglip_vit_so400m_384": (71.0, 57.9, 76.5, 81.6),
         },
     ),
     "pope_random": _pope(

@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
-from regiongpt.model.configuration import EfficientNetLiteConfig, native_image_size
+from regiongpt.model.configuration import EfficientNetLiteConfig
 
 
 class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
@@ -120,7 +120,7 @@ def tower_features(model: Any, pixel_values: Tensor, layer: int = -2) -> Tensor:
     elif config.model_type.startswith("dinov2"):
         output = model(pixel_values, output_hidden_states=True)
     else:
-        resized = pixel_values.shape[-1] != native_image_size(config)
+        resized = pixel_values.shape[-1] != config.image_size
         output = model(pixel_values, interpolate_pos_encoding=resized, output_hidden_states=True)
     # Patch tokens come last in every tower that has class or register tokens.
     tokens_BNC = output.hidden_states[layer][:, -rows * columns :]

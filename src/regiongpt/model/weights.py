@@ -136,7 +136,7 @@ def create(
     """
     if chat_template is not None:
         known_template(chat_template)
-    tower, image_processor = _tower(str(vision), image_size)
+    tower, image_processor = load_tower(str(vision), image_size)
     language_model = _pretrained(AutoModelForCausalLM, language, only_part=True, dtype=dtype)
     with _reading(f"the tokenizer of {language}"):
         tokenizer = AutoTokenizer.from_pretrained(language)
@@ -282,7 +282,17 @@ def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
     return load(out)
 
 
-def _tower(vision: str, image_size: int | None) -> tuple[Any, Any]:
+def load_tower(vision: str, image_size: int | None = None) -> tuple[Any, Any]:
+    """A vision tower with its trained weights, and the image processor with its normalisation.
+
+    Args:
+        vision: as for ``create``.
+        image_size: side of the square input in pixels; the tower's own when None.
+
+    Raises:
+        CheckpointError: when it cannot be read, lacks weights, or its package is not installed.
+        ConfigError: when the size does not fit the tower.
+    """
     if vision in EFFICIENTNET_LITE_CHANNELS:
         size = image_size or EfficientNetLiteConfig().image_size
         return _efficientnet_lite(vision, size), _pil_processor(size, [127 / 255] * 3, [128 / 255] * 3)

@@ -28,8 +28,7 @@ class DataConfig:
             command line as ``--data.root``. With a mixture: the folder that its paths are relative to.
         split: Which of the photographs to train on.
         mix: Turns of each task in a conversation about a photograph, on average; the sampler's own mix where empty.
-        suffixes: Whether questions about photographs end with the suffix that fixes the format of their answer (paper
-            Table 1).
+        suffixes: Whether guided questions end with the suffix that fixes the format of their answer (paper Table 1).
         outline_share: Share of the regions with an outline, in [0, 1], that are given by it rather than by their box.
         mixture: Records of stage 2 in place of photographs: a TOML file (:mod:`regiongpt.data.mixture`) or one folder
             of records. A stage that has none is left out.
@@ -466,7 +465,7 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 _OF_RECORDS = (
     *("out", "seed", "steps", "from_scratch", "resume"),
-    *("data.root", "data.mixture", "data.pretrain_mixture", "data.dev_mixture", "model.init"),
+    *("data.root", "data.mixture", "data.pretrain_mixture", "data.dev_mixture", "data.suffixes", "model.init"),
 )
 _OF_NEW_MODELS = tuple(
     f"model.{name}"

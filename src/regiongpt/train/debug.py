@@ -20,13 +20,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipImag
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects, require_data_extra, write_records
 from regiongpt.errors import RegionGPTError
-from regiongpt.model import weights
 from regiongpt.model.configuration import VISION_TOWERS
 from regiongpt.prompts import closed_set_suffix
 from regiongpt.regions import Region
 from regiongpt.train.config import ModelConfig, PlanConfig, StageConfig, TrainConfig
 from regiongpt.train.shapes import language_shape, tower_shape
-from regiongpt.train.starts import create_start, read_shape, save_whole
+from regiongpt.train.starts import checkpoint_folder, create_start, read_shape, save_whole
 from regiongpt.train.tokenizer import train_tokenizer
 
 PICTURES = 12
@@ -216,7 +215,7 @@ def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
     else:
         # Nothing but the checkpoint says what it is made of; where it is not there, it is taken for the paper's model.
         try:
-            found = read_shape(weights.nano_path() if shape.init == "nano" else Path(shape.init))
+            found = read_shape(checkpoint_folder(shape))
             vision, language = found.vision_config.model_type, found.text_config.model_type
             shape = replace(
                 shape,

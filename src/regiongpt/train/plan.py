@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, SiglipImageProcessorPil
 from regiongpt.data.coco import load_coco, photo_sources
 from regiongpt.data.mixture import open_mixture
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor, weights
+from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor
 from regiongpt.model.processing import prepare_tokenizer
 from regiongpt.train.config import ModelConfig, StageConfig, TrainConfig
 from regiongpt.train.dataset import ConversationDataset
@@ -47,7 +47,7 @@ from regiongpt.train.plan_data import (
 )
 from regiongpt.train.shapes import language_shape, tower_shape
 from regiongpt.train.sizes import Costs, LayerCosts, kept_by_image, kept_bytes, language_costs, visual_costs
-from regiongpt.train.starts import check_shape, read_shape
+from regiongpt.train.starts import check_shape, checkpoint_folder, new_shape, read_shape
 from regiongpt.train.text import LENGTH
 
 GIB = 2**30
@@ -226,7 +226,7 @@ def _records_stages(config: TrainConfig, gpu: Gpu) -> list[StagePlan]:
             opened = None
         if opened and processor:
             items = max(1, round(stage.epochs * len(opened)))
-            item = of_records(opened, processor, longest)
+            item = of_records(opened, processor, longest, config.data.suffixes)
             reading = read(items, stage.micro_batch_size, item, config.plan.sample, *limit)
         else:
             reading = suppose(size, stage.epochs, stage.micro_batch_size, shape.num_image_tokens, *limit, name)
@@ -237,7 +237,7 @@ def _records_stages(config: TrainConfig, gpu: Gpu) -> list[StagePlan]:
 def _shape_on_records(config: TrainConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
     """The model's shape, and its processor where the tokenizer is at hand."""
     model = config.model
-    folder = weights.nano_path() if model.init == "nano" else Path(model.init)
+    folder = checkpoint_folder(model)
     if model.init and (folder / "config.json").exists():
         check_shape(model, folder)
         return read_shape(folder), RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
@@ -249,21 +249,8 @@ def _shape_on_records(config: TrainConfig) -> tuple[RegionGPTConfig, RegionGPTPr
     text = language_shape(model.language)
     text.vocab_size = vocabulary(model, text)
     found = local_tokenizer(model)
-    shape = _new_shape(model, text)
+    shape = new_shape(model, tower_shape(model.vision), text)
     return shape, _processor(model, shape, *found) if found else None
-
-
-def _new_shape(model: ModelConfig, text_config: Any) -> RegionGPTConfig:
-    """As :func:`regiongpt.train.starts.create_start` makes it."""
-    return RegionGPTConfig(
-        vision_config=tower_shape(model.vision),
-        text_config=text_config,
-        image_size=model.image_size or None,
-        refinement=model.refinement,
-        refinement_channels=model.refinement_channels or None,
-        connector_size=model.connector_size or None,
-        image_grid=[model.image_grid] * 2 if model.image_grid else None,
-    )
 
 
 def _processor(model: ModelConfig, shape: RegionGPTConfig, tokenizer: Any, template: str) -> RegionGPTProcessor:
@@ -296,7 +283,7 @@ def _photograph_stages(config: TrainConfig, gpu: Gpu) -> list[StagePlan]:
     if config.model.language:
         prepare_tokenizer(tokenizer, config.model.chat_template or "plain")
         text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
-    shape = _new_shape(config.model, text_config)
+    shape = new_shape(config.model, tower_shape(config.model.vision), text_config)
     plans = []
     if config.runs("language"):
         items = len(reading_of(config, texts, tokenizer))

@@ -119,9 +119,9 @@ def suppose(
     return Reading(**{**vars(reading), "how": "supposed, see [plan]"})
 
 
-def of_records(mixture: Mixture, processor: Any, longest: int | None) -> Callable[[int], Item]:
+def of_records(mixture: Mixture, processor: Any, longest: int | None, suffixes: bool) -> Callable[[int], Item]:
     """Counts a record of a mixture, its words tokenised and cut as in training, its image not opened."""
-    dataset = RecordDataset(mixture, processor, len(mixture), longest)
+    dataset = RecordDataset(mixture, processor, len(mixture), longest, suffixes)
 
     def item(number: int) -> Item:
         record, example = dataset.words(mixture.draw(number))

@@ -35,12 +35,19 @@ class RecordDataset(Dataset[Example]):
         processor: Pads and normalises images, tokenises, and makes the label mask.
         items: Number of examples in the whole run.
         longest: Most tokens in an example, None for no limit.
+        suffixes: Whether guided questions end with the suffix that fixes the format of their answer.
     """
 
     def __init__(
-        self, mixture: Mixture, processor: "RegionGPTProcessor", items: int, longest: int | None = None
+        self,
+        mixture: Mixture,
+        processor: "RegionGPTProcessor",
+        items: int,
+        longest: int | None = None,
+        suffixes: bool = True,
     ) -> None:
         self.mixture, self.processor, self.items, self.longest = mixture, processor, items, longest
+        self.suffixes = suffixes
         self._told = False
 
     def __len__(self) -> int:
@@ -75,7 +82,7 @@ class RecordDataset(Dataset[Example]):
                         f"given in, got {image.width} x {image.height}: {path}"
                     )
                 weights = self.processor.region_inputs([each.region for each in record.regions], *image.size)
-            messages = record.messages(self.mixture.seed, drawn.times, drawn.index)
+            messages = record.messages(self.mixture.seed, drawn.times, drawn.index, self.suffixes)
             example = self._encode_text(messages, weights, path is not None, where)
             example["tasks"] = task_numbers(example["labels"], [turn.task for turn in record.turns])
             if image is not None:
@@ -92,7 +99,7 @@ class RecordDataset(Dataset[Example]):
             RegionError: A placeholder has no region.
         """
         record = drawn.record()
-        messages = record.messages(self.mixture.seed, drawn.times, drawn.index)
+        messages = record.messages(self.mixture.seed, drawn.times, drawn.index, self.suffixes)
         weights = torch.zeros(len(record.regions) * self.processor.tokens_per_region, 1, 1)
         where = f"{drawn.records.folder}, record {record.id}"
         return record, self._encode_text(messages, weights, bool(record.image), where)

@@ -51,9 +51,12 @@ from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
 from regiongpt.train.resuming import prepare_resuming, resume_of
 from regiongpt.train.starts import (
     check_shape,
+    checkpoint_folder,
     create_start,
     measured_on,
     needs_calibration,
+    new_shape,
+    read_shape,
     require_trained,
     save_whole,
     start_shape,
@@ -337,7 +340,8 @@ def _train_on_records(config: TrainConfig) -> Path:
             _refuse_text_alone(mixture)
         seen = [each.identity() for _, _, each in stages[:number]]
         adapters = {"lora": asdict(config.lora)} if config.lora.rank and name == "stage2" else {}
-        identities[name] = json.dumps({"init": _begins_with(config), "mixtures": seen, **adapters}, indent=1)
+        words = {} if config.data.suffixes else {"suffixes": False}
+        identities[name] = json.dumps({"init": _begins_with(config), "mixtures": seen, **words, **adapters}, indent=1)
         _refuse_other_records(Path(config.out) / name, identities[name])
     keep_freed_memory()
     set_seed(config.seed)
@@ -351,8 +355,9 @@ def _train_on_records(config: TrainConfig) -> Path:
     def prepare(stage: StageConfig, mixture: Mixture, model: Any, processor: "RegionGPTProcessor") -> Lessons:
         items = max(1, round(stage.epochs * len(mixture)))
         longest = getattr(model.config.text_config, "max_position_embeddings", None)
-        measured = RecordDataset(dev, processor, min(config.watch.dev_items, len(dev)), longest) if dev else None
-        return RecordDataset(mixture, processor, items, longest), measured, RecordCollate(processor), answer_loss
+        of = partial(RecordDataset, processor=processor, longest=longest, suffixes=config.data.suffixes)
+        measured = of(dev, items=min(config.watch.dev_items, len(dev))) if dev else None
+        return of(mixture, items=items), measured, RecordCollate(processor), answer_loss
 
     for name, stage, mixture in stages:
         folder = Path(config.out) / name
@@ -363,6 +368,28 @@ def _train_on_records(config: TrainConfig) -> Path:
         else:
             finished = folder / "model"
     return finished
+
+
+def check_beginning(config: TrainConfig) -> None:
+    """Holds a recipe to what it begins with: its records, and its checkpoint or its tower. Nothing is made.
+
+    Raises:
+        ConfigError: The parts of a new model do not fit each other, or stage 2 comes first and was not told to begin
+            with one.
+        CheckpointError: The checkpoint is none, or of another shape; the tower cannot be read.
+        DataError: A part of a mixture is no folder of finished records.
+    """
+    if config.data.on_records:
+        config = _with_a_beginning(config)
+        for mixture in filter(None, (config.data.pretrain_mixture, config.data.mixture)):
+            open_mixture(mixture, config.data.root, config.seed)
+        if config.model.init:
+            folder = checkpoint_folder(config.model)
+            read_shape(folder)
+            check_shape(config.model, folder)
+            return
+    tower, _ = weights.load_tower(config.model.vision, config.model.image_size or None)
+    new_shape(config.model, tower.config)
 
 
 def _with_a_beginning(config: TrainConfig) -> TrainConfig:
@@ -394,7 +421,7 @@ def _begins_with(config: TrainConfig) -> Any:
 def _start_on_records(config: TrainConfig, mixture: Mixture) -> Path:
     """The checkpoint to begin with, held to what the recipe says of it; made first where the recipe names its parts."""
     if config.model.init:
-        folder = weights.nano_path() if config.model.init == "nano" else Path(config.model.init)
+        folder = checkpoint_folder(config.model)
         check_shape(config.model, folder)
         return folder
     folder = Path(config.out) / "start"

@@ -85,6 +85,33 @@ def create_start(
     save_whole(folder, model, processor)
 
 
+def new_shape(shape: ModelConfig, vision: Any, language: Any = None) -> RegionGPTConfig:
+    """Configuration of the model that :func:`create_start` makes.
+
+    Args:
+        shape: Of the model.
+        vision: Configuration of its tower.
+        language: Of its language model; that of any where it does not matter.
+
+    Raises:
+        ConfigError: The parts do not fit each other.
+    """
+    return RegionGPTConfig(
+        vision_config=vision,
+        text_config=language,
+        image_size=shape.image_size or None,
+        refinement=shape.refinement,
+        refinement_channels=shape.refinement_channels or None,
+        connector_size=shape.connector_size or None,
+        image_grid=[shape.image_grid] * 2 if shape.image_grid else None,
+    )
+
+
+def checkpoint_folder(shape: ModelConfig) -> Path:
+    """That of the checkpoint that a recipe on records begins with."""
+    return weights.nano_path() if shape.init == "nano" else Path(shape.init)
+
+
 def needs_calibration(shape: ModelConfig) -> bool:
     """Whether the tower's channels differ so much in scale that they have to be measured first."""
     return bool(tower_shape(shape.vision).model_type == "efficientnet_lite")

@@ -88,7 +88,7 @@ def _of_records(data: "DataConfig", count: int, seed: int) -> list[Watched]:
         path = drawn.records.image_path(record)
         if path is None or not record.regions or path in found:
             continue
-        messages = record.messages(seed, 0, drawn.index)
+        messages = record.messages(seed, 0, drawn.index, data.suffixes)
         load_image(path)
         found[path] = Watched(
             name=f"{record.id} ({record.turns[0].task})",
