@@ -209,13 +209,14 @@ _CLIP_L_336 = {
 
 
 def native_image_size(vision_config: Any) -> int:
-    """Side in pixels of the square input that a tower was made for, in whole patches.
+    """Side in pixels of the square input that a tower was made for.
 
-    SigLIP's patches of 14 cover 378 of the 384 pixels of its larger towers, which leave out the rest. SigLIP 2 towers
-    take any size and state a number of patches instead.
+    Of a vision transformer in whole patches: 14 x 27 = 378 of the 384 pixels of the largest SigLIP, which leaves out
+    the rest. SigLIP 2 towers take any size and state a number of patches instead.
     """
-    patch = int(vision_config.patch_size)
-    size = getattr(vision_config, "image_size", None)
+    if vision_config.model_type == EfficientNetLiteConfig.model_type:
+        return int(vision_config.image_size)
+    size, patch = getattr(vision_config, "image_size", None), int(vision_config.patch_size)
     return (int(size) // patch if size is not None else int(vision_config.num_patches**0.5)) * patch
 
 
