@@ -118,7 +118,7 @@ KINDS: Final[dict[str, Kind]] = {
         field="model.init",
     ),
     "data": Kind(
-        summary="boxes against masks, on the objects that have an outline; --variants 25%,50%,100% for shares of it",
+        summary="boxes against masks on the objects with an outline, or shares of the images (--variants 25%,50%,100%)",
         variants=(
             Variant(
                 name="boxes",
