@@ -25,6 +25,7 @@ class Drawn(Task):
     name: ClassVar[str] = "drawn"
     summary: ClassVar[str] = "the class of every box of drawn pictures"
     item_id: ClassVar[str] = "annotation id"
+    reads: ClassVar[tuple[str, ...]] = ("text", "scores")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"generated": {"accuracy": 0.8061}}
     paper_source: ClassVar[str] = "Table 3, COCO val2017"
 

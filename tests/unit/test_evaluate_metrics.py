@@ -99,6 +99,13 @@ def test_what_is_asked_for_is_forgiven_and_said(tmp_path: Path) -> None:
         Labels(["dog", "dog"])
 
 
+def test_names_as_a_file_has_them() -> None:
+    labels = Labels(["mazama temama", "Mr. X."])
+    for text in ("mazama  temama", " mazama temama.", "Mr. X.", "Mr. X.."):
+        assert labels.read(text).by == "as it stands", text
+    assert labels.read("Mr. X").name is None
+
+
 def test_a_form_of_two_names_is_forgiven_for_neither() -> None:
     assert Labels(["Dog", "dog"], "case").read("DOG").name is None
 
@@ -212,6 +219,15 @@ def test_detections_that_cannot_be_scored_are_refused() -> None:
     for change, message in (({"image_id": 9}, "image_id of the ground truth, got 9"), ({"category_id": 5}, "got 5")):
         with pytest.raises(DataError, match=message):
             detection_scores(scene(), [good, {**good, **change}])
+    for change, message in (({"score": float("nan")}, "score as a finite"), ({"score": "1"}, "score as a finite")):
+        with pytest.raises(DataError, match=message):
+            detection_scores(scene(), [{**good, **change}])
+    with pytest.raises(DataError, match="bbox as four finite numbers"):
+        detection_scores(scene(), [{**good, "bbox": [0, 0, float("nan"), 1]}])
+    truth = scene()
+    truth["annotations"] = [{**good, "image_id": 5, "area": 1, "iscrowd": 0}]
+    with pytest.raises(DataError, match=r"annotations\[0\]: expected image_id of the ground truth, got 5"):
+        detection_scores(truth, [good])
     with pytest.raises(DataError, match=r"detections\[0\]: expected score, found none"):
         detection_scores(scene(), [{key: value for key, value in good.items() if key != "score"}])
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.predictions import read_predictions
+from regiongpt.evaluate.runner import load_items
 from regiongpt.evaluate.task import Answer, Item, Result, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
 from regiongpt.evaluate.tasks.pope_questions import build_questions
@@ -121,6 +122,33 @@ def test_three_protocols_by_hand(two_images: Path) -> None:
     forgiving = classes(two_images, synonyms="case").score(items, answers, resamples=0)
     assert values(forgiving, "generate and match")["accuracy"] == pytest.approx(2 / 3)
     assert any("1 answers were taken for a name" in note for note in forgiving.notes)
+
+
+def test_probabilities_in_part_are_said(two_images: Path) -> None:
+    task = classes(two_images)
+    items = task.load()
+    answers = {item.id: Answer(text="cat", probability=0.5 if item.id == "10" else None) for item in items}
+    result = task.score(items, answers, resamples=0)
+    assert list(result.protocols) == ["generate and match"]
+    assert any(
+        "not measured: 2 answers are without their probability (annotation ids 11, 20)" in n for n in result.notes
+    )
+
+
+def test_a_crowd_that_is_no_number_is_left_out_and_counted(tmp_path: Path) -> None:
+    odd = {"id": 90, "image_id": 1, "category_id": 1, "bbox": [150, 0, 40, 40], "area": 900, "iscrowd": "0"}
+    vast = {"id": 91, "image_id": 1, "category_id": 1, "bbox": [100, 0, 40, 40], "area": float("inf"), "iscrowd": 0}
+    task = classes(photos(tmp_path, {1: [(1, [0, 0, 20, 20])]}, annotations=[odd, vast]))
+    assert [(item.id, item.groups["size"]) for item in task.load()] == [("10", "small"), ("91", "medium")]
+    assert task.left_out.counts == {"record of another format": 1}
+
+
+def test_a_file_given_by_name_is_of_no_split(two_images: Path, tmp_path: Path) -> None:
+    task = classes(two_images, annotations=two_images / "instances_dev.json")
+    rows = [{"id": item.id, "text": "cat", "split": "val"} for item in task.load()]
+    assert len(read_predictions(dump(tmp_path / "p.json", rows), task, task.load()).answers) == 3
+    with pytest.raises(DataError, match="for the split 'dev', got one for 'val'"):
+        read_predictions(dump(tmp_path / "p.json", rows), classes(two_images), task.load())
 
 
 def test_answers_decide_which_protocols_there_are(two_images: Path) -> None:
@@ -371,6 +399,40 @@ def test_proposals_without_scores(expressions: Path) -> None:
         rec(expressions, top=0).load()
 
 
+def test_scores_below_zero_are_scores(expressions: Path) -> None:
+    those = [{"image_id": 1, "bbox": [0, 0, 5 + k, 5], "score": -1.5 - k} for k in range(4)]
+    proposals(expressions, those)
+    first = next(item for item in rec(expressions, top=2).load() if item.image_id == 1)
+    assert {Region.box(0, 0, 5, 5), Region.box(0, 0, 6, 5)} < set(first.regions)
+    assert len(first.regions) == 3
+    assert len(rec(expressions, min_score=-3.0).load()[0].regions) == 3
+    with pytest.raises(ConfigError, match="min_score: expected a finite number"):
+        rec(expressions, min_score=float("nan"))
+
+
+def test_benchmark_files_that_break_off_are_refused(expressions: Path) -> None:
+    whole = proposals(expressions, [{"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}]).read_text()
+    (expressions / "proposals.json").write_text(whole.removesuffix("]") + ', {"image_id": 1')
+    with pytest.raises(DataError, match="expected whole files, but one breaks off"):
+        load_items(rec(expressions))
+
+
+def test_lines_of_expressions_that_contradict_each_other(expressions: Path) -> None:
+    line = {"image_id": 1, "ann_id": 5, "bbox_xywh": [0, 0, 9, 9], "sent": "a dog", "sent_id": 50}
+    wrong = [
+        {**line, "sent": "again"},
+        {**line, "sent_id": 51, "bbox_xywh": [5, 0, 9, 9]},
+        {**line, "sent_id": 52, "ann_id": 6, "bbox_xywh": [-100, -100, 10, 10]},
+        {**line, "sent_id": 53, "ann_id": 7, "bbox_xywh": [0, 0, float("inf"), 10]},
+        {**line, "sent_id": 54, "ann_id": 8, "file_name": "../1.jpg"},
+    ]
+    (expressions / "refs.jsonl").write_text("\n".join(json.dumps(each) for each in [line, *wrong]) + "\n")
+    task = captions(expressions)
+    assert [(item.id, item.detail["references"]) for item in task.load()] == [("5", ["a dog"])]
+    assert task.left_out.counts.total() == 5
+    assert task.left_out.counts["box outside the image"] == 1
+
+
 def test_proposals_of_another_split_or_form(expressions: Path, tmp_path: Path) -> None:
     proposals(expressions, [{"image_id": 77, "bbox": [0, 0, 5, 5], "score": 1}])
     with pytest.raises(DataError, match="is the file of another split"):
@@ -383,6 +445,10 @@ def test_proposals_of_another_split_or_form(expressions: Path, tmp_path: Path) -
         {"image_id": 1, "bbox": [0, 0, 0, 5], "score": 1},
     ]
     good = {"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.3}
+    with pytest.raises(
+        DataError, match=r"2 proposal of another form; \[0\]: expected image_id as a whole number and bbox"
+    ):
+        read_proposals(proposals(expressions, odd), {1}, 1, 0.5, Rejects())
     rejects = Rejects()
     found = read_proposals(proposals(expressions, [*odd, good, {**good, "score": 0.7}]), {1}, 1, 0.5, rejects)
     assert found.boxes == {1: [(0, 0, 5, 5)]}
@@ -400,7 +466,7 @@ def test_a_proposal_outside_its_image_is_left_out_and_counted(expressions: Path)
     task = rec(expressions, top=1)
     items = [item for item in task.load() if item.image_id == 1]
     assert task.left_out.counts["proposal outside its image"] == 3
-    assert {region for item in items for region in item.regions} >= {Region.box(110, 50, 610, 550)}
+    assert {region for item in items for region in item.regions} >= {Region.box(110, 50, 120, 60)}
     assert all(len(item.regions) == 2 for item in items)
     result = task.score(items, {item.id: Answer(text=item.truth) for item in items}, resamples=0)
     assert any("proposal outside its image" in note for note in result.notes)
@@ -457,6 +523,10 @@ def test_published_questions_are_read(tmp_path: Path) -> None:
     assert [(item.id, item.truth, item.image_id) for item in items] == [("1", "yes", 42), ("2", "no", 42)]
     assert items[0].image == folder / "images" / "000000000042.jpg"
     assert task.left_out.counts == {"duplicate id": 1, "question of another form": 1}
+    files = (folder / "coco_pope_random.json",)
+    assert task_class("pope")(data=folder, questions=files, strategy="random").load()
+    with pytest.raises(ConfigError, match="expected a file of the strategy 'popular' alone, got random"):
+        task_class("pope")(data=folder, questions=files, strategy="popular").load()
     everything = task_class("pope")(data=folder, suffix="Answer yes or no.").load()
     assert [item.id for item in everything] == [
         f"{strategy}-{k}" for strategy in ("random", "popular", "adversarial") for k in (1, 2)

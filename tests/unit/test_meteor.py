@@ -60,14 +60,23 @@ def test_a_batch_of_50_000_goes_through(tmp_path: Path) -> None:
         ),
         (f"print('{COUNT_LINE}', flush=True); sys.exit(1)", "caption 2 of 5, but Java ended with code 1"),
         ("print('Error: specify hypothesis')", "expected 23 numbers for caption 1 of 5, got 'Error"),
+        (f"print('{COUNT_LINE}'.replace('6', 'nan'))", "expected 23 numbers for caption 1 of 5"),
+        ("while True: pass", r"got none in 0\.5 s"),
         ("os.close(0); time.sleep(60)", r"got none in 0\.5 s"),
     ],
-    ids=["dies at once", "dies later", "says something else", "hangs"],
+    ids=["dies at once", "dies later", "says something else", "says no numbers", "goes on forever", "hangs"],
 )
 def test_a_program_that_fails_is_an_error_and_no_hang(tmp_path: Path, body: str, message: str) -> None:
     given = fake_java(tmp_path, body)
     with pytest.raises(ConfigError, match=message):
         meteor_counts(["a dog"] * 5, [["a dog"]] * 5, patience=0.5, **given)  # type: ignore[arg-type]
+
+
+def test_a_program_that_works_is_waited_for(tmp_path: Path) -> None:
+    # Kept waiting by others, it works little at a time, and says nothing for longer than one may stand still.
+    work = "end = time.process_time() + 0.02\n    while time.process_time() < end: pass\n    time.sleep(0.1)"
+    given = fake_java(tmp_path, f"for _ in range(12):\n    {work}\nprint('{COUNT_LINE}')")
+    assert meteor_counts(["a"], [["a"]], patience=0.5, **given).shape == (1, COUNTS)  # type: ignore[arg-type]
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

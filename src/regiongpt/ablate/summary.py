@@ -13,7 +13,7 @@ from regiongpt.errors import DataError
 from regiongpt.evaluate import bars
 from regiongpt.evaluate.answering import from_json
 from regiongpt.evaluate.bars import Bar, bar_chart
-from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, centred, resample
+from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, centred, ends, resample
 from regiongpt.evaluate.paper import PaperTable
 from regiongpt.evaluate.runs import PREDICTIONS, TaskRun, read_lines
 from regiongpt.evaluate.tables import NOTHING, markdown
@@ -102,10 +102,10 @@ def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) ->
         alike = name != names[0] and statistics[0].clusters == own[names[0]][0].clusters
         cells[name] = Cell(
             mean=means[name],
-            interval=_ends(centred(drawn[name], means[name])),
+            interval=ends(np.clip(centred(drawn[name], means[name]), 0.0, 100 * statistics[0].most)),
             seeds=tuple(100 * each.value() for each in statistics),
             gain=means[name] - means[names[0]] if name != names[0] else None,
-            gain_interval=_ends(centred(drawn[name] - drawn[names[0]], means[name] - means[names[0]]))
+            gain_interval=ends(centred(drawn[name] - drawn[names[0]], means[name] - means[names[0]]))
             if alike
             else None,
         )
@@ -119,14 +119,6 @@ def _drawn(statistics: Sequence[Statistic], resamples: int, seed: int, place: in
     picks = np.random.default_rng((seed, 31, place)).integers(len(statistics), size=(len(statistics), resamples))
     means: Floats = np.take_along_axis(values, picks, axis=0).mean(axis=0)
     return means
-
-
-def _ends(values: Floats) -> tuple[float, float]:
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return float("nan"), float("nan")
-    low, high = np.percentile(known, (2.5, 97.5))
-    return float(low), float(high)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regiongpt.data.convert.images import Fault, image_size
-from regiongpt.data.convert.jsonstream import iter_array
+from regiongpt.data.convert.jsonstream import TRUNCATED, iter_array
 from regiongpt.data.convert.values import MALFORMED, image_fault, is_side, plain_text, short
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
@@ -301,7 +301,7 @@ def read_labelme(paths: Iterable[str | Path], images: str | Path, rejects: Rejec
         except OSError as error:
             raise DataError(f"expected a LabelMe file at {path}, got {error.strerror}; check the path") from None
         except (ValueError, RecursionError) as error:
-            rejects.add("truncated json", path, "shapes", f"expected a LabelMe file, got {error}")
+            rejects.add(TRUNCATED, path, "shapes", f"expected a LabelMe file, got {error}")
             continue
         shapes = content.get("shapes") if isinstance(content, dict) else None
         named = content.get("imagePath") if isinstance(content, dict) else None

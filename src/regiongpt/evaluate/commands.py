@@ -16,7 +16,7 @@ from typing import Any, Final
 from regiongpt.data.commands import option_arguments
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate import tables
-from regiongpt.evaluate.runs import PAGE
+from regiongpt.evaluate.runs import PAGE, finite
 from regiongpt.evaluate.session import GALLERY, Session
 from regiongpt.evaluate.sharding import ALONE, processes
 from regiongpt.evaluate.task import RESAMPLES, Task
@@ -46,6 +46,11 @@ def run_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> i
     names = _named(arguments)
     _add_options(parser, names, {"-h", "--help"} & set(arguments))
     options = parser.parse_args(arguments)
+    if options.tasks != names:
+        raise ConfigError(
+            f"expected the tasks before all options, got {options.tasks[0]!r} after one; write `{parser.prog} "
+            f"{' '.join(options.tasks)} ...`"
+        )
     if options.compare:
         return _compare(options)
     if options.html is not None:
@@ -205,7 +210,7 @@ def _compare(options: argparse.Namespace) -> int:
         write_page(compare.as_page(found, a, b), options.html)
         print(f"page written to {options.html}", file=sys.stderr)
     if options.json:
-        print(json.dumps([each.to_dict() for each in found], indent=1, ensure_ascii=False))
+        print(json.dumps(finite([each.to_dict() for each in found]), indent=1, ensure_ascii=False))
     else:
         print(f"A: {a}\nB: {b}\n")
         print("\n\n".join(map(compare.as_text, found)))

@@ -19,6 +19,8 @@ from regiongpt.pages import card, page, table
 _SHOWN: Final = 20
 _ELSEWHERE: Final = ("limit",)
 """Options that may differ: only the items that both runs have are compared."""
+_PLACES: Final = ("data",)
+"""Likewise: the folder may have moved, and its files are held against each other by their content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ def compare(a: TaskRun, b: TaskRun, data: Path | None = None, resamples: int = 1
 
 def _refuse_different(a: TaskRun, b: TaskRun) -> None:
     """Raises ConfigError where the figures of two runs are not of the same thing."""
-    ours, theirs = ({**run.manifest["settings"], **dict.fromkeys(_ELSEWHERE)} for run in (a, b))
+    ours, theirs = ({**run.manifest["settings"], **dict.fromkeys((*_ELSEWHERE, *_PLACES))} for run in (a, b))
     differing = [
         f"--{name}: {ours.get(name)!r} and {theirs.get(name)!r}" for name in ours if ours[name] != theirs.get(name)
     ]
@@ -166,12 +168,16 @@ def _answers(run: TaskRun) -> dict[str, Answer]:
 
 
 def _changes(a: Result, b: Result) -> tuple[str, tuple[Change, ...], tuple[Change, ...], int]:
-    """The items by how the first figure that every item has a score of has changed."""
-    figure = next(iter(a.rows[0]["scores"]), "")
+    """The items by how the first figure has changed that both runs have a score of."""
     found: list[Change] = []
     reworded = 0
+    by_figure: dict[str, None] = {}
     for ours, theirs in zip(a.rows, b.rows, strict=True):
-        by = (theirs["scores"].get(figure) or 0.0) - (ours["scores"].get(figure) or 0.0)
+        figure = next((name for name in ours["scores"] if name in theirs["scores"]), None)
+        if figure is None:
+            continue
+        by_figure[figure] = None
+        by = theirs["scores"][figure] - ours["scores"][figure]
         texts = [str(row["answer"]) if row["answer"] is not None else NOTHING for row in (ours, theirs)]
         if by:
             found.append(Change(id=str(ours["id"]), truth=str(ours["truth"]), a=texts[0], b=texts[1], by=by))
@@ -179,7 +185,7 @@ def _changes(a: Result, b: Result) -> tuple[str, tuple[Change, ...], tuple[Chang
             reworded += texts[0] != texts[1]
     found.sort(key=lambda change: -abs(change.by))
     gained, lost = (tuple(each for each in found if (each.by > 0) == up) for up in (True, False))
-    return figure, gained, lost, reworded
+    return ", ".join(by_figure) or "no figure that both have", gained, lost, reworded
 
 
 def as_text(comparison: Comparison) -> str:

@@ -18,18 +18,16 @@ _ALIKE: Final = 3
 def worst(result: Result, answers: Mapping[str, Answer], count: int) -> list[dict[str, Any]]:
     """The rows of a result that were answered worst, the worst first.
 
-    Lowest score first, by the first figure that every item has a score of; among equals the most confident first.
+    Lowest score first, by the first figure that an item has a score of; among equals the most confident first.
 
     Args:
         result: The scored task.
         answers: By item id.
         count: At most so many, and at most three of one truth or of one image.
     """
-    figure = next(iter(result.rows[0]["scores"]), None) if result.rows else None
-    if figure is None or not count:
-        return []
-    wrong = [row for row in result.rows if not row["missing"] and (row["scores"].get(figure) or 0.0) < 1.0]
-    wrong.sort(key=lambda row: (row["scores"].get(figure) or 0.0, -_confidence(answers.get(row["id"])), str(row["id"])))
+    first = {row["id"]: next(iter(row["scores"].values()), 1.0) for row in result.rows}
+    wrong = [row for row in result.rows if not row["missing"] and first[row["id"]] < 1.0]
+    wrong.sort(key=lambda row: (first[row["id"]], -_confidence(answers.get(row["id"])), str(row["id"])))
     chosen: list[dict[str, Any]] = []
     seen: Counter[tuple[str, Any]] = Counter()
     for row in wrong:

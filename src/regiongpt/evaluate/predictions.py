@@ -7,13 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from regiongpt.data.convert.values import is_number, short
 from regiongpt.errors import DataError
+from regiongpt.evaluate.metrics.labels import folded
+from regiongpt.evaluate.metrics.overlap import ENOUGH, overlaps
+from regiongpt.evaluate.store import digest
 from regiongpt.evaluate.task import Answer, Item, Task
+from regiongpt.prompts import region_answer
 
-ID_KEYS: Final = ("id", "question_id", "ann_id", "annotation_id", "sent_id", "ref_id", "region_id")
-"""Names of an item's id, the first that is there counts."""
+ID_KEYS: Final = ("id", "question_id")
+"""Names of any item's id."""
+OWN_KEYS: Final = {
+    "annotation id": ("ann_id", "annotation_id"),
+    "sentence id": ("sent_id",),
+    "region id": ("region_id",),
+}
+"""Further names of it, by what the task's ids are."""
 TEXT_KEYS: Final = ("text", "answer", "caption", "prediction", "label")
-"""Names of the answer, likewise."""
+"""Names of the answer; ``label`` where it is the name of a class, for elsewhere it is the truth."""
 _SHOWN = 5
 
 
@@ -40,39 +51,43 @@ def read_predictions(
 ) -> Predictions:
     """Reads predictions and holds them against the items.
 
-    The file holds json objects, one a line or in one array. Each has the item's id (``id``, ``question_id``,
-    ``ann_id``, ...) and at least one of: the answer (``text``, ``answer``, ``caption``, ...), with ``probability`` if
-    it is known; ``scores`` of the item's choices, a list in their order or an object by choice; and ``called``, a list:
-    of each of the item's regions the log likelihood to be called by its expression. A ``split`` is held against the
-    task's.
+    The file holds json objects, one a line or in one array. Each has the item's id (``id``, ``question_id``, or what
+    the task's ids are: ``ann_id``, ``sent_id``, ``region_id``) and at least one of those that the task reads: the
+    answer (``text``, ``answer``, ``caption``, ...), with ``probability`` if it is known; ``scores`` of the item's
+    choices, a list in their order or an object by choice; and ``called``, a list: of each of the item's regions the log
+    likelihood to be called by its expression. What one item has, all must have. A ``split`` is held against the task's.
+
+    Where the answer is one of several regions, ``bbox`` (x, y, width, height) may stand for it: it means the region
+    that overlaps it most, if by half or more. ``regions``, as a run writes it, is held against the item's regions, for
+    their numbers mean something in that order alone.
 
     Args:
         path: Of the file.
         task: The benchmark.
         items: Its items.
-        missing: For items without a prediction: fail, or count them as wrong.
+        missing: For items without a prediction, or without what other items have: fail, or count them as wrong.
         unknown: For predictions of no item: fail, or leave them out.
 
     Raises:
-        DataError: The file is missing or of another form; predictions are of another split, for no item, missing, or
-            twice and not alike.
+        DataError: The file is missing or of another form; predictions are of another split, of other regions, for no
+            item, missing, or twice and not alike.
     """
     path = Path(path)
     by_id = {item.id: item for item in items}
     answers: dict[str, Answer] = {}
     strangers: list[str] = []
     repeated: list[str] = []
-    split = getattr(task, "split", None)
+    split = task.split_read
     for where, entry in _entries(path):
         own = _split(entry)
-        if own is not None and split is not None and own != split:
+        if own is not None and split and own != split:
             raise DataError(f"{where}: expected a prediction for the split {split!r}, got one for {own!r}")
         number = _id(entry, where, task)
         item = by_id.get(number)
         if item is None:
             strangers.append(number)
             continue
-        answer = _answer(entry, item, where)
+        answer = _answer(entry, item, where, task)
         if number in answers:
             if answers[number] != answer:
                 raise DataError(
@@ -96,12 +111,33 @@ def read_predictions(
             f"{path}: expected a prediction for each of {len(items)} items, found none for {len(lacking)}: "
             f"{task.item_id}s {_shown(lacking)}; add them, or count them as wrong with --missing wrong"
         )
-    report = []
+    report = _in_part(path, task, answers, missing)
     if strangers:
         report.append(f"{len(strangers)} predictions are for no item and were left out ({_shown(strangers)})")
     if repeated:
         report.append(f"{len(repeated)} predictions came more than once, always alike ({_shown(repeated)})")
     return Predictions(answers=answers, report=tuple(report))
+
+
+def _in_part(path: Path, task: Task, answers: Mapping[str, Answer], missing: str) -> list[str]:
+    """What some of the answers have and others lack, a sentence each.
+
+    Raises:
+        DataError: There is such, and it is not to be counted as wrong.
+    """
+    report = []
+    for kind in task.reads:
+        lacking = [number for number, answer in answers.items() if getattr(answer, kind) is None]
+        if not lacking or len(lacking) == len(answers):
+            continue
+        told = f"{len(lacking)} of {len(answers)} predictions lack {kind!r}: {task.item_id}s {_shown(lacking)}"
+        if missing == "refuse":
+            raise DataError(
+                f"{path}: expected {kind!r} in every prediction or in none, but {told}; add it, take it out of the "
+                "others, or count these as wrong with --missing wrong"
+            )
+        report.append(f"{told}; they count as wrong where {kind!r} is scored")
+    return report
 
 
 def _shown(values: Sequence[str]) -> str:
@@ -116,11 +152,12 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except OSError as error:
         raise DataError(f"expected predictions at {path}, got {error.strerror}; check the path") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path}: expected json in UTF-8, got other bytes") from None
+        raise DataError(f"{path}: expected json in UTF-8, got other bytes; unpack the file, or save it so") from None
     if text.lstrip()[:1] == "[":
         entries = [(f"{path}[{k}]", each) for k, each in enumerate(_parsed(text, str(path)))]
     else:
-        lines = [(k, line) for k, line in enumerate(text.splitlines(), 1) if line.strip()]
+        # Line feeds alone end a line: json may hold other separators of lines within a text.
+        lines = [(k, line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
         entries = [(f"{path}:{k}", _parsed(line, f"{path}:{k}")) for k, line in lines]
     if not entries:
         raise DataError(f"{path}: expected predictions, found none")
@@ -133,54 +170,111 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected json, got {error}") from None
 
 
 def _split(entry: Mapping[str, Any]) -> str | None:
     value = entry.get("split")
-    return value if isinstance(value, str) else None
+    return None if value is None else str(value)
 
 
 def _id(entry: Mapping[str, Any], where: str, task: Task) -> str:
-    key = next((key for key in ID_KEYS if key in entry), None)
-    if key is None:
+    names = (*ID_KEYS, *OWN_KEYS.get(task.item_id, ()))
+    given = {key: entry[key] for key in names if key in entry}
+    if not given:
         known = ", ".join(map(repr, entry)) or "none"
-        raise DataError(f"{where}: expected the {task.item_id} as 'id', found keys: {known}")
-    value = entry[key]
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise DataError(f"{where}: expected {key} as a number or text, got {value!r}")
-    return str(value)
+        raise DataError(f"{where}: expected the {task.item_id} as {_either(names)}, found keys: {known}")
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise DataError(f"{where}: expected {key} as a number or text, got {short(value)}")
+    if len({str(value) for value in given.values()}) > 1:
+        got = ", ".join(f"{key} {short(value)}" for key, value in given.items())
+        raise DataError(f"{where}: expected one {task.item_id}, got {got}; keep the one that is meant")
+    return str(next(iter(given.values())))
 
 
-def _answer(entry: Mapping[str, Any], item: Item, where: str) -> Answer:
-    key = next((key for key in TEXT_KEYS if key in entry), None)
-    text = entry[key] if key is not None else None
-    probability, scores, called = entry.get("probability"), entry.get("scores"), entry.get("called")
-    if text is None and scores is None and called is None:
-        raise DataError(f"{where}: expected the answer as 'text', or 'scores' of the choices, found neither")
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: expected {key} as text, got {text!r}")
-    if probability is not None and (isinstance(probability, bool) or not isinstance(probability, int | float)):
-        raise DataError(f"{where}: expected probability as a number from 0 to 1, got {probability!r}")
+def _answer(entry: Mapping[str, Any], item: Item, where: str, task: Task) -> Answer:
+    if not any(entry.get(key) is not None for key in (*_text_keys(item), "bbox", *task.reads)):
+        wanted = _either([*task.reads, *(["bbox"] if len(item.regions) > 1 else [])])
+        raise DataError(f"{where}: expected the answer as {wanted}, found {', '.join(map(repr, entry))}")
+    _check_regions(entry, item, where)
+    text = _text(entry, item, where)
+    probability, scores, called = (entry.get(key) for key in ("probability", "scores", "called"))
+    if probability is not None and not is_number(probability):
+        raise DataError(f"{where}: expected probability as a number from 0 to 1, got {short(probability)}")
+    rated = None if scores is None else _scores(scores, item, where)
+    likely = None if called is None else _numbers(called, len(item.regions), "regions", where)
     try:
-        return Answer(
-            text=text,
-            probability=None if probability is None else float(probability),
-            scores=None if scores is None else _scores(scores, item, where),
-            called=None if called is None else _numbers(called, len(item.regions), "regions", where),
-        )
+        sure = None if probability is None else float(probability)
+        return Answer(text=text, probability=sure, scores=rated, called=likely)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
+
+
+def _text_keys(item: Item) -> tuple[str, ...]:
+    return TEXT_KEYS if "names" in item.detail else TEXT_KEYS[:-1]
+
+
+def _text(entry: Mapping[str, Any], item: Item, where: str) -> str | None:
+    """The answer in words; of a box, the words for the region that it means."""
+    given = {key: entry[key] for key in _text_keys(item) if entry.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise DataError(f"{where}: expected {key} as text, got {short(value)}")
+    if len(set(given.values())) > 1:
+        got = " and ".join(f"{key} {short(value)}" for key, value in given.items())
+        raise DataError(f"{where}: expected one answer, got {got}; keep the one that is the answer")
+    text = next(iter(given.values()), None)
+    if text is not None and text.strip() == item.question.strip():
+        raise DataError(f"{where}: expected an answer, got the question itself, {short(text)}")
+    box = entry.get("bbox")
+    if box is None or len(item.regions) < 2:
+        return text
+    if text is not None:
+        raise DataError(f"{where}: expected a text or a bbox as the answer, got both; keep one")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)) or not (box[2] > 0 and box[3] > 0):
+        raise DataError(f"{where}: expected bbox as x, y, width, height in pixels, got {short(box)}")
+    x, y, width, height = map(float, box)
+    agreement = overlaps((x, y, x + width, y + height), [region.to_dict()["box"] for region in item.regions])
+    best = int(agreement.argmax())
+    return region_answer(best + 1) if agreement[best] >= ENOUGH else f"a box at {short(box)}"
+
+
+def _check_regions(entry: Mapping[str, Any], item: Item, where: str) -> None:
+    """Holds the regions that were asked about, where they are given, against those of the item."""
+    given = entry.get("regions")
+    if given is not None and given not in (regions_of(item), [region.to_dict() for region in item.regions]):
+        raise DataError(
+            f"{where}: expected an answer about the {len(item.regions)} regions of this question, in their order, got "
+            "one about others; give the --seed, --proposals and other options that the answers were made with"
+        )
+
+
+def regions_of(item: Item) -> str:
+    """What a run's predictions say of the regions that an answer by number is about; ``""`` where it is not by number.
+
+    Args:
+        item: The question.
+    """
+    return digest([region.to_dict() for region in item.regions])[:12] if len(item.regions) > 1 else ""
+
+
+def _either(names: Sequence[str]) -> str:
+    shown = [repr(name) for name in names]
+    return f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
 
 
 def _scores(given: Any, item: Item, where: str) -> tuple[float, ...]:
     choices = item.choices or tuple(item.detail.get("names", ()))
     if isinstance(given, dict):
+        given = {folded(name): value for name, value in given.items()}
         for name in given:
             if name not in choices:
                 near = difflib.get_close_matches(name, choices, 1)
-                raise DataError(f"{where}: expected scores of choices, got one of {name!r}; near: {', '.join(near)}")
+                raise DataError(
+                    f"{where}: expected scores of choices, got one of {name!r}{f'; near: {near[0]}' if near else ''}"
+                )
         if lacking := [name for name in choices if name not in given]:
             raise DataError(f"{where}: expected a score of every choice, found none of {_shown(lacking)}")
         given = [given[name] for name in choices]
@@ -189,8 +283,8 @@ def _scores(given: Any, item: Item, where: str) -> tuple[float, ...]:
 
 def _numbers(given: Any, count: int, of: str, where: str) -> tuple[float, ...]:
     if not isinstance(given, list) or len(given) != count:
-        got = len(given) if isinstance(given, list) else repr(given)
+        got = len(given) if isinstance(given, list) else short(given)
         raise DataError(f"{where}: expected a score for each of {count} {of}, got {got}")
-    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in given):
-        raise DataError(f"{where}: expected scores as numbers, got {given!r}"[:200])
+    if wrong := [value for value in given if not is_number(value)]:
+        raise DataError(f"{where}: expected scores as finite numbers, got {short(wrong[0])}")
     return tuple(float(value) for value in given)

@@ -10,11 +10,10 @@ from regiongpt import charts
 from regiongpt.evaluate import bars
 from regiongpt.evaluate.bars import Bar, bar_chart, furthest
 from regiongpt.evaluate.paper import OF_TASK, OURS, TABLES, PaperTable
-from regiongpt.evaluate.runs import PAGE, TaskRun
+from regiongpt.evaluate.runs import MISTAKES, PAGE, TaskRun
 from regiongpt.evaluate.tables import NOTHING, Row, interval_of, paper_source, rows, times_100
 from regiongpt.pages import card, facts, page, table, write_page
 
-GALLERY: Final = "mistakes.html"
 _FEW: Final = 12
 """Groups up to which every protocol has its own bar; beyond, the first protocol alone."""
 _COLUMN: Final = 30
@@ -83,7 +82,7 @@ def _task(run: TaskRun) -> str:
         parts.append(f'<h3>Broken down</h3><div class="charts">{drawn}</div>')
     parts += [_extra(each) for each in run.result["tables"]]
     parts.append(_folded("Where this comes from", _manifest(run.manifest)))
-    gallery = run.folder / GALLERY
+    gallery = run.folder / MISTAKES
     shown = gallery.read_text(encoding="utf-8") if gallery.is_file() else ""
     worst = (
         f"<h2 class='worst'>{html.escape(run.name)}: the worst mistakes</h2><div class='gallery'>{shown}</div>"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regiongpt.data.convert.images import image_size
+from regiongpt.data.convert.jsonstream import TRUNCATED
 from regiongpt.data.progress import Meter, track
 from regiongpt.data.shards import file_identity
 from regiongpt.errors import DataError
@@ -29,13 +31,19 @@ class Asked:
 
 
 def load_items(task: Task) -> list[Item]:
-    """The items of a task, whose images are all there and whose ids differ.
+    """The items of a task, whose images are all there and whose ids differ; those of images of another size left out.
 
     Raises:
-        DataError: A file cannot be used; an image is missing; there is nothing to ask.
+        DataError: A file cannot be used, or breaks off; an image is missing; there is nothing to ask.
         ConfigError: An option is wrong.
     """
     items = task.load()
+    if task.left_out.counts[TRUNCATED]:
+        files = ", ".join(str(path) for path in task.inputs())
+        raise DataError(
+            f"{task.name}: expected whole files, but one breaks off, and its part would be another benchmark; fetch "
+            f"again: {files}"
+        )
     if not items:
         raise DataError(f"{task.name}: expected something to ask about, found nothing in {task.data}")
     repeated = [name for name, count in Counter(item.id for item in items).items() if count > 1]
@@ -43,11 +51,32 @@ def load_items(task: Task) -> list[Item]:
         raise DataError(f"{task.name}: expected every {task.item_id} once, got {repeated[0]!r} more than once")
     missing = [path for path in dict.fromkeys(item.image for item in items) if not path.is_file()]
     if missing:
+        others = f", nor {len(missing) - 1} others" if len(missing) > 1 else ""
         raise DataError(
-            f"{task.name}: expected the image {missing[0]}, found no such file, nor {len(missing) - 1} others; "
-            "check where the images are"
+            f"{task.name}: expected the image {missing[0]}, found no such file{others}; check where the images are"
         )
-    return items
+    odd = {item.image: told for item in items if (told := _other_size(item))}
+    for path, told in odd.items():
+        task.left_out.add("image of another size", path, path.name, told)
+    kept = [item for item in items if item.image not in odd]
+    if not kept:
+        raise DataError(
+            f"{task.name}: expected images of the sizes that the annotations give them, found none among {len(odd)}; "
+            f"{next(iter(odd.values()))}; give the images that belong to the annotations"
+        )
+    return kept
+
+
+def _other_size(item: Item) -> str:
+    """What is wrong with the size of an item's image; ``""`` where nothing is, or the image cannot be read."""
+    if item.size is None:
+        return ""
+    try:
+        found = image_size(item.image)
+    except DataError:  # said when it is asked about
+        return ""
+    wanted = f"expected {item.image.name} of {item.size[0]} x {item.size[1]} pixels (W x H)"
+    return f"{wanted}, got {found[0]} x {found[1]}" if found != item.size else ""
 
 
 def make_keys(model: str, tasks: Sequence[tuple[Task, list[Item]]]) -> list[Asked]:

@@ -18,12 +18,14 @@ from typing import Any, Final
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.answering import to_json
+from regiongpt.evaluate.predictions import regions_of
 from regiongpt.evaluate.task import Answer, Item, Result, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
 
 RESULT: Final = "result.json"
 ITEMS: Final = "items.jsonl"
 PREDICTIONS: Final = "predictions.jsonl"
+MISTAKES: Final = "mistakes.html"
 MANIFEST: Final = "manifest.json"
 PAGE: Final = "index.html"
 
@@ -132,8 +134,12 @@ def refuse_other(out: Path, name: str, manifest: Mapping[str, Any], overwrite: b
 
 def _deciding(manifest: Mapping[str, Any], part: str) -> Any:
     found = json.loads(json.dumps(manifest.get(part)))
+    if not isinstance(found, dict):
+        return found
+    if part == "settings":  # the folder may have moved: its files are held against each other by their content
+        return {name: value for name, value in found.items() if name != "data"}
     # The same checkpoint answered by newer code is the same run, gone on with.
-    return {name: found[name] for name in ("files", "dtype")} if part == "model" and found else found
+    return {name: found.get(name) for name in ("files", "dtype")} if part == "model" else found
 
 
 def write_task(
@@ -142,6 +148,7 @@ def write_task(
     items: Sequence[Item],
     answers: Mapping[str, Answer],
     manifest: Mapping[str, Any],
+    cards: str = "",
 ) -> TaskRun:
     """Writes one task of a run, the manifest last; each file is whole or not there.
 
@@ -151,6 +158,7 @@ def write_task(
         items: That were asked.
         answers: By item id.
         manifest: Where the figures come from.
+        cards: Of the worst mistakes, as HTML.
 
     Raises:
         DataError: The folder cannot be written.
@@ -158,12 +166,13 @@ def write_task(
     folder = out / result.task
     asked = {item.id: item for item in items}
     rows = [{**row, "question": asked[row["id"]].question, "image": asked[row["id"]].image.name} for row in result.rows]
-    given = [{"id": name, **to_json(answer)} for name, answer in answers.items()]
+    given = [{"id": name, **to_json(answer), **_regions(asked[name])} for name, answer in answers.items()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         write_lines(folder / ITEMS, rows)
         write_lines(folder / PREDICTIONS, given)
+        (folder / MISTAKES).write_text(cards, encoding="utf-8", errors="replace")
         write_json(folder / RESULT, result.to_dict())
         write_json(folder / MANIFEST, manifest)
     except OSError as error:
@@ -172,6 +181,11 @@ def write_task(
             "space or give another --out, then run the same command again"
         ) from error
     return TaskRun(folder=folder, result=read_json(folder / RESULT), manifest=read_json(folder / MANIFEST))
+
+
+def _regions(item: Item) -> dict[str, str]:
+    """What the answer's number of a region means, for whoever reads it again."""
+    return {"regions": regions_of(item)} if regions_of(item) else {}
 
 
 def read_run(out: Path) -> list[TaskRun]:

@@ -95,8 +95,8 @@ class Session:
                     try:
                         written.append(self._finish(task, items, answers, noted[number], notes))
                     except RegionGPTError as error:
-                        failures.append(error)
-                        self._say(f"{task.name}: {error}")
+                        failures.append(type(error)("; ".join([f"{task.name}: {error}", *notes])))
+                        self._say(str(failures[-1]))
         if written:
             self._write_page()
         if failures:
@@ -151,11 +151,9 @@ class Session:
         result: Result = task.score(items, answers, resamples=self.resamples)
         part = {"part": f"the first {task.limit:,} images alone (--limit)"} if task.limit else {}
         result = dataclasses.replace(result, notes=(*notes, *result.notes), pinned={**result.pinned, **part})
-        run = write_task(self.out, result, items, answers, noted)
         chosen = mistakes.worst(result, answers, self.gallery)
         cards = mistakes.gallery(chosen, {item.id: item for item in items}, answers)
-        (run.folder / report.GALLERY).write_text(cards, encoding="utf-8", errors="replace")
-        return run
+        return write_task(self.out, result, items, answers, noted, cards)
 
     def _write_page(self) -> None:
         report.write_report(self.out, read_run(self.out))

@@ -33,6 +33,8 @@ class Item:
         id: Of the question in the benchmark's own numbering, such as an annotation id; no two items share one.
         image: Image file.
         image_id: Of the image; items of one image are resampled together.
+        size: Width and height in pixels that the annotations say the image has; None where they say nothing. Items of
+            an image of another size are left out, for their regions lie elsewhere in it.
         question: The user's text with ``<regionN>``, without ``<image>``, ready for the model.
         regions: What the placeholders stand for, in pixels of the image.
         choices: The answers to score by likelihood, in this order; empty where none are scored.
@@ -49,6 +51,7 @@ class Item:
     image: Path
     image_id: int | str
     question: str
+    size: tuple[int, int] | None = None
     regions: tuple[Region, ...] = ()
     choices: tuple[str, ...] = ()
     expression: str = ""
@@ -175,6 +178,7 @@ class Task(ABC):
         name: Of the task on the command line.
         summary: One line of help.
         item_id: What an item's id is, for messages: ``"annotation id"``.
+        reads: What is scored of an :class:`Answer`, any of them: ``text``, ``scores``, ``called``.
         paper: The paper's figures by protocol and figure, in the unit of :class:`Figure`; named in the table caption.
         paper_source: Where in the paper they are, and on what they were measured.
     """
@@ -182,6 +186,7 @@ class Task(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     item_id: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ("text",)
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}
     paper_source: ClassVar[str] = ""
 
@@ -218,6 +223,11 @@ class Task(ABC):
             DataError: An answer does not fit its item, such as scores for another number of choices.
             ConfigError: A program or library that a metric needs is missing.
         """
+
+    @property
+    def split_read(self) -> str:
+        """The split that the options say is read; ``""`` where they name the files themselves."""
+        return str(getattr(self, "split", ""))
 
     @cached_property
     def left_out(self) -> Rejects:

@@ -16,7 +16,7 @@ import shapely
 from numpy.typing import NDArray
 
 from regiongpt.data.convert.images import Fault, check_image
-from regiongpt.data.convert.jsonstream import iter_arrays
+from regiongpt.data.convert.jsonstream import TRUNCATED, iter_arrays
 from regiongpt.data.convert.values import MALFORMED, clipped_box, image_fault, is_side, is_whole, plain_text, short
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError, RegionError
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 Indices = NDArray[np.intp]
 Shapes = Literal["box", "mask", "both"]
 SHAPES: Final = ("box", "mask", "both")
-_TRUNCATED: Final = "truncated json"
 _NONE, _POLYGON, _RLE, _FAULTY = range(4)  # what an annotation has for a mask
 _AT_ONCE: Final = 20_000  # polygons that are looked at together
 
@@ -78,13 +77,13 @@ class InstancesFile:
         self._boxes, self._crowd, self._mask = array("d"), array("b"), array("b")
         self._rle: dict[int, dict[str, Any]] = {}
         self._points, self._ring_ends, self._first_ring = array("d"), array("q", [0]), array("q", [0])
-        breaks = rejects.counts[_TRUNCATED]
+        breaks = rejects.counts[TRUNCATED]
         readers = {"images": self._read_image, "annotations": self._read_annotation, "categories": self._read_category}
         counts = dict.fromkeys(readers, 0)
         for key, entry in iter_arrays(path, tuple(readers), rejects):
             readers[key](entry, counts[key])
             counts[key] += 1
-        if not self.names and rejects.counts[_TRUNCATED] > breaks:
+        if not self.names and rejects.counts[TRUNCATED] > breaks:
             if not official:
                 raise DataError(f"{path}: expected categories, but the file breaks off before them; fetch it again")
             log.warning("%s: breaks off before its categories; the official ids are taken", path)
@@ -137,10 +136,13 @@ class InstancesFile:
         try:
             ids = (entry["id"], entry["image_id"], entry["category_id"])
             box = array("d", entry["bbox"])
-            if len(box) != 4 or not all(map(is_whole, ids)):
+            if len(box) != 4 or not all(map(is_whole, ids)) or entry.get("iscrowd") not in (None, 0, 1):
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError):
-            reason = f"expected whole id, image_id, category_id and a bbox of four numbers, got {short(entry)}"
+            reason = (
+                "expected whole id, image_id, category_id, a bbox of four numbers and, if any, iscrowd 0 or 1, got "
+                f"{short(entry)}"
+            )
             self._add_fault(Fault(MALFORMED, reason), f"annotations[{place}]")
             return
         self._ids.append(ids[0])

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 
 from regiongpt.data.convert.base import Converter, option
 from regiongpt.data.convert.images import Fault, check_image, image_size
+from regiongpt.data.convert.jsonstream import TRUNCATED
 from regiongpt.data.convert.values import MALFORMED, image_fault, is_side, short, unicode_fault
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
@@ -159,7 +160,7 @@ def _decoded(line: bytes, number: int) -> dict[str, Any] | Fault:
         return Fault("text that is not Unicode", f"expected UTF-8, got the byte 0x{line[error.start]:02x}")
     except (ValueError, RecursionError) as error:
         # A line that is not ended is the last one, and was being written.
-        kind = "line that is not json" if line.endswith(b"\n") else "truncated json"
+        kind = "line that is not json" if line.endswith(b"\n") else TRUNCATED
         return Fault(kind, f"expected a json object, got {error}")
     if not isinstance(entry, dict):
         return Fault(MALFORMED, f"expected a json object, got {short(entry)}")

@@ -14,6 +14,8 @@ from typing import Any, Final, Self
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 
+TRUNCATED: Final = "truncated json"
+"""The kind of fault of a file that breaks off."""
 BLOCK: Final = 1 << 20
 """Bytes read at a time; memory stays at a few blocks, or at a few times the largest element."""
 _LONGEST_WORD = 16  # characters of the longest word of json, '-Infinity', or escape, with some to spare
@@ -78,7 +80,7 @@ def iter_arrays(path: Path, keys: Sequence[str] | None, rejects: Rejects) -> Ite
                 raise DataError(
                     f"{path}: expected json with {_listed(keys)}, but it breaks before: {error}; fetch the file again"
                 ) from None
-            rejects.add("truncated json", path, text.place, f"{error}; all before it is kept; fetch the file again")
+            rejects.add(TRUNCATED, path, text.place, f"{error}; all before it is kept; fetch the file again")
             return
     if lacking := [key for key in keys or () if key not in found]:
         raise DataError(f"{path}: expected json with {_listed(keys)}, found no {_listed(lacking)[3:]}")

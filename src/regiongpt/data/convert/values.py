@@ -1,6 +1,6 @@
 """Single values of a source, held to what a record needs: boxes, texts, names of images and whole numbers."""
 
-import math
+import sys
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Final, TypeGuard
 
@@ -16,6 +16,11 @@ MALFORMED: Final = "record of another format"
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number from 0 on, such as an id; ``True`` is none."""
     return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a finite number that a float can hold; ``True`` is none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_side(value: Any) -> TypeGuard[int]:
@@ -38,7 +43,7 @@ def clipped_box(x: Any, y: Any, width: Any, height: Any, image_width: int, image
     for value in given:
         if type(value) not in (int, float):
             return Fault("box that is not four numbers", f"expected x, y, width, height as numbers, got {short(given)}")
-        if not math.isfinite(value):
+        if not is_number(value):
             return Fault("box that is not finite", f"expected finite pixels, got {short(given)}")
     if width <= 0 or height <= 0:
         return Fault("box without size", f"expected a width and height above 0, got {short(given)} (x, y, w, h)")

@@ -18,9 +18,11 @@ class Statistic(ABC):
 
     Attributes:
         clusters: The images, each once.
+        most: The largest value that it can have; the smallest is 0.
     """
 
     clusters: tuple[Hashable, ...]
+    most: float = 1.0
 
     @abstractmethod
     def values(self, times: Floats) -> Floats:
@@ -46,11 +48,13 @@ class SumStatistic(Statistic):
         clusters: The images.
         sums: (C, K) what each image adds to each of K sums.
         combine: From (N, K) sums to (N,) figures; a division by 0 is to give NaN.
+        most: The largest value of the figure.
     """
 
     clusters: tuple[Hashable, ...]
     sums: Floats
     combine: Callable[[Floats], Floats]
+    most: float = 1.0
 
     def values(self, times: Floats) -> Floats:
         """The figure for each of (N, C) weightings."""
@@ -126,9 +130,10 @@ def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0, level: 
         level: Share of the resamples inside.
 
     Returns:
-        Both ends; NaN where no resample has anything to measure.
+        Both ends, within what the figure can be; NaN where no resample has anything to measure.
     """
-    return _ends(centred(_resampled((statistic,), resamples, seed)[0], statistic.value()), level)
+    values = centred(_resampled((statistic,), resamples, seed)[0], statistic.value())
+    return ends(np.clip(values, 0.0, statistic.most), level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +144,9 @@ class Paired:
         a: Figure of the first.
         b: Figure of the second.
         difference: ``b - a``.
-        interval: 95 % of the resampled differences, moved as in :func:`interval`.
+        interval: 95 % of the resampled differences, moved as in :func:`interval`; NaN for fewer than two images.
         p: Two-sided: twice the share of resamples in which the difference has the other sign or is 0, at most 1, and
-            at least ``1 / (resamples + 1)`` since no number of resamples shows it to be 0.
+            at least ``1 / (resamples + 1)`` since no number of resamples shows it to be 0; NaN likewise.
         resamples: How many were drawn.
     """
 
@@ -162,8 +167,13 @@ def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0, lev
     if a.clusters != b.clusters:
         only = len(set(a.clusters) ^ set(b.clusters))
         raise DataError(f"expected two results on the same images in one order, got {only} that one of them lacks")
-    first, second = _resampled((a, b), resamples, seed)
     found = (a.value(), b.value())
+    if len(a.clusters) < 2:
+        nothing = float("nan")
+        return Paired(
+            a=found[0], b=found[1], difference=found[1] - found[0], interval=(nothing, nothing), p=nothing, resamples=0
+        )
+    first, second = _resampled((a, b), resamples, seed)
     differences = centred(second - first, found[1] - found[0])
     differences = differences[~np.isnan(differences)]
     beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
@@ -174,7 +184,7 @@ def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0, lev
         a=found[0],
         b=found[1],
         difference=found[1] - found[0],
-        interval=_ends(differences, level),
+        interval=ends(differences, level),
         p=p,
         resamples=resamples,
     )
@@ -203,7 +213,8 @@ def centred(values: Floats, figure: float) -> Floats:
     return values if abs(bias) <= 3 * float(there.std()) / len(there) ** 0.5 else values - bias
 
 
-def _ends(values: Floats, level: float) -> tuple[float, float]:
+def ends(values: Floats, level: float = 0.95) -> tuple[float, float]:
+    """Where a share of resampled figures lies, as many below it as above; NaN where none is a number."""
     there = values[~np.isnan(values)]
     if not len(there):
         return float("nan"), float("nan")

@@ -4,7 +4,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -77,9 +77,8 @@ def caption_scores(
             found |= _bleu(said, wanted, images)
         else:
             items = {"CIDEr": _cider, "ROUGE_L": _rouge, "SPICE": _spice}[name](said, wanted)
-            found[name] = CaptionScore(
-                value=float(np.mean(items)), items=items, statistic=mean_statistic(images, items.tolist())
-            )
+            statistic = replace(mean_statistic(images, items.tolist()), most=10.0 if name == "CIDEr" else 1.0)
+            found[name] = CaptionScore(value=float(np.mean(items)), items=items, statistic=statistic)
     return found
 
 

@@ -78,7 +78,8 @@ def detection_scores(
             looked for in it. The ``lvis`` package, whose figures these are, does not run with numpy 1.24 or later.
 
     Raises:
-        DataError: A detection has no score, or is of an image or a category that the truth does not have.
+        DataError: An object or a detection lacks something, has a number that is none, or is of an image or a category
+            that the truth does not have.
     """
     from pycocotools.coco import COCO
 
@@ -219,13 +220,26 @@ def _check(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], ki
     images = {each["id"] for each in truth["images"]}
     categories = {each["id"] for each in truth["categories"]}
     shape = "bbox" if kind == "bbox" else "segmentation"
-    for number, each in enumerate(detections):
-        lacking = [key for key in ("image_id", "category_id", "score", shape) if key not in each]
-        if lacking:
-            raise DataError(f"detections[{number}]: expected {', '.join(lacking)}, found none; keys: {', '.join(each)}")
-        for key, known in (("image_id", images), ("category_id", categories)):
-            if each[key] not in known:
-                raise DataError(f"detections[{number}]: expected {key} of the ground truth, got {each[key]!r}")
+    for name, those, figures in (
+        ("annotations", truth["annotations"], ("area", "iscrowd")),
+        ("detections", detections, ("score",)),
+    ):
+        for number, each in enumerate(those):
+            where = f"{name}[{number}]"
+            if lacking := [key for key in ("image_id", "category_id", *figures, shape) if key not in each]:
+                raise DataError(f"{where}: expected {', '.join(lacking)}, found none; keys: {', '.join(each)}")
+            for key, known in (("image_id", images), ("category_id", categories)):
+                if each[key] not in known:
+                    raise DataError(f"{where}: expected {key} of the ground truth, got {each[key]!r}")
+            for key in figures:
+                if not _is_figure(each[key]):
+                    raise DataError(f"{where}: expected {key} as a finite number, got {each[key]!r}")
+            if kind == "bbox" and not (len(each[shape]) == 4 and all(map(_is_figure, each[shape]))):
+                raise DataError(f"{where}: expected bbox as four finite numbers, got {each[shape]!r}")
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and bool(np.isfinite(value))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Which name of a closed list an answer gives, and how that is forgiven.
 
-By itself an answer counts only if it is a name of the list as it stands, blanks around it and one final full stop
-aside. Whatever is forgiven besides is asked for by name, and counted.
+By itself an answer counts only if it is a name of the list as it stands, blanks and one final full stop aside. Whatever
+is forgiven besides is asked for by name, and counted.
 """
 
 import json
@@ -18,9 +18,14 @@ FORGIVEN: Final = ("case", "plural")
 """What can be forgiven by a word: letters of the other case, and the plural for the singular."""
 
 
+def folded(text: str) -> str:
+    """A text without blanks around it and with single ones inside, as the names of categories are read."""
+    return " ".join(text.split())
+
+
 def bare(text: str) -> str:
-    """An answer without blanks around it and without one final full stop."""
-    return text.strip().removesuffix(".").strip()
+    """An answer likewise, and without one final full stop."""
+    return folded(text).removesuffix(".").strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,8 @@ class Labels:
 
     def read(self, text: str) -> Reading:
         """What an answer is taken for."""
+        if folded(text) in self._known:  # a name may end in a full stop of its own
+            return Reading(name=folded(text), by="as it stands")
         answer = bare(text)
         if answer in self._known:
             return Reading(name=answer, by="as it stands")
@@ -97,7 +104,7 @@ def _unambiguous(forms: Sequence[tuple[str, str, str]]) -> dict[str, tuple[str, 
 
 def _synonyms(path: Path, names: set[str]) -> Mapping[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"synonyms: expected {', '.join(FORGIVEN)} or the path of a json file, got {str(path)!r} ({error.strerror})"

@@ -24,7 +24,9 @@ from regiongpt.evaluate.metrics.bootstrap import Floats, ratio
 COUNTS: Final = 23
 """Numbers the program tells of a caption: see :func:`meteor_scores`."""
 PATIENCE: Final = 300.0
-"""Seconds without any line from the program after which it is given up; reading its tables takes about ten."""
+"""Seconds of its own work without any line after which the program is given up; its tables take about ten."""
+_IDLE: Final = 0.01
+"""Share of one core below which the program stands still, and is not merely kept waiting by a busy machine."""
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75
 _STAGES = np.array([1.0, 0.6, 0.8, 0.6])  # exact words, stems, synonyms, paraphrases
 _SEPARATOR = "|||"
@@ -84,7 +86,7 @@ def meteor_counts(
         references: Of each caption, the words of at least one reference.
         java: The Java program; default: ``$JAVA_HOME/bin/java``, or the one on the path.
         jar: ``meteor-1.5.jar`` with its ``data/`` beside it; default: that of the package pycocoevalcap.
-        patience: Seconds without a line after which the program is given up.
+        patience: Seconds of its own work without a line after which the program is given up, and of standing still.
 
     Returns:
         (n, 23), see :func:`meteor_scores`.
@@ -163,10 +165,11 @@ class _Conversation:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
+        self._hearing = threading.Thread(target=self._hear, args=(process.stderr,), daemon=True)
         threads = [
             threading.Thread(target=self._write, args=(process.stdin, lines), daemon=True),
             threading.Thread(target=self._read, args=(process.stdout,), daemon=True),
-            threading.Thread(target=self._hear, args=(process.stderr,), daemon=True),
+            self._hearing,
         ]
         for thread in threads:
             thread.start()
@@ -200,16 +203,36 @@ class _Conversation:
         for line in pipe:
             self._complaints.append(line.decode("utf-8", "replace").strip())
 
-    def _answer(self, number: int, of: int) -> list[float]:
+    def _next(self, number: int, of: int) -> str | None:
+        """The next line, however long a busy machine takes for it; None at the end."""
+        first = before = self._worked()
+        while True:
+            try:
+                return self._said.get(timeout=self._patience)
+            except queue.Empty:
+                now = self._worked()
+            if now - first >= self._patience or now - before < _IDLE * self._patience:
+                raise ConfigError(
+                    f"METEOR: expected an answer for caption {number + 1} of {of}, got none in {self._patience:g} s; "
+                    "the program was ended; is the machine out of memory?"
+                )
+            before = now
+
+    def _worked(self) -> float:
+        """Seconds of processor time that the program has had."""
+        import psutil
+
         try:
-            line = self._said.get(timeout=self._patience)
-        except queue.Empty:
-            raise ConfigError(
-                f"METEOR: expected an answer for caption {number + 1} of {of}, got none in {self._patience:g} s; "
-                "the program was ended; is the machine out of memory?"
-            ) from None
+            times = psutil.Process(self._process.pid).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return float(times.user + times.system)
+
+    def _answer(self, number: int, of: int) -> list[float]:
+        line = self._next(number, of)
         if line is None:
             code = self._process.wait()
+            self._hearing.join(5.0)  # what it said last
             words = "; ".join(filter(None, self._complaints)) or "it said nothing"
             raise ConfigError(
                 f"METEOR: expected an answer for caption {number + 1} of {of}, but Java ended with code {code}: {words}"
@@ -218,7 +241,7 @@ class _Conversation:
             values = [float(value) for value in line.split()]
         except ValueError:
             values = []
-        if len(values) != COUNTS:
+        if len(values) != COUNTS or not np.isfinite(values).all():
             raise ConfigError(
                 f"METEOR: expected {COUNTS} numbers for caption {number + 1} of {of}, got {line.strip()[:80]!r}; "
                 "is the jar METEOR 1.5?"

@@ -1,10 +1,14 @@
 """Overlap of boxes, for referring expressions scored by intersection over union."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from regiongpt.evaluate.metrics.bootstrap import Floats, ratio
+
+ENOUGH: Final = 0.5
+"""Intersection over union from which a box counts as the object (paper §4.3)."""
 
 
 def overlaps(box: Sequence[float], others: Sequence[Sequence[float]] | Floats) -> Floats:

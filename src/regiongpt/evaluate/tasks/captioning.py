@@ -74,6 +74,7 @@ class CaptionTask(Task):
         *,
         id: str,
         place: tuple[object, int],
+        size: tuple[int, int] | None,
         box: Sequence[float],
         references: Sequence[str],
         category: str = "",
@@ -83,6 +84,7 @@ class CaptionTask(Task):
         Args:
             id: Of the item.
             place: Image file and image id.
+            size: Of the image in pixels, as the annotations say it.
             box: xyxy in pixels.
             references: What people said of the region.
             category: Of the region, where it is known.
@@ -98,6 +100,7 @@ class CaptionTask(Task):
             id=id,
             image=place[0],  # type: ignore[arg-type]
             image_id=place[1],
+            size=size,
             question=question("caption", 0, regions=[1]),
             regions=(Region.box(*box),),
             max_new_tokens=self.max_new_tokens,

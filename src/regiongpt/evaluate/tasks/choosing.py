@@ -23,6 +23,9 @@ RULES: Final = {
     CALLED: "the candidate that the model is likeliest to call by the expression, each asked about by itself",
 }
 
+READS: Final = ("text", "scores", "called")
+"""Of an answer, one for each of these."""
+
 
 def choices_of(candidates: int) -> tuple[str, ...]:
     """The answers to choose from: each region, and that none of them fits."""

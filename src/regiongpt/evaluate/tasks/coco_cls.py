@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final, TypeGuard, cast
 from regiongpt.data.convert.base import option
 from regiongpt.data.convert.instances import InstancesFile, Shapes
 from regiongpt.data.convert.jsonstream import iter_array
+from regiongpt.data.convert.values import is_number, is_whole
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
@@ -63,6 +64,7 @@ class CocoClassification(Task):
     name: ClassVar[str] = "coco_cls"
     summary: ClassVar[str] = "classes of ground-truth regions: accuracy and AP under three protocols (Table 3)"
     item_id: ClassVar[str] = "annotation id"
+    reads: ClassVar[tuple[str, ...]] = ("text", "scores")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         MATCH: {
             "AP": TABLES["classification"].figure("mAP") / 100,
@@ -87,6 +89,11 @@ class CocoClassification(Task):
     def __post_init__(self) -> None:
         check_choice("region", self.region, ("box", "mask"))
         check_choice("rules", self.rules, ("auto", "coco", "lvis"))
+
+    @property
+    def split_read(self) -> str:
+        """Of the annotations that are looked for."""
+        return self.split if self.annotations is None else ""
 
     @property
     def _file(self) -> Path:
@@ -133,6 +140,7 @@ class CocoClassification(Task):
                     id=str(number),
                     image=folder / file.paths[place],
                     image_id=image_id,
+                    size=(int(file.widths[place]), int(file.heights[place])),
                     question=text,
                     regions=(region,),
                     choices=tuple(names) if self.choices else (),
@@ -259,6 +267,14 @@ class CocoClassification(Task):
                 )
             else:
                 notes.append(f"{count} answers were taken for a name from which they differ by {what} (--synonyms)")
+        unsure = [
+            item.id for item in items if (a := answers.get(item.id)) and a.text is not None and a.probability is None
+        ]
+        if 0 < len(unsure) < sum(text is not None for text in texts):
+            notes.append(
+                f"{PROBABLE!r} is not measured: {len(unsure)} answers are without their probability "
+                f"({self.item_id}s {listed(unsure)})"
+            )
         off = Counter(text for text, reading in zip(texts, readings, strict=True) if reading and reading.name is None)
         if off:
             most = [f"{text!r} ({count})" for text, count in off.most_common(5)]
@@ -286,11 +302,12 @@ def read_areas(path: Path) -> tuple[dict[int, float], dict[int, list[dict[str, A
         if not isinstance(entry, dict):
             continue
         area = entry.get("area")
-        if isinstance(entry.get("id"), int) and isinstance(area, int | float) and area > 0:
-            areas[entry["id"]] = float(area)
+        known = float(area) if is_number(area) and area > 0 else None
+        if isinstance(entry.get("id"), int) and known is not None:
+            areas[entry["id"]] = known
         box, numbers = entry.get("bbox"), (entry.get("image_id"), entry.get("category_id"))
-        if entry.get("iscrowd") and all(type(number) is int for number in numbers) and _is_box(box):
-            size = float(area) if isinstance(area, int | float) and area > 0 else box[2] * box[3]
+        if entry.get("iscrowd") == 1 and all(type(number) is int for number in numbers) and _is_box(box):
+            size = box[2] * box[3] if known is None else known
             crowd = {"bbox": box, "category_id": numbers[1], "area": size}
             crowds.setdefault(entry["image_id"], []).append(crowd)
     return areas, crowds
@@ -300,11 +317,15 @@ def read_federated(path: Path) -> dict[str, Any] | None:
     """What LVIS' rules go by; None where not every image and category has it."""
     absent, partly, frequency = {}, {}, {}
     for entry in iter_array(path, "images", Rejects()):
+        if not isinstance(entry, dict) or not is_whole(entry.get("id")):
+            continue  # left out and counted where the file is read for the items
         lists = [entry.get(f"{name}_category_ids") for name in ("neg", "not_exhaustive")]
         if not all(isinstance(those, list) for those in lists):
             return None
         absent[entry["id"]], partly[entry["id"]] = lists
     for entry in iter_array(path, "categories", Rejects()):
+        if not isinstance(entry, dict) or not is_whole(entry.get("id")):
+            continue
         if entry.get("frequency") not in FREQUENCIES:
             return None
         frequency[entry["id"]] = entry["frequency"]
@@ -321,7 +342,7 @@ def _federated(items: Sequence[Item]) -> Federated | None:
 
 
 def _is_box(value: Any) -> TypeGuard[list[float]]:
-    return isinstance(value, list) and len(value) == 4 and all(type(each) in (int, float) for each in value)
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def _detection(item: Item, category: int, score: float) -> dict[str, Any]:
@@ -371,8 +392,13 @@ def _count(items: Sequence[Item], name: str) -> int:
     """How many items a figure is about."""
     if name == "without_person":
         return sum(item.truth != "person" for item in items)
-    size = name.removeprefix("AP_")
-    return sum(item.groups["size"] == size for item in items) if name.startswith("AP_") else len(items)
+    if not name.startswith("AP_"):
+        return len(items)
+    if name in FREQUENCIES.values():
+        often = items[0].detail["federated"]["frequency"]
+        ids = dict(zip(items[0].detail["names"], items[0].detail["ids"], strict=True))
+        return sum(FREQUENCIES[often[ids[item.truth]]] == name for item in items)
+    return sum(item.groups["size"] == name.removeprefix("AP_") for item in items)
 
 
 def _breakdowns(items: Sequence[Item], right: Sequence[float], found: DetectionScores) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from regiongpt.data.facts import colours_of
 from regiongpt.data.sampling import dev_questions
 from regiongpt.errors import DataError
 from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
-from regiongpt.evaluate.tasks.choosing import RULES, choice_statistics, choices_of, chosen, measured
+from regiongpt.evaluate.tasks.choosing import READS, RULES, choice_statistics, choices_of, chosen, measured
 from regiongpt.evaluate.tasks.scoring import by_group, limited, mean_figure, missing_notes, rows_of
 from regiongpt.images import load_image
 from regiongpt.prompts import parse_region_answer, question
@@ -28,6 +28,7 @@ class CocoRec(Task):
     name: ClassVar[str] = "coco_rec"
     summary: ClassVar[str] = "the box that an expression means, among five of an annotated image; needs no RefCOCOg"
     item_id: ClassVar[str] = "question id"
+    reads: ClassVar[tuple[str, ...]] = READS
 
     split: str = option("instances_SPLIT.json in the folder, with images/", default="dev")
     colours: bool = option("expressions may name a colour, found in the pixels", default=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from regiongpt.data.convert.base import option
-from regiongpt.errors import DataError
+from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic
 from regiongpt.evaluate.metrics.yes_no import Said, first_word, pope_script, yes_no_statistics
 from regiongpt.evaluate.paper import TABLES
@@ -78,6 +78,11 @@ class Pope(Task):
             found = {next((s for s in STRATEGIES if s in path.name), path.stem): path for path in self.questions}
             if len(found) < len(self.questions):
                 raise DataError(f"questions: expected files of different strategies, got {', '.join(found)} twice")
+            if self.strategy != "all" and set(found) != {self.strategy}:
+                raise ConfigError(
+                    f"questions: expected a file of the strategy {self.strategy!r} alone, got {', '.join(found)}; "
+                    "leave out --strategy or give its file"
+                )
             return found
         there = {strategy: Path(self.data) / f"coco_pope_{strategy}.json" for strategy in self._strategies}
         return there if self.annotations is None and all(path.is_file() for path in there.values()) else {}
@@ -87,6 +92,11 @@ class Pope(Task):
         names = [f"annotations/instances_{self.split}.json", f"instances_{self.split}.json"]
         what = "the annotations, or coco_pope_<strategy>.json,"
         return find_file(self.annotations, self.data, names, what, "annotations")
+
+    @property
+    def split_read(self) -> str:
+        """Of the annotations that questions are built from."""
+        return "" if self._published() or self.annotations is not None else self.split
 
     def inputs(self) -> list[Path]:
         """The question files, or the annotations."""
@@ -178,7 +188,7 @@ class Pope(Task):
                 breakdowns[name] = {"category": by_group(own, "category", measure)}
         notes = missing_notes(items, answers, self.item_id)
         if self.left_out.counts:
-            notes.append(f"left out: {self.left_out.summary()}")
+            notes.append(self.left_out.summary())
         published = self._published()
         source = ", ".join(path.name for path in published.values())
         rule = f"built by POPE's rules from {self.split}, {self.pairs} pairs an image, seed {self.seed}"

@@ -3,19 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import short
+from regiongpt.data.convert.values import is_number, is_whole, short
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate.metrics.overlap import overlaps
+from regiongpt.evaluate.metrics.overlap import ENOUGH, overlaps
 
 Box = tuple[float, float, float, float]
-ENOUGH = 0.5
-"""Intersection over union from which a candidate counts as the object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +42,10 @@ def read_proposals(
         path: A json array of objects with ``image_id`` and ``bbox`` (x, y, width, height), and ``score``.
         images: Ids of the images.
         top: Most candidates an image, by score; 0 for all.
-        least: Least score; 0 for all.
+        least: Least score; 0 for all, those of scores below 0 too.
         rejects: Where unusable entries are noted.
-        size: Width and height of an image in pixels, of which a candidate has to show something; None where unknown.
+        size: Width and height of an image in pixels, to which a candidate is clipped, and of which it has to show
+            something; None where unknown.
 
     Raises:
         DataError: The file is of another form, or has scores for some entries alone, or none for any image.
@@ -55,15 +53,20 @@ def read_proposals(
     """
     found: dict[int, list[tuple[float, Box]]] = {}
     scored = unscored = 0
+    fault = ""  # the first, for a file of which nothing can be used
     for place, entry in enumerate(iter_array(path, None, rejects)):
         image_id = entry.get("image_id") if isinstance(entry, dict) else None
         box = entry.get("bbox") if isinstance(entry, dict) else None
-        if type(image_id) is not int or not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
-            rejects.add("proposal of another form", path, place, f"expected image_id and bbox, got {short(entry)}")
+        if not is_whole(image_id) or not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+            told = f"expected image_id as a whole number and bbox as four numbers, got {short(entry)}"
+            fault = fault or f"[{place}]: {told}"
+            rejects.add("proposal of another form", path, place, told)
             continue
         score = entry.get("score")
-        if score is not None and not _finite(score):
-            rejects.add("proposal of another form", path, place, f"expected a finite score, got {short(score)}")
+        if score is not None and not is_number(score):
+            told = f"expected score as a finite number, got {short(score)}"
+            fault = fault or f"[{place}]: {told}"
+            rejects.add("proposal of another form", path, place, told)
             continue
         scored, unscored = scored + (score is not None), unscored + (score is None)
         if image_id not in images:
@@ -77,11 +80,13 @@ def read_proposals(
             said = f"expected a box that shows something of an image of {within[0]} x {within[1]} pixels"
             rejects.add("proposal outside its image", path, place, f"{said}, got {short(box)}")
             continue
-        found.setdefault(image_id, []).append((float(score or 0.0), (x, y, x + width, y + height)))
+        right, bottom = within or (float("inf"), float("inf"))
+        corners = max(x, 0.0), max(y, 0.0), min(x + width, right), min(y + height, bottom)
+        found.setdefault(image_id, []).append((float(score or 0.0), corners))
     if not found:
         raise DataError(
             f"{path}: expected candidates of the {len(images)} images that are asked about, found none; "
-            f"{rejects.summary()}; is the file of another split?"
+            f"{rejects.summary()}; {fault or 'is the file of another split?'}"
         )
     if scored and unscored:
         raise DataError(
@@ -95,13 +100,9 @@ def read_proposals(
     kept = {}
     for image_id, those in found.items():
         order = np.argsort([-score for score, _ in those], kind="stable") if scored else np.arange(len(those))
-        best = [those[k][1] for k in order.tolist() if not scored or those[k][0] >= least]
+        best = [those[k][1] for k in order.tolist() if not least or those[k][0] >= least]
         kept[image_id] = best[: top or None]
     return Proposals(boxes=kept, scored=bool(scored))
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and float("-inf") < value < float("inf")
 
 
 def candidates_of(truth: Box, proposed: Sequence[Box], inject: bool, seed: tuple[int, ...]) -> tuple[list[Box], bool]:

@@ -53,6 +53,11 @@ class RefCocogCaption(CaptionTask):
     def _files(self) -> RefCocogFiles:
         return RefCocogFiles(self.data, self.refs, self.instances, self.images)
 
+    @property
+    def split_read(self) -> str:
+        """Of ``refs(...).p``."""
+        return self.split if self._files.refs.suffix == ".p" else ""
+
     def inputs(self) -> list[Path]:
         """Expressions and objects."""
         return self._files.inputs
@@ -75,7 +80,7 @@ class RefCocogCaption(CaptionTask):
             asked = [(str(number), each, [text]) for each, number, text in each_expression(objects)]
         items = [
             self.item(
-                id=number, place=(folder / each.file, each.image_id), box=each.box, references=said,
+                id=number, place=(folder / each.file, each.image_id), size=each.size, box=each.box, references=said,
                 category=each.category,
             )
             for number, each, said in asked

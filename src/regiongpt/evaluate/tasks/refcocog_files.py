@@ -4,13 +4,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regiongpt.data.convert.images import Fault
+from regiongpt.data.convert.images import Fault, image_size
 from regiongpt.data.convert.jsonl import iter_lines
 from regiongpt.data.convert.refcoco_files import APART, Scene, read_instances, read_json, read_pickle
-from regiongpt.data.convert.values import MALFORMED, Corners, is_whole, plain_text, short
+from regiongpt.data.convert.values import (
+    MALFORMED,
+    Corners,
+    clipped_box,
+    image_fault,
+    is_number,
+    is_whole,
+    plain_text,
+    short,
+)
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 from regiongpt.evaluate.tasks.scoring import find_file, find_folder
+from regiongpt.regions import MAX_COORDINATE
 
 REFS = ("refcocog/refs(umd).p", "refs(umd).p", "refcocog/refs(google).p", "refs(google).p")
 INSTANCES = ("refcocog/instances.json", "instances.json")
@@ -22,6 +32,7 @@ class Referred(NamedTuple):
 
     image_id: int
     file: str
+    size: tuple[int, int] | None
     ann_id: int
     box: Corners
     category: str
@@ -70,7 +81,7 @@ class RefCocogFiles:
             DataError: A file is of another form, has no such split, or does not belong to the other.
         """
         if self.refs.suffix == ".jsonl":
-            return _read_lines(self.refs, rejects)
+            return _read_lines(self.refs, self.folder, rejects)
         if self.refs.suffix == ".p":
             refs = read_pickle(self.refs, split, rejects)
             scenes: dict[int, Scene] = {}
@@ -87,43 +98,63 @@ class RefCocogFiles:
                     rejects.add(APART, self.refs, ref.ann_id, "expected the object in the instances, found none")
                 else:
                     said = tuple((expression.id, expression.text) for expression in ref.expressions)
-                    found.append(Referred(image_id, scene.path, ref.ann_id, each.box, each.category, said))
+                    found.append(
+                        Referred(
+                            image_id, scene.path, (scene.width, scene.height), ref.ann_id, each.box, each.category, said
+                        )
+                    )
         if not found:
             raise DataError(f"{self.refs}: expected objects of the split {split!r}, found none; {rejects.summary()}")
         return found
 
 
-def _read_lines(path: Path, rejects: Rejects) -> list[Referred]:
+def _read_lines(path: Path, folder: Path, rejects: Rejects) -> list[Referred]:
     """``{"image_id", "ann_id", "bbox_xywh", "sent"}`` a line; further: ``sent_id``, ``file_name``, ``category``."""
     found: dict[int, Referred] = {}
+    known: set[int] = set()
     for number, entry in iter_lines(path, rejects):
-        read = _read_line(entry, number)
+        read = _read_line(entry, number, folder)
         if isinstance(read, Fault):
             rejects.add(read.kind, path, number, read.reason)
-        elif read.ann_id in found:
+            continue
+        sent_id = read.expressions[0][0]
+        if "sent_id" in entry and sent_id in known:
+            rejects.add("duplicate id", path, number, f"expected each sent_id once, got {sent_id} again")
+            continue
+        known.add(sent_id)
+        if read.ann_id in found:
             kept = found[read.ann_id]
+            if (kept.image_id, kept.box) != (read.image_id, read.box):
+                rejects.add(APART, path, number, f"expected one image and box of ann_id {read.ann_id}, got another")
+                continue
             found[read.ann_id] = kept._replace(expressions=kept.expressions + read.expressions)
         else:
             found[read.ann_id] = read
     return list(found.values())
 
 
-def _read_line(entry: Mapping[str, Any], number: int) -> Referred | Fault:
+def _read_line(entry: Mapping[str, Any], number: int, folder: Path) -> Referred | Fault:
     image_id, ann_id, box = entry.get("image_id"), entry.get("ann_id"), entry.get("bbox_xywh", entry.get("bbox"))
     sent_id, category = entry.get("sent_id", number), entry.get("category", "")
     if not (is_whole(image_id) and is_whole(ann_id) and is_whole(sent_id)):
         return Fault(MALFORMED, f"expected image_id and ann_id as whole numbers, got {short(dict(entry))}")
-    if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         return Fault("box that is not four numbers", f"expected bbox_xywh as four numbers, got {short(box)}")
-    if not (box[2] > 0 and box[3] > 0):
-        return Fault("box without size", f"expected a width and height above 0, got {short(box)}")
     text = plain_text(entry.get("sent"), "expression")
     if isinstance(text, Fault):
         return text
-    x, y, width, height = map(float, box)
     name = entry.get("file_name") or f"COCO_train2014_{image_id:012d}.jpg"
-    corners = (max(x, 0.0), max(y, 0.0), x + width, y + height)
-    return Referred(image_id, str(name), ann_id, corners, str(category), ((sent_id, text),))
+    if fault := image_fault(name):
+        return fault
+    try:
+        width, height = image_size(folder / name)
+    except DataError:  # said when it is asked about, with the others that are not there
+        width = height = int(MAX_COORDINATE)
+    x, y, w, h = box
+    corners = clipped_box(x, y, w, h, width, height)
+    if isinstance(corners, Fault):
+        return corners
+    return Referred(image_id, str(name), None, ann_id, corners, str(category), ((sent_id, text),))
 
 
 def each_expression(objects: list[Referred]) -> Iterator[tuple[Referred, int, str]]:

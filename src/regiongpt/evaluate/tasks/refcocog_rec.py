@@ -3,6 +3,7 @@
 Paper: §4.3, Table 5
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +14,11 @@ from regiongpt.data.convert.base import option
 from regiongpt.data.convert.images import image_size
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
-from regiongpt.evaluate.metrics.overlap import overlaps
+from regiongpt.evaluate.metrics.overlap import ENOUGH, overlaps
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
-from regiongpt.evaluate.tasks.choosing import RULES, choice_statistics, choices_of, chosen, measured
-from regiongpt.evaluate.tasks.proposals import ENOUGH, Box, candidates_of, read_proposals
+from regiongpt.evaluate.tasks.choosing import READS, RULES, choice_statistics, choices_of, chosen, measured
+from regiongpt.evaluate.tasks.proposals import Box, candidates_of, read_proposals
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogFiles, each_expression
 from regiongpt.evaluate.tasks.scoring import (
     SIZES,
@@ -50,6 +51,7 @@ class RefCocogRec(Task):
     name: ClassVar[str] = "refcocog_rec"
     summary: ClassVar[str] = "the box that an expression means, among proposals (Table 5)"
     item_id: ClassVar[str] = "sentence id"
+    reads: ClassVar[tuple[str, ...]] = READS
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         f"generate, {INJECTED}": {"accuracy": TABLES["rec"].figure("val") / 100}
     }
@@ -69,6 +71,13 @@ class RefCocogRec(Task):
     def __post_init__(self) -> None:
         if self.top < 0:
             raise ConfigError(f"top: expected 0 or more, got {self.top}")
+        if not math.isfinite(self.min_score):
+            raise ConfigError(f"min_score: expected a finite number, got {self.min_score}")
+
+    @property
+    def split_read(self) -> str:
+        """Of ``refs(...).p``."""
+        return self.split if self._files.refs.suffix == ".p" else ""
 
     @property
     def _files(self) -> RefCocogFiles:
@@ -102,6 +111,7 @@ class RefCocogRec(Task):
                     id=str(number),
                     image=folder / each.file,
                     image_id=each.image_id,
+                    size=each.size,
                     question=question(
                         "locate", 0, regions=range(1, len(boxes) + 1), expression=text, guided=self.guided
                     ),
@@ -138,16 +148,19 @@ class RefCocogRec(Task):
                 rights[f"{name}.accuracy"] = [float(ok) for ok in kept]
         notes = missing_notes(items, answers, self.item_id)
         if self.left_out.counts:
-            notes.append(f"left out: {self.left_out.summary()}")
+            notes.append(self.left_out.summary())
         notes.append(
             f"{sum(injected)} of {len(items)} questions had no candidate with an overlap of {ENOUGH}; "
             f"{_mean([len(item.regions) for item in items]):.1f} candidates a question on average"
         )
+        these = f"at most {self.top} an image" if self.top else "all"
+        if self.min_score:
+            these += f" of a score of {self.min_score:g} or more"
         return Result(
             task=self.name,
             pinned={
                 "split": f"RefCOCOg {self._files.partition} {self.split}",
-                "candidates": f"{self._proposals.name}, at most {self.top or 'all'} an image, order drawn by seed",
+                "candidates": f"{self._proposals.name}, {these}, order drawn by seed {self.seed}",
                 "right": f"overlap with the object of at least {ENOUGH}",
                 **{f"protocol {name}": rule for name, rule in RULES.items()},
                 f"variant {INJECTED}": "the object's box is added where no candidate overlaps it enough",

@@ -128,6 +128,8 @@ def rows_of(
                 "answer": answer.text if answer is not None else None,
                 "groups": dict(item.groups),
                 "missing": answer is None,
+                # Answers by number mean something beside the regions alone.
+                **({"regions": [region.to_dict() for region in item.regions]} if len(item.regions) > 1 else {}),
                 "scores": {name: values[place] for name, values in scores.items() if values[place] is not None},
             }
         )

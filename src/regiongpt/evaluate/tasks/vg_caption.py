@@ -53,6 +53,11 @@ class VisualGenomeCaption(CaptionTask):
         super().__post_init__()
         check_choice("grouping", self.grouping, tuple(GROUPINGS))
 
+    @property
+    def split_read(self) -> str:
+        """Of the file of splits."""
+        return self.split if self.splits is not None else ""
+
     def inputs(self) -> list[Path]:
         """Regions, images' sizes and splits."""
         found = [
@@ -95,7 +100,9 @@ class VisualGenomeCaption(CaptionTask):
                 asked.setdefault(key, (str(number), tuple(box), []))[2].append(phrase)
             for number_text, corners, phrases in asked.values():
                 place = (folder / record.image, image_id)
-                item = self.item(id=number_text, place=place, box=corners, references=phrases)
+                item = self.item(
+                    id=number_text, place=place, size=(record.width, record.height), box=corners, references=phrases
+                )
                 items += [] if item is None else [item]
         if not items:
             raise DataError(
