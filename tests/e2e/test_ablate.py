@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from regiongpt import ConfigError
 from regiongpt.ablate.annotations import prepare
+from regiongpt.ablate.study import photographs
 from regiongpt.ablate.summary import orders, summarise
 from regiongpt.ablate.variants import KINDS, chosen
 from regiongpt.cli import main
@@ -306,6 +307,8 @@ def test_the_variants_of_the_papers_tables_have_the_names_and_shapes_of_their_re
     ("words", "message"),
     [
         (["--seeds", "0,0"], "expected --seeds"),
+        (["--seeds", "00,0"], "expected --seeds"),
+        (["--seed", "5"], "--seed: expected --seeds"),
         (["--resamples", "0"], "--resamples of at least 1"),
         (["--eval.limits", "3"], "coco_cls has no such option"),
         (["--eval.limit", "few"], "expected int, got 'few'"),
@@ -320,6 +323,29 @@ def test_mistakes_end_in_one_line_before_anything_is_trained(words, message, pic
     assert error.startswith("regiongpt: error:")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [("prompt", "--data.suffixes=false"), ("prompt", "--eval.guided=false"), ("data", "--eval.region=mask")],
+)
+def test_what_is_varied_is_not_given_for_all(kind, word, pictures, tmp_path, capsys):
+    assert ablate(kind, pictures, tmp_path / "out", word) == 2
+    name = word.partition("=")[0]
+    assert f"{name}: expected what the ablation of {kind} varies to be left to it" in capsys.readouterr().err
+
+
+def test_photographs_that_changed_are_other_photographs(pictures, tmp_path):
+    for name in ("a", "b", "c"):
+        shutil.copytree(pictures, tmp_path / name)
+    content = (tmp_path / "b" / "instances_train.json").read_text()
+    (tmp_path / "b" / "instances_train.json").write_text(content + " ")
+    picture = next((tmp_path / "c" / "images").iterdir())
+    picture.write_bytes(picture.read_bytes() + b" ")
+    found = [photographs(str(tmp_path / name), "train") for name in ("a", "b", "c")]
+    assert found[0] == photographs(str(pictures), "train")
+    assert found[0]["images"] == found[1]["images"] != found[2]["images"]
+    assert found[0]["annotations"] == found[2]["annotations"] != found[1]["annotations"]
 
 
 @pytest.mark.parametrize(

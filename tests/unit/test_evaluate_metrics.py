@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate.metrics.bootstrap import interval, mean_statistic, paired, sum_statistic
+from regiongpt.evaluate.metrics.bootstrap import SumStatistic, interval, mean_statistic, paired, sum_statistic
 from regiongpt.evaluate.metrics.detection import Federated, detection_scores
 from regiongpt.evaluate.metrics.labels import Labels
 from regiongpt.evaluate.metrics.lexing import Lexer, Rule
@@ -51,6 +51,15 @@ def test_a_biased_average_has_an_interval_around_it() -> None:
     assert low <= statistic.value() == 0.5 <= high
 
 
+def test_an_interval_stays_within_what_the_figure_can_be() -> None:
+    groups = [f"g{k}" if k < 40 else "g" for k in range(80)]
+    statistic = mean_statistic(list(range(80)), [1.0] * 79 + [0.0], groups)
+    low, high = interval(statistic, 500)
+    assert 0 <= low <= statistic.value() <= high <= 1
+    above = SumStatistic((1, 2, 3), np.array([[4.0], [2.0], [9.0]]), lambda sums: sums[:, 0] / 3, most=10.0)
+    assert interval(above, 100)[1] > 5
+
+
 def test_paired_systems() -> None:
     rng = np.random.default_rng(3)
     images = list(range(300))
@@ -62,6 +71,9 @@ def test_paired_systems() -> None:
     assert found.p < 0.01
     same = paired(mean_statistic(images, a.tolist()), mean_statistic(images, a.tolist()), 500)
     assert (same.difference, same.p) == (0, 1)
+    alone = paired(mean_statistic([1], [0.0]), mean_statistic([1], [1.0]), 500)
+    assert alone.difference == 1
+    assert np.isnan([*alone.interval, alone.p]).all()
     with pytest.raises(DataError, match="the same images"):
         paired(mean_statistic(images, a.tolist()), mean_statistic(images[:-1], a.tolist()[:-1]))
 

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 from evaluating import Drawn, register
 from pictures import draw_pictures
+from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
-from regiongpt import ConfigError
+from regiongpt import ConfigError, DataError
 from regiongpt.cli import main
 from regiongpt.evaluate import answering, runner
+from regiongpt.evaluate.compare import _changes
+from regiongpt.evaluate.mistakes import worst
 from regiongpt.evaluate.runs import PAGE, options_of, read_lines, read_run, task_of
 from regiongpt.evaluate.session import Session
 from regiongpt.evaluate.sharding import Processes
+from regiongpt.evaluate.task import Result
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +178,7 @@ def test_missing_predictions_are_refused_or_counted(run, data, tmp_path, capsys)
         (["drawm"], "did you mean 'drawn'"),
         ([], "expected a task among"),
         (["drawn", "drawn"], "twice"),
+        (["--out", "x", "drawn", "--data", "DATA"], "expected the tasks before all options, got 'drawn' after one"),
         (["drawn"], "expected --out DIR"),
         (["drawn", "--out", "x"], "drawn: expected --data"),
         (["drawn", "--out", "x", "--data", "DATA", "--resamples", "-1"], "at least 0"),
@@ -250,6 +255,11 @@ def test_a_data_set_that_moved_is_found_by_data(run, data, tmp_path, capsys):
     assert main(["evaluate", "--compare", *both]) == 2
     assert "expected a file at /gone/instances_dev.json" in capsys.readouterr().err
     assert main(["evaluate", "--compare", *both, "--data", str(tmp_path / "moved")]) == 0
+    # The folder's name decides nothing, neither here nor where figures are replaced.
+    renamed = manifest.read_text().replace('"data": "', '"data": "x')
+    manifest.write_text(renamed)
+    assert main(["evaluate", "--compare", str(run), both[0], "--data", str(tmp_path / "moved"), "--json"]) == 0
+    assert "NaN" not in capsys.readouterr().out
 
 
 def test_options_come_back_as_they_were(data):
@@ -294,6 +304,70 @@ def test_a_broken_image_or_a_region_outside_is_counted_and_does_not_end_the_run(
     (whole,) = Session(out=tmp_path / "whole").score_model([Drawn(data=data)], checkpoint)
     rows = {row["id"]: row["answer"] for row in read_lines(whole.folder / "items.jsonl")}
     assert all(row["answer"] == rows[row["id"]] for row in read_lines(run.folder / "items.jsonl") if not row["missing"])
+
+
+def test_an_image_of_another_size_than_annotated_is_left_out_and_counted(data):
+    task = Drawn(data=data)
+    items = task.load()
+    with Image.open(items[0].image) as photo:
+        size = photo.size
+    first = items[0].image
+
+    class Sized(Drawn):
+        def load(self):
+            wrong = (size[0] * 2, size[1] * 2)
+            return [replace(item, size=wrong if item.image == first else size) for item in items]
+
+    kept = Sized(data=data)
+    assert {item.image for item in runner.load_items(kept)} == {item.image for item in items} - {first}
+    assert kept.left_out.counts == {"image of another size": 1}
+
+    class None_(Drawn):
+        def load(self):
+            return [replace(item, size=(1, 1)) for item in items]
+
+    with pytest.raises(DataError, match=r"found none among 5; expected .* of 1 x 1 pixels \(W x H\), got"):
+        runner.load_items(None_(data=data))
+
+
+def test_why_nothing_could_be_asked_is_said(data, checkpoint, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    for picture in (tmp_path / "data" / "images").iterdir():
+        picture.write_bytes(b"no picture")
+
+    class Strict(Drawn):
+        def score(self, items, answers, *, resamples=0, seed=0):
+            if not answers:
+                raise DataError("expected answers, got none")
+            return super().score(items, answers, resamples=resamples, seed=seed)
+
+    with pytest.raises(DataError, match="expected answers, got none; 10 of 10 questions could not be asked"):
+        Session(out=tmp_path / "out").score_model([Strict(data=tmp_path / "data")], checkpoint)
+
+
+def test_changes_and_mistakes_go_by_a_figure_that_each_item_has():
+    def rows(*rights):
+        return tuple(
+            {
+                "id": str(k),
+                "image_id": k,
+                "truth": "yes",
+                "answer": "no",
+                "groups": {},
+                "missing": False,
+                "scores": each,
+            }
+            for k, each in enumerate(rights)
+        )
+
+    a = Result(task="t", pinned={}, protocols={}, rows=rows({"random.accuracy": 1.0}, {"popular.accuracy": 1.0}))
+    b = Result(task="t", pinned={}, protocols={}, rows=rows({"random.accuracy": 1.0}, {"popular.accuracy": 0.0}))
+    assert worst(a, {}, 5) == []
+    assert [row["id"] for row in worst(b, {}, 5)] == ["1"]
+    figure, gained, lost, reworded = _changes(a, b)
+    assert (figure, gained, [each.id for each in lost], reworded) == ("random.accuracy, popular.accuracy", (), ["1"], 0)
+    others = Result(task="t", pinned={}, protocols={}, rows=rows({"choices": 0.0}, {"choices": 0.0}))
+    assert _changes(a, others) == ("no figure that both have", (), (), 0)
 
 
 def test_a_part_of_the_images_is_named_beside_the_figures(data, checkpoint, tmp_path):

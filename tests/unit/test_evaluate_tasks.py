@@ -218,6 +218,7 @@ def test_lvis_names_its_images_by_their_address(tmp_path: Path) -> None:
     assert "LVIS' rules" in result.pinned["scorer"]
     assert values(result, "generate and match")["AP_common"] == pytest.approx(1)
     assert values(result, "generate and match")["AP_rare"] is None
+    assert [result.protocols["generate and match"][f"AP_{part}"].of for part in ("rare", "common")] == [0, 1]
     assert "AP_common" not in values(
         replace(task, rules="coco").score(replace(task, rules="coco").load(), answers, resamples=0),
         "generate and match",
@@ -492,6 +493,8 @@ def test_expressions_written_from_annotations(tmp_path: Path) -> None:
     assert all(len(item.regions) == 5 and len(item.choices) == 6 for item in items)
     result = task.score(items, {item.id: Answer(text=item.truth) for item in items}, resamples=0)
     assert values(result, "generate") == {"accuracy": 1, "no_match": 0, "invalid": 0, "chance": pytest.approx(0.2)}
+    # An image that cannot be read is said when it is asked about, and --limit counts those that are asked about.
+    assert task_class("coco_rec")(data=folder, limit=1).load()
     plain = task_class("coco_rec")(data=folder, colours=False, guided=False).load()
     assert items[0].question.startswith(plain[0].question)
     assert not plain[0].question.endswith("Region [x].")

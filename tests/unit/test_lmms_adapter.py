@@ -79,6 +79,23 @@ def test_pope_gets_the_leading_yes_or_no(says, yes_no, handed):
     assert predictor.asked[0][2]["max_new_tokens"] == 16
 
 
+def test_pope_is_asked_in_the_trained_words():
+    predictor = Predictor("no")
+    asked = "Is there a cup?\nAnswer the question using a single word or phrase."
+    Answering(predictor).answer("pope", asked, DOCUMENT, visuals, {})
+    Answering(predictor, prompt="trained").answer("pope", asked, DOCUMENT, visuals, {})
+    assert [text for text, *_ in predictor.asked] == [asked, "Is there a cup?"]
+
+
+@pytest.mark.parametrize("row", [{"bbox": None}, {"bbox": [1, 2, 3]}, {}])
+def test_a_row_without_a_region_is_said(row):
+    with pytest.raises(DataError, match="expected bbox as x, y, width, height, got"):
+        Answering(Predictor("")).answer("refcocog_bbox_val", SHORT, {"image": PICTURE, **row}, visuals, {})
+    odd = {"image": PICTURE, "segmentation": [1, 2, 3]}
+    with pytest.raises(DataError, match="expected segmentation as x, y"):
+        Answering(Predictor("")).answer("refcocog_seg_val", SHORT, odd, visuals, {})
+
+
 def test_an_answer_ends_where_the_task_says():
     predictor = Predictor("a cup\nASSISTANT: more")
     options = {"until": ["ASSISTANT:", "\n\n"]}

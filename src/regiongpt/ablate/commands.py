@@ -13,7 +13,7 @@ from typing import Any
 
 from regiongpt.ablate import summary
 from regiongpt.ablate.study import Study
-from regiongpt.ablate.variants import KINDS, check_names, chosen
+from regiongpt.ablate.variants import KINDS, Variant, check_names, chosen
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun, write_json
@@ -51,6 +51,7 @@ def run_ablate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int
     base = load_config(options.config, overrides)
     variants = chosen(options.kind, options.variants, base)
     check_names(variants)
+    _refuse_varied(options.kind, variants, overrides, asked)
     asked.setdefault("data", base.data.root)
     study = Study(
         kind=options.kind,
@@ -123,9 +124,22 @@ def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return asked, rest
 
 
+def _refuse_varied(kind: str, variants: Sequence[Variant], overrides: Sequence[str], asked: Mapping[str, str]) -> None:
+    """Raises ConfigError for an option whose value the variants or the seeds decide."""
+    # A variant that leaves a field as it is stands for its default; where each names its own, none is mistaken.
+    plain = any(not variant.recipe for variant in variants)
+    fields = {name for variant in variants for name in variant.recipe if plain}
+    options = {f"{_ASKED}{name}" for variant in variants for name in variant.asked}
+    given = {word.removeprefix("--").partition("=")[0] for word in overrides if word.startswith("--")}
+    if "seed" in given:
+        raise ConfigError("--seed: expected --seeds N,N,..., for every variant is trained with each of them")
+    if both := sorted(f"--{name}" for name in given & fields) + sorted(options & {f"{_ASKED}{n}" for n in asked}):
+        raise ConfigError(f"{both[0]}: expected what the ablation of {kind} varies to be left to it; leave it out")
+
+
 def _seeds(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
         raise ConfigError(f"expected --seeds such as 0,1,2, each once, got {text!r}")
     return tuple(map(int, words))
 

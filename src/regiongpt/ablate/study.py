@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,8 @@ import numpy as np
 
 from regiongpt.ablate.annotations import prepare
 from regiongpt.ablate.variants import Variant, same_training
+from regiongpt.data.coco import photo_sources
+from regiongpt.data.shards import file_identity
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.runner import load_items
 from regiongpt.evaluate.runs import TaskRun, read_json, write_json
@@ -99,6 +102,7 @@ class Study:
                     out=self._folder(variant.name, seed) / "evaluation",
                     resamples=self.resamples,
                     towers=self._shared / "towers",
+                    overwrite=True,  # of the same model, as the recipe noted has it; its answers are kept
                 )
                 found[variant.name] += session.score_model([self.tasks[variant.name]], model, self.device)
         return found
@@ -144,6 +148,8 @@ class Study:
         """Raises ConfigError where the folder holds a run of another recipe, whose model would pass for this one's."""
         plain = json.loads(json.dumps(asdict(config)))
         del plain["out"]
+        if not config.data.on_records:  # of records their training keeps note
+            plain["photographs"] = photographs(config.data.root, config.data.split)
         if self.reuse is not None:
             plain["reuse"] = str(self.reuse.resolve())
         path = self._folder(name, seed) / RECIPE
@@ -249,12 +255,14 @@ class Study:
         if self.reuse is not None and _shape(config) == _shape(self._base()):
             return self.reuse / "language"
         made = [_shape(config), asdict(config.data), asdict(config.language), config.seed]
+        made.append(photographs(config.data.root, config.data.split))
         return self._shared / f"language-{digest(made)}"
 
     def _align(self, config: TrainConfig) -> Path:
         # The words of questions and answers are not learnt there.
         data = {name: value for name, value in asdict(config.data).items() if name != "suffixes"}
         parts = [asdict(config.model), data, asdict(config.align), config.isolated_share, config.seed]
+        parts.append(photographs(config.data.root, config.data.split))
         origin = [str(self._features(config).resolve()), str(self.reuse.resolve()) if self.reuse else ""]
         return self._shared / f"align-{digest(parts, asdict(config.features), origin)}"
 
@@ -264,8 +272,29 @@ class Study:
     @staticmethod
     def _seen(config: TrainConfig) -> list[Any]:
         """What features depend on."""
-        features = {**asdict(config.features), "root": config.features.root or config.data.root}
+        root = config.features.root or config.data.root
+        features = {**asdict(config.features), "root": root, "photographs": photographs(root, config.data.split)}
         return [config.data.split, features, config.model.vision, config.model.image_size]
+
+
+@cache
+def photographs(root: str, split: str) -> dict[str, Any]:
+    """What a folder of photographs holds: annotations by their content, images by their names and sizes in bytes.
+
+    Args:
+        root: The folder.
+        split: Of the annotations.
+
+    Raises:
+        DataError: It has no such annotations.
+    """
+    sources = photo_sources(Path(root), split)
+    files = [path for source in sources for path in (source.instances, source.captions) if path is not None]
+    images = [
+        sorted((path.name, path.stat().st_size) for path in source.images.glob("*") if path.is_file())
+        for source in sources
+    ]
+    return {"annotations": [file_identity(path) for path in files], "images": digest(images)}
 
 
 def check_reuse(run: Path, config: TrainConfig) -> None:

@@ -174,6 +174,8 @@ def _check_predictions(tasks: Sequence[Task], options: argparse.Namespace) -> No
         if getattr(options, name) is not None:
             why = "no model is run for predictions" if given else "a model answers everything"
             raise ConfigError(f"expected --{name} {'without' if given else 'with'} --predictions; {why}; leave it out")
+    if given and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("expected one process with --predictions, got several; there is nothing to share out")
     if given and len(tasks) > 1:
         raise ConfigError(f"expected one task with --predictions, got {len(tasks)}; score them one after the other")
 

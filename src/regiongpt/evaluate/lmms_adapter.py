@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
+from regiongpt.data.convert.values import short
 from regiongpt.data.progress import Meter, track
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.images import load_image
@@ -90,6 +91,8 @@ class Answering:
             if len(images) != 1:
                 raise DataError(f"{task}: expected one image a question, got {len(images)}")
             image = images[0]
+            if self.prompt == "trained" and task.startswith("pope"):
+                context = context.strip().partition("\n")[0]  # less the line that asks for a single word
         self.predictor.set_image(load_image(image))
         said = self.predictor.ask(
             context,
@@ -110,10 +113,16 @@ class Answering:
 
 
 def _region(task: str, document: Mapping[str, Any]) -> Region:
-    if "_seg" in task:
-        flat = [float(value) for value in document["segmentation"]]
+    key, wanted = ("segmentation", "x, y, x, y, ...") if "_seg" in task else ("bbox", "x, y, width, height")
+    try:
+        flat = [float(value) for value in document[key]]
+        if len(flat) % 2 or (key == "bbox" and len(flat) != 4):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{task}: expected {key} as {wanted}, got {short(document.get(key))}") from None
+    if key == "segmentation":
         return Region.polygon([list(zip(flat[::2], flat[1::2], strict=True))])
-    x, y, width, height = (float(value) for value in document["bbox"])
+    x, y, width, height = flat
     return Region.box(x, y, x + width, y + height)
 
 

@@ -148,7 +148,8 @@ def _shown(values: Sequence[str]) -> str:
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of the file, each with where it is."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        # As a run writes it: an answer may hold half of a surrogate pair.
+        text = path.read_bytes().decode("utf-8", "surrogatepass").removeprefix("\ufeff")
     except OSError as error:
         raise DataError(f"expected predictions at {path}, got {error.strerror}; check the path") from None
     except UnicodeDecodeError:

@@ -193,6 +193,7 @@ def _train_on_photographs(config: TrainConfig) -> Path:
         raise ConfigError(f"steps: expected the result of 'language' in {language}, found none; run that step first")
     start = out / "start"
     whole = cached_images(config) if config.features.root else images
+    set_seed(config.seed)  # whether the language model was made by this call or by an earlier one
     create_start(start_shape(config.model), language, start, [each.path for each in measured_on(whole)])
     check_shape(replace(start_shape(config.model), language=str(language)), start)
     model, processor = weights.load(start, device="cpu")

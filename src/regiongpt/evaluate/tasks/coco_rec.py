@@ -7,11 +7,11 @@ size or a colour that is true of one of the five alone. Its figures are no RefCO
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
-from regiongpt.data.coco import load_coco, photo_sources
+from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.convert.base import option
-from regiongpt.data.facts import colours_of
+from regiongpt.data.facts import View, colours_of
 from regiongpt.data.sampling import dev_questions
 from regiongpt.errors import DataError
 from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
@@ -19,6 +19,16 @@ from regiongpt.evaluate.tasks.choosing import READS, RULES, choice_statistics, c
 from regiongpt.evaluate.tasks.scoring import by_group, limited, mean_figure, missing_notes, rows_of
 from regiongpt.images import load_image
 from regiongpt.prompts import parse_region_answer, question
+
+_CANDIDATES: Final = 5
+
+
+def _colours(image: ImageAnnotations) -> dict[int, str]:
+    try:
+        photo = load_image(image.path)
+    except DataError:  # said when it is asked about; until then its expressions name no colour
+        return {}
+    return colours_of(image, photo) if photo.size == (image.width, image.height) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +55,8 @@ class CocoRec(Task):
         self.left_out.counts.clear()
         data = load_coco(photo_sources(self.data, self.split))
         self.left_out.counts.update(data.skipped)
-        images = data.images[: self.limit or None]
-        colours = {
-            k: v for image in images if self.colours for k, v in colours_of(image, load_image(image.path)).items()
-        }
+        images = self._first(data.images)
+        colours = {k: v for image in images if self.colours for k, v in _colours(image).items()}
         asked = dev_questions(images, "locate", self.seed, colours)
         items = []
         turn: dict[int, int] = {}
@@ -60,6 +68,7 @@ class CocoRec(Task):
                     id=f"{each.image.image_id}-{number}",
                     image=each.image.path,
                     image_id=each.image.image_id,
+                    size=(each.image.width, each.image.height),
                     question=text,
                     regions=tuple(each.regions),
                     choices=choices_of(len(each.regions)) if self.choices else (),
@@ -72,6 +81,11 @@ class CocoRec(Task):
         if not items:
             raise DataError(f"{self.data}: expected images with five objects or more, found none; {data.report()}")
         return limited(items, self.limit)
+
+    def _first(self, images: Sequence[ImageAnnotations]) -> Sequence[ImageAnnotations]:
+        """The images up to the last that is asked about; one's questions follow from its place among all."""
+        usable = [place for place, image in enumerate(images) if len(View(image).askable) >= _CANDIDATES]
+        return images[: usable[: self.limit][-1] + 1] if self.limit > 0 and usable else images
 
     def score(
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
