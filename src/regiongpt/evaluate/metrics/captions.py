@@ -47,7 +47,8 @@ def caption_scores(
 
     Args:
         captions: n texts as they were written; ``""`` for an item without an answer, which scores 0.
-        references: Of each, the texts to compare with: at least one, with at least one word.
+        references: Of each, the texts to compare with, at least one of them with a word. One without words is left out,
+            where the reference scripts count it as an empty caption.
         metrics: Some of :data:`METRICS`; METEOR and SPICE run Java.
         clusters: Image of each caption, for the statistics; default: each its own.
 

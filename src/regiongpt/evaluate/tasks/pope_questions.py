@@ -36,6 +36,7 @@ def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
     found: dict[str, Asked] = {}
     for number, entry in iter_lines(path, rejects):
         key, image, label = entry.get("question_id", number), entry.get("image"), entry.get("label")
+        label = label.lower() if isinstance(label, str) else label
         text = plain_text(entry.get("text"), "question")
         if isinstance(key, bool) or not isinstance(key, int | str):
             rejects.add("question of another form", path, number, f"expected question_id, got {short(key)}")
