@@ -15,6 +15,7 @@ from regiongpt.evaluate.answering import from_json
 from regiongpt.evaluate.bars import Bar, bar_chart
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, centred, ends, resample
 from regiongpt.evaluate.paper import PaperTable
+from regiongpt.evaluate.runner import load_items
 from regiongpt.evaluate.runs import PREDICTIONS, TaskRun, read_lines
 from regiongpt.evaluate.tables import NOTHING, markdown
 from regiongpt.evaluate.task import Task
@@ -60,7 +61,7 @@ def measure(tasks: Mapping[str, Task], runs: Mapping[str, Sequence[TaskRun]]) ->
     Raises:
         DataError: The variants have no item in common.
     """
-    items = {name: task.load() for name, task in tasks.items()}
+    items = {name: load_items(task) for name, task in tasks.items()}
     shared = set.intersection(*({item.id for item in each} for each in items.values()))
     if not shared:
         raise DataError("expected variants that are asked about the same items, but they have none in common")

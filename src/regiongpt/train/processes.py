@@ -5,9 +5,10 @@ tell each process its number; accelerate opens the connection.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from regiongpt.errors import ConfigError
 
 Found = TypeVar("Found")
+_FAREWELL: Final = 0.1  # seconds
 
 
 class Processes:
@@ -91,6 +93,9 @@ def disconnect() -> None:
     """Closes the connection; a process that ends with it open may be taken for one that failed."""
     if _connected():
         dist.destroy_process_group()
+        # A thread of gloo's lets go of the last message's tensor after the one that waited for it has gone on, and
+        # needs the interpreter's lock for that; where there is no interpreter any more, it aborts the process.
+        time.sleep(_FAREWELL)
 
 
 def refuse_outer_sharding() -> None:
