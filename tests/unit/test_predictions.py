@@ -98,6 +98,7 @@ def test_another_split_is_noticed(tmp_path: Path) -> None:
         ({"id": 1, "scores": [1, float("nan")]}, "expected scores as finite numbers, got nan"),
         ({"id": 1, "scores": [1, 10**400]}, "expected scores as finite numbers, got 1000"),
         ({"id": 1, "scores": {"fish": 1}}, "got one of 'fish'$"),
+        ({"id": 1, "bbox": [0, 0, 5, 5]}, "expected the answer as 'text' or 'scores', found 'id', 'bbox'"),
         ({"id": 1, "called": [1.0]}, "expected the answer as 'text' or 'scores', found 'id', 'called'"),
         ({"id": 1, "text": "cat", "answer": "dog"}, "expected one answer, got text 'cat' and answer 'dog'; keep"),
         ({"id": 1, "text": " ? "}, "expected an answer, got the question itself"),

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from regiongpt.ablate import summary
 from regiongpt.ablate.study import Study
 from regiongpt.ablate.variants import KINDS, Variant, check_names, chosen
+from regiongpt.environment import launched
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun, write_json
@@ -44,7 +44,7 @@ def run_ablate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int
     _add_options(parser)
     options, words = parser.parse_known_args(arguments)
     asked, overrides = _split(words)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched() > 1:
         raise ConfigError("expected one process, got several; variants are trained one after the other")
     if options.resamples < 1:
         raise ConfigError(f"expected --resamples of at least 1, got {options.resamples}")

@@ -254,15 +254,15 @@ class Study:
     def _language(self, config: TrainConfig) -> Path:
         if self.reuse is not None and _shape(config) == _shape(self._base()):
             return self.reuse / "language"
-        made = [_shape(config), asdict(config.data), asdict(config.language), config.seed]
-        made.append(photographs(config.data.root, config.data.split))
+        seen = photographs(config.data.root, config.data.split)
+        made = [_shape(config), asdict(config.data), seen, asdict(config.language), config.seed]
         return self._shared / f"language-{digest(made)}"
 
     def _align(self, config: TrainConfig) -> Path:
         # The words of questions and answers are not learnt there.
         data = {name: value for name, value in asdict(config.data).items() if name != "suffixes"}
-        parts = [asdict(config.model), data, asdict(config.align), config.isolated_share, config.seed]
-        parts.append(photographs(config.data.root, config.data.split))
+        seen = photographs(config.data.root, config.data.split)
+        parts = [asdict(config.model), data, seen, asdict(config.align), config.isolated_share, config.seed]
         origin = [str(self._features(config).resolve()), str(self.reuse.resolve()) if self.reuse else ""]
         return self._shared / f"align-{digest(parts, asdict(config.features), origin)}"
 

@@ -13,7 +13,7 @@ from regiongpt.errors import DataError
 from regiongpt.evaluate import bars
 from regiongpt.evaluate.answering import from_json
 from regiongpt.evaluate.bars import Bar, bar_chart
-from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, centred, ends, resample
+from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, around, centred, ends, resample
 from regiongpt.evaluate.paper import PaperTable
 from regiongpt.evaluate.runner import load_items
 from regiongpt.evaluate.runs import PREDICTIONS, TaskRun, read_lines
@@ -103,7 +103,7 @@ def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) ->
         alike = name != names[0] and statistics[0].clusters == own[names[0]][0].clusters
         cells[name] = Cell(
             mean=means[name],
-            interval=ends(np.clip(centred(drawn[name], means[name]), 0.0, 100 * statistics[0].most)),
+            interval=around(drawn[name], means[name], 100 * statistics[0].most),
             seeds=tuple(100 * each.value() for each in statistics),
             gain=means[name] - means[names[0]] if name != names[0] else None,
             gain_interval=ends(centred(drawn[name] - drawn[names[0]], means[name] - means[names[0]]))

@@ -41,6 +41,8 @@ MOST_ASKED = 5
 FREE_SHARE = 0.15
 JITTER = 0.06
 OUTLINE_SHARE = 0.5
+# Boxes that an expression is held against in a question of development.
+LOCATED_AMONG = 5
 # A human caption still holds for a crop that keeps this much of the image.
 CAPTION_COVERAGE = 0.75
 
@@ -512,13 +514,13 @@ def dev_questions(
                         asked = question(task, 0, category=category)
                         found.append(_ask(image, task, asked, [], answer, category, kind=kind))
             continue
-        for _ in range(3 if len(view.askable) >= 5 else 0):
-            options = [view.askable[k] for k in rng.permutation(len(view.askable))[:5]]
-            target = options[int(rng.integers(5))]
+        for _ in range(3 if len(view.askable) >= LOCATED_AMONG else 0):
+            options = [view.askable[k] for k in rng.permutation(len(view.askable))[:LOCATED_AMONG]]
+            target = options[int(rng.integers(LOCATED_AMONG))]
             expression = _fitting(rng, view, target, options, colours or {})
             if expression is not None:
                 kind, text = expression
-                asked = question(task, 0, regions=[1, 2, 3, 4, 5], expression=text)
+                asked = question(task, 0, regions=range(1, LOCATED_AMONG + 1), expression=text)
                 answer, boxes = region_answer(options.index(target) + 1), [each.box for each in options]
                 found.append(_ask(image, task, asked, boxes, answer, target.category, target.box, kind, text))
     return found

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from regiongpt.data.commands import option_arguments
+from regiongpt.environment import launched
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate import tables
 from regiongpt.evaluate.runs import PAGE, finite
@@ -174,7 +175,7 @@ def _check_predictions(tasks: Sequence[Task], options: argparse.Namespace) -> No
         if getattr(options, name) is not None:
             why = "no model is run for predictions" if given else "a model answers everything"
             raise ConfigError(f"expected --{name} {'without' if given else 'with'} --predictions; {why}; leave it out")
-    if given and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if given and launched() > 1:
         raise ConfigError("expected one process with --predictions, got several; there is nothing to share out")
     if given and len(tasks) > 1:
         raise ConfigError(f"expected one task with --predictions, got {len(tasks)}; score them one after the other")

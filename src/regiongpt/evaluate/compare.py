@@ -11,7 +11,7 @@ from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.answering import from_json
 from regiongpt.evaluate.metrics.bootstrap import Paired, paired
 from regiongpt.evaluate.report import STYLE
-from regiongpt.evaluate.runs import PREDICTIONS, TaskRun, read_lines, read_run, task_of
+from regiongpt.evaluate.runs import PLACES, PREDICTIONS, TaskRun, read_lines, read_run, task_of
 from regiongpt.evaluate.tables import NOTHING, aligned
 from regiongpt.evaluate.task import Answer, Result, Task
 from regiongpt.pages import card, page, table
@@ -19,8 +19,6 @@ from regiongpt.pages import card, page, table
 _SHOWN: Final = 20
 _ELSEWHERE: Final = ("limit",)
 """Options that may differ: only the items that both runs have are compared."""
-_PLACES: Final = ("data",)
-"""Likewise: the folder may have moved, and its files are held against each other by their content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +139,7 @@ def compare(a: TaskRun, b: TaskRun, data: Path | None = None, resamples: int = 1
 
 def _refuse_different(a: TaskRun, b: TaskRun) -> None:
     """Raises ConfigError where the figures of two runs are not of the same thing."""
-    ours, theirs = ({**run.manifest["settings"], **dict.fromkeys((*_ELSEWHERE, *_PLACES))} for run in (a, b))
+    ours, theirs = ({**run.manifest["settings"], **dict.fromkeys((*_ELSEWHERE, *PLACES))} for run in (a, b))
     differing = [
         f"--{name}: {ours.get(name)!r} and {theirs.get(name)!r}" for name in ours if ours[name] != theirs.get(name)
     ]

@@ -4,7 +4,6 @@ lmms-eval is no dependency: it looks for this module by an entry point of the pa
 when it asks for it.
 """
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from regiongpt.data.convert.values import short
 from regiongpt.data.progress import Meter, track
+from regiongpt.environment import launched
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.images import load_image
 from regiongpt.prompts import question
@@ -160,7 +160,7 @@ def _model_class() -> type:
                 raise ConfigError(f"batch_size: expected 1, got {batch_size}; questions are asked image by image")
             from regiongpt.inference import RegionPredictor
 
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if launched() > 1:
                 from accelerate import Accelerator
 
                 self.accelerator = Accelerator()

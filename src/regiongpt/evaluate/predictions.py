@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from regiongpt.data.convert.values import is_number, short
+from regiongpt.data.convert.values import is_box, is_number, short
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.labels import folded
 from regiongpt.evaluate.metrics.overlap import ENOUGH, overlaps
 from regiongpt.evaluate.store import digest
 from regiongpt.evaluate.task import Answer, Item, Task
+from regiongpt.evaluate.tasks.scoring import listed
 from regiongpt.prompts import region_answer
 
 ID_KEYS: Final = ("id", "question_id")
@@ -25,7 +26,7 @@ OWN_KEYS: Final = {
 """Further names of it, by what the task's ids are."""
 TEXT_KEYS: Final = ("text", "answer", "caption", "prediction", "label")
 """Names of the answer; ``label`` where it is the name of a class, for elsewhere it is the truth."""
-_SHOWN = 5
+_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,24 +99,25 @@ def read_predictions(
     lacking = [item.id for item in items if item.id not in answers]
     if strangers and not answers:
         raise DataError(
-            f"{path}: expected predictions for {task.item_id}s of this split such as {_shown(list(by_id))}, got "
-            f"{len(strangers)} for others such as {_shown(strangers)}; are they of another split, or of another task?"
+            f"{path}: expected predictions for {task.item_id}s of this split such as {listed(list(by_id), _SHOWN)}, "
+            f"got {len(strangers)} for others such as {listed(strangers, _SHOWN)}; are they of another split, or of "
+            "another task?"
         )
     if strangers and unknown == "refuse":
         raise DataError(
             f"{path}: expected predictions for the {len(items)} items alone, got {len(strangers)} for others: "
-            f"{task.item_id}s {_shown(strangers)}; take them out, or leave them aside with --unknown ignore"
+            f"{task.item_id}s {listed(strangers, _SHOWN)}; take them out, or leave them aside with --unknown ignore"
         )
     if lacking and missing == "refuse":
         raise DataError(
             f"{path}: expected a prediction for each of {len(items)} items, found none for {len(lacking)}: "
-            f"{task.item_id}s {_shown(lacking)}; add them, or count them as wrong with --missing wrong"
+            f"{task.item_id}s {listed(lacking, _SHOWN)}; add them, or count them as wrong with --missing wrong"
         )
     report = _in_part(path, task, answers, missing)
     if strangers:
-        report.append(f"{len(strangers)} predictions are for no item and were left out ({_shown(strangers)})")
+        report.append(f"{len(strangers)} predictions are for no item and were left out ({listed(strangers, _SHOWN)})")
     if repeated:
-        report.append(f"{len(repeated)} predictions came more than once, always alike ({_shown(repeated)})")
+        report.append(f"{len(repeated)} predictions came more than once, always alike ({listed(repeated, _SHOWN)})")
     return Predictions(answers=answers, report=tuple(report))
 
 
@@ -130,7 +132,7 @@ def _in_part(path: Path, task: Task, answers: Mapping[str, Answer], missing: str
         lacking = [number for number, answer in answers.items() if getattr(answer, kind) is None]
         if not lacking or len(lacking) == len(answers):
             continue
-        told = f"{len(lacking)} of {len(answers)} predictions lack {kind!r}: {task.item_id}s {_shown(lacking)}"
+        told = f"{len(lacking)} of {len(answers)} predictions lack {kind!r}: {task.item_id}s {listed(lacking, _SHOWN)}"
         if missing == "refuse":
             raise DataError(
                 f"{path}: expected {kind!r} in every prediction or in none, but {told}; add it, take it out of the "
@@ -138,11 +140,6 @@ def _in_part(path: Path, task: Task, answers: Mapping[str, Answer], missing: str
             )
         report.append(f"{told}; they count as wrong where {kind!r} is scored")
     return report
-
-
-def _shown(values: Sequence[str]) -> str:
-    more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
-    return f"{', '.join(values[:_SHOWN])}{more}"
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -196,8 +193,9 @@ def _id(entry: Mapping[str, Any], where: str, task: Task) -> str:
 
 
 def _answer(entry: Mapping[str, Any], item: Item, where: str, task: Task) -> Answer:
-    if not any(entry.get(key) is not None for key in (*_text_keys(item), "bbox", *task.reads)):
-        wanted = _either([*task.reads, *(["bbox"] if len(item.regions) > 1 else [])])
+    named = ("bbox",) if len(item.regions) > 1 else ()
+    if not any(entry.get(key) is not None for key in (*_text_keys(item), *named, *task.reads)):
+        wanted = _either((*task.reads, *named))
         raise DataError(f"{where}: expected the answer as {wanted}, found {', '.join(map(repr, entry))}")
     _check_regions(entry, item, where)
     text = _text(entry, item, where)
@@ -234,7 +232,7 @@ def _text(entry: Mapping[str, Any], item: Item, where: str) -> str | None:
         return text
     if text is not None:
         raise DataError(f"{where}: expected a text or a bbox as the answer, got both; keep one")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)) or not (box[2] > 0 and box[3] > 0):
+    if not is_box(box) or box[2] <= 0 or box[3] <= 0:
         raise DataError(f"{where}: expected bbox as x, y, width, height in pixels, got {short(box)}")
     x, y, width, height = map(float, box)
     agreement = overlaps((x, y, x + width, y + height), [region.to_dict()["box"] for region in item.regions])
@@ -277,7 +275,7 @@ def _scores(given: Any, item: Item, where: str) -> tuple[float, ...]:
                     f"{where}: expected scores of choices, got one of {name!r}{f'; near: {near[0]}' if near else ''}"
                 )
         if lacking := [name for name in choices if name not in given]:
-            raise DataError(f"{where}: expected a score of every choice, found none of {_shown(lacking)}")
+            raise DataError(f"{where}: expected a score of every choice, found none of {listed(lacking, _SHOWN)}")
         given = [given[name] for name in choices]
     return _numbers(given, len(choices), "choices", where)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regiongpt.data.convert.images import image_size
+from regiongpt.data.convert.images import known_size
 from regiongpt.data.convert.jsonstream import TRUNCATED
 from regiongpt.data.progress import Meter, track
 from regiongpt.data.shards import file_identity
@@ -69,14 +69,11 @@ def load_items(task: Task) -> list[Item]:
 
 def _other_size(item: Item) -> str:
     """What is wrong with the size of an item's image; ``""`` where nothing is, or the image cannot be read."""
-    if item.size is None:
-        return ""
-    try:
-        found = image_size(item.image)
-    except DataError:  # said when it is asked about
+    found = known_size(item.image) if item.size is not None else None
+    if item.size is None or found is None or found == item.size:
         return ""
     wanted = f"expected {item.image.name} of {item.size[0]} x {item.size[1]} pixels (W x H)"
-    return f"{wanted}, got {found[0]} x {found[1]}" if found != item.size else ""
+    return f"{wanted}, got {found[0]} x {found[1]}"
 
 
 def make_keys(model: str, tasks: Sequence[tuple[Task, list[Item]]]) -> list[Asked]:

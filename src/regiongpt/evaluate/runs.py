@@ -31,6 +31,8 @@ PAGE: Final = "index.html"
 
 _DECIDING: Final = ("settings", "inputs", "model", "predictions", "scoring")
 """Parts of a manifest without which two figures are not of the same thing."""
+PLACES: Final = ("data",)
+"""Settings that decide nothing: a folder may move, and its files are held against each other by their content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +138,8 @@ def _deciding(manifest: Mapping[str, Any], part: str) -> Any:
     found = json.loads(json.dumps(manifest.get(part)))
     if not isinstance(found, dict):
         return found
-    if part == "settings":  # the folder may have moved: its files are held against each other by their content
-        return {name: value for name, value in found.items() if name != "data"}
+    if part == "settings":
+        return {name: value for name, value in found.items() if name not in PLACES}
     # The same checkpoint answered by newer code is the same run, gone on with.
     return {name: found.get(name) for name in ("files", "dtype")} if part == "model" else found
 
@@ -172,7 +174,7 @@ def write_task(
         (folder / MANIFEST).unlink(missing_ok=True)
         write_lines(folder / ITEMS, rows)
         write_lines(folder / PREDICTIONS, given)
-        (folder / MISTAKES).write_text(cards, encoding="utf-8", errors="replace")
+        _write_whole(folder / MISTAKES, cards, "replace")
         write_json(folder / RESULT, result.to_dict())
         write_json(folder / MANIFEST, manifest)
     except OSError as error:
@@ -185,7 +187,7 @@ def write_task(
 
 def _regions(item: Item) -> dict[str, str]:
     """What the answer's number of a region means, for whoever reads it again."""
-    return {"regions": regions_of(item)} if regions_of(item) else {}
+    return {"regions": told} if (told := regions_of(item)) else {}
 
 
 def read_run(out: Path) -> list[TaskRun]:
@@ -206,8 +208,12 @@ def read_run(out: Path) -> list[TaskRun]:
 
 def write_json(path: Path, values: Any) -> None:
     """Writes plain json beside the file and renames it; numbers that json does not have become null."""
+    _write_whole(path, json.dumps(finite(values), indent=1, ensure_ascii=False) + "\n", "surrogatepass")
+
+
+def _write_whole(path: Path, text: str, errors: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(finite(values), indent=1, ensure_ascii=False) + "\n", "utf-8", "surrogatepass")
+    temporary.write_text(text, "utf-8", errors)
     temporary.replace(path)
 
 

@@ -1,11 +1,11 @@
 """The processes of a run: one, or as many as ``accelerate launch`` or ``torchrun`` have started."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, TypeVar
 
+from regiongpt.environment import launched
 from regiongpt.errors import ConfigError
 
 T = TypeVar("T")
@@ -64,18 +64,17 @@ def processes(on_cpu: bool = False) -> Processes:
     Raises:
         ConfigError: A launcher has started several that cannot be connected.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched < 2:
+    if launched() < 2:
         return ALONE
     import torch
     from accelerate import PartialState
 
     # accelerate connects processes without an accelerator only where it is told that they are meant to have none.
     state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
-    if state.num_processes != launched:
+    if state.num_processes != launched():
         raise ConfigError(
-            f"expected the {launched} processes that WORLD_SIZE speaks of, got {state.num_processes} connected; start "
-            "them with `torchrun` or `accelerate launch`"
+            f"expected the {launched()} processes that WORLD_SIZE speaks of, got {state.num_processes} connected; "
+            "start them with `torchrun` or `accelerate launch`"
         )
     return Processes(
         rank=state.process_index,

@@ -77,11 +77,6 @@ class Processes:
         return values
 
 
-def launched() -> int:
-    """How many processes were started together, also before they are connected."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def connect() -> None:
     """Connects this process to those that were started with it, over GPUs where there are any."""
     from accelerate import PartialState

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.mixture import Mixture, open_mixture
 from regiongpt.data.sampling import ConversationSampler
+from regiongpt.environment import launched
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
@@ -46,7 +47,7 @@ from regiongpt.train.lora import choose_learners, merge_adapters
 from regiongpt.train.matching import compare_at_first
 from regiongpt.train.photographs import language_of, reading_of, sampler_of, texts_of, tokenizer_of
 from regiongpt.train.plan import make_plan
-from regiongpt.train.processes import Processes, connect, launched
+from regiongpt.train.processes import Processes, connect
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
 from regiongpt.train.resuming import prepare_resuming, resume_of
 from regiongpt.train.starts import (

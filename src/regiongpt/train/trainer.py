@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from regiongpt.environment import launched
 from regiongpt.errors import ConfigError
 from regiongpt.train import state as states
 from regiongpt.train.checkpoints import Checkpoints
@@ -25,7 +26,7 @@ from regiongpt.train.dataset import Example
 from regiongpt.train.lesson import Lesson, Loss, decoder_layers
 from regiongpt.train.packed_attention import require_packable, units_on_cpu
 from regiongpt.train.packing import Collate, PackedCollate, width_cost
-from regiongpt.train.processes import Processes, Sharded, disconnect, launched, put_together, refuse_outer_sharding
+from regiongpt.train.processes import Processes, Sharded, disconnect, put_together, refuse_outer_sharding
 from regiongpt.train.stage_trainer import StageTrainer
 from regiongpt.train.watch import Cost, Watch
 from regiongpt.train.watch_answers import Watched

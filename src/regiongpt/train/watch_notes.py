@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regiongpt.data.mixture import Mixture
-from regiongpt.environment import commit, machine, versions
+from regiongpt.environment import commit, launched, machine, versions
 from regiongpt.errors import DataError
-from regiongpt.train.processes import launched
 
 if TYPE_CHECKING:
     from regiongpt.train.config import TrainConfig

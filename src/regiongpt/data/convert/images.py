@@ -49,6 +49,14 @@ def image_size(path: Path) -> tuple[int, int]:
         raise DataError(f"{error.fault.reason}; fetch it, or check the folder of images") from None
 
 
+def known_size(path: Path) -> tuple[int, int] | None:
+    """Likewise; None where the file cannot be read, which is said where it is needed."""
+    try:
+        return image_size(path)
+    except DataError:
+        return None
+
+
 class _UnusableError(Exception):
     """A fault that is raised and so not cached: the file may come to be there."""
 

@@ -23,6 +23,11 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
+def is_box(value: Any) -> TypeGuard[list[float]]:
+    """Whether a value is a list of four such numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
 def is_side(value: Any) -> TypeGuard[int]:
     """Whether a value can be the width or the height of an image in pixels."""
     return type(value) is int and 0 < value < 1 << 31

@@ -132,8 +132,7 @@ def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0, level: 
     Returns:
         Both ends, within what the figure can be; NaN where no resample has anything to measure.
     """
-    values = centred(_resampled((statistic,), resamples, seed)[0], statistic.value())
-    return ends(np.clip(values, 0.0, statistic.most), level)
+    return around(_resampled((statistic,), resamples, seed)[0], statistic.value(), statistic.most, level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +210,18 @@ def centred(values: Floats, figure: float) -> Floats:
         return values
     bias = float(there.mean()) - figure
     return values if abs(bias) <= 3 * float(there.std()) / len(there) ** 0.5 else values - bias
+
+
+def around(values: Floats, figure: float, most: float, level: float = 0.95) -> tuple[float, float]:
+    """Both ends of a figure's interval, as :func:`interval` draws it.
+
+    Args:
+        values: The resampled figures.
+        figure: Itself.
+        most: The largest value that it can have.
+        level: Share of the resamples inside.
+    """
+    return ends(np.clip(centred(values, figure), 0.0, most), level)
 
 
 def ends(values: Floats, level: float = 0.95) -> tuple[float, float]:

@@ -1,12 +1,13 @@
 """Average precision as the COCO API computes it, also by LVIS' rules, and the same for resampled images."""
 
 import io
+import sys
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -239,7 +240,9 @@ def _check(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], ki
 
 
 def _is_figure(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and bool(np.isfinite(value))
+    return isinstance(value, (int, float, np.integer, np.floating)) and bool(
+        abs(cast(float, value)) <= sys.float_info.max
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

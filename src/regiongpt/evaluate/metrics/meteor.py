@@ -27,6 +27,8 @@ PATIENCE: Final = 300.0
 """Seconds of its own work without any line after which the program is given up; its tables take about ten."""
 _IDLE: Final = 0.01
 """Share of one core below which the program stands still, and is not merely kept waiting by a busy machine."""
+_PROMPT: Final = 0.1
+"""Share of the patience within which a line is taken as it comes, and nobody asks what the program does."""
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75
 _STAGES = np.array([1.0, 0.6, 0.8, 0.6])  # exact words, stems, synonyms, paraphrases
 _SEPARATOR = "|||"
@@ -205,10 +207,15 @@ class _Conversation:
 
     def _next(self, number: int, of: int) -> str | None:
         """The next line, however long a busy machine takes for it; None at the end."""
-        first = before = self._worked()
+        early = _PROMPT * self._patience
+        try:
+            return self._said.get(timeout=early)
+        except queue.Empty:
+            first = before = self._worked()
+        wait = self._patience - early
         while True:
             try:
-                return self._said.get(timeout=self._patience)
+                return self._said.get(timeout=wait)
             except queue.Empty:
                 now = self._worked()
             if now - first >= self._patience or now - before < _IDLE * self._patience:
@@ -216,7 +223,7 @@ class _Conversation:
                     f"METEOR: expected an answer for caption {number + 1} of {of}, got none in {self._patience:g} s; "
                     "the program was ended; is the machine out of memory?"
                 )
-            before = now
+            before, wait = now, self._patience
 
     def _worked(self) -> float:
         """Seconds of processor time that the program has had."""

@@ -4,15 +4,15 @@ Paper: §4.1, Table 3
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeGuard, cast
+from typing import Any, ClassVar, Final, cast
 
 from regiongpt.data.convert.base import option
 from regiongpt.data.convert.instances import InstancesFile, Shapes
 from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import is_number, is_whole
+from regiongpt.data.convert.values import is_box, is_number, is_whole
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
@@ -166,7 +166,7 @@ class CocoClassification(Task):
     ) -> Result:
         """All protocols that the answers allow: without probabilities and scores, the first alone."""
         names: list[str] = items[0].detail["names"]
-        ids = dict(zip(names, items[0].detail["ids"], strict=True))
+        ids = _category_ids(items)
         labels = Labels(names, self.synonyms)
         texts = [a.text if (a := answers.get(item.id)) is not None else None for item in items]
         readings = [labels.read(text) if text is not None else None for text in texts]
@@ -306,7 +306,7 @@ def read_areas(path: Path) -> tuple[dict[int, float], dict[int, list[dict[str, A
         if isinstance(entry.get("id"), int) and known is not None:
             areas[entry["id"]] = known
         box, numbers = entry.get("bbox"), (entry.get("image_id"), entry.get("category_id"))
-        if entry.get("iscrowd") == 1 and all(type(number) is int for number in numbers) and _is_box(box):
+        if entry.get("iscrowd") == 1 and all(type(number) is int for number in numbers) and is_box(box):
             size = box[2] * box[3] if known is None else known
             crowd = {"bbox": box, "category_id": numbers[1], "area": size}
             crowds.setdefault(entry["image_id"], []).append(crowd)
@@ -316,20 +316,23 @@ def read_areas(path: Path) -> tuple[dict[int, float], dict[int, list[dict[str, A
 def read_federated(path: Path) -> dict[str, Any] | None:
     """What LVIS' rules go by; None where not every image and category has it."""
     absent, partly, frequency = {}, {}, {}
-    for entry in iter_array(path, "images", Rejects()):
-        if not isinstance(entry, dict) or not is_whole(entry.get("id")):
-            continue  # left out and counted where the file is read for the items
+    for entry in _identified(path, "images"):
         lists = [entry.get(f"{name}_category_ids") for name in ("neg", "not_exhaustive")]
         if not all(isinstance(those, list) for those in lists):
             return None
         absent[entry["id"]], partly[entry["id"]] = lists
-    for entry in iter_array(path, "categories", Rejects()):
-        if not isinstance(entry, dict) or not is_whole(entry.get("id")):
-            continue
+    for entry in _identified(path, "categories"):
         if entry.get("frequency") not in FREQUENCIES:
             return None
         frequency[entry["id"]] = entry["frequency"]
     return {"absent": absent, "partly": partly, "frequency": frequency}
+
+
+def _identified(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """The entries with an id; others are left out and counted where the file is read for the items."""
+    for entry in iter_array(path, key, Rejects()):
+        if isinstance(entry, dict) and is_whole(entry.get("id")):
+            yield entry
 
 
 def _federated(items: Sequence[Item]) -> Federated | None:
@@ -341,8 +344,9 @@ def _federated(items: Sequence[Item]) -> Federated | None:
     return Federated(absent=absent, partly=partly, frequency=known["frequency"])
 
 
-def _is_box(value: Any) -> TypeGuard[list[float]]:
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+def _category_ids(items: Sequence[Item]) -> dict[str, int]:
+    """Of every name of the closed set."""
+    return dict(zip(items[0].detail["names"], items[0].detail["ids"], strict=True))
 
 
 def _detection(item: Item, category: int, score: float) -> dict[str, Any]:
@@ -351,8 +355,7 @@ def _detection(item: Item, category: int, score: float) -> dict[str, Any]:
 
 def _truth(items: Sequence[Item]) -> dict[str, Any]:
     """The objects asked about, and the crowds of their images, as the COCO API takes them."""
-    detail = items[0].detail
-    ids = dict(zip(detail["names"], detail["ids"], strict=True))
+    ids = _category_ids(items)
     annotations = [
         {
             "image_id": item.image_id,
@@ -396,13 +399,13 @@ def _count(items: Sequence[Item], name: str) -> int:
         return len(items)
     if name in FREQUENCIES.values():
         often = items[0].detail["federated"]["frequency"]
-        ids = dict(zip(items[0].detail["names"], items[0].detail["ids"], strict=True))
+        ids = _category_ids(items)
         return sum(FREQUENCIES[often[ids[item.truth]]] == name for item in items)
     return sum(item.groups["size"] == name.removeprefix("AP_") for item in items)
 
 
 def _breakdowns(items: Sequence[Item], right: Sequence[float], found: DetectionScores) -> dict[str, Any]:
-    ids = dict(zip(items[0].detail["names"], items[0].detail["ids"], strict=True))
+    ids = _category_ids(items)
 
     def category(places: list[int]) -> dict[str, Figure]:
         precision = found.by_category.get(ids[items[places[0]].truth])

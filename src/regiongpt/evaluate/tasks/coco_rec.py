@@ -6,21 +6,20 @@ size or a colour that is true of one of the five alone. Its figures are no RefCO
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.convert.base import option
 from regiongpt.data.facts import View, colours_of
-from regiongpt.data.sampling import dev_questions
+from regiongpt.data.sampling import LOCATED_AMONG, dev_questions
 from regiongpt.errors import DataError
 from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
 from regiongpt.evaluate.tasks.choosing import READS, RULES, choice_statistics, choices_of, chosen, measured
 from regiongpt.evaluate.tasks.scoring import by_group, limited, mean_figure, missing_notes, rows_of
 from regiongpt.images import load_image
 from regiongpt.prompts import parse_region_answer, question
-
-_CANDIDATES: Final = 5
 
 
 def _colours(image: ImageAnnotations) -> dict[int, str]:
@@ -84,8 +83,10 @@ class CocoRec(Task):
 
     def _first(self, images: Sequence[ImageAnnotations]) -> Sequence[ImageAnnotations]:
         """The images up to the last that is asked about; one's questions follow from its place among all."""
-        usable = [place for place, image in enumerate(images) if len(View(image).askable) >= _CANDIDATES]
-        return images[: usable[: self.limit][-1] + 1] if self.limit > 0 and usable else images
+        if self.limit <= 0:
+            return images
+        usable = (place for place, image in enumerate(images, 1) if len(View(image).askable) >= LOCATED_AMONG)
+        return images[: max(islice(usable, self.limit), default=0)]
 
     def score(
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import is_number, is_whole, short
+from regiongpt.data.convert.values import is_box, is_number, is_whole, short
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.overlap import ENOUGH, overlaps
@@ -55,19 +56,11 @@ def read_proposals(
     scored = unscored = 0
     fault = ""  # the first, for a file of which nothing can be used
     for place, entry in enumerate(iter_array(path, None, rejects)):
-        image_id = entry.get("image_id") if isinstance(entry, dict) else None
-        box = entry.get("bbox") if isinstance(entry, dict) else None
-        if not is_whole(image_id) or not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-            told = f"expected image_id as a whole number and bbox as four numbers, got {short(entry)}"
+        if told := _malformed(entry):
             fault = fault or f"[{place}]: {told}"
             rejects.add("proposal of another form", path, place, told)
             continue
-        score = entry.get("score")
-        if score is not None and not is_number(score):
-            told = f"expected score as a finite number, got {short(score)}"
-            fault = fault or f"[{place}]: {told}"
-            rejects.add("proposal of another form", path, place, told)
-            continue
+        image_id, box, score = entry["image_id"], entry["bbox"], entry.get("score")
         scored, unscored = scored + (score is not None), unscored + (score is None)
         if image_id not in images:
             continue
@@ -103,6 +96,14 @@ def read_proposals(
         best = [those[k][1] for k in order.tolist() if not least or those[k][0] >= least]
         kept[image_id] = best[: top or None]
     return Proposals(boxes=kept, scored=bool(scored))
+
+
+def _malformed(entry: Any) -> str:
+    """What is wrong with an entry's form; ``""`` where nothing is."""
+    if not isinstance(entry, dict) or not is_whole(entry.get("image_id")) or not is_box(entry.get("bbox")):
+        return f"expected image_id as a whole number and bbox as four numbers, got {short(entry)}"
+    score = entry.get("score")
+    return "" if score is None or is_number(score) else f"expected score as a finite number, got {short(score)}"
 
 
 def candidates_of(truth: Box, proposed: Sequence[Box], inject: bool, seed: tuple[int, ...]) -> tuple[list[Box], bool]:

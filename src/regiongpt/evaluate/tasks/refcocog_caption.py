@@ -56,7 +56,7 @@ class RefCocogCaption(CaptionTask):
     @property
     def split_read(self) -> str:
         """Of ``refs(...).p``."""
-        return self.split if self._files.refs.suffix == ".p" else ""
+        return self._files.split_read(self.split)
 
     def inputs(self) -> list[Path]:
         """Expressions and objects."""
@@ -65,7 +65,7 @@ class RefCocogCaption(CaptionTask):
     def pinned(self) -> dict[str, str]:
         """Partition, split and grouping."""
         files = self._files
-        split = self.split if files.refs.suffix == ".p" else files.refs.name
+        split = self.split_read or files.refs.name
         return {"split": f"RefCOCOg {files.partition} {split}", "references": GROUPINGS[self.grouping]}
 
     def load(self) -> list[Item]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regiongpt.data.convert.images import Fault, image_size
+from regiongpt.data.convert.images import Fault, known_size
 from regiongpt.data.convert.jsonl import iter_lines
 from regiongpt.data.convert.refcoco_files import APART, Scene, read_instances, read_json, read_pickle
 from regiongpt.data.convert.values import (
@@ -12,7 +12,7 @@ from regiongpt.data.convert.values import (
     Corners,
     clipped_box,
     image_fault,
-    is_number,
+    is_box,
     is_whole,
     plain_text,
     short,
@@ -69,6 +69,10 @@ class RefCocogFiles:
         """Who divided the data set, as far as the file's name says it."""
         return next((name for name in ("umd", "google") if name in self.refs.name.lower()), "as in the file")
 
+    def split_read(self, split: str) -> str:
+        """A split where the file holds several, and it is chosen by name; ``""`` where the file is itself one."""
+        return split if self.refs.suffix == ".p" else ""
+
     @property
     def folder(self) -> Path:
         """Of the images."""
@@ -98,11 +102,8 @@ class RefCocogFiles:
                     rejects.add(APART, self.refs, ref.ann_id, "expected the object in the instances, found none")
                 else:
                     said = tuple((expression.id, expression.text) for expression in ref.expressions)
-                    found.append(
-                        Referred(
-                            image_id, scene.path, (scene.width, scene.height), ref.ann_id, each.box, each.category, said
-                        )
-                    )
+                    size = (scene.width, scene.height)
+                    found.append(Referred(image_id, scene.path, size, ref.ann_id, each.box, each.category, said))
         if not found:
             raise DataError(f"{self.refs}: expected objects of the split {split!r}, found none; {rejects.summary()}")
         return found
@@ -138,7 +139,7 @@ def _read_line(entry: Mapping[str, Any], number: int, folder: Path) -> Referred 
     sent_id, category = entry.get("sent_id", number), entry.get("category", "")
     if not (is_whole(image_id) and is_whole(ann_id) and is_whole(sent_id)):
         return Fault(MALFORMED, f"expected image_id and ann_id as whole numbers, got {short(dict(entry))}")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+    if not is_box(box):
         return Fault("box that is not four numbers", f"expected bbox_xywh as four numbers, got {short(box)}")
     text = plain_text(entry.get("sent"), "expression")
     if isinstance(text, Fault):
@@ -146,10 +147,7 @@ def _read_line(entry: Mapping[str, Any], number: int, folder: Path) -> Referred 
     name = entry.get("file_name") or f"COCO_train2014_{image_id:012d}.jpg"
     if fault := image_fault(name):
         return fault
-    try:
-        width, height = image_size(folder / name)
-    except DataError:  # said when it is asked about, with the others that are not there
-        width = height = int(MAX_COORDINATE)
+    width, height = known_size(folder / name) or (int(MAX_COORDINATE), int(MAX_COORDINATE))
     x, y, w, h = box
     corners = clipped_box(x, y, w, h, width, height)
     if isinstance(corners, Fault):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from regiongpt.data.convert.base import option
-from regiongpt.data.convert.images import image_size
+from regiongpt.data.convert.images import known_size
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
 from regiongpt.evaluate.metrics.overlap import ENOUGH, overlaps
@@ -77,7 +77,7 @@ class RefCocogRec(Task):
     @property
     def split_read(self) -> str:
         """Of ``refs(...).p``."""
-        return self.split if self._files.refs.suffix == ".p" else ""
+        return self._files.split_read(self.split)
 
     @property
     def _files(self) -> RefCocogFiles:
@@ -98,7 +98,7 @@ class RefCocogRec(Task):
         files = self._files
         objects, folder = files.objects(self.split, self.left_out), files.folder
         images = {each.image_id: folder / each.file for each in objects}
-        size = cache(lambda number: _size(images[number]))
+        size = cache(lambda number: known_size(images[number]))
         found = read_proposals(self._proposals, set(images), self.top, self.min_score, self.left_out, size)
         items = []
         for each, number, text in each_expression(objects):
@@ -172,14 +172,6 @@ class RefCocogRec(Task):
             notes=tuple(notes),
             statistics=statistics,
         )
-
-
-def _size(path: Path) -> tuple[int, int] | None:
-    """Of an image; None where it cannot be read, which is said when it is asked about."""
-    try:
-        return image_size(path)
-    except DataError:
-        return None
 
 
 def _mean(values: Sequence[float]) -> float:
