@@ -1,0 +1,207 @@
+"""Settings: frozen pydantic models that are read from TOML and typed as command-line options."""
+
+import argparse
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from regiongpt.errors import ConfigError
+
+T = TypeVar("T", bound="Settings")
+
+
+class _OwnErrors(type(BaseModel)):  # type: ignore[misc]
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            raise ConfigError(explain(cls, error)) from None
+
+
+class Settings(BaseModel, metaclass=_OwnErrors):
+    """Base of every settings class: immutable, unknown keys are errors, numbers are finite, paths are not empty.
+
+    A docstring below a field is its help on the command line. A validator rejects values that do not go together with
+    ValueError; whoever builds or loads settings gets ConfigError, with the place in front.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @classmethod
+    def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+        """Read a TOML file, and those that it extends, and apply overrides.
+
+        Args:
+            path: A TOML file; ``extends = ["other.toml"]`` names files beside it whose values it changes.
+            overrides: Command-line words, by dotted name: ``--stage2.lr 5e-4`` or ``--stage2.lr=5e-4``.
+
+        Raises:
+            ConfigError: The file is no TOML; a key is unknown (names the nearest one); a value is of the wrong type,
+                out of range, or does not go with the others.
+        """
+        return cls(**override(read_toml(Path(path)) if path else {}, overrides))
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Split the lists of the command line at commas, and reject what pydantic would take in silence."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, str) and tuple in kinds and str not in kinds:
+            return [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, str) and not value.strip() and Path in kinds:
+            raise ValueError("give a path, not an empty text")
+        if isinstance(value, bool) and bool not in kinds and {int, float} & kinds:
+            raise ValueError("give a number")
+        return value
+
+
+def read_toml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a TOML file, merged over those of the files that it ``extends``.
+
+    Raises:
+        ConfigError: A file is missing, is no TOML, or extends itself.
+    """
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself; leave out one of the files")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+    bases = values.pop("extends", [])
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends: give a list of files, got {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, read_toml(path.parent / base, (*seen, path.resolve())))
+    return _merge(merged, values)
+
+
+def override(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """The values with those of command-line words such as ``--stage2.lr 5e-4`` in their places.
+
+    Raises:
+        ConfigError: A word is no override, or treats a value as a table.
+    """
+    merged, rest = dict(values), list(words)
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        if not name.startswith("--") or len(name) < 3:
+            raise ConfigError(f"{name}: not an override; write --name.of.field value, such as --stage2.lr 5e-4")
+        if not (equals or rest):
+            raise ConfigError(f"{name}: give a value after it")
+        given: Any = text if equals else rest.pop(0)
+        for part in reversed(name[2:].split(".")):
+            given = {part: given}
+        try:
+            merged = _merge(merged, given, strict=True)
+        except TypeError as error:
+            raise ConfigError(f"{name}: '{error}' is a value, not a table") from None
+    return merged
+
+
+def nearest(name: str, known: Iterable[str], where: str = "") -> str:
+    """What to suggest for a misspelt name: the nearest known one, or all of them.
+
+    Args:
+        name: What was written.
+        known: The names there are.
+        where: What stands before a name in the message.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean '{where}{near[0]}'?" if near else f"known: {', '.join(names)}"
+
+
+def explain(kind: type[BaseModel], error: ValidationError) -> str:
+    """The first mistake in one line: where, what is wrong, what to do."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        *tables, leaf = map(str, first["loc"])
+        inner: Any = kind
+        for table in tables:
+            found = inner.model_fields.get(table) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+            inner = found.annotation if found is not None else None
+        known = list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else []
+        return f"unknown setting '{where}'; {nearest(leaf, known, ''.join(f'{table}.' for table in tables))}"
+    if first["type"] == "missing":
+        return f"{where}: give a value"
+    given = first["input"]
+    if first["type"] == "value_error" and not isinstance(given, str | int | float):  # about several fields
+        return f"{where}: {first['ctx']['error']}".removeprefix(": ")
+    message = first["msg"].removeprefix("Value error, ")
+    shown = repr(given) if len(repr(given)) <= 80 else f"{repr(given)[:77]}..."
+    return f"{where}: {message[:1].lower()}{message[1:]}, got {shown}".removeprefix(": ")
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type[Settings], title: str = "options") -> None:
+    """Add one option per field: ``image_grid`` becomes ``--image-grid``, its docstring the help.
+
+    The values stay text, or absent where not typed: :func:`read_options` validates them.
+    """
+    group: Any = parser.add_argument_group(title)
+    for name, field in kind.model_fields.items():
+        kinds = _kinds(field.annotation)
+        text = " ".join((field.description or "").split()).replace("%", "%%").replace("``", "")
+        shown = not field.is_required() and field.default not in (None, "", (), False) and field.default_factory is None
+        given: dict[str, Any] = {
+            "dest": name,
+            "default": argparse.SUPPRESS,
+            "help": f"{text} (default: {field.default})" if shown else text,
+        }
+        if bool in kinds:
+            given["action"] = argparse.BooleanOptionalAction
+        else:
+            names = {int: "N", float: "X", Path: "DIR" if name in ("data", "images") else "FILE"}
+            given["metavar"] = next((metavar for each, metavar in names.items() if each in kinds), "TEXT")
+            if tuple in kinds:
+                given["nargs"] = "+"
+        group.add_argument(f"--{name.replace('_', '-')}", required=field.is_required(), **given)
+
+
+def read_options(kind: type[T], options: argparse.Namespace) -> T:
+    """The settings that were typed.
+
+    Raises:
+        ConfigError: A value cannot be used; the message names its option.
+    """
+    given = {name: getattr(options, name) for name in kind.model_fields if hasattr(options, name)}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        name, colon, rest = explain(kind, error).partition(":")
+        is_option = bool(colon) and name.split(".")[0] in kind.model_fields
+        raise ConfigError(f"--{name.replace('_', '-')}:{rest}" if is_option else f"{name}{colon}{rest}") from None
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any], strict: bool = False) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merge(below, value, strict)
+        elif strict and isinstance(value, Mapping) and below is not None:
+            raise TypeError(key)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The plain types in an annotation: ``{Path, NoneType}`` of ``Path | None``, ``{tuple, ...}`` of a tuple."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return set().union(*map(_kinds, typing.get_args(hint)))
+    if origin is typing.Annotated:
+        return _kinds(typing.get_args(hint)[0])
+    if origin is typing.Literal:
+        return {type(value) for value in typing.get_args(hint)}
+    if origin is tuple:
+        return {tuple}
+    return {origin or hint}
