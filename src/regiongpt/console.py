@@ -1,0 +1,62 @@
+"""What the command line shows while it works: progress, and libraries kept quiet."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+LOG_SECONDS = 30.0
+"""Seconds between two lines of progress where standard error is no terminal."""
+
+_SHOWN: ContextVar[bool] = ContextVar("progress", default=False)
+
+
+@contextmanager
+def progress_shown() -> Iterator[None]:
+    """Inside the block, :func:`progress` shows itself; elsewhere, as for users of the library, it stays silent."""
+    token = _SHOWN.set(True)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+def progress(items: Iterable[Item], name: str, unit: str, total: int | None = None) -> Iterable[Item]:
+    """Pass items on, showing how many are done, the rate, and the time left where the total is known.
+
+    A terminal gets a bar (tqdm); anything else, such as a log file, a line every 30 seconds.
+
+    Args:
+        items: Passed on in order.
+        name: What is done; begins the line.
+        unit: What is counted, in the plural.
+        total: How many items there are; taken from ``len(items)`` where None.
+    """
+    if not _SHOWN.get():
+        return items
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    seconds = 0.2 if terminal else LOG_SECONDS
+
+    class Lines(tqdm):  # type: ignore[misc]
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if terminal:
+                super().display(msg, pos)
+            elif msg is None and self.n:
+                print(self, file=self.fp, flush=True)
+
+    shown: Any = {"file": sys.stderr, "leave": False, "dynamic_ncols": True, "mininterval": seconds, "delay": seconds}
+    return Lines(items, desc=name, unit=f" {unit}", total=total, maxinterval=max(seconds, 10.0), **shown)
+
+
+def quiet_libraries() -> None:
+    """Keep transformers, tokenizers and datasets from talking over the output; call it before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

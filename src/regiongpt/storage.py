@@ -1,0 +1,142 @@
+"""Files: written whole or not at all, read with one-line errors, hashed, and locked against a second writer."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from regiongpt.errors import ConfigError, DataError, RegionGPTError
+
+_CHUNK = 1 << 22
+
+
+def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file so that a kill or a full disk leaves the old one or none, never a part.
+
+    Args:
+        path: The file; its folder must exist.
+        content: Text (UTF-8), bytes, or a function that writes the file whose path it is given.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    path = Path(path)
+    # The suffix stays last, for writers that choose the format by it.
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with writing(path):
+            if callable(content):
+                content(beside)
+            else:
+                beside.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+    """Write plain values as JSON, atomically. NaN and infinity are a ValueError: no reader but Python's takes them."""
+    write_file(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, kind: type[RegionGPTError] = DataError) -> Any:
+    """Read a JSON file, with or without a byte order mark.
+
+    Raises:
+        kind: The file is missing, no UTF-8, no JSON, nested too deeply, or holds a number too long to read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise kind(f"{path}: not a readable JSON file: {reason(error)}") from None
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn a failed write inside the block into one line.
+
+    Raises:
+        DataError: The disk is full, the folder is missing or not writable.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written: {reason(error)}; free some space or choose another place"
+        ) from None
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder beside ``path`` to fill, which becomes ``path`` when the block ends and is deleted when it fails.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    path = Path(path)
+    beside = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
+    try:
+        with writing(path):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            if path.is_dir():
+                path.rmdir()  # an empty folder may have been there
+            beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for this process; the lock ends with the block or the process, however that ends.
+
+    Raises:
+        ConfigError: Another process holds it; the message names it.
+        DataError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(
+                f"{folder}: {holder} is writing there; wait for its end or choose another folder"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()}")
+        file.flush()
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line and without the path that the message names already."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
