@@ -39,12 +39,12 @@ from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.sampling import ConversationSampler
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, weights
 from regiongpt.train.alignment import ClassWords, visual_loss
-from regiongpt.train.config import EngineConfig, StageConfig, TrainConfig, WatchConfig, load_config
 from regiongpt.train.dataset import ConversationCollate, ConversationDataset
 from regiongpt.train.features import FeatureStore, keep_freed_memory
 from regiongpt.train.packed_attention import units_on_cpu
 from regiongpt.train.packing import PackedCollate, targets_in, width_cost
 from regiongpt.train.photographs import sampler_of
+from regiongpt.train.recipe import EngineConfig, Recipe, StageConfig, WatchConfig
 from regiongpt.train.records import answer_loss
 from regiongpt.train.trainer import run_stage
 from regiongpt.train.watch_cost import StageCost
@@ -82,7 +82,7 @@ class EveryOtherShort:
 
 
 def conversations(
-    recipe: TrainConfig,
+    recipe: Recipe,
     images: list[ImageAnnotations],
     store: FeatureStore,
     model: Any,
@@ -110,7 +110,7 @@ def conversations(
 
 
 def measure_packing(
-    recipe: TrainConfig,
+    recipe: Recipe,
     images: list[ImageAnnotations],
     store: FeatureStore,
     model: Any,
@@ -174,7 +174,7 @@ def measure_packing(
 
 
 def measure_steps(
-    recipe: TrainConfig, images: list[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, steps: int
+    recipe: Recipe, images: list[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, steps: int
 ) -> dict[str, Any]:
     """Waiting and utilisation of real training, packed, from its own log but for the first step."""
     stage = recipe.stage2
@@ -318,7 +318,7 @@ def main() -> None:
         print(f"large: {result['large']['utilisation']:.0%} of the device's arithmetic")
     if options.data:
         size = options.micro_batch
-        recipe = load_config(
+        recipe = Recipe.load(
             RECIPE, [f"--stage2.{k}={size}" for k in ("batch_size", "micro_batch_size")] if size else []
         )
         model, processor = weights.load(weights.nano_path(), dtype=torch.float32)

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import IMAGE, REGION, tiny_inputs, tiny_model
 
 from regiongpt.errors import DataError
-from regiongpt.train.config import EngineConfig, StageConfig, WatchConfig
 from regiongpt.train.dataset import turn_numbers
+from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
 from regiongpt.train.records import answer_loss
 from regiongpt.train.trainer import StageTrainer, run_stage
 

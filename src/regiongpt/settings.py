@@ -7,21 +7,26 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from regiongpt.errors import ConfigError
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
 T = TypeVar("T", bound="Settings")
 
 
-class _OwnErrors(type(BaseModel)):  # type: ignore[misc]
+class _OwnErrors(ModelMetaclass):
     def __call__(cls, *args: Any, **values: Any) -> Any:
         try:
             return super().__call__(*args, **values)
         except ValidationError as error:
-            raise ConfigError(explain(cls, error)) from None
+            raise ConfigError(explain(typing.cast(type[BaseModel], cls), error)) from None
 
 
 class Settings(BaseModel, metaclass=_OwnErrors):
@@ -46,6 +51,14 @@ class Settings(BaseModel, metaclass=_OwnErrors):
                 out of range, or does not go with the others.
         """
         return cls(**override(read_toml(Path(path)) if path else {}, overrides))
+
+    def replace(self: T, **values: Any) -> T:
+        """A copy with other values, validated like any.
+
+        Raises:
+            ConfigError: A value cannot be used.
+        """
+        return type(self)(**{**dict(self), **values})
 
     @field_validator("*", mode="before")
     @classmethod

@@ -2,7 +2,6 @@
 
 import json
 import weakref
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main
 from regiongpt.data.mixture import open_mixture
 from regiongpt.model import weights
-from regiongpt.train.config import STEPS, TrainConfig, load_config
 from regiongpt.train.debug import debug_size
 from regiongpt.train.lora import choose_learners
 from regiongpt.train.plan import Plan, make_plan
+from regiongpt.train.recipe import STEPS, Recipe
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
 from regiongpt.train.shapes import language_shape, tower_shape
 from regiongpt.train.stages import train
@@ -37,8 +36,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("runs")
 
     @cache
-    def run(name: str) -> tuple[TrainConfig, Plan, Path]:
-        config = debug_size(load_config(CONFIGS / f"{name}.toml", [f"--out={root / name}"]))
+    def run(name: str) -> tuple[Recipe, Plan, Path]:
+        config = debug_size(Recipe.load(CONFIGS / f"{name}.toml", [f"--out={root / name}"]))
         plan = make_plan(config)
         return config, plan, train(config)
 
@@ -55,7 +54,7 @@ def test_a_recipe_runs_at_debug_size_as_planned(name: str, runs: Any) -> None:
         if part != "adapters":
             assert parameters == sum(tensor.numel() for tensor in getattr(model, part).parameters()), part
     for stage in plan.stages:
-        folder = Path(config.out) / ("language-checkpoints" if stage.name == "language" else stage.name)
+        folder = config.out / ("language-checkpoints" if stage.name == "language" else stage.name)
         assert max(int(each.name.split("-")[1]) for each in folder.glob("checkpoint-*")) == stage.steps
 
 
@@ -63,9 +62,9 @@ def test_the_halves_of_the_small_recipe_make_the_whole(runs: Any) -> None:
     _, _, whole = runs("nano")
     config, plan, first = runs("nano_stage1")
     assert [stage.name for stage in plan.stages] == ["language", "align", "stage1"]
-    assert first == Path(config.out) / "stage1" / "model"
-    steps = load_config(CONFIGS / "nano_stage2.toml").steps
-    second = train(replace(config, steps=steps))
+    assert first == config.out / "stage1" / "model"
+    steps = Recipe.load(CONFIGS / "nano_stage2.toml").steps
+    second = train(config.replace(steps=steps))
     ours, theirs = (weights.load(folder)[0].state_dict() for folder in (second, whole))
     assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
 
@@ -87,7 +86,7 @@ def test_adapters_are_merged_into_a_checkpoint_like_any_other(runs: Any) -> None
     assert all(".layers." in name and name.endswith("proj.weight") for name in language)
     assert {part.name: part.trained for part in plan.stages[0].parts}["language_model"] == 0
     predictor = RegionPredictor.from_pretrained(finished)
-    predictor.set_image(next((Path(config.out).parent / "made" / "images").iterdir()))
+    predictor.set_image(next((config.out.parent / "made" / "images").iterdir()))
     assert isinstance(predictor.ask("What is <region1>?", [Region.box(4, 4, 30, 40)]).text, str)
 
 
@@ -100,7 +99,7 @@ def test_adapters_are_merged_into_a_checkpoint_like_any_other(runs: Any) -> None
 )
 def test_other_towers_and_language_models(language: str, vision: str, tmp_path: Path) -> None:
     words = [f"--out={tmp_path}", f"--model.language={language}", f"--model.vision={vision}", "--model.image_size=0"]
-    config = debug_size(load_config(CONFIGS / "table7_openai_vit_l_336.toml", [*words, "--lora.rank=4"]))
+    config = debug_size(Recipe.load(CONFIGS / "table7_openai_vit_l_336.toml", [*words, "--lora.rank=4"]))
     plan, finished = make_plan(config), train(config)
     model, _ = weights.load(finished)
     assert model.config.text_config.model_type == language_shape(language).model_type
@@ -112,10 +111,10 @@ def test_other_towers_and_language_models(language: str, vision: str, tmp_path: 
 @pytest.mark.parametrize("grid", [1, 2])
 def test_a_region_takes_as_many_tokens_as_its_grid_has_cells(grid: int, tmp_path: Path) -> None:
     words = [f"--out={tmp_path / 'run'}", f"--model.region_grid={grid}"]
-    config = debug_size(load_config(CONFIGS / "table6_none.toml", words))
+    config = debug_size(Recipe.load(CONFIGS / "table6_none.toml", words))
     finished = train(config)
     predictor = RegionPredictor.from_pretrained(finished)
-    predictor.set_image(next((Path(config.out).parent / "made" / "images").iterdir()))
+    predictor.set_image(next((config.out.parent / "made" / "images").iterdir()))
     asked = "What are <region1> and <region2>?"
     predictor.ask(asked, [Region.box(4, 4, 30, 40), Region.box(50, 4, 90, 60)])
     processor = weights.load(finished)[1]
@@ -202,7 +201,7 @@ class _Living(TorchDispatchMode):
 def test_a_plan_is_what_training_measures(
     words: list[str], flops_within: float, memory_within: float, tmp_path: Path
 ) -> None:
-    recipe = load_config(
+    recipe = Recipe.load(
         CONFIGS / "vicuna7b_stage2.toml", [f"--out={tmp_path / 'run'}", "--engine.packing=false", *words]
     )
     config = debug_size(recipe)

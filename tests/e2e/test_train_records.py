@@ -21,8 +21,8 @@ from regiongpt.data.inspection import check, load_processor
 from regiongpt.data.records import Record, Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
 from regiongpt.model import weights
-from regiongpt.train.config import load_config
 from regiongpt.train.debug import debug_size
+from regiongpt.train.recipe import Recipe
 from regiongpt.train.stages import train
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +115,7 @@ def test_the_first_stage_leaves_the_language_model_and_the_second_goes_on_from_i
 def test_the_first_stage_alone(pictures: Path, start: Path, tmp_path: Path) -> None:
     config = tmp_path / "recipe.toml"
     config.write_text(f'[data]\npretrain_mixture = "{pictures / "coco"}"\n[model]\ninit = "{start}"\n')
-    finished = train(load_config(config, [f"--out={tmp_path / 'out'}", *FIRST]))
+    finished = train(Recipe.load(config, [f"--out={tmp_path / 'out'}", *FIRST]))
     assert finished == tmp_path / "out" / "stage1" / "model"
     assert not (tmp_path / "out" / "stage2").exists()
 
@@ -179,19 +179,6 @@ def test_a_record_that_cannot_be_used_is_named(
         (["--data.mixture=images"], "images: expected a folder of records"),
         (["--data.mixture=coco", "--data.root=."], "coco is one folder of records; leave it out"),
         (["--data.mixture=coco", "--model.init=nowhere"], "expected a checkpoint folder at nowhere"),
-        (["--data.mixture=coco", "--model.init="], "model.init: expected the checkpoint to train on records"),
-        (["--data.mixture=coco", "--model.layers=3"], "model.layers: goes with annotated photographs"),
-        (["--data.mixture=coco", "--features.views=1"], "features.views: goes with annotated photographs"),
-        (["--data.mixture=coco", "--language.lr=1"], "language.lr: goes with annotated photographs"),
-        (["--data.mixture=coco", "--align.epochs=1"], "align.epochs: goes with annotated photographs"),
-        (["--data.mixture=coco", "--isolated_share=0.5"], "isolated_share: goes with annotated photographs"),
-        (["--data.mixture=coco", "--data.split=dev"], "data.split: goes with annotated photographs"),
-        (["--data.mixture=coco", "--data.mix.caption=2"], "data.mix.caption: goes with annotated photographs"),
-        (["--data.mixture=coco", "--stage2.alignment=0"], "stage2.alignment: goes with annotated photographs"),
-        (["--data.mixture=coco", "--stage2.alignment=1"], "alignment: goes with annotated photographs"),
-        (["--data.mixture=coco", "--stage1.lr=1"], "stage1.lr: stage1 has no records to train on; give data.pretrain"),
-        (["--data.mixture=", "--data.pretrain_mixture=coco"], "stage2 has no records to train on; give data.mixture"),
-        (["--data.mixture="], "model.init: a checkpoint is trained further on records alone"),
     ],
 )
 def test_what_does_not_go_together_is_said_in_one_line(
@@ -210,12 +197,6 @@ def test_what_does_not_go_together_is_said_in_one_line(
     assert message in error
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
-def test_every_recipe_that_ships_is_read(path: Path) -> None:
-    config = load_config(path)
-    assert config.data.on_records == (not path.name.startswith("nano"))
-
-
 def test_the_second_stage_alone_wants_to_be_told_so(
     pictures: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,7 +211,7 @@ def test_the_second_stage_alone_wants_to_be_told_so(
 def test_the_second_stage_of_a_new_model_is_refused_before_the_model_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = debug_size(load_config(ROOT / "configs" / "vicuna7b_stage2.toml", [f"--out={tmp_path / 'made'}"]))
+    made = debug_size(Recipe.load(ROOT / "configs" / "vicuna7b_stage2.toml", [f"--out={tmp_path / 'made'}"]))
     parts = [f"--model.{name}={value}" for name, value in (("vision", made.model.vision), ("image_size", 0))]
     parts += [f"--model.language={made.model.language}", f"--data.mixture={made.data.mixture}", "--engine.workers=0"]
     recipe = ["train", str(ROOT / "configs" / "vicuna7b_stage2.toml"), f"--out={tmp_path / 'run'}", *parts, *SMALL]
@@ -249,7 +230,7 @@ def test_a_start_of_another_shape_is_refused_with_every_difference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = ROOT / "configs" / "vicuna7b_stage2.toml"
-    made = debug_size(load_config(recipe, [f"--out={tmp_path / 'made'}", "--model.region_grid=2"]))
+    made = debug_size(Recipe.load(recipe, [f"--out={tmp_path / 'made'}", "--model.region_grid=2"]))
     model = {"init": made.model.init, "vision": made.model.vision, "language": made.model.language, "image_size": 0}
     words = [f"--model.{name}={value}" for name, value in model.items()]
     words += [f"--data.mixture={made.data.mixture}", f"--out={tmp_path / 'run'}"]

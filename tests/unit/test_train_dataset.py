@@ -13,13 +13,13 @@ from regiongpt.data.facts import View
 from regiongpt.data.sampling import ClassStatistics, ConversationSampler
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80
-from regiongpt.train.config import FeatureConfig
 from regiongpt.train.dataset import (
     ConversationDataset,
     isolate_turns,
     shown_in_cells,
     turn_numbers,
 )
+from regiongpt.train.recipe import FeatureConfig
 
 TURNS = [
     ("What is <region2>?", "a cat"),

@@ -23,10 +23,10 @@ from transformers import LlamaConfig
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.train.batches import StepBatches
 from regiongpt.train.checkpoints import LIST, Checkpoints, damage
-from regiongpt.train.config import EngineConfig, WatchConfig
 from regiongpt.train.packed_attention import attends_in_units, require_packable, units_on_cpu
 from regiongpt.train.packing import PackedCollate, plan_rows, targets_in
 from regiongpt.train.processes import Processes
+from regiongpt.train.recipe import EngineConfig, WatchConfig
 from regiongpt.train.records import answer_loss
 
 SCRIPT = Path(__file__).parents[1] / "learning.py"

@@ -15,8 +15,8 @@ from regiongpt.data.shards import Rejects, write_records
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
 from regiongpt.regions import Region
-from regiongpt.train.config import DataConfig
 from regiongpt.train.lesson import Lesson
+from regiongpt.train.recipe import DataConfig
 from regiongpt.train.watch_answers import Watched, ask, check_whole, draw, load_watched, unwrapped
 
 

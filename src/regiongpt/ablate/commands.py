@@ -20,7 +20,7 @@ from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun, write_json
 from regiongpt.evaluate.task import RESAMPLES, Task
 from regiongpt.evaluate.tasks import task_class
 from regiongpt.pages import write_page
-from regiongpt.train.config import load_config
+from regiongpt.train.recipe import Recipe
 
 TABLE = "table.md"
 _ASKED = "--eval."
@@ -48,7 +48,7 @@ def run_ablate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int
         raise ConfigError("expected one process, got several; variants are trained one after the other")
     if options.resamples < 1:
         raise ConfigError(f"expected --resamples of at least 1, got {options.resamples}")
-    base = load_config(options.config, overrides)
+    base = Recipe.load(options.config, overrides)
     variants = chosen(options.kind, options.variants, base)
     check_names(variants)
     _refuse_varied(options.kind, variants, overrides, asked)

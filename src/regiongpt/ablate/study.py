@@ -6,14 +6,12 @@ OUT/VARIANT/seed-N/evaluation/   the run of ``regiongpt evaluate``
 OUT/shared/                      language models, features and the like of variants whose recipes agree in them
 """
 
-import dataclasses
-import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +28,7 @@ from regiongpt.evaluate.runs import TaskRun, read_json, write_json
 from regiongpt.evaluate.session import Session
 from regiongpt.evaluate.store import digest
 from regiongpt.evaluate.task import Task
-from regiongpt.train.config import TrainConfig, load_config
+from regiongpt.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +85,7 @@ class Study:
             RegionGPTError: As training and evaluation do.
         """
         if self.reuse is not None:
-            check_reuse(self.reuse, load_config(self.recipe, self.overrides))
+            check_reuse(self.reuse, Recipe.load(self.recipe, self.overrides))
         configs = {(v.name, seed): self._config(v, seed) for v in self.variants for seed in self.seeds}
         self._check([configs[variant.name, self.seeds[0]] for variant in self.variants])
         for (name, seed), config in configs.items():
@@ -107,7 +105,7 @@ class Study:
                 found[variant.name] += session.score_model([self.tasks[variant.name]], model, self.device)
         return found
 
-    def _check(self, configs: Sequence[TrainConfig]) -> None:
+    def _check(self, configs: Sequence[Recipe]) -> None:
         """Raises, before the first variant is trained for hours, what would stop the last one or its questions."""
         from regiongpt.inference.engine import pick_device
         from regiongpt.train.stages import check_beginning
@@ -116,7 +114,7 @@ class Study:
         for task in self.tasks.values():
             load_items(task)
         for config in configs:
-            if not (Path(config.out) / "start" / "config.json").exists():
+            if not (config.out / "start" / "config.json").exists():
                 check_beginning(config)
 
     @property
@@ -126,27 +124,26 @@ class Study:
     def _folder(self, name: str, seed: int) -> Path:
         return self.out / name / f"seed-{seed}"
 
-    def _config(self, variant: Variant, seed: int) -> TrainConfig:
+    def _config(self, variant: Variant, seed: int) -> Recipe:
         """The recipe of one variant with one seed, all of it checked."""
         words = [*self.overrides, *(f"--{name}={value}" for name, value in variant.recipe.items())]
         words += [f"--seed={seed}", f"--out={self._folder(variant.name, seed) / 'training'}"]
-        config = load_config(self.recipe, words)
+        config = Recipe.load(self.recipe, words)
         if not config.data.on_records and not config.data.root:
             raise ConfigError("data.root: expected the folder of the annotated photographs; give --data.root DIR")
         if variant.annotations:
             whole = config.data.root
             root = prepare(Path(whole), config.data.split, variant.annotations, self._shared)
             # The features of a part are some of those of the whole, which other ablations have made, or will need.
-            config = dataclasses.replace(
-                config,
-                data=dataclasses.replace(config.data, root=str(root)),
-                features=dataclasses.replace(config.features, root=config.features.root or whole),
+            config = config.replace(
+                data=config.data.replace(root=str(root)),
+                features=config.features.replace(root=config.features.root or whole),
             )
         return config
 
-    def _note(self, name: str, seed: int, config: TrainConfig) -> None:
+    def _note(self, name: str, seed: int, config: Recipe) -> None:
         """Raises ConfigError where the folder holds a run of another recipe, whose model would pass for this one's."""
-        plain = json.loads(json.dumps(asdict(config)))
+        plain = config.model_dump(mode="json")
         del plain["out"]
         if not config.data.on_records:  # of records their training keeps note
             plain["photographs"] = photographs(config.data.root, config.data.split)
@@ -166,7 +163,7 @@ class Study:
         except OSError as error:
             raise DataError(f"{path.parent}: expected a folder to write to, got {error.strerror}") from None
 
-    def _model(self, number: int, seed: int, configs: Mapping[tuple[str, int], TrainConfig]) -> Path:
+    def _model(self, number: int, seed: int, configs: Mapping[tuple[str, int], Recipe]) -> Path:
         """The trained model of a variant: that of an earlier one where only the questions differ."""
         from transformers.utils import logging as transformers_logging
 
@@ -190,9 +187,9 @@ class Study:
             self._keep(config)
         return model
 
-    def _kept(self, config: TrainConfig) -> list[tuple[Path, Path]]:
+    def _kept(self, config: Recipe) -> list[tuple[Path, Path]]:
         """What a run makes that others can take, and where it is kept for them."""
-        training = Path(config.out)
+        training = config.out
         pairs = [(training / "start", self._tower(config))]
         if not config.model.language:
             pairs.append((training / "language", self._language(config)))
@@ -200,12 +197,12 @@ class Study:
             pairs.append((training / "align" / "model", self._align(config)))
         return pairs
 
-    def _keep(self, config: TrainConfig) -> None:
+    def _keep(self, config: Recipe) -> None:
         for made, kept in self._kept(config):
             if made.exists() and not kept.exists():
                 _copy(made, kept)
 
-    def _take(self, config: TrainConfig) -> None:
+    def _take(self, config: Recipe) -> None:
         """Gives a run what another has made in the same way: language model, features, start, alignment."""
         import torch
         from transformers import set_seed
@@ -213,7 +210,7 @@ class Study:
         from regiongpt.train.stages import cached_images
         from regiongpt.train.starts import create_start, measured_on, start_shape
 
-        training = Path(config.out)
+        training = config.out
         training.mkdir(parents=True, exist_ok=True)
         for made, kept in self._kept(config):
             if made.name != "start" and kept.exists() and not made.exists():
@@ -239,41 +236,41 @@ class Study:
     def _alone(self) -> AbstractContextManager[None]:
         return _locked(self._shared / "lock")
 
-    def _features(self, config: TrainConfig) -> Path:
+    def _features(self, config: Recipe) -> Path:
         return self._of_tower(config, "features", "features")
 
-    def _tower(self, config: TrainConfig) -> Path:
+    def _tower(self, config: Recipe) -> Path:
         return self._of_tower(config, "start", "tower")
 
-    def _of_tower(self, config: TrainConfig, there: str, shared: str) -> Path:
+    def _of_tower(self, config: Recipe, there: str, shared: str) -> Path:
         """In the earlier run, where it has made the features that this one needs, or among what is shared."""
         if self.reuse is not None and self._seen(config) == self._seen(self._base()):
             return self.reuse / there
         return self._shared / f"{shared}-{digest(self._seen(config))}"
 
-    def _language(self, config: TrainConfig) -> Path:
+    def _language(self, config: Recipe) -> Path:
         if self.reuse is not None and _shape(config) == _shape(self._base()):
             return self.reuse / "language"
         seen = photographs(config.data.root, config.data.split)
-        made = [_shape(config), asdict(config.data), seen, asdict(config.language), config.seed]
+        made = [_shape(config), config.data.model_dump(), seen, config.language.model_dump(), config.seed]
         return self._shared / f"language-{digest(made)}"
 
-    def _align(self, config: TrainConfig) -> Path:
+    def _align(self, config: Recipe) -> Path:
         # The words of questions and answers are not learnt there.
-        data = {name: value for name, value in asdict(config.data).items() if name != "suffixes"}
+        data = {name: value for name, value in config.data.model_dump().items() if name != "suffixes"}
         seen = photographs(config.data.root, config.data.split)
-        parts = [asdict(config.model), data, seen, asdict(config.align), config.isolated_share, config.seed]
+        parts = [config.model.model_dump(), data, seen, config.align.model_dump(), config.isolated_share, config.seed]
         origin = [str(self._features(config).resolve()), str(self.reuse.resolve()) if self.reuse else ""]
-        return self._shared / f"align-{digest(parts, asdict(config.features), origin)}"
+        return self._shared / f"align-{digest(parts, config.features.model_dump(), origin)}"
 
-    def _base(self) -> TrainConfig:
-        return load_config(self.recipe, self.overrides)
+    def _base(self) -> Recipe:
+        return Recipe.load(self.recipe, self.overrides)
 
     @staticmethod
-    def _seen(config: TrainConfig) -> list[Any]:
+    def _seen(config: Recipe) -> list[Any]:
         """What features depend on."""
         root = config.features.root or config.data.root
-        features = {**asdict(config.features), "root": root, "photographs": photographs(root, config.data.split)}
+        features = {**config.features.model_dump(), "root": root, "photographs": photographs(root, config.data.split)}
         return [config.data.split, features, config.model.vision, config.model.image_size]
 
 
@@ -297,7 +294,7 @@ def photographs(root: str, split: str) -> dict[str, Any]:
     return {"annotations": [file_identity(path) for path in files], "images": digest(images)}
 
 
-def check_reuse(run: Path, config: TrainConfig) -> None:
+def check_reuse(run: Path, config: Recipe) -> None:
     """Holds an earlier run to what an ablation takes from it.
 
     Args:
@@ -330,9 +327,9 @@ def check_reuse(run: Path, config: TrainConfig) -> None:
         raise ConfigError(f"{run / 'language'}: expected the recipe's language model, got another: {', '.join(wrong)}")
 
 
-def _shape(config: TrainConfig) -> dict[str, Any]:
+def _shape(config: Recipe) -> dict[str, Any]:
     """What the shape of a language model depends on, and the form of what it reads."""
-    return {name: value for name, value in asdict(config.model).items() if name not in _NOT_OF_LANGUAGE}
+    return {name: value for name, value in config.model.model_dump().items() if name not in _NOT_OF_LANGUAGE}
 
 
 @contextmanager

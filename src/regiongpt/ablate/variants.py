@@ -9,7 +9,7 @@ from typing import Final
 
 from regiongpt.errors import ConfigError
 from regiongpt.model.configuration import REFINEMENTS
-from regiongpt.train.config import TrainConfig
+from regiongpt.train.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ KINDS: Final[dict[str, Kind]] = {
 """The ablations by name."""
 
 
-def chosen(kind: str, text: str | None, recipe: TrainConfig) -> tuple[Variant, ...]:
+def chosen(kind: str, text: str | None, recipe: Recipe) -> tuple[Variant, ...]:
     """The variants that are compared.
 
     Args:
@@ -178,7 +178,7 @@ def _made(kind: str, word: str) -> Variant:
     return make(word)
 
 
-def _valued(kind: str, word: str, recipe: TrainConfig) -> Variant:
+def _valued(kind: str, word: str, recipe: Recipe) -> Variant:
     """``NAME=VALUE``."""
     field, name, value = KINDS[kind].field, *word.partition("=")[::2]
     if not (name and value):

@@ -15,8 +15,8 @@ from regiongpt.data.sampling import Conversation, ConversationSampler
 from regiongpt.images import SquareFrame
 from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import COCO_80
-from regiongpt.train.config import FeatureConfig
 from regiongpt.train.features import FeatureStore, plan_views
+from regiongpt.train.recipe import FeatureConfig
 from regiongpt.train.watch_tally import task_numbers
 
 if TYPE_CHECKING:

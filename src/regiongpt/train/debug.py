@@ -8,7 +8,6 @@ said of them is true. Nothing is fetched.
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from regiongpt.errors import RegionGPTError
 from regiongpt.model.configuration import VISION_TOWERS
 from regiongpt.prompts import closed_set_suffix
 from regiongpt.regions import Region
-from regiongpt.train.config import ModelConfig, PlanConfig, StageConfig, TrainConfig
+from regiongpt.train.recipe import ModelConfig, PlanConfig, Recipe, StageConfig
 from regiongpt.train.shapes import language_shape, tower_shape
 from regiongpt.train.starts import checkpoint_folder, create_start, read_shape, save_whole
 from regiongpt.train.tokenizer import train_tokenizer
@@ -39,7 +38,7 @@ _KINDS = ((17, "cat", "red", 4), (18, "dog", "blue", 52))
 _TEMPLATES = {"llama": "vicuna_v1", "qwen2": "chatml", "qwen3": "chatml"}
 
 
-def debug_size(config: TrainConfig) -> TrainConfig:
+def debug_size(config: Recipe) -> Recipe:
     """The same recipe at debug size, with what it needs made beside its run.
 
     Args:
@@ -51,19 +50,17 @@ def debug_size(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: The shape of the recipe's tower or language model is not known, or a library is missing.
     """
-    out = Path(config.out.rstrip("/") + "-debug")
+    out = Path(f"{config.out}-debug")
     shutil.rmtree(out, ignore_errors=True)
     made = out / "made"
     made.mkdir(parents=True)
     draw_pictures(made)
-    small = replace(
-        config,
-        out=str(out / "run"),
+    small = config.replace(
+        out=out / "run",
         from_scratch=True,
-        features=replace(config.features, views=min(config.features.views, 2)),
-        lora=replace(config.lora, rank=min(config.lora.rank, 4)),
-        watch=replace(
-            config.watch,
+        features=config.features.replace(views=min(config.features.views, 2)),
+        lora=config.lora.replace(rank=min(config.lora.rank, 4)),
+        watch=config.watch.replace(
             dev_steps=min(config.watch.dev_steps, 2),
             answer_steps=min(config.watch.answer_steps, 2),
             dev_items=2,
@@ -71,16 +68,15 @@ def debug_size(config: TrainConfig) -> TrainConfig:
         ),
         plan=PlanConfig(gpu=config.plan.gpu),
         # Processes that load data take longer to start than all of the run.
-        engine=replace(config.engine, pack_length=min(config.engine.pack_length, _POSITIONS), workers=0),
+        engine=config.engine.replace(pack_length=min(config.engine.pack_length, _POSITIONS), workers=0),
         language=_few_steps(config.language, 0.2),
         align=_few_steps(config.align),
         stage1=_few_steps(config.stage1),
         stage2=_few_steps(config.stage2),
     )
     if not config.data.on_records:
-        return replace(
-            small,
-            data=replace(config.data, root=str(made), dev_split=config.data.dev_split and "train"),
+        return small.replace(
+            data=config.data.replace(root=str(made), dev_split=config.data.dev_split and "train"),
             # What comes before the steps that were chosen has to be made too.
             steps=config.steps if "language" in config.steps else (),
             model=_small_on_photographs(config.model, made),
@@ -88,19 +84,18 @@ def debug_size(config: TrainConfig) -> TrainConfig:
     require_data_extra()
     data = config.data
     if data.pretrain_mixture:
-        data = replace(data, pretrain_mixture=str(_write(made / "pretrain", made, with_text=False)))
+        data = data.replace(pretrain_mixture=str(_write(made / "pretrain", made, with_text=False)))
     if data.mixture:
-        data = replace(data, mixture=str(_write(made / "mixture", made, with_text=True)))
+        data = data.replace(mixture=str(_write(made / "mixture", made, with_text=True)))
     if data.dev_mixture:
-        data = replace(data, dev_mixture=data.mixture or data.pretrain_mixture)
-    return replace(small, data=replace(data, root=""), model=_small_on_records(config.model, made))
+        data = data.replace(dev_mixture=data.mixture or data.pretrain_mixture)
+    return small.replace(data=data.replace(root=""), model=_small_on_records(config.model, made))
 
 
 def _few_steps(stage: StageConfig, epochs: float = 1.0) -> StageConfig:
     """Three optimiser steps over the pictures, of two micro-batches each where the stage accumulates gradients."""
     accumulates = stage.batch_size > stage.micro_batch_size
-    return replace(
-        stage,
+    return stage.replace(
         epochs=epochs,
         batch_size=4,
         micro_batch_size=2 if accumulates else 4,
@@ -190,8 +185,7 @@ def _small_on_photographs(shape: ModelConfig, made: Path) -> ModelConfig:
     if shape.language:
         family = language_shape(shape.language).model_type
         language = str(_make_language(family, made / "language"))
-    return replace(
-        shape,
+    return shape.replace(
         vision=str(vision),
         language=language,
         image_size=0,
@@ -217,8 +211,7 @@ def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
         try:
             found = read_shape(checkpoint_folder(shape))
             vision, language = found.vision_config.model_type, found.text_config.model_type
-            shape = replace(
-                shape,
+            shape = shape.replace(
                 refinement=found.refinement,
                 refinement_channels=found.refinement_channels or 0,
                 connector_size=found.connector_size or 0,
@@ -227,8 +220,7 @@ def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
         except RegionGPTError:
             pass
     tower, model = _make_tower(vision, made / "tower"), _make_language(language, made / "language")
-    small = replace(
-        shape,
+    small = shape.replace(
         init="",
         vision=str(tower),
         language=str(model),
@@ -240,7 +232,7 @@ def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
     )
     if shape.init:
         create_start(small, str(model), made / "start", [])
-        small = replace(small, init=str(made / "start"))
+        small = small.replace(init=str(made / "start"))
     return small
 
 

@@ -24,7 +24,7 @@ from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View, colours_of
 from regiongpt.errors import DataError
 from regiongpt.images import load_image
-from regiongpt.train.config import FeatureConfig
+from regiongpt.train.recipe import FeatureConfig
 
 if TYPE_CHECKING:
     from regiongpt.model import RegionGPTForConditionalGeneration, RegionGPTProcessor

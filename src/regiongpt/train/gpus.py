@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 from typing import Final
 
-from regiongpt.configuration import nearest
-from regiongpt.errors import ConfigError
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
@@ -45,14 +42,3 @@ GPUS: Final[dict[str, Gpu]] = {
     "laptop": Gpu(bf16=0.1, fp32=0.1, memory=16),
 }
 """By the name that ``--gpu`` takes. ``laptop`` is no GPU: two cores of a CPU, for the small recipes."""
-
-
-def find_gpu(name: str) -> Gpu:
-    """The GPU of a name.
-
-    Raises:
-        ConfigError: There is none; the message names the nearest.
-    """
-    if name not in GPUS:
-        raise ConfigError(f"plan.gpu: expected a GPU of the table, got '{name}'; {nearest(name, GPUS)}")
-    return GPUS[name]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from regiongpt.errors import ConfigError
-from regiongpt.train.config import LoraConfig
+from regiongpt.train.recipe import LoraConfig
 
 
 def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:

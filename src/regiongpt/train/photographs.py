@@ -14,7 +14,7 @@ from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSa
 from regiongpt.errors import ConfigError
 from regiongpt.images import load_image
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
-from regiongpt.train.config import ModelConfig, TrainConfig
+from regiongpt.train.recipe import ModelConfig, Recipe
 from regiongpt.train.text import LENGTH, READING_MIX, Text, TextDataset, conversation_texts
 from regiongpt.train.tokenizer import train_tokenizer
 
@@ -22,7 +22,7 @@ READ_GRID, MOST_REGION_GRID = 6, 4
 """Most rows and columns of an image in the texts, where a cell is a token of its own, and of a region."""
 
 
-def sampler_of(config: TrainConfig, images: Sequence[ImageAnnotations]) -> ConversationSampler:
+def sampler_of(config: Recipe, images: Sequence[ImageAnnotations]) -> ConversationSampler:
     """What draws the recipe's conversations about the photographs."""
     return ConversationSampler(
         ClassStatistics.of(images),
@@ -32,7 +32,7 @@ def sampler_of(config: TrainConfig, images: Sequence[ImageAnnotations]) -> Conve
     )
 
 
-def texts_of(config: TrainConfig, images: Sequence[ImageAnnotations], sampler: ConversationSampler) -> list[Text]:
+def texts_of(config: Recipe, images: Sequence[ImageAnnotations], sampler: ConversationSampler) -> list[Text]:
     """What the language model reads before it sees."""
     drawn = ConversationSampler(
         sampler.statistics, READING_MIX, suffixes=config.data.suffixes, outline_share=config.data.outline_share
@@ -40,7 +40,7 @@ def texts_of(config: TrainConfig, images: Sequence[ImageAnnotations], sampler: C
     return list(conversation_texts(images, drawn, _format_of(config.model), _grid_of(config.model), config.seed))
 
 
-def reading_of(config: TrainConfig, texts: Sequence[Text], tokenizer: Any) -> TextDataset:
+def reading_of(config: Recipe, texts: Sequence[Text], tokenizer: Any) -> TextDataset:
     """The windows in which the language model reads them.
 
     Raises:

@@ -21,10 +21,9 @@ from regiongpt.data.mixture import open_mixture
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor
 from regiongpt.model.processing import prepare_tokenizer
-from regiongpt.train.config import ModelConfig, StageConfig, TrainConfig
 from regiongpt.train.dataset import ConversationDataset
 from regiongpt.train.features import FeatureStore
-from regiongpt.train.gpus import Gpu, find_gpu
+from regiongpt.train.gpus import GPUS, Gpu
 from regiongpt.train.lora import choose_learners
 from regiongpt.train.photographs import (
     Colours,
@@ -45,6 +44,7 @@ from regiongpt.train.plan_data import (
     suppose,
     vocabulary,
 )
+from regiongpt.train.recipe import ModelConfig, Recipe, StageConfig
 from regiongpt.train.shapes import language_shape, tower_shape
 from regiongpt.train.sizes import Costs, LayerCosts, kept_by_image, kept_bytes, language_costs, visual_costs
 from regiongpt.train.starts import check_shape, checkpoint_folder, new_shape, read_shape
@@ -181,7 +181,7 @@ class Plan:
         ]
 
 
-def make_plan(config: TrainConfig) -> Plan:
+def make_plan(config: Recipe) -> Plan:
     """Works out what a recipe takes.
 
     Args:
@@ -193,7 +193,7 @@ def make_plan(config: TrainConfig) -> Plan:
         CheckpointError: The checkpoint that the recipe goes on from is another than it says.
         DataError: Records cannot be used.
     """
-    gpu = find_gpu(config.plan.gpu)
+    gpu = GPUS[config.plan.gpu]
     stages = _records_stages(config, gpu) if config.data.on_records else _photograph_stages(config, gpu)
     return Plan(
         stages=tuple(stages),
@@ -207,7 +207,7 @@ def make_plan(config: TrainConfig) -> Plan:
     )
 
 
-def _records_stages(config: TrainConfig, gpu: Gpu) -> list[StagePlan]:
+def _records_stages(config: Recipe, gpu: Gpu) -> list[StagePlan]:
     shape, processor = _shape_on_records(config)
     limit = row_limit(config.engine, shape.text_config)
     longest = getattr(shape.text_config, "max_position_embeddings", None)
@@ -234,7 +234,7 @@ def _records_stages(config: TrainConfig, gpu: Gpu) -> list[StagePlan]:
     return plans
 
 
-def _shape_on_records(config: TrainConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
+def _shape_on_records(config: Recipe) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
     """The model's shape, and its processor where the tokenizer is at hand."""
     model = config.model
     folder = checkpoint_folder(model)
@@ -267,12 +267,12 @@ def _processor(model: ModelConfig, shape: RegionGPTConfig, tokenizer: Any, templ
     )
 
 
-def _photograph_stages(config: TrainConfig, gpu: Gpu) -> list[StagePlan]:
+def _photograph_stages(config: Recipe, gpu: Gpu) -> list[StagePlan]:
     if not config.data.root:
         raise ConfigError("data.root: expected the folder of the annotated photographs; give --data.root DIR")
     images = load_coco(photo_sources(Path(config.data.root), config.data.split)).images
     sampler = sampler_of(config, images)
-    texts, done = texts_of(config, images, sampler), Path(config.model.language or Path(config.out) / "language")
+    texts, done = texts_of(config, images, sampler), Path(config.model.language or config.out / "language")
     if (done / "config.json").exists():
         tokenizer, text_config = AutoTokenizer.from_pretrained(done), AutoConfig.from_pretrained(done)
     elif config.model.language:
@@ -310,7 +310,7 @@ def _photograph_stages(config: TrainConfig, gpu: Gpu) -> list[StagePlan]:
 
 
 def _plan_stage(
-    config: TrainConfig, gpu: Gpu, name: str, stage: StageConfig, shape: Any, reading: Reading, cached: bool
+    config: Recipe, gpu: Gpu, name: str, stage: StageConfig, shape: Any, reading: Reading, cached: bool
 ) -> StagePlan:
     """One step of the recipe; ``cached`` where the tower has been run beforehand."""
     engine, plan = config.engine, config.plan
@@ -372,7 +372,7 @@ def _parts(model: Any) -> list[Part]:
     return found
 
 
-def _states(parts: tuple[Part, ...], model: Any, config: TrainConfig, sharded: bool, accumulation: int) -> Memory:
+def _states(parts: tuple[Part, ...], model: Any, config: Recipe, sharded: bool, accumulation: int) -> Memory:
     """Weights, gradients and optimiser on one GPU."""
     gpus = config.plan.gpus
     total, trained = sum(part.parameters for part in parts), sum(part.trained for part in parts)

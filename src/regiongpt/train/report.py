@@ -17,11 +17,10 @@ from typing import Any, Final
 
 from regiongpt import charts
 from regiongpt.charts import Curve, line_chart, short
-from regiongpt.configuration import build
 from regiongpt.data.progress import clock
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.pages import beside, card, chips, facts, fault, page, table, write_page
-from regiongpt.train.config import TrainConfig, is_read
+from regiongpt.train.recipe import Recipe
 from regiongpt.train.watch_answers import PICTURES
 from regiongpt.train.watch_log import ANSWERS, DEV, LOG, read_lines
 from regiongpt.train.watch_notes import read_notes
@@ -316,8 +315,8 @@ def _recipe(notes: Mapping[str, Any], stages: Sequence[str]) -> str:
         return ""
     hidden = {"plan", *(name.removesuffix("-checkpoints") for name in _ORDER)} - set(stages)
     try:
-        recipe = build(TrainConfig, config)
-        read = [(name, text) for name, text in flat(config) if is_read(name, recipe)]
+        recipe = Recipe(**config)
+        read = [(name, text) for name, text in flat(config) if not recipe.unused(name)]
     except ConfigError:  # of another release
         read = flat(config)
     blocks = [facts((name, text) for name, text in read if "." not in name)]

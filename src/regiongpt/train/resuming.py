@@ -5,8 +5,8 @@ from pathlib import Path
 
 from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.train.checkpoints import damage, set_aside
-from regiongpt.train.config import STEPS, TrainConfig
 from regiongpt.train.processes import Processes
+from regiongpt.train.recipe import STEPS, Recipe
 from regiongpt.train.state import stage_of
 
 log = logging.getLogger(__name__)
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 AUTO, NEVER = "auto", "never"
 
 
-def prepare_resuming(config: TrainConfig) -> None:
+def prepare_resuming(config: Recipe) -> None:
     """Does what ``resume`` asks for, before anything of the run is looked at.
 
     ``auto`` leaves the folder as it is: finished steps are skipped, and a stage goes on from its newest whole
@@ -30,24 +30,24 @@ def prepare_resuming(config: TrainConfig) -> None:
     Processes().from_first(lambda: _begin_anew(config) if config.resume == NEVER else _check(config))
 
 
-def resume_of(config: TrainConfig, stage: str) -> str:
+def resume_of(config: Recipe, stage: str) -> str:
     """``resume`` as it concerns one stage: a checkpoint of another stage is not its own."""
     if config.resume in (AUTO, NEVER):
         return AUTO
     return config.resume if stage_of(Path(config.resume)) == stage else AUTO
 
 
-def _begin_anew(config: TrainConfig) -> None:
-    names = [step for step in STEPS if config.runs(step)]
+def _begin_anew(config: Recipe) -> None:
+    names: list[str] = [step for step in STEPS if config.runs(step)]
     if "language" in names:
         names += ["language-checkpoints", "start"]
     for name in names:
-        folder = Path(config.out) / name
+        folder = config.out / name
         if (aside := set_aside(folder)) is not None:
             log.info("%s is now %s, and is made anew", folder, aside.name)
 
 
-def _check(config: TrainConfig) -> None:
+def _check(config: Recipe) -> None:
     checkpoint = Path(config.resume)
     if not checkpoint.is_dir():
         raise CheckpointError(
@@ -58,7 +58,7 @@ def _check(config: TrainConfig) -> None:
     stage = stage_of(checkpoint)
     if not config.runs(stage):
         raise ConfigError(f"resume: {checkpoint} is of {stage}, which this recipe does not run")
-    finished = Path(config.out) / stage / "model"
+    finished = config.out / stage / "model"
     if finished.exists():
         raise ConfigError(
             f"resume: {checkpoint} is of {stage}, which is finished: {finished}; move that folder away to go on from it"

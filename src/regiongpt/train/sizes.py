@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from regiongpt.errors import ConfigError
 from regiongpt.model.modeling import Connector
 from regiongpt.model.refinement import Refinement
-from regiongpt.train.config import LoraConfig
 from regiongpt.train.lora import add_adapters
+from regiongpt.train.recipe import LoraConfig
 
 _LENGTHS = (64, 128)
 

@@ -22,11 +22,11 @@ from regiongpt.errors import DataError
 from regiongpt.train import state as states
 from regiongpt.train.batches import Batch, StepBatches, load
 from regiongpt.train.checkpoints import Checkpoints
-from regiongpt.train.config import EngineConfig, StageConfig
 from regiongpt.train.dataset import Example
 from regiongpt.train.lesson import Lesson
 from regiongpt.train.packing import Collate, targets_in
 from regiongpt.train.processes import Sharded
+from regiongpt.train.recipe import EngineConfig, StageConfig
 
 log = logging.getLogger(__name__)
 

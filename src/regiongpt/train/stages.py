@@ -19,7 +19,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -38,7 +37,6 @@ from regiongpt.model import weights
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
 from regiongpt.train import report
 from regiongpt.train.alignment import ClassWords, Marks, stand_in_loss, visual_loss
-from regiongpt.train.config import StageConfig, TrainConfig, load_config
 from regiongpt.train.dataset import ConversationCollate, ConversationDataset
 from regiongpt.train.debug import debug_size
 from regiongpt.train.features import build_features, keep_freed_memory
@@ -48,6 +46,7 @@ from regiongpt.train.matching import compare_at_first
 from regiongpt.train.photographs import language_of, reading_of, sampler_of, texts_of, tokenizer_of
 from regiongpt.train.plan import make_plan
 from regiongpt.train.processes import Processes, connect
+from regiongpt.train.recipe import Recipe, StageConfig
 from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
 from regiongpt.train.resuming import prepare_resuming, resume_of
 from regiongpt.train.starts import (
@@ -123,7 +122,7 @@ def run_cli(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
-    config = load_config(options.config, overrides)
+    config = Recipe.load(options.config, overrides)
     if options.debug:
         if launched() > 1:
             connect()
@@ -138,7 +137,7 @@ def run_cli(arguments: Sequence[str]) -> int:
     return 0
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: Recipe) -> Path:
     """Runs every step of a recipe that is not yet done.
 
     Args:
@@ -166,14 +165,14 @@ def train(config: TrainConfig) -> Path:
         return _train_on_records(config) if config.data.on_records else _train_on_photographs(config)
     finally:
         if config.watch.report and Processes().is_first:
-            report.report_what_there_is(Path(config.out))
+            report.report_what_there_is(config.out)
 
 
-def _train_on_photographs(config: TrainConfig) -> Path:
+def _train_on_photographs(config: Recipe) -> Path:
     """Takes a new model through all steps."""
     if not config.data.root:
         raise ConfigError("data.root: expected the folder of the annotated photographs; give --data.root DIR")
-    out = Path(config.out)
+    out = config.out
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     set_seed(config.seed)
@@ -196,7 +195,7 @@ def _train_on_photographs(config: TrainConfig) -> Path:
     whole = cached_images(config) if config.features.root else images
     set_seed(config.seed)  # whether the language model was made by this call or by an earlier one
     create_start(start_shape(config.model), language, start, [each.path for each in measured_on(whole)])
-    check_shape(replace(start_shape(config.model), language=str(language)), start)
+    check_shape(start_shape(config.model).replace(language=str(language)), start)
     model, processor = weights.load(start, device="cpu")
     store = build_features(out / "features", whole, model, processor, config.features)
     store = store.part(whole, images) if config.features.root else store
@@ -232,28 +231,28 @@ def _train_on_photographs(config: TrainConfig) -> Path:
     return finished
 
 
-def cached_images(config: TrainConfig) -> Sequence[ImageAnnotations]:
+def cached_images(config: Recipe) -> Sequence[ImageAnnotations]:
     """The photographs whose features are cached: those that are trained on, or more."""
     return load_coco(photo_sources(Path(config.features.root or config.data.root), config.data.split)).images
 
 
 def dev_conversations(
-    config: TrainConfig, sampler: ConversationSampler, model: Any, processor: "RegionGPTProcessor"
+    config: Recipe, sampler: ConversationSampler, model: Any, processor: "RegionGPTProcessor"
 ) -> ConversationDataset | None:
     """One conversation about each of some dev photographs, the same ones at every measurement; None without any."""
     if not config.data.dev_split or not config.watch.dev_steps:
         return None
     found = load_coco(photo_sources(Path(config.data.root), config.data.dev_split)).images
     images = found[:: max(1, len(found) // config.watch.dev_items)][: config.watch.dev_items]
-    whole = replace(config.features, views=1)
-    store = build_features(Path(config.out) / "features-dev", images, model, processor, whole)
+    whole = config.features.replace(views=1)
+    store = build_features(config.out / "features-dev", images, model, processor, whole)
     return ConversationDataset(
         images, store, sampler, processor, whole, config.seed, len(images), 1, 1.0, model.config.image_grid
     )
 
 
 def _learn(
-    config: TrainConfig,
+    config: Recipe,
     name: str,
     stage: StageConfig,
     start: Path,
@@ -311,14 +310,14 @@ def _learn(
     return finished
 
 
-def _cost(config: TrainConfig, name: str, model: Any) -> StageCost | None:
+def _cost(config: Recipe, name: str, model: Any) -> StageCost | None:
     """The arithmetic of a stage, which the first process writes down."""
     if not Processes().is_first:
         return None
     return StageCost.of(name, model.config, cached=not config.data.on_records, lora=config.lora)
 
 
-def _train_on_records(config: TrainConfig) -> Path:
+def _train_on_records(config: Recipe) -> Path:
     """Takes a checkpoint through the stages that have records."""
     config = _with_a_beginning(config)
     stages = [
@@ -328,7 +327,7 @@ def _train_on_records(config: TrainConfig) -> Path:
             ("stage2", config.stage2, config.data.mixture),
         )
         # What is finished is known by what it learnt from, whether or not it is to be run now.
-        if mixture and (config.runs(name) or (Path(config.out) / name / "model").exists())
+        if mixture and (config.runs(name) or (config.out / name / "model").exists())
     ]
     if not any(config.runs(name) for name, *_ in stages):
         raise ConfigError(
@@ -341,10 +340,10 @@ def _train_on_records(config: TrainConfig) -> Path:
         if name == "stage1":
             _refuse_text_alone(mixture)
         seen = [each.identity() for _, _, each in stages[:number]]
-        adapters = {"lora": asdict(config.lora)} if config.lora.rank and name == "stage2" else {}
+        adapters = {"lora": config.lora.model_dump()} if config.lora.rank and name == "stage2" else {}
         words = {} if config.data.suffixes else {"suffixes": False}
         identities[name] = json.dumps({"init": _begins_with(config), "mixtures": seen, **words, **adapters}, indent=1)
-        _refuse_other_records(Path(config.out) / name, identities[name])
+        _refuse_other_records(config.out / name, identities[name])
     keep_freed_memory()
     set_seed(config.seed)
     processes = Processes()
@@ -352,7 +351,7 @@ def _train_on_records(config: TrainConfig) -> Path:
     dev = open_mixture(config.data.dev_mixture, config.data.root, config.seed) if config.data.dev_mixture else None
     if processes.is_first:
         read = {name: mixture for name, _, mixture in stages} | ({"dev": dev} if dev is not None else {})
-        note_run(Path(config.out), config, {name: data_of(mixture) for name, mixture in read.items()})
+        note_run(config.out, config, {name: data_of(mixture) for name, mixture in read.items()})
 
     def prepare(stage: StageConfig, mixture: Mixture, model: Any, processor: "RegionGPTProcessor") -> Lessons:
         items = max(1, round(stage.epochs * len(mixture)))
@@ -362,7 +361,7 @@ def _train_on_records(config: TrainConfig) -> Path:
         return of(mixture, items=items), measured, RecordCollate(processor), answer_loss
 
     for name, stage, mixture in stages:
-        folder = Path(config.out) / name
+        folder = config.out / name
         if config.runs(name):
             if processes.is_first:
                 _note(folder, identities[name])
@@ -372,7 +371,7 @@ def _train_on_records(config: TrainConfig) -> Path:
     return finished
 
 
-def check_beginning(config: TrainConfig) -> None:
+def check_beginning(config: Recipe) -> None:
     """Holds a recipe to what it begins with: its records, and its checkpoint or its tower. Nothing is made.
 
     Raises:
@@ -394,14 +393,14 @@ def check_beginning(config: TrainConfig) -> None:
     new_shape(config.model, tower.config)
 
 
-def _with_a_beginning(config: TrainConfig) -> TrainConfig:
+def _with_a_beginning(config: Recipe) -> Recipe:
     """The recipe with a start that is there: a new model where stage 2 comes first and was told to begin with one.
 
     Raises:
         ConfigError: Stage 2 comes first, stage 1 has left no checkpoint, and ``from_scratch`` is not given. Said before
             a new model is made, which takes long where it is large.
     """
-    out, init = Path(config.out), config.model.init
+    out, init = config.out, config.model.init
     there = init == "nano" or (init and (Path(init) / "config.json").is_file())
     begun = config.runs("stage1") or any((out / stage / "model").exists() for stage in ("stage1", "stage2"))
     if there or begun or not config.model.language:
@@ -412,21 +411,21 @@ def _with_a_beginning(config: TrainConfig) -> TrainConfig:
             f"{f'{init}, where there is none' if init else 'none'}; run stage 1 first and give its result as "
             "model.init, or give --from-scratch"
         )
-    return replace(config, model=replace(config.model, init=""))
+    return config.replace(model=config.model.replace(init=""))
 
 
-def _begins_with(config: TrainConfig) -> Any:
+def _begins_with(config: Recipe) -> Any:
     """What the run's first checkpoint is known by: its name, or the shape of the new model."""
-    return config.model.init or {name: value for name, value in asdict(config.model).items() if name != "init"}
+    return config.model.init or {name: value for name, value in config.model.model_dump().items() if name != "init"}
 
 
-def _start_on_records(config: TrainConfig, mixture: Mixture) -> Path:
+def _start_on_records(config: Recipe, mixture: Mixture) -> Path:
     """The checkpoint to begin with, held to what the recipe says of it; made first where the recipe names its parts."""
     if config.model.init:
         folder = checkpoint_folder(config.model)
         check_shape(config.model, folder)
         return folder
-    folder = Path(config.out) / "start"
+    folder = config.out / "start"
     _note_start(folder, config)
     photographs: list[Path] = []
     if needs_calibration(config.model):
@@ -437,7 +436,7 @@ def _start_on_records(config: TrainConfig, mixture: Mixture) -> Path:
     return folder
 
 
-def _note_start(folder: Path, config: TrainConfig) -> None:
+def _note_start(folder: Path, config: Recipe) -> None:
     """Raises ConfigError where the folder of the run holds the start of another model."""
     identity = json.dumps({**_begins_with(config), "seed": config.seed}, indent=1)
     note = folder.with_name("start.json")
@@ -486,7 +485,7 @@ def _collate_text(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Te
 
 
 def _train_language(
-    config: TrainConfig, images: Sequence[ImageAnnotations], sampler: ConversationSampler, folder: Path
+    config: Recipe, images: Sequence[ImageAnnotations], sampler: ConversationSampler, folder: Path
 ) -> None:
     texts = texts_of(config, images, sampler)
     tokenizer = tokenizer_of(texts, config.model)

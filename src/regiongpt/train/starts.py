@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +13,8 @@ from transformers import AutoConfig
 from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.model import weights
 from regiongpt.model.configuration import RegionGPTConfig
-from regiongpt.train.config import ModelConfig
 from regiongpt.train.features import calibrate, calibrate_like
+from regiongpt.train.recipe import ModelConfig
 from regiongpt.train.shapes import language_shape, tower_shape
 
 Image = TypeVar("Image")
@@ -33,7 +32,7 @@ def save_whole(folder: Path, model: Any, processor: Any) -> None:
 
 def start_shape(shape: ModelConfig) -> ModelConfig:
     """That of a model on photographs: a recipe that trains its own language model teaches it the plain template."""
-    return shape if shape.language else replace(shape, chat_template="plain")
+    return shape if shape.language else shape.replace(chat_template="plain")
 
 
 def measured_on(images: Sequence[Image]) -> Sequence[Image]:

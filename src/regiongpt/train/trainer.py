@@ -8,7 +8,6 @@ import logging
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +20,12 @@ from regiongpt.environment import launched
 from regiongpt.errors import ConfigError
 from regiongpt.train import state as states
 from regiongpt.train.checkpoints import Checkpoints
-from regiongpt.train.config import EngineConfig, StageConfig, WatchConfig
 from regiongpt.train.dataset import Example
 from regiongpt.train.lesson import Lesson, Loss, decoder_layers
 from regiongpt.train.packed_attention import require_packable, units_on_cpu
 from regiongpt.train.packing import Collate, PackedCollate, width_cost
 from regiongpt.train.processes import Processes, Sharded, disconnect, put_together, refuse_outer_sharding
+from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
 from regiongpt.train.stage_trainer import StageTrainer
 from regiongpt.train.watch import Cost, Watch
 from regiongpt.train.watch_answers import Watched
@@ -101,7 +100,7 @@ def run_stage(
         )
     arguments.gradient_accumulation_steps = config.batch_size // together
     checkpoints = Checkpoints(folder, watch.keep, processes)
-    decisive = {key: value for key, value in asdict(config).items() if key not in _FREE}
+    decisive = {key: value for key, value in config.model_dump().items() if key not in _FREE}
     facts = states.facts_of(name, {**decisive, "items": len(cast(Any, dataset)), "seed": seed}, model)
     begin = (
         None if resume == "never" else checkpoints.newest() if resume == "auto" else checkpoints.chosen(Path(resume))

@@ -23,7 +23,7 @@ from regiongpt.prompts import IMAGE_TOKEN
 from regiongpt.regions import Region
 
 if TYPE_CHECKING:
-    from regiongpt.train.config import DataConfig
+    from regiongpt.train.recipe import DataConfig
 
 log = logging.getLogger(__name__)
 LONGEST: Final = 64

@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 
 from regiongpt.model.modeling import RegionGPTForConditionalGeneration
-from regiongpt.train.config import LoraConfig
 from regiongpt.train.gpus import GPUS
+from regiongpt.train.recipe import LoraConfig
 from regiongpt.train.sizes import Costs, LayerCosts, language_costs, visual_costs
 from regiongpt.train.watch_tally import StepSums
 

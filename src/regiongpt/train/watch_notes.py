@@ -1,6 +1,5 @@
 """What a run was made of, noted where its report is made from: recipe, data, versions, machine, each start."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -14,12 +13,12 @@ from regiongpt.environment import commit, launched, machine, versions
 from regiongpt.errors import DataError
 
 if TYPE_CHECKING:
-    from regiongpt.train.config import TrainConfig
+    from regiongpt.train.recipe import Recipe
 
 RUN = "run.json"
 
 
-def note_run(out: Path, config: "TrainConfig", data: Mapping[str, Any]) -> None:
+def note_run(out: Path, config: "Recipe", data: Mapping[str, Any]) -> None:
     """Notes a start of a run, the first or a later one, in its folder.
 
     Args:
@@ -43,7 +42,7 @@ def note_run(out: Path, config: "TrainConfig", data: Mapping[str, Any]) -> None:
             "commit": commit(),
         }
     )
-    notes = {"config": dataclasses.asdict(config), "data": dict(data), "starts": starts}
+    notes = {"config": config.model_dump(mode="json"), "data": dict(data), "starts": starts}
     beside = out / f"{RUN}.tmp"
     beside.write_text(json.dumps(notes, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
     os.replace(beside, out / RUN)

@@ -1,0 +1,80 @@
+"""Recipes are checked where they are read: what makes no sense, or would not be read, is refused in one line."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from regiongpt.errors import ConfigError
+from regiongpt.model.configuration import REFINEMENTS
+from regiongpt.train.recipe import DataConfig, ModelConfig, Recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("stage2.lr=fast", "stage2.lr=nan", "stage1.lr=-1", "align.lr=0", "language.lr=inf", "stage2.visual_lr=-1"),
+        *("stage2.epochs=0", "stage2.epochs=1e99", "stage2.weight_decay=-0.1", "stage2.max_grad_norm=0"),
+        *("stage1.batch_size=9", "stage1.batch_size=0", "stage1.micro_batch_size=0", "stage1.warmup_ratio=1"),
+        *("stage1.save_steps=0", "stage1.log_steps=0", "align.alignment=0", "seed=-1", "seed=1.5", "seed.a=1"),
+        *("seed=99999999999", "steps=stage3", "isolated_share=2", "out=", "resume=", "features.views=0"),
+        *("features.min_crop=0", "data.outline_share=-1", "data.mix.classify=nan", "data.mix.classify=-1"),
+        *("data.mix.dance=1", "data.split=", "engine.precision=fp8", "engine.sharding=none"),
+        *("engine.pack_length=-1", "engine.workers=-1", "engine.compile=perhaps", "watch.keep=0", "watch.answers=0"),
+        *("model.layers=0", "model.heads=0", "model.heads=3", "model.hidden_size=0", "model.hidden_size=12"),
+        *("model.mlp_size=0", "model.vocab_size=10", "model.comparing_layers=-1", "model.max_length=8"),
+        *("model.image_grid=32", "model.image_grid=-1", "model.image_size=-32", "model.refinement=cubic"),
+        *("model.region_grid=0", "model.region_grid=17", "model.chat_template=vicuna", "model.vision="),
+        *(f"model.region_format={text}" for text in ("", "{n}", "<region><region>", "{x}<region>", "{n!r}<region>")),
+        *(f"model.region_format={text}" for text in ("{<region>", "<region>}", "{{n}}<region>", "{0}<region>")),
+        *("plan.gpu=a100", "plan.gpus=0", "plan.utilisation=1.5", "plan.sample=0", "plan.stage1.answer_tokens=5"),
+        *("lora.rank=-1", "lora.alpha=0", "lora.dropout=1", "watch.tensorboard=2"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word: str) -> None:
+    rank = ["--lora.rank=4"] if word.startswith("lora") and "rank" not in word else []
+    with pytest.raises(ConfigError) as error:
+        Recipe.load(CONFIGS / "nano.toml", [*rank, f"--{word}"])
+    table, _, field = word.partition("=")[0].partition(".")
+    assert str(error.value).startswith((table, f"--{table}", f"model: {field}", "model: max_length"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_mix_without_any_turn_is_refused() -> None:
+    with pytest.raises(ConfigError, match="give a number above 0"):
+        DataConfig(mix={"classify": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("nano", ["--model.init=nano"], "a checkpoint is trained further on records alone"),
+        ("nano", ["--data.dev_mixture=dev"], "goes with records"),
+        ("nano", ["--lora.alpha=8"], "lora.rank is 0"),
+        ("nano_stage1", ["--lora.rank=8"], "adapters belong to stage 2"),
+        ("finetune_records", ["--data.split=val"], "goes with annotated photographs"),
+        ("finetune_records", ["--data.mix.classify=1"], "goes with annotated photographs"),
+        ("finetune_records", ["--stage2.alignment=1"], "goes with annotated photographs"),
+        ("finetune_records", ["--model.layers=2"], "goes with annotated photographs"),
+        ("finetune_records", ["--stage1.lr=1"], "give data.pretrain_mixture too"),
+        ("finetune_records", ["--model.refinement=none"], "the checkpoint nano brings its own shape"),
+        ("finetune_records", ["--model.init="], "give model.init, or model.vision and model.language"),
+    ],
+)
+def test_a_setting_that_nothing_would_read_is_refused(name: str, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe.load(CONFIGS / f"{name}.toml", words)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_that_ships_is_read_and_survives_json(path: Path) -> None:
+    recipe = Recipe.load(path)
+    assert recipe.data.on_records == (not path.name.startswith("nano"))
+    assert Recipe(**json.loads(json.dumps(recipe.model_dump(mode="json")))) == recipe
+
+
+def test_the_refinements_are_those_of_the_model() -> None:
+    assert set(get_args(ModelConfig.model_fields["refinement"].annotation)) == set(REFINEMENTS)
