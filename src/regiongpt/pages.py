@@ -1,64 +1,45 @@
-"""Web pages that need no other file: one shape and style for all, in light and dark, readable on a narrow screen.
+"""Pieces of pages as HTML, for pages whose templates are still to be written; new ones use :mod:`regiongpt.report`.
 
 Every function takes plain text and escapes it, unless it says that it takes HTML.
 """
 
-import base64
 import html
-import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from PIL import Image
+from markupsafe import Markup
 
-from regiongpt.drawing import COLOURS
-from regiongpt.errors import ConfigError
-from regiongpt.prompts import PLACEHOLDER
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.report import PICTURE_SIDE, chip, chips, picture, render
+from regiongpt.storage import write_file
 
-PICTURE_SIDE: Final = 900
+__all__ = ["PICTURE_SIDE", "beside", "card", "chip", "chips", "columns", "facts", "fault", "page", "picture",
+           "region_list", "table", "turn", "write_page"]  # fmt: skip
 _BLOCKS: Final = " █▉▊▋▌▍▎▏"
 _SHARE: Final = re.compile(rf"\s*(\d+(?:\.\d+)?) %[{_BLOCKS}]*$")
 
 
 def page(title: str, made: str, body: str, style: str = "") -> str:
-    """A whole page.
-
-    Args:
-        title: Its heading.
-        made: One line beneath it: of what, and by what, the page was made.
-        body: HTML.
-        style: CSS beside that of all pages.
-    """
-    return _PAGE.format(title=html.escape(title), made=html.escape(made), body=body, style=_STYLE + style)
+    """A whole page of HTML, with CSS of its own besides that of all pages."""
+    return render("base.html", title=title, made=made, body=Markup(f"<style>{style}</style>{body}"))
 
 
 def write_page(text: str, path: Path, option: str = "--html") -> None:
-    """Writes a page.
-
-    Args:
-        text: The page.
-        path: Of its file.
-        option: What the person has said the file by, for the message.
+    """Write a page.
 
     Raises:
-        ConfigError: It cannot be written there.
+        ConfigError: It cannot be written; the message names the option that gave the path.
     """
     try:
-        path.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigError(f"expected {option} to be a file that can be written, got {str(path)!r}: {error}") from None
+        write_file(path, text)
+    except DataError as error:
+        raise ConfigError(f"{option}: {error}") from None
 
 
 def card(body: str, heading: str = "", meta: str = "") -> str:
-    """A framed part of the page.
-
-    Args:
-        body: HTML.
-        heading: Of the part.
-        meta: One line beneath the heading.
-    """
+    """A framed part of the page: HTML under a heading and a line of text."""
     top = f"<h2>{html.escape(heading)}</h2>" if heading else ""
     if meta:
         top += f'<p class="meta">{html.escape(meta)}</p>'
@@ -111,46 +92,9 @@ def facts(pairs: Iterable[tuple[str, str]], heading: str = "") -> str:
     return f'{title}<dl class="facts">{lines}</dl>'
 
 
-def picture(image: Image.Image, alt: str, side: int = PICTURE_SIDE) -> str:
-    """A picture within the page.
-
-    Args:
-        image: Shrunk where it is larger.
-        alt: What it shows, for those who do not see it.
-        side: Its longest side in pixels.
-    """
-    shown = image.convert("RGB")
-    shown.thumbnail((side, side))
-    data = io.BytesIO()
-    shown.save(data, "JPEG", quality=85)
-    coded = base64.b64encode(data.getvalue()).decode()
-    return (
-        f'<img src="data:image/jpeg;base64,{coded}" width="{shown.width}" height="{shown.height}" '
-        f'alt="{html.escape(alt)}">'
-    )
-
-
 def beside(image: str, talk: str) -> str:
     """A picture and what is said of it, both HTML, side by side where the screen is wide enough."""
     return f'<div class="pair">{image}<div class="talk">{talk}</div></div>'
-
-
-def chip(number: int) -> str:
-    """The number of a region in the region's colour."""
-    red, green, blue = COLOURS[(number - 1) % len(COLOURS)]
-    ink = "#212121" if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else "#fff"
-    return f'<b class="chip" style="background:rgb({red},{green},{blue});color:{ink}">{number}</b>'
-
-
-def chips(text: str) -> str:
-    """Text in which every placeholder ``<regionN>`` is a chip."""
-    parts: list[str] = []
-    end = 0
-    for match in PLACEHOLDER.finditer(text):
-        parts.append(html.escape(text[end : match.start()]))
-        parts.append(chip(int(match[1])) if match[1].isdecimal() else html.escape(match[0]))
-        end = match.end()
-    return "".join([*parts, html.escape(text[end:])]).replace("\n", "<br>")
 
 
 def turn(question: str, answer: str) -> str:
@@ -170,61 +114,3 @@ def region_list(regions: Sequence[tuple[str, str]]) -> str:
 def fault(reason: str) -> str:
     """Why something cannot be shown, in its place."""
     return f'<p class="fault">{html.escape(reason)}</p>'
-
-
-_STYLE: Final = """
-:root { color-scheme: light dark; --line: #d5d8dc; --faint: #5f6773; --card: #fff; --page: #f3f4f6; --ink: #1f2937;
-  --learnt: #c7ecd4; --learnt-ink: #0b4f27; --asked: #eef1f5;
-  --filled: #4b83b5; --unit: 1px; }
-@media (prefers-color-scheme: dark) { :root { --line: #3a414b; --faint: #9aa3af; --card: #1c2128; --page: #12161b;
-  --ink: #e5e7eb; --learnt: #14532d; --learnt-ink: #d1fae5;
-  --asked: #272e38; --filled: #5b93c4; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 24px; max-width: 1240px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 24px; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { margin: 0; font-size: 16px; overflow-wrap: anywhere; }
-h3 { margin: 16px 0 4px; font-size: 14px; }
-.meta { margin: 0 0 12px; color: var(--faint); font-size: 13px; overflow-wrap: anywhere; }
-article, .columns { margin: 20px 0; padding: 18px 20px; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; }
-.columns { columns: 2 480px; column-gap: 40px; }
-.columns > div { margin-bottom: 14px; break-inside: avoid; }
-.columns > div > h3:first-child, article > h3:first-child { margin-top: 0; }
-h2 + .facts, h2 + .wide { margin-top: 10px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 2px 18px 2px 0; text-align: right; white-space: pre; }
-th:last-child, td:last-child { padding-right: 0; }
-th { color: var(--faint); font-weight: 600; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child, td.bar { text-align: left; }
-td.bar { min-width: 170px; white-space: normal; } .bar span { display: flex; align-items: center; gap: 8px; }
-.bar b { flex: 0 0 50px; font-weight: 400; text-align: right; }
-.bar i { height: 11px; border-radius: 2px; background: var(--filled); }
-.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 18px; margin: 0;
-  font-size: 13px; }
-.facts dt { color: var(--faint); } .facts dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
-.pair { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; }
-.pair > img { flex: 1 1 420px; width: 420px; max-width: min(620px, 100%); height: auto; border-radius: 6px; }
-.talk { flex: 1 1 340px; min-width: 0; }
-.talk p { margin: 0 0 6px; padding: 6px 12px; border-radius: 10px; overflow-wrap: anywhere; width: fit-content; }
-.q { background: var(--asked); }
-.talk .a { margin: 0 0 12px 28px; background: var(--learnt); color: var(--learnt-ink); }
-.regions { display: flex; flex-wrap: wrap; gap: 4px 14px; margin: 0 0 12px; padding: 0; list-style: none;
-  font-size: 13px; }
-.regions small { color: var(--faint); }
-.chip { padding: 1px 6px; border-radius: 5px; font: 600 12px/1.5 system-ui, sans-serif; }
-.fault { padding: 10px 12px; border: 1px solid #d55e00; border-radius: 8px; overflow-wrap: anywhere; }
-@media (max-width: 600px) { :root { --unit: 0.5px; } body { padding: 12px; }
-  article, .columns { margin: 12px 0; padding: 12px; } th, td { padding-right: 10px; } td.bar { min-width: 116px; }
-  .talk { flex-basis: 100%; }
-  .facts { grid-template-columns: fit-content(45%) minmax(0, 1fr); } .facts dt { overflow-wrap: anywhere; } }
-"""
-
-_PAGE: Final = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head>
-<body><h1>{title}</h1><p class="meta">{made}</p>
-{body}
-</body></html>
-"""

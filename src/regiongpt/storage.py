@@ -25,6 +25,8 @@ def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]
         DataError: The file cannot be written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: a folder; give the path of a file")
     # The suffix stays last, for writers that choose the format by it.
     beside = path.with_name(f".{os.getpid()}-{path.name}")
     try:

@@ -272,7 +272,7 @@ def test_options_come_back_as_they_were(data):
 
 def test_the_page_needs_no_other_file_and_shows_everything(run):
     text = (run / PAGE).read_text()
-    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
     for part in ("80.61", "Confusions", "by size", "by category", "the worst mistakes", "data:image/jpeg", "split"):
         assert part in text, part
     assert "prefers-color-scheme: dark" in text

@@ -25,6 +25,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(DataError, match="No such file or directory"):
         write_file(tmp_path / "none" / "a.json", "x")
+    for folder in (tmp_path, ".", "/"):
+        with pytest.raises(DataError, match="a folder; give the path of a file"):
+            write_file(folder, "x")
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(file, float("nan"))
 

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from regiongpt import charts
+from regiongpt.charts import Bar, bar_chart
 from regiongpt.errors import DataError
-from regiongpt.evaluate import bars
 from regiongpt.evaluate.answering import from_json
-from regiongpt.evaluate.bars import Bar, bar_chart
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, around, centred, ends, resample
 from regiongpt.evaluate.paper import PaperTable
 from regiongpt.evaluate.runner import load_items
@@ -238,9 +236,7 @@ def as_page(title: str, about: Sequence[str], summary: Summary, printed: PaperTa
         for figure, cells in figures.items()
     ]
     parts.append(card(f'<div class="charts">{"".join(drawn)}</div>', "Bars"))
-    return page(
-        title, "means over the seeds, times 100, with 95 % intervals", "\n".join(parts), charts.STYLE + bars.STYLE
-    )
+    return page(title, "means over the seeds, times 100, with 95 % intervals", "\n".join(parts))
 
 
 def _bar(cell: Cell) -> Bar:

@@ -58,7 +58,9 @@ def gallery(chosen: Sequence[Mapping[str, Any]], items: Mapping[str, Item], answ
 
 def _card(row: Mapping[str, Any], item: Item, answer: Answer | None) -> str:
     try:
-        shown = picture(draw_regions(item.image, item.regions), f"{item.image.name} with the regions asked about", SIDE)
+        shown: str = picture(
+            draw_regions(item.image, item.regions), f"{item.image.name} with the regions asked about", SIDE
+        )
     except RegionGPTError as error:
         shown = fault(str(error))
     said = turn(item.question, str(row["answer"] if row["answer"] is not None else "no answer"))

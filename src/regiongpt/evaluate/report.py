@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from regiongpt import charts
-from regiongpt.evaluate import bars
-from regiongpt.evaluate.bars import Bar, bar_chart, furthest
+from regiongpt.charts import Bar, bar_chart
 from regiongpt.evaluate.paper import OF_TASK, OURS, TABLES, PaperTable
 from regiongpt.evaluate.runs import MISTAKES, PAGE, TaskRun
 from regiongpt.evaluate.tables import NOTHING, Row, interval_of, paper_source, rows, times_100
@@ -38,7 +36,7 @@ def write_report(out: Path, runs: Sequence[TaskRun]) -> Path:
     sections = [_summary(runs), *(_task(run) for run in runs)]
     origin = {_origin(run) for run in runs}
     body = "\n".join(sections)
-    text = page("Evaluation", "; ".join(sorted(origin)), body, charts.STYLE + bars.STYLE + STYLE)
+    text = page("Evaluation", "; ".join(sorted(origin)), body, STYLE)
     write_page(text, out / PAGE, "--out")
     return out / PAGE
 
@@ -129,7 +127,7 @@ def _breakdowns(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]
         for start in range(0, len(listed), _COLUMN):
             part = f", {start + 1} to {min(len(listed), start + _COLUMN)}" if len(listed) > _COLUMN else ""
             title = f"by {by}{part}" + (f" ({series[0]})" if len(series) == 1 else "")
-            yield bar_chart(title, listed[start : start + _COLUMN], series, reach=max(1.0, furthest(listed)))
+            yield bar_chart(title, listed[start : start + _COLUMN], series, reach=100.0)
 
 
 def _first_figure(groups: Mapping[str, Mapping[str, Any]]) -> str:

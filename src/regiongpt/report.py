@@ -1,0 +1,88 @@
+"""Web pages that need no other file: Jinja templates with one layout, in light and dark, readable on a phone.
+
+A page is a template in ``templates/`` that extends ``base.html`` and fills its blocks ``style`` and ``body``; what
+pages share stands as macros in ``parts.html``. Python gathers the values, and templates escape them.
+"""
+
+import base64
+import io
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from PIL import Image
+
+from regiongpt.drawing import COLOURS
+from regiongpt.prompts import PLACEHOLDER
+from regiongpt.storage import write_file
+
+PICTURE_SIDE: Final = 900
+
+
+def write_page(path: str | Path, template: str, **values: Any) -> None:
+    """Render a template into a file.
+
+    Args:
+        path: The file; its folder must exist.
+        template: Name of a template that extends ``base.html``, such as ``evaluation.html``.
+        values: What the template shows: ``title``, ``made`` (a line on what made the page) and its own.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    write_file(path, render(template, **values))
+
+
+def render(template: str, **values: Any) -> Markup:
+    """Fill in a template; text is escaped, Markup is HTML already."""
+    return Markup(_environment().get_template(template).render(values))
+
+
+def picture(image: Image.Image, alt: str, side: int = PICTURE_SIDE) -> Markup:
+    """An image inside the page.
+
+    Args:
+        image: Shrunk where it is larger.
+        alt: What it shows, for those who do not see it.
+        side: Its longest side, in pixels.
+    """
+    shown = image.convert("RGB")
+    shown.thumbnail((side, side))
+    data = io.BytesIO()
+    shown.save(data, "JPEG", quality=85)
+    return Markup('<img src="data:image/jpeg;base64,{}" width="{}" height="{}" alt="{}">').format(
+        base64.b64encode(data.getvalue()).decode(), shown.width, shown.height, alt
+    )
+
+
+def chip(number: int) -> Markup:
+    """The number of a region in the region's colour; in templates ``{{ number | chip }}``."""
+    red, green, blue = COLOURS[(number - 1) % len(COLOURS)]
+    ink = "#212121" if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else "#fff"
+    return Markup(f'<b class="chip" style="background:rgb({red},{green},{blue});color:{ink}">{number}</b>')
+
+
+def chips(text: str) -> Markup:
+    """Text with a chip for every placeholder ``<regionN>``; in templates ``{{ text | chips }}``."""
+    parts, end = [], 0
+    for match in PLACEHOLDER.finditer(text):
+        parts += [escape(text[end : match.start()]), chip(int(match[1])) if match[1].isdecimal() else escape(match[0])]
+        end = match.end()
+    return Markup("").join([*parts, escape(text[end:])])
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"chip": chip, "chips": chips}
+    environment.globals["has_charts"] = find_spec("matplotlib") is not None
+    return environment
