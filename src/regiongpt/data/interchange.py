@@ -1,7 +1,7 @@
 """Records and regions to and from what other tools read and write.
 
-COCO json is written here and read by the converter ``coco``. The exports of Label Studio and LabelMe, and the
-``Detections`` of supervision, are read as records. Masks come and go as PNG or RLE.
+COCO json is written here and read by the converter ``coco``; Label Studio, LabelMe and CVAT export it too. The
+``Detections`` of supervision are read as records. Masks come and go as PNG or RLE.
 """
 
 import io
@@ -15,17 +15,15 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from regiongpt.data.label_tools import read_label_studio, read_labelme
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.errors import DataError
 from regiongpt.regions import Region
+from regiongpt.storage import write_file
 
 __all__ = [
     "mask_png",
     "mask_rle",
     "read_label_png",
-    "read_label_studio",
-    "read_labelme",
     "read_mask_png",
     "record_of_detections",
     "regions_of_detections",
@@ -58,13 +56,12 @@ def write_coco(records: Iterable[Record], path: str | Path) -> dict[str, int]:
         DataError: The file cannot be written.
         RegionError: A region makes no sense in its image.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
     images: dict[str, dict[str, Any]] = {}
     categories: dict[str, int] = {}
     written: set[tuple[int, str, str, str]] = set()
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
+
+    def write(unfinished: Path) -> None:
+        with unfinished.open("w", encoding="utf-8") as file:
             file.write('{"annotations": [')
             for record in records:
                 if not record.image:
@@ -83,10 +80,8 @@ def write_coco(records: Iterable[Record], path: str | Path) -> dict[str, int]:
             listed = [{"id": number, "name": name} for name, number in categories.items()]
             rest = {"images": list(images.values()), "categories": listed}
             file.write(f"\n], {json.dumps(rest, ensure_ascii=False)[1:]}\n")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"expected to write {path}, got {error.strerror or error}; give another path") from error
+
+    write_file(path, write)
     return {"images": len(images), "annotations": len(written), "categories": len(categories)}
 
 
@@ -185,11 +180,12 @@ def _name(source: str | Path | bytes) -> str:
 
 
 def regions_of_detections(detections: Any, names: Mapping[int, str] | None = None) -> tuple[RecordRegion, ...]:
-    """Each detection of a ``supervision.Detections`` as a region: its mask where there is one, else its box.
+    """Each detection of a ``supervision.Detections`` as a region: its mask where it has one, else its box.
 
     Args:
         detections: With ``xyxy`` (N, 4), ``mask`` (N, H, W) or None, ``class_id`` (N,) or None, and ``data``, whose
-            ``"class_name"`` is taken where it is there.
+            ``"class_name"`` is taken where it is there. A mask without a set pixel is none: supervision gives one to
+            an object that has a box alone, where others have masks.
         names: Of the classes by id, for detections without names.
 
     Raises:
@@ -203,7 +199,8 @@ def regions_of_detections(detections: Any, names: Mapping[int, str] | None = Non
         raise DataError(f"expected a supervision.Detections, got {type(detections).__name__} ({error})") from None
     regions: list[RecordRegion] = []
     for number, box in enumerate(boxes.tolist()):
-        region = Region.box(*box) if masks is None else Region.mask(np.asarray(masks[number]))
+        mask = None if masks is None else np.asarray(masks[number])
+        region = Region.box(*box) if mask is None or not mask.any() else Region.mask(mask)
         if given is not None:
             name = str(given[number])
         elif classes is None or names is None:
