@@ -148,7 +148,7 @@ def chips(text: str) -> str:
     end = 0
     for match in PLACEHOLDER.finditer(text):
         parts.append(html.escape(text[end : match.start()]))
-        parts.append(chip(int(match[1])) if match[1].isdecimal() else html.escape(match[0]))
+        parts.append(chip(int(match[1])) if match[1] else html.escape(match[0]))
         end = match.end()
     return "".join([*parts, html.escape(text[end:])]).replace("\n", "<br>")
 

@@ -18,10 +18,8 @@ IMAGE_TOKEN: Final = "<image>"
 REGION_TOKEN: Final = "<region>"
 """The one token in the vocabulary whose embedding is replaced by that of a region."""
 
-PLACEHOLDER: Final = re.compile(r"<region([^<>]{0,12})>")
-"""A region's placeholder, well-formed or not: group 1 is its number as written."""
-
-_NUMBER = re.compile(r"[1-9][0-9]*")
+PLACEHOLDER: Final = re.compile(r"<region([1-9][0-9]{0,5})>|(?i:<region)[^<>]{0,20}>?")
+"""A region's placeholder, group 1 its number; without a group 1, what looks like one and is none."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat templates (jinja, in the sandbox and with the variables of transformers). `generation` marks the response and its
@@ -187,8 +185,7 @@ def placeholders(text: str) -> list[int]:
         1-based region numbers, e.g. ``[2, 1, 2]``.
 
     Raises:
-        RegionError: a placeholder carries no number, or one that no region can have: ``<region>``, ``<region0>``,
-            ``<regionx>``.
+        RegionError: something begins like a placeholder and is none: ``<region>``, ``<region0>``, ``<region1``.
 
     Paper: §3.2
     """
@@ -197,7 +194,7 @@ def placeholders(text: str) -> list[int]:
 
 def placeholder_number(match: re.Match[str]) -> int:
     """The region number of one match of the placeholder pattern; raises RegionError as :func:`placeholders` does."""
-    if not _NUMBER.fullmatch(match[1]):
+    if match[1] is None:
         raise RegionError(
             f"expected <region1>, <region2>, ... numbered from 1, got {match[0]!r}; write the number of a region"
         )
@@ -235,6 +232,24 @@ def check_placeholders(texts: str | Iterable[str], n_regions: int) -> list[str]:
         for number in range(1, n_regions + 1)
         if number not in mentioned
     ]
+
+
+def check_text(text: Any, expected: str) -> None:
+    """Reject what no tokenizer reads.
+
+    Args:
+        text: what was given.
+        expected: what it should be, for the message.
+
+    Raises:
+        DataError: it is no text, blank, or holds bytes that are not UTF-8 (as the command line hands them on).
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"expected {expected}, got {text!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"expected {expected} in UTF-8, got {text!r:.80}") from None
 
 
 def region_list(regions: Sequence[int]) -> str:
