@@ -247,4 +247,3 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise DataError(
             f"{name}: expected an image that converts to RGB, got PIL mode {image.mode}; convert it to RGB first"
         ) from error
-

@@ -7,6 +7,7 @@ Paper: §3.2 and Table 1.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Literal
 
@@ -508,3 +509,34 @@ COCO_IDS: Final[tuple[int, ...]] = tuple(number for number in range(1, 91) if nu
 
 LABEL_SETS: Final[dict[str, tuple[str, ...]]] = {"COCO-80": COCO_80}
 """Closed sets known by name, as :func:`closed_set_suffix` names them."""
+
+
+def check_choices(choices: Sequence[str] | None, label_set: str) -> list[str]:
+    """The names of a closed set, without blanks around them.
+
+    Args:
+        choices: at least one name, none twice; None for those of the label set.
+        label_set: a key of :data:`LABEL_SETS`, or where there are choices any name.
+
+    Raises:
+        ConfigError: there are no choices, one is repeated, or there are none and the label set is unknown.
+        DataError: a choice is no text, or blank.
+        RegionError: a choice speaks of a region.
+    """
+    if choices is None:
+        if label_set not in LABEL_SETS:
+            raise ConfigError(f"expected choices, or a label_set among {', '.join(LABEL_SETS)}, got {label_set!r}")
+        return list(LABEL_SETS[label_set])
+    if isinstance(choices, str) or not isinstance(choices, Iterable):
+        raise ConfigError(f"expected choices as a list of names, got {choices!r:.80}")
+    names = list(choices)
+    for name in names:
+        check_text(name, "choices that are names")
+        check_placeholders(name, 0)
+    names = [name.strip() for name in names]
+    if not names:
+        raise ConfigError("expected at least one choice, got none")
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ConfigError(f"expected every choice once, got {', '.join(map(repr, repeated[:5]))} more than once")
+    return names
