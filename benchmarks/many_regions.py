@@ -41,7 +41,8 @@ from transformers import (
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
 from regiongpt.inference.classification import classify_regions
-from regiongpt.inference.engine import Engine, Options, pick_device, pick_dtype, question_turns
+from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns
+from regiongpt.inference.options import ClassifyOptions, Options
 from regiongpt.inference.quantization import to_int8, weight_bytes
 from regiongpt.inference.scheduler import Scheduler
 from regiongpt.model import weights
@@ -250,9 +251,7 @@ def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, An
     """Scoring closed sets: 80 names for some regions against one sequence a choice, and thousands for one region."""
     bench = Bench(engine, 1)
     scene = engine.look(Image.fromarray(bench.photo))
-    options: dict[str, Any] = {
-        "label_set": "COCO-80", "generate": False, "length_normalized": False, "calibrated": False, "top_k": 5,
-    }  # fmt: skip
+    options = ClassifyOptions(top_k=5)
     text = question("classify", regions=[1])
 
     def one_by_one() -> None:
@@ -267,7 +266,7 @@ def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, An
                 engine.model(**batch)
 
     def tree() -> None:
-        classify_regions(engine, engine.look(Image.fromarray(bench.photo)), boxes(regions), COCO_80, **options)
+        classify_regions(engine, engine.look(Image.fromarray(bench.photo)), boxes(regions), COCO_80, options)
 
     tree()  # once unmeasured; the names are then ready, as they are for every image but the first
     seconds = {"tree": min(timed(tree, engine.device) for _ in range(2))}
@@ -278,7 +277,7 @@ def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, An
     }  # fmt: skip
     if many:
         names = made_up_names(many)
-        work = partial(classify_regions, engine, scene, boxes(1), names, **options)
+        work = partial(classify_regions, engine, scene, boxes(1), names, options)
         with grown_memory() as memory:
             first, again = timed(work, engine.device), timed(work, engine.device)
         found["many"] = {

@@ -10,7 +10,8 @@ from tiny import text_config, tower_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from regiongpt.inference.engine import Engine, Options, Scene
+from regiongpt.inference.engine import Engine, Scene
+from regiongpt.inference.options import Options
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor
 from regiongpt.model.configuration import EfficientNetLiteConfig
 from regiongpt.model.processing import prepare_tokenizer
@@ -102,7 +103,7 @@ def batch_tokens(
     room = [most] * len(asked) if isinstance(most, int) else most
     jobs = []
     for (messages, regions), limit in zip(asked, room, strict=True):
-        prompt = engine.prepare(scene, messages, regions, limit)
+        prompt = engine.prompt(messages, engine.pool(scene, regions), len(regions), limit)
         jobs.append(engine.job(scene, prompt, Options(max_new_tokens=limit)))
     for _ in engine.scheduler.run(jobs):
         pass

@@ -7,13 +7,14 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from regiongpt.errors import DataError
+from regiongpt.storage import reason
 
 MAX_PIXELS = 178_956_970
 """Images beyond this many pixels (half a gigabyte as RGB) are refused before they are decoded."""
@@ -38,6 +39,28 @@ def load_image(source: ImageSource) -> Image.Image:
         DataError: the source is missing, not an image, truncated, empty, of more than :data:`MAX_PIXELS` pixels, or
             of a pixel type whose range of brightness nobody can know (floats, 32-bit integers).
     """
+    name, image = open_image(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # damaged EXIF says nothing about orientation, and the pixels are good
+            image = image.copy()
+    return _to_rgb(image, name)
+
+
+def open_image(source: ImageSource) -> tuple[str, Image.Image]:
+    """Read an image with the pixels that are stored, neither turned nor converted.
+
+    Args:
+        source: as for :func:`load_image`.
+
+    Returns:
+        What messages call the image, and a decoded PIL image of any mode.
+
+    Raises:
+        DataError: as :func:`load_image`, but for pixel types.
+    """
     if isinstance(source, np.ndarray):
         name, image = "image array", _from_array(source)
     elif isinstance(source, Image.Image):
@@ -51,14 +74,10 @@ def load_image(source: ImageSource) -> Image.Image:
             image.load()
         except Exception as error:  # decoders raise nearly every built-in exception on broken data
             raise DataError(
-                f"{name}: expected a whole image, but decoding it failed ({_one_line(error)}): "
+                f"{name}: expected a whole image, but decoding it failed ({reason(error)}): "
                 "the file is truncated or damaged; get a fresh copy"
             ) from error
-        try:
-            image = ImageOps.exif_transpose(image)
-        except Exception:  # damaged EXIF says nothing about orientation, and the pixels are good
-            image = image.copy()
-    return _to_rgb(image, name)
+    return name, image
 
 
 @dataclass(frozen=True)
@@ -130,16 +149,15 @@ class SquareFrame:
 
 
 def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
-    """The name to call the source by, and its image with only the header read."""
+    """What messages call the source, and its image with only the header read."""
+    name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "image bytes"))
     try:
         if isinstance(source, str | Path):
-            name = str(source)
-            with open(source, "rb") as file:
-                data = file.read()
+            data: Any = Path(source).read_bytes()
         elif isinstance(source, bytes | bytearray | memoryview):
-            name, data = "image bytes", bytes(source)
+            data = bytes(source)
         elif hasattr(source, "read"):
-            name, data = str(getattr(source, "name", "image stream")), source.read()
+            data = source.read()
         else:
             raise DataError(
                 "expected an image as a path, bytes, binary file, PIL image or numpy array, "
@@ -150,7 +168,7 @@ def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
     except IsADirectoryError as error:
         raise DataError(f"{name}: expected an image file, got a folder; name one file in it") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{name}: the image file cannot be read ({_one_line(error)})") from error
+        raise DataError(f"{name}: the image file cannot be read ({reason(error)})") from error
     if not isinstance(data, bytes):
         raise DataError(f"{name}: expected a file opened in binary mode, got one that reads {type(data).__name__}")
     if not data:
@@ -229,7 +247,3 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise DataError(
             f"{name}: expected an image that converts to RGB, got PIL mode {image.mode}; convert it to RGB first"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

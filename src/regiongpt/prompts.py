@@ -7,6 +7,7 @@ Paper: §3.2 and Table 1.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Literal
 
@@ -18,10 +19,8 @@ IMAGE_TOKEN: Final = "<image>"
 REGION_TOKEN: Final = "<region>"
 """The one token in the vocabulary whose embedding is replaced by that of a region."""
 
-PLACEHOLDER: Final = re.compile(r"<region([^<>]{0,12})>")
-"""A region's placeholder, well-formed or not: group 1 is its number as written."""
-
-_NUMBER = re.compile(r"[1-9][0-9]*")
+PLACEHOLDER: Final = re.compile(r"<region([1-9][0-9]{0,5})>|(?i:<region)[^<>]{0,20}>?")
+"""A region's placeholder, group 1 its number; without a group 1, what looks like one and is none."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat templates (jinja, in the sandbox and with the variables of transformers). `generation` marks the response and its
@@ -187,8 +186,7 @@ def placeholders(text: str) -> list[int]:
         1-based region numbers, e.g. ``[2, 1, 2]``.
 
     Raises:
-        RegionError: a placeholder carries no number, or one that no region can have: ``<region>``, ``<region0>``,
-            ``<regionx>``.
+        RegionError: something begins like a placeholder and is none: ``<region>``, ``<region0>``, ``<region1``.
 
     Paper: §3.2
     """
@@ -197,7 +195,7 @@ def placeholders(text: str) -> list[int]:
 
 def placeholder_number(match: re.Match[str]) -> int:
     """The region number of one match of the placeholder pattern; raises RegionError as :func:`placeholders` does."""
-    if not _NUMBER.fullmatch(match[1]):
+    if match[1] is None:
         raise RegionError(
             f"expected <region1>, <region2>, ... numbered from 1, got {match[0]!r}; write the number of a region"
         )
@@ -235,6 +233,24 @@ def check_placeholders(texts: str | Iterable[str], n_regions: int) -> list[str]:
         for number in range(1, n_regions + 1)
         if number not in mentioned
     ]
+
+
+def check_text(text: Any, expected: str) -> None:
+    """Reject what no tokenizer reads.
+
+    Args:
+        text: what was given.
+        expected: what it should be, for the message.
+
+    Raises:
+        DataError: it is no text, blank, or holds bytes that are not UTF-8 (as the command line hands them on).
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"expected {expected}, got {text!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"expected {expected} in UTF-8, got {text!r:.80}") from None
 
 
 def region_list(regions: Sequence[int]) -> str:
@@ -493,3 +509,34 @@ COCO_IDS: Final[tuple[int, ...]] = tuple(number for number in range(1, 91) if nu
 
 LABEL_SETS: Final[dict[str, tuple[str, ...]]] = {"COCO-80": COCO_80}
 """Closed sets known by name, as :func:`closed_set_suffix` names them."""
+
+
+def check_choices(choices: Sequence[str] | None, label_set: str) -> list[str]:
+    """The names of a closed set, without blanks around them.
+
+    Args:
+        choices: at least one name, none twice; None for those of the label set.
+        label_set: a key of :data:`LABEL_SETS`, or where there are choices any name.
+
+    Raises:
+        ConfigError: there are no choices, one is repeated, or there are none and the label set is unknown.
+        DataError: a choice is no text, or blank.
+        RegionError: a choice speaks of a region.
+    """
+    if choices is None:
+        if label_set not in LABEL_SETS:
+            raise ConfigError(f"expected choices, or a label_set among {', '.join(LABEL_SETS)}, got {label_set!r}")
+        return list(LABEL_SETS[label_set])
+    if isinstance(choices, str) or not isinstance(choices, Iterable):
+        raise ConfigError(f"expected choices as a list of names, got {choices!r:.80}")
+    names = list(choices)
+    for name in names:
+        check_text(name, "choices that are names")
+        check_placeholders(name, 0)
+    names = [name.strip() for name in names]
+    if not names:
+        raise ConfigError("expected at least one choice, got none")
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ConfigError(f"expected every choice once, got {', '.join(map(repr, repeated[:5]))} more than once")
+    return names

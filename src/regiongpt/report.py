@@ -69,7 +69,7 @@ def chips(text: str) -> Markup:
     """Text with a chip for every placeholder ``<regionN>``; in templates ``{{ text | chips }}``."""
     parts, end = [], 0
     for match in PLACEHOLDER.finditer(text):
-        parts += [escape(text[end : match.start()]), chip(int(match[1])) if match[1].isdecimal() else escape(match[0])]
+        parts += [escape(text[end : match.start()]), chip(int(match[1])) if match[1] else escape(match[0])]
         end = match.end()
     return Markup("").join([*parts, escape(text[end:])])
 

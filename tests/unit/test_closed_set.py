@@ -219,8 +219,8 @@ def test_calibrated_scores_are_less_those_of_a_region_of_which_nothing_is_known(
     plain = answer_scores(engine, scene, turns, [*pooled, content_free(engine)], names)
     found = answer_scores(engine, scene, turns, pooled, names, calibrated=True)
     torch.testing.assert_close(found, plain[:2] - plain[2:], rtol=1e-5, atol=1e-4)
-    with pytest.raises(ConfigError, match="got both"):
-        answer_scores(engine, scene, turns, pooled, names, length_normalized=True, calibrated=True)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        predictor.classify(boxes(2), names, length_normalized=True, calibrated=True)
 
 
 def test_a_region_of_which_nothing_is_known_is_the_mean_of_those_trained_on(predictor, monkeypatch):

@@ -9,7 +9,8 @@ from tiny import TOWERS
 from transformers import AutoConfig
 
 from regiongpt.images import load_image
-from regiongpt.inference.engine import Engine, Options, question_turns
+from regiongpt.inference.engine import Engine, question_turns
+from regiongpt.inference.options import Options
 from regiongpt.model.configuration import REFINEMENTS
 from regiongpt.prompts import CHAT_TEMPLATES, question
 
@@ -25,6 +26,13 @@ COMBINATIONS = [
 ]
 
 
+def spelt(engine: Engine, tokens: list[int]) -> str:
+    """The text of an answer's tokens, up to its end of turn."""
+    stops = engine.processor.stop_token_ids
+    end = next((place for place, token in enumerate(tokens) if token in stops), None)
+    return engine.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+
+
 def assert_exact(engine: Engine, most: int = 5) -> None:
     photo, regions = photograph(), boxes(3)
     scene = engine.look(load_image(photo))
@@ -36,7 +44,7 @@ def assert_exact(engine: Engine, most: int = 5) -> None:
     expected = [plain_tokens(engine, photo, messages, own, most) for messages, own in asked]
     assert batch_tokens(engine, scene, asked, most) == expected
     messages, own = asked[-1]
-    prompt = engine.prepare(scene, messages, own, most)
+    prompt = engine.prompt(messages, engine.pool(scene, own), len(own), most)
     prefix, embeds = engine.begin(scene, prompt.ids, prompt.rows, prompt.pooled)
     assert prefix is not None
     assert prefix.length >= engine.processor.num_image_tokens
@@ -71,7 +79,7 @@ def test_with_other_language_models(kind):
     photo, turns = photograph(), question_turns((), BRIEF)
     found = engine.answer_each(engine.look(load_image(photo)), BRIEF, boxes(3), Options(max_new_tokens=4))
     plain = [plain_tokens(engine, photo, turns, [region], 4) for region in boxes(3)]
-    assert [answer.text for answer in found] == [engine.read(tokens, 1, (), 0.0).text for tokens in plain]
+    assert [answer.text for answer in found] == [spelt(engine, tokens) for tokens in plain]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +143,7 @@ def test_what_a_question_says_before_its_region_is_read_once(engine, monkeypatch
         first = ids.index(engine.model.config.region_token_id)
         assert (5, 5 * (len(ids) - first)) in read
         plain = [plain_tokens(engine, photo, question_turns((), text), [region], 4) for region in regions]
-        assert [answer.text for answer in answers] == [engine.read(tokens, 1, (), 0.0).text for tokens in plain]
+        assert [answer.text for answer in answers] == [spelt(engine, tokens) for tokens in plain]
         # The words stand behind the image in one piece of memory, and take that of the last question's.
         (image,), ((_, prefix),) = scene.begun.prefixes.values(), scene.begun.questions.values()
         assert prefix.length == first

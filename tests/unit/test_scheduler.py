@@ -101,8 +101,8 @@ def test_answers_come_as_they_finish_and_may_be_left(predictor):
         (Question(text="<region2>?", regions=BOXES[:1]), RegionError, "question 3: .*<region2>"),
         (Question(text="?", regions=[Region.box(90, 90, 99, 99)]), RegionError, "question 3: <region1>"),
         (Question(text="?", image="no/such/file.png"), DataError, "question 3: no/such/file.png"),
-        (Question(text="?", temperature=-1.0), ConfigError, "question 3: expected a temperature"),
-        (Question(text="?", stop=[""]), ConfigError, "question 3: expected stop"),
+        (Question(text="?", temperature=-1.0), ConfigError, "question 3: temperature: "),
+        (Question(text="?", stop=[""]), ConfigError, "question 3: stop: "),
         ("What?", ConfigError, "question 3: expected a Question"),
     ],
 )
@@ -127,7 +127,7 @@ def test_locate_takes_several_expressions(predictor):
     together = predictor.locate(["the red cup", "a dog"], BOXES)
     assert [found.text for found in together] == [predictor.locate(e, BOXES).text for e in ("the red cup", "a dog")]
     assert predictor.locate([], BOXES) == []
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(DataError, match="expected an expression"):
         predictor.locate(["the red cup", ""], BOXES)
 
 
@@ -145,7 +145,7 @@ def test_encoded_images_are_found_by_their_pixels_and_forgotten_by_age(parts, en
     first = none.ask("What?", max_new_tokens=3).text
     assert none.set_image(photograph()).ask("What?", max_new_tokens=3).text == first
     assert encoded["images"] == 6
-    with pytest.raises(ConfigError, match="0 or more"):
+    with pytest.raises(ConfigError, match="images: "):
         RegionPredictor(*parts, images=-1)
 
 
@@ -335,7 +335,7 @@ def test_the_token_budget_bounds_memory_and_changes_no_answer(parts, monkeypatch
     assert 1 <= most[0] <= 4
     with pytest.raises(ConfigError, match="token budget"):
         tight.describe(BOXES, max_new_tokens=200)
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="token_budget: "):
         RegionPredictor(*parts, token_budget=0)
 
 

@@ -145,7 +145,8 @@ class _Image:
 
     def texts(self) -> dict[int, str]:
         """The free answers by item."""
-        from regiongpt.inference.engine import Options, question_turns
+        from regiongpt.inference.engine import question_turns
+        from regiongpt.inference.options import Options
 
         ready: dict[tuple[str, int, int], Prompt] = {}
         asked: list[tuple[Scene, Prompt, Options]] = []

@@ -173,7 +173,10 @@ def log_likelihoods(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Seq
     rows = [torch.empty((0, len(tree.leaves)))]
     for start in range(0, len(pooled), batch):
         rows.append(_score(engine, scene, closed, pooled[start : start + batch], size))
-    return torch.cat(rows)
+    scores_BA = torch.cat(rows)
+    if scores_BA.isnan().any():
+        raise ConfigError(f"the model computes no numbers (NaN) in {engine.model.dtype}; load it in float32")
+    return scores_BA
 
 
 @torch.inference_mode()
@@ -262,13 +265,8 @@ def answer_scores(
         (B, A) float32 on the CPU; their softmax are the probabilities.
 
     Raises:
-        ConfigError: both ways of handling length are asked for.
         TooLong: the question and its longest answer do not fit the model's context.
     """
-    if calibrated and length_normalized:
-        raise ConfigError(
-            "expected calibrated or length_normalized, got both; a calibrated score needs no division by the length"
-        )
     asked = list(pooled)
     if not asked:
         return torch.empty((0, len(answers)))

@@ -7,7 +7,8 @@ from typing import Unpack
 
 from torch import Tensor
 
-from regiongpt.inference.engine import Answer, Engine, Generation, Options, Prompt, Scene, TooLong, Turn, question_turns
+from regiongpt.inference.engine import Answer, Engine, Prompt, Scene, TooLong, Turn, citation_warnings, question_turns
+from regiongpt.inference.options import Generation, Options
 from regiongpt.inference.prefix import Prefix
 from regiongpt.inference.scheduler import Job
 from regiongpt.regions import Region
@@ -39,6 +40,7 @@ class Conversation:
         engine: who answers.
         scene: the encoded image.
         regions: what ``<regionN>`` stands for in every turn.
+        pooled: their features, from :meth:`Engine.pool`.
         messages: the turns so far, the oldest first, as transformers writes them.
         warnings: of the last turn, such as that the oldest turns had to be forgotten.
     """
@@ -46,10 +48,10 @@ class Conversation:
     engine: Engine
     scene: Scene = field(repr=False)
     regions: tuple[Region, ...]
+    pooled: Tensor = field(repr=False)
     messages: list[Turn] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
     past: Past | None = field(default=None, repr=False)
-    _pooled: Tensor | None = field(default=None, init=False, repr=False)
 
     def ask(self, question: str, **generation: Unpack[Generation]) -> Answer:
         """Ask the next question, as :meth:`RegionPredictor.ask` does, with the turns so far as its history.
@@ -99,16 +101,14 @@ class Conversation:
 
     def _job(self, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """The prompt behind as much of it as was read before."""
-        root, embeds_ND = self.engine.begin(self.scene, prompt.ids, prompt.rows, prompt.pooled)
-        prefix, known = root, root.length if root else 0
+        job = self.engine.job(self.scene, prompt, options, streams)
         if self.past is not None:
             same = _common(self.past.tokens, self._tokens(prompt)[:-1])  # the last is read again, for its logits
-            cut = self.past.prefix.crop(same) if same > known else None
+            cut = self.past.prefix.crop(same) if same > (job.prefix.length if job.prefix else 0) else None
             if cut is not None:
-                embeds_ND = self.engine.embed(self.scene, prompt.ids, prompt.rows, prompt.pooled, start=cut.length)
-                prefix = cut
-        job = self.engine.job_behind(prefix, embeds_ND, prompt, options, streams)
-        job.keep, job.onto = True, prefix.chain[0] if prefix else None
+                job.embeds = self.engine.embed(self.scene, prompt.ids, prompt.rows, prompt.pooled, start=cut.length)
+                job.prefix = cut
+        job.keep, job.onto = True, job.prefix.chain[0] if job.prefix else None
         return job
 
     def _keep(self, prompt: Prompt, job: Job) -> None:
@@ -123,12 +123,10 @@ class Conversation:
 
     def _prepare(self, question: str, options: Options) -> Prompt:
         kept = list(self.messages)
-        if self._pooled is None:
-            self._pooled = self.engine.pool(self.scene, self.regions)
         while True:
             try:
                 turns = question_turns(kept, question)
-                prompt = self.engine.prompt(turns, self._pooled, len(self.regions), options.max_new_tokens)
+                prompt = self.engine.prompt(turns, self.pooled, len(self.regions), options.max_new_tokens)
                 break
             except TooLong:
                 if not kept:
@@ -141,6 +139,7 @@ class Conversation:
         return replace(prompt, warnings=self.warnings)
 
     def _remember(self, question: str, answer: str) -> None:
+        self.warnings += tuple(citation_warnings(answer, len(self.regions)))
         if answer.strip():  # silence is not a turn that a template could write
             self.messages = [*question_turns(self.messages, question), {"role": "assistant", "content": answer.strip()}]
 

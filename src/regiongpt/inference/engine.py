@@ -9,7 +9,7 @@ Shapes: R regions, K tokens of a region, T prompt tokens, N tokens behind the sh
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,14 +19,13 @@ from torch import Tensor
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.inference.decoder import Decoder
-from regiongpt.inference.options import Generation, Options
+from regiongpt.inference.options import Options
 from regiongpt.inference.plain import decoder_for
 from regiongpt.inference.prefix import Prefix
 from regiongpt.inference.scheduler import ROWS, Job, Scheduler
 from regiongpt.inference.text import TextReader
+from regiongpt.prompts import check_text
 from regiongpt.regions import Region
-
-__all__ = ["Answer", "Engine", "Generation", "Options", "Prompt", "Scene", "TooLong", "Turn"]
 
 Turn = dict[str, str]
 LEAST_ROOM = 32
@@ -204,17 +203,19 @@ class Engine:
         )
         return encoded
 
-    def prepare(self, scene: Scene, messages: Sequence[Turn], regions: Sequence[Region], wanted: int) -> Prompt:
-        """Everything that can be wrong with a question is found here, before anything is generated.
+    def prompt(self, messages: Sequence[Turn], pooled: Tensor, n_regions: int, wanted: int) -> Prompt:
+        """A question ready for the language model.
+
+        Args:
+            messages: the conversation up to the question.
+            pooled: features (R * K, D) of its regions, from :meth:`pool`.
+            n_regions: R.
+            wanted: longest answer, in tokens.
 
         Raises:
-            RegionError: a region does not fit the image, or a placeholder stands for none.
+            RegionError: a placeholder stands for no region.
             DataError: a turn is empty or out of order, or (as :class:`TooLong`) there are too many.
         """
-        return self.prompt(messages, self.pool(scene, regions), len(regions), wanted)
-
-    def prompt(self, messages: Sequence[Turn], pooled: Tensor, n_regions: int, wanted: int) -> Prompt:
-        """The same, of regions that are pooled already."""
         encoded = self.encode(messages, n_regions)
         ids, rows = encoded["input_ids"].tolist(), encoded["region_ids"].tolist()
         room, warnings = self.room(len(ids), wanted), tuple(encoded["warnings"])
@@ -225,8 +226,8 @@ class Engine:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         if length + min(wanted, LEAST_ROOM) > limit:
             raise TooLong(
-                f"expected a question that, with its image, history and answer, takes at most {limit} tokens, the "
-                f"most this model reads, got {length} and an answer; shorten the question or begin a new conversation"
+                f"question too long: {length} of the model's {limit} tokens, with image and history, and an answer to "
+                "come; shorten it or begin a new conversation"
             )
         return min(wanted, limit - length)
 
@@ -306,26 +307,26 @@ class Engine:
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """A prompt as the scheduler takes it."""
         prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled, prompt.alike)
-        return self.job_behind(prefix, embeds_ND, prompt, options, streams)
-
-    def job_behind(
-        self, prefix: Prefix | None, embeds_ND: Tensor, prompt: Prompt, options: Options, streams: bool
-    ) -> Job:
-        """The same for a prompt of which more than the image is known already."""
         reader = TextReader(self.processor.tokenizer, options.stop) if streams or options.stop else None
         return Job(prefix=prefix, embeds=embeds_ND, options=options, room=prompt.room, reader=reader)
 
     def finish(self, job: Job, prompt: Prompt, seconds: float) -> Answer:
-        """The answer that a finished job has written."""
-        answer = self.read(job.tokens, prompt.n_regions, prompt.warnings, seconds)
-        if job.reader is not None and job.reader.stopped:
-            text = job.reader.text.strip()
-            answer = replace(answer, text=text, cited=cited(text, prompt.n_regions), complete=True)
-        return answer
-
-    def answer(self, scene: Scene, prompt: Prompt, options: Options, began: float) -> Answer:
-        """Generate a whole answer to a question that came in at ``began``, by ``time.perf_counter``."""
-        return next(answer for _, answer in self.answers([(scene, prompt, options)], began))
+        """The answer that a finished job has written, up to the end of turn or a stop text."""
+        stops = set(self.processor.stop_token_ids)
+        end = next((place for place, token in enumerate(job.tokens) if token in stops), None)
+        stopped = job.reader is not None and job.reader.stopped
+        if job.reader is not None and stopped:
+            text = job.reader.text
+        else:
+            text = self.processor.tokenizer.decode(job.tokens[:end], skip_special_tokens=True)
+        return Answer(
+            text=text.strip(),
+            cited=tuple(number for number in cited(text) if 1 <= number <= prompt.n_regions),
+            warnings=(*prompt.warnings, *citation_warnings(text, prompt.n_regions)),
+            seconds=seconds,
+            complete=stopped or end is not None,
+            tokens=len(job.tokens) if end is None else end + 1,
+        )
 
     def answers(
         self, asked: Iterable[tuple[Scene, Prompt, Options]], began: float | None = None
@@ -361,29 +362,21 @@ class Engine:
         """Yield an answer in pieces as they are written, starting when first asked for a piece."""
         yield from self.scheduler.stream(self.job(scene, prompt, options, streams=True))
 
-    def read(self, tokens: list[int], n_regions: int, warnings: tuple[str, ...], seconds: float) -> Answer:
-        """The answer that generated tokens spell, up to the end of turn."""
-        stops = set(self.processor.stop_token_ids)
-        end = next((place for place, token in enumerate(tokens) if token in stops), None)
-        text = self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
-        return Answer(
-            text=text,
-            cited=cited(text, n_regions),
-            warnings=warnings,
-            seconds=seconds,
-            complete=end is not None,
-            tokens=len(tokens) if end is None else end + 1,
-        )
-
 
 # "Region [2]" as the paper has it, and the placeholder itself, which a model may repeat from the question.
 _CITATION = re.compile(r"region\s*\[\s*(\d{1,6})\s*\]|<\s*region\s*(\d{1,6})\s*>", re.IGNORECASE)
 
 
-def cited(text: str, n_regions: int) -> tuple[int, ...]:
-    """Numbers of the given regions that a text names, in order of first mention."""
-    numbers = dict.fromkeys(int(a or b) for a, b in _CITATION.findall(text))
-    return tuple(number for number in numbers if 1 <= number <= n_regions)
+def cited(text: str) -> tuple[int, ...]:
+    """Numbers of the regions that a text names, in order of first mention, whether or not they were given."""
+    return tuple(dict.fromkeys(int(a or b) for a, b in _CITATION.findall(text)))
+
+
+def citation_warnings(text: str, n_regions: int) -> list[str]:
+    """One line for each region that an answer names although it was not given."""
+    given = {0: "no region was", 1: "1 region was"}.get(n_regions, f"{n_regions} regions were")
+    wrong = [number for number in cited(text) if not 1 <= number <= n_regions]
+    return [f"the answer names region {number}, but {given} given" for number in wrong]
 
 
 def check_regions(regions: Sequence[Region], width: int, height: int) -> None:
@@ -400,11 +393,13 @@ def question_turns(history: Sequence[Turn], question: str) -> list[Turn]:
     """The conversation up to a question.
 
     Raises:
-        DataError: the question is empty.
+        DataError: the question is empty or no text, or the history no list of turns.
     """
-    if not isinstance(question, str) or not question.strip():
-        raise DataError(f"expected a question such as 'What is <region1>?', got {question!r}")
-    return [*history, {"role": "user", "content": question}]
+    check_text(question, "a question such as 'What is <region1>?'")
+    turns = [] if isinstance(history, str) or not isinstance(history, Iterable) else list(history)
+    if (history and not turns) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise DataError(f"expected history as a list of {{'role': ..., 'content': ...}}, got {history!r:.80}")
+    return [*turns, {"role": "user", "content": question}]
 
 
 def region_list(regions: Region | Sequence[Region]) -> list[Region]:
@@ -413,6 +408,8 @@ def region_list(regions: Region | Sequence[Region]) -> list[Region]:
     Raises:
         RegionError: one of them is no region.
     """
+    if isinstance(regions, str) or not isinstance(regions, Region | Iterable):
+        raise RegionError(f"expected regions as a Region or a list of them, got {regions!r:.80}")
     listed = [regions] if isinstance(regions, Region) else list(regions)
     for number, region in enumerate(listed, 1):
         if not isinstance(region, Region):
@@ -434,7 +431,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise ConfigError(f"expected device cuda, cuda:N, mps or cpu, one that is here, got {str(device)!r}") from None
     return chosen
 

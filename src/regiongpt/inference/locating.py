@@ -2,18 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from regiongpt.errors import ConfigError
-from regiongpt.inference.closed_set import answer_scores
+from regiongpt.inference.closed_set import answer_scores, closed_set, log_likelihoods
 from regiongpt.inference.engine import Engine, Scene, question_turns
+from regiongpt.inference.options import By
 from regiongpt.prompts import NO_MATCH, question, region_answer
-
-By = Literal["answer", "words", "both"]
-WAYS: Final[tuple[By, ...]] = ("answer", "words", "both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,36 +34,35 @@ class Located:
 def locate_expressions(
     engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str], by: By
 ) -> list[Located]:
-    """What :meth:`RegionPredictor.locate` does, of expressions that are not blank.
+    """What :meth:`RegionPredictor.locate` does, with checked arguments.
 
     Args:
         engine: the model.
         scene: the image.
         pooled: the features (K, D) of each region, at least one.
         expressions: what to find, each by itself.
-        by: one of :data:`WAYS`.
+        by: one of :data:`~regiongpt.inference.options.WAYS`.
 
     Raises:
-        ConfigError: there is no such way.
+        TooLong: an expression and the regions do not fit the model's context.
     """
-    if by not in WAYS:
-        raise ConfigError(f"by: expected one of {', '.join(WAYS)}, got {by!r}")
-    if not expressions:
-        return []
     numbers = range(1, len(pooled) + 1)
     answers = [*map(region_answer, numbers), NO_MATCH]
-    told = _by_answer(engine, scene, pooled, expressions, answers) if by != "words" else []
-    called_ER = called(engine, scene, pooled, expressions) if by != "answer" else torch.empty(0)
+    asked = [question("locate", regions=numbers, expression=each) for each in expressions if by != "words"]
+    # All made ready before the first is scored: what is too long is known at once.
+    ready = [closed_set(engine, question_turns((), text), len(pooled), answers) for text in asked]
+    called_ER = called(engine, scene, pooled, expressions) if by != "answer" and expressions else torch.empty(0)
+    features = torch.cat(list(pooled))
     results = []
-    for row, _ in enumerate(expressions):
-        if by == "answer":
-            shares = told[row].softmax(-1)
-        elif by == "words":
+    for row in range(len(expressions)):
+        if by == "words":
             shares = torch.cat([called_ER[row].softmax(-1), torch.zeros(1)])
         else:
-            none = told[row].softmax(-1)[-1:]
+            shares = log_likelihoods(engine, scene, ready[row], [features])[0].softmax(-1)
+        if by == "both":
+            none = shares[-1:]
             shares = torch.cat([(1 - none) * called_ER[row].softmax(-1), none])
-        # Two regions that fit alike share what is likely; that does not make it likelier that none fits.
+        # Two regions that fit equally share their probability; that does not make it likelier that none fits.
         best = int(shares.argmax()) if by == "answer" or shares[-1] > 0.5 else int(shares[:-1].argmax())
         found = best if best < len(pooled) else None
         results.append(
@@ -80,15 +75,6 @@ def locate_expressions(
             )
         )
     return results
-
-
-def _by_answer(
-    engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str], answers: Sequence[str]
-) -> list[Tensor]:
-    """Log likelihood of each answer to the paper's question about all regions: (R + 1,) an expression."""
-    features, numbers = torch.cat(list(pooled)), range(1, len(pooled) + 1)
-    asked = (question("locate", regions=numbers, expression=each) for each in expressions)
-    return [answer_scores(engine, scene, question_turns((), text), [features], answers)[0] for text in asked]
 
 
 def called(engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str]) -> Tensor:

@@ -1,6 +1,7 @@
 """Many questions at once, about one image or several."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -10,17 +11,8 @@ import torch
 
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import ImageSource, load_image
-from regiongpt.inference.engine import (
-    Answer,
-    Engine,
-    Options,
-    Prompt,
-    Scene,
-    Turn,
-    check_regions,
-    question_turns,
-    region_list,
-)
+from regiongpt.inference.engine import Answer, Engine, Prompt, Scene, Turn, check_regions, question_turns, region_list
+from regiongpt.inference.options import Options
 from regiongpt.inference.scenes import Scenes
 from regiongpt.regions import Region
 
@@ -37,11 +29,11 @@ class Question:
         regions: in pixels of the image.
         image: what :func:`regiongpt.load_image` takes; None for the image that is set.
         history: earlier turns, the oldest first.
-        max_new_tokens: None for what all questions were given; so with the next ones.
-        temperature: likewise.
-        top_p: likewise.
-        seed: likewise; a seed given to all is another one for each question.
-        stop: likewise.
+        max_new_tokens: as in :meth:`RegionPredictor.ask`; None, here and below, for what all questions were given.
+        temperature: see there.
+        top_p: see there.
+        seed: see there; one given to all questions is made another one for each.
+        stop: see there.
     """
 
     text: str
@@ -57,7 +49,7 @@ class Question:
 
 @dataclass(kw_only=True)
 class _Checked:
-    """A question in which nothing but its regions can be wrong any more."""
+    """A question, all of it checked but its regions."""
 
     place: int
     regions: list[Region]
@@ -73,7 +65,7 @@ def answers(
     Everything that can be wrong with a question is found before this returns.
 
     Args:
-        engine: who answers.
+        engine: the model.
         scenes: where encoded images are kept.
         here: the image set, if any.
         questions: in any order; those about one image are answered together.
@@ -89,15 +81,16 @@ def answers(
     groups = _group(engine, here, questions, options)
     photos: dict[Any, Any] = {}
     for key, (source, members) in groups.items():
-        if source is None:
-            assert here is not None
-            _fit(members, here.width, here.height)
-            continue
-        with _Numbered(members[0].place):
-            photo = load_image(source)
-        _fit(members, photo.width, photo.height)
-        if len(photos) < _PHOTOS or not isinstance(source, str | Path):  # a stream cannot be read twice
-            photos[key] = photo
+        size = (here.width, here.height) if here else (0, 0)
+        if source is not None:
+            with _naming(members[0].place):
+                photo = load_image(source)
+            if len(photos) < _PHOTOS or not isinstance(source, str | Path):  # a stream cannot be read twice
+                photos[key] = photo
+            size = photo.size
+        for member in members:
+            with _naming(member.place):
+                check_regions(member.regions, *size)
     order: list[int] = []
 
     def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
@@ -106,8 +99,7 @@ def answers(
                 assert here is not None
                 scene = here
             else:
-                photo = photos.pop(key, None)
-                scene = scenes.get(load_image(source) if photo is None else photo)
+                scene = scenes.get(photos.pop(key, None) or load_image(source))
             regions = [region for member in members for region in member.regions]
             sizes = [len(member.regions) * engine.processor.tokens_per_region for member in members]
             if len(members) > 1 and all(member.prompt is members[0].prompt for member in members):
@@ -128,47 +120,35 @@ def _group(
     known: dict[Any, Prompt] = {}
     nothing = engine.model.connector.mean.new_empty(0)
     for place, question in enumerate(questions):
-        with _Numbered(place):
+        with _naming(place):
             if not isinstance(question, Question):
                 raise ConfigError(f"expected a Question(text=..., regions=[...]), got {type(question).__name__}")
             if question.image is None and here is None:
                 raise ConfigError("expected an image; call set_image(...) first, or give the question its own")
             own = _options(question, options, place)
             turns, regions = question_turns(question.history, question.text), region_list(question.regions)
-            alike = (repr(turns), len(regions), own.max_new_tokens)
-            if alike not in known:
-                known[alike] = engine.prompt(turns, nothing, len(regions), own.max_new_tokens)
+            same = (repr(turns), len(regions), own.max_new_tokens)
+            if same not in known:
+                known[same] = engine.prompt(turns, nothing, len(regions), own.max_new_tokens)
         source = question.image
         key = str(source) if isinstance(source, str | Path) else id(source)
-        checked = _Checked(place=place, regions=regions, prompt=known[alike], options=own)
+        checked = _Checked(place=place, regions=regions, prompt=known[same], options=own)
         groups.setdefault(key, (source, []))[1].append(checked)
     return groups
 
 
 def _options(question: Question, options: Options, place: int) -> Options:
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
-    own = {name: value for name in names if (value := getattr(question, name)) is not None}
+    own = {name: value for name in Options.model_fields if (value := getattr(question, name)) is not None}
     if "seed" not in own and options.seed is not None:
         digest = blake2b(f"{options.seed} {place}".encode(), digest_size=8).digest()
         own["seed"] = int.from_bytes(digest) >> 1
-    return replace(options, **own) if own else options
+    return options.replace(**own) if own else options
 
 
-def _fit(members: Sequence[_Checked], width: int, height: int) -> None:
-    for member in members:
-        with _Numbered(member.place):
-            check_regions(member.regions, width, height)
-
-
-class _Numbered:
-    """Says which question it was that something is wrong with."""
-
-    def __init__(self, place: int) -> None:
-        self.place = place
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RegionGPTError):
-            raise type(error)(f"question {self.place + 1}: {error}") from error
+@contextmanager
+def _naming(place: int) -> Iterator[None]:
+    """Say which question it was that something is wrong with."""
+    try:
+        yield
+    except RegionGPTError as error:
+        raise type(error)(f"question {place + 1}: {error}") from error

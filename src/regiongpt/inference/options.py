@@ -1,14 +1,18 @@
-"""How to generate an answer."""
+"""How to answer: settings of the predictor's methods, which are the command line's options too."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from typing import Final, Literal, TypedDict
 
-from regiongpt.errors import ConfigError
+from pydantic import Field, field_validator, model_validator
+
+from regiongpt.settings import Settings
+
+By = Literal["answer", "words", "both"]
+WAYS: Final[tuple[By, ...]] = ("answer", "words", "both")
 
 
 class Generation(TypedDict, total=False):
-    """How to generate, as keyword arguments; see :meth:`RegionPredictor.ask` for what each means."""
+    """The fields of :class:`Options` as keyword arguments."""
 
     max_new_tokens: int
     temperature: float
@@ -17,30 +21,63 @@ class Generation(TypedDict, total=False):
     stop: str | Sequence[str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The same, checked and with defaults.
+class Options(Settings):
+    """How to generate an answer; see :meth:`RegionPredictor.ask`."""
 
-    Raises:
-        ConfigError: one of them is out of its range.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
+    max_new_tokens: int = Field(128, ge=1)
+    """longest answer, in tokens"""
+    temperature: float = Field(0.0, ge=0)
+    """0 takes the likeliest token each time; above, tokens are drawn"""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """with a temperature: draw from the likeliest tokens of this joint probability"""
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    """with a temperature: makes the answer repeatable"""
     stop: str | Sequence[str] = ()
+    """texts that end the answer and are not part of it"""
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"expected max_new_tokens of at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"expected a temperature of 0 or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"expected top_p above 0 and at most 1, got {self.top_p}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError(f"expected a seed from 0 to 2**63 - 1, got {self.seed}")
-        strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(string, str) and string for string in strings):
-            raise ConfigError(f"expected stop as strings that are not empty, got {self.stop!r}")
-        object.__setattr__(self, "stop", strings)
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | Sequence[str]) -> tuple[str, ...]:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stops):
+            raise ValueError("a stop text must not be empty")
+        return stops
+
+
+class Classification(TypedDict, total=False):
+    """The fields of :class:`ClassifyOptions` as keyword arguments."""
+
+    label_set: str
+    generate: bool
+    length_normalized: bool
+    calibrated: bool
+    top_k: int | None
+
+
+class ClassifyOptions(Settings):
+    """How to choose from a closed set; see :meth:`RegionPredictor.classify`."""
+
+    label_set: str = "COCO-80"
+    """the set named in the question, and chosen from unless there are choices"""
+    generate: bool = False
+    """also generate the answer freely"""
+    length_normalized: bool = False
+    """divide each score by its number of tokens"""
+    calibrated: bool = False
+    """subtract each name's score about a region of which nothing is known"""
+    top_k: int | None = Field(None, ge=1)
+    """keep only the likeliest choices"""
+
+    @model_validator(mode="after")
+    def _check_scores(self) -> "ClassifyOptions":
+        if self.calibrated and self.length_normalized:
+            raise ValueError("calibrated and length_normalized exclude each other; leave one of them out")
+        return self
+
+
+class Memory(Settings):
+    """What a predictor keeps; see :class:`RegionPredictor`."""
+
+    images: int = Field(ge=0)
+    token_budget: int | None = Field(ge=1)
+    rows: int = Field(ge=1)

@@ -8,35 +8,37 @@ batch with whatever else is asked at the time. A closed set is scored in one pas
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import ImageSource, load_image
 from regiongpt.inference import many
-from regiongpt.inference.classification import Classified, check_choices, classify_regions
+from regiongpt.inference.classification import Classified, classify_regions
 from regiongpt.inference.conversation import Conversation
 from regiongpt.inference.engine import (
     Answer,
     Engine,
-    Options,
     Prompt,
     Scene,
     Turn,
+    check_regions,
     pick_device,
     pick_dtype,
     question_turns,
     region_list,
 )
-from regiongpt.inference.locating import By, Located, locate_expressions
+from regiongpt.inference.locating import Located, locate_expressions
 from regiongpt.inference.many import Question
+from regiongpt.inference.options import WAYS, By, Classification, ClassifyOptions, Generation, Memory, Options
 from regiongpt.inference.quantization import to_int8
 from regiongpt.inference.scenes import Scenes
 from regiongpt.inference.scheduler import ROWS
 from regiongpt.model import weights
+from regiongpt.prompts import check_choices, check_placeholders, check_text
 from regiongpt.prompts import question as task_question
 from regiongpt.regions import Region
 
@@ -69,8 +71,9 @@ class RegionPredictor:
     def __init__(
         self, model: Any, processor: Any, *, images: int = 4, token_budget: int | None = None, rows: int = ROWS
     ) -> None:
-        self.engine = Engine(model, processor, token_budget, rows)
-        self._scenes = Scenes(self.engine.look, images)
+        memory = Memory(images=images, token_budget=token_budget, rows=rows)
+        self.engine = Engine(model, processor, memory.token_budget, memory.rows)
+        self._scenes = Scenes(self.engine.look, memory.images)
         self._last: Scene | None = None
         self._own = threading.local()
 
@@ -104,6 +107,8 @@ class RegionPredictor:
             ConfigError: there is no such device or dtype here, int8 does not go with them, or a number is out of its
                 range.
         """
+        if path is not None and not isinstance(path, str | Path):
+            raise ConfigError(f"expected path as a checkpoint folder, got {path!r:.80}")
         chosen = pick_device(device)
         model, processor = weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen))
         if int8:
@@ -143,11 +148,7 @@ class RegionPredictor:
         regions: Region | Sequence[Region] = (),
         *,
         history: Sequence[Turn] = (),
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        **generation: Unpack[Generation],
     ) -> Answer:
         """Ask one question about the image.
 
@@ -155,21 +156,20 @@ class RegionPredictor:
             question: text in which ``<regionN>`` stands for the N-th region (from 1), any number of times.
             regions: the regions, in pixels of the image; the same list for the whole conversation.
             history: earlier turns, ``{"role": "user" | "assistant", "content": ...}``, the oldest first.
-            max_new_tokens: longest answer, in tokens, at least 1.
-            temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-            top_p: with a temperature, draw from the likeliest tokens of this joint probability, in (0, 1].
-            seed: with a temperature, makes the answer repeatable, whatever else is asked at the same time.
-            stop: strings that end the answer; they are not part of it.
+            **generation: any of ``max_new_tokens`` (128), the longest answer, in tokens, at least 1; ``temperature``
+                (0), which takes the likeliest token each time, and above 0 draws; ``top_p`` (1), with a temperature:
+                draw from the likeliest tokens of this joint probability, in (0, 1]; ``seed``, with a temperature: makes
+                the answer repeatable, whatever else is asked at the same time; ``stop``, one text or several that end
+                the answer and are not part of it.
 
         Raises:
             RegionError: a region does not fit the image, or a placeholder stands for none.
             DataError: the question is empty, or with its history longer than the model can read.
             ConfigError: no image was set, an option is out of its range, or the token budget is too small for it.
         """
-        began = time.perf_counter()
-        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
-        prompt = self._prepare(question, regions, history, options)
-        return self.engine.answer(self._here(), prompt, options, began)
+        began, options = time.perf_counter(), Options(**generation)
+        asked = self._here(), self._prompt(question, regions, history, options), options
+        return next(answer for _, answer in self.engine.answers([asked], began))
 
     def stream(
         self,
@@ -177,11 +177,7 @@ class RegionPredictor:
         regions: Region | Sequence[Region] = (),
         *,
         history: Sequence[Turn] = (),
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        **generation: Unpack[Generation],
     ) -> Iterator[str]:
         """Ask as :meth:`ask` does, and yield the answer in pieces as they are generated.
 
@@ -189,23 +185,11 @@ class RegionPredictor:
 
         Yields:
             Pieces of text, whole words where the language writes blanks; joined they are the answer.
-
-        Raises:
-            RegionError, DataError, ConfigError: as :meth:`ask`.
         """
-        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
-        return self.engine.stream(self._here(), self._prepare(question, regions, history, options), options)
+        options = Options(**generation)
+        return self.engine.stream(self._here(), self._prompt(question, regions, history, options), options)
 
-    def ask_many(
-        self,
-        questions: Sequence[Question],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> list[Answer]:
+    def ask_many(self, questions: Iterable[Question], **generation: Unpack[Generation]) -> list[Answer]:
         """Ask many questions at once, each with regions of its own, about one image or several.
 
         Each image is encoded once and its tokens are stored once, however many questions there are about it. Everything
@@ -213,12 +197,8 @@ class RegionPredictor:
 
         Args:
             questions: any number. One that names no image is about the image set.
-            max_new_tokens: as for :meth:`ask`; so with the next four. A question's own come first.
-            temperature: see there.
-            top_p: see there.
-            seed: with a temperature, makes the answers repeatable; each question draws by itself, so an answer depends
-                on the seed and the question's place, not on the others.
-            stop: see there.
+            **generation: as for :meth:`ask`; a question's own come first. With a ``seed`` each question draws by
+                itself: an answer depends on the seed and the question's place, not on the others.
 
         Returns:
             The answers, in the order of the questions.
@@ -226,32 +206,19 @@ class RegionPredictor:
         Raises:
             RegionError, DataError, ConfigError: as :meth:`ask`, with the number of the question, from 1.
         """
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        found = dict(self.answers(questions, stop=stop, **options))  # type: ignore[arg-type]
-        return [found[place] for place in range(len(questions))]
+        return [answer for _, answer in sorted(self.answers(questions, **generation), key=lambda found: found[0])]
 
-    def answers(
-        self,
-        questions: Sequence[Question],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> Iterator[tuple[int, Answer]]:
+    def answers(self, questions: Iterable[Question], **generation: Unpack[Generation]) -> Iterator[tuple[int, Answer]]:
         """Ask as :meth:`ask_many` does, and yield each question's place and answer as soon as it is finished.
 
         The questions are checked before this returns. Leaving the iteration early ends what is being written.
 
         Yields:
             The place of a question among those asked, from 0, and its answer.
-
-        Raises:
-            RegionError, DataError, ConfigError: as :meth:`ask_many`.
         """
-        began = time.perf_counter()
-        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+        began, options = time.perf_counter(), Options(**generation)
+        if isinstance(questions, Question) or not isinstance(questions, Iterable):
+            raise ConfigError(f"expected questions as a list of Question, got {type(questions).__name__}")
         return many.answers(self.engine, self._scenes, self._scene, list(questions), options, began)
 
     def conversation(self, regions: Region | Sequence[Region] = ()) -> "Conversation":
@@ -261,9 +228,9 @@ class RegionPredictor:
             RegionError: a region does not fit the image.
             ConfigError: no image was set.
         """
-        listed = region_list(regions)
-        self.engine.pool(self._here(), listed)  # for its checks: better now than at the first question
-        return Conversation(engine=self.engine, scene=self._here(), regions=tuple(listed))
+        scene, listed = self._here(), region_list(regions)
+        pooled = self.engine.pool(scene, listed)
+        return Conversation(engine=self.engine, scene=scene, regions=tuple(listed), pooled=pooled)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Tasks
@@ -291,48 +258,28 @@ class RegionPredictor:
             RegionError: a region does not fit the image.
             ConfigError: no image was set, or an option is out of its range.
         """
-        if isinstance(regions, Region):
-            return self.describe([regions], brief=brief, max_new_tokens=max_new_tokens)[0]
+        if not isinstance(brief, bool):
+            raise ConfigError(f"expected brief as True or False, got {brief!r:.80}")
         text = task_question("caption" if brief else "describe", regions=[1])
         options = Options(max_new_tokens=max_new_tokens)
-        return self.engine.answer_each(self._here(), text, region_list(regions), options)
+        found = self.engine.answer_each(self._here(), text, region_list(regions), options)
+        return found[0] if isinstance(regions, Region) else found
 
     @overload
     def classify(
-        self,
-        regions: Region,
-        choices: Sequence[str] | None = ...,
-        *,
-        label_set: str = ...,
-        generate: bool = ...,
-        length_normalized: bool = ...,
-        calibrated: bool = ...,
-        top_k: int | None = ...,
+        self, regions: Region, choices: Sequence[str] | None = ..., **options: Unpack[Classification]
     ) -> Classified: ...
 
     @overload
     def classify(
-        self,
-        regions: Sequence[Region],
-        choices: Sequence[str] | None = ...,
-        *,
-        label_set: str = ...,
-        generate: bool = ...,
-        length_normalized: bool = ...,
-        calibrated: bool = ...,
-        top_k: int | None = ...,
+        self, regions: Sequence[Region], choices: Sequence[str] | None = ..., **options: Unpack[Classification]
     ) -> list[Classified]: ...
 
     def classify(
         self,
         regions: Region | Sequence[Region],
         choices: Sequence[str] | None = None,
-        *,
-        label_set: str = "COCO-80",
-        generate: bool = False,
-        length_normalized: bool = False,
-        calibrated: bool = False,
-        top_k: int | None = None,
+        **options: Unpack[Classification],
     ) -> Classified | list[Classified]:
         """Choose the class of each region from a closed set; nothing off the list can come out.
 
@@ -340,22 +287,20 @@ class RegionPredictor:
         these are the likelihoods of whole answers, which need no correction for length: divided by their sum, they are
         the probability of each answer given that it is on the list. Two options rank names that the model seldom or
         never saw more fairly; their results are then no probabilities of answers. ``length_normalized`` divides each
-        score by its number of tokens. ``calibrated`` takes from it the score of the same answer about a region of which
+        score by its number of tokens. ``calibrated`` subtracts the score of the same answer about a region of which
         nothing is known, in the same image, so that a long or a rare name is held against itself
         (https://arxiv.org/abs/2102.09690). With the model that ships that does harm, and so did every other reference
-        tried (``docs/performance.md``): measure it before using it. Any number of names does: memory does not grow with
-        them.
+        tried (``docs/performance.md``): measure it before using it. Memory does not grow with the number of names.
 
         Args:
             regions: one region or several, each classified on its own.
             choices: at least one name; names may have several words, none may be there twice. Default: the names of
                 ``label_set``.
-            label_set: the set named in the question. The model that ships was trained with ``COCO-80`` alone, and
-                names things in that style for other ``choices`` too.
-            generate: also generate the answer freely, as the paper's exact-match protocol does.
-            length_normalized: see above; not together with ``calibrated``.
-            calibrated: see above.
-            top_k: keep only so many of the likeliest choices in the result; for large sets and many regions.
+            **options: any of ``label_set`` ("COCO-80"), the set named in the question (the model that ships was trained
+                with this one alone, and names things in its style for other ``choices`` too); ``generate``: also
+                generate the answer freely, as the paper's exact-match protocol does; ``length_normalized``;
+                ``calibrated``, not together with it; ``top_k``: keep only so many of the likeliest choices in the
+                result, for large sets and many regions.
 
         Returns:
             A result for a region, a list of them for a list.
@@ -367,18 +312,9 @@ class RegionPredictor:
 
         Paper: §3.2, Table 1 (the prompt), §4.1 (region classification)
         """
-        listed = region_list(regions)
-        found = classify_regions(
-            self.engine,
-            self._here(),
-            listed,
-            check_choices(choices, label_set),
-            label_set=label_set,
-            generate=generate,
-            length_normalized=length_normalized,
-            calibrated=calibrated,
-            top_k=top_k,
-        )
+        settings = ClassifyOptions(**options)
+        names, listed = check_choices(choices, settings.label_set), region_list(regions)
+        found = classify_regions(self.engine, self._here(), listed, names, settings)
         return found[0] if isinstance(regions, Region) else found
 
     @overload
@@ -415,16 +351,21 @@ class RegionPredictor:
 
         Paper: §3.2, Table 1; §4.3
         """
-        if isinstance(expression, str):
-            return self.locate([expression], regions, by=by)[0]
-        expressions = list(expression)
-        if not all(isinstance(each, str) and each.strip() for each in expressions):
-            raise DataError(f"expected an expression such as 'the red cup', got an empty one in {expressions!r}")
+        if not isinstance(expression, str | list | tuple):
+            raise DataError(f"expected expression as a text or a list of texts, got {expression!r:.80}")
+        expressions = [expression] if isinstance(expression, str) else list(expression)
         scene, listed = self._here(), region_list(regions)
+        for each in expressions:
+            check_text(each, "an expression such as 'the red cup'")
+            check_placeholders(each, len(listed))
+        if by not in WAYS:
+            raise ConfigError(f"by: expected one of {', '.join(WAYS)}, got {by!r}")
         if not listed:
             raise RegionError("expected at least one region to choose from, got none")
+        check_regions(listed, scene.width, scene.height)
         pooled = self.engine.pool_each(scene, listed)
-        return locate_expressions(self.engine, scene, pooled, [each.strip() for each in expressions], by)
+        found = locate_expressions(self.engine, scene, pooled, [each.strip() for each in expressions], by)
+        return found[0] if isinstance(expression, str) else found
 
     @property
     def _scene(self) -> Scene | None:
@@ -437,8 +378,8 @@ class RegionPredictor:
             raise ConfigError("expected an image before the first question; call set_image(...) first")
         return scene
 
-    def _prepare(
+    def _prompt(
         self, question: str, regions: Region | Sequence[Region], history: Sequence[Turn], options: Options
     ) -> Prompt:
-        turns = question_turns(history, question)
-        return self.engine.prepare(self._here(), turns, region_list(regions), options.max_new_tokens)
+        turns, listed = question_turns(history, question), region_list(regions)
+        return self.engine.prompt(turns, self.engine.pool(self._here(), listed), len(listed), options.max_new_tokens)

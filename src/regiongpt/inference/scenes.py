@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from regiongpt.errors import ConfigError
 from regiongpt.inference.engine import Scene
 
 
@@ -20,14 +19,9 @@ class Scenes:
     Args:
         look: encodes an image.
         most: images to keep; the one used longest ago goes first. 0 keeps none.
-
-    Raises:
-        ConfigError: ``most`` is negative.
     """
 
     def __init__(self, look: Callable[[Image.Image], Scene], most: int) -> None:
-        if most < 0:
-            raise ConfigError(f"expected images to keep of 0 or more, got {most}")
         self._look, self._most = look, most
         self._kept: OrderedDict[bytes, Scene] = OrderedDict()
         self._lock = threading.Lock()

@@ -48,7 +48,6 @@ class Job:
         finished: no token will come.
         complete: it ended by itself, not for want of room.
         error: why it could not be written.
-        reserve: tokens of its own that its sequence may come to.
     """
 
     prefix: Prefix | None
@@ -70,7 +69,11 @@ class Job:
         # A generator of its own: what is drawn for an answer does not depend on what else is in the batch.
         seed = secrets.randbits(63) if self.options.seed is None else self.options.seed
         self.draws = random.Random(seed)
-        self.reserve = len(self.embeds) + self.room
+
+    @property
+    def reserve(self) -> int:
+        """Tokens of its own that its sequence may come to."""
+        return len(self.embeds) + self.room
 
 
 class Scheduler:
@@ -95,8 +98,6 @@ class Scheduler:
         token_budget: int | None = None,
         rows: int = ROWS,
     ) -> None:
-        if rows < 1 or (token_budget is not None and token_budget < 1):
-            raise ConfigError(f"expected rows and token_budget of at least 1, got {rows} and {token_budget}")
         self.decoder, self.rows = decoder, rows
         self.token_budget = token_budget
         self._embed, self._stop_ids, self._never = embed, frozenset(stop_ids), list(never)
