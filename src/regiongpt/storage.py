@@ -102,6 +102,12 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def digest(*parts: Any) -> str:
+    """32 hexadecimal digits of plain JSON values; the same values give the same digits on every machine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Hold a folder for this process; the lock ends with the block or the process, however that ends.

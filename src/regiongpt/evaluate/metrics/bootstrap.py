@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 from regiongpt.errors import DataError
 
 Floats = NDArray[np.float64]
+FEWEST_IMAGES: Final = 30
+FEWEST_DIFFERENT: Final = 6
+TOO_FEW: Final = "too few to tell"
 _AT_ONCE = 1 << 22  # multiplicities held at a time
 
 
@@ -35,6 +39,10 @@ class Statistic(ABC):
             (N,); NaN where nothing is left to measure.
         """
 
+    @abstractmethod
+    def parts(self) -> list[Hashable]:
+        """What each image contributes, equal for two systems that answer alike; None for an image without a part."""
+
     def value(self) -> float:
         """The figure itself: every image counts once. NaN where there is nothing to measure."""
         return float(self.values(np.ones((1, len(self.clusters))))[0])
@@ -59,6 +67,10 @@ class SumStatistic(Statistic):
     def values(self, times: Floats) -> Floats:
         """The figure for each of (N, C) weightings."""
         return self.combine(times @ self.sums)
+
+    def parts(self) -> list[Hashable]:
+        """The sums of each image."""
+        return [row.tobytes() if row.any() else None for row in self.sums]
 
 
 def sum_statistic(
@@ -116,8 +128,8 @@ def resample(count: int, resamples: int, seed: int) -> Floats:
     return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
 
 
-def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """The bootstrap interval of a figure, images drawn with replacement.
+def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a figure, images drawn with replacement.
 
     An average over classes, such as a mean AP, is biased in resamples: rare classes fall out of some. Where the
     resampled figures show a bias that is more than chance, they are all moved until their mean is the figure; then
@@ -127,12 +139,21 @@ def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0, level: 
         statistic: The figure.
         resamples: How many, at least 1.
         seed: Of the drawing.
-        level: Share of the resamples inside.
 
     Returns:
         Both ends, within what the figure can be; NaN where no resample has anything to measure.
     """
-    return around(_resampled((statistic,), resamples, seed)[0], statistic.value(), statistic.most, level)
+    return around(_resampled((statistic,), resamples, seed)[0], statistic.value(), statistic.most)
+
+
+def too_few(a: Statistic, b: Statistic) -> bool:
+    """Whether two systems were compared on too few images to tell which is better.
+
+    These are fewer than 30 images, or differing answers on 1 to 5 of them: even if all five favour one system, a fair
+    coin would do so once in 16, where the bootstrap, which draws only from these five, claims p = 0.01.
+    """
+    pairs = [(x, y) for x, y in zip(a.parts(), b.parts(), strict=True) if x is not None or y is not None]
+    return len(pairs) < FEWEST_IMAGES or 0 < sum(x != y for x, y in pairs) < FEWEST_DIFFERENT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,24 +161,24 @@ class Paired:
     """Two systems on the same items.
 
     Attributes:
-        a: Figure of the first.
-        b: Figure of the second.
+        a: Result of the first.
+        b: Result of the second.
         difference: ``b - a``.
-        interval: 95 % of the resampled differences, moved as in :func:`interval`; NaN for fewer than two images.
+        interval: 95 % of the resampled differences, moved as in :func:`interval`; None where nothing can be told.
         p: Two-sided: twice the share of resamples in which the difference has the other sign or is 0, at most 1, and
-            at least ``1 / (resamples + 1)`` since no number of resamples shows it to be 0; NaN likewise.
-        resamples: How many were drawn.
+            at least ``1 / (resamples + 1)``, since no number of resamples shows it to be 0; None likewise.
+        too_few: Whether there are too few images to tell (:func:`too_few`).
     """
 
     a: float
     b: float
     difference: float
-    interval: tuple[float, float]
-    p: float
-    resamples: int
+    interval: tuple[float, float] | None = None
+    p: float | None = None
+    too_few: bool = False
 
 
-def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Paired:
+def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0) -> Paired:
     """The paired bootstrap: each resample counts the same images for both systems.
 
     Raises:
@@ -165,28 +186,18 @@ def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0, lev
     """
     if a.clusters != b.clusters:
         only = len(set(a.clusters) ^ set(b.clusters))
-        raise DataError(f"expected two results on the same images in one order, got {only} that one of them lacks")
-    found = (a.value(), b.value())
-    if len(a.clusters) < 2:
-        nothing = float("nan")
-        return Paired(
-            a=found[0], b=found[1], difference=found[1] - found[0], interval=(nothing, nothing), p=nothing, resamples=0
-        )
+        raise DataError(f"two results on other images cannot be compared; {only} images are in one of them only")
+    found = {"a": a.value(), "b": b.value(), "difference": b.value() - a.value()}
+    if too_few(a, b):
+        return Paired(**found, too_few=True)
     first, second = _resampled((a, b), resamples, seed)
-    differences = centred(second - first, found[1] - found[0])
+    differences = centred(second - first, found["difference"])
     differences = differences[~np.isnan(differences)]
+    if not len(differences):
+        return Paired(**found)
     beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
-    p = min(1.0, 2 * (int(beyond) + 1) / (len(differences) + 1)) if len(differences) else float("nan")
-    if found[0] == found[1] and not differences.any():
-        p = 1.0
-    return Paired(
-        a=found[0],
-        b=found[1],
-        difference=found[1] - found[0],
-        interval=ends(differences, level),
-        p=p,
-        resamples=resamples,
-    )
+    p = min(1.0, 2 * (int(beyond) + 1) / (len(differences) + 1)) if differences.any() else 1.0
+    return Paired(**found, interval=ends(differences), p=p)
 
 
 def _resampled(statistics: Sequence[Statistic], resamples: int, seed: int) -> list[Floats]:
@@ -212,22 +223,21 @@ def centred(values: Floats, figure: float) -> Floats:
     return values if abs(bias) <= 3 * float(there.std()) / len(there) ** 0.5 else values - bias
 
 
-def around(values: Floats, figure: float, most: float, level: float = 0.95) -> tuple[float, float]:
+def around(values: Floats, figure: float, most: float) -> tuple[float, float]:
     """Both ends of a figure's interval, as :func:`interval` draws it.
 
     Args:
         values: The resampled figures.
         figure: Itself.
         most: The largest value that it can have.
-        level: Share of the resamples inside.
     """
-    return ends(np.clip(centred(values, figure), 0.0, most), level)
+    return ends(np.clip(centred(values, figure), 0.0, most))
 
 
-def ends(values: Floats, level: float = 0.95) -> tuple[float, float]:
-    """Where a share of resampled figures lies, as many below it as above; NaN where none is a number."""
+def ends(values: Floats) -> tuple[float, float]:
+    """Where 95 % of the resampled figures lie, as many below as above; NaN where none is a number."""
     there = values[~np.isnan(values)]
     if not len(there):
         return float("nan"), float("nan")
-    low, high = np.percentile(there, (50 * (1 - level), 50 * (1 + level)))
+    low, high = np.percentile(there, (2.5, 97.5))
     return float(low), float(high)

@@ -1,18 +1,16 @@
 """Average precision as the COCO API computes it, also by LVIS' rules, and the same for resampled images."""
 
 import io
-import sys
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio
 
 FIGURES: Final = (
@@ -65,7 +63,6 @@ def detection_scores(
     truth: Mapping[str, Any],
     detections: Sequence[Mapping[str, Any]],
     kind: Literal["bbox", "segm"] = "bbox",
-    images: Sequence[int] | None = None,
     federated: Federated | None = None,
 ) -> DetectionScores:
     """Scores detections against annotations through pycocotools.
@@ -74,17 +71,11 @@ def detection_scores(
         truth: COCO's json: ``images``, ``annotations`` with ``area`` and ``iscrowd``, ``categories``.
         detections: ``image_id``, ``category_id``, ``score`` and ``bbox`` (x, y, width, height) or ``segmentation``.
         kind: What is compared.
-        images: Ids of the images to score; default: all of ``truth``.
         federated: Score by LVIS' rules: the best 300 detections of an image, and those of categories alone that were
             looked for in it. The ``lvis`` package, whose figures these are, does not run with numpy 1.24 or later.
-
-    Raises:
-        DataError: An object or a detection lacks something, has a number that is none, or is of an image or a category
-            that the truth does not have.
     """
     from pycocotools.coco import COCO
 
-    _check(truth, detections, kind)
     if federated is not None:
         detections = _looked_for(truth, detections, federated)
     with redirect_stdout(io.StringIO()):  # it reports its progress there
@@ -99,8 +90,6 @@ def detection_scores(
             # Without any detection the API fails; one of no score in a category of its own stands for none.
             results = found.loadRes([dict(each) for each in detections]) if detections else _boxes(found, ())
         evaluation = _evaluation()(found, results, kind)
-        if images is not None:
-            evaluation.params.imgIds = sorted(images)
         if federated is not None:
             evaluation.params.maxDets = [_LVIS_MOST]
             evaluation.partly = {(image, each) for image, those in federated.partly.items() for each in those}
@@ -108,7 +97,7 @@ def detection_scores(
         evaluation.accumulate()
         if federated is None:
             evaluation.summarize()
-    matches = _Matches.of(evaluation)
+    matches = _Matches.of(evaluation, detections)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     per_category = {}
     for k, category in enumerate(evaluation.params.catIds):
@@ -217,34 +206,6 @@ def _boxes(found: Any, detections: Sequence[Mapping[str, Any]]) -> Any:
     return results
 
 
-def _check(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: str) -> None:
-    images = {each["id"] for each in truth["images"]}
-    categories = {each["id"] for each in truth["categories"]}
-    shape = "bbox" if kind == "bbox" else "segmentation"
-    for name, those, figures in (
-        ("annotations", truth["annotations"], ("area", "iscrowd")),
-        ("detections", detections, ("score",)),
-    ):
-        for number, each in enumerate(those):
-            where = f"{name}[{number}]"
-            if lacking := [key for key in ("image_id", "category_id", *figures, shape) if key not in each]:
-                raise DataError(f"{where}: expected {', '.join(lacking)}, found none; keys: {', '.join(each)}")
-            for key, known in (("image_id", images), ("category_id", categories)):
-                if each[key] not in known:
-                    raise DataError(f"{where}: expected {key} of the ground truth, got {each[key]!r}")
-            for key in figures:
-                if not _is_figure(each[key]):
-                    raise DataError(f"{where}: expected {key} as a finite number, got {each[key]!r}")
-            if kind == "bbox" and not (len(each[shape]) == 4 and all(map(_is_figure, each[shape]))):
-                raise DataError(f"{where}: expected bbox as four finite numbers, got {each[shape]!r}")
-
-
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and bool(
-        abs(cast(float, value)) <= sys.float_info.max
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Category:
     """Detections of one category in one range of areas, the best score first.
@@ -269,14 +230,19 @@ class _Matches:
     """What the COCO API matched, kept for counting images more or less often."""
 
     images: tuple[Hashable, ...]
+    found: tuple[int, ...]
+    """A hash of what was detected in each image."""
     thresholds: Floats
     recalls: Floats
     areas: tuple[tuple[_Category, ...], ...]
 
     @classmethod
-    def of(cls, evaluation: Any) -> "_Matches":
+    def of(cls, evaluation: Any, detections: Sequence[Mapping[str, Any]]) -> "_Matches":
         p = evaluation.params
         images = len(p.imgIds)
+        found: dict[Hashable, int] = dict.fromkeys(p.imgIds, 0)
+        for each in detections:
+            found[each["image_id"]] += hash((each["category_id"], each["score"], *each.get("bbox", ())))
         areas = []
         for a in range(len(p.areaRng)):
             categories = []
@@ -286,7 +252,13 @@ class _Matches:
                 if category := _category(int(p.catIds[k]), own, images, p.maxDets[-1]):
                     categories.append(category)
             areas.append(tuple(categories))
-        return cls(images=tuple(p.imgIds), thresholds=p.iouThrs, recalls=p.recThrs, areas=tuple(areas))
+        return cls(
+            images=tuple(p.imgIds),
+            found=tuple(found.values()),
+            thresholds=p.iouThrs,
+            recalls=p.recThrs,
+            areas=tuple(areas),
+        )
 
 
 def _category(number: int, own: Sequence[tuple[int, Any]], images: int, most: int) -> _Category | None:
@@ -323,14 +295,21 @@ class PrecisionStatistic(Statistic):
         """The figure for each of (N, C) weightings."""
         wanted = {"AP50": 0.5, "AP75": 0.75}.get(self.figure)
         rows = slice(None) if wanted is None else np.isclose(self.matches.thresholds, wanted)
-        categories = [
-            each for each in self.matches.areas[_AREAS.get(self.figure, 0)] if self.only is None or each.id in self.only
-        ]
+        categories = self._categories()
         if not categories:
             return np.full(len(times), np.nan)
         found = np.stack([self._of(category, rows, times) for category in categories])
         there = ~np.isnan(found)
         return ratio(np.where(there, found, 0.0).sum(axis=0), there.sum(axis=0))
+
+    def parts(self) -> list[Hashable]:
+        """The detections in each image that has objects to find."""
+        objects = sum((each.objects for each in self._categories()), np.zeros(len(self.matches.images)))
+        return [found if count else None for found, count in zip(self.matches.found, objects, strict=True)]
+
+    def _categories(self) -> list[_Category]:
+        counted = self.matches.areas[_AREAS.get(self.figure, 0)]
+        return [each for each in counted if self.only is None or each.id in self.only]
 
     def _of(self, category: _Category, rows: Any, times: Floats) -> Floats:
         """(N,) the mean over thresholds and recalls of the precision of one category; NaN without objects."""
