@@ -77,7 +77,8 @@ class Store:
         Raises:
             DataError: A file is damaged.
         """
-        wanted, found = set(keys), {}
+        wanted = set(keys)
+        found: dict[str, Any] = {}
         rows = (row for row in self._rows("SELECT key, value FROM done") if row[0] in wanted)
         with _one_line(self.folder):
             while some := list(islice(rows, 1000)):  # parsed together, which takes half the time

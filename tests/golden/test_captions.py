@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from java import need_java, need_pycocoevalcap
+from java import need_java
 
 from regiongpt.evaluate.metrics.captions import caption_scores, tokenized
 
@@ -17,7 +17,7 @@ FILE = DATA / "golden_captions" / "refcocog_umd_val_first1000_hyp_is_expr0.json"
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Any]:
-    need_pycocoevalcap()
+    need_java()
     if not FILE.is_file():
         pytest.skip(f"no fixtures at {FILE}; set REGIONGPT_DATA to the folder that holds fixtures")
     content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))

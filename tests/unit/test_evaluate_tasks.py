@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from java import need_java, need_pycocoevalcap
+from java import need_java
 from PIL import Image
 
 from regiongpt.errors import ConfigError, DataError
+from regiongpt.evaluate.metrics import java
 from regiongpt.evaluate.predictions import read_predictions
 from regiongpt.evaluate.runner import load_items
 from regiongpt.evaluate.task import Answer, Item, Result, Task
@@ -242,7 +243,7 @@ def expressions(tmp_path: Path) -> Path:
 
 
 def captions(folder: Path, **options: Any) -> Task:
-    need_pycocoevalcap()
+    need_java()
     given = {"metrics": "CIDEr,ROUGE_L", **options}
     return task_class("refcocog_caption")(data=folder, refs=folder / "refs.jsonl", images=folder, **given)
 
@@ -268,23 +269,21 @@ def test_references_are_grouped_as_said(expressions: Path) -> None:
         captions(expressions, metrics="BERT")
 
 
-def test_java_is_asked_for_before_the_answers(expressions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_scoring_needs_is_asked_for_before_the_answers(expressions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_java()
+    if not (java.find_package() / "spice" / "lib" / "stanford-corenlp-3.6.0.jar").is_file():
+        with pytest.raises(ConfigError, match=r"stanford-corenlp-3\.6\.0\.jar: missing, .* leave SPICE out"):
+            captions(expressions, metrics="CIDEr,SPICE").load()
+    task = captions(expressions)
+    monkeypatch.setattr(java, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(expressions))
     monkeypatch.delenv("JAVA_HOME", raising=False)
-    with pytest.raises(ConfigError, match="expected Java"):
-        captions(expressions, metrics="METEOR,CIDEr").load()
-
-
-def test_spice_says_what_it_lacks_before_the_answers(expressions: Path) -> None:
-    need_java()
-    if (need_pycocoevalcap("spice", "lib") / "stanford-corenlp-3.6.0.jar").is_file():
-        pytest.skip("SPICE's parser is installed here")
-    with pytest.raises(ConfigError, match=r"stanford-corenlp-3\.6\.0-models\.jar .* leave SPICE out"):
-        captions(expressions, metrics="CIDEr,SPICE").load()
+    with pytest.raises(ConfigError, match="there is no Java here; install it with"):
+        task.load()
 
 
 def test_visual_genome_by_split_and_grouping(tmp_path: Path) -> None:
-    need_pycocoevalcap()
+    need_java()
     (tmp_path / "images").mkdir()
     box = {"x": 3, "y": 4, "width": 20, "height": 10}
     described = [

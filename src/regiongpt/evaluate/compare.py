@@ -9,7 +9,7 @@ from typing import Any, Final
 from regiongpt.data.shards import file_identity
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.answering import from_json
-from regiongpt.evaluate.metrics.bootstrap import Paired, paired
+from regiongpt.evaluate.metrics.bootstrap import TOO_FEW, Paired, paired
 from regiongpt.evaluate.report import STYLE
 from regiongpt.evaluate.runs import PLACES, PREDICTIONS, TaskRun, read_lines, read_run, task_of
 from regiongpt.evaluate.tables import NOTHING, aligned
@@ -68,7 +68,7 @@ class Comparison:
             "task": self.task,
             "items": self.items,
             "figures": {
-                protocol: {name: vars(each) | {"interval": list(each.interval)} for name, each in figures.items()}
+                protocol: {name: vars(each) for name, each in figures.items()}
                 for protocol, figures in self.figures.items()
             },
             "changed": {
@@ -230,8 +230,8 @@ def _cells(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
 
 
 def _row(name: str, each: Paired) -> list[str]:
-    ends = f"{_times_100(each.interval[0], '+')} to {_times_100(each.interval[1], '+')}"
-    p = f"{each.p:.3f}" if each.p == each.p else NOTHING
+    ends = " to ".join(_times_100(end, "+") for end in each.interval) if each.interval else ""
+    p = TOO_FEW if each.too_few else NOTHING if each.p is None else f"{each.p:.3f}"
     return [name, _times_100(each.a), _times_100(each.b), _times_100(each.difference, "+"), ends, p]
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -187,17 +187,18 @@ def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0) -> 
     if a.clusters != b.clusters:
         only = len(set(a.clusters) ^ set(b.clusters))
         raise DataError(f"two results on other images cannot be compared; {only} images are in one of them only")
-    found = {"a": a.value(), "b": b.value(), "difference": b.value() - a.value()}
-    if too_few(a, b):
-        return Paired(**found, too_few=True)
+    difference = b.value() - a.value()
+    result = Paired(a=a.value(), b=b.value(), difference=difference, too_few=too_few(a, b))
+    if result.too_few:
+        return result
     first, second = _resampled((a, b), resamples, seed)
-    differences = centred(second - first, found["difference"])
+    differences = centred(second - first, difference)
     differences = differences[~np.isnan(differences)]
     if not len(differences):
-        return Paired(**found)
+        return result
     beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
     p = min(1.0, 2 * (int(beyond) + 1) / (len(differences) + 1)) if differences.any() else 1.0
-    return Paired(**found, interval=ends(differences), p=p)
+    return replace(result, interval=ends(differences), p=p)
 
 
 def _resampled(statistics: Sequence[Statistic], resamples: int, seed: int) -> list[Floats]:

@@ -1,24 +1,20 @@
 """CIDEr, METEOR, BLEU, ROUGE-L and SPICE of captions, on the words that the reference tokenizer finds."""
 
-import json
-import subprocess
-import tempfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
+from importlib import import_module
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, mean_statistic, sum_statistic
-from regiongpt.evaluate.metrics.meteor import find_java, meteor_addends, meteor_counts, meteor_scores
-from regiongpt.evaluate.metrics.ptb import scored_words
+from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, mean_statistic, ratio, sum_statistic
+from regiongpt.evaluate.metrics.java import COUNTS, find_package, meteor_counts, scored_words, spice_scores
 
 METRICS: Final = ("CIDEr", "METEOR", "ROUGE_L", "BLEU", "SPICE")
-_EXTRA = "install it with: pip install regiongpt[evaluate]"
-_SPICE_SECONDS = 6 * 3600.0
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75
+_STAGES = np.array([1.0, 0.6, 0.8, 0.6])  # exact words, stems, synonyms, paraphrases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +39,13 @@ def caption_scores(
     metrics: Sequence[str] = ("CIDEr", "METEOR", "ROUGE_L", "BLEU"),
     clusters: Sequence[Hashable] | None = None,
 ) -> dict[str, CaptionScore]:
-    """Scores captions against references by the metrics of the COCO caption evaluation.
+    """Score captions against references by the metrics of the COCO caption evaluation.
 
     Args:
         captions: n texts as they were written; ``""`` for an item without an answer, which scores 0.
         references: Of each, the texts to compare with, at least one of them with a word. One without words is left out,
             where the reference scripts count it as an empty caption.
-        metrics: Some of :data:`METRICS`; METEOR and SPICE run Java.
+        metrics: Some of :data:`METRICS`.
         clusters: Image of each caption, for the statistics; default: each its own.
 
     Returns:
@@ -57,27 +53,26 @@ def caption_scores(
         CIDEr weighs words by how few of the set's items they occur in, so a part of a set scores otherwise.
 
     Raises:
-        ConfigError: No such metric; a library or Java is missing.
+        ConfigError: No such metric; pycocoevalcap or Java is missing.
         DataError: Nothing to score, or an item has no reference with words.
     """
     for name in metrics:
         if name not in METRICS:
-            raise ConfigError(f"metrics: expected some of {', '.join(METRICS)}, got {name!r}")
+            raise ConfigError(f"metrics: {name!r} is not among {', '.join(METRICS)}")
     if not captions or len(captions) != len(references):
-        raise DataError(f"expected as many captions as items, and some, got {len(captions)} for {len(references)}")
+        raise DataError(f"{len(captions)} captions for {len(references)} items; give one for each")
     said, wanted = tokenized(captions, references)
     images = list(clusters) if clusters is not None else list(range(len(captions)))
     found: dict[str, CaptionScore] = {}
     for name in metrics:
         if name == "METEOR":
-            counts = meteor_counts(said, wanted)
+            counts = _best_counts(said, wanted)
             statistic = sum_statistic(images, meteor_addends(counts), meteor_scores)
-            value = statistic.value()
-            found[name] = CaptionScore(value=value, items=meteor_scores(counts), statistic=statistic)
+            found[name] = CaptionScore(value=statistic.value(), items=meteor_scores(counts), statistic=statistic)
         elif name == "BLEU":
             found |= _bleu(said, wanted, images)
         else:
-            items = {"CIDEr": _cider, "ROUGE_L": _rouge, "SPICE": _spice}[name](said, wanted)
+            items = spice_scores(said, wanted) if name == "SPICE" else _reference_scores(name, said, wanted)
             statistic = replace(mean_statistic(images, items.tolist()), most=10.0 if name == "CIDEr" else 1.0)
             found[name] = CaptionScore(value=float(np.mean(items)), items=items, statistic=statistic)
     return found
@@ -89,29 +84,68 @@ def tokenized(captions: Sequence[str], references: Sequence[Sequence[str]]) -> t
     Raises:
         DataError: An item has no reference with words.
     """
-    flat = scored_words([text for those in references for text in those])
-    wanted: list[list[str]] = []
-    at = 0
-    for number, those in enumerate(references):
-        words = [text for text in flat[at : at + len(those)] if text]
-        at += len(those)
-        if not words:
-            raise DataError(f"references[{number}]: expected a reference with at least one word, got {list(those)!r}")
-        wanted.append(words)
+    flat = iter(scored_words([text for those in references for text in those]))
+    wanted = [[words for _ in those if (words := next(flat))] for those in references]
+    for number, those in enumerate(wanted):
+        if not those:
+            raise DataError(f"references[{number}]: no reference has a word, in {list(references[number])!r}")
     return scored_words(captions), wanted
 
 
-def _cider(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
-    return _reference_scores("cider.cider", "Cider", said, wanted)
+def meteor_scores(counts: Floats) -> Floats:
+    """METEOR of captions, or of whole sets by their summed counts.
+
+    Args:
+        counts: (N, 23), for a set the sum of its :func:`meteor_addends`. Words of the caption, of the reference;
+            function words of each; for each of the four stages the content words matched of the caption, of the
+            reference, and the function words likewise; chunks; words matched of the caption, of the reference.
+
+    Returns:
+        (N,) in [0, 1]; 0 where nothing matches.
+    """
+    counts = np.asarray(counts, np.float64).reshape(-1, COUNTS)
+    lengths, functions, chunks, matched = counts[:, :2], counts[:, 2:4], counts[:, 20], counts[:, 21:]
+    stages = counts[:, 4:20].reshape(-1, 4, 4)
+    content, function = stages[:, :, :2], stages[:, :, 2:]
+    found = np.einsum("s,nsk->nk", _STAGES, _DELTA * content + (1 - _DELTA) * function)
+    size = _DELTA * (lengths - functions) + (1 - _DELTA) * functions
+    precision, recall = np.nan_to_num(ratio(found, size)).T
+    mean = ratio(precision * recall, (1 - _ALPHA) * recall + _ALPHA * precision)
+    fragments = ratio(chunks, matched.mean(axis=1))
+    penalty = _GAMMA * np.where(_is_whole(counts), 0.0, fragments) ** _BETA
+    result: Floats = np.nan_to_num(mean * (1 - penalty))
+    return result
 
 
-def _rouge(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
-    return _reference_scores("rouge.rouge", "Rouge", said, wanted)
+def meteor_addends(counts: Floats) -> Floats:
+    """What each caption's counts (N, 23) add to those of a set: a caption matched whole adds no chunk."""
+    added = np.array(counts, np.float64)
+    added[_is_whole(added), 20] = 0.0
+    return added
 
 
-def _reference_scores(module: str, kind: str, said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
-    scorer = getattr(_pycocoevalcap(module), kind)()
+def _is_whole(counts: Floats) -> NDArray[np.bool_]:
+    """Whether caption and reference match word by word, in one piece."""
+    matched = counts[:, 4:20].reshape(-1, 4, 2, 2).sum(axis=(1, 2))
+    whole: NDArray[np.bool_] = (matched == counts[:, :2]).all(axis=1) & (counts[:, 20] == 1)
+    return whole
+
+
+def _best_counts(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
+    """METEOR's counts of each caption against that of its references which scores best."""
+    pairs = [(text, each) for text, those in zip(said, wanted, strict=True) for each in those]
+    counts = meteor_counts([text for text, _ in pairs], [each for _, each in pairs])
+    scores = meteor_scores(counts)
+    ends = np.cumsum([len(those) for those in wanted])
+    best = [start + int(np.argmax(scores[start:end])) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return counts[best]
+
+
+def _reference_scores(name: str, said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
+    """CIDEr or ROUGE_L of each caption, by pycocoevalcap."""
+    module, kind = {"CIDEr": ("cider.cider", "Cider"), "ROUGE_L": ("rouge.rouge", "Rouge")}[name]
     given = {number: list(those) for number, those in enumerate(wanted)}
+    scorer = getattr(_pycocoevalcap(module), kind)()
     _, items = scorer.compute_score(given, {number: [text] for number, text in enumerate(said)})
     return np.asarray(items, np.float64)
 
@@ -149,50 +183,6 @@ class _Bleu:
         return result
 
 
-def find_spice() -> Path:
-    """The folder of SPICE with its parser.
-
-    Raises:
-        ConfigError: pycocoevalcap or the parser is missing.
-    """
-    folder = Path(str(_pycocoevalcap("spice").__file__)).parent
-    lacking = [
-        name
-        for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-        if not (folder / "lib" / name).is_file()
-    ]
-    if lacking:
-        raise ConfigError(
-            f"expected {' and '.join(lacking)} in {folder / 'lib'} for SPICE, found none: its parser comes with no "
-            "package; take them from https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip (500 MB), "
-            "or leave SPICE out of --metrics"
-        )
-    return folder
-
-
-def _spice(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
-    program, folder = find_java(), find_spice()
-    given = [{"image_id": k, "test": text, "refs": list(wanted[k])} for k, text in enumerate(said)]
-    with tempfile.TemporaryDirectory() as place:
-        asked, answered = Path(place) / "asked.json", Path(place) / "answered.json"
-        asked.write_text(json.dumps(given), encoding="utf-8")
-        command = [program, "-Xmx8G", "-jar", "spice-1.0.jar", str(asked), "-out", str(answered), "-subset", "-silent"]
-        try:
-            run = subprocess.run(command, cwd=folder, capture_output=True, timeout=_SPICE_SECONDS, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ConfigError(f"SPICE: expected Java to score the captions, got: {error}") from error
-        if run.returncode or not answered.is_file():
-            words = " ".join(run.stderr.decode("utf-8", "replace").split())[-300:]
-            raise ConfigError(f"SPICE: expected scores, but Java ended with code {run.returncode}: {words}")
-        scores: Mapping[int, Any] = {
-            entry["image_id"]: entry["scores"]["All"]["f"] for entry in json.loads(answered.read_text(encoding="utf-8"))
-        }
-    return np.array([float(scores[k]) for k in range(len(said))])
-
-
 def _pycocoevalcap(module: str) -> Any:
-    if find_spec("pycocoevalcap") is None:
-        raise ConfigError(f"expected pycocoevalcap, which scores captions; {_EXTRA}")
-    from importlib import import_module
-
+    find_package()
     return import_module(f"pycocoevalcap.{module}")

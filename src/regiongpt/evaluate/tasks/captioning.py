@@ -3,20 +3,23 @@
 Paper: §4.2, Table 4
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from regiongpt.data.convert.base import option
 from regiongpt.errors import ConfigError
-from regiongpt.evaluate.metrics.captions import METRICS, CaptionScore, caption_scores, find_spice
-from regiongpt.evaluate.metrics.meteor import find_jar, find_java
-from regiongpt.evaluate.metrics.ptb import scored_words
+from regiongpt.evaluate.metrics.captions import METRICS, CaptionScore, caption_scores
+from regiongpt.evaluate.metrics.java import find_java, find_spice, scored_words
 from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
 from regiongpt.evaluate.tasks.scoring import (
     SIZES,
     by_group,
     figure,
     images_of,
+    limited,
     mean_figure,
     missing_notes,
     rows_of,
@@ -33,6 +36,28 @@ SCORERS = {
     "BLEU": "BLEU of pycocoevalcap 1.2 (closest reference length)",
     "SPICE": "SPICE 1.0",
 }
+
+
+class Described(NamedTuple):
+    """A region with what people said of it.
+
+    Attributes:
+        id: Of the item.
+        image: File.
+        image_id: Of the image.
+        size: Width and height of the image in pixels, as the annotations say it.
+        box: xyxy in pixels.
+        references: Texts.
+        category: Of the region, where it is known.
+    """
+
+    id: str
+    image: Path
+    image_id: int
+    size: tuple[int, int] | None
+    box: Sequence[float]
+    references: Sequence[str]
+    category: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,56 +82,48 @@ class CaptionTask(Task):
     def _metrics(self) -> list[str]:
         return [name.strip() for name in self.metrics.split(",") if name.strip()]
 
-    def check_programs(self) -> None:
-        """Raises ConfigError where a metric lacks its library or Java: better now than after all the answers."""
-        find_jar()
-        if {"METEOR", "SPICE"} & set(self._metrics):
-            find_java()
-        if "SPICE" in self._metrics:
-            find_spice()
+    @abstractmethod
+    def regions_described(self) -> list[Described]:
+        """The regions to be described, with what people said of them."""
 
+    @abstractmethod
     def pinned(self) -> dict[str, str]:
         """Split and grouping of the references."""
-        raise NotImplementedError
 
-    def item(
-        self,
-        *,
-        id: str,
-        place: tuple[object, int],
-        size: tuple[int, int] | None,
-        box: Sequence[float],
-        references: Sequence[str],
-        category: str = "",
-    ) -> Item | None:
-        """The item of one region; None where no reference has a word, which is counted in ``left_out``.
+    def load(self) -> list[Item]:
+        """One item a region, but those of which no reference has a word."""
+        # What is missing is better said now than after all the answers.
+        find_java()
+        if "SPICE" in self._metrics:
+            find_spice()
+        self.left_out.counts.clear()
+        described = self.regions_described()
+        words = iter(scored_words([text for each in described for text in each.references]))
+        items = []
+        for each in described:
+            worded = []
+            for text in each.references:
+                if next(words):
+                    worded.append(text)
+                else:
+                    self.left_out.add("reference without words", self.inputs()[0], each.id, f"no word in {text!r}")
+            if worded:
+                items.append(self._item(each, worded))
+        return limited(items, self.limit)
 
-        Args:
-            id: Of the item.
-            place: Image file and image id.
-            size: Of the image in pixels, as the annotations say it.
-            box: xyxy in pixels.
-            references: What people said of the region.
-            category: Of the region, where it is known.
-        """
-        worded = [text for text, words in zip(references, scored_words(references), strict=True) if words]
-        for text in references:
-            if text not in worded:
-                self.left_out.add("reference without words", self.inputs()[0], id, f"expected words, got {text!r}")
-        if not worded:
-            return None
-        area = (box[2] - box[0]) * (box[3] - box[1])
+    def _item(self, each: Described, references: list[str]) -> Item:
+        area = (each.box[2] - each.box[0]) * (each.box[3] - each.box[1])
         return Item(
-            id=id,
-            image=place[0],  # type: ignore[arg-type]
-            image_id=place[1],
-            size=size,
+            id=each.id,
+            image=each.image,
+            image_id=each.image_id,
+            size=each.size,
             question=question("caption", 0, regions=[1]),
-            regions=(Region.box(*box),),
+            regions=(Region.box(*each.box),),
             max_new_tokens=self.max_new_tokens,
-            truth=worded[0],
-            groups={"size": size_name(area), **({"category": category} if category else {})},
-            detail={"references": worded},
+            truth=references[0],
+            groups={"size": size_name(area), **({"category": each.category} if each.category else {})},
+            detail={"references": references},
         )
 
     def score(
@@ -118,7 +135,7 @@ class CaptionTask(Task):
         found = caption_scores(texts, references, metrics=self._metrics, clusters=images_of(items))
         figures = {name: figure(each.statistic, len(items), resamples, seed) for name, each in found.items()}
         notes = missing_notes(items, answers, self.item_id)
-        if empty := sum(not words for words in scored_words(texts)):
+        if empty := sum(not any(map(str.isalnum, text)) for text in texts):
             notes.append(f"{empty} captions have no word and score 0")
         if self.left_out.counts:
             notes.append(f"annotations not asked about: {self.left_out.summary()}")

@@ -10,10 +10,9 @@ from typing import ClassVar, Final
 
 from regiongpt.data.convert.base import option
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import Item
-from regiongpt.evaluate.tasks.captioning import PROTOCOL, CaptionTask
+from regiongpt.evaluate.tasks.captioning import PROTOCOL, CaptionTask, Described
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogFiles, each_expression
-from regiongpt.evaluate.tasks.scoring import check_choice, limited
+from regiongpt.evaluate.tasks.scoring import check_choice
 
 GROUPINGS: Final = {
     "object": "all expressions of an object are the references of its one caption",
@@ -68,21 +67,15 @@ class RefCocogCaption(CaptionTask):
         split = self.split_read or files.refs.name
         return {"split": f"RefCOCOg {files.partition} {split}", "references": GROUPINGS[self.grouping]}
 
-    def load(self) -> list[Item]:
-        """One item an object or an expression, in the order of the file."""
-        self.check_programs()
-        self.left_out.counts.clear()
+    def regions_described(self) -> list[Described]:
+        """One an object or an expression, in the order of the file."""
         files = self._files
         objects, folder = files.objects(self.split, self.left_out), files.folder
         if self.grouping == "object":
             asked = [(str(each.ann_id), each, [text for _, text in each.expressions]) for each in objects]
         else:
             asked = [(str(number), each, [text]) for each, number, text in each_expression(objects)]
-        items = [
-            self.item(
-                id=number, place=(folder / each.file, each.image_id), size=each.size, box=each.box, references=said,
-                category=each.category,
-            )
+        return [
+            Described(number, folder / each.file, each.image_id, each.size, each.box, said, each.category)
             for number, each, said in asked
-        ]  # fmt: skip
-        return limited([item for item in items if item is not None], self.limit)
+        ]

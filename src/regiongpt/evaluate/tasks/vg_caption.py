@@ -3,7 +3,7 @@
 Paper: §4.2, Table 4
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -15,9 +15,8 @@ from regiongpt.data.convert.visual_genome import VisualGenomeConverter
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import Item
-from regiongpt.evaluate.tasks.captioning import PROTOCOL, CaptionTask
-from regiongpt.evaluate.tasks.scoring import check_choice, find_file, find_folder, limited
+from regiongpt.evaluate.tasks.captioning import PROTOCOL, CaptionTask, Described
+from regiongpt.evaluate.tasks.scoring import check_choice, find_file, find_folder
 
 GROUPINGS: Final = {
     "region": "each region is an item of its own, with its one phrase as the only reference",
@@ -71,44 +70,32 @@ class VisualGenomeCaption(CaptionTask):
         split = f"{self.split} of {self.splits.name}" if self.splits is not None else "all images of the file"
         return {"split": f"Visual Genome, {split}", "references": GROUPINGS[self.grouping]}
 
-    def load(self) -> list[Item]:
-        """One item a region or a box, by image and region id."""
-        self.check_programs()
-        self.left_out.counts.clear()
+    def regions_described(self) -> list[Described]:
+        """One a region or a box, by image and region id."""
         regions, image_data = self.inputs()[:2]
         folder = find_folder(self.images, self.data, ["images", "."], "the images", "images")
         wanted = _split_of(self.splits, self.split) if self.splits is not None else None
         reader = VisualGenomeConverter(
             images=folder, regions=regions, image_data=image_data, boxes_per_image=0, check_images=False
         )
-        items: list[Item] = []
+        found: list[Described] = []
         for record in reader.records(self.left_out):
             image_id = int(record.id.rsplit("/", 1)[-1])
             if wanted is not None and image_id not in wanted:
                 continue
-            asked: dict[Any, tuple[str, tuple[float, ...], list[str]]] = {}
-            parts = sorted(
-                (
-                    (int(part.source_id), tuple(part.region.to_dict()["box"]), turn.answer)
-                    for turn in record.turns
-                    for part in (record.regions[turn.regions[0] - 1],)
-                ),
-                key=lambda part: part[0],
-            )
-            for number, box, phrase in parts:
-                key = number if self.grouping == "region" else tuple(box)
-                asked.setdefault(key, (str(number), tuple(box), []))[2].append(phrase)
-            for number_text, corners, phrases in asked.values():
-                place = (folder / record.image, image_id)
-                item = self.item(
-                    id=number_text, place=place, size=(record.width, record.height), box=corners, references=phrases
-                )
-                items += [] if item is None else [item]
-        if not items:
-            raise DataError(
-                f"{regions}: expected regions of the split {self.split!r}, found none; {self.left_out.summary()}"
-            )
-        return limited(items, self.limit)
+            parts = [(record.regions[turn.regions[0] - 1], turn.answer) for turn in record.turns]
+            asked: dict[Any, tuple[str, Sequence[float], list[str]]] = {}
+            for region, phrase in sorted(parts, key=lambda part: int(part[0].source_id)):
+                box = region.region.to_dict()["box"]
+                key = region.source_id if self.grouping == "region" else tuple(box)
+                asked.setdefault(key, (region.source_id, box, []))[2].append(phrase)
+            found += [
+                Described(number, folder / record.image, image_id, (record.width, record.height), box, phrases)
+                for number, box, phrases in asked.values()
+            ]
+        if not found:
+            raise DataError(f"{regions}: no regions of the split {self.split!r}; {self.left_out.summary()}")
+        return found
 
 
 def _split_of(path: Path, split: str) -> set[int]:

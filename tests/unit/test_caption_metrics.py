@@ -1,0 +1,146 @@
+"""The programs that captions are scored by: what they are given, and every way in which they can let us down."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from java import need_java
+
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.evaluate.metrics import java
+from regiongpt.evaluate.metrics.captions import caption_scores, meteor_addends, meteor_scores
+from regiongpt.evaluate.metrics.java import find_java, meteor_counts, scored_words
+
+# What METEOR 1.5 printed for "a red bear" and "the red bear on a table" against "a red bears on the table", for the
+# empty caption, and for 12 words against 7.
+PRINTED = np.array(
+    [
+        [6, 6, 3, 3, 2, 2, 3, 3, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 6, 6],
+        [0, 3, 0, 1, *[0] * 19],
+        [12, 7, 4, 2, 4, 4, 1, 1, *[0] * 12, 2, 5, 5],
+    ],
+    float,
+)
+
+
+def test_no_caption_is_lost_or_runs_into_another() -> None:
+    need_java()
+    captions = {
+        "": "",
+        "...": "",
+        "The man's (red) hat.": "the man 's -lrb- red -rrb- hat",
+        "isn't it 'new', \"he\" said?": "is n't it new he said",
+        "a\nb\r\nc": "a b c",
+        "a\rb\u2028c\x85d\x0be": "a b c d e",
+        "emoji \U0001f600 here, half \ud83d of one": "emoji here half of one",
+        "see <a href='x": "see < a href = x",
+        "y'> of a dog": "y > of a dog",
+        "<b>bold</b> <i class='x'>": "<b> bold </b> <i\u00a0class='x'>",
+        "=.[^x= mouth": None,
+        "open <>] end": "open < > -rsb- end",
+        "dog " * 20_000: "dog " * 19_999 + "dog",
+        "x" * 100_000: "x" * 100_000,
+        " ": "",
+        "the end ": "the end",
+        "\n": "",
+    }
+    found = scored_words(list(captions))
+    assert len(found) == len(captions)
+    for (caption, words), got in zip(captions.items(), found, strict=True):
+        assert words is None or got == words, caption[:50]
+    assert scored_words([""]) == [""]
+    assert scored_words([]) == []
+
+
+def test_an_abbreviation_looks_at_the_next_caption_as_lines_of_a_file_do() -> None:
+    need_java()
+    assert scored_words(["plan B.", "The next", "plan B.", "next"]) == ["plan b", "the next", "plan b.", "next"]
+
+
+def test_meteor_follows_from_the_counts() -> None:
+    assert meteor_scores(PRINTED)[2] == pytest.approx(0.34885174167642846, abs=1e-12)
+    assert meteor_scores(PRINTED)[1] == 0
+    whole = np.array([[3, 3, 1, 1, 2, 2, 1, 1, *[0] * 12, 1, 3, 3]], float)
+    assert meteor_scores(whole)[0] == 1
+    assert meteor_addends(whole)[0, 20] == 0
+
+
+@pytest.mark.slow
+def test_meteor_counts_odd_captions_and_takes_the_best_reference() -> None:
+    need_java()
+    captions = ["a red bears on the table", "a | b ||| c", "SCORE ||| x", "caf\u00e9", "dog " * 30_000, ""]
+    references = ["the red bear on a table", "a b", "x", "caf\u00e9", "a dog", "a red bear"]
+    counts = meteor_counts(captions, references)
+    assert counts[[0, -1]].tolist() == PRINTED[:2].tolist()
+    assert meteor_scores(counts)[3] == 1
+    assert counts[4, 0] == 30_000
+    found = caption_scores(["a red bear"] * 2, [["a cat", "a red bear", "a red dog"], ["a cat"]], metrics=("METEOR",))
+    assert found["METEOR"].items[0] == 1
+    assert found["METEOR"].items[1] < 0.5
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A program in the place of Java."""
+    need_java()
+
+    def write(body: str) -> None:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / "java").write_text(f"#!{sys.executable}\nimport sys, time, os, signal\n{body}\n")
+        (tmp_path / "bin" / "java").chmod(0o755)
+        monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("sys.stderr.write('Error: no memory'); sys.exit(3)", "ended with code 3: Error: no memory"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "ended with code -9: it said nothing"),
+        ("sys.stderr.write('x' * 1_000_000); sys.exit(1)", "ended with code 1: x"),
+        ("print('6 6 3')", "answered"),
+        ("print('nothing')", "answered"),
+        ("while True: pass", "was ended after 0 s without a result"),
+        ("os.close(0); os.close(1); time.sleep(60)", "was ended after 0 s without a result"),
+    ],
+    ids=["dies", "killed", "complains", "says too little", "says something else", "goes on forever", "hangs"],
+)
+def test_a_program_that_fails_is_one_line_and_no_hang(fake, body: str, message: str, monkeypatch) -> None:
+    fake(body)
+    if "0 s" in message:
+        monkeypatch.setattr(java, "SECONDS", 0.3)
+        monkeypatch.setattr(java, "SECONDS_PER_WORD", 0.001)
+    with pytest.raises(ConfigError, match=f"METEOR {message}"):
+        meteor_counts(["a dog"] * 5, ["a dog"] * 5)
+    with pytest.raises(ConfigError, match="the tokenizer "):
+        scored_words(["a dog"] * 5)
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(java, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"there is no Java here; install it with: pip install '\.\[evaluate\]'"):
+        find_java()
+    with pytest.raises(ConfigError, match="pycocoevalcap, which is not installed; install it with"):
+        scored_words(["a"])
+
+
+def test_captions_without_references_or_words_are_refused() -> None:
+    need_java()
+    with pytest.raises(DataError, match=r"references\[1\]: no reference has a word"):
+        caption_scores(["a", "b"], [["a dog"], ["...", ""]], metrics=("ROUGE_L",))
+    with pytest.raises(DataError, match="0 captions for 0 items"):
+        caption_scores([], [], metrics=("ROUGE_L",))
+    with pytest.raises(ConfigError, match="'Meteor' is not among"):
+        caption_scores(["a"], [["a"]], metrics=("Meteor",))
+
+
+def test_spice_says_what_it_lacks() -> None:
+    need_java()
+    if (java.find_package() / "spice" / "lib" / "stanford-corenlp-3.6.0.jar").is_file():
+        pytest.skip("SPICE's parser is installed here")
+    with pytest.raises(ConfigError, match=r"stanford-corenlp-3\.6\.0\.jar: missing, .* leave SPICE out"):
+        caption_scores(["a"], [["a dog"]], metrics=("SPICE",))
