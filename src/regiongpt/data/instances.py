@@ -34,7 +34,16 @@ Indices = NDArray[np.intp]
 Shapes = Literal["box", "mask", "both"]
 CROWD: Final = "crowd"
 """The kind of fault of a group of objects that nobody told apart."""
-_CROWDS: Final = {None: 0, 0: 0, 1: 1, "": 0, "0": 0, "1": 1, "false": 0, "true": 1, "False": 0, "True": 1}
+_CROWDS: Final[dict[str | float | None, bool]] = {
+    None: False,
+    0: False,
+    1: True,
+    "": False,
+    "0": False,
+    "1": True,
+    "false": False,
+    "true": True,
+}
 _NO_SENSE: Final = "mask that makes no sense"
 _THIN: Final = "polygon of fewer than three points"
 _LVIS: Final = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -68,6 +77,12 @@ def number_of(identity: Any) -> int | None:
     if whole(identity) is None and isinstance(identity, str) and identity:
         return int.from_bytes(blake2b(identity.encode("utf-8", "replace"), digest_size=8).digest()) >> 2 | 1 << 62
     return whole(identity)
+
+
+def is_crowd(value: Any) -> bool | None:
+    """What an ``iscrowd`` says, missing or not; None for what it cannot be."""
+    known = value.lower() if isinstance(value, str) else value
+    return _CROWDS.get(known) if known is None or isinstance(known, str | int | float) else None
 
 
 class Mask(NamedTuple):
@@ -397,13 +412,13 @@ class InstancesFile:
                 ids = tuple(map(self._number, ids))
             if self._wanted is not None and ids[1] not in self._wanted and ids[1] is not None:
                 return
-            crowd = _CROWDS[entry.get("iscrowd")]
+            crowd = is_crowd(entry.get("iscrowd"))
             mask = read_mask(entry.get("segmentation"))
             box = read_box(entry.get("bbox"))
             boxless = box is None or not (box[2] > 0 and box[3] > 0 and math.isfinite(sum(box)))
             if boxless and mask.sound:
                 box = mask.bounds() or box or ((math.nan,) * 4 if mask.rle else None)
-            if box is None or None in ids:
+            if box is None or crowd is None or None in ids:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             reason = (
@@ -419,7 +434,7 @@ class InstancesFile:
         self._boxes.extend(box)
         area = entry.get("area")
         self._areas.append(area if type(area) in (int, float) and 0 < area < math.inf else math.nan)
-        self._crowd.append(crowd if self._crowds != "take" else 0)
+        self._crowd.append(crowd and self._crowds != "take")
         for fault in mask.faults:
             then = "the object is left out" if self._shapes == "mask" else "its box is kept"
             self._add_fault(fault if fault.kind == _THIN else Fault(fault.kind, f"{fault.reason}; {then}"), ids[0])

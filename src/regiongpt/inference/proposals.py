@@ -3,18 +3,22 @@
 Every proposal knows where it came from, so that a mistake in a file of thousands can be found.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from regiongpt.data.convert.images import Fault
+from regiongpt.data.convert.values import MALFORMED, clipped_box, is_number, short, whole
+from regiongpt.data.instances import CROWD, crowd_hint, entry_of, is_crowd, number_of, read_box, read_mask
+from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.regions import KINDS, Region
+from regiongpt.storage import read_json
 
 MOST_POINTS = 128
 """Points a side of a grid."""
@@ -36,46 +40,57 @@ class Proposal:
 
 
 def read_proposals(
-    path: str | Path, width: int, height: int, *, image: str | Path | None = None, image_id: int | str | None = None
+    path: str | Path,
+    width: int,
+    height: int,
+    *,
+    image: str | Path | None = None,
+    image_id: int | str | None = None,
+    crowds: bool = False,
+    rejects: Rejects | None = None,
 ) -> list[Proposal]:
     """Read regions of one image from a json file.
 
     The file is a list: COCO detection results (``image_id``, ``bbox`` as x, y, width, height or ``segmentation``,
     ``score``) or regions as :meth:`Region.to_dict` writes them, each with a ``score`` if it has one. Or it is an object
     with such a list as its ``regions`` (what ``regiongpt ask --json`` prints) or its ``annotations`` (a COCO data set).
-    Where an entry has a mask, that is taken and not its box.
+    Where an entry has a mask, that is taken and not its box. A machine wrote the file: an entry that cannot be used is
+    left out and counted.
 
     Args:
         path: the file.
         width: of the image, in pixels.
         height: of the image, in pixels.
-        image: the image's file name, by which a file about several images is searched: by the ``file_name`` of a COCO
-            data set, else by the number at its end, as COCO's images have it.
+        image: the image's file. It is looked up in a file about several: among the names of a COCO data set
+            (:func:`regiongpt.data.instances.entry_of`), or by the number that it ends in where the file has no names.
         image_id: take the entries with this ``image_id``, whatever the file's name.
+        crowds: take what is marked as a crowd too.
+        rejects: where entries that are left out are counted.
 
     Returns:
         The proposals in the order of the file.
 
     Raises:
-        DataError: the file cannot be read, is of another form, or has nothing about this image.
-        RegionError: an entry is no region of this image.
+        DataError: the file cannot be read or is of another form; it has nothing about this image that can be used, or
+            says that the image has another size.
     """
     file = Path(path)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"expected a json file of regions, got {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"expected a json file of regions, got {file}, which is not json: {error}") from None
-    entries, images = _entries(data, file)
-    chosen = _of_image(entries, images, file, image, image_id)
-    found = []
-    for index, entry in chosen:
+    entries, images, about = _entries(read_json(file), file)
+    rejects = Rejects() if rejects is None else rejects
+    if about and image is not None and image_id is None and PurePath(about).name != PurePath(image).name:
+        raise DataError(f"{file.name} is about {about}, not {image}; give a file with its list of regions alone")
+    found, reasons = [], []
+    for index, entry in _of_image(entries, images, file, image, image_id, (width, height)):
         place = f"{file.name}[{index}]"
-        region = _region(entry, place).check(width, height, place)
-        found.append(Proposal(region=region, score=_score(entry, place), place=place))
+        proposal = _proposal(entry, place, width, height, crowds)
+        if isinstance(proposal, Fault):
+            reasons.append(f"{place}: {proposal.reason}".replace(f"{place}: {place}", place))
+            rejects.add(proposal.kind, file, index, proposal.reason)
+        else:
+            found.append(proposal)
     if not found:
-        raise DataError(f"expected at least one region in {file}, got an empty list")
+        why = f"no region can be used: {reasons[0]}{crowd_hint(rejects)}" if reasons else "an empty list of regions"
+        raise DataError(f"{file.name}: {why}")
     return found
 
 
@@ -168,84 +183,112 @@ def _apart(regions: Sequence[Region], places: Sequence[int], width: int, height:
     return [places[k] for k in kept]
 
 
-def _entries(data: Any, file: Path) -> tuple[list[Any], list[Any]]:
-    """The list of a file, and a COCO data set's images."""
-    images: list[Any] = []
-    if isinstance(data, Mapping):
-        listed = data.get("regions", data.get("annotations"))
-        if isinstance(data.get("images"), list):
-            images = data["images"]
-    else:
-        listed = data
+def _entries(data: Any, file: Path) -> tuple[list[Any], list[Any], str]:
+    """The list of a file, a COCO data set's images, and the one image that a file says it is about."""
+    whole = data if isinstance(data, Mapping) else {}
+    listed = whole.get("regions", whole.get("annotations")) if isinstance(data, Mapping) else data
     if not isinstance(listed, list):
-        got = f"an object with the keys {', '.join(map(repr, list(data)[:6]))}" if isinstance(data, Mapping) else "none"
+        got = f"an object with the keys {', '.join(map(repr, list(whole)[:6]))}" if whole else "none"
         raise DataError(
             f"expected a list of regions in {file}, or an object with one as its regions or annotations, got {got}"
         )
-    return listed, images
+    images, about = whole.get("images"), whole.get("image")
+    return listed, images if isinstance(images, list) else [], about if isinstance(about, str) else ""
 
 
 def _of_image(
-    entries: list[Any], images: list[Any], file: Path, image: str | Path | None, image_id: int | str | None
+    entries: list[Any],
+    images: list[Any],
+    file: Path,
+    image: str | Path | None,
+    image_id: int | str | None,
+    size: tuple[int, int],
 ) -> list[tuple[int, Any]]:
     """The entries about one image, with their places in the file."""
     numbered = list(enumerate(entries))
-    ids = list(dict.fromkeys(str(e["image_id"]) for e in entries if isinstance(e, Mapping) and "image_id" in e))
+    images = [each for each in images if isinstance(each, Mapping)]
+    ids = list(dict.fromkeys(e["image_id"] for e in entries if isinstance(e, Mapping) and _is_id(e.get("image_id"))))
     if image_id is None:
-        if len(ids) <= 1 and not images:
+        if not images and len(ids) <= 1:
             return numbered
         image_id = _guess(ids, images, file, image)
-    found = [(k, e) for k, e in numbered if isinstance(e, Mapping) and str(e.get("image_id")) == str(image_id)]
+    wanted = number_of(image_id)
+    for entry in images:
+        stated = whole(entry.get("width")), whole(entry.get("height"))
+        if number_of(entry.get("id")) == wanted and None not in stated and stated != size:
+            raise DataError(
+                f"{file.name}: image of another size: expected {stated[0]} x {stated[1]} pixels (W x H) as annotated, "
+                f"got {size[0]} x {size[1]}"
+            )
+    found = [(k, e) for k, e in numbered if isinstance(e, Mapping) and number_of(e.get("image_id")) == wanted]
     if not found:
-        some = ", ".join(ids[:5]) or "none at all"
+        some = ", ".join(map(str, ids[:5])) or "none at all"
         raise DataError(f"expected regions of image_id {image_id} in {file}, got only others: {some}")
     return found
 
 
-def _guess(ids: Sequence[str], images: Sequence[Any], file: Path, image: str | Path | None) -> str:
+def _is_id(value: Any) -> bool:
+    return number_of(value) is not None
+
+
+def _guess(ids: Sequence[Any], images: Sequence[Any], file: Path, image: str | Path | None) -> Any:
     """Which of a file's images is the one in the file ``image``."""
-    name = Path(image).name if image is not None else ""
-    for entry in images:
-        if isinstance(entry, Mapping) and name and Path(str(entry.get("file_name"))).name == name and "id" in entry:
-            return str(entry["id"])
-    digits = re.search(r"(\d+)$", Path(name).stem)
-    if digits and str(int(digits[1])) in ids:
-        return str(int(digits[1]))
+    if image is not None and any(isinstance(each.get("file_name") or each.get("coco_url"), str) for each in images):
+        return entry_of(images, image, file.name).get("id")
+    if len(images) == 1:
+        return images[0].get("id")
+    # Results name no images, but those of COCO's are called by their numbers.
+    digits = re.search(r"(\d+)$", PurePath(image).stem) if image is not None else None
+    if digits and int(digits[1]) in map(number_of, ids):
+        return int(digits[1])
     raise DataError(
-        f"expected to know which of the {max(len(ids), len(images))} images of {file} is {name or 'meant'}; "
-        "give its image_id"
+        f"expected to know which of the {max(len(ids), len(images))} images of {file} is "
+        f"{PurePath(image).name if image is not None else 'meant'}; give its image_id"
     )
 
 
-def _region(entry: Any, place: str) -> Region:
+def _proposal(entry: Any, place: str, width: int, height: int, crowds: bool) -> Proposal | Fault:
     if not isinstance(entry, Mapping):
-        raise RegionError(f"{place}: expected an object with a region, got {type(entry).__name__}")
+        return Fault(MALFORMED, f"expected an object with a region, got {type(entry).__name__}")
+    score = entry.get("score")
+    if score is not None and not is_number(score):
+        return Fault("score that is no number", f"expected a score as a finite number, got {short(score)}")
+    if is_crowd(entry.get("iscrowd")) and not crowds:
+        return Fault(CROWD, "expected one object, got a group; --crowds takes it")
+    try:
+        region = _region(entry, place, width, height)
+        if isinstance(region, Region):
+            region.check(width, height, place)
+    except RegionError as error:
+        return Fault("region that makes no sense", str(error))
+    if isinstance(region, Fault):
+        return region
+    return Proposal(region=region, score=None if score is None else float(score), place=place)
+
+
+def _region(entry: Mapping[str, Any], place: str, width: int, height: int) -> Region | Fault:
     if isinstance(entry.get("region"), Mapping):
         return Region.from_dict(entry["region"], place)
-    if entry.get("segmentation"):
-        mask = entry["segmentation"]
-        return Region.from_dict({"rle" if isinstance(mask, Mapping) else "polygon": mask}, place)
-    if "bbox" in entry:
-        box = entry["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or any(_number(value) is None for value in box):
-            raise RegionError(f"{place}: expected a bbox [x, y, width, height] in numbers, got {box!r:.60}")
-        x, y, w, h = map(float, box)
-        return Region.box(x, y, x + w, y + h)
     own = {key: entry[key] for key in (*KINDS, "radius", "width") if key in entry}
-    if not own.keys() & set(KINDS):
-        keys = ", ".join(map(repr, list(entry)[:6])) or "none"
-        raise RegionError(f"{place}: expected a bbox, a segmentation or one of {', '.join(KINDS)}, got the keys {keys}")
-    if "scribble" not in own:
-        own.pop("width", None)  # of the image, where it stands beside another kind
-    return Region.from_dict(own, place)
-
-
-def _score(entry: Mapping[str, Any], place: str) -> float | None:
-    score = entry.get("score")
-    if score is not None and _number(score) is None:
-        raise DataError(f"{place}: expected a score as a number, got {score!r:.60}")
-    return None if score is None else float(score)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if own.keys() & set(KINDS):
+        if "scribble" not in own:
+            own.pop("width", None)  # of the image, where it stands beside another kind
+        return Region.from_dict(own, place)
+    mask, box = read_mask(entry.get("segmentation")), read_box(entry.get("bbox"))
+    if mask.rle is not None and mask.rle.get("size") != [height, width]:
+        return Fault("RLE of another size", f"expected the size {[height, width]} of the image (H, W), {width} x "
+                     f"{height} pixels, got {short(mask.rle.get('size'))}")  # fmt: skip
+    try:
+        if (region := mask.region()) is not None:
+            return region.check(width, height, place)
+    except RegionError:
+        if box is None:
+            raise
+    if box is not None:
+        clipped = clipped_box(*box, width, height)
+        return clipped if isinstance(clipped, Fault) else Region.box(box[0], box[1], box[0] + box[2], box[1] + box[3])
+    if mask.faults:
+        return mask.faults[0]
+    keys = ", ".join(map(repr, list(entry)[:6])) or "none"
+    return Fault(MALFORMED, f"expected a bbox [x, y, width, height] in numbers, a segmentation or one of "
+                 f"{', '.join(KINDS)}, got the keys {keys}")  # fmt: skip
