@@ -20,9 +20,8 @@ import numpy as np
 from regiongpt.console import progress_shown
 from regiongpt.data.convert import CONVERTERS, load_converter
 from regiongpt.data.convert.base import convert
-from regiongpt.data.instances import CROWD
 from regiongpt.data.records import Record
-from regiongpt.data.shards import MANIFEST, REJECTS, Manifest, RecordSet, require_data_extra
+from regiongpt.data.shards import CROWD, MANIFEST, REJECTS, Manifest, RecordSet, require_data_extra
 from regiongpt.errors import ConfigError
 from regiongpt.settings import add_options, read_options
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from regiongpt.data.convert.images import Fault, check_image, known_size
 from regiongpt.data.convert.jsonstream import TRUNCATED, iter_array, iter_arrays
 from regiongpt.data.convert.values import MALFORMED, clipped_box, image_fault, plain_text, short, whole
-from regiongpt.data.shards import Rejects
+from regiongpt.data.shards import CROWD, Rejects
 from regiongpt.errors import DataError, RegionError
 from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
 
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 
 Indices = NDArray[np.intp]
 Shapes = Literal["box", "mask", "both"]
-CROWD: Final = "crowd"
-"""The kind of fault of a group of objects that nobody told apart."""
 _CROWDS: Final[dict[str | float | None, bool]] = {
     None: False,
     0: False,

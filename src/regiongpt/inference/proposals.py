@@ -6,6 +6,8 @@ Every proposal knows where it came from, so that a mistake in a file of thousand
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -14,11 +16,11 @@ from pycocotools import mask as coco_mask
 
 from regiongpt.data.convert.images import Fault
 from regiongpt.data.convert.values import MALFORMED, clipped_box, is_number, short, whole
-from regiongpt.data.instances import CROWD, crowd_hint, entry_of, is_crowd, number_of, read_box, read_mask
-from regiongpt.data.shards import Rejects
+from regiongpt.data.instances import crowd_hint, entry_of, is_crowd, number_of, read_box, read_mask
+from regiongpt.data.shards import CROWD, Rejects
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.regions import KINDS, Region
-from regiongpt.storage import read_json
+from regiongpt.storage import read_json, reason
 
 MOST_POINTS = 128
 """Points a side of a grid."""
@@ -75,12 +77,9 @@ def read_proposals(
             says that the image has another size.
     """
     file = Path(path)
-    entries, images, about = _entries(read_json(file), file)
     rejects = Rejects() if rejects is None else rejects
-    if about and image is not None and image_id is None and PurePath(about).name != PurePath(image).name:
-        raise DataError(f"{file.name} is about {about}, not {image}; give a file with its list of regions alone")
     found, reasons = [], []
-    for index, entry in _of_image(entries, images, file, image, image_id, (width, height)):
+    for index, entry in _of_image(_opened(file), image, image_id, (width, height)):
         place = f"{file.name}[{index}]"
         proposal = _proposal(entry, place, width, height, crowds)
         if isinstance(proposal, Fault):
@@ -183,66 +182,86 @@ def _apart(regions: Sequence[Region], places: Sequence[int], width: int, height:
     return [places[k] for k in kept]
 
 
-def _entries(data: Any, file: Path) -> tuple[list[Any], list[Any], str]:
-    """The list of a file, a COCO data set's images, and the one image that a file says it is about."""
-    whole = data if isinstance(data, Mapping) else {}
-    listed = whole.get("regions", whole.get("annotations")) if isinstance(data, Mapping) else data
+@dataclass(frozen=True)
+class _File:
+    """A file of regions: its entries with their places, all and by image, the images it lists, and the one it names."""
+
+    path: Path
+    entries: list[tuple[int, Any]]
+    by_image: dict[int, list[tuple[int, Any]]]
+    images: list[Mapping[str, Any]]
+    about: str
+
+
+def _opened(path: Path) -> _File:
+    """The file, read once for any number of images."""
+    try:
+        seen = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: not a readable JSON file: {reason(error)}") from None
+    return _read(path, (seen.st_mtime_ns, seen.st_size))
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, stamp: tuple[int, int]) -> _File:
+    data = read_json(path)
+    content = data if isinstance(data, Mapping) else {}
+    listed = content.get("regions", content.get("annotations")) if isinstance(data, Mapping) else data
     if not isinstance(listed, list):
-        got = f"an object with the keys {', '.join(map(repr, list(whole)[:6]))}" if whole else "none"
+        got = f"an object with the keys {', '.join(map(repr, list(content)[:6]))}" if content else "none"
         raise DataError(
-            f"expected a list of regions in {file}, or an object with one as its regions or annotations, got {got}"
+            f"expected a list of regions in {path}, or an object with one as its regions or annotations, got {got}"
         )
-    images, about = whole.get("images"), whole.get("image")
-    return listed, images if isinstance(images, list) else [], about if isinstance(about, str) else ""
+    by_image: dict[int, list[tuple[int, Any]]] = {}
+    for place, entry in enumerate(listed):
+        number = number_of(entry.get("image_id")) if isinstance(entry, Mapping) else None
+        if number is not None:
+            by_image.setdefault(number, []).append((place, entry))
+    images, about = content.get("images"), content.get("image")
+    images = [each for each in images if isinstance(each, Mapping)] if isinstance(images, list) else []
+    return _File(path, list(enumerate(listed)), by_image, images, about if isinstance(about, str) else "")
 
 
 def _of_image(
-    entries: list[Any],
-    images: list[Any],
-    file: Path,
-    image: str | Path | None,
-    image_id: int | str | None,
-    size: tuple[int, int],
+    file: _File, image: str | Path | None, image_id: int | str | None, size: tuple[int, int]
 ) -> list[tuple[int, Any]]:
     """The entries about one image, with their places in the file."""
-    numbered = list(enumerate(entries))
-    images = [each for each in images if isinstance(each, Mapping)]
-    ids = list(dict.fromkeys(e["image_id"] for e in entries if isinstance(e, Mapping) and _is_id(e.get("image_id"))))
+    name = file.path.name
     if image_id is None:
-        if not images and len(ids) <= 1:
-            return numbered
-        image_id = _guess(ids, images, file, image)
+        if file.about and image is not None and PurePath(file.about).name != PurePath(image).name:
+            raise DataError(f"{name} is about {file.about}, not {image}; give a file with its list of regions alone")
+        if not file.images and len(file.by_image) <= 1:
+            return file.entries
+        image_id = _guess(file, image)
     wanted = number_of(image_id)
-    for entry in images:
+    for entry in file.images:
         stated = whole(entry.get("width")), whole(entry.get("height"))
         if number_of(entry.get("id")) == wanted and None not in stated and stated != size:
             raise DataError(
-                f"{file.name}: image of another size: expected {stated[0]} x {stated[1]} pixels (W x H) as annotated, "
+                f"{name}: image of another size: expected {stated[0]} x {stated[1]} pixels (W x H) as annotated, "
                 f"got {size[0]} x {size[1]}"
             )
-    found = [(k, e) for k, e in numbered if isinstance(e, Mapping) and number_of(e.get("image_id")) == wanted]
-    if not found:
-        some = ", ".join(map(str, ids[:5])) or "none at all"
-        raise DataError(f"expected regions of image_id {image_id} in {file}, got only others: {some}")
-    return found
+    if wanted not in file.by_image:
+        known = [entries[0][1]["image_id"] for entries in islice(file.by_image.values(), 5)]
+        some = ", ".join(map(str, known)) or "none at all"
+        raise DataError(f"expected regions of image_id {image_id} in {file.path}, got only others: {some}")
+    return file.by_image[wanted]
 
 
-def _is_id(value: Any) -> bool:
-    return number_of(value) is not None
-
-
-def _guess(ids: Sequence[Any], images: Sequence[Any], file: Path, image: str | Path | None) -> Any:
+def _guess(file: _File, image: str | Path | None) -> Any:
     """Which of a file's images is the one in the file ``image``."""
-    if image is not None and any(isinstance(each.get("file_name") or each.get("coco_url"), str) for each in images):
-        return entry_of(images, image, file.name).get("id")
-    if len(images) == 1:
-        return images[0].get("id")
+    if image is not None and any(
+        isinstance(each.get("file_name") or each.get("coco_url"), str) for each in file.images
+    ):
+        return entry_of(file.images, image, file.path.name).get("id")
+    if len(file.images) == 1:
+        return file.images[0].get("id")
     # Results name no images, but those of COCO's are called by their numbers.
     digits = re.search(r"(\d+)$", PurePath(image).stem) if image is not None else None
-    if digits and int(digits[1]) in map(number_of, ids):
+    if digits and int(digits[1]) in file.by_image:
         return int(digits[1])
     raise DataError(
-        f"expected to know which of the {max(len(ids), len(images))} images of {file} is "
+        f"expected to know which of the {max(len(file.by_image), len(file.images))} images of {file.path} is "
         f"{PurePath(image).name if image is not None else 'meant'}; give its image_id"
     )
 
