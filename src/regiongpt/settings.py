@@ -133,14 +133,19 @@ def nearest(name: str, known: Iterable[str], where: str = "") -> str:
 
 def explain(kind: type[BaseModel], error: ValidationError) -> str:
     """The first mistake in one line: where, what is wrong, what to do."""
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    # A misspelt name is unknown, and then the right one may be missing.
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
     where = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         *tables, leaf = map(str, first["loc"])
         inner: Any = kind
         for table in tables:
-            found = inner.model_fields.get(table) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
-            inner = found.annotation if found is not None else None
+            if table.isdecimal():  # a place in a list of tables
+                inner = next(iter(typing.get_args(inner)), None)
+                continue
+            field = inner.model_fields.get(table) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+            inner = field.annotation if field is not None else None
         known = list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else []
         return f"unknown setting '{where}'; {nearest(leaf, known, ''.join(f'{table}.' for table in tables))}"
     if first["type"] == "missing":

@@ -1,6 +1,5 @@
 """The verb `convert` as a person types it, on files in their true layout, up to `inspect` of what it made."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -219,9 +218,9 @@ def test_help_lists_every_source_and_each_its_options(run):
         code, own, _ = run("convert", name, "--help")
         assert code == 0
         flat = " ".join(own.split())
-        for field in dataclasses.fields(load_converter(name)):
-            assert f"--{field.name.replace('_', '-')}" in flat
-            assert re.sub(r"\s", "", field.metadata["help"]) in re.sub(r"\s", "", own)
+        for option, field in load_converter(name).model_fields.items():
+            assert f"--{option.replace('_', '-')}" in flat
+            assert re.sub(r"\s", "", str(field.description)) in re.sub(r"\s", "", own)
         assert "--strict" in flat
 
 

@@ -279,6 +279,10 @@ def test_records_are_what_they_were(files: Path, tmp_path: Path, run: str) -> No
 
 def test_training_reads_what_it_did(files: Path) -> None:
     data = load_coco(photo_sources(files, "train"))
-    shown = repr(data.images).replace(str(files), "")
+    shown = [
+        (each.path.name, each.image_id, each.width, each.height, each.captions,
+         [(o.id, o.category, o.box, o.polygons, o.iscrowd) for o in each.objects])
+        for each in data.images
+    ]  # fmt: skip
     assert data.skipped == {}
-    assert sha256(shown.encode()).hexdigest()[:16] == "27e99a0ffb22a571"
+    assert sha256(repr(shown).encode()).hexdigest()[:16] == "723db72e040a87dc"

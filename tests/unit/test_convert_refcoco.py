@@ -4,7 +4,6 @@ import collections
 import json
 import os
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,7 +78,7 @@ def test_captions_are_dialogues(tmp_path, protocol):
         ref(4, 104, 5, "of another split", split="val"),
     ]
     annotations = [annotation(101, 5), annotation(103, 5), annotation(104, 5), annotation(102, 6)]
-    made = replace(write(tmp_path, refs, annotations, protocol=protocol), task="caption")
+    made = write(tmp_path, refs, annotations, protocol=protocol).replace(task="caption")
     records, rejects = run(made)
     assert rejects == {}
     assert [record.id for record in records] == [
@@ -96,19 +95,19 @@ def test_captions_are_dialogues(tmp_path, protocol):
     assert [(each.source_id, each.category) for each in first.regions] == [("101", "dog"), ("103", "dog")]
     assert first.regions[0].region == Region.box(30, 4, 39, 12)
     assert [(turn.answer, turn.regions) for turn in second.turns] == [("a brown dog", (1,))]
-    of_val, _ = run(replace(made, split="val"))
+    of_val, _ = run(made.replace(split="val"))
     assert [turn.answer for record in of_val for turn in record.turns] == ["of another split"]
 
 
 def test_a_choice_among_regions(tmp_path):
     annotations = [annotation(100 + k, 5, [7 * k, 4, 6, 5 + k]) for k in range(9)]
     refs = [ref(k, 100 + k, 5, f"dog number {k}", f"the dog {k}") for k in range(9)]
-    made = replace(write(tmp_path, refs, annotations), task="locate", candidates=4, no_match_share=0.3)
+    made = write(tmp_path, refs, annotations).replace(task="locate", candidates=4, no_match_share=0.3)
     records, rejects = run(made)
     assert rejects == {}
     assert len(records) == 18
     assert records == run(made)[0]
-    assert records != run(replace(made, seed=1))[0]
+    assert records != run(made.replace(seed=1))[0]
     places = collections.Counter()
     for record in records:
         (turn,) = record.turns
@@ -122,10 +121,10 @@ def test_a_choice_among_regions(tmp_path):
         assert chosen == (given.index(right) + 1 if right in given else None)
         places[chosen] += 1
     assert set(places) == {1, 2, 3, 4, None}
-    assert all(turn.answer != NO_MATCH for record in run(replace(made, no_match_share=0))[0] for turn in record.turns)
-    none, _ = run(replace(made, no_match_share=1, candidates=20))
+    assert all(turn.answer != NO_MATCH for record in run(made.replace(no_match_share=0))[0] for turn in record.turns)
+    none, _ = run(made.replace(no_match_share=1, candidates=20))
     assert {(record.turns[0].answer, len(record.regions)) for record in none} == {(NO_MATCH, 8)}
-    both, _ = run(replace(made, task="both"))
+    both, _ = run(made.replace(task="both"))
     assert [record.turns[0].task for record in both] == ["caption"] * 2 + ["locate"] * 18
 
 
@@ -138,7 +137,7 @@ def test_what_is_no_other_region(tmp_path):
         annotation(104, 5, [30, 0, 40, 40], iscrowd=1),
         annotation(110, 6),
     ]
-    made = replace(write(tmp_path, refs, annotations), task="locate", no_match_share=0)
+    made = write(tmp_path, refs, annotations).replace(task="locate", no_match_share=0)
     records, rejects = run(made)
     options = {record.turns[0].expression: {each.source_id for each in record.regions} for record in records}
     # 103 is 101 again, 104 a crowd, and either of 101 and 102 is "the dog".
@@ -182,16 +181,15 @@ def test_what_is_left_out(tmp_path):
         "duplicate id": 3,
         "files that do not belong together": 2,
         "expression of an unusable annotation": 2,
-        "record of another format": 6,
+        "record of another format": 7,
         "box outside the image": 1,
-        "box that is not four numbers": 1,
         "box without size": 1,
         "box that is not finite": 1,
         "unknown category": 1,
     }
-    elsewhere = replace(made, images=tmp_path)
+    elsewhere = made.replace(images=tmp_path)
     assert run(elsewhere) == ([], {**rejects, "image file missing": 1})
-    assert run(replace(elsewhere, check_images=False))[0] == records
+    assert run(elsewhere.replace(check_images=False))[0] == records
 
 
 def test_files_that_do_not_belong_together(tmp_path):
@@ -199,7 +197,7 @@ def test_files_that_do_not_belong_together(tmp_path):
     with pytest.raises(DataError, match=r"which has none of them; give the instances\.json of the same data set"):
         run(made)
     with pytest.raises(DataError, match="expected references of the split 'testA', found train"):
-        run(replace(made, split="testA"))
+        run(made.replace(split="testA"))
     made.instances.write_text('{"images": []}')
     with pytest.raises(DataError, match=r"instances\.json"):
         run(made)
@@ -208,19 +206,19 @@ def test_files_that_do_not_belong_together(tmp_path):
 def test_options_that_do_not_fit(tmp_path):
     made = write(tmp_path, [ref(1, 101, 5, "a dog")], [annotation(101, 5)])
     for options, message in [
-        ({"dataset": "refcoco"}, "partition: expected unc or google for refcoco, got umd"),
-        ({"dataset": "coco"}, "dataset: expected one of refcoco, refcoco\\+, refcocog"),
-        ({"task": "all"}, "task: expected one of caption, locate, both"),
-        ({"candidates": 1}, "candidates: expected 2 or more"),
+        ({"dataset": "refcoco"}, "partition: refcoco has unc and google, got umd"),
+        ({"dataset": "coco"}, "dataset: .*'refcoco', 'refcoco\\+' or 'refcocog'"),
+        ({"task": "all"}, "task: .*got 'all'"),
+        ({"candidates": 1}, "candidates: "),
         ({"no_match_share": 1.5}, "no_match_share"),
-        ({"instances": None}, "instances: expected the instances.json that belongs to"),
+        ({"instances": None}, "instances: give the instances.json that belongs to"),
         ({"refs": tmp_path / "refs.p"}, r"got none \(file refs.p\); give --dataset, or --partition"),
-        ({"refs": tmp_path / "finetune_refcocog_val.json"}, "split: expected val, which the file"),
+        ({"refs": tmp_path / "finetune_refcocog_val.json"}, "split: .*holds val, got train"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            replace(made, **options)
+            made.replace(**options)
     (tmp_path / "refs.p").write_bytes(made.refs.read_bytes())
-    records, _ = run(replace(made, refs=tmp_path / "refs.p", dataset="refcoco", partition="unc", task="caption"))
+    records, _ = run(made.replace(refs=tmp_path / "refs.p", dataset="refcoco", partition="unc", task="caption"))
     assert records[0].id == "refcoco/refcoco-unc/train/5-1/caption"
 
 
@@ -243,18 +241,18 @@ def test_the_json_layout_says_the_same(tmp_path):
     made = write(tmp_path, refs, [annotation(101, 5), annotation(103, 5), annotation(102, 6), annotation(104, 6)])
     rows = [(5, 101, "the left dog"), (5, 101, "a brown dog"), (6, 102, "a puppy"), (5, 103, "the right dog")]
     path = mdetr(tmp_path, *rows)
-    captions, _ = run(replace(made, refs=path, task="caption"))
-    assert captions == run(replace(made, task="caption"))[0]
+    captions, _ = run(made.replace(refs=path, task="caption"))
+    assert captions == run(made.replace(task="caption"))[0]
     # By itself it knows only the objects that are referred to.
-    alone, rejects = run(replace(made, refs=path, instances=None, task="locate"))
+    alone, rejects = run(made.replace(refs=path, instances=None, task="locate"))
     assert [record.turns[0].expression for record in alone] == ["the left dog", "a brown dog", "the right dog"]
     assert rejects == {"no other region to choose": 1}
-    together, rejects = run(replace(made, refs=path, task="locate"))
+    together, rejects = run(made.replace(refs=path, task="locate"))
     assert len(together) == 4
     assert rejects == {}
     mdetr(tmp_path, *rows, dataset_name="refcoco+")
     with pytest.raises(DataError, match=r"expected expressions of 'refcocog', got 'refcoco\+'; give --dataset"):
-        run(replace(made, refs=path))
+        run(made.replace(refs=path))
 
 
 def test_faults_of_the_json_layout(tmp_path):
@@ -267,7 +265,7 @@ def test_faults_of_the_json_layout(tmp_path):
     content["images"][4]["original_id"] = "5"
     content["images"].append(["a dog"])
     path.write_text(json.dumps(content))
-    records, rejects = run(replace(made, refs=path, instances=None, task="caption"))
+    records, rejects = run(made.replace(refs=path, instances=None, task="caption"))
     assert [turn.answer for record in records for turn in record.turns] == ["a dog"]
     assert rejects == {
         "expression empty": 1,
@@ -277,7 +275,7 @@ def test_faults_of_the_json_layout(tmp_path):
         "record of another format": 2,
     }
     path.write_text(path.read_text()[:900])
-    assert run(replace(made, refs=path, instances=None))[1]["truncated json"] == 1
+    assert run(made.replace(refs=path, instances=None))[1]["truncated json"] == 1
 
 
 def test_a_folder_of_records(tmp_path):
@@ -305,7 +303,7 @@ def test_fixture_lines(tmp_path):
     images = [{"id": k, "file_name": NAME.format(k), "width": 640, "height": 640} for k, _ in boxes.values()]
     annotations = [annotation(ann, image, box) for ann, (image, box) in boxes.items()]
     unique = list({each["id"]: each for each in images}.values())
-    made = replace(write(tmp_path, refs, annotations, unique), split="val", check_images=False)
+    made = write(tmp_path, refs, annotations, unique).replace(split="val", check_images=False)
     records, rejects = run(made)
     captions = [record for record in records if record.turns[0].task == "caption"]
     told = collections.Counter(

@@ -2,7 +2,6 @@
 
 import json
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,8 +78,8 @@ def test_ten_boxes_an_image_by_the_seed(tmp_path):
     made = write(tmp_path, [{"id": 1, "regions": many}, {"id": 2, "regions": [region(k, 2) for k in range(4)]}])
     first, _ = run(made)
     again, _ = run(made)
-    other, _ = run(replace(made, seed=1))
-    every, _ = run(replace(made, boxes_per_image=0))
+    other, _ = run(made.replace(seed=1))
+    every, _ = run(made.replace(boxes_per_image=0))
     assert first == again
     assert [len(record.regions) for record in first] == [10, 4]
     assert [len(record.turns) for record in first] == [10, 4]
@@ -93,7 +92,7 @@ def test_ten_boxes_an_image_by_the_seed(tmp_path):
     alone, _ = run(write(tmp_path, [{"id": 1, "regions": many}]))
     assert alone == first[:1]
     with pytest.raises(ConfigError, match="boxes_per_image"):
-        replace(made, boxes_per_image=-1)
+        made.replace(boxes_per_image=-1)
 
 
 def test_objects_and_relations(tmp_path):
@@ -117,7 +116,7 @@ def test_objects_and_relations(tmp_path):
         ],
         relationships=[{"image_id": 1, "relationships": related}],
     )
-    records, rejects = run(replace(made, boxes_per_image=0))
+    records, rejects = run(made.replace(boxes_per_image=0))
     assert rejects == {
         "files that do not belong together": 2,
         "relation of an object to itself": 1,
@@ -139,7 +138,7 @@ def test_objects_and_relations(tmp_path):
     }
     assert not any(turn.guided for turn in record.turns)
     assert len(records[1].turns) == 1
-    few, _ = run(replace(made, boxes_per_image=2))
+    few, _ = run(made.replace(boxes_per_image=2))
     assert all(len(record.regions) <= 2 for record in few)
 
 
@@ -200,7 +199,7 @@ def test_faults_of_images(tmp_path):
         "files that do not belong together": 1,
         "unreadable image": 1,
     }
-    records, _ = run(replace(made, check_images=False))
+    records, _ = run(made.replace(check_images=False))
     assert [record.id for record in records] == ["vg/1", "vg/2", "vg/3", "vg/7"]
 
 
@@ -247,7 +246,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
         described = [{"id": k, "regions": [region(j, k, "a phrase") for j in range(24)]} for k in range(images)]
         sizes = [{"image_id": k, "width": 80, "height": 60, "url": "https://a.b/V/0.jpg"} for k in range(images)]
         objects = [{"image_id": k, "objects": [thing(j, "a name") for j in range(8)]} for k in range(images)]
-        made = replace(write(tmp_path, described, sizes[:1], objects=objects), check_images=False)
+        made = write(tmp_path, described, sizes[:1], objects=objects).replace(check_images=False)
         made.image_data.write_text(json.dumps(sizes))
         del described, objects
         tracemalloc.start()

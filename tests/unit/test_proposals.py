@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import SamConfig, SamImageProcessorPil, SamModel
 
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
+from regiongpt.data.shards import Rejects
+from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.inference.proposals import Proposal, choose, grid_points, read_proposals
 from regiongpt.inference.segment import Segmenter
 from regiongpt.regions import Region
@@ -76,38 +77,54 @@ def test_one_image_of_several(tmp_path):
     for more in ({}, {"image": "photo.jpg"}, {"image": "photo17.jpg"}):
         with pytest.raises(DataError, match="which of the 2 images"):
             read(tmp_path, boxes, **more)
-    with pytest.raises(DataError, match="which of the 2 images"):
-        read(tmp_path, {"images": images, "annotations": boxes[:1]}, image="third.jpg")
 
 
 @pytest.mark.parametrize(
-    ("data", "kind", "message"),
+    ("data", "message"),
     [
-        ([], DataError, "empty list"),
-        ({}, DataError, "expected a list of regions"),
-        ({"boxes": []}, DataError, "'boxes'"),
-        (3, DataError, "expected a list of regions"),
-        ([[1, 2, 3, 4]], RegionError, r"boxes.json\[0\]: expected an object with a region, got list"),
-        ([{"bbox": [1, 2, 3]}], RegionError, r"boxes.json\[0\]: expected a bbox \[x, y, width, height\]"),
-        ([{"bbox": ["1", 2, 3, 4]}], RegionError, "in numbers"),
-        ([{"bbox": [1, 2, 3, 4]}, {"bbox": [1, 2, 0, 4]}], RegionError, r"boxes.json\[1\].*empty"),
-        ([{"bbox": [100, 2, 3, 4]}], RegionError, r"boxes.json\[0\].*60 x 40"),
-        ([{"bbox": [float("nan"), 2, 3, 4]}], RegionError, "finite"),
-        ([{"segmentation": {"size": [4, 4], "counts": "04"}}], RegionError, "60 x 40"),
-        ([{"label": "cat"}], RegionError, "'label'"),
-        ([{"box": [1, 2, 3, 4], "score": "high"}], DataError, "score as a number"),
+        ([], "empty list of regions"),
+        ({}, "expected a list of regions"),
+        ({"boxes": []}, "'boxes'"),
+        (3, "expected a list of regions"),
     ],
 )
-def test_bad_entries(tmp_path, data, kind, message):
-    with pytest.raises(kind, match=message):
+def test_files_of_another_form(tmp_path, data, message):
+    with pytest.raises(DataError, match=message):
         read(tmp_path, data)
 
 
+@pytest.mark.parametrize(
+    ("entry", "kind", "reason"),
+    [
+        ([1, 2, 3, 4], "record of another format", "an object with a region, got list"),
+        ({"bbox": [1, 2, 3]}, "record of another format", r"bbox \[x, y, width, height\]"),
+        ({"bbox": ["a", 2, 3, 4]}, "record of another format", "in numbers"),
+        ({"bbox": [1, 2, 0, 4]}, "box without size", "above 0"),
+        ({"bbox": [100, 2, 3, 4]}, "box outside the image", "60 x 40"),
+        ({"bbox": [float("nan"), 2, 3, 4]}, "box that is not finite", "finite"),
+        ({"bbox": [1, 2, 3, 4], "score": float("nan")}, "score that is no number", "finite number, got nan"),
+        ({"bbox": [1, 2, 3, 4], "score": "high"}, "score that is no number", "finite number"),
+        ({"segmentation": {"size": [4, 4], "counts": "04"}}, "RLE of another size", "60 x 40"),
+        ({"bbox": [1, 2, 3, 4], "segmentation": {"size": [4, 4], "counts": "04"}}, "RLE of another size", "60 x 40"),
+        ({"segmentation": [[1, 1, 5, 5, 9]]}, "polygon that is not pairs of numbers", "x, y, x, y"),
+        ({"box": [9, 2, 3, 4]}, "region that makes no sense", "x0 < x1"),
+        ({"label": "cat"}, "record of another format", "'label'"),
+        ({"bbox": [1, 2, 3, 4], "iscrowd": 1}, "crowd", "--crowds takes"),
+    ],
+)
+def test_one_bad_entry_is_left_out_and_counted(tmp_path, entry, kind, reason):
+    rejects = Rejects()
+    assert [p.place for p in read(tmp_path, [entry, {"bbox": [1, 2, 3, 4]}], rejects=rejects)] == ["boxes.json[1]"]
+    assert rejects.counts == {kind: 1}
+    with pytest.raises(DataError, match=rf"boxes\.json: no region can be used: boxes\.json\[0\]: .*{reason}"):
+        read(tmp_path, [entry])
+
+
 def test_bad_files(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match=r"none\.json.*No such file"):
         read_proposals(tmp_path / "none.json", WIDTH, HEIGHT)
     (tmp_path / "bad.json").write_text("[1, ")
-    with pytest.raises(DataError, match="not json"):
+    with pytest.raises(DataError, match=r"bad\.json: not a readable JSON file"):
         read_proposals(tmp_path / "bad.json", WIDTH, HEIGHT)
 
 

@@ -279,7 +279,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypat
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(pq, "write_table", full)
-    with pytest.raises(DataError, match=r"No space left on device.*run the same command again"):
+    with pytest.raises(DataError, match=r"No space left on device; free some space"):
         save(tmp_path, some(50), records_per_shard=20)
     assert [each.name for each in tmp_path.iterdir()] == ["records-00000.parquet"]
     with pytest.raises(DataError, match="to its end"):
@@ -304,22 +304,19 @@ def test_a_fault_of_the_source_leaves_no_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "expected a manifest of records"),
-        ("[]", "expected a manifest of records"),
-        ('{"schema_version": 1}', "expected a manifest of records"),
-        ('{"schema_version": 1, "colour": 2}', "expected a manifest of records"),
-        (
-            '{"schema_version": 2, "source": "a", "arguments": {}, "inputs": [], "images": "i"}',
-            "schema version 1, got 2",
-        ),
-        (
-            '{"schema_version": 1, "source": "a", "arguments": {}, "inputs": [], "images": "i"}',
-            f"kept none; see its {REJECTS}",
-        ),
+        ("{", "not a readable JSON file"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "not a manifest of records"),
+        ({"source": 3}, "not a manifest of records: source: "),
+        ({"colour": 2}, "not a manifest of records: unknown setting 'colour'"),
+        ({"shards": [{"file": "records-00000.parquet"}]}, "not a manifest of records: shards.0"),
+        ({"schema_version": 2}, "schema version 1, got 2"),
+        ({"shards": []}, f"kept none; see its {REJECTS}"),
     ],
 )
 def test_a_manifest_that_is_none_is_told(tmp_path, content, message):
-    (tmp_path / MANIFEST).write_text(content)
+    whole = save(tmp_path, some(3)).model_dump()
+    (tmp_path / MANIFEST).write_text(content if isinstance(content, str) else json.dumps(whole | content))
     with pytest.raises(DataError, match=message):
         RecordSet(tmp_path)
 

@@ -1,20 +1,16 @@
-"""Reads COCO-format annotations: several instance files, their image folders and human captions, as one list.
+"""Annotated images as training reads them: instances files, their image folders and human captions, as one list.
 
 A record that cannot be used is never dropped in silence: it is counted by the kind of its fault in
 :attr:`CocoData.skipped`, which the training report prints.
 """
 
-import json
-import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from regiongpt.data.instances import InstancesFile, read_captions
+from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 
 Box = tuple[float, float, float, float]
@@ -29,19 +25,15 @@ class ObjectAnnotation:
         id: Annotation id of the file.
         category: Category name, for example ``"dog"``.
         box: Half-open xyxy in pixels of the image, clipped to it, at least a fraction of a pixel wide and high.
-        polygons: Rings as flat ``(x0, y0, x1, y1, ...)`` in pixels, or None when the object has a box only.
-        rle: COCO run-length encoding, or None.
+        polygons: Rings as flat ``(x0, y0, x1, y1, ...)`` in pixels, or None when the object has a box or RLE.
         iscrowd: True when the annotation covers a group whose members were not told apart.
-        area: Area of the object in px^2, the box's where the file gives none.
     """
 
     id: int
     category: str
     box: Box
     polygons: tuple[Ring, ...] | None = None
-    rle: Mapping[str, Any] | None = None
     iscrowd: bool = False
-    area: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +120,7 @@ def photo_sources(root: Path, split: str) -> list[CocoSource]:
 
 
 def load_coco(sources: Iterable[CocoSource]) -> CocoData:
-    """Reads the sources into one deterministic list: by source, then image id, then annotation id.
+    """Read the sources into one deterministic list: by source, then image id, then annotation id.
 
     Args:
         sources: Files to read, in the order their images shall have. An image id seen twice keeps its first source.
@@ -136,17 +128,47 @@ def load_coco(sources: Iterable[CocoSource]) -> CocoData:
     Raises:
         DataError: A file is missing, is not JSON, or is not in COCO's format.
     """
-    skipped: Counter[str] = Counter()
+    rejects = Rejects()
     images: list[ImageAnnotations] = []
-    seen: set[int] = set()
+    known: set[int] = set()
     for source in sources:
-        for image in _load_source(source, skipped):
-            if image.image_id in seen:
-                skipped["duplicate image"] += 1
-            else:
-                seen.add(image.image_id)
-                images.append(image)
-    return CocoData(images=tuple(images), skipped=dict(sorted(skipped.items())))
+        file = InstancesFile(
+            source.instances, rejects, shapes="both", folder=source.images, check="missing", crowds="keep", known=known
+        )
+        known.update(file.images.tolist())
+        given = [source.captions] if source.captions is not None else []
+        captions = {
+            image: [sentence for _, text in found if (sentence := normalise_caption(text))]
+            for image, found in read_captions(given, set(file.images.tolist()), rejects).items()
+        }
+        objects: list[list[ObjectAnnotation]] = [[] for _ in file.paths]
+        columns = (file.ids, file.places, file.categories, file.boxes, file.crowd)
+        for k, (number, place, category, box, crowd) in enumerate(
+            zip(*(column.tolist() for column in columns), strict=True)
+        ):
+            objects[place].append(
+                ObjectAnnotation(
+                    id=number,
+                    category=file.names[category],
+                    box=tuple(box),
+                    polygons=tuple(tuple(ring.ravel().tolist()) for ring in file.rings(k)) or None,
+                    iscrowd=crowd,
+                )
+            )
+        images += [
+            ImageAnnotations(
+                path=source.images / path,
+                image_id=number,
+                width=width,
+                height=height,
+                objects=tuple(objects[place]),
+                captions=tuple(captions.get(number, ())),
+            )
+            for place, (path, number, width, height) in enumerate(
+                zip(file.paths, file.images.tolist(), file.widths.tolist(), file.heights.tolist(), strict=True)
+            )
+        ]
+    return CocoData(images=tuple(images), skipped=dict(sorted(rejects.counts.items())))
 
 
 def normalise_caption(text: str) -> str:
@@ -157,131 +179,3 @@ def normalise_caption(text: str) -> str:
     """
     text = re.split(r"(?<=[a-z)\"][.!?])\s+(?=[A-Z])", " ".join(text.split()))[0].strip(" .,;:!\"'")
     return f"{text[0].upper()}{text[1:]}." if text else ""
-
-
-def _load_source(source: CocoSource, skipped: Counter[str]) -> list[ImageAnnotations]:
-    content = _read(source.instances, ("images", "annotations", "categories"))
-    try:
-        categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{source.instances}: expected categories with an id and a name, got {error!r}") from None
-
-    frames: dict[int, tuple[Path, int, int]] = {}
-    for record in content["images"]:
-        try:
-            image_id, width, height = int(record["id"]), int(record["width"]), int(record["height"])
-            path = source.images / str(record["file_name"])
-        except (KeyError, TypeError, ValueError):
-            skipped["malformed image record"] += 1
-            continue
-        if width < 1 or height < 1:
-            skipped["image without size"] += 1
-        elif not path.is_file():
-            skipped["image file missing"] += 1
-        elif image_id in frames:
-            skipped["duplicate image"] += 1
-        else:
-            frames[image_id] = (path, width, height)
-    objects: dict[int, list[ObjectAnnotation]] = {image_id: [] for image_id in frames}
-    ids: set[int] = set()
-    for record in content["annotations"]:
-        try:
-            image_id, annotation_id = int(record["image_id"]), int(record["id"])
-            x, y, w, h = (float(v) for v in record["bbox"])
-            category = categories.get(int(record["category_id"]))
-        except (KeyError, TypeError, ValueError):
-            skipped["malformed annotation"] += 1
-            continue
-        if image_id not in frames:
-            skipped["annotation of an absent image"] += 1
-        elif category is None:
-            skipped["unknown category"] += 1
-        elif annotation_id in ids:
-            skipped["duplicate annotation"] += 1
-        elif not all(map(math.isfinite, (x, y, w, h))):
-            skipped["box not finite"] += 1
-        elif w <= 0 or h <= 0:
-            skipped["box without size"] += 1
-        else:
-            _, width, height = frames[image_id]
-            box = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
-            if box[2] <= box[0] or box[3] <= box[1]:
-                skipped["box outside the image"] += 1
-                continue
-            ids.add(annotation_id)
-            polygons, rle = _shape(record.get("segmentation"), skipped)
-            area = record.get("area")
-            objects[image_id].append(
-                ObjectAnnotation(
-                    id=annotation_id,
-                    category=category,
-                    box=box,
-                    polygons=polygons,
-                    rle=rle,
-                    iscrowd=bool(record.get("iscrowd", 0)),
-                    area=float(area) if isinstance(area, int | float) and area > 0 else w * h,
-                )
-            )
-    captions = _load_captions(source.captions, frames, skipped)
-    return [
-        ImageAnnotations(
-            path=path,
-            image_id=image_id,
-            width=width,
-            height=height,
-            objects=tuple(sorted(objects[image_id], key=lambda o: o.id)),
-            captions=tuple(captions.get(image_id, ())),
-        )
-        for image_id, (path, width, height) in sorted(frames.items())
-    ]
-
-
-def _shape(segmentation: Any, skipped: Counter[str]) -> tuple[tuple[Ring, ...] | None, Mapping[str, Any] | None]:
-    """Splits COCO's one field into polygons or RLE; a bad ring is counted and the object keeps the rest, or its box."""
-    if isinstance(segmentation, Mapping):
-        return None, segmentation
-    if not isinstance(segmentation, Sequence) or not segmentation:
-        return None, None
-    rings: list[Ring] = []
-    for ring in segmentation:
-        points = np.asarray(ring, dtype=object).ravel()
-        try:
-            values = points.astype(np.float64)
-        except (TypeError, ValueError):
-            values = np.zeros(0)
-        if len(values) < 6 or len(values) % 2 or not np.isfinite(values).all():
-            skipped["malformed polygon ring"] += 1
-        else:
-            rings.append(tuple(values.tolist()))
-    return (tuple(rings) or None), None
-
-
-def _load_captions(path: Path | None, images: Mapping[int, object], skipped: Counter[str]) -> dict[int, list[str]]:
-    captions: dict[int, list[tuple[int, str]]] = {}
-    for record in _read(path, ("annotations",))["annotations"] if path is not None else ():
-        try:
-            caption_id, image_id = int(record["id"]), int(record["image_id"])
-            text = normalise_caption(str(record["caption"]))
-        except (KeyError, TypeError, ValueError):
-            skipped["malformed caption"] += 1
-            continue
-        if image_id not in images:
-            skipped["caption of an absent image"] += 1
-        elif not text:
-            skipped["empty caption"] += 1
-        else:
-            captions.setdefault(image_id, []).append((caption_id, text))
-    return {image_id: [text for _, text in sorted(found)] for image_id, found in captions.items()}
-
-
-def _read(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"expected a COCO annotation file at {path}, got {error.strerror}; check the path") from None
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON in COCO's format, got {error}; fetch the file again") from None
-    lacking = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
-    if lacking:
-        raise DataError(f"{path}: expected COCO's lists {', '.join(keys)}, found no {', '.join(lacking)}")
-    return dict(content)

@@ -1,6 +1,6 @@
 """The verbs ``regiongpt convert`` and ``regiongpt inspect``.
 
-A converter's options are its dataclass's fields, so a new converter has its command line as soon as it is registered.
+A converter's options are its fields, so a new converter has its command line as soon as it is registered.
 """
 
 import argparse
@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import typing
 from collections import Counter
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from regiongpt.console import progress_shown
 from regiongpt.data.convert import CONVERTERS, load_converter
-from regiongpt.data.convert.base import Converter, convert
-from regiongpt.data.progress import Meter
+from regiongpt.data.convert.base import convert
 from regiongpt.data.records import Record
-from regiongpt.data.shards import MANIFEST, REJECTS, Manifest, RecordSet, require_data_extra
+from regiongpt.data.shards import CROWD, MANIFEST, REJECTS, Manifest, RecordSet, require_data_extra
 from regiongpt.errors import ConfigError
+from regiongpt.settings import add_options, read_options
 
 if TYPE_CHECKING:
     from regiongpt.data.inspection import Fault
@@ -56,37 +58,31 @@ def run_convert(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> in
     # Only the help that lists them all needs them all.
     for name in [named] if named in CONVERTERS else CONVERTERS:
         converter = load_converter(str(name))
-        source = sources.add_parser(str(name), help=_escaped(converter.summary), description=converter.summary)
-        _add_fields(source, converter)
+        source = sources.add_parser(str(name), help=converter.summary, description=converter.summary)
+        add_options(source, converter)
+        source.add_argument(
+            "--out", type=Path, required=True, metavar="DIR", help="folder of the records, new or empty"
+        )
+        source.add_argument("--strict", action="store_true", help="fail at the first record that cannot be used")
+        source.add_argument("--overwrite", action="store_true", help="replace other records in --out")
         source.set_defaults(converter=converter)
     options = parser.parse_args(arguments)
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options.converter)}
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    require_data_extra()
-    made: Converter = options.converter(**values)
+    made = read_options(options.converter, options)
     was_there = (options.out / MANIFEST).exists() and not options.overwrite
-    with Meter(made.name, files=made.inputs()) as meter:
-        manifest = convert(made, options.out, options.strict, options.overwrite, watch=meter.watch)
-    print(_converted(manifest, options.out, None if was_there else meter.seconds))
+    began = time.monotonic()
+    with progress_shown():
+        manifest = convert(made, options.out, options.strict, options.overwrite)
+    print(_converted(manifest, options.out, None if was_there else time.monotonic() - began))
     return 0
-
-
-def _add_fields(parser: argparse.ArgumentParser, converter: type[Converter]) -> None:
-    """The fields of a converter as options, required ones first, then those of every conversion."""
-    types = typing.get_type_hints(converter)
-    fields = sorted(dataclasses.fields(converter), key=lambda field: field.default is not dataclasses.MISSING)
-    for field in fields:
-        given = option_arguments(field, types[field.name])
-        parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, **given)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records, new or empty")
-    parser.add_argument("--strict", action="store_true", help="fail at the first record that cannot be used")
-    parser.add_argument("--overwrite", action="store_true", help="replace other records in --out")
 
 
 def option_arguments(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
     """What ``argparse.ArgumentParser.add_argument`` is told of a field of this type, its name left out."""
     required = field.default is dataclasses.MISSING
-    given: dict[str, Any] = {"help": _help(field), "required": required}
+    text = str(field.metadata["help"])
+    stated = not required and field.default not in (None, "", ()) and not isinstance(field.default, bool)
+    shown = (f"{text} (default: {field.default})" if stated else text).replace("%", "%%")
+    given: dict[str, Any] = {"help": shown, "required": required}
     if not required:
         given["default"] = field.default
     if kind is bool:
@@ -98,16 +94,6 @@ def option_arguments(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, An
         if typing.get_origin(kind) is tuple:
             given["nargs"] = "+"
     return given
-
-
-def _help(field: "dataclasses.Field[Any]") -> str:
-    text = str(field.metadata["help"])
-    stated = field.default not in (dataclasses.MISSING, None, "", ()) and not isinstance(field.default, bool)
-    return _escaped(f"{text} (default: {field.default})" if stated else text)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")  # argparse formats its help
 
 
 def _converted(manifest: Manifest, out: Path, seconds: float | None) -> str:
@@ -125,6 +111,8 @@ def _converted(manifest: Manifest, out: Path, seconds: float | None) -> str:
         return "\n".join([*lines, "nothing left out"])
     lines.append(f"{sum(manifest.rejects.values()):,} left out, each with its reason in {out / REJECTS}:")
     lines += _counted(manifest.rejects)
+    if manifest.rejects.get(CROWD) and not counts.get("regions"):
+        lines.append("every object is marked as a crowd, as some tools mark every mask; --crowds takes them")
     return "\n".join(lines)
 
 
@@ -230,7 +218,7 @@ def _refuse_idle(options: argparse.Namespace) -> None:
 def _count(records: RecordSet) -> "Statistics":
     from regiongpt.data.statistics import statistics
 
-    with Meter("statistics"):
+    with progress_shown():
         return statistics(records)
 
 
@@ -310,7 +298,7 @@ def _check(records: RecordSet, options: argparse.Namespace, found: dict[str, Any
 
     processor = inspection.load_processor(options.model)
     faults: list[Fault] = []
-    with Meter("check"):
+    with progress_shown():
         for fault in inspection.check(records, processor):
             faults.append(fault)
             if not options.json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from regiongpt.data.progress import track
+from regiongpt.console import progress
 from regiongpt.data.records import Record
 from regiongpt.data.shards import RecordSet, file_identity
 from regiongpt.data.statistics import rows
@@ -82,7 +82,7 @@ def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[Fault
             yield Fault(record=shard["file"], kind="shard of other content", reason=reason)
     ids: set[str] = set()
     images: dict[str, tuple[int, int] | str] = {}
-    for index, row in enumerate(track(rows(records), len(records))):
+    for index, row in enumerate(progress(rows(records), "check", "records", len(records))):
         name = str(row.get("id") or f"row {index}")
         if name in ids:
             yield Fault(record=name, kind="duplicate id", reason="expected ids to be unique, got one twice")

@@ -16,80 +16,61 @@ Nothing depends on what was drawn before, so that a run which goes on from step 
 Paper: §3.2, §4
 """
 
-import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 
-from regiongpt.configuration import build, read_toml
 from regiongpt.data.records import Record
 from regiongpt.data.shards import RecordSet, require_data_extra
 from regiongpt.errors import ConfigError, DataError
+from regiongpt.settings import Settings, read_toml
 
-log = logging.getLogger(__name__)
 
+class Part(Settings):
+    """One folder of records in a mixture."""
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One folder of records in a mixture.
-
-    Attributes:
-        records: The folder, relative to the mixture's root.
-        images: Folder of its images, relative to the mixture's root, where they are no longer where they were when the
-            records were made.
-        weight: Passes over the records in one epoch: 1 for each record once, 0.5 for every other one, 2 for twice.
-        cap: Most records in one epoch, 0 for no limit. What one epoch leaves out comes first in the next.
-    """
-
-    records: str
+    records: Annotated[str, Field(min_length=1)]
+    """The folder, relative to the mixture's root."""
     images: str = ""
-    weight: float = 1.0
-    cap: int = 0
+    """Folder of its images, relative to the mixture's root, where they are no longer where they were when the records
+    were made."""
+    weight: PositiveFloat = 1.0
+    """Passes over the records in one epoch: 1 for each record once, 0.5 for every other one, 2 for twice."""
+    cap: NonNegativeInt = 0
+    """Most records in one epoch, 0 for no limit. What one epoch leaves out comes first in the next."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MixtureConfig:
-    """A mixture as its file has it.
+class MixtureConfig(Settings):
+    """A mixture as its file has it."""
 
-    Attributes:
-        parts: At least one.
-    """
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)]
+    """Folders of records, each one once."""
 
-    parts: tuple[Part, ...]
-
-    def __post_init__(self) -> None:
-        if not self.parts:
-            raise ConfigError("parts: expected at least one, got none; begin each with a line [[parts]]")
-        for number, part in enumerate(self.parts, 1):
-            where = f"parts[{number}]"
-            if not part.records:
-                raise ConfigError(f"{where}.records: expected a folder of records, got an empty name")
-            if part.records in [other.records for other in self.parts[: number - 1]]:
-                raise ConfigError(
-                    f"{where}.records: expected each folder once, got '{part.records}' again; give it a weight instead"
-                )
-            if not 0 < part.weight < math.inf:
-                raise ConfigError(f"{where}.weight: expected a positive number, got {part.weight}")
-            if part.cap < 0:
-                raise ConfigError(f"{where}.cap: expected a number of records, 0 for no limit, got {part.cap}")
+    @field_validator("parts")
+    @classmethod
+    def _check_parts(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        names = [part.records for part in parts]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"'{repeated[0]}' comes more than once; give it a weight instead")
+        return parts
 
 
 def read_mixture(path: str | Path) -> MixtureConfig:
-    """Reads a mixture's file.
+    """Read a mixture's file.
 
     Raises:
         ConfigError: It is missing or not TOML; a key is unknown (the message names the nearest one); a value is of
             another type or out of range.
     """
-    values = read_toml(path)
+    values = read_toml(Path(path))
     try:
-        return build(MixtureConfig, values)
+        return MixtureConfig(**values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -12,17 +12,21 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
 
+from typing_extensions import TypedDict
+
 from regiongpt.data.records import SCHEMA_VERSION, Record
 from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.settings import Settings
+from regiongpt.storage import read_json, reason, sha256, write_json, writing
 
 MANIFEST: Final = "manifest.json"
 REJECTS: Final = "rejects.jsonl"
+CROWD: Final = "crowd"
+"""The kind of what is left out on purpose: a group of objects that nobody told apart. It does not end a strict run."""
 RECORDS_PER_SHARD: Final = 20_000
 
 
@@ -86,7 +90,7 @@ class Rejects:
             DataError: In strict mode.
         """
         name = Path(file).name
-        if self.strict:
+        if self.strict and kind != CROWD:
             raise DataError(f"{name}, record {record}: {kind}: {reason}")
         self.counts[kind] += 1
         if self._file is not None:
@@ -94,9 +98,10 @@ class Rejects:
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            self._file.close()
+        """Close the file; DataError where the disk is full."""
+        if self._file is not None and self.path is not None:
+            with writing(self.path):
+                self._file.close()
 
     def summary(self) -> str:
         """One line: how many were left out, by kind."""
@@ -104,50 +109,53 @@ class Rejects:
         return f"{self.counts.total()} left out: {listed}" if listed else "nothing left out"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a folder of records was made of.
+class Shard(TypedDict):
+    """One shard: its file, number of records and the hash of its bytes."""
 
-    Attributes:
-        schema_version: Of the shards.
-        source: Name of the converter.
-        arguments: Of the conversion, with the seed.
-        inputs: Of each file that was read, its name, size in bytes and SHA-256.
-        images: Folder that the records' image paths are relative to.
-        counts: ``records``, ``images``, ``regions``, ``turns``, and ``task:...`` for each task.
-        rejects: How many records were left out, by kind.
-        shards: File names in order, with their number of records and SHA-256.
-        regiongpt_version: That wrote the folder.
-    """
+    file: str
+    records: int
+    sha256: str
+
+
+class Manifest(Settings):
+    """What a folder of records was made of."""
 
     schema_version: int
+    """Of the shards."""
     source: str
+    """Name of the converter."""
     arguments: dict[str, Any]
+    """Of the conversion, with the seed."""
     inputs: list[dict[str, Any]]
+    """Of each file that was read, its name, size in bytes and SHA-256."""
     images: str
-    counts: dict[str, int] = field(default_factory=dict)
-    rejects: dict[str, int] = field(default_factory=dict)
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    regiongpt_version: str = ""
+    """Folder that the records' image paths are relative to."""
+    counts: dict[str, int]
+    """``records``, ``images``, ``regions``, ``turns``, and ``task:...`` for each task."""
+    rejects: dict[str, int]
+    """How many records were left out, by kind."""
+    shards: list[Shard]
+    """In order."""
+    regiongpt_version: str
+    """That wrote the folder."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Reads the manifest of a folder.
+        """Read the manifest of a folder.
 
         Raises:
             DataError: It is missing (no conversion ended there) or not one, or of a schema that is not read here.
         """
         path = Path(folder) / MANIFEST
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            manifest = cls(**values)
-        except FileNotFoundError:
+        if not path.exists():
             raise DataError(
-                f"{folder}: expected a folder of records with a {MANIFEST}, found none; "
-                "run `regiongpt convert` to its end"
-            ) from None
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{path}: expected a manifest of records, got {error}; convert the source again") from None
+                f"{folder}: no finished records, the {MANIFEST} is missing; run `regiongpt convert` to its end"
+            )
+        values = read_json(path)
+        try:
+            manifest = cls(**values if isinstance(values, dict) else {"": values})
+        except ConfigError as error:
+            raise DataError(f"{path}: not a manifest of records: {error}; convert the source again") from None
         if manifest.schema_version != SCHEMA_VERSION:
             raise DataError(
                 f"{path}: expected schema version {SCHEMA_VERSION}, got {manifest.schema_version}; "
@@ -157,19 +165,15 @@ class Manifest:
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """Name, size and SHA-256 of a file.
+    """Name, size in bytes and SHA-256 of a file.
 
     Raises:
         DataError: It cannot be read.
     """
-    digest = sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-            return {"name": Path(path).name, "bytes": file.tell(), "sha256": digest.hexdigest()}
+        return {"name": Path(path).name, "bytes": Path(path).stat().st_size, "sha256": sha256(path)}
     except OSError as error:
-        raise DataError(f"expected a file at {path}, got {error.strerror}; check the path") from None
+        raise DataError(f"{path}: cannot be read: {reason(error)}; check the path") from None
 
 
 def write_records(
@@ -208,32 +212,33 @@ def write_records(
     writer = _ShardWriter(out)
 
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for stale in [*out.glob("records-*.parquet"), *out.glob("records-*.tmp"), out / MANIFEST]:
-            stale.unlink(missing_ok=True)
-        gathered: list[Record] = []
-        for record in records:
-            try:
-                record.check(regions=check_regions)
-            except (ConfigError, DataError, RegionError) as error:  # ConfigError: there is no such task
-                kind = "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson"
-                rejects.add(kind, source, record.id, str(error))
-                continue
-            if record.id in seen_ids:
-                rejects.add("duplicate id", source, record.id, "expected ids to be unique, got one twice")
-                continue
-            seen_ids.add(record.id)
-            if record.image:
-                seen_images.add(record.image)
-            counts.update(records=1, regions=len(record.regions), turns=len(record.turns))
-            counts.update(f"task:{turn.task}" for turn in record.turns)
-            gathered.append(record)
-            if len(gathered) == records_per_shard:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            for stale in [*out.glob("records-*.parquet"), *out.glob("records-*.tmp"), out / MANIFEST]:
+                stale.unlink(missing_ok=True)
+            gathered: list[Record] = []
+            for record in records:
+                try:
+                    record.check(regions=check_regions)
+                except (ConfigError, DataError, RegionError) as error:  # ConfigError: there is no such task
+                    kind = "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson"
+                    rejects.add(kind, source, record.id, str(error))
+                    continue
+                if record.id in seen_ids:
+                    rejects.add("duplicate id", source, record.id, "expected ids to be unique, got one twice")
+                    continue
+                seen_ids.add(record.id)
+                if record.image:
+                    seen_images.add(record.image)
+                counts.update(records=1, regions=len(record.regions), turns=len(record.turns))
+                counts.update(f"task:{turn.task}" for turn in record.turns)
+                gathered.append(record)
+                if len(gathered) == records_per_shard:
+                    writer.write(gathered)
+                    gathered = []
+            if gathered:
                 writer.write(gathered)
-                gathered = []
-        if gathered:
-            writer.write(gathered)
-        shards = writer.finish()
+            shards = writer.finish()
         counts["images"] = len(seen_images)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -246,14 +251,7 @@ def write_records(
             shards=shards,
             regiongpt_version=version("regiongpt"),
         )
-        temporary = out / f"{MANIFEST}.tmp"
-        temporary.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(out / MANIFEST)
-    except OSError as error:
-        raise DataError(
-            f"{out}: expected room and the right to write records there, got {error.strerror or error}; "
-            "free some space or give another --out, then run the same command again"
-        ) from error
+        write_json(out / MANIFEST, manifest.model_dump())
     finally:
         writer.close()
     return manifest
@@ -268,14 +266,14 @@ class _ShardWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._shards: list[dict[str, Any]] = []
+        self._shards: list[Shard] = []
         self._busy: tuple[Any, Any] | None = None
 
     def write(self, records: Sequence[Record]) -> None:
         """Begins the next shard, once the one before is whole."""
         self._settle()
         path = self.folder / f"records-{len(self._shards):05d}.parquet"
-        self._shards.append({"file": path.name, "records": len(records)})
+        self._shards.append({"file": path.name, "records": len(records), "sha256": ""})
         if sys.platform != "linux":
             self._keep(_write_shard(path, records))
             return
@@ -286,7 +284,7 @@ class _ShardWriter:
         sender.close()
         self._busy = (process, receiver)
 
-    def finish(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[Shard]:
         """Waits for the last shard; of each, its file, number of records and SHA-256."""
         self._settle()
         return self._shards
@@ -341,7 +339,7 @@ def _write_shard(path: Path, records: Sequence[Record]) -> tuple[Path, str]:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     table = pa.Table.from_pylist([record.row() for record in records], schema=schema())
     pq.write_table(table, temporary, compression="zstd", row_group_size=1000)
-    return temporary, file_identity(temporary)["sha256"]
+    return temporary, sha256(temporary)
 
 
 class RecordSet:
@@ -376,7 +374,7 @@ class RecordSet:
                 f"{self.folder}: expected shards that can be read, and room and the right to write a copy for memory "
                 f"mapping at {cache}, got {error}; convert the source again, or free some space"
             ) from error
-        expected = self.manifest.counts["records"]
+        expected = self.manifest.counts.get("records", 0)
         if len(self.table) != expected:
             raise DataError(
                 f"{self.folder}: expected {expected} records, found {len(self.table)}; convert the source again"

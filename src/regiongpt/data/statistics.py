@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from regiongpt.data.progress import track
+from regiongpt.console import progress
 from regiongpt.data.records import Record
 from regiongpt.data.shards import RecordSet
 from regiongpt.drawing import COLOURS
@@ -161,7 +161,7 @@ def statistics(records: RecordSet) -> Statistics:
     """
     counted = Statistics(source=records.manifest.source, rejects=dict(records.manifest.rejects))
     images: set[str] = set()
-    for row in track(rows(records), len(records)):
+    for row in progress(rows(records), "statistics", "records", len(records)):
         record = Record.from_row(row)
         if record.image:
             images.add(record.image)

@@ -3,18 +3,24 @@
 Every proposal knows where it came from, so that a mistake in a file of thousands can be found.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from regiongpt.data.convert.images import Fault
+from regiongpt.data.convert.values import MALFORMED, clipped_box, is_number, short, whole
+from regiongpt.data.instances import crowd_hint, entry_of, is_crowd, number_of, read_box, read_mask
+from regiongpt.data.shards import CROWD, Rejects
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.regions import KINDS, Region
+from regiongpt.storage import read_json, reason
 
 MOST_POINTS = 128
 """Points a side of a grid."""
@@ -36,46 +42,54 @@ class Proposal:
 
 
 def read_proposals(
-    path: str | Path, width: int, height: int, *, image: str | Path | None = None, image_id: int | str | None = None
+    path: str | Path,
+    width: int,
+    height: int,
+    *,
+    image: str | Path | None = None,
+    image_id: int | str | None = None,
+    crowds: bool = False,
+    rejects: Rejects | None = None,
 ) -> list[Proposal]:
     """Read regions of one image from a json file.
 
     The file is a list: COCO detection results (``image_id``, ``bbox`` as x, y, width, height or ``segmentation``,
     ``score``) or regions as :meth:`Region.to_dict` writes them, each with a ``score`` if it has one. Or it is an object
     with such a list as its ``regions`` (what ``regiongpt ask --json`` prints) or its ``annotations`` (a COCO data set).
-    Where an entry has a mask, that is taken and not its box.
+    Where an entry has a mask, that is taken and not its box. A machine wrote the file: an entry that cannot be used is
+    left out and counted.
 
     Args:
         path: the file.
         width: of the image, in pixels.
         height: of the image, in pixels.
-        image: the image's file name, by which a file about several images is searched: by the ``file_name`` of a COCO
-            data set, else by the number at its end, as COCO's images have it.
+        image: the image's file. It is looked up in a file about several: among the names of a COCO data set
+            (:func:`regiongpt.data.instances.entry_of`), or by the number that it ends in where the file has no names.
         image_id: take the entries with this ``image_id``, whatever the file's name.
+        crowds: take what is marked as a crowd too.
+        rejects: where entries that are left out are counted.
 
     Returns:
         The proposals in the order of the file.
 
     Raises:
-        DataError: the file cannot be read, is of another form, or has nothing about this image.
-        RegionError: an entry is no region of this image.
+        DataError: the file cannot be read or is of another form; it has nothing about this image that can be used, or
+            says that the image has another size.
     """
     file = Path(path)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"expected a json file of regions, got {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"expected a json file of regions, got {file}, which is not json: {error}") from None
-    entries, images = _entries(data, file)
-    chosen = _of_image(entries, images, file, image, image_id)
-    found = []
-    for index, entry in chosen:
+    rejects = Rejects() if rejects is None else rejects
+    found, reasons = [], []
+    for index, entry in _of_image(_opened(file), image, image_id, (width, height)):
         place = f"{file.name}[{index}]"
-        region = _region(entry, place).check(width, height, place)
-        found.append(Proposal(region=region, score=_score(entry, place), place=place))
+        proposal = _proposal(entry, place, width, height, crowds)
+        if isinstance(proposal, Fault):
+            reasons.append(f"{place}: {proposal.reason}".replace(f"{place}: {place}", place))
+            rejects.add(proposal.kind, file, index, proposal.reason)
+        else:
+            found.append(proposal)
     if not found:
-        raise DataError(f"expected at least one region in {file}, got an empty list")
+        why = f"no region can be used: {reasons[0]}{crowd_hint(rejects)}" if reasons else "an empty list of regions"
+        raise DataError(f"{file.name}: {why}")
     return found
 
 
@@ -168,84 +182,132 @@ def _apart(regions: Sequence[Region], places: Sequence[int], width: int, height:
     return [places[k] for k in kept]
 
 
-def _entries(data: Any, file: Path) -> tuple[list[Any], list[Any]]:
-    """The list of a file, and a COCO data set's images."""
-    images: list[Any] = []
-    if isinstance(data, Mapping):
-        listed = data.get("regions", data.get("annotations"))
-        if isinstance(data.get("images"), list):
-            images = data["images"]
-    else:
-        listed = data
+@dataclass(frozen=True)
+class _File:
+    """A file of regions: its entries with their places, all and by image, the images it lists, and the one it names."""
+
+    path: Path
+    entries: list[tuple[int, Any]]
+    by_image: dict[int, list[tuple[int, Any]]]
+    images: list[Mapping[str, Any]]
+    about: str
+
+
+def _opened(path: Path) -> _File:
+    """The file, read once for any number of images."""
+    try:
+        seen = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: not a readable JSON file: {reason(error)}") from None
+    return _read(path, (seen.st_mtime_ns, seen.st_size))
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, stamp: tuple[int, int]) -> _File:
+    data = read_json(path)
+    content = data if isinstance(data, Mapping) else {}
+    listed = content.get("regions", content.get("annotations")) if isinstance(data, Mapping) else data
     if not isinstance(listed, list):
-        got = f"an object with the keys {', '.join(map(repr, list(data)[:6]))}" if isinstance(data, Mapping) else "none"
+        got = f"an object with the keys {', '.join(map(repr, list(content)[:6]))}" if content else "none"
         raise DataError(
-            f"expected a list of regions in {file}, or an object with one as its regions or annotations, got {got}"
+            f"expected a list of regions in {path}, or an object with one as its regions or annotations, got {got}"
         )
-    return listed, images
+    by_image: dict[int, list[tuple[int, Any]]] = {}
+    for place, entry in enumerate(listed):
+        number = number_of(entry.get("image_id")) if isinstance(entry, Mapping) else None
+        if number is not None:
+            by_image.setdefault(number, []).append((place, entry))
+    images, about = content.get("images"), content.get("image")
+    images = [each for each in images if isinstance(each, Mapping)] if isinstance(images, list) else []
+    return _File(path, list(enumerate(listed)), by_image, images, about if isinstance(about, str) else "")
 
 
 def _of_image(
-    entries: list[Any], images: list[Any], file: Path, image: str | Path | None, image_id: int | str | None
+    file: _File, image: str | Path | None, image_id: int | str | None, size: tuple[int, int]
 ) -> list[tuple[int, Any]]:
     """The entries about one image, with their places in the file."""
-    numbered = list(enumerate(entries))
-    ids = list(dict.fromkeys(str(e["image_id"]) for e in entries if isinstance(e, Mapping) and "image_id" in e))
+    name = file.path.name
     if image_id is None:
-        if len(ids) <= 1 and not images:
-            return numbered
-        image_id = _guess(ids, images, file, image)
-    found = [(k, e) for k, e in numbered if isinstance(e, Mapping) and str(e.get("image_id")) == str(image_id)]
-    if not found:
-        some = ", ".join(ids[:5]) or "none at all"
-        raise DataError(f"expected regions of image_id {image_id} in {file}, got only others: {some}")
-    return found
+        if file.about and image is not None and PurePath(file.about).name != PurePath(image).name:
+            raise DataError(f"{name} is about {file.about}, not {image}; give a file with its list of regions alone")
+        if not file.images and len(file.by_image) <= 1:
+            return file.entries
+        image_id = _guess(file, image)
+    wanted = number_of(image_id)
+    for entry in file.images:
+        stated = whole(entry.get("width")), whole(entry.get("height"))
+        if number_of(entry.get("id")) == wanted and None not in stated and stated != size:
+            raise DataError(
+                f"{name}: image of another size: expected {stated[0]} x {stated[1]} pixels (W x H) as annotated, "
+                f"got {size[0]} x {size[1]}"
+            )
+    if wanted not in file.by_image:
+        known = [entries[0][1]["image_id"] for entries in islice(file.by_image.values(), 5)]
+        some = ", ".join(map(str, known)) or "none at all"
+        raise DataError(f"expected regions of image_id {image_id} in {file.path}, got only others: {some}")
+    return file.by_image[wanted]
 
 
-def _guess(ids: Sequence[str], images: Sequence[Any], file: Path, image: str | Path | None) -> str:
+def _guess(file: _File, image: str | Path | None) -> Any:
     """Which of a file's images is the one in the file ``image``."""
-    name = Path(image).name if image is not None else ""
-    for entry in images:
-        if isinstance(entry, Mapping) and name and Path(str(entry.get("file_name"))).name == name and "id" in entry:
-            return str(entry["id"])
-    digits = re.search(r"(\d+)$", Path(name).stem)
-    if digits and str(int(digits[1])) in ids:
-        return str(int(digits[1]))
+    if image is not None and any(
+        isinstance(each.get("file_name") or each.get("coco_url"), str) for each in file.images
+    ):
+        return entry_of(file.images, image, file.path.name).get("id")
+    if len(file.images) == 1:
+        return file.images[0].get("id")
+    # Results name no images, but those of COCO's are called by their numbers.
+    digits = re.search(r"(\d+)$", PurePath(image).stem) if image is not None else None
+    if digits and int(digits[1]) in file.by_image:
+        return int(digits[1])
     raise DataError(
-        f"expected to know which of the {max(len(ids), len(images))} images of {file} is {name or 'meant'}; "
-        "give its image_id"
+        f"expected to know which of the {max(len(file.by_image), len(file.images))} images of {file.path} is "
+        f"{PurePath(image).name if image is not None else 'meant'}; give its image_id"
     )
 
 
-def _region(entry: Any, place: str) -> Region:
+def _proposal(entry: Any, place: str, width: int, height: int, crowds: bool) -> Proposal | Fault:
     if not isinstance(entry, Mapping):
-        raise RegionError(f"{place}: expected an object with a region, got {type(entry).__name__}")
+        return Fault(MALFORMED, f"expected an object with a region, got {type(entry).__name__}")
+    score = entry.get("score")
+    if score is not None and not is_number(score):
+        return Fault("score that is no number", f"expected a score as a finite number, got {short(score)}")
+    if is_crowd(entry.get("iscrowd")) and not crowds:
+        return Fault(CROWD, "expected one object, got a group; --crowds takes it")
+    try:
+        region = _region(entry, place, width, height)
+        if isinstance(region, Region):
+            region.check(width, height, place)
+    except RegionError as error:
+        return Fault("region that makes no sense", str(error))
+    if isinstance(region, Fault):
+        return region
+    return Proposal(region=region, score=None if score is None else float(score), place=place)
+
+
+def _region(entry: Mapping[str, Any], place: str, width: int, height: int) -> Region | Fault:
     if isinstance(entry.get("region"), Mapping):
         return Region.from_dict(entry["region"], place)
-    if entry.get("segmentation"):
-        mask = entry["segmentation"]
-        return Region.from_dict({"rle" if isinstance(mask, Mapping) else "polygon": mask}, place)
-    if "bbox" in entry:
-        box = entry["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or any(_number(value) is None for value in box):
-            raise RegionError(f"{place}: expected a bbox [x, y, width, height] in numbers, got {box!r:.60}")
-        x, y, w, h = map(float, box)
-        return Region.box(x, y, x + w, y + h)
     own = {key: entry[key] for key in (*KINDS, "radius", "width") if key in entry}
-    if not own.keys() & set(KINDS):
-        keys = ", ".join(map(repr, list(entry)[:6])) or "none"
-        raise RegionError(f"{place}: expected a bbox, a segmentation or one of {', '.join(KINDS)}, got the keys {keys}")
-    if "scribble" not in own:
-        own.pop("width", None)  # of the image, where it stands beside another kind
-    return Region.from_dict(own, place)
-
-
-def _score(entry: Mapping[str, Any], place: str) -> float | None:
-    score = entry.get("score")
-    if score is not None and _number(score) is None:
-        raise DataError(f"{place}: expected a score as a number, got {score!r:.60}")
-    return None if score is None else float(score)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if own.keys() & set(KINDS):
+        if "scribble" not in own:
+            own.pop("width", None)  # of the image, where it stands beside another kind
+        return Region.from_dict(own, place)
+    mask, box = read_mask(entry.get("segmentation")), read_box(entry.get("bbox"))
+    if mask.rle is not None and mask.rle.get("size") != [height, width]:
+        return Fault("RLE of another size", f"expected the size {[height, width]} of the image (H, W), {width} x "
+                     f"{height} pixels, got {short(mask.rle.get('size'))}")  # fmt: skip
+    try:
+        if (region := mask.region()) is not None:
+            return region.check(width, height, place)
+    except RegionError:
+        if box is None:
+            raise
+    if box is not None:
+        clipped = clipped_box(*box, width, height)
+        return clipped if isinstance(clipped, Fault) else Region.box(box[0], box[1], box[0] + box[2], box[1] + box[3])
+    if mask.faults:
+        return mask.faults[0]
+    keys = ", ".join(map(repr, list(entry)[:6])) or "none"
+    return Fault(MALFORMED, f"expected a bbox [x, y, width, height] in numbers, a segmentation or one of "
+                 f"{', '.join(KINDS)}, got the keys {keys}")  # fmt: skip

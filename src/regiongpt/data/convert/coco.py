@@ -4,32 +4,28 @@ Paper: §3.2 and Table 1 (the closed-set prompt), §4 (20 boxes a category for f
 """
 
 import logging
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field, NonNegativeInt
 
-from regiongpt.data.convert.base import Converter, option
-from regiongpt.data.convert.images import Fault
-from regiongpt.data.convert.instances import SHAPES, Indices, InstancesFile, Shapes
-from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import MALFORMED, is_whole, plain_text, short
-from regiongpt.data.progress import track
+from regiongpt.console import progress
+from regiongpt.data.convert.base import Converter
+from regiongpt.data.convert.values import short
+from regiongpt.data.instances import Indices, InstancesFile, Shapes, read_captions
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import DataError
 from regiongpt.prompts import COCO_80, COCO_IDS, LABEL_SETS
 from regiongpt.regions import Region
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
 class InstancesConverter(Converter):
     """Files in the format of COCO's instances: what class is each object, asked with the name of the closed set.
 
@@ -38,32 +34,22 @@ class InstancesConverter(Converter):
     """
 
     sound_regions: ClassVar[bool] = True
+    url_first: ClassVar[bool] = False
 
-    instances: tuple[Path, ...] = option("instances files; an image in two of them is taken from the first")
-    label_set: str = option("name of the closed set, as the question shall name it")
-    boxes_per_category: int = option(
-        "most objects of a category, drawn by the seed over all files; 0 for all", default=0
-    )
-    objects_per_record: int = option(
-        "most objects in one conversation, the others follow in further ones; 0 for all in one", default=20
-    )
-    shapes: str = option("what marks an object: box, mask (polygons, RLE) or both, each asked about", default="box")
-    check_images: bool = option("leave out images that are missing or of another size", default=True)
-
-    def __post_init__(self) -> None:
-        for name in ("boxes_per_category", "objects_per_record"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.shapes not in SHAPES:
-            raise ConfigError(f"shapes: expected one of {', '.join(SHAPES)}, got {self.shapes!r}")
-        if not self.instances:
-            raise ConfigError("instances: expected at least one file, got none")
-        if not self.label_set.strip():
-            raise ConfigError("label_set: expected the name of a closed set, got none")
-
-    @abstractmethod
-    def image_name(self, entry: Mapping[str, Any]) -> Any:
-        """The path of an image below the images' folder, as its entry in the file names it."""
+    instances: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Instances files; an image in two of them is taken from the first."""
+    label_set: Annotated[str, Field(pattern=r"\S")]
+    """Name of the closed set, as the question shall name it."""
+    boxes_per_category: NonNegativeInt = 0
+    """Most objects of a category, drawn by the seed over all files; 0 for all."""
+    objects_per_record: NonNegativeInt = 20
+    """Most objects in one conversation, the others follow in further ones; 0 for all in one."""
+    shapes: Shapes = "box"
+    """What marks an object: box, mask (polygons, RLE) or both, each asked about."""
+    crowds: bool = False
+    """Take what is marked as a crowd too: CVAT, datumaro and supervision mark every mask so that is stored as RLE."""
+    check_images: bool = True
+    """Leave out images that are missing or of another size."""
 
     def official(self) -> Mapping[int, str]:
         """The names by id that hold for a file that breaks off before its categories, none unless they are known."""
@@ -91,11 +77,12 @@ class InstancesConverter(Converter):
         selected = self.select(rejects)
         captions = self.captions_of([file for file, _ in selected], rejects)
         total = sum(len(file.images) for file, _ in selected)
-        for file, place, objects in track(_by_image(selected), total):
+        for file, place, objects in progress(_by_image(selected), self.name, "images", total):
             yield from self.conversations(file, place, objects)
-            for identity, text in captions.get(int(file.images[place]), ()):
+            number = int(file.images[place])
+            for identity, text in captions.get(number, ()):
                 yield Record(
-                    id=f"{self.name}/{file.images[place]}/caption/{identity}",
+                    id=f"{self.name}/{file.name_of(number)}/caption/{identity}",
                     source=self.name,
                     image=file.paths[place],
                     width=int(file.widths[place]),
@@ -117,9 +104,11 @@ class InstancesConverter(Converter):
             file = InstancesFile(
                 path,
                 rejects,
-                shapes=cast(Shapes, self.shapes),
-                image_name=self.image_name,
+                shapes=self.shapes,
                 folder=self.images if self.check_images else None,
+                check="size" if self.check_images else "",
+                url_first=self.url_first,
+                crowds="take" if self.crowds else "leave out",
                 known=known,
                 official=self.official(),
             )
@@ -133,13 +122,6 @@ class InstancesConverter(Converter):
             known.update(file.images.tolist())
             files.append(file)
         chosen = self._sample(files, sorted(names))
-        log.info(
-            "%s: %d of %d objects are asked about, %d crowds are not",
-            self.name,
-            sum(map(len, chosen)),
-            sum(len(file.ids) for file in files),
-            sum(file.crowds for file in files),
-        )
         return list(zip(files, chosen, strict=True))
 
     def _sample(self, files: list[InstancesFile], categories: list[int]) -> list[Indices]:
@@ -158,7 +140,7 @@ class InstancesConverter(Converter):
 
     def conversations(self, file: InstancesFile, place: int, objects: Indices) -> Iterator[Record]:
         """The conversations about the objects of one image, whose place in the file's images is given."""
-        number = int(file.images[place])
+        number = file.name_of(int(file.images[place]))
         most = self.objects_per_record or max(1, len(objects))
         for part, begin in enumerate(range(0, len(objects), most)):
             regions: list[RecordRegion] = []
@@ -170,7 +152,7 @@ class InstancesConverter(Converter):
                 shapes: list[Region | None] = [Region.box(*box)] if self.shapes != "mask" else []
                 shapes += [file.mask(index)] if self.shapes != "box" else []
                 for region in filter(None, shapes):
-                    regions.append(RecordRegion(region=region, category=name, source_id=str(identity)))
+                    regions.append(RecordRegion(region=region, category=name, source_id=str(file.name_of(identity))))
                     turns.append(_turn(self.label_set, len(regions), name))
             yield Record(
                 id=f"{self.name}/{number}" + (f"/{part + 1}" if part else ""),
@@ -183,7 +165,6 @@ class InstancesConverter(Converter):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
 class CocoConverter(InstancesConverter):
     """COCO instances of 2014 or 2017, or any file of the format with its own closed set.
 
@@ -193,18 +174,12 @@ class CocoConverter(InstancesConverter):
     name: ClassVar[str] = "coco"
     summary: ClassVar[str] = "COCO instances: the class of boxes or masks, and captions of whole images"
 
-    label_set: str = option("name of the closed set, as the question shall name it", default="COCO-80")
-    captions: tuple[Path, ...] = option("captions files of the same images, to caption images too", default=())
-    captions_per_image: int = option("most captions of an image, drawn by the seed; 0 for all", default=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.captions_per_image < 0:
-            raise ConfigError(f"captions_per_image: expected 0 or more, got {self.captions_per_image}")
-
-    def image_name(self, entry: Mapping[str, Any]) -> Any:
-        """The file name."""
-        return entry.get("file_name")
+    label_set: Annotated[str, Field(pattern=r"\S")] = "COCO-80"
+    """Name of the closed set, as the question shall name it."""
+    captions: tuple[Path, ...] = ()
+    """Captions files of the same images, to caption images too."""
+    captions_per_image: NonNegativeInt = 1
+    """Most captions of an image, drawn by the seed; 0 for all."""
 
     def official(self) -> Mapping[int, str]:
         """COCO's own numbers."""
@@ -216,35 +191,8 @@ class CocoConverter(InstancesConverter):
 
     def captions_of(self, files: list[InstancesFile], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
         """Those that are wanted, in the order of their ids."""
-        captions: dict[int, list[tuple[int, str]]] = {}
-        images = {int(number) for file in files for number in file.images}
-        seen: set[int] = set()
-        for path in self.captions:
-            apart, before = 0, len(seen)
-            for place, entry in enumerate(iter_array(path, "annotations", rejects)):
-                identity, image = (entry.get("id"), entry.get("image_id")) if isinstance(entry, dict) else (None, None)
-                if not (is_whole(identity) and is_whole(image)):
-                    reason = f"expected id, image_id and caption, got {short(entry)}"
-                    rejects.add(MALFORMED, path, f"annotations[{place}]", reason)
-                    continue
-                text = plain_text(entry.get("caption"), "caption")
-                if image not in images:
-                    apart += 1
-                    rejects.add("caption of an absent image", path, identity, f"expected a usable image, got {image}")
-                elif identity in seen:
-                    rejects.add("duplicate id", path, identity, "expected each caption once, got its id again")
-                elif isinstance(text, Fault):
-                    rejects.add(text.kind, path, identity, text.reason)
-                else:
-                    seen.add(identity)
-                    captions.setdefault(image, []).append((identity, text))
-            if apart and images and len(seen) == before:
-                raise DataError(
-                    f"{path}: expected captions of images of {', '.join(each.name for each in self.instances)}, but "
-                    f"all {apart} are of others; give files that belong together"
-                )
+        captions = read_captions(self.captions, {int(number) for file in files for number in file.images}, rejects)
         for number, found in captions.items():
-            found.sort()
             if 0 < self.captions_per_image < len(found):
                 rng = np.random.default_rng((self.seed, number))
                 drawn = rng.choice(len(found), self.captions_per_image, replace=False)

@@ -4,11 +4,10 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from regiongpt.data.convert.base import Converter, option
+from regiongpt.data.convert.base import Converter
 from regiongpt.data.convert.images import Fault, check_image, image_size
 from regiongpt.data.convert.jsonstream import TRUNCATED
 from regiongpt.data.convert.values import MALFORMED, image_fault, is_side, short, unicode_fault
@@ -30,7 +29,6 @@ KEYS: Final = ("id", "image", "width", "height", "regions", "conversation")
 SLOTS: Final = tuple(slot.name for slot in dataclasses.fields(Turn))
 
 
-@dataclass(frozen=True, kw_only=True)
 class JsonlConverter(Converter):
     """One record a line, each line one json object.
 
@@ -52,7 +50,8 @@ class JsonlConverter(Converter):
     summary: ClassVar[str] = "your own data: json lines of images, regions and conversations"
     sound_regions: ClassVar[bool] = True
 
-    data: Path = option("the file of json lines")
+    data: Path
+    """The file of json lines."""
 
     def inputs(self) -> list[Path]:
         """The one file."""

@@ -7,12 +7,15 @@ The elements are decoded by the standard library, which is as fast as the stream
 import codecs
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from regiongpt.console import progress
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
+from regiongpt.storage import reason
 
 TRUNCATED: Final = "truncated json"
 """The kind of fault of a file that breaks off."""
@@ -99,9 +102,11 @@ class _Text:
     def __init__(self, path: Path) -> None:
         try:
             self._file = path.open("rb")
+            size = path.stat().st_size
         except OSError as error:
-            raise DataError(f"expected a json file at {path}, got {error.strerror}; check the path") from None
+            raise DataError(f"{path}: not a readable json file: {reason(error)}; check the path") from None
         self._path = path
+        self._blocks = iter(progress(iter(partial(self._file.read, BLOCK), b""), path.name, "MB", size // BLOCK + 1))
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._json = json.JSONDecoder()
         self.key, self.number = "", 0  # of the element that comes next
@@ -164,6 +169,8 @@ class _Text:
                 raise _BreakError(f"expected json, got {got or self.end} ({error.msg})", place) from None
             except RecursionError:
                 raise _BreakError("expected json of fewer levels", self.position) from None
+            except ValueError:  # a whole number of thousands of digits
+                raise _BreakError("expected a number that can be read", self.position) from None
             # A number may go on in the next block, or would have in a whole file: 1 in 12, 1.5 and 1e+16.
             rest = self._held[end : end + 3]
             if isinstance(value, int | float) and rest in ("", ".", "e", "E", "e+", "e-", "E+", "E-"):
@@ -179,7 +186,9 @@ class _Text:
             return False
         rest = self._held[self._at :]
         try:
-            data = self._file.read(max(BLOCK, len(rest)))
+            data = next(self._blocks, b"")
+            while 0 < len(data) < len(rest) and (more := next(self._blocks, b"")):
+                data += more
             self._ended = not data
             text = self._utf8.decode(data, final=self._ended)
         except UnicodeDecodeError as error:

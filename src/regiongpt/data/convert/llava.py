@@ -4,24 +4,19 @@ Paper: §3.2 (image captioning as a pretext task; LLaVA's instruction data)
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Literal
 
-from regiongpt.data.convert.base import Converter, option
+from regiongpt.data.convert.base import Converter
 from regiongpt.data.convert.images import Fault, check_image, image_size
 from regiongpt.data.convert.jsonstream import iter_array
 from regiongpt.data.convert.values import MALFORMED, image_fault, short, text_fault, unicode_fault
 from regiongpt.data.records import Record, Turn
 from regiongpt.data.shards import Rejects
-from regiongpt.errors import ConfigError
 from regiongpt.prompts import IMAGE_TOKEN
 
-TASKS: Final = ("chat", "image_caption")
 
-
-@dataclass(frozen=True, kw_only=True)
 class LlavaConverter(Converter):
     """Conversations in LLaVA's form, one record each, with the questions as they stand.
 
@@ -33,16 +28,11 @@ class LlavaConverter(Converter):
     name: ClassVar[str] = "llava"
     summary: ClassVar[str] = "LLaVA: LAION-CC-SBU-558K, the 665K instruction mix, and whatever has their form"
 
-    data: Path = option("blip_laion_cc_sbu_558k.json, llava_v1_5_mix665k.json or the like")
-    task: str = option(
-        "chat, or image_caption for captions of whole images such as the 558K; it names the turns in counts, and the "
-        "questions stand as they are",
-        default="chat",
-    )
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ConfigError(f"task: expected {' or '.join(TASKS)}, got {self.task!r}")
+    data: Path
+    """blip_laion_cc_sbu_558k.json, llava_v1_5_mix665k.json or the like."""
+    task: Literal["chat", "image_caption"] = "chat"
+    """chat, or image_caption for captions of whole images such as the 558K; it names the turns in counts, and the
+    questions stand as they are."""
 
     def inputs(self) -> list[Path]:
         """The one file."""

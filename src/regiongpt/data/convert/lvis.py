@@ -1,23 +1,21 @@
 """LVIS: COCO's photographs with masks of 1,203 categories, as closed-set questions."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
-from regiongpt.data.convert.base import option
+from pydantic import Field
+
 from regiongpt.data.convert.coco import InstancesConverter
 
 
-@dataclass(frozen=True, kw_only=True)
 class LvisConverter(InstancesConverter):
-    """LVIS v0.5 or v1. Its images are COCO's of 2017: ``images`` is the folder with ``train2017`` and ``val2017``."""
+    """LVIS v0.5 or v1. Its images are COCO's of 2017: ``images`` is the folder with ``train2017`` and ``val2017``.
+
+    An image's file is what its address ends in; the file name, where there is one, is that of another split.
+    """
 
     name: ClassVar[str] = "lvis"
     summary: ClassVar[str] = "LVIS: the class of boxes or masks among its long list of names"
+    url_first: ClassVar[bool] = True
 
-    label_set: str = option("name of the closed set, as the question shall name it", default="LVIS")
-
-    def image_name(self, entry: Mapping[str, Any]) -> Any:
-        """The folder and file that end the address; the file name, where there is one, is that of another split."""
-        url = entry.get("coco_url")
-        return "/".join(url.split("/")[-2:]) if isinstance(url, str) else None
+    label_set: Annotated[str, Field(pattern=r"\S")] = "LVIS"
+    """Name of the closed set, as the question shall name it."""

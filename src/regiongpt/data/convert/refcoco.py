@@ -9,19 +9,19 @@ Paper: §3.2, Table 1
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from regiongpt.data.convert.base import Converter, option
+from regiongpt.data.convert.base import Converter
 from regiongpt.data.convert.images import check_image
 from regiongpt.data.convert.refcoco_files import APART, Expression, Ref, Scene, read_instances, read_json, read_pickle
 from regiongpt.data.convert.values import Corners
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import DataError
 from regiongpt.prompts import NO_MATCH, region_answer
 from regiongpt.regions import Region
 
@@ -31,12 +31,10 @@ PARTITIONS: Final = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcoc
 An image may be in ``train`` of one and in ``val`` of another, so a conversion reads one partition, and its name is part
 of every record's id.
 """
-TASKS: Final = ("caption", "locate", "both")
 SAME_OBJECT: Final = 0.9
 """Intersection over union from which two boxes count as one object annotated twice."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RefCocoConverter(Converter):
     """One split of one of the three data sets.
 
@@ -50,38 +48,39 @@ class RefCocoConverter(Converter):
     name: ClassVar[str] = "refcoco"
     summary: ClassVar[str] = "RefCOCO, RefCOCO+, RefCOCOg: captions of regions, and expressions to choose a region by"
 
-    refs: Path = option("refs(unc).p, refs(google).p or refs(umd).p; or a json such as finetune_refcocog_train.json")
-    instances: Path | None = option(
-        "instances.json of the data set; a refs(...).p needs it, a json takes all objects from it", default=None
-    )
-    dataset: str = option("refcoco, refcoco+ or refcocog", default="refcocog")
-    partition: str = option("unc, google or umd, where the name of a refs(...).p does not say it", default="")
-    split: str = option("the one split to convert: train, val, test, testA or testB", default="train")
-    task: str = option("caption, locate or both", default="both")
-    candidates: int = option("most regions to choose among", default=8)
-    no_match_share: float = option("share of the choices from which the right region is left out", default=0.1)
-    check_images: bool = option("leave out images that are missing or of another size", default=True)
+    refs: Path
+    """refs(unc).p, refs(google).p or refs(umd).p; or a json such as finetune_refcocog_train.json."""
+    instances: Path | None = None
+    """instances.json of the data set; a refs(...).p needs it, a json takes all objects from it."""
+    dataset: Literal["refcoco", "refcoco+", "refcocog"] = "refcocog"
+    """refcoco, refcoco+ or refcocog."""
+    partition: str = ""
+    """unc, google or umd, where the name of a refs(...).p does not say it."""
+    split: str = "train"
+    """The one split to convert: train, val, test, testA or testB."""
+    task: Literal["caption", "locate", "both"] = "both"
+    """caption, locate or both."""
+    candidates: Annotated[int, Field(ge=2)] = 8
+    """Most regions to choose among."""
+    no_match_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the choices from which the right region is left out."""
+    check_images: bool = True
+    """Leave out images that are missing or of another size."""
 
-    def __post_init__(self) -> None:
-        if self.dataset not in PARTITIONS:
-            raise ConfigError(f"dataset: expected one of {', '.join(PARTITIONS)}, got {self.dataset!r}")
-        if self.task not in TASKS:
-            raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
-        if self.candidates < 2:
-            raise ConfigError(f"candidates: expected 2 or more, among which there is a choice, got {self.candidates}")
-        if not 0 <= self.no_match_share <= 1:
-            raise ConfigError(f"no_match_share: expected a share from 0 to 1, got {self.no_match_share}")
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
         if not self._is_json and self.instances is None:
-            raise ConfigError(f"instances: expected the instances.json that belongs to {self.refs.name}, got none")
+            raise ValueError(f"instances: give the instances.json that belongs to {self.refs.name}")
         if self._partition not in PARTITIONS[self.dataset]:
-            raise ConfigError(
-                f"partition: expected {' or '.join(PARTITIONS[self.dataset])} for {self.dataset}, got "
+            raise ValueError(
+                f"partition: {self.dataset} has {' and '.join(PARTITIONS[self.dataset])}, got "
                 f"{self._partition or 'none'} (file {self.refs.name}); give --dataset, or --partition"
             )
         # A json holds one split, which its name alone tells.
         named = re.search(r"_(train|val|test[AB]?)(?=[_.])", self.refs.name) if self._is_json else None
         if named and named[1] != self.split:
-            raise ConfigError(f"split: expected {named[1]}, which the file {self.refs.name} names, got {self.split}")
+            raise ValueError(f"split: the file {self.refs.name} holds {named[1]}, got {self.split}")
+        return self
 
     @property
     def _is_json(self) -> bool:

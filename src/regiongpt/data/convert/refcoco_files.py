@@ -18,6 +18,7 @@ from regiongpt.data.convert.values import (
     plain_text,
     short,
 )
+from regiongpt.data.instances import InstancesFile
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 
@@ -189,43 +190,13 @@ def read_instances(path: Path, wanted: set[int], rejects: Rejects) -> dict[int, 
     Raises:
         DataError: The file is not of COCO's layout.
     """
-    scenes: dict[int, Scene] = {}
-    categories: dict[int, str] = {}
-    waiting: list[dict[str, Any]] = []  # the arrays may come in any order
-    for key, entry in iter_arrays(path, _ARRAYS, rejects):
-        if key == "categories":
-            _add_category(entry, categories)
-            continue
-        own_id = "id" if key == "images" else "image_id"
-        number = entry.get(own_id) if isinstance(entry, dict) else None
-        if not is_whole(number):
-            rejects.add(MALFORMED, path, key, f"expected {own_id} as a whole number, got {short(entry)}")
-        elif number not in wanted:
-            continue
-        elif key == "annotations":
-            waiting.append({name: entry.get(name) for name in ("id", "image_id", "bbox", "category_id", "iscrowd")})
-        elif number in scenes:
-            rejects.add("duplicate id", path, number, "expected each image once, got it again")
-        else:
-            scene = _scene(entry)
-            if isinstance(scene, Fault):
-                rejects.add(scene.kind, path, number, scene.reason)
-            else:
-                scenes[number] = scene
-    seen: set[int] = set()
-    for entry in waiting:
-        own, found = entry["id"], scenes.get(entry["image_id"])
-        if not is_whole(own):
-            rejects.add(MALFORMED, path, short(own), f"expected an annotation's id, got {short(entry)}")
-        elif own in seen:
-            rejects.add("duplicate id", path, own, "expected each annotation once, got it again")
-        elif found is None:
-            rejects.add(APART, path, own, f"expected the image {entry['image_id']} of an annotation, found none")
-        else:
-            seen.add(own)
-            if fault := found.add(own, entry, categories):
-                rejects.add(fault.kind, path, own, fault.reason)
-    return scenes
+    file = InstancesFile(path, rejects, crowds="keep", wanted=wanted)
+    frames = zip(file.paths, file.widths.tolist(), file.heights.tolist(), strict=True)
+    scenes = [Scene(*frame, faulty=file.faulty) for frame in frames]
+    columns = (file.ids, file.places, file.categories, file.boxes, file.crowd)
+    for number, place, category, box, crowd in zip(*(column.tolist() for column in columns), strict=True):
+        scenes[place].objects[number] = SceneObject(tuple(box), file.names[category], crowd)
+    return dict(zip(file.images.tolist(), scenes, strict=True))
 
 
 def _scene(entry: dict[str, Any]) -> Scene | Fault:

@@ -4,11 +4,10 @@ Paper: §3.3
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from regiongpt.data.convert.base import Converter, option
+from regiongpt.data.convert.base import Converter
 from regiongpt.data.convert.images import Fault, check_image
 from regiongpt.data.convert.jsonl import iter_lines
 from regiongpt.data.convert.values import MALFORMED, image_fault, is_side, plain_text, short
@@ -18,7 +17,6 @@ from regiongpt.errors import RegionError
 from regiongpt.regions import Region
 
 
-@dataclass(frozen=True, kw_only=True)
 class RegionCaptionsConverter(Converter):
     """One record a line, each line one described region as a json object.
 
@@ -36,8 +34,10 @@ class RegionCaptionsConverter(Converter):
     summary: ClassVar[str] = "this project's own detailed descriptions of regions"
     sound_regions: ClassVar[bool] = True
 
-    data: Path = option("the file of json lines")
-    check_images: bool = option("leave out images that are missing or of another size", default=True)
+    data: Path
+    """The file of json lines."""
+    check_images: bool = True
+    """Leave out images that are missing or of another size."""
 
     def inputs(self) -> list[Path]:
         """The one file."""

@@ -3,35 +3,29 @@
 Paper: §4 (at most 100 boxes a category for pre-training, 10 for fine-tuning).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
-from regiongpt.data.convert.base import option
+from pydantic import Field, NonNegativeInt
+
 from regiongpt.data.convert.coco import InstancesConverter
-from regiongpt.data.convert.instances import InstancesFile
 from regiongpt.data.convert.values import short
+from regiongpt.data.instances import InstancesFile
 from regiongpt.errors import DataError
 
 
-@dataclass(frozen=True, kw_only=True)
 class V3DetConverter(InstancesConverter):
-    """V3Det; ``images`` is the folder that holds its folder ``images``."""
+    """V3Det; ``images`` is the folder that holds its folder ``images``, with which file names begin."""
 
     name: ClassVar[str] = "v3det"
     summary: ClassVar[str] = "V3Det: the class of boxes among 13,204 names, balanced by category"
 
-    label_set: str = option("name of the closed set, as the question shall name it", default="V3Det")
-    boxes_per_category: int = option(
-        "most objects of a category, drawn by the seed: 100 to pre-train and 10 to fine-tune in the paper; 0 for all",
-        default=100,
-    )
-    names: Path | None = option("category_name_13204_v3det_2023_v1.txt, to hold the names against", default=None)
-
-    def image_name(self, entry: Mapping[str, Any]) -> Any:
-        """The file name, which begins with ``images/``."""
-        return entry.get("file_name")
+    label_set: Annotated[str, Field(pattern=r"\S")] = "V3Det"
+    """Name of the closed set, as the question shall name it."""
+    boxes_per_category: NonNegativeInt = 100
+    """Most objects of a category, drawn by the seed: 100 to pre-train and 10 to fine-tune in the paper; 0 for all."""
+    names: Path | None = None
+    """category_name_13204_v3det_2023_v1.txt, to hold the names against."""
 
     def inputs(self) -> list[Path]:
         """The files that are given."""

@@ -13,6 +13,15 @@ MALFORMED: Final = "record of another format"
 """The kind of fault of a record that lacks what the source's layout has."""
 
 
+def whole(value: Any) -> int | None:
+    """A whole number from 0 on, also where a tool has written it as ``384.0`` or ``"384"``; None for anything else."""
+    if (type(value) is float and value.is_integer()) or (
+        isinstance(value, str) and value.isdecimal() and len(value) < 20 and str(int(value)) == value
+    ):
+        value = int(value)
+    return value if is_whole(value) else None
+
+
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number from 0 on, such as an id; ``True`` is none."""
     return type(value) is int and 0 <= value < 1 << 63

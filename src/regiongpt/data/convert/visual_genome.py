@@ -10,13 +10,13 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
+from pydantic import NonNegativeInt
 
-from regiongpt.data.convert.base import Converter, option
+from regiongpt.data.convert.base import Converter
 from regiongpt.data.convert.images import Fault, check_image
 from regiongpt.data.convert.jsonstream import iter_array
 from regiongpt.data.convert.values import (
@@ -31,7 +31,7 @@ from regiongpt.data.convert.values import (
 )
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import DataError
 from regiongpt.prompts import region_answer
 from regiongpt.regions import Region
 
@@ -61,7 +61,6 @@ class _Topic(NamedTuple):
     answer: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class VisualGenomeConverter(Converter):
     """Region descriptions of Visual Genome, each image's sample as one dialogue.
 
@@ -73,16 +72,18 @@ class VisualGenomeConverter(Converter):
     name: ClassVar[str] = "vg"
     summary: ClassVar[str] = "Visual Genome: short captions of regions, object names and relations"
 
-    regions: Path = option("region_descriptions.json")
-    image_data: Path = option("image_data.json, the images' sizes and folders")
-    objects: Path | None = option("objects.json, to ask for names of objects too", default=None)
-    relationships: Path | None = option("relationships.json, to ask how objects relate too", default=None)
-    boxes_per_image: int = option("most boxes in the dialogue of an image, drawn by the seed; 0 for all", default=10)
-    check_images: bool = option("leave out images that are missing or of another size", default=True)
-
-    def __post_init__(self) -> None:
-        if self.boxes_per_image < 0:
-            raise ConfigError(f"boxes_per_image: expected 0 or more, got {self.boxes_per_image}")
+    regions: Path
+    """region_descriptions.json."""
+    image_data: Path
+    """image_data.json, the images' sizes and folders."""
+    objects: Path | None = None
+    """objects.json, to ask for names of objects too."""
+    relationships: Path | None = None
+    """relationships.json, to ask how objects relate too."""
+    boxes_per_image: NonNegativeInt = 10
+    """Most boxes in the dialogue of an image, drawn by the seed; 0 for all."""
+    check_images: bool = True
+    """Leave out images that are missing or of another size."""
 
     def inputs(self) -> list[Path]:
         """The files that are given."""

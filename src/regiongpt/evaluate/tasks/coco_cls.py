@@ -4,16 +4,14 @@ Paper: §4.1, Table 3
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, Literal, cast
 
 from regiongpt.data.convert.base import option
-from regiongpt.data.convert.instances import InstancesFile, Shapes
-from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import is_box, is_number, is_whole
-from regiongpt.data.shards import Rejects
+from regiongpt.data.instances import InstancesFile, Shapes, crowd_hint
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
 from regiongpt.evaluate.metrics.detection import FREQUENCIES, DetectionScores, Federated, detection_scores
@@ -77,6 +75,7 @@ class CocoClassification(Task):
     annotations: Path | None = option("the annotations file, wherever it is", default=None)
     images: Path | None = option("folder of the images, wherever it is", default=None)
     region: str = option("what marks an object: box or mask; without a mask it is not asked about", default="box")
+    crowds: bool = option("ask about what is marked as a crowd too, as some tools mark every mask", default=False)
     label_set: str = option("name of the closed set in the question", default="COCO-80")
     guided: bool = option("end the question by naming the closed set", default=True)
     choices: bool = option("score all names too; of a long list this takes most of the time", default=True)
@@ -108,8 +107,9 @@ class CocoClassification(Task):
     def load(self) -> list[Item]:
         """One item an object, by image and annotation id."""
         self.left_out.counts.clear()
-        file = read_instances(self._file, self.left_out, cast(Shapes, self.region))
         folder = find_folder(self.images, self.data, [self.split, "images", "."], "the images", "images")
+        crowds: Literal["take", "leave out"] = "take" if self.crowds else "leave out"
+        file = InstancesFile(self._file, self.left_out, shapes=cast(Shapes, self.region), folder=folder, crowds=crowds)
         names = [file.names[number] for number in sorted(file.names)]
         Labels(names, self.synonyms)
         known = LABEL_SETS.get(self.label_set)
@@ -118,8 +118,11 @@ class CocoClassification(Task):
                 f"{file.path}: expected category names of {self.label_set}, got {listed(foreign, 3)}; name the closed "
                 "set with --label-set"
             )
-        areas, crowds = read_areas(self._file)
-        federated = read_federated(self._file) if self.rules != "coco" else None
+        groups: dict[int, list[dict[str, Any]]] = {}
+        for image, category, box, area in file.groups:
+            group = {"bbox": box, "category_id": category, "area": box[2] * box[3] if isnan(area) else area}
+            groups.setdefault(image, []).append(group)
+        federated = file.federated if self.rules != "coco" else None
         if self.rules == "lvis" and federated is None:
             raise DataError(
                 f"{self._file}: expected neg_category_ids and not_exhaustive_category_ids of every image and the "
@@ -127,17 +130,18 @@ class CocoClassification(Task):
             )
         text = question("classify", 0, regions=[1], label_set=self.label_set, guided=self.guided)
         items = []
-        for k, (number, place, category, box) in enumerate(
-            zip(file.ids.tolist(), file.places.tolist(), file.categories.tolist(), file.boxes.tolist(), strict=True)
+        columns = (file.ids, file.places, file.categories, file.boxes, file.areas)
+        for k, (number, place, category, box, area) in enumerate(
+            zip(*(column.tolist() for column in columns), strict=True)
         ):
             region = Region.box(*box) if self.region == "box" else file.mask(k)
             if region is None:
                 continue
-            image_id = int(file.images[place])
-            area = areas.get(number) or (box[2] - box[0]) * (box[3] - box[1])
+            image_id = file.name_of(int(file.images[place]))
+            area = (box[2] - box[0]) * (box[3] - box[1]) if isnan(area) else area
             items.append(
                 Item(
-                    id=str(number),
+                    id=str(file.name_of(number)),
                     image=folder / file.paths[place],
                     image_id=image_id,
                     size=(int(file.widths[place]), int(file.heights[place])),
@@ -151,14 +155,17 @@ class CocoClassification(Task):
                         "names": names,
                         "box": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
                         "area": area,
-                        "crowds": crowds.get(image_id, []),
+                        "crowds": groups.get(int(file.images[place]), []),
                         "ids": sorted(file.names),
                         **({"federated": federated} if federated is not None else {}),
                     },
                 )
             )
         if not items:
-            raise DataError(f"{file.path}: expected objects to ask about, found none; {self.left_out.summary()}")
+            raise DataError(
+                f"{file.path}: expected objects to ask about, found none; {self.left_out.summary()}"
+                f"{crowd_hint(self.left_out)}"
+            )
         return limited(items, self.limit)
 
     def score(
@@ -280,59 +287,6 @@ class CocoClassification(Task):
             most = [f"{text!r} ({count})" for text, count in off.most_common(5)]
             notes.append(f"{off.total()} answers are off the list, most often {', '.join(most)}")
         return notes
-
-
-def read_instances(path: Path, rejects: Rejects, shapes: Shapes) -> InstancesFile:
-    """The images and objects of an annotations file of COCO's or LVIS' form; images are not looked at."""
-
-    def image_name(entry: Mapping[str, Any]) -> Any:
-        url, name = entry.get("coco_url"), entry.get("file_name")
-        # LVIS gives the address alone, or beside it the name that the file has in another split.
-        same = isinstance(url, str) and isinstance(name, str) and url.endswith(f"/{name.split('/')[-1]}")
-        return name if same or not isinstance(url, str) else url.split("/")[-1]
-
-    return InstancesFile(path, rejects, shapes=shapes, image_name=image_name, folder=None, known=set(), official={})
-
-
-def read_areas(path: Path) -> tuple[dict[int, float], dict[int, list[dict[str, Any]]]]:
-    """The areas of objects by annotation id, as they decide between small, medium and large; and images' crowds."""
-    areas: dict[int, float] = {}
-    crowds: dict[int, list[dict[str, Any]]] = {}
-    for entry in iter_array(path, "annotations", Rejects()):
-        if not isinstance(entry, dict):
-            continue
-        area = entry.get("area")
-        known = float(area) if is_number(area) and area > 0 else None
-        if isinstance(entry.get("id"), int) and known is not None:
-            areas[entry["id"]] = known
-        box, numbers = entry.get("bbox"), (entry.get("image_id"), entry.get("category_id"))
-        if entry.get("iscrowd") == 1 and all(type(number) is int for number in numbers) and is_box(box):
-            size = box[2] * box[3] if known is None else known
-            crowd = {"bbox": box, "category_id": numbers[1], "area": size}
-            crowds.setdefault(entry["image_id"], []).append(crowd)
-    return areas, crowds
-
-
-def read_federated(path: Path) -> dict[str, Any] | None:
-    """What LVIS' rules go by; None where not every image and category has it."""
-    absent, partly, frequency = {}, {}, {}
-    for entry in _identified(path, "images"):
-        lists = [entry.get(f"{name}_category_ids") for name in ("neg", "not_exhaustive")]
-        if not all(isinstance(those, list) for those in lists):
-            return None
-        absent[entry["id"]], partly[entry["id"]] = lists
-    for entry in _identified(path, "categories"):
-        if entry.get("frequency") not in FREQUENCIES:
-            return None
-        frequency[entry["id"]] = entry["frequency"]
-    return {"absent": absent, "partly": partly, "frequency": frequency}
-
-
-def _identified(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """The entries with an id; others are left out and counted where the file is read for the items."""
-    for entry in iter_array(path, key, Rejects()):
-        if isinstance(entry, dict) and is_whole(entry.get("id")):
-            yield entry
 
 
 def _federated(items: Sequence[Item]) -> Federated | None:

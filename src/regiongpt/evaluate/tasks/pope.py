@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from regiongpt.data.convert.base import option
+from regiongpt.data.instances import InstancesFile
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic
 from regiongpt.evaluate.metrics.yes_no import Said, first_word, pope_script, yes_no_statistics
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
-from regiongpt.evaluate.tasks.coco_cls import read_areas, read_instances
 from regiongpt.evaluate.tasks.pope_questions import STRATEGIES, Asked, build_questions, read_questions
 from regiongpt.evaluate.tasks.scoring import (
     by_group,
@@ -113,7 +113,7 @@ class Pope(Task):
                 for strategy, path in published.items()
             }
         else:
-            asked = self._build()
+            asked = self._build(folder)
         several = len(asked) > 1
         items = [
             self._item(strategy, number, each, folder, several)
@@ -122,18 +122,13 @@ class Pope(Task):
         ]
         return limited(items, self.limit)
 
-    def _build(self) -> dict[str, list[tuple[int | str, Asked]]]:
+    def _build(self, folder: Path) -> dict[str, list[tuple[int | str, Asked]]]:
         path = self._annotations
-        file = read_instances(path, self.left_out, "box")
-        _, crowds = read_areas(path)
+        file = InstancesFile(path, self.left_out, folder=folder, crowds="keep")  # a crowd of people is people there
         classes: dict[int, list[str]] = {number: [] for number in file.images.tolist()}
         for place, category in zip(file.places.tolist(), file.categories.tolist(), strict=True):
             classes[int(file.images[place])].append(file.names[category])
-        for number, those in crowds.items():  # a crowd of people is people there
-            known = [file.names[each["category_id"]] for each in those if each["category_id"] in file.names]
-            classes.setdefault(number, []).extend(known)
         names = dict(zip(file.images.tolist(), file.paths, strict=True))
-        classes = {number: those for number, those in classes.items() if number in names}
         return {
             strategy: list(
                 build_questions(

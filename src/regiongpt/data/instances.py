@@ -1,0 +1,717 @@
+"""Instances files in COCO's format, as COCO and other tools write them: read here alone, whoever asks.
+
+CVAT, datumaro, Roboflow, supervision, kwcoco, Label Studio and LabelMe export COCO, each in its own way. What follows
+from the rest of an entry need not be given: a box follows from a mask, a size from the image. What cannot be used is
+left out and told. A file is read into columns of numbers: a million objects fit where their json would not.
+"""
+
+import logging
+import math
+import os
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from hashlib import blake2b
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from regiongpt.data.convert.images import Fault, check_image, known_size
+from regiongpt.data.convert.jsonstream import TRUNCATED, iter_array, iter_arrays
+from regiongpt.data.convert.values import MALFORMED, clipped_box, image_fault, plain_text, short, whole
+from regiongpt.data.shards import CROWD, Rejects
+from regiongpt.errors import DataError, RegionError
+from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
+
+log = logging.getLogger(__name__)
+
+Indices = NDArray[np.intp]
+Shapes = Literal["box", "mask", "both"]
+_CROWDS: Final[dict[str | float | None, bool]] = {
+    None: False,
+    0: False,
+    1: True,
+    "": False,
+    "0": False,
+    "1": True,
+    "false": False,
+    "true": True,
+}
+_NO_SENSE: Final = "mask that makes no sense"
+_THIN: Final = "polygon of fewer than three points"
+_LVIS: Final = ("neg_category_ids", "not_exhaustive_category_ids")
+_NONE, _POLYGON, _RLE, _FAULTY = range(4)  # what an annotation has for a mask
+_AT_ONCE: Final = 20_000  # polygons that are looked at together
+
+
+def crowd_hint(rejects: Rejects) -> str:
+    """What to say to someone to whom nothing is left but crowds: tools that store masks as RLE mark each as a crowd."""
+    return "; --crowds takes what is marked as a crowd" if rejects.counts[CROWD] else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One entry
+
+
+def read_box(value: Any) -> tuple[float, float, float, float] | None:
+    """The four numbers of a ``bbox``, whatever they are, or None where there are no four."""
+    try:
+        x, y, width, height = array("d", value)
+    except (TypeError, ValueError, OverflowError):
+        try:
+            x, y, width, height = (float(each) for each in value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return x, y, width, height
+
+
+def number_of(identity: Any) -> int | None:
+    """An id as a number: that of text which is none follows from its letters, from 2**62 on."""
+    if whole(identity) is None and isinstance(identity, str) and identity:
+        return int.from_bytes(blake2b(identity.encode("utf-8", "replace"), digest_size=8).digest()) >> 2 | 1 << 62
+    return whole(identity)
+
+
+def is_crowd(value: Any) -> bool | None:
+    """What an ``iscrowd`` says, missing or not; None for what it cannot be."""
+    known = value.lower() if isinstance(value, str) else value
+    return _CROWDS.get(known) if known is None or isinstance(known, str | int | float) else None
+
+
+class Mask(NamedTuple):
+    """A ``segmentation``: rings of x, y, x, y, ..., or RLE, or neither, with what is wrong with it."""
+
+    rings: Sequence["array[float]"] = ()
+    rle: dict[str, Any] | None = None
+    faults: Sequence[Fault] = ()
+    sound: bool = True
+
+    def bounds(self) -> tuple[float, float, float, float] | None:
+        """x, y, width, height around the rings; None of RLE."""
+        if not self.rings:
+            return None
+        x0, y0 = min(min(ring[::2]) for ring in self.rings), min(min(ring[1::2]) for ring in self.rings)
+        x1, y1 = max(max(ring[::2]) for ring in self.rings), max(max(ring[1::2]) for ring in self.rings)
+        return x0, y0, x1 - x0, y1 - y0
+
+    def region(self) -> Region | None:
+        """As a region, None without a mask; RegionError for RLE that is none."""
+        if self.rle is not None:
+            return Region.rle(self.rle)
+        return Region.polygon([np.array(ring) for ring in self.rings]) if self.rings else None
+
+
+def read_mask(segmentation: Any) -> Mask:
+    """The mask of an entry in any of the forms that tools write.
+
+    Rings, one flat ring, rings of points, RLE with counts as text or numbers, RLE in a list; an empty ring is none.
+    """
+    if not segmentation or segmentation == [[]]:
+        return Mask()
+    if isinstance(segmentation, list) and len(segmentation) == 1 and isinstance(segmentation[0], dict):
+        segmentation = segmentation[0]
+    if isinstance(segmentation, dict):
+        return Mask(rle=_plain_rle(segmentation))
+    rings: list[array[float]] = []
+    faults: list[Fault] = []
+    sound = True
+    for given in _rings(segmentation):
+        try:
+            ring = array("d", given)
+        except (TypeError, OverflowError):
+            try:
+                ring = array("d", np.asarray(given, np.float64).ravel())
+            except (TypeError, ValueError, OverflowError):
+                ring = array("d", [0.0])
+        if len(ring) % 2:
+            faults.append(
+                Fault("polygon that is not pairs of numbers", f"expected x, y, x, y, ..., got {short(given)}")
+            )
+            sound = False
+        elif ring and not (math.isfinite(sum(ring)) and min(ring) >= -MAX_COORDINATE and max(ring) <= MAX_COORDINATE):
+            faults.append(Fault("polygon that is not finite", f"expected finite pixels, got {short(given)}"))
+            sound = False
+        elif 0 < len(ring) < 6:
+            thin = f"expected three points or more, got {len(ring) // 2}; the ring is left out"
+            faults.append(Fault(_THIN, thin))
+        elif ring:
+            rings.append(ring)
+    return Mask(rings if sound else (), None, faults, sound and bool(rings or not faults))
+
+
+def _rings(segmentation: Any) -> Sequence[Any]:
+    if not isinstance(segmentation, list):
+        return [segmentation]
+    first = segmentation[0]
+    is_ring = not isinstance(first, list) or (
+        len(first) == 2 and len(segmentation) > 2 and not isinstance(first[0], list)
+    )
+    return [segmentation] if is_ring else segmentation
+
+
+def _plain_rle(rle: dict[str, Any]) -> dict[str, Any]:
+    """RLE with whole numbers where a tool has written ``80.0``."""
+    size, counts = rle.get("size"), rle.get("counts")
+    if isinstance(size, list) and any(type(side) is not int for side in size):
+        rle = {**rle, "size": [whole(side) for side in size]}
+    if isinstance(counts, list) and any(type(run) is not int for run in counts):
+        rle = {**rle, "counts": [whole(run) for run in counts]}
+    return rle
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which image an entry means
+
+
+def _names(entry: Mapping[str, Any], url_first: bool = False) -> list[str]:
+    """What an entry calls its image, the likeliest first: its file name, then what its address ends in."""
+    name, url = entry.get("file_name"), entry.get("coco_url")
+    named = [name.replace("\\", "/")] if isinstance(name, str) and name else []
+    parts = [part for part in url.split("?")[0].split("/") if part][-2:] if isinstance(url, str) else []
+    return ["/".join(parts), *named] if url_first and parts else [*named, "/".join(parts)] if parts else named
+
+
+class ImageFinder:
+    r"""The file that an entry of an instances file means.
+
+    It is the file below the folder whose whole path ends in the entry's ``file_name``: ``images/1.jpg`` is found in a
+    folder that holds ``images``, and in ``images`` itself; ``/`` or ``\`` part folders, and the suffix may be in other
+    letters (``1.JPG``). Where no such file is there, that which the ``coco_url`` ends in, with the last of its folders
+    or, if the file has one image of the name, without. So images of equal names in different folders are never mixed
+    up, and a path that leaves the folder is none.
+
+    Args:
+        entries: All of the file, each a mapping with ``file_name`` or ``coco_url``.
+        folder: Of the images; None takes the likeliest name without a look.
+        url_first: The address is likelier than the file name, as with LVIS.
+    """
+
+    def __init__(self, entries: Sequence[Mapping[str, Any]], folder: Path | None, url_first: bool = False) -> None:
+        self._entries, self._url_first = entries, url_first
+        self._folder = None if folder is None else str(folder)
+        self._ends: tuple[str, ...] | None = None
+        self._alike: Counter[str] | None = None
+
+    def find(self, entry: Mapping[str, Any]) -> str | Fault:
+        """The path below the folder, the likeliest name where no such file is there, or what is wrong."""
+        names = _names(entry, self._url_first)
+        fault = image_fault(names[0] if names else None)
+        if self._folder is None:
+            return fault or names[0]
+        if fault is None and os.path.isfile(os.path.join(self._folder, names[0])):
+            return names[0]
+        for candidate in self._candidates(entry, names):
+            if image_fault(candidate) is None:
+                stem, suffix = os.path.splitext(candidate)
+                for path in dict.fromkeys((candidate, stem + suffix.lower(), stem + suffix.upper())):
+                    if os.path.isfile(os.path.join(self._folder, path)):
+                        return path
+        return fault or names[0]
+
+    def _candidates(self, entry: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+        if self._ends is None:
+            self._ends = Path(self._folder or "").resolve().parts
+        for name in names:
+            yield name
+            parts = PurePosixPath(name).parts
+            for count in range(min(len(parts) - 1, len(self._ends)), 0, -1):
+                if self._ends[-count:] == parts[:count]:
+                    yield "/".join(parts[count:])
+        if isinstance(entry.get("coco_url"), str) and names:
+            if self._alike is None:
+                every = {name for each in self._entries for name in _names(each, True)[:1]}
+                self._alike = Counter(name.rsplit("/", 1)[-1] for name in every)
+            last = _names(entry, True)[0].rsplit("/", 1)[-1]
+            if self._alike[last] == 1:
+                yield last
+
+
+def entry_of(images: Sequence[Any], image: str | Path, file: str) -> Mapping[str, Any]:
+    """The entry of an image among those of an instances file: the inverse of :class:`ImageFinder`.
+
+    It is the one whose name shares the most of the image's path from its end, at least the last part; a copy that
+    Roboflow renamed (``1_jpg.rf.HASH.jpg``) is that of ``1.jpg`` if there is but one.
+
+    Args:
+        images: The file's ``images``.
+        image: Path of the image.
+        file: What messages call the file.
+
+    Raises:
+        DataError: None is called so, or several are.
+    """
+    path = PurePosixPath(Path(image).absolute().as_posix())
+    found: dict[tuple[bool, int, bool, bool], list[Mapping[str, Any]]] = {}
+    for entry in images:
+        names = _names(entry) if isinstance(entry, Mapping) else []
+        if not names:
+            continue
+        own = PurePosixPath(names[0])
+        same = own.stem == path.stem and own.suffix.lower() == path.suffix.lower()
+        if same or _original(entry, own.name) == path.name:
+            pairs = zip(reversed(own.parent.parts), reversed(path.parent.parts), strict=False)
+            shared = next((k for k, (a, b) in enumerate(pairs) if a != b), len(own.parent.parts))
+            whole_name = shared == len(own.parent.parts)
+            found.setdefault((same, shared, whole_name, own.name == path.name), []).append(entry)
+    best = found[max(found)] if found else []
+    if len({str(entry.get("id")) for entry in best}) != 1:
+        listed = ", ".join(_names(entry)[0] for entry in best[:4])
+        several = f"{len(best)} images that may be {path.name}: {listed}" if best else f"no image called {path.name}"
+        raise DataError(f"{file} has {several}; give --image-id")
+    return best[0]
+
+
+def _original(entry: Mapping[str, Any], name: str) -> str:
+    """What the image was called before Roboflow made a copy; ``""`` for any other name."""
+    extra = entry.get("extra")
+    if isinstance(extra, Mapping) and isinstance(extra.get("name"), str):
+        return PurePosixPath(extra["name"]).name
+    copied = re.fullmatch(r"(.+?)(?:_(\w{3,4}))?\.rf\.\w+\.(\w+)", name)
+    return f"{copied[1]}.{copied[2] or copied[3]}" if copied else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole file
+
+
+class InstancesFile:
+    """The images, objects and category names of one file, those left out that cannot be used.
+
+    Args:
+        path: Of the json.
+        rejects: Where what is left out is noted.
+        shapes: What is wanted of each object: its box, its mask or both. Without ``"box"``, an object without a sound
+            mask is left out; with it, its box is kept.
+        folder: Of the images; None does not look for them.
+        check: Leave out images that are missing (``"missing"``), or those of another size too (``"size"``).
+        url_first: As for :class:`ImageFinder`.
+        crowds: ``"leave out"`` groups of objects, ``"take"`` them for objects, or ``"keep"`` them apart by ``crowd``.
+        wanted: Ids of the images whose objects are read; None for all.
+        known: Ids of images to take for duplicates: those of the files before.
+        official: Names by category id, for a file that breaks off before its categories.
+
+    Attributes:
+        names: Of the categories by id; of two ids of one name, the first that is used stands for both. A root that no
+            annotation has and that others call their supercategory is none of them.
+        images: Ids in ascending order, with ``widths``, ``heights`` and ``paths`` beside them. An id that is text is a
+            number here, whose text ``texts`` has.
+        ids: Of the objects in the order of their images and then their ids. Beside them are the ``places`` of their
+            images in ``images``, their ``categories`` (ids), ``boxes`` (N, 4), half-open xyxy within the image,
+            ``areas`` in px^2, NaN where the file gives none, and ``crowd``.
+        groups: Of each crowd that is left out, its image, category, box as given (x, y, width, height) and area.
+        faulty: Ids of annotations that cannot be used.
+        federated: What LVIS' rules go by, None where not every image and category has it.
+
+    Raises:
+        DataError: The file is missing, not json or not of this format.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rejects: Rejects,
+        *,
+        shapes: Shapes = "box",
+        folder: Path | None = None,
+        check: Literal["", "missing", "size"] = "",
+        url_first: bool = False,
+        crowds: Literal["leave out", "take", "keep"] = "leave out",
+        wanted: Set[int] | None = None,
+        known: Set[int] = frozenset(),
+        official: Mapping[int, str] | None = None,
+    ) -> None:
+        self.path = path
+        self._rejects, self._shapes, self._crowds = rejects, shapes, crowds
+        self._folder, self._check, self._url_first = folder, check, url_first
+        self._wanted, self._known = wanted, known
+        self.names: dict[int, str] = {}
+        self.texts: dict[int, str] = {}
+        self._roots: set[int] = set()
+        self._headings: set[str] = set()
+        self._frequency: dict[int, Any] = {}
+        self._entries: dict[int, dict[str, Any]] = {}
+        self._left_out: set[int] = set()
+        self._ids, self._image_ids, self._category_ids = array("q"), array("q"), array("q")
+        self._boxes, self._areas, self._crowd, self._mask = array("d"), array("d"), array("b"), array("b")
+        self._rle: dict[int, dict[str, Any]] = {}
+        self._boxless: set[int] = set()
+        self._points, self._ring_ends, self._first_ring = array("d"), array("q", [0]), array("q", [0])
+        breaks = rejects.counts[TRUNCATED]
+        readers = {"images": self._read_image, "annotations": self._read_annotation, "categories": self._read_category}
+        counts = dict.fromkeys(readers, 0)
+        for key, entry in iter_arrays(path, tuple(readers), rejects):
+            readers[key](entry, counts[key])
+            counts[key] += 1
+        if not self.names and rejects.counts[TRUNCATED] > breaks:
+            if not official:
+                raise DataError(f"{path}: expected categories, but the file breaks off before them; fetch it again")
+            log.warning("%s: breaks off before its categories; the official ids are taken", path)
+            self.names = dict(official)
+        self._settle_categories()
+        self._settle_images()
+        self._settle_objects()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Entry by entry
+
+    def _add_fault(self, fault: Fault, record: object) -> None:
+        self._rejects.add(fault.kind, self.path, record, fault.reason)
+
+    def _number(self, value: Any) -> int | None:
+        number = number_of(value)
+        if number is not None and number >> 62:
+            self.texts[number] = value
+        return number
+
+    def name_of(self, number: int) -> int | str:
+        """An id as the file has it."""
+        return self.texts.get(number, number)
+
+    def _read_category(self, entry: Any, place: int) -> None:
+        number = self._number(entry.get("id")) if isinstance(entry, dict) else None
+        if number is None:
+            self._add_fault(Fault(MALFORMED, f"expected id and name, got {short(entry)}"), f"categories[{place}]")
+            return
+        name = plain_text(entry.get("name"), "category name")
+        if isinstance(name, Fault):
+            self._add_fault(name, f"category {number}")
+        elif self.names.setdefault(number, name) != name:
+            raise DataError(
+                f"{self.path}: expected one name for category {number}, got {self.names[number]!r} and {name!r}; "
+                "give the file as it was released"
+            )
+        elif (above := entry.get("supercategory")) in (None, "", "none"):
+            self._roots.add(number)
+        elif above != name:
+            self._headings.add(str(above))
+        self._frequency[number] = entry.get("frequency")
+
+    def _read_image(self, entry: Any, place: int) -> None:
+        number = self._number(entry.get("id")) if isinstance(entry, dict) else None
+        if number is None:
+            self._add_fault(Fault(MALFORMED, f"expected an image's id, got {short(entry)}"), f"images[{place}]")
+        elif number in self._entries or number in self._known:
+            self._add_fault(Fault("duplicate id", "expected each image once, got it again"), f"image {number}")
+            if number in self._known:
+                self._left_out.add(number)
+        elif self._wanted is None or number in self._wanted:
+            needed = ("width", "height", "file_name", "coco_url", *_LVIS)
+            self._entries[number] = {key: entry[key] for key in needed if key in entry}
+
+    def _read_annotation(self, entry: Any, place: int) -> None:
+        try:
+            ids: tuple[Any, ...] = (entry["id"], entry["image_id"], entry["category_id"])
+            if not (type(ids[0]) is type(ids[1]) is type(ids[2]) is int and 0 <= min(ids) <= max(ids) < 1 << 63):
+                ids = tuple(map(self._number, ids))
+            if self._wanted is not None and ids[1] not in self._wanted and ids[1] is not None:
+                return
+            crowd = is_crowd(entry.get("iscrowd"))
+            mask = read_mask(entry.get("segmentation"))
+            box = read_box(entry.get("bbox"))
+            boxless = box is None or not (box[2] > 0 and box[3] > 0 and math.isfinite(sum(box)))
+            if boxless and mask.sound:
+                box = mask.bounds() or box or ((math.nan,) * 4 if mask.rle else None)
+            if box is None or crowd is None or None in ids:
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            reason = (
+                "expected id, image_id, category_id, a bbox of four numbers or a segmentation and, if any, iscrowd 0 "
+                f"or 1, got {short(entry)}"
+            )
+            self._add_fault(Fault(MALFORMED, reason), f"annotations[{place}]")
+            return
+        index = len(self._ids)
+        self._ids.append(ids[0])
+        self._image_ids.append(ids[1])
+        self._category_ids.append(ids[2])
+        self._boxes.extend(box)
+        area = entry.get("area")
+        self._areas.append(area if type(area) in (int, float) and 0 < area < math.inf else math.nan)
+        self._crowd.append(crowd and self._crowds != "take")
+        for fault in mask.faults:
+            then = "the object is left out" if self._shapes == "mask" else "its box is kept"
+            self._add_fault(fault if fault.kind == _THIN else Fault(fault.kind, f"{fault.reason}; {then}"), ids[0])
+        kind = _FAULTY if not mask.sound else _POLYGON if mask.rings else _RLE if mask.rle else _NONE
+        if mask.rle is not None:
+            # Without masks only their size is held against the image's.
+            needed = boxless or self._shapes != "box"
+            self._rle[index] = mask.rle if needed else {"size": mask.rle.get("size")}
+            if boxless:
+                self._boxless.add(index)
+        elif self._shapes != "box":
+            for ring in mask.rings:
+                self._points.extend(ring)
+                self._ring_ends.append(len(self._points) // 2)
+        self._mask.append(kind)
+        self._first_ring.append(len(self._ring_ends) - 1)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # All together
+
+    def _settle_categories(self) -> None:
+        """Leaves out headings, and has one id stand for a name."""
+        column = _column(self._category_ids)
+        used = set(np.unique(column).tolist())
+        # Roboflow begins with a root category that no annotation has.
+        ranked = sorted(self.names, key=lambda number: (number not in used, number))
+        first: dict[str, int] = {}
+        for number in ranked:
+            first.setdefault(self.names[number], number)
+        for number, name in list(self.names.items()):
+            if first[name] != number:
+                if number in used:
+                    told = "%s: categories %s and %s are both called %r and count as one"
+                    log.warning(told, self.path, self.name_of(first[name]), self.name_of(number), name)
+                    column[column == number] = first[name]
+                del self.names[number]
+            elif number not in used and number in self._roots and name in self._headings:
+                del self.names[number]
+
+    def _settle_images(self) -> None:
+        """Finds the images' files, and leaves out images that cannot be used."""
+        lists = {
+            name: {
+                self.name_of(number): entry[name]
+                for number, entry in self._entries.items()
+                if isinstance(entry.get(name), list)
+            }
+            for name in _LVIS
+        }
+        is_lvis = bool(self._entries) and all(len(those) == len(self._entries) for those in lists.values())
+        finder = ImageFinder(list(self._entries.values()), self._folder, self._url_first or is_lvis)
+        frames: dict[int, tuple[int, int, str]] = {}
+        for number, entry in self._entries.items():
+            found = self._frame(entry, finder.find(entry))
+            if isinstance(found, Fault):
+                self._left_out.add(number)
+                self._add_fault(found, f"image {self.name_of(number)}")
+            else:
+                frames[number] = found
+        self.federated: dict[str, Any] | None = None
+        frequency = {number: self._frequency.get(number) for number in self.names}
+        if is_lvis and set(frequency.values()) <= {"r", "c", "f"}:
+            self.federated = {**dict(zip(("absent", "partly"), lists.values(), strict=True)), "frequency": frequency}
+        self._entries.clear()
+        self.images: NDArray[np.int64] = np.array(sorted(frames), np.int64)
+        ordered = [frames[number] for number in self.images.tolist()]
+        self.widths = np.array([frame[0] for frame in ordered], np.int64)
+        self.heights = np.array([frame[1] for frame in ordered], np.int64)
+        self.paths = [frame[2] for frame in ordered]
+
+    def _frame(self, entry: Mapping[str, Any], path: str | Fault) -> tuple[int, int, str] | Fault:
+        """Width, height and path of an image, or what is wrong with it."""
+        given = entry.get("width"), entry.get("height")
+        width, height = map(whole, given)
+        if given != (None, None) and not (width and height and max(width, height) < 1 << 31):
+            return Fault(
+                "image without size", f"expected width and height, got {short(given[0])} and {short(given[1])}"
+            )
+        if isinstance(path, Fault):
+            return path
+        file = None if self._folder is None else self._folder / path
+        if file is not None and self._check == "missing" and not file.is_file():
+            return Fault("image file missing", f"expected an image at {file}, found none")
+        if file is not None and self._check == "size" and (fault := check_image(file, width, height)):
+            return fault
+        if not (width and height):
+            measured = known_size(file) if file is not None else None
+            if measured is None:
+                return Fault("image without size", "expected width and height, or an image that can be measured")
+            width, height = measured
+        return width, height, path
+
+    def _settle_objects(self) -> None:
+        """Holds the annotations against the images and categories, and puts what is sound in order."""
+        ids, image_ids, categories = (_column(column) for column in (self._ids, self._image_ids, self._category_ids))
+        found = np.searchsorted(self.images, image_ids)
+        places = np.minimum(found, max(len(self.images) - 1, 0))
+        absent = (self.images[places] != image_ids) if len(self.images) else np.ones(len(ids), bool)
+        repeated = np.ones(len(ids), bool)
+        repeated[np.unique(ids, return_index=True)[1]] = False
+        unnamed = ~np.isin(categories, list(self.names))
+        given = _column(self._boxes).reshape(-1, 4)
+        for k in [k for k in self._boxless if not absent[k]]:
+            try:
+                x0, y0, x1, y1 = Region.rle(self._rle[k]).bounds(*self._size(places[k]))
+                given[k] = x0, y0, x1 - x0, y1 - y0
+                self._boxless.remove(k)
+            except RegionError as error:
+                self._rle[k] = {"fault": str(error)}
+        boxes, bad_box = self._clip(given, places, absent)
+        bad = absent | repeated | unnamed | bad_box
+        for k in np.flatnonzero(bad).tolist():
+            fault = self._fault(k, bool(absent[k]), bool(repeated[k]), bool(unnamed[k]), places)
+            self._add_fault(fault, self.name_of(int(ids[k])))
+        self.faulty = set(ids[bad & ~absent].tolist())
+        crowd = _column(self._crowd) != 0
+        areas = _column(self._areas)
+        self.groups: list[tuple[int, int, list[float], float]] = []
+        for k in np.flatnonzero(crowd & ~bad).tolist() if self._crowds == "leave out" else ():
+            self._add_fault(
+                Fault(CROWD, "expected one object, got a group; --crowds takes it"), self.name_of(int(ids[k]))
+            )
+            self.groups.append((int(image_ids[k]), int(categories[k]), given[k].tolist(), float(areas[k])))
+        self._mask_kinds = _column(self._mask).copy()
+        kept = np.flatnonzero(~bad & ~crowd if self._crowds == "leave out" else ~bad)
+        if self._crowds != "keep":
+            self._check_rle(kept, places)
+        if self._shapes != "box":
+            self._check_polygons(kept, places)
+        if self._shapes == "mask":
+            for k in kept[self._mask_kinds[kept] == _NONE].tolist():
+                reason = "expected a mask, got a box alone; convert boxes, or both"
+                self._add_fault(Fault("object without a mask", reason), self.name_of(int(ids[k])))
+            kept = kept[np.isin(self._mask_kinds[kept], (_POLYGON, _RLE))]
+        kept = kept[np.lexsort((ids[kept], places[kept]))]
+        self._kept = kept
+        self.ids, self.places, self.categories, self.boxes = ids[kept], places[kept], categories[kept], boxes[kept]
+        self.areas, self.crowd = areas[kept], crowd[kept]
+
+    def _size(self, place: int) -> tuple[int, int]:
+        return int(self.widths[place]), int(self.heights[place])
+
+    def _clip(
+        self, given: NDArray[np.float64], places: Indices, absent: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Boxes as xyxy within their images, and which of them are none."""
+        boxes = np.column_stack((given[:, :2], given[:, :2] + given[:, 2:]))
+        bad = ~np.isfinite(given).all(axis=1) | (given[:, 2:] <= 0).any(axis=1)
+        if len(self.images):
+            limits = np.column_stack((self.widths, self.heights))[places]
+            boxes = np.clip(boxes, 0.0, np.hstack((limits, limits)))
+        with np.errstate(invalid="ignore"):
+            bad |= ~(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) >= MIN_AREA)
+        return boxes, bad & ~absent
+
+    def _fault(self, k: int, absent: bool, repeated: bool, unnamed: bool, places: Indices) -> Fault:
+        """Why annotation ``k`` is left out."""
+        if absent:
+            number = self._image_ids[k]
+            if number in self._left_out:
+                return Fault("annotation of an image left out", f"expected a usable image, got {self.name_of(number)}")
+            return Fault("annotation of an absent image", f"expected an image of the file, got {self.name_of(number)}")
+        if repeated:
+            return Fault("duplicate id", "expected each annotation once, got its id again")
+        if unnamed:
+            number = self._category_ids[k]
+            return Fault("unknown category", f"expected a category of the file, got {self.name_of(number)}")
+        if k in self._boxless:
+            return Fault(_NO_SENSE, f"expected a bbox or a mask that it follows from: {self._rle[k]['fault']}")
+        width, height = self._size(places[k])
+        x, y, w, h = box = self._boxes[4 * k : 4 * k + 4].tolist()
+        clipped = clipped_box(x, y, w, h, width, height)
+        if isinstance(clipped, Fault):
+            return clipped
+        reason = f"expected at least {MIN_AREA} px^2 within {width} x {height} pixels, got {short(box)} (x, y, w, h)"
+        return Fault("box outside the image", reason)
+
+    def _add_mask_fault(self, k: int, kind: str, reason: str) -> None:
+        then = "the object is left out" if self._shapes == "mask" else "its box is kept"
+        self._mask_kinds[k] = _FAULTY
+        self._add_fault(Fault(kind, f"{reason}; {then}"), self.name_of(self._ids[k]))
+
+    def _check_rle(self, kept: Indices, places: Indices) -> None:
+        for k in kept[self._mask_kinds[kept] == _RLE].tolist():
+            rle, (width, height) = self._rle[k], self._size(places[k])
+            if rle.get("size") != [height, width]:
+                reason = f"expected the size {[height, width]} of its image (H, W), got {short(rle.get('size'))}"
+                self._add_mask_fault(k, "RLE of another size", reason)
+            elif self._shapes != "box":
+                try:
+                    Region.rle(rle).check(width, height, "mask")
+                except RegionError as error:
+                    self._add_mask_fault(k, _NO_SENSE, str(error))
+
+    def _check_polygons(self, kept: Indices, places: Indices) -> None:
+        """Finds polygons without area in their image: many at a time, and one by one where that leaves a doubt."""
+        kept = kept[self._mask_kinds[kept] == _POLYGON]
+        points = _column(self._points).reshape(-1, 2)
+        first, ends = _column(self._first_ring), _column(self._ring_ends)
+        for start in range(0, len(kept), _AT_ONCE):
+            part = kept[start : start + _AT_ONCE]
+            # The first ring alone is looked at: if it is sound and inside, so is the whole.
+            begin, lengths = ends[first[part]], np.diff(ends)[first[part]]
+            owners = np.repeat(np.arange(len(part)), lengths)
+            steps = np.arange(len(owners)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            rings = shapely.linearrings(points[begin[owners] + steps], indices=owners)
+            drawn = shapely.polygons(rings)
+            bounds = shapely.bounds(drawn)
+            limits = np.column_stack((self.widths, self.heights))[places[part]]
+            inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2:] <= limits).all(axis=1)
+            sound = inside & (shapely.area(drawn) >= 2 * MIN_AREA) & shapely.is_valid(drawn)
+            for k in part[~sound].tolist():
+                try:
+                    Region.polygon(self._rings(k)).check(*self._size(places[k]), "polygon")
+                except RegionError as error:
+                    self._add_mask_fault(k, _NO_SENSE, str(error))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is asked for
+
+    def mask(self, index: int) -> Region | None:
+        """The mask of one of the objects, as the file has it: polygons or RLE; None without a sound one."""
+        k = int(self._kept[index])
+        if self._mask_kinds[k] == _RLE:
+            return Region.rle(self._rle[k])
+        rings = self.rings(index)
+        return Region.polygon(rings) if rings else None
+
+    def rings(self, index: int) -> list[NDArray[np.float64]]:
+        """The rings of one of the objects, each (N, 2) x and y in pixels; none unless it has sound polygons."""
+        k = int(self._kept[index])
+        return self._rings(k) if self._mask_kinds[k] == _POLYGON else []
+
+    def _rings(self, k: int) -> list[NDArray[np.float64]]:
+        ends = self._ring_ends[self._first_ring[k] : self._first_ring[k + 1] + 1]
+        points = _column(self._points)
+        return [points[2 * begin : 2 * end].reshape(-1, 2) for begin, end in pairwise(ends)]
+
+
+def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
+    """Captions of whole images with their ids, by image, in the order of their ids.
+
+    Args:
+        paths: Captions files in COCO's format.
+        images: Ids of the images that can be used.
+        rejects: Where what cannot be used is noted.
+
+    Raises:
+        DataError: A file is of another format, or all its captions are of other images.
+    """
+    captions: dict[int, list[tuple[int, str]]] = {}
+    seen: set[int] = set()
+    for path in paths:
+        apart, before = 0, len(seen)
+        for place, entry in enumerate(iter_array(path, "annotations", rejects)):
+            known = entry if isinstance(entry, dict) else {}
+            number, image = number_of(known.get("id")), number_of(known.get("image_id"))
+            text = plain_text(known.get("caption"), "caption")
+            if number is None or image is None:
+                reason = f"expected id, image_id and caption, got {short(entry)}"
+                rejects.add(MALFORMED, path, f"annotations[{place}]", reason)
+            elif image not in images:
+                apart += 1
+                rejects.add("caption of an absent image", path, number, f"expected a usable image, got {image}")
+            elif number in seen:
+                rejects.add("duplicate id", path, number, "expected each caption once, got its id again")
+            elif isinstance(text, Fault):
+                rejects.add(text.kind, path, number, text.reason)
+            else:
+                seen.add(number)
+                captions.setdefault(image, []).append((number, text))
+        if apart and images and len(seen) == before:
+            raise DataError(
+                f"{path}: all {apart} captions are of images that cannot be used or are not in the instances file; "
+                "give files that belong together"
+            )
+    return {image: sorted(found) for image, found in captions.items()}
+
+
+def _column(values: "array[Any]") -> NDArray[Any]:
+    """The numbers of an array without a copy."""
+    return np.frombuffer(values, values.typecode) if len(values) else np.zeros(0, values.typecode)

@@ -1,0 +1,365 @@
+"""COCO files as CVAT, datumaro, Roboflow, supervision, kwcoco, Label Studio and LabelMe write them, wherever read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from converting import run
+from PIL import Image
+
+from regiongpt.cli import main
+from regiongpt.data.coco import CocoSource, load_coco
+from regiongpt.data.convert.coco import CocoConverter
+from regiongpt.data.convert.lvis import LvisConverter
+from regiongpt.data.instances import entry_of
+from regiongpt.data.shards import Rejects
+from regiongpt.errors import DataError
+from regiongpt.evaluate.tasks.coco_cls import CocoClassification
+from regiongpt.evaluate.tasks.pope import Pope
+from regiongpt.inference.proposals import read_proposals
+from regiongpt.regions import Region
+
+RING = [5, 5, 25, 5, 25, 15, 5, 15]
+RLE = {"size": [30, 40], "counts": [155, 10, 20, 10, 20, 10, 975]}
+STROKE = Region.rle(RLE).bounds(40, 30)
+
+
+def thing(number: object = 1, **more: object) -> dict[str, Any]:
+    return {"id": number, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 10], **more}
+
+
+def write(folder: Path, *annotations: dict, images: list | None = None, **more: object) -> Path:
+    """An instances file with its one image, ``photo.png`` of 40 x 30 pixels."""
+    Image.new("RGB", (40, 30)).save(folder / "photo.png")
+    listed = images or [{"id": 1, "file_name": "photo.png", "width": 40, "height": 30}]
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    content = {"annotations": annotations, "images": listed, "categories": categories, **more}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return folder / "instances.json"
+
+
+def convert(folder: Path, **options: object) -> tuple[list, dict[str, int]]:
+    given = {"images": folder, "instances": (folder / "instances.json",), "label_set": "mine", **options}
+    return run(CocoConverter(**given))
+
+
+def asked(folder: Path, **options: object) -> CocoClassification:
+    given = {"data": folder, "annotations": folder / "instances.json", "images": folder, "label_set": "mine"}
+    return CocoClassification(**{**given, **options})
+
+
+def proposed(folder: Path, **options: object) -> list[Region]:
+    given = {"image": folder / "photo.png", **options}
+    return [each.region for each in read_proposals(folder / "instances.json", 40, 30, **given)]
+
+
+def regions(folder: Path, **options: object) -> list[Region]:
+    return [each.region for record in convert(folder, **options)[0] for each in record.regions]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Crowds
+
+
+def test_crowds_are_counted_and_taken_where_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, thing(1, segmentation=RLE, iscrowd=1), thing(2, iscrowd="1"), thing(3, segmentation=RLE))
+    _, rejects = convert(tmp_path)
+    assert rejects == {"crowd": 2}
+    assert regions(tmp_path, shapes="mask", crowds=True) == [Region.rle(RLE)] * 2
+    task = asked(tmp_path)
+    assert [item.id for item in task.load()] == ["3"]
+    assert task.left_out.counts == {"crowd": 2}
+    assert [item.id for item in asked(tmp_path, crowds=True).load()] == ["1", "2", "3"]
+    rejects = Rejects()
+    assert proposed(tmp_path, rejects=rejects) == [Region.rle(RLE)]
+    assert rejects.counts == {"crowd": 2}
+    assert len(proposed(tmp_path, crowds=True)) == 3
+
+
+def test_a_file_of_crowds_alone_names_the_option_that_takes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, thing(1, segmentation=RLE, iscrowd=1), thing(2, segmentation=RLE, iscrowd=True))
+    command = ["convert", "coco", "--instances", str(file), "--images", str(tmp_path), "--label-set", "mine"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--strict"]) == 0
+    printed = capsys.readouterr().out
+    assert "2  crowd" in printed
+    assert "--crowds takes them" in printed
+    assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 2
+    for read in (asked(tmp_path).load, lambda: proposed(tmp_path)):
+        with pytest.raises(DataError, match="--crowds takes"):
+            read()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which image an entry means
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"file_name": "photo.png", "coco_url": ""},
+        {"file_name": "photo.png", "coco_url": None},
+        {"file_name": "photo.png", "coco_url": "http://host/val2017/renamed.png"},
+        {"file_name": "photo.PNG"},
+        {"file_name": "set/photo.png"},
+        {"file_name": "set\\photo.png"},
+        {"file_name": "./photo.png"},
+        {"coco_url": "http://host/val2017/photo.png"},
+    ],
+)
+def test_one_rule_finds_the_image_of_an_entry(tmp_path: Path, entry: dict) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    file = write(folder, thing(), images=[{"id": 1, "width": 40, "height": 30, **entry}])
+    (record,), rejects = convert(folder)
+    assert (rejects, (folder / record.image).is_file()) == ({}, True)
+    assert run(LvisConverter(images=folder, instances=(file,)))[0][0].image == record.image
+    assert asked(folder).load()[0].image.is_file()
+    assert load_coco([CocoSource(instances=file, images=folder)]).images[0].path.is_file()
+    assert len(proposed(folder)) == 1
+
+
+def test_questions_are_built_about_images_with_an_empty_address(tmp_path: Path) -> None:
+    image = {"id": 1, "file_name": "photo.png", "coco_url": "", "width": 40, "height": 30}
+    other = {**image, "id": 2}
+    write(tmp_path, thing(1), thing(2, category_id=2), thing(3, image_id=2, category_id=3, iscrowd=1),
+          thing(4, image_id=2, category_id=4), images=[image, other],
+          categories=[{"id": k, "name": name} for k, name in enumerate("abcd", 1)])  # fmt: skip
+    task = Pope(data=tmp_path, annotations=tmp_path / "instances.json", images=tmp_path, pairs=1)
+    assert {item.image for item in task.load()} == {tmp_path / "photo.png"}
+    assert task.left_out.counts == {}, "a crowd of people is people there"
+
+
+def test_equal_base_names_in_different_folders_are_not_mixed_up(tmp_path: Path) -> None:
+    images = [
+        {"id": 1, "file_name": "a/1.png", "width": 40, "height": 30},
+        {"id": 2, "file_name": "b\\1.png", "width": 40, "height": 30},
+        {"id": 3, "coco_url": "http://host/c/2.png", "width": 40, "height": 30},
+        {"id": 4, "coco_url": "http://host/d/2.png", "width": 40, "height": 30},
+    ]
+    write(tmp_path, *(thing(k, image_id=k, bbox=[k, 1, 9, 9]) for k in (1, 2, 3, 4)), images=images)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 30)).save(tmp_path / name / "1.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "2.png")
+    missing = {"annotation of an image left out": 2, "image file missing": 2}
+    records, rejects = convert(tmp_path)
+    assert ([record.image for record in records], rejects) == (["a/1.png", "b/1.png"], missing)
+    (record,), rejects = convert(tmp_path, images=tmp_path / "b")
+    assert (record.id, record.image) == ("coco/2", "1.png")
+    for name, left in (("a", 1), ("b", 2)):
+        assert [box.bounds(40, 30)[0] for box in proposed(tmp_path, image=tmp_path / name / "1.png")] == [left]
+    with pytest.raises(DataError, match=r"2 images that may be 1\.png: a/1\.png, b/1\.png; give --image-id"):
+        proposed(tmp_path, image=tmp_path / "c" / "1.png")
+    assert len(proposed(tmp_path, image="1.png", image_id="2")) == 1
+
+
+@pytest.mark.parametrize("name", ["../photo.png", "/photo.png", "C:\\photo.png", "a/../../photo.png", "", None, 3])
+def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: object) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    file = write(tmp_path, thing(), images=[{"id": 1, "file_name": name, "width": 40, "height": 30}])
+    expected = {"image outside the folder": 1, "annotation of an image left out": 1}
+    assert convert(tmp_path, images=folder) == ([], expected)
+    assert load_coco([CocoSource(instances=file, images=folder)]).skipped == expected
+    with pytest.raises(DataError, match="outside the folder"):
+        asked(tmp_path, images=folder).load()
+
+
+def test_a_whole_path_into_the_folder_is_taken(tmp_path: Path) -> None:
+    write(tmp_path, thing(), images=[{"id": 1, "file_name": str(tmp_path / "photo.png"), "width": 40, "height": 30}])
+    assert convert(tmp_path)[0][0].image == "photo.png"
+
+
+@pytest.mark.parametrize("name", ["frame_10.jpg", "000000000010.jpg", "other/photo.png.jpg"])
+def test_an_image_is_not_guessed_where_the_file_has_names(tmp_path: Path, name: str) -> None:
+    images = [{"id": k, "file_name": f"shop/{k}_a.jpg", "width": 40, "height": 30} for k in (10, 11)]
+    write(tmp_path, thing(image_id=10), images=images)
+    with pytest.raises(DataError, match=rf"instances\.json has no image called {Path(name).name}; give --image-id"):
+        proposed(tmp_path, image=name)
+
+
+@pytest.mark.parametrize(
+    ("names", "image", "found"),
+    [
+        (["img\\frame_10.jpg", "img\\x.jpg"], "frame_10.jpg", 0),
+        (["frame_10.JPG", "x.jpg"], "frame_10.jpg", 0),
+        (["1.jpg", "a/1.jpg"], "a/1.jpg", 1),
+        (["1.jpg", "a/1.jpg"], "1.jpg", 0),
+        (["b/a/1.jpg", "c/a/1.jpg"], "c/a/1.jpg", 1),
+        (["frame_10_jpg.rf.0a1b2c.jpg", "frame_11_jpg.rf.0a1b2c.jpg"], "frame_10.jpg", 0),
+        (["frame_10_png.rf.0a1b2c.jpg", "x.jpg"], "frame_10.png", 0),
+        (["frame_10_jpg.rf.0a1b2c.jpg", "frame_10_jpg.rf.ffff.jpg"], "frame_10_jpg.rf.ffff.jpg", 1),
+        (["frame_10_jpg.rf.0a1b2c.jpg", "frame_10_jpg.rf.ffff.jpg"], "frame_10.jpg", None),
+        (["frame_10_jpg.rf.0a1b2c.jpg", "frame_10.jpg"], "frame_10.jpg", 1),
+    ],
+)
+def test_the_entry_of_an_image(names: list[str], image: str, found: int | None) -> None:
+    images = [{"id": 10 + k, "file_name": name} for k, name in enumerate(names)]
+    if found is None:
+        with pytest.raises(DataError, match="2 images that may be"):
+            entry_of(images, image, "set.json")
+    else:
+        assert entry_of(images, image, "set.json") == images[found]
+
+
+def test_a_size_that_is_stated_is_held_against_the_image(tmp_path: Path) -> None:
+    write(tmp_path, thing(), images=[{"id": 1, "file_name": "photo.png", "width": 80.0, "height": "60"}])
+    assert convert(tmp_path)[1] == {"image of another size": 1, "annotation of an image left out": 1}
+    for more in ({}, {"image": "x.png", "image_id": 1}):
+        with pytest.raises(DataError, match=r"another size: expected 80 x 60 .* got 40 x 30"):
+            proposed(tmp_path, **more)
+
+
+def test_a_size_that_is_not_stated_is_that_of_the_image(tmp_path: Path) -> None:
+    file = write(tmp_path, thing(), images=[{"id": 1, "file_name": "photo.png"}])
+    assert [(record.width, record.height) for record in convert(tmp_path)[0]] == [(40, 30)]
+    assert asked(tmp_path).load()[0].size == (40, 30)
+    assert load_coco([CocoSource(instances=file, images=tmp_path)]).images[0].width == 40
+    assert convert(tmp_path, check_images=False)[1] == {"image without size": 1, "annotation of an image left out": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes and masks
+
+
+@pytest.mark.parametrize(
+    "box", [{}, {"bbox": None}, {"bbox": []}, {"bbox": [0, 0, 0, 0]}, {"bbox": [1, 2, float("nan"), 3]}]
+)
+@pytest.mark.parametrize(
+    ("segmentation", "bounds"),
+    [
+        ([RING], (5, 5, 25, 15)),
+        ([RING, [30, 20, 38, 20, 38, 28]], (5, 5, 38, 28)),
+        (RLE, STROKE),
+        ([RLE], STROKE),
+    ],
+)
+def test_a_box_follows_from_the_mask(tmp_path: Path, box: dict, segmentation: object, bounds: tuple) -> None:
+    given = {key: value for key, value in thing(segmentation=segmentation).items() if key != "bbox"}
+    file = write(tmp_path, {**given, **box})
+    assert regions(tmp_path) == [Region.box(*bounds)]
+    assert len(regions(tmp_path, shapes="mask")) == 1
+    assert [item.regions for item in asked(tmp_path).load()] == [(Region.box(*bounds),)]
+    assert load_coco([CocoSource(instances=file, images=tmp_path)]).images[0].objects[0].box == bounds
+    assert [region.bounds(40, 30) for region in proposed(tmp_path)] == [bounds]
+
+
+@pytest.mark.parametrize("segmentation", [None, [], [[]], {}, "", {"size": [30, 40], "counts": [1200]}])
+def test_an_empty_mask_beside_a_sound_box_is_none(tmp_path: Path, segmentation: object) -> None:
+    write(tmp_path, thing(segmentation=segmentation))
+    assert regions(tmp_path) == [Region.box(5, 5, 25, 15)]
+    assert proposed(tmp_path) == [Region.box(5, 5, 25, 15)]
+    assert regions(tmp_path, shapes="both") == [Region.box(5, 5, 25, 15)]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        RING,
+        [[[5, 5], [25, 5], [25, 15], [5, 15]]],
+        [[5, 5], [25, 5], [25, 15], [5, 15]],
+        [list(map(str, RING))],
+        [list(map(float, RING)), [1, 1]],
+    ],
+)
+def test_every_way_to_write_a_polygon(tmp_path: Path, segmentation: object) -> None:
+    write(tmp_path, thing(segmentation=segmentation))
+    assert regions(tmp_path, shapes="mask") == [Region.polygon([RING])]
+    assert proposed(tmp_path) == [Region.polygon([RING])]
+
+
+@pytest.mark.parametrize(
+    "rle",
+    [
+        {"size": [30.0, 40.0], "counts": [float(run) for run in RLE["counts"]]},
+        {"size": ["30", "40"], "counts": RLE["counts"]},
+        {**RLE, "counts": "k4:d0000km0"},
+    ],
+)
+def test_every_way_to_write_rle(tmp_path: Path, rle: dict) -> None:
+    write(tmp_path, thing(segmentation=rle))
+    (found,) = regions(tmp_path, shapes="mask")
+    assert np.array_equal(found.to_mask(40, 30), Region.rle(RLE).to_mask(40, 30))
+    assert proposed(tmp_path) == [found]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers, names and order
+
+
+def test_whole_numbers_as_floats_and_text_and_a_byte_order_mark(tmp_path: Path) -> None:
+    image = {"id": 1.0, "file_name": "photo.png", "width": 40.0, "height": "30"}
+    file = write(
+        tmp_path, thing("7", image_id="1", category_id=1.0, bbox=["5", 5.0, "20", 10], iscrowd=0.0), images=[image]
+    )
+    file.write_text("\ufeff" + file.read_text(), encoding="utf-8")
+    (record,), rejects = convert(tmp_path)
+    assert (record.id, record.width, record.regions[0].source_id, rejects) == ("coco/1", 40, "7", {})
+    assert record.regions[0].region == Region.box(5, 5, 25, 15) == proposed(tmp_path)[0]
+    assert [item.id for item in asked(tmp_path).load()] == ["7"]
+
+
+def test_ids_that_are_text(tmp_path: Path) -> None:
+    image = {"id": "a-1", "file_name": "photo.png", "width": 40, "height": 30}
+    write(tmp_path, thing("x", image_id="a-1", category_id="c"), thing("y", image_id="a-2", category_id="c"),
+          images=[image], categories=[{"id": "c", "name": "cat"}])  # fmt: skip
+    (record,), rejects = convert(tmp_path)
+    assert (record.id, [each.source_id for each in record.regions]) == ("coco/a-1", ["x"])
+    assert rejects == {"annotation of an absent image": 1}
+    assert [(item.id, item.image_id, item.truth) for item in asked(tmp_path).load()] == [("x", "a-1", "cat")]
+    assert len(proposed(tmp_path)) == len(proposed(tmp_path, image_id="a-1")) == 1
+
+
+ROOTS = [
+    [{"id": 0, "name": "cat", "supercategory": "none"}, {"id": 1, "name": "cat", "supercategory": "cat"}],
+    [{"id": 0, "name": "pets", "supercategory": "none"}, {"id": 1, "name": "cat", "supercategory": "pets"}],
+    [{"id": 1, "name": "cat", "supercategory": ""}, {"id": 5, "name": "cat"}],
+]
+
+
+@pytest.mark.parametrize("categories", ROOTS)
+def test_categories_that_nothing_has_are_no_names_to_choose(tmp_path: Path, categories: list) -> None:
+    write(tmp_path, thing(), categories=[*categories, {"id": 3, "name": "dog"}])
+    assert asked(tmp_path).load()[0].choices == ("cat", "dog")
+    assert convert(tmp_path)[0][0].turns[0].answer == "cat"
+
+
+def test_a_name_of_two_categories_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, thing(1, category_id=4), thing(2), categories=[{"id": 4, "name": "cat"}, {"id": 1, "name": "cat"}])
+    items = asked(tmp_path).load()
+    assert [(item.truth, item.choices) for item in items] == [("cat", ("cat",))] * 2
+    assert "categories 1 and 4 are both called 'cat'" in caplog.text
+
+
+def test_machine_made_boxes_are_left_out_one_by_one(tmp_path: Path) -> None:
+    bad = [thing(2, bbox=[50, 50, 0, 7]), thing(3, bbox=[41, 5, 9, 9]), thing(4, bbox="box"), thing(5, image_id=9)]
+    file = write(tmp_path, thing(1), *bad)
+    kinds = {"box without size", "box outside the image", "record of another format", "annotation of an absent image"}
+    _, rejects = convert(tmp_path)
+    assert rejects == dict.fromkeys(kinds, 1) == load_coco([CocoSource(instances=file, images=tmp_path)]).skipped
+    assert len(asked(tmp_path).load()) == len(proposed(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("text", ["<image>", "a <region1>", "<region of interest that is long>", "<Region2"])
+def test_placeholders_in_names_and_captions_are_rejected(tmp_path: Path, text: str) -> None:
+    write(tmp_path, thing(1), thing(2, category_id=2), categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": text}])
+    caption = {"id": 1, "image_id": 1, "caption": text}
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": [caption]}))
+    (record,), rejects = convert(tmp_path, captions=(tmp_path / "captions.json",))
+    assert [turn.answer for turn in record.turns] == ["cat"]
+    assert rejects == {"placeholder in the text": 2, "unknown category": 1}
+
+
+@pytest.mark.parametrize("inside", ["1" * 5000, "[" * 100_000, "1e999"])
+def test_absurd_json_is_one_line(tmp_path: Path, inside: str) -> None:
+    file = write(tmp_path, thing())
+    file.write_text(file.read_text().replace('"id": 1', f'"id": {inside}', 1))
+    _, rejects = convert(tmp_path, label_set="COCO-80")
+    assert sum(rejects.values()) == 1
+    if inside != "1e999":
+        with pytest.raises(DataError, match=r"instances\.json: not a readable JSON file"):
+            proposed(tmp_path)
