@@ -52,7 +52,10 @@ def make_parts(folder: Path, context: int = 512) -> tuple[Path, Path]:
 
 
 def make_checkpoint(folder: Path, context: int = 512) -> Path:
-    """A checkpoint folder."""
+    """A checkpoint folder, with a little training feigned: an untrained one would refuse to answer."""
     vision, language = make_parts(folder, context)
-    weights.create(vision, language, folder / "checkpoint", chat_template="vicuna_v1")
+    model, processor = weights.create(vision, language, chat_template="vicuna_v1")
+    model.refinement.deconv_2.bias.data.fill_(1e-3)
+    model.save_pretrained(folder / "checkpoint")
+    processor.save_pretrained(folder / "checkpoint")
     return folder / "checkpoint"

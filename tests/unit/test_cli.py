@@ -287,7 +287,11 @@ def test_weights_create_then_ask(run, tmp_path):
     out = tmp_path / "made"
     parts = ["--vision", str(vision), "--language", str(language)]
     assert run("weights", "create", *parts, "--out", str(out), "--refinement", "bilinear")[0] == 0
-    code, answer, _ = run("ask", "photo.jpg", QUESTION, *BOX, "--model", str(out), "--max-new-tokens", "2")
+    ask = ("ask", "photo.jpg", QUESTION, *BOX, "--model", str(out), "--max-new-tokens", "2")
+    code, _, err = run(*ask)
+    assert code == 2
+    assert "untrained" in err
+    code, answer, _ = run(*ask, "--untrained")
     assert code == 0
     assert answer
     code, _, err = run("weights", "create", *parts, "--out", str(out))

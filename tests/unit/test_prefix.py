@@ -163,7 +163,7 @@ def test_a_model_without_a_cache_is_refused():
     decoder = PlainDecoder(model)
     model.forward = lambda **_: {"logits": torch.zeros(1, 1, WORDS)}
     cache = decoder.cache()
-    with pytest.raises(ConfigError, match="past_key_values"):
+    with pytest.raises(ConfigError, match="returns no cache"):
         decoder.forward(cache, torch.zeros(1, 32), [cache.add()], [1])
 
 

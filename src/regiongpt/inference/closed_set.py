@@ -23,7 +23,7 @@ from torch import Tensor
 from regiongpt.errors import ConfigError
 from regiongpt.inference.choice_tree import ChoiceTree, common_length
 from regiongpt.inference.engine import Engine, Scene, TooLong, Turn, alike
-from regiongpt.model.conversations import expand_regions
+from regiongpt.model.processing import expand_regions
 
 TOKENS = 4096
 """Tokens of all questions of one forward pass."""
@@ -119,6 +119,7 @@ def _wholes(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: S
     rendered = processor.apply_chat_template([*messages, {"role": "assistant", "content": _MARK}], tokenize=False)
     text, _, _ = expand_regions(rendered, [], processor.region_format, n_regions)
     head, *tails = text.split(_MARK)
+    begun, head = processor.split_begin(head)
 
     def quick(some: Sequence[str]) -> list[list[int]]:
         texts = [head + answer + tails[0] for answer in some]
@@ -127,7 +128,7 @@ def _wholes(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: S
         for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]:
             place = ids.index(processor.image_token_id)
             last = max(place for place, token in enumerate(ids) if token in processor.stop_token_ids)
-            found.append(ids[:place] + image + ids[place + 1 : last + 1])
+            found.append(begun + ids[:place] + image + ids[place + 1 : last + 1])
         return found
 
     # Brackets make placeholders and control tokens, which the processor checks.

@@ -248,6 +248,7 @@ def _add_model_options(parser: argparse.ArgumentParser, sampling: bool = True) -
     group.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
     group.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)")
     group.add_argument("--int8", action="store_true", help="language model's weights in int8; on a CPU, in float32")
+    group.add_argument("--untrained", action="store_true", help="ask a checkpoint even if it has not been trained")
     group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
     if not sampling:
         return
@@ -260,7 +261,8 @@ def _predictor(options: argparse.Namespace) -> "RegionPredictor":
     quiet()
     from regiongpt.inference import RegionPredictor
 
-    return RegionPredictor.from_pretrained(options.model, device=options.device, dtype=options.dtype, int8=options.int8)
+    chosen = {name: getattr(options, name) for name in ("device", "dtype", "int8", "untrained")}
+    return RegionPredictor.from_pretrained(options.model, **chosen)
 
 
 def _generation(options: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from regiongpt.inference.attention import ATTENTION
 from regiongpt.inference.prefix import Prefix, PrefixCache
 from regiongpt.inference.step import Step
+from regiongpt.model.modeling import cache_argument
 
 
 class Decoder:
@@ -38,6 +39,7 @@ class Decoder:
 
     def __init__(self, language_model: Any) -> None:
         self.model = language_model
+        self.cache_argument = cache_argument(language_model)
         self.lock = threading.RLock()
         self.trial = False  # while it is found out whether the language model can go this way
         configs = {id(m.config): m.config for m in language_model.modules() if hasattr(m, "config")}
@@ -98,9 +100,9 @@ class Decoder:
             output = self.model(
                 inputs_embeds=embeds_ND[None],
                 position_ids=step.on(embeds_ND.device).position_N[None],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=wanted,
+                **{self.cache_argument: cache},
             )
         if keep:  # only now: what an interrupted pass wrote is written over by the next
             for row, count in zip(rows, counts, strict=True):

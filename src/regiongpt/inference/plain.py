@@ -16,6 +16,7 @@ from torch import Tensor
 from regiongpt.errors import ConfigError
 from regiongpt.inference.decoder import Decoder
 from regiongpt.inference.prefix import Prefix, PrefixCache
+from regiongpt.model.modeling import CACHE
 
 _LOG = logging.getLogger(__name__)
 _LAYERS = {"full_attention", "sliding_attention"}
@@ -156,16 +157,17 @@ class PlainDecoder(Decoder):
             for row, count in zip(rows, counts, strict=True):
                 state = cache.states[row] if keep else copy.deepcopy(cache.states[row])
                 new_ND = embeds_ND[begin : begin + count]
-                output = self.model(inputs_embeds=new_ND[None], past_key_values=state, use_cache=True)
-                if output.get("past_key_values") is None:
+                past = {} if state is None else {self.cache_argument: state}
+                output = self.model(inputs_embeds=new_ND[None], use_cache=True, **past)
+                if output.get(CACHE) is None:
                     raise ConfigError(
-                        f"expected a language model that keeps its past in past_key_values, got "
-                        f"{type(self.model).__name__}, which cannot be continued"
+                        f"{type(self.model).__name__} returns no cache, so its answers cannot be continued; choose a "
+                        "language model that does"
                     )
                 mine = wanted[(wanted >= begin) & (wanted < begin + count)] - begin
                 found.append(output.logits[0, mine.to(output.logits.device)])
                 begin += count
                 if keep:
-                    cache.states[row] = output.past_key_values
+                    cache.states[row] = output[CACHE]
                     cache.lengths[row] += count
         return torch.cat(found)

@@ -14,7 +14,7 @@ from typing import Any, Unpack, overload
 
 import torch
 
-from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
 from regiongpt.images import ImageSource, load_image
 from regiongpt.inference import many
 from regiongpt.inference.classification import Classified, classify_regions
@@ -85,6 +85,7 @@ class RegionPredictor:
         dtype: str | torch.dtype | None = None,
         *,
         int8: bool = False,
+        untrained: bool = False,
         images: int = 4,
         token_budget: int | None = None,
         rows: int = ROWS,
@@ -98,12 +99,14 @@ class RegionPredictor:
                 float32.
             int8: keep the language model's weights in int8, on the CPU in float32 alone: less memory, more answers a
                 second, and answers that are not quite the same; see :mod:`regiongpt.inference.quantization`.
+            untrained: load a checkpoint that has not been trained, too; its answers mean nothing.
             images: as above.
             token_budget: as above.
             rows: as above.
 
         Raises:
-            CheckpointError: a file of the checkpoint is missing, damaged, or does not fit the others.
+            CheckpointError: a file of the checkpoint is missing, damaged, or does not fit the others, or its refinement
+                and connector are untrained.
             ConfigError: there is no such device or dtype here, int8 does not go with them, or a number is out of its
                 range.
         """
@@ -111,6 +114,11 @@ class RegionPredictor:
             raise ConfigError(f"expected path as a checkpoint folder, got {path!r:.80}")
         chosen = pick_device(device)
         model, processor = weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen))
+        if model.untrained and not untrained:
+            raise CheckpointError(
+                f"{path}: refinement and connector are untrained, so its answers would mean nothing; train it first, "
+                "or give --untrained (in Python untrained=True)"
+            )
         if int8:
             to_int8(model)
         return cls(model, processor, images=images, token_budget=token_budget, rows=rows)

@@ -6,6 +6,7 @@ Shapes: B batch, R regions, K ``<region>`` tokens of one sequence, N image token
 of a feature grid, T text tokens, D language model width, S image side in pixels.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -26,6 +27,9 @@ from regiongpt.model.towers import tower_features
 
 IGNORE = -100
 """Label of a token that is not a target."""
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What the installed transformers calls a cache; ``past_key_values`` became ``cache`` in 5.24."""
 
 _VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_ids")
 
@@ -73,7 +77,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("cache", "past_key_values")
 
     def __init__(self, config: RegionGPTConfig) -> None:
         super().__init__(config)
@@ -90,7 +94,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         if isinstance(module, Deconvolution):
             # The four cells begin alike, and orthogonal: the map begins as an upsampling that keeps what the tower saw.
             # Four different random kernels would make a region's mean, over many cells, say next to nothing.
-            kernel = init.orthogonal_(module.weight.new_empty(module.weight.shape[:2]), gain=2**0.5)
+            kernel = module.weight.new_empty(module.weight.shape[:2], dtype=torch.float32)
+            init.orthogonal_(kernel, gain=2**0.5)
             init.copy_(module.weight, kernel[:, :, None, None].expand_as(module.weight))
         elif isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=module.in_channels**-0.5)
@@ -111,13 +116,11 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """How many ``<image>`` tokens one image takes."""
         return int(self.config.num_image_tokens)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Word embeddings of the language model."""
-        return self.language_model.get_input_embeddings()  # type: ignore[no-any-return]
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the word embeddings of the language model."""
-        self.language_model.set_input_embeddings(value)
+    @property
+    def untrained(self) -> bool:
+        """Whether nothing between tower and language model has been trained: its last bias is zero, as it begins."""
+        last = self.refinement.deconv_2 if self.refinement.deconvolves else self.connector.linear_2
+        return not bool(last.bias.any())
 
     def get_output_embeddings(self) -> nn.Module:
         """Head of the language model."""
@@ -146,7 +149,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
         Returns:
             The map that ``region_features`` and ``image_features`` take. For the bilinear variants it is the map before
-            upsampling; ``refinement.explicit`` builds the upsampled one.
+            upsampling.
         """
         expected = (self.config.vision_config.hidden_size, *self.config.tower_grid)
         if tuple(vision_features.shape[1:]) != expected:
@@ -285,10 +288,11 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         loss_only: bool = False,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
@@ -305,28 +309,31 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             labels: (B, T), -100 where not a target.
             inputs_embeds: (B, T, D) from ``embed``, in place of ``input_ids`` and all visual inputs.
             position_ids: (B, T).
-            past_key_values: the language model's cache.
+            cache: the language model's cache.
             logits_to_keep: last positions (a number) or positions (a tensor) whose logits are wanted; 0 for all.
             num_items_in_batch: targets in the whole optimiser step, over micro-batches and ranks; the loss is the sum
                 over this batch's targets divided by it. By default, this batch's own number.
             loss_only: compute the head at target positions alone and return no logits, which saves most of the head's
                 arithmetic and memory in training.
+            past_key_values: the older name of ``cache``.
             **kwargs: passed on to the language model.
 
         Returns:
-            ``loss`` if there are labels, ``logits`` unless ``loss_only``, ``past_key_values``, ``hidden_states`` and
+            ``loss`` if there are labels, ``logits`` unless ``loss_only``, the cache, ``hidden_states`` and
             ``attentions`` as asked for. Where there are labels, the attribute ``target_losses`` holds the loss of each
             target token, in reading order and detached.
 
         Raises:
-            ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` comes; ``loss_only``, no labels.
+            ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` comes; two caches; ``loss_only``
+                without labels.
             DataError: when image tokens and image features differ in number.
             RegionError: when region tokens and region ids differ in number.
         """
         if loss_only and labels is None:
             raise ValueError("loss_only needs labels")
+        cache = _one_cache(cache, past_key_values)
         if input_ids is not None and inputs_embeds is None:
-            continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+            continues = cache is not None and cache.get_seq_length() > 0
             inputs_embeds = self.embed(input_ids, pixel_values, vision_features, region_weights, region_ids, continues)
         elif input_ids is not None or inputs_embeds is None:
             raise ValueError("forward takes exactly one of input_ids and inputs_embeds")
@@ -334,7 +341,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            **({} if cache is None else {cache_argument(self.language_model): cache}),
             **kwargs,
         }
         if labels is None:
@@ -380,12 +387,25 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         The image is encoded once, however many beams or returned sequences there are, and the placeholder tokens are
         never written.
         """
+        if (cache := _one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))) is not None:
+            kwargs[CACHE] = cache
         if pixel_values is not None:
             kwargs["vision_features"] = self.encode_image(pixel_values)
         placeholders = [i for i in (self.config.image_token_id, self.config.region_token_id) if i is not None]
         if placeholders and getattr(kwargs.get("generation_config"), "suppress_tokens", None) is None:
             kwargs.setdefault("suppress_tokens", placeholders)
         return super().generate(*args, **kwargs)
+
+
+def cache_argument(language_model: Any) -> str:
+    """The name by which a language model takes its cache: code from a hub may keep the older one."""
+    return "past_key_values" if "past_key_values" in inspect.signature(language_model.forward).parameters else CACHE
+
+
+def _one_cache(cache: Any, past_key_values: Any) -> Any:
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    return past_key_values if cache is None else cache
 
 
 def number_ids(input_ids: Tensor, region_token_id: int, offset: int) -> Tensor:
@@ -443,7 +463,7 @@ def _output(output: Any, loss: Tensor | None, logits: Tensor | None) -> CausalLM
     return CausalLMOutputWithPast(
         loss=loss,
         logits=logits,
-        past_key_values=output.get("past_key_values"),
+        **{CACHE: output.get(CACHE)},
         hidden_states=output.get("hidden_states"),
         attentions=output.get("attentions"),
     )

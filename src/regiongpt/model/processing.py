@@ -4,31 +4,44 @@ Shapes: B batch, T tokens, R regions, K region placeholders in a text, S side of
 ``gh gw`` refined grid.
 """
 
+import json
 import re
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
+from transformers import BatchFeature, PreTrainedTokenizerFast
+
+# From its module: under the package's own name, releases before 5.22 ask for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import SquareFrame, load_image
-from regiongpt.model.conversations import Messages, Spans, check_turns, control_pattern, expand_regions, images_in
-from regiongpt.model.region_grid import split_weights
+from regiongpt.model.refinement import split_weights
 from regiongpt.prompts import (
     CHAT_TEMPLATES,
     CONTROL_TOKENS,
     IMAGE_TOKEN,
+    PLACEHOLDER,
     REGION_TOKEN,
     check_placeholders,
+    placeholder_number,
+    placeholders,
     template_family,
 )
 from regiongpt.regions import Region
+
+Messages = Sequence[Mapping[str, Any]]
+Spans = list[tuple[int, int]]
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -36,9 +49,15 @@ IGNORED = -100
 # Beyond this the image is shrunk before it is padded: the square around a 100,000 x 1,000 panorama takes 30 GB.
 _LARGEST_SIDE = 8192
 
+_PROBES = (
+    "{bos}A chat. USER: <image>\nIs <region> a cat, or <region>? ASSISTANT: It's a cat.{eos}USER: Why? ",
+    "[1] <region>  two  blanks\n\n\tZürich, 12345 x 0.5 — 東京 🙂 ÉCOLE ",
+)
+"""Texts that a saved tokenizer has to read as the one in memory does."""
+
 
 def prepare_tokenizer(tokenizer: Any, family: str) -> int:
-    """Give a language model's tokenizer the tokens that RegionGPT writes.
+    """Give a language model's tokenizer the tokens that RegionGPT writes, and check that it survives saving.
 
     Args:
         tokenizer: a fast transformers tokenizer; changed in place.
@@ -46,11 +65,33 @@ def prepare_tokenizer(tokenizer: Any, family: str) -> int:
 
     Returns:
         How many tokens were added; the language model's embeddings must grow to ``len(tokenizer)``.
+
+    Raises:
+        ConfigError: the tokenizer is slow, or its saved form reads a text otherwise: what was trained would not be
+            what answers.
     """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"expected a fast tokenizer (it must report offsets), got {type(tokenizer).__name__}")
     turn_tokens = CONTROL_TOKENS[family] if family in ("llama3", "chatml") else ()
     added: int = tokenizer.add_tokens([IMAGE_TOKEN, REGION_TOKEN, *turn_tokens], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    try:
+        with TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            saved = PreTrainedTokenizerFast.from_pretrained(folder)
+    # A part written in Python raises an exception of its own kind.
+    except Exception as error:
+        raise ConfigError(f"{type(tokenizer).__name__} cannot be saved as a tokenizer.json: {error}") from error
+    for probe in _PROBES:
+        text = probe.format(bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+        ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, saved))
+        if ours != theirs:
+            place = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), -1)
+            raise ConfigError(
+                f"{type(tokenizer).__name__} reads {text!r} otherwise once saved and loaded, from token {place} on; "
+                "use one whose tokenizer.json says all that it does"
+            )
     return added
 
 
@@ -77,6 +118,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     Paper: §3.1, §3.2
     """
 
+    # Parameters are not keyword-only because transformers' from_pretrained reads the positional ones.
     def __init__(
         self,
         image_processor: Any = None,
@@ -89,9 +131,10 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         chat_template: str | None = None,
         region_grid: int = 1,
     ):
-        # Parameters are not keyword-only because transformers' from_pretrained reads the positional ones.
         if region_format.count(REGION_TOKEN) != 1:
             raise ConfigError(f"expected region_format with {REGION_TOKEN} once, got {region_format!r}")
+        if region_grid < 1:
+            raise ConfigError(f"expected region_grid of at least 1, got {region_grid}")
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"expected a fast tokenizer (it must report offsets), got {type(tokenizer).__name__}")
         missing = [token for token in (IMAGE_TOKEN, REGION_TOKEN) if token not in tokenizer.get_added_vocab()]
@@ -101,13 +144,10 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         self.num_image_tokens = int(num_image_tokens)
         self.refined_grid = [int(cells) for cells in refined_grid]
         self.region_format = region_format
-        if region_grid < 1:
-            raise ConfigError(f"expected region_grid of at least 1, got {region_grid}")
         self.region_grid = int(region_grid)
         mean = getattr(image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
-        self.pad_fill = (
-            [round(255 * level) for level in mean] if pad_fill is None else [int(level) for level in pad_fill]
-        )
+        fill = [round(255 * level) for level in mean] if pad_fill is None else pad_fill
+        self.pad_fill = [int(level) for level in fill]
         self.image_token, self.region_token = IMAGE_TOKEN, REGION_TOKEN
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         self.region_token_id = int(tokenizer.convert_tokens_to_ids(REGION_TOKEN))
@@ -115,13 +155,21 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         super().__init__(image_processor, tokenizer, chat_template=CHAT_TEMPLATES.get(template, template))
 
     @classmethod
-    def _get_arguments_from_pretrained(
-        cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
-    ) -> list[Any]:
-        # Left alone, transformers resizes with torchvision where that is installed and with Pillow where it is not, and
-        # the same photograph gives the same checkpoint different pixels on two machines.
-        image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs)
-        return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
+    def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
+        # By default transformers resizes with torchvision where that is installed and with Pillow where it is not, and
+        # the same image gives the same checkpoint different pixels on two machines. It also rebuilds a tokenizer by the
+        # rules of its class, which forgets some settings (Llama's ``legacy``); tokenizer.json is what was trained.
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **kwargs)
+        return [image_processor, PreTrainedTokenizerFast.from_pretrained(path, **kwargs)]
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
+        """Save as transformers does, with a tokenizer that whoever loads it reads from tokenizer.json as it is."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["tokenizer_class"] = PreTrainedTokenizerFast.__name__
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files
 
     @property
     def model_input_names(self) -> list[str]:
@@ -140,6 +188,15 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     def tokens_per_region(self) -> int:
         """How many tokens, and so rows of region weights, one region takes."""
         return self.region_grid**2
+
+    def split_begin(self, text: str) -> tuple[list[int], str]:
+        """The begin token of a text as an id, and the rest of the text, to be tokenized by itself.
+
+        Many tokenizers write a blank before the first word of a text. Where the begin token stands before it as text,
+        some leave that out, and the language model reads another word than it was trained on.
+        """
+        begin = self.tokenizer.bos_token
+        return ([self.tokenizer.bos_token_id], text[len(begin) :]) if begin and text.startswith(begin) else ([], text)
 
     # -- pieces --------------------------------------------------------------------------------------------------------
 
@@ -171,11 +228,12 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             )
         return {"pixel_values": pixels}
 
-    def region_inputs(self, regions: Sequence[Region], width: int, height: int) -> torch.Tensor:
+    def region_inputs(self, regions: Sequence[Any], width: int, height: int) -> torch.Tensor:
         """Pooling weights of each region on the refined grid.
 
         Args:
-            regions: in the frame of the original image.
+            regions: in the frame of the original image: :class:`~regiongpt.regions.Region` objects, or boxes as four
+                numbers ``[x0, y0, x1, y1]`` (also rows of an array or tensor).
             width: of the original image, pixels.
             height: of the original image, pixels.
 
@@ -191,7 +249,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         frame = SquareFrame(width, height)
         weights = np.zeros((len(regions), *self.refined_grid), np.float32)
         for row, region in enumerate(regions):
-            checked = region.check(width, height, name=f"<region{row + 1}>")
+            name = f"<region{row + 1}>"
+            checked = _as_region(region, name).check(width, height, name=name)
             weights[row] = checked.pool_weights(frame, *self.refined_grid)
         if self.region_grid > 1 and len(weights):
             weights = np.concatenate([split_weights(each, self.region_grid) for each in weights])
@@ -201,13 +260,15 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         self,
         messages: Messages,
         image: Any = None,
-        regions: Sequence[Region] | None = None,
+        regions: Sequence[Any] | None = None,
         *,
         image_size: tuple[int, int] | None = None,
         region_weights: torch.Tensor | np.ndarray | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         with_image: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> dict[str, Any]:
         """Encode one conversation, for training or to be continued by the model.
 
@@ -216,13 +277,15 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
                 ``content``, a string or transformers' list of parts. Special tokens in the content count as plain text.
             image: anything that :func:`regiongpt.images.load_image` reads; None where its features are supplied to the
                 model directly.
-            regions: in the frame of the original image. They need ``image`` or ``image_size``.
+            regions: as for :meth:`region_inputs`. They need ``image`` or ``image_size``.
             image_size: (width, height) of the original image, pixels, where ``image`` is not given.
             region_weights: (R, gh, gw), in place of ``regions``, as :meth:`region_inputs` makes them.
             add_generation_prompt: end where the assistant's answer begins. Unknown placeholders in earlier *answers*
                 are then plain text: the model wrote them.
             continue_final_message: end inside the last message, which is the assistant's, to have it continued.
             with_image: False for text without an image.
+            chat_template: overrides the processor's own.
+            **variables: further ones for the template.
 
         Returns:
             ``input_ids`` (T,) int64; ``labels`` (T,) int64, the id where the token belongs to a response or to its end
@@ -236,50 +299,30 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
         Paper: §3.2
         """
-        if regions and region_weights is None:
-            if image is not None:
-                image = load_image(image)
-                image_size = image.size
-            if image_size is None:
-                raise DataError("regions need the size of their image; give image or image_size=(width, height)")
-            region_weights = self.region_inputs(regions, *image_size)
-        weights = (
-            torch.zeros((0, *self.refined_grid))
-            if region_weights is None
-            else torch.as_tensor(region_weights, dtype=torch.float32)
-        )
+        if image is not None:
+            image = load_image(image)
+            image_size = image.size
+        weights = self._weights(regions, image_size) if region_weights is None else torch.as_tensor(region_weights)
         generating = add_generation_prompt or continue_final_message
         n_regions = len(weights) // self.tokens_per_region
-        turns = self._turns(messages, with_image, n_regions if generating else None)
+        turns = check_turns(messages, self._control, with_image, n_regions if generating else None)
         notes = check_placeholders([turn["content"] for turn in turns], n_regions)
-        text, spans = self._render(turns, add_generation_prompt, continue_final_message)
-        ids, labels, region_ids = self._tokenize(text, spans, n_regions)
-        encoded: dict[str, Any] = {
-            "input_ids": torch.tensor(ids),
-            "region_ids": torch.tensor(region_ids, dtype=torch.long),
-            "region_weights": weights,
-            "warnings": notes,
-        }
-        if not generating:
-            if all(label == IGNORED for label in labels):
-                raise DataError("the conversation has no answer to learn from; give it an assistant turn")
-            encoded["labels"] = torch.tensor(labels)
+        text, spans = self._render(turns, add_generation_prompt, continue_final_message, chat_template, **variables)
+        encoded = self._encode(text, spans, weights.float()) | {"warnings": notes}
+        if generating:
+            del encoded["labels"]
+        elif bool((encoded["labels"] == IGNORED).all()):
+            raise DataError("the conversation has no answer to learn from; add one, or set add_generation_prompt")
         if image is not None:
             encoded["pixel_values"] = self.image_inputs(image)["pixel_values"][0]
         return encoded
 
-    def collate(
-        self,
-        encoded: Sequence[Mapping[str, Any]],
-        padding_side: str = "right",
-        pad_to_multiple_of: int = 1,
-    ) -> BatchFeature:
+    def collate(self, encoded: Sequence[Mapping[str, Any]], padding_side: str = "right") -> BatchFeature:
         """Batch conversations of different lengths and numbers of regions.
 
         Args:
             encoded: what :meth:`encode_conversation` returned; ``vision_features`` (C, h, w) may have been added.
             padding_side: ``"right"`` to train, ``"left"`` to generate.
-            pad_to_multiple_of: round T up to a multiple of this.
 
         Returns:
             ``input_ids``, ``attention_mask`` and, where every item has them, ``labels`` (-100 in the padding), all
@@ -294,7 +337,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         if padding_side not in ("left", "right"):
             raise ConfigError(f"expected padding_side 'left' or 'right', got {padding_side!r}")
         size = len(encoded)
-        longest = -(-max(len(item["input_ids"]) for item in encoded) // pad_to_multiple_of) * pad_to_multiple_of
+        longest = max(len(item["input_ids"]) for item in encoded)
         pad_id = self.tokenizer.pad_token_id
         columns = {"input_ids": torch.full((size, longest), self.tokenizer.eos_token_id if pad_id is None else pad_id)}
         columns["attention_mask"] = torch.zeros((size, longest), dtype=torch.long)
@@ -312,8 +355,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             columns["region_ids"] = torch.full((size, most_ids), -1)
             columns["region_weights"] = torch.zeros((size, most_regions, *self.refined_grid))
             for row, item in enumerate(encoded):
-                columns["region_ids"][row, : len(item["region_ids"])] = item["region_ids"]
-                columns["region_weights"][row, : len(item["region_weights"])] = item["region_weights"]
+                for name in ("region_ids", "region_weights"):
+                    columns[name][row, : len(item[name])] = item[name]
         for name in ("pixel_values", "vision_features"):
             have = [item[name] for item in encoded if name in item]
             if have and len(have) != size:
@@ -368,41 +411,32 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             ``tokenize``, a BatchFeature of the model's inputs as :meth:`collate` makes it.
 
         Raises:
-            DataError: as for :meth:`encode_conversation`.
-            RegionError: as for :meth:`encode_conversation`.
+            DataError, RegionError: as for :meth:`encode_conversation`.
         """
-        if processor_kwargs:
-            known = {"images": images, "regions": regions, "image_sizes": image_sizes, "padding_side": padding_side}
-            known |= {name: value for name, value in processor_kwargs.items() if name in known}
-            images, regions, image_sizes, padding_side = known.values()
+        more = processor_kwargs or {}
+        images, regions = more.get("images", images), more.get("regions", regions)
+        image_sizes, padding_side = more.get("image_sizes", image_sizes), more.get("padding_side", padding_side)
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations: list[Any] = list(conversation) if batched else [conversation]
         generating = add_generation_prompt or continue_final_message
-        region_rows = _per_text(regions, len(conversations), single=not batched)
-        rows = [
-            self._turns(messages, with_image, len(own or ()) if generating and tokenize else None)
-            for messages, own in zip(conversations, region_rows, strict=True)
-        ]
-        rendered = [
-            self._render(turns, add_generation_prompt, continue_final_message, chat_template, **template_variables)
-            for turns in rows
-        ]
+        how = {"chat_template": chat_template, **template_variables}
+        how |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if not tokenize:
-            return [text for text, _ in rendered] if batched else rendered[0][0]
+            turns = [check_turns(messages, self._control, with_image) for messages in conversations]
+            texts = [self._render(each, **how)[0] for each in turns]
+            return texts if batched else texts[0]
         if images is None:
-            found = [images_in(messages) for messages in conversations]
-            images = [picture for own in found for picture in own] or None
-        batch = self._batch(
-            [(text, spans if return_labels or return_assistant_tokens_mask else None) for text, spans in rendered],
-            images,
-            region_rows,
-            image_sizes,
-            padding_side or ("left" if generating else "right"),
-        )
+            images = [image for messages in conversations for image in images_in(messages)] or None
+        pictures, sizes = _pictures(images, image_sizes, len(conversations))
+        items = [
+            self.encode_conversation(messages, None, own, image_size=size, with_image=with_image, **how)
+            for messages, own, size in zip(conversations, _per_text(regions, len(conversations)), sizes, strict=True)
+        ]
+        batch = self._batch(items, pictures, padding_side or ("left" if generating else "right"))
         if return_assistant_tokens_mask:
             batch["assistant_masks"] = (batch["labels"] != IGNORED).long()
-            if not return_labels:
-                del batch["labels"]
+        if not return_labels:
+            batch.pop("labels", None)
         batch = _as(batch, return_tensors)
         return batch if return_dict else batch["input_ids"]
 
@@ -447,59 +481,43 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         if not padding and len(texts) > 1:
             raise ConfigError(f"expected padding=True for a batch of {len(texts)} texts, got {padding!r}")
         begin = (self.tokenizer.bos_token or "") if add_special_tokens else ""
-        begun = [one if one.startswith(begin) else begin + one for one in texts]
-        rows = _per_text(regions, len(texts), single=isinstance(text, str))
-        batch = self._batch([(one, None) for one in begun], images, rows, image_sizes, padding_side)
-        return _as(batch, return_tensors)
+        pictures, sizes = _pictures(images, image_sizes, len(texts))
+        items = []
+        for one, own, size in zip(texts, _per_text(regions, len(texts)), sizes, strict=True):
+            if pictures and one.count(IMAGE_TOKEN) != 1:
+                raise DataError(f"expected {IMAGE_TOKEN} once in a text with an image, got {one.count(IMAGE_TOKEN)}")
+            item = self._encode(one if one.startswith(begin) else begin + one, [], self._weights(own, size))
+            del item["labels"]
+            items.append(item | {"warnings": check_placeholders(one, len(own))})
+        return _as(self._batch(items, pictures, padding_side), return_tensors)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _batch(
-        self,
-        texts: Sequence[tuple[str, Spans | None]],
-        images: Any,
-        region_rows: Sequence[Any],
-        image_sizes: Sequence[tuple[int, int]] | None,
-        padding_side: str,
-    ) -> BatchFeature:
-        """Encode rendered texts with whatever belongs to each."""
-        pictures = [load_image(image) for image in _flat(images)]
-        if len(pictures) == 1:
-            pictures = pictures * len(texts)
-        if pictures and len(pictures) != len(texts):
-            raise DataError(
-                f"expected one image a text, or one for all, got {len(pictures)} images, {len(texts)} texts"
-            )
-        pixels = {id(picture): self.image_inputs(picture)["pixel_values"][0] for picture in pictures}
-        sizes: Sequence[Any] = [picture.size for picture in pictures] or image_sizes or [None] * len(texts)
-        items: list[dict[str, Any]] = []
-        for (text, spans), own, size in zip(texts, region_rows, sizes, strict=True):
-            item: dict[str, Any] = {"region_weights": torch.zeros((0, *self.refined_grid))}
-            if own:
-                if size is None:
-                    raise DataError(
-                        "regions need the size of their image; give images or image_sizes=[(width, height)]"
-                    )
-                item["region_weights"] = self.region_inputs(own, *size)
-            for note in check_placeholders(text, len(own or ())):
+    def _batch(self, items: list[dict[str, Any]], pictures: list[Any], padding_side: str) -> BatchFeature:
+        """Collate what was encoded, with one image an item, or one for all of them."""
+        for item in items:
+            for note in item["warnings"]:
                 warnings.warn(note, stacklevel=3)
-            if pictures and text.count(IMAGE_TOKEN) != 1:
-                raise DataError(f"expected {IMAGE_TOKEN} once in a text with an image, got {text.count(IMAGE_TOKEN)}")
-            ids, labels, region_ids = self._tokenize(text, spans or [], len(own or ()))
-            item |= {"input_ids": torch.tensor(ids), "region_ids": torch.tensor(region_ids, dtype=torch.long)}
-            if spans is not None:
-                item["labels"] = torch.tensor(labels)
-            if pictures:
-                item["pixel_values"] = pixels[id(pictures[len(items)])]
-            items.append(item)
+        pixels = [self.image_inputs(picture)["pixel_values"][0] for picture in pictures]
+        for row, item in enumerate(items if pixels else ()):
+            item["pixel_values"] = pixels[row % len(pixels)]
         return self.collate(items, padding_side)
+
+    def _weights(self, regions: Sequence[Any] | None, size: tuple[int, int] | None) -> torch.Tensor:
+        if regions is None or len(regions) == 0:
+            return torch.zeros((0, *self.refined_grid))
+        if size is None:
+            raise DataError("regions need the size of their image; give the image, or image_size(s) as (width, height)")
+        return self.region_inputs(regions, *size)
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        return control_pattern(self.tokenizer, str(self.chat_template))
-
-    def _turns(self, messages: Messages, with_image: bool, forgive_beyond: int | None) -> list[dict[str, str]]:
-        return check_turns(messages, self._control, with_image, forgive_beyond)
+        """What only the template, and never a person's words, may write: special tokens, and marks between turns."""
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        marks = {mark for tokens in CONTROL_TOKENS.values() for mark in tokens if mark in str(self.chat_template)}
+        found = special | marks | {IMAGE_TOKEN, REGION_TOKEN}
+        breakable = sorted((token for token in found if len(token.strip()) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, breakable)))
 
     def _render(
         self,
@@ -525,11 +543,15 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         )
         return texts[0], spans[0]
 
-    def _tokenize(self, text: str, spans: Spans, n_regions: int) -> tuple[list[int], list[int], list[int]]:
-        """Expand placeholders and tokenize; returns ids, labels and the region row of each ``<region>`` token."""
+    def _encode(self, text: str, spans: Spans, weights: torch.Tensor) -> dict[str, Any]:
+        """Expand placeholders and tokenize; tokens within the spans are labels."""
+        n_regions = len(weights) // self.tokens_per_region
         text, spans, region_ids = expand_regions(text, spans, self.region_format, n_regions)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids: list[int] = encoding["input_ids"]
+        begun, rest = self.split_begin(text)
+        encoding = self.tokenizer(rest, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = begun + encoding["input_ids"]
+        cut = len(text) - len(rest)
+        places = [(0, cut)] * len(begun) + [(start + cut, end + cut) for start, end in encoding["offset_mapping"]]
         if ids.count(self.region_token_id) != len(region_ids):
             raise RegionError(
                 f"expected {len(region_ids)} region tokens in the text, got {ids.count(self.region_token_id)}"
@@ -537,7 +559,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         never = {self.region_token_id, self.image_token_id}  # an embedding stands there, which no word can predict
         labels = [
             token if token not in never and any(start < b and end > a for a, b in spans) else IGNORED
-            for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
+            for token, (start, end) in zip(ids, places, strict=True)
         ]
         # Expanding image and regions in ids rather than in text spares the tokenizer some hundred placeholders.
         counts = {self.image_token_id: self.num_image_tokens, self.region_token_id: self.tokens_per_region}
@@ -546,7 +568,146 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             ids[place : place + 1] = ids[place : place + 1] * count
             labels[place : place + 1] = [IGNORED] * count
         rows = range(self.tokens_per_region)
-        return ids, labels, [region * len(rows) + row for region in region_ids for row in rows]
+        region_rows = [region * len(rows) + row for region in region_ids for row in rows]
+        return {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "region_ids": torch.tensor(region_rows, dtype=torch.long),
+            "region_weights": weights,
+        }
+
+
+# -- conversations as text ---------------------------------------------------------------------------------------------
+
+
+def check_turns(
+    messages: Messages, control: re.Pattern[str], with_image: bool, forgive_beyond: int | None = None
+) -> list[dict[str, str]]:
+    """Check the order of turns and make each a string, ``<image>`` before the first question.
+
+    Args:
+        messages: ``role`` and ``content``, a string or transformers' list of parts.
+        control: what a content may not write; it is broken up with a blank, and so read as the words it is.
+        with_image: whether ``<image>`` comes before the first question.
+        forgive_beyond: where given, placeholders of higher numbers, and malformed ones, are plain text in the
+            assistant's turns.
+
+    Returns:
+        ``role`` and ``content``, a string, of each turn.
+
+    Raises:
+        DataError: a role is out of order, a content is empty or of a wrong kind, or an image is not at the start.
+        RegionError: a placeholder is malformed.
+    """
+    turns: list[dict[str, str]] = []
+    expected = {"system", "user"}
+    first_question = True
+    for position, message in enumerate(messages, 1):
+        where = f"message {position} of {len(messages)}"
+        role = message.get("role")
+        if role not in expected:
+            raise DataError(f"{where}: expected role {' or '.join(sorted(expected))}, got {role!r}")
+        text, n_images = _content(message.get("content"), where)
+        expected = {"assistant"} if role == "user" else {"user"}
+        if role == "user" and first_question and text.startswith(IMAGE_TOKEN):
+            text, n_images = text.removeprefix(IMAGE_TOKEN), n_images + 1
+        if n_images > (with_image and role == "user" and first_question):
+            raise DataError(f"{where}: expected one image in all, in the first question, got {n_images} here")
+        if not text.strip():
+            kind = {"user": "a question", "assistant": "an answer"}.get(role, "a system prompt")
+            raise DataError(f"{where}: expected {kind}, got an empty one; write some text")
+        # A trailing blank is kept out because no tokenizer spells it the same way with and without a next word.
+        text = text.strip()
+        if role == "assistant" and forgive_beyond is not None:
+            text = PLACEHOLDER.sub(lambda match: _forgiven(match, forgive_beyond), text)
+        elif PLACEHOLDER.search(text):
+            placeholders(text)  # a malformed one is an error, not a control token to be broken up
+        while control.search(text):
+            text = control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        if role == "user" and first_question:
+            text = f"{IMAGE_TOKEN}\n{text}" if with_image else text
+            first_question = False
+        turns.append({"role": role, "content": text})
+    if first_question:
+        raise DataError("expected a conversation with a question in it, got none; add a user message")
+    return turns
+
+
+def expand_regions(text: str, spans: Spans, region_format: str, n_regions: int) -> tuple[str, Spans, list[int]]:
+    """Write each ``<regionN>`` as the model reads it.
+
+    Args:
+        text: a rendered conversation.
+        spans: characters of ``text`` from, to.
+        region_format: what a placeholder becomes, ``{n}`` being its number.
+        n_regions: how many regions there are.
+
+    Returns:
+        The text, the spans moved along with it, and the 0-based region of each placeholder in order.
+
+    Raises:
+        RegionError: a placeholder is malformed or without its region.
+    """
+    pieces: list[str] = []
+    region_ids: list[int] = []
+    ends, gains = [0], [0]  # where each placeholder ends in the old text, and characters gained up to there
+    for match in PLACEHOLDER.finditer(text):
+        number = placeholder_number(match)
+        if number > n_regions:
+            check_placeholders(match[0], n_regions)
+        written = region_format.replace("{n}", str(number))
+        pieces += text[ends[-1] : match.start()], written
+        gains.append(gains[-1] + len(written) - len(match[0]))
+        ends.append(match.end())
+        region_ids.append(number - 1)
+    pieces.append(text[ends[-1] :])
+
+    def moved(place: int) -> int:
+        return place + gains[bisect_right(ends, place) - 1]
+
+    return "".join(pieces), [(moved(start), moved(end)) for start, end in spans], region_ids
+
+
+def images_in(messages: Messages) -> list[Any]:
+    """Images carried by the content lists themselves."""
+    return [
+        part[key]
+        for message in messages
+        if not isinstance(message.get("content"), str)
+        for part in message.get("content") or ()
+        for key in ("image", "path", "url")
+        if isinstance(part, Mapping) and part.get("type") == "image" and key in part
+    ]
+
+
+def _forgiven(match: re.Match[str], n_regions: int) -> str:
+    """A placeholder that the model wrote: itself if its region exists, else broken up into plain text."""
+    try:
+        known = placeholder_number(match) <= n_regions
+    except RegionError:
+        known = False
+    return match[0] if known else f"< {match[0][1:]}"
+
+
+def _content(content: Any, where: str) -> tuple[str, int]:
+    """Text of a message and how many images it holds, of a string or of transformers' list of parts."""
+    if isinstance(content, str):
+        return content, 0
+    if not isinstance(content, Sequence):
+        raise DataError(f"{where}: expected content as a string or a list of parts, got {type(content).__name__}")
+    texts, n_images = [], 0
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind == "text":
+            texts.append(str(part.get("text", "")))
+        elif kind == "image":
+            n_images += 1
+        else:
+            raise DataError(f"{where}: expected parts of type text or image, got {kind!r}")
+    return "\n".join(texts), n_images
+
+
+# -- arguments as people give them -------------------------------------------------------------------------------------
 
 
 def _flat(images: Any) -> list[Any]:
@@ -558,14 +719,45 @@ def _flat(images: Any) -> list[Any]:
     return [image for entry in images for image in (entry if isinstance(entry, list | tuple) else [entry])]
 
 
-def _per_text(regions: Any, n_texts: int, single: bool) -> list[Any]:
-    """The regions of each text, None where nothing was given; a single text may come with its list itself."""
+def _pictures(images: Any, image_sizes: Any, n_texts: int) -> tuple[list[Any], Sequence[Any]]:
+    """The images, read: none, one, or as many as there are texts; and each text's (width, height), where known."""
+    pictures = [load_image(image) for image in _flat(images)]
+    if pictures and len(pictures) not in (1, n_texts):
+        raise DataError(f"expected one image a text, or one for all, got {len(pictures)} images, {n_texts} texts")
+    sizes = [picture.size for picture in pictures]
+    return pictures, sizes * n_texts if len(sizes) == 1 else sizes or image_sizes or [None] * n_texts
+
+
+def _per_text(regions: Any, n_texts: int) -> list[Any]:
+    """The regions of each text; a single text may come with its list itself."""
     if regions is None:
-        return [None] * n_texts
-    rows = [regions] if single and all(isinstance(region, Region) for region in regions) else list(regions)
-    if len(rows) != n_texts or any(isinstance(row, Region) for row in rows):
-        raise DataError(f"expected a list of regions for each of {n_texts} text(s), got {len(rows)} entries")
-    return rows
+        return [()] * n_texts
+    if isinstance(regions, str | Region) or not hasattr(regions, "__len__"):
+        raise DataError(f"regions: expected a list of regions a text, got {type(regions).__name__}")
+    if n_texts == 1 and not (len(regions) == 1 and not _is_region(regions[0]) and np.ndim(regions[0]) != 0):
+        return [regions]
+    if len(regions) != n_texts or any(_is_region(row) for row in regions):
+        raise DataError(f"expected a list of regions for each of {n_texts} text(s), got {len(regions)} entries")
+    return list(regions)
+
+
+def _is_region(region: Any) -> bool:
+    if isinstance(region, Region):
+        return True
+    numbers = region.tolist() if hasattr(region, "tolist") else region
+    return isinstance(numbers, list | tuple) and len(numbers) == 4 and isinstance(numbers[0], Real)
+
+
+def _as_region(region: Any, name: str) -> Region:
+    if isinstance(region, Region):
+        return region
+    numbers = region.tolist() if hasattr(region, "tolist") else region
+    if isinstance(numbers, list | tuple) and len(numbers) == 4 and all(isinstance(each, Real) for each in numbers):
+        return Region.box(*numbers)
+    raise RegionError(
+        f"{name}: expected a Region or a box of four numbers [x0, y0, x1, y1] in pixels, got {region!r:.80}; "
+        "Region.mask, Region.polygon and others make other shapes"
+    )
 
 
 def _as(batch: BatchFeature, kind: str | None) -> BatchFeature:

@@ -11,7 +11,9 @@ upsampling.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,19 +73,6 @@ class Refinement(nn.Module):
             x = F.gelu(self.deconv_2(F.gelu(x)))
         return x  # type: ignore[no-any-return]
 
-    def explicit(self, map_BChw: Tensor) -> Tensor:
-        """Build the refined map cell by cell, for inspection: 16 times the tower's grid for the bilinear variants.
-
-        Args:
-            map_BChw: what ``forward`` returned.
-
-        Returns:
-            (B, C, H, W) on the refined grid.
-        """
-        if self.bilinear_scale == 1:
-            return map_BChw
-        return F.interpolate(map_BChw, scale_factor=self.bilinear_scale, mode="bilinear", align_corners=False)
-
     def pool_regions(self, map_BChw: Tensor, weights_BRHW: Tensor) -> Tensor:
         """Average the refined map over each region. Paper: §3.1, mask pooling.
 
@@ -131,6 +120,31 @@ def mask_pool(map_BCHW: Tensor, weights_BRHW: Tensor) -> Tensor:
         (B, R, C) in the map's dtype.
     """
     return weights_BRHW.to(map_BCHW.dtype).flatten(2) @ map_BCHW.flatten(2).transpose(1, 2)
+
+
+def split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
+    """Divide a region's weights among the cells of a coarse grid over the rows and columns that it touches.
+
+    Args:
+        weights_HW: (H, W), summing to 1.
+        parts: side of the coarse grid.
+
+    Returns:
+        (parts * parts, H, W), row by row, each summing to 1; the whole region's weights where it leaves a part empty.
+    """
+    overlaps = []
+    for axis in (1, 0):
+        touched = np.flatnonzero(weights_HW.any(axis=axis))
+        edges = np.linspace(touched[0], touched[-1] + 1, parts + 1)
+        cells = np.arange(weights_HW.shape[1 - axis])
+        covered = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+        overlaps.append(covered.clip(0, 1))
+    rows, columns = overlaps
+    split = weights_HW * rows[:, None, :, None] * columns[None, :, None, :]
+    split = split.reshape(parts * parts, *weights_HW.shape)
+    sums = split.sum((1, 2), keepdims=True)
+    split = np.where(sums > 0, split / np.where(sums > 0, sums, 1), weights_HW)
+    return split.astype(np.float32)
 
 
 def upsampling_matrix(cells: int, scale: int, device: torch.device | None = None) -> Tensor:

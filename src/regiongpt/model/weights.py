@@ -1,7 +1,7 @@
 """Checkpoint folders: create an untrained model, convert a LLaVA one, load a trained one, find the one that ships.
 
-Whatever does not fit - a missing file, a torn one, a tensor too many, too few or of another shape - is an error here.
-transformers would warn and fill the gap with random numbers.
+Whatever does not fit - a missing file, a torn one, a tensor too many, too few, of another shape or not finite - is an
+error here. transformers would warn and fill the gap with random numbers.
 """
 
 import json
@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +22,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     SiglipImageProcessorPil,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from regiongpt.errors import CheckpointError, ConfigError
@@ -33,6 +33,7 @@ from regiongpt.model.refinement import Refinement
 from regiongpt.model.towers import EfficientNetLiteModel
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, template_family
 from regiongpt.prompts import chat_template as known_template
+from regiongpt.storage import new_folder
 
 Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
 
@@ -60,8 +61,8 @@ def load(
         The model in evaluation mode, and its processor.
 
     Raises:
-        CheckpointError: when a file is missing, torn or of the wrong kind, or when the weights are not exactly the ones
-            that ``config.json`` describes.
+        CheckpointError: when a file is missing, torn or of the wrong kind, when the weights are not exactly the ones
+            that ``config.json`` describes, or when one of them is no finite floating-point number.
     """
     folder = nano_path() if path is None else Path(path)
     if not folder.is_dir():
@@ -134,6 +135,7 @@ def create(
             model has embeddings.
         ConfigError: when the options do not fit the parts or each other.
     """
+    _require_new(out)
     if chat_template is not None:
         known_template(chat_template)
     tower, image_processor = load_tower(str(vision), image_size)
@@ -148,22 +150,19 @@ def create(
         )
     family = chat_template or template_family(tokenizer)
     prepare_tokenizer(tokenizer, family)
-    _grow_vocabulary(language_model, len(tokenizer))
-    config = RegionGPTConfig(
-        vision_config=tower.config,
-        text_config=language_model.config,
+    model = _join(
+        tower,
+        language_model,
+        tokenizer,
         image_size=image_size,
         vision_feature_layer=vision_feature_layer,
         refinement=refinement,
         refinement_channels=refinement_channels,
         connector_size=connector_size,
         image_grid=None if image_grid is None else list(image_grid),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
         region_number_offset=number_offset(tokenizer, region_format) if region_numbers else 0,
         image_marks=image_marks,
     )
-    model = _assemble(config, tower, language_model)
     return _finish(model, image_processor, tokenizer, family, region_format, out, region_grid)
 
 
@@ -215,6 +214,7 @@ def from_llava(
         CheckpointError: when the checkpoint cannot be read or is a LLaVA of another build.
         ConfigError: when the options do not fit it or each other.
     """
+    _require_new(out)
     known_template(chat_template)
     with _reading(f"the configuration of {path}"):
         source = AutoConfig.from_pretrained(path)
@@ -229,29 +229,27 @@ def from_llava(
     llava = _pretrained(LlavaForConditionalGeneration, path, only_part=True, dtype=dtype)
     with _reading(f"the tokenizer of {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
+    # LLaVA's decoder and head make the causal language model that they came from.
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(source.text_config)
+    setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
+    language_model.set_output_embeddings(llava.lm_head)
     prepare_tokenizer(tokenizer, chat_template)
-    language_model = _language_model_of(llava)
-    _grow_vocabulary(language_model, len(tokenizer))
-    tower = llava.model.vision_tower
-    config = RegionGPTConfig(
-        vision_config=tower.config,
-        text_config=language_model.config,
+    model = _join(
+        llava.model.vision_tower,
+        language_model,
+        tokenizer,
         vision_feature_layer=source.vision_feature_layer,
         refinement=refinement,
         image_grid=None if image_grid is None else list(image_grid),
         projector_hidden_act=source.projector_hidden_act,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
     )
-    model = _assemble(config, tower, language_model)
     with torch.no_grad():
-        for ours, theirs in (
-            (model.connector.linear_1, llava.model.multi_modal_projector.linear_1),
-            (model.connector.linear_2, llava.model.multi_modal_projector.linear_2),
-        ):
+        for name in ("linear_1", "linear_2"):
+            ours, theirs = getattr(model.connector, name), getattr(llava.model.multi_modal_projector, name)
             ours.weight.copy_(theirs.weight)
             ours.bias.zero_() if theirs.bias is None else ours.bias.copy_(theirs.bias)
-    image_processor = _image_processor(str(path), config.image_size)
+    image_processor = _image_processor(str(path), model.config.image_size)
     return _finish(model, image_processor, tokenizer, chat_template, region_format, out)
 
 
@@ -269,16 +267,17 @@ def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
     Raises:
         CheckpointError: as ``load`` does.
     """
+    _require_new(out)
     model, processor = load(path, dtype=dtype)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    # The stored type says how exact the weights are, not what to compute in: half precision is slow on a CPU.
-    description = Path(out) / "config.json"
-    config = json.loads(description.read_text(encoding="utf-8"))
-    for part in (config, config["vision_config"], config["text_config"]):
-        part["dtype"] = "float32"
-        part.pop("_name_or_path", None)
-    description.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with _writing(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        # The stored type says how exact the weights are, not what to compute in: half precision is slow on a CPU.
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for part in (config, config["vision_config"], config["text_config"]):
+            part["dtype"] = "float32"
+            part.pop("_name_or_path", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return load(out)
 
 
@@ -338,41 +337,29 @@ def _pil_processor(image_size: int, mean: list[float], std: list[float], resampl
     )
 
 
-def _language_model_of(llava: Any) -> Any:
-    """Join LLaVA's decoder and head to the causal language model that they came from."""
-    with torch.device("meta"):
-        language_model = AutoModelForCausalLM.from_config(llava.config.text_config)
-    setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
-    language_model.set_output_embeddings(llava.lm_head)
-    language_model.generation_config = llava.generation_config
-    return language_model
-
-
-def _grow_vocabulary(language_model: Any, tokens: int) -> None:
-    """Make room for added tokens; a vocabulary padded beyond its tokenizer keeps its size."""
-    if tokens > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(tokens)
-
-
-def _assemble(config: RegionGPTConfig, tower: Any, language_model: Any) -> RegionGPTForConditionalGeneration:
+def _join(tower: Any, language_model: Any, tokenizer: Any, **shape: Any) -> Any:
     """Build a model around trained parts, without first filling billions of weights with noise to be thrown away."""
-    dtype = language_model.get_input_embeddings().weight.dtype
+    # A vocabulary padded beyond its tokenizer keeps its size.
+    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(len(tokenizer))
+    config = RegionGPTConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
+        **shape,
+    )
     with torch.device("meta"):
         model = RegionGPTForConditionalGeneration(config)
     model.vision_tower, model.language_model = tower, language_model
     model.refinement, model.connector = Refinement(config), Connector(config)
     for part in (model.refinement, model.connector):
         part.apply(model._init_weights)
-    _check_materialised(model)
-    # One type throughout: a checkpoint is loaded in the one type that its config.json names.
-    model.to(dtype).eval()
-    return model
-
-
-def _check_materialised(model: nn.Module) -> None:
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if empty:
         raise CheckpointError(f"the parts do not fill the model; without weights remain {_some(empty)}")
+    # One type throughout: a checkpoint is loaded in the one type that its config.json names.
+    return model.to(language_model.get_input_embeddings().weight.dtype).eval()
 
 
 def _finish(
@@ -403,9 +390,29 @@ def _finish(
     for part in (config.text_config, config.vision_config):
         part._name_or_path = ""
     if out is not None:
-        model.save_pretrained(out)
-        processor.save_pretrained(out)
+        with _writing(out) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
     return model, processor
+
+
+def _require_new(out: str | Path | None) -> None:
+    """Refuse a folder with something in it before anything is computed."""
+    if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ConfigError(f"out: expected a new or an empty folder, but {out} has something in it; choose another")
+
+
+@contextmanager
+def _writing(out: str | Path) -> Iterator[Path]:
+    """A folder that becomes ``out`` once whatever is written to it is there."""
+    with new_folder(out) as folder:
+        try:
+            yield folder
+        except OSError:
+            raise
+        # The libraries that write weights and tokenizers have exceptions of their own for a full disk.
+        except Exception as error:
+            raise OSError(str(error)) from error
 
 
 def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **options: Any) -> Any:
@@ -431,7 +438,28 @@ def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **option
         raise CheckpointError(
             f"the weights of {source} are not those that its config.json describes: {'; '.join(wrong)}"
         )
+    _check_numbers(model, Path(source))
     return model
+
+
+def _check_numbers(model: Any, folder: Path) -> None:
+    """Refuse weights that are NaN, infinite, or stored as integers, which transformers would round without a word."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    # The extremes of a tensor tell as much as its every number, and cost a tenth.
+    extremes = torch.stack([torch.stack(torch.aminmax(each)).float() for each in tensors.values() if each.numel()])
+    names = [name for name, each in tensors.items() if each.numel()]
+    wrong = [name for name, fine in zip(names, torch.isfinite(extremes).all(1).tolist(), strict=True) if not fine]
+    if wrong:
+        raise CheckpointError(
+            f"the weights of {folder} hold NaN or infinity in {_some(wrong)}; copy them again or take an earlier "
+            "checkpoint"
+        )
+    for file in folder.glob("*.safetensors"):  # none where the weights come from a hub
+        with safe_open(file, "pt") as stored:
+            kinds = {name: stored.get_slice(name).get_dtype() for name in tensors.keys() & stored.keys()}
+        whole = [f"{name} {kind}" for name, kind in kinds.items() if "F" not in kind]
+        if whole:
+            raise CheckpointError(f"{file}: expected weights as floating-point numbers, got {_some(whole)}")
 
 
 def _require_files(folder: Path) -> None:
