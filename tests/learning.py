@@ -18,10 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import IMAGE, REGION, tiny_inputs, tiny_model
 
 from regiongpt.errors import DataError
-from regiongpt.train.dataset import turn_numbers
+from regiongpt.train.dataset import answer_loss, turn_numbers
+from regiongpt.train.loop import Loop, run_stage
 from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
-from regiongpt.train.records import answer_loss
-from regiongpt.train.trainer import StageTrainer, run_stage
 
 Example = dict[str, Any]
 
@@ -87,8 +86,9 @@ def collate(examples: list[Example]) -> dict[str, Any]:
         return pad_sequence([each[name] for each in examples], batch_first=True, padding_value=fill)
 
     ones = [torch.ones_like(each["input_ids"]) for each in examples]
-    batch: dict[str, Any] = {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100)}
-    batch |= {"tasks": padded("tasks", -1), "attention_mask": pad_sequence(ones, batch_first=True)}
+    fills = {"input_ids": 0, "labels": -100, "tasks": -1}
+    batch: dict[str, Any] = {name: padded(name, fill) for name, fill in fills.items() if name in examples[0]}
+    batch["attention_mask"] = pad_sequence(ones, batch_first=True)
     if any(len(each["region_ids"]) for each in examples):
         batch["region_ids"] = padded("region_ids", -1)
         batch["region_weights"] = torch.stack([each["region_weights"] for each in examples])
@@ -115,7 +115,7 @@ def learn(
     resume: str = "auto",
     dev: int = 0,
     **data: Any,
-) -> tuple[Any, StageTrainer]:
+) -> tuple[Any, Loop]:
     """Trains a tiny model: the model and the trainer."""
     model = tiny_model().train()
     model.language_model.requires_grad_(name == "stage2")

@@ -1,4 +1,4 @@
-"""What a program runs on and with: versions, the commit of a checkout, the machine, processes."""
+"""What a program runs on and with: versions, the commit of a checkout, the machine."""
 
 import os
 import platform
@@ -13,11 +13,6 @@ PACKAGES: Final = (
     "shapely",
 )  # fmt: skip
 """Whose versions are noted."""
-
-
-def launched() -> int:
-    """How many processes ``torchrun`` or ``accelerate launch`` has started together, connected by now or not."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @cache

@@ -17,11 +17,11 @@ from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main
 from regiongpt.data.mixture import open_mixture
 from regiongpt.model import weights
+from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
 from regiongpt.train.debug import debug_size
 from regiongpt.train.lora import choose_learners
 from regiongpt.train.plan import Plan, make_plan
 from regiongpt.train.recipe import STEPS, Recipe
-from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
 from regiongpt.train.shapes import language_shape, tower_shape
 from regiongpt.train.stages import train
 
@@ -220,7 +220,7 @@ def test_a_plan_is_what_training_measures(
     learning = [p for p in model.parameters() if p.requires_grad]
     assert sum(part.trained for part in plan.parts) == sum(p.numel() for p in learning)
 
-    batches = [RecordCollate(processor)(batch) for batch in examples]
+    batches = [DataCollator(processor)(batch) for batch in examples]
     for batch in batches:
         batch.pop("tasks", None)
 

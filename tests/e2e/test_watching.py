@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import draw_pictures
+from regiongpt.train.watch_answers import check_whole
+from regiongpt.train.watch_log import read_lines
 from tiny_checkpoint import make_checkpoint
 
 from regiongpt.cli import main
@@ -17,8 +19,6 @@ from regiongpt.errors import ConfigError
 from regiongpt.model import weights
 from regiongpt.regions import Region
 from regiongpt.train.report import over_time, write_report
-from regiongpt.train.watch_answers import check_whole
-from regiongpt.train.watch_log import read_lines
 
 RECIPE = Path(__file__).parents[2] / "configs" / "finetune_records.toml"
 SMALL = [

@@ -14,12 +14,12 @@ from tiny_checkpoint import make_checkpoint
 
 from regiongpt import ConfigError, DataError
 from regiongpt.cli import main
+from regiongpt.distributed import Processes
 from regiongpt.evaluate import answering, runner
 from regiongpt.evaluate.compare import _changes
 from regiongpt.evaluate.mistakes import worst
 from regiongpt.evaluate.runs import PAGE, options_of, read_lines, read_run, task_of
 from regiongpt.evaluate.session import Session
-from regiongpt.evaluate.sharding import Processes
 from regiongpt.evaluate.task import Result
 
 

@@ -21,7 +21,7 @@ from regiongpt.model import weights
 from regiongpt.model.processing import IGNORED, RegionGPTProcessor, prepare_tokenizer
 from regiongpt.prompts import CHAT_TEMPLATES, CONTROL_TOKENS, NO_MATCH
 from regiongpt.regions import Region
-from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
+from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
 
 RESPONSE = {
     "vicuna_v1": " {}</s>",
@@ -224,7 +224,7 @@ def test_texts_without_an_image_train_in_one_batch_with_the_others(tmp_path: Pat
     model, processor = weights.load(make_checkpoint(tmp_path, context=2048))
     names = ("one turn", "no image", "regions in answers", "no image")
     examples = [dataset(processor).encode(draw(folder, RECORDS[name])) for name in names]
-    collate = RecordCollate(processor)
+    collate = DataCollator(processor)
     with torch.no_grad():
         together = float(answer_loss(model, collate(examples), 1))
         alone = [float(answer_loss(model, collate([example]), 1)) for example in examples]

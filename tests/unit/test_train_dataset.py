@@ -15,10 +15,10 @@ from regiongpt.model import weights
 from regiongpt.prompts import COCO_80
 from regiongpt.train.dataset import (
     ConversationDataset,
-    isolate_turns,
     shown_in_cells,
     turn_numbers,
 )
+from regiongpt.train.packing import isolate_turns
 from regiongpt.train.recipe import FeatureConfig
 
 TURNS = [

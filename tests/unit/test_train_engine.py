@@ -20,14 +20,20 @@ from learning import Examples, collate, example, learn, settings
 from tiny import text_config, tiny_model
 from transformers import LlamaConfig
 
+from regiongpt.distributed import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
-from regiongpt.train.batches import StepBatches
-from regiongpt.train.checkpoints import LIST, Checkpoints, damage
-from regiongpt.train.packed_attention import attends_in_units, require_packable, units_on_cpu
-from regiongpt.train.packing import PackedCollate, plan_rows, targets_in
-from regiongpt.train.processes import Processes
+from regiongpt.train.checkpoint import LIST, Checkpoints, damage
+from regiongpt.train.dataset import answer_loss
+from regiongpt.train.loop import StepBatches
+from regiongpt.train.packing import (
+    PackedCollate,
+    attends_in_units,
+    plan_rows,
+    require_packable,
+    targets_in,
+    units_on_cpu,
+)
 from regiongpt.train.recipe import EngineConfig, WatchConfig
-from regiongpt.train.records import answer_loss
 
 SCRIPT = Path(__file__).parents[1] / "learning.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -141,7 +147,7 @@ def test_packed_conversations_do_not_see_each_other() -> None:
 
 def test_eight_at_once_are_one_at_a_time_and_packed_and_with_less_memory(tmp_path: Path) -> None:
     expected, trainer = learn(tmp_path / "8", items=29, stage=settings(micro_batch_size=8), texts=(3, 9, 10, 28))
-    assert trainer.state.global_step == 4
+    assert trainer.progress.step == 4
     for name, micro, engine in (
         ("1", 1, EngineConfig()),
         ("packed", 4, EngineConfig(packing=True, pack_length=80)),
@@ -201,9 +207,9 @@ def test_the_weights_with_the_lowest_dev_loss_are_taken_and_kept(tmp_path: Path)
     }
     best = min(measured, key=measured.__getitem__)
     assert sorted(measured) == [2, 4]
-    assert trainer.state.best_global_step == best
+    assert trainer.progress.best_step == best
     assert (tmp_path / f"checkpoint-{best}").is_dir()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(measured[best], rel=1e-6)
+    assert trainer.evaluate() == pytest.approx(measured[best], rel=1e-6)
     examples = [Examples(model.config, 5)[k] for k in range(5)]
     with torch.no_grad():
         batch = collate(examples)

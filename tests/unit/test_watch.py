@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from regiongpt.train.processes import Processes
+from regiongpt.train.watch_cost import StageCost, matmul_rate, named_peak, peak_flops
+from regiongpt.train.watch_log import StepLog, read_lines
+from regiongpt.train.watch_tally import TASKS, StepSums, Tally, task_numbers
 from torch.utils.data import Dataset
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
 from regiongpt.train import watch_log
-from regiongpt.train.processes import Processes
 from regiongpt.train.watch import StepMeter, Watch, learning_rates
-from regiongpt.train.watch_cost import StageCost, matmul_rate, named_peak, peak_flops
-from regiongpt.train.watch_log import StepLog, read_lines
-from regiongpt.train.watch_tally import TASKS, StepSums, Tally, task_numbers
 
 
 class Points(Dataset[dict[str, torch.Tensor]]):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from pictures import draw_pictures
+from regiongpt.train.lesson import Lesson
+from regiongpt.train.watch_answers import Watched, ask, check_whole, draw, load_watched, unwrapped
 from tiny_checkpoint import make_checkpoint
 from torch import nn
 
@@ -15,9 +17,7 @@ from regiongpt.data.shards import Rejects, write_records
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
 from regiongpt.regions import Region
-from regiongpt.train.lesson import Lesson
 from regiongpt.train.recipe import DataConfig
-from regiongpt.train.watch_answers import Watched, ask, check_whole, draw, load_watched, unwrapped
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 from regiongpt.ablate import summary
 from regiongpt.ablate.study import Study
 from regiongpt.ablate.variants import KINDS, Variant, check_names, chosen
-from regiongpt.environment import launched
+from regiongpt.distributed import launched
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun, write_json

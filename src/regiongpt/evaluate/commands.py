@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from regiongpt.data.commands import option_arguments
-from regiongpt.environment import launched
+from regiongpt.distributed import Processes, connect, launched
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate import tables
 from regiongpt.evaluate.runs import PAGE, finite
 from regiongpt.evaluate.session import GALLERY, Session
-from regiongpt.evaluate.sharding import ALONE, processes
 from regiongpt.evaluate.task import RESAMPLES, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
 
@@ -68,7 +67,7 @@ def run_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> i
         resamples=options.resamples,
         gallery=options.gallery,
         overwrite=options.overwrite,
-        processes=ALONE if options.predictions is not None else processes(options.device == "cpu"),
+        processes=Processes() if options.predictions is not None else connect(on_cpu=options.device == "cpu"),
     )
     if options.predictions is not None:
         missing: Any = options.missing or "refuse"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from regiongpt.data.convert.values import short
 from regiongpt.data.progress import Meter, track
-from regiongpt.environment import launched
+from regiongpt.distributed import launched
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.images import load_image
 from regiongpt.prompts import question

@@ -11,9 +11,9 @@ from regiongpt.data.convert.images import known_size
 from regiongpt.data.convert.jsonstream import TRUNCATED
 from regiongpt.data.progress import Meter, track
 from regiongpt.data.shards import file_identity
+from regiongpt.distributed import Processes
 from regiongpt.errors import DataError
 from regiongpt.evaluate.answering import answer_image, from_json, question_key
-from regiongpt.evaluate.sharding import Processes
 from regiongpt.evaluate.store import AnswerStore
 from regiongpt.evaluate.task import Answer, Item, Task
 
@@ -158,7 +158,7 @@ class Runner:
         work, asked = self.work[number], self.asked[number]
         count = sum(map(len, work))
         if count:
-            meter = Meter(self._name(asked.task.name), unit="answers") if self.processes.first else nullcontext()
+            meter = Meter(self._name(asked.task.name), unit="answers") if self.processes.is_first else nullcontext()
             with meter as shown:
                 answers = track(self._each(work), count)
                 for _ in answers if shown is None else shown.watch(answers):

@@ -4,12 +4,13 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from regiongpt.data.progress import Meter
 from regiongpt.data.shards import file_identity
+from regiongpt.distributed import Processes
 from regiongpt.errors import RegionGPTError
 from regiongpt.evaluate import mistakes, report
 from regiongpt.evaluate.kept_towers import KeptTower
@@ -17,7 +18,6 @@ from regiongpt.evaluate.manifest import manifest, model_identity
 from regiongpt.evaluate.predictions import read_predictions
 from regiongpt.evaluate.runner import Runner, load_items, make_keys, usable
 from regiongpt.evaluate.runs import TaskRun, options_of, read_run, refuse_other, write_task
-from regiongpt.evaluate.sharding import ALONE, Processes
 from regiongpt.evaluate.store import AnswerStore
 from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
 
@@ -45,7 +45,7 @@ class Session:
     resamples: int = RESAMPLES
     gallery: int = GALLERY
     overwrite: bool = False
-    processes: Processes = ALONE
+    processes: Processes = field(default_factory=Processes)
     towers: Path | None = None
 
     def score_model(
@@ -91,7 +91,7 @@ class Session:
             for number, (task, items) in enumerate(listed):
                 self._say(runner.plan(number))
                 answers, notes = usable(runner.answer(number))
-                if self.processes.first:
+                if self.processes.is_first:
                     try:
                         written.append(self._finish(task, items, answers, noted[number], notes))
                     except RegionGPTError as error:
@@ -168,10 +168,10 @@ class Session:
         return str(chosen), str(pick_dtype(dtype, chosen)).removeprefix("torch.")
 
     def _meter(self, name: str, unit: str) -> Any:
-        return Meter(name, unit=unit) if self.processes.first else nullcontext()
+        return Meter(name, unit=unit) if self.processes.is_first else nullcontext()
 
     def _say(self, text: str) -> None:
-        if text and self.processes.first:
+        if text and self.processes.is_first:
             print(text, file=sys.stderr, flush=True)
 
 

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from regiongpt.model.modeling import number_ids
 from regiongpt.prompts import COCO_80
-from regiongpt.train.dataset import isolate_turns
-from regiongpt.train.packing import answer_output
+from regiongpt.train.packing import answer_output, isolate_turns
 
 SHARPNESS = 10.0
 """Logit of a class whose name is written exactly; and what the misfit of direction counts beside the cross-entropy."""

@@ -1,7 +1,10 @@
-"""What GPUs can do, by their makers' data sheets: what `--plan` divides by."""
+"""What GPUs can do, by their makers' data sheets: what `--plan` and the utilisation of a run divide by."""
 
+import re
+import time
 from dataclasses import dataclass
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,12 +16,14 @@ class Gpu:
         fp32: The same in float32, without TF32.
         memory: GiB.
         utilisation: Share of the peak that a well-run training reaches; assumed, not measured here.
+        driver: Words in its driver's name for it.
     """
 
     bf16: float
     fp32: float
     memory: float
     utilisation: float = 0.4
+    driver: tuple[str, ...] = ()
 
     def peak(self, precision: str) -> float:
         """FLOP/s in ``bf16`` or ``fp32``."""
@@ -26,19 +31,66 @@ class Gpu:
 
 
 GPUS: Final[dict[str, Gpu]] = {
-    "a100-40gb": Gpu(bf16=312, fp32=19.5, memory=40),
-    "a100-80gb": Gpu(bf16=312, fp32=19.5, memory=80),
-    "h100-pcie": Gpu(bf16=756, fp32=51, memory=80, utilisation=0.35),
-    "h100-sxm": Gpu(bf16=989, fp32=67, memory=80, utilisation=0.35),
-    "h200": Gpu(bf16=989, fp32=67, memory=141, utilisation=0.35),
-    "b200": Gpu(bf16=2250, fp32=75, memory=180, utilisation=0.35),
-    "l40s": Gpu(bf16=362, fp32=91.6, memory=48),
-    "l4": Gpu(bf16=121, fp32=30.3, memory=24),
-    "a10": Gpu(bf16=125, fp32=31.2, memory=24),
-    "a6000": Gpu(bf16=155, fp32=38.7, memory=48),
-    "rtx3090": Gpu(bf16=71, fp32=35.6, memory=24),
-    "rtx4090": Gpu(bf16=165, fp32=82.6, memory=24),
-    "mi300x": Gpu(bf16=1307, fp32=163.4, memory=192, utilisation=0.3),
+    "a100-40gb": Gpu(bf16=312, fp32=19.5, memory=40, driver=("A100", "40GB")),
+    "a100-80gb": Gpu(bf16=312, fp32=19.5, memory=80, driver=("A100", "80GB")),
+    "h100-pcie": Gpu(bf16=756, fp32=51, memory=80, utilisation=0.35, driver=("H100", "PCIe")),
+    "h100-sxm": Gpu(bf16=989, fp32=67, memory=80, utilisation=0.35, driver=("H100", "HBM3")),
+    "h200": Gpu(bf16=989, fp32=67, memory=141, utilisation=0.35, driver=("H200",)),
+    "b200": Gpu(bf16=2250, fp32=75, memory=180, utilisation=0.35, driver=("B200",)),
+    "l40s": Gpu(bf16=362, fp32=91.6, memory=48, driver=("L40S",)),
+    "l4": Gpu(bf16=121, fp32=30.3, memory=24, driver=("L4",)),
+    "a10": Gpu(bf16=125, fp32=31.2, memory=24, driver=("A10",)),
+    "a6000": Gpu(bf16=155, fp32=38.7, memory=48, driver=("RTX A6000",)),
+    "rtx3090": Gpu(bf16=71, fp32=35.6, memory=24, driver=("RTX 3090",)),
+    "rtx4090": Gpu(bf16=165, fp32=82.6, memory=24, driver=("RTX 4090",)),
+    "mi300x": Gpu(bf16=1307, fp32=163.4, memory=192, utilisation=0.3, driver=("MI300X",)),
     "laptop": Gpu(bf16=0.1, fp32=0.1, memory=16),
 }
 """By the name that ``--gpu`` takes. ``laptop`` is no GPU: two cores of a CPU, for the small recipes."""
+
+
+def peak_flops(device: Any, precision: str) -> float:
+    """FLOP/s of one device: its maker's figure where it is known, else the rate of a large matrix product.
+
+    A device that is slower in bfloat16, as most CPUs are, is held to its float32.
+
+    Args:
+        device: A ``torch.device``.
+        precision: ``fp32`` or ``bf16``.
+    """
+    import torch
+
+    known = named_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else 0.0
+    return known or max(matmul_rate(device, each) for each in {precision, "fp32"})
+
+
+def named_peak(name: str, precision: str) -> float:
+    """The maker's figure for a GPU by its driver's name for it, 0 where it is not known."""
+    for gpu in GPUS.values():
+        if gpu.driver and all(re.search(rf"\b{word}\b", name) for word in gpu.driver):
+            return gpu.peak(precision)
+    return 0.0
+
+
+@cache
+def matmul_rate(device: Any, precision: str) -> float:
+    """FLOP/s of a large matrix product, the best of three measurements of a tenth of a second."""
+    import torch
+
+    side = {"cpu": 1024, "cuda": 8192}.get(device.type, 2048)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.ones(side, side, dtype=kind, device=device) for _ in range(2))
+    best = 0.0
+    for _ in range(3):
+        began, count = time.perf_counter(), 0
+        while not count or time.perf_counter() - began < 0.1:
+            left @ right
+            count += 1
+            if device.type != "cpu" and count % 8 == 0:  # a GPU takes orders faster than it carries them out
+                torch.accelerator.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        best = max(best, 2 * side**3 * count / (time.perf_counter() - began))
+        if count == 1:  # a single product took all the time there is
+            break
+    return best

@@ -4,73 +4,83 @@ A padded batch is as wide as its longest conversation, and the language model co
 Packed, the conversations of a micro-batch lie end to end in as few rows as hold them. Each attends to itself alone, at
 the positions it would have in a row of its own, so that loss and gradients are those of the padded batch.
 
-Words and visual embeddings are looked up in the padded layout, which costs next to nothing and leaves images, regions
-and their numbers with their conversations; what is moved into rows are the embeddings.
+A mask over a whole row still computes all pairs of tokens. On a CPU, where the kernels do not skip what is masked, the
+tokens are cut into *units* instead, a conversation or an isolated turn each, and each unit attends by itself: to its
+own tokens and, a turn, to those that all turns of its conversation see.
 
-Shapes: B conversations, T tokens of the longest, P packed rows, W tokens of a row, D language model width.
+Shapes: B conversations, T tokens of the longest, P packed rows, W tokens of a row, D language model width, H heads,
+N tokens of all units, E width of a head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from regiongpt.errors import ConfigError
 from regiongpt.model.processing import IGNORED
-from regiongpt.train.dataset import Example
-from regiongpt.train.packed_attention import Units, attends_in_units
 
+Example = dict[str, Any]
 Collate = Callable[[list[Example]], dict[str, Any]]
 
+ATTENTION = "regiongpt_units"
+"""The name of attention in units in transformers' ``AttentionInterface``."""
+
 PACKED = ("packed_from", "packed_labels", "packed_positions", "packed_documents", "packed_turns")
-"""What a packed batch has besides the padded one: for each place in a row the token (B T) it holds, or -1; its label;
-its position; its conversation, or -1; its turn, as :func:`regiongpt.train.dataset.turn_numbers` counts them."""
+"""What a packed batch has in place of labels, mask and positions: for each place in a row the token (B T) it holds, or
+-1; its label; its position; its conversation, or -1; its turn, as :func:`regiongpt.train.dataset.turn_numbers` counts
+them."""
 
 
 class PackedCollate:
     """Makes packed batches.
 
+    Words and visual embeddings are looked up in the padded layout, which leaves images, regions and their numbers with
+    their conversations; all else is laid out in rows from the first.
+
     Args:
-        collate: Makes the padded batch, which the packed one refers to.
+        collate: Makes the padded batch; it gets examples without labels, tasks and turns.
         longest: Most tokens in a row; a single conversation may be longer.
         width_cost: What a token costs besides attention, in multiples of attending to one more token; see
             :func:`width_cost`.
     """
 
     def __init__(self, collate: Collate, longest: int, width_cost: float) -> None:
-        if longest < 1:
-            raise ConfigError(f"engine.pack_length: expected at least 1 token, got {longest}")
         self.collate, self.longest, self.width_cost = collate, longest, width_cost
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """The padded batch without its mask, positions and labels, and :data:`PACKED`."""
-        batch = self.collate(examples)
-        for name in ("attention_mask", "position_ids"):
-            batch.pop(name, None)
-        padded_BT = batch.pop("labels")
-        rows = plan_rows([len(each["input_ids"]) for each in examples], self.longest, self.width_cost)
-        width = max(sum(len(examples[k]["input_ids"]) for k in row) for row in rows)
-        shape, fills = (len(rows), width), (-1, IGNORED, 0, -1, 0)
-        packed = {name: torch.full(shape, fill) for name, fill in zip(PACKED, fills, strict=True)}
-        tasks_BT = batch.pop("tasks", None)
-        if tasks_BT is not None:
+        """The padded inputs without their mask, and :data:`PACKED`."""
+        laid_out = ("labels", "tasks", "turns")
+        batch = self.collate([{k: value for k, value in each.items() if k not in laid_out} for each in examples])
+        batch.pop("attention_mask", None)
+        lengths = [len(each["input_ids"]) for each in examples]
+        rows = plan_rows(lengths, self.longest, self.width_cost)
+        shape = (len(rows), max(sum(lengths[k] for k in row) for row in rows))
+        packed = {name: torch.full(shape, fill) for name, fill in zip(PACKED, (-1, IGNORED, 0, -1, 0), strict=True)}
+        if "tasks" in examples[0]:
             packed["tasks"] = torch.full(shape, -1)
         for number, row in enumerate(rows):
             start = 0
             for k in row:
-                length = len(examples[k]["input_ids"])
+                each, length = examples[k], lengths[k]
                 place = (number, slice(start, start + length))
-                labels = padded_BT[k, :length].clone()
-                labels[0] = IGNORED  # the token before it belongs to another conversation
-                turns = examples[k].get("turns", torch.zeros(length, dtype=torch.long))
-                packed["packed_from"][place] = k * padded_BT.shape[1] + torch.arange(length)
-                packed["packed_labels"][place] = labels
-                packed["packed_positions"][place] = places_of(turns)
+                packed["packed_from"][place] = k * batch["input_ids"].shape[1] + torch.arange(length)
+                packed["packed_labels"][place] = each["labels"]
+                packed["packed_labels"][number, start] = IGNORED  # the token before it is of another conversation
+                packed["packed_positions"][place] = torch.arange(length)
                 packed["packed_documents"][place] = k
-                packed["packed_turns"][place] = turns
-                if tasks_BT is not None:
-                    packed["tasks"][place] = tasks_BT[k, :length]
+                if "turns" in each:
+                    packed["packed_turns"][place] = each["turns"]
+                    packed["packed_positions"][place] = isolate_turns(each["turns"][None])[1][0]
+                if "tasks" in packed:
+                    packed["tasks"][place] = each["tasks"]
                 start += length
         return {**batch, **packed}
 
@@ -113,14 +123,6 @@ def plan_rows(lengths: Sequence[int], longest: int, cost: float) -> list[list[in
     return best
 
 
-def places_of(turns_T: Tensor) -> Tensor:
-    """Position of each token of one conversation: in its own turn, behind what all turns see; (T,) int64."""
-    own = turns_T[:, None] == torch.arange(int(turns_T.max()) + 1)
-    count = own.long().cumsum(0).gather(1, turns_T[:, None])[:, 0]
-    head = int((turns_T == 0).sum())
-    return count - 1 + torch.where(turns_T > 0, head, 0)
-
-
 def attention_mask(documents_PW: Tensor, turns_PW: Tensor) -> Tensor:
     """True where attention is allowed: within a conversation, to what came before, and between turns as isolated.
 
@@ -140,35 +142,50 @@ def attention_mask(documents_PW: Tensor, turns_PW: Tensor) -> Tensor:
     return same[:, None]
 
 
+def isolate_turns(turns_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention mask and positions of padded conversations whose turns do not see each other.
+
+    Args:
+        turns_BT: (B, T) int64 from :func:`regiongpt.train.dataset.turn_numbers`; all 0 for a conversation whose turns
+            see the earlier ones, and -1 in the padding.
+
+    Returns:
+        Boolean mask (B, 1, T, T), True where attention is allowed, and position ids (B, T).
+    """
+    mask = attention_mask(turns_BT.clamp_max(0), turns_BT)
+    # How many tokens a token sees is the place it stands at.
+    return mask, mask[:, 0].sum(-1) - 1
+
+
 def answer_output(model: Any, batch: dict[str, Any], items: Any) -> Any:
     """The model's output with the loss of the answers, of a padded or a packed batch.
 
     Args:
         model: RegionGPT.
-        batch: Its inputs with ``labels``; or what :class:`PackedCollate` has made.
+        batch: Its inputs with ``labels``, and perhaps ``turns``; or what :class:`PackedCollate` has made.
         items: Target tokens of the optimiser step, over micro-batches and processes.
     """
     options = {"loss_only": True, "num_items_in_batch": items, "use_cache": False}
+    inputs = {name: value for name, value in batch.items() if name not in (*PACKED, "turns")}
     if PACKED[0] not in batch:
-        return model(**batch, **options)
-    inputs = {name: value for name, value in batch.items() if name not in PACKED}
+        if "turns" in batch:
+            inputs["attention_mask"], inputs["position_ids"] = isolate_turns(batch["turns"])
+        return model(**inputs, **options)
     from_PW, labels_PW, positions_PW, documents_PW, turns_PW = (batch[name] for name in PACKED)
     embeds_BTD = model.embed(**inputs)
     if attends_in_units(model.language_model):
         there_PW = documents_PW >= 0
-        units = Units.of(documents_PW[there_PW], turns_PW[there_PW])
         return model(
             inputs_embeds=embeds_BTD.flatten(0, 1)[from_PW[there_PW]][None],
             labels=labels_PW[there_PW][None],
             position_ids=positions_PW[there_PW][None],
             # Given, so that none is made of the positions.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-            units=units,
+            units=Units.of(documents_PW[there_PW], turns_PW[there_PW]),
             **options,
         )
-    embeds_PWD = embeds_BTD.flatten(0, 1)[from_PW.clamp_min(0)]
     return model(
-        inputs_embeds=embeds_PWD,
+        inputs_embeds=embeds_BTD.flatten(0, 1)[from_PW.clamp_min(0)],
         labels=labels_PW,
         position_ids=positions_PW,
         attention_mask=attention_mask(documents_PW, turns_PW),
@@ -180,3 +197,133 @@ def targets_in(batch: dict[str, Any]) -> Tensor:
     """Number of target tokens, padded or packed: the first token of a row is never one."""
     labels: Tensor = batch["labels"] if "labels" in batch else batch["packed_labels"]
     return (labels[:, 1:] != IGNORED).sum()
+
+
+# -- attention in units ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """What attends by itself, in the order of the tokens.
+
+    Attributes:
+        sizes: Tokens of each unit; their sum is N.
+        heads: For each unit the number of the one that it sees besides itself, -1 for none.
+        masks: For each unit that sees another one, bool (size, size of that one + size); None for the others.
+    """
+
+    sizes: list[int]
+    heads: list[int]
+    masks: list[Tensor | None]
+
+    @classmethod
+    def of(cls, documents_N: Tensor, turns_N: Tensor) -> "Units":
+        """Those of conversations that lie end to end.
+
+        Args:
+            documents_N: Conversation of each token.
+            turns_N: Turn of each token; 0 for what all turns of the conversation see.
+        """
+        both = torch.stack([documents_N, turns_N])
+        found, sizes_U = torch.unique_consecutive(both, dim=1, return_counts=True)
+        sizes: list[int] = sizes_U.tolist()
+        shared: dict[int, int] = {}
+        heads: list[int] = []
+        masks: list[Tensor | None] = []
+        for number, (document, turn) in enumerate(found.T.tolist()):
+            if turn == 0:
+                shared[document] = number
+            head = shared.get(document, -1) if turn else -1
+            heads.append(head)
+            before, size = sizes[head] if head >= 0 else 0, sizes[number]
+            masks.append(torch.ones(size, before + size, dtype=torch.bool).tril(before) if before else None)
+        return cls(sizes=sizes, heads=heads, masks=masks)
+
+
+def unit_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    units: Units | None = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """Attention of one layer, as transformers calls it; without units that of its ``sdpa``.
+
+    Args:
+        module: The attention layer.
+        query: (1, H, N, E).
+        key: (1, H', N, E), where H' divides H.
+        value: (1, H', N, E).
+        attention_mask: Not looked at where there are units.
+        dropout: Of the weights.
+        scaling: Of the scores; E ** -0.5 by default.
+        units: What attends by itself.
+        **options: Of ``sdpa``.
+
+    Returns:
+        (1, N, H, E) and None.
+    """
+    if units is None:
+        result: tuple[Tensor, Any] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+        return result
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    queries, keys, values = (torch.split(each, units.sizes, 2) for each in (query, key, value))
+    outputs = []
+    for asked, head, mask, own_keys, own_values in zip(queries, units.heads, units.masks, keys, values, strict=True):
+        if head >= 0:
+            own_keys = torch.cat([keys[head], own_keys], 2)
+            own_values = torch.cat([values[head], own_values], 2)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                asked, own_keys, own_values, mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
+            )
+        )
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, unit_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def require_packable(text_config: Any) -> None:
+    """Raise ConfigError for a language model whose layers see a window only: packing has one rule for all of them."""
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    window = getattr(text_config, "sliding_window", None) if getattr(text_config, "use_sliding_window", True) else None
+    if kinds - {"full_attention"} or (window and not kinds):
+        told = ", ".join(sorted(kinds)) or f"a window of {window} tokens"
+        raise ConfigError(
+            f"engine.packing: expected a language model whose layers attend to all earlier tokens, got {told}; "
+            "give --engine.packing false"
+        )
+
+
+@contextmanager
+def units_on_cpu(language_model: Any, device: torch.device) -> Iterator[None]:
+    """Has a language model attend in units while it is trained, where that is faster and it can.
+
+    Args:
+        language_model: Any ``AutoModelForCausalLM``.
+        device: That it is trained on. Where it is no CPU, or attention is of another kind, masks are used.
+    """
+    config = language_model.config.get_text_config()
+    able = getattr(language_model, "_supports_attention_backend", False) and config._attn_implementation == "sdpa"
+    if device.type != "cpu" or not able:
+        yield
+        return
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
+
+
+def attends_in_units(language_model: Any) -> bool:
+    """Whether :func:`units_on_cpu` has chosen units."""
+    return bool(language_model.config.get_text_config()._attn_implementation == ATTENTION)

@@ -11,9 +11,9 @@ from regiongpt.data.mixture import Mixture
 from regiongpt.errors import ConfigError
 from regiongpt.model.processing import IGNORED, prepare_tokenizer
 from regiongpt.prompts import template_family
+from regiongpt.train.dataset import RecordDataset
 from regiongpt.train.packing import plan_rows, width_cost
 from regiongpt.train.recipe import DataSize, EngineConfig, ModelConfig
-from regiongpt.train.records import RecordDataset
 from regiongpt.train.shapes import ADDED_TOKENS, LANGUAGE_MODELS
 
 

@@ -6,8 +6,10 @@ It is made of what the run has written so far, so it can be made of one that is 
 import argparse
 import base64
 import html
+import json
 import logging
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,16 +19,19 @@ from typing import Any, Final
 
 from regiongpt import charts
 from regiongpt.charts import Curve, line_chart, short
+from regiongpt.data.mixture import Mixture
 from regiongpt.data.progress import clock
+from regiongpt.distributed import launched
+from regiongpt.environment import commit, machine, versions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.pages import beside, card, chips, facts, fault, page, table, write_page
+from regiongpt.storage import read_json, write_json, writing
+from regiongpt.train.answers import PICTURES
 from regiongpt.train.recipe import Recipe
-from regiongpt.train.watch_answers import PICTURES
-from regiongpt.train.watch_log import ANSWERS, DEV, LOG, read_lines
-from regiongpt.train.watch_notes import read_notes
+from regiongpt.train.watch import ANSWERS, DEV, LOG, read_lines
 
 log = logging.getLogger(__name__)
-PAGE: Final = "report.html"
+PAGE, RUN = "report.html", "run.json"
 _ORDER: Final = ("language", "language-checkpoints", "align", "stage1", "stage2")
 _ANSWERS_SHOWN: Final = 8
 _RECENT: Final = 0.05
@@ -391,3 +396,63 @@ _STYLE: Final = """
 .tables { columns: 3 320px; column-gap: 36px; margin-top: 10px; } .tables > div { break-inside: avoid; }
 .tables > div { margin-bottom: 16px; } .tables h3 { margin: 0 0 4px; font-family: ui-monospace, monospace; }
 """
+
+
+def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
+    """Note a start of a run, the first or a later one, in its folder: recipe, data, machine, versions.
+
+    Args:
+        out: Folder of the run.
+        recipe: That is trained.
+        data: What each stage learns from: :func:`data_of` for a mixture, else any plain values.
+    """
+    try:
+        starts = list(read_notes(out).get("starts", []))
+    except DataError:  # torn, and worth less than the run
+        starts = []
+    start = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "processes": launched(),
+        "machine": machine(),
+        "packages": {"python": sys.version.split()[0], **versions()},
+        "commit": commit(),
+    }
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    notes = {"config": recipe.model_dump(mode="json"), "data": dict(data), "starts": [*starts, start]}
+    write_json(out / RUN, json.loads(json.dumps(notes, default=str)))
+
+
+def read_notes(out: Path) -> dict[str, Any]:
+    """The notes of a run; empty where there are none.
+
+    Raises:
+        DataError: They are not what was written.
+    """
+    path = out / RUN
+    notes = read_json(path) if path.exists() else {}
+    if not isinstance(notes, dict):
+        raise DataError(f"{path}: expected the notes of a run, got {type(notes).__name__}; delete the file")
+    return notes
+
+
+def data_of(mixture: Mixture) -> dict[str, Any]:
+    """What a mixture holds: of each part its manifest, and how many of its records make an epoch."""
+    parts = []
+    for part in mixture.parts:
+        manifest = part.records.manifest
+        parts.append(
+            {
+                "folder": str(part.records.folder),
+                "source": manifest.source,
+                "records an epoch": part.per_epoch,
+                "counts": manifest.counts,
+                "left out": manifest.rejects,
+                "arguments": manifest.arguments,
+                "inputs": manifest.inputs,
+                "shards": manifest.shards,
+                "converted by": f"regiongpt {manifest.regiongpt_version}",
+            }
+        )
+    return {"records an epoch": len(mixture), "seed": mixture.seed, "parts": parts}

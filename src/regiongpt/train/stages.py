@@ -31,24 +31,24 @@ from transformers.utils import logging as transformers_logging
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.mixture import Mixture, open_mixture
 from regiongpt.data.sampling import ConversationSampler
-from regiongpt.environment import launched
+from regiongpt.distributed import Processes, connect, launched
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
 from regiongpt.train import report
 from regiongpt.train.alignment import ClassWords, Marks, stand_in_loss, visual_loss
-from regiongpt.train.dataset import ConversationCollate, ConversationDataset
+from regiongpt.train.answers import load_questions
+from regiongpt.train.checkpoint import prepare_resuming, resume_of
+from regiongpt.train.dataset import ConversationDataset, DataCollator, RecordDataset, answer_loss
 from regiongpt.train.debug import debug_size
 from regiongpt.train.features import build_features, keep_freed_memory
-from regiongpt.train.lesson import Loss
+from regiongpt.train.loop import Loss, run_stage
 from regiongpt.train.lora import choose_learners, merge_adapters
 from regiongpt.train.matching import compare_at_first
 from regiongpt.train.photographs import language_of, reading_of, sampler_of, texts_of, tokenizer_of
 from regiongpt.train.plan import make_plan
-from regiongpt.train.processes import Processes, connect
 from regiongpt.train.recipe import Recipe, StageConfig
-from regiongpt.train.records import RecordCollate, RecordDataset, answer_loss
-from regiongpt.train.resuming import prepare_resuming, resume_of
+from regiongpt.train.report import data_of, note_run
 from regiongpt.train.starts import (
     check_shape,
     checkpoint_folder,
@@ -61,10 +61,7 @@ from regiongpt.train.starts import (
     save_whole,
     start_shape,
 )
-from regiongpt.train.trainer import run_stage
-from regiongpt.train.watch_answers import load_watched
-from regiongpt.train.watch_cost import StageCost
-from regiongpt.train.watch_notes import data_of, note_run
+from regiongpt.train.watch import StageCost
 
 if TYPE_CHECKING:
     from regiongpt.model import RegionGPTProcessor
@@ -72,7 +69,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _IDENTITY = "records.json"
-Lessons = tuple[ConversationDataset | RecordDataset, Dataset[Any] | None, Callable[[list[Any]], dict[str, Any]], Loss]
+StageData = tuple[ConversationDataset | RecordDataset, Dataset[Any] | None, Callable[[list[Any]], dict[str, Any]], Loss]
 """The data set of a stage, that of its dev loss, what makes a batch of their examples, and the loss."""
 
 
@@ -200,7 +197,7 @@ def _train_on_photographs(config: Recipe) -> Path:
     store = build_features(out / "features", whole, model, processor, config.features)
     store = store.part(whole, images) if config.features.root else store
 
-    def prepare(name: str, stage: StageConfig, model: Any, processor: "RegionGPTProcessor") -> Lessons:
+    def prepare(name: str, stage: StageConfig, model: Any, processor: "RegionGPTProcessor") -> StageData:
         dataset = ConversationDataset(
             images,
             store,
@@ -215,7 +212,7 @@ def _train_on_photographs(config: Recipe) -> Path:
         )
         words = ClassWords(processor.tokenizer, sampler.statistics.boxes)
         loss = partial(visual_loss, words, stage.alignment, name != "align")
-        return dataset, dev_conversations(config, sampler, model, processor), ConversationCollate(processor), loss
+        return dataset, dev_conversations(config, sampler, model, processor), DataCollator(processor), loss
 
     finished = start
     for name, stage in (("align", config.align), ("stage1", config.stage1), ("stage2", config.stage2)):
@@ -257,7 +254,7 @@ def _learn(
     stage: StageConfig,
     start: Path,
     folder: Path,
-    prepare: Callable[[Any, "RegionGPTProcessor"], Lessons],
+    prepare: Callable[[Any, "RegionGPTProcessor"], StageData],
 ) -> Path:
     """Takes a checkpoint through one stage, unless that has been done; all but the tower learns in stage 2 alone.
 
@@ -283,6 +280,7 @@ def _learn(
         dataset, dev, collate, loss = prepare(model, processor)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info("%s: %d conversations, %.2f M trainable parameters", name, len(dataset), learning / 1e6)
+        watch = config.watch
         trainer = run_stage(
             name,
             model,
@@ -297,7 +295,7 @@ def _learn(
             dev=dev,
             resume=resume_of(config, name),
             processor=processor,
-            watched=load_watched(config.data, config.watch.answers, config.seed) if config.watch.answer_steps else (),
+            questions=load_questions(config.data, watch.answers, config.seed) if watch.answer_steps else (),
             cost=_cost(config, name, model),
         )
         if trainer.processes.is_first:
@@ -353,12 +351,12 @@ def _train_on_records(config: Recipe) -> Path:
         read = {name: mixture for name, _, mixture in stages} | ({"dev": dev} if dev is not None else {})
         note_run(config.out, config, {name: data_of(mixture) for name, mixture in read.items()})
 
-    def prepare(stage: StageConfig, mixture: Mixture, model: Any, processor: "RegionGPTProcessor") -> Lessons:
+    def prepare(stage: StageConfig, mixture: Mixture, model: Any, processor: "RegionGPTProcessor") -> StageData:
         items = max(1, round(stage.epochs * len(mixture)))
         longest = getattr(model.config.text_config, "max_position_embeddings", None)
         of = partial(RecordDataset, processor=processor, longest=longest, suffixes=config.data.suffixes)
         measured = of(dev, items=min(config.watch.dev_items, len(dev))) if dev else None
-        return of(mixture, items=items), measured, RecordCollate(processor), answer_loss
+        return of(mixture, items=items), measured, DataCollator(processor), answer_loss
 
     for name, stage, mixture in stages:
         folder = config.out / name

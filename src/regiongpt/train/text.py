@@ -20,7 +20,8 @@ from regiongpt.data.facts import View
 from regiongpt.data.sampling import ConversationSampler
 from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, replace_placeholders
-from regiongpt.train.dataset import Example, shown_in_cells
+from regiongpt.train.dataset import shown_in_cells
+from regiongpt.train.packing import Example
 
 READING_MIX = {
     "classify": 4.0,

@@ -1,336 +1,445 @@
-"""Watching a stage while it learns: progress, a log that survives interruptions, answers on a few fixed regions.
+"""What a stage does while it trains, written down: a log that survives interruptions, and answers about fixed regions.
 
-Nothing here changes what is learnt: losses are the same to the bit, watched or not.
+Nothing here changes what is learnt: losses are the same to the bit, watched or not. Reading a number from a GPU waits
+for all that it has to do, so a step only adds to a vector there; those of many steps are read, and summed over the
+processes, at once.
 """
 
+import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from regiongpt.data.progress import Meter, clock, rounded
-from regiongpt.train.processes import Processes
-from regiongpt.train.watch_answers import Watched, ask, check_whole, draw, unwrapped
-from regiongpt.train.watch_cost import peak_flops
-from regiongpt.train.watch_log import ANSWERS, DEV, LOG, StepLog, open_events, require_tensorboard
-from regiongpt.train.watch_tally import StepSums, Tally
+from regiongpt.distributed import Processes
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.model.modeling import RegionGPTForConditionalGeneration
+from regiongpt.storage import reason, write_file, writing
+from regiongpt.train.answers import Question, ask, check_whole, draw
+from regiongpt.train.dataset import TASKS
+from regiongpt.train.gpus import peak_flops
+from regiongpt.train.recipe import LoraConfig
+from regiongpt.train.sizes import Costs, LayerCosts, language_costs, visual_costs
 
 log = logging.getLogger(__name__)
 
+LOG, DEV, ANSWERS, EVENTS = "log.jsonl", "dev.jsonl", "answers.jsonl", "tensorboard"
+"""In a stage's folder: every step, measurements on dev data, answers about fixed regions; and TensorBoard's files."""
 
-class Cost(Protocol):
-    """What a stage computes."""
-
-    def flops(self, step: StepSums) -> float:
-        """Floating-point operations of a step, forward and backward, over all processes."""
+_LOSS, _EXAMPLES, _TOKENS, _IMAGES, _TARGETS, _SUMS = range(6)
+_COUNTS = _SUMS + len(TASKS)
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Writes down what a stage does.
+class Watch:
+    """Writes down what a stage does, a line of ``log.jsonl`` a step; the same calls come in every process.
 
-    It is a callback of ``transformers.Trainer``, the same in every process; the trainer tells its :attr:`tally` what
-    each micro-batch was. A line of ``log.jsonl`` is a step. Lines are written every few steps, and before every
-    checkpoint, so that none is missing behind it; a run that goes on from a checkpoint first takes out the lines of the
-    steps that it will do again.
+    Lines are written every few steps, and before every checkpoint, so that none is missing behind it; a run that goes
+    on from a checkpoint first takes out the lines of the steps that it will do again.
 
     Args:
         name: Of the stage, in the log.
         folder: Of the stage.
+        processes: That train together.
         log_steps: Optimiser steps between two lines of the log for people, and between two writes.
         answer_steps: Optimiser steps between the answers; 0 for none.
-        watched: What is asked.
+        questions: What is asked then.
         processor: Of the model, to ask with.
         tensorboard: Whether TensorBoard's files are written too.
         cost: What the stage computes, for the utilisation; None to leave it out.
         precision: In which it computes.
-        bar: Whether progress is a line that keeps changing; by default on a terminal.
-
-    Attributes:
-        tally: What the micro-batches tell; see :class:`regiongpt.train.watch_tally.Tally`.
     """
 
     def __init__(
         self,
         name: str,
         folder: Path,
+        processes: Processes,
         *,
         log_steps: int = 20,
         answer_steps: int = 0,
-        watched: Sequence[Watched] = (),
+        questions: Sequence[Question] = (),
         processor: Any = None,
         tensorboard: bool = False,
-        cost: Cost | None = None,
-        precision: torch.dtype = torch.float32,
-        bar: bool | None = None,
+        cost: "StageCost | None" = None,
+        precision: str = "fp32",
     ) -> None:
-        if tensorboard:
-            require_tensorboard()
-        self.tally = Tally()
-        self.name, self.folder, self.log_steps = name, Path(folder), log_steps
-        self.answer_steps, self.watched, self.processor = answer_steps if watched else 0, list(watched), processor
+        if tensorboard and find_spec("tensorboard") is None:
+            raise ConfigError(
+                "watch.tensorboard: TensorBoard is not installed; `pip install 'regiongpt[train]'`, or leave it out: "
+                "log.jsonl holds the same numbers"
+            )
+        self.name, self.folder, self.processes = name, folder, processes
+        self.log_steps, self.answer_steps = log_steps, answer_steps if questions else 0
+        self.questions, self.processor = questions, processor
         self.tensorboard, self.cost, self.precision = tensorboard, cost, precision
-        self.bar = sys.stderr.isatty() if bar is None else bar
-        self._log, self._dev, self._answers = (StepLog(self.folder / name) for name in (LOG, DEV, ANSWERS))
-        self._processes, self._open = Processes(), ExitStack()
-        self._events: Any = None
-        self._meter: StepMeter | None = None
+        self._log, self._dev, self._answers = (StepLog(folder / each) for each in (LOG, DEV, ANSWERS))
+        self._events: Events | None = None
+        self._bar: Any = None
+        self._stack = ExitStack()
         self._peak = 0.0
-        self._pending: list[dict[str, Any]] = []
+        self._sums: list[Tensor] = []
+        self._open: Tensor | None = None
+        self._lines: list[dict[str, Any]] = []
         self._untold: list[dict[str, Any]] = []
-        self._rates: dict[str, float] = {}
-        self._answered = -1
-        self._mark = self._began = time.perf_counter()
-        self._wait = 0.0
 
-    @property
-    def _writes(self) -> bool:
-        return self._processes.is_first
+    def start(self, model: Any, step: int, steps: int) -> None:
+        """Open the logs, without what lies beyond the step that is gone on from; ask for the first time.
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # What the trainer calls
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        """Opens the logs, without what lies beyond the step that is gone on from; asks for the first time."""
+        Args:
+            model: That is trained.
+            step: Optimiser steps done.
+            steps: Of the whole stage.
+        """
+        self.model, self.steps = model, steps
         if self.answer_steps:
-            check_whole(given["model"])
-        if self._writes:
-            step = state.global_step
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._log.cut(step)
-            self._dev.cut(step)
-            answered = self._answers.cut(step)
-            self._answered = max((line["step"] for line in answered), default=-1)
+            check_whole(model)
+        if self.processes.is_first:
+            for each in (self._log, self._dev, self._answers):
+                each.cut(step)
             if self.tensorboard:
-                self._events = open_events(self.folder, step)
-                self._open.callback(self._events.close)
+                self._events = Events(self.folder / EVENTS, step)
             if self.answer_steps:
-                draw(self.watched, self.folder)
+                with writing(self.folder):
+                    draw(self.questions, self.folder)
             if self.cost is not None:
-                self._peak = peak_flops(next(given["model"].parameters()).device, self.precision)
-            if self.bar:
-                self._meter = self._open.enter_context(StepMeter(self.name, step, state.max_steps))
-        if self.answer_steps and state.global_step == 0:
-            self._ask(given["model"], 0)
-        self._mark = time.perf_counter()
+                self._peak = self.processes.count * peak_flops(next(model.parameters()).device, self.precision)
+            if sys.stderr.isatty():
+                shown: Any = {"unit": " steps", "leave": False, "dynamic_ncols": True}
+                self._bar = self._stack.enter_context(tqdm(desc=self.name, total=steps, initial=step, **shown))
+                self._stack.enter_context(logging_redirect_tqdm())
+        if step == 0:
+            self._ask(0)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        """The batch has come: what has passed until now was waiting for it."""
-        self._wait = time.perf_counter() - self._mark
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        """Notes the learning rates of the step, before the schedule goes on to those of the next."""
-        self._rates = learning_rates(given["optimizer"].param_groups)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Ends the step's line; writes the lines, and asks, when it is time to."""
-        self.tally.close()
-        now = time.perf_counter()
-        self._pending.append(
-            {
-                "step": state.global_step,
-                "of": state.max_steps,
-                "epoch": state.epoch,
-                "lr": self._rates,
-                "seconds": now - self._mark,
-                "wait": self._wait,
-            }
-        )
-        if self._meter is not None:
-            self._meter.step = state.global_step
-        last = control.should_training_stop or state.global_step >= state.max_steps
-        tells = last or control.should_log or state.global_step % self.log_steps == 0
-        if tells or control.should_save:
-            self._flush()
-        if tells:
-            self._tell(state)
-        if self.answer_steps and state.global_step % self.answer_steps == 0:
-            self._ask(given["model"], state.global_step)
-        self._mark = time.perf_counter()
-
-    def on_evaluate(
+    def add(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **given: Any,
+        loss: Tensor,
+        losses_N: Tensor | None,
+        tasks_N: Tensor | None,
+        *,
+        examples: int,
+        tokens: int,
+        images: int,
     ) -> None:
-        """Writes what was measured on dev data, and the lines before it: a checkpoint may follow at once."""
-        self._flush()
-        if self._writes and metrics:
-            found = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "epoch"}
-            self._dev.write([{"step": state.global_step, **found}])
-            if self._events is not None:
-                for name, value in found.items():
-                    self._events.add_scalar(f"dev/{name}", value, state.global_step)
-        self._mark = time.perf_counter()
+        """Add a micro-batch of the step at hand; nothing is read from the device.
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """The time that a checkpoint took is no step's."""
-        if self._pending:
+        Args:
+            loss: This process's share of the step's loss: over micro-batches and processes, they sum to it.
+            losses_N: (N,) cross-entropy of each target, not divided by anything; None where it is not known.
+            tasks_N: (N,) place in :data:`TASKS` of each target, -1 for none.
+            examples: Conversations in the micro-batch, however they are packed.
+            tokens: In it, without padding.
+            images: Pictures among them.
+        """
+        kind = torch.float32 if loss.device.type == "mps" else torch.float64
+        if self._open is None:
+            self._open = torch.zeros(_COUNTS + len(TASKS), dtype=kind, device=loss.device)
+        row = self._open
+        row[_LOSS] += loss.to(kind)
+        row[_EXAMPLES] += examples
+        row[_TOKENS] += tokens
+        row[_IMAGES] += images
+        if losses_N is not None:
+            row[_TARGETS] += len(losses_N)
+        if losses_N is not None and tasks_N is not None:
+            # A product, for scattered sums on a GPU come out a little different each time.
+            chosen = tasks_N.to(loss.device)[None] == torch.arange(len(TASKS), device=loss.device)[:, None]
+            row[_SUMS:_COUNTS] += chosen.to(kind) @ losses_N.to(kind)
+            row[_COUNTS:] += chosen.sum(1)
+
+    def step(
+        self, step: int, rates: Mapping[str, float], norm: float, seconds: float, wait: float, *, saves: bool = False
+    ) -> None:
+        """End a step; write and ask, when it is time to.
+
+        Args:
+            step: Optimiser steps done, this one included.
+            rates: Learning rates by the names of their groups.
+            norm: Of the gradient, before it was clipped.
+            seconds: That the step took.
+            wait: How many of them passed until its data had come.
+            saves: Whether a checkpoint follows, or the end.
+        """
+        assert self._open is not None
+        self._sums.append(self._open)
+        self._open = None
+        line = {"step": step, "of": self.steps, "epoch": step / self.steps, "lr": dict(rates)}
+        self._lines.append({**line, "seconds": seconds, "wait": wait, "grad_norm": norm})
+        tells = step in (1, self.steps) or step % self.log_steps == 0
+        if tells or saves:
             self._flush()
-        self._mark = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update()
+        if tells and self._untold:
+            lines, self._untold = self._untold, []
+            if self._bar is not None:
+                self._bar.set_postfix_str(summary(lines))
+            else:
+                left = (self.steps - step) * sum(each["seconds"] for each in lines) / len(lines)
+                time_left = tqdm.format_interval(left)
+                log.info("%s: step %d of %d, %s, %s left", self.name, step, self.steps, summary(lines), time_left)
+        if self.answer_steps and (step % self.answer_steps == 0 or step == self.steps):
+            self._ask(step)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Writes what is left; asks for the last time, unless the run was stopped before its end."""
+    def measured(self, step: int, loss: float) -> None:
+        """Write what was measured on dev data, and the lines before it: a checkpoint may follow at once."""
         self._flush()
-        if self.answer_steps and state.global_step >= state.max_steps:
-            self._ask(given["model"], state.global_step)
-        self.close()
+        if self.processes.is_first:
+            self._dev.write([{"step": step, "loss": loss}])
+            if self._events is not None:
+                self._events.write(step, {"dev/loss": loss})
 
     def close(self) -> None:
-        """Ends the line of progress and closes the files; after an error, what is not yet written is, if it can be."""
-        if self._pending and self._processes.count == 1:  # of several, the others may never come to the sum
+        """Close everything; after an error, what is not yet written is, if it can be."""
+        if self._lines and self.processes.count == 1:  # of several, the others may never come to the sum
             with suppress(RuntimeError):
                 self._flush()
-        self._open.close()
-        self._meter = self._events = None
-
-    # -----------------------------------------------------------------------------------------------------------------
+        self._stack.close()
 
     def _flush(self) -> None:
-        """Writes the lines of the steps since the last time; every process takes part in the sums."""
-        lines, self._pending = self._pending, []
-        sums = self.tally.take()
-        if not self._writes or not lines:
-            return
-        for line, step in zip(lines, sums, strict=True):
-            line |= self._figures(step, line["seconds"])
-        self._log.write(lines)
-        self._untold += lines
-        if self._events is not None:
-            self._to_tensorboard(lines)
-
-    def _tell(self, state: TrainerState) -> None:
-        """Says what has been written since the last time, to whoever looks on."""
-        lines, self._untold = self._untold, []
+        """Write the lines of the steps since the last time; every process takes part in the sums."""
+        lines, self._lines = self._lines, []
         if not lines:
             return
-        text = summary(lines)
-        if self._meter is not None:
-            self._meter.note = text
+        rows, self._sums = self.processes.summed(torch.stack(self._sums)).tolist(), []
+        if not self.processes.is_first:
             return
-        left = (state.max_steps - state.global_step) * sum(line["seconds"] for line in lines) / len(lines)
-        log.info("%s: step %d of %d, %s, %s left", self.name, state.global_step, state.max_steps, text, clock(left))
-
-    def _figures(self, step: StepSums, seconds: float) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "loss": step.loss,
-            "tasks": {name: {"loss": total / n, "targets": n} for name, (total, n) in step.tasks.items()},
-            "examples": step.examples,
-            "tokens": step.tokens,
-            "images": step.images,
-            "targets": step.targets,
-        }
-        if step.grad_norm is not None:
-            found["grad_norm"] = step.grad_norm
-        if self.cost is not None and self._peak:
-            peak = self._peak * self._processes.count
-            found["mfu"] = self.cost.flops(step) / (seconds * peak)
-        return found
-
-    def _to_tensorboard(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        for line, row in zip(lines, rows, strict=True):
+            tasks = zip(TASKS, row[_SUMS:_COUNTS], row[_COUNTS:], strict=True)
+            line["loss"] = row[_LOSS]
+            line["tasks"] = {name: {"loss": total / n, "targets": round(n)} for name, total, n in tasks if n}
+            for name, place in (
+                ("examples", _EXAMPLES), ("tokens", _TOKENS), ("images", _IMAGES), ("targets", _TARGETS)
+            ):  # fmt: skip
+                line[name] = round(row[place])
+            if self.cost is not None:
+                line["mfu"] = self.cost.flops(line) / (line["seconds"] * self._peak)
+        self._log.write(lines)
+        self._untold += lines
+        if self._events is None:
+            return
         for line in lines:
-            figures = {f"loss/{name}": each["loss"] for name, each in line["tasks"].items()}
-            figures |= {f"lr/{name}": value for name, value in line["lr"].items()}
-            figures |= {"loss/all": line["loss"], "speed/wait_share": line["wait"] / line["seconds"]}
-            figures |= {f"speed/{name}_a_second": line[name] / line["seconds"] for name in ("tokens", "examples")}
-            names = {"grad_norm": "gradient/norm", "mfu": "speed/model_flops_utilisation"}
-            figures |= {names[name]: line[name] for name in names if name in line}
-            for name, value in figures.items():
-                self._events.add_scalar(name, value, line["step"])
-        self._events.flush()
+            found = {f"loss/{name}": each["loss"] for name, each in line["tasks"].items()}
+            found |= {f"lr/{name}": value for name, value in line["lr"].items()}
+            found |= {"loss/all": line["loss"], "gradient/norm": line["grad_norm"]}
+            found |= {f"speed/{name}_a_second": line[name] / line["seconds"] for name in ("tokens", "examples")}
+            found["speed/wait_share"] = line["wait"] / line["seconds"]
+            found |= {"speed/model_flops_utilisation": line["mfu"]} if "mfu" in line else {}
+            self._events.write(line["step"], found)
 
-    def _ask(self, model: Any, step: int) -> None:
+    def _ask(self, step: int) -> None:
         """The first process asks; the others wait for it, lest they wait in the next step until time runs out."""
-        if self._writes and step > self._answered:
-            answers = ask(unwrapped(model), self.processor, self.watched)
+        if not self.answer_steps:
+            return
+        if self.processes.is_first and step > self._answers.last:
+            answers = ask(self.model, self.processor, self.questions)
             asked = [
-                {"name": each.name, "question": each.question, "expected": each.expected, "answer": answer}
-                for each, answer in zip(self.watched, answers, strict=True)
+                {"name": each.name, "question": each.text, "expected": each.expected, "answer": answer}
+                for each, answer in zip(self.questions, answers, strict=True)
             ]
             self._answers.write([{"step": step, "answers": asked}])
-            self._answered = step
             if self._events is not None:
-                for number, each in enumerate(asked):
-                    self._events.add_text(f"answer/{number}", f"{each['question']}\n\n{each['answer']}", step)
-        self._processes.wait()
-
-
-class StepMeter(Meter):
-    """A line about the steps of a stage, which keeps changing, and which lines of the log do not run into.
-
-    Args:
-        name: Of the stage.
-        step: That the run goes on from.
-        steps: Of the whole stage.
-        stream: Where the line goes; standard error by default.
-    """
-
-    def __init__(self, name: str, step: int, steps: int, stream: TextIO | None = None) -> None:
-        super().__init__(name, "steps", stream=stream)
-        self.first = self.step = step
-        self.steps, self.note = steps, ""
-
-    def __enter__(self) -> "StepMeter":
-        super().__enter__()
-        self._handlers = [
-            each for each in logging.getLogger().handlers if getattr(each, "stream", None) is self._stream
-        ]
-        for handler in self._handlers:
-            handler.addFilter(self._clear)
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        for handler in self._handlers:
-            handler.removeFilter(self._clear)
-        super().__exit__(*raised)
-
-    def line(self) -> str:
-        """What is shown at this moment."""
-        done = self.step - self.first
-        parts = [f"step {self.step:,} of {self.steps:,}"]
-        if done:
-            parts.append(f"{rounded(done / max(1e-9, self.seconds))} a second")
-        parts += [self.note] if self.note else []
-        if done:
-            parts.append(f"{clock((self.steps - self.step) * self.seconds / done)} left")
-        return f"{self._name}: {', '.join(parts)}"
-
-    def _clear(self, record: logging.LogRecord) -> bool:
-        with suppress(OSError, ValueError):
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-        return True
-
-
-def learning_rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The learning rate of each group of parameters by the group's name; groups of one name share theirs."""
-    return {str(group.get("name", f"group {number}")): float(group["lr"]) for number, group in enumerate(groups)}
+                texts = {f"answer/{n}": f"{each['question']}\n\n{each['answer']}" for n, each in enumerate(asked)}
+                self._events.write(step, texts)
+        self.processes.wait()
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
     """The mean of some steps in words: loss, learning rate, gradient, speed."""
-    seconds = sum(line["seconds"] for line in lines)
-    last = lines[-1]
-    rates = [f"{value:.2e}" for value in dict.fromkeys(last["lr"].values())]
-    parts = [f"loss {sum(line['loss'] for line in lines) / len(lines):.4f}"]
-    parts += [f"lr {' and '.join(rates)}"] if rates else []
-    parts += [f"gradient norm {last['grad_norm']:.2f}"] if "grad_norm" in last else []
+    seconds, last = sum(line["seconds"] for line in lines), lines[-1]
+    parts = [
+        f"loss {sum(line['loss'] for line in lines) / len(lines):.4f}",
+        f"lr {' and '.join(f'{value:.2e}' for value in dict.fromkeys(last['lr'].values()))}",
+        f"gradient norm {last['grad_norm']:.2f}",
+    ]
     for name in ("examples", "tokens"):
-        parts.append(f"{rounded(sum(line[name] for line in lines) / seconds)} {name} a second")
+        rate = sum(line[name] for line in lines) / seconds
+        parts.append(f"{rate:.1f} {name} a second" if rate < 10 else f"{rate:,.0f} {name} a second")
     if "mfu" in last:
         parts.append(f"utilisation {sum(line['mfu'] * line['seconds'] for line in lines) / seconds:.0%}")
     return ", ".join(parts)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+class StepLog:
+    """A file of JSON lines, each of a step: a run that goes on after a kill has each step once.
+
+    Args:
+        path: Of the file.
+
+    Attributes:
+        last: The last step in it; -1 where there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.last = path, -1
+        self._waiting: list[str] = []
+        self._told = False
+
+    def cut(self, step: int) -> None:
+        """Take out what lies beyond a step, which will be done again, and a torn last line.
+
+        Raises:
+            DataError: A line is not what was written, or the file cannot be.
+        """
+        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        self.last = max((line["step"] for line in kept), default=-1)
+        write_file(self.path, "".join(map(_line, kept)))
+
+    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines, all or none; what a full disk does not take is told once and written with the next ones."""
+        lines = list(lines)
+        if not lines:
+            return
+        self.last = max([self.last, *(line["step"] for line in lines)])
+        self._waiting += map(_line, lines)
+        data = "".join(self._waiting).encode()
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                if file.write(data) != len(data):
+                    raise OSError("the disk is full")
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            if not self._told:
+                log.warning("%s: cannot be written at the moment, and is tried again: %s", self.path, reason(error))
+            self._told = True
+            return
+        self._waiting, self._told = [], False
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, without a last one that a kill has cut short.
+
+    Args:
+        path: Of the log; one that is not there has no lines.
+
+    Raises:
+        DataError: It cannot be read, or a line before the last is not what was written.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from None
+    found = []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip("\0 \r"):
+            continue
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+                raise ValueError("no step")
+        except (ValueError, RecursionError):
+            if number == len(lines):  # no line break behind it
+                break
+            raise DataError(
+                f"{path}, line {number}: expected a line of JSON with its step, got {line[:60]!r}; mend or delete it"
+            ) from None
+        found.append(values)
+    return found
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    """JSON; NaN and infinity, which it has no word for, as strings."""
+    try:
+        return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        named = json.loads(json.dumps(values, ensure_ascii=False), parse_constant=lambda name: str(float(name)))
+        return json.dumps(named, ensure_ascii=False) + "\n"
+
+
+class Events:
+    """TensorBoard's file; it hides what an interrupted run has written beyond a step.
+
+    TensorBoard's own writer has a thread of its own, in which a full disk ends with a traceback.
+
+    Args:
+        folder: Gets the file.
+        step: That the run goes on from.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._path = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer: Any = RecordWriter(self._path.open("wb"))
+        self._add(file_version="brain.Event:2")
+        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Write numbers and texts of a step by their names; after an error, said once, nothing more is written."""
+        from torch.utils.tensorboard import summary
+
+        make: Any = summary
+        for name, value in values.items():
+            self._add(step=step, summary=make.text(name, value) if isinstance(value, str) else make.scalar(name, value))
+
+    def _add(self, **values: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        if self._writer is not None:
+            try:
+                self._writer.write(Event(wall_time=time.time(), **values).SerializeToString())
+                self._writer.flush()
+            except OSError as error:
+                log.warning("%s: cannot be written, and is left: %s", self._path, reason(error))
+                self._writer = None
+
+
+# -- utilisation -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """FLOPs of a stage's steps: what learning takes, without padding and without what is computed twice.
+
+    Attributes:
+        costs: Of an image, a token and a target. Regions are left out: one takes a thousandth of what its image takes.
+    """
+
+    costs: Costs
+
+    @classmethod
+    def of(cls, name: str, config: Any, *, cached: bool, lora: LoraConfig | None = None) -> "StageCost":
+        """That of a stage.
+
+        Args:
+            name: ``language``, ``align``, ``stage1`` or ``stage2``.
+            config: Of the model that is trained.
+            cached: Whether the tower has been run beforehand.
+            lora: The adapters, where they learn in place of the language model.
+        """
+        text = config if name == "language" else config.text_config
+        visual: dict[str, float] = {}
+        if name != "language":
+            with torch.device("meta"):
+                visual = visual_costs(RegionGPTForConditionalGeneration(config), with_tower=not cached)
+        layers, head = LayerCosts(), 0.0
+        if name != "align":
+            layers, head = language_costs(text, name in ("language", "stage2"), lora if name == "stage2" else None)
+        return cls(costs=Costs(**visual, layers=layers, head=head))
+
+    def flops(self, step: Mapping[str, Any]) -> float:
+        """Floating-point operations of a step by its line of the log, forward and backward, over all processes."""
+        visual = step["images"] * (self.costs.tower + self.costs.image)
+        rows = step["examples"] * self.costs.layers.row(step["tokens"] / step["examples"]) if step["examples"] else 0.0
+        return float(visual + rows + step["targets"] * self.costs.head)

@@ -1,0 +1,149 @@
+"""The processes that ``torchrun`` or ``accelerate launch`` has started together, to train or to evaluate.
+
+One process is the ordinary case: nothing is connected, and nothing here imports PyTorch.
+"""
+
+import atexit
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+from regiongpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+PATIENCE: Final = timedelta(days=7)
+"""How long processes wait for the slowest; PyTorch's minutes would end a run whose shares of the work differ."""
+
+_FAREWELL: Final = 0.1  # seconds
+
+
+def launched() -> int:
+    """How many processes were started together, connected by now or not."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among those that work together; by default as they are connected at the moment.
+
+    Attributes:
+        rank: Number of this one, from 0.
+        count: How many there are.
+        local: Number of this one on its machine, which is that of its accelerator.
+    """
+
+    rank: int = field(default_factory=lambda: _torch().get_rank() if _connected() else 0)
+    count: int = field(default_factory=lambda: _torch().get_world_size() if _connected() else 1)
+    local: int = field(default_factory=lambda: int(os.environ.get("LOCAL_RANK") or 0))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that reports, and writes what is written once."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when all have come here."""
+        if self.count > 1:
+            _torch().barrier()
+
+    def gathered(self, mine: T) -> list[T]:
+        """What each has, by rank; anything that can be pickled."""
+        if self.count == 1:
+            return [mine]
+        everyones: list[Any] = [None] * self.count
+        _torch().all_gather_object(everyones, mine)
+        return cast(list[T], everyones)
+
+    def from_first(self, find: Callable[[], T]) -> T:
+        """What the first process finds, told to all.
+
+        Raises:
+            Exception: In all processes, what was raised in the first.
+        """
+        if self.count == 1:
+            return find()
+        told: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                told[0] = find()
+            except Exception as error:
+                told[1] = error
+        _torch().broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise told[1]
+        return cast(T, told[0])
+
+    def summed(self, values: "Tensor") -> "Tensor":
+        """The sum over all processes, in place."""
+        if self.count > 1:
+            _torch().all_reduce(values)
+        return values
+
+    def share(self, work: Sequence[T], size: Callable[[T], int]) -> list[T]:
+        """The part of the work that falls to this process: disjoint, together everything, about equal in size.
+
+        Args:
+            work: The same in every process.
+            size: Of one piece.
+        """
+        loads = [0] * self.count
+        mine: list[T] = []
+        for piece in work:
+            least = loads.index(min(loads))
+            loads[least] += size(piece)
+            if least == self.rank:
+                mine.append(piece)
+        return mine
+
+
+def connect(on_cpu: bool = False) -> Processes:
+    """Connect this process to those that were started with it, each with an accelerator of its own where there are any.
+
+    Args:
+        on_cpu: Whether it computes on the CPU though there is an accelerator.
+
+    Raises:
+        ConfigError: Several were started that cannot be connected.
+    """
+    if launched() > 1 and not _connected():
+        import torch
+
+        gpu = torch.cuda.is_available() and not on_cpu
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+        try:
+            _torch().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"the {launched()} processes that WORLD_SIZE speaks of cannot be connected "
+                f"({str(error).splitlines()[0][:200]}); start them with torchrun or `accelerate launch`"
+            ) from None
+        atexit.register(disconnect)
+    return Processes()
+
+
+def disconnect() -> None:
+    """Close the connection; a process that ends with it open may be taken for one that failed."""
+    if _connected():
+        _torch().destroy_process_group()
+        # A thread of gloo's lets go of the last message's tensor after the one that waited for it has gone on, and
+        # needs the interpreter's lock for that; where there is no interpreter any more, it aborts the process.
+        time.sleep(_FAREWELL)
+
+
+def _torch() -> Any:
+    import torch.distributed
+
+    return torch.distributed
+
+
+def _connected() -> bool:
+    return "torch" in sys.modules and bool(_torch().is_available() and _torch().is_initialized())

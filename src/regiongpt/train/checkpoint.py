@@ -1,0 +1,473 @@
+"""Atomic, verified checkpoints of a stage; the newest few and the best are kept. Reading one runs no code in it.
+
+A checkpoint is a folder ``checkpoint-N``, N the optimiser steps done. It is written beside its place, flushed to the
+disk and renamed, so that a kill, a full disk or a bad sector is noticed and the checkpoint before is taken. It holds:
+
+- ``stage.json``: the stage, the settings that decide what is learnt, the shapes of what is trained, and how far it is;
+- ``tensors-R.safetensors``: trained tensors and AdamW's moments, as process R has them. A sharded tensor is the rows
+  of all processes one after the other, any other is in the first file; any number of processes reads them;
+- ``random-R.json``: the random state of process R;
+- ``files.json``: the sizes and hashes of all these, written last.
+
+Frozen weights are in the checkpoint that the stage began with. The position in the data is the number of steps done.
+"""
+
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from regiongpt.distributed import Processes
+from regiongpt.errors import CheckpointError, ConfigError, DataError
+from regiongpt.storage import read_json, reason, sha256
+from regiongpt.train import old_checkpoint
+from regiongpt.train.recipe import STEPS, Recipe
+
+log = logging.getLogger(__name__)
+
+LIST = "files.json"
+AUTO, NEVER = "auto", "never"
+"""What ``--resume`` takes besides a checkpoint's folder."""
+
+_STAGE, _MOMENTS = "stage.json", ("step", "exp_avg", "exp_avg_sq")
+_PREFIX, _UNFINISHED, _ASIDE = "checkpoint-", ".unfinished-", "aside-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a stage is: optimiser steps done, and the one with the lowest dev loss so far."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+# -- what a checkpoint holds -------------------------------------------------------------------------------------------
+
+
+def facts_of(name: str, settings: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What a run has to have in common with the one that it goes on from.
+
+    Args:
+        name: Of the stage.
+        settings: Those that decide what is learnt in which step.
+        model: Whose parameters that require gradients are trained.
+    """
+    shapes = {tensor: list(each.shape) for tensor, each in _trained(model).items()}
+    return {"stage": name, "settings": dict(settings), "tensors": shapes}
+
+
+def stage_of(checkpoint: Path) -> str:
+    """The stage that a checkpoint belongs to.
+
+    Raises:
+        CheckpointError: It does not say.
+    """
+    return str(_read_stage(checkpoint)["stage"])
+
+
+def require_same(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """Check that a run can go on from a checkpoint.
+
+    Raises:
+        ConfigError: A setting differs that decides what is learnt; each is named.
+        CheckpointError: The checkpoint holds other tensors, or some of other shapes; they are listed.
+    """
+    found = _read_stage(checkpoint)
+    if found["stage"] != facts["stage"]:
+        raise ConfigError(f"{checkpoint}: expected a checkpoint of {facts['stage']}, got one of {found['stage']}")
+    ours, theirs = facts["tensors"], found["tensors"]
+    odd = [
+        f"{name}: expected {shape}, got {theirs.get(name, 'none')}"
+        for name, shape in ours.items()
+        if theirs.get(name) != shape
+    ]
+    odd += [f"{name}: not expected, got {theirs[name]}" for name in theirs if name not in ours]
+    if odd:
+        more = f" and {len(odd) - 12} more" if len(odd) > 12 else ""
+        raise CheckpointError(
+            f"{checkpoint}: its tensors are not those of this model: {'; '.join(odd[:12])}{more}; give the recipe that "
+            "it was made with, or begin anew with --resume never"
+        )
+    ours, theirs = facts["settings"], found["settings"]
+    odd = [
+        f"{name} = {ours.get(name)}, it has {theirs.get(name)}"
+        for name in sorted({**theirs, **ours})
+        if ours.get(name) != theirs.get(name)
+    ]
+    if odd:
+        raise ConfigError(
+            f"{checkpoint}: it was made with other settings, and a run that goes on from it would be neither: "
+            f"{'; '.join(odd)}; give those again, or begin anew with --resume never"
+        )
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    facts: Mapping[str, Any],
+    progress: Progress,
+    processes: Processes,
+) -> None:
+    """Write this process's part into an empty folder; all processes call it together."""
+    mine = {}
+    for name, tensor in _tensors(model, optimizer).items():
+        if isinstance(tensor, DTensor):
+            mine[name] = tensor.to_local().contiguous()
+        elif processes.is_first:
+            mine[name] = tensor.contiguous()
+    save_file(mine, folder / f"tensors-{processes.rank}.safetensors")
+    (folder / f"random-{processes.rank}.json").write_text(json.dumps(_random_state()), encoding="utf-8")
+    if processes.is_first:
+        text = json.dumps({**facts, **asdict(progress)}, indent=1)
+        (folder / _STAGE).write_text(text, encoding="utf-8")
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> Progress:
+    """Put back, in place, what :func:`save` has written; with more processes than before, the new ones draw anew.
+
+    Raises:
+        CheckpointError: A part is missing or not what was written.
+    """
+    _put_back(folder, _tensors(model, optimizer))
+    path = folder / f"random-{processes.rank}.json"
+    if old_checkpoint.is_old(folder):
+        progress, state = old_checkpoint.progress(folder), old_checkpoint.random_state(folder, processes.rank)
+    else:
+        progress, state = _read_stage(folder), read_json(path, CheckpointError) if path.exists() else None
+    if state is not None:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if torch.cuda.is_available() and "cuda" in state:
+            torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+    return Progress(**{name: progress[name] for name in asdict(Progress())})
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Put back, in place, the trained tensors alone."""
+    _put_back(folder, {f"model/{name}": each for name, each in _trained(model).items()})
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a stage trains, by name; the memory is the model's own."""
+    return {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = cast(Any, np.random.get_state())
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state().tolist()} if torch.cuda.is_available() else {})
+
+
+@torch.no_grad()
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Trained tensors and what AdamW keeps of each; made first where no step has been taken."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            found[f"model/{name}"] = parameter.detach()
+            found |= {f"{moment}/{name}": state[moment] for moment in _MOMENTS}
+    return found
+
+
+def _put_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        with ExitStack() as stack:
+            if old_checkpoint.is_old(folder):
+                read = old_checkpoint.tensors(folder)
+            else:
+                count = len(list(folder.glob("tensors-*.safetensors")))
+                paths = [folder / f"tensors-{rank}.safetensors" for rank in range(count)]
+                read = _reader([stack.enter_context(safe_open(path, "pt")) for path in paths])
+            for name, tensor in tensors.items():
+                begin, end = 0, len(tensor) if tensor.ndim else 0
+                if isinstance(tensor, DTensor):
+                    size = -(-end // tensor.device_mesh.size())
+                    begin, tensor = min(tensor.device_mesh.get_local_rank() * size, end), tensor.to_local()
+                    end = begin + len(tensor)
+                value = read(name, begin, end)
+                if value.shape != tensor.shape:
+                    raise ValueError(f"{name}: expected {list(tensor.shape)}, got {list(value.shape)}")
+                tensor.copy_(value)
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: its tensors cannot be read: {reason(error)}") from None
+
+
+def _reader(files: list[Any]) -> Callable[[str, int, int], Tensor]:
+    """What reads some rows of a tensor that lies in the files one part after the other."""
+    names = [set(file.keys()) for file in files]
+
+    def read(name: str, begin: int, end: int) -> Tensor:
+        pieces, at = [], 0
+        for file in (file for file, known in zip(files, names, strict=True) if name in known):
+            part = file.get_slice(name)
+            if not part.get_shape():
+                return cast(Tensor, file.get_tensor(name))
+            rows = part.get_shape()[0]
+            first, last = (min(max(place - at, 0), rows) for place in (begin, end))
+            pieces.append(part[first:last])
+            at += rows
+        return torch.cat(pieces)
+
+    return read
+
+
+def _read_stage(checkpoint: Path) -> dict[str, Any]:
+    found = read_json(checkpoint / _STAGE, CheckpointError)
+    if not isinstance(found, dict) or not {"stage", "settings", "tensors"} <= found.keys():
+        raise CheckpointError(f"{checkpoint}: expected a checkpoint of a stage; its {_STAGE} is another file")
+    return found
+
+
+# -- checkpoints on the disk -------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The checkpoints of one stage in its folder.
+
+    Args:
+        folder: Of the stage.
+        keep: How many of the newest are kept, at least 1, besides the best.
+        processes: That write together.
+    """
+
+    def __init__(self, folder: Path, keep: int, processes: Processes) -> None:
+        self.folder, self.keep, self.processes = folder, keep, processes
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint after so many optimiser steps."""
+        return self.folder / f"{_PREFIX}{step}"
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is as it was written; None where there is none.
+
+        What a kill has left unfinished is removed. A damaged checkpoint is renamed, with a line in the log.
+
+        Raises:
+            CheckpointError: A damaged one cannot be renamed.
+        """
+
+        def search() -> Path | None:
+            for leftover in self.folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for checkpoint in reversed(self._all()):
+                fault = damage(checkpoint)
+                if fault is None:
+                    return checkpoint
+                aside = set_aside(checkpoint)
+                log.warning("%s: %s; it is now %s, and the one before is taken", checkpoint, fault, aside.name)
+            return None
+
+        return self.processes.from_first(search)
+
+    def chosen(self, path: Path) -> Path:
+        """A checkpoint that a person has chosen, after those of this stage that are newer have been put aside.
+
+        Raises:
+            CheckpointError: It is not a whole checkpoint.
+        """
+
+        def check() -> Path:
+            fault = damage(path) if path.is_dir() else "there is no such folder"
+            if fault is None and not path.name.removeprefix(_PREFIX).isdigit():
+                fault = "that is no checkpoint's name"
+            if fault is not None:
+                raise CheckpointError(
+                    f"{path}: expected the folder of a checkpoint, such as stage1/{_PREFIX}200; {fault}"
+                )
+            for newer in self._all():
+                if _step_of(newer) > _step_of(path):
+                    log.info("%s is newer than %s and is now %s", newer, path, set_aside(newer).name)
+            return path
+
+        return self.processes.from_first(check)
+
+    def write(self, step: int, fill: Callable[[Path], None], best: int | None = None) -> bool:
+        """Write a checkpoint whole, then remove those that are not kept.
+
+        Args:
+            step: Optimiser steps done.
+            fill: Writes this process's files into the given folder. All processes call it.
+            best: Step of the best checkpoint so far, which is kept.
+
+        Returns:
+            Whether it was written. Where the disk is full or fails, nothing is left of it, the log tells, and the
+            checkpoints before are untouched.
+        """
+        unfinished = self.folder / f"{_UNFINISHED}{step}"
+        first = self.processes.is_first
+
+        def begin() -> None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+
+        def finish() -> None:
+            _seal(unfinished)
+            shutil.rmtree(self.path(step), ignore_errors=True)
+            unfinished.rename(self.path(step))
+            _sync(self.folder)
+
+        for part in (begin if first else None, lambda: fill(unfinished), finish if first else None):
+            fault = ""
+            try:
+                if part is not None:
+                    part()
+            except (OSError, SafetensorError) as error:
+                fault = reason(error)
+            fault = next((each for each in self.processes.gathered(fault) if each), "")
+            if fault:
+                if first:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    log.warning(
+                        "%s could not be written (%s); the run goes on, and the newest checkpoint is %s",
+                        self.path(step),
+                        fault,
+                        next(reversed(self._all()), "none"),
+                    )
+                return False
+        if first:
+            for checkpoint in self._all()[: -self.keep]:
+                if _step_of(checkpoint) != best:
+                    # A kill in the middle of this must not leave what looks like a checkpoint.
+                    gone = self.folder / f"{_UNFINISHED}{_step_of(checkpoint)}"
+                    checkpoint.rename(gone)
+                    shutil.rmtree(gone, ignore_errors=True)
+        return True
+
+    def _all(self) -> list[Path]:
+        """Oldest first."""
+        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+        return sorted(found, key=_step_of)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where they are as they were written."""
+    try:
+        listed = {name: (size, digest) for name, (size, digest) in read_json(checkpoint / LIST).items()}
+    except (DataError, ValueError, AttributeError, TypeError):
+        return f"it was not written to its end, or its {LIST} is damaged"
+    for name, (size, digest) in listed.items():
+        path = checkpoint / name
+        try:
+            if (found := path.stat().st_size) != size:
+                return f"{name} is damaged: expected {size} bytes, got {found}"
+            if sha256(path) != digest:
+                return f"{name} is damaged: its content is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {reason(error)}"
+    return None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a folder to ``aside-N-...`` beside it, so that nothing of it is lost.
+
+    Raises:
+        CheckpointError: It cannot be renamed.
+    """
+    number = 1
+    while (aside := path.with_name(f"{_ASIDE}{number}-{path.name}")).exists():
+        number += 1
+    try:
+        return path.rename(aside)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be renamed to {aside.name}: {reason(error)}") from None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def _seal(folder: Path) -> None:
+    """Flush all files to the disk, and list them with their sizes and hashes."""
+    listed = {}
+    for path in sorted(path for path in folder.iterdir()):
+        _sync(path)
+        listed[path.name] = (path.stat().st_size, sha256(path))
+    (folder / LIST).write_text(json.dumps(listed, indent=1), encoding="utf-8")
+    _sync(folder / LIST)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- what --resume asks for --------------------------------------------------------------------------------------------
+
+
+def prepare_resuming(config: Recipe) -> None:
+    """Do what ``resume`` asks for, before anything of the run is looked at.
+
+    ``auto`` leaves the folder as it is: finished steps are skipped, and a stage goes on from its newest whole
+    checkpoint. ``never`` puts the results of the recipe's steps aside, under a name that begins with ``aside-``. A
+    checkpoint's folder must be one that the run can go on from.
+
+    Raises:
+        CheckpointError: The checkpoint named is none, or is damaged, or results cannot be put aside.
+        ConfigError: It belongs to a stage that the recipe does not run, or that is finished.
+    """
+    if config.resume != AUTO:
+        Processes().from_first(lambda: _begin_anew(config) if config.resume == NEVER else _check(config))
+
+
+def _begin_anew(config: Recipe) -> None:
+    names: list[str] = [step for step in STEPS if config.runs(step)]
+    names += ["language-checkpoints", "start"] if "language" in names else []
+    for folder in (config.out / name for name in names):
+        if folder.exists():
+            log.info("%s is now %s, and is made anew", folder, set_aside(folder).name)
+
+
+def _check(config: Recipe) -> None:
+    checkpoint = Path(config.resume)
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"resume: expected auto, never or the folder of a checkpoint, got '{checkpoint}', where there is none"
+        )
+    if (fault := damage(checkpoint)) is not None:
+        raise CheckpointError(f"{checkpoint}: {fault}; --resume auto takes the newest whole one")
+    stage = stage_of(checkpoint)
+    if not config.runs(stage):
+        raise ConfigError(f"resume: {checkpoint} is of {stage}, which this recipe does not run")
+    finished = config.out / stage / "model"
+    if finished.exists():
+        raise ConfigError(
+            f"resume: {checkpoint} is of {stage}, which is finished: {finished}; move that folder away to go on from it"
+        )
+
+
+def resume_of(config: Recipe, stage: str) -> str:
+    """``resume`` as it concerns one stage: a checkpoint of another stage is not its own."""
+    if config.resume in (AUTO, NEVER):
+        return AUTO
+    return config.resume if stage_of(Path(config.resume)) == stage else AUTO

@@ -1,0 +1,613 @@
+"""One stage of training: a plain loop over optimiser steps, in as many processes as were started.
+
+What does not depend on how a run is spread or how often it was stopped:
+
+- step k takes the same items (:class:`StepBatches`): the position in the data is the number of steps done;
+- its loss is the sum over all target tokens of the step, divided by their number;
+- every parameter that is trained has a gradient, in every process.
+"""
+
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from transformers import set_seed
+
+from regiongpt.distributed import Processes, connect
+from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.model.processing import IGNORED
+from regiongpt.storage import writing
+from regiongpt.train import checkpoint
+from regiongpt.train.answers import Question
+from regiongpt.train.checkpoint import Checkpoints, Progress
+from regiongpt.train.packing import (
+    Collate,
+    Example,
+    PackedCollate,
+    require_packable,
+    targets_in,
+    units_on_cpu,
+    width_cost,
+)
+from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
+from regiongpt.train.watch import StageCost, Watch
+
+log = logging.getLogger(__name__)
+
+STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
+"""Exit code of a run that was asked to stop and has saved first."""
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""In which matrices are multiplied, by the recipe's name."""
+
+Loss = Callable[[Any, dict[str, Any], Any], Tensor]
+"""Of a model, a batch, and the number of target tokens in the whole optimiser step."""
+
+_FREE = ("micro_batch_size", "save_steps", "log_steps")
+"""Settings of a stage that may change from one run to the one that goes on from it."""
+
+
+def run_stage(
+    name: str,
+    model: nn.Module,
+    dataset: Dataset[Example],
+    collate: Collate,
+    loss: Loss,
+    config: StageConfig,
+    folder: Path,
+    seed: int,
+    *,
+    engine: EngineConfig | None = None,
+    watch: WatchConfig | None = None,
+    dev: Dataset[Example] | None = None,
+    resume: str = "auto",
+    processor: Any = None,
+    questions: Sequence[Question] = (),
+    cost: StageCost | None = None,
+) -> "Loop":
+    """Train the parameters that require gradients, in as many processes as were started together.
+
+    Args:
+        name: Of the stage, in the log and in its checkpoints.
+        model: Where it is sharded, the first process has it whole afterwards, and the others have it without content.
+        dataset: As long as the whole run: one pass over it is the stage. Where it has ``name_of(item)``, a bad step is
+            reported by those names.
+        collate: Makes a padded batch.
+        loss: A sum over targets, divided by the number of them in the whole optimiser step.
+        config: Hyper-parameters.
+        folder: Gets the checkpoints and the logs of this stage.
+        seed: Of dropout; the data set has its own.
+        engine: How it is computed; plainly by default.
+        watch: How many checkpoints are kept, and how often the dev loss is measured.
+        dev: What the dev loss is measured on. The weights with the lowest dev loss are restored at the end.
+        resume: ``auto`` goes on from the newest whole checkpoint in the folder, and begins where there is none;
+            ``never`` begins; anything else is the folder of the checkpoint to go on from.
+        processor: Of the model, to ask it with.
+        questions: That it is asked now and then.
+        cost: What the stage computes, to report its utilisation.
+
+    Returns:
+        The loop, whose work is done.
+
+    Raises:
+        ConfigError: Options do not go with each other, with the number of processes, or with the checkpoint.
+        CheckpointError: The checkpoint given is none, or one of other tensors.
+        DataError: A record cannot be used, a loss is not finite (training has stopped before that step), or the folder
+            cannot be written.
+        SystemExit: 143, after SIGTERM: the last step is in a checkpoint.
+    """
+    engine, watch = engine or EngineConfig(), watch or WatchConfig()
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ConfigError(
+            "engine.sharding: accelerate's own configuration asks for FSDP, which would go unheeded; give "
+            "--engine.sharding fsdp, and start with torchrun or a plain `accelerate launch`"
+        )
+    processes = connect()
+    together = config.micro_batch_size * processes.count
+    if config.batch_size % together:
+        raise ConfigError(
+            f"{name}.batch_size: expected a multiple of {together}, since {processes.count} processes take "
+            f"micro_batch_size = {config.micro_batch_size} each, got {config.batch_size}"
+        )
+    if processes.count == 1 and torch.cuda.device_count() > 1:
+        log.info(
+            "%d GPUs are here and one is used; start with `torchrun --nproc-per-node N`", torch.cuda.device_count()
+        )
+    set_seed(seed)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder, watch.keep, processes)
+    decisive = {key: value for key, value in config.model_dump().items() if key not in _FREE}
+    facts = checkpoint.facts_of(name, {**decisive, "items": len(cast(Any, dataset)), "seed": seed}, model)
+    begin = (
+        None if resume == "never" else checkpoints.newest() if resume == "auto" else checkpoints.chosen(Path(resume))
+    )
+    if begin is not None:
+        checkpoint.require_same(begin, facts)
+        if processes.is_first:
+            log.info("%s: going on from %s", name, begin)
+    packs = engine.packing and hasattr(model, "embed")  # text in windows of one length is full already
+    if packs:
+        text = cast(Any, model).config.text_config
+        require_packable(text)
+        longest = engine.pack_length or getattr(text, "max_position_embeddings", None) or 1 << 30
+        collate = PackedCollate(collate, longest, width_cost(text))
+    if engine.gradient_checkpointing:
+        # Newer releases of transformers call it by another name, and warn at the old one.
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or cast(Any, model).gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    if engine.compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
+    watcher = Watch(
+        name,
+        folder,
+        processes,
+        log_steps=config.log_steps,
+        answer_steps=watch.answer_steps,
+        questions=questions,
+        processor=processor,
+        tensorboard=watch.tensorboard,
+        cost=cost,
+        precision=engine.precision,
+    )
+    loop = Loop(name, model, loss, dataset, collate, config, engine, watch, checkpoints, facts, watcher, dev)
+    in_units = packs and not engine.compile  # compiled layers take masks, since each batch has other units
+    units = units_on_cpu(cast(Any, model).language_model, loop.device) if in_units else nullcontext()
+    with _stops_on_sigterm(loop), closing(watcher), units:
+        loop.train(begin)
+    if loop.stopped:
+        if processes.is_first:
+            log.info("%s: stopped by SIGTERM after step %d; run again to go on", name, loop.progress.step)
+        raise SystemExit(STOPPED_BY_SIGTERM)
+    loop.load_best()
+    if loop.sharded:
+        put_together(model, processes.is_first)
+    return loop
+
+
+class Loop:
+    """The steps of one stage; see :func:`run_stage` for what it is made of.
+
+    Attributes:
+        progress: The steps done, and the best of them by dev loss.
+        stopped: Whether training ended because it was asked to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        loss: Loss,
+        dataset: Dataset[Example],
+        collate: Collate,
+        config: StageConfig,
+        engine: EngineConfig,
+        watch: WatchConfig,
+        checkpoints: Checkpoints,
+        facts: dict[str, Any],
+        watcher: Watch,
+        dev: Dataset[Example] | None,
+    ) -> None:
+        self.name, self.model, self.config, self.engine, self.watch = name, model, config, engine, watch
+        self.dataset, self.collate, self.dev = dataset, collate, dev if watch.dev_steps else None
+        self.checkpoints, self.facts, self.watcher = checkpoints, facts, watcher
+        self.processes = checkpoints.processes
+        self.device = _device(self.processes)
+        self.sharded = engine.sharding == "fsdp" and self.processes.count > 1
+        inner = StageModule(model, loss, PRECISIONS[engine.precision])
+        self.module: Any = inner.to(self.device) if not self.sharded else Sharded(inner)
+        if self.processes.count > 1 and not self.sharded:
+            self.module = DistributedDataParallel(inner)
+        self.optimizer = make_optimizer(model, config)
+        self.steps = math.ceil(len(cast(Any, dataset)) / config.batch_size)
+        self.progress = Progress()
+        self.asked_to_stop = self.stopped = False
+
+    def train(self, begin: Path | None) -> None:
+        """Do the steps that are left, from a checkpoint or from the first."""
+        if begin is not None:
+            self.progress = checkpoint.load(begin, self.model, self.optimizer, self.processes)
+        together = self.config.micro_batch_size * self.processes.count
+        rounds = self.config.batch_size // together
+        # Opening a loader draws a random number: of the stage's own at its first start alone, to go on with the same.
+        generator = None if begin is None else torch.Generator()
+        skip, workers = self.progress.step * rounds, self.engine.workers
+        batches = iter(self._batches(self.dataset, self.config.batch_size, skip, workers, generator))
+        self.watcher.start(self.model, self.progress.step, self.steps)
+        while self.progress.step < self.steps and not self.stopped:
+            began = time.perf_counter()
+            step = list(islice(batches, rounds))
+            waited = time.perf_counter() - began
+            norm = self._step(step)
+            self.progress = replace(self.progress, step=self.progress.step + 1)
+            at, last = self.progress.step, self.progress.step == self.steps
+            self.stopped = self.asked_to_stop and not last
+            saves = last or self.stopped or at % self.config.save_steps == 0
+            rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+            self.watcher.step(at, rates, norm, time.perf_counter() - began, waited, saves=saves)
+            if self.dev is not None and (last or at % self.watch.dev_steps == 0):
+                saves |= self._measure()
+            if saves:
+                self.checkpoints.write(at, self._fill, self.progress.best_step)
+
+    def _step(self, step: Sequence["Batch"]) -> float:
+        """Forward and backward passes of the micro-batches of one step, then the optimiser's; the gradient's norm."""
+        for batch in step:
+            if batch.fault is not None:
+                raise batch.fault
+        targets = sum((targets_in(batch.inputs) for batch in step), torch.tensor(0)).to(self.device)
+        targets = self.processes.summed(targets).clamp_min(1)
+        self.module.train()
+        losses: list[Tensor] = []
+        for batch in step:
+            syncs = len(losses) + 1 == len(step) or self.processes.count == 1
+            with nullcontext() if syncs else self.module.no_sync():
+                loss, each, tasks = self.module(self._moved(batch), targets)
+                (loss * self.processes.count).backward()  # processes average gradients; their sum is wanted
+            losses.append(loss.detach())
+            counts = {"examples": len(batch.items), "tokens": batch.tokens, "images": batch.images}
+            self.watcher.add(losses[-1], each, tasks, **counts)
+        norm: Any = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # All processes have to agree that the step is sound, and whether to stop after it.
+        sound = torch.stack(losses).isfinite().all() & norm.isfinite()
+        flags = torch.stack([(~sound).float(), torch.tensor(float(self.asked_to_stop), device=sound.device)])
+        failed, asked = self.processes.summed(flags).tolist()
+        self.asked_to_stop = asked > 0
+        if failed:
+            self._refuse(step, losses, float(norm))
+        rate = rate_at(self.progress.step, self.steps, self.config.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def _refuse(self, step: Sequence["Batch"], losses: Sequence[Tensor], norm: float) -> None:
+        mine = [(batch.items, float(loss)) for batch, loss in zip(step, losses, strict=True)]
+        every = [each for part in self.processes.gathered(mine) for each in part]
+        wrong = [each for each in every if not math.isfinite(each[1])] or every
+        items = sorted(item for batch, _ in wrong for item in batch)
+        name = getattr(self.dataset, "name_of", lambda item: f"item {item}")
+        newest = self.checkpoints.newest()
+        raise DataError(
+            f"{self.name}, step {self.progress.step + 1}: expected a finite loss and gradient, got a loss of "
+            f"{', '.join(f'{loss:g}' for _, loss in wrong[:4])} and a gradient of {norm:g}; nothing of this step was "
+            f"kept, and the last good checkpoint is {newest or 'the one that the stage began with'}; it came of the "
+            f"records {', '.join(map(name, items))}; look at them with `regiongpt inspect`, and if they are sound "
+            "lower the learning rate"
+        )
+
+    def _batches(
+        self, dataset: Dataset[Example], batch_size: int, skip: int, workers: int, generator: torch.Generator | None
+    ) -> "DataLoader[Batch]":
+        processes = self.processes
+        plan = StepBatches(
+            len(cast(Any, dataset)), batch_size, self.config.micro_batch_size, processes.rank, processes.count
+        )
+        return DataLoader(
+            cast(Any, _MicroBatches(dataset, self.collate, plan)),
+            sampler=range(skip, len(plan)),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=self.device.type == "cuda",
+            generator=generator,
+        )
+
+    def _moved(self, batch: "Batch") -> dict[str, Any]:
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.inputs.items()
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The loss of a target token of the dev data, on average."""
+        assert self.dev is not None
+        self.module.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        together = self.config.micro_batch_size * self.processes.count
+        for batch in self._batches(self.dev, together, 0, 0, torch.Generator()):
+            if batch.fault is not None:
+                raise batch.fault
+            loss, losses, _tasks = self.module(self._moved(batch), 1)
+            sums += torch.stack([(loss if losses is None else losses.sum()).cpu(), targets_in(batch.inputs)])
+        self.module.train()
+        total, targets = self.processes.summed(sums.float().to(self.device)).tolist()
+        return float(total / max(targets, 1.0))
+
+    def _measure(self) -> bool:
+        """Whether the dev loss is the lowest so far."""
+        found = self.evaluate()
+        self.watcher.measured(self.progress.step, found)
+        best = math.isfinite(found) and (self.progress.best_loss is None or found < self.progress.best_loss)
+        if best:
+            self.progress = replace(self.progress, best_step=self.progress.step, best_loss=found)
+        return best
+
+    def _fill(self, folder: Path) -> None:
+        checkpoint.save(folder, self.model, self.optimizer, self.facts, self.progress, self.processes)
+
+    def load_best(self) -> None:
+        """Restore the weights with the lowest dev loss."""
+        best = self.progress.best_step
+        if best is not None and best != self.progress.step:
+            path = self.checkpoints.path(best)
+            if not self.processes.from_first(path.is_dir):
+                log.warning("%s: expected the best checkpoint, found none; the last weights are kept", path)
+                return
+            if self.processes.is_first:
+                found = self.progress.best_loss
+                log.info("the lowest dev loss, %.4f, was that of step %d; its weights are taken", found, best)
+            checkpoint.load_model(path, self.model)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+class StepBatches(Sequence[list[int]]):
+    """Items of the micro-batches of one process, in order; as many micro-batches in every process.
+
+    Optimiser step k takes the items from ``k * batch_size`` on, however many processes there are and however large
+    their micro-batches. Where the last step has too few items for all processes, one that is left without gets the
+    step's first, as ``-1 - item``, which stands for that item without targets: it takes part in all that is computed
+    together, and adds nothing.
+
+    Args:
+        items: Length of the data set.
+        batch_size: Items of an optimiser step, over all processes.
+        micro_batch_size: Items of a micro-batch; micro-batches of all processes together divide ``batch_size``.
+        rank: Number of this process.
+        processes: How many there are.
+    """
+
+    def __init__(self, items: int, batch_size: int, micro_batch_size: int, rank: int = 0, processes: int = 1) -> None:
+        self.items, self.batch_size, self.micro_batch_size, self.rank = items, batch_size, micro_batch_size, rank
+        self.together = micro_batch_size * processes
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.items, self.batch_size)
+        return whole * (self.batch_size // self.together) + -(-rest // self.together)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        step, turn = divmod(number, self.batch_size // self.together)
+        first = step * self.batch_size
+        end = min(first + self.batch_size, self.items)
+        mine = first + turn * self.together + self.rank * self.micro_batch_size
+        return list(range(mine, min(mine + self.micro_batch_size, end))) or [-1 - first]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch of one process.
+
+    Attributes:
+        inputs: What the loss takes.
+        items: Numbers of its conversations in the data set.
+        tokens: Of its conversations, without padding.
+        images: How many of them have one.
+        fault: What was wrong with a record, raised once it is back in the training process: an error raised in a
+            loading process would arrive with that process's stack in its message. ``inputs`` are then empty.
+    """
+
+    inputs: dict[str, Any]
+    items: tuple[int, ...]
+    tokens: int = 0
+    images: int = 0
+    fault: RegionGPTError | None = None
+
+    def pin_memory(self) -> "Batch":
+        """The same in memory that a GPU copies from while it computes; PyTorch's loader asks for it by this name."""
+        pinned = {k: each.pin_memory() if isinstance(each, Tensor) else each for k, each in self.inputs.items()}
+        return replace(self, inputs=pinned)
+
+
+class _MicroBatches(Dataset[Batch]):
+    """Micro-batches by their number."""
+
+    def __init__(self, dataset: Dataset[Example], collate: Collate, plan: StepBatches) -> None:
+        self.dataset, self.collate, self.plan = dataset, collate, plan
+
+    def __getitem__(self, number: int) -> Batch:
+        numbers = self.plan[number]
+        items = tuple(item for item in numbers if item >= 0)
+        try:
+            examples = [self.dataset[item if item >= 0 else -1 - item] for item in numbers]
+        except RegionGPTError as error:
+            return Batch(inputs={}, items=items, fault=error)
+        if not items:
+            examples = [{**each, "labels": torch.full_like(each["labels"], IGNORED)} for each in examples]
+        return Batch(
+            inputs=self.collate(examples),
+            items=items,
+            tokens=sum(len(each["input_ids"]) for each in examples),
+            images=sum("pixel_values" in each or "vision_features" in each for each in examples),
+        )
+
+
+# -- model and optimiser -----------------------------------------------------------------------------------------------
+
+
+class StageModule(nn.Module):
+    """A model with its loss as one module: whatever wraps it sees all that is computed.
+
+    Args:
+        model: What is trained.
+        loss: Takes the model, a batch and the number of target tokens in the optimiser step.
+        precision: ``torch.bfloat16`` to multiply matrices in it; weights, sums and the loss stay float32.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, precision: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model, self.loss, self.precision = model, loss, precision
+
+    def forward(self, inputs: dict[str, Any], items: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss; and where the model tells them, that of each target token and the task it belongs to."""
+        inputs = dict(inputs)
+        tasks = inputs.pop("tasks", None)
+        labels = inputs["labels"] if "labels" in inputs else inputs["packed_labels"]
+        outputs: list[Any] = []
+        handle = self.model.register_forward_hook(lambda _, __, output: outputs.append(output))
+        try:
+            with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+                loss = self.loss(self.model, inputs, items)
+        finally:
+            handle.remove()
+        losses = next((getattr(each, "target_losses", None) for each in outputs), None)
+        if losses is None or tasks is None:
+            return loss, losses, None
+        return loss, losses, tasks[:, 1:][labels[:, 1:] != IGNORED]
+
+
+class Sharded(nn.Module):
+    """A stage's module whose weights, gradients and optimiser are shared out among the processes (FSDP2).
+
+    Each layer of the language model is one unit, put together when it is used; the rest is another, there from the
+    first use to the end of the backward pass.
+    """
+
+    def __init__(self, inner: StageModule) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        super().__init__()
+        self.inner = inner
+        # Weights of regions are exact areas, and stay float32; autocast decides on the rest.
+        policy = MixedPrecisionPolicy(
+            param_dtype=inner.precision, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for layer in decoder_layers(inner.model):
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(self, mp_policy=policy)
+
+    def forward(self, *inputs: Any) -> Any:
+        """That of the module inside."""
+        return self.inner(*inputs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients are summed over the processes at the end of an optimiser step, not in each micro-batch."""
+        sharded = cast(Any, self)
+        sharded.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            sharded.set_requires_gradient_sync(True)
+
+
+@torch.no_grad()
+def put_together(module: nn.Module, first: bool) -> None:
+    """Replace the shards of a module's parameters by whole ones, in the memory of the first process alone.
+
+    Args:
+        module: Changed in place; those of the other processes are without content afterwards.
+        first: Whether this is the first process.
+    """
+    from torch.distributed.tensor import DTensor
+
+    whole: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if isinstance(parameter.data, DTensor):
+                if id(parameter) not in whole:
+                    full = parameter.data.full_tensor()
+                    full = full.cpu() if first else torch.empty_like(full, device="meta")
+                    whole[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
+                part._parameters[name] = whole[id(parameter)]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of the language model, alone or inside RegionGPT.
+
+    Raises:
+        ConfigError: They are not to be found.
+    """
+    language: Any = getattr(model, "language_model", model)
+    count = language.config.get_text_config().num_hidden_layers
+    for part in language.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == count:
+            return list(part)
+    raise ConfigError(
+        f"engine: expected a language model with a list of {count} layers, got {type(language).__name__} without one; "
+        "leave out compile and sharding = 'fsdp'"
+    )
+
+
+def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
+    """AdamW, whose groups differ in part of the model, learning rate and weight decay; matrices alone decay."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            visual = name.startswith(("refinement.", "connector."))
+            part = "visual" if visual else "lora" if "lora_" in name else "language"
+            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "name": part,
+                "peak": (config.visual_lr or config.lr) if part == "visual" else config.lr,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            for (part, decays), parameters in groups.items()
+        ],
+        betas=(0.9, 0.98),
+        eps=1e-8,
+    )
+
+
+def rate_at(step: int, steps: int, warmup_ratio: float) -> float:
+    """Share of the highest learning rate: it rises along a line while warming up, then falls along a cosine to zero.
+
+    Args:
+        step: From 0.
+        steps: Of the stage.
+        warmup_ratio: Share of them spent warming up.
+    """
+    warm = math.ceil(warmup_ratio * steps)
+    if step < warm:
+        return step / max(1, warm)
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * ((step - warm) / max(1, steps - warm)))))
+
+
+def _device(processes: Processes) -> torch.device:
+    """The accelerator of this process; on a machine without GPUs, several processes share the CPU."""
+    kind = torch.accelerator.current_accelerator()
+    if kind is None or (processes.count > 1 and kind.type != "cuda"):
+        return torch.device("cpu")
+    return torch.device(kind.type, torch.accelerator.current_device_index())
+
+
+@contextmanager
+def _stops_on_sigterm(loop: Loop) -> Iterator[None]:
+    """SIGTERM ends training after the step at hand, with a checkpoint; outside the main thread, at once."""
+
+    def ask(*_: Any) -> None:
+        loop.asked_to_stop = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, ask)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
