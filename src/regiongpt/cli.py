@@ -1,37 +1,32 @@
-"""The command line: ``regiongpt ask``, ``chat``, ``describe``, ``convert``, ``train``, ``evaluate`` and others.
+"""The command line: every verb's options, and mistakes as one line on standard error with exit code 2.
 
-torch and transformers are imported only by the verb that needs them, after its arguments, image and regions have been
-checked: help and mistakes cost a fraction of a second. Whatever the user got wrong ends as one line on standard error
-and exit code 2.
+What a verb does is a function of its package. torch and transformers are imported only after its options have been
+read and checked: help and mistakes cost a fraction of a second.
 """
 
 import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from regiongpt import __version__
-from regiongpt.errors import ConfigError, RegionGPTError
-from regiongpt.inference.commands import quiet
+from regiongpt.console import progress_shown, quiet_libraries, tell
+from regiongpt.errors import ConfigError, DataError, RegionGPTError
 
+if TYPE_CHECKING:
+    from regiongpt.inference import RegionPredictor
+    from regiongpt.inference.over_images import Reply, View
+
+EXIT_SKIPPED = 1
+"""Some of several images could not be read."""
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 EXIT_PIPE_CLOSED = 141  # and for one whose reader, such as `head`, has gone
-
-OWN_OPTIONS = {
-    "ask": "inference.commands:run_ask",
-    "chat": "inference.commands:run_chat",
-    "describe": "inference.commands:run_describe",
-    "convert": "data.commands:run_convert",
-    "inspect": "data.commands:run_inspect",
-    "evaluate": "evaluate.commands:run_evaluate",
-    "ablate": "ablate.commands:run_ablate",
-}
-"""Verbs that are at home in another package, each with the module and function that knows its options."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,28 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; default: those of this process.
 
     Returns:
-        The exit code: 0, 2 for bad input, 130 after Ctrl-C, 141 where the reader of the output has gone.
+        The exit code: 0; 1 where images were skipped or records are faulty; 2 for bad input, 130 after Ctrl-C, 141
+        where the reader of the output has gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # a byte that is no text must not end in a traceback
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     try:
-        if arguments[:1] == ["train"]:  # has an own command line, passed on untouched
-            from regiongpt.train.stages import run_cli
-
-            return int(run_cli(arguments[1:]) or 0)
-        with warnings.catch_warnings():
+        verb = VERBS.get(arguments[0]) if arguments else None
+        with warnings.catch_warnings(), progress_shown():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # they speak to programmers
-            if arguments and arguments[0] in OWN_OPTIONS:
-                module, _, name = OWN_OPTIONS[arguments[0]].partition(":")
-                run = getattr(import_module(f"regiongpt.{module}"), name)
-                code = int(run(_Parser(prog=f"regiongpt {arguments[0]}"), arguments[1:]))
-            else:
-                options = _parser().parse_args(arguments)
-                code = int(options.run(options))
+            if verb is None:
+                _top().parse_args(arguments)
+                return 0
+            code = verb[1](_Parser(prog=f"regiongpt {arguments[0]}"), arguments[1:])
         sys.stdout.flush()
         return code
     except RegionGPTError as error:
-        print(f"regiongpt: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell_error(error)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -84,26 +77,272 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_PIPE_CLOSED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _tell_error(error: RegionGPTError) -> None:
+    tell(f"regiongpt: error: {' '.join(str(error).split())}")
+
+
+def _top() -> argparse.ArgumentParser:
     parser = _Parser(prog="regiongpt", description="Ask about any region of an image.")
     parser.add_argument("--version", action="version", version=f"regiongpt {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (summary, _) in VERBS.items():
+        verbs.add_parser(name, help=summary)
+    return parser
 
-    verbs.add_parser("ask", help="ask one question about regions of a photograph", add_help=False)
-    verbs.add_parser("chat", help="hold a conversation about regions of a photograph", add_help=False)
-    verbs.add_parser("describe", help="describe many regions of a photograph at once", add_help=False)
-    verbs.add_parser("convert", help="make training records of a data set's files", add_help=False)
-    verbs.add_parser("inspect", help="show what training records hold, and check them", add_help=False)
 
-    weights = verbs.add_parser("weights", help="make checkpoint folders")
-    actions = weights.add_subparsers(title="actions", metavar="ACTION", required=True)
+# ---------------------------------------------------------------------------------------------------------------------
+# ask, describe, classify, locate, chat
+
+
+def _ask(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.inference.options import Options
+    from regiongpt.prompts import check_placeholders, check_text, placeholders
+    from regiongpt.settings import add_options, read_options
+
+    parser.description = "Ask one question about regions of an image, or of each of several."
+    _image_options(parser, "QUESTION")
+    add_options(parser, Options, "answer")
+    options = _parse_images(parser, words, 'a question such as "What is <region1>?"')
+    generation = read_options(Options, options)
+    question = options.text
+    check_text(question, "a question such as 'What is <region1>?'")
+    placeholders(question)
+    from regiongpt.inference import over_images
+
+    def check(view: "View") -> None:
+        check_placeholders(question, len(view.proposals))
+
+    return _over_images(options, check, lambda predictor, view: over_images.ask(predictor, view, question, generation))
+
+
+def _describe(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.inference.options import Length
+    from regiongpt.settings import add_options, read_options
+
+    parser.description = "Describe each of many regions of an image, or of each of several."
+    _image_options(parser)
+    parser.add_argument("--brief", action="store_true", help="a caption of a few words a region")
+    add_options(parser, Length, "answer")
+    options = _parse_images(parser, words)
+    length = read_options(Length, options).max_new_tokens
+    from regiongpt.inference import over_images
+
+    return _over_images(
+        options, None, lambda predictor, view: over_images.describe(predictor, view, options.brief, length)
+    )
+
+
+def _classify(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.inference.options import ClassifyOptions
+    from regiongpt.prompts import check_choices
+    from regiongpt.settings import add_options, read_options
+
+    parser.description = "Choose the class of each region from a closed set."
+    _image_options(parser)
+    parser.add_argument("--choices", metavar="A,B,...", help="the names (default: those of the label set)")
+    add_options(parser, ClassifyOptions, "classes")
+    options = _parse_images(parser, words)
+    settings = read_options(ClassifyOptions, options)
+    choices = check_choices(options.choices.split(",") if options.choices is not None else None, settings.label_set)
+    from regiongpt.inference import over_images
+
+    return _over_images(
+        options, None, lambda predictor, view: over_images.classify(predictor, view, choices, settings), choices
+    )
+
+
+def _locate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.inference.options import WAYS
+    from regiongpt.prompts import check_placeholders, check_text
+
+    parser.description = "Choose the region that an expression such as 'the red cup' refers to, or none."
+    _image_options(parser, "EXPRESSION")
+    parser.add_argument(
+        "--by",
+        choices=WAYS,
+        default="both",
+        help="the answer to one question about all regions, the words for each, or both",
+    )
+    options = _parse_images(parser, words, 'an expression such as "the red cup"')
+    check_text(options.text, "an expression such as 'the red cup'")
+    from regiongpt.inference import over_images
+
+    def check(view: "View") -> None:
+        if not view.proposals:
+            raise DataError(f"{view.path}: expected at least one region to choose from, got none")
+        check_placeholders(options.text, len(view.proposals))
+
+    return _over_images(
+        options, check, lambda predictor, view: over_images.locate(predictor, view, options.text, options.by)
+    )
+
+
+def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.images import load_image
+    from regiongpt.inference.inputs import add_region_options, bind_coordinates, read_regions
+    from regiongpt.inference.options import Options
+    from regiongpt.settings import add_options, read_options
+
+    parser.description = "Hold a conversation about regions of an image, with the questions on standard input."
+    parser.add_argument("image", help="the image")
+    add_region_options(parser)
+    _model_options(parser)
+    add_options(parser, Options, "answer")
+    options = parser.parse_args(bind_coordinates(words))
+    generation = dict(read_options(Options, options))
+    photo = load_image(options.image)
+    regions = read_regions(options.regions, photo.size)
+    conversation = _predictor(options).set_image(photo).conversation(regions)
+    typed = sys.stdin.isatty()
+    if typed:
+        named = ", ".join(f"<region{n}> a {region.kind}" for n, region in enumerate(regions, 1)) or "no regions"
+        print(f"{options.image}, {photo.width}x{photo.height}: {named}. Ask away; Ctrl-D or `exit` leaves.")
+    for question in _questions(typed):
+        try:
+            for piece in conversation.stream(question, **generation):
+                print(piece, end="", flush=True)
+            print(flush=True)
+            for warning in conversation.warnings:
+                tell(f"regiongpt: warning: {warning}")
+        except RegionGPTError as error:
+            _tell_error(error)
+    return 0
+
+
+def _questions(typed: bool) -> Iterator[str]:
+    """The lines of standard input, with a prompt and line editing where a person types them, up to ``exit``."""
+    if typed:
+        import readline  # noqa: F401  # gives input() its line editing and history
+    while True:
+        try:
+            line = input("> ") if typed else sys.stdin.readline()
+        except EOFError:
+            print()
+            return
+        if (not typed and not line) or line.strip().lower() in ("exit", "quit"):
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _image_options(parser: argparse.ArgumentParser, last: str = "") -> None:
+    """What ``ask``, ``describe``, ``classify`` and ``locate`` share."""
+    from regiongpt.inference.inputs import add_region_options
+    from regiongpt.inference.options import Sources
+    from regiongpt.settings import add_options
+
+    parser.usage = f"{parser.prog} IMAGE... {last + ' ' if last else ''}[options]"
+    behind = f"; behind them the {last.lower()}" if last else ""
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"images, or folders of images{behind}")
+    add_region_options(parser)
+    add_options(parser, Sources, "proposals (where regions come from, beside those typed)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print JSON; of several images, a line each")
+    group.add_argument("--out", type=Path, metavar="FILE", help="write .jsonl (json lines), .csv, or .json (COCO)")
+    group.add_argument("--overwrite", action="store_true", help="with --out: replace a file that is there")
+    group.add_argument("--picture", metavar="FILE", help="write the image with its regions and what was answered")
+    _model_options(parser)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="PATH", help="checkpoint folder (default: the model of this package)")
+    group.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)")
+    group.add_argument("--int8", action="store_true", help="language model's weights in int8; on a CPU, in float32")
+    group.add_argument("--untrained", action="store_true", help="ask a checkpoint even if it has not been trained")
+
+
+def _parse_images(parser: argparse.ArgumentParser, words: Sequence[str], last: str = "") -> argparse.Namespace:
+    """Parse what was typed; ``last`` says what stands behind the images and becomes ``text``."""
+    from regiongpt.inference.inputs import bind_coordinates
+
+    options = parser.parse_intermixed_args(bind_coordinates(words))
+    if last:
+        if len(options.images) < 2:
+            parser.error(f"expected an image and {last}")
+        options.text = options.images.pop()
+    elif not options.images:
+        parser.error("expected an image")
+    return options
+
+
+def _over_images(
+    options: argparse.Namespace,
+    check: "Callable[[View], None] | None",
+    answer: "Callable[[RegionPredictor, View], Reply]",
+    categories: Sequence[str] = (),
+) -> int:
+    """Answer about the images that were typed; ``check`` looks at each before its answer."""
+    from regiongpt.drawing import check_picture
+    from regiongpt.inference.inputs import read_regions
+    from regiongpt.inference.options import Sources
+    from regiongpt.inference.over_images import find_images, over_images, view_of
+    from regiongpt.inference.results import Results
+    from regiongpt.settings import read_options
+
+    sources = read_options(Sources, options)
+    if check is None and not (options.regions or sources.proposals or sources.sam or sources.grid):
+        raise ConfigError("expected regions from --proposals, --grid, --sam, --box or another option, got none")
+    images = find_images(options.images)
+    if options.picture:
+        if len(images) > 1:
+            raise ConfigError(f"--picture goes with a single image, got {len(images)}; leave it out")
+        check_picture(options.picture)
+    if options.out and options.json:
+        raise ConfigError("--json prints and --out writes the answers; leave one of them out")
+    if sources.image_id is not None and len(images) > 1:
+        raise ConfigError(f"--image-id goes with a single image, got {len(images)}; leave it out")
+    out = Results(options.out, options.overwrite, categories) if options.out else None
+
+    @cache
+    def segmenter() -> Any:
+        quiet_libraries()
+        from regiongpt.inference.segment import Segmenter
+
+        return Segmenter(sources.sam or "", options.device)
+
+    def view(path: str) -> "View":
+        seen = view_of(
+            path,
+            lambda photo: read_regions(options.regions, photo.size),
+            sources,
+            lambda photo: segmenter().propose(photo, sources.grid or 32),
+        )
+        if check is not None:
+            check(seen)
+        elif not seen.proposals and len(images) == 1:
+            raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
+        return seen
+
+    skipped = over_images(
+        images, view, lambda: _predictor(options), answer, out=out, json=options.json, picture=options.picture
+    )
+    return EXIT_SKIPPED if skipped else 0
+
+
+def _predictor(options: argparse.Namespace) -> "RegionPredictor":
+    quiet_libraries()
+    from regiongpt.inference import RegionPredictor
+
+    chosen = {name: getattr(options, name) for name in ("device", "dtype", "int8", "untrained")}
+    return RegionPredictor.from_pretrained(options.model, **chosen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weights
+
+
+def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    parser.description = "Make checkpoint folders."
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="build an untrained model from a vision tower and a language model")
     create.add_argument(
         "--vision", metavar="NAME", help="hub name or folder of a CLIP, SigLIP or DINOv2 model, or efficientnet-lite2"
     )
     create.add_argument("--language", metavar="NAME", help="hub name or folder of a causal language model")
     create.add_argument("--llava", metavar="DIR", help="start from a LLaVA-1.5 checkpoint instead of the two")
-    create.add_argument("--out", metavar="DIR", required=True, help="folder to write, new or empty")
+    create.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, new or empty")
     create.add_argument(
         "--refinement", metavar="KIND", help="deconv (default), bilinear, deconv_bilinear or none (default for --llava)"
     )
@@ -111,64 +350,82 @@ def _parser() -> argparse.ArgumentParser:
     create.set_defaults(run=_create_weights)
     convert = actions.add_parser("convert", help="store a checkpoint in another precision")
     convert.add_argument("--model", metavar="PATH", required=True, help="checkpoint folder")
-    convert.add_argument("--out", metavar="DIR", required=True, help="folder to write, new or empty")
+    convert.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, new or empty")
     convert.add_argument(
         "--dtype", default="float16", choices=("float32", "bfloat16", "float16"), help="of the weights on disk"
     )
     convert.set_defaults(run=_convert_weights)
+    options = parser.parse_args(words)
+    out = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"expected --out to be a new or an empty folder, but {out} has something in it")
+    options.run(options)
+    return 0
 
-    verbs.add_parser("train", help="train a model in the paper's two stages", add_help=False)
-    verbs.add_parser("evaluate", help="score a model, or anyone's answers, on benchmarks", add_help=False)
-    verbs.add_parser("ablate", help="train and score the variants of one part of the model", add_help=False)
-    return parser
 
-
-def _create_weights(options: argparse.Namespace) -> int:
+def _create_weights(options: argparse.Namespace) -> None:
     if options.llava and (options.vision or options.language):
         raise ConfigError("expected --llava alone or --vision with --language, got both; leave one of them out")
     if not options.llava and not (options.vision and options.language):
         missing = ", ".join(f"--{name}" for name in ("vision", "language") if not getattr(options, name))
         raise ConfigError(f"expected --vision and --language, or --llava; missing: {missing}")
-    out = _new_folder(options.out)
-    quiet(progress=True)  # a download takes its time
+    quiet_libraries(progress=True)  # a download takes its time
     from regiongpt.model import weights
 
-    chosen = {
-        key: value
-        for key, value in (("refinement", options.refinement), ("chat_template", options.chat_template))
-        if value
-    }
+    given = {"refinement": options.refinement, "chat_template": options.chat_template}
+    chosen = {key: value for key, value in given.items() if value}
     if options.llava:
-        model, _ = weights.from_llava(options.llava, out, **chosen)
+        model, _ = weights.from_llava(options.llava, options.out, **chosen)
     else:
-        model, _ = weights.create(options.vision, options.language, out, **chosen)
+        model, _ = weights.create(options.vision, options.language, options.out, **chosen)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{out}: {count / 1e6:.1f} M parameters; train it before you ask it anything")
-    return 0
+    print(f"{options.out}: {count / 1e6:.1f} M parameters; train it before you ask it anything")
 
 
-def _convert_weights(options: argparse.Namespace) -> int:
-    out = _new_folder(options.out)
-    quiet()
+def _convert_weights(options: argparse.Namespace) -> None:
+    quiet_libraries()
     import torch
 
     from regiongpt.model import weights
 
-    weights.convert(options.model, out, getattr(torch, options.dtype))
-    size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"{out}: {size / 1e6:.1f} MB, weights stored as {options.dtype}")
-    return 0
+    weights.convert(options.model, options.out, getattr(torch, options.dtype))
+    size = sum(file.stat().st_size for file in options.out.iterdir())
+    print(f"{options.out}: {size / 1e6:.1f} MB, weights stored as {options.dtype}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the verbs share
 
 
-def _new_folder(text: str) -> Path:
-    out = Path(text)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"expected --out to be a new or an empty folder, but {out} has something in it")
-    return out
+def _at_home(place: str) -> Callable[[argparse.ArgumentParser, Sequence[str]], int]:
+    """A verb whose options are read by a function of its package."""
+
+    def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+        module, _, name = place.partition(":")
+        return int(getattr(import_module(f"regiongpt.{module}"), name)(parser, words) or 0)
+
+    return run
+
+
+def _train(_: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.train.stages import run_cli
+
+    return int(run_cli(words) or 0)
+
+
+VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]]] = {
+    "ask": ("ask one question about regions of images", _ask),
+    "chat": ("hold a conversation about regions of an image", _chat),
+    "describe": ("describe many regions of images at once", _describe),
+    "classify": ("choose the class of regions from a closed set", _classify),
+    "locate": ("choose the region that an expression refers to", _locate),
+    "convert": ("make training records of a data set's files", _at_home("data.commands:run_convert")),
+    "inspect": ("show what training records hold, and check them", _at_home("data.commands:run_inspect")),
+    "weights": ("make checkpoint folders", _weights),
+    "train": ("train a model in the paper's two stages", _train),
+    "evaluate": ("score a model, or anyone's answers, on benchmarks", _at_home("evaluate.commands:run_evaluate")),
+    "ablate": ("train and score the variants of one part of the model", _at_home("ablate.commands:run_ablate")),
+}
+"""Each verb with its line in the help and the function that reads its options."""
 
 
 if __name__ == "__main__":

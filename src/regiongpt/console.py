@@ -54,9 +54,26 @@ def progress(items: Iterable[Item], name: str, unit: str, total: int | None = No
     return Lines(items, desc=name, unit=f" {unit}", total=total, maxinterval=max(seconds, 10.0), **shown)
 
 
-def quiet_libraries() -> None:
-    """Keep transformers, tokenizers and datasets from talking over the output; call it before they are imported."""
+def tell(text: str) -> None:
+    """Write a line on standard error, above the bar that may stand there."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def quiet_libraries(progress: bool = False) -> None:
+    """Keep transformers, tokenizers and datasets from talking over the output; call it before they are imported.
+
+    Args:
+        progress: leave them their progress bars.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not progress:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if "transformers" in sys.modules:
+            sys.modules["transformers"].utils.logging.disable_progress_bar()

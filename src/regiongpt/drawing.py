@@ -3,18 +3,21 @@
 Works on Pillow, numpy and the regions' own geometry alone, so it needs no plotting library and no font files.
 """
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import shapely
 from PIL import Image, ImageDraw, ImageFont
 
-from regiongpt.errors import ConfigError
+from regiongpt.errors import ConfigError, DataError
 from regiongpt.images import ImageSource, load_image
 from regiongpt.regions import Region
+from regiongpt.storage import check_writable, reason, write_file
 
 Colour = tuple[int, int, int]
 
@@ -105,6 +108,34 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2, width: int 
     for picture, place in zip(scaled, places, strict=True):
         sheet.paste(picture, place)
     return sheet
+
+
+def check_picture(path: str | Path) -> None:
+    """Make sure that a picture can be written, before it is there.
+
+    Raises:
+        ConfigError: Pillow writes no such format, or the folder is missing or not writable.
+    """
+    path = Path(path)
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except Exception:  # an unknown suffix, a format that Pillow only reads, one without colours
+        raise ConfigError(f"{path}: not a picture that can be written; end its name in .png or .jpg") from None
+    check_writable(path)
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write a picture in the format that its name says, whole or not at all.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    try:
+        write_file(path, picture.save)
+    except DataError:
+        raise
+    except Exception as error:  # each format has its own limits and its own exceptions for them
+        raise DataError(f"{path}: cannot be written: {reason(error)}; try .png") from None
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,9 @@ from regiongpt.storage import reason
 MAX_PIXELS = 178_956_970
 """Images beyond this many pixels (half a gigabyte as RGB) are refused before they are decoded."""
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
+"""Names of the files that are taken of a folder of images."""
+
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.generic]
 
 
@@ -150,7 +153,7 @@ class SquareFrame:
 
 def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
     """What messages call the source, and its image with only the header read."""
-    name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "image bytes"))
+    name = str(source) or "''" if isinstance(source, str | Path) else str(getattr(source, "name", "image bytes"))
     try:
         if isinstance(source, str | Path):
             data: Any = Path(source).read_bytes()

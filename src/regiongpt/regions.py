@@ -320,6 +320,17 @@ class Region(ABC):
             mask[int(rows[row]), int(columns[column])] = True
         return mask
 
+    def to_coco(self, width: int, height: int) -> dict[str, Any]:
+        """``bbox``, ``area`` and ``segmentation`` of a COCO annotation; what is no box or polygon becomes RLE."""
+        x0, y0, x1, y1 = map(float, self.bounds(width, height))
+        segmentation: Any = []
+        if self.kind == "polygon":
+            segmentation = [[number for point in ring for number in point] for ring in self.to_dict()["polygon"]]
+        elif self.kind != "box":
+            coded = coco_mask.encode(np.asfortranarray(self.to_mask(width, height), dtype=np.uint8))
+            segmentation = {"size": [height, width], "counts": coded["counts"].decode("ascii")}
+        return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": self.area(width, height), "segmentation": segmentation}
+
     def geometry(self, width: int, height: int) -> Any:
         """The region clipped to the image as a shapely Polygon or MultiPolygon; None for masks and RLE."""
         shape = self._resolve(width, height, "region")

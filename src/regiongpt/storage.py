@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,24 @@ def writing(path: str | Path) -> Iterator[None]:
         raise DataError(
             f"{path}: cannot be written: {reason(error)}; free some space or choose another place"
         ) from None
+
+
+def check_writable(path: str | Path) -> None:
+    """Make sure that a file can be written, before there is anything to write.
+
+    Raises:
+        ConfigError: Its folder is missing or not writable, or the path is a folder.
+    """
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{path}: there is no folder {folder}; make it first")
+    if Path(path).is_dir():
+        raise ConfigError(f"{path}: a folder; name a file in it")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path}: {folder} is not writable ({reason(error)}); choose another place") from None
 
 
 @contextmanager

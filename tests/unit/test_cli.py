@@ -15,7 +15,6 @@ from PIL import Image
 from tiny_checkpoint import make_checkpoint, make_parts
 
 from regiongpt import cli
-from regiongpt.inference import commands
 
 QUESTION = "What is <region1>?"
 
@@ -29,6 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kind of photograph and region file, good and bad."""
     folder = tmp_path_factory.mktemp("files")
+    (folder / "empty").mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     photo = Image.fromarray(pixels)
     photo.save(folder / "photo.jpg")
@@ -170,7 +170,7 @@ BOX = ["--box", "5,5,30,30"]
     [
         # photographs
         (["nowhere.jpg", QUESTION, *BOX], ["nowhere.jpg", "no such file"]),
-        ([".", QUESTION, *BOX], ["folder"]),
+        (["empty", QUESTION, *BOX], ["empty", "no image"]),
         (["text.jpg", QUESTION, *BOX], ["text.jpg", "expected an image"]),
         (["empty.jpg", QUESTION, *BOX], ["empty.jpg", "empty file"]),
         (["truncated.jpg", QUESTION, *BOX], ["truncated.jpg", "truncated"]),
@@ -198,8 +198,8 @@ BOX = ["--box", "5,5,30,30"]
         (["photo.jpg", QUESTION, "--rle", "rle_short.json"], ["<region1>", "RLE"]),
         (["photo.jpg", QUESTION, "--rle", "rle_keys.json"], ["<region1>", "size"]),
         (["photo.jpg", QUESTION, "--rle", "rle_list.json"], ["<region1>", "list"]),
-        (["photo.jpg", QUESTION, "--rle", "rle_broken.json"], ["<region1>", "JSON", "rle_broken.json"]),
-        (["photo.jpg", QUESTION, "--rle", "nowhere.json"], ["<region1>", "nowhere.json"]),
+        (["photo.jpg", QUESTION, "--rle", "rle_broken.json"], ["JSON", "rle_broken.json"]),
+        (["photo.jpg", QUESTION, "--rle", "nowhere.json"], ["nowhere.json"]),
         # questions
         (["photo.jpg", "What is <region2>?", *BOX], ["<region2>", "1 region was given"]),
         (["photo.jpg", "What is <region0>?", *BOX], ["<region0>"]),
@@ -211,8 +211,8 @@ BOX = ["--box", "5,5,30,30"]
         (["photo.jpg", QUESTION, *BOX, "--dtype", "int8"], ["dtype", "'int8'"]),
         (["photo.jpg", QUESTION, *BOX, "--temperature", "-1"], ["temperature", "-1"]),
         (["photo.jpg", QUESTION, *BOX, "--seed", "x"], ["--seed", "'x'"]),
-        (["photo.jpg", QUESTION, *BOX, "--picture", "out.xyz"], ["--picture", "out.xyz"]),
-        (["photo.jpg", QUESTION, *BOX, "--picture", "nowhere/out.png"], ["--picture", "nowhere/out.png"]),
+        (["photo.jpg", QUESTION, *BOX, "--picture", "out.xyz"], ["out.xyz", ".png"]),
+        (["photo.jpg", QUESTION, *BOX, "--picture", "nowhere/out.png"], ["nowhere/out.png", "no folder"]),
         (["photo.jpg", QUESTION, *BOX, "--bx", "1,2,3,4"], ["--bx"]),
         (["photo.jpg"], ["question"]),
     ],
@@ -333,11 +333,11 @@ def test_ctrl_c_and_a_closed_pipe_end_quietly(run, monkeypatch):
 
         return handler
 
-    monkeypatch.setattr(commands, "run_ask", raise_this(KeyboardInterrupt))
+    monkeypatch.setitem(cli.VERBS, "ask", ("", raise_this(KeyboardInterrupt)))
     code, _, err = run("ask", "photo.jpg", QUESTION)
     assert (code, err.strip()) == (130, "")
     redirected = []
-    monkeypatch.setattr(commands, "run_ask", raise_this(BrokenPipeError))
+    monkeypatch.setitem(cli.VERBS, "ask", ("", raise_this(BrokenPipeError)))
     monkeypatch.setattr(os, "dup2", lambda *fds: redirected.append(fds))
     monkeypatch.setattr(sys, "stdout", sys.__stdout__)
     assert cli.main(["ask", "photo.jpg", QUESTION]) == 141

@@ -1,19 +1,16 @@
-"""Photographs and regions as a person types them on the command line.
+"""Regions as a person types them on the command line.
 
 torch and transformers are not imported here, so that a mistake costs a fraction of a second.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.errors import DataError, RegionError
+from regiongpt.storage import read_json
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from regiongpt.regions import Region
 
 REGION_OPTIONS = {
@@ -32,14 +29,14 @@ class _AddRegion(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        namespace.regions = [*(namespace.regions or []), (option, values)]
+        namespace.regions = [*namespace.regions, (option, values)]
 
 
 def add_region_options(parser: argparse.ArgumentParser) -> None:
-    """Give a verb the options for regions, which :func:`read_inputs` reads."""
+    """Give a verb the options for regions, which :func:`read_regions` reads."""
     group = parser.add_argument_group("regions", "any number of them; the first one typed is <region1>")
     for option, (metavar, text) in REGION_OPTIONS.items():
-        group.add_argument(option, action=_AddRegion, dest="regions", metavar=metavar, help=text, default=None)
+        group.add_argument(option, action=_AddRegion, dest="regions", metavar=metavar, help=text, default=[])
 
 
 def bind_coordinates(arguments: Sequence[str]) -> list[str]:
@@ -54,16 +51,13 @@ def bind_coordinates(arguments: Sequence[str]) -> list[str]:
     return bound
 
 
-def read_inputs(options: argparse.Namespace) -> "tuple[Image, list[Region]]":
-    """The photograph and the regions typed for it, checked against it."""
-    from regiongpt.images import load_image
-
-    photo = load_image(options.image)
+def read_regions(typed: Sequence[tuple[str, str]], size: tuple[int, int]) -> "list[Region]":
+    """The regions typed for an image, checked against its size (width, height) in pixels."""
     regions = []
-    for number, (option, text) in enumerate(options.regions or [], 1):
-        region = _read_region(option, text, number, photo.size)
-        regions.append(region.check(photo.width, photo.height, f"<region{number}> ({option})"))
-    return photo, regions
+    for number, (option, text) in enumerate(typed, 1):
+        region = _read_region(option, text, number, size)
+        regions.append(region.check(*size, f"<region{number}> ({option})"))
+    return regions
 
 
 def _read_region(option: str, text: str, number: int, size: tuple[int, int]) -> "Region":
@@ -73,7 +67,7 @@ def _read_region(option: str, text: str, number: int, size: tuple[int, int]) -> 
     if option == "--mask":
         return Region.mask(_read_mask(text, where, size))
     if option == "--rle":
-        return Region.from_dict({"rle": _read_json(text, where)}, where)
+        return Region.from_dict({"rle": read_json(text)}, where)
     try:
         values = [float(value) for value in text.split(",")]
     except ValueError:
@@ -100,30 +94,3 @@ def _read_mask(path: str, where: str, size: tuple[int, int]) -> Any:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image that can be read"
         raise DataError(f"{expected}, got {path}: {reason}") from None
     return pixels.any(axis=-1) if pixels.ndim == 3 else pixels != 0
-
-
-def _read_json(path: str, where: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{where}: expected a JSON file, got {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise RegionError(f"{where}: expected JSON with size and counts in {path}, got {error}") from None
-
-
-def check_picture_path(path: str) -> None:
-    """Fail before the model is loaded, not after the answer is there."""
-    from PIL import Image
-
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"expected --picture to end in .png, .jpg or another image format, got {path!r}")
-    if not Path(path).resolve().parent.is_dir():
-        raise ConfigError(f"expected --picture in a folder that exists, got {path!r}")
-
-
-def save_picture(picture: "Image", path: str) -> None:
-    """Write a picture in the format that its name says."""
-    try:
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"expected --picture to be a file that can be written, got {path!r}: {error}") from None

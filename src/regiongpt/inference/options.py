@@ -1,10 +1,13 @@
 """How to answer: settings of the predictor's methods, which are the command line's options too."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, Literal, TypedDict
 
 from pydantic import Field, field_validator, model_validator
 
+from regiongpt.prompts import LABEL_SETS
 from regiongpt.settings import Settings
 
 By = Literal["answer", "words", "both"]
@@ -21,11 +24,16 @@ class Generation(TypedDict, total=False):
     stop: str | Sequence[str]
 
 
-class Options(Settings):
-    """How to generate an answer; see :meth:`RegionPredictor.ask`."""
+class Length(Settings):
+    """How long an answer may be."""
 
     max_new_tokens: int = Field(128, ge=1)
     """longest answer, in tokens"""
+
+
+class Options(Length):
+    """How to generate an answer; see :meth:`RegionPredictor.ask`."""
+
     temperature: float = Field(0.0, ge=0)
     """0 takes the likeliest token each time; above, tokens are drawn"""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -68,10 +76,44 @@ class ClassifyOptions(Settings):
     top_k: int | None = Field(None, ge=1)
     """keep only the likeliest choices"""
 
+    @field_validator("label_set")
+    @classmethod
+    def _find_label_set(cls, name: str) -> str:
+        """The name of a known set however it is spelt: ``coco80`` is ``COCO-80``."""
+        plain = {re.sub(r"\W|_", "", known).lower(): known for known in LABEL_SETS}
+        return plain.get(re.sub(r"\W|_", "", name).lower(), name)
+
     @model_validator(mode="after")
     def _check_scores(self) -> "ClassifyOptions":
         if self.calibrated and self.length_normalized:
             raise ValueError("calibrated and length_normalized exclude each other; leave one of them out")
+        return self
+
+
+class Sources(Settings):
+    """Where regions come from besides those typed."""
+
+    proposals: Path | None = None
+    """json of COCO detection results, a COCO data set, or regions as --json has them"""
+    grid: int | None = Field(None, ge=1, le=128)
+    """N x N points; with --sam, the points it is asked at"""
+    sam: str | None = None
+    """hub name or folder of a SAM model of transformers: masks that it finds, at 32 x 32 points"""
+    image_id: str | None = None
+    """of the image in --proposals, where its name does not say"""
+    min_score: float | None = None
+    """leave out regions of a lower score"""
+    iou: float | None = Field(None, ge=0, le=1)
+    """leave out regions that overlap a better one more (with --sam 0.7)"""
+    max_regions: int | None = Field(None, ge=1)
+    """only so many, the best by score or else the first"""
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "Sources":
+        if self.proposals and (self.sam or self.grid is not None):
+            raise ValueError("give --proposals, or --grid or --sam, not several; ask about them one after the other")
+        if self.image_id is not None and not self.proposals:
+            raise ValueError("--image-id goes with --proposals")
         return self
 
 

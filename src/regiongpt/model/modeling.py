@@ -9,7 +9,7 @@ of a feature grid, T text tokens, D language model width, S image side in pixels
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     def untrained(self) -> bool:
         """Whether nothing between tower and language model has been trained: its last bias is zero, as it begins."""
         last = self.refinement.deconv_2 if self.refinement.deconvolves else self.connector.linear_2
-        return not bool(last.bias.any())
+        return not bool(cast(Tensor, last.bias).any())
 
     def get_output_embeddings(self) -> nn.Module:
         """Head of the language model."""
