@@ -31,6 +31,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from regiongpt.train.packed_attention import units_on_cpu
+from regiongpt.train.records import answer_loss
+from regiongpt.train.trainer import run_stage
+from regiongpt.train.watch_cost import StageCost
 from stamp import Progress, stamp, write_json
 from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -41,13 +45,9 @@ from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, 
 from regiongpt.train.alignment import ClassWords, visual_loss
 from regiongpt.train.dataset import ConversationCollate, ConversationDataset
 from regiongpt.train.features import FeatureStore, keep_freed_memory
-from regiongpt.train.packed_attention import units_on_cpu
 from regiongpt.train.packing import PackedCollate, targets_in, width_cost
-from regiongpt.train.photographs import sampler_of
 from regiongpt.train.recipe import EngineConfig, Recipe, StageConfig, WatchConfig
-from regiongpt.train.records import answer_loss
-from regiongpt.train.trainer import run_stage
-from regiongpt.train.watch_cost import StageCost
+from regiongpt.train.text import sampler_of
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "nano.toml"
 CACHED = 64

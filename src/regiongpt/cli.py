@@ -5,6 +5,8 @@ read and checked: help and mistakes cost a fraction of a second.
 """
 
 import argparse
+import json
+import logging
 import os
 import sys
 import warnings
@@ -406,10 +408,76 @@ def _at_home(place: str) -> Callable[[argparse.ArgumentParser, Sequence[str]], i
     return run
 
 
-def _train(_: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.train.stages import run_cli
+def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.train.recipe import Recipe
 
-    return int(run_cli(words) or 0)
+    parser.description = "Train a model from a recipe; run the same command again to continue after an interruption."
+    parser.epilog = (
+        "Every field of the recipe can be overridden by its dotted name: --stage2.lr 5e-4 --data.root DIR. "
+        "`regiongpt train --schema` lists them."
+    )
+    parser.add_argument("recipe", nargs="?", help="TOML file, or the name of a shipped recipe such as nano")
+    parser.add_argument("--plan", action="store_true", help="print parameters, tokens, memory and time, and stop")
+    parser.add_argument("--gpu", metavar="NAME", help="with --plan: kind of GPU, such as a100-80gb or h100-sxm")
+    parser.add_argument("--gpus", metavar="N", help="with --plan: number of GPUs")
+    parser.add_argument("--json", action="store_true", help="with --plan: print JSON")
+    parser.add_argument("--debug", action="store_true", help="run the recipe in seconds, tiny, on drawn pictures")
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="let stage 2 start from an untrained refinement and connector"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|never|DIR",
+        help="continue from the newest checkpoint (auto, the default), set the run aside and start over (never), or "
+        "continue from a checkpoint such as runs/nano/stage2/checkpoint-200",
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--report", metavar="RUN", type=Path, help="write the report of a run, finished or not, and stop"
+    )
+    instead.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe, and stop")
+    options, overrides = parser.parse_known_args(words)
+    if (options.schema or options.report) and (options.recipe is not None or overrides):
+        raise ConfigError("--schema and --report go without a recipe; leave it out")
+    if options.schema:
+        print(json.dumps(Recipe.model_json_schema(), indent=2))
+        return 0
+    if options.report:
+        from regiongpt.train.report import write_report
+
+        print(write_report(options.report))
+        return 0
+    if options.recipe is None:
+        raise ConfigError(f"give a recipe, such as nano; see `{parser.prog} --help`")
+    if not options.plan and (options.gpu or options.gpus or options.json):
+        raise ConfigError("--gpu, --gpus and --json go with --plan; give it too, or leave them out")
+    overrides += [f"--plan.{name}={value}" for name in ("gpu", "gpus") if (value := getattr(options, name))]
+    overrides += ["--from_scratch=true"] if options.from_scratch else []
+    overrides += [f"--resume={options.resume}"] if options.resume is not None else []
+    recipe = Recipe.load(options.recipe, overrides)
+    if not (options.plan or options.debug):
+        recipe.check_files()
+
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    quiet_libraries()
+    from regiongpt.distributed import Processes, connect
+    from regiongpt.train.debug import debug_size
+    from regiongpt.train.plan import make_plan
+    from regiongpt.train.stages import train
+
+    if options.debug:
+        connect()
+        recipe = Processes().from_first(lambda: debug_size(recipe))
+    if options.plan:
+        plan = make_plan(recipe)
+        print(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
+        return 0
+    finished = train(recipe)
+    if Processes().is_first:
+        print(finished)
+    return 0
 
 
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]]] = {

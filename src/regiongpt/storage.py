@@ -67,7 +67,11 @@ def writing(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        # safetensors and tokenizers report a failed write by exceptions of their own.
+        failed = isinstance(error, OSError) or "(os error" in str(error)
+        if isinstance(error, RegionGPTError) or not failed:
+            raise
         raise DataError(
             f"{path}: cannot be written: {reason(error)}; free some space or choose another place"
         ) from None

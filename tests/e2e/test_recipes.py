@@ -19,10 +19,10 @@ from regiongpt.data.mixture import open_mixture
 from regiongpt.model import weights
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
 from regiongpt.train.debug import debug_size
+from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.lora import choose_learners
 from regiongpt.train.plan import Plan, make_plan
 from regiongpt.train.recipe import STEPS, Recipe
-from regiongpt.train.shapes import language_shape, tower_shape
 from regiongpt.train.stages import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -73,7 +73,7 @@ def test_a_second_half_without_the_first_is_refused(runs: Any, tmp_path: Path, c
     config, *_ = runs("nano_stage1")
     words = [f"--data.root={config.data.root}", f"--out={tmp_path}"]
     assert main(["train", str(CONFIGS / "nano_stage2.toml"), *words]) == 2
-    assert "expected the result of 'language'" in capsys.readouterr().err
+    assert "'language' has left no result" in capsys.readouterr().err
 
 
 def test_adapters_are_merged_into_a_checkpoint_like_any_other(runs: Any) -> None:

@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, pictures, tmp_path):
         (["--stage2.epoch", "8"], "did you mean 'stage2.epochs'"),
         (["--model.heads=3"], "model: hidden_size must be an even multiple of heads = 3"),
         (["--data.root=nowhere"], "expected COCO annotations"),
-        ([], "data.root: expected the folder"),
+        ([], "data.root: give the folder"),
     ],
 )
 def test_wrong_recipes_end_in_one_line(words, message, capsys, tmp_path):

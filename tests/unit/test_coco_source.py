@@ -60,6 +60,9 @@ def test_objects_and_crowds_in_a_fixed_order(tmp_path):
 def test_unusable_images_and_captions_are_counted(tmp_path):
     good = {"id": 1, "file_name": "1.png", "width": 40, "height": 20}
     images = [good, {**good, "id": 5, "file_name": "no.png"}, {**good, "id": 6, "width": 0}]
+    # What annotations name must not lead out of their folder.
+    outside = (str(Path(__file__).resolve()), "../images/1.png")
+    images += [{**good, "id": 7 + number, "file_name": name} for number, name in enumerate(outside)]
     captions = [
         {"id": 2, "image_id": 1, "caption": " a dog   runs "},
         {"id": 1, "image_id": 1, "caption": "A cat."},
@@ -68,7 +71,12 @@ def test_unusable_images_and_captions_are_counted(tmp_path):
     ]
     data = load_coco(photo_sources(write(tmp_path, [], images, captions), "train"))
     assert data.images[0].captions == ("A cat.", "A dog runs.")
-    assert data.skipped == {"caption of an absent image": 1, "image file missing": 1, "image without size": 1}
+    assert data.skipped == {
+        "caption of an absent image": 1,
+        "image file missing": 1,
+        "image outside the folder": 2,
+        "image without size": 1,
+    }
 
 
 def test_the_first_source_of_an_image_counts(tmp_path):

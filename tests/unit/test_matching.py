@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from regiongpt.train.matching import FOUND, compare_at_first
+from regiongpt.train.alignment import FOUND, compare_at_first
 
 
 def untrained(seed=0):

@@ -1,8 +1,13 @@
 """Recipes are checked where they are read: what makes no sense, or would not be read, is refused in one line."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -10,7 +15,8 @@ from regiongpt.errors import ConfigError
 from regiongpt.model.configuration import REFINEMENTS
 from regiongpt.train.recipe import DataConfig, ModelConfig, Recipe
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 
 
 @pytest.mark.parametrize(
@@ -78,3 +84,55 @@ def test_every_recipe_that_ships_is_read_and_survives_json(path: Path) -> None:
 
 def test_the_refinements_are_those_of_the_model() -> None:
     assert set(get_args(ModelConfig.model_fields["refinement"].annotation)) == set(REFINEMENTS)
+
+
+def test_a_bare_name_finds_what_ships_and_a_misspelt_one_the_nearest(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("nano") == Recipe.load("configs/nano.toml") == Recipe.load(CONFIGS / "nano.toml")
+    assert Path(Recipe.load("vicuna7b_stage1").data.pretrain_mixture).is_file()
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano.toml").write_text("seed = 7\n[data]\nmixture = 'records'\n[model]\ninit = 'nano'\n")
+    assert Recipe.load("nano.toml").seed == 7
+    assert Recipe.load("nano").seed == 0
+    for name, told in (("nanoo", "did you mean 'nano'"), ("", "no such recipe"), ("/", "no such recipe")):
+        with pytest.raises(ConfigError, match=told):
+            Recipe.load(name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed = ",
+        "seed = " + "9" * 5000,
+        "a = " + "[" * 5000,
+        b"seed = 1 # \xff",
+        "seed = 1e999",
+        'extends = ["a.toml"]',
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text: str | bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError):
+        Recipe.load(tmp_path / "a.toml")
+
+
+def test_a_wheel_holds_every_recipe(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("weights", "*.egg-info", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=tree, check=True, capture_output=True)
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "installed")
+    load = "from regiongpt.train.recipe import Recipe; print(*(Recipe.load(name).out for name in sys.argv[1:]))"
+    names = [path.stem for path in CONFIGS.glob("*.toml")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    told = subprocess.run(
+        [sys.executable, "-c", f"import sys; {load}", *names],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert len(told.stdout.split()) == len(names)

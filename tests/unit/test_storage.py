@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError
-from regiongpt.storage import locked, new_folder, read_json, sha256, write_file, write_json
+from regiongpt.storage import locked, new_folder, read_json, sha256, write_file, write_json, writing
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -53,6 +54,18 @@ def test_a_json_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: by
 def test_reads_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_full_disk_is_one_line_whatever_library_wrote(tmp_path: Path) -> None:
+    inner = DataError("b: cannot be written: (os error 28)")
+    for error, told in (
+        (SafetensorError("I/O error: No space left on device (os error 28)"), r"a: cannot be written: I/O error"),
+        (inner, "^b: cannot be written"),
+    ):
+        with pytest.raises(DataError, match=told), writing(tmp_path / "a"):
+            raise error
+    with pytest.raises(KeyError), writing(tmp_path / "a"):
+        raise KeyError("a mistake of ours")
 
 
 def test_a_new_folder_is_whole_or_not_there(tmp_path: Path) -> None:

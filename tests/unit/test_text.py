@@ -19,8 +19,8 @@ from regiongpt.train.text import (
     exercise,
     naming,
     sightings,
+    train_tokenizer,
 )
-from regiongpt.train.tokenizer import train_tokenizer
 
 FORM = "[{n}]<region>"
 

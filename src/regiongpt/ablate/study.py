@@ -108,14 +108,14 @@ class Study:
     def _check(self, configs: Sequence[Recipe]) -> None:
         """Raises, before the first variant is trained for hours, what would stop the last one or its questions."""
         from regiongpt.inference.engine import pick_device
-        from regiongpt.train.stages import check_beginning
+        from regiongpt.train.start import check_start
 
         pick_device(self.device)
         for task in self.tasks.values():
             load_items(task)
         for config in configs:
             if not (config.out / "start" / "config.json").exists():
-                check_beginning(config)
+                check_start(config)
 
     @property
     def _shared(self) -> Path:
@@ -208,7 +208,7 @@ class Study:
         from transformers import set_seed
 
         from regiongpt.train.stages import cached_images
-        from regiongpt.train.starts import create_start, measured_on, start_shape
+        from regiongpt.train.start import create_start, measured_on
 
         training = config.out
         training.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ class Study:
                     "give another folder, or leave it out"
                 )
             set_seed(config.seed)
-            create_start(start_shape(config.model), language, start, (), (tower, measured))
+            create_start(config.model, language, start, (), (tower, measured))
 
     def _alone(self) -> AbstractContextManager[None]:
         return _locked(self._shared / "lock")

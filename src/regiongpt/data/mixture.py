@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 
 from regiongpt.data.records import Record
-from regiongpt.data.shards import RecordSet, require_data_extra
+from regiongpt.data.shards import Manifest, RecordSet, require_data_extra
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.settings import Settings, read_toml
 
@@ -75,13 +75,12 @@ def read_mixture(path: str | Path) -> MixtureConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def open_mixture(path: str | Path, root: str | Path = "", seed: int = 0) -> "Mixture":
-    """Opens the records of a mixture.
+def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path | None, Part]]:
+    """Folders of records, folders of images where given, and settings of a mixture's parts; no record is read.
 
     Args:
         path: A mixture's file, or one folder of records.
         root: Folder that the file's paths are relative to; the one that the file lies in by default.
-        seed: Of the order.
 
     Raises:
         ConfigError: As :func:`read_mixture` does; a root is given with a folder of records, or the libraries that read
@@ -91,12 +90,13 @@ def open_mixture(path: str | Path, root: str | Path = "", seed: int = 0) -> "Mix
     require_data_extra()
     path = Path(path)
     if path.is_dir():
+        Manifest.read(path)
         if root:
             raise ConfigError(
                 f"root: the paths of a mixture's file are relative to it, but {path} is one folder of records; "
                 "leave it out"
             )
-        return Mixture([MixturePart(RecordSet(path))], seed)
+        return [(path, None, Part(records=str(path)))]
     config = read_mixture(path)
     base = Path(root) if root else path.parent
     if not base.is_dir():
@@ -104,11 +104,29 @@ def open_mixture(path: str | Path, root: str | Path = "", seed: int = 0) -> "Mix
     parts = []
     for number, part in enumerate(config.parts, 1):
         try:
-            records = RecordSet(base / part.records, base / part.images if part.images else None)
+            Manifest.read(base / part.records)
         except DataError as error:
             raise DataError(f"{path}: parts[{number}]: {error}") from None
-        parts.append(MixturePart(records, part.weight, part.cap))
-    return Mixture(parts, seed)
+        parts.append((base / part.records, base / part.images if part.images else None, part))
+    return parts
+
+
+def open_mixture(path: str | Path, root: str | Path = "", seed: int = 0) -> "Mixture":
+    """Open the records of a mixture.
+
+    Args:
+        path: As for :func:`find_parts`.
+        root: As for :func:`find_parts`.
+        seed: Of the order.
+
+    Raises:
+        ConfigError: As for :func:`find_parts`.
+        DataError: As for :func:`find_parts`; a part's shards are damaged.
+    """
+    parts = find_parts(path, root)
+    return Mixture(
+        [MixturePart(RecordSet(folder, images), part.weight, part.cap) for folder, images, part in parts], seed
+    )
 
 
 class MixturePart:

@@ -1,11 +1,9 @@
-"""Any recipe at a size that takes seconds on a laptop: ``regiongpt train CONFIG.toml --debug``.
+"""Any recipe in seconds on a laptop: ``regiongpt train RECIPE --debug``.
 
-The recipe's own code runs, in its order and with its settings; only the sizes are others. The tower and the language
-model are of the same families as the recipe's, with a few thousand random weights; the pictures are drawn, and what is
-said of them is true. Nothing is fetched.
+The recipe's own code runs, in its order and with its settings, at another size: tower and language model are of the
+recipe's families with a few thousand random weights, and the pictures are drawn. Nothing is fetched.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,20 +17,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipImag
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects, require_data_extra, write_records
 from regiongpt.errors import RegionGPTError
-from regiongpt.model.configuration import VISION_TOWERS
 from regiongpt.prompts import closed_set_suffix
 from regiongpt.regions import Region
+from regiongpt.storage import write_json, writing
+from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.recipe import ModelConfig, PlanConfig, Recipe, StageConfig
-from regiongpt.train.shapes import language_shape, tower_shape
-from regiongpt.train.starts import checkpoint_folder, create_start, read_shape, save_whole
-from regiongpt.train.tokenizer import train_tokenizer
+from regiongpt.train.start import create_start, read_shape, save_whole
+from regiongpt.train.text import train_tokenizer
 
 PICTURES = 12
 SIZE = (96, 64)
 """Width and height of a drawn picture, in pixels."""
 
 _VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-_PATCHES = 4
 _POSITIONS = 512
 _KINDS = ((17, "cat", "red", 4), (18, "dog", "blue", 52))
 _TEMPLATES = {"llama": "vicuna_v1", "qwen2": "chatml", "qwen3": "chatml"}
@@ -42,70 +39,66 @@ def debug_size(config: Recipe) -> Recipe:
     """The same recipe at debug size, with what it needs made beside its run.
 
     Args:
-        config: Any recipe. ``out`` gets ``-debug`` behind its name; what another debug run has left there is deleted.
+        config: Any recipe. ``out`` gets ``-debug`` behind its name; what another debug run left there is deleted.
 
     Returns:
-        A recipe of about three optimiser steps a stage.
+        A recipe of about three optimiser steps per stage.
 
     Raises:
         ConfigError: The shape of the recipe's tower or language model is not known, or a library is missing.
+        DataError: The folder cannot be written.
     """
     out = Path(f"{config.out}-debug")
-    shutil.rmtree(out, ignore_errors=True)
-    made = out / "made"
-    made.mkdir(parents=True)
-    draw_pictures(made)
-    small = config.replace(
-        out=out / "run",
-        from_scratch=True,
-        features=config.features.replace(views=min(config.features.views, 2)),
-        lora=config.lora.replace(rank=min(config.lora.rank, 4)),
-        watch=config.watch.replace(
-            dev_steps=min(config.watch.dev_steps, 2),
-            answer_steps=min(config.watch.answer_steps, 2),
-            dev_items=2,
-            answers=2,
-        ),
-        plan=PlanConfig(gpu=config.plan.gpu),
-        # Processes that load data take longer to start than all of the run.
-        engine=config.engine.replace(pack_length=min(config.engine.pack_length, _POSITIONS), workers=0),
-        language=_few_steps(config.language, 0.2),
-        align=_few_steps(config.align),
-        stage1=_few_steps(config.stage1),
-        stage2=_few_steps(config.stage2),
-    )
-    if not config.data.on_records:
-        return small.replace(
-            data=config.data.replace(root=str(made), dev_split=config.data.dev_split and "train"),
-            # What comes before the steps that were chosen has to be made too.
-            steps=config.steps if "language" in config.steps else (),
-            model=_small_on_photographs(config.model, made),
+    with writing(out):
+        shutil.rmtree(out, ignore_errors=True)
+        made = out / "made"
+        made.mkdir(parents=True)
+        draw_pictures(made)
+        small = config.replace(
+            out=out / "run",
+            from_scratch=True,
+            features=config.features.replace(views=min(config.features.views, 2)),
+            lora=config.lora.replace(rank=min(config.lora.rank, 4)),
+            watch=config.watch.replace(
+                dev_steps=min(config.watch.dev_steps, 2),
+                answer_steps=min(config.watch.answer_steps, 2),
+                dev_items=2,
+                answers=2,
+            ),
+            plan=PlanConfig(gpu=config.plan.gpu),
+            # Data-loading processes take longer to start than all of the run.
+            engine=config.engine.replace(pack_length=min(config.engine.pack_length, _POSITIONS), workers=0),
+            language=_few_steps(config.language, 0.2),
+            align=_few_steps(config.align),
+            stage1=_few_steps(config.stage1),
+            stage2=_few_steps(config.stage2),
         )
-    require_data_extra()
-    data = config.data
-    if data.pretrain_mixture:
-        data = data.replace(pretrain_mixture=str(_write(made / "pretrain", made, with_text=False)))
-    if data.mixture:
-        data = data.replace(mixture=str(_write(made / "mixture", made, with_text=True)))
-    if data.dev_mixture:
-        data = data.replace(dev_mixture=data.mixture or data.pretrain_mixture)
-    return small.replace(data=data.replace(root=""), model=_small_on_records(config.model, made))
+        if not config.data.on_records:
+            return small.replace(
+                data=config.data.replace(root=str(made), dev_split=config.data.dev_split and "train"),
+                # What comes before the chosen steps has to be made too.
+                steps=config.steps if "language" in config.steps else (),
+                model=_small_on_photographs(config.model, made),
+            )
+        require_data_extra()
+        data = config.data
+        if data.pretrain_mixture:
+            data = data.replace(pretrain_mixture=_write(made / "pretrain", made, with_text=False))
+        if data.mixture:
+            data = data.replace(mixture=_write(made / "mixture", made, with_text=True))
+        if data.dev_mixture:
+            data = data.replace(dev_mixture=data.mixture or data.pretrain_mixture)
+        return small.replace(data=data.replace(root=""), model=_small_on_records(config.model, made))
 
 
 def _few_steps(stage: StageConfig, epochs: float = 1.0) -> StageConfig:
-    """Three optimiser steps over the pictures, of two micro-batches each where the stage accumulates gradients."""
-    accumulates = stage.batch_size > stage.micro_batch_size
-    return stage.replace(
-        epochs=epochs,
-        batch_size=4,
-        micro_batch_size=2 if accumulates else 4,
-        save_steps=2,
-        log_steps=1,
-    )
+    """Three optimiser steps over the pictures, of two micro-batches each if the stage accumulates gradients."""
+    micro = 2 if stage.batch_size > stage.micro_batch_size else 4
+    return stage.replace(epochs=epochs, batch_size=4, micro_batch_size=micro, save_steps=2, log_steps=1)
 
 
 def draw_pictures(folder: Path) -> None:
-    """Draws a red cat and a blue dog into each picture, as rectangles, and writes them down in COCO's format."""
+    """Draw a red cat and a blue dog into each picture, as rectangles, and annotate them in COCO's format."""
     (folder / "images").mkdir()
     images: list[dict[str, Any]] = []
     boxes: list[dict[str, Any]] = []
@@ -121,11 +114,8 @@ def draw_pictures(folder: Path) -> None:
             boxes.append({"id": len(boxes) + 1, "image_id": number, **box})
         picture.save(folder / "images" / f"{number}.png")
     categories = [{"id": kind, "name": name} for kind, name, *_ in _KINDS]
-    instances = {"images": images, "annotations": boxes, "categories": categories}
-    (folder / "instances_train.json").write_text(json.dumps(instances), encoding="utf-8")
-    (folder / "captions_train.json").write_text(
-        json.dumps({"images": images, "annotations": captions}), encoding="utf-8"
-    )
+    write_json(folder / "instances_train.json", {"images": images, "annotations": boxes, "categories": categories})
+    write_json(folder / "captions_train.json", {"images": images, "annotations": captions})
 
 
 def _objects(number: int) -> Iterator[tuple[int, str, str, tuple[int, int, int, int]]]:
@@ -136,35 +126,26 @@ def _objects(number: int) -> Iterator[tuple[int, str, str, tuple[int, int, int, 
         yield kind, name, colour, (x, y, w, 30)
 
 
-def _write(folder: Path, made: Path, with_text: bool) -> Path:
-    """Records of the pictures, a few of text alone among them if the stage can learn from those."""
-    rejects = Rejects()
-    write_records(
-        folder,
-        _records(with_text),
-        rejects,
-        source="debug",
-        images=str((made / "images").resolve()),
-        inputs=[],
-        arguments={},
-    )
-    return folder
+def _write(folder: Path, made: Path, with_text: bool) -> str:
+    images = str((made / "images").resolve())
+    write_records(folder, _records(with_text), Rejects(), source="debug", images=images, inputs=[], arguments={})
+    return str(folder)
 
 
 def _records(with_text: bool) -> Iterator[Record]:
+    """Records of the pictures, a few of text alone among them if the stage can learn from those."""
     for number in range(1, PICTURES + 1):
         if with_text and number % 4 == 0:
             talk = Turn(task="chat", question="What is two and two?", answer="Four.")
             yield Record(id=f"talk/{number}", source="debug", image="", width=0, height=0, regions=(), turns=(talk,))
             continue
-        objects = list(_objects(number))
-        regions = tuple(
+        (_, first, _, _), (_, second, colour, _) = objects = list(_objects(number))
+        regions = (
             RecordRegion(region=Region.box(x, y, x + w, y + h), category=name) for _, name, _, (x, y, w, h) in objects
         )
-        names = [name for _, name, *_ in objects]
         turns = (
-            Turn(task="classify", regions=(1,), answer=names[0], label_set="COCO-80", guided=True),
-            Turn(task="caption", regions=(2,), answer=f"a {objects[1][2]} {names[1]}"),
+            Turn(task="classify", regions=(1,), answer=first, label_set="COCO-80", guided=True),
+            Turn(task="caption", regions=(2,), answer=f"a {colour} {second}"),
             Turn(task="chat", question="What are <region1> and <region2>?", answer="A red cat and a blue dog."),
         )
         yield Record(
@@ -173,43 +154,41 @@ def _records(with_text: bool) -> Iterator[Record]:
             image=f"{number}.png",
             width=SIZE[0],
             height=SIZE[1],
-            regions=regions,
+            regions=tuple(regions),
             turns=turns,
         )
 
 
-def _small_on_photographs(shape: ModelConfig, made: Path) -> ModelConfig:
-    """The shape with a tower of its family; and its own language model or one of its family."""
-    vision = _make_tower(tower_shape(shape.vision).model_type, made / "tower")
-    language = ""
-    if shape.language:
-        family = language_shape(shape.language).model_type
-        language = str(_make_language(family, made / "language"))
+def _small(shape: ModelConfig, vision: Path, **values: Any) -> ModelConfig:
     return shape.replace(
         vision=str(vision),
-        language=language,
         image_size=0,
         refinement_channels=16 if shape.refinement_channels else 0,
         connector_size=32 if shape.connector_size else 0,
         image_grid=2 if shape.image_grid else 0,
-        vocab_size=500,
-        hidden_size=32,
-        layers=1,
-        heads=2,
-        mlp_size=32,
-        max_length=_POSITIONS,
+        **values,
     )
 
 
+def _small_on_photographs(shape: ModelConfig, made: Path) -> ModelConfig:
+    """The shape with a tower of its family, and its own language model or one of its family."""
+    language = ""
+    if shape.language:
+        language = str(_make_language(language_shape(shape.language).model_type, made / "language"))
+    own = {"vocab_size": 500, "hidden_size": 32, "layers": 1, "heads": 2, "mlp_size": 32, "max_length": _POSITIONS}
+    vision = _make_tower(tower_shape(shape.vision).model_type, made / "tower")
+    return _small(shape, vision, language=language, **own)
+
+
 def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
-    """A new model of the same families, or a checkpoint of them where the recipe goes on from one."""
+    """A new model of the same families, or a checkpoint of them if the recipe continues from one."""
     vision, language = "clip_vision_model", "llama"
     if shape.language:
         vision, language = tower_shape(shape.vision).model_type, language_shape(shape.language).model_type
     else:
-        # Nothing but the checkpoint says what it is made of; where it is not there, it is taken for the paper's model.
+        # The checkpoint alone says what it is made of; if it is missing, it is taken for the paper's model.
         try:
-            found = read_shape(checkpoint_folder(shape))
+            found = read_shape(shape.folder)
             vision, language = found.vision_config.model_type, found.text_config.model_type
             shape = shape.replace(
                 refinement=found.refinement,
@@ -219,40 +198,30 @@ def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
             )
         except RegionGPTError:
             pass
-    tower, model = _make_tower(vision, made / "tower"), _make_language(language, made / "language")
-    small = shape.replace(
-        init="",
-        vision=str(tower),
-        language=str(model),
-        image_size=0,
-        refinement_channels=16 if shape.refinement_channels else 0,
-        connector_size=32 if shape.connector_size else 0,
-        image_grid=2 if shape.image_grid else 0,
-        chat_template=shape.chat_template or _TEMPLATES.get(language, "plain"),
-    )
+    tower, model = _make_tower(vision, made / "tower"), str(_make_language(language, made / "language"))
+    template = shape.chat_template or _TEMPLATES.get(language, "plain")
+    small = _small(shape, tower, language=model, chat_template=template, init="")
     if shape.init:
-        create_start(small, str(model), made / "start", [])
+        create_start(small, model, made / "start")
         small = small.replace(init=str(made / "start"))
     return small
 
 
 def _make_tower(kind: str, folder: Path) -> Path:
     """A tower of random weights, with its image processor."""
-    assert kind in VISION_TOWERS
-    patch = 8
-    shape: dict[str, Any] = {**_VIT, "image_size": _PATCHES * patch, "patch_size": patch}
+    side, patch = 32, 8
+    shape: dict[str, Any] = {**_VIT, "image_size": side, "patch_size": patch}
     if kind == "siglip2_vision_model":
-        shape = {**_VIT, "num_patches": _PATCHES**2, "patch_size": patch}
+        shape = {**_VIT, "num_patches": (side // patch) ** 2, "patch_size": patch}
     elif kind.startswith("dinov2"):
-        shape = {**shape, "mlp_ratio": 2}
+        shape["mlp_ratio"] = 2
     elif kind == "efficientnet_lite":
-        patch = 32
-        shape = {"variant": "efficientnet-lite0", "image_size": 2 * patch}
+        side = 64
+        shape = {"variant": "efficientnet-lite0", "image_size": side}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        AutoModel.from_config(AutoConfig.for_model(kind, **shape)).save_pretrained(folder)
-    side = shape.get("image_size", _PATCHES * patch)
-    SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+        tower = AutoModel.from_config(AutoConfig.for_model(kind, **shape))
+    save_whole(folder, tower, SiglipImageProcessorPil(size={"height": side, "width": side}))
     return folder
 
 

@@ -3,6 +3,7 @@
 A finished checkpoint so has the layers of any other, and loads wherever others do.
 """
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -65,7 +66,10 @@ def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
 
 
 def merge_adapters(language_model: Any) -> None:
-    """Adds what the adapters have learnt to the weights beside them, and takes the adapters out.
+    """Add what the adapters have learnt to the weights beside them, and take the adapters out.
+
+    A head that shares its weight with the word embeddings gets a weight of its own: adding to the shared one would
+    change the embeddings too.
 
     Args:
         language_model: As :func:`add_adapters` left it; changed in place.
@@ -73,10 +77,15 @@ def merge_adapters(language_model: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [(name, each) for name, each in language_model.named_modules() if isinstance(each, BaseTunerLayer)]
+    uses = Counter(id(each) for _, each in language_model.named_parameters(remove_duplicate=False))
     for name, layer in adapted:
+        base: Any = layer.get_base_layer()
+        if uses[id(base.weight)] > 1:
+            base.weight = nn.Parameter(base.weight.detach().clone())
+            language_model.config.tie_word_embeddings = False
         layer.merge()
         parent, _, child = name.rpartition(".")
-        setattr(language_model.get_submodule(parent), child, layer.get_base_layer())
+        setattr(language_model.get_submodule(parent), child, base)
     # What peft notes on the model would be taken for adapters that are still there.
     for note in ("peft_config", "_hf_peft_config_loaded"):
         if note in vars(language_model):

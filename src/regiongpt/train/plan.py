@@ -1,13 +1,14 @@
-"""What a recipe takes, before anything is spent: ``regiongpt train CONFIG.toml --plan --gpu a100-80gb --gpus 8``.
+"""What a recipe takes, before anything is spent: ``regiongpt train RECIPE --plan --gpu a100-80gb --gpus 8``.
 
-The figures come from the recipe and from the network's own code, run without numbers (:mod:`regiongpt.train.sizes`), so
-that no weights are loaded and nothing is fetched. Parameters are exact. Tokens are exact where the data is at hand and
-not larger than ``plan.sample``, and else counted on a sample or supposed. Arithmetic is that of the shapes that will be
-computed, padding included. Memory is the sum of what is there at once, without what allocator and libraries keep to
-themselves. Time is arithmetic divided by an assumed share of the GPU's peak: what waits for data is not in it.
+The numbers come from the recipe and from the network's own code, run without content (:mod:`regiongpt.train.costs`): no
+weights are loaded and nothing is fetched. Parameters are exact. Tokens are exact if the data is at hand and not larger
+than ``plan.sample``, else counted on a sample or assumed. FLOPs are those of the shapes that will be computed, padding
+included. Memory is the sum of what exists at once, without the overhead of allocator and libraries. Time is FLOPs
+divided by an assumed share of the GPU's peak, without waiting for data.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,53 +17,32 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, SiglipImageProcessorPil
 
-from regiongpt.data.coco import load_coco, photo_sources
-from regiongpt.data.mixture import open_mixture
+from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
+from regiongpt.data.facts import colours_of
+from regiongpt.data.mixture import Mixture, open_mixture
 from regiongpt.errors import ConfigError, DataError
+from regiongpt.images import load_image
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor
-from regiongpt.model.processing import prepare_tokenizer
-from regiongpt.train.dataset import ConversationDataset
+from regiongpt.model.processing import IGNORED, prepare_tokenizer
+from regiongpt.prompts import template_family
+from regiongpt.train.costs import Costs, LayerCosts, kept_by_image, kept_bytes, language_costs, visual_costs
+from regiongpt.train.dataset import ConversationDataset, RecordDataset
 from regiongpt.train.features import FeatureStore
-from regiongpt.train.gpus import GPUS, Gpu
+from regiongpt.train.known import GPUS, LANGUAGE_MODELS, PADDED_TOKENS, language_shape, tower_shape
 from regiongpt.train.lora import choose_learners
-from regiongpt.train.photographs import (
-    Colours,
-    language_of,
-    reading_of,
-    sampler_of,
-    texts_of,
-    tokenizer_of,
-)
-from regiongpt.train.plan_data import (
-    Item,
-    Reading,
-    local_tokenizer,
-    of_photographs,
-    of_records,
-    read,
-    row_limit,
-    suppose,
-    vocabulary,
-)
-from regiongpt.train.recipe import ModelConfig, Recipe, StageConfig
-from regiongpt.train.shapes import language_shape, tower_shape
-from regiongpt.train.sizes import Costs, LayerCosts, kept_by_image, kept_bytes, language_costs, visual_costs
-from regiongpt.train.starts import check_shape, checkpoint_folder, new_shape, read_shape
-from regiongpt.train.text import LENGTH
+from regiongpt.train.packing import plan_rows, width_cost
+from regiongpt.train.recipe import DataSize, EngineConfig, ModelConfig, Recipe, StageConfig
+from regiongpt.train.start import check_shape, new_shape, read_shape
+from regiongpt.train.text import LENGTH, language_of, reading_of, sampler_of, texts_of, tokenizer_of
 
 GIB = 2**30
 _PARTS = ("vision_tower", "refinement", "connector", "language_model")
+_ADDED_TOKENS = 2  # <image> and <region>
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Parameters of one part of the model.
-
-    Attributes:
-        name: Of the part; ``adapters`` for those of LoRA.
-        parameters: How many there are.
-        trained: How many of these learn.
-    """
+    """Parameters of one part of the model, ``adapters`` for those of LoRA, and how many of them are trained."""
 
     name: str
     parameters: int
@@ -74,10 +54,10 @@ class Memory:
     """Bytes on each GPU.
 
     Attributes:
-        weights: In float32; with FSDP a share, and what is put together of it at a time.
-        gradients: Likewise.
+        weights: In float32; with FSDP a share, and what is gathered at a time.
+        gradients: In float32; with FSDP a share, and what is gathered at a time.
         optimiser: Both moments of AdamW, in float32.
-        activations: What the forward pass of a micro-batch keeps; the largest micro-batch that was counted.
+        activations: What the forward pass of the largest counted micro-batch saves.
     """
 
     weights: float
@@ -92,19 +72,61 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Item:
+    """Size of one conversation.
+
+    Attributes:
+        tokens: Those of its image and regions included.
+        targets: Supervised tokens.
+        regions: Region embeddings.
+        image: Whether it has an image.
+    """
+
+    tokens: float
+    targets: float
+    regions: float
+    image: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Size of a stage's data.
+
+    Attributes:
+        items: Conversations.
+        how: What the numbers rest on, in words.
+        tokens: Tokens of all conversations.
+        targets: Supervised tokens.
+        rows: Rows that go through the language model, by width: (number of rows, tokens in each).
+        images: Images that go through the tower; a text among images takes a blank one along.
+        regions: Region embeddings.
+        widest: Tokens with padding, images and targets of the largest micro-batch.
+    """
+
+    items: int
+    how: str
+    tokens: float
+    targets: float
+    rows: tuple[tuple[float, float], ...]
+    images: float
+    regions: float
+    widest: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """What one step of a recipe takes.
 
     Attributes:
-        name: Of the step.
-        parts: Of the model.
-        reading: The data.
-        steps: Of the optimiser.
+        name: Name of the step.
+        parts: Parts of the model.
+        reading: Size of the data.
+        steps: Optimiser steps.
         batch: How a step is made up, in words.
-        flops: By what it is for: ``tower``, ``visual``, ``language``, ``head``, and ``again``, the forward passes that
-            gradient checkpointing repeats.
-        memory: On each GPU.
-        seconds: On the GPUs named.
+        flops: FLOPs for ``tower``, ``visual``, ``language``, ``head``, and ``again``, the forward passes that gradient
+            checkpointing repeats.
+        memory: Memory on each GPU.
+        seconds: Time on these GPUs.
     """
 
     name: str
@@ -122,14 +144,14 @@ class Plan:
     """What a recipe takes.
 
     Attributes:
-        stages: Its steps that compute.
+        stages: The steps that compute.
         gpu: Name of the GPU.
-        gpus: How many.
+        gpus: Number of GPUs.
         sharding: ``ddp`` or ``fsdp``.
         precision: ``bf16`` or ``fp32``.
-        utilisation: Share of the peak that is assumed.
-        peak: Of one GPU in this precision, FLOP/s.
-        capacity: Of one GPU's memory, in bytes.
+        utilisation: Assumed share of the peak.
+        peak: FLOP/s of one GPU in this precision.
+        capacity: Memory of one GPU in bytes.
     """
 
     stages: tuple[StagePlan, ...]
@@ -146,7 +168,7 @@ class Plan:
         return asdict(self)
 
     def text(self) -> str:
-        """The plan for a person."""
+        """The plan in words."""
         lines = [line for stage in self.stages for line in self._stage(stage)]
         seconds = sum(stage.seconds for stage in self.stages)
         lines += [
@@ -182,21 +204,17 @@ class Plan:
 
 
 def make_plan(config: Recipe) -> Plan:
-    """Works out what a recipe takes.
-
-    Args:
-        config: The recipe.
+    """Work out what a recipe takes.
 
     Raises:
-        ConfigError: A GPU or a shape is not known, the data is neither at hand nor supposed, or a batch cannot be
-            divided among the GPUs.
-        CheckpointError: The checkpoint that the recipe goes on from is another than it says.
-        DataError: Records cannot be used.
+        ConfigError: A shape is not known, the data is neither at hand nor assumed, or a batch cannot be divided among
+            the GPUs.
+        CheckpointError: The checkpoint that the recipe continues from is not what the recipe says.
+        DataError: Records or annotations cannot be used.
     """
     gpu = GPUS[config.plan.gpu]
-    stages = _records_stages(config, gpu) if config.data.on_records else _photograph_stages(config, gpu)
     return Plan(
-        stages=tuple(stages),
+        stages=tuple(_records_stages(config) if config.data.on_records else _photograph_stages(config)),
         gpu=config.plan.gpu,
         gpus=config.plan.gpus,
         sharding=config.engine.sharding,
@@ -207,54 +225,61 @@ def make_plan(config: Recipe) -> Plan:
     )
 
 
-def _records_stages(config: Recipe, gpu: Gpu) -> list[StagePlan]:
-    shape, processor = _shape_on_records(config)
-    limit = row_limit(config.engine, shape.text_config)
+def _records_stages(config: Recipe) -> list[StagePlan]:
+    shape, processor = _shape_on_records(config.model)
+    limit = _row_limit(config.engine, shape.text_config)
     longest = getattr(shape.text_config, "max_position_embeddings", None)
     plans = []
-    for name, stage, mixture, size in (
+    for name, stage, path, size in (
         ("stage1", config.stage1, config.data.pretrain_mixture, config.plan.stage1),
         ("stage2", config.stage2, config.data.mixture, config.plan.stage2),
     ):
         if not config.runs(name):
             continue
         try:
-            opened = open_mixture(mixture, config.data.root, config.seed) if processor else None
+            mixture = open_mixture(path, config.data.root, config.seed) if processor else None
         except (ConfigError, DataError):
             if not size.records:
                 raise
-            opened = None
-        if opened and processor:
-            items = max(1, round(stage.epochs * len(opened)))
-            item = of_records(opened, processor, longest, config.data.suffixes)
-            reading = read(items, stage.micro_batch_size, item, config.plan.sample, *limit)
+            mixture = None
+        if mixture and processor:
+            items = max(1, round(stage.epochs * len(mixture)))
+            item = _count_record(mixture, processor, longest, config.data.suffixes)
+            reading = _read(items, stage.micro_batch_size, item, config.plan.sample, *limit)
         else:
-            reading = suppose(size, stage.epochs, stage.micro_batch_size, shape.num_image_tokens, *limit, name)
-        plans.append(_plan_stage(config, gpu, name, stage, shape, reading, cached=False))
+            reading = _assume(size, stage, shape.num_image_tokens, *limit, name)
+        plans.append(_plan_stage(config, name, stage, shape, reading, cached=False))
     return plans
 
 
-def _shape_on_records(config: Recipe) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
-    """The model's shape, and its processor where the tokenizer is at hand."""
-    model = config.model
-    folder = checkpoint_folder(model)
-    if model.init and (folder / "config.json").exists():
-        check_shape(model, folder)
-        return read_shape(folder), RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
+def _shape_on_records(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
+    """The model's shape, and its processor if the tokenizer is at hand."""
+    if model.init and (model.folder / "config.json").exists():
+        check_shape(model, model.folder)
+        return read_shape(model.folder), RegionGPTProcessor.from_pretrained(model.folder, local_files_only=True)
     if not model.language:
         raise ConfigError(
-            f"--plan: expected the checkpoint {folder}, found none; give its shape by --model.vision and "
-            "--model.language, and the rest of [model]"
+            f"--plan: no checkpoint in {model.folder}; give its shape by --model.vision and --model.language, and the "
+            "rest of [model]"
         )
     text = language_shape(model.language)
-    text.vocab_size = vocabulary(model, text)
-    found = local_tokenizer(model)
+    known = not Path(model.language).is_dir() and model.language in LANGUAGE_MODELS
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.language, local_files_only=True)
+    # Nothing in the cache, a hub that cannot be reached, a folder without one: each has an exception of its own.
+    except Exception:
+        tokenizer = None
+    template = model.chat_template or (template_family(tokenizer) if tokenizer else "")
+    if tokenizer:
+        prepare_tokenizer(tokenizer, template)
+    tokens = PADDED_TOKENS.get(model.language, text.vocab_size) + _ADDED_TOKENS
+    text.vocab_size = max(int(text.vocab_size), len(tokenizer) if tokenizer and not known else tokens)
     shape = new_shape(model, tower_shape(model.vision), text)
-    return shape, _processor(model, shape, *found) if found else None
+    return shape, _processor(model, shape, tokenizer, template) if tokenizer else None
 
 
 def _processor(model: ModelConfig, shape: RegionGPTConfig, tokenizer: Any, template: str) -> RegionGPTProcessor:
-    """A processor that tokenises; it is not for images."""
+    """A processor that tokenizes; it is not for images."""
     return RegionGPTProcessor(
         SiglipImageProcessorPil(),
         tokenizer,
@@ -267,53 +292,151 @@ def _processor(model: ModelConfig, shape: RegionGPTConfig, tokenizer: Any, templ
     )
 
 
-def _photograph_stages(config: Recipe, gpu: Gpu) -> list[StagePlan]:
-    if not config.data.root:
-        raise ConfigError("data.root: expected the folder of the annotated photographs; give --data.root DIR")
+def _photograph_stages(config: Recipe) -> list[StagePlan]:
+    config.check_files()
+    model, done = config.model, Path(config.model.language or config.out / "language")
     images = load_coco(photo_sources(Path(config.data.root), config.data.split)).images
-    sampler = sampler_of(config, images)
-    texts, done = texts_of(config, images, sampler), Path(config.model.language or config.out / "language")
+    sampler, texts = sampler_of(config, images), texts_of(config, images)
     if (done / "config.json").exists():
         tokenizer, text_config = AutoTokenizer.from_pretrained(done), AutoConfig.from_pretrained(done)
-    elif config.model.language:
-        raise ConfigError(f"model.language: expected a folder, got {done}, which holds no language model")
+    elif model.language:
+        raise ConfigError(f"model.language: no language model in {done}; give its folder")
     else:
-        tokenizer = tokenizer_of(texts, config.model)
-        text_config = language_of(config.model, tokenizer)
-    if config.model.language:
-        prepare_tokenizer(tokenizer, config.model.chat_template or "plain")
+        tokenizer = tokenizer_of(texts, model)
+        text_config = language_of(model, tokenizer)
+    template = (model.language and model.chat_template) or "plain"
+    if model.language:
+        prepare_tokenizer(tokenizer, template)
         text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
-    shape = new_shape(config.model, tower_shape(config.model.vision), text_config)
+    shape = new_shape(model, tower_shape(model.vision), text_config)
     plans = []
     if config.runs("language"):
         items = len(reading_of(config, texts, tokenizer))
         # The head runs at every token, whether or not it is a target.
         each = Item(tokens=LENGTH, targets=LENGTH, regions=0, image=False)
-        reading = read(items, config.language.micro_batch_size, lambda _: each, 1, 0, 0.0)
+        reading = _read(items, config.language.micro_batch_size, lambda _: each, 1, 0, 0.0)
         reading = replace(reading, how="counted on all")
-        plans.append(_plan_stage(config, gpu, "language", config.language, shape, reading, cached=True))
-    template = config.model.chat_template or "plain"
-    processor = _processor(config.model, shape, tokenizer, template)
-    store = FeatureStore(np.empty(0), Colours(images))
+        plans.append(_plan_stage(config, "language", config.language, shape, reading, cached=True))
+    processor = _processor(model, shape, tokenizer, template)
+    store = FeatureStore(np.empty(0), _Colours(images))
+    limit = _row_limit(config.engine, text_config)
     for name, stage in (("align", config.align), ("stage1", config.stage1), ("stage2", config.stage2)):
         if not config.runs(name):
             continue
-        items = round(stage.epochs * len(images))
-        micro = stage.micro_batch_size
+        items, micro = round(stage.epochs * len(images)), stage.micro_batch_size
         dataset = ConversationDataset(
             images, store, sampler, processor, config.features, config.seed, items, micro, 0.0, (1, 1)
         )
-        limit = row_limit(config.engine, text_config)
-        reading = read(items, micro, of_photographs(dataset.draw, processor), config.plan.sample, *limit)
-        plans.append(_plan_stage(config, gpu, name, stage, shape, reading, cached=True))
+        reading = _read(items, micro, _count_conversation(dataset, processor), config.plan.sample, *limit)
+        plans.append(_plan_stage(config, name, stage, shape, reading, cached=True))
     return plans
 
 
-def _plan_stage(
-    config: Recipe, gpu: Gpu, name: str, stage: StageConfig, shape: Any, reading: Reading, cached: bool
-) -> StagePlan:
-    """One step of the recipe; ``cached`` where the tower has been run beforehand."""
-    engine, plan = config.engine, config.plan
+class _Colours(Sequence[dict[int, str]]):
+    """The colours of each image's objects, looked at when they are asked for."""
+
+    def __init__(self, images: Sequence[ImageAnnotations]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        return colours_of(self.images[index], load_image(self.images[index].path))
+
+
+def _read(items: int, micro: int, item: Callable[[int], Item], sample: int, packing: int, cost: float) -> Reading:
+    """Count the micro-batches of a stage, all of them or a sample.
+
+    Args:
+        items: Conversations of the stage.
+        micro: Conversations in a micro-batch.
+        item: Counts one of them, by its number.
+        sample: Most conversations to count.
+        packing: Longest packed row in tokens; 0 if each conversation has a padded row.
+        cost: See :func:`regiongpt.train.packing.width_cost`.
+    """
+    batches = -(-items // micro)
+    counted = min(batches, max(1, sample // micro))
+    numbers = [n * batches // counted for n in range(counted)]
+    found = [[item(i) for i in range(n * micro, min((n + 1) * micro, items))] for n in numbers]
+    seen = sum(len(batch) for batch in found)
+    scale = items / seen
+    rows: list[tuple[float, float]] = []
+    images = regions = 0.0
+    widest = (0.0, 0.0, 0.0)
+    for batch in found:
+        lengths = [int(each.tokens) for each in batch]
+        packed = plan_rows(lengths, packing, cost) if packing else [[k] for k in range(len(batch))]
+        width = max(sum(lengths[k] for k in row) for row in packed)
+        rows.append((scale * len(packed), float(width)))
+        shown = len(batch) if any(each.image for each in batch) else 0
+        images += scale * shown
+        regions += scale * len(batch) * max(each.regions for each in batch)
+        widest = max(widest, (len(packed) * width, shown, sum(each.targets for each in batch)))
+    every = [each for batch in found for each in batch]
+    return Reading(
+        items=items,
+        how="counted on all" if seen == items else f"counted on {seen:,} of them",
+        tokens=scale * sum(each.tokens for each in every),
+        targets=scale * sum(each.targets for each in every),
+        rows=tuple(rows),
+        images=images,
+        regions=regions,
+        widest=widest,
+    )
+
+
+def _assume(size: DataSize, stage: StageConfig, image_tokens: int, packing: int, cost: float, where: str) -> Reading:
+    """Count the micro-batches of data that is not at hand, by what the recipe says of it."""
+    if not size.records or not size.answer_tokens:
+        raise ConfigError(
+            f"--plan: the data of {where} cannot be read here; give its folder, or --plan.{where}.records, "
+            f"--plan.{where}.text_tokens and --plan.{where}.answer_tokens"
+        )
+    each = Item(tokens=image_tokens + size.text_tokens, targets=size.answer_tokens, regions=1)
+    items, micro = max(1, round(stage.epochs * size.records)), stage.micro_batch_size
+    return replace(_read(items, micro, lambda _: each, micro, packing, cost), how="supposed, see [plan]")
+
+
+def _count_record(mixture: Mixture, processor: Any, longest: int | None, suffixes: bool) -> Callable[[int], Item]:
+    """Counts a record by its number, tokenized and cut as in training, its image not opened."""
+    dataset = RecordDataset(mixture, processor, len(mixture), longest, suffixes)
+
+    def item(number: int) -> Item:
+        record, example = dataset.words(mixture.draw(number))
+        return Item(
+            tokens=len(example["input_ids"]),
+            targets=int((example["labels"] != IGNORED).sum()),
+            regions=len(record.regions) * processor.tokens_per_region,
+            image=bool(record.image),
+        )
+
+    return item
+
+
+def _count_conversation(dataset: ConversationDataset, processor: Any) -> Callable[[int], Item]:
+    """Counts a conversation about a photograph by its number."""
+
+    def item(number: int) -> Item:
+        conversation = dataset.draw(number)[-1]
+        regions = len(conversation.regions) * processor.tokens_per_region
+        encoded = processor.encode_conversation(conversation.messages, region_weights=torch.zeros(regions, 1, 1))
+        targets = int((encoded["labels"] != IGNORED).sum())
+        return Item(tokens=len(encoded["input_ids"]), targets=targets, regions=regions)
+
+    return item
+
+
+def _row_limit(engine: EngineConfig, text_config: Any) -> tuple[int, float]:
+    """``packing`` and ``cost`` of :func:`_read`."""
+    longest = engine.pack_length or int(getattr(text_config, "max_position_embeddings", 0) or 4096)
+    return (longest, width_cost(text_config)) if engine.packing else (0, 0.0)
+
+
+def _plan_stage(config: Recipe, name: str, stage: StageConfig, shape: Any, reading: Reading, cached: bool) -> StagePlan:
+    """One step of the recipe; ``cached`` if the tower has been run beforehand."""
+    engine, plan, gpu = config.engine, config.plan, GPUS[config.plan.gpu]
     accumulation, rest = divmod(stage.batch_size, stage.micro_batch_size * plan.gpus)
     if rest:
         raise ConfigError(
@@ -330,7 +453,6 @@ def _plan_stage(
     visual = visual_costs(model, with_tower=not cached) if sees else {}
     layers, head = language_costs(shape.text_config, trained, lora) if reads else (LayerCosts(), 0.0)
     costs = Costs(**visual, layers=layers, head=head)
-    kept = kept_bytes(shape.text_config, trained, engine.precision, lora) if reads else None
     twice = engine.gradient_checkpointing
     flops = {
         "tower": 0.0 if cached else reading.images * costs.tower,
@@ -342,7 +464,8 @@ def _plan_stage(
     sharded = engine.sharding == "fsdp" and plan.gpus > 1
     tokens, images, targets = reading.widest
     activations = images * kept_by_image(shape, engine.precision) if sees else 0.0
-    if kept is not None:
+    if reads:
+        kept = kept_bytes(shape.text_config, trained, engine.precision, lora)
         activations += kept.language(tokens, twice, sharded) + kept.target * targets
     utilisation = plan.utilisation or gpu.utilisation
     return StagePlan(
@@ -382,9 +505,9 @@ def _states(parts: tuple[Part, ...], model: Any, config: Recipe, sharded: bool, 
         language = model.language_model
         layers = sum(p.numel() for name, p in language.named_parameters() if ".layers." in name)
         count = max(1, language.config.num_hidden_layers)
-        # All but the layers is put together for the whole pass; of the layers one, while the next is fetched.
+        # All but the layers is gathered for the whole pass; of the layers one, while the next is fetched.
         held = held / gpus + wide * (total - layers + 2 * layers / count)
-        # Gradients are summed over the GPUs once in a step; until then each holds them whole.
+        # Gradients are summed over the GPUs once per step; until then each holds them whole.
         gradients = gradients / gpus + (gradients if accumulation > 1 else wide * 2 * layers / count)
     elif gpus > 1:
         gradients *= 2  # DDP's buckets

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
-from regiongpt.errors import ConfigError
+from regiongpt.distributed import launched
+from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.prompts import CHAT_TEMPLATES, QUESTIONS
 from regiongpt.settings import Settings, nearest, override
-from regiongpt.train.gpus import GPUS
+from regiongpt.train.known import GPUS
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Limit = Annotated[int, Field(ge=0, le=10**9)]
@@ -24,6 +25,20 @@ STEPS: tuple[Step, ...] = get_args(Step)
 
 SHORTEST_TEXT = 160
 """Fewest tokens that questions and answers need beside the image."""
+
+_PACKAGE = Path(__file__).parents[1]
+_SHIPPED = _PACKAGE / "configs"
+
+
+def find_config(path: str | Path) -> Path:
+    """A TOML file, or one that comes with the package: ``nano``, ``configs/nano.toml``, ``configs/data/finetune.toml``.
+
+    Returns:
+        The path as it is if it exists or no file of the package bears that name.
+    """
+    name = Path(path).as_posix().removeprefix("configs/").removesuffix(".toml")
+    shipped = {each.relative_to(_SHIPPED).with_suffix("").as_posix(): each for each in _SHIPPED.rglob("*.toml")}
+    return Path(path) if Path(path).is_file() else shipped.get(name, Path(path))
 
 
 class DataConfig(Settings):
@@ -48,6 +63,11 @@ class DataConfig(Settings):
     """Held-out records; their loss picks the best checkpoint."""
     dev_split: str = ""
     """Held-out photographs, by their split; none when empty."""
+
+    @field_validator("mixture", "pretrain_mixture", "dev_mixture")
+    @classmethod
+    def _find_mixture(cls, value: str) -> str:
+        return str(find_config(value)) if value.endswith(".toml") else value
 
     @field_validator("mix")
     @classmethod
@@ -106,11 +126,16 @@ class ModelConfig(Settings):
     """Attention heads of the language model; the width of a head must be even."""
     comparing_layers: int = Field(0, ge=0, le=1000)
     """First layers in which half of the heads start out attending to similar tokens
-    (:mod:`regiongpt.train.matching`)."""
+    (:mod:`regiongpt.train.alignment`)."""
     mlp_size: Size = 832
     """Width of the feed-forward layers."""
     max_length: int = Field(1024, ge=SHORTEST_TEXT, le=2**24)
     """Context of the language model in tokens."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the checkpoint to continue from."""
+        return _PACKAGE / "weights" / "nano" if self.init == "nano" else Path(self.init)
 
     @field_validator("region_format")
     @classmethod
@@ -219,7 +244,7 @@ class PlanConfig(Settings):
     """Machines and data that ``--plan`` assumes."""
 
     gpu: str = "a100-80gb"
-    """A name from the table in :mod:`regiongpt.train.gpus`."""
+    """A name from the table in :mod:`regiongpt.train.known`."""
     gpus: Count = 1
     """Number of GPUs."""
     utilisation: Share = 0.0
@@ -325,6 +350,8 @@ class Recipe(Settings):
             raise ValueError("align.alignment: give a number above 0; the step learns nothing else")
         if self.data.on_records and not self.model.init and not self.model.language:
             raise ValueError("give model.init, or model.vision and model.language, to train on records")
+        if self.data.on_records and not any(map(self.runs, STEPS)):
+            raise ValueError("steps: none of them has records; give data.pretrain_mixture or data.mixture")
         if self.lora.rank and not self.runs("stage2"):
             raise ValueError("lora.rank: adapters belong to stage 2, which this recipe does not run")
         return self
@@ -334,20 +361,76 @@ class Recipe(Settings):
         """Read a recipe and apply overrides.
 
         Args:
-            path: A TOML file; ``extends = ["other.toml"]`` names recipes beside it whose values it changes.
+            path: A TOML file, or the name of a shipped recipe such as ``nano``; ``extends = ["other.toml"]`` names
+                recipes beside it whose values it changes.
             overrides: Command-line words, by dotted name: ``--stage2.lr 5e-4`` or ``--stage2.lr=5e-4``.
 
         Raises:
-            ConfigError: The file is no TOML; a setting is unknown, cannot be used, does not go with the others, or,
-                unless it was inherited, would not be read.
+            ConfigError: There is no such file; it is no TOML; a setting is unknown, cannot be used, does not go with
+                the others, or, unless it was inherited, would not be read.
         """
+        path = find_config(path) if path is not None else None
+        if path is not None and not path.is_file():
+            names = sorted(each.stem for each in _SHIPPED.glob("*.toml"))
+            raise ConfigError(f"{path}: no such recipe; {nearest(path.stem, names)}")
         recipe = super().load(path, overrides)
-        own = tomllib.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        own = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
         own.pop("extends", None)
         for name in _dotted(override(own, overrides)):
             if why := recipe.unused(name):
                 raise ConfigError(f"{name}: {why}, or leave it out")
         return recipe
+
+    def check_files(self) -> None:
+        """Check that data, checkpoints and processes are what the recipe needs, without loading anything heavy.
+
+        Raises:
+            ConfigError: The data folder is not given, the recipe cannot be trained by several processes, or stage 2
+                comes first.
+            DataError: Annotations or records are missing.
+            CheckpointError: The checkpoint to continue from is missing.
+        """
+        data = self.data
+        if self.resume not in ("auto", "never") and not Path(self.resume).is_dir():
+            raise CheckpointError(f"resume: {self.resume}: no such checkpoint folder; give one, or auto or never")
+        if data.on_records:
+            from regiongpt.data.mixture import find_parts
+
+            for mixture in filter(None, (data.pretrain_mixture, data.mixture, data.dev_mixture)):
+                find_parts(mixture, data.root)
+            if self.with_start().model.init and not (self.model.folder / "config.json").is_file():
+                raise CheckpointError(f"model.init: {self.model.init}: no checkpoint there; give another, or nano")
+            return
+        from regiongpt.data.coco import photo_sources
+
+        if launched() > 1:
+            raise ConfigError("a recipe on photographs runs in one process; several need records (data.mixture)")
+        if not data.root:
+            raise ConfigError("data.root: give the folder of the annotated photographs, --data.root DIR")
+        photo_sources(Path(data.root), data.split)
+        if self.features.root:
+            photo_sources(Path(self.features.root), data.split)
+        if data.dev_split:
+            photo_sources(Path(data.root), data.dev_split)
+
+    def with_start(self) -> Self:
+        """The recipe with ``model.init`` left out if stage 2 is to start from a new, untrained model.
+
+        Raises:
+            ConfigError: Stage 2 comes first, and ``from_scratch`` is not given.
+        """
+        init = self.model.init
+        trained = init and (self.model.folder / "config.json").is_file()
+        stage1 = self.runs("stage1") or any((self.out / stage / "model").exists() for stage in ("stage1", "stage2"))
+        if trained or stage1 or not self.model.language:
+            return self
+        if not self.from_scratch:
+            raise ConfigError(
+                f"stage 2 needs a checkpoint that stage 1 has trained, got "
+                f"{f'{init}, where there is none' if init else 'none'}; run stage 1 first and give its result as "
+                "model.init, or give --from-scratch"
+            )
+        return self.replace(model=self.model.replace(init=""))
 
     def runs(self, step: str) -> bool:
         """Whether a step is to be run, given ``steps`` and the data."""
@@ -378,6 +461,8 @@ class Recipe(Settings):
             return f"the checkpoint {model.init} brings its own shape; give a new model's parts instead of model.init"
         if not on_records and name == "model.init" and model.init:
             return "a checkpoint is trained further on records alone; give data.mixture too"
+        if not on_records and name == "model.chat_template" and not model.language:
+            return "the recipe's own language model has the plain template; give model.language too"
         if not on_records and name == "data.dev_mixture" and data.dev_mixture:
             return "goes with records; give data.dev_split"
         return ""

@@ -3,7 +3,6 @@
 It is made of what the run has written so far, so it can be made of one that is running, or was killed, as well.
 """
 
-import argparse
 import base64
 import html
 import json
@@ -35,23 +34,6 @@ PAGE, RUN = "report.html", "run.json"
 _ORDER: Final = ("language", "language-checkpoints", "align", "stage1", "stage2")
 _ANSWERS_SHOWN: Final = 8
 _RECENT: Final = 0.05
-
-
-def run_cli(arguments: Sequence[str]) -> int | None:
-    """``regiongpt train --report RUN``: makes the page of a run anew; None where something else was asked for.
-
-    Raises:
-        DataError: The folder holds no log of a run, or one that cannot be read.
-        ConfigError: The page cannot be written.
-    """
-    if not any(word == "--report" or word.startswith("--report=") for word in arguments):
-        return None
-    parser = argparse.ArgumentParser(prog="regiongpt train", description="Make the report of a run anew.")
-    parser.add_argument(
-        "--report", metavar="RUN", type=Path, required=True, help="folder of the run, as --out named it"
-    )
-    print(write_report(parser.parse_args(arguments).report))
-    return 0
 
 
 def write_report(out: Path) -> Path:

@@ -1,27 +1,40 @@
-"""What the language model reads before it sees: human captions, conversations, and exercises in names.
+"""The recipe's own language model: its tokenizer, its shape, and what it reads before it sees.
 
+It reads human captions, conversations, and exercises in names.
 Where a region or a cell of the image stands in a text, the blurred name of what it shows stands in for its embedding
 (:mod:`regiongpt.train.alignment`). Which of several regions bears a name, and whether any cell does, is then asked in
 words alone, at a hundredth of the cost of asking it of photographs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View
-from regiongpt.data.sampling import ConversationSampler
+from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSampler
+from regiongpt.errors import ConfigError
 from regiongpt.model.processing import IGNORED
-from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, replace_placeholders
+from regiongpt.prompts import (
+    COCO_80,
+    IMAGE_TOKEN,
+    REGION_TOKEN,
+    chat_template,
+    closed_set_suffix,
+    placeholders,
+    replace_placeholders,
+)
 from regiongpt.train.dataset import shown_in_cells
 from regiongpt.train.packing import Example
+from regiongpt.train.recipe import ModelConfig, Recipe
 
 READING_MIX = {
     "classify": 4.0,
@@ -57,6 +70,9 @@ IMAGED = 0.7
 SIGHTINGS, NAMINGS = 0.2, 0.5
 """Share of the exercises that are about an image alone, and of those that ask for names; the rest ask for numbers.
 Names are many words, where the others are two or six: with a third of each, names alone were not learnt."""
+
+READ_GRID, MOST_REGION_GRID = 6, 4
+"""Most rows and columns of an image in the texts, where a cell is a token of its own, and of a region."""
 
 _TRIES = 4  # texts that may turn out too long for what is left of a window
 _MOST_REGIONS, _MOST_NAMES, _MOST_CELLS = 5, 5, 3  # in an exercise: and on each side of a rectangle
@@ -198,6 +214,108 @@ def _opening(asked: str, seen: bool, region_format: str) -> str:
     """A line of question, with its regions written out, behind the image where there is one."""
     written = replace_placeholders(asked, lambda number: region_format.replace("{n}", str(number)))
     return f"{IMAGE_TOKEN}\n" * seen + written + "\n"
+
+
+def sampler_of(
+    config: Recipe, images: Sequence[ImageAnnotations], mix: Mapping[str, float] | None = None
+) -> ConversationSampler:
+    """The sampler of a recipe's conversations about photographs, or of those in another mix."""
+    return ConversationSampler(
+        ClassStatistics.of(images),
+        mix or config.data.mix or DEFAULT_MIX,
+        suffixes=config.data.suffixes,
+        outline_share=config.data.outline_share,
+    )
+
+
+def texts_of(config: Recipe, images: Sequence[ImageAnnotations]) -> list[Text]:
+    """What the language model reads."""
+    drawn = sampler_of(config, images, READING_MIX)
+    return list(conversation_texts(images, drawn, _format_of(config.model), _grid_of(config.model), config.seed))
+
+
+def reading_of(config: Recipe, texts: Sequence[Text], tokenizer: Any) -> "TextDataset":
+    """The windows in which the language model reads them.
+
+    Raises:
+        ConfigError: A region takes so many tokens that several of them do not fit into a window.
+    """
+    shape = config.model
+    if shape.region_grid > MOST_REGION_GRID:
+        raise ConfigError(
+            f"model.region_grid: at most {MOST_REGION_GRID} if the recipe trains its own language model, which reads "
+            f"windows of {LENGTH} tokens, got {shape.region_grid}; give a trained one as model.language"
+        )
+    return TextDataset(texts, tokenizer, _format_of(shape), _grid_of(shape), config.seed, config.language.epochs)
+
+
+def tokenizer_of(texts: Sequence[Text], shape: ModelConfig) -> Any:
+    """A byte-level BPE of these texts."""
+    plain = ("".join(text.pieces).replace(REGION_TOKEN, "").replace(IMAGE_TOKEN, "") for text in texts)
+    return train_tokenizer(plain, shape.vocab_size, shape.max_length)
+
+
+def language_of(shape: ModelConfig, tokenizer: Any) -> LlamaConfig:
+    """The shape of the language model that a recipe trains for itself."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.mlp_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.max_length,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _format_of(shape: ModelConfig) -> str:
+    return shape.region_format.replace(REGION_TOKEN, REGION_TOKEN * shape.region_grid**2)
+
+
+def _grid_of(shape: ModelConfig) -> tuple[int, int]:
+    side = min(shape.image_grid or READ_GRID, READ_GRID)
+    return side, side
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Trains the tokenizer: bytes, so that nothing is unknown; digits alone, so that ``Region [12]`` can be read off.
+
+    The closed-set suffix ends so many prompts that it has a token of its own.
+
+    Args:
+        texts: Lines to learn merges from.
+        vocab_size: Tokens in all, the special ones included.
+        max_length: Positions of the language model.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", IMAGE_TOKEN, REGION_TOKEN]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([" " + closed_set_suffix()])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=[IMAGE_TOKEN, REGION_TOKEN],
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = chat_template("plain")
+    return fast
 
 
 class TextDataset(Dataset[Example]):

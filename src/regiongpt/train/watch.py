@@ -27,10 +27,10 @@ from regiongpt.errors import ConfigError, DataError
 from regiongpt.model.modeling import RegionGPTForConditionalGeneration
 from regiongpt.storage import reason, write_file, writing
 from regiongpt.train.answers import Question, ask, check_whole, draw
+from regiongpt.train.costs import Costs, LayerCosts, language_costs, visual_costs
 from regiongpt.train.dataset import TASKS
-from regiongpt.train.gpus import peak_flops
+from regiongpt.train.known import peak_flops
 from regiongpt.train.recipe import LoraConfig
-from regiongpt.train.sizes import Costs, LayerCosts, language_costs, visual_costs
 
 log = logging.getLogger(__name__)
 

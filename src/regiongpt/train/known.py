@@ -1,15 +1,103 @@
-"""Shapes of towers and language models: those of the shipped recipes by heart, any other from its folder.
+"""Known GPUs, towers and language models, so that a recipe can be planned where none of them is."""
 
-So a recipe can be planned, and made small, where its models are not, and no hub can be reached.
-"""
-
+import re
+import time
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import AutoConfig
-
 from regiongpt.errors import ConfigError
-from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One kind of GPU.
+
+    Attributes:
+        bf16: Peak of dense matrix products in bfloat16 that are summed in float32, in TFLOP/s.
+        fp32: The same in float32, without TF32.
+        memory: GiB.
+        utilisation: Share of the peak that a well-run training reaches; assumed, not measured here.
+        driver: Words in its driver's name for it.
+    """
+
+    bf16: float
+    fp32: float
+    memory: float
+    utilisation: float = 0.4
+    driver: tuple[str, ...] = ()
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s in ``bf16`` or ``fp32``."""
+        return 1e12 * (self.bf16 if precision == "bf16" else self.fp32)
+
+
+GPUS: Final[dict[str, Gpu]] = {
+    "a100-40gb": Gpu(bf16=312, fp32=19.5, memory=40, driver=("A100", "40GB")),
+    "a100-80gb": Gpu(bf16=312, fp32=19.5, memory=80, driver=("A100", "80GB")),
+    "h100-pcie": Gpu(bf16=756, fp32=51, memory=80, utilisation=0.35, driver=("H100", "PCIe")),
+    "h100-sxm": Gpu(bf16=989, fp32=67, memory=80, utilisation=0.35, driver=("H100", "HBM3")),
+    "h200": Gpu(bf16=989, fp32=67, memory=141, utilisation=0.35, driver=("H200",)),
+    "b200": Gpu(bf16=2250, fp32=75, memory=180, utilisation=0.35, driver=("B200",)),
+    "l40s": Gpu(bf16=362, fp32=91.6, memory=48, driver=("L40S",)),
+    "l4": Gpu(bf16=121, fp32=30.3, memory=24, driver=("L4",)),
+    "a10": Gpu(bf16=125, fp32=31.2, memory=24, driver=("A10",)),
+    "a6000": Gpu(bf16=155, fp32=38.7, memory=48, driver=("RTX A6000",)),
+    "rtx3090": Gpu(bf16=71, fp32=35.6, memory=24, driver=("RTX 3090",)),
+    "rtx4090": Gpu(bf16=165, fp32=82.6, memory=24, driver=("RTX 4090",)),
+    "mi300x": Gpu(bf16=1307, fp32=163.4, memory=192, utilisation=0.3, driver=("MI300X",)),
+    "laptop": Gpu(bf16=0.1, fp32=0.1, memory=16),
+}
+"""By the name that ``--gpu`` takes. ``laptop`` is no GPU: two cores of a CPU, for the small recipes."""
+
+
+def peak_flops(device: Any, precision: str) -> float:
+    """FLOP/s of one device: its maker's figure where it is known, else the rate of a large matrix product.
+
+    A device that is slower in bfloat16, as most CPUs are, is held to its float32.
+
+    Args:
+        device: A ``torch.device``.
+        precision: ``fp32`` or ``bf16``.
+    """
+    import torch
+
+    known = named_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else 0.0
+    return known or max(matmul_rate(device, each) for each in {precision, "fp32"})
+
+
+def named_peak(name: str, precision: str) -> float:
+    """The maker's figure for a GPU by its driver's name for it, 0 where it is not known."""
+    for gpu in GPUS.values():
+        if gpu.driver and all(re.search(rf"\b{word}\b", name) for word in gpu.driver):
+            return gpu.peak(precision)
+    return 0.0
+
+
+@cache
+def matmul_rate(device: Any, precision: str) -> float:
+    """FLOP/s of a large matrix product, the best of three measurements of a tenth of a second."""
+    import torch
+
+    side = {"cpu": 1024, "cuda": 8192}.get(device.type, 2048)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.ones(side, side, dtype=kind, device=device) for _ in range(2))
+    best = 0.0
+    for _ in range(3):
+        began, count = time.perf_counter(), 0
+        while not count or time.perf_counter() - began < 0.1:
+            left @ right
+            count += 1
+            if device.type != "cpu" and count % 8 == 0:  # a GPU takes orders faster than it carries them out
+                torch.accelerator.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        best = max(best, 2 * side**3 * count / (time.perf_counter() - began))
+        if count == 1:  # a single product took all the time there is
+            break
+    return best
+
 
 _VIT_L: Final = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _VIT_B: Final = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -94,7 +182,8 @@ LANGUAGE_MODELS: Final[dict[str, dict[str, Any]]] = {
 }
 """Language models by hub name, likewise, as they are before ``<image>`` and ``<region>`` are added to them."""
 
-ADDED_TOKENS: Final = 2
+PADDED_TOKENS: Final = {"Qwen/Qwen2.5-0.5B-Instruct": 151665, "Qwen/Qwen2.5-7B-Instruct": 151665}
+"""Tokens of language models whose embeddings are padded beyond them."""
 
 
 def tower_shape(name: str) -> Any:
@@ -106,6 +195,8 @@ def tower_shape(name: str) -> Any:
     Raises:
         ConfigError: It is none of them.
     """
+    from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig
+
     if name in EFFICIENTNET_LITE_CHANNELS:
         return EfficientNetLiteConfig(variant=name)
     config = _shape(name, TOWERS, "model.vision")
@@ -113,11 +204,13 @@ def tower_shape(name: str) -> Any:
 
 
 def language_shape(name: str) -> Any:
-    """Configuration of a language model, likewise; with its vocabulary as it is in its folder."""
+    """Configuration of a language model, with the vocabulary of its folder; otherwise as :func:`tower_shape`."""
     return _shape(name, LANGUAGE_MODELS, "model.language")
 
 
 def _shape(name: str, known: dict[str, dict[str, Any]], field: str) -> Any:
+    from transformers import AutoConfig
+
     if name in known:
         fields = dict(known[name])
         return AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -1,0 +1,56 @@
+"""Help and mistakes of ``train`` and ``ablate`` are answered before anything heavy is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regiongpt.cli import main
+from regiongpt.train.recipe import Recipe
+
+SCRIPT = """
+import json, sys
+from regiongpt.cli import main
+codes = []
+for words in json.loads(sys.argv[1]):
+    try:
+        codes.append(main(words))
+    except SystemExit as stop:
+        codes.append(stop.code)
+print(json.dumps([codes, sorted({"torch", "transformers"} & set(sys.modules))]))
+"""
+MISTAKES = [
+    "train",
+    "train nanoo",
+    "train nano",
+    "train nano --data.root nowhere",
+    "train nano --resume nowhere",
+    "train nano --stage2.epoch 8",
+    "train nano --stage2.lr -1",
+    "train nano --gpus 8",
+    "train nano --schema",
+    "train finetune_records --data.mixture nowhere",
+    "train finetune_records --data.mixture . --model.init nowhere",
+    "train vicuna7b_stage2 --data.root .",
+]
+
+
+def test_help_and_mistakes_load_nothing_heavy(tmp_path: Path) -> None:
+    calls = [["train", "--help"], ["train", "--schema"], *(line.split() for line in MISTAKES)]
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(calls)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    codes, heavy = json.loads(ran.stdout.splitlines()[-1])
+    assert codes == [0, 0, *[2] * len(MISTAKES)]
+    assert heavy == []
+    assert len(ran.stderr.splitlines()) == len(MISTAKES)
+    assert all(line.startswith("regiongpt: error: ") for line in ran.stderr.splitlines())
+
+
+def test_the_schema_describes_every_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["properties"].keys() == Recipe.model_fields.keys()
+    assert "cosine" in schema["$defs"]["StageConfig"]["properties"]["lr"]["description"]
