@@ -207,8 +207,6 @@ BOX = ["--box", "5,5,30,30"]
         (["photo.jpg", "", *BOX], ["question", "''"]),
         (["photo.jpg", "  ", *BOX], ["question"]),
         # options
-        (["photo.jpg", QUESTION, *BOX, "--device", "gpu"], ["device", "'gpu'"]),
-        (["photo.jpg", QUESTION, *BOX, "--dtype", "int8"], ["dtype", "'int8'"]),
         (["photo.jpg", QUESTION, *BOX, "--temperature", "-1"], ["temperature", "-1"]),
         (["photo.jpg", QUESTION, *BOX, "--seed", "x"], ["--seed", "'x'"]),
         (["photo.jpg", QUESTION, *BOX, "--picture", "out.xyz"], ["out.xyz", ".png"]),

@@ -76,7 +76,6 @@ def test_typed_regions_and_a_grid(folder, capsys):
         (["--grid", "2", "--min-score", "0.5"], "a score of every proposal"),
         (["--sam", "none", "--iou", "2"], "--iou: "),
         (["--sam", "none"], "SAM model at none"),
-        (["--grid", "2", "--int8", "--dtype", "bfloat16"], "float32 with int8"),
         (["--grid", "2", "--picture", "out.xyz"], "out.xyz"),
         (["--grid", "2", "--temperature", "1"], "--temperature"),
     ],
@@ -151,6 +150,10 @@ def test_locate_prints_a_region_or_none(folder, capsys):
         (["ask", "PHOTO", "PHOTO", "What?", "--picture", "out.png"], "single image"),
         (["describe", "PHOTO", "PHOTO", "--proposals", "boxes.json", "--image-id", "5"], "single image"),
         (["ask", "", "What?"], "expected an image file"),
+        (["ask", "PHOTO", "What?", "--device", "gpu"], "--device: expected cuda"),
+        (["ask", "PHOTO", "What?", "--dtype", "int8"], "--dtype"),
+        (["ask", "PHOTO", "What?", "--model", "nowhere"], "checkpoint folder at nowhere"),
+        (["ask", "PHOTO", "What?", "--int8", "--dtype", "bfloat16"], "float32"),
     ],
 )
 def test_mistakes_are_one_line_before_a_model_is_loaded(folder, capsys, monkeypatch, words, message):
