@@ -162,7 +162,7 @@ class Bench:
         with self._watched(engine):
             written = [len(job.tokens) for job in scheduler.run(jobs)]
         assert written == [self.tokens] * len(regions), written
-        self.cache_bytes += scene.begun.nbytes
+        self.cache_bytes += scene.shared.nbytes
 
     @contextmanager
     def _watched(self, engine: Engine) -> Iterator[None]:

@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from regiongpt import __version__
 from regiongpt.console import progress_shown, quiet_libraries, tell
-from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
 
 if TYPE_CHECKING:
     from regiongpt.inference import RegionPredictor
@@ -29,6 +30,7 @@ EXIT_SKIPPED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 EXIT_PIPE_CLOSED = 141  # and for one whose reader, such as `head`, has gone
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -192,6 +194,7 @@ def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     add_options(parser, Options, "answer")
     options = parser.parse_args(bind_coordinates(words))
     generation = dict(read_options(Options, options))
+    _check_model(options)
     photo = load_image(options.image)
     regions = read_regions(options.regions, photo.size)
     conversation = _predictor(options).set_image(photo).conversation(regions)
@@ -249,10 +252,25 @@ def _image_options(parser: argparse.ArgumentParser, last: str = "") -> None:
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="PATH", help="checkpoint folder (default: the model of this package)")
-    group.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)")
+    group.add_argument("--device", help="cuda, cuda:N, mps or cpu (default: the first of these that is there)")
+    group.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, else bfloat16")
     group.add_argument("--int8", action="store_true", help="language model's weights in int8; on a CPU, in float32")
     group.add_argument("--untrained", action="store_true", help="ask a checkpoint even if it has not been trained")
+
+
+def _check_model(options: argparse.Namespace) -> None:
+    """What can be known of the model's options without torch."""
+    if options.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", options.device):
+        raise ConfigError(f"--device: expected cuda, cuda:N, mps or cpu, got {options.device!r}")
+    if options.int8 and (options.dtype or "float32", options.device or "cpu") != ("float32", "cpu"):
+        raise ConfigError("--int8 goes with float32 on the CPU alone; leave --dtype and --device out")
+    if options.model is not None:
+        _check_folder(options.model)
+
+
+def _check_folder(model: str) -> None:
+    if not Path(model).is_dir():
+        raise CheckpointError(f"expected a checkpoint folder at {model}; there is none")
 
 
 def _parse_images(parser: argparse.ArgumentParser, words: Sequence[str], last: str = "") -> argparse.Namespace:
@@ -260,6 +278,7 @@ def _parse_images(parser: argparse.ArgumentParser, words: Sequence[str], last: s
     from regiongpt.inference.inputs import bind_coordinates
 
     options = parser.parse_intermixed_args(bind_coordinates(words))
+    _check_model(options)
     if last:
         if len(options.images) < 2:
             parser.error(f"expected an image and {last}")
@@ -336,6 +355,8 @@ def _predictor(options: argparse.Namespace) -> "RegionPredictor":
 
 
 def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.prompts import CHAT_TEMPLATES
+
     parser.description = "Make checkpoint folders."
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="build an untrained model from a vision tower and a language model")
@@ -345,17 +366,14 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     create.add_argument("--language", metavar="NAME", help="hub name or folder of a causal language model")
     create.add_argument("--llava", metavar="DIR", help="start from a LLaVA-1.5 checkpoint instead of the two")
     create.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, new or empty")
-    create.add_argument(
-        "--refinement", metavar="KIND", help="deconv (default), bilinear, deconv_bilinear or none (default for --llava)"
-    )
-    create.add_argument("--chat-template", metavar="FAMILY", help="vicuna_v1, llama2, llama3, chatml or plain")
+    kinds = ("deconv", "bilinear", "deconv_bilinear", "none")
+    create.add_argument("--refinement", choices=kinds, help="default: deconv; with --llava none")
+    create.add_argument("--chat-template", choices=tuple(CHAT_TEMPLATES), help="default: that of the language model")
     create.set_defaults(run=_create_weights)
     convert = actions.add_parser("convert", help="store a checkpoint in another precision")
     convert.add_argument("--model", metavar="PATH", required=True, help="checkpoint folder")
     convert.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, new or empty")
-    convert.add_argument(
-        "--dtype", default="float16", choices=("float32", "bfloat16", "float16"), help="of the weights on disk"
-    )
+    convert.add_argument("--dtype", default="float16", choices=DTYPES, help="of the weights on disk")
     convert.set_defaults(run=_convert_weights)
     options = parser.parse_args(words)
     out = options.out
@@ -385,6 +403,7 @@ def _create_weights(options: argparse.Namespace) -> None:
 
 
 def _convert_weights(options: argparse.Namespace) -> None:
+    _check_folder(options.model)
     quiet_libraries()
     import torch
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import shapely
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.images import ImageSource, load_image
@@ -167,8 +167,12 @@ class _Canvas:
         right, bottom = min(self.picture.width, int(x1) + margin + 1), min(self.picture.height, int(y1) + margin + 1)
         window = (left, top, right, bottom)
         fine = 2 if max(right - left, bottom - top) <= 2048 else 1  # drawn larger and shrunk, edges are smooth
-        inside, rim, line = self._layers(region, window, fine)
-        paints = [(inside, colour, FILL_OPACITY)] if part == "fill" else [(rim, INK, 0.55), (line, colour, 1.0)]
+        inside = self._inside(region, window, fine)
+        if part == "fill":
+            paints = [(inside, colour, FILL_OPACITY)]
+        else:
+            reach = self.stroke * fine // 2
+            paints = [(_band(inside, reach + 3 * fine // 2), INK, 0.55), (_band(inside, reach), colour, 1.0)]
         patch = self.picture.crop(window)
         for layer, paint, opacity in paints:
             alpha = layer.reduce(fine).point([round(value * opacity) for value in range(256)])
@@ -176,31 +180,20 @@ class _Canvas:
         self.picture.paste(patch, (left, top))
         return None
 
-    def _layers(
-        self, region: Region, window: tuple[int, int, int, int], fine: int
-    ) -> tuple[Image.Image, Image.Image, Image.Image]:
-        """The region's inside, the rim and the line, as masks of the window enlarged ``fine`` times."""
+    def _inside(self, region: Region, window: tuple[int, int, int, int], fine: int) -> Image.Image:
+        """The region as a mask of the window enlarged ``fine`` times."""
         left, top, right, bottom = window
         size = ((right - left) * fine, (bottom - top) * fine)
-        inside, rim, line = (Image.new("L", size) for _ in range(3))
-        if region.kind in ("mask", "rle"):
+        geometry = region.geometry(*self.size)
+        if geometry is None:
             box = (left / self.scale, top / self.scale, right / self.scale, bottom / self.scale)
             flat = Image.fromarray(region.to_mask(*self.size).astype(np.uint8) * 255)
-            inside = flat.resize(size, Image.Resampling.BILINEAR, box=_within(box, self.size))
-            solid = np.asarray(inside) >= 128
-            line = _band(solid, self.stroke * fine / 2)
-            rim = _band(solid, self.stroke * fine / 2 + 1.5 * fine)
-            return inside, rim, line
-        rings = _rings(region.geometry(*self.size))
-        fill, wide, narrow = (ImageDraw.Draw(layer) for layer in (inside, rim, line))
-        for ring, hole in rings:
+            return flat.resize(size, Image.Resampling.BILINEAR, box=_within(box, self.size))
+        inside = Image.new("L", size)
+        for ring, hole in _rings(geometry):
             path = [((x * self.scale - left) * fine, (y * self.scale - top) * fine) for x, y in ring]
-            fill.polygon(path, fill=0 if hole else 255)
-            # The first segment once more at the end, so that the joint where the ring closes is rounded as well.
-            closed = [*path, path[1]]
-            wide.line(closed, fill=255, width=(self.stroke + 3) * fine, joint="curve")
-            narrow.line(closed, fill=255, width=self.stroke * fine, joint="curve")
-        return inside, rim, line
+            ImageDraw.Draw(inside).polygon(path, fill=0 if hole else 255)
+        return inside
 
     def _tag(self, region: Region, number: int) -> None:
         """Put the region's number at its edge, at the first of some places where no other number stands yet."""
@@ -331,15 +324,8 @@ def _rings(geometry: Any) -> list[tuple[list[tuple[float, float]], bool]]:
     return [(list(ring.coords), hole) for ring, hole in rings]
 
 
-def _band(solid: np.ndarray, reach: float) -> Image.Image:
-    """The pixels within ``reach`` of the border pixels of a bool (H, W) mask, as an image of 0 and 255."""
-    framed = np.pad(solid, 1)  # outside the window nothing is solid, so a region at the image's edge is closed there
-    hemmed = framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
-    rows, columns = np.nonzero(solid & ~hemmed)
-    band = np.zeros_like(solid)
-    steps = int(reach)
-    for dy in range(-steps, steps + 1):
-        half = int(np.sqrt(reach * reach - dy * dy))
-        for dx in range(-half, half + 1):
-            band[np.clip(rows + dy, 0, band.shape[0] - 1), np.clip(columns + dx, 0, band.shape[1] - 1)] = True
-    return Image.fromarray(band.astype(np.uint8) * 255)
+def _band(inside: Image.Image, reach: int) -> Image.Image:
+    """The pixels within ``reach`` of the edge of a mask, which is closed at the border, as an image of 0 and 255."""
+    solid = ImageOps.expand(inside.point([0] * 128 + [255] * 128), reach)
+    near = solid.filter(ImageFilter.BoxBlur(reach)).point([0] + [255] * 254 + [0])
+    return ImageOps.crop(near, reach)

@@ -123,8 +123,8 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.name}: {target} is not there"
 
 
-def test_the_file_tree_of_the_readme_is_the_file_tree() -> None:
-    tree = next(block for block in blocks(ROOT / "README.md") if block.body.startswith("src/regiongpt/"))
+def test_the_file_tree_is_the_file_tree() -> None:
+    tree = next(block for block in blocks(ROOT / "docs" / "architecture.md") if block.body.startswith("src/regiongpt/"))
     parents: list[str] = []
     listed = set()
     for line in tree.body.splitlines():
@@ -133,10 +133,10 @@ def test_the_file_tree_of_the_readme_is_the_file_tree() -> None:
         parents[depth:] = [name]
         listed.add("".join(parents))
     for path in listed:
-        assert (ROOT / path).exists(), f"README.md: {path} is in the file tree alone"
+        assert (ROOT / path).exists(), f"docs/architecture.md: {path} is in the file tree alone"
     for path in (ROOT / "src" / "regiongpt").rglob("*.py"):
         name = str(path.relative_to(ROOT))
-        assert name in listed or path.name == "__init__.py", f"README.md: its file tree lacks {name}"
+        assert name in listed or path.name == "__init__.py", f"docs/architecture.md: its file tree lacks {name}"
 
 
 def commands(block: Block) -> Iterator[tuple[str, str]]:

@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from regiongpt.drawing import COLOURS, MIN_SIDE, _font, _wrap, contact_sheet, draw_regions
-from regiongpt.errors import ConfigError, RegionError
+from regiongpt.drawing import COLOURS, MIN_SIDE, _font, _wrap, check_picture, contact_sheet, draw_regions, save_picture
+from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.regions import Region
 
 
@@ -118,3 +120,30 @@ def test_errors():
         draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)] * 2, ["one"])
     with pytest.raises(RegionError, match="<region2>"):
         draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5), Region.box(50, 50, 60, 60)])
+
+
+@pytest.mark.parametrize("name", ["out.xyz", "out", "out.psd", "out.xbm", "none/out.png", "."])
+def test_a_picture_that_cannot_be_written_is_known_before_it_is_drawn(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"can be written|no folder|end its name"):
+        check_picture(tmp_path / name)
+    check_picture(tmp_path / "out.JPG")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "size"), [("out.jpg", (70_000, 2)), ("out.webp", (20_000, 2))])
+def test_a_picture_too_large_for_its_format_leaves_no_file(tmp_path, name, size):
+    with pytest.raises(DataError, match="cannot be written"):
+        save_picture(grey(*size), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.jpg", "out.bmp", "out.gif"])
+def test_a_picture_cut_short_by_a_full_disk_leaves_no_file(tmp_path, monkeypatch, name):
+    def full(self, path, *_, **__):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(DataError, match="No space left"):
+        save_picture(grey(9, 9), tmp_path / name)
+    assert not list(tmp_path.iterdir())

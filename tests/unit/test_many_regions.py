@@ -145,12 +145,12 @@ def test_what_a_question_says_before_its_region_is_read_once(engine, monkeypatch
         plain = [plain_tokens(engine, photo, question_turns((), text), [region], 4) for region in regions]
         assert [answer.text for answer in answers] == [spelt(engine, tokens) for tokens in plain]
         # The words stand behind the image in one piece of memory, and take that of the last question's.
-        (image,), ((_, prefix),) = scene.begun.prefixes.values(), scene.begun.questions.values()
+        (image,), ((_, prefix),) = scene.shared.prefixes.values(), scene.shared.questions.values()
         assert prefix.length == first
         assert image.keys[0].data_ptr() == prefix.keys[0].data_ptr()
-        assert scene.begun.nbytes == prefix.nbytes
+        assert scene.shared.nbytes == prefix.nbytes
     read.clear()
     engine.answer_each(scene, DESCRIBE, regions, Options(max_new_tokens=1))
     assert read == [(5, 5 * (len(ids) - first))]
-    scene.begun.clear()
-    assert scene.begun.nbytes == 0
+    scene.shared.clear()
+    assert scene.shared.nbytes == 0

@@ -191,7 +191,7 @@ def test_a_conversation_reads_only_what_is_new(predictor, monkeypatch):
         history = list(conversation.messages)
     assert conversation.past is not None
     assert len(conversation.past.prefix.chain) == 2  # the image's part stays shared
-    assert conversation.past.prefix.chain[0] in conversation.scene.begun.prefixes.values()
+    assert conversation.past.prefix.chain[0] in conversation.scene.shared.prefixes.values()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,16 @@ import pytest
 from safetensors import SafetensorError
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError
-from regiongpt.storage import locked, new_folder, read_json, sha256, write_file, write_json, writing
+from regiongpt.storage import (
+    check_writable,
+    locked,
+    new_folder,
+    read_json,
+    sha256,
+    write_file,
+    write_json,
+    writing,
+)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -86,7 +95,7 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
-    code = f"from regiongpt.storage import locked\nwith locked({str(tmp_path)!r}): pass"
+    code = f"from regiongpt.storage import check_writable, locked\nwith locked({str(tmp_path)!r}): pass"
     with locked(tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert other.returncode == 1
@@ -95,3 +104,17 @@ def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(ConfigError), locked(tmp_path):
         pass
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_where_nothing_can_be_written_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place, said in (
+        (tmp_path / "none" / "a.json", "no folder"),
+        (tmp_path / "file" / "a.json", "no folder"),
+        (tmp_path, "name a file"),
+        (Path("/proc/a.json"), "not writable"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check_writable(place)
+    check_writable(tmp_path / "a.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from regiongpt.errors import ConfigError
 from regiongpt.inference.choice_tree import ChoiceTree, common_length
-from regiongpt.inference.engine import Engine, Scene, TooLong, Turn, alike
+from regiongpt.inference.engine import Engine, Scene, TooLong, Turn, shared_tokens
 from regiongpt.model.processing import expand_regions
 
 TOKENS = 4096
@@ -84,7 +84,7 @@ def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers
 def _closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> ClosedSet:
     prompt = engine.encode(messages, n_regions)
     ids, rows = prompt["input_ids"].tolist(), prompt["region_ids"].tolist()
-    # A tokenizer may join the prompt's last letters with the answer's first: score from where they are all alike.
+    # A tokenizer may join the prompt's last letters with the answer's first: score from where they begin to differ.
     shared, ends = len(ids), []
     kept = max(0, len(ids) - _JOINT)
     for whole in _wholes(engine, messages, n_regions, answers):
@@ -183,11 +183,11 @@ def log_likelihoods(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Seq
 @torch.inference_mode()
 def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Tensor], size: int) -> Tensor:
     decoder, tree, count = engine.decoder, closed.tree, len(pooled)
-    shared = alike(closed.ids, engine.model.config.region_token_id) if count > 1 else 0
-    begun = [engine.begin(scene, closed.ids, closed.rows, features, shared) for features in pooled]
-    own = [embeds_ND for _, embeds_ND in begun]
+    shared = shared_tokens(closed.ids, engine.model.config.region_token_id) if count > 1 else 0
+    prompts = [engine.begin(scene, closed.ids, closed.rows, features, shared) for features in pooled]
+    own = [embeds_ND for _, embeds_ND in prompts]
     cache = decoder.cache()
-    rows = [cache.add(prefix) for prefix, _ in begun]
+    rows = [cache.add(prefix) for prefix, _ in prompts]
     steps_BE = torch.zeros((count, len(tree.tokens)))
     first = decoder.forward(cache, torch.cat(own), rows, [len(embeds) for embeds in own])
     _fill(steps_BE, first[:, None], tree, tree.first, torch.zeros(len(tree.first), dtype=torch.long))
@@ -218,7 +218,7 @@ def _fill(steps_BE: Tensor, logits_BMV: Tensor, tree: ChoiceTree, entries: Any, 
 
 
 def _sums(steps_BE: Tensor, tree: ChoiceTree) -> Tensor:
-    """Of each answer the sum of the steps that lead to its end, (B, A)."""
+    """The sum of the steps that lead to each answer's end, (B, A)."""
     sums_BE = steps_BE.double()
     for depth in range(1, int(tree.depths.max()) + 1):
         entries = torch.from_numpy((tree.depths == depth).nonzero()[0])
@@ -257,7 +257,7 @@ def answer_scores(
         scene: the image asked about.
         messages: the conversation up to the question.
         pooled: what the question's placeholders stand for, (R, D), B times.
-        answers: at least one, no two alike.
+        answers: at least one, each once.
         length_normalized: divide each answer's log likelihood by its number of tokens.
         calibrated: take from each answer's log likelihood that of the same answer about regions of which nothing is
             known, in the same image.

@@ -117,7 +117,7 @@ class Conversation:
             self.past = Past(tokens=tokens[: job.kept.length], prefix=job.kept)
 
     def _tokens(self, prompt: Prompt) -> list[int]:
-        """Two alike at the same place read the same, if all before them are alike."""
+        """What each token stands for: two that are equal, behind equal ones, have the same keys and values."""
         rows, region = iter(prompt.rows), self.engine.model.config.region_token_id
         return [-1 - next(rows) if token == region else token for token in prompt.ids]
 

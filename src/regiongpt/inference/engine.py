@@ -65,24 +65,24 @@ class Scene:
         height: of the image, in pixels.
         map_1Chw: the refined map that regions are pooled from.
         image_ND: the image's tokens for the language model.
-        begun: the image's tokens with the system text before them, as keys and values, by the tokens of the text. One
-            for nearly everybody; a system text of one's own makes another.
+        shared: what prompts about the image begin with, as keys and values.
     """
 
     width: int
     height: int
     map_1Chw: Tensor
     image_ND: Tensor
-    begun: "Begun" = field(default_factory=lambda: Begun(), repr=False, compare=False)
+    shared: "SharedPrefixes" = field(default_factory=lambda: SharedPrefixes(), repr=False, compare=False)
 
 
-class Begun:
+class SharedPrefixes:
     """The shared prefixes of one image, the latest few of them.
 
     Attributes:
-        prefixes: the system text and the image, by the tokens of both.
-        questions: the same with the first words of the question that was last asked about many regions, and the tokens
-            of these words. The prefix above then lies in its memory.
+        prefixes: the system text and the image, by the tokens of both. Nearly everybody has one; a system text of one's
+            own makes another.
+        questions: by the same tokens, the first words of the question that was last asked about many regions, and the
+            prefix with them, whose memory the prefix above then shares.
     """
 
     MOST = 4
@@ -116,8 +116,8 @@ class Prompt:
         n_regions: R.
         room: how many tokens the answer may have.
         warnings: one line each.
-        alike: how many of the first tokens other questions begin with too, those of the image among them; 0 where that
-            is not known.
+        shared_tokens: how many of the first tokens other questions begin with too, those of the image among them; 0
+            where that is not known.
     """
 
     ids: list[int]
@@ -126,14 +126,14 @@ class Prompt:
     n_regions: int
     room: int
     warnings: tuple[str, ...] = ()
-    alike: int = 0
+    shared_tokens: int = 0
 
     def for_many(self, region: int) -> "Prompt":
-        """The same question about many regions: alike up to the first ``region`` token."""
-        return replace(self, alike=alike(self.ids, region))
+        """The same question about many regions, which share what stands before the first ``region`` token."""
+        return replace(self, shared_tokens=shared_tokens(self.ids, region))
 
 
-def alike(ids: Sequence[int], region: int) -> int:
+def shared_tokens(ids: Sequence[int], region: int) -> int:
     """How many tokens of a question are the same whatever its regions: those before the first, or all but the last."""
     return list(ids).index(region) if region in ids else len(ids) - 1
 
@@ -260,53 +260,53 @@ class Engine:
         return embeds_ND
 
     def begin(
-        self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor, alike: int = 0
+        self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor, shared: int = 0
     ) -> tuple[Prefix | None, Tensor]:
-        """What a prompt shares with others about its image, computed once, and embeddings (N, D) of the rest.
+        """The prefix that a prompt shares with others about its image, and embeddings (N, D) of the rest.
 
         Args:
             scene: the image.
             ids: all tokens of the prompt.
             rows: for each region token in them the row of ``pooled``.
             pooled: region features.
-            alike: so many of the first tokens are worth sharing, none of them a region's; at least the image's are.
+            shared: how many of the first tokens to share, none of them a region's; the image's at least.
         """
-        prefix = self._shared(scene, ids, alike)
+        prefix = self._prefix(scene, ids, shared)
         return prefix, self.embed(scene, ids, rows, pooled, start=prefix.length if prefix else 0)
 
-    def _shared(self, scene: Scene, ids: Sequence[int], alike: int) -> Prefix | None:
-        """The system text and the image as a prefix, and what is ``alike`` behind them."""
+    def _prefix(self, scene: Scene, ids: Sequence[int], count: int) -> Prefix | None:
+        """The system text and the image as a prefix, and what stands behind them up to token ``count``."""
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
         end = len(ids) - list(reversed(ids)).index(image) if image in ids else 0
         if region in ids[:end]:
             end = list(ids).index(region)
         if not 0 < end < len(ids):
             return None
-        key, words = tuple(ids[:end]), tuple(ids[end:alike])
-        begun = scene.begun
-        with begun.lock:
-            root, known = begun.prefixes.pop(key, None), begun.questions.get(key)
+        key, words = tuple(ids[:end]), tuple(ids[end:count])
+        shared = scene.shared
+        with shared.lock:
+            root, known = shared.prefixes.pop(key, None), shared.questions.get(key)
             if words and (known is None or known[0] != words):
                 if root is None and not self.decoder.shares:
                     root = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
-                behind = self.embed(scene, ids[:alike], (), scene.image_ND[:0], start=end if root else 0)
+                behind = self.embed(scene, ids[:count], (), scene.image_ND[:0], start=end if root else 0)
                 known = words, self.decoder.read(behind, parent=root).joined()
-                begun.questions[key] = known
+                shared.questions[key] = known
                 if self.decoder.shares:  # one memory for both
                     root = known[1].crop(end)
             elif root is None:
                 root = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
             assert root is not None
-            begun.prefixes[key] = root  # the latest last
-            while len(begun.prefixes) > Begun.MOST:
-                oldest = next(iter(begun.prefixes))
-                del begun.prefixes[oldest]
-                begun.questions.pop(oldest, None)
+            shared.prefixes[key] = root  # the latest last
+            while len(shared.prefixes) > SharedPrefixes.MOST:
+                oldest = next(iter(shared.prefixes))
+                del shared.prefixes[oldest]
+                shared.questions.pop(oldest, None)
             return known[1] if words and known else root
 
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """A prompt as the scheduler takes it."""
-        prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled, prompt.alike)
+        prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled, prompt.shared_tokens)
         reader = TextReader(self.processor.tokenizer, options.stop) if streams or options.stop else None
         return Job(prefix=prefix, embeds=embeds_ND, options=options, room=prompt.room, reader=reader)
 

@@ -100,10 +100,10 @@ def describe(predictor: "RegionPredictor", view: View, brief: bool, max_new_toke
     said = [
         {"answer": answer.text, "complete": answer.complete, "warnings": list(answer.warnings)} for answer in answers
     ]
-    texts = [" ".join(answer.text.split()) for answer in answers]
+    texts = [answer.text for answer in answers]
     return Reply(
         record={"regions": [{**entry, **each} for entry, each in zip(view.entries(), said, strict=True)]},
-        lines=[f"[{number}] {text}" for number, text in enumerate(texts, 1)],
+        lines=[f"[{number}] {' '.join(text.split())}" for number, text in enumerate(texts, 1)],
         notes=[{"caption": text} for text in texts],
         captions=texts,
         warnings=[f"[{number}] {line}" for number, answer in enumerate(answers, 1) for line in answer.warnings],
@@ -182,7 +182,7 @@ def view_of(path: str, typed: Callable[["Image"], Sequence[Region]], sources: So
         segment: proposes regions of an image with ``sources.sam``.
 
     Raises:
-        DataError: the image or the proposals cannot be read, or no region is left.
+        DataError: the image or the proposals cannot be read.
         RegionError: a region does not fit the image.
     """
     photo = load_image(path)
@@ -195,8 +195,6 @@ def view_of(path: str, typed: Callable[["Image"], Sequence[Region]], sources: So
         found += grid_points(sources.grid, *photo.size)
     iou = 0.7 if sources.sam and sources.iou is None else sources.iou
     kept = choose(found, *photo.size, most=sources.max_regions, iou=iou, min_score=sources.min_score)
-    if found and not kept:
-        raise DataError(f"{path}: no region is left; lower --min-score or raise --iou")
     return View(path=path, photo=photo, proposals=kept, left_out=len(found) - len(kept))
 
 
