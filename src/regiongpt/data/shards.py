@@ -103,10 +103,13 @@ class Rejects:
             with writing(self.path):
                 self._file.close()
 
+    def listed(self) -> str:
+        """How many of each kind: ``"1 crowd, 2 box without size"``."""
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
+
     def summary(self) -> str:
         """One line: how many were left out, by kind."""
-        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
-        return f"{self.counts.total()} left out: {listed}" if listed else "nothing left out"
+        return f"{self.counts.total()} left out: {self.listed()}" if self.counts else "nothing left out"
 
 
 class Shard(TypedDict):
