@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from regiongpt.data.convert.images import Fault, check_image, known_size
 from regiongpt.data.convert.jsonstream import TRUNCATED, iter_array, iter_arrays
-from regiongpt.data.convert.values import MALFORMED, clipped_box, image_fault, plain_text, short, whole
+from regiongpt.data.convert.values import MALFORMED, clipped_box, image_fault, plain_text, short, unicode_fault, whole
 from regiongpt.data.shards import CROWD, Rejects
 from regiongpt.errors import DataError, RegionError
 from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
@@ -74,8 +74,8 @@ def read_box(value: Any) -> tuple[float, float, float, float] | None:
 
 def number_of(identity: Any) -> int | None:
     """An id as a number: that of text which is none follows from its letters, from 2**62 on."""
-    if whole(identity) is None and isinstance(identity, str) and identity:
-        return int.from_bytes(blake2b(identity.encode("utf-8", "replace"), digest_size=8).digest()) >> 2 | 1 << 62
+    if whole(identity) is None and isinstance(identity, str) and identity and not unicode_fault(identity):
+        return int.from_bytes(blake2b(identity.encode(), digest_size=8).digest()) >> 2 | 1 << 62
     return whole(identity)
 
 
@@ -371,7 +371,7 @@ class InstancesFile:
             counts[key] += 1
         if not self.names and rejects.counts[TRUNCATED] > breaks:
             if not official:
-                raise DataError(f"{path}: expected categories, but the file breaks off before them; fetch it again")
+                raise DataError(f"{path}: breaks off before its categories: {rejects.last}")
             log.warning("%s: breaks off before its categories; the official ids are taken", path)
             self.names = dict(official)
         self._settle_categories()
