@@ -64,10 +64,12 @@ class Settings(BaseModel, metaclass=_OwnErrors):
     @classmethod
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Split the lists of the command line at commas, and reject what pydantic would take in silence."""
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        hint = cls.model_fields[str(info.field_name)].annotation
+        kinds = _kinds(hint)
         if isinstance(value, str) and tuple in kinds and str not in kinds:
             return [part.strip() for part in value.split(",") if part.strip()]
-        if isinstance(value, str) and not value.strip() and Path in kinds:
+        paths = value if isinstance(value, list | tuple) else [value]
+        if Path in kinds.union(*map(_kinds, typing.get_args(hint))) and any(str(path).strip() == "" for path in paths):
             raise ValueError("give a path, not an empty text")
         if isinstance(value, bool) and bool not in kinds and {int, float} & kinds:
             raise ValueError("give a number")

@@ -43,7 +43,9 @@ def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
     """Write plain values as JSON, atomically. NaN and infinity are a ValueError: no reader but Python's takes them."""
-    write_file(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    # A path that is no UTF-8 keeps its bytes as escapes.
+    write_file(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: str | Path, kind: type[RegionGPTError] = DataError) -> Any:

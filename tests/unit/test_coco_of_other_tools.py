@@ -108,6 +108,8 @@ def test_a_file_of_crowds_alone_names_the_option_that_takes_them(
         {"file_name": "set\\photo.png"},
         {"file_name": "./photo.png"},
         {"coco_url": "http://host/val2017/photo.png"},
+        {"file_name": "https://host/upload/photo.png"},
+        {"file_name": "/data/local-files/?d=set/photo.png"},
     ],
 )
 def test_one_rule_finds_the_image_of_an_entry(tmp_path: Path, entry: dict) -> None:
@@ -318,6 +320,7 @@ ROOTS = [
     [{"id": 0, "name": "cat", "supercategory": "none"}, {"id": 1, "name": "cat", "supercategory": "cat"}],
     [{"id": 0, "name": "pets", "supercategory": "none"}, {"id": 1, "name": "cat", "supercategory": "pets"}],
     [{"id": 1, "name": "cat", "supercategory": ""}, {"id": 5, "name": "cat"}],
+    [{"id": 0, "name": "_background_", "supercategory": None}, {"id": 1, "name": "cat", "supercategory": None}],
 ]
 
 

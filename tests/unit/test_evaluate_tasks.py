@@ -86,7 +86,7 @@ def test_asks_about_each_object_but_crowds(two_images: Path) -> None:
     ]
     assert items[0].question.endswith("Answer the question using things category names.")
     assert items[0].choices == NAMES
-    assert task.left_out.counts == {"box outside the image": 1}
+    assert task.left_out.counts == {"box outside the image": 1, "crowd": 1}
     assert [item.id for item in classes(two_images, limit=1).load()] == ["10", "11"]
     assert not classes(two_images, choices=False).load()[0].choices
     assert classes(two_images, guided=False).load()[0].question == items[0].question.split(" Answer the")[0]
@@ -137,7 +137,7 @@ def test_probabilities_in_part_are_said(two_images: Path) -> None:
 
 
 def test_a_crowd_that_is_no_number_is_left_out_and_counted(tmp_path: Path) -> None:
-    odd = {"id": 90, "image_id": 1, "category_id": 1, "bbox": [150, 0, 40, 40], "area": 900, "iscrowd": "0"}
+    odd = {"id": 90, "image_id": 1, "category_id": 1, "bbox": [150, 0, 40, 40], "area": 900, "iscrowd": "no"}
     vast = {"id": 91, "image_id": 1, "category_id": 1, "bbox": [100, 0, 40, 40], "area": float("inf"), "iscrowd": 0}
     task = classes(photos(tmp_path, {1: [(1, [0, 0, 20, 20])]}, annotations=[odd, vast]))
     assert [(item.id, item.groups["size"]) for item in task.load()] == [("10", "small"), ("91", "medium")]
@@ -395,8 +395,12 @@ def test_proposals_without_scores(expressions: Path) -> None:
         rec(expressions).load()
     assert len(rec(expressions, top=0).load()[0].regions) == 3
     proposals(expressions, [{"image_id": 1, "bbox": [0, 0, 5, 5]}, {"image_id": 1, "bbox": [0, 0, 9, 9], "score": 1}])
-    with pytest.raises(DataError, match="for every candidate or for none, got 1 without of 2"):
+    with pytest.raises(DataError, match="for every candidate or for none, got 1 without"):
         rec(expressions, top=0).load()
+    proposals(expressions, [{"image_id": 1, "bbox": [0, 0, 5, 5], "score": value} for value in (None, 0.5)])
+    task = rec(expressions, top=0)
+    task.load()
+    assert task.left_out.counts["proposal without a score"] == 1
 
 
 def test_scores_below_zero_are_scores(expressions: Path) -> None:
@@ -445,9 +449,7 @@ def test_proposals_of_another_split_or_form(expressions: Path, tmp_path: Path) -
         {"image_id": 1, "bbox": [0, 0, 0, 5], "score": 1},
     ]
     good = {"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.3}
-    with pytest.raises(
-        DataError, match=r"2 proposal of another form; \[0\]: expected image_id as a whole number and bbox"
-    ):
+    with pytest.raises(DataError, match=r"2 proposal of another form; \[0\]: expected image_id, bbox as four numbers"):
         read_proposals(proposals(expressions, odd), {1}, 1, 0.5, Rejects())
     rejects = Rejects()
     found = read_proposals(proposals(expressions, [*odd, good, {**good, "score": 0.7}]), {1}, 1, 0.5, rejects)

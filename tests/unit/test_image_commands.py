@@ -57,6 +57,18 @@ def test_proposals_as_text_json_and_picture(folder, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def test_a_bad_entry_of_a_data_set_is_left_out_and_said(folder, capsys):
+    entries = [{"id": k, "image_id": 1, "bbox": [5, 5, 20 * k, 9], "iscrowd": int(k == 2)} for k in (0, 1, 2)]
+    data = {"images": [{"id": 1, "file_name": "set\\photo.png", "width": 60, "height": 40}], "annotations": entries}
+    (folder / "set.json").write_text(json.dumps(data))
+    assert describe(folder, "--proposals", str(folder / "set.json"), "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["left_out"] == 2
+    assert "left out 2 of 3 regions (unusable: 1 box without size, 1 crowd)" in printed.err
+    assert describe(folder, "--proposals", str(folder / "set.json"), "--crowds") == 0
+    assert capsys.readouterr().out.count("\n") == 2
+
+
 def test_typed_regions_and_a_grid(folder, capsys):
     assert describe(folder, "--grid", "2", "--box", "1,1,9,9", "--json") == 0
     record = json.loads(capsys.readouterr().out)
@@ -70,6 +82,7 @@ def test_typed_regions_and_a_grid(folder, capsys):
         (["--grid", "0"], "--grid: "),
         (["--grid", "2", "--proposals", "boxes.json"], "not several"),
         (["--grid", "2", "--image-id", "3"], "--image-id goes with --proposals"),
+        (["--grid", "2", "--crowds"], "--crowds goes with --proposals"),
         (["--proposals", "none.json"], "none.json"),
         (["--grid", "2", "--max-regions", "0"], "--max-regions: "),
         (["--grid", "2", "--iou", "2"], "--iou: "),

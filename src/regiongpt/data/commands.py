@@ -19,7 +19,7 @@ import numpy as np
 
 from regiongpt.console import progress_shown
 from regiongpt.data.convert import CONVERTERS, load_converter
-from regiongpt.data.convert.base import convert
+from regiongpt.data.convert.base import Output, convert
 from regiongpt.data.records import Record
 from regiongpt.data.shards import CROWD, MANIFEST, REJECTS, Manifest, RecordSet, require_data_extra
 from regiongpt.errors import ConfigError
@@ -60,19 +60,15 @@ def run_convert(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> in
         converter = load_converter(str(name))
         source = sources.add_parser(str(name), help=converter.summary, description=converter.summary)
         add_options(source, converter)
-        source.add_argument(
-            "--out", type=Path, required=True, metavar="DIR", help="folder of the records, new or empty"
-        )
-        source.add_argument("--strict", action="store_true", help="fail at the first record that cannot be used")
-        source.add_argument("--overwrite", action="store_true", help="replace other records in --out")
+        add_options(source, Output, "records")
         source.set_defaults(converter=converter)
     options = parser.parse_args(arguments)
-    made = read_options(options.converter, options)
-    was_there = (options.out / MANIFEST).exists() and not options.overwrite
+    made, to = read_options(options.converter, options), read_options(Output, options)
+    was_there = (to.out / MANIFEST).exists() and not to.overwrite
     began = time.monotonic()
     with progress_shown():
-        manifest = convert(made, options.out, options.strict, options.overwrite)
-    print(_converted(manifest, options.out, None if was_there else time.monotonic() - began))
+        manifest = convert(made, to.out, to.strict, to.overwrite)
+    print(_converted(manifest, to.out, None if was_there else time.monotonic() - began))
     return 0
 
 

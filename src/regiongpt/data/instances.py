@@ -16,6 +16,7 @@ from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import shapely
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from regiongpt.data.convert.images import Fault, check_image, known_size
 from regiongpt.data.convert.jsonstream import TRUNCATED, iter_array, iter_arrays
-from regiongpt.data.convert.values import MALFORMED, clipped_box, image_fault, plain_text, short, whole
+from regiongpt.data.convert.values import MALFORMED, clipped_box, image_fault, plain_text, short, unicode_fault, whole
 from regiongpt.data.shards import CROWD, Rejects
 from regiongpt.errors import DataError, RegionError
 from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
@@ -46,6 +47,7 @@ _NO_SENSE: Final = "mask that makes no sense"
 _THIN: Final = "polygon of fewer than three points"
 _LVIS: Final = ("neg_category_ids", "not_exhaustive_category_ids")
 _NONE, _POLYGON, _RLE, _FAULTY = range(4)  # what an annotation has for a mask
+_NO_CLASS: Final = ("_background_", "__background__", "background", "__ignore__")  # as LabelMe begins its categories
 _AT_ONCE: Final = 20_000  # polygons that are looked at together
 
 
@@ -72,8 +74,8 @@ def read_box(value: Any) -> tuple[float, float, float, float] | None:
 
 def number_of(identity: Any) -> int | None:
     """An id as a number: that of text which is none follows from its letters, from 2**62 on."""
-    if whole(identity) is None and isinstance(identity, str) and identity:
-        return int.from_bytes(blake2b(identity.encode("utf-8", "replace"), digest_size=8).digest()) >> 2 | 1 << 62
+    if whole(identity) is None and isinstance(identity, str) and identity and not unicode_fault(identity):
+        return int.from_bytes(blake2b(identity.encode(), digest_size=8).digest()) >> 2 | 1 << 62
     return whole(identity)
 
 
@@ -92,12 +94,17 @@ class Mask(NamedTuple):
     sound: bool = True
 
     def bounds(self) -> tuple[float, float, float, float] | None:
-        """x, y, width, height around the rings; None of RLE."""
-        if not self.rings:
+        """x, y, width, height around it; None without a mask, or where it has no area."""
+        if self.rings:
+            x0, y0 = min(min(ring[::2]) for ring in self.rings), min(min(ring[1::2]) for ring in self.rings)
+            x1, y1 = max(max(ring[::2]) for ring in self.rings), max(max(ring[1::2]) for ring in self.rings)
+            return x0, y0, x1 - x0, y1 - y0
+        try:
+            coded = self.region()
+            x0, y0, x1, y1 = coded.bounds(*self.rle["size"][::-1]) if coded and self.rle else (0.0,) * 4
+        except RegionError:
             return None
-        x0, y0 = min(min(ring[::2]) for ring in self.rings), min(min(ring[1::2]) for ring in self.rings)
-        x1, y1 = max(max(ring[::2]) for ring in self.rings), max(max(ring[1::2]) for ring in self.rings)
-        return x0, y0, x1 - x0, y1 - y0
+        return (x0, y0, x1 - x0, y1 - y0) if x1 > x0 else None
 
     def region(self) -> Region | None:
         """As a region, None without a mask; RegionError for RLE that is none."""
@@ -116,6 +123,9 @@ def read_mask(segmentation: Any) -> Mask:
     if isinstance(segmentation, list) and len(segmentation) == 1 and isinstance(segmentation[0], dict):
         segmentation = segmentation[0]
     if isinstance(segmentation, dict):
+        if not {"size", "counts"} & segmentation.keys():
+            wrong = Fault("segmentation of another form", f"expected polygons or RLE, got {short(segmentation)}")
+            return Mask(faults=[wrong], sound=False)
         return Mask(rle=_plain_rle(segmentation))
     rings: list[array[float]] = []
     faults: list[Fault] = []
@@ -168,12 +178,23 @@ def _plain_rle(rle: dict[str, Any]) -> dict[str, Any]:
 # Which image an entry means
 
 
+def _ends(entry: Mapping[str, Any]) -> list[str]:
+    """The last parts of an entry's address, at most two; Label Studio has addresses for file names."""
+    address = next((text for key in ("coco_url", "file_name") if "/" in (text := str(entry.get(key) or ""))), "")
+    if address != entry.get("coco_url") and "://" not in address:
+        return []
+    return [part for part in unquote(address.split("?")[0]).split("/") if part][-2:]
+
+
 def _names(entry: Mapping[str, Any], url_first: bool = False) -> list[str]:
-    """What an entry calls its image, the likeliest first: its file name, then what its address ends in."""
-    name, url = entry.get("file_name"), entry.get("coco_url")
-    named = [name.replace("\\", "/")] if isinstance(name, str) and name else []
-    parts = [part for part in url.split("?")[0].split("/") if part][-2:] if isinstance(url, str) else []
-    return ["/".join(parts), *named] if url_first and parts else [*named, "/".join(parts)] if parts else named
+    """What an entry calls its image, the likeliest first: its file name, and what its address ends in."""
+    name, ends = entry.get("file_name"), _ends(entry)
+    named = []
+    if isinstance(name, str) and name and "://" not in name:
+        on_disk = name.partition("?d=")[2].partition("&")[0]  # of Label Studio's server
+        named.append(unquote(on_disk).lstrip("/") if on_disk else name.replace("\\", "/"))
+    address = ["/".join(ends)] if ends else []
+    return [*address, *named] if url_first else [*named, *address]
 
 
 class ImageFinder:
@@ -194,7 +215,7 @@ class ImageFinder:
     def __init__(self, entries: Sequence[Mapping[str, Any]], folder: Path | None, url_first: bool = False) -> None:
         self._entries, self._url_first = entries, url_first
         self._folder = None if folder is None else str(folder)
-        self._ends: tuple[str, ...] | None = None
+        self._parts: tuple[str, ...] | None = None
         self._alike: Counter[str] | None = None
 
     def find(self, entry: Mapping[str, Any]) -> str | Fault:
@@ -211,24 +232,25 @@ class ImageFinder:
                 for path in dict.fromkeys((candidate, stem + suffix.lower(), stem + suffix.upper())):
                     if os.path.isfile(os.path.join(self._folder, path)):
                         return path
-        return fault or names[0]
+        return fault or list(self._below(names[0]))[-1]
 
     def _candidates(self, entry: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
-        if self._ends is None:
-            self._ends = Path(self._folder or "").resolve().parts
         for name in names:
-            yield name
-            parts = PurePosixPath(name).parts
-            for count in range(min(len(parts) - 1, len(self._ends)), 0, -1):
-                if self._ends[-count:] == parts[:count]:
-                    yield "/".join(parts[count:])
-        if isinstance(entry.get("coco_url"), str) and names:
-            if self._alike is None:
-                every = {name for each in self._entries for name in _names(each, True)[:1]}
-                self._alike = Counter(name.rsplit("/", 1)[-1] for name in every)
-            last = _names(entry, True)[0].rsplit("/", 1)[-1]
-            if self._alike[last] == 1:
-                yield last
+            yield from self._below(name)
+        if self._alike is None:
+            self._alike = Counter(ends[-1] for ends in {tuple(_ends(each)) for each in self._entries} if ends)
+        if (ends := _ends(entry)) and self._alike[ends[-1]] == 1:
+            yield ends[-1]
+
+    def _below(self, name: str) -> Iterator[str]:
+        """A name as it is, and without the folders that the images' folder ends in."""
+        yield name
+        if self._parts is None:
+            self._parts = Path(self._folder or "").resolve().parts
+        parts = PurePosixPath(name).parts
+        for count in range(min(len(parts) - 1, len(self._parts)), 0, -1):
+            if self._parts[-count:] == parts[:count]:
+                yield "/".join(parts[count:])
 
 
 def entry_of(images: Sequence[Any], image: str | Path, file: str) -> Mapping[str, Any]:
@@ -296,8 +318,8 @@ class InstancesFile:
         official: Names by category id, for a file that breaks off before its categories.
 
     Attributes:
-        names: Of the categories by id; of two ids of one name, the first that is used stands for both. A root that no
-            annotation has and that others call their supercategory is none of them.
+        names: Of the categories by id; of two ids of one name, the first that is used stands for both. What no
+            annotation has is left out where it is the background, or a root that others call their supercategory.
         images: Ids in ascending order, with ``widths``, ``heights`` and ``paths`` beside them. An id that is text is a
             number here, whose text ``texts`` has.
         ids: Of the objects in the order of their images and then their ids. Beside them are the ``places`` of their
@@ -349,7 +371,7 @@ class InstancesFile:
             counts[key] += 1
         if not self.names and rejects.counts[TRUNCATED] > breaks:
             if not official:
-                raise DataError(f"{path}: expected categories, but the file breaks off before them; fetch it again")
+                raise DataError(f"{path}: breaks off before its categories: {rejects.last}")
             log.warning("%s: breaks off before its categories; the official ids are taken", path)
             self.names = dict(official)
         self._settle_categories()
@@ -415,7 +437,7 @@ class InstancesFile:
             box = read_box(entry.get("bbox"))
             boxless = box is None or not (box[2] > 0 and box[3] > 0 and math.isfinite(sum(box)))
             if boxless and mask.sound:
-                box = mask.bounds() or box or ((math.nan,) * 4 if mask.rle else None)
+                box = mask.bounds() or box
             if box is None or crowd is None or None in ids:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
@@ -439,8 +461,7 @@ class InstancesFile:
         kind = _FAULTY if not mask.sound else _POLYGON if mask.rings else _RLE if mask.rle else _NONE
         if mask.rle is not None:
             # Without masks only their size is held against the image's.
-            needed = boxless or self._shapes != "box"
-            self._rle[index] = mask.rle if needed else {"size": mask.rle.get("size")}
+            self._rle[index] = mask.rle if self._shapes != "box" else {"size": mask.rle.get("size")}
             if boxless:
                 self._boxless.add(index)
         elif self._shapes != "box":
@@ -469,7 +490,7 @@ class InstancesFile:
                     log.warning(told, self.path, self.name_of(first[name]), self.name_of(number), name)
                     column[column == number] = first[name]
                 del self.names[number]
-            elif number not in used and number in self._roots and name in self._headings:
+            elif number not in used and (name in _NO_CLASS or (number in self._roots and name in self._headings)):
                 del self.names[number]
 
     def _settle_images(self) -> None:
@@ -535,14 +556,9 @@ class InstancesFile:
         repeated[np.unique(ids, return_index=True)[1]] = False
         unnamed = ~np.isin(categories, list(self.names))
         given = _column(self._boxes).reshape(-1, 4)
-        for k in [k for k in self._boxless if not absent[k]]:
-            try:
-                x0, y0, x1, y1 = Region.rle(self._rle[k]).bounds(*self._size(places[k]))
-                given[k] = x0, y0, x1 - x0, y1 - y0
-                self._boxless.remove(k)
-            except RegionError as error:
-                self._rle[k] = {"fault": str(error)}
         boxes, bad_box = self._clip(given, places, absent)
+        for k in self._boxless:
+            bad_box[k] |= not absent[k] and self._rle[k].get("size") != [*self._size(places[k])][::-1]
         bad = absent | repeated | unnamed | bad_box
         for k in np.flatnonzero(bad).tolist():
             fault = self._fault(k, bool(absent[k]), bool(repeated[k]), bool(unnamed[k]), places)
@@ -600,9 +616,10 @@ class InstancesFile:
         if unnamed:
             number = self._category_ids[k]
             return Fault("unknown category", f"expected a category of the file, got {self.name_of(number)}")
-        if k in self._boxless:
-            return Fault(_NO_SENSE, f"expected a bbox or a mask that it follows from: {self._rle[k]['fault']}")
         width, height = self._size(places[k])
+        if k in self._boxless:
+            reason = f"expected the size {[height, width]} of its image (H, W), got {short(self._rle[k].get('size'))}"
+            return Fault("RLE of another size", f"{reason}; it has no box")
         x, y, w, h = box = self._boxes[4 * k : 4 * k + 4].tolist()
         clipped = clipped_box(x, y, w, h, width, height)
         if isinstance(clipped, Fault):

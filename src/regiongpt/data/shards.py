@@ -75,7 +75,9 @@ class Rejects:
     def __init__(self, path: Path | None = None, strict: bool = False) -> None:
         self.path, self.strict = path, strict
         self.counts: Counter[str] = Counter()
-        self._file = path.open("w", encoding="utf-8") if path is not None else None
+        self.last = ""  # reason
+        # Half of a surrogate pair is written as json's escape for it.
+        self._file = path.open("w", encoding="utf-8", errors="backslashreplace") if path is not None else None
 
     def add(self, kind: str, file: str | Path, record: object, reason: str) -> None:
         """Counts one record that is left out.
@@ -93,6 +95,7 @@ class Rejects:
         if self.strict and kind != CROWD:
             raise DataError(f"{name}, record {record}: {kind}: {reason}")
         self.counts[kind] += 1
+        self.last = reason
         if self._file is not None:
             line = {"kind": kind, "file": name, "record": str(record), "reason": reason}
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -103,10 +106,13 @@ class Rejects:
             with writing(self.path):
                 self._file.close()
 
+    def listed(self) -> str:
+        """How many of each kind: ``"1 crowd, 2 box without size"``."""
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
+
     def summary(self) -> str:
         """One line: how many were left out, by kind."""
-        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
-        return f"{self.counts.total()} left out: {listed}" if listed else "nothing left out"
+        return f"{self.counts.total()} left out: {self.listed()}" if self.counts else "nothing left out"
 
 
 class Shard(TypedDict):

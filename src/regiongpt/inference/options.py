@@ -101,6 +101,8 @@ class Sources(Settings):
     """hub name or folder of a SAM model of transformers: masks that it finds, at 32 x 32 points"""
     image_id: str | None = None
     """of the image in --proposals, where its name does not say"""
+    crowds: bool = False
+    """take what --proposals marks as a crowd too, as some tools mark every mask"""
     min_score: float | None = None
     """leave out regions of a lower score"""
     iou: float | None = Field(None, ge=0, le=1)
@@ -114,6 +116,8 @@ class Sources(Settings):
             raise ValueError("give --proposals, or --grid or --sam, not several; ask about them one after the other")
         if self.image_id is not None and not self.proposals:
             raise ValueError("--image-id goes with --proposals")
+        if self.crowds and not self.proposals:
+            raise ValueError("--crowds goes with --proposals")
         return self
 
 

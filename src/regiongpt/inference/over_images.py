@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regiongpt.console import progress, tell
+from regiongpt.data.shards import Rejects
 from regiongpt.drawing import draw_regions, save_picture
 from regiongpt.errors import DataError, RegionError
 from regiongpt.images import SUFFIXES, load_image
@@ -31,12 +32,14 @@ class View:
         photo: the image.
         proposals: the regions, first those that were typed.
         left_out: how many further regions were left out.
+        unusable: what of the file of proposals could not be used, by kind; empty if nothing.
     """
 
     path: str
     photo: "Image"
     proposals: Sequence[Proposal]
     left_out: int = 0
+    unusable: str = ""
 
     @property
     def regions(self) -> list[Region]:
@@ -187,15 +190,24 @@ def view_of(path: str, typed: Callable[["Image"], Sequence[Region]], sources: So
     """
     photo = load_image(path)
     found = [Proposal(region=region, place=f"<region{number}>") for number, region in enumerate(typed(photo), 1)]
+    rejects = Rejects()
     if sources.proposals:
-        found += read_proposals(sources.proposals, *photo.size, image=path, image_id=sources.image_id)
+        found += read_proposals(
+            sources.proposals,
+            *photo.size,
+            image=path,
+            image_id=sources.image_id,
+            crowds=sources.crowds,
+            rejects=rejects,
+        )
     elif sources.sam:
         found += segment(photo)
     elif sources.grid is not None:
         found += grid_points(sources.grid, *photo.size)
     iou = 0.7 if sources.sam and sources.iou is None else sources.iou
     kept = choose(found, *photo.size, most=sources.max_regions, iou=iou, min_score=sources.min_score)
-    return View(path=path, photo=photo, proposals=kept, left_out=len(found) - len(kept))
+    left_out = len(found) - len(kept) + rejects.counts.total()
+    return View(path=path, photo=photo, proposals=kept, left_out=left_out, unusable=rejects.listed())
 
 
 def over_images(
@@ -244,9 +256,10 @@ def over_images(
         began = time.perf_counter()
         predictor.set_image(seen.photo)
         reply = answer(predictor, seen)
-        left_out = (
-            [f"left out {seen.left_out} of {seen.left_out + len(seen.proposals)} regions"] if seen.left_out else []
-        )
+        left_out = []
+        if seen.left_out:
+            why = f" (unusable: {seen.unusable})" if seen.unusable else ""
+            left_out = [f"left out {seen.left_out} of {seen.left_out + len(seen.proposals)} regions{why}"]
         for line in [*left_out, *reply.warnings]:
             tell(f"regiongpt: warning: {f'{path}: ' * several}{line}")
         record = {"image": path, **reply.record}

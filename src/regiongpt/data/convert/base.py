@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import NonNegativeInt
 
+from regiongpt.data.convert.values import unicode_fault
 from regiongpt.data.records import Record
 from regiongpt.data.shards import MANIFEST, REJECTS, Manifest, Rejects, file_identity, require_data_extra, write_records
 from regiongpt.errors import ConfigError, DataError
@@ -55,6 +56,17 @@ class Converter(Settings, ABC):
         return {name: _stated(value) for name, value in self}
 
 
+class Output(Settings):
+    """Where the records go, and what is strict about it."""
+
+    out: Path
+    """Folder of the records, new or empty."""
+    strict: bool = False
+    """Fail at the first record that cannot be used."""
+    overwrite: bool = False
+    """Replace other records in --out."""
+
+
 def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bool = False) -> Manifest:
     """Convert one source into a folder of records; does nothing where that has been done before.
 
@@ -70,6 +82,8 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
     """
     require_data_extra()
     out = Path(out)
+    if unicode_fault(str(out)):
+        raise DataError(f"{str(out)!a}: the name is not UTF-8, which Parquet's writer needs; choose another place")
     if not converter.images.is_dir():
         raise DataError(f"images: no folder at {converter.images}; check the path")
     if (out / MANIFEST).exists() and not overwrite:

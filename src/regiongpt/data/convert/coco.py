@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeInt
 
 from regiongpt.console import progress
 from regiongpt.data.convert.base import Converter
-from regiongpt.data.convert.values import short
+from regiongpt.data.convert.values import Words, short
 from regiongpt.data.instances import Indices, InstancesFile, Shapes, read_captions
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
@@ -38,7 +38,7 @@ class InstancesConverter(Converter):
 
     instances: Annotated[tuple[Path, ...], Field(min_length=1)]
     """Instances files; an image in two of them is taken from the first."""
-    label_set: Annotated[str, Field(pattern=r"\S")]
+    label_set: Words
     """Name of the closed set, as the question shall name it."""
     boxes_per_category: NonNegativeInt = 0
     """Most objects of a category, drawn by the seed over all files; 0 for all."""
@@ -174,7 +174,7 @@ class CocoConverter(InstancesConverter):
     name: ClassVar[str] = "coco"
     summary: ClassVar[str] = "COCO instances: the class of boxes or masks, and captions of whole images"
 
-    label_set: Annotated[str, Field(pattern=r"\S")] = "COCO-80"
+    label_set: Words = "COCO-80"
     """Name of the closed set, as the question shall name it."""
     captions: tuple[Path, ...] = ()
     """Captions files of the same images, to caption images too."""

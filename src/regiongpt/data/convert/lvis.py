@@ -1,10 +1,9 @@
 """LVIS: COCO's photographs with masks of 1,203 categories, as closed-set questions."""
 
-from typing import Annotated, ClassVar
-
-from pydantic import Field
+from typing import ClassVar
 
 from regiongpt.data.convert.coco import InstancesConverter
+from regiongpt.data.convert.values import Words
 
 
 class LvisConverter(InstancesConverter):
@@ -17,5 +16,5 @@ class LvisConverter(InstancesConverter):
     summary: ClassVar[str] = "LVIS: the class of boxes or masks among its long list of names"
     url_first: ClassVar[bool] = True
 
-    label_set: Annotated[str, Field(pattern=r"\S")] = "LVIS"
+    label_set: Words = "LVIS"
     """Name of the closed set, as the question shall name it."""

@@ -4,12 +4,12 @@ Paper: §4 (at most 100 boxes a category for pre-training, 10 for fine-tuning).
 """
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, NonNegativeInt
+from pydantic import NonNegativeInt
 
 from regiongpt.data.convert.coco import InstancesConverter
-from regiongpt.data.convert.values import short
+from regiongpt.data.convert.values import Words, short
 from regiongpt.data.instances import InstancesFile
 from regiongpt.errors import DataError
 
@@ -20,7 +20,7 @@ class V3DetConverter(InstancesConverter):
     name: ClassVar[str] = "v3det"
     summary: ClassVar[str] = "V3Det: the class of boxes among 13,204 names, balanced by category"
 
-    label_set: Annotated[str, Field(pattern=r"\S")] = "V3Det"
+    label_set: Words = "V3Det"
     """Name of the closed set, as the question shall name it."""
     boxes_per_category: NonNegativeInt = 100
     """Most objects of a category, drawn by the seed: 100 to pre-train and 10 to fine-tune in the paper; 0 for all."""

@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, Final, TypeGuard
+from typing import Annotated, Any, Final, TypeGuard
+
+from pydantic import AfterValidator
 
 from regiongpt.data.convert.images import Fault
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
@@ -94,6 +96,16 @@ def text_fault(text: str) -> Fault | None:
     if "<" in text and (IMAGE_TOKEN in text or PLACEHOLDER.search(text)):
         return Fault("placeholder in the text", f"expected words alone, got {short(text)}")
     return unicode_fault(text)
+
+
+def _check_words(text: str) -> str:
+    if isinstance(fault := plain_text(text, "text"), Fault):
+        raise ValueError(fault.reason)
+    return text
+
+
+Words = Annotated[str, AfterValidator(_check_words)]
+"""A setting that becomes part of questions."""
 
 
 def unicode_fault(text: str) -> Fault | None:

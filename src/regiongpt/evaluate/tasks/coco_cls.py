@@ -245,7 +245,8 @@ class CocoClassification(Task):
         rules = "by LVIS' rules, restated on COCOeval of pycocotools," if lvis else "COCOeval of pycocotools"
         return {
             "split": self.split if self.annotations is None else self.annotations.name,
-            "regions": f"ground-truth {'boxes' if self.region == 'box' else 'masks'}, one a question, crowds aside",
+            "regions": f"ground-truth {'boxes' if self.region == 'box' else 'masks'}, one a question, crowds "
+            f"{'among them' if self.crowds else 'aside'}",
             "prompt": f"guided, {self.label_set}" if self.guided else "not guided",
             "closed set": f"{names} categories of the annotations",
             "matching": f"as it stands{f', forgiving {self.synonyms}' if self.synonyms else ''}",

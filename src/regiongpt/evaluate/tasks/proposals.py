@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import is_box, is_number, is_whole, short
+from regiongpt.data.convert.values import is_number, short
+from regiongpt.data.instances import number_of, read_box, read_mask
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.overlap import ENOUGH, overlaps
@@ -40,7 +40,8 @@ def read_proposals(
     """The candidates of the images that are asked about.
 
     Args:
-        path: A json array of objects with ``image_id`` and ``bbox`` (x, y, width, height), and ``score``.
+        path: A json array of objects with ``image_id`` and ``bbox`` (x, y, width, height) or ``segmentation``, and
+            ``score``; where others have one, null is left out.
         images: Ids of the images.
         top: Most candidates an image, by score; 0 for all.
         least: Least score; 0 for all, those of scores below 0 too.
@@ -49,22 +50,25 @@ def read_proposals(
             something; None where unknown.
 
     Raises:
-        DataError: The file is of another form, or has scores for some entries alone, or none for any image.
+        DataError: The file is of another form, or has scores for some entries alone, or nothing for any image.
         ConfigError: ``top`` or ``least`` is asked for, and there are no scores.
     """
     found: dict[int, list[tuple[float, Box]]] = {}
-    scored = unscored = 0
+    unscored: list[tuple[int, int, Box]] = []
+    lacking = 0
     fault = ""  # the first, for a file of which nothing can be used
     for place, entry in enumerate(iter_array(path, None, rejects)):
-        if told := _malformed(entry):
+        known = entry if isinstance(entry, dict) else {}
+        image_id, score = number_of(known.get("image_id")), known.get("score")
+        box = read_box(known.get("bbox")) or read_mask(known.get("segmentation")).bounds()
+        if image_id is None or box is None or not all(map(is_number, (*box, 0 if score is None else score))):
+            told = f"expected image_id, bbox as four numbers or a segmentation, and a finite score, got {short(entry)}"
             fault = fault or f"[{place}]: {told}"
             rejects.add("proposal of another form", path, place, told)
             continue
-        image_id, box, score = entry["image_id"], entry["bbox"], entry.get("score")
-        scored, unscored = scored + (score is not None), unscored + (score is None)
         if image_id not in images:
             continue
-        x, y, width, height = map(float, box)
+        x, y, width, height = box
         if width <= 0 or height <= 0:
             rejects.add("box without size", path, place, f"expected a width and height above 0, got {short(box)}")
             continue
@@ -75,17 +79,25 @@ def read_proposals(
             continue
         right, bottom = within or (float("inf"), float("inf"))
         corners = max(x, 0.0), max(y, 0.0), min(x + width, right), min(y + height, bottom)
-        found.setdefault(image_id, []).append((float(score or 0.0), corners))
+        if score is None:
+            unscored.append((place, image_id, corners))
+            lacking += "score" not in known
+        else:
+            found.setdefault(image_id, []).append((float(score), corners))
+    scored = bool(found)
+    if scored and lacking:
+        raise DataError(f"{path}: expected a score for every candidate or for none, got {lacking} without")
+    for place, image_id, corners in unscored:
+        if scored:
+            rejects.add("proposal without a score", path, place, "expected a score as the others have one, got null")
+        else:
+            found.setdefault(image_id, []).append((0.0, corners))
     if not found:
         raise DataError(
             f"{path}: expected candidates of the {len(images)} images that are asked about, found none; "
             f"{rejects.summary()}; {fault or 'is the file of another split?'}"
         )
-    if scored and unscored:
-        raise DataError(
-            f"{path}: expected a score for every candidate or for none, got {unscored} without of {scored + unscored}"
-        )
-    if unscored and (top or least):
+    if not scored and (top or least):
         raise ConfigError(
             f"{path}: expected scores to choose candidates by, found none; give a file with scores, or take all "
             "candidates with --top 0 --min-score 0"
@@ -95,15 +107,7 @@ def read_proposals(
         order = np.argsort([-score for score, _ in those], kind="stable") if scored else np.arange(len(those))
         best = [those[k][1] for k in order.tolist() if not least or those[k][0] >= least]
         kept[image_id] = best[: top or None]
-    return Proposals(boxes=kept, scored=bool(scored))
-
-
-def _malformed(entry: Any) -> str:
-    """What is wrong with an entry's form; ``""`` where nothing is."""
-    if not isinstance(entry, dict) or not is_whole(entry.get("image_id")) or not is_box(entry.get("bbox")):
-        return f"expected image_id as a whole number and bbox as four numbers, got {short(entry)}"
-    score = entry.get("score")
-    return "" if score is None or is_number(score) else f"expected score as a finite number, got {short(score)}"
+    return Proposals(boxes=kept, scored=scored)
 
 
 def candidates_of(truth: Box, proposed: Sequence[Box], inject: bool, seed: tuple[int, ...]) -> tuple[list[Box], bool]:
