@@ -2,16 +2,19 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV ?= .venv
-# Fixed here for repeatable figures; the package itself takes any release from 2.6 on.
+# Fixed here for repeatable results; the package itself takes any release that pyproject.toml allows.
 TORCH ?= torch==2.13.0
+# Releases that were tested together; `make CONSTRAINTS=` takes the newest of everything.
+CONSTRAINTS ?= constraints.txt
 # A folder of annotated photographs in COCO's format, for train-nano; docs/training.md says what it holds.
 DATA ?= ../shared/data/coco_photos
 RUN ?= runs/nano
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
+PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install demo test lint format train-nano package clean
+.PHONY: help install demo test test-range lint format train-nano package constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -24,6 +27,9 @@ demo: install  ## ask about regions of real photographs, and draw them
 
 test: install  ## run the tests, all or as ARGS="-m 'not slow'" chooses
 	$(BIN)/python -m pytest $(ARGS)
+
+test-range:  ## the same for models and inference, with the lowest and the newest releases that pyproject.toml allows
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" .ci/test_range
 
 lint: install  ## format, style, types and the direction of imports
 	$(BIN)/ruff format --check .
@@ -41,6 +47,9 @@ train-nano: install  ## train the model that ships, or go on with it: DATA=folde
 package: install  ## build the wheel and the source distribution in dist/
 	$(BIN)/python -m build
 
+constraints:  ## pin the newest releases that go together, in constraints.txt
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" .ci/constraints
+
 clean:  ## remove the virtual environment and what was built; runs are kept
 	rm -rf $(VENV) build dist
 
@@ -55,6 +64,6 @@ $(VENV)/.torch: $(VENV)/.python
 	$(PIP) $(TORCH)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[dev]'
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
+	$(PIP) $(PINNED) --editable '.[dev]'
 	@touch $@

@@ -1,5 +1,6 @@
 """The model: configuration checks, freezing, losses, batching, generation, saving."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import regiongpt.model.modeling as modeling
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.model import EfficientNetLiteConfig, EfficientNetLiteModel, RegionGPTConfig
 from regiongpt.model.configuration import REFINEMENTS
-from regiongpt.model.modeling import number_ids
+from regiongpt.model.modeling import CACHE, number_ids
 
 LITE = {"model_type": "efficientnet_lite", "variant": "efficientnet-lite0", "image_size": 32}
 
@@ -337,7 +338,8 @@ def test_sampling_never_writes_a_placeholder() -> None:
     assert not ((answers == IMAGE) | (answers == REGION)).any()
 
 
-def test_a_question_can_follow_a_cached_image() -> None:
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_question_can_follow_a_cached_image(name: str) -> None:
     """The image's keys and values are made once; a later turn brings only its own region tokens."""
     model = tiny_model()
     inputs = tiny_inputs(model.config, [2, 1])
@@ -347,9 +349,37 @@ def test_a_question_can_follow_a_cached_image() -> None:
         visual = {k: inputs[k] for k in ("pixel_values", "region_weights", "region_ids")}
         cut = int((inputs["input_ids"][0] == REGION).nonzero()[0]) + 1  # after the first region token
         head = {**visual, "region_ids": torch.tensor([[2]])}
-        model(input_ids=inputs["input_ids"][:, :cut], past_key_values=cache, use_cache=True, **head)
-        rest = model(input_ids=inputs["input_ids"][:, cut:], past_key_values=cache, use_cache=True, **visual).logits
+        first = model(input_ids=inputs["input_ids"][:, :cut], **{name: cache}, use_cache=True, **head)
+        rest = model(input_ids=inputs["input_ids"][:, cut:], **{name: cache}, use_cache=True, **visual).logits
+        assert first[CACHE] is first.past_key_values is cache
+        # A placeholder without its image is a word, as one is that the model writes.
+        model(input_ids=torch.tensor([[REGION]]), **{name: cache})
     torch.testing.assert_close(rest, expected[:, cut:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_two_turns_with_one_cache_are_written_as_without(name: str) -> None:
+    model = tiny_model()
+    first = tiny_inputs(model.config, [2])
+    call = {"max_new_tokens": 6, "do_sample": False}
+    cache = DynamicCache(config=model.config.text_config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answer = model.generate(**first, **{name: cache}, **call)
+        assert torch.equal(answer, model.generate(**first, **call))
+        ids = torch.cat([answer, torch.tensor([[7, REGION, 9]])], dim=1)
+        second = {**first, "input_ids": ids, "region_ids": torch.tensor([[2, 1]])}
+        second["attention_mask"] = torch.ones_like(ids)
+        expected = model.generate(**second, **call)
+        assert torch.equal(model.generate(**second, **{name: cache}, **call), expected)
+
+
+def test_two_caches_are_an_error() -> None:
+    model = tiny_model()
+    caches = {name: DynamicCache(config=model.config.text_config) for name in ("cache", "past_key_values")}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="two names of one argument"):
+            call(input_ids=torch.tensor([[5]]), **caches)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------

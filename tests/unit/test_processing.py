@@ -192,6 +192,31 @@ def test_region_never_mentioned(processor: RegionGPTProcessor, photo: Image.Imag
         processor(photo, "<image>\nWhat is <region1>?", [LEFT, RIGHT])
 
 
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor, lambda boxes: [torch.tensor(box) for box in boxes]])
+def test_boxes_may_be_plain_numbers(processor: RegionGPTProcessor, photo: Image.Image, make: Any) -> None:
+    boxes = make([[0, 0, 20, 30], [20, 0, 40, 30]])
+    expected = processor.encode_conversation(TWO_TURNS, photo, [LEFT, RIGHT])["region_weights"]
+    assert torch.equal(processor.encode_conversation(TWO_TURNS, photo, boxes)["region_weights"], expected)
+    text = processor.apply_chat_template(TWO_TURNS)
+    for regions in (boxes, [boxes], [[LEFT, boxes[1]]]):
+        assert torch.equal(processor(photo, text, regions)["region_weights"][0], expected)
+    assert torch.equal(processor(photo, [text, text], [boxes, boxes])["region_weights"][1], expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["a box", [0, 0, 20], [0, 0, 20, "30"], np.ones((30, 40), bool), {"box": [0, 0, 1, 1]}]
+)
+def test_what_is_no_region_is_named(processor: RegionGPTProcessor, photo: Image.Image, wrong: Any) -> None:
+    with pytest.raises(RegionError, match="<region2>: expected a Region or a box of four numbers"):
+        processor.encode_conversation(TWO_TURNS, photo, [LEFT, wrong])
+
+
+@pytest.mark.parametrize("wrong", [LEFT, "box", 3, [LEFT, RIGHT]])
+def test_regions_that_are_no_list_a_text(processor: RegionGPTProcessor, photo: Image.Image, wrong: Any) -> None:
+    with pytest.raises(DataError, match="expected a list of regions"):
+        processor(photo, ["a <image>", "b <image>"], wrong)
+
+
 def test_region_outside_the_image_is_named(processor: RegionGPTProcessor, photo: Image.Image) -> None:
     with pytest.raises(RegionError, match="<region2>"):
         processor.encode_conversation(TWO_TURNS, photo, [LEFT, Region.box(50, 0, 60, 10)])

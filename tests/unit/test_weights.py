@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny import TOWERS, assert_same, save_language, save_tower, tiny_tokenizer, tower_config
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from regiongpt.errors import CheckpointError, ConfigError
+from regiongpt.errors import CheckpointError, ConfigError, DataError
+from regiongpt.inference import RegionPredictor
 from regiongpt.model import RegionGPTForConditionalGeneration, RegionGPTProcessor, weights
 from regiongpt.prompts import CHAT_TEMPLATES
 from regiongpt.regions import Region
@@ -325,6 +326,64 @@ def test_unexpected_tensor(copy: Path) -> None:
 def test_tensor_of_another_shape(copy: Path) -> None:
     change(copy, lambda tensors: tensors.update({"connector.linear_1.bias": torch.zeros(5)}))
     refuse(copy, "of another shape", "connector.linear_1.bias [5] for [32]")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["connector.linear_1.weight", "language_model.model.norm.weight"])
+def test_weights_that_are_no_numbers(name: str, number: float, copy: Path) -> None:
+    change(copy, lambda tensors: tensors[name].view(-1)[3:4].fill_(number))
+    refuse(copy, "NaN or infinity", name)
+
+
+def test_weights_stored_as_integers(copy: Path) -> None:
+    change(copy, lambda tensors: tensors.update({"connector.linear_1.bias": torch.ones(32, dtype=torch.int64)}))
+    refuse(copy, "floating-point", "connector.linear_1.bias I64")
+
+
+def test_parts_with_damaged_weights(tower: Path, language: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(language, tmp_path / "language"))
+    change(damaged, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in 1 \(model\.norm\.weight\)"):
+        weights.create(tower, damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("No space left on device")])
+def test_a_full_disk_leaves_no_half_folder(
+    error: Exception, checkpoint: Path, tower: Path, language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(RegionGPTProcessor, "save_pretrained", full)
+    for write in (
+        lambda out: weights.create(tower, language, out),
+        lambda out: weights.convert(checkpoint, out, torch.float16),
+    ):
+        with pytest.raises(DataError, match="cannot be written: No space left on device"):
+            write(tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_something_in_it_is_not_written_to(checkpoint: Path, tower: Path, language: Path) -> None:
+    with pytest.raises(ConfigError, match="a new or an empty folder"):
+        weights.create(tower, language, checkpoint)
+    with pytest.raises(ConfigError, match="a new or an empty folder"):
+        weights.convert(checkpoint, checkpoint, torch.float16)
+
+
+def test_an_untrained_checkpoint_answers_only_when_told_to(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="untrained"):
+        RegionPredictor.from_pretrained(checkpoint)
+    assert RegionPredictor.from_pretrained(checkpoint, untrained=True)
+    model, processor = weights.load(checkpoint)
+    model.refinement.deconv_2.bias.data.add_(1e-6)  # as a step of training does
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert RegionPredictor.from_pretrained(tmp_path)
 
 
 def edit_json(path: Path, **fields: Any) -> None:

@@ -513,11 +513,13 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     @cached_property
     def _control(self) -> re.Pattern[str]:
         """What only the template, and never a person's words, may write: special tokens, and marks between turns."""
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special = [token for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         marks = {mark for tokens in CONTROL_TOKENS.values() for mark in tokens if mark in str(self.chat_template)}
-        found = special | marks | {IMAGE_TOKEN, REGION_TOKEN}
+        found = {token.content for token in special} | marks | {IMAGE_TOKEN, REGION_TOKEN}
         breakable = sorted((token for token in found if len(token.strip()) > 1), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, breakable)))
+        # A tokenizer that lower-cases may do so before it looks for its special tokens.
+        flags = re.IGNORECASE if any(token.normalized for token in special) else 0
+        return re.compile("|".join(map(re.escape, breakable)), flags)
 
     def _render(
         self,
@@ -734,7 +736,8 @@ def _per_text(regions: Any, n_texts: int) -> list[Any]:
         return [()] * n_texts
     if isinstance(regions, str | Region) or not hasattr(regions, "__len__"):
         raise DataError(f"regions: expected a list of regions a text, got {type(regions).__name__}")
-    if n_texts == 1 and not (len(regions) == 1 and not _is_region(regions[0]) and np.ndim(regions[0]) != 0):
+    nested = len(regions) == 1 and not isinstance(regions[0], str) and hasattr(regions[0], "__len__")
+    if n_texts == 1 and not (nested and not _is_region(regions[0])):
         return [regions]
     if len(regions) != n_texts or any(_is_region(row) for row in regions):
         raise DataError(f"expected a list of regions for each of {n_texts} text(s), got {len(regions)} entries")
