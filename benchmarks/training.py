@@ -42,7 +42,7 @@ from regiongpt.train.alignment import ClassWords, visual_loss
 from regiongpt.train.dataset import ConversationCollate, ConversationDataset
 from regiongpt.train.features import FeatureStore, keep_freed_memory
 from regiongpt.train.packed_attention import units_on_cpu
-from regiongpt.train.packing import PackedCollate, targets_in, width_cost
+from regiongpt.train.packing import PackedCollate, width_cost
 from regiongpt.train.photographs import sampler_of
 from regiongpt.train.recipe import EngineConfig, Recipe, StageConfig, WatchConfig
 from regiongpt.train.records import answer_loss
