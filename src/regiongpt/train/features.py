@@ -103,7 +103,7 @@ class FeatureStore:
         """
         place = self.place(index)
         row = self.features[place, view]
-        if self.checksums is not None and crc32(row) != self.checksums[place][view]:
+        if self.checksums is not None and crc32(row.data) != self.checksums[place][view]:
             raise DataError(
                 f"{getattr(self.features, 'filename', 'features')}: the features of image {place + 1} are damaged; "
                 "delete the folder, and they are computed again"
@@ -237,7 +237,7 @@ def build_features(
             file.seek(begin + index * size)
             file.writelines(row.data for row in map(np.ascontiguousarray, rows))
             colours.append(colours_of(images[index], image))
-            checksums.append([crc32(np.ascontiguousarray(row)) for row in rows])
+            checksums.append([crc32(np.ascontiguousarray(row).data) for row in rows])
             if (index + 1) % 100 == 0 or index + 1 == len(images):
                 file.flush()
                 os.fsync(file.fileno())
@@ -255,7 +255,7 @@ def _read_state(side_file: Path, path: Path, digest: str) -> dict[str, Any] | No
         rows = np.load(path, mmap_mode="r")
         done, colours, made_for = state["done"], state["colours"], state["digest"]
         if "checksums" not in state:  # of a release that had none
-            state["checksums"] = [[crc32(np.ascontiguousarray(row)) for row in rows[index]] for index in range(done)]
+            state["checksums"] = [[crc32(np.ascontiguousarray(row).data) for row in rows[index]] for index in range(done)]
         if not len(colours) == len(state["checksums"]) == done <= len(rows):
             raise ValueError(f"{done} images are not {len(colours)}")
     except (DataError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
