@@ -2,8 +2,8 @@
 
     python benchmarks/path_lengths.py
 
-A record is drawn from a shard, encoded, batched and passed through the model as in a step of training. Every file of
-``src/regiongpt`` in which a function is entered on the way counts once; so does every call, and every file that is read.
+A record is drawn from a shard, encoded, batched and passed through the model as in a step of training. Counted are
+the files of ``src/regiongpt`` in which a function is entered on the way, the calls, and the files that are read.
 """
 
 import argparse

@@ -101,7 +101,7 @@ class RecordDataset(Dataset[Example]):
                 )
             weights = self.processor.region_inputs([each.region for each in record.regions], *image.size)
             example = self._encode_turns(record, drawn, weights, where)
-            example["pixel_values"] = self.processor.image_inputs(image)["pixel_values"][0]
+            example["pixel_values"] = self.processor.pixels_of(image)[0]
         except (DataError, RegionError) as error:
             raise DataError(f"{where}: {error}; `regiongpt inspect` checks all records of a folder") from error
         return example
@@ -277,8 +277,8 @@ def answer_loss(model: Any, batch: dict[str, Any], items: Any) -> Tensor:
     """
     loss: Tensor = answer_output(model, batch, items).loss
     if "pixel_values" not in batch and "vision_features" not in batch:
-        shape = (1, model.config.vision_config.hidden_size, *model.config.tower_grid)
-        loss = loss + 0.0 * model.image_features(model.refine(loss.new_zeros(shape))).sum()
+        blank = loss.new_zeros((1, *model.features_shape))
+        loss = loss + 0.0 * model.image_features(model.refine(blank)).sum()
     return loss
 
 

@@ -146,7 +146,7 @@ def calibrate(
         processor: Pads and normalises.
         photographs: Those to measure on.
     """
-    pixels = [processor.image_inputs(load_image(each))["pixel_values"] for each in photographs]
+    pixels = [processor.pixels_of(load_image(each)) for each in photographs]
     if model.config.vision_config.model_type == "efficientnet_lite":
         tower = model.vision_tower
         _standardise(tower, [model.encode_image(each)[0, : len(tower.mean)].flatten(1).T for each in pixels])
@@ -232,7 +232,7 @@ def build_features(
         for index in progress(range(state["done"], len(images)), "features", "images"):
             image = load_image(images[index].path)
             planned = plan_views(images[index], index, config)
-            pixels = [processor.image_inputs(view_image(view, image))["pixel_values"] for view in planned]
+            pixels = [processor.pixels_of(view_image(view, image)) for view in planned]
             rows = [model.encode_image(each)[0].to(torch.float16).numpy() for each in pixels]
             file.seek(begin + index * size)
             file.writelines(row.data for row in map(np.ascontiguousarray, rows))
@@ -255,7 +255,7 @@ def _read_state(side_file: Path, path: Path, digest: str) -> dict[str, Any] | No
         rows = np.load(path, mmap_mode="r")
         done, colours, made_for = state["done"], state["colours"], state["digest"]
         if "checksums" not in state:  # of a release that had none
-            state["checksums"] = [[crc32(np.ascontiguousarray(row).data) for row in rows[index]] for index in range(done)]
+            state["checksums"] = [[crc32(row.data) for row in rows[index]] for index in range(done)]
         if not len(colours) == len(state["checksums"]) == done <= len(rows):
             raise ValueError(f"{done} images are not {len(colours)}")
     except (DataError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
