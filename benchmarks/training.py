@@ -31,10 +31,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from regiongpt.train.packed_attention import units_on_cpu
-from regiongpt.train.records import answer_loss
-from regiongpt.train.trainer import run_stage
-from regiongpt.train.watch_cost import StageCost
 from stamp import Progress, stamp, write_json
 from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -43,11 +39,13 @@ from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.sampling import ConversationSampler
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, weights
 from regiongpt.train.alignment import ClassWords, visual_loss
-from regiongpt.train.dataset import ConversationCollate, ConversationDataset
+from regiongpt.train.dataset import ConversationDataset, DataCollator, answer_loss
 from regiongpt.train.features import FeatureStore, keep_freed_memory
-from regiongpt.train.packing import PackedCollate, targets_in, width_cost
+from regiongpt.train.loop import run_stage, targets_in
+from regiongpt.train.packing import PackedCollate, units_on_cpu, width_cost
 from regiongpt.train.recipe import EngineConfig, Recipe, StageConfig, WatchConfig
 from regiongpt.train.text import sampler_of
+from regiongpt.train.watch import StageCost
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "nano.toml"
 CACHED = 64
@@ -120,7 +118,7 @@ def measure_packing(
 ) -> dict[str, Any]:
     """Tokens a second of each way, by the fastest round of each batch; the ways take turns."""
     size = recipe.stage2.micro_batch_size
-    padded = ConversationCollate(processor)
+    padded = DataCollator(processor)
     text = model.config.text_config
     packed = PackedCollate(padded, text.max_position_embeddings, width_cost(text))
     loss = partial(visual_loss, ClassWords(processor.tokenizer), recipe.stage2.alignment, True)
@@ -184,7 +182,7 @@ def measure_steps(
             "stage2",
             model,
             dataset,
-            ConversationCollate(processor),
+            DataCollator(processor),
             partial(visual_loss, ClassWords(processor.tokenizer), stage.alignment, True),
             StageConfig(batch_size=stage.batch_size, micro_batch_size=stage.micro_batch_size, log_steps=1, lr=1e-5),
             Path(out),

@@ -114,6 +114,7 @@ def learn(
     name: str = "stage2",
     resume: str = "auto",
     dev: int = 0,
+    cost: Any = None,
     **data: Any,
 ) -> tuple[Any, Loop]:
     """Trains a tiny model: the model and the trainer."""
@@ -133,6 +134,7 @@ def learn(
         watch=watch,
         dev=Examples(config, dev) if dev else None,
         resume=resume,
+        cost=cost,
     )
     return model, trainer
 

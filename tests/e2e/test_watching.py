@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import draw_pictures
-from regiongpt.train.watch_answers import check_whole
-from regiongpt.train.watch_log import read_lines
 from tiny_checkpoint import make_checkpoint
 
 from regiongpt.cli import main
@@ -18,7 +16,9 @@ from regiongpt.data.shards import Rejects, write_records
 from regiongpt.errors import ConfigError
 from regiongpt.model import weights
 from regiongpt.regions import Region
+from regiongpt.train.answers import check_whole
 from regiongpt.train.report import over_time, write_report
+from regiongpt.train.watch import read_lines
 
 RECIPE = Path(__file__).parents[2] / "configs" / "finetune_records.toml"
 SMALL = [
@@ -135,7 +135,7 @@ def test_the_page_of_a_run_that_was_killed_is_made_of_what_there_is(
     assert capsys.readouterr().out.strip() == str(out / "report.html")
     page = (out / "report.html").read_text()
     assert "stage2 has done step 2 of 4" in page
-    assert "No such file" in page
+    assert "there is no such file" in page
 
 
 def test_a_folder_that_holds_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,13 +24,12 @@ from regiongpt.distributed import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.train.checkpoint import LIST, Checkpoints, damage
 from regiongpt.train.dataset import answer_loss
-from regiongpt.train.loop import StepBatches
+from regiongpt.train.loop import StepBatches, targets_in
 from regiongpt.train.packing import (
     PackedCollate,
     attends_in_units,
     plan_rows,
     require_packable,
-    targets_in,
     units_on_cpu,
 )
 from regiongpt.train.recipe import EngineConfig, WatchConfig

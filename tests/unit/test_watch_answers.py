@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 import torch
 from pictures import draw_pictures
-from regiongpt.train.lesson import Lesson
-from regiongpt.train.watch_answers import Watched, ask, check_whole, draw, load_watched, unwrapped
 from tiny_checkpoint import make_checkpoint
-from torch import nn
 
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects, write_records
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
 from regiongpt.regions import Region
+from regiongpt.train.answers import Question, ask, draw, load_questions
 from regiongpt.train.recipe import DataConfig
 
 
@@ -51,38 +49,38 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_records_give_one_question_an_image(records: Path) -> None:
-    found = load_watched(DataConfig(mixture="m", dev_mixture=str(records)), 8, 0)
+    found = load_questions(DataConfig(mixture="m", dev_mixture=str(records)), 8, 0)
     assert sorted(each.image.name for each in found) == ["1.png", "2.png"]
     for each in found:
-        assert "<image>" not in each.question
-        assert "<region1>" in each.question
+        assert "<image>" not in each.text
+        assert "<region1>" in each.text
         assert each.expected in ("cat", "a red cat")
-    assert found == load_watched(DataConfig(mixture="m", dev_mixture=str(records)), 8, 0)
-    assert len(load_watched(DataConfig(mixture="m", dev_mixture=str(records)), 1, 0)) == 1
+    assert found == load_questions(DataConfig(mixture="m", dev_mixture=str(records)), 8, 0)
+    assert len(load_questions(DataConfig(mixture="m", dev_mixture=str(records)), 1, 0)) == 1
 
 
 def test_photographs_give_questions_of_several_kinds(photographs: Path) -> None:
-    found = load_watched(DataConfig(root=str(photographs), dev_split="dev"), 3, 0)
+    found = load_questions(DataConfig(root=str(photographs), dev_split="dev"), 3, 0)
     assert len({each.image for each in found}) == 3
     assert [each.name.partition(" ")[2] for each in found] == ["(describe)", "(classify)", "(caption)"]
     assert {each.expected for each in found} <= {"cat", "dog"}
-    assert found == load_watched(DataConfig(root=str(photographs), dev_split="dev"), 3, 0)
-    other = load_watched(DataConfig(root=str(photographs), dev_split="dev"), 3, 1)
+    assert found == load_questions(DataConfig(root=str(photographs), dev_split="dev"), 3, 0)
+    other = load_questions(DataConfig(root=str(photographs), dev_split="dev"), 3, 1)
     assert [each.image for each in other] != [each.image for each in found]
 
 
 def test_data_without_anything_to_ask_about_are_named(photographs: Path, records: Path) -> None:
     with pytest.raises(ConfigError, match=r"watch.answer_steps: expected dev data .*give data.dev_mixture"):
-        load_watched(DataConfig(), 4, 0)
+        load_questions(DataConfig(), 4, 0)
     with pytest.raises(DataError, match="talk: expected dev data with regions to ask about"):
-        load_watched(DataConfig(dev_mixture=str(photographs / "talk")), 4, 0)
+        load_questions(DataConfig(dev_mixture=str(photographs / "talk")), 4, 0)
 
 
 def test_asking_leaves_a_model_in_training_as_it_was(checkpoint: Path, records: Path) -> None:
     model, processor = weights.load(checkpoint)
     model.train()
     model.vision_tower.eval()
-    watched = load_watched(DataConfig(dev_mixture=str(records)), 2, 0)
+    watched = load_questions(DataConfig(dev_mixture=str(records)), 2, 0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     assert any(modes)
@@ -108,8 +106,8 @@ def test_a_question_without_an_answer_does_not_end_the_training(
 ) -> None:
     model, processor = weights.load(checkpoint)
     model.train()
-    (good,) = load_watched(DataConfig(dev_mixture=str(records)), 1, 0)
-    lost = Watched(name="lost", image=tmp_path / "lost.png", regions=good.regions, question="?", expected="")
+    (good,) = load_questions(DataConfig(dev_mixture=str(records)), 1, 0)
+    lost = Question(name="lost", image=tmp_path / "lost.png", regions=good.regions, text="?", expected="")
     answers = ask(model, processor, [lost, good])
     assert answers[0].startswith("(no answer: ")
     assert not answers[1].startswith("(no answer: ")
@@ -117,19 +115,6 @@ def test_a_question_without_an_answer_does_not_end_the_training(
     assert model.training
 
 
-def test_the_model_is_found_within_what_trains_it(checkpoint: Path) -> None:
-    model, _ = weights.load(checkpoint)
-
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-    assert unwrapped(model) is model
-    assert unwrapped(Wrapper(Lesson(model, lambda *_: torch.tensor(0.0)))) is model
-    check_whole(model)
-
-
 def test_pictures_are_written_with_their_regions(records: Path, tmp_path: Path) -> None:
-    draw(load_watched(DataConfig(dev_mixture=str(records)), 2, 0), tmp_path)
+    draw(load_questions(DataConfig(dev_mixture=str(records)), 2, 0), tmp_path)
     assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == ["0.jpg", "1.jpg"]

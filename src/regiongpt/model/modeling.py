@@ -81,6 +81,12 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
     def __init__(self, config: RegionGPTConfig) -> None:
         super().__init__(config)
+        self.num_image_tokens = config.num_image_tokens
+        """How many ``<image>`` tokens one image takes."""
+        self.features_shape = (int(config.vision_config.hidden_size), *config.tower_grid)
+        """C, H, W of what ``encode_image`` returns."""
+        self.refined_grid = config.refined_grid
+        """Rows and columns of the grid on which region weights are given."""
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.refinement = Refinement(config)
         self.connector = Connector(config)
@@ -110,11 +116,6 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         super().train(mode)
         self.vision_tower.requires_grad_(False).eval()
         return self
-
-    @property
-    def num_image_tokens(self) -> int:
-        """How many ``<image>`` tokens one image takes."""
-        return int(self.config.num_image_tokens)
 
     @property
     def untrained(self) -> bool:
@@ -151,10 +152,9 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             The map that ``region_features`` and ``image_features`` take. For the bilinear variants it is the map before
             upsampling.
         """
-        expected = (self.config.vision_config.hidden_size, *self.config.tower_grid)
-        if tuple(vision_features.shape[1:]) != expected:
+        if tuple(vision_features.shape[1:]) != self.features_shape:
             raise DataError(
-                f"vision_features must be (images, {', '.join(map(str, expected))}) for this model; "
+                f"vision_features must be (images, {', '.join(map(str, self.features_shape))}) for this model; "
                 f"got {tuple(vision_features.shape)}; encode the image with this model's own tower"
             )
         weight = self.connector.linear_1.weight
@@ -173,9 +173,9 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         Raises:
             RegionError: when the weights are given on another grid.
         """
-        if tuple(region_weights.shape[-2:]) != self.config.refined_grid:
+        if tuple(region_weights.shape[-2:]) != self.refined_grid:
             raise RegionError(
-                f"region_weights must lie on this model's refined grid {self.config.refined_grid}; "
+                f"region_weights must lie on this model's refined grid {self.refined_grid}; "
                 f"got the shape {tuple(region_weights.shape)}; make them with this model's own processor"
             )
         pooled = self.refinement.pool_regions(refined, region_weights.to(refined.device))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
 # From its module: under the package's own name, releases before 5.22 ask for torchvision.
@@ -215,7 +216,10 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
         Paper: §4
         """
-        picture = load_image(image)
+        return {"pixel_values": self.pixels_of(load_image(image))}
+
+    def pixels_of(self, picture: Image.Image) -> torch.Tensor:
+        """``pixel_values`` (1, 3, S, S) of an image that :func:`regiongpt.images.load_image` has read."""
         if max(picture.size) > _LARGEST_SIDE:
             picture = picture.reduce(-(-max(picture.size) // _LARGEST_SIDE))
         red, green, blue = self.pad_fill
@@ -226,7 +230,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
                 f"image_size is {self.image_size}, but the image processor makes {tuple(pixels.shape[-2:])}; "
                 "change one of them in processor_config.json"
             )
-        return {"pixel_values": pixels}
+        return pixels
 
     def region_inputs(self, regions: Sequence[Any], width: int, height: int) -> torch.Tensor:
         """Pooling weights of each region on the refined grid.
@@ -314,7 +318,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         elif bool((encoded["labels"] == IGNORED).all()):
             raise DataError("the conversation has no answer to learn from; add one, or set add_generation_prompt")
         if image is not None:
-            encoded["pixel_values"] = self.image_inputs(image)["pixel_values"][0]
+            encoded["pixel_values"] = self.pixels_of(image)[0]
         return encoded
 
     def collate(self, encoded: Sequence[Mapping[str, Any]], padding_side: str = "right") -> BatchFeature:
@@ -498,7 +502,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         for item in items:
             for note in item["warnings"]:
                 warnings.warn(note, stacklevel=3)
-        pixels = [self.image_inputs(picture)["pixel_values"][0] for picture in pictures]
+        pixels = [self.pixels_of(picture)[0] for picture in pictures]
         for row, item in enumerate(items if pixels else ()):
             item["pixel_values"] = pixels[row % len(pixels)]
         return self.collate(items, padding_side)

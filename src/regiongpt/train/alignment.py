@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from regiongpt.model.modeling import number_ids
 from regiongpt.prompts import COCO_80
-from regiongpt.train.packing import answer_output, isolate_turns
+from regiongpt.train.dataset import answer_output
+from regiongpt.train.packing import isolate_turns
 
 SHARPNESS = 10.0
 """Logit of a class whose name is written exactly; and what the misfit of direction counts beside the cross-entropy."""

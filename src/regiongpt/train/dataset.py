@@ -8,7 +8,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from regiongpt.images import SquareFrame, load_image
 from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import COCO_80, QUESTIONS
 from regiongpt.train.features import FeatureStore, plan_views
-from regiongpt.train.packing import Example, answer_output
+from regiongpt.train.packing import PACKED, Example, isolate_turns, packed_output
 from regiongpt.train.recipe import FeatureConfig
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class RecordDataset(Dataset[Example]):
                 )
             weights = self.processor.region_inputs([each.region for each in record.regions], *image.size)
             example = self._encode_turns(record, drawn, weights, where)
-            example["pixel_values"] = self.processor.image_inputs(image)["pixel_values"][0]
+            example["pixel_values"] = self.processor.pixels_of(image)[0]
         except (DataError, RegionError) as error:
             raise DataError(f"{where}: {error}; `regiongpt inspect` checks all records of a folder") from error
         return example
@@ -275,11 +275,22 @@ def answer_loss(model: Any, batch: dict[str, Any], items: Any) -> Tensor:
 
     Paper: §3.2, "We only set the response as the learning target, ignoring the instruction parts."
     """
-    loss = cast(Tensor, answer_output(model, batch, items).loss)
+    loss: Tensor = answer_output(model, batch, items).loss
     if "pixel_values" not in batch and "vision_features" not in batch:
-        shape = (1, model.config.vision_config.hidden_size, *model.config.tower_grid)
-        loss = loss + 0.0 * model.image_features(model.refine(loss.new_zeros(shape))).sum()
+        blank = loss.new_zeros((1, *model.features_shape))
+        loss = loss + 0.0 * model.image_features(model.refine(blank)).sum()
     return loss
+
+
+def answer_output(model: Any, batch: dict[str, Any], items: Any) -> Any:
+    """The model's output with the loss of the answers, of a padded or a packed batch; as :func:`answer_loss`."""
+    options = {"loss_only": True, "num_items_in_batch": items, "use_cache": False}
+    if PACKED[0] in batch:
+        return packed_output(model, batch, **options)
+    if "turns" in batch:
+        batch = dict(batch)
+        batch["attention_mask"], batch["position_ids"] = isolate_turns(batch.pop("turns"))
+    return model(**batch, **options)
 
 
 def task_numbers(labels_T: Tensor, tasks: Sequence[str]) -> Tensor:

@@ -7,23 +7,27 @@ some mirrored) can be computed beforehand. Each view is one row of a float16 fil
 import ctypes
 import json
 import logging
+import math
+import os
 import platform
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from zlib import crc32
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import safe_open
 
+from regiongpt.console import progress
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View, colours_of
 from regiongpt.errors import DataError
 from regiongpt.images import load_image
+from regiongpt.storage import read_json, reason, write_json, writing
 from regiongpt.train.recipe import FeatureConfig
 
 if TYPE_CHECKING:
@@ -79,19 +83,32 @@ class FeatureStore:
         features: float16, (images, views, C, h, w), mapped from disk.
         colours: For each image, the name of the dominant colour of each object whose colour is clear.
         places: For each image, its place among those of ``features``; None where they are the same.
+        checksums: CRC-32 of each view of each image of ``features``; None where nothing is checked.
     """
 
     features: np.ndarray
     colours: Sequence[dict[int, str]]
     places: Sequence[int] | None = None
+    checksums: Sequence[Sequence[int]] | None = None
 
     def place(self, index: int) -> int:
         """Where an image stands among those of the cache, by which its crops are drawn."""
         return index if self.places is None else self.places[index]
 
     def row(self, index: int, view: int) -> torch.Tensor:
-        """Features of one view: float32 (C, h, w)."""
-        return torch.from_numpy(self.features[self.place(index), view].astype(np.float32))
+        """Features of one view: float32 (C, h, w).
+
+        Raises:
+            DataError: They are not what was written.
+        """
+        place = self.place(index)
+        row = self.features[place, view]
+        if self.checksums is not None and crc32(row.data) != self.checksums[place][view]:
+            raise DataError(
+                f"{getattr(self.features, 'filename', 'features')}: the features of image {place + 1} are damaged; "
+                "delete the folder, and they are computed again"
+            )
+        return torch.from_numpy(row.astype(np.float32))
 
     def part(self, whole: Sequence[ImageAnnotations], images: Sequence[ImageAnnotations]) -> "FeatureStore":
         """The same rows for some of the images.
@@ -111,7 +128,7 @@ class FeatureStore:
                 f"{len(lacking) - 1} others; leave features.root out, or give the folder that holds them"
             )
         places = [at[image.path.resolve()] for image in images]
-        return FeatureStore(self.features, [self.colours[place] for place in places], places)
+        return FeatureStore(self.features, [self.colours[place] for place in places], places, self.checksums)
 
 
 @torch.no_grad()
@@ -129,7 +146,7 @@ def calibrate(
         processor: Pads and normalises.
         photographs: Those to measure on.
     """
-    pixels = [processor.image_inputs(load_image(each))["pixel_values"] for each in photographs]
+    pixels = [processor.pixels_of(load_image(each)) for each in photographs]
     if model.config.vision_config.model_type == "efficientnet_lite":
         tower = model.vision_tower
         _standardise(tower, [model.encode_image(each)[0, : len(tower.mean)].flatten(1).T for each in pixels])
@@ -175,9 +192,10 @@ def build_features(
     processor: "RegionGPTProcessor",
     config: FeatureConfig,
 ) -> FeatureStore:
-    """Computes what is not yet computed, and opens the cache.
+    """Compute what is not yet computed, and open the cache.
 
-    A run that was stopped goes on where it was: images are counted in a side file once their rows are on disk.
+    A run that was stopped goes on where it was: images are counted in a side file once their rows are on the disk. A
+    cache that was cut short is computed again; any other damage is found when a row is read.
 
     Args:
         folder: Where the cache lies.
@@ -187,9 +205,8 @@ def build_features(
         config: Views.
 
     Raises:
-        DataError: An image cannot be read, or the cache was made for other data or another tower.
+        DataError: An image cannot be read, the cache was made for other data or another tower, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     views = {"views": config.views, "min_crop": config.min_crop}
     shape = (len(images), config.views, model.config.vision_config.hidden_size, *model.config.tower_grid)
     identity = json.dumps(
@@ -198,34 +215,55 @@ def build_features(
         default=str,
     )
     digest = sha256(identity.encode()).hexdigest()
-    progress_file, data_file = folder / "progress.json", folder / "features.npy"
-    done, colours = 0, []
-    if progress_file.exists() and data_file.exists():
-        progress = json.loads(progress_file.read_text())
-        if progress["digest"] != digest:
-            raise DataError(
-                f"{folder}: expected features of this data and tower, got those of another recipe; "
-                "delete the folder or give another --out"
-            )
-        done, colours = progress["done"], [{int(k): v for k, v in c.items()} for c in progress["colours"]]
-        rows = np.lib.format.open_memmap(data_file, mode="r+")
-    else:
-        rows = np.lib.format.open_memmap(data_file, mode="w+", dtype=np.float16, shape=shape)
+    side_file, path = folder / "progress.json", folder / "features.npy"
+    state = _read_state(side_file, path, digest)
+    if state is None:
+        state = {"digest": digest, "done": 0, "colours": [], "checksums": []}
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            side_file.unlink(missing_ok=True)
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    colours, checksums = state["colours"], state["checksums"]
     keep_freed_memory()
-    started, first = time.monotonic(), done
-    for index in range(done, len(images)):
-        image = load_image(images[index].path)
-        colours.append(colours_of(images[index], image))
-        for number, view in enumerate(plan_views(images[index], index, config)):
-            pixels = processor.image_inputs(view_image(view, image))["pixel_values"]
-            rows[index, number] = model.encode_image(pixels)[0].to(torch.float16).numpy()
-        if (index + 1) % 100 == 0 or index + 1 == len(images):
-            rows.flush()
-            state = json.dumps({"digest": digest, "done": index + 1, "colours": colours})
-            temporary = progress_file.with_suffix(".tmp")
-            temporary.write_text(state)
-            temporary.replace(progress_file)
-            rate = (index + 1 - first) / (time.monotonic() - started)
-            left = (len(images) - index - 1) / rate / 60
-            log.info("features: %d of %d images, %.1f a second, %.0f min left", index + 1, len(images), rate, left)
-    return FeatureStore(np.load(data_file, mmap_mode="r"), colours)
+    size = 2 * math.prod(shape[1:])
+    begin = path.stat().st_size - len(images) * size
+    # Written by calls that report a full disk; through a mapped file it would end the process.
+    with writing(path), path.open("r+b") as file:
+        for index in progress(range(state["done"], len(images)), "features", "images"):
+            image = load_image(images[index].path)
+            planned = plan_views(images[index], index, config)
+            pixels = [processor.pixels_of(view_image(view, image)) for view in planned]
+            rows = [model.encode_image(each)[0].to(torch.float16).numpy() for each in pixels]
+            file.seek(begin + index * size)
+            file.writelines(row.data for row in map(np.ascontiguousarray, rows))
+            colours.append(colours_of(images[index], image))
+            checksums.append([crc32(np.ascontiguousarray(row).data) for row in rows])
+            if (index + 1) % 100 == 0 or index + 1 == len(images):
+                file.flush()
+                os.fsync(file.fileno())
+                write_json(side_file, {**state, "done": index + 1}, indent=None)
+    named = [{int(k): v for k, v in each.items()} for each in colours]
+    return FeatureStore(np.load(path, mmap_mode="r"), named, checksums=checksums)
+
+
+def _read_state(side_file: Path, path: Path, digest: str) -> dict[str, Any] | None:
+    """What the side file says of a cache that can be gone on with; None where there is none."""
+    if not side_file.exists() or not path.exists():
+        return None
+    try:
+        state = read_json(side_file)
+        rows = np.load(path, mmap_mode="r")
+        done, colours, made_for = state["done"], state["colours"], state["digest"]
+        if "checksums" not in state:  # of a release that had none
+            state["checksums"] = [[crc32(row.data) for row in rows[index]] for index in range(done)]
+        if not len(colours) == len(state["checksums"]) == done <= len(rows):
+            raise ValueError(f"{done} images are not {len(colours)}")
+    except (DataError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: damaged (%s); the features are computed again", side_file.parent, reason(error))
+        return None
+    if made_for != digest:
+        raise DataError(
+            f"{side_file.parent}: expected features of this data and tower, got those of another recipe; "
+            "delete the folder or give another --out"
+        )
+    return dict(state)

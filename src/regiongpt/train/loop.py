@@ -37,7 +37,6 @@ from regiongpt.train.packing import (
     Example,
     PackedCollate,
     require_packable,
-    targets_in,
     units_on_cpu,
     width_cost,
 )
@@ -209,10 +208,13 @@ class Loop:
         self.processes = checkpoints.processes
         self.device = _device(self.processes)
         self.sharded = engine.sharding == "fsdp" and self.processes.count > 1
-        inner = StageModule(model, loss, PRECISIONS[engine.precision])
-        self.module: Any = inner.to(self.device) if not self.sharded else Sharded(inner)
-        if self.processes.count > 1 and not self.sharded:
-            self.module = DistributedDataParallel(inner)
+        self.module: Any = StageModule(model, loss, PRECISIONS[engine.precision])
+        if self.sharded:
+            shard(self.module)
+        else:
+            self.module.to(self.device)
+            if self.processes.count > 1:
+                self.module = DistributedDataParallel(self.module)
         self.optimizer = make_optimizer(model, config)
         self.steps = math.ceil(len(cast(Any, dataset)) / config.batch_size)
         self.progress = Progress()
@@ -250,13 +252,18 @@ class Loop:
         for batch in step:
             if batch.fault is not None:
                 raise batch.fault
-        targets = sum((targets_in(batch.inputs) for batch in step), torch.tensor(0)).to(self.device)
-        targets = self.processes.summed(targets).clamp_min(1)
+        targets = torch.tensor(sum(batch.targets for batch in step), device=self.device)
+        if self.processes.count > 1:
+            self.processes.summed(targets)
+        targets.clamp_(min=1)
         self.module.train()
         losses: list[Tensor] = []
-        for batch in step:
-            syncs = len(losses) + 1 == len(step) or self.processes.count == 1
-            with nullcontext() if syncs else self.module.no_sync():
+        for number, batch in enumerate(step, 1):
+            # Gradients are summed over the processes at the end of the step, not in each micro-batch.
+            if self.sharded:
+                self.module.set_requires_gradient_sync(number == len(step))
+            waits = number < len(step) and isinstance(self.module, DistributedDataParallel)
+            with self.module.no_sync() if waits else nullcontext():
                 loss, each, tasks = self.module(self._moved(batch), targets)
                 (loss * self.processes.count).backward()  # processes average gradients; their sum is wanted
             losses.append(loss.detach())
@@ -327,7 +334,7 @@ class Loop:
             if batch.fault is not None:
                 raise batch.fault
             loss, losses, _tasks = self.module(self._moved(batch), 1)
-            sums += torch.stack([(loss if losses is None else losses.sum()).cpu(), targets_in(batch.inputs)])
+            sums += torch.tensor([float(loss if losses is None else losses.sum()), batch.targets])
         self.module.train()
         total, targets = self.processes.summed(sums.float().to(self.device)).tolist()
         return float(total / max(targets, 1.0))
@@ -402,6 +409,7 @@ class Batch:
     Attributes:
         inputs: What the loss takes.
         items: Numbers of its conversations in the data set.
+        targets: Tokens that are learnt.
         tokens: Of its conversations, without padding.
         images: How many of them have one.
         fault: What was wrong with a record, raised once it is back in the training process: an error raised in a
@@ -410,6 +418,7 @@ class Batch:
 
     inputs: dict[str, Any]
     items: tuple[int, ...]
+    targets: int = 0
     tokens: int = 0
     images: int = 0
     fault: RegionGPTError | None = None
@@ -435,12 +444,20 @@ class _MicroBatches(Dataset[Batch]):
             return Batch(inputs={}, items=items, fault=error)
         if not items:
             examples = [{**each, "labels": torch.full_like(each["labels"], IGNORED)} for each in examples]
+        inputs = self.collate(examples)
         return Batch(
-            inputs=self.collate(examples),
+            inputs=inputs,
             items=items,
+            targets=targets_in(inputs),
             tokens=sum(len(each["input_ids"]) for each in examples),
             images=sum("pixel_values" in each or "vision_features" in each for each in examples),
         )
+
+
+def targets_in(inputs: dict[str, Any]) -> int:
+    """Number of target tokens of a batch, padded or packed: the first token of a row is never one."""
+    labels: Tensor = inputs["labels"] if "labels" in inputs else inputs["packed_labels"]
+    return int((labels[:, 1:] != IGNORED).sum())
 
 
 # -- model and optimiser -----------------------------------------------------------------------------------------------
@@ -477,39 +494,18 @@ class StageModule(nn.Module):
         return loss, losses, tasks[:, 1:][labels[:, 1:] != IGNORED]
 
 
-class Sharded(nn.Module):
-    """A stage's module whose weights, gradients and optimiser are shared out among the processes (FSDP2).
+def shard(module: StageModule) -> None:
+    """Share a module's weights, gradients and optimiser out among the processes, in place (FSDP2).
 
     Each layer of the language model is one unit, put together when it is used; the rest is another, there from the
     first use to the end of the backward pass.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    def __init__(self, inner: StageModule) -> None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        super().__init__()
-        self.inner = inner
-        # Weights of regions are exact areas, and stay float32; autocast decides on the rest.
-        policy = MixedPrecisionPolicy(
-            param_dtype=inner.precision, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        for layer in decoder_layers(inner.model):
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(self, mp_policy=policy)
-
-    def forward(self, *inputs: Any) -> Any:
-        """That of the module inside."""
-        return self.inner(*inputs)
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Gradients are summed over the processes at the end of an optimiser step, not in each micro-batch."""
-        sharded = cast(Any, self)
-        sharded.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            sharded.set_requires_gradient_sync(True)
+    # Weights of regions are exact areas, and stay float32; autocast decides on the rest.
+    policy = MixedPrecisionPolicy(param_dtype=module.precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in (*decoder_layers(module.model), module):
+        fully_shard(layer, mp_policy=policy)
 
 
 @torch.no_grad()

@@ -157,20 +157,9 @@ def isolate_turns(turns_BT: Tensor) -> tuple[Tensor, Tensor]:
     return mask, mask[:, 0].sum(-1) - 1
 
 
-def answer_output(model: Any, batch: dict[str, Any], items: Any) -> Any:
-    """The model's output with the loss of the answers, of a padded or a packed batch.
-
-    Args:
-        model: RegionGPT.
-        batch: Its inputs with ``labels``, and perhaps ``turns``; or what :class:`PackedCollate` has made.
-        items: Target tokens of the optimiser step, over micro-batches and processes.
-    """
-    options = {"loss_only": True, "num_items_in_batch": items, "use_cache": False}
-    inputs = {name: value for name, value in batch.items() if name not in (*PACKED, "turns")}
-    if PACKED[0] not in batch:
-        if "turns" in batch:
-            inputs["attention_mask"], inputs["position_ids"] = isolate_turns(batch["turns"])
-        return model(**inputs, **options)
+def packed_output(model: Any, batch: dict[str, Any], **options: Any) -> Any:
+    """The model's output for what :class:`PackedCollate` has made; options are those of the model."""
+    inputs = {name: value for name, value in batch.items() if name not in PACKED}
     from_PW, labels_PW, positions_PW, documents_PW, turns_PW = (batch[name] for name in PACKED)
     embeds_BTD = model.embed(**inputs)
     if attends_in_units(model.language_model):
@@ -191,12 +180,6 @@ def answer_output(model: Any, batch: dict[str, Any], items: Any) -> Any:
         attention_mask=attention_mask(documents_PW, turns_PW),
         **options,
     )
-
-
-def targets_in(batch: dict[str, Any]) -> Tensor:
-    """Number of target tokens, padded or packed: the first token of a row is never one."""
-    labels: Tensor = batch["labels"] if "labels" in batch else batch["packed_labels"]
-    return (labels[:, 1:] != IGNORED).sum()
 
 
 # -- attention in units ------------------------------------------------------------------------------------------------
