@@ -14,8 +14,10 @@ from typing import Any
 
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.runs import TaskRun, read_json, read_run
-from regiongpt.evaluate.tables import markdown, paper_source, rows
+from regiongpt.evaluate.runs import TaskRun, read_run
+from regiongpt.evaluate.tables import markdown, tables
+from regiongpt.evaluate.tasks import task_class
+from regiongpt.storage import read_json
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
@@ -23,15 +25,12 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
 def task_section(run: TaskRun) -> str:
     """One benchmark: every protocol, beside the paper's figures in their own column."""
-    found = list(rows(run))
     parts = [f"### {run.name}", "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items()) + "."]
-    for protocol in dict.fromkeys(row.protocol for row in found):
-        here = [row for row in found if row.protocol == protocol]
-        with_paper = any(row.paper is not None for row in here)
-        head = ["figure", "measured", "95 %", "items", *(["paper, on other data"] if with_paper else [])]
-        parts.append(f"**{protocol}**\n\n{markdown([head, *(row.cells()[: len(head)] for row in here)])}")
-    if any(row.paper is not None for row in found):
-        parts.append(f"Paper: {paper_source(run)}. Another data set is another test.")
+    for protocol, cells in tables(run):
+        head = ["figure", "measured", "95 %", "items", "paper, on other data"][: len(cells[0])]
+        parts.append(f"**{protocol}**\n\n{markdown([head, *cells[1:]])}")
+    if paper := task_class(run.name).paper_source:
+        parts.append(f"Paper: {paper}. Another data set is another test.")
     parts += [f"- {note}" for note in run.result["notes"]]
     return "\n\n".join([*parts, origin(run.manifest)])
 

@@ -4,7 +4,6 @@ import json
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,12 +12,11 @@ import pytest
 from regiongpt import Region
 from regiongpt.evaluate import tasks
 from regiongpt.evaluate.metrics.bootstrap import interval, mean_statistic
-from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Table, Task, option
+from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Table, Task
 
 CHOICES = ("cat", "dog", "bird")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Drawn(Task):
     """The class of a box, by the free answer and by the best choice."""
 
@@ -29,12 +27,13 @@ class Drawn(Task):
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"generated": {"accuracy": 0.8061}}
     paper_source: ClassVar[str] = "Table 3, COCO val2017"
 
-    wording: str = option("of the question", default="What is <region1>?")
+    wording: str = "What is <region1>?"
+    """The question."""
 
     def inputs(self) -> list[Path]:
         return [self.data / "instances_dev.json"]
 
-    def load(self) -> list[Item]:
+    def items(self) -> list[Item]:
         content = json.loads(self.inputs()[0].read_text())
         names = {each["id"]: each["name"] for each in content["categories"]}
         files = {each["id"]: each["file_name"] for each in content["images"][: self.limit or None]}

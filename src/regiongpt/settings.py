@@ -58,7 +58,7 @@ class Settings(BaseModel, metaclass=_OwnErrors):
         Raises:
             ConfigError: A value cannot be used.
         """
-        return type(self)(**{**dict(self), **values})
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **values})
 
     @field_validator("*", mode="before")
     @classmethod
@@ -160,10 +160,23 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
     return f"{where}: {message[:1].lower()}{message[1:]}, got {shown}".removeprefix(": ")
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type[Settings], title: str = "options") -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    kind: type[Settings],
+    title: str = "options",
+    prefix: str = "",
+    required: bool = True,
+) -> None:
     """Add one option per field: ``image_grid`` becomes ``--image-grid``, its docstring the help.
 
     The values stay text, or absent where not typed: :func:`read_options` validates them.
+
+    Args:
+        parser: Gets the options.
+        kind: Whose fields they are.
+        title: Heading of the options in the help.
+        prefix: Before each name, such as ``pope.`` for ``--pope.limit``; such options are not in the help.
+        required: Whether fields without a default have to be typed.
     """
     group: Any = parser.add_argument_group(title)
     for name, field in kind.model_fields.items():
@@ -171,9 +184,9 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Settings], title: st
         text = " ".join((field.description or "").split()).replace("%", "%%").replace("``", "")
         shown = not field.is_required() and field.default not in (None, "", (), False) and field.default_factory is None
         given: dict[str, Any] = {
-            "dest": name,
+            "dest": f"{prefix}{name}",
             "default": argparse.SUPPRESS,
-            "help": f"{text} (default: {field.default})" if shown else text,
+            "help": argparse.SUPPRESS if prefix else f"{text} (default: {field.default})" if shown else text,
         }
         if bool in kinds:
             given["action"] = argparse.BooleanOptionalAction
@@ -182,7 +195,8 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Settings], title: st
             given["metavar"] = next((metavar for each, metavar in names.items() if each in kinds), "TEXT")
             if tuple in kinds:
                 given["nargs"] = "+"
-        group.add_argument(f"--{name.replace('_', '-')}", required=field.is_required(), **given)
+        given["required"] = required and not prefix and field.is_required()
+        group.add_argument(f"--{prefix}{name.replace('_', '-')}", **given)
 
 
 def read_options(kind: type[T], options: argparse.Namespace) -> T:

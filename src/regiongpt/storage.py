@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     # A path that is no UTF-8 keeps its bytes as escapes.
     write_file(path, text.encode("utf-8", "backslashreplace"))
+
+
+def finite(value: Any) -> Any:
+    """A plain value with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: str | Path, kind: type[RegionGPTError] = DataError) -> Any:

@@ -8,10 +8,9 @@ import pytest
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import SumStatistic, interval, mean_statistic, paired, sum_statistic
-from regiongpt.evaluate.metrics.detection import Federated, detection_scores
+from regiongpt.evaluate.metrics.detection import Federated, detection_scores, overlaps
 from regiongpt.evaluate.metrics.labels import Labels
-from regiongpt.evaluate.metrics.overlap import overlaps
-from regiongpt.evaluate.metrics.yes_no import first_word, pope_script, yes_no_statistics
+from regiongpt.evaluate.tasks.pope import first_word, pope_script, yes_no_statistics
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bootstrap
@@ -125,11 +124,11 @@ def test_what_is_asked_for_is_forgiven_and_said(tmp_path: Path) -> None:
     file.write_text(json.dumps({"puppy": "dog"}))
     assert Labels(["dog"], str(file)).read("puppy").by == "synonym"
     file.write_text(json.dumps({"puppy": "wolf"}))
-    with pytest.raises(DataError, match="got 'wolf' for 'puppy'"):
+    with pytest.raises(DataError, match="'wolf', for 'puppy', is no category"):
         Labels(["dog"], str(file))
-    with pytest.raises(ConfigError, match="or the path of a json file, got 'plurals'"):
+    with pytest.raises(ConfigError, match="'plurals' is no file, nor one of case, plural"):
         Labels(["dog"], "plurals")
-    with pytest.raises(ConfigError, match="dog more than once"):
+    with pytest.raises(ConfigError, match="categories of the same name: dog"):
         Labels(["dog", "dog"])
 
 

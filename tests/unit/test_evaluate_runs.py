@@ -1,6 +1,7 @@
 """What runs benchmarks, on a benchmark of drawn pictures and a model with random weights."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -16,11 +17,17 @@ from regiongpt import ConfigError, DataError
 from regiongpt.cli import main
 from regiongpt.distributed import Processes
 from regiongpt.evaluate import answering, runner
-from regiongpt.evaluate.compare import _changes
-from regiongpt.evaluate.mistakes import worst
-from regiongpt.evaluate.runs import PAGE, options_of, read_lines, read_run, task_of
+from regiongpt.evaluate.compare import changes
+from regiongpt.evaluate.report import worst
+from regiongpt.evaluate.runs import PAGE, TaskRun, make_manifest, read_run
 from regiongpt.evaluate.session import Session
-from regiongpt.evaluate.task import Result
+from regiongpt.evaluate.task import Answer, Result
+from regiongpt.storage import locked
+from regiongpt.store import Store
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)
@@ -95,15 +102,31 @@ def test_a_finished_run_asks_nothing_again(run, data, checkpoint, monkeypatch, c
 
 
 def test_a_run_that_was_stopped_asks_the_rest_alone_and_ends_alike(run, data, checkpoint, monkeypatch, tmp_path):
-    shutil.copytree(run / "answers", tmp_path / "answers")
-    path = tmp_path / "answers" / "00000.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    kept = Store(run / "answers")
+    some = dict(list(kept.get(kept.keys()).items())[:5])
+    with Store(tmp_path / "answers", 3) as store:  # of another process, there being several before
+        store.add(some)
     asked = counted(monkeypatch)
     assert evaluate(data, checkpoint, tmp_path) == 0
     assert sum(asked) == 5
     for name in ("result.json", "items.jsonl"):
         assert (tmp_path / "drawn" / name).read_bytes() == (run / "drawn" / name).read_bytes()
+
+
+def test_answers_that_version_0_1_kept_are_not_asked_again(run, data, checkpoint, monkeypatch, tmp_path):
+    kept = Store(run / "answers")
+    lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in kept.get(kept.keys()).items()]
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "00000.jsonl").write_text("".join(lines))
+    asked = counted(monkeypatch)
+    assert evaluate(data, checkpoint, tmp_path) == 0
+    assert asked == []
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(data, checkpoint, tmp_path, capsys):
+    with locked(tmp_path):
+        assert evaluate(data, checkpoint, tmp_path) == 2
+    assert f"process {os.getpid()} is writing there" in capsys.readouterr().err
 
 
 def test_only_questions_that_changed_are_asked(run, data, checkpoint, monkeypatch, tmp_path):
@@ -133,7 +156,7 @@ def test_batched_answers_are_those_to_single_questions(data, checkpoint):
     from regiongpt import RegionPredictor
 
     predictor = RegionPredictor.from_pretrained(checkpoint)
-    items = [replace(item, expression="a dog") for item in Drawn(data=data).load() if item.image_id == 1]
+    items = [replace(item, expression="a dog") for item in Drawn(data=data).items() if item.image_id == 1]
     for item, together in zip(items, answering.answer_image(predictor, items), strict=True):
         predictor.set_image(item.image)
         assert together["text"] == predictor.ask(item.question, item.regions, max_new_tokens=4).text
@@ -141,7 +164,7 @@ def test_batched_answers_are_those_to_single_questions(data, checkpoint):
         assert alone["scores"] == pytest.approx(together["scores"], abs=1e-5)
         assert alone["called"] == pytest.approx(together["called"], abs=1e-4)
         assert len(alone["called"]) == len(item.regions)
-        assert answering.from_json(alone).called == tuple(alone["called"])
+        assert Answer.from_dict(alone).called == tuple(alone["called"])
 
 
 def test_a_question_too_long_for_the_model_is_counted_and_said(data, checkpoint, tmp_path, capsys):
@@ -176,24 +199,32 @@ def test_missing_predictions_are_refused_or_counted(run, data, tmp_path, capsys)
     ("words", "message"),
     [
         (["drawm"], "did you mean 'drawn'"),
-        ([], "expected a task among"),
-        (["drawn", "drawn"], "twice"),
-        (["--out", "x", "drawn", "--data", "DATA"], "expected the tasks before all options, got 'drawn' after one"),
-        (["drawn"], "expected --out DIR"),
-        (["drawn", "--out", "x"], "drawn: expected --data"),
-        (["drawn", "--out", "x", "--data", "DATA", "--resamples", "-1"], "at least 0"),
-        (["drawn", "--out", "x", "--data", "DATA", "--missing", "wrong"], "with --predictions"),
-        (["drawn", "--out", "x", "--data", "DATA", "--predictions", "p", "--model", "m"], "no model is run"),
-        (["drawn", "--out", "x", "--data", "DATA", "--html", "p"], "--html together with --compare"),
-        (["drawn", "--out", "x", "--data", "DATA", "--model", "nowhere"], "expected a checkpoint folder at nowhere"),
-        (["--compare", "a", "b", "--device", "cpu"], "expected --compare or --device"),
-        (["--compare", "a", "b"], "found no finished task"),
-        (["drawn", "--compare", "a", "b", "--limit", "3"], "the runs' own settings"),
-        (["--compare", "a", "b", "--resamples", "0"], "at least 1 with --compare"),
+        ([], "give a task: "),
+        (["drawn", "drawn"], "drawn: given twice"),
+        (["--out", "x", "drawn", "--data", "DATA"], "drawn: name the tasks before all options"),
+        (["drawn"], "give --out DIR"),
+        (["drawn", "--out", "x"], "--data: give a value"),
+        (["drawn", "--out", "", "--data", "DATA"], "--out: give a path"),
+        (["drawn", "--out", "x", "--data", "DATA", "--limit", "-1"], "--limit: input should be greater than"),
+        (["drawn", "--out", "x", "--data", "DATA", "--resamples", "-1"], "--resamples: input should be greater than"),
+        (["drawn", "--out", "x", "--data", "DATA", "--missing", "wrong"], "--missing: it goes with --predictions"),
+        (["drawn", "--out", "x", "--data", "DATA", "--predictions", "p", "--model", "m"], "--model: no model is run"),
+        (["drawn", "--out", "x", "--data", "DATA", "--html", "p"], "--html goes with --compare"),
+        (["drawn", "--out", "x", "--data", "DATA", "--model", "nowhere"], "nowhere: no checkpoint folder"),
+        (["drawn", "--out", "x", "--data", "DATA", "--model", "unfinished"], "a checkpoint folder without weights"),
+        (["drawn", "--out", "taken/x", "--data", "DATA"], "taken/x: cannot be written"),
+        (["drawn", "--out", "taken", "--data", "DATA"], "taken: cannot be written"),
+        (["--compare", "a", "b", "--device", "cpu"], "--device: two runs are compared as they were made"),
+        (["--compare", "a", "b"], "a: no finished task"),
+        (["drawn", "--compare", "a", "b", "--limit", "3"], "--limit: two runs are compared as they were made"),
+        (["--compare", "a", "b", "--resamples", "0"], "--resamples: a comparison needs at least 1"),
     ],
 )
 def test_mistakes_end_in_one_line(words, message, data, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
     assert main(["evaluate", *(str(data) if word == "DATA" else word for word in words)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("regiongpt: error:")
@@ -204,7 +235,7 @@ def test_a_missing_image_is_found_before_anything_is_asked(data, checkpoint, tmp
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "images" / "3.png").unlink()
     assert evaluate(tmp_path / "data", checkpoint, tmp_path / "out") == 2
-    assert "3.png, found no such file" in capsys.readouterr().err
+    assert "3.png is not there" in capsys.readouterr().err
 
 
 def test_figures_of_another_model_are_not_replaced(run, data, checkpoint, tmp_path, capsys):
@@ -255,7 +286,7 @@ def test_a_data_set_that_moved_is_found_by_data(run, data, tmp_path, capsys):
     manifest.write_text(manifest.read_text().replace(str(data), "/gone"))
     both = [str(tmp_path / "run"), str(tmp_path / "run")]
     assert main(["evaluate", "--compare", *both]) == 2
-    assert "expected a file at /gone/instances_dev.json" in capsys.readouterr().err
+    assert "/gone/instances_dev.json: cannot be read" in capsys.readouterr().err
     assert main(["evaluate", "--compare", *both, "--data", str(tmp_path / "moved")]) == 0
     # The folder's name decides nothing, neither here nor where figures are replaced.
     renamed = manifest.read_text().replace('"data": "', '"data": "x')
@@ -266,10 +297,17 @@ def test_a_data_set_that_moved_is_found_by_data(run, data, tmp_path, capsys):
 
 def test_options_come_back_as_they_were(data):
     task = Drawn(data=data, limit=3, wording="Name <region1>.")
-    assert task_of("drawn", json.loads(json.dumps(options_of(task)))) == task
-    assert task_of("drawn", options_of(task), Path("/elsewhere")).data == Path("/elsewhere")
-    with pytest.raises(ConfigError, match="evaluate again"):
-        task_of("drawn", {"data": str(data), "gone": 1})
+
+    def run(**options):
+        made = json.loads(json.dumps(make_manifest(task, None, {})))
+        return TaskRun(
+            folder=Path("run"), result={"task": "drawn"}, manifest={"options": {**made["options"], **options}}
+        )
+
+    assert run().task() == task.replace(limit=0)
+    assert run().task(Path("/elsewhere")).data == Path("/elsewhere")
+    with pytest.raises(ConfigError, match=r"unknown setting 'gone'.*evaluate again"):
+        run(gone=1).task()
 
 
 def test_the_page_needs_no_other_file_and_shows_everything(run):
@@ -297,11 +335,11 @@ def test_a_broken_image_or_a_region_outside_is_counted_and_does_not_end_the_run(
     (tmp_path / "data" / "instances_dev.json").write_text(json.dumps(content))
     task = Drawn(data=tmp_path / "data")
     (run,) = Session(out=tmp_path / "out").score_model([task], checkpoint)
-    broken = [item for item in task.load() if item.image_id == 2]
+    broken = [item for item in task.items() if item.image_id == 2]
     wrong = len(broken) + 1
-    assert any(note.startswith(f"{wrong} of {len(task.load())} questions could not") for note in run.result["notes"])
+    assert any(note.startswith(f"{wrong} of {len(task.items())} questions could not") for note in run.result["notes"])
     answers = {row["id"] for row in map(json.loads, (run.folder / "predictions.jsonl").read_text().splitlines())}
-    assert answers == {item.id for item in task.load()} - {item.id for item in broken} - {str(outside["id"])}
+    assert answers == {item.id for item in task.items()} - {item.id for item in broken} - {str(outside["id"])}
     # What is wrong with one item changes nothing for the others of its image.
     (whole,) = Session(out=tmp_path / "whole").score_model([Drawn(data=data)], checkpoint)
     rows = {row["id"]: row["answer"] for row in read_lines(whole.folder / "items.jsonl")}
@@ -310,13 +348,13 @@ def test_a_broken_image_or_a_region_outside_is_counted_and_does_not_end_the_run(
 
 def test_an_image_of_another_size_than_annotated_is_left_out_and_counted(data):
     task = Drawn(data=data)
-    items = task.load()
+    items = task.items()
     with Image.open(items[0].image) as photo:
         size = photo.size
     first = items[0].image
 
     class Sized(Drawn):
-        def load(self):
+        def items(self):
             wrong = (size[0] * 2, size[1] * 2)
             return [replace(item, size=wrong if item.image == first else size) for item in items]
 
@@ -325,10 +363,10 @@ def test_an_image_of_another_size_than_annotated_is_left_out_and_counted(data):
     assert kept.left_out.counts == {"image of another size": 1}
 
     class None_(Drawn):
-        def load(self):
+        def items(self):
             return [replace(item, size=(1, 1)) for item in items]
 
-    with pytest.raises(DataError, match=r"found none among 5; expected .* of 1 x 1 pixels \(W x H\), got"):
+    with pytest.raises(DataError, match=r"no image has the size .* pixels \(W x H\), not 1 x 1; give the images"):
         runner.load_items(None_(data=data))
 
 
@@ -366,10 +404,10 @@ def test_changes_and_mistakes_go_by_a_figure_that_each_item_has():
     b = Result(task="t", pinned={}, protocols={}, rows=rows({"random.accuracy": 1.0}, {"popular.accuracy": 0.0}))
     assert worst(a, {}, 5) == []
     assert [row["id"] for row in worst(b, {}, 5)] == ["1"]
-    figure, gained, lost, reworded = _changes(a, b)
+    figure, gained, lost, reworded = changes(a, b)
     assert (figure, gained, [each.id for each in lost], reworded) == ("random.accuracy, popular.accuracy", (), ["1"], 0)
     others = Result(task="t", pinned={}, protocols={}, rows=rows({"choices": 0.0}, {"choices": 0.0}))
-    assert _changes(a, others) == ("no figure that both have", (), (), 0)
+    assert changes(a, others) == ("no figure that both have", (), (), 0)
 
 
 def test_a_part_of_the_images_is_named_beside_the_figures(data, checkpoint, tmp_path):

@@ -11,7 +11,7 @@ from evaluating import Drawn
 
 from regiongpt import Region
 from regiongpt.errors import DataError
-from regiongpt.evaluate.predictions import read_predictions, regions_of
+from regiongpt.evaluate.predictions import read_predictions
 from regiongpt.evaluate.task import Answer, Item
 
 ITEMS = [
@@ -49,7 +49,7 @@ def test_lines_and_arrays_are_taken(tmp_path: Path, array: bool) -> None:
 
 def test_unknown_ids_are_refused_or_left_out(tmp_path: Path) -> None:
     path = write(tmp_path, [*whole(), {"id": 8, "text": "cat"}, {"id": 9, "text": "cat"}])
-    with pytest.raises(DataError, match=r"got 2 for others: annotation ids 8, 9; .*--unknown ignore"):
+    with pytest.raises(DataError, match=r"2 predictions are for no item: annotation ids 8, 9; .*--unknown ignore"):
         read_predictions(path, TASK, ITEMS)
     found = read_predictions(path, TASK, ITEMS, unknown="ignore")
     assert found.report == ("2 predictions are for no item and were left out (8, 9)",)
@@ -57,7 +57,7 @@ def test_unknown_ids_are_refused_or_left_out(tmp_path: Path) -> None:
 
 def test_missing_ids_are_listed_and_refused_or_counted(tmp_path: Path) -> None:
     path = write(tmp_path, whole()[:1])
-    with pytest.raises(DataError, match=r"of 3 items, found none for 2: annotation ids 2, 3; .*--missing wrong"):
+    with pytest.raises(DataError, match=r"2 of 3 items have no prediction: annotation ids 2, 3; .*--missing wrong"):
         read_predictions(path, TASK, ITEMS)
     assert list(read_predictions(path, TASK, ITEMS, missing="wrong").answers) == ["1"]
 
@@ -65,7 +65,7 @@ def test_missing_ids_are_listed_and_refused_or_counted(tmp_path: Path) -> None:
 def test_duplicates_must_be_alike(tmp_path: Path) -> None:
     found = read_predictions(write(tmp_path, [*whole(), whole()[0]]), TASK, ITEMS)
     assert found.report == ("1 predictions came more than once, always alike (1)",)
-    with pytest.raises(DataError, match=r":4: expected one prediction for annotation id 1, got another that differs"):
+    with pytest.raises(DataError, match=r":4: another prediction for annotation id 1 that differs; keep one"):
         read_predictions(write(tmp_path, [*whole(), {"id": 1, "text": "dog"}]), TASK, ITEMS)
 
 
@@ -74,37 +74,37 @@ def test_another_split_is_noticed(tmp_path: Path) -> None:
         read_predictions(write(tmp_path, [{"id": 70, "text": "cat"}]), TASK, ITEMS, unknown="ignore", missing="wrong")
 
     class Split(Drawn):
-        split = "val"
+        split: str = "val"
 
     path = write(tmp_path, whole(split="test"))
-    with pytest.raises(DataError, match=r":1: expected a prediction for the split 'val', got one for 'test'"):
+    with pytest.raises(DataError, match=r":1: a prediction for the split 'test', not 'val'"):
         read_predictions(path, Split(data=Path("nowhere")), ITEMS)
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"text": "cat"}, "expected the annotation id as 'id', 'question_id', 'ann_id' or .*, found keys: 'text'"),
-        ({"id": 1.5, "text": "cat"}, "expected id as a number or text"),
-        ({"id": True, "text": "cat"}, "expected id as a number or text"),
-        ({"id": 1}, "expected the answer as 'text' or 'scores', found 'id'"),
-        ({"id": 1, "text": 5}, "expected text as text, got 5"),
-        ({"id": 1, "text": "cat", "probability": 1.5}, "expected a number from 0 to 1, got 1.5"),
-        ({"id": 1, "text": "cat", "probability": "high"}, "expected probability as a number"),
-        ({"id": 1, "scores": [1]}, "a score for each of 2 choices, got 1"),
-        ({"id": 1, "scores": {"cat": 1}}, "expected a score of every choice, found none of dog"),
-        ({"id": 1, "scores": {"cat": 1, "dgo": 1}}, "got one of 'dgo'; near: dog"),
-        ({"id": 1, "scores": [1, "2"]}, "expected scores as finite numbers, got '2'"),
-        ({"id": 1, "scores": [1, float("nan")]}, "expected scores as finite numbers, got nan"),
-        ({"id": 1, "scores": [1, 10**400]}, "expected scores as finite numbers, got 1000"),
-        ({"id": 1, "scores": {"fish": 1}}, "got one of 'fish'$"),
-        ({"id": 1, "bbox": [0, 0, 5, 5]}, "expected the answer as 'text' or 'scores', found 'id', 'bbox'"),
-        ({"id": 1, "called": [1.0]}, "expected the answer as 'text' or 'scores', found 'id', 'called'"),
-        ({"id": 1, "text": "cat", "answer": "dog"}, "expected one answer, got text 'cat' and answer 'dog'; keep"),
-        ({"id": 1, "text": " ? "}, "expected an answer, got the question itself"),
-        ({"id": 1, "label": "cat"}, "expected the answer as 'text' or 'scores', found 'id', 'label'"),
-        ({"id": 8, "ann_id": 7, "text": "cat"}, "expected one annotation id, got id 8, ann_id 7; keep the one"),
-        ([1, "cat"], "expected a json object, got list"),
+        ({"text": "cat"}, "no annotation id; give it as 'id', 'question_id', 'ann_id' or .*, found keys: text"),
+        ({"id": 1.5, "text": "cat"}, "id: give a whole number or text"),
+        ({"id": True, "text": "cat"}, "id: give a whole number or text"),
+        ({"id": 1}, "no answer; give 'text' or 'scores', found keys: id"),
+        ({"id": 1, "text": 5}, "text: give text, got 5"),
+        ({"id": 1, "text": "cat", "probability": 1.5}, "probability: 1.5 is not between 0 and 1"),
+        ({"id": 1, "text": "cat", "probability": "high"}, "probability: give a number from 0 to 1, got 'high'"),
+        ({"id": 1, "scores": [1]}, "scores: give a number for each of 2 choices, got 1"),
+        ({"id": 1, "scores": {"cat": 1}}, "scores: none for dog"),
+        ({"id": 1, "scores": {"cat": 1, "dgo": 1}}, "scores: 'dgo' is no choice; did you mean 'dog'"),
+        ({"id": 1, "scores": [1, "2"]}, "scores: give finite numbers, got '2'"),
+        ({"id": 1, "scores": [1, float("nan")]}, "scores: give finite numbers, got nan"),
+        ({"id": 1, "scores": [1, 10**400]}, "scores: give finite numbers, got 1000"),
+        ({"id": 1, "scores": {"fish": 1}}, "'fish' is no choice; known: cat, dog"),
+        ({"id": 1, "bbox": [0, 0, 5, 5]}, "no answer; give 'text' or 'scores', found keys: id, bbox"),
+        ({"id": 1, "called": [1.0]}, "no answer; give 'text' or 'scores', found keys: id, called"),
+        ({"id": 1, "text": "cat", "answer": "dog"}, "more than one answer, text 'cat', answer 'dog'; keep"),
+        ({"id": 1, "text": " ? "}, "the question itself in the place of an answer"),
+        ({"id": 1, "label": "cat"}, "no answer; give 'text' or 'scores', found keys: id, label"),
+        ({"id": 8, "ann_id": 7, "text": "cat"}, "more than one annotation id, id 8, ann_id 7; keep the one"),
+        ([1, "cat"], "a JSON list; give an object"),
     ],
 )
 def test_what_cannot_be_read_is_said_with_its_line(tmp_path: Path, entry: Any, message: str) -> None:
@@ -116,14 +116,14 @@ def test_what_cannot_be_read_is_said_with_its_line(tmp_path: Path, entry: Any, m
 def test_what_some_items_have_all_must_have(tmp_path: Path) -> None:
     path = write(tmp_path, [{**whole()[0], "scores": [1, 0]}, *whole()[1:]])
     with pytest.raises(
-        DataError, match=r"expected 'scores' in every prediction or in none, but 2 of 3 .*: .* 2, 3; add"
+        DataError, match=r"2 of 3 predictions lack 'scores': .* 2, 3; give it in every prediction or in none"
     ):
         read_predictions(path, TASK, ITEMS)
     report = read_predictions(path, TASK, ITEMS, missing="wrong").report
     assert report == (
         "2 of 3 predictions lack 'scores': annotation ids 2, 3; they count as wrong where 'scores' is scored",
     )
-    with pytest.raises(DataError, match="expected 'text' in every prediction"):
+    with pytest.raises(DataError, match=r"lack 'text': .*; give it in every prediction"):
         read_predictions(write(tmp_path, [{"id": 1, "scores": [1, 0]}, *whole(scores=[1, 0])[1:]]), TASK, ITEMS)
 
 
@@ -138,14 +138,14 @@ def test_answers_by_number_are_held_against_the_regions_they_number(tmp_path: Pa
         boxes = [Region.box(0, 0, 10, 10), Region.box(20, 0, 30, 10)]
         return [Item(id="1", image=Path("x.jpg"), image_id=1, question="?", regions=tuple(boxes[k] for k in order))]
 
-    answer = {"id": 1, "text": "Region [1]", "regions": regions_of(asked(0, 1)[0])}
+    answer = {"id": 1, "text": "Region [1]", "regions": asked(0, 1)[0].regions_key}
     path = write(tmp_path, [answer])
     assert read_predictions(path, TASK, asked(0, 1)).answers["1"].text == "Region [1]"
-    with pytest.raises(DataError, match=r":1: expected an answer about the 2 regions .* in their order.*--seed"):
+    with pytest.raises(DataError, match=r":1: an answer about other regions than the 2 of .* order; give the --seed"):
         read_predictions(path, TASK, asked(1, 0))
     listed = {**answer, "regions": [{"box": [0, 0, 10, 10]}, {"box": [20, 0, 30, 10]}]}
     assert read_predictions(write(tmp_path, [listed]), TASK, asked(0, 1)).answers
-    with pytest.raises(DataError, match="in their order"):
+    with pytest.raises(DataError, match="in another order"):
         read_predictions(write(tmp_path, [listed]), TASK, asked(1, 0))
 
 
@@ -157,7 +157,10 @@ def test_a_box_stands_for_the_region_it_overlaps(tmp_path: Path, box: list[float
     regions = (Region.box(0, 0, 10, 10), Region.box(20, 0, 30, 10))
     items = [Item(id="1", image=Path("x.jpg"), image_id=1, question="?", regions=regions)]
     assert read_predictions(write(tmp_path, [{"id": 1, "bbox": box}]), TASK, items).answers["1"].text == said
-    for wrong, message in (({"bbox": [1, 2, 0, 4]}, "expected bbox as x, y"), ({"bbox": box, "text": "x"}, "got both")):
+    for wrong, message in (
+        ({"bbox": [1, 2, 0, 4]}, "bbox: give x, y, width, height"),
+        ({"bbox": box, "text": "x"}, "a text and a bbox"),
+    ):
         with pytest.raises(DataError, match=message):
             read_predictions(write(tmp_path, [{"id": 1, **wrong}]), TASK, items)
 
@@ -170,13 +173,13 @@ def test_separators_of_lines_within_a_text_are_text(tmp_path: Path) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected predictions at"):
+    with pytest.raises(DataError, match="no readable predictions: No such file"):
         read_predictions(tmp_path / "none.json", TASK, ITEMS)
     for content, message in (
-        (b"", "found none"),
-        (b"{", "expected json, got"),
-        (b"\xff\xfe", "UTF-8.*unpack"),
-        (b"[" * 10**5, "json"),
+        (b"", "no predictions in this file"),
+        (b"{", ":1: not JSON: Expecting"),
+        (b"\xff\xfe", "byte 0 is not UTF-8; check the path, or save it as UTF-8"),
+        (b"[" * 10**5, "not JSON: nested too deeply"),
     ):
         (tmp_path / "odd.json").write_bytes(content)
         with pytest.raises(DataError, match=message):

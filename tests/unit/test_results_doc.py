@@ -26,7 +26,7 @@ def _known(monkeypatch):
 def run(tmp_path) -> Path:
     (tmp_path / "data").mkdir()
     draw_pictures(tmp_path / "data", 2, "instances_dev.json")
-    items = Drawn(data=tmp_path / "data").load()
+    items = Drawn(data=tmp_path / "data").items()
     given = tmp_path / "given.jsonl"
     given.write_text("".join(json.dumps({"id": i.id, "text": "cat", "scores": [3, 2, 1]}) + "\n" for i in items))
     Session(out=tmp_path / "run", gallery=0).score_predictions(Drawn(data=tmp_path / "data"), given)

@@ -9,7 +9,7 @@ import numpy as np
 
 from regiongpt.data.coco import photo_sources
 from regiongpt.errors import DataError
-from regiongpt.evaluate.runs import write_json
+from regiongpt.storage import write_json
 
 _DONE = "made.json"
 

@@ -5,10 +5,8 @@ import dataclasses
 import json
 import logging
 import sys
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from regiongpt.ablate import summary
 from regiongpt.ablate.study import Study
@@ -16,10 +14,11 @@ from regiongpt.ablate.variants import KINDS, Variant, check_names, chosen
 from regiongpt.distributed import launched
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun, write_json
+from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun
 from regiongpt.evaluate.task import RESAMPLES, Task
 from regiongpt.evaluate.tasks import task_class
 from regiongpt.pages import write_page
+from regiongpt.storage import finite, write_json
 from regiongpt.train.recipe import Recipe
 
 TABLE = "table.md"
@@ -146,31 +145,10 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 def _task(name: str, values: Mapping[str, str]) -> Task:
     """A benchmark of the texts of its options."""
-    kind = task_class(name)
-    types = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    made: dict[str, Any] = {}
-    for option, text in values.items():
-        if option not in fields:
-            raise ConfigError(f"{_ASKED}{option}: {name} has no such option; it has {', '.join(fields)}")
-        made[option] = _value(types[option], text, f"{_ASKED}{option}")
-    for option, field in fields.items():
-        if field.default is dataclasses.MISSING and not made.get(option):
-            raise ConfigError(f"{_ASKED}{option}: expected a value, got none")
-    return kind(**made)
-
-
-def _value(kind: Any, text: str, name: str) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ConfigError(f"{name}: expected true or false, got {text!r}")
-        return text.lower() == "true"
-    if typing.get_origin(kind) is tuple:
-        return tuple(_value(typing.get_args(kind)[0], word, name) for word in text.split(","))
     try:
-        return kind(text) if kind in (int, float, str) else Path(text)
-    except ValueError:
-        raise ConfigError(f"{name}: expected {kind.__name__}, got {text!r}") from None
+        return task_class(name)(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{_ASKED}{error}") from None
 
 
 def _write(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
@@ -202,7 +180,7 @@ def _write(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
             "seeds": list(study.seeds),
             "variants": [dataclasses.asdict(variant) for variant in study.variants],
             "pinned": alike,
-            "protocols": summary.to_dict(found),
+            "protocols": finite(summary.to_dict(found)),
             "orders": summary.orders(found, printed),
             "manifests": origin,
         },

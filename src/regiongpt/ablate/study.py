@@ -24,10 +24,10 @@ from regiongpt.data.coco import photo_sources
 from regiongpt.data.shards import file_identity
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.runner import load_items
-from regiongpt.evaluate.runs import TaskRun, read_json, write_json
+from regiongpt.evaluate.runs import TaskRun
 from regiongpt.evaluate.session import Session
-from regiongpt.evaluate.store import digest
 from regiongpt.evaluate.task import Task
+from regiongpt.storage import digest, read_json, write_json
 from regiongpt.train.recipe import Recipe
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,10 @@ import numpy as np
 
 from regiongpt.charts import Bar, bar_chart
 from regiongpt.errors import DataError
-from regiongpt.evaluate.answering import from_json
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, around, centred, ends, resample
 from regiongpt.evaluate.paper import PaperTable
 from regiongpt.evaluate.runner import load_items
-from regiongpt.evaluate.runs import PREDICTIONS, TaskRun, read_lines
+from regiongpt.evaluate.runs import TaskRun
 from regiongpt.evaluate.tables import NOTHING, markdown
 from regiongpt.evaluate.task import Task
 from regiongpt.pages import card, page, table
@@ -67,7 +66,7 @@ def measure(tasks: Mapping[str, Task], runs: Mapping[str, Sequence[TaskRun]]) ->
     for name, task in tasks.items():
         asked = [item for item in items[name] if item.id in shared]
         for run in runs[name]:
-            answers = {str(row["id"]): from_json(row) for row in read_lines(run.folder / PREDICTIONS)}
+            answers = run.answers()
             given = {item.id: answers[item.id] for item in asked if item.id in answers}
             found.setdefault(name, []).append(task.score(asked, given, resamples=0).statistics)
     return found, len(shared)

@@ -1,4 +1,4 @@
-"""The questions of a benchmark put to a model, image by image, and its answers as plain json."""
+"""The questions of a benchmark put to a model, image by image, and its answers as plain JSON."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from regiongpt.errors import DataError, RegionError, RegionGPTError
-from regiongpt.evaluate.store import digest
 from regiongpt.evaluate.task import Answer, Item
 from regiongpt.images import load_image
+from regiongpt.storage import digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +22,10 @@ SHORT: Final = 16
 
 
 def question_key(model: str, image: str, item: Item) -> str:
-    """Of all that decides the answer to an item.
+    """Key of an answer: a hash of everything that determines it.
 
     Args:
-        model: Key of the model, from :func:`regiongpt.evaluate.manifest.model_identity`.
+        model: Key of the model, from :func:`regiongpt.evaluate.runs.model_identity`.
         image: SHA-256 of the image file.
         item: The question.
     """
@@ -35,60 +35,41 @@ def question_key(model: str, image: str, item: Item) -> str:
     return digest(model, image, asked)
 
 
-def to_json(answer: Answer) -> dict[str, Any]:
-    """An answer as plain json, without what is not known."""
-    known: dict[str, Any] = {"text": answer.text, "probability": answer.probability}
-    if answer.scores is not None:
-        known["scores"] = list(answer.scores)
-    if answer.called is not None:
-        known["called"] = list(answer.called)
-    return {name: value for name, value in known.items() if value is not None}
-
-
-def from_json(values: dict[str, Any]) -> Answer:
-    """The answer that :func:`to_json` was given."""
-    scores, called = values.get("scores"), values.get("called")
-    return Answer(
-        text=values.get("text"),
-        probability=values.get("probability"),
-        scores=tuple(map(float, scores)) if scores is not None else None,
-        called=tuple(map(float, called)) if called is not None else None,
-    )
-
-
 def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Answers the items of one image, which is encoded once; their questions run as a batch behind it.
+    """Answer the items of one image, which is encoded once; their questions run as a batch behind it.
 
     Args:
         predictor: The model.
         items: All of the same image file.
 
     Returns:
-        The answer to each as plain json; ``{"refused": why}`` where the image cannot be read, a region lies outside it,
+        The answer to each as plain JSON; ``{"refused": why}`` where the image cannot be read, a region lies outside it,
         or the question does not fit the model's context: what is wrong with one item does not end a long run.
 
     Raises:
-        DataError: A question makes no sense.
+        DataError: A question makes no sense, or the model's numbers are not finite.
     """
     engine = predictor.engine
     try:
         photo = load_image(items[0].image)
     except DataError as error:
         return [{"refused": str(error)} for _ in items]
-    scene = engine.look(photo)
-    answering = _Image(engine, scene, items)
-    scores = answering.scores()
-    texts = answering.texts()
-    called = answering.called()
+    image = _Image(engine, engine.look(photo), items)
+    scores, texts, called = image.scores(), image.texts(), image.called()
     found = []
-    for place in range(len(items)):
-        if place in answering.refused:
-            found.append({"refused": answering.refused[place]})
+    for place, item in enumerate(items):
+        if place in image.refused:
+            found.append({"refused": image.refused[place]})
             continue
         likelihoods, text = scores.get(place), texts.get(place)
-        shares = tuple(likelihoods.softmax(-1).tolist()) if likelihoods is not None else None
-        known = answering.probability(place, text, likelihoods) if text is not None else None
-        found.append(to_json(Answer(text=text, probability=known, scores=shares, called=called.get(place))))
+        with _naming(item):
+            answer = Answer(
+                text=text,
+                probability=image.probability(place, text, likelihoods) if text is not None else None,
+                scores=tuple(likelihoods.softmax(-1).tolist()) if likelihoods is not None else None,
+                called=called.get(place),
+            )
+        found.append(answer.to_dict())
     return found
 
 
@@ -101,7 +82,7 @@ class _Image:
         self.pooled = self._pool()
 
     def _pool(self) -> list["Tensor"]:
-        """Features of each item's regions, all pooled together."""
+        """Features of each item's regions, all pooled in one go."""
         import torch
 
         from regiongpt.inference.engine import check_regions
@@ -117,7 +98,7 @@ class _Image:
         return list(torch.split(pooled, [rows * len(regions) for regions in kept]))
 
     def scores(self) -> dict[int, "Tensor"]:
-        """Log likelihoods of its choices by item; items with the same question and choices run together."""
+        """Log likelihoods of the choices, by item; items with the same question and choices run together."""
         alike: dict[tuple[str, tuple[str, ...], int], list[int]] = {}
         for place, item in enumerate(self.items):
             if item.choices and place not in self.refused:
@@ -129,7 +110,7 @@ class _Image:
         return found
 
     def called(self) -> dict[int, tuple[float, ...]]:
-        """By item with an expression, the log likelihood of each of its regions to be called so."""
+        """Log likelihoods of the regions to be called by the expression, by item."""
         import torch
 
         from regiongpt.inference.locating import called
@@ -144,7 +125,7 @@ class _Image:
         return found
 
     def texts(self) -> dict[int, str]:
-        """The free answers by item."""
+        """Free answers, by item."""
         from regiongpt.inference.engine import question_turns
         from regiongpt.inference.options import Options
 
@@ -168,7 +149,7 @@ class _Image:
         return {places[number]: answer.text for number, answer in self.engine.answers(asked)}
 
     def probability(self, place: int, text: str, likelihoods: "Tensor | None") -> float | None:
-        """Of a free answer and its end; None for long ones, whose probability no protocol asks for."""
+        """Probability of a free answer and its end; None for long ones, which no protocol asks for."""
         item = self.items[place]
         if likelihoods is not None and text in item.choices:
             return min(1.0, math.exp(float(likelihoods[item.choices.index(text)])))
@@ -189,7 +170,7 @@ class _Image:
 
     @contextmanager
     def _asking(self, places: Sequence[int]) -> Iterator[None]:
-        """Refuses items whose question does not fit the model's context; says of other mistakes in which they are."""
+        """Refuse items whose question does not fit the model's context; other mistakes name the item."""
         from regiongpt.inference.engine import TooLong
 
         try:
@@ -201,7 +182,7 @@ class _Image:
 
 @contextmanager
 def _naming(item: Item) -> Iterator[None]:
-    """Says in which item a mistake is."""
+    """Name the item that a mistake is in."""
     try:
         yield
     except RegionGPTError as error:

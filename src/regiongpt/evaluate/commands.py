@@ -1,29 +1,54 @@
 """The verb ``regiongpt evaluate``.
 
-A task's options are its dataclass's fields, so a new task has its command line as soon as it is registered.
+A task's options are its fields, so a new task has its command line as soon as it is registered.
 """
 
 import argparse
-import dataclasses
 import json
-import os
 import sys
-import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Literal
 
-from regiongpt.data.commands import option_arguments
+from pydantic import Field, create_model
+
+from regiongpt.console import progress_shown, quiet_libraries
 from regiongpt.distributed import Processes, connect, launched
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate import tables
-from regiongpt.evaluate.runs import PAGE, finite
+from regiongpt.evaluate.compare import compare_runs
+from regiongpt.evaluate.runs import PAGE
 from regiongpt.evaluate.session import GALLERY, Session
 from regiongpt.evaluate.task import RESAMPLES, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
+from regiongpt.report import write_page
+from regiongpt.settings import Settings, add_options, read_options
 
-_OF_A_RUN: Final = ("predictions", "model", "device", "dtype", "overwrite", "gallery", "missing", "unknown")
-"""Options that a comparison has no use for."""
+
+class RunOptions(Settings):
+    """What is asked of a run, whatever its tasks."""
+
+    out: Path | None = None
+    """Folder of the results; the same command again goes on there."""
+    model: Path | None = None
+    """Checkpoint folder; otherwise the package's own model."""
+    device: str | None = None
+    """cuda, mps or cpu; otherwise the first of these there is."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16; otherwise float32 on the CPU and bfloat16 elsewhere."""
+    predictions: Path | None = None
+    """Score these answers; no model is run."""
+    missing: Literal["refuse", "wrong"] = "refuse"
+    """With --predictions: what to do with items that have none."""
+    unknown: Literal["refuse", "ignore"] = "refuse"
+    """With --predictions: what to do with those for no item."""
+    resamples: int = Field(default=RESAMPLES, ge=0)
+    """Resamples of the bootstrap; 0 for no intervals."""
+    gallery: int = Field(default=GALLERY, ge=0)
+    """Worst mistakes on the page of results."""
+    overwrite: bool = False
+    """Replace other results in --out."""
 
 
 def run_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
@@ -41,27 +66,25 @@ def run_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> i
         DataError: A file of the data set, of predictions or of a run cannot be used.
         CheckpointError: ``--model`` is not a checkpoint folder.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     names = _named(arguments)
-    _add_options(parser, names, {"-h", "--help"} & set(arguments))
-    options = parser.parse_args(arguments)
-    if options.tasks != names:
+    _add_options(parser, names, all_tasks=not names and bool({"-h", "--help"} & set(arguments)))
+    typed = parser.parse_args(arguments)
+    if typed.tasks != names:
         raise ConfigError(
-            f"expected the tasks before all options, got {options.tasks[0]!r} after one; write `{parser.prog} "
-            f"{' '.join(options.tasks)} ...`"
+            f"{typed.tasks[0]}: name the tasks before all options: `{parser.prog} {' '.join(typed.tasks)} ...`"
         )
-    if options.compare:
-        return _compare(options)
-    if options.html is not None:
-        raise ConfigError("expected --html together with --compare, got it alone; a run writes index.html into --out")
-    if not options.tasks:
-        raise ConfigError(f"expected a task among {', '.join(TASKS)}, got none; see `{parser.prog} --help`")
+    options = read_options(RunOptions, typed)
+    if typed.compare:
+        return _compare(typed, options.resamples)
+    if typed.html is not None:
+        raise ConfigError("--html goes with --compare; a run writes index.html into --out")
+    if not names:
+        raise ConfigError(f"give a task: {', '.join(TASKS)}; see `{parser.prog} --help`")
     if options.out is None:
-        raise ConfigError("expected --out DIR, the folder of the results, got none")
-    _check_numbers(options)
-    tasks = [_make(name, options) for name in names]
-    _check_predictions(tasks, options)
+        raise ConfigError("give --out DIR, the folder of the results")
+    tasks = [_read_task(name, typed) for name in names]
+    _check_predictions(options, typed, len(tasks))
     session = Session(
         out=options.out,
         resamples=options.resamples,
@@ -69,13 +92,12 @@ def run_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> i
         overwrite=options.overwrite,
         processes=Processes() if options.predictions is not None else connect(on_cpu=options.device == "cpu"),
     )
-    if options.predictions is not None:
-        missing: Any = options.missing or "refuse"
-        unknown: Any = options.unknown or "refuse"
-        runs = [session.score_predictions(tasks[0], options.predictions, missing, unknown)]
-    else:
-        runs = session.score_model(tasks, options.model, options.device, options.dtype)
-    if runs and options.json:
+    with progress_shown() if session.processes.is_first else nullcontext():
+        if options.predictions is not None:
+            runs = [session.score_predictions(tasks[0], options.predictions, options.missing, options.unknown)]
+        else:
+            runs = session.score_model(tasks, options.model, options.device, options.dtype)
+    if runs and typed.json:
         print(json.dumps([{**run.result, "manifest": run.manifest} for run in runs], indent=1, ensure_ascii=False))
     elif runs:
         print("\n\n".join(map(tables.as_text, runs)))
@@ -91,129 +113,90 @@ def _named(arguments: Sequence[str]) -> list[str]:
             break
         task_class(word)
         if word in names:
-            raise ConfigError(f"expected every task once, got {word!r} twice")
+            raise ConfigError(f"{word}: given twice; name every task once")
         names.append(word)
     return names
 
 
-def _add_options(parser: argparse.ArgumentParser, names: Sequence[str], helping: Collection[str]) -> None:
+def _add_options(parser: argparse.ArgumentParser, names: Sequence[str], all_tasks: bool) -> None:
     parser.description = "Ask a model the questions of benchmarks, or take anyone's answers, and score them."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    if helping and not names:  # only the help that lists them all needs them all
+    if all_tasks:  # only the help that lists them needs them all
         known = "\n".join(f"  {name:<18}{task_class(name).summary}" for name in TASKS)
         parser.epilog = f"tasks:\n{known}\n\n`regiongpt evaluate TASK --help` lists the options of a task."
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="the benchmarks, before all options")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; the same again goes on there")
-    parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the package's model)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these answers; no model is run")
-    parser.add_argument("--missing", choices=("refuse", "wrong"), help="items without a prediction (default: refuse)")
-    parser.add_argument("--unknown", choices=("refuse", "ignore"), help="predictions for no item (default: refuse)")
-    parser.add_argument(
-        "--resamples", type=int, metavar="N", help=f"of the bootstrap; 0 for no intervals (default: {RESAMPLES})"
-    )
-    parser.add_argument(
-        "--gallery", type=int, metavar="N", help=f"worst mistakes on the page of results (default: {GALLERY})"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace other figures in --out")
     parser.add_argument("--json", action="store_true", help="print json")
+    add_options(parser, RunOptions, "options of the run")
     group = parser.add_argument_group("comparing")
     group.add_argument("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), help="two folders of --out")
     group.add_argument("--html", type=Path, metavar="FILE", help="with --compare: write it as a page")
-    if names:
-        _add_task_options(parser, names)
+    if len(names) == 1:
+        add_options(parser, task_class(names[0]), f"options of {names[0]}", required=False)
+    elif names:
+        _add_options_of_several(parser, names)
     else:
-        group.add_argument("--data", type=Path, metavar="DIR", help="with --compare: where the data set is now")
+        group.add_argument(
+            "--data", default=argparse.SUPPRESS, metavar="DIR", help="with --compare: where the data set is now"
+        )
 
 
-def _add_task_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """The fields of the tasks: ``--limit`` for all that have it and, of several, ``--pope.limit`` for one of them."""
-    kinds: dict[str, list[Any]] = {}
-    common: dict[str, dict[str, Any]] = {}
-    for name, field, kind in _fields(names):
-        given = {**option_arguments(field, kind), "required": False, "default": argparse.SUPPRESS}
-        kinds.setdefault(field.name, []).append(kind)
-        common.setdefault(field.name, given)
-        if len(names) > 1:
-            flag = f"--{name}.{field.name.replace('_', '-')}"
-            parser.add_argument(flag, dest=f"{name}.{field.name}", **{**given, "help": argparse.SUPPRESS})
-    title = f"options of {names[0]}" if len(names) == 1 else "options of the tasks; --TASK.OPTION is for one of them"
-    group = parser.add_argument_group(title)
-    for field_name, given in common.items():
-        if all(kind == kinds[field_name][0] for kind in kinds[field_name]):
-            group.add_argument(f"--{field_name.replace('_', '-')}", dest=field_name, **given)
+def _add_options_of_several(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """``--limit`` for all tasks that have it, and ``--pope.limit`` for one of them."""
+    shared: dict[str, Any] = {}
+    kinds = [task_class(name) for name in names]
+    for field, info in ((field, info) for kind in kinds for field, info in kind.model_fields.items()):
+        those = [kind.model_fields[field].annotation for kind in kinds if field in kind.model_fields]
+        if all(each == those[0] for each in those):
+            shared.setdefault(field, (info.annotation, Field(default=None, description=info.description)))
+    title = "options of the tasks; --TASK.OPTION is for one of them"
+    add_options(parser, create_model("Shared", __base__=Settings, **shared), title)
+    for name, kind in zip(names, kinds, strict=True):
+        add_options(parser, kind, prefix=f"{name}.")
 
 
-def _fields(names: Sequence[str]) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
-    """Task, field and type, required fields first."""
-    for name in names:
-        kind = task_class(name)
-        types = typing.get_type_hints(kind)
-        for field in sorted(dataclasses.fields(kind), key=lambda field: field.default is not dataclasses.MISSING):
-            yield name, field, types[field.name]
-
-
-def _make(name: str, options: argparse.Namespace) -> Task:
+def _read_task(name: str, typed: argparse.Namespace) -> Task:
     """A task of what was typed for it, or for all."""
-    values: dict[str, Any] = {}
-    for _, field, _ in _fields([name]):
-        for dest in (field.name, f"{name}.{field.name}"):
-            if hasattr(options, dest):
-                value = getattr(options, dest)
-                values[field.name] = tuple(value) if isinstance(value, list) else value
-        if field.default is dataclasses.MISSING and field.name not in values:
-            raise ConfigError(f"{name}: expected --{field.name.replace('_', '-')}, got none")
-    return task_class(name)(**values)
+    kind = task_class(name)
+    values = {
+        field: getattr(typed, dest)
+        for field in kind.model_fields
+        for dest in (field, f"{name}.{field}")
+        if hasattr(typed, dest)
+    }
+    return read_options(kind, argparse.Namespace(**values))
 
 
-def _check_predictions(tasks: Sequence[Task], options: argparse.Namespace) -> None:
-    """Refuses what does not go with ``--predictions``, or without it."""
+def _check_predictions(options: RunOptions, typed: argparse.Namespace, tasks: int) -> None:
+    """Refuse what does not go with ``--predictions``, or without it."""
     given = options.predictions is not None
     for name in ("model", "device", "dtype") if given else ("missing", "unknown"):
-        if getattr(options, name) is not None:
-            why = "no model is run for predictions" if given else "a model answers everything"
-            raise ConfigError(f"expected --{name} {'without' if given else 'with'} --predictions; {why}; leave it out")
+        if hasattr(typed, name):
+            why = "no model is run for --predictions" if given else "it goes with --predictions"
+            raise ConfigError(f"--{name}: {why}; leave it out")
     if given and launched() > 1:
-        raise ConfigError("expected one process with --predictions, got several; there is nothing to share out")
-    if given and len(tasks) > 1:
-        raise ConfigError(f"expected one task with --predictions, got {len(tasks)}; score them one after the other")
+        raise ConfigError("--predictions: start one process, there is nothing to share out")
+    if given and tasks > 1:
+        raise ConfigError(f"--predictions: answers to one task, and {tasks} are named; score them one after the other")
 
 
-def _check_numbers(options: argparse.Namespace) -> None:
-    options.resamples = RESAMPLES if options.resamples is None else options.resamples
-    options.gallery = GALLERY if options.gallery is None else options.gallery
-    if min(options.resamples, options.gallery) < 0:
-        raise ConfigError(
-            f"expected --resamples and --gallery of at least 0, got {options.resamples} and {options.gallery}"
-        )
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from regiongpt.evaluate import compare
-    from regiongpt.pages import write_page
-
-    for name in _OF_A_RUN:
-        if getattr(options, name) not in (None, False):
-            raise ConfigError(f"expected --compare or --{name}, got both; leave one of them out")
-    if options.out is not None:
-        raise ConfigError("expected --compare without --out, got both; --json prints the comparison, --html writes it")
-    _check_numbers(options)
-    if options.resamples == 0:
-        raise ConfigError("expected --resamples of at least 1 with --compare, got 0; a comparison is made of them")
-    fields = {field.name for _, field, _ in _fields(options.tasks)} - {"data"}
-    if extra := sorted(dest for dest in vars(options) if dest.rpartition(".")[2] in fields):
-        raise ConfigError(
-            f"expected --compare with the runs' own settings, got --{extra[0].replace('_', '-')} too; leave it out"
-        )
-    a, b = options.compare
-    found = compare.compare_runs(a, b, getattr(options, "data", None), options.tasks, options.resamples)
-    if options.html is not None:
-        write_page(compare.as_page(found, a, b), options.html)
-        print(f"page written to {options.html}", file=sys.stderr)
-    if options.json:
-        print(json.dumps(finite([each.to_dict() for each in found]), indent=1, ensure_ascii=False))
+def _compare(typed: argparse.Namespace, resamples: int) -> int:
+    kinds = [task_class(name) for name in typed.tasks]
+    names = {*RunOptions.model_fields} - {"resamples"} | {each for kind in kinds for each in kind.model_fields} - {
+        "data"
+    }
+    if extra := sorted(dest for dest in vars(typed) if dest.rpartition(".")[2] in names):
+        raise ConfigError(f"--{extra[0].replace('_', '-')}: two runs are compared as they were made; leave it out")
+    if resamples == 0:
+        raise ConfigError("--resamples: a comparison needs at least 1")
+    a, b = typed.compare
+    data = Path(typed.data) if hasattr(typed, "data") else None
+    found = compare_runs(a, b, data, typed.tasks, resamples)
+    if typed.html is not None:
+        made = f"A: {a}; B: {b}; differences are B less A, times 100"
+        write_page(typed.html, "comparison.html", title="Two runs compared", made=made, comparisons=found)
+        print(f"page written to {typed.html}", file=sys.stderr)
+    if typed.json:
+        print(json.dumps([each.to_dict() for each in found], indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        print(f"A: {a}\nB: {b}\n")
-        print("\n\n".join(map(compare.as_text, found)))
+        print(f"A: {a}\nB: {b}\n\n" + "\n\n".join(each.as_text() for each in found))
     return 0

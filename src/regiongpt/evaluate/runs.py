@@ -1,26 +1,30 @@
-"""The folder of a run: for each task its figures, its items, its answers and where they come from.
+"""The folder of a run: for each task its results, its items, its answers and where they come from.
 
-DIR/answers/*.jsonl         every answer under its key, as it came (:mod:`regiongpt.evaluate.store`)
-DIR/TASK/result.json        figures with intervals, breakdowns, tables, notes
+DIR/answers/*.sqlite        every answer under its key, as it came (:mod:`regiongpt.store`)
+DIR/TASK/result.json        results with intervals, breakdowns, tables, notes
 DIR/TASK/items.jsonl        a line an item: question, truth, answer, scores
 DIR/TASK/predictions.jsonl  a line an item: the answer alone, as ``--predictions`` takes it
+DIR/TASK/mistakes.html      the worst mistakes, as they stand on the page
 DIR/TASK/manifest.json      versions, commit, hashes, settings; written last
 DIR/index.html              all of it as a page
 """
 
-import dataclasses
 import json
-import typing
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate.answering import to_json
-from regiongpt.evaluate.predictions import regions_of
+import regiongpt
+from regiongpt.data.shards import file_identity
+from regiongpt.environment import commit, machine, versions
+from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.evaluate.task import Answer, Item, Result, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
+from regiongpt.storage import digest, read_json, reason, sha256, write_file, write_json, writing
 
 RESULT: Final = "result.json"
 ITEMS: Final = "items.jsonl"
@@ -29,20 +33,22 @@ MISTAKES: Final = "mistakes.html"
 MANIFEST: Final = "manifest.json"
 PAGE: Final = "index.html"
 
+ANSWERING: Final = ("inference", "model", "prompts.py", "regions.py", "coverage.py", "images.py")
+"""The part of this package that turns an image and a question into an answer."""
 _DECIDING: Final = ("settings", "inputs", "model", "predictions", "scoring")
-"""Parts of a manifest without which two figures are not of the same thing."""
-PLACES: Final = ("data",)
-"""Settings that decide nothing: a folder may move, and its files are held against each other by their content."""
+"""Parts of a manifest without which two results are not of the same thing."""
+_NOTED: Final = ("data", "name", "device", "key")
+"""What these parts note and decides nothing: where files are, and which code answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
-    """One task of a run, as read from its folder.
+    """One task of a run.
 
     Attributes:
         folder: ``DIR/TASK``.
-        result: :meth:`regiongpt.evaluate.task.Result.to_dict` as it was written.
-        manifest: Where the figures come from.
+        result: :meth:`regiongpt.evaluate.task.Result.to_dict`.
+        manifest: Where the results come from.
     """
 
     folder: Path
@@ -51,97 +57,143 @@ class TaskRun:
 
     @property
     def name(self) -> str:
-        """Of the task."""
+        """Name of the task."""
         return str(self.result["task"])
 
     def rows(self) -> list[dict[str, Any]]:
         """The items with question, truth, answer and scores.
 
         Raises:
-            DataError: The file is missing or not json lines.
+            DataError: The file is missing or not JSON lines.
         """
-        return read_lines(self.folder / ITEMS)
+        return _read_lines(self.folder / ITEMS)
 
+    def answers(self) -> dict[str, Answer]:
+        """The answers by item id.
 
-def options_of(task: Task) -> dict[str, Any]:
-    """The options of a task as plain json, from which :func:`task_of` makes it again; paths are absolute."""
-    return {field.name: _plain(getattr(task, field.name)) for field in dataclasses.fields(task)}
+        Raises:
+            DataError: The file is missing or not JSON lines.
+        """
+        return {str(row["id"]): Answer.from_dict(row) for row in _read_lines(self.folder / PREDICTIONS)}
 
+    def task(self, data: Path | None = None) -> Task:
+        """The task with the options that it was run with, and all images.
 
-def task_of(name: str, options: Mapping[str, Any], data: Path | None = None) -> Task:
-    """The task that :func:`options_of` was given.
+        Args:
+            data: Where its data set is now; where it was by default. Files that lay in the data set move with it.
 
-    Args:
-        name: Of the task.
-        options: Plain json.
-        data: Where its data set is now; where it was by default. Files that lay in the data set move with it.
-
-    Raises:
-        ConfigError: There is no such task, or it has no such option in this version.
-    """
-    kind = task_class(name)
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(set(options) - {field.name for field in dataclasses.fields(kind)}):
-        raise ConfigError(f"{name}: expected options of this version, got {', '.join(unknown)}; evaluate again")
-    before = Path(str(options.get("data", "")))
-    values = {}
-    for field, value in options.items():
-        made = _typed(hints[field], value)
-        if data is not None:
-            made = _moved(made, before, data)
-        values[field] = made
-    return kind(**values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value.absolute())
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    if typing.get_origin(hint) is tuple:
-        return tuple(_typed(typing.get_args(hint)[0], each) for each in value)
-    return Path(value) if hint is Path or Path in typing.get_args(hint) else value
+        Raises:
+            ConfigError: This version has no such task or option.
+        """
+        try:
+            found = task_class(self.name)(**{**self.manifest["options"], "limit": 0})
+        except ConfigError as error:
+            raise ConfigError(f"{self.folder}: a run of another version: {error}; evaluate again") from None
+        if data is None:
+            return found
+        return found.replace(**{name: _moved(value, found.data, data) for name, value in found.options().items()})
 
 
 def _moved(value: Any, before: Path, now: Path) -> Any:
     if isinstance(value, tuple):
         return tuple(_moved(each, before, now) for each in value)
-    if isinstance(value, Path) and value.is_relative_to(before):
-        return now / value.relative_to(before)
-    return value
+    return now / value.relative_to(before) if isinstance(value, Path) and value.is_relative_to(before) else value
 
 
-def refuse_other(out: Path, name: str, manifest: Mapping[str, Any], overwrite: bool) -> None:
-    """Refuses to replace the figures of something else.
+def make_manifest(task: Task, model: Mapping[str, Any] | None, scoring: Mapping[str, Any]) -> dict[str, Any]:
+    """What is noted beside the results of a task.
+
+    Args:
+        task: The benchmark.
+        model: From :func:`model_identity`; None where predictions are scored.
+        scoring: How.
 
     Raises:
-        ConfigError: The folder holds this task's figures of another model, of other settings or of other files.
+        DataError: A file of the benchmark cannot be read.
+    """
+    return {
+        "settings": task.settings(),
+        "inputs": [file_identity(path) for path in task.inputs()],
+        "model": dict(model) if model is not None else None,
+        "code": {"commit": commit(), "answering": code_hash()},
+        "packages": {"python": platform.python_version(), **versions()},
+        "machine": machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "options": {name: _absolute(value) for name, value in task.options().items()},
+        "scoring": dict(scoring),
+    }
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return [_absolute(each) for each in value] if isinstance(value, tuple) else value
+
+
+def model_identity(path: Path, dtype: str, device: str) -> dict[str, Any]:
+    """A checkpoint by the content of its files, with what else its answers depend on.
+
+    Args:
+        path: The checkpoint folder.
+        dtype: It is run in.
+        device: It is run on, noted but no part of the key: the same arithmetic elsewhere differs by rounding alone.
+
+    Returns:
+        ``name``, ``files`` (SHA-256 by name), ``dtype``, ``device``, and ``key``, a digest of all that decides an
+        answer but the question: files, dtype, the code that answers, torch and transformers.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, or a file cannot be read.
+    """
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: no checkpoint folder, it has no config.json; check --model")
+    try:
+        files = {each.name: sha256(each) for each in sorted(path.iterdir()) if each.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.filename} cannot be read: {reason(error)}") from None
+    if not any(name.endswith(".safetensors") for name in files):
+        raise CheckpointError(f"{path}: a checkpoint folder without weights (*.safetensors); check --model")
+    libraries = {name: found for name, found in versions().items() if name in ("torch", "transformers")}
+    # The last parts of the path tell checkpoints from one another; every run ends in "stage2/model".
+    parts = [part for part in path.resolve().parts[1:] if part not in ("model", "stage1", "stage2")]
+    return {
+        "name": "/".join(parts[-2:]) or str(path),
+        "files": files,
+        "dtype": dtype,
+        "device": device,
+        "key": digest(files, dtype, code_hash(), libraries),
+    }
+
+
+@cache
+def code_hash() -> str:
+    """A digest of the sources that turn a question into an answer."""
+    root = Path(regiongpt.__file__).parent
+    sources = [
+        path for name in ANSWERING for path in ((root / name).rglob("*.py") if "." not in name else [root / name])
+    ]
+    return digest({str(path.relative_to(root)): sha256(path) for path in sorted(sources)})
+
+
+def refuse_other(out: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    """Refuse to replace the results of something else.
+
+    Raises:
+        ConfigError: The folder holds this task's results of another model, of other settings or of other files.
         DataError: What it holds cannot be read.
     """
     path = out / name / MANIFEST
-    if overwrite or not path.exists():
+    if not path.exists():
         return
-    there = read_json(path)
-    differing = [part for part in _DECIDING if _deciding(there, part) != _deciding(manifest, part)]
-    if differing:
+    there, now = read_json(path), json.loads(json.dumps(manifest))
+    if differing := [part for part in _DECIDING if _deciding(there.get(part)) != _deciding(now.get(part))]:
         raise ConfigError(
-            f"{out / name}: expected an empty folder or figures of the same model, settings and files, found others "
-            f"({', '.join(differing)} differ); give another --out, or --overwrite"
+            f"{out / name}: holds other results ({', '.join(differing)} differ); give another --out, or --overwrite"
         )
 
 
-def _deciding(manifest: Mapping[str, Any], part: str) -> Any:
-    found = json.loads(json.dumps(manifest.get(part)))
-    if not isinstance(found, dict):
-        return found
-    if part == "settings":
-        return {name: value for name, value in found.items() if name not in PLACES}
-    # The same checkpoint answered by newer code is the same run, gone on with.
-    return {name: found.get(name) for name in ("files", "dtype")} if part == "model" else found
+def _deciding(part: Any) -> Any:
+    return {name: value for name, value in part.items() if name not in _NOTED} if isinstance(part, dict) else part
 
 
 def write_task(
@@ -150,44 +202,44 @@ def write_task(
     items: Sequence[Item],
     answers: Mapping[str, Answer],
     manifest: Mapping[str, Any],
-    cards: str = "",
+    mistakes: str = "",
 ) -> TaskRun:
-    """Writes one task of a run, the manifest last; each file is whole or not there.
+    """Write one task of a run, the manifest last; each file is whole or not there.
 
     Args:
         out: Folder of the run.
-        result: The figures.
+        result: The results.
         items: That were asked.
         answers: By item id.
-        manifest: Where the figures come from.
-        cards: Of the worst mistakes, as HTML.
+        manifest: Where the results come from.
+        mistakes: The worst mistakes, as HTML.
 
     Raises:
         DataError: The folder cannot be written.
     """
     folder = out / result.task
     asked = {item.id: item for item in items}
-    rows = [{**row, "question": asked[row["id"]].question, "image": asked[row["id"]].image.name} for row in result.rows]
-    given = [{"id": name, **to_json(answer), **_regions(asked[name])} for name, answer in answers.items()]
-    try:
+    rows = ({**row, "question": asked[row["id"]].question, "image": asked[row["id"]].image.name} for row in result.rows)
+    # What the answer's number of a region means, for whoever reads it again.
+    marks = {name: {"regions": item.regions_key} if item.regions_key else {} for name, item in asked.items()}
+    given = ({"id": name, **answer.to_dict(), **marks[name]} for name, answer in answers.items())
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
-        write_lines(folder / ITEMS, rows)
-        write_lines(folder / PREDICTIONS, given)
-        _write_whole(folder / MISTAKES, cards, "replace")
-        write_json(folder / RESULT, result.to_dict())
-        write_json(folder / MANIFEST, manifest)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: expected room and the right to write results there, got {error.strerror or error}; free some "
-            "space or give another --out, then run the same command again"
-        ) from error
-    return TaskRun(folder=folder, result=read_json(folder / RESULT), manifest=read_json(folder / MANIFEST))
+    _write_lines(folder / ITEMS, rows)
+    _write_lines(folder / PREDICTIONS, given)
+    write_file(folder / MISTAKES, mistakes)
+    write_json(folder / RESULT, result.to_dict())
+    write_json(folder / MANIFEST, manifest)
+    return TaskRun(folder=folder, result=result.to_dict(), manifest=dict(manifest))
 
 
-def _regions(item: Item) -> dict[str, str]:
-    """What the answer's number of a region means, for whoever reads it again."""
-    return {"regions": told} if (told := regions_of(item)) else {}
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write(beside: Path) -> None:
+        with beside.open("w", encoding="utf-8", errors="replace", newline="") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+    write_file(path, write)
 
 
 def read_run(out: Path) -> list[TaskRun]:
@@ -196,72 +248,25 @@ def read_run(out: Path) -> list[TaskRun]:
     Raises:
         DataError: The folder holds none, or a file of one is broken.
     """
-    found = [
-        TaskRun(folder=out / name, result=read_json(out / name / RESULT), manifest=read_json(out / name / MANIFEST))
-        for name in TASKS
-        if (out / name / MANIFEST).is_file()
-    ]
-    if not found:
-        raise DataError(f"{out}: expected the folder of a run of `regiongpt evaluate`, found no finished task in it")
+    folders = [out / name for name in TASKS if (out / name / MANIFEST).is_file()]
+    if not folders:
+        raise DataError(f"{out}: no finished task of `regiongpt evaluate` in this folder")
+    return [TaskRun(folder=each, result=_object(each / RESULT), manifest=_object(each / MANIFEST)) for each in folders]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: a {type(found).__name__}, not the object that a run writes; evaluate again")
     return found
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Writes plain json beside the file and renames it; numbers that json does not have become null."""
-    _write_whole(path, json.dumps(finite(values), indent=1, ensure_ascii=False) + "\n", "surrogatepass")
-
-
-def _write_whole(path: Path, text: str, errors: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8", errors)
-    temporary.replace(path)
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes json lines likewise."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="surrogatepass") as file:
-        file.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
-    temporary.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """The same value with None for NaN and infinities, which json readers of other languages refuse."""
-    if isinstance(value, float):
-        return value if float("-inf") < value < float("inf") else None
-    if isinstance(value, Mapping):
-        return {str(name): finite(each) for name, each in value.items()}
-    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One json object.
-
-    Raises:
-        DataError: There is none.
-    """
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError(f"a {type(values).__name__}")
-        return values
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected a json object, got {error}; evaluate again") from None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of json lines.
-
-    Raises:
-        DataError: The file is missing or a line is none.
-    """
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     try:
-        with path.open("rb") as file:
+        with path.open(encoding="utf-8") as file:
             for line in file:
                 found.append(dict(json.loads(line)))
         return found
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{path}:{len(found) + 1}: expected a json object a line, got {error}; evaluate again"
-        ) from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}:{len(found) + 1}: not as a run writes it: {reason(error)}; evaluate again") from None

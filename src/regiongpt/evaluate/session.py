@@ -3,25 +3,29 @@
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from regiongpt.data.progress import Meter
+import numpy as np
+
+from regiongpt import legacy
 from regiongpt.data.shards import file_identity
 from regiongpt.distributed import Processes
 from regiongpt.errors import RegionGPTError
-from regiongpt.evaluate import mistakes, report
-from regiongpt.evaluate.kept_towers import KeptTower
-from regiongpt.evaluate.manifest import manifest, model_identity
+from regiongpt.evaluate import report
 from regiongpt.evaluate.predictions import read_predictions
 from regiongpt.evaluate.runner import Runner, load_items, make_keys, usable
-from regiongpt.evaluate.runs import TaskRun, options_of, read_run, refuse_other, write_task
-from regiongpt.evaluate.store import AnswerStore
-from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
+from regiongpt.evaluate.runs import TaskRun, make_manifest, model_identity, read_run, refuse_other, write_task
+from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Task
+from regiongpt.storage import locked, write_file, writing
+from regiongpt.store import Store
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from regiongpt.inference import RegionPredictor
 
 GALLERY = 24
@@ -36,7 +40,7 @@ class Session:
         out: Folder of the run.
         resamples: Of the bootstrap; 0 draws no intervals.
         gallery: Worst mistakes that the page shows of each task.
-        overwrite: Replace figures of another model, other settings or other files.
+        overwrite: Replace results of another model, other settings or other files.
         processes: Of the run; the first of them scores, writes and speaks.
         towers: Where the tower's features of each image are kept for models with the same tower; None to keep none.
     """
@@ -51,7 +55,7 @@ class Session:
     def score_model(
         self, tasks: Sequence[Task], path: Path | None, device: str | None = None, dtype: str | None = None
     ) -> list[TaskRun]:
-        """Asks a model what it has not yet been asked, and scores it.
+        """Ask a model what it has not yet been asked, and score it.
 
         A task that cannot be scored does not keep the others from being run.
 
@@ -65,42 +69,47 @@ class Session:
             The tasks as written; in all processes but the first, nothing.
 
         Raises:
-            ConfigError: An option is wrong, or the folder holds something else.
+            ConfigError: An option is wrong, or the folder holds something else or is being written to.
             DataError: A file of a data set cannot be used.
             CheckpointError: The model cannot be loaded.
         """
-        listed = [(task, self._load(task)) for task in tasks]
+        listed = [(task, load_items(task)) for task in tasks]
         device, dtype = self._place(device, dtype)
         if path is None:
             from regiongpt.model.weights import nano_path
 
             path = nano_path()
         model = model_identity(path, dtype, device)
-        noted = [self._manifest(task, model) for task in tasks]
-        for task, each in zip(tasks, noted, strict=True):
-            refuse_other(self.out, task.name, each, self.overwrite)
-        with self._meter("images", "images"):
+        noted = [make_manifest(task, model, {"resamples": self.resamples}) for task in tasks]
+        self._refuse_other(tasks, noted)
+        with locked(self.out) if self.processes.is_first else nullcontext():
             asked = make_keys(model["key"], listed)
-        store = AnswerStore(self.out, self.processes.rank)
-        self.processes.wait()  # all have read the same answers before the first writes another
-        written: list[TaskRun] = []
-        failures: list[RegionGPTError] = []
-        with store:
-            self._say(store.damaged_report())
+            store = Store(self.out / "answers", self.processes.rank)
+            if self.processes.is_first and not store.keys() and (found := legacy.read_answers(store.folder)):
+                with store:
+                    store.add(found)
+            self.processes.wait()
             runner = Runner(asked, store, self.processes, lambda: _predictor(path, device, dtype, self.towers))
-            for number, (task, items) in enumerate(listed):
-                self._say(runner.plan(number))
-                answers, notes = usable(runner.answer(number))
-                if self.processes.is_first:
-                    try:
-                        written.append(self._finish(task, items, answers, noted[number], notes))
-                    except RegionGPTError as error:
-                        failures.append(type(error)("; ".join([f"{task.name}: {error}", *notes])))
-                        self._say(str(failures[-1]))
+            self.processes.wait()  # all have read the same answers before the first writes another
+            return self._answered(runner, noted)
+
+    def _answered(self, runner: Runner, noted: Sequence[dict[str, Any]]) -> list[TaskRun]:
+        written: list[TaskRun] = []
+        failure: RegionGPTError | None = None
+        for number, each in enumerate(runner.asked):
+            self._say(runner.plan(number))
+            answers, notes = usable(runner.answer(number))
+            if self.processes.is_first:
+                try:
+                    written.append(self._finish(each.task, each.items, answers, noted[number], notes))
+                except RegionGPTError as error:
+                    told = type(error)("; ".join([f"{each.task.name}: {error}", *notes]))
+                    self._say(str(told))
+                    failure = failure or told
         if written:
-            self._write_page()
-        if failures:
-            raise failures[0]
+            report.write_report(self.out, read_run(self.out))
+        if failure:
+            raise failure
         return written
 
     def score_predictions(
@@ -110,7 +119,7 @@ class Session:
         missing: Literal["refuse", "wrong"] = "refuse",
         unknown: Literal["refuse", "ignore"] = "refuse",
     ) -> TaskRun:
-        """Scores answers that someone else has given.
+        """Score answers that someone else has given.
 
         Args:
             task: The benchmark.
@@ -119,26 +128,23 @@ class Session:
             unknown: What to do with those for no item.
 
         Raises:
-            ConfigError: The folder holds something else.
+            ConfigError: The folder holds something else or is being written to.
             DataError: A file cannot be used.
         """
-        noted = self._manifest(task, None)
+        noted = make_manifest(task, None, {"resamples": self.resamples, "missing": missing, "unknown": unknown})
         noted["predictions"] = file_identity(file)
-        noted["scoring"] |= {"missing": missing, "unknown": unknown}
-        refuse_other(self.out, task.name, noted, self.overwrite)
-        items = self._load(task)
+        self._refuse_other([task], [noted])
+        items = load_items(task)
         found = read_predictions(file, task, items, missing=missing, unknown=unknown)
-        run = self._finish(task, items, found.answers, noted, found.report)
-        self._write_page()
+        with locked(self.out):
+            run = self._finish(task, items, found.answers, noted, found.report)
+            report.write_report(self.out, read_run(self.out))
         return run
 
-    def _load(self, task: Task) -> list[Item]:
-        with self._meter(task.name, "items"):
-            return load_items(task)
-
-    def _manifest(self, task: Task, model: Mapping[str, Any] | None) -> dict[str, Any]:
-        noted = manifest(task.settings(), task.inputs(), model)
-        return {**noted, "options": options_of(task), "scoring": {"resamples": self.resamples}}
+    def _refuse_other(self, tasks: Sequence[Task], noted: Sequence[Mapping[str, Any]]) -> None:
+        if not self.overwrite:
+            for task, each in zip(tasks, noted, strict=True):
+                refuse_other(self.out, task.name, each)
 
     def _finish(
         self,
@@ -148,15 +154,11 @@ class Session:
         noted: dict[str, Any],
         notes: Sequence[str],
     ) -> TaskRun:
-        result: Result = task.score(items, answers, resamples=self.resamples)
+        result = task.score(items, answers, resamples=self.resamples)
         part = {"part": f"the first {task.limit:,} images alone (--limit)"} if task.limit else {}
         result = dataclasses.replace(result, notes=(*notes, *result.notes), pinned={**result.pinned, **part})
-        chosen = mistakes.worst(result, answers, self.gallery)
-        cards = mistakes.gallery(chosen, {item.id: item for item in items}, answers)
-        return write_task(self.out, result, items, answers, noted, cards)
-
-    def _write_page(self) -> None:
-        report.write_report(self.out, read_run(self.out))
+        shown = report.mistakes(report.worst(result, answers, self.gallery), items, answers)
+        return write_task(self.out, result, items, answers, noted, shown)
 
     def _place(self, device: str | None, dtype: str | None) -> tuple[str, str]:
         """Names of the device and the dtype that the model will have."""
@@ -167,11 +169,8 @@ class Session:
             chosen = pick_device(f"cuda:{self.processes.local}")
         return str(chosen), str(pick_dtype(dtype, chosen)).removeprefix("torch.")
 
-    def _meter(self, name: str, unit: str) -> Any:
-        return Meter(name, unit=unit) if self.processes.is_first else nullcontext()
-
     def _say(self, text: str) -> None:
-        if text and self.processes.is_first:
+        if self.processes.is_first:
             print(text, file=sys.stderr, flush=True)
 
 
@@ -186,3 +185,38 @@ def _predictor(path: Path, device: str, dtype: str, towers: Path | None) -> "Reg
         model: Any = predictor.engine.model
         model.encode_image = KeptTower(model, towers)
     return predictor
+
+
+class KeptTower:
+    """Stands in for a model's ``encode_image``: images encoded before are read from disk, to the same numbers.
+
+    A frozen tower is most of the work of models that share it, such as the variants of an ablation.
+
+    Args:
+        model: A RegionGPT model; its ``encode_image`` is still its own.
+        folder: Gets a folder for each tower, with a file of float32 numbers for each image.
+    """
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self._encode = model.encode_image
+        content = sha256(repr(model.vision_tower.config.to_dict()).encode())
+        for name, values in sorted(model.vision_tower.state_dict().items()):
+            content.update(name.encode())
+            content.update(values.detach().float().cpu().numpy().tobytes())
+        self.folder = folder / content.hexdigest()[:32]
+
+    def __call__(self, pixel_values: "Tensor") -> "Tensor":
+        """Features of a batch of images, as the model's own method gives them."""
+        import torch
+
+        if pixel_values.device.type != "cpu" or pixel_values.dtype != torch.float32:
+            found: Tensor = self._encode(pixel_values)
+            return found
+        path = self.folder / f"{sha256(pixel_values.contiguous().numpy().tobytes()).hexdigest()[:32]}.npy"
+        with suppress(OSError, ValueError, EOFError):  # not there, or damaged
+            return torch.from_numpy(np.load(path))
+        encoded: Tensor = self._encode(pixel_values)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda beside: np.save(beside, encoded.numpy()))
+        return encoded

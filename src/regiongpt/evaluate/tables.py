@@ -1,8 +1,7 @@
-"""Figures of a run as rows of text, the paper's beside them."""
+"""Results of a run as rows of text, the paper's beside them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from regiongpt.evaluate.runs import TaskRun
 from regiongpt.evaluate.tasks import task_class
@@ -10,8 +9,7 @@ from regiongpt.evaluate.tasks import task_class
 NOTHING: Final = "–"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """One figure, all numbers times 100 as the paper prints them.
 
     Attributes:
@@ -40,45 +38,47 @@ def rows(run: TaskRun) -> Iterator[Row]:
     paper = task_class(run.name).paper
     for protocol, figures in run.result["protocols"].items():
         for name, figure in figures.items():
+            value, interval = times_100(figure)
             printed = paper.get(protocol, {}).get(name)
-            yield Row(
-                protocol=protocol,
-                name=name,
-                value=times_100(figure["value"]),
-                interval=interval_of(figure),
-                of=figure["of"],
-                paper=times_100(printed),
-            )
+            yield Row(protocol, name, value, interval, figure["of"], None if printed is None else 100 * printed)
 
 
-def paper_source(run: TaskRun) -> str:
-    """Where the paper's figures are, and what they were measured on."""
-    return task_class(run.name).paper_source
+def tables(run: TaskRun) -> list[tuple[str, list[list[str]]]]:
+    """A table of each protocol: its name, and rows of text with the header first."""
+    found = list(rows(run))
+    by_protocol = {protocol: [row for row in found if row.protocol == protocol] for protocol, *_ in found}
+    head = ["figure", "value", "95 %", "items", "paper"]
+    return [
+        (
+            protocol,
+            [
+                each[: 5 if any(row.paper is not None for row in own) else 4]
+                for each in [head, *(row.cells() for row in own)]
+            ],
+        )
+        for protocol, own in by_protocol.items()
+    ]
 
 
 def as_text(run: TaskRun) -> str:
-    """A task's figures for a terminal."""
-    found = list(rows(run))
-    with_paper = any(row.paper is not None for row in found)
+    """A task's results for a terminal."""
     lines = [run.name, "  " + "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items())]
-    head = ["", "value", "95 %", "items"] + (["paper"] if with_paper else [])
-    for protocol in dict.fromkeys(row.protocol for row in found):
-        cells = [row.cells()[: len(head)] for row in found if row.protocol == protocol]
-        lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned([head, *cells]))]
-    if with_paper:
-        lines += ["", f"  paper: {paper_source(run)}; another data set is another test"]
-    lines += [f"  note: {note}" for note in run.result["notes"]]
-    return "\n".join(lines)
+    for protocol, cells in tables(run):
+        lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(cells))]
+    if paper := task_class(run.name).paper_source:
+        lines += ["", f"  paper: {paper}; another data set is another test"]
+    return "\n".join([*lines, *(f"  note: {note}" for note in run.result["notes"])])
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     """Rows of text as lines, the first column left, the others right."""
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = []
-    for first, *others in cells:
-        padded = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *padded]).rstrip())
-    return lines
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in cells
+    ]
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
@@ -89,7 +89,7 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A figure, already times 100."""
+    """A value, already times 100."""
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
@@ -98,12 +98,8 @@ def span(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
 
 
-def times_100(value: float | None) -> float | None:
-    """As the paper prints it."""
-    return None if value is None else 100 * value
-
-
-def interval_of(figure: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The interval of a figure as it was written, times 100."""
-    ends = figure["interval"]
-    return None if ends is None or None in ends else (100 * ends[0], 100 * ends[1])
+def times_100(figure: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
+    """Value and interval of a figure as it was written, times 100."""
+    value, ends = figure["value"], figure["interval"]
+    interval = None if ends is None or None in ends else (100 * ends[0], 100 * ends[1])
+    return None if value is None else 100 * value, interval

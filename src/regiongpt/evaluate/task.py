@@ -6,6 +6,7 @@ which intervals and comparisons of two runs are drawn.
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from regiongpt.data.convert.base import option
+from pydantic import Field
+
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic
 from regiongpt.regions import Region
-
-__all__ = ["RESAMPLES", "Answer", "Figure", "Item", "Result", "Table", "Task", "option"]
+from regiongpt.settings import Settings
+from regiongpt.storage import digest
 
 RESAMPLES = 1000
 """Bootstrap resamples behind an interval, unless another number is asked for."""
@@ -61,6 +63,11 @@ class Item:
     groups: Mapping[str, str] = field(default_factory=dict)
     detail: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def regions_key(self) -> str:
+        """A digest of the regions that an answer by number is about; empty for fewer than two."""
+        return digest([region.to_dict() for region in self.regions])[:12] if len(self.regions) > 1 else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -84,10 +91,20 @@ class Answer:
 
     def __post_init__(self) -> None:
         if self.probability is not None and not 0 <= self.probability <= 1:
-            raise DataError(f"probability: expected a number from 0 to 1, got {self.probability}")
+            raise DataError(f"probability: {self.probability} is not between 0 and 1")
         for score in (*(self.scores or ()), *(self.called or ())):
-            if not float("-inf") < score < float("inf"):
-                raise DataError(f"scores: expected finite numbers, got {score}")
+            if not math.isfinite(score):
+                raise DataError(f"scores: {score} is no finite number")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON, without what is not known."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Answer":
+        """The answer that :meth:`to_dict` was called on; other keys are passed over."""
+        lists = {name: tuple(map(float, values[name])) for name in ("scores", "called") if name in values}
+        return cls(text=values.get("text"), probability=values.get("probability"), **lists)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +121,6 @@ class Figure:
     value: float | None
     of: int
     interval: tuple[float, float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain json."""
-        return {"value": self.value, "of": self.of, "interval": list(self.interval) if self.interval else None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +141,13 @@ class Result:
 
     Attributes:
         task: Its name.
-        pinned: What has to be the same for two figures to be comparable, by name: split, grouping, scorer, ...
+        pinned: What has to be the same for two results to be comparable, by name: split, grouping, scorer, ...
         protocols: Figures by name, by the name of the protocol that they were measured under.
         breakdowns: By protocol, then ``"size"``, ``"category"``, ..., then group: figures by name.
-        rows: One json object an item, in their order: ``id``, ``image_id``, ``truth``, ``answer``, ``groups``,
+        rows: One JSON object an item, in their order: ``id``, ``image_id``, ``truth``, ``answer``, ``groups``,
             ``missing`` and ``scores``, the item's number under ``"protocol.figure"``.
         tables: For the page of results.
-        notes: Sentences that belong beside the figures, such as how many answers were missing.
+        notes: Sentences that belong beside the results, such as how many answers were missing.
         statistics: By protocol and figure, what bootstrap intervals and comparisons are computed from.
     """
 
@@ -148,38 +161,34 @@ class Result:
     statistics: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain json, without rows and statistics."""
+        """As plain JSON, without rows and statistics."""
         return {
             "task": self.task,
             "pinned": dict(self.pinned),
-            "protocols": {name: _plain(figures) for name, figures in self.protocols.items()},
-            "breakdowns": {
-                protocol: {
-                    by: {group: _plain(figures) for group, figures in groups.items()} for by, groups in parts.items()
-                }
-                for protocol, parts in self.breakdowns.items()
-            },
-            "tables": [dataclasses.asdict(table) for table in self.tables],
+            "protocols": _plain(self.protocols),
+            "breakdowns": _plain(self.breakdowns),
+            "tables": _plain(self.tables),
             "notes": list(self.notes),
         }
 
 
-def _plain(figures: Figures) -> dict[str, Any]:
-    return {name: figure.to_dict() for name, figure in figures.items()}
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, Figure | Table):
+        return dataclasses.asdict(value)
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task(ABC):
-    """One benchmark with its options; each field made by :func:`option` is an option of the command.
-
-    Fields have the types ``Path``, ``Path | None``, ``tuple[Path, ...]``, ``int``, ``float``, ``str`` or ``bool``.
+class Task(Settings, ABC):
+    """One benchmark; its fields are the options of the command, its own files and rules among them.
 
     Attributes:
-        name: Of the task on the command line.
+        name: On the command line.
         summary: One line of help.
         item_id: What an item's id is, for messages: ``"annotation id"``.
         reads: What is scored of an :class:`Answer`, any of them: ``text``, ``scores``, ``called``.
-        paper: The paper's figures by protocol and figure, in the unit of :class:`Figure`; named in the table caption.
+        paper: The paper's results by protocol and figure, in the unit of :class:`Figure`.
         paper_source: Where in the paper they are, and on what they were measured.
     """
 
@@ -190,53 +199,59 @@ class Task(ABC):
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}
     paper_source: ClassVar[str] = ""
 
-    data: Path = option("folder of the data set; the files below are looked for in it")
-    limit: int = option("only the first so many images that are asked about; 0 for all", default=0)
-    seed: int = option("of every random choice", default=0)
+    data: Path
+    """Folder of the data set; the files below are looked for in it."""
+    limit: int = Field(default=0, ge=0)
+    """Only the first so many images that are asked about; 0 for all."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of every random choice."""
 
     @abstractmethod
     def inputs(self) -> list[Path]:
         """The annotation files that are read, for the manifest; images are not among them."""
 
     @abstractmethod
-    def load(self) -> list[Item]:
+    def items(self) -> list[Item]:
         """The items, in an order that the files and the options alone decide.
 
         Raises:
             DataError: A file is missing or of another format, or has nothing to ask about.
-            ConfigError: An option is wrong.
+            ConfigError: An option does not fit the files, or what scoring needs is not installed.
         """
 
     @abstractmethod
     def score(
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
     ) -> Result:
-        """Scores answers.
+        """Score answers.
 
         Args:
-            items: What :meth:`load` gave, or some of them.
+            items: What :meth:`items` gave, or some of them.
             answers: By item id. An item without one counts as wrong, and the notes say how many there are.
             resamples: Of the bootstrap; 0 draws no intervals.
             seed: Of the bootstrap.
 
         Raises:
             DataError: An answer does not fit its item, such as scores for another number of choices.
-            ConfigError: A program or library that a metric needs is missing.
         """
 
     @property
     def split_read(self) -> str:
-        """The split that the options say is read; ``""`` where they name the files themselves."""
+        """The split that the options say is read; empty where they name the files themselves."""
         return str(getattr(self, "split", ""))
 
     @cached_property
     def left_out(self) -> Rejects:
-        """What :meth:`load` could not use, counted by kind; begun anew with each load."""
+        """What :meth:`items` could not use, counted by kind; begun anew with each call."""
         return Rejects()
 
+    def options(self) -> dict[str, Any]:
+        """The options by name."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
     def settings(self) -> dict[str, Any]:
-        """The options as plain json, for the manifest; of paths the last part alone."""
-        return {f.name: _stated(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """The options as plain JSON, for the manifest; of paths the last part alone."""
+        return {name: _stated(value) for name, value in self.options().items()}
 
 
 def _stated(value: Any) -> Any:

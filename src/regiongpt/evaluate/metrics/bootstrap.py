@@ -240,5 +240,5 @@ def ends(values: Floats) -> tuple[float, float]:
     there = values[~np.isnan(values)]
     if not len(there):
         return float("nan"), float("nan")
-    low, high = np.percentile(there, (2.5, 97.5))
+    low, high = np.percentile(there, (50 * (1 - 0.95), 50 * (1 + 0.95)))
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Average precision as the COCO API computes it, also by LVIS' rules, and the same for resampled images."""
+"""Overlap of boxes; average precision as the COCO API computes it, also by LVIS' rules and for resampled images."""
 
 import io
 from collections import Counter
@@ -19,11 +19,31 @@ FIGURES: Final = (
 )
 """The twelve figures of the COCO API, in its order. Small is below 32^2 px^2 of object area, large from 96^2."""
 _AREAS: Final = {"AP": 0, "AP50": 0, "AP75": 0, "AP_small": 1, "AP_medium": 2, "AP_large": 3}
+ENOUGH: Final = 0.5
+"""Intersection over union from which a box counts as the object (paper §4.3)."""
 _AT_ONCE = 1 << 20  # numbers held at a time
 FREQUENCIES: Final = {"r": "AP_rare", "c": "AP_common", "f": "AP_frequent"}
 """LVIS' groups of categories, by the letter in its annotations, and the precision of each."""
 _LVIS_MOST: Final = 300
 """Detections of an image that LVIS looks at, over all categories."""
+
+
+def overlaps(box: Sequence[float], others: Sequence[Sequence[float]] | Floats) -> Floats:
+    """Intersection over union of a box with each of n others.
+
+    Args:
+        box: xyxy in pixels.
+        others: (n, 4) likewise.
+
+    Returns:
+        (n,) in [0, 1]; 0 for a box without area.
+    """
+    rest = np.asarray(others, np.float64).reshape(-1, 4)
+    own = np.asarray(box, np.float64)
+    sides = np.minimum(own[2:], rest[:, 2:]) - np.maximum(own[:2], rest[:, :2])
+    shared = np.clip(sides, 0, None).prod(axis=1)
+    areas = np.clip(rest[:, 2:] - rest[:, :2], 0, None).prod(axis=1)
+    return np.nan_to_num(ratio(shared, areas + np.clip(own[2:] - own[:2], 0, None).prod() - shared))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,14 @@ By itself an answer counts only if it is a name of the list as it stands, blanks
 is forgiven besides is asked for by name, and counted.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from regiongpt.data.wording import plural
 from regiongpt.errors import ConfigError, DataError
+from regiongpt.storage import read_json
 
 FORGIVEN: Final = ("case", "plural")
 """What can be forgiven by a word: letters of the other case, and the plural for the singular."""
@@ -23,13 +22,7 @@ def folded(text: str) -> str:
     return " ".join(text.split())
 
 
-def bare(text: str) -> str:
-    """An answer likewise, and without one final full stop."""
-    return folded(text).removesuffix(".").strip()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
+class Reading(NamedTuple):
     """What an answer was taken for.
 
     Attributes:
@@ -47,73 +40,60 @@ class Labels:
 
     Args:
         names: The list, none of them twice.
-        synonyms: ``""`` forgives nothing. Otherwise words of :data:`FORGIVEN` and paths of json files that map
+        synonyms: ``""`` forgives nothing. Otherwise words of :data:`FORGIVEN` and paths of JSON files that map
             synonyms to names, joined by commas.
 
     Raises:
         ConfigError: The list repeats a name, or ``synonyms`` names neither a word nor a file.
-        DataError: A file is no such json, or maps to a name that is not on the list.
+        DataError: A file is no such JSON, or maps to a name that is not on the list.
     """
 
     def __init__(self, names: Sequence[str], synonyms: str = "") -> None:
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
-            raise ConfigError(f"expected different category names, got {', '.join(repeated)} more than once")
-        self.names = tuple(names)
-        self.synonyms = synonyms
+            raise ConfigError(f"categories of the same name: {', '.join(repeated)}; rename them")
         words = [word.strip() for word in synonyms.split(",") if word.strip()]
-        self.forgiven = frozenset(word for word in words if word in FORGIVEN)
-        self._given = {
-            bare(given): name
-            for word in words
-            if word not in FORGIVEN
-            for given, name in _synonyms(Path(word), set(names)).items()
-        }
+        self._forgiven = {word for word in words if word in FORGIVEN}
         self._known = frozenset(names)
-        self._forms = _unambiguous(
-            [(name.lower(), name, "case") for name in names]
-            + [(plural(name), name, "plural") for name in names]
-            + [(plural(name).lower(), name, "case,plural") for name in names]
-        )
+        self._given: dict[str, str] = {}
+        for word in words:
+            if word not in FORGIVEN:
+                self._given |= {_bare(given): name for given, name in _read_synonyms(word, self._known).items()}
+        forms = [(name.lower(), name, "case") for name in names]
+        forms += [(plural(name), name, "plural") for name in names]
+        forms += [(plural(name).lower(), name, "case,plural") for name in names]
+        # A form that stands for two names is forgiven for neither; one of a name in two ways by the lesser.
+        meant: dict[str, set[str]] = {}
+        for form, name, _ in forms:
+            meant.setdefault(form, set()).add(name)
+        self._forms = {form: (name, by) for form, name, by in reversed(forms) if len(meant[form]) == 1}
 
     def read(self, text: str) -> Reading:
         """What an answer is taken for."""
-        if folded(text) in self._known:  # a name may end in a full stop of its own
-            return Reading(name=folded(text), by="as it stands")
-        answer = bare(text)
-        if answer in self._known:
-            return Reading(name=answer, by="as it stands")
+        answer = _bare(text)
+        for name in (folded(text), answer):  # a name may end in a full stop of its own
+            if name in self._known:
+                return Reading(name, "as it stands")
         if answer in self._given:
-            return Reading(name=self._given[answer], by="synonym")
+            return Reading(self._given[answer], "synonym")
         name, by = self._forms.get(answer) or self._forms.get(answer.lower(), ("", ""))
-        if by and answer != answer.lower() and answer not in self._forms and "case" not in by:
-            by = f"case,{by}"
-        forgiven = bool(by) and set(by.split(",")) <= self.forgiven
-        return Reading(name=name if forgiven else None, by=by)
+        if by == "plural" and answer not in self._forms:  # found in lower case alone
+            by = "case,plural"
+        return Reading(name if by and set(by.split(",")) <= self._forgiven else None, by)
 
 
-def _unambiguous(forms: Sequence[tuple[str, str, str]]) -> dict[str, tuple[str, str]]:
-    """Forms that stand for one name alone, the least forgiving way of reading each."""
-    found: dict[str, tuple[str, str]] = {}
-    meant: dict[str, set[str]] = {}
-    for form, name, by in forms:
-        meant.setdefault(form, set()).add(name)
-        found.setdefault(form, (name, by))
-    return {form: kept for form, kept in found.items() if len(meant[form]) == 1}
+def _bare(text: str) -> str:
+    """An answer folded, and without one final full stop."""
+    return folded(text).removesuffix(".").strip()
 
 
-def _synonyms(path: Path, names: set[str]) -> Mapping[str, str]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(
-            f"synonyms: expected {', '.join(FORGIVEN)} or the path of a json file, got {str(path)!r} ({error.strerror})"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{path}: expected json, got {error}") from None
+def _read_synonyms(word: str, names: frozenset[str]) -> Mapping[str, str]:
+    if not Path(word).is_file():
+        raise ConfigError(f"synonyms: {word!r} is no file, nor one of {', '.join(FORGIVEN)}")
+    content = read_json(word)
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content.values()):
-        raise DataError(f'{path}: expected a json object such as {{"bike": "bicycle"}}, got another form')
+        raise DataError(f'{word}: not a JSON object such as {{"bike": "bicycle"}}')
     for given, name in content.items():
         if name not in names:
-            raise DataError(f"{path}: expected synonyms of category names, got {name!r} for {given!r}")
+            raise DataError(f"{word}: {name!r}, for {given!r}, is no category")
     return content

@@ -5,23 +5,22 @@ Paper: §4.2, Table 4
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from regiongpt.data.convert.base import option
-from regiongpt.errors import ConfigError
-from regiongpt.evaluate.metrics.captions import METRICS, CaptionScore, caption_scores
+from pydantic import Field, field_validator
+
+from regiongpt.evaluate.metrics.captions import METRICS, caption_scores
 from regiongpt.evaluate.metrics.java import find_java, find_spice, scored_words
-from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
+from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
 from regiongpt.evaluate.tasks.scoring import (
-    SIZES,
-    by_group,
-    figure,
+    box_area,
+    figures,
+    given,
     images_of,
     limited,
-    mean_figure,
-    missing_notes,
+    means_by_group,
+    notes_of,
     rows_of,
     size_name,
 )
@@ -60,27 +59,21 @@ class Described(NamedTuple):
     category: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
 class CaptionTask(Task):
     """Asks for a caption of each region; a subclass reads the regions and their references."""
 
-    metrics: str = option(
-        f"by commas: {', '.join(METRICS)}; METEOR and SPICE need Java", default="METEOR,CIDEr,ROUGE_L,BLEU"
-    )
-    max_new_tokens: int = option("longest caption, in tokens", default=64)
+    metrics: str = "METEOR,CIDEr,ROUGE_L,BLEU"
+    """Joined by commas: CIDEr, METEOR, ROUGE_L, BLEU, SPICE."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest caption, in tokens."""
 
-    def __post_init__(self) -> None:
-        for name in self._metrics:
-            if name not in METRICS:
-                raise ConfigError(f"metrics: expected some of {', '.join(METRICS)}, got {name!r}")
-        if not self._metrics:
-            raise ConfigError(f"metrics: expected some of {', '.join(METRICS)}, got none")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: expected 1 or more, got {self.max_new_tokens}")
-
-    @property
-    def _metrics(self) -> list[str]:
-        return [name.strip() for name in self.metrics.split(",") if name.strip()]
+    @field_validator("metrics")
+    @classmethod
+    def _check_metrics(cls, value: str) -> str:
+        names = _names(value)
+        if not names or not set(names) <= set(METRICS):
+            raise ValueError(f"give some of {', '.join(METRICS)}, joined by commas")
+        return value
 
     @abstractmethod
     def regions_described(self) -> list[Described]:
@@ -90,11 +83,11 @@ class CaptionTask(Task):
     def pinned(self) -> dict[str, str]:
         """Split and grouping of the references."""
 
-    def load(self) -> list[Item]:
+    def items(self) -> list[Item]:
         """One item a region, but those of which no reference has a word."""
         # What is missing is better said now than after all the answers.
         find_java()
-        if "SPICE" in self._metrics:
+        if "SPICE" in _names(self.metrics):
             find_spice()
         self.left_out.counts.clear()
         described = self.regions_described()
@@ -112,7 +105,6 @@ class CaptionTask(Task):
         return limited(items, self.limit)
 
     def _item(self, each: Described, references: list[str]) -> Item:
-        area = (each.box[2] - each.box[0]) * (each.box[3] - each.box[1])
         return Item(
             id=each.id,
             image=each.image,
@@ -122,7 +114,7 @@ class CaptionTask(Task):
             regions=(Region.box(*each.box),),
             max_new_tokens=self.max_new_tokens,
             truth=references[0],
-            groups={"size": size_name(area), **({"category": each.category} if each.category else {})},
+            groups={"size": size_name(box_area(each.box)), **({"category": each.category} if each.category else {})},
             detail={"references": references},
         )
 
@@ -130,37 +122,30 @@ class CaptionTask(Task):
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
     ) -> Result:
         """The metrics over all items; one without an answer is the empty caption."""
-        texts = [(a.text or "") if (a := answers.get(item.id)) is not None else "" for item in items]
+        texts = [text or "" for text in given(items, answers, "text")]
+        metrics = _names(self.metrics)
         references = [list(item.detail["references"]) for item in items]
-        found = caption_scores(texts, references, metrics=self._metrics, clusters=images_of(items))
-        figures = {name: figure(each.statistic, len(items), resamples, seed) for name, each in found.items()}
-        notes = missing_notes(items, answers, self.item_id)
+        found = caption_scores(texts, references, metrics=metrics, clusters=images_of(items))
+        statistics = {name: each.statistic for name, each in found.items()}
+        scores = {name: each.items.tolist() for name, each in found.items()}
+        notes = notes_of(self, items, answers)
         if empty := sum(not any(map(str.isalnum, text)) for text in texts):
             notes.append(f"{empty} captions have no word and score 0")
-        if self.left_out.counts:
-            notes.append(f"annotations not asked about: {self.left_out.summary()}")
         return Result(
             task=self.name,
             pinned={
                 **self.pinned(),
                 "tokenizer": "Penn Treebank tokenizer of CoreNLP 3.4.1, lower case, punctuation dropped",
-                **{f"scorer {name}": SCORERS[name] for name in self._metrics},
+                **{f"scorer {name}": SCORERS[name] for name in metrics},
             },
-            protocols={PROTOCOL: figures},
-            breakdowns={PROTOCOL: _breakdowns(items, found)},
-            rows=rows_of(items, answers, {f"{PROTOCOL}.{name}": each.items.tolist() for name, each in found.items()}),
+            protocols={PROTOCOL: figures(statistics, len(items), resamples, seed)},
+            # Means of the items' own scores: those of METEOR and BLEU over a set are no means, and differ a little.
+            breakdowns={PROTOCOL: means_by_group(items, ("size", "category"), scores)},
+            rows=rows_of(items, answers, {f"{PROTOCOL}.{name}": each for name, each in scores.items()}),
             notes=tuple(notes),
-            statistics={PROTOCOL: {name: each.statistic for name, each in found.items()}},
+            statistics={PROTOCOL: statistics},
         )
 
 
-def _breakdowns(items: Sequence[Item], found: Mapping[str, CaptionScore]) -> dict[str, dict[str, Mapping[str, Figure]]]:
-    """Means of the items' own scores: those of METEOR and BLEU over a set are no means, and differ a little."""
-
-    def measure(places: list[int]) -> dict[str, Figure]:
-        return {name: mean_figure(items, each.items.tolist(), places) for name, each in found.items()}
-
-    parts = {"size": by_group(items, "size", measure, [name for name, _ in SIZES])}
-    if any("category" in item.groups for item in items):
-        parts["category"] = by_group(items, "category", measure)
-    return parts
+def _names(metrics: str) -> list[str]:
+    return [name.strip() for name in metrics.split(",") if name.strip()]

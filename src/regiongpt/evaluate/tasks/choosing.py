@@ -10,8 +10,8 @@ import numpy as np
 
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
-from regiongpt.evaluate.task import Answer, Figure, Item
-from regiongpt.evaluate.tasks.scoring import figures, images_of
+from regiongpt.evaluate.task import Answer, Item
+from regiongpt.evaluate.tasks.scoring import given, images_of
 from regiongpt.prompts import NO_MATCH, parse_region_answer, region_answer
 
 GENERATED: Final = "generate"
@@ -42,25 +42,15 @@ def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, li
     Raises:
         DataError: There is no answer with a text or scores, or the scores are not as many as the choices.
     """
-    given = [answers.get(item.id) for item in items]
     found: dict[str, list[int | str | None]] = {}
-    if any(answer and answer.text is not None for answer in given):
-        found[GENERATED] = [
-            _read(answer.text, item) if answer and answer.text is not None else None
-            for item, answer in zip(items, given, strict=True)
-        ]
-    if any(answer and answer.scores is not None for answer in given):
-        found[SCORED] = [
-            _best(answer.scores, item) if answer and answer.scores is not None else None
-            for item, answer in zip(items, given, strict=True)
-        ]
-    if any(answer and answer.called is not None for answer in given):
-        found[CALLED] = [
-            _likeliest(answer.called, item) if answer and answer.called is not None else None
-            for item, answer in zip(items, given, strict=True)
-        ]
+    for protocol, kind, read in ((GENERATED, "text", _read), (SCORED, "scores", _best), (CALLED, "called", _likeliest)):
+        said = given(items, answers, kind)
+        if any(each is not None for each in said):
+            found[protocol] = [
+                None if each is None else read(each, item) for each, item in zip(said, items, strict=True)
+            ]
     if not found:
-        raise DataError("expected answers with a text or with scores, got neither for any item")
+        raise DataError("no item has an answer with a text or with scores")
     return found
 
 
@@ -73,16 +63,14 @@ def _read(text: str, item: Item) -> int | str:
 
 def _best(scores: Sequence[float], item: Item) -> int | str:
     if len(scores) != len(item.regions) + 1:
-        raise DataError(
-            f"item {item.id}: expected scores of {len(item.regions)} regions and of none, got {len(scores)}"
-        )
+        raise DataError(f"item {item.id}: {len(scores)} scores for {len(item.regions)} regions and none of them")
     best = int(np.argmax(scores))
     return best + 1 if best < len(item.regions) else "none"
 
 
-def _likeliest(called: Sequence[float], item: Item) -> int:
+def _likeliest(called: Sequence[float], item: Item) -> int | str:
     if len(called) != len(item.regions):
-        raise DataError(f"item {item.id}: expected a likelihood of {len(item.regions)} regions, got {len(called)}")
+        raise DataError(f"item {item.id}: {len(called)} likelihoods for {len(item.regions)} regions")
     return int(np.argmax(called)) + 1
 
 
@@ -98,16 +86,3 @@ def choice_statistics(
         "invalid": [float(each == "invalid" or each is None) for each in picked],
     }
     return {name: mean_statistic(images, values) for name, values in shares.items()}
-
-
-def measured(
-    statistics: Mapping[str, Mapping[str, Statistic]], of: int, resamples: int, seed: int
-) -> dict[str, dict[str, Figure]]:
-    """Figures of every protocol; what chance would give has no interval."""
-    found = {}
-    for protocol, those in statistics.items():
-        with_interval = {name: each for name, each in those.items() if name != "chance"}
-        found[protocol] = figures(with_interval, of, resamples, seed)
-        if "chance" in those:
-            found[protocol] |= figures({"chance": those["chance"]}, of, 0, seed)
-    return found

@@ -5,13 +5,11 @@ Paper: §4.1, Table 3
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, cast
+from typing import Any, ClassVar, Final, Literal
 
-from regiongpt.data.convert.base import option
-from regiongpt.data.instances import InstancesFile, Shapes, crowd_hint
+from regiongpt.data.instances import InstancesFile, crowd_hint
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
 from regiongpt.evaluate.metrics.detection import FREQUENCIES, DetectionScores, Federated, detection_scores
@@ -20,18 +18,17 @@ from regiongpt.evaluate.paper import COCO, TABLES
 from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
 from regiongpt.evaluate.tasks.scoring import (
     MOST_PRECISIONS,
-    SIZES,
     by_group,
-    check_choice,
     confusion_table,
     figure,
-    find_file,
-    find_folder,
+    find,
+    given,
     images_of,
     limited,
     listed,
     mean_figure,
-    missing_notes,
+    means_by_group,
+    notes_of,
     rows_of,
     size_name,
 )
@@ -51,7 +48,6 @@ PROTOCOLS: Final = {
 _PRECISIONS: Final = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
-@dataclass(frozen=True, kw_only=True)
 class CocoClassification(Task):
     """One question for each annotated object, crowds aside, about its box or its mask alone.
 
@@ -71,23 +67,26 @@ class CocoClassification(Task):
     }
     paper_source: ClassVar[str] = f"Table 3, {COCO}; the paper does not say what score its detections have"
 
-    split: str = option("of the annotations: instances_SPLIT.json", default="val2017")
-    annotations: Path | None = option("the annotations file, wherever it is", default=None)
-    images: Path | None = option("folder of the images, wherever it is", default=None)
-    region: str = option("what marks an object: box or mask; without a mask it is not asked about", default="box")
-    crowds: bool = option("ask about what is marked as a crowd too, as some tools mark every mask", default=False)
-    label_set: str = option("name of the closed set in the question", default="COCO-80")
-    guided: bool = option("end the question by naming the closed set", default=True)
-    choices: bool = option("score all names too; of a long list this takes most of the time", default=True)
-    rules: str = option("of AP: coco, lvis, or auto for LVIS' where the annotations have what it needs", default="auto")
-    synonyms: str = option(
-        "forgiven of answers: case, plural, or json files of synonyms, by commas; counted, and nothing by default",
-        default="",
-    )
-
-    def __post_init__(self) -> None:
-        check_choice("region", self.region, ("box", "mask"))
-        check_choice("rules", self.rules, ("auto", "coco", "lvis"))
+    split: str = "val2017"
+    """Split of the annotations: instances_SPLIT.json."""
+    annotations: Path | None = None
+    """The annotations file, wherever it is."""
+    images: Path | None = None
+    """Folder of the images, wherever it is."""
+    region: Literal["box", "mask"] = "box"
+    """What marks an object; one without a mask is not asked about by mask."""
+    crowds: bool = False
+    """Ask about what is marked as a crowd too, as some tools mark every mask."""
+    label_set: str = "COCO-80"
+    """Name of the closed set in the question."""
+    guided: bool = True
+    """End the question by naming the closed set."""
+    choices: bool = True
+    """Score all names too; of a long list this takes most of the time."""
+    rules: Literal["auto", "coco", "lvis"] = "auto"
+    """Rules of AP; auto takes LVIS' where the annotations have what these need."""
+    synonyms: str = ""
+    """Forgive answers: case, plural, or json files of synonyms, by commas; counted, and nothing by default."""
 
     @property
     def split_read(self) -> str:
@@ -97,26 +96,26 @@ class CocoClassification(Task):
     @property
     def _file(self) -> Path:
         names = [f"annotations/instances_{self.split}.json", f"instances_{self.split}.json", f"{self.split}.json"]
-        return find_file(self.annotations, self.data, names, "the annotations", "annotations")
+        return find(self.annotations, self.data, names, "annotations", "annotations")
 
     def inputs(self) -> list[Path]:
         """The annotations, and the files of synonyms."""
         words = [word.strip() for word in self.synonyms.split(",")]
         return [self._file, *(Path(word) for word in words if Path(word).is_file())]
 
-    def load(self) -> list[Item]:
+    def items(self) -> list[Item]:
         """One item an object, by image and annotation id."""
         self.left_out.counts.clear()
-        folder = find_folder(self.images, self.data, [self.split, "images", "."], "the images", "images")
+        folder = find(self.images, self.data, [self.split, "images", "."], "images", "images", file=False)
         crowds: Literal["take", "leave out"] = "take" if self.crowds else "leave out"
-        file = InstancesFile(self._file, self.left_out, shapes=cast(Shapes, self.region), folder=folder, crowds=crowds)
+        file = InstancesFile(self._file, self.left_out, shapes=self.region, folder=folder, crowds=crowds)
         names = [file.names[number] for number in sorted(file.names)]
         Labels(names, self.synonyms)
         known = LABEL_SETS.get(self.label_set)
         if self.guided and known and (foreign := sorted(set(names) - set(known))):
             raise ConfigError(
-                f"{file.path}: expected category names of {self.label_set}, got {listed(foreign, 3)}; name the closed "
-                "set with --label-set"
+                f"{file.path}: {self.label_set} has no category {listed(foreign, 3)}; name the closed set with "
+                "--label-set"
             )
         groups: dict[int, list[dict[str, Any]]] = {}
         for image, category, box, area in file.groups:
@@ -125,8 +124,8 @@ class CocoClassification(Task):
         federated = file.federated if self.rules != "coco" else None
         if self.rules == "lvis" and federated is None:
             raise DataError(
-                f"{self._file}: expected neg_category_ids and not_exhaustive_category_ids of every image and the "
-                "frequency of every category, as LVIS has them, found none; leave out --rules lvis"
+                f"{self._file}: LVIS' rules need neg_category_ids and not_exhaustive_category_ids of every image and "
+                "the frequency of every category; leave out --rules lvis"
             )
         text = question("classify", 0, regions=[1], label_set=self.label_set, guided=self.guided)
         items = []
@@ -162,10 +161,8 @@ class CocoClassification(Task):
                 )
             )
         if not items:
-            raise DataError(
-                f"{file.path}: expected objects to ask about, found none; {self.left_out.summary()}"
-                f"{crowd_hint(self.left_out)}"
-            )
+            hint = crowd_hint(self.left_out)
+            raise DataError(f"{file.path}: no objects to ask about; {self.left_out.summary()}{hint}")
         return limited(items, self.limit)
 
     def score(
@@ -175,32 +172,23 @@ class CocoClassification(Task):
         names: list[str] = items[0].detail["names"]
         ids = _category_ids(items)
         labels = Labels(names, self.synonyms)
-        texts = [a.text if (a := answers.get(item.id)) is not None else None for item in items]
-        readings = [labels.read(text) if text is not None else None for text in texts]
-        said = [reading.name if reading else None for reading in readings]
-        generated = any(text is not None for text in texts)
-        sure = [a.probability if (a := answers.get(item.id)) is not None else None for item in items]
-        rated = [a.scores if (a := answers.get(item.id)) is not None else None for item in items]
+        texts, sure, rated = (given(items, answers, kind) for kind in ("text", "probability", "scores"))
         for item, scores in zip(items, rated, strict=True):
             if scores is not None and len(scores) != len(names):
-                raise DataError(f"item {item.id}: expected scores of {len(names)} names, got {len(scores)}")
-
+                raise DataError(f"item {item.id}: {len(scores)} scores for {len(names)} names")
+        readings = [labels.read(text) if text is not None else None for text in texts]
+        said = [reading.name if reading else None for reading in readings]
         chosen: dict[str, list[str | None]] = {}
         detections: dict[str, list[dict[str, Any]]] = {}
-        if generated:
+        if any(text is not None for text in texts):
             chosen[MATCH] = said
             detections[MATCH] = [
                 _detection(item, ids[name], 1.0) for item, name in zip(items, said, strict=True) if name
             ]
-            unsure = [
-                item.id for item, text, p in zip(items, texts, sure, strict=True) if text is not None and p is None
-            ]
-            if not unsure:
+            if all(p is not None for text, p in zip(texts, sure, strict=True) if text is not None):
                 chosen[PROBABLE] = said
                 detections[PROBABLE] = [
-                    _detection(item, ids[name], p)
-                    for item, name, p in zip(items, said, sure, strict=True)
-                    if name and p is not None
+                    _detection(item, ids[name], p) for item, name, p in zip(items, said, sure, strict=True) if name
                 ]
         if any(scores is not None for scores in rated):
             chosen[SCORED] = [names[max(range(len(names)), key=s.__getitem__)] if s else None for s in rated]
@@ -210,34 +198,34 @@ class CocoClassification(Task):
                 for number, score in zip(ids.values(), scores or (), strict=bool(scores))
             ]
         if not chosen:
-            raise DataError("expected answers with a text or with scores, got neither for any item")
+            raise DataError("no item has an answer with a text or with scores")
 
         protocols: dict[str, dict[str, Figure]] = {}
         statistics: dict[str, dict[str, Statistic]] = {}
         breakdowns: dict[str, Any] = {}
-        tables = []
-        scores_of: dict[str, list[float | None]] = {}
+        rights: dict[str, list[float]] = {}
         truth, federated = _truth(items), _federated(items)
         for protocol, answered in chosen.items():
-            right = [float(name == item.truth) for name, item in zip(answered, items, strict=True)]
+            rights[protocol] = [float(name == item.truth) for name, item in zip(answered, items, strict=True)]
             found = detection_scores(truth, detections[protocol], federated=federated)
-            statistics[protocol] = _statistics(items, right, answered, found)
+            statistics[protocol] = _statistics(items, rights[protocol], answered, found)
             protocols[protocol] = {
                 name: figure(each, _count(items, name), resamples, seed) for name, each in statistics[protocol].items()
             }
-            breakdowns[protocol] = _breakdowns(items, right, found)
-            scores_of[f"{protocol}.accuracy"] = list(right)
-            if protocol != PROBABLE:
-                title = f"Confusion matrix, {protocol}"
-                tables.append(confusion_table([item.truth for item in items], answered, names, title))
+            breakdowns[protocol] = _breakdowns(items, rights[protocol], found)
+        truths = [item.truth for item in items]
         return Result(
             task=self.name,
             pinned=self._pinned(len(names), federated is not None),
             protocols=protocols,
             breakdowns=breakdowns,
-            rows=rows_of(items, answers, scores_of),
-            tables=tuple(tables),
-            notes=tuple(self._notes(items, answers, texts, readings)),
+            rows=rows_of(items, answers, {f"{name}.accuracy": right for name, right in rights.items()}),
+            tables=tuple(
+                confusion_table(truths, answered, names, f"Confusion matrix, {protocol}")
+                for protocol, answered in chosen.items()
+                if protocol != PROBABLE
+            ),
+            notes=tuple(self._notes(items, answers, texts, sure, readings)),
             statistics=statistics,
         )
 
@@ -259,25 +247,21 @@ class CocoClassification(Task):
         items: Sequence[Item],
         answers: Mapping[str, Answer],
         texts: Sequence[str | None],
+        sure: Sequence[float | None],
         readings: Sequence[Reading | None],
     ) -> list[str]:
-        notes = missing_notes(items, answers, self.item_id)
-        if self.left_out.counts:
-            notes.append(f"annotations not asked about: {self.left_out.summary()}")
-        ways = Counter(reading.by for reading in readings if reading and reading.by not in ("", "as it stands"))
-        for by, count in sorted(ways.items()):
-            taken = next(reading.name for reading in readings if reading and reading.by == by)
-            ways_of = {"case": "letters' case", "plural": "the plural", "synonym": "a synonym"}
-            what = ways_of.get(by, "letters' case and the plural")
-            if taken is None:
+        notes = notes_of(self, items, answers)
+        forgiven = [reading for reading in readings if reading and reading.by not in ("", "as it stands")]
+        kinds = {"case": "letters' case", "plural": "the plural", "synonym": "a synonym"}
+        for (by, taken), count in sorted(Counter((each.by, each.name is not None) for each in forgiven).items()):
+            what = kinds.get(by, "letters' case and the plural")
+            if taken:
+                notes.append(f"{count} answers were taken for a name from which they differ by {what} (--synonyms)")
+            else:
                 notes.append(
                     f"{count} answers off the list differ from a name on it by {what}; --synonyms {by} takes them"
                 )
-            else:
-                notes.append(f"{count} answers were taken for a name from which they differ by {what} (--synonyms)")
-        unsure = [
-            item.id for item in items if (a := answers.get(item.id)) and a.text is not None and a.probability is None
-        ]
+        unsure = [item.id for item, text, p in zip(items, texts, sure, strict=True) if text is not None and p is None]
         if 0 < len(unsure) < sum(text is not None for text in texts):
             notes.append(
                 f"{PROBABLE!r} is not measured: {len(unsure)} answers are without their probability "
@@ -364,12 +348,7 @@ def _breakdowns(items: Sequence[Item], right: Sequence[float], found: DetectionS
 
     def category(places: list[int]) -> dict[str, Figure]:
         precision = found.by_category.get(ids[items[places[0]].truth])
-        return {"accuracy": mean_figure(items, right, places), "AP": Figure(value=precision, of=len(places))}
+        own = mean_figure([items[k].image_id for k in places], [right[k] for k in places])
+        return {"accuracy": own, "AP": Figure(value=precision, of=len(places))}
 
-    def size(places: list[int]) -> dict[str, Figure]:
-        return {"accuracy": mean_figure(items, right, places)}
-
-    return {
-        "size": by_group(items, "size", size, [name for name, _ in SIZES]),
-        "category": by_group(items, "category", category),
-    }
+    return {**means_by_group(items, ("size",), {"accuracy": right}), "category": by_group(items, "category", category)}

@@ -5,19 +5,17 @@ size or a colour that is true of one of the five alone. Its figures are no RefCO
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.convert.base import option
 from regiongpt.data.facts import View, colours_of
 from regiongpt.data.sampling import LOCATED_AMONG, dev_questions
 from regiongpt.errors import DataError
-from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
-from regiongpt.evaluate.tasks.choosing import READS, RULES, choice_statistics, choices_of, chosen, measured
-from regiongpt.evaluate.tasks.scoring import by_group, limited, mean_figure, missing_notes, rows_of
+from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
+from regiongpt.evaluate.tasks.choosing import READS, RULES, choice_statistics, choices_of, chosen
+from regiongpt.evaluate.tasks.scoring import figures, limited, means_by_group, notes_of, rows_of
 from regiongpt.images import load_image
 from regiongpt.prompts import parse_region_answer, question
 
@@ -30,7 +28,6 @@ def _colours(image: ImageAnnotations) -> dict[int, str]:
     return colours_of(image, photo) if photo.size == (image.width, image.height) else {}
 
 
-@dataclass(frozen=True, kw_only=True)
 class CocoRec(Task):
     """Up to three questions an image of at least five objects; without colours no image is read to write them."""
 
@@ -39,17 +36,22 @@ class CocoRec(Task):
     item_id: ClassVar[str] = "question id"
     reads: ClassVar[tuple[str, ...]] = READS
 
-    split: str = option("instances_SPLIT.json in the folder, with images/", default="dev")
-    colours: bool = option("expressions may name a colour, found in the pixels", default=True)
-    guided: bool = option("end the question with the template of the answer", default=True)
-    choices: bool = option("score all candidates too", default=True)
-    calls: bool = option("ask of each candidate by itself, too, how likely it is called so", default=True)
+    split: str = "dev"
+    """instances_SPLIT.json in the folder, with images/."""
+    colours: bool = True
+    """Let expressions name a colour, found in the pixels."""
+    guided: bool = True
+    """End the question with the template of the answer."""
+    choices: bool = True
+    """Score all candidates too."""
+    calls: bool = True
+    """Ask of each candidate by itself, too, how likely it is called so."""
 
     def inputs(self) -> list[Path]:
         """The annotations."""
         return [source.instances for source in photo_sources(self.data, self.split)]
 
-    def load(self) -> list[Item]:
+    def items(self) -> list[Item]:
         """Questions by image, in their first wording."""
         self.left_out.counts.clear()
         data = load_coco(photo_sources(self.data, self.split))
@@ -78,7 +80,7 @@ class CocoRec(Task):
                 )
             )
         if not items:
-            raise DataError(f"{self.data}: expected images with five objects or more, found none; {data.report()}")
+            raise DataError(f"{self.data}: no image has five objects or more; {data.report()}")
         return limited(items, self.limit)
 
     def _first(self, images: Sequence[ImageAnnotations]) -> Sequence[ImageAnnotations]:
@@ -92,22 +94,11 @@ class CocoRec(Task):
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
     ) -> Result:
         """Right is the region that the expression was written of."""
-        statistics = {}
-        rights: dict[str, list[float | None]] = {}
-        breakdowns = {}
+        statistics, rights = {}, {}
         for protocol, picked in chosen(items, answers).items():
             right = [number == item.detail["right"] for item, number in zip(items, picked, strict=True)]
             statistics[protocol] = choice_statistics(items, picked, right)
-            scores = [float(ok) for ok in right]
-            rights[f"{protocol}.accuracy"] = list(scores)
-
-            def measure(places: list[int], scores: list[float] = scores) -> dict[str, Figure]:
-                return {"accuracy": mean_figure(items, scores, places)}
-
-            breakdowns[protocol] = {name: by_group(items, name, measure) for name in ("kind", "category")}
-        notes = missing_notes(items, answers, self.item_id)
-        if self.left_out.counts:
-            notes.append(f"annotations left out: {self.left_out.summary()}")
+            rights[protocol] = [float(ok) for ok in right]
         return Result(
             task=self.name,
             pinned={
@@ -116,10 +107,12 @@ class CocoRec(Task):
                 "candidates": "five objects of the image, drawn by the seed, crowds aside",
                 **{f"protocol {name}": RULES[name] for name in statistics},
             },
-            protocols=measured(statistics, len(items), resamples, seed),
-            breakdowns=breakdowns,
-            rows=rows_of(items, answers, rights),
-            notes=tuple(notes),
+            protocols={name: figures(each, len(items), resamples, seed) for name, each in statistics.items()},
+            breakdowns={
+                name: means_by_group(items, ("kind", "category"), {"accuracy": each}) for name, each in rights.items()
+            },
+            rows=rows_of(items, answers, {f"{name}.accuracy": each for name, each in rights.items()}),
+            notes=tuple(notes_of(self, items, answers)),
             statistics=statistics,
         )
 

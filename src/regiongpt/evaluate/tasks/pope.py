@@ -1,43 +1,68 @@
 """Is there such an object in the image? The POPE benchmark of objects that models make up.
 
+Questions are read as they were published, or built by POPE's rules for any annotated images.
+
 Paper: §4.4, Table 8
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Literal, NamedTuple
 
-from regiongpt.data.convert.base import option
+import numpy as np
+from pydantic import Field
+
+from regiongpt.data.convert.jsonl import iter_lines
+from regiongpt.data.convert.values import image_fault, plain_text, short
 from regiongpt.data.instances import InstancesFile
+from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate.metrics.bootstrap import Statistic
-from regiongpt.evaluate.metrics.yes_no import Said, first_word, pope_script, yes_no_statistics
+from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
-from regiongpt.evaluate.tasks.pope_questions import STRATEGIES, Asked, build_questions, read_questions
+from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
 from regiongpt.evaluate.tasks.scoring import (
-    by_group,
-    check_choice,
     figures,
-    find_file,
-    find_folder,
+    find,
+    given,
     images_of,
     limited,
-    mean_figure,
-    missing_notes,
+    means_by_group,
+    notes_of,
     rows_of,
 )
+from regiongpt.prompts import indefinite
 
+STRATEGIES: Final = ("random", "popular", "adversarial")
+"""How absent classes are chosen: any; the commonest of the set; the ones that come most often with the one there."""
 READINGS: Final = {
     "first word": "an answer is its first word, yes or no; any other is unparsable and wrong, and no yes",
     "published script": "an answer is no if its first sentence has the word no or not, and yes whatever else it says",
 }
+Said = Literal["yes", "no"] | None
+FORMULAS: Final[dict[str, Callable[[Floats], Floats]]] = {
+    "accuracy": lambda s: ratio(s[:, 0] + s[:, 3], s[:, 5]),
+    "precision": lambda s: ratio(s[:, 0], s[:, 0] + s[:, 1]),
+    "recall": lambda s: ratio(s[:, 0], s[:, 0] + s[:, 2]),
+    "f1": lambda s: ratio(2 * s[:, 0], 2 * s[:, 0] + s[:, 1] + s[:, 2]),
+    "yes_ratio": lambda s: ratio(s[:, 0] + s[:, 1], s[:, 5]),
+    "unparsable": lambda s: ratio(s[:, 4], s[:, 5]),
+}
+"""Figures of counts: yes to yes, yes to no, not yes to yes, no to no, neither, all."""
 _COLUMNS: Final = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1", "yes_ratio": "Yes"}
 
 
-@dataclass(frozen=True, kw_only=True)
+class Asked(NamedTuple):
+    """One yes-or-no question."""
+
+    number: str
+    image: str
+    text: str
+    label: str
+    category: str
+
+
 class Pope(Task):
     """Yes-or-no questions, half of them about absent classes, which are chosen in three ways.
 
@@ -56,17 +81,22 @@ class Pope(Task):
     }
     paper_source: ClassVar[str] = "Table 8, the published questions on 500 images of COCO val2014"
 
-    strategy: str = option("random, popular, adversarial, or all", default="all")
-    questions: tuple[Path, ...] = option("published question files, wherever they are", default=())
-    split: str = option("of the annotations to build questions from: instances_SPLIT.json", default="val2014")
-    annotations: Path | None = option("the annotations file, wherever it is", default=None)
-    images: Path | None = option("folder of the images, wherever it is", default=None)
-    image_count: int = option("images to build questions for", default=500)
-    pairs: int = option("questions of either answer for an image, when building", default=3)
-    suffix: str = option("text to end every question with, such as 'Answer yes or no.'", default="")
-
-    def __post_init__(self) -> None:
-        check_choice("strategy", self.strategy, (*STRATEGIES, "all"))
+    strategy: Literal["random", "popular", "adversarial", "all"] = "all"
+    """How absent classes are chosen."""
+    questions: tuple[Path, ...] = ()
+    """Published question files, wherever they are."""
+    split: str = "val2014"
+    """Split of the annotations to build questions from: instances_SPLIT.json."""
+    annotations: Path | None = None
+    """The annotations file, wherever it is."""
+    images: Path | None = None
+    """Folder of the images, wherever it is."""
+    image_count: int = Field(default=500, ge=1)
+    """Images to build questions for."""
+    pairs: int = Field(default=3, ge=1)
+    """Questions of either answer for an image, when building."""
+    suffix: str = ""
+    """Text to end every question with, such as 'Answer yes or no.'."""
 
     @property
     def _strategies(self) -> tuple[str, ...]:
@@ -77,21 +107,20 @@ class Pope(Task):
         if self.questions:
             found = {next((s for s in STRATEGIES if s in path.name), path.stem): path for path in self.questions}
             if len(found) < len(self.questions):
-                raise DataError(f"questions: expected files of different strategies, got {', '.join(found)} twice")
+                raise DataError(f"questions: two files of one strategy, among {', '.join(found)}; give one of each")
             if self.strategy != "all" and set(found) != {self.strategy}:
                 raise ConfigError(
-                    f"questions: expected a file of the strategy {self.strategy!r} alone, got {', '.join(found)}; "
-                    "leave out --strategy or give its file"
+                    f"questions: files of {', '.join(found)} for the strategy {self.strategy!r}; leave out --strategy "
+                    "or give its file alone"
                 )
             return found
-        there = {strategy: Path(self.data) / f"coco_pope_{strategy}.json" for strategy in self._strategies}
+        there = {strategy: self.data / f"coco_pope_{strategy}.json" for strategy in self._strategies}
         return there if self.annotations is None and all(path.is_file() for path in there.values()) else {}
 
     @property
     def _annotations(self) -> Path:
         names = [f"annotations/instances_{self.split}.json", f"instances_{self.split}.json"]
-        what = "the annotations, or coco_pope_<strategy>.json,"
-        return find_file(self.annotations, self.data, names, what, "annotations")
+        return find(self.annotations, self.data, names, "annotations or coco_pope_<strategy>.json", "annotations")
 
     @property
     def split_read(self) -> str:
@@ -102,41 +131,29 @@ class Pope(Task):
         """The question files, or the annotations."""
         return list(self._published().values()) or [self._annotations]
 
-    def load(self) -> list[Item]:
+    def items(self) -> list[Item]:
         """The questions of one strategy after the other."""
         self.left_out.counts.clear()
-        folder = find_folder(self.images, self.data, [self.split, "images", "."], "the images", "images")
-        published = self._published()
-        if published:
-            asked = {
-                strategy: [(_number(each.image), each) for each in read_questions(path, self.left_out)]
-                for strategy, path in published.items()
-            }
-        else:
-            asked = self._build(folder)
-        several = len(asked) > 1
+        folder = find(self.images, self.data, [self.split, "images", "."], "images", "images", file=False)
+        asked = {
+            strategy: [(_number(each.image), each) for each in read_questions(path, self.left_out)]
+            for strategy, path in self._published().items()
+        } or self._build(folder)
         items = [
-            self._item(strategy, number, each, folder, several)
+            self._item(strategy, number, each, folder, several=len(asked) > 1)
             for strategy, those in asked.items()
             for number, each in those
         ]
         return limited(items, self.limit)
 
     def _build(self, folder: Path) -> dict[str, list[tuple[int | str, Asked]]]:
-        path = self._annotations
-        file = InstancesFile(path, self.left_out, folder=folder, crowds="keep")  # a crowd of people is people there
+        file = InstancesFile(self._annotations, self.left_out, folder=folder, crowds="keep")  # a crowd is there too
         classes: dict[int, list[str]] = {number: [] for number in file.images.tolist()}
         for place, category in zip(file.places.tolist(), file.categories.tolist(), strict=True):
             classes[int(file.images[place])].append(file.names[category])
         names = dict(zip(file.images.tolist(), file.paths, strict=True))
-        return {
-            strategy: list(
-                build_questions(
-                    classes, names, strategy, images=self.image_count, pairs=self.pairs, seed=self.seed
-                )
-            )
-            for strategy in self._strategies
-        }  # fmt: skip
+        limits = {"images": self.image_count, "pairs": self.pairs, "seed": self.seed}
+        return {each: [*build_questions(classes, names, each, **limits)] for each in self._strategies}
 
     def _item(self, strategy: str, number: int | str, asked: Asked, folder: Path, several: bool) -> Item:
         path = folder / asked.image
@@ -156,36 +173,24 @@ class Pope(Task):
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
     ) -> Result:
         """Each strategy by itself, under both readings of the answers."""
-        texts = [a.text if (a := answers.get(item.id)) is not None else None for item in items]
+        texts = given(items, answers, "text")
         statistics: dict[str, dict[str, Statistic]] = {}
-        protocols: dict[str, dict[str, Figure]] = {}
-        scores: dict[str, list[float | None]] = {}
-        breakdowns = {}
+        rights: dict[str, list[float | None]] = {}
+        breakdowns, counts = {}, {}
         for reading, read in (("first word", first_word), ("published script", pope_script)):
             said: list[Said] = [read(text) if text is not None else None for text in texts]
-            right = [float(answer == item.truth) for answer, item in zip(said, items, strict=True)]
             for strategy in dict.fromkeys(item.groups["strategy"] for item in items):
                 places = [k for k, item in enumerate(items) if item.groups["strategy"] == strategy]
                 own = [items[k] for k in places]
+                right = {k: float(said[k] == items[k].truth) for k in places}
                 name = f"{reading}, {strategy}"
-                statistics[name] = dict(
-                    yes_no_statistics(images_of(own), [item.truth for item in own], [said[k] for k in places])
+                statistics[name] = yes_no_statistics(
+                    images_of(own), [item.truth for item in own], [said[k] for k in places]
                 )
-                protocols[name] = figures(statistics[name], len(own), resamples, seed)
-                kept = set(places)
-                scores[f"{name}.accuracy"] = [right[k] if k in kept else None for k in range(len(items))]
-
-                def measure(
-                    within: list[int], own: Sequence[Item] = own, scored: Sequence[float] = [right[k] for k in places]
-                ) -> dict[str, Figure]:
-                    return {"accuracy": mean_figure(own, scored, within)}
-
-                breakdowns[name] = {"category": by_group(own, "category", measure)}
-        notes = missing_notes(items, answers, self.item_id)
-        if self.left_out.counts:
-            notes.append(self.left_out.summary())
-        published = self._published()
-        source = ", ".join(path.name for path in published.values())
+                counts[name] = len(own)
+                rights[f"{name}.accuracy"] = [right.get(k) for k in range(len(items))]
+                breakdowns[name] = means_by_group(own, ("category",), {"accuracy": list(right.values())})
+        source = ", ".join(path.name for path in self._published().values())
         rule = f"built by POPE's rules from {self.split}, {self.pairs} pairs an image, seed {self.seed}"
         return Result(
             task=self.name,
@@ -195,10 +200,10 @@ class Pope(Task):
                 "yes_ratio": "of the predictions",
                 **{f"protocol {name}": text for name, text in READINGS.items()},
             },
-            protocols=protocols,
+            protocols={name: figures(each, counts[name], resamples, seed) for name, each in statistics.items()},
             breakdowns=breakdowns,
-            rows=rows_of(items, answers, scores),
-            notes=tuple(notes),
+            rows=rows_of(items, answers, rights),
+            notes=tuple(notes_of(self, items, answers)),
             statistics=statistics,
         )
 
@@ -207,3 +212,136 @@ def _number(image: str) -> int | str:
     """The image id that a file name ends in, or the name."""
     found = re.search(r"(\d+)\.\w+$", image)
     return int(found[1]) if found else image
+
+
+def first_word(text: str) -> Said:
+    """The answer by its first word, None where that is neither yes nor no."""
+    words = "".join(c if c.isalpha() or c in "'-" else " " for c in text.lower()).split()
+    return "yes" if words[:1] == ["yes"] else "no" if words[:1] == ["no"] else None
+
+
+def pope_script(text: str) -> Said:
+    """The answer as POPE's published script reads it: no where the first sentence says ``no`` or ``not``, else yes.
+
+    Nothing is unparsable to it: an empty answer and any other text without those words are a yes.
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: Sequence[Said]) -> dict[str, Statistic]:
+    """The figures of :data:`FORMULAS`, yes being the positive answer.
+
+    An answer that is neither is wrong: it lowers accuracy, and recall where yes was right, and is no yes for precision
+    and for ``yes_ratio``, the share of yes among *all answers given* (not among the right ones).
+
+    Args:
+        clusters: Image of each question.
+        truth: ``"yes"`` or ``"no"``.
+        said: What each answer was read as.
+    """
+    asked = np.array([each == "yes" for each in truth], bool)
+    yes = np.array([each == "yes" for each in said], bool)
+    no = np.array([each == "no" for each in said], bool)
+    counts = np.column_stack((asked & yes, ~asked & yes, asked & ~yes, ~asked & no, ~yes & ~no, np.ones(len(asked))))
+    return {name: sum_statistic(clusters, counts.astype(np.float64), each) for name, each in FORMULAS.items()}
+
+
+def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
+    """A published file: json lines with ``question_id``, ``image``, ``text`` and ``label`` (yes or no).
+
+    Raises:
+        DataError: The file has no question that can be used.
+    """
+    found: dict[str, Asked] = {}
+    for number, entry in iter_lines(path, rejects):
+        key, image, label = entry.get("question_id", number), entry.get("image"), entry.get("label")
+        label = label.lower() if isinstance(label, str) else label
+        text = plain_text(entry.get("text"), "question")
+        if isinstance(key, bool) or not isinstance(key, int | str):
+            rejects.add("question of another form", path, number, f"expected question_id, got {short(key)}")
+        elif not isinstance(image, str) or (image_fault(image) is not None):
+            rejects.add("question of another form", path, number, f"expected the name of an image, got {short(image)}")
+        elif label not in ("yes", "no"):
+            rejects.add("question of another form", path, number, f"expected the label yes or no, got {short(label)}")
+        elif not isinstance(text, str):
+            rejects.add(text.kind, path, number, text.reason)
+        elif str(key) in found:
+            rejects.add("duplicate id", path, number, f"expected each question_id once, got {key} again")
+        else:
+            found[str(key)] = Asked(str(key), image, text, str(label), "")
+    if not found:
+        raise DataError(f"{path}: expected questions with image, text and label, found none; {rejects.summary()}")
+    return list(found.values())
+
+
+def build_questions(
+    classes: Mapping[int, Sequence[str]],
+    names: Mapping[int, str],
+    strategy: str,
+    *,
+    images: int = 500,
+    pairs: int = 3,
+    seed: int = 0,
+) -> list[tuple[int, Asked]]:
+    """Questions by POPE's rules: as many with the answer yes as with no, for images of more than ``pairs`` classes.
+
+    For each of an image's ``pairs`` classes that are there, one that is not: by ``random`` any; by ``popular`` the one
+    that most images of the set have; by ``adversarial`` the one that comes in most images together with the class that
+    is there. No class is asked for twice in an image; where the strategy has none left, any other is drawn.
+
+    Args:
+        classes: Of all annotated images, the classes there; they also say what is popular and what comes together.
+        names: File name of each image.
+        strategy: One of :data:`STRATEGIES`.
+        images: Most images that are asked about, drawn by the seed.
+        pairs: Questions of either answer for an image.
+        seed: Of every choice.
+
+    Returns:
+        Image ids with their questions, by image id.
+
+    Raises:
+        DataError: No image has enough classes, or the set has too few.
+    """
+    there = {number: sorted(set(those)) for number, those in sorted(classes.items())}
+    often = Counter(name for those in there.values() for name in those)
+    together: dict[str, Counter[str]] = {name: Counter() for name in often}
+    for those in there.values():
+        for name in those:
+            together[name].update(other for other in those if other != name)
+    usable = [number for number, those in there.items() if len(those) > pairs and len(often) - len(those) >= pairs]
+    if not usable:
+        raise DataError(
+            f"expected images with more than {pairs} classes, and {pairs} others that they lack, found none among "
+            f"{len(there)} images of {len(often)} classes"
+        )
+    drawn = np.random.default_rng((seed, 0)).permutation(len(usable))[:images]
+    found = []
+    for number in sorted(usable[k] for k in drawn.tolist()):
+        rng = np.random.default_rng((seed, 1, number))
+        own = there[number]
+        absent = [name for name in often if name not in own]
+        asked: set[str] = set()
+        for turn, k in enumerate(rng.permutation(len(own))[:pairs].tolist()):
+            present = own[k]
+            if strategy == "popular":
+                ranked = _ranked(often, absent)
+            elif strategy == "adversarial":
+                ranked = _ranked(together[present], absent)
+            else:
+                ranked = []
+            left = [name for name in ranked if name not in asked]
+            others = sorted(name for name in absent if name not in asked)
+            no = left[0] if left else others[int(rng.integers(len(others)))]
+            asked.add(no)
+            for half, (name, label) in enumerate(((present, "yes"), (no, "no"))):
+                key = f"{number}-{2 * turn + half + 1}"
+                text = f"Is there {indefinite(name)} in the image?"
+                found.append((number, Asked(key, names[number], text, label, name)))
+    return found
+
+
+def _ranked(counts: Counter[str], absent: Sequence[str]) -> list[str]:
+    """The absent classes that were counted, the commonest first, those alike by name."""
+    return sorted((name for name in absent if counts[name]), key=lambda name: (-counts[name], name))

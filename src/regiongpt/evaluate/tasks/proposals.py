@@ -11,7 +11,7 @@ from regiongpt.data.convert.values import is_number, short
 from regiongpt.data.instances import number_of, read_box, read_mask
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate.metrics.overlap import ENOUGH, overlaps
+from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 
 Box = tuple[float, float, float, float]
 

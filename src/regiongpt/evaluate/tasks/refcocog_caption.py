@@ -4,15 +4,12 @@ Paper: §4.2, Table 4
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Literal
 
-from regiongpt.data.convert.base import option
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.tasks.captioning import PROTOCOL, CaptionTask, Described
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogFiles, each_expression
-from regiongpt.evaluate.tasks.scoring import check_choice
 
 GROUPINGS: Final = {
     "object": "all expressions of an object are the references of its one caption",
@@ -20,7 +17,6 @@ GROUPINGS: Final = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
 class RefCocogCaption(CaptionTask):
     """One caption an object, or with ``grouping`` set to ``expression`` one for each of its expressions.
 
@@ -38,15 +34,16 @@ class RefCocogCaption(CaptionTask):
     }
     paper_source: ClassVar[str] = "Table 4, RefCOCOg; the paper names neither split nor grouping of the references"
 
-    split: str = option("of a refs(...).p; a json holds one split, which this names", default="val")
-    refs: Path | None = option("refs(umd).p, a json in COCO's layout or json lines, wherever it is", default=None)
-    instances: Path | None = option("instances.json of the data set, wherever it is", default=None)
-    images: Path | None = option("folder of the images, wherever it is", default=None)
-    grouping: str = option("of the references: object or expression", default="object")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("grouping", self.grouping, tuple(GROUPINGS))
+    split: str = "val"
+    """Split of a refs(...).p; a json holds one split, which this names."""
+    refs: Path | None = None
+    """refs(umd).p, a json in COCO's layout or json lines, wherever it is."""
+    instances: Path | None = None
+    """instances.json of the data set, wherever it is."""
+    images: Path | None = None
+    """Folder of the images, wherever it is."""
+    grouping: Literal["object", "expression"] = "object"
+    """How references are grouped: those of an object together, or each expression by itself."""
 
     @property
     def _files(self) -> RefCocogFiles:

@@ -19,7 +19,7 @@ from regiongpt.data.convert.values import (
 )
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
-from regiongpt.evaluate.tasks.scoring import find_file, find_folder
+from regiongpt.evaluate.tasks.scoring import find
 from regiongpt.regions import MAX_COORDINATE
 
 REFS = ("refcocog/refs(umd).p", "refs(umd).p", "refcocog/refs(google).p", "refs(google).p")
@@ -53,10 +53,10 @@ class RefCocogFiles:
     """
 
     def __init__(self, data: Path, refs: Path | None, instances: Path | None, images: Path | None) -> None:
-        self.refs = find_file(refs, data, REFS, "the expressions", "refs")
+        self.refs = find(refs, data, REFS, "expressions", "refs")
         self.instances: Path | None = None
         if self.refs.suffix == ".p" or instances is not None:
-            self.instances = find_file(instances, data, INSTANCES, "the objects", "instances")
+            self.instances = find(instances, data, INSTANCES, "objects", "instances")
         self._data, self._images = data, images
 
     @property
@@ -76,7 +76,7 @@ class RefCocogFiles:
     @property
     def folder(self) -> Path:
         """Of the images."""
-        return find_folder(self._images, self._data, FOLDERS, "the images", "images")
+        return find(self._images, self._data, FOLDERS, "images", "images", file=False)
 
     def objects(self, split: str, rejects: Rejects) -> list[Referred]:
         """The objects of a split, in the order of the file.

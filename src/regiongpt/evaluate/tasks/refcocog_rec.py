@@ -3,31 +3,30 @@
 Paper: §4.3, Table 5
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import ClassVar, Final
 
-from regiongpt.data.convert.base import option
+from pydantic import Field
+
 from regiongpt.data.convert.images import known_size
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
-from regiongpt.evaluate.metrics.overlap import ENOUGH, overlaps
+from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
-from regiongpt.evaluate.tasks.choosing import READS, RULES, choice_statistics, choices_of, chosen, measured
-from regiongpt.evaluate.tasks.proposals import Box, candidates_of, read_proposals
+from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
+from regiongpt.evaluate.tasks.choosing import READS, RULES, choice_statistics, choices_of, chosen
+from regiongpt.evaluate.tasks.proposals import candidates_of, read_proposals
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogFiles, each_expression
 from regiongpt.evaluate.tasks.scoring import (
-    SIZES,
-    by_group,
-    find_file,
+    box_area,
+    figures,
+    find,
     images_of,
     limited,
-    mean_figure,
-    missing_notes,
+    means_by_group,
+    notes_of,
     rows_of,
     size_name,
 )
@@ -38,7 +37,6 @@ INJECTED: Final = "ground truth injected"
 BARE: Final = "without injection"
 
 
-@dataclass(frozen=True, kw_only=True)
 class RefCocogRec(Task):
     """One question an expression, among the proposals for its image.
 
@@ -57,22 +55,26 @@ class RefCocogRec(Task):
     }
     paper_source: ClassVar[str] = "Table 5, RefCOCOg val (test: 86.96), ground truth injected; proposals not published"
 
-    split: str = option("of a refs(...).p; a json holds one split, which this names", default="val")
-    proposals: Path | None = option("json array of detections: image_id, bbox (x, y, w, h), score", default=None)
-    refs: Path | None = option("refs(umd).p, a json in COCO's layout or json lines, wherever it is", default=None)
-    instances: Path | None = option("instances.json of the data set, wherever it is", default=None)
-    images: Path | None = option("folder of the images, wherever it is", default=None)
-    top: int = option("most proposals an image, the best by score; 0 for all", default=20)
-    min_score: float = option("least score of a proposal; 0 for all", default=0.0)
-    guided: bool = option("end the question with the template of the answer", default=True)
-    choices: bool = option("score all candidates too", default=True)
-    calls: bool = option("ask of each candidate by itself, too, how likely it is called so", default=True)
-
-    def __post_init__(self) -> None:
-        if self.top < 0:
-            raise ConfigError(f"top: expected 0 or more, got {self.top}")
-        if not math.isfinite(self.min_score):
-            raise ConfigError(f"min_score: expected a finite number, got {self.min_score}")
+    split: str = "val"
+    """Split of a refs(...).p; a json holds one split, which this names."""
+    proposals: Path | None = None
+    """Json array of detections: image_id, bbox (x, y, w, h), score."""
+    refs: Path | None = None
+    """refs(umd).p, a json in COCO's layout or json lines, wherever it is."""
+    instances: Path | None = None
+    """instances.json of the data set, wherever it is."""
+    images: Path | None = None
+    """Folder of the images, wherever it is."""
+    top: int = Field(default=20, ge=0)
+    """Most proposals an image, the best by score; 0 for all."""
+    min_score: float = 0.0
+    """Least score of a proposal; 0 for all."""
+    guided: bool = True
+    """End the question with the template of the answer."""
+    choices: bool = True
+    """Score all candidates too."""
+    calls: bool = True
+    """Ask of each candidate by itself, too, how likely it is called so."""
 
     @property
     def split_read(self) -> str:
@@ -86,13 +88,13 @@ class RefCocogRec(Task):
     @property
     def _proposals(self) -> Path:
         names = [f"proposals_{self.split}.json", "proposals.json"]
-        return find_file(self.proposals, self.data, names, "the proposals", "proposals")
+        return find(self.proposals, self.data, names, "proposals", "proposals")
 
     def inputs(self) -> list[Path]:
         """Expressions, objects and proposals."""
         return [*self._files.inputs, self._proposals]
 
-    def load(self) -> list[Item]:
+    def items(self) -> list[Item]:
         """One item an expression, in the order of the file."""
         self.left_out.counts.clear()
         files = self._files
@@ -119,12 +121,12 @@ class RefCocogRec(Task):
                     choices=choices_of(len(boxes)) if self.choices else (),
                     expression=text if self.calls else "",
                     truth=region_answer(int(agreement.argmax()) + 1),
-                    groups={"size": size_name(_area(each.box)), "injected": "yes" if lacking else "no"},
+                    groups={"size": size_name(box_area(each.box)), "injected": "yes" if lacking else "no"},
                     detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes), "expression": text},
                 )
             )
         if not items:
-            raise DataError(f"{files.refs}: expected expressions, found none; {self.left_out.summary()}")
+            raise DataError(f"{files.refs}: no expressions; {self.left_out.summary()}")
         return limited(items, self.limit)
 
     def score(
@@ -134,7 +136,7 @@ class RefCocogRec(Task):
         injected = [bool(item.detail["injected"]) for item in items]
         share = mean_statistic(images_of(items), [float(each) for each in injected])
         statistics: dict[str, dict[str, Statistic]] = {}
-        rights: dict[str, list[float | None]] = {}
+        rights: dict[str, list[float]] = {}
         for protocol, picked in chosen(items, answers).items():
             right = [number in item.detail["right"] for item, number in zip(items, picked, strict=True)]
             for variant in (INJECTED, BARE):
@@ -145,13 +147,11 @@ class RefCocogRec(Task):
                     del statistics[name]["chance"]
                 else:
                     statistics[name]["injected_share"] = share
-                rights[f"{name}.accuracy"] = [float(ok) for ok in kept]
-        notes = missing_notes(items, answers, self.item_id)
-        if self.left_out.counts:
-            notes.append(self.left_out.summary())
-        notes.append(
+                rights[name] = [float(ok) for ok in kept]
+        candidates = sum(len(item.regions) for item in items) / len(items)
+        note = (
             f"{sum(injected)} of {len(items)} questions had no candidate with an overlap of {ENOUGH}; "
-            f"{_mean([len(item.regions) for item in items]):.1f} candidates a question on average"
+            f"{candidates:.1f} candidates a question on average"
         )
         these = f"at most {self.top} an image" if self.top else "all"
         if self.min_score:
@@ -166,28 +166,11 @@ class RefCocogRec(Task):
                 f"variant {INJECTED}": "the object's box is added where no candidate overlaps it enough",
                 f"variant {BARE}": "the same questions, of which those count as wrong",
             },
-            protocols=measured(statistics, len(items), resamples, seed),
-            breakdowns={name: _breakdowns(items, rights[f"{name}.accuracy"]) for name in statistics},
-            rows=rows_of(items, answers, rights),
-            notes=tuple(notes),
+            protocols={name: figures(each, len(items), resamples, seed) for name, each in statistics.items()},
+            breakdowns={
+                name: means_by_group(items, ("size", "injected"), {"accuracy": each}) for name, each in rights.items()
+            },
+            rows=rows_of(items, answers, {f"{name}.accuracy": each for name, each in rights.items()}),
+            notes=(*notes_of(self, items, answers), note),
             statistics=statistics,
         )
-
-
-def _mean(values: Sequence[float]) -> float:
-    """The mean of at least one number."""
-    return sum(values) / len(values)
-
-
-def _area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def _breakdowns(items: Sequence[Item], right: Sequence[float | None]) -> dict[str, dict[str, Mapping[str, Figure]]]:
-    scores = [each or 0.0 for each in right]
-
-    def measure(places: list[int]) -> dict[str, Figure]:
-        return {"accuracy": mean_figure(items, scores, places)}
-
-    order = [name for name, _ in SIZES]
-    return {"size": by_group(items, "size", measure, order), "injected": by_group(items, "injected", measure)}

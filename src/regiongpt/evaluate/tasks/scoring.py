@@ -1,4 +1,4 @@
-"""What the tasks share: finding files, figures with intervals, rows of items, what is said of missing answers."""
+"""What the tasks share: finding files, figures with intervals, rows of items, notes on missing answers."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -6,57 +6,47 @@ from typing import Any, Final
 
 import numpy as np
 
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, interval, mean_statistic
 from regiongpt.evaluate.metrics.detection import PrecisionStatistic
-from regiongpt.evaluate.task import Answer, Figure, Item, Table
+from regiongpt.evaluate.task import Answer, Figure, Item, Table, Task
 
 SIZES: Final = (("small", 32.0**2), ("medium", 96.0**2), ("large", float("inf")))
 """COCO's sizes of objects: name, and the area in px^2 below which it applies."""
 MOST_PRECISIONS: Final = 200
 """Most resamples of an average precision, of which each costs as much as matching a whole set."""
-_NAMED = 10
 
 
-def find_file(given: Path | None, folder: Path, names: Iterable[str], what: str, flag: str) -> Path:
-    """The file given, or the first of the names that is in the folder.
+def find(given: Path | None, folder: Path, names: Iterable[str], what: str, flag: str, *, file: bool = True) -> Path:
+    """The path given, or the first of the names that is in the folder.
 
-    Raises:
-        DataError: There is none.
-    """
-    tried = [Path(given)] if given is not None else [Path(folder) / name for name in names]
-    for path in tried:
-        if path.is_file():
-            return path
-    raise DataError(f"expected {what} at {' or '.join(map(str, tried))}, found none; check the path, or give --{flag}")
-
-
-def find_folder(given: Path | None, folder: Path, names: Iterable[str], what: str, flag: str) -> Path:
-    """The folder given, or the first of the names that is in ``folder``.
+    Args:
+        given: What the person has named; None to look for the names.
+        folder: That they are looked for in.
+        names: Relative to it.
+        what: For the message: ``"the images"``.
+        flag: The option that names it.
+        file: Whether a file is wanted, not a folder.
 
     Raises:
         DataError: There is none.
     """
-    tried = [Path(given)] if given is not None else [Path(folder) / name for name in names]
+    tried = [given] if given is not None else [folder / name for name in names]
     for path in tried:
-        if path.is_dir():
+        if path.is_file() if file else path.is_dir():
             return path
-    raise DataError(f"expected {what} in {' or '.join(map(str, tried))}, found none; check the path, or give --{flag}")
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Raises ConfigError where an option is none of its values."""
-    if value not in known:
-        raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    raise DataError(f"found no {what} at {' or '.join(map(str, tried))}; check the path, or give --{flag}")
 
 
 def limited(items: Sequence[Item], limit: int) -> list[Item]:
     """The items of the first ``limit`` images that are asked about; all for 0."""
-    if limit < 0:
-        raise ConfigError(f"limit: expected 0 or more, got {limit}")
-    kept = dict.fromkeys(item.image_id for item in items)
-    first = set(list(kept)[: limit or None])
+    first = set(list(dict.fromkeys(item.image_id for item in items))[: limit or None])
     return [item for item in items if item.image_id in first]
+
+
+def given(items: Sequence[Item], answers: Mapping[str, Answer], kind: str) -> list[Any]:
+    """The ``text``, ``probability``, ``scores`` or ``called`` of each item's answer; None where there is none."""
+    return [getattr(answers[item.id], kind) if item.id in answers else None for item in items]
 
 
 def figure(statistic: Statistic, of: int, resamples: int, seed: int) -> Figure:
@@ -66,12 +56,12 @@ def figure(statistic: Statistic, of: int, resamples: int, seed: int) -> Figure:
         return Figure(value=None, of=of)
     count = min(resamples, MOST_PRECISIONS) if isinstance(statistic, PrecisionStatistic) else resamples
     ends = interval(statistic, count, seed) if count and len(statistic.clusters) > 1 else None
-    return Figure(value=value, of=of, interval=ends)
+    return Figure(value=value, of=of, interval=None if ends is None or np.isnan(ends).any() else ends)
 
 
 def figures(statistics: Mapping[str, Statistic], of: int, resamples: int, seed: int) -> dict[str, Figure]:
-    """A figure of each statistic, all about the same items."""
-    return {name: figure(statistic, of, resamples, seed) for name, statistic in statistics.items()}
+    """A figure of each statistic, all about the same items; what chance would give has no interval."""
+    return {name: figure(each, of, 0 if name == "chance" else resamples, seed) for name, each in statistics.items()}
 
 
 def images_of(items: Sequence[Item]) -> list[Hashable]:
@@ -80,10 +70,7 @@ def images_of(items: Sequence[Item]) -> list[Hashable]:
 
 
 def by_group(
-    items: Sequence[Item],
-    key: str,
-    measure: Callable[[list[int]], Mapping[str, Figure]],
-    order: Sequence[str] = (),
+    items: Sequence[Item], key: str, measure: Callable[[list[int]], Mapping[str, Figure]], order: Sequence[str] = ()
 ) -> dict[str, Mapping[str, Figure]]:
     """Figures of the items of each group, those of ``order`` first, then the largest first.
 
@@ -101,53 +88,79 @@ def by_group(
     return {name: measure(places[name]) for name in names}
 
 
-def mean_figure(items: Sequence[Item], scores: Sequence[float], places: Sequence[int]) -> Figure:
-    """The mean score of the items at some places, without an interval."""
-    statistic = mean_statistic([items[k].image_id for k in places], [scores[k] for k in places])
-    return figure(statistic, len(places), 0, 0)
+def means_by_group(
+    items: Sequence[Item], keys: Sequence[str], scores: Mapping[str, Sequence[float | None]]
+) -> dict[str, dict[str, Mapping[str, Figure]]]:
+    """The mean of each of some scores, without an interval, by each way of grouping the items.
+
+    Args:
+        items: The items.
+        keys: Of the items' groups; those that no item has are left out.
+        scores: By figure, the score of each item.
+    """
+
+    def measure(places: list[int]) -> dict[str, Figure]:
+        return {
+            name: mean_figure([items[k].image_id for k in places], [values[k] or 0.0 for k in places])
+            for name, values in scores.items()
+        }
+
+    found = {key: by_group(items, key, measure, [name for name, _ in SIZES]) for key in keys}
+    return {key: groups for key, groups in found.items() if groups}
+
+
+def mean_figure(images: Sequence[Hashable], scores: Sequence[float]) -> Figure:
+    """The mean of some items' scores, without an interval."""
+    return figure(mean_statistic(images, scores), len(scores), 0, 0)
 
 
 def rows_of(
     items: Sequence[Item], answers: Mapping[str, Answer], scores: Mapping[str, Sequence[float | None]]
 ) -> tuple[dict[str, Any], ...]:
-    """One json object an item.
+    """One JSON object an item.
 
     Args:
         items: The items.
         answers: By item id.
         scores: By ``"protocol.figure"``, a number for each item, or None where the protocol says nothing of it.
     """
-    rows = []
-    for place, item in enumerate(items):
-        answer = answers.get(item.id)
-        rows.append(
-            {
-                "id": item.id,
-                "image_id": item.image_id,
-                "truth": item.truth,
-                "answer": answer.text if answer is not None else None,
-                "groups": dict(item.groups),
-                "missing": answer is None,
-                # Answers by number mean something beside the regions alone.
-                **({"regions": [region.to_dict() for region in item.regions]} if len(item.regions) > 1 else {}),
-                "scores": {name: values[place] for name, values in scores.items() if values[place] is not None},
-            }
-        )
-    return tuple(rows)
+    return tuple(
+        {
+            "id": item.id,
+            "image_id": item.image_id,
+            "truth": item.truth,
+            "answer": answers[item.id].text if item.id in answers else None,
+            "groups": dict(item.groups),
+            "missing": item.id not in answers,
+            # Answers by number mean something beside the regions alone.
+            **({"regions": [region.to_dict() for region in item.regions]} if len(item.regions) > 1 else {}),
+            "scores": {name: values[place] for name, values in scores.items() if values[place] is not None},
+        }
+        for place, item in enumerate(items)
+    )
 
 
-def missing_notes(items: Sequence[Item], answers: Mapping[str, Answer], what: str) -> list[str]:
-    """What there is to say of items without an answer."""
+def notes_of(task: Task, items: Sequence[Item], answers: Mapping[str, Answer]) -> list[str]:
+    """What there is to say of items without an answer, and of annotations that were not asked about."""
     missing = [item.id for item in items if item.id not in answers]
-    if not missing:
-        return []
-    return [f"{len(missing)} of {len(items)} items have no answer and count as wrong ({what}s {listed(missing)})"]
+    notes = []
+    if missing:
+        listing = f"{task.item_id}s {listed(missing)}"
+        notes.append(f"{len(missing)} of {len(items)} items have no answer and count as wrong ({listing})")
+    if task.left_out.counts:
+        notes.append(f"annotations not asked about: {task.left_out.summary()}")
+    return notes
 
 
-def listed(values: Sequence[object], most: int = _NAMED) -> str:
+def listed(values: Sequence[object], most: int = 10) -> str:
     """The first few of some values, and how many more there are."""
     shown = ", ".join(str(value) for value in values[:most])
     return f"{shown} and {len(values) - most} more" if len(values) > most else shown
+
+
+def box_area(box: Sequence[float]) -> float:
+    """The area of an xyxy box."""
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def size_name(area: float) -> str:

@@ -4,11 +4,9 @@ Paper: §4.2, Table 4
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
-from regiongpt.data.convert.base import option
 from regiongpt.data.convert.jsonstream import iter_array
 from regiongpt.data.convert.values import is_whole
 from regiongpt.data.convert.visual_genome import VisualGenomeConverter
@@ -16,7 +14,7 @@ from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.tasks.captioning import PROTOCOL, CaptionTask, Described
-from regiongpt.evaluate.tasks.scoring import check_choice, find_file, find_folder
+from regiongpt.evaluate.tasks.scoring import find
 
 GROUPINGS: Final = {
     "region": "each region is an item of its own, with its one phrase as the only reference",
@@ -24,7 +22,6 @@ GROUPINGS: Final = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
 class VisualGenomeCaption(CaptionTask):
     """One caption a region of the images of a split, which a file lists: papers use different ones."""
 
@@ -39,18 +36,18 @@ class VisualGenomeCaption(CaptionTask):
     }
     paper_source: ClassVar[str] = "Table 4, Visual Genome; the paper names neither split nor number of regions"
 
-    split: str = option("of the file of splits", default="test")
-    regions: Path | None = option("region_descriptions.json, wherever it is", default=None)
-    image_data: Path | None = option("image_data.json, wherever it is", default=None)
-    splits: Path | None = option(
-        "json of image ids by split, such as densecap_splits.json; without one, all images", default=None
-    )
-    images: Path | None = option("folder with VG_100K and VG_100K_2, wherever it is", default=None)
-    grouping: str = option("of the references: region or box", default="region")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("grouping", self.grouping, tuple(GROUPINGS))
+    split: str = "test"
+    """Split of the file of splits."""
+    regions: Path | None = None
+    """region_descriptions.json, wherever it is."""
+    image_data: Path | None = None
+    """image_data.json, wherever it is."""
+    splits: Path | None = None
+    """Json of image ids by split, such as densecap_splits.json; without one, all images."""
+    images: Path | None = None
+    """Folder with VG_100K and VG_100K_2, wherever it is."""
+    grouping: Literal["region", "box"] = "region"
+    """How references are grouped: each region by itself, or regions with the same box together."""
 
     @property
     def split_read(self) -> str:
@@ -60,8 +57,8 @@ class VisualGenomeCaption(CaptionTask):
     def inputs(self) -> list[Path]:
         """Regions, images' sizes and splits."""
         found = [
-            find_file(self.regions, self.data, ["region_descriptions.json"], "the regions", "regions"),
-            find_file(self.image_data, self.data, ["image_data.json"], "the images' sizes", "image-data"),
+            find(self.regions, self.data, ["region_descriptions.json"], "regions", "regions"),
+            find(self.image_data, self.data, ["image_data.json"], "sizes of images", "image-data"),
         ]
         return [*found, self.splits] if self.splits is not None else found
 
@@ -73,7 +70,7 @@ class VisualGenomeCaption(CaptionTask):
     def regions_described(self) -> list[Described]:
         """One a region or a box, by image and region id."""
         regions, image_data = self.inputs()[:2]
-        folder = find_folder(self.images, self.data, ["images", "."], "the images", "images")
+        folder = find(self.images, self.data, ["images", "."], "images", "images", file=False)
         wanted = _split_of(self.splits, self.split) if self.splits is not None else None
         reader = VisualGenomeConverter(
             images=folder, regions=regions, image_data=image_data, boxes_per_image=0, check_images=False
