@@ -60,8 +60,8 @@ $(VENV)/.python:
 	@touch $@
 
 # First and alone: whatever is resolved after it takes the release that is there.
-$(VENV)/.torch: $(VENV)/.python
-	$(PIP) $(TORCH)
+$(VENV)/.torch: $(VENV)/.python $(CONSTRAINTS)
+	$(PIP) $(PINNED) $(TORCH)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)

@@ -46,6 +46,7 @@ from regiongpt.inference.options import ClassifyOptions, Options
 from regiongpt.inference.quantization import to_int8, weight_bytes
 from regiongpt.inference.scheduler import Scheduler
 from regiongpt.model import weights
+from regiongpt.model.modeling import CACHE
 from regiongpt.prompts import COCO_80, question
 
 CLIP_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -141,11 +142,11 @@ class Bench:
             [engine.embed(scene, ids, rows, features) for features in engine.pool_each(scene, regions)]
         )
         cache = DynamicCache()
-        language_model(inputs_embeds=embeds[:1, :begin], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        language_model(inputs_embeds=embeds[:1, :begin], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(regions))
         ahead = embeds[:, begin:]
         for _ in range(self.tokens):
-            logits = language_model(inputs_embeds=ahead, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = language_model(inputs_embeds=ahead, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
             ahead = engine.model.get_input_embeddings()(logits[:, -1].argmax(-1))[:, None]
         self.cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 

@@ -88,7 +88,7 @@ def photograph(name: str) -> Path:
     """
     package = find_spec("skimage")
     if package is None or package.origin is None:
-        raise DataError("expected scikit-image, whose photographs are asked about; run: pip install 'regiongpt[demo]'")
+        raise DataError("expected scikit-image, whose photographs are asked about; run: pip install '.[demo]'")
     path = Path(package.origin).parent / "data" / f"{name}.png"
     if not path.exists():
         raise DataError(f"expected the photograph {path}; this release of scikit-image lacks it, install another")

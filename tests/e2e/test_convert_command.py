@@ -257,7 +257,7 @@ def test_without_the_libraries_it_says_which_extra_to_install(run, monkeypatch: 
         code, _, err = run(*command)
         assert code == 2
         assert "pyarrow" in err
-        assert "pip install 'regiongpt[data]'" in err
+        assert "pip install '.[data]'" in err
 
 
 def test_help_does_without_torch():

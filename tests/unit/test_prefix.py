@@ -14,6 +14,7 @@ from regiongpt.errors import ConfigError
 from regiongpt.inference.decoder import Decoder
 from regiongpt.inference.plain import PlainDecoder, decoder_for
 from regiongpt.inference.prefix import Prefix
+from regiongpt.model.modeling import CACHE
 
 WORDS = 90
 SHAPE = {
@@ -151,6 +152,9 @@ def test_a_shared_prefix_gives_the_logits_of_plain_passes(name):
 @pytest.mark.parametrize("name", COPYING)
 def test_a_model_that_cannot_share_gets_copies(name, caplog):
     decoder = decoder_for(language_model(*COPYING[name]))
+    if name.startswith("deepseek") and decoder.shares:  # before transformers 5.13 its cache holds plain keys
+        walk(decoder)
+        return
     assert isinstance(decoder, PlainDecoder)
     assert "gets a copy" in caplog.text
     walk(decoder)
@@ -256,4 +260,4 @@ def raise_in_forward(decoder: Decoder, words: Words) -> None:
 
 def test_a_cache_is_filled_by_its_decoder_alone(llama):
     with pytest.raises(RuntimeError, match=r"Decoder\.forward"):
-        llama.model(inputs_embeds=Words(llama.model)(2)[None], past_key_values=llama.cache(), use_cache=True)
+        llama.model(inputs_embeds=Words(llama.model)(2)[None], **{CACHE: llama.cache()}, use_cache=True)

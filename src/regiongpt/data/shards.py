@@ -407,5 +407,5 @@ def require_data_extra() -> None:
     if missing := [name for name in ("pyarrow", "datasets") if find_spec(name) is None]:
         raise ConfigError(
             f"expected the libraries that read and write records, but {', '.join(missing)} is missing; "
-            "install them: pip install 'regiongpt[data]'"
+            "install them: pip install '.[data]'"
         )

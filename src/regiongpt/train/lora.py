@@ -27,7 +27,7 @@ def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
     except ImportError as error:
-        raise ConfigError("lora: expected the library peft, found none; run: pip install 'regiongpt[train]'") from error
+        raise ConfigError("lora: expected the library peft, found none; run: pip install '.[train]'") from error
     linear = {name.rpartition(".")[2] for name, each in language_model.named_modules() if isinstance(each, nn.Linear)}
     wrong = [name for name in config.targets if name not in linear]
     if wrong:

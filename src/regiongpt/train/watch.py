@@ -76,7 +76,7 @@ class Watch:
     ) -> None:
         if tensorboard and find_spec("tensorboard") is None:
             raise ConfigError(
-                "watch.tensorboard: TensorBoard is not installed; `pip install 'regiongpt[train]'`, or leave it out: "
+                "watch.tensorboard: TensorBoard is not installed; `pip install '.[train]'`, or leave it out: "
                 "log.jsonl holds the same numbers"
             )
         self.name, self.folder, self.processes = name, folder, processes
