@@ -13,10 +13,10 @@ from PIL import Image
 from regiongpt.data.convert import CONVERTERS, jsonstream, load_converter
 from regiongpt.data.convert.base import Converter, convert
 from regiongpt.data.convert.coco import CocoConverter
-from regiongpt.data.convert.images import check_image, image_size
+from regiongpt.data.convert.images import check_image, known_size
 from regiongpt.data.convert.jsonstream import iter_array, iter_arrays
 from regiongpt.data.convert.lvis import LvisConverter
-from regiongpt.data.shards import RecordSet, Rejects
+from regiongpt.data.shards import Fault, RecordSet, Rejects
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.regions import Region
 
@@ -149,21 +149,23 @@ def test_images_are_checked_by_their_headers(tmp_path):
     good, broken = tmp_path / "a.png", tmp_path / "b.png"
     Image.new("RGB", (40, 20)).save(good)
     broken.write_bytes(b"\x89PNG\r\n")
-    assert check_image(good) is None
-    assert check_image(good, 40, 20) is None
-    assert check_image(good, 20, 40).kind == "image of another size"
-    assert check_image(tmp_path / "c.png").kind == "image file missing"
-    assert check_image(broken).kind == "unreadable image"
-    assert image_size(good) == (40, 20)
-    with pytest.raises(DataError, match=r"c\.png"):
-        image_size(tmp_path / "c.png")
+    assert check_image(good) == check_image(good, 40, 20) == known_size(good) == (40, 20)
+    for path, size, kind in (
+        (good, (20, 40), "image of another size"),
+        (tmp_path / "c.png", (), "image file missing"),
+        (broken, (), "unreadable image"),
+    ):
+        with pytest.raises(Fault, match=path.name) as caught:
+            check_image(path, *size)
+        assert caught.value.kind == kind
+    assert known_size(broken) is None
 
 
 def test_an_image_on_its_side_has_the_size_that_training_sees(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert image_size(tmp_path / "a.jpg") == (20, 40)
+    assert check_image(tmp_path / "a.jpg") == (20, 40)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_every_form_of_a_line(tmp_path):
 FAULTS = [
     ("{", "line that is not json", "expected a json object"),
     ("[]", "record of another format", "expected a json object, got []"),
-    (line(regons=[]), "unknown key", "got 'regons'; did you mean 'regions'?"),
+    (line(regons=[]), "unknown key", "'regons'; did you mean 'regions'?"),
     (line({**CHAT, "anwser": ""}), "unknown key", "did you mean 'answer'?"),
     (line({**CHAT, "answer": " "}), "record without a lesson", "turn 1: expected an answer, got an empty one"),
     (line({**CHAT, "question": " "}), "question empty", "turn 1"),
@@ -150,6 +150,8 @@ FAULTS = [
     (line(width=41, height=30), "image of another size", "41 x 30"),
     (line(image="b.png"), "image file missing", "b.png"),
     (line(image="../a.png"), "image outside the folder", "'../a.png'"),
+    (line(regions=[{**BOX, "category": "<region1>"}]), "placeholder in the text", "words alone"),
+    (line({"task": "presence", "category": "a <region of it", "answer": "No."}), "placeholder in the text", "words"),
     (line(image=""), "record without a lesson", "expected an image for the 1 region(s)"),
     (line(id=["a"]), "record of another format", "id: expected text or a whole number"),
     (line({**CHAT, "answer": "half \ud83d"}), "text that is not Unicode", "half of a pair"),
@@ -178,10 +180,10 @@ def test_ids_and_ends(tmp_path):
 
 def test_files_that_are_no_json_lines(tmp_path):
     made = write(tmp_path, ["<html>", "</html>"])
-    with pytest.raises(DataError, match=r"own\.jsonl: expected json lines, one object each, found no such line"):
+    with pytest.raises(DataError, match=r"own\.jsonl: no line is a json object"):
         run(made)
     made.data.unlink()
-    with pytest.raises(DataError, match=r"expected a file of json lines at .*own\.jsonl, got No such file"):
+    with pytest.raises(DataError, match=r"own\.jsonl: not a readable file of json lines: No such file"):
         run(made)
 
 
@@ -260,7 +262,7 @@ def test_faults_of_region_captions(tmp_path):
         "region that makes no sense": [described(region={"box": [50, 2, 60, 9]}), described(region=None)],
         "record of another format": [
             described(id=None),
-            described(width="40"),
+            described(width="wide"),
             described(category=3),
             described(height=0),
             [1],

@@ -22,10 +22,10 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from regiongpt.data.convert.images import Fault, check_image, known_size
+from regiongpt.data.convert.images import check_image, known_size
 from regiongpt.data.convert.jsonstream import TRUNCATED, iter_array, iter_arrays
-from regiongpt.data.convert.values import MALFORMED, clipped_box, image_fault, plain_text, short, unicode_fault, whole
-from regiongpt.data.shards import CROWD, Rejects
+from regiongpt.data.convert.values import MALFORMED, clipped_box, image_name, is_unicode, plain_text, short, whole
+from regiongpt.data.shards import CROWD, Fault, Rejects
 from regiongpt.errors import DataError, RegionError
 from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
 
@@ -74,7 +74,7 @@ def read_box(value: Any) -> tuple[float, float, float, float] | None:
 
 def number_of(identity: Any) -> int | None:
     """An id as a number: that of text which is none follows from its letters, from 2**62 on."""
-    if whole(identity) is None and isinstance(identity, str) and identity and not unicode_fault(identity):
+    if whole(identity) is None and isinstance(identity, str) and identity and is_unicode(identity):
         return int.from_bytes(blake2b(identity.encode(), digest_size=8).digest()) >> 2 | 1 << 62
     return whole(identity)
 
@@ -178,6 +178,13 @@ def _plain_rle(rle: dict[str, Any]) -> dict[str, Any]:
 # Which image an entry means
 
 
+def _is_below(path: str) -> bool:
+    try:
+        return bool(image_name(path))
+    except Fault:
+        return False
+
+
 def _ends(entry: Mapping[str, Any]) -> list[str]:
     """The last parts of an entry's address, at most two; Label Studio has addresses for file names."""
     address = next((text for key in ("coco_url", "file_name") if "/" in (text := str(entry.get(key) or ""))), "")
@@ -218,21 +225,21 @@ class ImageFinder:
         self._parts: tuple[str, ...] | None = None
         self._alike: Counter[str] | None = None
 
-    def find(self, entry: Mapping[str, Any]) -> str | Fault:
-        """The path below the folder, the likeliest name where no such file is there, or what is wrong."""
-        names = _names(entry, self._url_first)
-        fault = image_fault(names[0] if names else None)
-        if self._folder is None:
-            return fault or names[0]
-        if fault is None and os.path.isfile(os.path.join(self._folder, names[0])):
-            return names[0]
-        for candidate in self._candidates(entry, names):
-            if image_fault(candidate) is None:
+    def find(self, entry: Mapping[str, Any]) -> str:
+        """The path below the folder, the likeliest name where no such file is there.
+
+        Raises:
+            Fault: The entry has no name, or one that leaves the folder.
+        """
+        names = _names(entry, self._url_first) or [""]
+        if self._folder is not None:
+            for candidate in self._candidates(entry, names):
                 stem, suffix = os.path.splitext(candidate)
                 for path in dict.fromkeys((candidate, stem + suffix.lower(), stem + suffix.upper())):
-                    if os.path.isfile(os.path.join(self._folder, path)):
+                    if os.path.isfile(os.path.join(self._folder, path)) and _is_below(path):
                         return path
-        return fault or list(self._below(names[0]))[-1]
+            names = list(self._below(image_name(names[0])))
+        return image_name(names[-1 if self._folder is not None else 0])
 
     def _candidates(self, entry: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
         for name in names:
@@ -367,7 +374,10 @@ class InstancesFile:
         readers = {"images": self._read_image, "annotations": self._read_annotation, "categories": self._read_category}
         counts = dict.fromkeys(readers, 0)
         for key, entry in iter_arrays(path, tuple(readers), rejects):
-            readers[key](entry, counts[key])
+            try:
+                readers[key](entry)
+            except Fault as fault:
+                rejects.add(fault.kind, path, f"{key}[{counts[key]}]", fault.reason)
             counts[key] += 1
         if not self.names and rejects.counts[TRUNCATED] > breaks:
             if not official:
@@ -381,9 +391,6 @@ class InstancesFile:
     # -----------------------------------------------------------------------------------------------------------------
     # Entry by entry
 
-    def _add_fault(self, fault: Fault, record: object) -> None:
-        self._rejects.add(fault.kind, self.path, record, fault.reason)
-
     def _number(self, value: Any) -> int | None:
         number = number_of(value)
         if number is not None and number >> 62:
@@ -394,38 +401,35 @@ class InstancesFile:
         """An id as the file has it."""
         return self.texts.get(number, number)
 
-    def _read_category(self, entry: Any, place: int) -> None:
+    def _read_category(self, entry: Any) -> None:
         number = self._number(entry.get("id")) if isinstance(entry, dict) else None
         if number is None:
-            self._add_fault(Fault(MALFORMED, f"expected id and name, got {short(entry)}"), f"categories[{place}]")
-            return
+            raise Fault(MALFORMED, f"expected id and name, got {short(entry)}")
         name = plain_text(entry.get("name"), "category name")
-        if isinstance(name, Fault):
-            self._add_fault(name, f"category {number}")
-        elif self.names.setdefault(number, name) != name:
+        if self.names.setdefault(number, name) != name:
             raise DataError(
                 f"{self.path}: expected one name for category {number}, got {self.names[number]!r} and {name!r}; "
                 "give the file as it was released"
             )
-        elif (above := entry.get("supercategory")) in (None, "", "none"):
+        if (above := entry.get("supercategory")) in (None, "", "none"):
             self._roots.add(number)
         elif above != name:
             self._headings.add(str(above))
         self._frequency[number] = entry.get("frequency")
 
-    def _read_image(self, entry: Any, place: int) -> None:
+    def _read_image(self, entry: Any) -> None:
         number = self._number(entry.get("id")) if isinstance(entry, dict) else None
         if number is None:
-            self._add_fault(Fault(MALFORMED, f"expected an image's id, got {short(entry)}"), f"images[{place}]")
-        elif number in self._entries or number in self._known:
-            self._add_fault(Fault("duplicate id", "expected each image once, got it again"), f"image {number}")
-            if number in self._known:
-                self._left_out.add(number)
-        elif self._wanted is None or number in self._wanted:
+            raise Fault(MALFORMED, f"expected an image's id, got {short(entry)}")
+        if number in self._known:
+            self._left_out.add(number)
+        if number in self._entries or number in self._known:
+            raise Fault("duplicate id", f"expected each image once, got {self.name_of(number)} again")
+        if self._wanted is None or number in self._wanted:
             needed = ("width", "height", "file_name", "coco_url", *_LVIS)
             self._entries[number] = {key: entry[key] for key in needed if key in entry}
 
-    def _read_annotation(self, entry: Any, place: int) -> None:
+    def _read_annotation(self, entry: Any) -> None:
         try:
             ids: tuple[Any, ...] = (entry["id"], entry["image_id"], entry["category_id"])
             if not (type(ids[0]) is type(ids[1]) is type(ids[2]) is int and 0 <= min(ids) <= max(ids) < 1 << 63):
@@ -441,12 +445,11 @@ class InstancesFile:
             if box is None or crowd is None or None in ids:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            reason = (
+            raise Fault(
+                MALFORMED,
                 "expected id, image_id, category_id, a bbox of four numbers or a segmentation and, if any, iscrowd 0 "
-                f"or 1, got {short(entry)}"
-            )
-            self._add_fault(Fault(MALFORMED, reason), f"annotations[{place}]")
-            return
+                f"or 1, got {short(entry)}",
+            ) from None
         index = len(self._ids)
         self._ids.append(ids[0])
         self._image_ids.append(ids[1])
@@ -456,8 +459,7 @@ class InstancesFile:
         self._areas.append(area if type(area) in (int, float) and 0 < area < math.inf else math.nan)
         self._crowd.append(crowd and self._crowds != "take")
         for fault in mask.faults:
-            then = "the object is left out" if self._shapes == "mask" else "its box is kept"
-            self._add_fault(fault if fault.kind == _THIN else Fault(fault.kind, f"{fault.reason}; {then}"), ids[0])
+            self._leave_out(index, fault.kind, fault.reason if fault.kind == _THIN else f"{fault.reason}; {self._then}")
         kind = _FAULTY if not mask.sound else _POLYGON if mask.rings else _RLE if mask.rle else _NONE
         if mask.rle is not None:
             # Without masks only their size is held against the image's.
@@ -507,12 +509,11 @@ class InstancesFile:
         finder = ImageFinder(list(self._entries.values()), self._folder, self._url_first or is_lvis)
         frames: dict[int, tuple[int, int, str]] = {}
         for number, entry in self._entries.items():
-            found = self._frame(entry, finder.find(entry))
-            if isinstance(found, Fault):
+            try:
+                frames[number] = self._frame(entry, finder)
+            except Fault as fault:
                 self._left_out.add(number)
-                self._add_fault(found, f"image {self.name_of(number)}")
-            else:
-                frames[number] = found
+                self._rejects.add(fault.kind, self.path, f"image {self.name_of(number)}", fault.reason)
         self.federated: dict[str, Any] | None = None
         frequency = {number: self._frequency.get(number) for number in self.names}
         if is_lvis and set(frequency.values()) <= {"r", "c", "f"}:
@@ -524,25 +525,21 @@ class InstancesFile:
         self.heights = np.array([frame[1] for frame in ordered], np.int64)
         self.paths = [frame[2] for frame in ordered]
 
-    def _frame(self, entry: Mapping[str, Any], path: str | Fault) -> tuple[int, int, str] | Fault:
-        """Width, height and path of an image, or what is wrong with it."""
+    def _frame(self, entry: Mapping[str, Any], finder: ImageFinder) -> tuple[int, int, str]:
+        """Width, height and path of an image; Fault where it cannot be used."""
         given = entry.get("width"), entry.get("height")
         width, height = map(whole, given)
         if given != (None, None) and not (width and height and max(width, height) < 1 << 31):
-            return Fault(
-                "image without size", f"expected width and height, got {short(given[0])} and {short(given[1])}"
-            )
-        if isinstance(path, Fault):
-            return path
+            raise Fault("image without size", f"expected width and height, got {short(given)}")
+        path = finder.find(entry)
         file = None if self._folder is None else self._folder / path
-        if file is not None and self._check == "missing" and not file.is_file():
-            return Fault("image file missing", f"expected an image at {file}, found none")
-        if file is not None and self._check == "size" and (fault := check_image(file, width, height)):
-            return fault
+        if file is not None and self._check == "size":
+            width, height = check_image(file, width, height)
+        elif file is not None and self._check == "missing" and not file.is_file():
+            raise Fault("image file missing", f"expected an image at {file}, found none")
         if not (width and height):
-            measured = known_size(file) if file is not None else None
-            if measured is None:
-                return Fault("image without size", "expected width and height, or an image that can be measured")
+            if file is None or (measured := known_size(file)) is None:
+                raise Fault("image without size", "expected width and height, or an image that can be measured")
             width, height = measured
         return width, height, path
 
@@ -558,19 +555,33 @@ class InstancesFile:
         given = _column(self._boxes).reshape(-1, 4)
         boxes, bad_box = self._clip(given, places, absent)
         for k in self._boxless:
-            bad_box[k] |= not absent[k] and self._rle[k].get("size") != [*self._size(places[k])][::-1]
+            bad_box[k] |= not absent[k] and not self._fits(k, places)
         bad = absent | repeated | unnamed | bad_box
         for k in np.flatnonzero(bad).tolist():
-            fault = self._fault(k, bool(absent[k]), bool(repeated[k]), bool(unnamed[k]), places)
-            self._add_fault(fault, self.name_of(int(ids[k])))
+            image, category = self.name_of(self._image_ids[k]), self.name_of(self._category_ids[k])
+            if absent[k] and self._image_ids[k] in self._left_out:
+                self._leave_out(k, "annotation of an image left out", f"expected a usable image, got {image}")
+            elif absent[k]:
+                self._leave_out(k, "annotation of an absent image", f"expected an image of the file, got {image}")
+            elif repeated[k]:
+                self._leave_out(k, "duplicate id", "expected each annotation once, got its id again")
+            elif unnamed[k]:
+                self._leave_out(k, "unknown category", f"expected a category of the file, got {category}")
+            elif k in self._boxless:
+                self._leave_out(k, "RLE of another size", "expected the size of its image, or a bbox")
+            else:
+                with self._rejects.noting(self.path, self.name_of(self._ids[k])):
+                    clipped_box(given[k].tolist(), *self._size(places[k]))
+                    # Rounding of the columns and of single numbers differ by the last bit.
+                    raise Fault(
+                        "box outside the image", f"expected an area in its image, got {short(given[k].tolist())}"
+                    )
         self.faulty = set(ids[bad & ~absent].tolist())
         crowd = _column(self._crowd) != 0
         areas = _column(self._areas)
         self.groups: list[tuple[int, int, list[float], float]] = []
         for k in np.flatnonzero(crowd & ~bad).tolist() if self._crowds == "leave out" else ():
-            self._add_fault(
-                Fault(CROWD, "expected one object, got a group; --crowds takes it"), self.name_of(int(ids[k]))
-            )
+            self._leave_out(k, CROWD, "expected one object, got a group; --crowds takes it")
             self.groups.append((int(image_ids[k]), int(categories[k]), given[k].tolist(), float(areas[k])))
         self._mask_kinds = _column(self._mask).copy()
         kept = np.flatnonzero(~bad & ~crowd if self._crowds == "leave out" else ~bad)
@@ -580,16 +591,23 @@ class InstancesFile:
             self._check_polygons(kept, places)
         if self._shapes == "mask":
             for k in kept[self._mask_kinds[kept] == _NONE].tolist():
-                reason = "expected a mask, got a box alone; convert boxes, or both"
-                self._add_fault(Fault("object without a mask", reason), self.name_of(int(ids[k])))
+                self._leave_out(k, "object without a mask", "expected a mask, got a box alone; convert boxes, or both")
             kept = kept[np.isin(self._mask_kinds[kept], (_POLYGON, _RLE))]
         kept = kept[np.lexsort((ids[kept], places[kept]))]
         self._kept = kept
         self.ids, self.places, self.categories, self.boxes = ids[kept], places[kept], categories[kept], boxes[kept]
         self.areas, self.crowd = areas[kept], crowd[kept]
 
+    def _leave_out(self, k: int, kind: str, reason: str) -> None:
+        self._rejects.add(kind, self.path, self.name_of(self._ids[k]), reason)
+
     def _size(self, place: int) -> tuple[int, int]:
         return int(self.widths[place]), int(self.heights[place])
+
+    def _fits(self, k: int, places: Indices) -> bool:
+        """Whether RLE has the size of its image."""
+        width, height = self._size(places[k])
+        return bool(self._rle[k].get("size") == [height, width])
 
     def _clip(
         self, given: NDArray[np.float64], places: Indices, absent: NDArray[np.bool_]
@@ -604,45 +622,26 @@ class InstancesFile:
             bad |= ~(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) >= MIN_AREA)
         return boxes, bad & ~absent
 
-    def _fault(self, k: int, absent: bool, repeated: bool, unnamed: bool, places: Indices) -> Fault:
-        """Why annotation ``k`` is left out."""
-        if absent:
-            number = self._image_ids[k]
-            if number in self._left_out:
-                return Fault("annotation of an image left out", f"expected a usable image, got {self.name_of(number)}")
-            return Fault("annotation of an absent image", f"expected an image of the file, got {self.name_of(number)}")
-        if repeated:
-            return Fault("duplicate id", "expected each annotation once, got its id again")
-        if unnamed:
-            number = self._category_ids[k]
-            return Fault("unknown category", f"expected a category of the file, got {self.name_of(number)}")
-        width, height = self._size(places[k])
-        if k in self._boxless:
-            reason = f"expected the size {[height, width]} of its image (H, W), got {short(self._rle[k].get('size'))}"
-            return Fault("RLE of another size", f"{reason}; it has no box")
-        x, y, w, h = box = self._boxes[4 * k : 4 * k + 4].tolist()
-        clipped = clipped_box(x, y, w, h, width, height)
-        if isinstance(clipped, Fault):
-            return clipped
-        reason = f"expected at least {MIN_AREA} px^2 within {width} x {height} pixels, got {short(box)} (x, y, w, h)"
-        return Fault("box outside the image", reason)
-
-    def _add_mask_fault(self, k: int, kind: str, reason: str) -> None:
-        then = "the object is left out" if self._shapes == "mask" else "its box is kept"
+    def _spoil_mask(self, k: int, kind: str, reason: str) -> None:
+        """Tells that an object has no mask that can be used."""
         self._mask_kinds[k] = _FAULTY
-        self._add_fault(Fault(kind, f"{reason}; {then}"), self.name_of(self._ids[k]))
+        self._leave_out(k, kind, f"{reason}; {self._then}")
+
+    @property
+    def _then(self) -> str:
+        return "the object is left out" if self._shapes == "mask" else "its box is kept"
 
     def _check_rle(self, kept: Indices, places: Indices) -> None:
         for k in kept[self._mask_kinds[kept] == _RLE].tolist():
-            rle, (width, height) = self._rle[k], self._size(places[k])
-            if rle.get("size") != [height, width]:
-                reason = f"expected the size {[height, width]} of its image (H, W), got {short(rle.get('size'))}"
-                self._add_mask_fault(k, "RLE of another size", reason)
+            if not self._fits(k, places):
+                size = [*self._size(places[k])][::-1]
+                got = short(self._rle[k].get("size"))
+                self._spoil_mask(k, "RLE of another size", f"expected the size {size} of its image (H, W), got {got}")
             elif self._shapes != "box":
                 try:
-                    Region.rle(rle).check(width, height, "mask")
+                    Region.rle(self._rle[k]).check(*self._size(places[k]), "mask")
                 except RegionError as error:
-                    self._add_mask_fault(k, _NO_SENSE, str(error))
+                    self._spoil_mask(k, _NO_SENSE, str(error))
 
     def _check_polygons(self, kept: Indices, places: Indices) -> None:
         """Finds polygons without area in their image: many at a time, and one by one where that leaves a doubt."""
@@ -665,7 +664,7 @@ class InstancesFile:
                 try:
                     Region.polygon(self._rings(k)).check(*self._size(places[k]), "polygon")
                 except RegionError as error:
-                    self._add_mask_fault(k, _NO_SENSE, str(error))
+                    self._spoil_mask(k, _NO_SENSE, str(error))
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is asked for
@@ -705,20 +704,17 @@ def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> 
     for path in paths:
         apart, before = 0, len(seen)
         for place, entry in enumerate(iter_array(path, "annotations", rejects)):
-            known = entry if isinstance(entry, dict) else {}
-            number, image = number_of(known.get("id")), number_of(known.get("image_id"))
-            text = plain_text(known.get("caption"), "caption")
-            if number is None or image is None:
-                reason = f"expected id, image_id and caption, got {short(entry)}"
-                rejects.add(MALFORMED, path, f"annotations[{place}]", reason)
-            elif image not in images:
-                apart += 1
-                rejects.add("caption of an absent image", path, number, f"expected a usable image, got {image}")
-            elif number in seen:
-                rejects.add("duplicate id", path, number, "expected each caption once, got its id again")
-            elif isinstance(text, Fault):
-                rejects.add(text.kind, path, number, text.reason)
-            else:
+            with rejects.noting(path, f"annotations[{place}]"):
+                known = entry if isinstance(entry, dict) else {}
+                number, image = number_of(known.get("id")), number_of(known.get("image_id"))
+                if number is None or image is None:
+                    raise Fault(MALFORMED, f"expected id, image_id and caption, got {short(entry)}")
+                if image not in images:
+                    apart += 1
+                    raise Fault("caption of an absent image", f"expected a usable image, got {entry['image_id']}")
+                if number in seen:
+                    raise Fault("duplicate id", f"expected each caption once, got {entry['id']} again")
+                text = plain_text(known.get("caption"), "caption")
                 seen.add(number)
                 captions.setdefault(image, []).append((number, text))
         if apart and images and len(seen) == before:

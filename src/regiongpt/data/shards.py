@@ -11,7 +11,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
@@ -64,6 +64,19 @@ def schema() -> Any:
     )
 
 
+class Fault(DataError):
+    """Why a record cannot be used.
+
+    Args:
+        kind: A few words that are the same for all such faults: ``"box without size"``.
+        reason: What was expected and what came.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind, self.reason = kind, reason
+
+
 class Rejects:
     """What a conversion could not use, by kind: one line of json each, with file, record and reason.
 
@@ -80,10 +93,10 @@ class Rejects:
         self._file = path.open("w", encoding="utf-8", errors="backslashreplace") if path is not None else None
 
     def add(self, kind: str, file: str | Path, record: object, reason: str) -> None:
-        """Counts one record that is left out.
+        """Count one record that is left out.
 
         Args:
-            kind: Of fault, a few words that are the same for all of it: ``"box without size"``.
+            kind: Of :class:`Fault`.
             file: That holds the record.
             record: Its id, or its place in the file.
             reason: What was expected and what came.
@@ -99,6 +112,14 @@ class Rejects:
         if self._file is not None:
             line = {"kind": kind, "file": name, "record": str(record), "reason": reason}
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    @contextmanager
+    def noting(self, file: str | Path, record: object) -> Iterator[None]:
+        """Count what a :class:`Fault` inside the block is about, and go on behind it."""
+        try:
+            yield
+        except Fault as fault:
+            self.add(fault.kind, file, record, fault.reason)
 
     def close(self) -> None:
         """Close the file; DataError where the disk is full."""

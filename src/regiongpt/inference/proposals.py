@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from regiongpt.data.convert.images import Fault
 from regiongpt.data.convert.values import MALFORMED, clipped_box, is_number, short, whole
 from regiongpt.data.instances import crowd_hint, entry_of, is_crowd, number_of, read_box, read_mask
-from regiongpt.data.shards import CROWD, Rejects
+from regiongpt.data.shards import CROWD, Fault, Rejects
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.regions import KINDS, Region
 from regiongpt.storage import read_json, reason
@@ -81,12 +80,11 @@ def read_proposals(
     found, reasons = [], []
     for index, entry in _of_image(_opened(file), image, image_id, (width, height)):
         place = f"{file.name}[{index}]"
-        proposal = _proposal(entry, place, width, height, crowds)
-        if isinstance(proposal, Fault):
-            reasons.append(f"{place}: {proposal.reason}".replace(f"{place}: {place}", place))
-            rejects.add(proposal.kind, file, index, proposal.reason)
-        else:
-            found.append(proposal)
+        try:
+            found.append(_proposal(entry, place, width, height, crowds))
+        except Fault as fault:
+            reasons.append(f"{place}: {fault.reason}")
+            rejects.add(fault.kind, file, index, fault.reason)
     if not found:
         why = f"no region can be used: {reasons[0]}{crowd_hint(rejects)}" if reasons else "an empty list of regions"
         raise DataError(f"{file.name}: {why}")
@@ -266,48 +264,41 @@ def _guess(file: _File, image: str | Path | None) -> Any:
     )
 
 
-def _proposal(entry: Any, place: str, width: int, height: int, crowds: bool) -> Proposal | Fault:
+def _proposal(entry: Any, place: str, width: int, height: int, crowds: bool) -> Proposal:
     if not isinstance(entry, Mapping):
-        return Fault(MALFORMED, f"expected an object with a region, got {type(entry).__name__}")
+        raise Fault(MALFORMED, f"expected an object with a region, got {type(entry).__name__}")
     score = entry.get("score")
     if score is not None and not is_number(score):
-        return Fault("score that is no number", f"expected a score as a finite number, got {short(score)}")
+        raise Fault("score that is no number", f"expected a score as a finite number, got {short(score)}")
     if is_crowd(entry.get("iscrowd")) and not crowds:
-        return Fault(CROWD, "expected one object, got a group; --crowds takes it")
+        raise Fault(CROWD, "expected one object, got a group; --crowds takes it")
     try:
-        region = _region(entry, place, width, height)
-        if isinstance(region, Region):
-            region.check(width, height, place)
+        region = _region(entry, width, height).check(width, height)
     except RegionError as error:
-        return Fault("region that makes no sense", str(error))
-    if isinstance(region, Fault):
-        return region
+        raise Fault("region that makes no sense", str(error)) from None
     return Proposal(region=region, score=None if score is None else float(score), place=place)
 
 
-def _region(entry: Mapping[str, Any], place: str, width: int, height: int) -> Region | Fault:
-    if isinstance(entry.get("region"), Mapping):
-        return Region.from_dict(entry["region"], place)
-    own = {key: entry[key] for key in (*KINDS, "radius", "width") if key in entry}
-    if own.keys() & set(KINDS):
-        if "scribble" not in own:
-            own.pop("width", None)  # of the image, where it stands beside another kind
-        return Region.from_dict(own, place)
+def _region(entry: Mapping[str, Any], width: int, height: int) -> Region:
+    own = entry.get("region", {key: entry[key] for key in (*KINDS, "radius", "width") if key in entry})
+    if isinstance(own, Mapping) and own.keys() & set(KINDS):
+        # A width beside anything but a scribble is the image's.
+        return Region.from_dict({key: own[key] for key in own if key != "width" or "scribble" in own})
     mask, box = read_mask(entry.get("segmentation")), read_box(entry.get("bbox"))
     if mask.rle is not None and mask.rle.get("size") != [height, width]:
-        return Fault("RLE of another size", f"expected the size {[height, width]} of the image (H, W), {width} x "
-                     f"{height} pixels, got {short(mask.rle.get('size'))}")  # fmt: skip
+        got = f"of the image (H, W), {width} x {height} pixels, got {short(mask.rle.get('size'))}"
+        raise Fault("RLE of another size", f"expected the size {[height, width]} {got}")
     try:
         if (region := mask.region()) is not None:
-            return region.check(width, height, place)
+            return region.check(width, height)
     except RegionError:
         if box is None:
             raise
     if box is not None:
-        clipped = clipped_box(*box, width, height)
-        return clipped if isinstance(clipped, Fault) else Region.box(box[0], box[1], box[0] + box[2], box[1] + box[3])
+        clipped_box(box, width, height)
+        return Region.box(box[0], box[1], box[0] + box[2], box[1] + box[3])
     if mask.faults:
-        return mask.faults[0]
+        raise mask.faults[0]
     keys = ", ".join(map(repr, list(entry)[:6])) or "none"
-    return Fault(MALFORMED, f"expected a bbox [x, y, width, height] in numbers, a segmentation or one of "
-                 f"{', '.join(KINDS)}, got the keys {keys}")  # fmt: skip
+    wanted = f"a bbox [x, y, width, height] in numbers, a segmentation or one of {', '.join(KINDS)}"
+    raise Fault(MALFORMED, f"expected {wanted}, got the keys {keys}")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import NonNegativeInt
 
-from regiongpt.data.convert.values import unicode_fault
+from regiongpt.data.convert.values import is_unicode
 from regiongpt.data.records import Record
 from regiongpt.data.shards import MANIFEST, REJECTS, Manifest, Rejects, file_identity, require_data_extra, write_records
 from regiongpt.errors import ConfigError, DataError
@@ -82,7 +82,7 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
     """
     require_data_extra()
     out = Path(out)
-    if unicode_fault(str(out)):
+    if not is_unicode(str(out)):
         raise DataError(f"{str(out)!a}: the name is not UTF-8, which Parquet's writer needs; choose another place")
     if not converter.images.is_dir():
         raise DataError(f"images: no folder at {converter.images}; check the path")

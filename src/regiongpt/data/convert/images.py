@@ -2,70 +2,42 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
-from regiongpt.errors import DataError
+from regiongpt.data.shards import Fault
 
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
 
 
-class Fault(NamedTuple):
-    """What is wrong with an image: the kind that rejects are counted by, and the reason."""
-
-    kind: str
-    reason: str
-
-
-def check_image(path: Path, width: int | None = None, height: int | None = None) -> Fault | None:
-    """What is wrong with the image of a record, None if nothing is; a good image is opened once.
+def check_image(path: Path, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+    """Width and height in pixels of an image as training loads it, EXIF orientation applied; it is opened once.
 
     Args:
         path: Of the image file.
         width: That the annotations state, in pixels; None where they state none.
         height: Likewise.
+
+    Raises:
+        Fault: It is missing, cannot be read, or is of another size.
     """
-    try:
-        found = _measured(Path(path))
-    except _UnusableError as error:
-        return error.fault
+    found = _measured(Path(path))
     if width is not None and height is not None and found != (width, height):
-        return Fault(
+        raise Fault(
             "image of another size",
             f"expected {width} x {height} pixels (W x H) as annotated, got {found[0]} x {found[1]} in {path}",
         )
-    return None
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of an image as training loads it, EXIF orientation applied.
-
-    Raises:
-        DataError: There is no such file, or it is not an image.
-    """
-    try:
-        return _measured(Path(path))
-    except _UnusableError as error:
-        raise DataError(f"{error.fault.reason}; fetch it, or check the folder of images") from None
+    return found
 
 
 def known_size(path: Path) -> tuple[int, int] | None:
-    """Likewise; None where the file cannot be read, which is said where it is needed."""
+    """Width and height of an image; None where it cannot be read, which is said where it is needed."""
     try:
-        return image_size(path)
-    except DataError:
+        return check_image(path)
+    except Fault:
         return None
 
 
-class _UnusableError(Exception):
-    """A fault that is raised and so not cached: the file may come to be there."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(fault.reason)
-        self.fault = fault
-
-
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 16)  # of images that are fine: another may come to be there
 def _measured(path: Path) -> tuple[int, int]:
     from PIL import Image
 
@@ -77,8 +49,7 @@ def _measured(path: Path) -> tuple[int, int]:
             sideways = tagged and image.getexif().get(_ORIENTATION) in _SIDEWAYS
             return (height, width) if sideways else (width, height)
     except (FileNotFoundError, NotADirectoryError):
-        fault = Fault("image file missing", f"expected an image at {path}, found none")
+        raise Fault("image file missing", f"expected an image at {path}, found none") from None
     except Exception as error:  # header parsers raise nearly every built-in exception on broken data
         reason = " ".join(str(error).split()) or type(error).__name__
-        fault = Fault("unreadable image", f"expected an image at {path}, got a file that PIL cannot open ({reason})")
-    raise _UnusableError(fault)
+        raise Fault("unreadable image", f"{path}: PIL cannot open it ({reason})") from None

@@ -1,19 +1,20 @@
 """People's own data: a documented form of json lines, one image with its regions and its conversation a line."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from regiongpt.console import progress
 from regiongpt.data.convert.base import Converter
-from regiongpt.data.convert.images import Fault, check_image, image_size
+from regiongpt.data.convert.images import check_image
 from regiongpt.data.convert.jsonstream import TRUNCATED
-from regiongpt.data.convert.values import MALFORMED, image_fault, is_side, short, unicode_fault
+from regiongpt.data.convert.values import MALFORMED, image_name, short, sides, unicode_text, words_alone
 from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Rejects
-from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.data.shards import Fault, Rejects
+from regiongpt.errors import DataError, RegionError, RegionGPTError
 from regiongpt.prompts import (
     IMAGE_TOKEN,
     LABEL_SETS,
@@ -24,6 +25,8 @@ from regiongpt.prompts import (
     region_answer,
 )
 from regiongpt.regions import Region
+from regiongpt.settings import nearest
+from regiongpt.storage import reason
 
 KEYS: Final = ("id", "image", "width", "height", "regions", "conversation")
 SLOTS: Final = tuple(slot.name for slot in dataclasses.fields(Turn))
@@ -61,36 +64,25 @@ class JsonlConverter(Converter):
         """One record a line, in the order of the file."""
         seen: set[str] = set()
         for number, entry in iter_lines(self.data, rejects):
-            place = f"{self.data.name}:{number}"
-            try:
+            with noting_line(self.data, number, rejects):
                 record = self._record(number, entry)
                 record.check()
                 if record.id in seen:
-                    fault = Fault("duplicate id", f"expected each id once, got {short(record.id)} again")
-                else:
-                    seen.add(record.id)
-                    yield record
-                    continue
-            except _FaultError as error:
-                fault = error.fault
-            except RegionError as error:
-                fault = Fault("region that makes no sense", str(error))
-            except (DataError, ConfigError) as error:
-                fault = Fault("record without a lesson", str(error))
-            rejects.add(fault.kind, self.data, number, f"{place}: {fault.reason}")
+                    raise Fault("duplicate id", f"expected each id once, got {short(record.id)} again")
+                seen.add(record.id)
+                yield record
 
     def _record(self, number: int, entry: Mapping[str, Any]) -> Record:
         _expect_keys(entry, KEYS)
-        own = entry.get("id", f"line-{number}")
+        own, image = entry.get("id", f"line-{number}"), entry.get("image") or ""
         if not isinstance(own, str | int) or own == "":
-            raise _FaultError(MALFORMED, f"id: expected text or a whole number, got {short(own)}")
-        image, width, height = self._image(entry)
-        regions = tuple(
-            _region(given, f"<region{place}>") for place, given in enumerate(_listed(entry, "regions", default=[]), 1)
-        )
-        turns = tuple(
-            _turn(given, place, len(regions)) for place, given in enumerate(_listed(entry, "conversation"), 1)
-        )
+            raise Fault(MALFORMED, f"id: expected text or a whole number, got {short(own)}")
+        width = height = 0
+        if image:
+            stated = sides(entry) if entry.keys() & {"width", "height"} else ()
+            width, height = check_image(self.images / image_name(image), *stated)
+        regions = tuple(_region(given, f"<region{k}>") for k, given in enumerate(_listed(entry, "regions", []), 1))
+        turns = tuple(_turn(given, k, len(regions)) for k, given in enumerate(_listed(entry, "conversation"), 1))
         return Record(
             id=f"{self.name}/{own}",
             source=self.name,
@@ -101,24 +93,17 @@ class JsonlConverter(Converter):
             turns=turns,
         )
 
-    def _image(self, entry: Mapping[str, Any]) -> tuple[str, int, int]:
-        name = entry.get("image") or ""
-        if not name:
-            return "", 0, 0
-        width, height = entry.get("width"), entry.get("height")
-        if (width, height) != (None, None) and not (is_side(width) and is_side(height)):
-            raise _FaultError(MALFORMED, f"expected width and height as whole numbers, got {short((width, height))}")
-        if fault := image_fault(name) or check_image(self.images / name, width, height):
-            raise _FaultError(*fault)
-        return (name, *image_size(self.images / name))
 
-
-class _FaultError(Exception):
-    """What is wrong with a line."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.fault = Fault(kind, reason)
+@contextmanager
+def noting_line(path: Path, number: int, rejects: Rejects) -> Iterator[None]:
+    """Count a line that cannot be used, whatever is wrong with it, and go on behind it."""
+    with rejects.noting(path, number):
+        try:
+            yield
+        except RegionGPTError as error:
+            kind = "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson"
+            kind = error.kind if isinstance(error, Fault) else kind
+            raise Fault(kind, f"{path.name}:{number}: {error}") from None
 
 
 def iter_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -134,113 +119,108 @@ def iter_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, An
     found = number = 0
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                entry = _decoded(line, number)
-                if isinstance(entry, Fault):
-                    rejects.add(entry.kind, path, number, f"{path.name}:{number}: {entry.reason}")
-                else:
-                    found += 1
-                    yield number, entry
+            for number, line in enumerate(progress(file, path.name, "lines"), 1):
+                if line.strip():
+                    with noting_line(path, number, rejects):
+                        entry = _decoded(line, number)
+                        found += 1
+                        yield number, entry
     except OSError as error:
-        raise DataError(f"expected a file of json lines at {path}, got {error.strerror}; check the path") from None
+        raise DataError(f"{path}: not a readable file of json lines: {reason(error)}; check the path") from None
     if number and not found:
-        raise DataError(f"{path}: expected json lines, one object each, found no such line; give another file")
+        raise DataError(f"{path}: no line is a json object; give a file of json lines")
 
 
-def _decoded(line: bytes, number: int) -> dict[str, Any] | Fault:
+def _decoded(line: bytes, number: int) -> dict[str, Any]:
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         entry = json.loads(text)
-        if "\\ud" in text.lower() and (fault := unicode_fault(json.dumps(entry, ensure_ascii=False))):
-            return fault
+        if "\\ud" in text.lower():
+            unicode_text(json.dumps(entry, ensure_ascii=False))
     except UnicodeDecodeError as error:
-        return Fault("text that is not Unicode", f"expected UTF-8, got the byte 0x{line[error.start]:02x}")
+        raise Fault("text that is not Unicode", f"expected UTF-8, got the byte 0x{line[error.start]:02x}") from None
     except (ValueError, RecursionError) as error:
         # A line that is not ended is the last one, and was being written.
         kind = "line that is not json" if line.endswith(b"\n") else TRUNCATED
-        return Fault(kind, f"expected a json object, got {error}")
+        raise Fault(kind, f"expected a json object: {reason(error)}") from None
     if not isinstance(entry, dict):
-        return Fault(MALFORMED, f"expected a json object, got {short(entry)}")
+        raise Fault(MALFORMED, f"expected a json object, got {short(entry)}")
     return entry
 
 
 def _expect_keys(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise _FaultError("unknown key", f"expected keys among {', '.join(known)}, got {short(key)}{hint}")
+            raise Fault("unknown key", f"unknown key {short(key)}; {nearest(key, known)}")
 
 
 def _listed(entry: Mapping[str, Any], key: str, default: list[Any] | None = None) -> list[Any]:
     value = entry.get(key, default)
     if not isinstance(value, list):
-        raise _FaultError(MALFORMED, f"{key}: expected a list, got {short(value)}")
+        raise Fault(MALFORMED, f"{key}: expected a list, got {short(value)}")
     return value
 
 
 def _region(given: Any, name: str) -> RecordRegion:
     if not isinstance(given, dict):
-        raise _FaultError(MALFORMED, f"{name}: expected an object such as {{'box': [...]}}, got {short(given)}")
+        raise Fault(MALFORMED, f"{name}: expected an object such as {{'box': [...]}}, got {short(given)}")
     form = dict(given)
     category = form.pop("category", "")
     if not isinstance(category, str):
-        raise _FaultError(MALFORMED, f"{name}: expected category as text, got {short(category)}")
-    return RecordRegion(region=Region.from_dict(form, name), category=category)
+        raise Fault(MALFORMED, f"{name}: expected category as text, got {short(category)}")
+    return RecordRegion(region=Region.from_dict(form, name), category=words_alone(category))
 
 
 def _turn(given: Any, place: int, n_regions: int) -> Turn:
     """One turn; its numbers of regions are held against the regions here, placeholders by the record."""
     if not isinstance(given, dict):
-        raise _FaultError(MALFORMED, f"turn {place}: expected an object, got {short(given)}")
+        raise Fault(MALFORMED, f"turn {place}: expected an object, got {short(given)}")
     _expect_keys(given, SLOTS)
     literal = "question" in given
-    if literal and given.keys() - {"question", "answer", "task"}:
-        extra = ", ".join(sorted(given.keys() - {"question", "answer", "task"}))
-        raise _FaultError(
-            MALFORMED, f"turn {place}: expected a question as it stands or what a task needs, got {extra} too"
+    if literal and (extra := given.keys() - {"question", "answer", "task"}):
+        raise Fault(
+            MALFORMED,
+            f"turn {place}: expected a question as it stands or what a task needs, got {', '.join(sorted(extra))} too",
         )
     task = given.get("task", "chat" if literal else None)
     tasks = (*QUESTIONS, *(["chat"] if literal else []))
     if task not in tasks:
-        raise _FaultError("unknown task", f"turn {place}: expected a task among {', '.join(tasks)}, got {short(task)}")
+        raise Fault("unknown task", f"turn {place}: expected a task among {', '.join(tasks)}, got {short(task)}")
     values: dict[str, Any] = {"answer": "", **given, "task": task}
     for key, value in values.items():
         if key == "regions":
             if not isinstance(value, list) or not all(type(each) is int and each > 0 for each in value):
-                raise _FaultError(MALFORMED, f"turn {place}: expected regions as numbers from 1, got {short(value)}")
+                raise Fault(MALFORMED, f"turn {place}: expected regions as numbers from 1, got {short(value)}")
             check_placeholders([f"<region{each}>" for each in value], n_regions)
             values[key] = tuple(value)
         elif not isinstance(value, bool if key == "guided" else str):
             kind = "true or false" if key == "guided" else "text"
-            raise _FaultError(MALFORMED, f"turn {place}: expected {key} as {kind}, got {short(value)}")
+            raise Fault(MALFORMED, f"turn {place}: expected {key} as {kind}, got {short(value)}")
+        elif key in ("expression", "category", "label_set"):
+            words_alone(str(value))
+        elif IMAGE_TOKEN in str(value):
+            reason = f"turn {place}: expected no {IMAGE_TOKEN}, the image comes first of itself"
+            raise Fault("placeholder in the text", reason)
     if literal and not given["question"].strip():
-        raise _FaultError("question empty", f"turn {place}: expected a question, got none")
-    if any(IMAGE_TOKEN in value for value in values.values() if isinstance(value, str)):
-        raise _FaultError(
-            "placeholder in the text", f"turn {place}: expected no {IMAGE_TOKEN}, the image comes first of itself"
-        )
+        raise Fault("question empty", f"turn {place}: expected a question, got none")
     turn = Turn(**values)
-    if turn.guided and (fault := _unguided(turn)):
-        raise _FaultError(fault.kind, f"turn {place}: {fault.reason}")
+    if turn.guided:
+        _check_guided(turn, f"turn {place}")
     return turn
 
 
-def _unguided(turn: Turn) -> Fault | None:
-    """What is wrong with an answer whose question says how to answer."""
+def _check_guided(turn: Turn, name: str) -> None:
+    """Hold the answer of a question that says how to answer against that."""
     if turn.task == "locate":
         chosen = parse_region_answer(turn.answer)
-        if chosen is None or chosen in turn.regions:
-            return None
-        options = ", ".join(map(region_answer, turn.regions))
-        return Fault("answer that is no option", f"expected {options} or {NO_MATCH!r}, got {short(turn.answer)}")
-    if turn.task == "classify":
-        if not turn.label_set.strip():
-            return Fault(MALFORMED, "expected the label_set that a guided 'classify' names, got none")
-        names = LABEL_SETS.get(turn.label_set)
-        if names is not None and turn.answer not in names:
-            return Fault("unknown category", f"expected a name of {turn.label_set}, got {short(turn.answer)}")
-        return None
-    return Fault(MALFORMED, f"expected guided with 'locate' or 'classify' alone, got it with {turn.task!r}")
+        if chosen is not None and chosen not in turn.regions:
+            options = ", ".join(map(region_answer, turn.regions))
+            raise Fault(
+                "answer that is no option", f"{name}: expected {options} or {NO_MATCH!r}, got {short(turn.answer)}"
+            )
+    elif turn.task != "classify":
+        raise Fault(MALFORMED, f"{name}: expected guided with 'locate' or 'classify' alone, got it with {turn.task!r}")
+    elif not turn.label_set.strip():
+        raise Fault(MALFORMED, f"{name}: expected the label_set that a guided 'classify' names, got none")
+    elif turn.answer not in LABEL_SETS.get(turn.label_set, (turn.answer,)):
+        raise Fault("unknown category", f"{name}: expected a name of {turn.label_set}, got {short(turn.answer)}")

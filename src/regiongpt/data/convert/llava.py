@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from regiongpt.data.convert.base import Converter
-from regiongpt.data.convert.images import Fault, check_image, image_size
+from regiongpt.data.convert.images import check_image
 from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import MALFORMED, image_fault, short, text_fault, unicode_fault
+from regiongpt.data.convert.values import MALFORMED, image_name, short, unicode_text, words_alone
 from regiongpt.data.records import Record, Turn
-from regiongpt.data.shards import Rejects
+from regiongpt.data.shards import Fault, Rejects
 from regiongpt.prompts import IMAGE_TOKEN
 
 
@@ -42,38 +42,27 @@ class LlavaConverter(Converter):
         """One record a conversation, in the order of the file."""
         seen: set[bytes] = set()
         for place, entry in enumerate(iter_array(self.data, None, rejects)):
-            found = self._record(place, entry, seen)
-            if isinstance(found, Fault):
-                own = entry.get("id") if isinstance(entry, dict) else None
-                rejects.add(found.kind, self.data, place if own is None else f"{short(own)} at {place}", found.reason)
-            else:
-                yield found
+            own = entry.get("id") if isinstance(entry, dict) else None
+            with rejects.noting(self.data, place if own is None else f"{short(own)} at {place}"):
+                yield self._record(place, entry, seen)
 
-    def _record(self, place: int, entry: Any, seen: set[bytes]) -> Record | Fault:
+    def _record(self, place: int, entry: Any, seen: set[bytes]) -> Record:
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str | int):
-            return Fault(MALFORMED, f"expected a conversation with an id, got {short(entry)}")
-        if fault := unicode_fault(str(entry["id"])):
-            return fault
-        image = entry.get("image") or ""
+            raise Fault(MALFORMED, f"expected a conversation with an id, got {short(entry)}")
+        own, image = unicode_text(str(entry["id"])), entry.get("image") or ""
         if not isinstance(image, str):
-            return Fault(MALFORMED, f"expected one image, got {short(image)}")
+            raise Fault(MALFORMED, f"expected one image, got {short(image)}")
         if self.task == "image_caption" and not image:
-            return Fault("caption without an image", "expected an image that is captioned, got none")
+            raise Fault("caption without an image", "expected an image that is captioned, got none")
         turns = _turns(entry.get("conversations"), self.task, bool(image))
-        if isinstance(turns, Fault):
-            return turns
         said = repr((entry["id"], image, [(turn.question, turn.answer) for turn in turns]))
         digest = blake2b(said.encode(), digest_size=12).digest()
         if digest in seen:
-            return Fault("duplicate conversation", "expected each conversation once, got id, image and words again")
+            raise Fault("duplicate conversation", "expected each conversation once, got id, image and words again")
         seen.add(digest)
-        width = height = 0
-        if image:
-            if fault := image_fault(image) or check_image(self.images / image):
-                return fault
-            width, height = image_size(self.images / image)
+        width, height = check_image(self.images / image_name(image)) if image else (0, 0)
         return Record(
-            id=f"{self.name}/{entry['id']}-{place}",
+            id=f"{self.name}/{own}-{place}",
             source=self.name,
             image=image,
             width=width,
@@ -83,34 +72,32 @@ class LlavaConverter(Converter):
         )
 
 
-def _turns(conversation: Any, task: str, with_image: bool) -> list[Turn] | Fault:
-    """The turns of a conversation that goes question, answer, question, answer; or what is wrong with it."""
+def _turns(conversation: Any, task: str, with_image: bool) -> list[Turn]:
+    """The turns of a conversation that goes question, answer, question, answer."""
     if not isinstance(conversation, list) or not conversation:
-        return Fault(MALFORMED, f"expected a list of conversations, got {short(conversation)}")
+        raise Fault(MALFORMED, f"expected a list of conversations, got {short(conversation)}")
     texts: list[str] = []
     images = 0
     for number, message in enumerate(conversation):
         role = message.get("from") if isinstance(message, dict) else None
         if role not in ("human", "gpt"):
-            return Fault("unknown role", f"expected 'human' or 'gpt' in message {number}, got {short(role)}")
+            raise Fault("unknown role", f"expected 'human' or 'gpt' in message {number}, got {short(role)}")
         if role != ("gpt" if number % 2 else "human"):
-            return Fault("roles out of turn", f"expected human and gpt in turn, got {role} in message {number}")
+            raise Fault("roles out of turn", f"expected human and gpt in turn, got {role} in message {number}")
         text = message.get("value")
         if not isinstance(text, str):
-            return Fault(MALFORMED, f"expected text in message {number}, got {short(text)}")
+            raise Fault(MALFORMED, f"expected text in message {number}, got {short(text)}")
         if role == "human" and with_image:
             images += text.count(IMAGE_TOKEN)
             text = text.replace(IMAGE_TOKEN, "")
         text = text.strip()
         if not text:
-            return Fault(f"{'question' if role == 'human' else 'answer'} empty", f"expected words in message {number}")
-        if fault := text_fault(text):
-            return fault
-        texts.append(text)
+            raise Fault(f"{'question' if role == 'human' else 'answer'} empty", f"expected words in message {number}")
+        texts.append(words_alone(text))
     if len(texts) % 2:
-        return Fault("question without an answer", "expected gpt to have the last word, got human's")
+        raise Fault("question without an answer", "expected gpt to have the last word, got human's")
     if images > 1:
-        return Fault("placeholder in the text", f"expected {IMAGE_TOKEN} once, got it {images} times")
+        raise Fault("placeholder in the text", f"expected {IMAGE_TOKEN} once, got it {images} times")
     return [
         Turn(task=task, question=question, answer=answer)
         for question, answer in zip(texts[::2], texts[1::2], strict=True)

@@ -15,12 +15,13 @@ from typing import Annotated, ClassVar, Final, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from regiongpt.console import progress
 from regiongpt.data.convert.base import Converter
 from regiongpt.data.convert.images import check_image
-from regiongpt.data.convert.refcoco_files import APART, Expression, Ref, Scene, read_instances, read_json, read_pickle
-from regiongpt.data.convert.values import Corners
+from regiongpt.data.convert.refcoco_files import Expression, Ref, Scene, read_instances, read_json, read_pickle
+from regiongpt.data.convert.values import APART, Corners
 from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Rejects
+from regiongpt.data.shards import Fault, Rejects
 from regiongpt.errors import DataError
 from regiongpt.prompts import NO_MATCH, region_answer
 from regiongpt.regions import Region
@@ -109,30 +110,29 @@ class RefCocoConverter(Converter):
             frame = self.instances
             scenes = read_instances(frame, set(refs), rejects)
         matched = False
-        for number, of_image in refs.items():
-            scene = scenes.get(number)
-            if scene is None:
-                reason = f"expected image {number} in {frame.name}, found none; it has {len(of_image)} object(s)"
-                rejects.add(APART, self.refs, number, reason)
-                continue
-            usable: list[Ref] = []
-            for ref in of_image:
-                if ref.ann_id in scene.objects:
-                    usable.append(ref)
-                elif ref.ann_id in scene.faulty:
-                    reason = f"expected annotation {ref.ann_id} to be usable, but {frame.name} is at fault"
-                    rejects.add("expression of an unusable annotation", self.refs, ref.ann_id, reason)
-                else:
-                    reason = f"expected annotation {ref.ann_id} of image {number} in {frame.name}, found none"
-                    rejects.add(APART, self.refs, ref.ann_id, reason)
-                matched = matched or ref.ann_id in scene.objects or ref.ann_id in scene.faulty
-            if self.check_images and (fault := check_image(self.images / scene.path, scene.width, scene.height)):
-                rejects.add(fault.kind, self.refs, number, fault.reason)
-                continue
-            if self.task != "locate":
-                yield from self._captions(number, scene, usable)
-            if self.task != "caption":
-                yield from self._choices(number, scene, usable, rejects)
+        for number, of_image in progress(refs.items(), self.name, "images", len(refs)):
+            with rejects.noting(self.refs, number):
+                if number not in scenes:
+                    found = f"found none; it has {len(of_image)} object(s)"
+                    raise Fault(APART, f"expected image {number} in {frame.name}, {found}")
+                scene = scenes[number]
+                usable: list[Ref] = []
+                for ref in of_image:
+                    with rejects.noting(self.refs, ref.ann_id):
+                        if ref.ann_id in scene.faulty:
+                            reason = f"expected annotation {ref.ann_id} to be usable, but {frame.name} is at fault"
+                            raise Fault("expression of an unusable annotation", reason)
+                        if ref.ann_id not in scene.objects:
+                            reason = f"expected annotation {ref.ann_id} of image {number} in {frame.name}, found none"
+                            raise Fault(APART, reason)
+                        usable.append(ref)
+                matched = matched or any(r.ann_id in scene.faulty or r.ann_id in scene.objects for r in of_image)
+                if self.check_images:
+                    check_image(self.images / scene.path, scene.width, scene.height)
+                if self.task != "locate":
+                    yield from self._captions(number, scene, usable)
+                if self.task != "caption":
+                    yield from self._choices(number, scene, usable, rejects)
         if refs and not matched:
             raise DataError(
                 f"{self.refs}: expected its objects in {frame}, which has none of them; "

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from regiongpt.data.convert.base import Converter
-from regiongpt.data.convert.images import Fault, check_image
-from regiongpt.data.convert.jsonl import iter_lines
-from regiongpt.data.convert.values import MALFORMED, image_fault, is_side, plain_text, short
+from regiongpt.data.convert.images import check_image
+from regiongpt.data.convert.jsonl import iter_lines, noting_line
+from regiongpt.data.convert.values import MALFORMED, image_name, plain_text, short, sides, words_alone
 from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Rejects
-from regiongpt.errors import RegionError
+from regiongpt.data.shards import Fault, Rejects
 from regiongpt.regions import Region
 
 
@@ -47,40 +46,30 @@ class RegionCaptionsConverter(Converter):
         """One record a line, in the order of the file."""
         seen: set[str] = set()
         for number, entry in iter_lines(self.data, rejects):
-            found = self._record(entry)
-            if isinstance(found, Record) and found.id in seen:
-                found = Fault("duplicate id", f"expected each id once, got {short(entry['id'])} again")
-            if isinstance(found, Fault):
-                rejects.add(found.kind, self.data, number, f"{self.data.name}:{number}: {found.reason}")
-            else:
+            with noting_line(self.data, number, rejects):
+                found = self._record(entry)
+                if found.id in seen:
+                    raise Fault("duplicate id", f"expected each id once, got {short(entry['id'])} again")
                 seen.add(found.id)
                 yield found
 
-    def _record(self, entry: Mapping[str, Any]) -> Record | Fault:
-        own, width, height = entry.get("id"), entry.get("width"), entry.get("height")
+    def _record(self, entry: Mapping[str, Any]) -> Record:
+        own, category = entry.get("id"), entry.get("category")
         if not isinstance(own, str | int) or own == "":
-            return Fault(MALFORMED, f"expected an id, got {short(own)}")
-        if not (is_side(width) and is_side(height)):
-            return Fault(MALFORMED, f"expected width and height as whole numbers, got {short((width, height))}")
-        category, caption = entry.get("category") or "", plain_text(entry.get("caption"), "caption")
-        if not isinstance(category, str):
-            return Fault(MALFORMED, f"expected category as text, got {short(category)}")
-        if isinstance(caption, Fault):
-            return caption
-        if fault := image_fault(entry.get("image")):
-            return fault
-        try:
-            region = Region.from_dict(entry.get("region") or {}).check(width, height)
-        except RegionError as error:
-            return Fault("region that makes no sense", str(error))
-        if self.check_images and (fault := check_image(self.images / entry["image"], width, height)):
-            return fault
+            raise Fault(MALFORMED, f"expected an id, got {short(own)}")
+        width, height = sides(entry)
+        if not isinstance(category, str | None):
+            raise Fault(MALFORMED, f"expected category as text, got {short(category)}")
+        caption, name = plain_text(entry.get("caption"), "caption"), image_name(entry.get("image"))
+        region = Region.from_dict(entry.get("region") or {}).check(width, height)
+        if self.check_images:
+            check_image(self.images / name, width, height)
         return Record(
             id=f"{self.name}/{own}",
             source=self.name,
-            image=entry["image"],
+            image=name,
             width=width,
             height=height,
-            regions=(RecordRegion(region=region, category=category),),
+            regions=(RecordRegion(region=region, category=words_alone(category or "")),),
             turns=(Turn(task="describe", answer=caption, regions=(1,)),),
         )

@@ -17,25 +17,25 @@ import numpy as np
 from pydantic import NonNegativeInt
 
 from regiongpt.data.convert.base import Converter
-from regiongpt.data.convert.images import Fault, check_image
+from regiongpt.data.convert.images import check_image
 from regiongpt.data.convert.jsonstream import iter_array
 from regiongpt.data.convert.values import (
+    APART,
     MALFORMED,
     Corners,
     clipped_box,
-    image_fault,
-    is_side,
+    image_name,
     is_whole,
     plain_text,
     short,
+    sides,
 )
 from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Rejects
+from regiongpt.data.shards import Fault, Rejects
 from regiongpt.errors import DataError
 from regiongpt.prompts import region_answer
 from regiongpt.regions import Region
 
-APART: Final = "files that do not belong together"
 _TABLES: Final = ("objects", "relationships")
 
 
@@ -108,19 +108,13 @@ class VisualGenomeConverter(Converter):
     def _images(self, rejects: Rejects) -> dict[int, _Image]:
         images: dict[int, _Image] = {}
         for place, entry in enumerate(iter_array(self.image_data, None, rejects)):
-            number = _image_id(entry)
-            if number is None or not (is_side(entry.get("width")) and is_side(entry.get("height"))):
-                reason = f"expected image_id, width and height as whole numbers, got {short(entry)}"
-                rejects.add(MALFORMED, self.image_data, place, reason)
-                continue
-            # The release lies in the two folders that its addresses end in: .../VG_100K_2/1.jpg
-            path = "/".join(str(entry.get("url", "")).split("/")[-2:])
-            if fault := image_fault(path):
-                rejects.add(fault.kind, self.image_data, number, fault.reason)
-            elif number in images:
-                rejects.add("duplicate id", self.image_data, number, "expected each image once, got it again")
-            else:
-                images[number] = _Image(path, entry["width"], entry["height"])
+            with rejects.noting(self.image_data, place):
+                number, size = _image_id(entry), sides(entry)
+                # The release lies in the two folders that its addresses end in: .../VG_100K_2/1.jpg
+                path = image_name("/".join(str(entry.get("url", "")).split("/")[-2:]))
+                if number in images:
+                    raise Fault("duplicate id", f"expected each image once, got {number} again")
+                images[number] = _Image(path, *size)
         return images
 
     def _keep(self, table: str, images: dict[int, _Image], store: sqlite3.Connection, rejects: Rejects) -> None:
@@ -129,46 +123,40 @@ class VisualGenomeConverter(Converter):
         if path is None:
             return
         for place, entry in enumerate(iter_array(path, None, rejects)):
-            number = _image_id(entry)
-            content = entry.get(table) if number is not None else None
-            if number is None or not isinstance(content, list):
-                rejects.add(MALFORMED, path, place, f"expected image_id and a list {table!r}, got {short(entry)}")
-            elif number not in images:
-                rejects.add(APART, path, number, f"expected an image of {self.image_data.name}, got another")
-            else:
+            with rejects.noting(path, place):
+                number, content = _image_id(entry), entry.get(table)
+                if not isinstance(content, list):
+                    raise Fault(MALFORMED, f"expected a list {table!r}, got {short(entry)}")
+                if number not in images:
+                    raise Fault(APART, f"expected an image of {self.image_data.name}, got {number}")
                 row = (number, json.dumps(content, separators=(",", ":")))
                 if store.execute(f"INSERT OR IGNORE INTO {table} VALUES (?, ?)", row).rowcount == 0:
-                    rejects.add("duplicate id", path, number, "expected each image once, got it again")
+                    raise Fault("duplicate id", f"expected each image once, got {number} again")
 
     def _dialogues(self, images: dict[int, _Image], store: sqlite3.Connection, rejects: Rejects) -> Iterator[Record]:
         seen: set[int] = set()
         apart = 0
         for place, entry in enumerate(iter_array(self.regions, None, rejects)):
-            number = _image_id(entry)
-            described = entry.get("regions") if number is not None else None
-            if number is None or not isinstance(described, list):
-                reason = f"expected an image's id and a list 'regions', got {short(entry)}"
-                rejects.add(MALFORMED, self.regions, place, reason)
-                continue
-            image = images.get(number)
-            if image is None:
-                apart += 1
-                reason = f"expected an image of {self.image_data.name}, got another, with {len(described)} regions"
-                rejects.add(APART, self.regions, number, reason)
-                continue
-            if number in seen:
-                rejects.add("duplicate id", self.regions, number, "expected each image once, got it again")
-                continue
-            seen.add(number)
-            if self.check_images and (fault := check_image(self.images / image.path, image.width, image.height)):
-                rejects.add(fault.kind, self.regions, number, fault.reason)
-                continue
-            topics = self._captions(number, image, described, rejects)
-            objects = {part.key: part for part in self._objects(number, image, store, rejects)}
-            topics += [_Topic("classify", (part,), part.name) for part in objects.values()]
-            topics += self._relations(number, image, objects, store, rejects)
-            if topics:
-                yield self._dialogue(number, image, topics)
+            with rejects.noting(self.regions, place):
+                number, described = _image_id(entry), entry.get("regions")
+                if not isinstance(described, list):
+                    raise Fault(MALFORMED, f"expected a list 'regions', got {short(entry)}")
+                if number not in images:
+                    apart += 1
+                    found = f"got {number}, with {len(described)} regions"
+                    raise Fault(APART, f"expected an image of {self.image_data.name}, {found}")
+                if number in seen:
+                    raise Fault("duplicate id", f"expected each image once, got {number} again")
+                seen.add(number)
+                image = images[number]
+                if self.check_images:
+                    check_image(self.images / image.path, image.width, image.height)
+                topics = self._captions(number, image, described, rejects)
+                objects = self._objects(number, image, store, rejects)
+                topics += [_Topic("classify", (part,), part.name) for part in objects.values()]
+                topics += self._relations(number, image, objects, store, rejects)
+                if topics:
+                    yield self._dialogue(number, image, topics)
         if apart and not seen:
             raise DataError(
                 f"{self.regions}: expected images of {self.image_data}, but it has none of the {apart} that are "
@@ -178,55 +166,39 @@ class VisualGenomeConverter(Converter):
     def _captions(self, number: int, image: _Image, described: list[Any], rejects: Rejects) -> list[_Topic]:
         topics: dict[str, _Topic] = {}
         for place, entry in enumerate(described):
-            record = f"{number}[{place}]"
-            if not isinstance(entry, dict):
-                rejects.add(MALFORMED, self.regions, record, f"expected a region, got {short(entry)}")
-                continue
-            key = entry.get("region_id", entry.get("id"))
-            box = _box(entry, ("width", "height"), image)
-            phrase = plain_text(entry.get("phrase"), "expression")
-            if not is_whole(key):
-                rejects.add(MALFORMED, self.regions, record, f"expected region_id as a whole number, got {short(key)}")
-            elif entry.get("image_id", number) != number:
-                reason = f"expected a region of image {number}, got one of {short(entry['image_id'])}"
-                rejects.add(APART, self.regions, record, reason)
-            elif (name := f"r{key}") in topics:
-                rejects.add("duplicate id", self.regions, record, f"expected each region once, got {key} again")
-            elif isinstance(box, Fault):
-                rejects.add(box.kind, self.regions, record, box.reason)
-            elif isinstance(phrase, Fault):
-                rejects.add(phrase.kind, self.regions, record, phrase.reason)
-            else:
-                topics[name] = _Topic("caption", (_Part(name, box, ""),), phrase)
+            try:  # and not rejects.noting: there are millions
+                if not isinstance(entry, dict):
+                    raise Fault(MALFORMED, f"expected a region, got {short(entry)}")
+                key = entry.get("region_id", entry.get("id"))
+                if not is_whole(key):
+                    raise Fault(MALFORMED, f"expected region_id as a whole number, got {short(key)}")
+                if entry.get("image_id", number) != number:
+                    raise Fault(APART, f"expected a region of image {number}, got one of {short(entry['image_id'])}")
+                if (name := f"r{key}") in topics:
+                    raise Fault("duplicate id", f"expected each region once, got {key} again")
+                part = _Part(name, _box(entry, ("width", "height"), image), "")
+                topics[name] = _Topic("caption", (part,), plain_text(entry.get("phrase"), "expression"))
+            except Fault as fault:
+                rejects.add(fault.kind, self.regions, f"{number}[{place}]", fault.reason)
         return list(topics.values())
 
-    def _objects(self, number: int, image: _Image, store: sqlite3.Connection, rejects: Rejects) -> Iterator[_Part]:
-        seen: set[str] = set()
+    def _objects(self, number: int, image: _Image, store: sqlite3.Connection, rejects: Rejects) -> dict[str, _Part]:
+        found: dict[str, _Part] = {}
         for place, entry in enumerate(_kept(store, "objects", number)):
-            part = _object(entry, image)
-            if isinstance(part, _Part) and part.key in seen:
-                part = Fault("duplicate id", f"expected each object once, got {part.key[1:]} again")
-            if isinstance(part, Fault):
-                rejects.add(part.kind, self.objects or "", f"{number}[{place}]", part.reason)
-                continue
-            seen.add(part.key)
-            yield part
+            with rejects.noting(self.objects or "", f"{number}[{place}]"):
+                part = _object(entry, image)
+                if part.key in found:
+                    raise Fault("duplicate id", f"expected each object once, got {part.key[1:]} again")
+                found[part.key] = part
+        return found
 
     def _relations(
-        self,
-        number: int,
-        image: _Image,
-        objects: dict[str, _Part],
-        store: sqlite3.Connection,
-        rejects: Rejects,
+        self, number: int, image: _Image, objects: dict[str, _Part], store: sqlite3.Connection, rejects: Rejects
     ) -> list[_Topic]:
         topics: list[_Topic] = []
         for place, entry in enumerate(_kept(store, "relationships", number)):
-            topic = _relation(entry, image, objects)
-            if isinstance(topic, Fault):
-                rejects.add(topic.kind, self.relationships or "", f"{number}[{place}]", topic.reason)
-            else:
-                topics.append(topic)
+            with rejects.noting(self.relationships or "", f"{number}[{place}]"):
+                topics.append(_relation(entry, image, objects))
         return topics
 
     def _dialogue(self, number: int, image: _Image, topics: list[_Topic]) -> Record:
@@ -258,50 +230,42 @@ class VisualGenomeConverter(Converter):
         )
 
 
-def _image_id(entry: Any) -> int | None:
+def _image_id(entry: Any) -> int:
     """The image id of a file's element: ``image_id``, or ``id`` as some files of the release have it."""
     number = entry.get("image_id", entry.get("id")) if isinstance(entry, dict) else None
-    return number if is_whole(number) else None
+    if not is_whole(number):
+        raise Fault(MALFORMED, f"expected image_id as a whole number, got {short(entry)}")
+    return number
 
 
-def _box(entry: dict[str, Any], sides: tuple[str, str], image: _Image) -> Corners | Fault:
-    values = (entry.get("x"), entry.get("y"), entry.get(sides[0]), entry.get(sides[1]))
-    return clipped_box(*values, image.width, image.height)
+def _box(entry: dict[str, Any], names: tuple[str, str], image: _Image) -> Corners:
+    values = (entry.get("x"), entry.get("y"), entry.get(names[0]), entry.get(names[1]))
+    return clipped_box(values, image.width, image.height)
 
 
-def _object(entry: Any, image: _Image) -> _Part | Fault:
+def _object(entry: Any, image: _Image) -> _Part:
     key = entry.get("object_id") if isinstance(entry, dict) else None
     if not is_whole(key):
-        return Fault(MALFORMED, f"expected an object with object_id, got {short(entry)}")
-    box = _box(entry, ("w", "h"), image)
-    if isinstance(box, Fault):
-        return box
-    names = entry.get("names") or [entry.get("name", "")]
-    name = plain_text(names[0] if isinstance(names, list) else names, "object name")
-    return name if isinstance(name, Fault) else _Part(f"o{key}", box, name)
+        raise Fault(MALFORMED, f"expected an object with object_id, got {short(entry)}")
+    box, names = _box(entry, ("w", "h"), image), entry.get("names") or [entry.get("name", "")]
+    return _Part(f"o{key}", box, plain_text(names[0] if isinstance(names, list) else names, "object name"))
 
 
-def _relation(entry: Any, image: _Image, objects: dict[str, _Part]) -> _Topic | Fault:
+def _relation(entry: Any, image: _Image, objects: dict[str, _Part]) -> _Topic:
     if not isinstance(entry, dict):
-        return Fault(MALFORMED, f"expected a relationship, got {short(entry)}")
+        raise Fault(MALFORMED, f"expected a relationship, got {short(entry)}")
     predicate = plain_text(entry.get("predicate"), "predicate")
-    if isinstance(predicate, Fault):
-        return predicate
     parts: list[_Part] = []
     for role in ("subject", "object"):
         whole = entry.get(role)
         if isinstance(whole, dict):  # as in relationships.json; scene graphs have the id alone
-            part = objects.get(f"o{whole.get('object_id')}") or _object(whole, image)
-            if isinstance(part, Fault):
-                return part
+            parts.append(objects.get(f"o{whole.get('object_id')}") or _object(whole, image))
+        elif f"o{entry.get(f'{role}_id')}" in objects:
+            parts.append(objects[f"o{entry[f'{role}_id']}"])
         else:
-            known = objects.get(f"o{entry.get(f'{role}_id')}")
-            if known is None:
-                return Fault(APART, f"expected the {role} of a relationship or its id in objects.json, got neither")
-            part = known
-        parts.append(part)
+            raise Fault(APART, f"expected the {role} of a relationship or its id in objects.json, got neither")
     if parts[0].key == parts[1].key:
-        return Fault("relation of an object to itself", f"expected two objects, got {parts[0].key[1:]} twice")
+        raise Fault("relation of an object to itself", f"expected two objects, got {parts[0].key[1:]} twice")
     return _Topic("relation", tuple(parts), predicate.lower())
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from pydantic import Field
 
 from regiongpt.data.convert.jsonl import iter_lines
-from regiongpt.data.convert.values import image_fault, plain_text, short
+from regiongpt.data.convert.values import image_name, plain_text, short
 from regiongpt.data.instances import InstancesFile
-from regiongpt.data.shards import Rejects
+from regiongpt.data.shards import Fault, Rejects
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
 from regiongpt.evaluate.paper import TABLES
@@ -255,21 +255,16 @@ def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
     """
     found: dict[str, Asked] = {}
     for number, entry in iter_lines(path, rejects):
-        key, image, label = entry.get("question_id", number), entry.get("image"), entry.get("label")
-        label = label.lower() if isinstance(label, str) else label
-        text = plain_text(entry.get("text"), "question")
-        if isinstance(key, bool) or not isinstance(key, int | str):
-            rejects.add("question of another form", path, number, f"expected question_id, got {short(key)}")
-        elif not isinstance(image, str) or (image_fault(image) is not None):
-            rejects.add("question of another form", path, number, f"expected the name of an image, got {short(image)}")
-        elif label not in ("yes", "no"):
-            rejects.add("question of another form", path, number, f"expected the label yes or no, got {short(label)}")
-        elif not isinstance(text, str):
-            rejects.add(text.kind, path, number, text.reason)
-        elif str(key) in found:
-            rejects.add("duplicate id", path, number, f"expected each question_id once, got {key} again")
-        else:
-            found[str(key)] = Asked(str(key), image, text, str(label), "")
+        with rejects.noting(path, number):
+            key, image, label = entry.get("question_id", number), entry.get("image"), entry.get("label")
+            label = label.lower() if isinstance(label, str) else label
+            if isinstance(key, bool) or not isinstance(key, int | str) or label not in ("yes", "no"):
+                wanted = "question_id, image, text and the label yes or no"
+                raise Fault("question of another form", f"expected {wanted}, got {short(entry)}")
+            if str(key) in found:
+                raise Fault("duplicate id", f"expected each question_id once, got {key} again")
+            text = plain_text(entry.get("text"), "question")
+            found[str(key)] = Asked(str(key), image_name(image), text, label, "")
     if not found:
         raise DataError(f"{path}: expected questions with image, text and label, found none; {rejects.summary()}")
     return list(found.values())

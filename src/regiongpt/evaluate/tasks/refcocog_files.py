@@ -4,20 +4,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regiongpt.data.convert.images import Fault, known_size
+from regiongpt.data.convert.images import known_size
 from regiongpt.data.convert.jsonl import iter_lines
-from regiongpt.data.convert.refcoco_files import APART, Scene, read_instances, read_json, read_pickle
+from regiongpt.data.convert.refcoco_files import Scene, read_instances, read_json, read_pickle
 from regiongpt.data.convert.values import (
+    APART,
     MALFORMED,
     Corners,
     clipped_box,
-    image_fault,
+    image_name,
     is_box,
     is_whole,
     plain_text,
     short,
 )
-from regiongpt.data.shards import Rejects
+from regiongpt.data.shards import Fault, Rejects
 from regiongpt.errors import DataError
 from regiongpt.evaluate.tasks.scoring import find
 from regiongpt.regions import MAX_COORDINATE
@@ -112,47 +113,34 @@ class RefCocogFiles:
 def _read_lines(path: Path, folder: Path, rejects: Rejects) -> list[Referred]:
     """``{"image_id", "ann_id", "bbox_xywh", "sent"}`` a line; further: ``sent_id``, ``file_name``, ``category``."""
     found: dict[int, Referred] = {}
-    known: set[int] = set()
+    seen: set[int] = set()
     for number, entry in iter_lines(path, rejects):
-        read = _read_line(entry, number, folder)
-        if isinstance(read, Fault):
-            rejects.add(read.kind, path, number, read.reason)
-            continue
-        sent_id = read.expressions[0][0]
-        if "sent_id" in entry and sent_id in known:
-            rejects.add("duplicate id", path, number, f"expected each sent_id once, got {sent_id} again")
-            continue
-        known.add(sent_id)
-        if read.ann_id in found:
-            kept = found[read.ann_id]
+        with rejects.noting(path, number):
+            read = _read_line(entry, number, folder)
+            sent_id = read.expressions[0][0]
+            if "sent_id" in entry and sent_id in seen:
+                raise Fault("duplicate id", f"expected each sent_id once, got {sent_id} again")
+            seen.add(sent_id)
+            kept = found.get(read.ann_id, read)
             if (kept.image_id, kept.box) != (read.image_id, read.box):
-                rejects.add(APART, path, number, f"expected one image and box of ann_id {read.ann_id}, got another")
-                continue
-            found[read.ann_id] = kept._replace(expressions=kept.expressions + read.expressions)
-        else:
-            found[read.ann_id] = read
+                raise Fault(APART, f"expected one image and box of ann_id {read.ann_id}, got another")
+            said = read.expressions if kept is read else kept.expressions + read.expressions
+            found[read.ann_id] = kept._replace(expressions=said)
     return list(found.values())
 
 
-def _read_line(entry: Mapping[str, Any], number: int, folder: Path) -> Referred | Fault:
-    image_id, ann_id, box = entry.get("image_id"), entry.get("ann_id"), entry.get("bbox_xywh", entry.get("bbox"))
-    sent_id, category = entry.get("sent_id", number), entry.get("category", "")
+def _read_line(entry: Mapping[str, Any], number: int, folder: Path) -> Referred:
+    image_id, ann_id, sent_id = entry.get("image_id"), entry.get("ann_id"), entry.get("sent_id", number)
     if not (is_whole(image_id) and is_whole(ann_id) and is_whole(sent_id)):
-        return Fault(MALFORMED, f"expected image_id and ann_id as whole numbers, got {short(dict(entry))}")
+        raise Fault(MALFORMED, f"expected image_id and ann_id as whole numbers, got {short(dict(entry))}")
+    box = entry.get("bbox_xywh", entry.get("bbox"))
     if not is_box(box):
-        return Fault("box that is not four numbers", f"expected bbox_xywh as four numbers, got {short(box)}")
+        raise Fault("box that is not four numbers", f"expected bbox_xywh as four numbers, got {short(box)}")
     text = plain_text(entry.get("sent"), "expression")
-    if isinstance(text, Fault):
-        return text
-    name = entry.get("file_name") or f"COCO_train2014_{image_id:012d}.jpg"
-    if fault := image_fault(name):
-        return fault
-    width, height = known_size(folder / name) or (int(MAX_COORDINATE), int(MAX_COORDINATE))
-    x, y, w, h = box
-    corners = clipped_box(x, y, w, h, width, height)
-    if isinstance(corners, Fault):
-        return corners
-    return Referred(image_id, str(name), None, ann_id, corners, str(category), ((sent_id, text),))
+    name = image_name(entry.get("file_name") or f"COCO_train2014_{image_id:012d}.jpg")
+    size = known_size(folder / name) or (int(MAX_COORDINATE), int(MAX_COORDINATE))
+    corners = clipped_box(box, *size)
+    return Referred(image_id, name, None, ann_id, corners, str(entry.get("category", "")), ((sent_id, text),))
 
 
 def each_expression(objects: list[Referred]) -> Iterator[tuple[Referred, int, str]]:
