@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except RegionGPTError as error:
-        _tell_error(error)
+        tell(f"regiongpt: error: {error}")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -79,10 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes standard output once more as it ends, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE_CLOSED
-
-
-def _tell_error(error: RegionGPTError) -> None:
-    tell(f"regiongpt: error: {' '.join(str(error).split())}")
 
 
 def _top() -> argparse.ArgumentParser:
@@ -210,7 +206,7 @@ def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
             for warning in conversation.warnings:
                 tell(f"regiongpt: warning: {warning}")
         except RegionGPTError as error:
-            _tell_error(error)
+            tell(f"regiongpt: error: {error}")
     return 0
 
 

@@ -6,7 +6,15 @@ line and exits with code 2; library callers catch :class:`RegionGPTError` for al
 
 
 class RegionGPTError(Exception):
-    """Base of every error that the user's input, and not a defect of this package, has caused."""
+    """Base of every error that the user's input, and not a defect of this package, has caused.
+
+    Args:
+        message: becomes one line, whatever the values that it quotes look like.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        super().__init__(" ".join(text.split()) if "\n" in text else text)
 
 
 class RegionError(RegionGPTError):

@@ -241,6 +241,10 @@ def test_a_long_conversation_forgets_its_oldest_turns(tmp_path, photo):
         conversation.ask("why " * 200)
 
 
+def turns(content: str, role: object = "user") -> list[dict]:
+    return [{"role": role, "content": content}]
+
+
 def written(predictor, monkeypatch, text: str) -> None:
     """Have the model write a text, whatever it is asked."""
     processor = predictor.engine.processor
@@ -279,7 +283,13 @@ def test_a_region_never_mentioned_is_a_warning(predictor):
         (DataError, "UTF-8", lambda p: p.ask("caf\udce9?")),
         (DataError, "history", lambda p: p.ask("What?", history="Hello")),
         (DataError, "history", lambda p: p.ask("What?", history=["Hello"])),
-        (DataError, "history", lambda p: p.ask("What?", history=5)),
+        (DataError, "history", lambda p: p.ask("What?", history=np.zeros(3))),
+        (
+            DataError,
+            "message 1 of 3.*UTF-8",
+            lambda p: p.ask("What?", history=[*turns("caf\udce9"), *turns("A", "assistant")]),
+        ),
+        (DataError, "message 1 of 2.*role", lambda p: p.ask("What?", history=turns("A", ["user"]))),
         (RegionError, "expected regions", lambda p: p.ask("What?", 5)),
         (RegionError, "expected regions", lambda p: p.describe(None)),
         (RegionError, "expected regions", lambda p: p.classify("box")),

@@ -396,10 +396,9 @@ def question_turns(history: Sequence[Turn], question: str) -> list[Turn]:
         DataError: the question is empty or no text, or the history no list of turns.
     """
     check_text(question, "a question such as 'What is <region1>?'")
-    turns = [] if isinstance(history, str) or not isinstance(history, Iterable) else list(history)
-    if (history and not turns) or not all(isinstance(turn, Mapping) for turn in turns):
+    if not isinstance(history, list | tuple) or not all(isinstance(turn, Mapping) for turn in history):
         raise DataError(f"expected history as a list of {{'role': ..., 'content': ...}}, got {history!r:.80}")
-    return [*turns, {"role": "user", "content": question}]
+    return [*history, {"role": "user", "content": question}]
 
 
 def region_list(regions: Region | Sequence[Region]) -> list[Region]:
@@ -431,7 +430,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):
         raise ConfigError(f"expected device cuda, cuda:N, mps or cpu, one that is here, got {str(device)!r}") from None
     return chosen
 

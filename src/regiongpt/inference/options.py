@@ -65,7 +65,7 @@ class Classification(TypedDict, total=False):
 class ClassifyOptions(Settings):
     """How to choose from a closed set; see :meth:`RegionPredictor.classify`."""
 
-    label_set: str = "COCO-80"
+    label_set: str = Field("COCO-80", min_length=1)
     """the set named in the question, and chosen from unless there are choices"""
     generate: bool = False
     """also generate the answer freely"""

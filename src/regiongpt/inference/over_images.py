@@ -248,8 +248,7 @@ def over_images(
         except (DataError, RegionError) as error:
             if not several:
                 raise
-            reason = " ".join(str(error).split())
-            tell(f"regiongpt: error: {'' if path in reason else f'{path}: '}{reason}; skipped")
+            tell(f"regiongpt: error: {'' if path in str(error) else f'{path}: '}{error}; skipped")
             skipped += 1
             continue
         predictor = predictor or load()

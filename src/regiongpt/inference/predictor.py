@@ -366,7 +366,7 @@ class RegionPredictor:
         for each in expressions:
             check_text(each, "an expression such as 'the red cup'")
             check_placeholders(each, len(listed))
-        if by not in WAYS:
+        if not isinstance(by, str) or by not in WAYS:
             raise ConfigError(f"by: expected one of {', '.join(WAYS)}, got {by!r}")
         if not listed:
             raise RegionError("expected at least one region to choose from, got none")

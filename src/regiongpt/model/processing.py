@@ -35,6 +35,7 @@ from regiongpt.prompts import (
     PLACEHOLDER,
     REGION_TOKEN,
     check_placeholders,
+    check_text,
     placeholder_number,
     placeholders,
     template_family,
@@ -611,7 +612,7 @@ def check_turns(
     for position, message in enumerate(messages, 1):
         where = f"message {position} of {len(messages)}"
         role = message.get("role")
-        if role not in expected:
+        if not isinstance(role, str) or role not in expected:
             raise DataError(f"{where}: expected role {' or '.join(sorted(expected))}, got {role!r}")
         text, n_images = _content(message.get("content"), where)
         expected = {"assistant"} if role == "user" else {"user"}
@@ -622,6 +623,7 @@ def check_turns(
         if not text.strip():
             kind = {"user": "a question", "assistant": "an answer"}.get(role, "a system prompt")
             raise DataError(f"{where}: expected {kind}, got an empty one; write some text")
+        check_text(text, where)
         # A trailing blank is kept out because no tokenizer spells it the same way with and without a next word.
         text = text.strip()
         if role == "assistant" and forgive_beyond is not None:
