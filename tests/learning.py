@@ -115,10 +115,11 @@ def learn(
     resume: str = "auto",
     dev: int = 0,
     cost: Any = None,
+    text_config: Any = None,
     **data: Any,
 ) -> tuple[Any, Loop]:
     """Trains a tiny model: the model and the trainer."""
-    model = tiny_model().train()
+    model = (tiny_model(text_config=text_config) if text_config else tiny_model()).train()
     model.language_model.requires_grad_(name == "stage2")
     config = model.config
     trainer = run_stage(

@@ -19,7 +19,6 @@ import random
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from regiongpt.distributed import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
+from regiongpt.settings import Settings
 from regiongpt.storage import read_json, reason, sha256
 from regiongpt.train import old_checkpoint
 from regiongpt.train.recipe import STEPS, Recipe
@@ -46,8 +46,7 @@ _STAGE, _MOMENTS = "stage.json", ("step", "exp_avg", "exp_avg_sq")
 _PREFIX, _UNFINISHED, _ASIDE = "checkpoint-", ".unfinished-", "aside-"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
+class Progress(Settings):
     """How far a stage is: optimiser steps done, and the one with the lowest dev loss so far."""
 
     step: int = 0
@@ -133,7 +132,7 @@ def save(
     save_file(mine, folder / f"tensors-{processes.rank}.safetensors")
     (folder / f"random-{processes.rank}.json").write_text(json.dumps(_random_state()), encoding="utf-8")
     if processes.is_first:
-        text = json.dumps({**facts, **asdict(progress)}, indent=1)
+        text = json.dumps({**facts, **progress.model_dump()}, indent=1)
         (folder / _STAGE).write_text(text, encoding="utf-8")
 
 
@@ -149,15 +148,18 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, proce
         progress, state = old_checkpoint.progress(folder), old_checkpoint.random_state(folder, processes.rank)
     else:
         progress, state = _read_stage(folder), read_json(path, CheckpointError) if path.exists() else None
-    if state is not None:
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-        if torch.cuda.is_available() and "cuda" in state:
-            torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
-    return Progress(**{name: progress[name] for name in asdict(Progress())})
+    try:
+        if state is not None:
+            version, internal, gauss = state["python"]
+            random.setstate((version, tuple(internal), gauss))
+            kind, keys, *rest = state["numpy"]
+            np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+            torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
+            if torch.cuda.is_available() and "cuda" in state:
+                torch.cuda.set_rng_state(torch.as_tensor(state["cuda"], dtype=torch.uint8))
+        return Progress(**{name: progress[name] for name in Progress.model_fields})
+    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: its step or its random state cannot be read: {reason(error)}") from None
 
 
 def load_model(folder: Path, model: nn.Module) -> None:

@@ -236,7 +236,7 @@ class Loop:
             step = list(islice(batches, rounds))
             waited = time.perf_counter() - began
             norm = self._step(step)
-            self.progress = replace(self.progress, step=self.progress.step + 1)
+            self.progress = self.progress.model_copy(update={"step": self.progress.step + 1})
             at, last = self.progress.step, self.progress.step == self.steps
             self.stopped = self.asked_to_stop and not last
             saves = last or self.stopped or at % self.config.save_steps == 0
@@ -345,7 +345,7 @@ class Loop:
         self.watcher.measured(self.progress.step, found)
         best = math.isfinite(found) and (self.progress.best_loss is None or found < self.progress.best_loss)
         if best:
-            self.progress = replace(self.progress, best_step=self.progress.step, best_loss=found)
+            self.progress = Progress(step=self.progress.step, best_step=self.progress.step, best_loss=found)
         return best
 
     def _fill(self, folder: Path) -> None:

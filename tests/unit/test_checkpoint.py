@@ -1,0 +1,183 @@
+"""Checkpoints: what they hold, who can read them; reading one runs nothing, and nothing damaged is gone on from."""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learning import learn, settings
+from safetensors.torch import load_file, save_file
+from tiny import text_config
+from torch.distributed.checkpoint import state_dict_saver
+
+from regiongpt.errors import CheckpointError
+from regiongpt.train.checkpoint import LIST
+from regiongpt.train.recipe import WatchConfig
+
+KEPT = WatchConfig(keep=9)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps, whose dropout draws random numbers, with all of its checkpoints."""
+    out = tmp_path_factory.mktemp("whole")
+    learn(out, stage=settings(save_steps=1), watch=KEPT, text_config=text_config(attention_dropout=0.1))
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """The same run as it was after its second step."""
+    shutil.copytree(finished, tmp_path / "run")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    return tmp_path / "run"
+
+
+def go_on(out: Path, **options: Any) -> None:
+    options = {"stage": settings(save_steps=1), "watch": KEPT, **options}
+    learn(out, text_config=text_config(attention_dropout=0.1), **options)
+
+
+def seal(folder: Path) -> None:
+    """List the files as they are now."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LIST]
+    listed = {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path.read_bytes()).hexdigest())
+        for path in files
+    }
+    (folder / LIST).write_text(json.dumps(listed))
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "tensors-0.safetensors")
+
+
+def assert_equal(ours: Path, theirs: Path) -> None:
+    got, expected = tensors(ours), tensors(theirs)
+    assert got.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+
+
+def test_dropout_goes_on_with_the_random_numbers_it_would_have_drawn(finished: Path, run: Path) -> None:
+    go_on(run)
+    assert_equal(run / "checkpoint-4", finished / "checkpoint-4")
+
+
+def test_settings_that_may_change_do_on_going_on(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stage = settings(save_steps=3, log_steps=4, micro_batch_size=4)
+    with caplog.at_level(logging.INFO):
+        go_on(run, stage=stage, watch=WatchConfig(keep=1, dev_steps=3), dev=3)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert [json.loads(line)["step"] for line in (run / "dev.jsonl").read_text().splitlines()] == [3, 4]
+    told = [text.split(",")[0] for text in caplog.messages if text.startswith("stage2: step")]
+    assert told == ["stage2: step 4 of 4"]
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_tensors_that_several_processes_have_written_are_put_together(parts: int, finished: Path, run: Path) -> None:
+    folder = run / "checkpoint-2"
+    whole = tensors(folder)
+    for rank in range(parts):
+        size = {name: -(-len(each) // parts) for name, each in whole.items() if each.ndim}
+        mine = {name: whole[name][rank * size[name] : (rank + 1) * size[name]].contiguous() for name in size}
+        mine |= {name: each for name, each in whole.items() if not each.ndim and rank == 0}
+        save_file(mine, folder / f"tensors-{rank}.safetensors")
+    seal(folder)
+    go_on(run)
+    assert_equal(run / "checkpoint-4", finished / "checkpoint-4")
+
+
+def former(checkpoint: Path) -> None:
+    """Write a checkpoint as releases before 0.2 did: tensors by torch.distributed.checkpoint, random states pickled."""
+    state: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+    for name, tensor in tensors(checkpoint).items():
+        part, _, parameter = name.partition("/")
+        if part == "model":
+            state["model"][parameter] = tensor
+        else:
+            state["optimizer"][f"{parameter}:{part}"] = tensor
+    (checkpoint / "tensors-0.safetensors").unlink()
+    state_dict_saver.save(state, checkpoint_id=checkpoint / "tensors", no_dist=True)
+    stage = json.loads((checkpoint / "stage.json").read_text())
+    names = {"global_step": "step", "best_global_step": "best_step", "best_metric": "best_loss"}
+    (checkpoint / "trainer_state.json").write_text(json.dumps({old: stage.pop(new) for old, new in names.items()}))
+    (checkpoint / "stage.json").write_text(json.dumps(stage))
+    kept = json.loads((checkpoint / "random-0.json").read_text())
+    (checkpoint / "random-0.json").unlink()
+    version, internal, gauss = kept["python"]
+    kind, keys, *rest = kept["numpy"]
+    states = {
+        "python": (version, tuple(internal), gauss),
+        "numpy": (kind, np.array(keys, np.uint32), *rest),
+        "torch": torch.tensor(kept["torch"], dtype=torch.uint8),
+    }
+    torch.save(states, checkpoint / "random-0.pt")
+    seal(checkpoint)
+
+
+def test_a_checkpoint_of_an_earlier_release_is_gone_on_from(finished: Path, run: Path) -> None:
+    former(run / "checkpoint-2")
+    go_on(run)
+    assert_equal(run / "checkpoint-4", finished / "checkpoint-4")
+
+
+class Opens:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("file", ["tensors/.metadata", "tensors/__0_0.distcp", "random-0.pt"])
+def test_reading_a_checkpoint_runs_nothing_in_it(file: str, run: Path, tmp_path: Path) -> None:
+    checkpoint = run / "checkpoint-2"
+    assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}
+    former(checkpoint)
+    if file == "tensors/.metadata":
+        (checkpoint / file).write_bytes(pickle.dumps(Opens(tmp_path / "opened")))
+    else:
+        torch.save(Opens(tmp_path / "opened"), checkpoint / file)
+    seal(checkpoint)
+    with pytest.raises(CheckpointError, match="checkpoint-2"):
+        go_on(run)
+    assert not (tmp_path / "opened").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("stage.json", b""),
+        ("stage.json", b'{"stage": "stage2"'),
+        ("stage.json", b'{"stage": "stage2"}'),
+        ("stage.json", b"[]"),
+        ("random-0.json", b""),
+        ("random-0.json", b"{}"),
+        ("tensors-0.safetensors", b""),
+        ("tensors-0.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
+    ],
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_damaged_file_is_never_gone_on_from(
+    listed: bool, file: str, content: bytes, finished: Path, run: Path
+) -> None:
+    """Found by its hash, and the checkpoint before is taken; or, listed as it is, refused in one line."""
+    (run / "checkpoint-2" / file).write_bytes(content)
+    if listed:
+        seal(run / "checkpoint-2")
+        with pytest.raises(CheckpointError, match="checkpoint-2"):
+            go_on(run)
+    else:
+        go_on(run)
+        assert (run / "aside-1-checkpoint-2").is_dir()
+        assert_equal(run / "checkpoint-4", finished / "checkpoint-4")
