@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import draw_pictures
-from tiny_checkpoint import make_checkpoint
+from tiny_checkpoint import make_checkpoint, make_parts
 
 from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main
@@ -174,9 +174,9 @@ def test_a_record_that_cannot_be_used_is_named(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data.mixture=none.toml"], "none.toml: expected a readable TOML file"),
+        (["--data.mixture=none.toml"], "none.toml: not a readable TOML file"),
         (["--data.mixture=both.toml", "--data.root=nowhere"], "expected its parts below the folder nowhere"),
-        (["--data.mixture=images"], "images: expected a folder of records"),
+        (["--data.mixture=images"], "images: no finished records"),
         (["--data.mixture=coco", "--data.root=."], "coco is one folder of records; leave it out"),
         (["--data.mixture=coco", "--model.init=nowhere"], "model.init: nowhere: no checkpoint there"),
     ],
@@ -198,9 +198,17 @@ def test_what_does_not_go_together_is_said_in_one_line(
 
 
 def test_the_second_stage_alone_wants_to_be_told_so(
-    pictures: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = ["train", str(RECIPE), f"--model.init={start}", f"--out={tmp_path}", f"--data.mixture={pictures / 'coco'}"]
+    untrained = tmp_path / "untrained"
+    weights.create(*make_parts(tmp_path), untrained, chat_template="vicuna_v1")
+    words = [
+        "train",
+        str(RECIPE),
+        f"--model.init={untrained}",
+        f"--out={tmp_path / 'run'}",
+        f"--data.mixture={pictures / 'coco'}",
+    ]
     assert main([*words, *SMALL]) == 2
     assert "whose refinement and connector are untrained" in capsys.readouterr().err
     with caplog.at_level(logging.WARNING):

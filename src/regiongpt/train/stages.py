@@ -43,7 +43,7 @@ from regiongpt.train.loop import Loss, run_stage
 from regiongpt.train.lora import choose_learners, merge_adapters
 from regiongpt.train.recipe import Recipe, StageConfig
 from regiongpt.train.report import data_of, note_run
-from regiongpt.train.start import check_shape, create_start, measured_on, require_trained, save_whole
+from regiongpt.train.start import check_shape, create_start, measured_on, save_whole
 from regiongpt.train.text import language_of, reading_of, sampler_of, texts_of, tokenizer_of
 from regiongpt.train.watch import StageCost
 
@@ -171,10 +171,13 @@ def _learn(
     if (finished / "config.json").exists():
         log.info("%s: finished before, in %s; give another --out to train anew", name, finished)
         return finished
-    if name == "stage2" and (warning := require_trained(start, config.from_scratch)):
-        log.warning("%s", warning)
     # Adam's steps are lost in half precision, which a checkpoint may be stored in.
     model, processor = weights.load(start, dtype=torch.float32)
+    if name == "stage2" and model.untrained:
+        told = f"stage 2 starts from {start}, whose refinement and connector are untrained"
+        if not config.from_scratch:
+            raise ConfigError(f"{told}; run stage 1 first and give its result as model.init, or give --from-scratch")
+        log.warning("%s", told)
     model.train()
     adapts = choose_learners(name, model, config.lora)
     dataset, dev, collate, loss = prepare(name, stage, model, processor)

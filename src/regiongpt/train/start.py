@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from regiongpt.errors import CheckpointError, ConfigError
+from regiongpt.errors import CheckpointError
 from regiongpt.model import weights
 from regiongpt.model.configuration import RegionGPTConfig
 from regiongpt.storage import new_folder
@@ -180,33 +179,3 @@ def read_shape(folder: Path) -> RegionGPTConfig:
             f"expected a RegionGPT checkpoint in {folder}; its config.json says model_type {config.model_type!r}"
         )
     return config
-
-
-def require_trained(folder: Path, from_scratch: bool) -> str | None:
-    """Check that stage 2 starts from a refinement and connector that stage 1 has trained: their last bias is not zero.
-
-    Args:
-        folder: Checkpoint that stage 2 starts from.
-        from_scratch: Whether untrained ones will do.
-
-    Returns:
-        A warning, or None.
-
-    Raises:
-        ConfigError: They are untrained, and ``from_scratch`` is not given.
-    """
-    deconvolves = read_shape(folder).refinement.startswith("deconv")
-    name = "refinement.deconv_2.bias" if deconvolves else "connector.linear_2.bias"
-    index, file = folder / "model.safetensors.index.json", "model.safetensors"
-    try:
-        if index.exists():
-            file = json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(name, file)
-        with safe_open(folder / file, "pt") as stored:
-            if stored.get_tensor(name).any():
-                return None
-    except Exception:  # reported where the checkpoint is loaded
-        return None
-    told = f"stage 2 starts from {folder}, whose refinement and connector are untrained"
-    if not from_scratch:
-        raise ConfigError(f"{told}; run stage 1 first and give its result as model.init, or give --from-scratch")
-    return told
