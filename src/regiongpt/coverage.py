@@ -1,8 +1,11 @@
-"""Exact areas: how many square pixels of a shape lie in each cell of a grid.
+"""Areas: how many square pixels of a shape lie in each cell of a grid.
 
-Three shapes cover every kind of region: an axis-aligned box, a set of pixels, and a set of polygons. Each is already
-clipped to its image. All of them answer the same four questions, in float64 and without sampling, so that a shape
-thinner than a cell, or smaller than a pixel, is neither lost nor blurred.
+Four shapes cover every kind of region: an axis-aligned box, a set of pixels, a set of polygons, and rings that cross
+themselves or each other very often. Each is already clipped to its image, and all of them answer the same questions,
+in float64 and without sampling, so that a shape thinner than a cell, or smaller than a pixel, is neither lost nor
+blurred. Two things that nobody draws on purpose are sampled finely instead, so that no region costs much time or
+memory: strokes that cross themselves more than :data:`MANY_CROSSINGS` times, and rings that do so more than
+:data:`MOST_CROSSINGS` times (:class:`PixelShape` with pixels smaller than the image's).
 
 Coordinates are pixels of the original image, x to the right and y down; pixel (row, column) is the unit square from
 (column, row) to (column + 1, row + 1). Grids are given by the ascending lines between their cells, ``y_edges``
@@ -11,9 +14,11 @@ Coordinates are pixels of the original image, x to the right and y down; pixel (
 Paper: §3.1 (mask pooling); the weights of the pooling come from here.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import shapely
@@ -21,28 +26,19 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
 Bounds = tuple[float, float, float, float]
 
+MANY_CROSSINGS = 256
+"""Crossings up to which shapely draws polygons; beyond, its time grows with about the third power of the points."""
+MOST_CROSSINGS = 2_000_000
+"""Crossings up to which rings are measured exactly: about those of 4,000 random points. Beyond, they are sampled."""
+MANY_POINTS = 128
+"""Points up to which shapely draws strokes."""
+_CIRCLE = 32  # segments a quarter circle: the disk's area is 0.04 % short
+_HAIR = 2.0**-26  # of the larger of a point's coordinates and the image's sides
 _PRECISION = 2.0**-20
 """Pixels that polygons are rounded to: with a fixed grid of points, intersections of any polygons are sound."""
-
-
-class Shape(Protocol):
-    """A shape inside an image."""
-
-    @property
-    def area(self) -> float:
-        """Square pixels."""
-
-    @property
-    def bounds(self) -> Bounds:
-        """The smallest box around it, xyxy."""
-
-    def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
-        """Square pixels in each cell, (H, W)."""
-
-    def pixels(self, width: int, height: int) -> Bools:
-        """Which pixels of the image have their centre in it, (height, width)."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +57,20 @@ class BoxShape:
 
     @property
     def bounds(self) -> Bounds:
-        """The box itself."""
+        """The smallest box around the shape, xyxy."""
         return self.x0, self.y0, self.x1, self.y1
 
+    @property
+    def geometry(self) -> Any:
+        """The shape as shapely has it; None where only pixels are known."""
+        return shapely.box(*self.bounds)
+
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
-        """Overlap lengths down times overlap lengths across: a box is separable."""
+        """Square pixels in each cell, (H, W): overlap lengths down times overlap lengths across."""
         return np.outer(np.diff(np.clip(y_edges, self.y0, self.y1)), np.diff(np.clip(x_edges, self.x0, self.x1)))
 
     def pixels(self, width: int, height: int) -> Bools:
-        """Pixels with x0 <= column + 0.5 < x1, and the same for rows."""
+        """Which pixels of the image have their centre in the shape, (height, width)."""
         rows = np.arange(height) + 0.5
         columns = np.arange(width) + 0.5
         return np.logical_and.outer((rows >= self.y0) & (rows < self.y1), (columns >= self.x0) & (columns < self.x1))
@@ -77,42 +78,50 @@ class BoxShape:
 
 @dataclass(frozen=True, eq=False)
 class PixelShape:
-    """A set of pixels: a bool window and the place of its first row and column in the image."""
+    """Pixels, or smaller cells: how much of each is inside, and the place of the first row and column."""
 
-    window: Bools
+    window: NDArray[Any]  # bool, or float32 in 0..1
     top: int
     left: int
+    step: tuple[float, float] = (1.0, 1.0)  # height and width of a cell, in pixels of the image
+
+    geometry = None
 
     @staticmethod
-    def of(mask: Bools) -> "PixelShape":
+    def of(mask: NDArray[Any], step: tuple[float, float] = (1.0, 1.0)) -> "PixelShape":
         """The set pixels of a mask (H, W), copied and cut to their bounding rows and columns."""
         rows = np.flatnonzero(mask.any(axis=1))
         if rows.size == 0:
             return PixelShape(np.zeros((0, 0), bool), 0, 0)
         band = mask[rows[0] : rows[-1] + 1]
         columns = np.flatnonzero(band.any(axis=0))
-        window = np.array(band[:, columns[0] : columns[-1] + 1], dtype=bool, order="C")
+        window = np.array(band[:, columns[0] : columns[-1] + 1], order="C")
         window.setflags(write=False)
-        return PixelShape(window, int(rows[0]), int(columns[0]))
+        return PixelShape(window, int(rows[0]), int(columns[0]), step)
 
     @property
     def area(self) -> float:
-        """Square pixels, a whole number."""
-        return float(np.count_nonzero(self.window))
+        """Square pixels."""
+        inside = np.count_nonzero(self.window) if self.window.dtype == np.bool_ else self.window.sum(dtype=float)
+        return float(inside) * self.step[0] * self.step[1]
 
     @property
     def bounds(self) -> Bounds:
-        """The smallest box of whole pixels around it, xyxy."""
-        rows, columns = self.window.shape
-        return float(self.left), float(self.top), float(self.left + columns), float(self.top + rows)
+        """The smallest box of whole cells around the shape, xyxy."""
+        (rows, columns), (dy, dx) = self.window.shape, self.step
+        return self.left * dx, self.top * dy, (self.left + columns) * dx, (self.top + rows) * dy
 
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
         """Integrate down, then across; the second pass runs on one line a grid row, so the first is the cost."""
-        bands = np.diff(_integral(self.window.view(np.uint8), y_edges - self.top), axis=0)
-        return np.diff(_integral(np.ascontiguousarray(bands.T), x_edges - self.left), axis=0).T
+        values = self.window.view(np.uint8) if self.window.dtype == np.bool_ else self.window
+        bands = np.diff(_integral(values, y_edges / self.step[0] - self.top), axis=0)
+        areas = np.diff(_integral(np.ascontiguousarray(bands.T), x_edges / self.step[1] - self.left), axis=0).T
+        return areas * (self.step[0] * self.step[1])
 
     def pixels(self, width: int, height: int) -> Bools:
-        """The mask itself."""
+        """Pixels of which at least half is inside: the mask itself."""
+        if self.step != (1.0, 1.0):
+            return self.coverage(np.arange(height + 1.0), np.arange(width + 1.0)) >= 0.5
         mask = np.zeros((height, width), bool)
         rows, columns = self.window.shape
         mask[self.top : self.top + rows, self.left : self.left + columns] = self.window
@@ -137,42 +146,12 @@ class PolygonShape:
         return float(x0), float(y0), float(x1), float(y1)
 
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
-        """Sum, over the boundary, of the signed area to the right of each piece of it.
-
-        A piece within one cell adds to that cell the area between itself and the cell's right line, and its whole
-        height times a cell's width to every cell further right; what lies outside the polygon cancels. The boundary
-        is cut where it crosses a line of the grid, so the work grows with its length in cells, not with their number.
-        """
-        start, end = self._segments()
-        start, end = _cut(start, end, y_edges, x_edges)
-        middle = (start + end) / 2
-        rise = end[:, 1] - start[:, 1]
-        rows, columns = len(y_edges) - 1, len(x_edges) - 1
-        # Row and column 0 of these tables lie before the grid, the last ones behind it.
-        row = np.searchsorted(y_edges, middle[:, 1], side="right")
-        column = np.searchsorted(x_edges, middle[:, 0], side="right")
-        cell = row * (columns + 2) + column
-        table = (rows + 2, columns + 2)
-        right = np.append(x_edges, x_edges[-1])[column]
-        heights = np.bincount(cell, rise, minlength=table[0] * table[1]).reshape(table)
-        partial = np.bincount(cell, rise * (right - middle[:, 0]), minlength=table[0] * table[1]).reshape(table)
-        passed = np.cumsum(heights, axis=1)[1:-1, :columns]
-        areas: Floats = partial[1:-1, 1:-1] + passed * np.diff(x_edges)
-        return np.maximum(areas, 0.0)  # rounding leaves -1e-13 in cells outside
+        """Square pixels in each cell, (H, W)."""
+        return _signed_areas(*self._segments(), y_edges, x_edges)
 
     def pixels(self, width: int, height: int) -> Bools:
-        """Pixels whose centre is inside: the winding number along each line of centres."""
-        start, end = self._segments()
-        turn = np.where(end[:, 1] > start[:, 1], 1, -1)
-        first = _first_centre(np.minimum(start[:, 1], end[:, 1]), height)
-        last = _first_centre(np.maximum(start[:, 1], end[:, 1]), height)
-        segment, row = _ranges(first, last)
-        slope = (end - start)[segment]
-        x = start[segment, 0] + (row + 0.5 - start[segment, 1]) * slope[:, 0] / slope[:, 1]
-        winding = np.zeros((height, width + 1), np.int8)
-        np.add.at(winding, (row, _first_centre(x, width)), turn[segment].astype(np.int8))
-        inside: Bools = np.cumsum(winding, axis=1, dtype=np.int8)[:, :width] != 0
-        return inside
+        """Pixels whose centre is inside."""
+        return _odd(*self._segments(), np.zeros(1, np.int64), width, height)
 
     def _segments(self) -> tuple[Floats, Floats]:
         """Both ends, (N, 2) xy, of every straight piece of the boundary, with the inside always on the same hand."""
@@ -186,14 +165,214 @@ class PolygonShape:
         return (start, end) if np.sum((ax + bx) * (by - ay)) < 0 else (end, start)
 
 
-def united(rings: Sequence[Floats]) -> Any:
-    """The union of the insides of rings, each (N, 2) xy, N >= 3, that may cross themselves: even-odd counts."""
+@dataclass(frozen=True, eq=False)
+class RingsShape:
+    """The union of rings that cross themselves or each other often; even-odd counts within each.
+
+    At a crossing the inside of a ring changes to the other side of it. So each ring is walked once: the area beside an
+    edge counts as +1 or -1, changing at every crossing, and as 0 where another ring covers it. A position on the rings
+    is the number of its edge plus the share of that edge that lies behind.
+    """
+
+    start: Floats  # (N, 2) xy of the edges, ring after ring
+    end: Floats
+    firsts: Ints  # (R,) the first edge of each ring
+    breaks: Floats  # (M,) positions at which the weight changes, ascending, the first one 0
+    weights: NDArray[np.int8]  # (M,) the weight from each of them on
+    sums: Floats  # (2, M) of the changes up to each, times the share and times its square
+    width: int
+    height: int
+
+    geometry = None
+
+    @property
+    def area(self) -> float:
+        """Square pixels."""
+        return float(self.coverage(np.array([0.0, self.height]), np.array([0.0, self.width]))[0, 0])
+
+    @property
+    def bounds(self) -> Bounds:
+        """The smallest box around it, xyxy: that of its edges inside the image and of the corners that it covers."""
+        edges = shapely.linestrings(np.stack((self.start, self.end), axis=1))
+        inside = shapely.clip_by_rect(edges, 0, 0, self.width, self.height)
+        near = 1e-6 * max(self.width, self.height)
+        y_edges, x_edges = ([0, near, size - near, size] for size in (self.height, self.width))
+        rows, columns = np.nonzero(self.coverage(np.array(y_edges), np.array(x_edges))[::2, ::2] > near**2 / 2)
+        corners = shapely.points(columns * self.width, rows * self.height)
+        x0, y0, x1, y1 = shapely.total_bounds(np.concatenate((inside, corners))).tolist()
+        return x0, y0, x1, y1
+
+    def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
+        """Square pixels in each cell, (H, W)."""
+        y_edges, x_edges = np.clip(y_edges, 0, self.height), np.clip(x_edges, 0, self.width)
+        return _signed_areas(self.start, self.end, y_edges, x_edges, self)
+
+    def pixels(self, width: int, height: int) -> Bools:
+        """Pixels whose centre is inside."""
+        return _odd(self.start, self.end, self.firsts, width, height)
+
+    def integrals(self, edge: Ints, share0: Floats, share1: Floats) -> tuple[Floats, Floats]:
+        """Of dy and of x dy, each times the weight, over the parts of edges between two shares."""
+        first = np.searchsorted(self.breaks, edge + share0, side="right") - 1
+        last = np.searchsorted(self.breaks, edge + share1, side="left") - 1
+        before, after = self.weights[first], self.weights[last]
+        changes, squares = self.sums[:, last] - self.sums[:, first]
+        weight = after * share1 - before * share0 - changes
+        twice = after * share1**2 - before * share0**2 - squares
+        along = (self.end - self.start)[edge]
+        return along[:, 1] * weight, along[:, 1] * (self.start[edge, 0] * weight + along[:, 0] * twice / 2)
+
+
+@dataclass(frozen=True, eq=False)
+class StrokeShape:
+    """What a round brush covers along a line that crosses itself often."""
+
+    points: Floats  # (N, 2) xy, no two alike in a row
+    radius: float
+    width: int
+    height: int
+
+    geometry = None
+
+    @cached_property
+    def area(self) -> float:
+        """Square pixels."""
+        return float(self.coverage(np.array([0.0, self.height]), np.array([0.0, self.width]), 192)[0, 0])
+
+    @property
+    def bounds(self) -> Bounds:
+        """The smallest box around it, xyxy."""
+        pieces = shapely.linestrings(np.stack((self.points[:-1], self.points[1:]), axis=1))
+        stroke = shapely.buffer(pieces, self.radius, quad_segs=_CIRCLE)
+        x0, y0, x1, y1 = shapely.total_bounds(shapely.clip_by_rect(stroke, 0, 0, self.width, self.height)).tolist()
+        return x0, y0, x1, y1
+
+    def coverage(self, y_edges: Floats, x_edges: Floats, parts: int = 768) -> Floats:
+        """Square pixels in each cell, (H, W).
+
+        The grid, and then its cells, are split in four for as long as the rim of the stroke may run through them, down
+        to the longer side of the image divided by ``parts``, or finer if the stroke is narrow and not too long. The
+        smallest squares are cut by each piece of the line as by a straight edge.
+        """
+        y_edges, x_edges = np.clip(y_edges, 0, self.height), np.clip(x_edges, 0, self.width)
+        rows, columns = np.arange(len(y_edges)), np.arange(len(x_edges))
+        points = self.points @ (1, 1j)  # complex numbers: a product turns a piece of the line to lie along x
+        along = np.diff(points)
+        start, length, along = points[:-1], np.abs(along), along / np.abs(along)
+        finest = max(self.width, self.height) / parts
+        if 0.7 * self.radius < finest:
+            finest = max(0.7 * self.radius, 2e-6 * length.sum())
+        cells = math.ceil(math.log2(max(rows[-1], columns[-1])))  # the level at which squares are single cells
+        whole = [np.zeros((1 << level, 1 << level), bool) for level in range(cells + 1)]
+        areas = np.zeros(rows[-1] * columns[-1])
+        first = np.zeros(1, np.int64)
+        pending = [(0, first, first, np.zeros(len(start), np.int64), np.arange(len(start)))]
+        while pending:
+            level, y, x, square, piece = pending.pop()
+            unit = 2.0 ** (cells - level)
+            left, right = (np.interp((x + far) * unit, columns, x_edges) for far in (0, 1))
+            top, bottom = (np.interp((y + far) * unit, rows, y_edges) for far in (0, 1))
+            centre = (left + right + 1j * (top + bottom)) / 2
+            half = np.stack((right - left, bottom - top)) / 2
+            reach = np.hypot(*half)[square]
+            turned = (centre[square] - start[piece]) * along.conj()[piece]
+            away = turned - np.clip(turned.real, 0, length[piece])
+            distance = np.abs(away)
+            beside = np.minimum(turned.real, length[piece] - turned.real) >= reach
+            wide = np.abs(along.imag)[piece] * half[0, square] + np.abs(along.real)[piece] * half[1, square]
+            reach = np.where(beside, wide, reach)
+            covered = np.zeros(len(y))
+            covered[square[distance <= self.radius - reach]] = 1
+            rim = np.flatnonzero(
+                (distance < self.radius + reach) & (covered[square] == 0) & (half[0] * half[1] > 0)[square]
+            )
+            square, piece = square[rim], piece[rim]
+            last = level >= cells and 2 * half.max() <= finest
+            if last and len(square):
+                distance = distance[rim]
+                normal = np.where(distance > 1e-9, away[rim] / np.maximum(distance, 1e-9), 1j) * along[piece]
+                bend = np.where(beside[rim], 0, wide[rim] ** 2 / self.radius) / 8
+                covered += _covered(square, normal, distance + bend, self.radius, half)
+            if level < cells:
+                whole[level][y, x] = covered > 0
+            else:
+                cell = (y >> (level - cells)) * columns[-1] + (x >> (level - cells))
+                areas += np.bincount(cell, 4 * covered * half.prod(axis=0), areas.size)
+            if last or not len(square):
+                continue
+            split = np.zeros(len(y), bool)
+            split[square] = True
+            square = (np.cumsum(split) - 1)[square]
+            quarters = [(y[split] * 2 + down, x[split] * 2 + right) for down in (0, 1) for right in (0, 1)]
+            if len(square) > 50_000:  # one after the other, to save memory
+                pending += [(level + 1, *quarter, square, piece) for quarter in quarters]
+            else:
+                places = square + np.arange(4)[:, None] * np.count_nonzero(split)
+                pending.append((level + 1, *np.concatenate(quarters, axis=1), places.ravel(), np.tile(piece, 4)))
+        total = whole[0]
+        for part in whole[1:]:
+            total = total.repeat(2, axis=0).repeat(2, axis=1) | part
+        cell_areas = np.outer(np.diff(y_edges), np.diff(x_edges))
+        return areas.reshape(cell_areas.shape) + total[: rows[-1], : columns[-1]] * cell_areas
+
+    def pixels(self, width: int, height: int) -> Bools:
+        """Pixels of which at least half is inside."""
+        return self.coverage(np.arange(height + 1.0), np.arange(width + 1.0)) >= 0.5
+
+
+Shape = BoxShape | PixelShape | PolygonShape | RingsShape | StrokeShape
+
+
+def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
+    """The union of the insides of rings, clipped to the image; where a ring crosses itself, even-odd counts.
+
+    Args:
+        rings: (N, 2) xy each, N >= 3.
+        width: of the image, pixels.
+        height: of the image, pixels.
+    """
     # Coordinates a hair apart, and only those, break the intersections that make_valid works out.
     rounded = [np.round(np.append(ring, ring[:1], axis=0) / _PRECISION) * _PRECISION for ring in rings]
-    return _polygons_only(shapely.make_valid(shapely.polygons([shapely.linearrings(ring) for ring in rounded])))
+    polygons = shapely.polygons([shapely.linearrings(ring) for ring in rounded])
+    if len(rings) == 1 and shapely.is_valid(polygons[0]):
+        return _clipped(polygons[0], width, height)
+    points, firsts = np.concatenate([ring[:-1] for ring in rounded]), np.cumsum([0, *map(len, rings[:-1])])
+    after = np.arange(1, len(points) + 1)
+    after[[*(firsts[1:] - 1), -1]] = firsts
+    if len(_crossings(points, after, firsts, MANY_CROSSINGS)[0]) <= 2 * MANY_CROSSINGS + len(rings):
+        return _clipped(_polygons_only(shapely.make_valid(polygons)), width, height)
+    # Moved by a hair, no edge passes through a corner and no two lie on one line: every crossing is a plain one.
+    size = np.maximum(np.abs(points).max(axis=1, keepdims=True), max(width, height))
+    points += np.random.default_rng(0).uniform(-_HAIR, _HAIR, points.shape) * size
+    breaks, partners = _crossings(points, after, firsts, MOST_CROSSINGS)
+    if len(breaks) <= 2 * MOST_CROSSINGS + len(rings):
+        return _walk(points, after, firsts, breaks, partners, width, height)
+    rows, columns = (max(1, round(3072 * size / max(width, height))) for size in (height, width))
+    step = np.array((width / columns, height / rows))
+    return PixelShape.of(
+        _odd(points / step, points[after] / step, firsts, columns, rows), (height / rows, width / columns)
+    )
 
 
-def clipped(geometry: Any, width: int, height: int) -> PolygonShape:
+def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shape:
+    """What a round brush covers along a line, clipped to the image.
+
+    Args:
+        points: (N, 2) xy of the line, N >= 1.
+        radius: of the brush, pixels.
+        width: of the image, pixels.
+        height: of the image, pixels.
+    """
+    points = points[np.append(True, np.any(points[1:] != points[:-1], axis=1))]
+    line = shapely.LineString(points) if len(points) > 1 else shapely.Point(*points[0])
+    if len(points) <= MANY_POINTS:
+        return _clipped(shapely.buffer(line, radius, quad_segs=_CIRCLE), width, height)
+    if shapely.distance(line, shapely.box(0, 0, width, height)) >= radius:
+        return PixelShape(np.zeros((0, 0), bool), 0, 0)
+    return StrokeShape(points, radius, width, height)
+
+
+def _clipped(geometry: Any, width: int, height: int) -> PolygonShape:
     """The part of a Polygon or MultiPolygon that lies in the image."""
     frame = shapely.box(0, 0, width, height)
     return PolygonShape(_polygons_only(shapely.intersection(geometry, frame, grid_size=_PRECISION)))
@@ -204,6 +383,198 @@ def _polygons_only(geometry: Any) -> Any:
     parts = shapely.get_parts(shapely.get_parts(geometry))  # twice: collections hold multi-polygons
     parts = parts[shapely.get_type_id(parts) == 3]
     return parts[0] if len(parts) == 1 else shapely.union_all(parts, grid_size=_PRECISION)
+
+
+def _crossings(points: Floats, after: Ints, firsts: Ints, most: int) -> tuple[Floats, Ints]:
+    """Where edges cross each other, but for neighbours at their common point: two entries a crossing, one an edge.
+
+    Args:
+        points: (N, 2) xy; edge i runs from point i to point after[i].
+        after: (N,)
+        firsts: (R,) the first edge of each ring.
+        most: crossings beyond which the search ends early, with more than these.
+
+    Returns:
+        (R + M,) positions in ascending order, the number of an edge plus the share of it that lies before a crossing,
+        and the beginnings of the rings among them; and of several rings (R + M,) the other edge, -1 at a beginning.
+    """
+    start, end = np.insert(points, 2, 1, axis=1), np.insert(points[after], 2, 1, axis=1)
+    lines = np.cross(start, end)  # times a point (x, y, 1): above 0 on one side of the edge, below on the other
+    low, high = np.minimum(start, end), np.maximum(start, end)
+    before = np.argsort(after)
+    positions, partners = [np.empty(0)] * len(points), [np.empty(0, np.int64)] * len(points)
+    several = len(firsts) > 1
+    total, block = 0, max(1, min(64, 2_000_000 // len(points)))
+    order = np.argsort(low[:, 1] + high[:, 1])
+    for rows in np.split(order, np.arange(block, len(order), block)):
+        near = np.flatnonzero(((low <= high[rows].max(axis=0)) & (high >= low[rows].min(axis=0))).all(axis=1))
+        # Not as products of matrices: for these, their threads would cost more than they save.
+        from_start, from_end, start_from, end_from = (
+            np.einsum("ik,kj->ij", some[rows], np.ascontiguousarray(others[near].T))
+            for some, others in ((start, lines), (end, lines), (lines, start), (lines, end))
+        )
+        cut = ((from_start < 0) != (from_end < 0)) & ((start_from < 0) != (end_from < 0))
+        for neighbour in (rows, after[rows], before[rows]):
+            cut[np.arange(len(rows)), np.searchsorted(near, neighbour)] = False
+        found = np.flatnonzero(cut)
+        shares = from_start.ravel()[found]
+        shares /= shares - from_end.ravel()[found]
+        stops = np.searchsorted(found, np.arange(len(rows) + 1) * len(near)).tolist()
+        for row, begin, stop in zip(rows.tolist(), stops, stops[1:], strict=False):
+            if several:
+                ascending = np.argsort(shares[begin:stop])
+                shares[begin:stop] = shares[begin:stop][ascending]
+                partners[row] = near[found[begin:stop][ascending] % len(near)]
+            else:
+                shares[begin:stop].sort()
+            positions[row] = shares[begin:stop] + row
+        total += len(found)
+        if total > 2 * most:
+            break
+    for first in firsts.tolist():
+        positions[first] = np.append(float(first), positions[first])
+        partners[first] = np.append(-1, partners[first])
+    return np.concatenate(positions), np.concatenate(partners)
+
+
+def _walk(
+    points: Floats, after: Ints, firsts: Ints, breaks: Floats, partners: Ints, width: int, height: int
+) -> RingsShape:
+    """Find the weight of every stretch between two crossings."""
+    start, end = points, points[after]
+    here, weights = np.zeros(1, np.int64), np.ones(len(breaks), np.int8)
+    if len(firsts) == 1:
+        weights[1::2] = -1
+    else:
+        begins, ring = (
+            np.searchsorted(breaks, firsts),
+            np.searchsorted(firsts, np.arange(len(points)), side="right") - 1,
+        )
+        here, other = ring[breaks.astype(np.int64)], np.where(partners < 0, -1, ring[partners])
+        own = np.cumsum(other == here)
+        weights[(own - own[begins][here]) % 2 == 1] = -1
+        inside = _inside(points[firsts], start, end, firsts)
+        toggles = np.flatnonzero((other != here) & (other >= 0))
+        pair = here[toggles] * len(firsts) + other[toggles]
+        toggles, pair = toggles[np.argsort(pair, kind="stable")], np.sort(pair)
+        odd = (np.arange(len(pair)) - np.searchsorted(pair, pair)) % 2 == 1
+        change = np.zeros(len(breaks), np.int64)
+        change[toggles] = np.where(odd == inside[here[toggles], other[toggles]], 1, -1)
+        count = np.cumsum(change)
+        covered = count + (inside.sum(axis=1) - count[begins])[here] > 0
+    shape = RingsShape(start, end, firsts, breaks, weights, _sums(breaks, weights), width, height)
+    moments = shape.integrals(np.arange(len(points)), np.zeros(len(points)), np.ones(len(points)))[1]
+    # Until here the first stretch of each ring had the inside on its right, be it so or not.
+    signs = np.where(np.add.reduceat(moments, firsts) > 0, -1, 1).astype(np.int8)
+    weights *= signs[here]
+    if len(firsts) == 1:
+        np.multiply(shape.sums, signs[0], out=shape.sums)
+        return shape
+    weights[covered] = 0
+    return replace(shape, sums=_sums(breaks, weights))
+
+
+def _sums(breaks: Floats, weights: NDArray[np.int8]) -> Floats:
+    sums = np.empty((2, len(breaks)))
+    share = np.floor(breaks)
+    np.subtract(breaks, share, out=share)
+    np.multiply(share, np.diff(weights, prepend=np.int8(0)), out=sums[0])
+    np.multiply(share, sums[0], out=sums[1])
+    return np.cumsum(sums, axis=1, out=sums)
+
+
+def _inside(points: Floats, start: Floats, end: Floats, firsts: Ints) -> Bools:
+    """Which rings the first points (R, 2) of all rings lie in, but for their own: (R, R)."""
+    inside = np.zeros((len(points), len(points)), bool)
+    slope = (end[:, 0] - start[:, 0]) / (end[:, 1] - start[:, 1])
+    for row, (x, y) in enumerate(points):
+        left = ((start[:, 1] > y) != (end[:, 1] > y)) & (start[:, 0] + (y - start[:, 1]) * slope < x)
+        inside[row] = np.add.reduceat(left, firsts, dtype=np.int64) % 2 == 1
+    inside[np.diag_indices(len(points))] = False
+    return inside
+
+
+def _covered(square: Ints, normal: NDArray[Any], distance: Floats, radius: float, half: Floats) -> Floats:
+    """Share of squares that straight strokes cover, from eight lines through each square.
+
+    Args:
+        square: (P,) the square that each piece of a stroke may reach into, ascending.
+        normal: (P,) complex, of length 1, from the piece to the centre of the square.
+        distance: (P,) between the two.
+        radius: half the width of the strokes.
+        half: (2, S) half the width and height of each square.
+    """
+    narrow = 2 * half.max() > radius
+    upright = np.bincount(square, np.abs(normal.real) - np.abs(normal.imag), half.shape[1])[square] >= 0
+    slope, shift = normal.real * half[0, square], normal.imag * half[1, square]
+    slope, shift = np.where(upright, slope, shift), np.where(upright, shift, slope)
+    slope = np.where(np.abs(slope) < 1e-9, 1e-9, slope)
+    lines = np.multiply.outer(shift, np.arange(-7, 8, 2) / 8) + distance[:, None]
+    ends = (np.clip((side - lines) / slope[:, None], -1, 1) for side in (radius, -radius))
+    low, high = np.sort(list(ends), axis=0)
+    begins = np.flatnonzero(np.diff(square, prepend=-1))
+    if narrow:
+        free = np.multiply.reduceat(1 - (high - low) / 2, begins).mean(axis=1)
+    else:
+        free = np.minimum.reduceat(np.where((high == 1) & (low > -1), low, 1), begins)
+        free -= np.maximum.reduceat(np.where(low == -1, high, -1), begins)
+        free = np.maximum(free, 0).mean(axis=1) / 2
+    covered = np.zeros(half.shape[1])
+    covered[square[begins]] = 1 - free
+    return covered
+
+
+def _odd(start: Floats, end: Floats, firsts: Ints, width: int, height: int) -> Bools:
+    """Pixels (height, width) with their centre in any of several outlines: left of it are an odd number of its edges."""
+    inside = np.zeros((height, width), bool)
+    for edges in np.split(np.arange(len(start)), firsts[1:]):
+        (left, top), (right, bottom) = (
+            (_first_centre(corner[0], width), _first_centre(corner[1], height))
+            for corner in (start[edges].min(axis=0), start[edges].max(axis=0))
+        )
+        passed = np.zeros((bottom - top, right - left + 1), np.uint8)
+        for some in np.split(edges, np.arange(1024, len(edges), 1024)):
+            a, slope = start[some], end[some] - start[some]
+            first, last = (_first_centre(ends, height) for ends in np.sort((start[some, 1], end[some, 1]), axis=0))
+            edge, row = _ranges(first, last)
+            x = a[edge, 0] + (row + 0.5 - a[edge, 1]) * slope[edge, 0] / slope[edge, 1]
+            column = np.clip(_first_centre(x, width), left, right)
+            # One index and a number of the same type: 30 times as fast as any other form.
+            np.add.at(passed.ravel(), (row - top) * passed.shape[1] + column - left, np.uint8(1))
+        inside[top:bottom, left:right] |= np.cumsum(passed, axis=1, dtype=np.uint8)[:, :-1] % 2 == 1
+    return inside
+
+
+def _signed_areas(
+    start: Floats, end: Floats, y_edges: Floats, x_edges: Floats, weights: RingsShape | None = None
+) -> Floats:
+    """Sum, over edges with the inside on their right, of the area to the right of each; (H, W).
+
+    A piece within one cell adds to that cell the area between itself and the cell's right line, and its whole height
+    times a cell's width to every cell further right; what lies outside the shape cancels. The edges are cut where they
+    cross a line of the grid, so the work grows with their length in cells, not with the number of cells.
+    """
+    owner, share, points = _cut(start, end, y_edges, x_edges)
+    joined = owner[1:] == owner[:-1]
+    a, b = points[:-1][joined], points[1:][joined]
+    middle = (a + b) / 2
+    rise = b[:, 1] - a[:, 1]
+    rows, columns = len(y_edges) - 1, len(x_edges) - 1
+    # Row and column 0 of these tables lie before the grid, the last ones behind it.
+    row = np.searchsorted(y_edges, middle[:, 1], side="right")
+    column = np.searchsorted(x_edges, middle[:, 0], side="right")
+    cell = row * (columns + 2) + column
+    table = (rows + 2, columns + 2)
+    right = np.append(x_edges, x_edges[-1])[column]
+    beside = rise * (right - middle[:, 0])
+    if weights is not None:
+        rise, moment = weights.integrals(owner[:-1][joined], share[:-1][joined], share[1:][joined])
+        beside = rise * right - moment
+    heights = np.bincount(cell, rise, minlength=table[0] * table[1]).reshape(table)
+    partial = np.bincount(cell, beside, minlength=table[0] * table[1]).reshape(table)
+    passed = np.cumsum(heights, axis=1)[1:-1, :columns]
+    areas: Floats = partial[1:-1, 1:-1] + passed * np.diff(x_edges)
+    return np.maximum(areas, 0.0)  # rounding leaves -1e-13 in cells outside
 
 
 def _integral(values: NDArray[Any], edges: Floats) -> Floats:
@@ -235,8 +606,12 @@ def _first_centre(position: Floats, size: int) -> NDArray[np.int64]:
     return np.clip(np.ceil(position - 0.5), 0, size).astype(np.int64)
 
 
-def _cut(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> tuple[Floats, Floats]:
-    """Cut segments wherever they cross a line of the grid, so that each piece lies within one cell."""
+def _cut(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> tuple[Ints, Floats, Floats]:
+    """Cut edges wherever they cross a line of the grid, so that each piece lies within one cell.
+
+    Returns:
+        The cuts with both ends, in order: number of the edge, share of it, and point (N, 2).
+    """
     owners = [np.arange(len(start)), np.arange(len(start))]
     shares = [np.zeros(len(start)), np.ones(len(start))]
     for axis, lines in ((0, x_edges), (1, y_edges)):
@@ -248,34 +623,22 @@ def _cut(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> tuple[
         shares.append((lines[line] - a[owner]) / (b - a)[owner])
     owner, share = np.concatenate(owners), np.concatenate(shares)
     order = np.lexsort((share, owner))
-    owner, share = owner[order], share[order, None]
-    points = start[owner] * (1 - share) + end[owner] * share
-    joined = owner[1:] == owner[:-1]
-    return points[:-1][joined], points[1:][joined]
+    owner, share = owner[order], share[order]
+    return owner, share, start[owner] * (1 - share[:, None]) + end[owner] * share[:, None]
 
 
-def decode_counts(counts: str | bytes | list[int], cells: int) -> NDArray[np.int64]:
-    """Run lengths of a COCO run-length encoding, compressed (str, bytes) or not (list).
+def decode_rle(counts: str | Sequence[int], height: int, width: int) -> Bools:
+    """The mask (height, width) of a COCO run-length encoding: runs go down the columns and begin with unset pixels.
 
-    Compressed, each number is a string of characters with five bits each, least first, and a sixth that says whether
-    more follow; from the fourth on, numbers are differences to the one two places before.
-
-    Args:
-        counts: the encoding.
-        cells: how many pixels the runs must add up to.
+    Compressed, each run is a string of characters with five bits each, least first, and a sixth that says whether more
+    follow; from the fourth on, runs are differences to the one two places before.
 
     Raises:
-        ValueError: they do not, or this is no such encoding; the message is a clause that says why.
+        ValueError: this is no such encoding, or not of that many pixels; the message is a clause that says why.
     """
-    if isinstance(counts, list):
-        if not all(isinstance(count, int | np.integer) for count in counts):
-            raise ValueError("its counts are not whole numbers")
-        if any(count < 0 or count > cells for count in counts):
-            raise ValueError(f"a run is not within 0..{cells}")
-        runs = np.array(counts, np.int64)
-    else:
-        data = counts.encode("utf-8") if isinstance(counts, str) else counts
-        codes = np.frombuffer(data, np.uint8).astype(np.int64) - 48
+    cells = height * width
+    if isinstance(counts, str):
+        codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
         if np.any((codes < 0) | (codes > 63)):
             raise ValueError("its counts hold characters outside '0'..'o'")
         last = np.flatnonzero(codes < 32)
@@ -289,15 +652,14 @@ def decode_counts(counts: str | bytes | list[int], cells: int) -> NDArray[np.int
         runs -= np.where(codes[last] & 16, 1, 0) << 5 * lengths  # the top bit of the last five is the sign
         runs[1::2] = np.cumsum(runs[1::2])
         runs[2::2] = np.cumsum(runs[2::2])
-        if runs.min() < 0:
-            raise ValueError("its counts hold a negative run")
+    elif not all(isinstance(count, int | float | np.number) and count % 1 == 0 for count in counts):
+        raise ValueError("its counts are not whole numbers")
+    elif any(count < 0 or count > cells for count in counts):
+        raise ValueError(f"a run is not within 0..{cells}")
+    else:
+        runs = np.array(counts, np.int64)
+    if runs.size and runs.min() < 0:
+        raise ValueError("its counts hold a negative run")
     if runs.sum() != cells:
         raise ValueError(f"its runs add up to {runs.sum()} pixels, not {cells}")
-    return runs
-
-
-def decode_runs(runs: NDArray[np.int64], height: int, width: int) -> Bools:
-    """The mask (height, width) of runs that go down the columns, beginning with unset pixels."""
-    values = np.zeros(len(runs), bool)
-    values[1::2] = True
-    return np.repeat(values, runs).reshape(width, height).T
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T

@@ -1,35 +1,26 @@
 """Regions of an image, in every form people mark them: box, mask, polygon, RLE, point, scribble.
 
-A :class:`Region` is immutable and holds what the person gave, in pixels of the original image: x to the right, y
-down, (0, 0) the top left corner of the top left pixel. It learns the image's size only when it is asked something, and
-is then clipped to that image. Everything asked of a region that is empty, malformed or wholly outside its image raises
-a :class:`~regiongpt.errors.RegionError`; :meth:`Region.check` asks on purpose, and names the region in the message.
+A :class:`Region` is immutable and holds what was given, in pixels of the original image: x to the right, y down,
+(0, 0) the top left corner of the top left pixel. It is clipped to its image when it is used; one that is then empty,
+malformed or wholly outside raises a :class:`~regiongpt.errors.RegionError`. :meth:`Region.check` asks on purpose, and
+names the region in the message.
 
 Paper: §3.1 (regions of any shape are given as masks and pooled).
 """
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import shapely
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 from pycocotools import mask as coco_mask
 
-from regiongpt.coverage import (
-    Bounds,
-    BoxShape,
-    PixelShape,
-    PolygonShape,
-    Shape,
-    clipped,
-    decode_counts,
-    decode_runs,
-    united,
-)
+from regiongpt.coverage import Bounds, BoxShape, PixelShape, Shape, StrokeShape, decode_rle, polygon_shape, stroke_shape
 from regiongpt.errors import RegionError
 from regiongpt.images import MAX_PIXELS, SquareFrame
 
@@ -39,62 +30,129 @@ STROKE = 0.015
 MIN_AREA = 1e-3
 """Square pixels below which a region counts as empty; a pixel is a thousand times as much."""
 MAX_COORDINATE = 1e9
-_CIRCLE = 32  # segments a quarter circle: the disk's area is 0.04 % short
-
-Point = tuple[float, float]
 
 
 class Region(ABC):
     """A part of an image. Make one with :meth:`box`, :meth:`mask`, :meth:`polygon`, :meth:`rle`, :meth:`point`,
-    :meth:`scribble` or :meth:`from_dict`.
+    :meth:`scribble`, :meth:`from_xywh`, :meth:`from_dict` or :meth:`of`.
 
     Regions compare equal when they are of one kind and hold the same numbers or pixels.
     """  # noqa: D205
 
     kind: str
     """One of :data:`KINDS`."""
+    note: str = ""
+    """What the person should know about how the region was read, such as that a mask had soft edges; else empty."""
 
     @staticmethod
-    def box(x0: float, y0: float, x1: float, y1: float) -> "Region":
-        """The box from its left and top edge to its right and bottom edge, in pixels, half open, fractions allowed.
-
-        Raises:
-            RegionError: a coordinate is not a number.
-        """
-        return _Box(*_numbers((x0, y0, x1, y1), "box", 4))
-
-    @staticmethod
-    def mask(mask: ArrayLike) -> "Region":
-        """The set pixels of a mask.
+    def of(value: Any, name: str = "region") -> "Region":
+        """The region that a value stands for.
 
         Args:
-            mask: shape (H, W) of the whole original image; dtype bool, or integers that are all 0 or 1, or 0 or 255.
+            value: a Region; a box as four numbers x0, y0, x1, y1 in pixels (list, tuple, array or tensor); an object
+                as :meth:`from_dict` takes; a PIL image or bool array (H, W) as :meth:`mask` takes.
+            name: what messages call the region.
 
         Raises:
-            RegionError: it is of another shape, or holds other values.
+            RegionError: it is none of these.
         """
-        array = np.asarray(mask)
+        if isinstance(value, Region):
+            return value
+        if isinstance(value, Mapping):
+            return Region.from_dict(value, name)
+        try:
+            array = value if isinstance(value, Image.Image) else _array(value)
+            if isinstance(array, Image.Image) or (array.dtype == np.bool_ and array.ndim == 2):
+                return Region.mask(array)
+            if array.shape == (4,):
+                return Region.box(*value)
+        except RegionError as error:
+            raise RegionError(str(error).replace("region:", f"{name}:", 1)) from None
+        raise RegionError(
+            f"{name}: expected a Region such as Region.box(x0, y0, x1, y1), or a box [x0, y0, x1, y1], got "
+            f"{_short(value)}"
+        )
+
+    @staticmethod
+    def list_of(values: Any) -> "list[Region]":
+        """One region, or a sequence of regions, as a list; each may be anything that :meth:`of` takes.
+
+        Raises:
+            RegionError: one of them is no region; it is named ``<regionN>``.
+        """
+        if isinstance(values, Region | Mapping):
+            values = [values]
+        if isinstance(values, str | bytes | Image.Image) or not hasattr(values, "__iter__"):
+            raise RegionError(f"regions: expected a list of regions, got {_short(values)}")
+        return [Region.of(value, f"<region{number}>") for number, value in enumerate(values, 1)]
+
+    @staticmethod
+    def box(x0: float, y0: float, x1: float, y1: float, *, normalized: bool | None = None) -> "Region":
+        """The box from its left and top edge to its right and bottom edge, half open, fractions allowed.
+
+        Args:
+            x0: left edge.
+            y0: top edge.
+            x1: right edge.
+            y1: bottom edge.
+            normalized: True: the numbers are fractions of the image's width and height. False: they are pixels. By
+                default they are pixels, but :meth:`check` refuses a box with all four within 0..1.
+
+        Raises:
+            RegionError: a coordinate is not a number, or normalized ones are far outside 0..1.
+        """
+        x0, y0, x1, y1 = _numbers((x0, y0, x1, y1), "x0, y0, x1, y1")
+        if normalized and not (min(x0, y0, x1, y1) >= -1 and max(x0, y0, x1, y1) <= 2):
+            raise RegionError(f"region: expected normalized numbers within 0..1, got {_short([x0, y0, x1, y1])}")
+        return _Box(x0, y0, x1, y1, bool(normalized), normalized is not None)
+
+    @staticmethod
+    def from_xywh(x: float, y: float, width: float, height: float, *, normalized: bool | None = None) -> "Region":
+        """The box given by its left and top edge, its width and its height, as COCO has them; see :meth:`box`.
+
+        Raises:
+            RegionError: as for :meth:`box`, or the width or height is not above 0.
+        """
+        x, y, width, height = _numbers((x, y, width, height), "x, y, width, height")
+        if width <= 0 or height <= 0:
+            raise RegionError(
+                f"region: expected a box x, y, width, height with a width and height above 0, got {_number(width)} x "
+                f"{_number(height)}; give left, top, width, height"
+            )
+        return Region.box(x, y, x + width, y + height, normalized=normalized)
+
+    @staticmethod
+    def mask(mask: "ArrayLike | Image.Image") -> "Region":
+        """The pixels inside a mask.
+
+        Bool arrays are taken as they are. Of other masks with only two values, the larger one is inside. Of masks with
+        more values (soft edges, JPEG, probabilities), inside is from half on: 128 of 255, 32768 of 65535, 0.5 of 1;
+        :attr:`note` says so. Of an image with colours, the brightest channel counts; of one with transparency, only
+        its alpha channel, unless that is the same everywhere.
+
+        Args:
+            mask: of the whole original image: an array or tensor (H, W) of bool, integers 0..255 or 0..65535, or floats
+                0..1 or 0..255; uint8 (H, W, 3) RGB or (H, W, 4) RGBA; or a PIL image of any mode.
+
+        Raises:
+            RegionError: it is of another shape, or holds other values, or several values that are all below half.
+        """
+        array: NDArray[Any] = np.empty(0)
+        if not isinstance(mask, Image.Image):
+            array = _array(mask)
+            if array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8:
+                mask = Image.fromarray(array)
+        if isinstance(mask, Image.Image):
+            array = _brightness(mask)
         if array.ndim != 2:
             raise RegionError(
                 f"region: expected a mask of shape (H, W), got {array.shape}; pass one mask a region, without channels"
             )
-        if array.dtype != np.bool_:
-            values = [] if array.size == 0 or array.dtype.kind not in "iu" else [int(array.min()), int(array.max())]
-            if (
-                not values
-                or values[0] < 0
-                or values[1] not in (0, 1, 255)
-                or np.any((array != 0) & (array != values[1]))
-            ):
-                raise RegionError(
-                    f"region: expected a mask of dtype bool, or of integers 0 and 1 or 0 and 255, got {array.dtype} "
-                    f"with other values; pass a comparison such as mask > 0"
-                )
-            array = array != 0
-        return _Mask(array.shape[0], array.shape[1], PixelShape.of(array))
+        inside, note = _inside(array)
+        return _Pixels("mask", array.shape[0], array.shape[1], PixelShape.of(inside), note)
 
     @staticmethod
-    def polygon(points: Sequence[Any] | NDArray[Any]) -> "Region":
+    def polygon(points: Any) -> "Region":
         """The inside of one or several rings; several are united. Where a ring crosses itself, even-odd counts.
 
         Args:
@@ -104,11 +162,13 @@ class Region(ABC):
         Raises:
             RegionError: there is no ring, or one that is not made of pairs of numbers.
         """
-        points = points.tolist() if isinstance(points, np.ndarray) else list(points)
-        nested = bool(points) and all(isinstance(item, Sequence | np.ndarray) for item in points)
-        several = nested and not all(len(item) == 2 and np.ndim(item) == 1 for item in points)
-        rings = tuple(_points(ring, "polygon") for ring in (points if several else [points]))
-        return _Polygon(rings)
+        if not _is_list(points):
+            raise RegionError(
+                f"region: expected a polygon as [[x, y], ...] or a list of such rings, got {_short(points)}"
+            )
+        items = _array(points).tolist() if hasattr(points, "dtype") else list(points)
+        several = all(map(_is_list, items)) and not all(len(item) == 2 and not _is_list(item[0]) for item in items)
+        return _Vector("polygon", tuple(_points(ring, "polygon") for ring in (items if several and items else [items])))
 
     @staticmethod
     def rle(rle: Mapping[str, Any]) -> "Region":
@@ -123,20 +183,22 @@ class Region(ABC):
         """
         expected = 'expected RLE like {"size": [H, W], "counts": "..."}'
         if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
-            got = f"keys {sorted(map(str, rle))}" if isinstance(rle, Mapping) else type(rle).__name__
+            got = f"keys {_short(sorted(map(str, rle)))}" if isinstance(rle, Mapping) else type(rle).__name__
             raise RegionError(f"region: {expected}, got {got}; write it as pycocotools does")
         size, counts = rle["size"], rle["counts"]
-        if not isinstance(counts, str | bytes):
-            if not isinstance(counts, Sequence | np.ndarray):
+        if isinstance(counts, bytes):
+            counts = counts.decode("latin-1")
+        elif not isinstance(counts, str):
+            if not _is_list(counts):
                 raise RegionError(f"region: {expected} or a list of runs, got counts of type {type(counts).__name__}")
             counts = tuple(counts)
-        whole = isinstance(size, Sequence | np.ndarray) and len(size) == 2 and all(_is_whole(side) for side in size)
+        whole = _is_list(size) and len(size) == 2 and all(map(_is_whole, size))
         if not whole or min(size) < 1 or int(size[0]) * int(size[1]) > MAX_PIXELS:
             raise RegionError(
                 f"region: {expected} with two sides of at least 1 and at most {MAX_PIXELS:,} pixels in all, "
                 f"got size {_short(size)}"
             )
-        return _Rle(int(size[0]), int(size[1]), counts.decode("latin-1") if isinstance(counts, bytes) else counts)
+        return _Pixels("rle", int(size[0]), int(size[1]), counts)
 
     @staticmethod
     def point(x: float, y: float, radius: float | None = None) -> "Region":
@@ -150,11 +212,10 @@ class Region(ABC):
         Raises:
             RegionError: one of them is not a number.
         """
-        x, y = _numbers((x, y), "point", 2)
-        return _Point(x, y, None if radius is None else _numbers((radius,), "radius", 1)[0])
+        return _Vector("point", (np.array([_numbers((x, y), "x, y")]),), _as_size(radius, "radius"))
 
     @staticmethod
-    def scribble(points: Sequence[Any] | NDArray[Any], width: float | None = None) -> "Region":
+    def scribble(points: Any, width: float | None = None) -> "Region":
         """A stroke of a round brush along a line; a single point gives a dot.
 
         Args:
@@ -164,8 +225,7 @@ class Region(ABC):
         Raises:
             RegionError: there is no point, or one that is not a pair of numbers.
         """
-        line = tuple((x, y) for x, y in _points(points, "scribble").tolist())
-        return _Scribble(line, None if width is None else _numbers((width,), "width", 1)[0])
+        return _Vector("scribble", (_points(points, "scribble"),), _as_size(width, "width"))
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], name: str = "region") -> "Region":
@@ -174,36 +234,37 @@ class Region(ABC):
         Args:
             data: one of ``{"box": [x0, y0, x1, y1]}``, ``{"mask": rle}``, ``{"polygon": rings}``, ``{"rle": rle}``,
                 ``{"point": [x, y], "radius": r}``, ``{"scribble": points, "width": w}``; radius and width may be
-                missing or null.
+                missing or null. A box may have ``"normalized": true`` or ``false``, as for :meth:`box`.
             name: what messages call the region.
 
         Raises:
             RegionError: it is none of these.
         """
         kinds = [kind for kind in KINDS if isinstance(data, Mapping) and kind in data]
-        extra = {"point": {"radius"}, "scribble": {"width"}}.get(kinds[0], set()) if kinds else set()
-        if len(kinds) != 1 or set(data) - {kinds[0]} - extra:
+        option = {"box": "normalized", "point": "radius", "scribble": "width"}.get(kinds[0]) if kinds else None
+        if len(kinds) != 1 or set(data) - {kinds[0], option}:
             got = f"keys {_short(list(data))}" if isinstance(data, Mapping) else _short(data)
             raise RegionError(f"{name}: expected an object with one of the keys {', '.join(KINDS)}, got {got}")
-        kind = kinds[0]
-        value = data[kind]
+        kind, value = kinds[0], data[kinds[0]]
+        extra = data.get(option) if option else None
         try:
             if kind == "box":
-                return _Box(*_numbers(value, "box", 4))
+                if extra not in (None, True, False):
+                    raise RegionError(f"region: expected normalized as true or false, got {_short(extra)}")
+                x0, y0, x1, y1 = _numbers(value, "x0, y0, x1, y1")
+                return Region.box(x0, y0, x1, y1, normalized=extra)
             if kind == "point":
-                x, y = _numbers(value, "point", 2)
-                return Region.point(x, y, data.get("radius"))
+                x, y = _numbers(value, "x, y")
+                return Region.point(x, y, extra)
             if kind == "scribble":
-                return Region.scribble(value, data.get("width"))
+                return Region.scribble(value, extra)
             if kind == "polygon":
                 return Region.polygon(value)
             coded = Region.rle(value)
-            assert isinstance(coded, _Rle)
-            return coded if kind == "rle" else _Mask(coded.height, coded.width, coded.decoded("region"))
+            assert isinstance(coded, _Pixels)
+            return coded if kind == "rle" else replace(coded, kind="mask", source=coded.pixels())
         except RegionError as error:
             raise RegionError(str(error).replace("region:", f"{name}:", 1)) from None
-        except TypeError:
-            raise RegionError(f"{name}: expected a {kind} as a list of numbers, got {_short(value)}") from None
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -216,6 +277,20 @@ class Region(ABC):
         Args:
             width: of the image, in pixels.
         """
+
+    def in_pixels(self, width: int, height: int) -> "Region":
+        """The region itself, or for a normalized box the same box in pixels of the image."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"<{self}{self._details()}>"
+
+    def _details(self) -> str:
+        return ""
+
+    def _coordinates(self) -> Any:
+        """Numbers that may have been meant as fractions of the image."""
+        return ()
 
     @abstractmethod
     def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> "Region":
@@ -245,8 +320,7 @@ class Region(ABC):
         """
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(f"crop {(x0, y0, x1, y1)} is empty or not within the image of {width} x {height} pixels")
-        shape = self._resolve(width, height, "region")
-        left = shape.coverage(np.array([y0, y1], float), np.array([x0, x1], float))[0, 0]
+        left = self.coverage([y0, y1], [x0, x1], width, height)[0, 0]
         return self._move(x0, y0, x1, y1, width, height) if left >= MIN_AREA else None
 
     def check(self, width: int, height: int, name: str = "region") -> "Region":
@@ -261,18 +335,26 @@ class Region(ABC):
             The region itself; one partly outside is fine, and counts as far as it is inside.
 
         Raises:
-            RegionError: it is empty, inverted, not finite, malformed, wholly outside, or of another size.
+            RegionError: it is empty, inverted, not finite, malformed, wholly outside, of another size, or a box that
+                looks normalized.
         """
+        coordinates = self._coordinates()
+        if max(width, height) > 1 and len(coordinates) and min(coordinates) >= 0 and 0 < max(coordinates) <= 1:
+            raise RegionError(
+                f"{name}: expected pixels, got {self} within 0..1, which looks normalized; use --normalized, in Python "
+                "Region.box(..., normalized=True), or multiply by the image's width and height; if these are pixels, "
+                "normalized=False"
+            )
         self._resolve(width, height, name)
         return self
 
     def area(self, width: int, height: int) -> float:
         """Exact area inside the image of ``width`` x ``height`` pixels, in square pixels."""
-        return self._resolve(width, height, "region").area
+        return self._resolve(width, height).area
 
     def bounds(self, width: int, height: int) -> Bounds:
         """The smallest box x0, y0, x1, y1 around the part inside the image of ``width`` x ``height`` pixels."""
-        return self._resolve(width, height, "region").bounds
+        return self._resolve(width, height).bounds
 
     def coverage(self, y_edges: ArrayLike, x_edges: ArrayLike, width: int, height: int) -> NDArray[np.float32]:
         """Exact area of the region, clipped to the image, inside each cell of a grid.
@@ -286,7 +368,7 @@ class Region(ABC):
         Returns:
             (H, W) float32 in square pixels. It sums to :meth:`area` if the grid covers the image.
         """
-        shape = self._resolve(width, height, "region")
+        shape = self._resolve(width, height)
         return shape.coverage(np.asarray(y_edges, float), np.asarray(x_edges, float)).astype(np.float32)
 
     def pool_weights(self, frame: SquareFrame, grid_h: int, grid_w: int) -> NDArray[np.float32]:
@@ -302,14 +384,13 @@ class Region(ABC):
         Returns:
             (grid_h, grid_w) float32, summing to 1; a region thinner than a cell still has its full weight.
         """
-        shape = self._resolve(frame.width, frame.height, "region")
-        areas = shape.coverage(*frame.edges(grid_h, grid_w))
+        areas = self._resolve(frame.width, frame.height).coverage(*frame.edges(grid_h, grid_w))
         weights: NDArray[np.float32] = (areas / areas.sum()).astype(np.float32)
         return weights
 
     def to_mask(self, width: int, height: int) -> NDArray[np.bool_]:
         """Pixels whose centre is in the region, (height, width); if there is none, the pixel it covers most."""
-        shape = self._resolve(width, height, "region")
+        shape = self._resolve(width, height)
         mask = shape.pixels(width, height)
         if not mask.any():
             x0, y0, x1, y1 = shape.bounds
@@ -332,15 +413,12 @@ class Region(ABC):
         return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": self.area(width, height), "segmentation": segmentation}
 
     def geometry(self, width: int, height: int) -> Any:
-        """The region clipped to the image as a shapely Polygon or MultiPolygon; None for masks and RLE."""
-        shape = self._resolve(width, height, "region")
-        if isinstance(shape, BoxShape):
-            return shapely.box(*shape.bounds)
-        return shape.geometry if isinstance(shape, PolygonShape) else None
+        """The region clipped to the image as a shapely Polygon or MultiPolygon; None where only pixels are known."""
+        return self._resolve(width, height).geometry
 
-    def _resolve(self, width: int, height: int, name: str) -> Shape:
+    def _resolve(self, width: int, height: int, name: str = "region") -> Shape:
         shape = self._shape(width, height, name)
-        if not shape.area >= MIN_AREA:
+        if not isinstance(shape, StrokeShape) and not shape.area >= MIN_AREA:  # strokes are known to reach in
             raise RegionError(
                 f"{name}: {self} covers nothing of the image of {width} x {height} pixels (W x H); "
                 f"expected it at least partly within x 0..{width}, y 0..{height}"
@@ -348,101 +426,127 @@ class Region(ABC):
         return shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Box(Region):
     x0: float
     y0: float
     x1: float
     y1: float
+    normalized: bool = False
+    certain: bool = field(default=False, compare=False)  # that numbers within 0..1 are pixels
     kind = "box"
 
     def __str__(self) -> str:
-        return f"box ({', '.join(map(_number, (self.x0, self.y0, self.x1, self.y1)))})"
+        return f"{'normalized ' * self.normalized}box ({', '.join(map(_number, self._edges()))})"
+
+    def _edges(self, width: int = 1, height: int = 1) -> tuple[float, float, float, float]:
+        """The edges in pixels, if the image's size is given."""
+        sx, sy = (width, height) if self.normalized else (1, 1)
+        return self.x0 * sx, self.y0 * sy, self.x1 * sx, self.y1 * sy
 
     def to_dict(self) -> dict[str, Any]:
-        return {"box": [self.x0, self.y0, self.x1, self.y1]}
+        return {"box": list(self._edges()), **({"normalized": True} if self.normalized else {})}
+
+    def in_pixels(self, width: int, height: int) -> Region:
+        return _Box(*self._edges(width, height), certain=True) if self.normalized else self
 
     def flip(self, width: int) -> Region:
-        return _Box(width - self.x1, self.y0, width - self.x0, self.y1)
+        right = 1 if self.normalized else width
+        return _Box(right - self.x1, self.y0, right - self.x0, self.y1, self.normalized, True)
 
     def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        return _Box(max(self.x0, x0) - x0, max(self.y0, y0) - y0, min(self.x1, x1) - x0, min(self.y1, y1) - y0)
+        left, top, right, bottom = self._edges(width, height)
+        return _Box(max(left, x0) - x0, max(top, y0) - y0, min(right, x1) - x0, min(bottom, y1) - y0, certain=True)
+
+    def _coordinates(self) -> Any:
+        return () if self.certain else self._edges()
 
     def _shape(self, width: int, height: int, name: str) -> Shape:
-        if not all(map(math.isfinite, (self.x0, self.y0, self.x1, self.y1))):
+        x0, y0, x1, y1 = self._edges(width, height)
+        if not all(map(math.isfinite, (x0, y0, x1, y1))):
             raise RegionError(f"{name}: expected finite pixels x0,y0,x1,y1, got {self}; give numbers")
-        if self.x0 > self.x1 or self.y0 > self.y1:
+        if x0 > x1 or y0 > y1:
             raise RegionError(
                 f"{name}: expected x0 < x1 and y0 < y1, got {self}, which is inverted; "
                 "give left, top, right, bottom (not width and height)"
             )
-        if self.x0 == self.x1 or self.y0 == self.y1:
+        if x0 == x1 or y0 == y1:
             raise RegionError(f"{name}: expected x0 < x1 and y0 < y1, got {self}, which is empty; give it an area")
-        return BoxShape(max(self.x0, 0.0), max(self.y0, 0.0), min(self.x1, float(width)), min(self.y1, float(height)))
+        return BoxShape(max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Pixels(Region):
-    """What a mask and an RLE share: the size of the image they were drawn on, and set pixels."""
+    """A mask or an RLE: the size of the image it was drawn on, and set pixels."""
 
+    kind: str
     height: int
     width: int
+    source: PixelShape | str | tuple[int, ...]  # the pixels, or their run lengths: data sets hold millions of these
+    note: str = ""
 
-    @abstractmethod
-    def decoded(self, name: str) -> PixelShape:
-        """The set pixels."""
+    def pixels(self, name: str = "region") -> PixelShape:
+        if isinstance(self.source, PixelShape):
+            return self.source
+        try:
+            return PixelShape.of(decode_rle(self.source, self.height, self.width))
+        except ValueError as error:
+            raise RegionError(
+                f"{name}: expected COCO RLE of {self.width} x {self.height} pixels (W x H), but {error}; "
+                "encode the mask again"
+            ) from None
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.width} x {self.height} pixels"
 
-    def __repr__(self) -> str:
-        return f"<{self}>"
+    def _details(self) -> str:
+        try:
+            pixels = self.pixels()
+        except RegionError:
+            return ", malformed"
+        return f", {pixels.area:.0f} inside, within ({', '.join(map(_number, pixels.bounds))})"
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Pixels) or (self.kind, self._size) != (other.kind, other._size):
+        if not isinstance(other, _Pixels) or self._key != other._key:
             return False
-        mine, others = self.decoded("region"), other.decoded("region")
+        mine, others = self.pixels(), other.pixels()
         return mine.bounds == others.bounds and np.array_equal(mine.window, others.window)
 
     def __hash__(self) -> int:
-        return hash((self.kind, self._size))
+        return hash(self._key)
 
     @property
-    def _size(self) -> tuple[int, int]:
-        return self.height, self.width
+    def _key(self) -> tuple[str, int, int]:
+        return self.kind, self.height, self.width
 
     def to_dict(self) -> dict[str, Any]:
-        pixels = self.decoded("region").pixels(self.width, self.height)
+        pixels = self.pixels().pixels(self.width, self.height)
         coded = coco_mask.encode(np.asfortranarray(pixels, dtype=np.uint8))
         return {self.kind: {"size": [self.height, self.width], "counts": coded["counts"].decode("ascii")}}
 
     def flip(self, width: int) -> Region:
-        self._expect(width, self.height, "region")
-        pixels = self.decoded("region")
-        window = pixels.window[:, ::-1].copy()
-        return self._with(self.height, width, PixelShape(window, pixels.top, width - int(pixels.bounds[2])))
+        self._expect_size(width, self.height, "region")
+        pixels = self.pixels()
+        mirrored = PixelShape(pixels.window[:, ::-1].copy(), pixels.top, width - int(pixels.bounds[2]))
+        return replace(self, source=mirrored)
 
     def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        pixels = self.decoded("region")
+        pixels = self.pixels()
         rows = slice(max(y0 - pixels.top, 0), max(y1 - pixels.top, 0))
         columns = slice(max(x0 - pixels.left, 0), max(x1 - pixels.left, 0))
         part = PixelShape.of(pixels.window[rows, columns])
-        top = pixels.top + rows.start + part.top - y0
-        left = pixels.left + columns.start + part.left - x0
-        return self._with(y1 - y0, x1 - x0, PixelShape(part.window, top, left))
-
-    def _with(self, height: int, width: int, pixels: PixelShape) -> Region:
-        return _Mask(height, width, pixels)
+        top, left = pixels.top + rows.start + part.top - y0, pixels.left + columns.start + part.left - x0
+        return replace(self, height=y1 - y0, width=x1 - x0, source=PixelShape(part.window, top, left))
 
     def _shape(self, width: int, height: int, name: str) -> Shape:
-        self._expect(width, height, name)
-        pixels = self.decoded(name)
+        self._expect_size(width, height, name)
+        pixels = self.pixels(name)
         if pixels.area == 0:
             raise RegionError(f"{name}: expected a {self.kind} with at least one set pixel, got an empty {self}")
         return pixels
 
-    def _expect(self, width: int, height: int, name: str) -> None:
-        if self._size != (height, width):
+    def _expect_size(self, width: int, height: int, name: str) -> None:
+        if (self.height, self.width) != (height, width):
             raise RegionError(
                 f"{name}: expected a {self.kind} of the image's size, {width} x {height} pixels (W x H), "
                 f"got {self.width} x {self.height}; draw it on this image, or resize it without smoothing"
@@ -450,82 +554,88 @@ class _Pixels(Region):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Mask(_Pixels):
-    shape: PixelShape
-    kind = "mask"
-
-    def decoded(self, name: str) -> PixelShape:
-        return self.shape
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class _Rle(_Pixels):
-    counts: str | tuple[int, ...]
-    kind = "rle"
-
-    def decoded(self, name: str) -> PixelShape:
-        counts = self.counts if isinstance(self.counts, str) else list(self.counts)
-        try:
-            runs = decode_counts(counts, self.height * self.width)
-        except ValueError as error:
-            raise RegionError(
-                f"{name}: expected COCO RLE of {self.width} x {self.height} pixels (W x H), but {error}; "
-                "encode the mask again"
-            ) from error
-        return PixelShape.of(decode_runs(runs, self.height, self.width))
-
-    def _with(self, height: int, width: int, pixels: PixelShape) -> Region:
-        return Region.from_dict({"rle": _Mask(height, width, pixels).to_dict()["mask"]})
-
-
-@dataclass(frozen=True)
 class _Vector(Region):
-    """What polygons, points and scribbles share: shapely draws them."""
+    """A polygon, a point or a scribble: shapely draws them."""
 
-    @abstractmethod
-    def _drawn(self, width: int, height: int, name: str) -> Any:
-        """The whole region as shapely geometry, not clipped."""
+    kind: str
+    rings: tuple[NDArray[np.float64], ...]  # of (N, 2) each; a point's and a scribble's points are the only one
+    size: float | None = None  # radius of a point, width of a scribble
+    certain: bool = False  # that numbers within 0..1 are pixels
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Vector) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_drawn"}
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return self.kind, self.size, *(tuple(ring.ravel().tolist()) for ring in self.rings)
+
+    def __str__(self) -> str:
+        if self.kind == "point":
+            size = "" if self.size is None else f" of radius {_number(self.size)}"
+            return f"point ({', '.join(map(_number, self.rings[0][0]))}){size}"
+        rings = f" in {len(self.rings)} rings" if len(self.rings) > 1 else ""
+        return f"{self.kind} of {sum(map(len, self.rings))} points{rings}"
+
+    def _details(self) -> str:
+        if self.kind == "point":
+            return ""
+        points = np.concatenate(self.rings)
+        text = ", ".join(f"({_number(x)}, {_number(y)})" for x, y in points[:8])
+        width = "" if self.size is None else f", width {_number(self.size)}"
+        return f": {text}{', ...' * (len(points) > 8)}{width}"
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.kind == "polygon":
+            return {"polygon": [ring.tolist() for ring in self.rings]}
+        points = self.rings[0].tolist()
+        return (
+            {"point": points[0], "radius": self.size}
+            if self.kind == "point"
+            else {"scribble": points, "width": self.size}
+        )
+
+    def flip(self, width: int) -> Region:
+        rings = tuple(np.column_stack((width - ring[:, 0], ring[:, 1])) for ring in self.rings)
+        return replace(self, rings=rings, certain=True)
+
+    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
+        size = None if self.kind == "polygon" else self._stroke(width, height)
+        return replace(self, rings=tuple(ring - (x0, y0) for ring in self.rings), size=size, certain=True)
+
+    def _coordinates(self) -> Any:
+        return () if self.certain or self.kind == "point" else np.concatenate(self.rings).ravel()
+
+    def _stroke(self, width: int, height: int) -> float:
+        return max(1.0, STROKE * max(width, height)) if self.size is None else self.size
 
     def _shape(self, width: int, height: int, name: str) -> Shape:
-        return clipped(self._drawn(width, height, name), width, height)
+        drawn = self.__dict__.get("_drawn")
+        if drawn is None or drawn[0] != (width, height):
+            drawn = (width, height), self._draw(width, height, name)
+            self.__dict__["_drawn"] = drawn
+        return drawn[1]
 
-    def _expect_finite(self, values: Sequence[float], name: str) -> None:
-        wrong = [value for value in values if not abs(value) <= MAX_COORDINATE]
-        if wrong:
+    def _draw(self, width: int, height: int, name: str) -> Shape:
+        points = np.concatenate(self.rings)
+        values = np.append(points, self.size or 0.0)
+        wrong = values[~(np.abs(values) <= MAX_COORDINATE)]
+        if wrong.size:
             raise RegionError(
                 f"{name}: expected finite coordinates in pixels, got {_number(wrong[0])} in {self}; "
                 "give pixels of the original image"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class _Polygon(_Vector):
-    rings: tuple[NDArray[np.float64], ...]  # of (N, 2) each: data sets hold millions, too many for pairs of Python's
-    kind = "polygon"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Polygon):
-            return NotImplemented
-        return len(self.rings) == len(other.rings) and all(map(np.array_equal, self.rings, other.rings))
-
-    def __hash__(self) -> int:
-        return hash(tuple(tuple(ring.ravel().tolist()) for ring in self.rings))
-
-    def __str__(self) -> str:
-        points = sum(map(len, self.rings))
-        return f"polygon of {points} points" + (f" in {len(self.rings)} rings" if len(self.rings) > 1 else "")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"polygon": [ring.tolist() for ring in self.rings]}
-
-    def flip(self, width: int) -> Region:
-        return _Polygon(tuple(np.column_stack((width - ring[:, 0], ring[:, 1])) for ring in self.rings))
-
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        return _Polygon(tuple(ring - (x0, y0) for ring in self.rings))
-
-    def _drawn(self, width: int, height: int, name: str) -> Any:
-        self._expect_finite(np.concatenate(self.rings).ravel().tolist(), name)
+        if self.kind != "polygon":
+            what = "radius" if self.kind == "point" else "width"
+            if self.size is not None and self.size <= 0:
+                raise RegionError(f"{name}: expected a {what} above 0 pixels, got {_number(self.size)}; leave it out")
+            radius = self._stroke(width, height) / (1 if self.kind == "point" else 2)
+            return stroke_shape(points, radius, width, height)
         for index, ring in enumerate(self.rings, 1):
             if len(ring) < 3:
                 where = f" in ring {index}" if len(self.rings) > 1 else ""
@@ -533,93 +643,60 @@ class _Polygon(_Vector):
                     f"{name}: expected a polygon of at least 3 points, got {len(ring)}{where}; "
                     "use a box for two corners, or a scribble for a line"
                 )
-        drawn = united(self.rings)
-        if drawn.area < MIN_AREA:
+        shape = polygon_shape(self.rings, width, height)
+        if shape.area < MIN_AREA and np.linalg.matrix_rank(points - points[0], tol=1e-3) < 2:
             raise RegionError(
                 f"{name}: expected a polygon that encloses an area, got {self} that lie on one line; "
                 "use a scribble for a line"
             )
-        return drawn
+        return shape
 
 
-@dataclass(frozen=True)
-class _Point(_Vector):
-    x: float
-    y: float
-    radius: float | None
-    kind = "point"
-
-    def __str__(self) -> str:
-        size = "" if self.radius is None else f" of radius {_number(self.radius)}"
-        return f"point ({_number(self.x)}, {_number(self.y)}){size}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"point": [self.x, self.y], "radius": self.radius}
-
-    def flip(self, width: int) -> Region:
-        return _Point(width - self.x, self.y, self.radius)
-
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        return _Point(self.x - x0, self.y - y0, _stroke(self.radius, width, height))
-
-    def _drawn(self, width: int, height: int, name: str) -> Any:
-        self._expect_finite([self.x, self.y, self.radius or 0.0], name)
-        if self.radius is not None and self.radius <= 0:
-            raise RegionError(f"{name}: expected a radius above 0 pixels, got {_number(self.radius)}; leave it out")
-        return shapely.buffer(shapely.Point(self.x, self.y), _stroke(self.radius, width, height), quad_segs=_CIRCLE)
+def _is_list(value: Any) -> bool:
+    return (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or bool(getattr(value, "ndim", 0))
 
 
-@dataclass(frozen=True)
-class _Scribble(_Vector):
-    points: tuple[Point, ...]
-    width: float | None
-    kind = "scribble"
-
-    def __str__(self) -> str:
-        return f"scribble of {len(self.points)} points"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"scribble": [list(point) for point in self.points], "width": self.width}
-
-    def flip(self, width: int) -> Region:
-        return _Scribble(tuple((width - x, y) for x, y in self.points), self.width)
-
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        return _Scribble(tuple((x - x0, y - y0) for x, y in self.points), _stroke(self.width, width, height))
-
-    def _drawn(self, width: int, height: int, name: str) -> Any:
-        self._expect_finite([value for point in self.points for value in point] + [self.width or 0.0], name)
-        if self.width is not None and self.width <= 0:
-            raise RegionError(f"{name}: expected a width above 0 pixels, got {_number(self.width)}; leave it out")
-        moved = [self.points[0], *(b for a, b in zip(self.points, self.points[1:], strict=False) if a != b)]
-        line = shapely.LineString(moved) if len(moved) > 1 else shapely.Point(*moved[0])
-        return shapely.buffer(line, _stroke(self.width, width, height) / 2, quad_segs=_CIRCLE)
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and value % 1 == 0
 
 
-def _stroke(given: float | None, width: int, height: int) -> float:
-    return max(1.0, STROKE * max(width, height)) if given is None else given
-
-
-def _numbers(values: Any, what: str, count: int) -> tuple[float, ...]:
-    """Exactly ``count`` numbers as floats."""
+def _array(values: Any) -> NDArray[Any]:
+    """Lists, arrays and torch's tensors, wherever they lie, as an array."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if "bfloat16" in str(values.dtype) else values
     try:
-        if isinstance(values, str | bytes) or any(isinstance(value, str | bytes) for value in values):
+        return np.asarray(values)
+    except ValueError:
+        raise RegionError(f"region: expected lists of one length, got {_short(values)}") from None
+
+
+def _numbers(values: Any, names: str) -> tuple[float, ...]:
+    """As many numbers as there are names."""
+    listed = list(values) if _is_list(values) else []
+    if len(listed) != len(names.split(",")):
+        got = f"{len(listed)}: {_short(values)}" if listed else _short(values)
+        raise RegionError(f"region: expected {len(names.split(','))} numbers {names}, got {got}")
+    return tuple(map(_as_number, listed, names.split(", ")))
+
+
+def _as_size(value: Any, name: str) -> float | None:
+    return None if value is None else _as_number(value, name)
+
+
+def _as_number(value: Any, name: str) -> float:
+    try:
+        if isinstance(value, bool | np.bool_ | str | bytes):
             raise TypeError
-        numbers = tuple(float(value) for value in values)
+        return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise RegionError(f"region: expected a {what} of {count} numbers, got {_short(values)}") from None
-    if len(numbers) != count:
-        raise RegionError(f"region: expected a {what} of {count} numbers, got {len(numbers)}: {_short(values)}")
-    return numbers
+        raise RegionError(f"region: expected {name} as a number, got {_short(value)}") from None
 
 
 def _points(values: Any, what: str) -> NDArray[np.float64]:
     """Points (N, 2) from [[x, y], ...] or [x, y, x, y, ...], in an array of their own."""
     expected = f"region: expected a {what} as [[x, y], ...] or [x, y, x, y, ...] in numbers"
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise RegionError(f"{expected}, got lists of different lengths: {_short(values)}") from None
+    array = _array(values)
     if array.size == 0:
         raise RegionError(f"{expected}, got none; give its points")
     if array.dtype.kind not in "iuf":
@@ -633,8 +710,41 @@ def _points(values: Any, what: str) -> NDArray[np.float64]:
     return array.astype(float)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def _brightness(image: Image.Image) -> NDArray[Any]:
+    """What a mask image is drawn in, (H, W): its alpha channel if that varies or is 0, else the brightest channel."""
+    if "A" in image.mode.upper() or "transparency" in image.info:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        alpha = np.asarray(image)[..., 3]
+        if alpha.size == 0 or alpha.min() < alpha.max() or alpha.max() == 0:
+            return alpha
+    elif image.mode in ("1", "L", "F") or image.mode.startswith("I"):
+        return np.asarray(image)
+    brightest: NDArray[np.uint8] = np.asarray(image.convert("RGB")).max(axis=2)
+    return brightest
+
+
+def _inside(values: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
+    """Which pixels (H, W) of a mask are inside, and what to note."""
+    if values.dtype == np.bool_ or values.size == 0:
+        return values.astype(bool), ""
+    numeric = values.dtype.kind in "uif" and bool(np.isfinite(values).all())
+    low, high = (values.min(), values.max()) if numeric else (-1, -1)
+    if low < 0 or high > 65535:
+        got = f"{_number(low)} to {_number(high)}" if numeric else "other values"
+        raise RegionError(
+            f"region: expected a mask of bool, integers 0..255 or 0..65535, or floats 0..1, got {values.dtype} of "
+            f"{got}; pass a comparison such as mask > 0"
+        )
+    if np.all((values == low) | (values == high)):
+        return (values == high) & (high > 0), ""
+    white = 1 if values.dtype.kind == "f" and high <= 1 else 255 if high <= 255 else 65535
+    inside: NDArray[np.bool_] = values >= white / 2
+    if not inside.any():
+        raise RegionError(
+            f"region: expected a mask that somewhere reaches half of {white}, got more than two values, at most "
+            f"{_number(high)}; pass one object at a time, such as mask == {_number(high)}"
+        )
+    return inside, f"the mask has more than two values; inside is from {math.ceil(white / 2) if white > 1 else 0.5} on"
 
 
 def _number(value: float) -> str:
@@ -642,5 +752,5 @@ def _number(value: float) -> str:
 
 
 def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    text = " ".join(reprlib.repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

@@ -424,7 +424,7 @@ def test_wrong_regions_are_named_in_one_line(region, says):
         lambda: Region.mask(np.zeros((4, 4, 1), bool)),
         lambda: Region.mask(np.array([[0, 1, 2]])),
         lambda: Region.mask(np.array([[0, -1]])),
-        lambda: Region.mask(np.array([[0.0, 1.0]])),
+        lambda: Region.mask(np.array([[0.0, 300.0, np.nan]])),
         lambda: Region.mask([["a"]]),
     ],
 )
