@@ -203,9 +203,9 @@ def test_missing_predictions_are_refused_or_counted(run, data, tmp_path, capsys)
         (["drawn", "drawn"], "drawn: given twice"),
         (["--out", "x", "drawn", "--data", "DATA"], "drawn: name the tasks before all options"),
         (["drawn"], "give --out DIR"),
-        (["drawn", "--out", "x"], "--data: give a value"),
+        (["drawn", "--out", "x"], "drawn: --data: give a value"),
         (["drawn", "--out", "", "--data", "DATA"], "--out: give a path"),
-        (["drawn", "--out", "x", "--data", "DATA", "--limit", "-1"], "--limit: input should be greater than"),
+        (["drawn", "--out", "x", "--data", "DATA", "--limit", "-1"], "drawn: --limit: input should be greater than"),
         (["drawn", "--out", "x", "--data", "DATA", "--resamples", "-1"], "--resamples: input should be greater than"),
         (["drawn", "--out", "x", "--data", "DATA", "--missing", "wrong"], "--missing: it goes with --predictions"),
         (["drawn", "--out", "x", "--data", "DATA", "--predictions", "p", "--model", "m"], "--model: no model is run"),
@@ -271,6 +271,31 @@ def test_comparing_a_run_with_itself_and_with_another(run, data, checkpoint, tmp
     assert "0 items better, 0 worse" in printed
     assert "too few to tell" in printed
     assert "Two runs compared" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "{}", "manifest.json: not as a run writes it, with options"),
+        ("manifest.json", "[" * 100_000, "manifest.json: not a readable JSON file: nested too deeply"),
+        ("result.json", "7", "result.json: not as a run writes it"),
+        ("items.jsonl", '{"truth": "cat"}', "items.jsonl:1: not as a run writes it"),
+        ("predictions.jsonl", '{"id": 1, "scores": [NaN]}', "predictions.jsonl:1: not as a run writes it: scores: nan"),
+        ("predictions.jsonl", "\ud800", "predictions.jsonl:1: not as a run writes it"),
+    ],
+)
+def test_a_damaged_run_is_one_line(run, tmp_path, capsys, name, content, message):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "drawn" / name).write_bytes(content.encode("utf-8", "surrogatepass"))
+    assert main(["evaluate", "--compare", str(run), str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_store_is_one_line(run, data, checkpoint, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "answers" / "00000.sqlite").write_bytes(b"no data base " * 1000)
+    assert evaluate(data, checkpoint, tmp_path / "run") == 2
+    assert "00000.sqlite: damaged: file is not a database; delete it" in capsys.readouterr().err
 
 
 def test_runs_with_other_settings_are_not_compared(run, data, checkpoint, tmp_path, capsys):

@@ -89,10 +89,10 @@ def test_pope_is_asked_in_the_trained_words():
 
 @pytest.mark.parametrize("row", [{"bbox": None}, {"bbox": [1, 2, 3]}, {}])
 def test_a_row_without_a_region_is_said(row):
-    with pytest.raises(DataError, match="expected bbox as x, y, width, height, got"):
+    with pytest.raises(DataError, match="bbox: give x, y, width, height, got"):
         Answering(Predictor("")).answer("refcocog_bbox_val", SHORT, {"image": PICTURE, **row}, visuals, {})
     odd = {"image": PICTURE, "segmentation": [1, 2, 3]}
-    with pytest.raises(DataError, match="expected segmentation as x, y"):
+    with pytest.raises(DataError, match="segmentation: give x, y"):
         Answering(Predictor("")).answer("refcocog_seg_val", SHORT, odd, visuals, {})
 
 
@@ -106,9 +106,9 @@ def test_what_a_model_of_regions_cannot_do_is_said():
     answering = Answering(Predictor("a cup"))
     with pytest.raises(DataError, match="coordinates"):
         answering.answer("refcocog_bbox_rec_val", "Provide the bounding box", DOCUMENT, visuals, {})
-    with pytest.raises(DataError, match="one image a question, got 2"):
+    with pytest.raises(DataError, match="2 images in a question"):
         answering.answer("muirbench", "Which?", DOCUMENT, lambda document: [PICTURE, PICTURE], {})
-    with pytest.raises(ConfigError, match="prompt: expected task or trained"):
+    with pytest.raises(ConfigError, match="prompt: give task or trained"):
         Answering(Predictor(""), prompt="mine")
 
 

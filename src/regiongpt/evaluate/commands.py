@@ -43,7 +43,7 @@ class RunOptions(Settings):
     """With --predictions: what to do with items that have none."""
     unknown: Literal["refuse", "ignore"] = "refuse"
     """With --predictions: what to do with those for no item."""
-    resamples: int = Field(default=RESAMPLES, ge=0)
+    resamples: int = Field(default=RESAMPLES, ge=0, le=1_000_000)
     """Resamples of the bootstrap; 0 for no intervals."""
     gallery: int = Field(default=GALLERY, ge=0)
     """Worst mistakes on the page of results."""
@@ -163,7 +163,10 @@ def _read_task(name: str, typed: argparse.Namespace) -> Task:
         for dest in (field, f"{name}.{field}")
         if hasattr(typed, dest)
     }
-    return read_options(kind, argparse.Namespace(**values))
+    try:
+        return read_options(kind, argparse.Namespace(**values))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _check_predictions(options: RunOptions, typed: argparse.Namespace, tasks: int) -> None:

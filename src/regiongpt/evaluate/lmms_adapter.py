@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
+from regiongpt.console import progress, progress_shown
 from regiongpt.data.convert.values import short
-from regiongpt.data.progress import Meter, track
 from regiongpt.distributed import launched
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.images import load_image
@@ -54,7 +54,7 @@ class Answering:
     def __init__(self, predictor: "RegionPredictor", prompt: str = "task", yes_no: str = "first_word") -> None:
         for name, value, known in (("prompt", prompt, PROMPTS), ("yes_no", yes_no, YES_NO)):
             if value not in known:
-                raise ConfigError(f"{name}: expected {' or '.join(known)}, got {value!r}")
+                raise ConfigError(f"{name}: give {' or '.join(known)}, got {value!r}")
         self.predictor, self.prompt, self.yes_no = predictor, prompt, yes_no
 
     def answer(
@@ -80,8 +80,8 @@ class Answering:
         """
         if _COORDINATE_TASK.match(task):
             raise DataError(
-                f"{task}: expected a question whose answer is text, got one for coordinates, which RegionGPT does not "
-                "write; `regiongpt evaluate refcocog_rec` lets it choose among boxes"
+                f"{task}: asks for coordinates, which RegionGPT does not write; `regiongpt evaluate refcocog_rec` lets "
+                "it choose among boxes"
             )
         regions: list[Region] = []
         if _REGION_TASK.match(task):
@@ -89,7 +89,7 @@ class Answering:
         else:
             images = list(visuals(document))
             if len(images) != 1:
-                raise DataError(f"{task}: expected one image a question, got {len(images)}")
+                raise DataError(f"{task}: {len(images)} images in a question; only tasks with one can be answered")
             image = images[0]
             if self.prompt == "trained" and task.startswith("pope"):
                 context = context.strip().partition("\n")[0]  # less the line that asks for a single word
@@ -119,7 +119,7 @@ def _region(task: str, document: Mapping[str, Any]) -> Region:
         if len(flat) % 2 or (key == "bbox" and len(flat) != 4):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise DataError(f"{task}: expected {key} as {wanted}, got {short(document.get(key))}") from None
+        raise DataError(f"{task}: {key}: give {wanted}, got {short(document.get(key))}") from None
     if key == "segmentation":
         return Region.polygon([list(zip(flat[::2], flat[1::2], strict=True))])
     x, y, width, height = flat
@@ -157,7 +157,7 @@ def _model_class() -> type:
         ) -> None:
             super().__init__()
             if str(batch_size) != "1" or max_batch_size not in (None, 1):
-                raise ConfigError(f"batch_size: expected 1, got {batch_size}; questions are asked image by image")
+                raise ConfigError(f"batch_size: give 1, got {batch_size}; questions are asked image by image")
             from regiongpt.inference import RegionPredictor
 
             if launched() > 1:
@@ -175,8 +175,8 @@ def _model_class() -> type:
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             """Answers in the order of the requests."""
-            with Meter("lmms-eval", unit="answers") as meter:
-                return [self._answer(request) for request in meter.watch(track(requests, len(requests)))]
+            with progress_shown():
+                return [self._answer(request) for request in progress(requests, "lmms-eval", "answers")]
 
         def _answer(self, request: Any) -> str:
             context, options, visuals, number, task, split = request.args

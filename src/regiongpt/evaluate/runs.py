@@ -11,12 +11,12 @@ DIR/index.html              all of it as a page
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import regiongpt
 from regiongpt.data.shards import file_identity
@@ -25,6 +25,8 @@ from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.evaluate.task import Answer, Item, Result, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
 from regiongpt.storage import digest, read_json, reason, sha256, write_file, write_json, writing
+
+T = TypeVar("T")
 
 RESULT: Final = "result.json"
 ITEMS: Final = "items.jsonl"
@@ -66,7 +68,7 @@ class TaskRun:
         Raises:
             DataError: The file is missing or not JSON lines.
         """
-        return _read_lines(self.folder / ITEMS)
+        return _read_lines(self.folder / ITEMS, lambda row: {**row, "id": str(row["id"])})
 
     def answers(self) -> dict[str, Answer]:
         """The answers by item id.
@@ -74,7 +76,7 @@ class TaskRun:
         Raises:
             DataError: The file is missing or not JSON lines.
         """
-        return {str(row["id"]): Answer.from_dict(row) for row in _read_lines(self.folder / PREDICTIONS)}
+        return dict(_read_lines(self.folder / PREDICTIONS, lambda row: (str(row["id"]), Answer.from_dict(row))))
 
     def task(self, data: Path | None = None) -> Task:
         """The task with the options that it was run with, and all images.
@@ -251,22 +253,29 @@ def read_run(out: Path) -> list[TaskRun]:
     folders = [out / name for name in TASKS if (out / name / MANIFEST).is_file()]
     if not folders:
         raise DataError(f"{out}: no finished task of `regiongpt evaluate` in this folder")
-    return [TaskRun(folder=each, result=_object(each / RESULT), manifest=_object(each / MANIFEST)) for each in folders]
+    return [
+        TaskRun(
+            folder=each,
+            result=_read_object(each / RESULT, ("task", "pinned", "protocols", "breakdowns", "tables", "notes")),
+            manifest=_read_object(each / MANIFEST, ("options", "inputs", "code", "packages")),
+        )
+        for each in folders
+    ]
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     found = read_json(path)
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: a {type(found).__name__}, not the object that a run writes; evaluate again")
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        raise DataError(f"{path}: not as a run writes it, with {', '.join(keys)}; evaluate again")
     return found
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+def _read_lines(path: Path, made: Callable[[dict[str, Any]], T]) -> list[T]:
+    found: list[T] = []
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
-                found.append(dict(json.loads(line)))
+                found.append(made(dict(json.loads(line))))
         return found
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, DataError) as error:
         raise DataError(f"{path}:{len(found) + 1}: not as a run writes it: {reason(error)}; evaluate again") from None
