@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 EXIT_SKIPPED = 1
 """Some of several images could not be read."""
+EXIT_FAULTS = 1
+"""A check has found a fault in records."""
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 EXIT_PIPE_CLOSED = 141  # and for one whose reader, such as `head`, has gone
@@ -347,6 +350,50 @@ def _predictor(options: argparse.Namespace) -> "RegionPredictor":
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# convert, inspect
+
+
+def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.data.convert import CONVERTERS, load_converter
+    from regiongpt.data.convert.base import Output, convert, summary
+    from regiongpt.data.shards import MANIFEST
+    from regiongpt.settings import add_options, read_options
+
+    parser.description = "Make training records of a data set's files."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "`regiongpt convert SOURCE --help` lists the files and options of a source."
+    sources = parser.add_subparsers(title="sources", metavar="SOURCE", dest="source", required=True)
+    named = next((word for word in words if not word.startswith("-")), None)
+    # Only the help that lists them all needs them all.
+    for name in [named] if named in CONVERTERS else CONVERTERS:
+        converter = load_converter(str(name))
+        source = sources.add_parser(str(name), help=converter.summary, description=converter.summary)
+        add_options(source, converter)
+        add_options(source, Output, "records")
+        source.set_defaults(converter=converter)
+    options = parser.parse_args(words)
+    made, to = read_options(options.converter, options), read_options(Output, options)
+    was_there = (to.out / MANIFEST).exists() and not to.overwrite
+    began = time.monotonic()
+    manifest = convert(made, to.out, to.strict, to.overwrite)
+    print(summary(manifest, to.out, None if was_there else time.monotonic() - began))
+    return 0
+
+
+def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.data.inspection import Inspection, inspect
+    from regiongpt.settings import add_options, read_options
+
+    parser.description = "Show what training records hold: statistics, or what one of the options asks for."
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of records, made by `regiongpt convert`")
+    add_options(parser, Inspection)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(words)
+    quiet_libraries()
+    return EXIT_FAULTS if inspect(options.folder, read_options(Inspection, options), options.json) else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # weights
 
 
@@ -501,8 +548,8 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], i
     "describe": ("describe many regions of images at once", _describe),
     "classify": ("choose the class of regions from a closed set", _classify),
     "locate": ("choose the region that an expression refers to", _locate),
-    "convert": ("make training records of a data set's files", _at_home("data.commands:run_convert")),
-    "inspect": ("show what training records hold, and check them", _at_home("data.commands:run_inspect")),
+    "convert": ("make training records of a data set's files", _convert),
+    "inspect": ("show what training records hold, and check them", _inspect),
     "weights": ("make checkpoint folders", _weights),
     "train": ("train a model in the paper's two stages", _train),
     "evaluate": ("score a model, or anyone's answers, on benchmarks", _at_home("evaluate.commands:run_evaluate")),

@@ -1,22 +1,31 @@
-"""Whether a model can be taught with a folder of records, and what one record looks like.
+"""What a folder of records holds: statistics, one record, and whether a model can be taught with all of them.
 
 Paper: §3.2 (only the response is learnt).
 """
 
+import json
+import os
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from regiongpt.console import progress
 from regiongpt.data.records import Record
-from regiongpt.data.shards import RecordSet, file_identity
+from regiongpt.data.shards import RecordSet, counted, file_identity, many, require_data_extra
 from regiongpt.data.statistics import rows
+from regiongpt.drawing import check_picture, draw_regions, save_picture
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
 from regiongpt.images import load_image
 from regiongpt.prompts import IMAGE_TOKEN, check_placeholders
+from regiongpt.settings import Settings
+from regiongpt.storage import check_writable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
 
 MOST_TURNS_DRAWN: Final = 12
 MOST_CAPTIONS_DRAWN: Final = 12
+GALLERY_RECORDS: Final = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +215,6 @@ def draw_record(
         DataError: The record has no image, or it cannot be read, or it is of another size.
         RegionError: A region makes no sense in it.
     """
-    from regiongpt.drawing import draw_regions
-
     if path is None:
         raise DataError(f"{record.id}: expected a record with an image to be drawn, got one of text alone")
     photo = load_image(path)
@@ -222,3 +230,157 @@ def draw_record(
     if captions and len(captions) > MOST_CAPTIONS_DRAWN:
         captions = None
     return draw_regions(photo, [each.region for each in record.regions], captions, dialogue=shown)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verb
+
+
+class Inspection(Settings):
+    """What to show of records: statistics, unless a record or a check is asked for."""
+
+    images: Path | None = None
+    """folder of the images, where it has moved"""
+    plot: Path | None = None
+    """write the statistics as a picture: .png, .svg, .pdf"""
+    check: bool = False
+    """look for faults in every record; exit code 1 if there are any"""
+    record: str | None = Field(None, min_length=1)
+    """show one record, by its place from 0 or its id"""
+    picture: Path | None = None
+    """with --record: write its image with the regions numbered"""
+    html: Path | None = None
+    """write a page that shows records as they are taught"""
+    count: int | None = Field(None, ge=1)
+    """with --html: how many records (default: 24)"""
+    model: Path | None = None
+    """checkpoint folder whose tokenizer and template are used (default: the package's model)"""
+    seed: int | None = Field(None, ge=0)
+    """of the wording, and of the page's choice of records (default: 0)"""
+    epoch: int | None = Field(None, ge=0)
+    """of the wording (default: 0)"""
+
+    @model_validator(mode="after")
+    def _refuse_idle(self) -> "Inspection":
+        for name, needed in (
+            ("picture", ("record",)),
+            ("count", ("html",)),
+            ("epoch", ("record", "html")),
+            ("seed", ("record", "html")),
+            ("model", ("record", "html", "check")),
+            ("images", ("picture", "html", "check")),
+        ):
+            if getattr(self, name) is not None and not any(getattr(self, other) for other in needed):
+                listed = " or ".join(f"--{other}" for other in needed)
+                raise ValueError(f"--{name} goes with {listed}; add one of them or leave it out")
+        if self.count is not None and self.record:
+            raise ValueError("--count and --record exclude each other; leave one of them out")
+        return self
+
+
+def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
+    """Print and write what was asked of a folder of records.
+
+    Args:
+        folder: the records.
+        options: what to show.
+        as_json: print one JSON object rather than text.
+
+    Returns:
+        Whether a check has found a fault.
+
+    Raises:
+        ConfigError: a file cannot be written.
+        DataError: the folder holds no records, or not the one that is asked for.
+        CheckpointError: the checkpoint folder holds no processor.
+    """
+    from regiongpt.data import gallery, statistics
+    from regiongpt.pages import write_page
+
+    require_data_extra()
+    for path in (options.plot, options.html):
+        if path is not None:
+            check_writable(path)
+    if options.picture is not None:
+        check_picture(options.picture)
+    seed, epoch = options.seed or 0, options.epoch or 0
+    found: dict[str, Any] = {}
+
+    def tell(*texts: str) -> None:
+        if not as_json:
+            print(*texts, sep="\n")
+
+    def written(what: str, path: Path) -> None:
+        print(f"{what} written to {path}", file=sys.stderr if as_json else sys.stdout)
+
+    records = RecordSet(folder, options.images)
+    count_all = cache(lambda: statistics.statistics(records))
+    if options.plot or not (options.record or options.check):
+        found["statistics"] = count_all().as_dict()
+    if not (options.record or options.check):
+        tell(statistics.as_text(count_all()))
+    if options.plot:
+        statistics.plot(count_all(), options.plot)
+        written("plot", options.plot)
+    index = find(records, options.record) if options.record else None
+    if index is not None and options.picture:  # before the processor is loaded: its faults are the commonest
+        record = records[index]
+        picture = draw_record(record, records.image_path(record), said(record, seed, epoch, index))
+        save_picture(picture, options.picture)
+        written("picture", options.picture)
+    words = index is not None or options.html or options.check
+    processor: Any = load_processor(options.model) if words else None
+    if index is not None:
+        record = records[index]
+        shown = gallery.pieces(encode(record, processor, seed, epoch, index), processor)
+        total, learnt = gallery.target_count(shown)
+        found["record"] = {
+            "index": index,
+            **record.row(),
+            "messages": record.messages(seed, epoch, index),
+            "tokens": [{"text": piece.text, "count": piece.count, "learnt": piece.target} for piece in shown],
+        }
+        colour = bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
+        coloured = gallery.terminal(shown, colour and not os.environ.get("NO_COLOR"))
+        tell(_described(record, index), f"\n{total:,} tokens, {learnt:,} of them supervised:\n", coloured)
+    if options.html:
+        chosen, counts = [index or 0], None
+        if index is None:
+            count = min(len(records), options.count or GALLERY_RECORDS)
+            chosen = sorted(np.random.default_rng(seed).choice(len(records), count, replace=False).tolist())
+            counts = count_all()
+        write_page(gallery.gallery(records, chosen, processor, counts, seed=seed, epoch=epoch), options.html)
+        written(f"page of {many(len(chosen), 'record')}", options.html)
+    if options.check:
+        faults = []
+        for fault in check(records, processor):
+            faults.append(fault)
+            tell(f"{fault.record}: {fault.kind}: {' '.join(fault.reason.split())}")
+        kinds = Counter(fault.kind for fault in faults)
+        faulty = len({fault.record for fault in faults})
+        found["check"] = {
+            "records": len(records),
+            "faulty": faulty,
+            "kinds": dict(kinds.most_common()),
+            "faults": [asdict(fault) for fault in faults],
+        }
+        result = f"{faulty:,} faulty" if faulty else "every one can be taught"
+        tell(f"{many(len(records), 'record')} checked: {result}", *counted(kinds))
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1))
+    return bool(found.get("check", {}).get("faulty"))
+
+
+def _described(record: Record, index: int) -> str:
+    where = f"{record.image}, {record.width} x {record.height} (W x H)" if record.image else "no image"
+    lines = [f"record {index}, {record.id}, from {record.source}", f"image   {where}"]
+    for number, each in enumerate(record.regions, 1):
+        bounds = ", ".join(f"{side:g}" for side in np.round(each.region.bounds(record.width, record.height), 1))
+        share = each.region.area(record.width, record.height) / (record.width * record.height)
+        lines.append(
+            f"[{number}]     {each.region.kind} within {bounds}, {100 * share:.3g} % of the image  {each.category}"
+        )
+    for number, turn in enumerate(record.turns, 1):
+        traits = [turn.task, *(["guided"] if turn.guided else []), *([turn.label_set] if turn.label_set else [])]
+        lines.append(f"turn {number}  {', '.join(traits)}")
+    return "\n".join(line.rstrip() for line in lines)

@@ -381,9 +381,6 @@ class RecordSet:
     """
 
     def __init__(self, folder: str | Path, images: str | Path | None = None) -> None:
-        from datasets import Dataset, disable_progress_bars
-        from datasets.exceptions import DatasetsError
-
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         self.images = self.folder / self.manifest.images if images is None else Path(images)
@@ -392,6 +389,9 @@ class RecordSet:
             raise DataError(f"{self.folder}: expected the shard {missing[0]}, found none; convert the source again")
         if not files:
             raise DataError(f"{self.folder}: expected records, but the conversion kept none; see its {REJECTS}")
+        from datasets import Dataset, disable_progress_bars
+        from datasets.exceptions import DatasetsError
+
         disable_progress_bars()
         cache = self.folder / ".arrow"
         try:
@@ -430,3 +430,14 @@ def require_data_extra() -> None:
             f"expected the libraries that read and write records, but {', '.join(missing)} is missing; "
             "install them: pip install '.[data]'"
         )
+
+
+def many(count: int, noun: str) -> str:
+    """A number with its noun: ``1 record``, ``2,000 records``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def counted(kinds: Mapping[str, int]) -> list[str]:
+    """A line a kind, the most frequent first."""
+    width = max((len(f"{count:,}") for count in kinds.values()), default=0)
+    return [f"  {count:>{width},}  {kind}" for kind, count in sorted(kinds.items(), key=lambda item: -item[1])]

@@ -13,7 +13,18 @@ from pydantic import NonNegativeInt
 
 from regiongpt.data.convert.values import is_unicode
 from regiongpt.data.records import Record
-from regiongpt.data.shards import MANIFEST, REJECTS, Manifest, Rejects, file_identity, require_data_extra, write_records
+from regiongpt.data.shards import (
+    CROWD,
+    MANIFEST,
+    REJECTS,
+    Manifest,
+    Rejects,
+    counted,
+    file_identity,
+    many,
+    require_data_extra,
+    write_records,
+)
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.settings import Settings
 from regiongpt.storage import writing
@@ -133,3 +144,29 @@ def _stated(value: Any) -> Any:
     if isinstance(value, Path):
         return value.name
     return [_stated(each) for each in value] if isinstance(value, tuple) else value
+
+
+def summary(manifest: Manifest, out: Path, seconds: float | None) -> str:
+    """What a conversion has made, as text.
+
+    Args:
+        manifest: of the records.
+        out: their folder.
+        seconds: how long it took; None if the records were there before.
+    """
+    counts = manifest.counts
+    size = sum((out / shard["file"]).stat().st_size for shard in manifest.shards)
+    listed = ", ".join(many(counts.get(f"{name}s", 0), name) for name in ("record", "image", "region", "turn"))
+    time = "already converted, nothing to do" if seconds is None else f"{seconds:,.1f} s"
+    shards = f"{many(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB"
+    lines = [f"{manifest.source}: {listed}", f"{out}: {shards}; {time}"]
+    tasks = {name.removeprefix("task:"): count for name, count in counts.items() if name.startswith("task:")}
+    if len(tasks) > 1:
+        lines.append("turns: " + ", ".join(f"{count:,} {name}" for name, count in sorted(tasks.items())))
+    if not manifest.rejects:
+        return "\n".join([*lines, "nothing left out"])
+    lines.append(f"{sum(manifest.rejects.values()):,} left out, each with its reason in {out / REJECTS}:")
+    lines += counted(manifest.rejects)
+    if manifest.rejects.get(CROWD) and not counts.get("regions"):
+        lines.append("every object is marked as a crowd, as some tools mark every mask; --crowds takes them")
+    return "\n".join(lines)
