@@ -85,7 +85,11 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
     if not drawn or find_spec("matplotlib") is None:
         return Markup("")
     to, back = (np.log, np.exp) if logarithmic else (np.asarray, np.asarray)
-    with _figure(title, 4.6, 2.5) as (axes, parts):
+    legend = 0.2 * -(-len(drawn) // 2)  # inches
+    # Placed by hand: to have matplotlib find the room that labels take would draw everything twice.
+    from matplotlib.ticker import MaxNLocator
+
+    with _figure(title, 4.6, 2.5 + legend, (0.6, 0.55 + legend, 0.1, 0.2)) as (axes, parts):
         for number, (curve, xs, ys) in enumerate(drawn):
             colour, scaled = _COLOURS[number % len(_COLOURS)], to(ys)
             if not curve.exact and len(ys) >= _SMOOTHED_FROM:
@@ -98,12 +102,16 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
         most = np.percentile(values, 99.5)
         if logarithmic:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+            if values.max() < 30 * values.min():
+                axes.yaxis.set_major_locator(MaxNLocator(5))
         elif 0 < 5 * most < values.max():
             axes.set_ylim(min(0.0, values.min()), 1.5 * most)
         axes.set_xlabel(x_label)
         axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for _, xs, _ in drawn for x in xs))
         axes.grid(axis="y")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2, borderpad=0)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.25), ncols=2, borderpad=0)
     return parts[0]
 
 
@@ -163,17 +171,32 @@ STYLE = ""  # of pages from before there were templates
 
 
 @contextmanager
-def _figure(title: str, width: float, height: float) -> Iterator[tuple[Any, list[Markup]]]:
-    """Axes to draw on, and a list that holds the chart when the block ends."""
+def _figure(
+    title: str, width: float, height: float, margins: tuple[float, float, float, float] | None = None
+) -> Iterator[tuple[Any, list[Markup]]]:
+    """Axes to draw on, and a list that holds the chart when the block ends.
+
+    Args:
+        title: Of the chart.
+        width: In inches, as all here.
+        height: Of the whole, with the margins.
+        margins: Left, below, right and above; as much as labels take where None.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     parts: list[Markup] = []
     with rc_context(_SETTINGS):
         figure = Figure((width, height))
-        yield figure.add_subplot(), parts
+        axes = figure.add_subplot()
+        if margins is not None:
+            left, below, right, above = margins
+            box = (left / width, below / height, 1 - (left + right) / width, 1 - (below + above) / height)
+            axes.set_position(box)
+        yield axes, parts
         drawn = StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        fit: dict[str, Any] = {} if margins is not None else {"bbox_inches": "tight"}
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None}, **fit)
     svg = drawn.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"#0000\d\d", lambda match: f"var(--{_VARIABLES[match[0]]})", svg)

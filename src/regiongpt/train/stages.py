@@ -73,8 +73,7 @@ def train(config: Recipe) -> Path:
     connect()
     first = Processes().is_first
     with ExitStack() as stack:
-        if first:
-            stack.enter_context(locked(config.out))
+        Processes().from_first(lambda: stack.enter_context(locked(config.out)))
         prepare_resuming(config)
         keep_freed_memory()
         try:
