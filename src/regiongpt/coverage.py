@@ -525,7 +525,7 @@ def _covered(square: Ints, normal: NDArray[Any], distance: Floats, radius: float
 
 
 def _odd(start: Floats, end: Floats, firsts: Ints, width: int, height: int) -> Bools:
-    """Pixels (height, width) with their centre in any of several outlines: left of it are an odd number of its edges."""
+    """Pixels (height, width) whose centre is in any of several outlines: an odd number of its edges lie left."""
     inside = np.zeros((height, width), bool)
     for edges in np.split(np.arange(len(start)), firsts[1:]):
         (left, top), (right, bottom) = (
