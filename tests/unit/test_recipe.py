@@ -27,15 +27,31 @@ CONFIGS = ROOT / "configs"
         *("stage1.batch_size=9", "stage1.batch_size=0", "stage1.micro_batch_size=0", "stage1.warmup_ratio=1"),
         *("stage1.save_steps=0", "stage1.log_steps=0", "align.alignment=0", "seed=-1", "seed=1.5", "seed.a=1"),
         *("seed=99999999999", "steps=stage3", "isolated_share=2", "out=", "resume=", "features.views=0"),
-        *("features.min_crop=0", "data.outline_share=-1", "data.mix.classify=nan", "data.mix.classify=-1"),
+        *(
+            "features.min_crop=0",
+            "data.outline_share=-1",
+            "data.mix.classify=nan",
+            "data.mix.classify=-1",
+            "data.mix.classify=1e9",
+        ),
         *("data.mix.dance=1", "data.split=", "engine.precision=fp8", "engine.sharding=none"),
         *("engine.pack_length=-1", "engine.workers=-1", "engine.compile=perhaps", "watch.keep=0", "watch.answers=0"),
         *("model.layers=0", "model.heads=0", "model.heads=3", "model.hidden_size=0", "model.hidden_size=12"),
         *("model.mlp_size=0", "model.vocab_size=10", "model.comparing_layers=-1", "model.max_length=8"),
         *("model.image_grid=32", "model.image_grid=-1", "model.image_size=-32", "model.refinement=cubic"),
-        *("model.region_grid=0", "model.region_grid=17", "model.chat_template=vicuna", "model.vision="),
+        *(
+            "model.region_grid=0",
+            "model.region_grid=17",
+            "model.region_grid=5",
+            "model.image_size=33",
+            "model.chat_template=vicuna",
+            "model.vision=",
+        ),
         *(f"model.region_format={text}" for text in ("", "{n}", "<region><region>", "{x}<region>", "{n!r}<region>")),
-        *(f"model.region_format={text}" for text in ("{<region>", "<region>}", "{{n}}<region>", "{0}<region>")),
+        *(
+            f"model.region_format={text}"
+            for text in ("{<region>", "<region>}", "{{n}}<region>", "{0}<region>", "<region>{n}")
+        ),
         *("plan.gpu=a100", "plan.gpus=0", "plan.utilisation=1.5", "plan.sample=0", "plan.stage1.answer_tokens=5"),
         *("lora.rank=-1", "lora.alpha=0", "lora.dropout=1", "watch.tensorboard=2"),
     ],
@@ -45,7 +61,9 @@ def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word: str) -> None
     with pytest.raises(ConfigError) as error:
         Recipe.load(CONFIGS / "nano.toml", [*rank, f"--{word}"])
     table, _, field = word.partition("=")[0].partition(".")
-    assert str(error.value).startswith((table, f"--{table}", f"model: {field}", "model: max_length"))
+    assert str(error.value).startswith(
+        (table, f"--{table}", f"model: {field}", "model: max_length", "model: region_numbers")
+    )
     assert "\n" not in str(error.value)
 
 
@@ -60,6 +78,9 @@ def test_a_mix_without_any_turn_is_refused() -> None:
         ("nano", ["--model.init=nano"], "a checkpoint is trained further on records alone"),
         ("nano", ["--data.dev_mixture=dev"], "goes with records"),
         ("nano", ["--lora.alpha=8"], "lora.rank is 0"),
+        ("nano", ["--data.dev_split=dev"], "nothing is measured on it"),
+        ("nano", ["--watch.dev_steps=5"], "there is no dev data"),
+        ("finetune_records", ["--watch.dev_steps=5", "--data.dev_mixture="], "there is no dev data"),
         ("nano_stage1", ["--lora.rank=8"], "adapters belong to stage 2"),
         ("finetune_records", ["--data.split=val"], "goes with annotated photographs"),
         ("finetune_records", ["--data.mix.classify=1"], "goes with annotated photographs"),

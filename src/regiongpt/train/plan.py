@@ -323,7 +323,7 @@ def _photograph_stages(config: Recipe) -> list[StagePlan]:
     for name, stage in (("align", config.align), ("stage1", config.stage1), ("stage2", config.stage2)):
         if not config.runs(name):
             continue
-        items, micro = round(stage.epochs * len(images)), stage.micro_batch_size
+        items, micro = max(1, round(stage.epochs * len(images))), stage.micro_batch_size
         dataset = ConversationDataset(
             images, store, sampler, processor, config.features, config.seed, items, micro, 0.0, (1, 1)
         )

@@ -23,6 +23,9 @@ Step = Literal["language", "align", "stage1", "stage2"]
 STEPS: tuple[Step, ...] = get_args(Step)
 """Training steps of a recipe, in order; the first two belong to recipes on photographs."""
 
+MOST_REGION_GRID = 4
+"""Largest ``region_grid`` whose regions fit into the windows of text that the recipe's own language model reads."""
+
 SHORTEST_TEXT = 160
 """Fewest tokens that questions and answers need beside the image."""
 
@@ -49,7 +52,7 @@ class DataConfig(Settings):
     mixture's paths are relative to."""
     split: str = Field("train", min_length=1)
     """Split of the photographs to train on."""
-    mix: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    mix: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(default_factory=dict)
     """Average number of turns per task in a conversation about a photograph; the sampler's own mix when empty."""
     suffixes: bool = True
     """End guided questions with the suffix that fixes the format of the answer (paper, Table 1)."""
@@ -156,9 +159,20 @@ class ModelConfig(Settings):
     def _check(self) -> Self:
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size must be an even multiple of heads = {self.heads}, got {self.hidden_size}")
+        if self.region_numbers and "{n}" not in self.region_format.partition("<region>")[0]:
+            raise ValueError("region_numbers needs '{n}' before '<region>' in region_format, as in '[{n}]<region>'")
+        if self.vision.startswith("efficientnet") and self.image_size % 32:
+            raise ValueError(f"image_size must be a multiple of 32 with {self.vision}, got {self.image_size}")
+        if self.init or self.language:
+            return self
+        if self.region_grid > MOST_REGION_GRID:
+            raise ValueError(
+                f"region_grid must be at most {MOST_REGION_GRID} if the recipe trains its own language model, got "
+                f"{self.region_grid}; give a trained one as model.language"
+            )
         # A grid of the tower's own has at least the cells of a stride of 32.
         cells = (self.image_grid or self.image_size // 32) ** 2
-        if not (self.init or self.language) and cells + SHORTEST_TEXT > self.max_length:
+        if cells + SHORTEST_TEXT > self.max_length:
             raise ValueError(
                 f"max_length = {self.max_length} fits no question beside the {cells} tokens of an image; give at "
                 f"least {cells + SHORTEST_TEXT}, or a smaller image_grid"
@@ -448,6 +462,7 @@ class Recipe(Settings):
         """
         table = name.partition(".")[0]
         data, model, on_records = self.data, self.model, self.data.on_records
+        dev = data.dev_mixture if on_records else data.dev_split
         for_photographs = any(f"{name}.".startswith(f"{each}.") for each in _FOR_PHOTOGRAPHS)
         if table == "lora" and not self.lora.rank and name != "lora.rank":
             return "lora.rank is 0; give lora.rank too"
@@ -459,6 +474,11 @@ class Recipe(Settings):
             return "stage2 has no records to train on; give data.mixture too"
         if on_records and table == "model" and name != "model.init" and model.init and not model.language:
             return f"the checkpoint {model.init} brings its own shape; give a new model's parts instead of model.init"
+        measured = self.watch.dev_steps or self.watch.answer_steps
+        if name in ("data.dev_mixture", "data.dev_split") and dev and not measured:
+            return "nothing is measured on it; give watch.dev_steps or watch.answer_steps too"
+        if name in ("watch.dev_steps", "watch.dev_items") and self.watch.dev_steps and not dev:
+            return "there is no dev data; give data.dev_mixture or data.dev_split too"
         if not on_records and name == "model.init" and model.init:
             return "a checkpoint is trained further on records alone; give data.mixture too"
         if not on_records and name == "model.chat_template" and not model.language:

@@ -117,7 +117,7 @@ def _train_on_photographs(config: Recipe) -> Path:
             processor,
             config.features,
             config.seed,
-            round(stage.epochs * len(images)),
+            max(1, round(stage.epochs * len(images))),
             stage.micro_batch_size,
             config.isolated_share,
             model.config.image_grid,

@@ -21,7 +21,6 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View
 from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSampler
-from regiongpt.errors import ConfigError
 from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import (
     COCO_80,
@@ -71,8 +70,8 @@ SIGHTINGS, NAMINGS = 0.2, 0.5
 """Share of the exercises that are about an image alone, and of those that ask for names; the rest ask for numbers.
 Names are many words, where the others are two or six: with a third of each, names alone were not learnt."""
 
-READ_GRID, MOST_REGION_GRID = 6, 4
-"""Most rows and columns of an image in the texts, where a cell is a token of its own, and of a region."""
+READ_GRID = 6
+"""Most rows and columns of an image in the texts, where a cell is a token of its own."""
 
 _TRIES = 4  # texts that may turn out too long for what is left of a window
 _MOST_REGIONS, _MOST_NAMES, _MOST_CELLS = 5, 5, 3  # in an exercise: and on each side of a rectangle
@@ -235,17 +234,8 @@ def texts_of(config: Recipe, images: Sequence[ImageAnnotations]) -> list[Text]:
 
 
 def reading_of(config: Recipe, texts: Sequence[Text], tokenizer: Any) -> "TextDataset":
-    """The windows in which the language model reads them.
-
-    Raises:
-        ConfigError: A region takes so many tokens that several of them do not fit into a window.
-    """
+    """The windows in which the language model reads them."""
     shape = config.model
-    if shape.region_grid > MOST_REGION_GRID:
-        raise ConfigError(
-            f"model.region_grid: at most {MOST_REGION_GRID} if the recipe trains its own language model, which reads "
-            f"windows of {LENGTH} tokens, got {shape.region_grid}; give a trained one as model.language"
-        )
     return TextDataset(texts, tokenizer, _format_of(shape), _grid_of(shape), config.seed, config.language.epochs)
 
 
