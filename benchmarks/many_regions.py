@@ -43,7 +43,7 @@ from regiongpt import Region, RegionGPTError, RegionPredictor
 from regiongpt.inference.classification import classify_regions
 from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns
 from regiongpt.inference.options import ClassifyOptions, Options
-from regiongpt.inference.quantization import to_int8, weight_bytes
+from regiongpt.inference.quantization import to_int8
 from regiongpt.inference.scheduler import Scheduler
 from regiongpt.model import weights
 from regiongpt.model.modeling import CACHE
@@ -101,6 +101,17 @@ def boxes(count: int, size: int = 480) -> list[Region]:
     rng = np.random.default_rng(1)
     corners = rng.uniform([0, 0, 20, 20], [size - 120, size - 120, 120, 120], (count, 4))
     return [Region.box(x, y, x + w, y + h) for x, y, w, h in corners.tolist()]
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Memory of a model's weights, those of quantized layers among them."""
+    tensors: dict[int, torch.Tensor] = {}  # kept until the end: an id is of one tensor only while that lives
+    for part in module.modules():
+        found = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        if type(part).__name__ == "LinearPackedParams":  # within a quantized layer, which hands it out too
+            found += [each for each in part._weight_bias() if each is not None]
+        tensors |= {id(tensor): tensor for tensor in found}
+    return sum(tensor.nelement() * tensor.element_size() for tensor in tensors.values())
 
 
 class Bench:

@@ -33,7 +33,8 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Args:
         source: a path, the bytes of an image file, a binary file object, a PIL image, or an array of dtype uint8 or
-            uint16 and shape (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA.
+            uint16 and shape (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA, or a torch tensor of such, whose
+            channels may come first.
 
     Returns:
         A PIL image of mode ``RGB`` that no longer depends on any file.
@@ -64,6 +65,10 @@ def open_image(source: ImageSource) -> tuple[str, Image.Image]:
     Raises:
         DataError: as :func:`load_image`, but for pixel types.
     """
+    if hasattr(source, "permute"):  # a tensor, told without importing torch
+        tensor: Any = source
+        first = tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4) and tensor.shape[2] not in (1, 3, 4)
+        source = (tensor.permute(1, 2, 0) if first else tensor).detach().cpu().numpy()
     if isinstance(source, np.ndarray):
         name, image = "image array", _from_array(source)
     elif isinstance(source, Image.Image):

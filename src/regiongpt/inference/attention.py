@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from regiongpt.inference.prefix import SuffixLayer
-from regiongpt.inference.step import STEP, Group, Plan
+from regiongpt.inference.prefix import STEP, Group, Plan, SuffixLayer
 
 ATTENTION = "regiongpt_shared_prefix"
 """The name of this attention in transformers' ``AttentionInterface``."""

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from regiongpt.inference.attention import ATTENTION
-from regiongpt.inference.prefix import Prefix, PrefixCache
-from regiongpt.inference.step import Step
+from regiongpt.inference.prefix import Prefix, PrefixCache, Step
 from regiongpt.model.modeling import cache_argument
 
 

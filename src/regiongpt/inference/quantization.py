@@ -60,15 +60,3 @@ def to_int8(model: Any) -> Any:
         quantize: Any = quantization.quantize_dynamic
         quantize(model.language_model, {nn.Linear: config}, inplace=True)
     return model
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Memory of a model's weights, those of quantized layers among them."""
-    tensors: dict[int, torch.Tensor] = {}  # kept until the end: an id is of one tensor only while that lives
-    for part in module.modules():
-        found = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-        if type(part).__name__ == "LinearPackedParams":  # within a quantized layer, which hands it out too
-            weight, bias = part._weight_bias()  # type: ignore[operator]  # packed: they are no parameters any more
-            found += [weight, *([] if bias is None else [bias])]
-        tensors |= {id(tensor): tensor for tensor in found}
-    return sum(tensor.nelement() * tensor.element_size() for tensor in tensors.values())

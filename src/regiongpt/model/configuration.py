@@ -78,9 +78,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Shape of a RegionGPT model.
-
-    Paper: §3.1.
+    """Shape of a RegionGPT model. Paper: §3.1.
 
     Args:
         vision_config: the tower's configuration (object or dictionary with ``model_type``); CLIP ViT-L/14 at 336 pixels
@@ -154,10 +152,9 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
             raise ConfigError(
                 f"image_size must be a positive multiple of the tower's patch size, {patch} px; got {self.image_size}"
             )
-        if self.refinement_channels is not None and self.refinement_channels < 1:
-            raise ConfigError(f"refinement_channels must be positive or None; got {self.refinement_channels}")
-        if self.connector_size is not None and self.connector_size < 1:
-            raise ConfigError(f"connector_size must be positive or None; got {self.connector_size}")
+        for name in ("refinement_channels", "connector_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be positive or None; got {value}")
         if len(self.image_grid) != 2 or any(
             not 1 <= n <= finest for n, finest in zip(self.image_grid, self.refined_grid, strict=True)
         ):
@@ -197,15 +194,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         return int(rows * columns)
 
 
-_CLIP_L_336 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "image_size": 336,
-    "projection_dim": 768,
-}
+_CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_CLIP_L_336 = {**_CLIP_L, "patch_size": 14, "image_size": 336, "projection_dim": 768}
 
 
 def native_image_size(vision_config: Any) -> int:

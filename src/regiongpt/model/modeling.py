@@ -39,9 +39,6 @@ class Connector(nn.Module):
 
     Each input channel is first standardised by the buffers ``mean`` and ``std``, 0 and 1 unless a recipe has measured
     them: refined features are all positive, and what they have in common would otherwise outgrow what tells them apart.
-
-    Args:
-        config: the model's shape.
     """
 
     def __init__(self, config: RegionGPTConfig) -> None:
@@ -62,12 +59,9 @@ class Connector(nn.Module):
 
 
 class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """Answers in words about regions of an image.
+    """Answers in words about regions of an image. Paper: §3.1.
 
-    Paper: §3.1. The tower is frozen: it is never in training mode, keeps no graph and takes no gradient.
-
-    Args:
-        config: the model's shape.
+    The tower is frozen: it is never in training mode, keeps no graph and takes no gradient.
     """
 
     config_class = RegionGPTConfig
@@ -132,25 +126,14 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         self.language_model.set_output_embeddings(value)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Run the frozen tower: the costly part that any number of questions about an image can share.
-
-        Args:
-            pixel_values: (B, 3, S, S), from the processor.
-
-        Returns:
-            ``vision_features`` (B, C, H, W) on the tower's grid.
-        """
+        """Run the frozen tower, whose output any number of questions can share: (B, 3, S, S) to (B, C, H, W)."""
         return tower_features(self.vision_tower, pixel_values, self.config.vision_feature_layer)
 
     def refine(self, vision_features: Tensor) -> Tensor:
-        """Refine the tower's features.
+        """Refine the tower's features (B, C, H, W), of any float dtype, for ``region_features`` and ``image_features``.
 
-        Args:
-            vision_features: (B, C, H, W) from ``encode_image``, of any float dtype.
-
-        Returns:
-            The map that ``region_features`` and ``image_features`` take. For the bilinear variants it is the map before
-            upsampling.
+        Raises:
+            DataError: the features are of another shape than this model's tower makes.
         """
         if tuple(vision_features.shape[1:]) != self.features_shape:
             raise DataError(
@@ -161,14 +144,11 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return self.refinement(vision_features.to(device=weight.device, dtype=weight.dtype))  # type: ignore[no-any-return]
 
     def region_features(self, refined: Tensor, region_weights: Tensor) -> Tensor:
-        """Embed regions for the language model.
+        """Embed regions for the language model: (B, R, D). Paper: §3.1, ``H_r = h(Z_r)``.
 
         Args:
             refined: what ``refine`` returned.
             region_weights: (B, R, H, W) on ``config.refined_grid``; each region's weights sum to 1.
-
-        Returns:
-            (B, R, D). Paper: §3.1, ``H_r = h(Z_r)``.
 
         Raises:
             RegionError: when the weights are given on another grid.
@@ -182,14 +162,9 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return self.connector(pooled)  # type: ignore[no-any-return]
 
     def image_features(self, refined: Tensor) -> Tensor:
-        """Embed the whole image for the language model.
+        """Embed the whole image from what ``refine`` returned: (B, N, D), row by row. Paper: §3.1, ``H_v = h(Z_v)``.
 
-        Args:
-            refined: what ``refine`` returned.
-
-        Returns:
-            (B, N, D), row by row, with the image's mark added where this model's cells carry one. Paper: §3.1,
-            ``H_v = h(Z_v)``.
+        Where this model's cells carry a mark of the image, it is added.
         """
         cells_BND: Tensor = self.connector(self.refinement.pool_image(refined))
         if self.config.image_marks:
@@ -202,14 +177,11 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return self.image_features(self.refine(self.encode_image(pixel_values)))
 
     def add_numbers(self, features_KD: Tensor, input_ids: Tensor) -> Tensor:
-        """Adds to the embeddings of regions what carries their numbers, where this model's regions carry them.
+        """Add the word embeddings of their numbers to the embeddings of regions, if this model's regions carry them.
 
         Args:
             features_KD: of the last K ``<region>`` tokens in reading order.
             input_ids: (B, T) or (T,), each region with its number as the processor writes it.
-
-        Returns:
-            (K, D), in the dtype of the features.
         """
         if not self.config.region_number_offset:
             return features_KD
@@ -226,7 +198,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         region_ids: Tensor | None = None,
         continues: bool = False,
     ) -> Tensor:
-        """Look words up and put visual embeddings in the places that stand for them.
+        """Look words up and put visual embeddings in the places that stand for them: (B, T, D).
 
         Args:
             input_ids: (B, T).
@@ -236,9 +208,6 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             region_ids: (B, K), for each ``<region>`` token in order the row of ``region_weights``; -1 pads at the end.
             continues: the sequences go on from cached ones: ``region_ids`` may then begin with regions already seen,
                 and without an image placeholders stay words.
-
-        Returns:
-            Input embeddings (B, T, D).
 
         Raises:
             DataError: when image tokens and image features differ in number.
@@ -295,9 +264,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Predict the next token at every position.
-
-        Paper: §3.2, auto-regressive loss on the responses.
+        """Predict the next token at every position. Paper: §3.2, auto-regressive loss on the responses.
 
         Args:
             input_ids: (B, T), with placeholder tokens already expanded by the processor.
@@ -409,19 +376,14 @@ def _one_cache(cache: Any, past_key_values: Any) -> Any:
 
 
 def number_ids(input_ids: Tensor, region_token_id: int, offset: int) -> Tensor:
-    """The token that stands ``offset`` places before each region, or before the first token of one that takes several.
-
-    Args:
-        input_ids: (..., T).
-        region_token_id: of ``<region>``.
-        offset: at least 1.
+    """The token ``offset`` places before each region of (..., T), or before the first token of one that takes several.
 
     Returns:
         (K,), for the ``<region>`` tokens in reading order.
     """
     is_region = input_ids == region_token_id
     places = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
-    begins = is_region & ~torch.nn.functional.pad(is_region[..., :-1], (1, 0))
+    begins = is_region & ~F.pad(is_region[..., :-1], (1, 0))
     begun = torch.where(begins, places, 0).cummax(-1).values
     return input_ids.gather(-1, (begun - offset).clamp_min(0))[is_region]
 

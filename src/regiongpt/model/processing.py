@@ -173,11 +173,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return files
 
-    @property
-    def model_input_names(self) -> list[str]:
-        """Names of the model's inputs that this processor makes."""
-        return ["input_ids", "attention_mask", "pixel_values", "region_weights", "region_ids"]
-
     @cached_property
     def stop_token_ids(self) -> list[int]:
         """Token ids that end an answer: the template's end of turn and the tokenizer's end of text."""
@@ -203,19 +198,14 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     # -- pieces --------------------------------------------------------------------------------------------------------
 
     def image_inputs(self, image: Any) -> dict[str, torch.Tensor]:
-        """Pad an image to a square and make the tower's input of it.
+        """Pad an image to a square and make the tower's input of it: ``pixel_values`` (1, 3, S, S) float32. Paper: §4.
 
         Args:
             image: anything that :func:`regiongpt.images.load_image` reads.
 
-        Returns:
-            ``pixel_values`` (1, 3, S, S) float32.
-
         Raises:
             DataError: not a readable image.
             ConfigError: the image processor makes another size than ``image_size``.
-
-        Paper: §4
         """
         return {"pixel_values": self.pixels_of(load_image(image))}
 
@@ -234,22 +224,19 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return pixels
 
     def region_inputs(self, regions: Sequence[Any], width: int, height: int) -> torch.Tensor:
-        """Pooling weights of each region on the refined grid.
+        """Pooling weights of each region on the refined grid. Paper: §3.1.
 
         Args:
-            regions: in the frame of the original image: :class:`~regiongpt.regions.Region` objects, or boxes as four
+            regions: in pixels of the original image: :class:`~regiongpt.regions.Region` objects, or boxes as four
                 numbers ``[x0, y0, x1, y1]`` (also rows of an array or tensor).
             width: of the original image, pixels.
             height: of the original image, pixels.
 
         Returns:
-            (R, gh, gw) float32; each region's weights sum to 1. Where a region takes several tokens, as many rows for
-            each region, one after the other.
+            (R, gh, gw) float32, as many rows a region as it takes tokens, each summing to 1.
 
         Raises:
             RegionError: a region is empty, wholly outside the image, or otherwise wrong; it is named ``<regionN>``.
-
-        Paper: §3.1
         """
         frame = SquareFrame(width, height)
         weights = np.zeros((len(regions), *self.refined_grid), np.float32)
@@ -275,13 +262,12 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         chat_template: str | None = None,
         **variables: Any,
     ) -> dict[str, Any]:
-        """Encode one conversation, for training or to be continued by the model.
+        """Encode one conversation, for training or to be continued by the model. Paper: §3.2.
 
         Args:
             messages: turns with ``role`` (an optional ``system`` first, then ``user`` and ``assistant`` by turns) and
                 ``content``, a string or transformers' list of parts. Special tokens in the content count as plain text.
-            image: anything that :func:`regiongpt.images.load_image` reads; None where its features are supplied to the
-                model directly.
+            image: as for :meth:`image_inputs`; None where its features are supplied to the model directly.
             regions: as for :meth:`region_inputs`. They need ``image`` or ``image_size``.
             image_size: (width, height) of the original image, pixels, where ``image`` is not given.
             region_weights: (R, gh, gw), in place of ``regions``, as :meth:`region_inputs` makes them.
@@ -301,8 +287,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         Raises:
             DataError: a question is empty, roles are out of order, or no token is a target of training.
             RegionError: a placeholder is malformed or without its region, or a region is wrong.
-
-        Paper: §3.2
         """
         if image is not None:
             image = load_image(image)
@@ -310,7 +294,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         weights = self._weights(regions, image_size) if region_weights is None else torch.as_tensor(region_weights)
         generating = add_generation_prompt or continue_final_message
         n_regions = len(weights) // self.tokens_per_region
-        turns = check_turns(messages, self._control, with_image, n_regions if generating else None)
+        turns = _check_turns(messages, self._control, with_image, n_regions if generating else None)
         notes = check_placeholders([turn["content"] for turn in turns], n_regions)
         text, spans = self._render(turns, add_generation_prompt, continue_final_message, chat_template, **variables)
         encoded = self._encode(text, spans, weights.float()) | {"warnings": notes}
@@ -397,17 +381,17 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         Args:
             conversation: messages as for :meth:`encode_conversation`, or a list of such conversations.
             chat_template: overrides the processor's own.
-            add_generation_prompt: end where the assistant's answer begins.
-            continue_final_message: end inside the last message, to have it continued.
+            add_generation_prompt: as for :meth:`encode_conversation`, and so are the next and ``with_image``.
+            continue_final_message: see there.
             tokenize: return tensors rather than text.
             return_dict: return all of the model's inputs rather than ``input_ids`` alone.
             return_tensors: ``"pt"`` or ``"np"``.
             return_assistant_tokens_mask: add ``assistant_masks`` (B, T), 1 on responses and their ends of turn.
             return_labels: add ``labels`` (B, T).
-            images: one image a conversation; by default those found in the messages' content lists.
+            images: one a conversation, or one for all; by default those found in the messages' content lists.
             regions: a list of regions a conversation (for a single conversation, simply its list).
             image_sizes: (width, height) a conversation, where there are regions but no images.
-            with_image: False for text without an image.
+            with_image: see there.
             padding_side: by default ``"left"`` for prompts and ``"right"`` for whole conversations.
             processor_kwargs: more of the arguments above, as transformers' pipelines pass them.
 
@@ -427,11 +411,12 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         how = {"chat_template": chat_template, **template_variables}
         how |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if not tokenize:
-            turns = [check_turns(messages, self._control, with_image) for messages in conversations]
+            turns = [_check_turns(messages, self._control, with_image) for messages in conversations]
             texts = [self._render(each, **how)[0] for each in turns]
             return texts if batched else texts[0]
         if images is None:
-            images = [image for messages in conversations for image in images_in(messages)] or None
+            contents = [message.get("content") for messages in conversations for message in messages]
+            images = [image for each in contents for image in _content(each, "content")[1] if image is not None]
         pictures, sizes = _pictures(images, image_sizes, len(conversations))
         items = [
             self.encode_conversation(messages, None, own, image_size=size, with_image=with_image, **how)
@@ -474,7 +459,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
         Raises:
             ConfigError: ``padding`` is false, but the texts are several.
-            DataError: the number of images does not fit the texts, or a text has not one ``<image>`` for its image.
+            DataError: the images do not fit the texts.
             RegionError: a placeholder is malformed or without its region, or a region is wrong.
         """
         if text is None:
@@ -587,24 +572,13 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 # -- conversations as text ---------------------------------------------------------------------------------------------
 
 
-def check_turns(
+def _check_turns(
     messages: Messages, control: re.Pattern[str], with_image: bool, forgive_beyond: int | None = None
 ) -> list[dict[str, str]]:
-    """Check the order of turns and make each a string, ``<image>`` before the first question.
+    """Check the order of turns and make each a string, with ``<image>`` before the first question.
 
-    Args:
-        messages: ``role`` and ``content``, a string or transformers' list of parts.
-        control: what a content may not write; it is broken up with a blank, and so read as the words it is.
-        with_image: whether ``<image>`` comes before the first question.
-        forgive_beyond: where given, placeholders of higher numbers, and malformed ones, are plain text in the
-            assistant's turns.
-
-    Returns:
-        ``role`` and ``content``, a string, of each turn.
-
-    Raises:
-        DataError: a role is out of order, a content is empty or of a wrong kind, or an image is not at the start.
-        RegionError: a placeholder is malformed.
+    What ``control`` finds in a content is broken up with a blank, and so read as the words it is. In the assistant's
+    turns, placeholders beyond ``forgive_beyond`` and malformed ones are plain text, where it is given.
     """
     turns: list[dict[str, str]] = []
     expected = {"system", "user"}
@@ -614,7 +588,8 @@ def check_turns(
         role = message.get("role")
         if not isinstance(role, str) or role not in expected:
             raise DataError(f"{where}: expected role {' or '.join(sorted(expected))}, got {role!r}")
-        text, n_images = _content(message.get("content"), where)
+        text, images = _content(message.get("content"), where)
+        n_images = len(images)
         expected = {"assistant"} if role == "user" else {"user"}
         if role == "user" and first_question and text.startswith(IMAGE_TOKEN):
             text, n_images = text.removeprefix(IMAGE_TOKEN), n_images + 1
@@ -652,9 +627,6 @@ def expand_regions(text: str, spans: Spans, region_format: str, n_regions: int) 
 
     Returns:
         The text, the spans moved along with it, and the 0-based region of each placeholder in order.
-
-    Raises:
-        RegionError: a placeholder is malformed or without its region.
     """
     pieces: list[str] = []
     region_ids: list[int] = []
@@ -676,43 +648,28 @@ def expand_regions(text: str, spans: Spans, region_format: str, n_regions: int) 
     return "".join(pieces), [(moved(start), moved(end)) for start, end in spans], region_ids
 
 
-def images_in(messages: Messages) -> list[Any]:
-    """Images carried by the content lists themselves."""
-    return [
-        part[key]
-        for message in messages
-        if not isinstance(message.get("content"), str)
-        for part in message.get("content") or ()
-        for key in ("image", "path", "url")
-        if isinstance(part, Mapping) and part.get("type") == "image" and key in part
-    ]
-
-
 def _forgiven(match: re.Match[str], n_regions: int) -> str:
     """A placeholder that the model wrote: itself if its region exists, else broken up into plain text."""
-    try:
-        known = placeholder_number(match) <= n_regions
-    except RegionError:
-        known = False
+    known = match[1] is not None and int(match[1]) <= n_regions
     return match[0] if known else f"< {match[0][1:]}"
 
 
-def _content(content: Any, where: str) -> tuple[str, int]:
-    """Text of a message and how many images it holds, of a string or of transformers' list of parts."""
+def _content(content: Any, where: str) -> tuple[str, list[Any]]:
+    """Text and images of a message's string or list of parts; None for an image that is not in its part."""
     if isinstance(content, str):
-        return content, 0
+        return content, []
     if not isinstance(content, Sequence):
         raise DataError(f"{where}: expected content as a string or a list of parts, got {type(content).__name__}")
-    texts, n_images = [], 0
+    texts, images = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind == "text":
             texts.append(str(part.get("text", "")))
         elif kind == "image":
-            n_images += 1
+            images.append(next((part[key] for key in ("image", "path", "url") if key in part), None))
         else:
             raise DataError(f"{where}: expected parts of type text or image, got {kind!r}")
-    return "\n".join(texts), n_images
+    return "\n".join(texts), images
 
 
 # -- arguments as people give them -------------------------------------------------------------------------------------

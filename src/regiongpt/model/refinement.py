@@ -10,6 +10,7 @@ upsampling.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,13 +38,7 @@ class Deconvolution(nn.ConvTranspose2d):
 
 
 class Refinement(nn.Module):
-    """Refine a tower's feature map, and pool regions and image tokens from it.
-
-    Paper: §3.1, feature refinement module, and Tab. 6 for the variants.
-
-    Args:
-        config: the model's shape; ``refinement`` chooses the variant.
-    """
+    """Refine a tower's feature map, and pool regions and image tokens from it. Paper: §3.1; Tab. 6 for the variants."""
 
     def __init__(self, config: RegionGPTConfig) -> None:
         super().__init__()
@@ -58,14 +53,7 @@ class Refinement(nn.Module):
         self.image_grid = (config.image_grid[0], config.image_grid[1])
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Apply the learned part of the refinement.
-
-        Args:
-            features_BCHW: the tower's features, (B, C, H, W).
-
-        Returns:
-            (B, C, h, w); the refined map itself, or the map of which it is a bilinear upsampling.
-        """
+        """Apply the learned part: (B, C, H, W) to the refined map, or to the map of which that is an upsampling."""
         x = self.reduce(features_BCHW.contiguous(memory_format=torch.channels_last))
         if self.deconvolves:
             x = self.deconv_1(x)
@@ -74,14 +62,11 @@ class Refinement(nn.Module):
         return x  # type: ignore[no-any-return]
 
     def pool_regions(self, map_BChw: Tensor, weights_BRHW: Tensor) -> Tensor:
-        """Average the refined map over each region. Paper: §3.1, mask pooling.
+        """Average the refined map over each region: (B, R, C). Paper: §3.1, mask pooling.
 
         Args:
             map_BChw: what ``forward`` returned.
             weights_BRHW: (B, R, H, W) on the refined grid, summing to 1 for each region; rows of zeros give zeros.
-
-        Returns:
-            Region features (B, R, C).
         """
         if self.bilinear_scale > 1:
             up_Hh, up_Ww = (upsampling_matrix(n, self.bilinear_scale, map_BChw.device) for n in map_BChw.shape[-2:])
@@ -89,19 +74,12 @@ class Refinement(nn.Module):
         return mask_pool(map_BChw, weights_BRHW)
 
     def pool_image(self, map_BChw: Tensor) -> Tensor:
-        """Average the refined map down to the image tokens. Paper: §3.1, AdaPool.
-
-        Args:
-            map_BChw: what ``forward`` returned.
-
-        Returns:
-            Image token features (B, H * W, C) for the image grid (H, W), row by row.
-        """
+        """Average what ``forward`` returned down to the image grid (H, W): (B, H * W, C). Paper: §3.1, AdaPool."""
         if self.bilinear_scale == 1:
             pooled = F.adaptive_avg_pool2d(map_BChw, self.image_grid)
             return pooled.flatten(2).transpose(1, 2)
         rows, columns = (
-            _adaptive_matrix(n * self.bilinear_scale, cells, map_BChw.device)
+            _as_matrix(partial(F.adaptive_avg_pool1d, output_size=cells), n * self.bilinear_scale, map_BChw.device)
             @ upsampling_matrix(n, self.bilinear_scale, map_BChw.device)
             for n, cells in zip(map_BChw.shape[-2:], self.image_grid, strict=True)
         )
@@ -110,24 +88,12 @@ class Refinement(nn.Module):
 
 
 def mask_pool(map_BCHW: Tensor, weights_BRHW: Tensor) -> Tensor:
-    """Average a map over regions given as weights on its grid.
-
-    Args:
-        map_BCHW: (B, C, H, W).
-        weights_BRHW: (B, R, H, W), any float dtype; each region's weights sum to 1.
-
-    Returns:
-        (B, R, C) in the map's dtype.
-    """
+    """Average a map over regions given as weights on its grid, of any float dtype: (B, R, C) in the map's dtype."""
     return weights_BRHW.to(map_BCHW.dtype).flatten(2) @ map_BCHW.flatten(2).transpose(1, 2)
 
 
 def split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
-    """Divide a region's weights among the cells of a coarse grid over the rows and columns that it touches.
-
-    Args:
-        weights_HW: (H, W), summing to 1.
-        parts: side of the coarse grid.
+    """Divide a region's weights among the cells of a grid of ``parts`` a side, over the rows and columns it touches.
 
     Returns:
         (parts * parts, H, W), row by row, each summing to 1; the whole region's weights where it leaves a part empty.
@@ -148,21 +114,8 @@ def split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.flo
 
 
 def upsampling_matrix(cells: int, scale: int, device: torch.device | None = None) -> Tensor:
-    """Bilinear upsampling along one axis as a matrix.
-
-    Args:
-        cells: input length.
-        scale: how many outputs per input cell.
-        device: where the matrix is wanted.
-
-    Returns:
-        (cells * scale, cells) in float32, so that ``matrix @ x`` upsamples x as ``F.interpolate`` does.
-    """
+    """Bilinear upsampling of ``cells`` cells along one axis, as ``F.interpolate`` does it: (cells * scale, cells)."""
     return _as_matrix(lambda x: F.interpolate(x, scale_factor=scale, mode="linear", align_corners=False), cells, device)
-
-
-def _adaptive_matrix(cells: int, outputs: int, device: torch.device | None) -> Tensor:
-    return _as_matrix(lambda x: F.adaptive_avg_pool1d(x, outputs), cells, device)
 
 
 def _as_matrix(linear: Callable[[Tensor], Tensor], cells: int, device: torch.device | None) -> Tensor:

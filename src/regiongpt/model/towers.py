@@ -23,10 +23,7 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
     The output concatenates the last block at stride 32, that at stride 16 with its 2x2 cells laid out as channels, that
     at stride 8 averaged to stride 16 and laid out alike, and fixed sine and cosine channels of the position. The stages
     differ in scale by an order of magnitude, so each channel is standardised by the buffers ``mean`` and ``std``, which
-    a recipe measures once on its training photographs.
-
-    Args:
-        config: the tower's shape.
+    a recipe measures once on its training images.
     """
 
     config_class = EfficientNetLiteConfig
@@ -58,14 +55,7 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
             init.ones_(self.std)
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
-        """Compute the feature grid.
-
-        Args:
-            pixel_values: (B, 3, S, S) with S a multiple of 32.
-
-        Returns:
-            ``last_hidden_state`` of shape (B, C, S/32, S/32).
-        """
+        """Compute the feature grid: (B, 3, S, S), S a multiple of 32, to a last hidden state (B, C, S/32, S/32)."""
         network = self.network
         x = pixel_values.contiguous(memory_format=torch.channels_last)
         x = network._swish(network._bn0(network._conv_stem(x)))
@@ -96,18 +86,14 @@ def _position_channels(frequencies: int, like_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def tower_features(model: Any, pixel_values: Tensor, layer: int = -2) -> Tensor:
-    """Run a tower and lay its patch tokens out as a grid.
+    """Run a tower and lay its patch tokens out as a grid (B, C, H, W). Paper: §3.1, visual backbone.
 
-    The tower is frozen in every stage of training, so no graph is ever kept for it. Paper: §3.1, visual backbone.
+    The tower is frozen in every stage of training, so no graph is ever kept for it.
 
     Args:
         model: a tower of one of the kinds in ``VISION_TOWERS``.
         pixel_values: (B, 3, S, S), normalised as the tower's image processor does.
-        layer: index into the tower's hidden states; class and register tokens are dropped. EfficientNet-Lite has
-            but one.
-
-    Returns:
-        Features of shape (B, C, H, W) in the tower's dtype.
+        layer: index into the tower's hidden states; class and register tokens are dropped. EfficientNet-Lite has one.
     """
     config = model.config
     pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
