@@ -461,7 +461,8 @@ def test_the_gallery_shows_faulty_records_with_the_reason(images: Path, tmp_path
     silent = replace(RECORDS[0], turns=(classify(1, ""),))
     unworded = replace(RECORDS[0], turns=(Turn(task="locate", answer="Region [1]", regions=(1,)),))
     put(made, [odd, *(each.row() for each in (lost, silent, unworded))])
-    page = gallery.gallery(RecordSet(made), range(4), processor)
+    gallery.write_gallery(tmp_path / "page.html", RecordSet(made), range(4), processor)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count('class="fault"') == 4
     assert "blob" in page
     assert "none.png" in page
