@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from regiongpt.evaluate.store import AnswerStore, digest
 
 from regiongpt import DataError
-from regiongpt.evaluate.store import AnswerStore, digest
 
 WRITER = """
 import sys

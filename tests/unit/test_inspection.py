@@ -1,6 +1,5 @@
 """What records hold is counted exactly, every fault of a folder is told, and a person sees what a model is taught."""
 
-import io
 import json
 import re
 from collections.abc import Callable
@@ -18,9 +17,8 @@ from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from regiongpt import cli
 from regiongpt.data import gallery, inspection
-from regiongpt.data.progress import Meter, track
 from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import MANIFEST, REJECTS, RecordSet, Rejects, file_identity, schema, write_records
+from regiongpt.data.shards import MANIFEST, RecordSet, Rejects, file_identity, schema, write_records
 from regiongpt.data.statistics import SHARE_EDGES, Statistics, as_text, coarse_shares, plot, statistics
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
@@ -463,7 +461,8 @@ def test_the_gallery_shows_faulty_records_with_the_reason(images: Path, tmp_path
     silent = replace(RECORDS[0], turns=(classify(1, ""),))
     unworded = replace(RECORDS[0], turns=(Turn(task="locate", answer="Region [1]", regions=(1,)),))
     put(made, [odd, *(each.row() for each in (lost, silent, unworded))])
-    page = gallery.gallery(RecordSet(made), range(4), processor)
+    gallery.write_gallery(tmp_path / "page.html", RecordSet(made), range(4), processor)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count('class="fault"') == 4
     assert "blob" in page
     assert "none.png" in page
@@ -519,43 +518,3 @@ def test_a_checkpoint_without_a_processor(tmp_path: Path):
     (tmp_path / "processor_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         inspection.load_processor(tmp_path)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_has_a_rate_and_the_time_left():
-    stream = Terminal()
-    with Meter("work", "images", stream=stream) as meter:
-        for number in meter.watch(track(range(100), 100)):
-            if number == 50:
-                assert re.fullmatch(r"work: 50 images, [\d,.]+ a second, 50% done, \d+:\d\d left", meter.line())
-    assert stream.getvalue().endswith("\r\x1b[K"), "the line is wiped when the work is done"
-
-
-def test_progress_knows_how_far_a_file_is_read(tmp_path: Path):
-    path = tmp_path / "big.json"
-    path.write_bytes(bytes(1 << 20))
-    with Meter("work", files=[path], stream=io.StringIO()) as meter, path.open("rb", buffering=0) as file:
-        assert meter.line() == "work: reading"
-        file.read(1 << 18)
-        assert re.fullmatch(r"work: 25% done, \d+:\d\d left", meter.line())
-        assert list(track("abc", 3)) == ["a", "b", "c"]
-        assert meter.line() == "work: reading", "what is tracked comes after the files were read"
-
-
-def test_progress_is_plain_lines_where_nobody_watches():
-    stream = io.StringIO()
-    with Meter("work", stream=stream, seconds=0.01) as meter:
-        for _ in meter.watch(track(range(3), 3)):
-            meter._stop.wait(0.05)
-    lines = stream.getvalue().splitlines()
-    assert lines
-    assert all(line.startswith("work") and "\x1b" not in line for line in lines)
-
-
-def test_tracking_without_a_meter_changes_nothing():
-    assert list(track(iter("abc"), 3)) == ["a", "b", "c"]
-    assert REJECTS == "rejects.jsonl"

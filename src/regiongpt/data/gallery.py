@@ -3,18 +3,19 @@
 Paper: §3.2 (only the response is learnt).
 """
 
-import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from markupsafe import Markup, escape
 
 from regiongpt.data.inspection import draw_record, encode, said
-from regiongpt.data.records import Record
 from regiongpt.data.shards import RecordSet
 from regiongpt.data.statistics import Statistics, table_rows
 from regiongpt.errors import ConfigError, DataError, RegionError
-from regiongpt.pages import beside, card, chip, columns, fault, page, picture, region_list, table, turn
+from regiongpt.report import chip, picture, write_page
 
 if TYPE_CHECKING:
     from regiongpt.model.processing import RegionGPTProcessor
@@ -124,7 +125,8 @@ def terminal(shown: Sequence[Piece], colour: bool) -> str:
 # As a page
 
 
-def gallery(
+def write_gallery(
+    path: Path,
     records: RecordSet,
     indices: Sequence[int],
     processor: "RegionGPTProcessor",
@@ -132,86 +134,72 @@ def gallery(
     *,
     seed: int = 0,
     epoch: int = 0,
-) -> str:
-    """A page that shows records with their pictures, questions, answers and tokens; it needs no other file.
+) -> None:
+    """Write a page that shows records with their pictures, questions, answers and tokens; it needs no other file.
 
     Args:
+        path: Of the page.
         records: The folder.
         indices: Of the records to be shown, in this order.
         processor: Of the model to be trained.
         counted: Statistics to begin with.
         seed: Of the wording.
         epoch: Likewise.
+
+    Raises:
+        DataError: The page cannot be written.
     """
-    statistics = columns(table(rows, title) for title, rows in table_rows(counted)) if counted is not None else ""
-    cards = "\n".join(_card(records, index, processor, seed, epoch) for index in indices)
-    return page(
-        f"{records.manifest.source}: {len(records):,} records",
-        f"{records.folder}, converted by regiongpt {records.manifest.regiongpt_version}; "
+    write_page(
+        path,
+        "records.html",
+        title=f"{records.manifest.source}: {len(records):,} records",
+        made=f"{records.folder}, converted by regiongpt {records.manifest.regiongpt_version}; "
         f"questions as worded with seed {seed} in epoch {epoch}",
-        f"{statistics}\n{_KEY.format(shown=len(indices), records=len(records))}\n{cards}",
-        _STYLE,
+        tables=table_rows(counted) if counted is not None else [],
+        records=len(records),
+        cards=[_card(records, index, processor, seed, epoch) for index in indices],
     )
 
 
-def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed: int, epoch: int) -> str:
-    """One record; whatever cannot be shown of a faulty one gives way to the reason."""
+def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed: int, epoch: int) -> dict[str, Any]:
+    """One record for the page; whatever cannot be shown of a faulty one gives way to the reason."""
     try:
         record = records[index]
         dialogue = said(record, seed, epoch, index)
     except (DataError, ConfigError, RegionError) as error:
-        return card(fault(str(error)), f"record {index}")
+        return {"heading": f"record {index}", "fault": str(error), **dict.fromkeys(("meta", "dialogue", "tokens"))}
+    where = f"{record.image}, {record.width} × {record.height} px" if record.image else "no image"
+    found: dict[str, Any] = {
+        "heading": record.id,
+        "meta": f"record {index} · {record.task} · {where}",
+        "regions": [(each.category, each.region.kind) for each in record.regions],
+        "dialogue": dialogue,
+        **dict.fromkeys(("picture", "picture_fault", "tokens", "fault")),
+    }
+    try:
+        if record.image:
+            drawn = draw_record(record, records.image_path(record), names=False)
+            found["picture"] = picture(drawn, f"{record.image} with {len(record.regions)} numbered regions")
+    except (DataError, RegionError) as error:
+        found["picture_fault"] = str(error)
     try:
         shown = pieces(encode(record, processor, seed, epoch, index), processor)
-        total, learnt = target_count(shown)
-        tokens = f"<h3>{total:,} tokens, {learnt:,} of them learnt</h3><p class='tokens'>{_spans(shown)}</p>"
+        found["total"], found["supervised"] = target_count(shown)
+        found["tokens"] = list(_spans(shown))
     except (DataError, RegionError) as error:
-        tokens = fault(str(error))
-    where = f"{record.image}, {record.width} × {record.height} px" if record.image else "no image"
-    regions = region_list([(each.category, each.region.kind) for each in record.regions])
-    talk = regions + "".join(turn(question, answer) for question, answer in dialogue)
-    return card(beside(_figure(records, record), talk) + tokens, record.id, f"record {index} · {record.task} · {where}")
+        found["fault"] = str(error)
+    return found
 
 
-def _figure(records: RecordSet, record: Record) -> str:
-    if not record.image:
-        return ""
-    try:
-        drawn = draw_record(record, records.image_path(record), names=False)
-    except (DataError, RegionError) as error:
-        return fault(str(error))
-    return picture(drawn, f"{record.image} with {len(record.regions)} numbered regions")
-
-
-def _spans(shown: Sequence[Piece]) -> str:
-    parts: list[str] = []
+def _spans(shown: Sequence[Piece]) -> Iterator[tuple[str, str, Markup, bool]]:
+    """Each token with its classes and title, and whether a line begins with it, as behind a turn that has ended."""
     learnt = False
     for piece in shown:
-        if learnt and not piece.target and not piece.text.startswith("\n"):
-            parts.append("<br>")  # a turn has ended
-        learnt = piece.target
         ids = ", ".join(map(str, piece.ids))
         title = f"{piece.count} tokens, id {ids}" if piece.count > 1 else f"id {ids}"
-        text = html.escape(piece.text).replace("\n", "↵<br>")
+        text = chip(piece.region) if piece.region else Markup("↵<br>").join(map(escape, piece.text.split("\n")))
         if piece.kind == "image" and piece.count > 1:
             text += f" × {piece.count}"
-        elif piece.kind == "region":
-            text = chip(piece.region)
-        marks = " ".join(mark for mark, is_so in ((piece.kind, True), ("learnt", piece.target)) if is_so)
-        # A line may end behind every token, as it may behind every word.
-        parts.append(f'<span class="{marks}" title="{title}">{text}</span><wbr>')
-    return "".join(parts)
-
-
-_STYLE: Final = """
-.tokens { margin: 4px 0 0; padding: 10px 12px; background: var(--asked);
-  border-radius: 8px; font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.tokens span { padding: 1px 0; border-right: 1px solid var(--line); color: var(--faint); }
-.tokens .special, .tokens .image { font-weight: 600; }
-.tokens .learnt { background: var(--learnt); color: var(--learnt-ink); }
-.key { font-size: 13px; color: var(--faint); } .key span { padding: 1px 6px; border-radius: 4px; }
-.key .learnt { background: var(--learnt); color: var(--learnt-ink); }
-"""
-
-_KEY: Final = """<p class="key">{shown:,} of {records:,} records. <span class="learnt">Green</span> tokens are learnt;
-all others are only read. A line stands between tokens; point at one for its id.</p>"""
+        breaks = learnt and not piece.target and not piece.text.startswith("\n")
+        learnt = piece.target
+        yield f"{piece.kind} learnt" if piece.target else piece.kind, title, text, breaks

@@ -295,7 +295,6 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
         CheckpointError: the checkpoint folder holds no processor.
     """
     from regiongpt.data import gallery, statistics
-    from regiongpt.pages import write_page
 
     require_data_extra()
     for path in (options.plot, options.html):
@@ -349,7 +348,7 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
             count = min(len(records), options.count or GALLERY_RECORDS)
             chosen = sorted(np.random.default_rng(seed).choice(len(records), count, replace=False).tolist())
             counts = count_all()
-        write_page(gallery.gallery(records, chosen, processor, counts, seed=seed, epoch=epoch), options.html)
+        gallery.write_gallery(options.html, records, chosen, processor, counts, seed=seed, epoch=epoch)
         written(f"page of {many(len(chosen), 'record')}", options.html)
     if options.check:
         faults = []

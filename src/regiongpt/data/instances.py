@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 
 from regiongpt.data.convert.images import check_image, known_size
 from regiongpt.data.convert.jsonstream import TRUNCATED, iter_array, iter_arrays
-from regiongpt.data.convert.values import MALFORMED, clipped_box, image_name, is_unicode, plain_text, short, whole
+from regiongpt.data.convert.values import (
+    MALFORMED,
+    clipped_box,
+    image_name,
+    is_unicode,
+    is_whole,
+    plain_text,
+    short,
+    whole,
+)
 from regiongpt.data.shards import CROWD, Fault, Rejects
 from regiongpt.errors import DataError, RegionError
 from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
@@ -113,24 +122,28 @@ class Mask(NamedTuple):
         return Region.polygon([np.array(ring) for ring in self.rings]) if self.rings else None
 
 
+_NO_MASK: Final = Mask()
+
+
 def read_mask(segmentation: Any) -> Mask:
     """The mask of an entry in any of the forms that tools write.
 
     Rings, one flat ring, rings of points, RLE with counts as text or numbers, RLE in a list; an empty ring is none.
     """
-    if not segmentation or segmentation == [[]]:
-        return Mask()
-    if isinstance(segmentation, list) and len(segmentation) == 1 and isinstance(segmentation[0], dict):
-        segmentation = segmentation[0]
-    if isinstance(segmentation, dict):
-        if not {"size", "counts"} & segmentation.keys():
+    if not segmentation:
+        return _NO_MASK
+    listed = segmentation if isinstance(segmentation, list) else [segmentation]
+    if isinstance(listed[0], dict) and len(listed) == 1:
+        if listed[0].keys().isdisjoint(("size", "counts")):
             wrong = Fault("segmentation of another form", f"expected polygons or RLE, got {short(segmentation)}")
             return Mask(faults=[wrong], sound=False)
-        return Mask(rle=_plain_rle(segmentation))
+        return Mask(rle=_plain_rle(listed[0]))
+    first = listed[0]
+    is_ring = not isinstance(first, list) or (len(first) == 2 < len(listed) and not isinstance(first[0], list))
     rings: list[array[float]] = []
     faults: list[Fault] = []
     sound = True
-    for given in _rings(segmentation):
+    for given in [listed] if is_ring else listed:
         try:
             ring = array("d", given)
         except (TypeError, OverflowError):
@@ -146,22 +159,12 @@ def read_mask(segmentation: Any) -> Mask:
         elif ring and not (math.isfinite(sum(ring)) and min(ring) >= -MAX_COORDINATE and max(ring) <= MAX_COORDINATE):
             faults.append(Fault("polygon that is not finite", f"expected finite pixels, got {short(given)}"))
             sound = False
-        elif 0 < len(ring) < 6:
+        elif len(ring) >= 6:
+            rings.append(ring)
+        elif ring:
             thin = f"expected three points or more, got {len(ring) // 2}; the ring is left out"
             faults.append(Fault(_THIN, thin))
-        elif ring:
-            rings.append(ring)
     return Mask(rings if sound else (), None, faults, sound and bool(rings or not faults))
-
-
-def _rings(segmentation: Any) -> Sequence[Any]:
-    if not isinstance(segmentation, list):
-        return [segmentation]
-    first = segmentation[0]
-    is_ring = not isinstance(first, list) or (
-        len(first) == 2 and len(segmentation) > 2 and not isinstance(first[0], list)
-    )
-    return [segmentation] if is_ring else segmentation
 
 
 def _plain_rle(rle: dict[str, Any]) -> dict[str, Any]:
@@ -176,13 +179,6 @@ def _plain_rle(rle: dict[str, Any]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which image an entry means
-
-
-def _is_below(path: str) -> bool:
-    try:
-        return bool(image_name(path))
-    except Fault:
-        return False
 
 
 def _ends(entry: Mapping[str, Any]) -> list[str]:
@@ -232,14 +228,22 @@ class ImageFinder:
             Fault: The entry has no name, or one that leaves the folder.
         """
         names = _names(entry, self._url_first) or [""]
-        if self._folder is not None:
-            for candidate in self._candidates(entry, names):
-                stem, suffix = os.path.splitext(candidate)
-                for path in dict.fromkeys((candidate, stem + suffix.lower(), stem + suffix.upper())):
-                    if os.path.isfile(os.path.join(self._folder, path)) and _is_below(path):
-                        return path
-            names = list(self._below(image_name(names[0])))
-        return image_name(names[-1 if self._folder is not None else 0])
+        if self._folder is None:
+            return image_name(names[0])
+        if self._is_there(names[0]):
+            return names[0]
+        for candidate in self._candidates(entry, names):
+            stem, suffix = os.path.splitext(candidate)
+            for path in (candidate, stem + suffix.lower(), stem + suffix.upper()):
+                if self._is_there(path):
+                    return path
+        return list(self._below(image_name(names[0])))[-1]
+
+    def _is_there(self, path: str) -> bool:
+        try:
+            return os.path.isfile(f"{self._folder}/{path}") and bool(image_name(path))
+        except Fault:
+            return False
 
     def _candidates(self, entry: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
         for name in names:
@@ -432,14 +436,14 @@ class InstancesFile:
     def _read_annotation(self, entry: Any) -> None:
         try:
             ids: tuple[Any, ...] = (entry["id"], entry["image_id"], entry["category_id"])
-            if not (type(ids[0]) is type(ids[1]) is type(ids[2]) is int and 0 <= min(ids) <= max(ids) < 1 << 63):
+            if not all(map(is_whole, ids)):
                 ids = tuple(map(self._number, ids))
             if self._wanted is not None and ids[1] not in self._wanted and ids[1] is not None:
                 return
             crowd = is_crowd(entry.get("iscrowd"))
             mask = read_mask(entry.get("segmentation"))
             box = read_box(entry.get("bbox"))
-            boxless = box is None or not (box[2] > 0 and box[3] > 0 and math.isfinite(sum(box)))
+            boxless = box is None or not box[2] > 0 < box[3]
             if boxless and mask.sound:
                 box = mask.bounds() or box
             if box is None or crowd is None or None in ids:
@@ -532,10 +536,10 @@ class InstancesFile:
         if given != (None, None) and not (width and height and max(width, height) < 1 << 31):
             raise Fault("image without size", f"expected width and height, got {short(given)}")
         path = finder.find(entry)
-        file = None if self._folder is None else self._folder / path
+        file = None if self._folder is None else f"{self._folder}/{path}"
         if file is not None and self._check == "size":
             width, height = check_image(file, width, height)
-        elif file is not None and self._check == "missing" and not file.is_file():
+        elif file is not None and self._check == "missing" and not os.path.isfile(file):
             raise Fault("image file missing", f"expected an image at {file}, found none")
         if not (width and height):
             if file is None or (measured := known_size(file)) is None:

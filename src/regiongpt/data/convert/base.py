@@ -1,6 +1,5 @@
 """What every converter is: settings, which are the command's options, and a stream of records."""
 
-import dataclasses
 import gc
 import logging
 from abc import ABC, abstractmethod
@@ -30,11 +29,6 @@ from regiongpt.settings import Settings
 from regiongpt.storage import writing
 
 log = logging.getLogger(__name__)
-
-
-def option(help: str, **given: Any) -> Any:
-    """A field of an evaluation task: its help on the command line, and ``default=`` unless it is required."""
-    return dataclasses.field(metadata={"help": help}, **given)
 
 
 class Converter(Settings, ABC):

@@ -1,5 +1,6 @@
 """Checks, by the header of its file alone, that an annotated image is there and is the one that was annotated."""
 
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,7 +10,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
 
 
-def check_image(path: Path, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+def check_image(path: str | Path, width: int | None = None, height: int | None = None) -> tuple[int, int]:
     """Width and height in pixels of an image as training loads it, EXIF orientation applied; it is opened once.
 
     Args:
@@ -20,7 +21,7 @@ def check_image(path: Path, width: int | None = None, height: int | None = None)
     Raises:
         Fault: It is missing, cannot be read, or is of another size.
     """
-    found = _measured(Path(path))
+    found = _measured(os.fspath(path))  # text is many times as fast to look up as a Path
     if width is not None and height is not None and found != (width, height):
         raise Fault(
             "image of another size",
@@ -29,7 +30,7 @@ def check_image(path: Path, width: int | None = None, height: int | None = None)
     return found
 
 
-def known_size(path: Path) -> tuple[int, int] | None:
+def known_size(path: str | Path) -> tuple[int, int] | None:
     """Width and height of an image; None where it cannot be read, which is said where it is needed."""
     try:
         return check_image(path)
@@ -38,7 +39,7 @@ def known_size(path: Path) -> tuple[int, int] | None:
 
 
 @lru_cache(maxsize=1 << 16)  # of images that are fine: another may come to be there
-def _measured(path: Path) -> tuple[int, int]:
+def _measured(path: str) -> tuple[int, int]:
     from PIL import Image
 
     try:

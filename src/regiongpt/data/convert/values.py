@@ -3,9 +3,9 @@
 A value that cannot be used raises :class:`regiongpt.data.shards.Fault`.
 """
 
+import re
 import sys
 from collections.abc import Sequence
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Final, TypeGuard
 
 from pydantic import AfterValidator
@@ -17,6 +17,7 @@ from regiongpt.regions import MIN_AREA
 Corners = tuple[float, float, float, float]
 MALFORMED: Final = "record of another format"
 """The kind of fault of a record that lacks what the source's layout has."""
+_OUTSIDE: Final = re.compile(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\0]")
 APART: Final = "files that do not belong together"
 
 
@@ -129,10 +130,8 @@ Words = Annotated[str, AfterValidator(_check_words)]
 
 def image_name(name: Any) -> str:
     """The path of an image below the images' folder."""
-    if isinstance(name, str) and name and is_unicode(name) and "\0" not in name:
-        windows = PureWindowsPath(name)
-        if not (windows.drive or windows.root or "\\" in name) and ".." not in PurePosixPath(name).parts:
-            return name
+    if isinstance(name, str) and name and is_unicode(name) and not _OUTSIDE.search(name):
+        return name
     raise Fault(
         "image outside the folder",
         f"expected a path below the folder of images, with forward slashes, got {short(name)}",
