@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -606,16 +605,6 @@ def _compare(typed: argparse.Namespace, resamples: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _at_home(place: str) -> Callable[[argparse.ArgumentParser, Sequence[str]], int]:
-    """A verb whose options are read by a function of its package."""
-
-    def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-        module, _, name = place.partition(":")
-        return int(getattr(import_module(f"regiongpt.{module}"), name)(parser, words) or 0)
-
-    return run
-
-
 def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.train.recipe import Recipe
 
@@ -666,9 +655,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if not (options.plan or options.debug):
         recipe.check_files()
 
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    _log()
     quiet_libraries()
     from regiongpt.distributed import Processes, connect
     from regiongpt.train.debug import debug_size
@@ -688,6 +675,87 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# ablate
+
+
+def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.ablate.variants import ASKED, KINDS, check_names, chosen, refuse_varied, split_words
+    from regiongpt.distributed import launched
+    from regiongpt.evaluate.task import RESAMPLES
+    from regiongpt.evaluate.tasks import task_class
+    from regiongpt.train.recipe import Recipe
+
+    parser.description = "Train the variants of one part of the model alike, ask them alike, and set them side by side."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    kinds = "\n".join(f"  {name:<12}{kind.summary}" for name, kind in KINDS.items())
+    parser.epilog = (
+        f"what is varied:\n{kinds}\n\nEvery field of the recipe can be overridden by its dotted name (--stage2.lr 5e-4 "
+        "--data.root DIR), and\nevery option of the benchmark is given as --eval.OPTION (--eval.limit 50). Run the "
+        "same command again\nto continue after an interruption."
+    )
+    parser.add_argument("kind", choices=tuple(KINDS), metavar="KIND", help=f"what is varied: {', '.join(KINDS)}")
+    parser.add_argument("recipe", type=Path, help="TOML file, or the name of a shipped recipe such as nano")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of all runs and of the table")
+    text = "which (default: all); the others are held against the first"
+    parser.add_argument("--variants", metavar="A,B,...", help=text)
+    parser.add_argument("--seeds", metavar="N,N,...", default="0,1,2", help="of the training (default: 0,1,2)")
+    text = "an earlier run of `regiongpt train` whose language model, tower and features serve all variants and seeds"
+    parser.add_argument("--reuse", type=Path, metavar="RUN", help=text)
+    text = "what runs have in common; several ablations may share it (default: OUT/shared)"
+    parser.add_argument("--shared", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--task", default="coco_cls", help="the benchmark (default: coco_cls)")
+    parser.add_argument("--device", help="to ask the trained models on (default: the first there is)")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, metavar="N", help=f"default: {RESAMPLES}")
+    options, rest = parser.parse_known_args(words)
+    asked, overrides = split_words(rest)
+    if launched() > 1:
+        raise ConfigError("expected one process, got several; variants are trained one after the other")
+    if options.resamples < 1:
+        raise ConfigError(f"expected --resamples of at least 1, got {options.resamples}")
+    seeds = [word.strip() for word in options.seeds.split(",")]
+    if not all(word.isdecimal() for word in seeds) or len(set(map(int, seeds))) < len(seeds):
+        raise ConfigError(f"expected --seeds such as 0,1,2, each once, got {options.seeds!r}")
+    base = Recipe.load(options.recipe, overrides)
+    variants = chosen(options.kind, options.variants, base)
+    check_names(variants)
+    refuse_varied(options.kind, variants, overrides, asked)
+    asked.setdefault("data", base.data.root)
+    kind = task_class(options.task)
+    try:
+        tasks = {variant.name: kind(**{**asked, **variant.asked}) for variant in variants}
+    except ConfigError as error:
+        is_option = str(error).partition(":")[0] in kind.model_fields
+        raise ConfigError(f"{ASKED if is_option else '--eval: '}{error}") from None
+    _log()
+    quiet_libraries()
+    from regiongpt.ablate.study import Study
+    from regiongpt.ablate.summary import write_study
+
+    study = Study(
+        kind=options.kind,
+        recipe=options.recipe,
+        overrides=tuple(overrides),
+        variants=variants,
+        seeds=tuple(map(int, seeds)),
+        tasks=tasks,
+        out=options.out,
+        device=options.device,
+        resamples=options.resamples,
+        shared=options.shared,
+        reuse=options.reuse,
+    )
+    print(write_study(study, study.run()))
+    return 0
+
+
+def _log() -> None:
+    """Show the log of long work on standard error, that of the first process alone."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]]] = {
     "ask": ("ask one question about regions of images", _ask),
     "chat": ("hold a conversation about regions of an image", _chat),
@@ -699,7 +767,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], i
     "weights": ("make checkpoint folders", _weights),
     "train": ("train a model in the paper's two stages", _train),
     "evaluate": ("score a model, or anyone's answers, on benchmarks", _evaluate),
-    "ablate": ("train and score the variants of one part of the model", _at_home("ablate.commands:run_ablate")),
+    "ablate": ("train and score the variants of one part of the model", _ablate),
 }
 """Each verb with its line in the help and the function that reads its options."""
 
