@@ -5,6 +5,7 @@ read and checked: help and mistakes cost a fraction of a second.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -13,8 +14,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,7 @@ from regiongpt.console import progress_shown, quiet_libraries, tell
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
 
 if TYPE_CHECKING:
+    from regiongpt.evaluate.task import RunOptions, Task
     from regiongpt.inference import RegionPredictor
     from regiongpt.inference.over_images import Reply, View
 
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     try:
         verb = VERBS.get(arguments[0]) if arguments else None
-        with warnings.catch_warnings(), progress_shown():
+        with warnings.catch_warnings(), progress_shown() if os.environ.get("RANK", "0") == "0" else nullcontext():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # they speak to programmers
             if verb is None:
@@ -458,16 +460,149 @@ def _convert_weights(options: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# evaluate
 
 
-def _at_home(place: str) -> Callable[[argparse.ArgumentParser, Sequence[str]], int]:
-    """A verb whose options are read by a function of its package."""
+def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.evaluate.task import RunOptions
+    from regiongpt.evaluate.tasks import TASKS, task_class
+    from regiongpt.settings import add_options, read_options
 
-    def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-        module, _, name = place.partition(":")
-        return int(getattr(import_module(f"regiongpt.{module}"), name)(parser, words) or 0)
+    parser.description = "Ask a model the questions of benchmarks, or take anyone's answers, and score them."
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise ConfigError(f"{repeated[0]}: given twice; name every task once")
+    kinds = [task_class(name) for name in names]
+    if not names and {"-h", "--help"} & {*words}:  # only the help that lists them needs them all
+        known = "\n".join(f"  {name:<18}{task_class(name).summary}" for name in TASKS)
+        parser.epilog = f"tasks:\n{known}\n\n`regiongpt evaluate TASK --help` lists the options of a task."
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="the benchmarks, before all options")
+    parser.add_argument("--json", action="store_true", help="print json")
+    add_options(parser, RunOptions, "options of the run")
+    group = parser.add_argument_group("comparing")
+    group.add_argument("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), help="two folders of --out")
+    group.add_argument("--html", type=Path, metavar="FILE", help="with --compare: write it as a page")
+    if not names:
+        text = "with --compare: where the data set is now"
+        group.add_argument("--data", default=argparse.SUPPRESS, metavar="DIR", help=text)
+    _task_options(parser, names, kinds)
+    typed = parser.parse_args(words)
+    if typed.tasks != names:
+        listed = " ".join(typed.tasks)
+        raise ConfigError(f"{typed.tasks[0]}: name the tasks before all options: `{parser.prog} {listed} ...`")
+    options = read_options(RunOptions, typed)
+    if typed.compare:
+        return _compare(typed, options.resamples)
+    if typed.html is not None:
+        raise ConfigError("--html goes with --compare; a run writes index.html into --out")
+    if not names:
+        raise ConfigError(f"give a task: {', '.join(TASKS)}; see `{parser.prog} --help`")
+    if options.out is None:
+        raise ConfigError("give --out DIR, the folder of the results")
+    tasks = [_read_task(name, kind, typed) for name, kind in zip(names, kinds, strict=True)]
+    _check_predictions(options, typed, len(tasks))
+    quiet_libraries()
+    from regiongpt.distributed import Processes, connect
+    from regiongpt.evaluate import tables
+    from regiongpt.evaluate.runs import PAGE
+    from regiongpt.evaluate.session import Session
 
-    return run
+    session = Session(
+        out=options.out,
+        resamples=options.resamples,
+        gallery=options.gallery,
+        overwrite=options.overwrite,
+        processes=Processes() if options.predictions is not None else connect(on_cpu=options.device == "cpu"),
+    )
+    if options.predictions is not None:
+        runs = [session.score_predictions(tasks[0], options.predictions, options.missing, options.unknown)]
+    else:
+        runs = session.score_model(tasks, options.model, options.device, options.dtype)
+    if runs and typed.json:
+        found = [{**run.result, "manifest": run.manifest} for run in runs]
+        print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+    elif runs:
+        print("\n\n".join(map(tables.as_text, runs)))
+        print(f"\nresults written to {options.out}; see {options.out / PAGE}")
+    return 0
+
+
+def _task_options(parser: argparse.ArgumentParser, names: Sequence[str], kinds: "Sequence[type[Task]]") -> None:
+    """The fields of a task; of several, ``--limit`` for all that have it, and ``--pope.limit`` for one of them."""
+    from pydantic import Field, create_model
+
+    from regiongpt.settings import Settings, add_options
+
+    if len(names) == 1:
+        add_options(parser, kinds[0], f"options of {names[0]}", required=False)
+    if len(names) < 2:
+        return
+    shared: dict[str, Any] = {}
+    for field, info in ((field, info) for kind in kinds for field, info in kind.model_fields.items()):
+        those = [kind.model_fields[field].annotation for kind in kinds if field in kind.model_fields]
+        if all(each == those[0] for each in those):
+            shared.setdefault(field, (info.annotation, Field(default=None, description=info.description)))
+    title = "options of the tasks; --TASK.OPTION is for one of them"
+    add_options(parser, create_model("Shared", __base__=Settings, **shared), title)
+    for name, kind in zip(names, kinds, strict=True):
+        add_options(parser, kind, prefix=f"{name}.")
+
+
+def _read_task(name: str, kind: "type[Task]", typed: argparse.Namespace) -> "Task":
+    """A task of what was typed for it, or for all."""
+    from regiongpt.settings import read_options
+
+    both = [(field, dest) for field in kind.model_fields for dest in (field, f"{name}.{field}")]
+    values = {field: getattr(typed, dest) for field, dest in both if hasattr(typed, dest)}
+    try:
+        return read_options(kind, argparse.Namespace(**values))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _check_predictions(options: "RunOptions", typed: argparse.Namespace, tasks: int) -> None:
+    """Refuse what does not go with ``--predictions``, or without it."""
+    from regiongpt.distributed import launched
+
+    given = options.predictions is not None
+    for name in ("model", "device", "dtype") if given else ("missing", "unknown"):
+        if hasattr(typed, name):
+            why = "no model is run for --predictions" if given else "it goes with --predictions"
+            raise ConfigError(f"--{name}: {why}; leave it out")
+    if given and launched() > 1:
+        raise ConfigError("--predictions: start one process, there is nothing to share out")
+    if given and tasks > 1:
+        raise ConfigError(f"--predictions: answers to one task, and {tasks} are named; score them one after the other")
+
+
+def _compare(typed: argparse.Namespace, resamples: int) -> int:
+    from regiongpt.evaluate.compare import compare_runs
+    from regiongpt.evaluate.task import RunOptions
+    from regiongpt.evaluate.tasks import task_class
+    from regiongpt.report import write_page
+
+    fields = {each for name in typed.tasks for each in task_class(name).model_fields} - {"data"}
+    names = {*RunOptions.model_fields} - {"resamples"} | fields
+    if extra := sorted(dest for dest in vars(typed) if dest.rpartition(".")[2] in names):
+        raise ConfigError(f"--{extra[0].replace('_', '-')}: two runs are compared as they were made; leave it out")
+    if resamples == 0:
+        raise ConfigError("--resamples: a comparison needs at least 1")
+    a, b = typed.compare
+    data = Path(typed.data) if hasattr(typed, "data") else None
+    found = compare_runs(a, b, data, typed.tasks, resamples)
+    if typed.html is not None:
+        made = f"A: {a}; B: {b}; differences are B less A, times 100"
+        write_page(typed.html, "comparison.html", title="Two runs compared", made=made, comparisons=found)
+        print(f"page written to {typed.html}", file=sys.stderr)
+    if typed.json:
+        print(json.dumps([each.to_dict() for each in found], indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        print(f"A: {a}\nB: {b}\n\n" + "\n\n".join(each.as_text() for each in found))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
@@ -520,9 +655,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if not (options.plan or options.debug):
         recipe.check_files()
 
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    _log()
     quiet_libraries()
     from regiongpt.distributed import Processes, connect
     from regiongpt.train.debug import debug_size
@@ -542,6 +675,87 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# ablate
+
+
+def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.ablate.variants import ASKED, KINDS, check_names, chosen, refuse_varied, split_words
+    from regiongpt.distributed import launched
+    from regiongpt.evaluate.task import RESAMPLES
+    from regiongpt.evaluate.tasks import task_class
+    from regiongpt.train.recipe import Recipe
+
+    parser.description = "Train the variants of one part of the model alike, ask them alike, and set them side by side."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    kinds = "\n".join(f"  {name:<12}{kind.summary}" for name, kind in KINDS.items())
+    parser.epilog = (
+        f"what is varied:\n{kinds}\n\nEvery field of the recipe can be overridden by its dotted name (--stage2.lr 5e-4 "
+        "--data.root DIR), and\nevery option of the benchmark is given as --eval.OPTION (--eval.limit 50). Run the "
+        "same command again\nto continue after an interruption."
+    )
+    parser.add_argument("kind", choices=tuple(KINDS), metavar="KIND", help=f"what is varied: {', '.join(KINDS)}")
+    parser.add_argument("recipe", type=Path, help="TOML file, or the name of a shipped recipe such as nano")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of all runs and of the table")
+    text = "which (default: all); the others are held against the first"
+    parser.add_argument("--variants", metavar="A,B,...", help=text)
+    parser.add_argument("--seeds", metavar="N,N,...", default="0,1,2", help="of the training (default: 0,1,2)")
+    text = "an earlier run of `regiongpt train` whose language model, tower and features serve all variants and seeds"
+    parser.add_argument("--reuse", type=Path, metavar="RUN", help=text)
+    text = "what runs have in common; several ablations may share it (default: OUT/shared)"
+    parser.add_argument("--shared", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--task", default="coco_cls", help="the benchmark (default: coco_cls)")
+    parser.add_argument("--device", help="to ask the trained models on (default: the first there is)")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, metavar="N", help=f"default: {RESAMPLES}")
+    options, rest = parser.parse_known_args(words)
+    asked, overrides = split_words(rest)
+    if launched() > 1:
+        raise ConfigError("expected one process, got several; variants are trained one after the other")
+    if options.resamples < 1:
+        raise ConfigError(f"expected --resamples of at least 1, got {options.resamples}")
+    seeds = [word.strip() for word in options.seeds.split(",")]
+    if not all(word.isdecimal() for word in seeds) or len(set(map(int, seeds))) < len(seeds):
+        raise ConfigError(f"expected --seeds such as 0,1,2, each once, got {options.seeds!r}")
+    base = Recipe.load(options.recipe, overrides)
+    variants = chosen(options.kind, options.variants, base)
+    check_names(variants)
+    refuse_varied(options.kind, variants, overrides, asked)
+    asked.setdefault("data", base.data.root)
+    kind = task_class(options.task)
+    try:
+        tasks = {variant.name: kind(**{**asked, **variant.asked}) for variant in variants}
+    except ConfigError as error:
+        is_option = str(error).partition(":")[0] in kind.model_fields
+        raise ConfigError(f"{ASKED if is_option else '--eval: '}{error}") from None
+    _log()
+    quiet_libraries()
+    from regiongpt.ablate.study import Study
+    from regiongpt.ablate.summary import write_study
+
+    study = Study(
+        kind=options.kind,
+        recipe=options.recipe,
+        overrides=tuple(overrides),
+        variants=variants,
+        seeds=tuple(map(int, seeds)),
+        tasks=tasks,
+        out=options.out,
+        device=options.device,
+        resamples=options.resamples,
+        shared=options.shared,
+        reuse=options.reuse,
+    )
+    print(write_study(study, study.run()))
+    return 0
+
+
+def _log() -> None:
+    """Show the log of long work on standard error, that of the first process alone."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]]] = {
     "ask": ("ask one question about regions of images", _ask),
     "chat": ("hold a conversation about regions of an image", _chat),
@@ -552,8 +766,8 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], i
     "inspect": ("show what training records hold, and check them", _inspect),
     "weights": ("make checkpoint folders", _weights),
     "train": ("train a model in the paper's two stages", _train),
-    "evaluate": ("score a model, or anyone's answers, on benchmarks", _at_home("evaluate.commands:run_evaluate")),
-    "ablate": ("train and score the variants of one part of the model", _at_home("ablate.commands:run_ablate")),
+    "evaluate": ("score a model, or anyone's answers, on benchmarks", _evaluate),
+    "ablate": ("train and score the variants of one part of the model", _ablate),
 }
 """Each verb with its line in the help and the function that reads its options."""
 

@@ -1,6 +1,8 @@
 """The variants of an ablation side by side: means over the seeds with intervals, differences, and the paper's order."""
 
+import dataclasses
 import html
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,18 +10,23 @@ from typing import Any
 
 import numpy as np
 
+from regiongpt.ablate.study import Study
+from regiongpt.ablate.variants import KINDS
 from regiongpt.charts import Bar, bar_chart
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, around, centred, ends, resample
-from regiongpt.evaluate.paper import PaperTable
+from regiongpt.evaluate.paper import TABLES, PaperTable
 from regiongpt.evaluate.runner import load_items
-from regiongpt.evaluate.runs import TaskRun
+from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun
 from regiongpt.evaluate.tables import NOTHING, markdown
 from regiongpt.evaluate.task import Task
-from regiongpt.pages import card, page, table
+from regiongpt.pages import card, page, table, write_page
+from regiongpt.storage import finite, write_file, write_json
 
 Measured = Mapping[str, Mapping[str, Statistic]]
 """Statistics by protocol and figure."""
+
+TABLE = "table.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,3 +249,47 @@ def _bar(cell: Cell) -> Bar:
     if cell.mean != cell.mean:
         return Bar(value=None)
     return Bar(value=cell.mean, interval=cell.interval)
+
+
+def write_study(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
+    """Write table, page and json of an ablation.
+
+    Returns:
+        The table.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+    measured, items = measure(study.tasks, runs)
+    found = summarise(measured, study.resamples)
+    printed = TABLES.get(KINDS[study.kind].paper)
+    first = next(iter(runs.values()))[0]
+    everywhere = [run.result["pinned"] for each in runs.values() for run in each]
+    alike = {name: text for name, text in everywhere[0].items() if all(each.get(name) == text for each in everywhere)}
+    pinned = "; ".join(f"{name}: {text}" for name, text in alike.items())
+    about = [
+        f"{KINDS[study.kind].summary}; recipe {study.recipe.name}{''.join(f' {word}' for word in study.overrides)}",
+        f"{first.name}, {items:,} items; {pinned}",
+        f"Means over the seeds {', '.join(map(str, study.seeds))}, times 100; behind each the range of 95 % of the "
+        f"resamples, which draw the images{' and the seeds' if len(study.seeds) > 1 else ''} anew.",
+    ]
+    title = f"Ablation: {study.kind}"
+    text = as_markdown(title, about, found, printed)
+    write_file(study.out / TABLE, text)
+    write_page(as_page(title, about, found, printed), study.out / PAGE, "--out")
+    origin = {name: [json.loads(json.dumps(run.manifest)) for run in each] for name, each in runs.items()}
+    write_json(
+        study.out / RESULT,
+        {
+            "ablation": study.kind,
+            "task": first.name,
+            "items": items,
+            "seeds": list(study.seeds),
+            "variants": [dataclasses.asdict(variant) for variant in study.variants],
+            "pinned": alike,
+            "protocols": finite(to_dict(found)),
+            "orders": orders(found, printed),
+            "manifests": origin,
+        },
+    )
+    return text + f"\nwritten to {study.out / TABLE}, {study.out / RESULT} and {study.out / PAGE}"

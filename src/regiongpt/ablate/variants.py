@@ -3,13 +3,15 @@
 Paper: Tables 1, 6 and 7; §3.1 (image tokens), §3.2 (the task-guided prompt)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, get_args
 
 from regiongpt.errors import ConfigError
-from regiongpt.model.configuration import REFINEMENTS
-from regiongpt.train.recipe import Recipe
+from regiongpt.train.recipe import ModelConfig, Recipe
+
+ASKED: Final = "--eval."
+"""What the options of the benchmark begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def _data(text: str) -> Variant:
 KINDS: Final[dict[str, Kind]] = {
     "refinement": Kind(
         summary="the module that refines the feature map (Table 6)",
-        variants=tuple(map(_refinement, REFINEMENTS)),
+        variants=tuple(map(_refinement, get_args(ModelConfig.model_fields["refinement"].annotation))),
         field="model.init",
         paper="refinement",
     ),
@@ -202,3 +204,39 @@ def check_names(variants: Sequence[Variant]) -> None:
     for variant in variants:
         if not variant.name or variant.name in (".", "..") or "/" in variant.name:
             raise ConfigError(f"expected variants whose names can be those of folders, got {variant.name!r}")
+
+
+def refuse_varied(kind: str, variants: Sequence[Variant], overrides: Sequence[str], asked: Mapping[str, str]) -> None:
+    """Refuse options whose value the variants or the seeds decide.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    # A variant that leaves a field as it is stands for its default; where each names its own, none is mistaken.
+    plain = any(not variant.recipe for variant in variants)
+    fields = {name for variant in variants for name in variant.recipe if plain}
+    options = {f"{ASKED}{name}" for variant in variants for name in variant.asked}
+    given = {word.removeprefix("--").partition("=")[0] for word in overrides if word.startswith("--")}
+    if "seed" in given:
+        raise ConfigError("--seed: expected --seeds N,N,..., for every variant is trained with each of them")
+    if both := sorted(f"--{name}" for name in given & fields) + sorted(options & {f"{ASKED}{n}" for n in asked}):
+        raise ConfigError(f"{both[0]}: expected what the ablation of {kind} varies to be left to it; leave it out")
+
+
+def split_words(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options of the benchmark by name, and the words that are about the recipe."""
+    asked: dict[str, str] = {}
+    rest: list[str] = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith(ASKED):
+            rest.append(word)
+            continue
+        name, equals, value = word.removeprefix(ASKED).partition("=")
+        if not equals:
+            if not words:
+                raise ConfigError(f"{word}: expected a value after it, got nothing")
+            value = words.pop(0)
+        asked[name.replace("-", "_")] = value
+    return asked, rest

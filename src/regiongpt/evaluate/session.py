@@ -19,7 +19,7 @@ from regiongpt.evaluate import report
 from regiongpt.evaluate.predictions import read_predictions
 from regiongpt.evaluate.runner import Runner, load_items, make_keys, usable
 from regiongpt.evaluate.runs import TaskRun, make_manifest, model_identity, read_run, refuse_other, write_task
-from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Task
+from regiongpt.evaluate.task import GALLERY, RESAMPLES, Answer, Item, Task
 from regiongpt.storage import locked, write_file, writing
 from regiongpt.store import Store
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from regiongpt.inference import RegionPredictor
-
-GALLERY = 24
-"""Worst mistakes on the page of results, unless another number is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ from regiongpt.regions import Region
 from regiongpt.settings import Settings
 from regiongpt.storage import digest
 
+GALLERY = 24
+"""Worst mistakes on the page of results, unless another number is asked for."""
 RESAMPLES = 1000
 """Bootstrap resamples behind an interval, unless another number is asked for."""
 
@@ -258,3 +260,28 @@ def _stated(value: Any) -> Any:
     if isinstance(value, Path):
         return value.name
     return [_stated(each) for each in value] if isinstance(value, tuple) else value
+
+
+class RunOptions(Settings):
+    """What is asked of a run, whatever its tasks."""
+
+    out: Path | None = None
+    """Folder of the results; the same command again goes on there."""
+    model: Path | None = None
+    """Checkpoint folder; otherwise the package's own model."""
+    device: str | None = None
+    """cuda, mps or cpu; otherwise the first of these there is."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16; otherwise float32 on the CPU and bfloat16 elsewhere."""
+    predictions: Path | None = None
+    """Score these answers; no model is run."""
+    missing: Literal["refuse", "wrong"] = "refuse"
+    """With --predictions: what to do with items that have none."""
+    unknown: Literal["refuse", "ignore"] = "refuse"
+    """With --predictions: what to do with those for no item."""
+    resamples: int = Field(default=RESAMPLES, ge=0, le=1_000_000)
+    """Resamples of the bootstrap; 0 for no intervals."""
+    gallery: int = Field(default=GALLERY, ge=0)
+    """Worst mistakes on the page of results."""
+    overwrite: bool = False
+    """Replace other results in --out."""
