@@ -178,7 +178,7 @@ def add_options(
         prefix: Before each name, such as ``pope.`` for ``--pope.limit``; such options are not in the help.
         required: Whether fields without a default have to be typed.
     """
-    group: Any = parser.add_argument_group(title)
+    group: Any = parser if title == "options" else parser.add_argument_group(title)
     for name, field in kind.model_fields.items():
         kinds = _kinds(field.annotation)
         text = " ".join((field.description or "").split()).replace("%", "%%").replace("``", "")
@@ -188,11 +188,14 @@ def add_options(
             "default": argparse.SUPPRESS,
             "help": argparse.SUPPRESS if prefix else f"{text} (default: {field.default})" if shown else text,
         }
-        if bool in kinds:
-            given["action"] = argparse.BooleanOptionalAction
+        if bool in kinds:  # what is off by default needs no --no-...
+            given["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         else:
-            names = {int: "N", float: "X", Path: "DIR" if name in ("data", "images") else "FILE"}
-            given["metavar"] = next((metavar for each, metavar in names.items() if each in kinds), "TEXT")
+            inner = _kinds(typing.get_args(field.annotation)[0]) if kinds == {tuple} else kinds
+            names = {int: "N", float: "X", Path: "DIR" if name in ("data", "images", "model", "out") else "FILE"}
+            named = next((metavar for each, metavar in names.items() if each in inner), "TEXT")
+            choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+            given["metavar"] = "|".join(map(str, choices)) or named
             if tuple in kinds:
                 given["nargs"] = "+"
         given["required"] = required and not prefix and field.is_required()
