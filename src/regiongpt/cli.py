@@ -513,6 +513,7 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         resamples=options.resamples,
         gallery=options.gallery,
         overwrite=options.overwrite,
+        untrained=options.untrained,
         processes=Processes() if options.predictions is not None else connect(on_cpu=options.device == "cpu"),
     )
     if options.predictions is not None:
@@ -566,7 +567,7 @@ def _check_predictions(options: "RunOptions", typed: argparse.Namespace, tasks: 
     from regiongpt.distributed import launched
 
     given = options.predictions is not None
-    for name in ("model", "device", "dtype") if given else ("missing", "unknown"):
+    for name in ("model", "device", "dtype", "untrained") if given else ("missing", "unknown"):
         if hasattr(typed, name):
             why = "no model is run for --predictions" if given else "it goes with --predictions"
             raise ConfigError(f"--{name}: {why}; leave it out")

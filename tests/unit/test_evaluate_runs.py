@@ -11,7 +11,7 @@ import pytest
 from evaluating import Drawn, register
 from pictures import draw_pictures
 from PIL import Image
-from tiny_checkpoint import make_checkpoint
+from tiny_checkpoint import make_checkpoint, make_parts
 
 from regiongpt import ConfigError, DataError
 from regiongpt.cli import main
@@ -22,6 +22,7 @@ from regiongpt.evaluate.report import worst
 from regiongpt.evaluate.runs import PAGE, TaskRun, make_manifest, read_run
 from regiongpt.evaluate.session import Session
 from regiongpt.evaluate.task import Answer, Result
+from regiongpt.model import weights
 from regiongpt.storage import locked
 from regiongpt.store import Store
 
@@ -229,6 +230,14 @@ def test_mistakes_end_in_one_line(words, message, data, capsys, tmp_path, monkey
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("regiongpt: error:")
     assert message in error
+
+
+def test_an_untrained_checkpoint_answers_only_if_asked_to(data, tmp_path, capsys):
+    model = tmp_path / "model"
+    weights.create(*make_parts(tmp_path), model, chat_template="vicuna_v1")
+    assert evaluate(data, model, tmp_path / "out", "--limit", "1") == 2
+    assert "refinement and connector are untrained" in capsys.readouterr().err
+    assert evaluate(data, model, tmp_path / "out", "--limit", "1", "--untrained") == 0
 
 
 def test_a_missing_image_is_found_before_anything_is_asked(data, checkpoint, tmp_path, capsys):

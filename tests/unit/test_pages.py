@@ -10,7 +10,7 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from regiongpt import charts, pages, report
+from regiongpt import charts, report
 from regiongpt.charts import Bar, Curve, bar_chart, line_chart
 from regiongpt.errors import DataError
 
@@ -83,15 +83,6 @@ def test_a_page_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monk
     assert line_chart("t", [Curve(name="n", xs=[1], ys=[1.0])]) == ""
     assert bar_chart("t", [("g", [Bar(value=1.0)])], ["s"]) == ""
     assert "need matplotlib" in report.render("base.html", title="t", made="m", body="")
-
-
-def test_shares_are_bars_of_the_largest_one() -> None:
-    text = pages.table(
-        [["kind", "n", ""], ["box", "3", " 75.0 %  ██████"], ["mask", "1", "25.0 % ██"], ["...", "", "rest"]]
-    )
-    assert re.findall(r"<b>(.*?)</b><i style=\"width:calc\(([\d.]+)", text) == [("75.0 %", "100.0"), ("25.0 %", "33.3")]
-    assert "█" not in text
-    assert '<td class="bar">rest</td>' in text
 
 
 def paths(chart: str) -> list[np.ndarray]:

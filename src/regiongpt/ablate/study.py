@@ -100,6 +100,7 @@ class Study:
                     out=self._folder(variant.name, seed) / "evaluation",
                     resamples=self.resamples,
                     towers=self._shared / "towers",
+                    untrained=True,  # after a few steps of a trial it looks so
                     overwrite=True,  # of the same model, as the recipe noted has it; its answers are kept
                 )
                 found[variant.name] += session.score_model([self.tasks[variant.name]], model, self.device)

@@ -40,6 +40,7 @@ class Session:
         overwrite: Replace results of another model, other settings or other files.
         processes: Of the run; the first of them scores, writes and speaks.
         towers: Where the tower's features of each image are kept for models with the same tower; None to keep none.
+        untrained: Ask a checkpoint even if it has not been trained.
     """
 
     out: Path
@@ -48,6 +49,7 @@ class Session:
     overwrite: bool = False
     processes: Processes = field(default_factory=Processes)
     towers: Path | None = None
+    untrained: bool = False
 
     def score_model(
         self, tasks: Sequence[Task], path: Path | None, device: str | None = None, dtype: str | None = None
@@ -86,7 +88,7 @@ class Session:
                 with store:
                     store.add(found)
             self.processes.wait()
-            runner = Runner(asked, store, self.processes, lambda: _predictor(path, device, dtype, self.towers))
+            runner = Runner(asked, store, self.processes, lambda: self._predictor(path, device, dtype))
             self.processes.wait()  # all have read the same answers before the first writes another
             return self._answered(runner, noted)
 
@@ -170,18 +172,17 @@ class Session:
         if self.processes.is_first:
             print(text, file=sys.stderr, flush=True)
 
+    def _predictor(self, path: Path, device: str, dtype: str) -> "RegionPredictor":
+        from transformers.utils import logging
 
-def _predictor(path: Path, device: str, dtype: str, towers: Path | None) -> "RegionPredictor":
-    from transformers.utils import logging
+        from regiongpt.inference import RegionPredictor
 
-    from regiongpt.inference import RegionPredictor
-
-    logging.disable_progress_bar()
-    predictor = RegionPredictor.from_pretrained(path, device=device, dtype=dtype)
-    if towers is not None:
-        model: Any = predictor.engine.model
-        model.encode_image = KeptTower(model, towers)
-    return predictor
+        logging.disable_progress_bar()
+        predictor = RegionPredictor.from_pretrained(path, device=device, dtype=dtype, untrained=self.untrained)
+        if self.towers is not None:
+            model: Any = predictor.engine.model
+            model.encode_image = KeptTower(model, self.towers)
+        return predictor
 
 
 class KeptTower:

@@ -273,6 +273,8 @@ class RunOptions(Settings):
     """cuda, mps or cpu; otherwise the first of these there is."""
     dtype: str | None = None
     """float32, bfloat16 or float16; otherwise float32 on the CPU and bfloat16 elsewhere."""
+    untrained: bool = False
+    """Ask a checkpoint even if it has not been trained."""
     predictions: Path | None = None
     """Score these answers; no model is run."""
     missing: Literal["refuse", "wrong"] = "refuse"
