@@ -261,10 +261,11 @@ def plot(counted: Statistics, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.ticker import FuncFormatter, MaxNLocator
     except ImportError:
         raise ConfigError("expected matplotlib for --plot, found none; pip install 'regiongpt[data]'") from None
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(13, 9), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     figure.suptitle(
         f"{counted.source}: {counted.records:,} records, {counted.images:,} images, {counted.regions:,} regions, "
         f"{counted.turns:,} turns, {counted.average_words:.2f} words an answer"
@@ -300,10 +301,9 @@ def plot(counted: Statistics, path: Path) -> None:
     tasks.margins(y=max(0.05, 0.5 - len(names) / 10))
     tasks.legend(frameon=False, loc="lower right")
 
-    common = counted.categories.most_common(MOST_CATEGORIES)[::-1]
-    title = (
-        "no categories" if not common else f"the {len(common)} most frequent of {len(counted.categories):,} categories"
-    )
+    common, total = counted.categories.most_common(MOST_CATEGORIES)[::-1], len(counted.categories)
+    some = "categories" if common else "no categories"
+    title = some if len(common) == total else f"the {len(common)} most frequent of {total:,} categories"
     categories.set(title=title, xlabel="regions")
     categories.barh([name for name, _ in common], [count for _, count in common], color=colours[0])
 
