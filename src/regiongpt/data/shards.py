@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 
 from typing_extensions import TypedDict
 
-from regiongpt.data.records import SCHEMA_VERSION, Record
+from regiongpt.data.records import SCHEMA_VERSION, Record, is_below
 from regiongpt.errors import ConfigError, DataError, RegionError, RegionGPTError
 from regiongpt.settings import Settings
 from regiongpt.storage import read_json, reason, sha256, write_json, writing
@@ -425,7 +425,11 @@ class RecordSet:
         return (self[index] for index in range(len(self)))
 
     def image_path(self, record: Record) -> Path | None:
-        """Where the record's image lies, None without one."""
+        """Where the record's image lies, None without one; DataError for a path that leaves the images' folder."""
+        if not is_below(record.image):
+            raise DataError(
+                f"{self.folder}: record {record.id}: its image {record.image!a} is outside of the images' folder"
+            )
         return self.images / record.image if record.image else None
 
 
