@@ -69,9 +69,9 @@ def test_crowds_are_counted_and_taken_where_asked_for(tmp_path: Path) -> None:
     assert rejects == {"crowd": 2}
     assert regions(tmp_path, shapes="mask", crowds=True) == [Region.rle(RLE)] * 2
     task = asked(tmp_path)
-    assert [item.id for item in task.load()] == ["3"]
+    assert [item.id for item in task.items()] == ["3"]
     assert task.left_out.counts == {"crowd": 2}
-    assert [item.id for item in asked(tmp_path, crowds=True).load()] == ["1", "2", "3"]
+    assert [item.id for item in asked(tmp_path, crowds=True).items()] == ["1", "2", "3"]
     rejects = Rejects()
     assert proposed(tmp_path, rejects=rejects) == [Region.rle(RLE)]
     assert rejects.counts == {"crowd": 2}
@@ -88,7 +88,7 @@ def test_a_file_of_crowds_alone_names_the_option_that_takes_them(
     assert "2  crowd" in printed
     assert "--crowds takes them" in printed
     assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 2
-    for read in (asked(tmp_path).load, lambda: proposed(tmp_path)):
+    for read in (asked(tmp_path).items, lambda: proposed(tmp_path)):
         with pytest.raises(DataError, match="--crowds takes"):
             read()
 
@@ -119,7 +119,7 @@ def test_one_rule_finds_the_image_of_an_entry(tmp_path: Path, entry: dict) -> No
     (record,), rejects = convert(folder)
     assert (rejects, (folder / record.image).is_file()) == ({}, True)
     assert run(LvisConverter(images=folder, instances=(file,)))[0][0].image == record.image
-    assert asked(folder).load()[0].image.is_file()
+    assert asked(folder).items()[0].image.is_file()
     assert load_coco([CocoSource(instances=file, images=folder)]).images[0].path.is_file()
     assert len(proposed(folder)) == 1
 
@@ -131,7 +131,7 @@ def test_questions_are_built_about_images_with_an_empty_address(tmp_path: Path) 
           thing(4, image_id=2, category_id=4), images=[image, other],
           categories=[{"id": k, "name": name} for k, name in enumerate("abcd", 1)])  # fmt: skip
     task = Pope(data=tmp_path, annotations=tmp_path / "instances.json", images=tmp_path, pairs=1)
-    assert {item.image for item in task.load()} == {tmp_path / "photo.png"}
+    assert {item.image for item in task.items()} == {tmp_path / "photo.png"}
     assert task.left_out.counts == {}, "a crowd of people is people there"
 
 
@@ -168,7 +168,7 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: object) 
     assert convert(tmp_path, images=folder) == ([], expected)
     assert load_coco([CocoSource(instances=file, images=folder)]).skipped == expected
     with pytest.raises(DataError, match="outside the folder"):
-        asked(tmp_path, images=folder).load()
+        asked(tmp_path, images=folder).items()
 
 
 def test_a_whole_path_into_the_folder_is_taken(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_size_that_is_stated_is_held_against_the_image(tmp_path: Path) -> None
 def test_a_size_that_is_not_stated_is_that_of_the_image(tmp_path: Path) -> None:
     file = write(tmp_path, thing(), images=[{"id": 1, "file_name": "photo.png"}])
     assert [(record.width, record.height) for record in convert(tmp_path)[0]] == [(40, 30)]
-    assert asked(tmp_path).load()[0].size == (40, 30)
+    assert asked(tmp_path).items()[0].size == (40, 30)
     assert load_coco([CocoSource(instances=file, images=tmp_path)]).images[0].width == 40
     assert convert(tmp_path, check_images=False)[1] == {"image without size": 1, "annotation of an image left out": 1}
 
@@ -245,7 +245,7 @@ def test_a_box_follows_from_the_mask(tmp_path: Path, box: dict, segmentation: ob
     file = write(tmp_path, {**given, **box})
     assert regions(tmp_path) == [Region.box(*bounds)]
     assert len(regions(tmp_path, shapes="mask")) == 1
-    assert [item.regions for item in asked(tmp_path).load()] == [(Region.box(*bounds),)]
+    assert [item.regions for item in asked(tmp_path).items()] == [(Region.box(*bounds),)]
     assert load_coco([CocoSource(instances=file, images=tmp_path)]).images[0].objects[0].box == bounds
     assert [region.bounds(40, 30) for region in proposed(tmp_path)] == [bounds]
 
@@ -302,7 +302,7 @@ def test_whole_numbers_as_floats_and_text_and_a_byte_order_mark(tmp_path: Path) 
     (record,), rejects = convert(tmp_path)
     assert (record.id, record.width, record.regions[0].source_id, rejects) == ("coco/1", 40, "7", {})
     assert record.regions[0].region == Region.box(5, 5, 25, 15) == proposed(tmp_path)[0]
-    assert [item.id for item in asked(tmp_path).load()] == ["7"]
+    assert [item.id for item in asked(tmp_path).items()] == ["7"]
 
 
 def test_ids_that_are_text(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_ids_that_are_text(tmp_path: Path) -> None:
     (record,), rejects = convert(tmp_path)
     assert (record.id, [each.source_id for each in record.regions]) == ("coco/a-1", ["x"])
     assert rejects == {"annotation of an absent image": 1}
-    assert [(item.id, item.image_id, item.truth) for item in asked(tmp_path).load()] == [("x", "a-1", "cat")]
+    assert [(item.id, item.image_id, item.truth) for item in asked(tmp_path).items()] == [("x", "a-1", "cat")]
     assert len(proposed(tmp_path)) == len(proposed(tmp_path, image_id="a-1")) == 1
 
 
@@ -327,13 +327,13 @@ ROOTS = [
 @pytest.mark.parametrize("categories", ROOTS)
 def test_categories_that_nothing_has_are_no_names_to_choose(tmp_path: Path, categories: list) -> None:
     write(tmp_path, thing(), categories=[*categories, {"id": 3, "name": "dog"}])
-    assert asked(tmp_path).load()[0].choices == ("cat", "dog")
+    assert asked(tmp_path).items()[0].choices == ("cat", "dog")
     assert convert(tmp_path)[0][0].turns[0].answer == "cat"
 
 
 def test_a_name_of_two_categories_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, thing(1, category_id=4), thing(2), categories=[{"id": 4, "name": "cat"}, {"id": 1, "name": "cat"}])
-    items = asked(tmp_path).load()
+    items = asked(tmp_path).items()
     assert [(item.truth, item.choices) for item in items] == [("cat", ("cat",))] * 2
     assert "categories 1 and 4 are both called 'cat'" in caplog.text
 
@@ -344,7 +344,7 @@ def test_machine_made_boxes_are_left_out_one_by_one(tmp_path: Path) -> None:
     kinds = {"box without size", "box outside the image", "record of another format", "annotation of an absent image"}
     _, rejects = convert(tmp_path)
     assert rejects == dict.fromkeys(kinds, 1) == load_coco([CocoSource(instances=file, images=tmp_path)]).skipped
-    assert len(asked(tmp_path).load()) == len(proposed(tmp_path)) == 1
+    assert len(asked(tmp_path).items()) == len(proposed(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("text", ["<image>", "a <region1>", "<region of interest that is long>", "<Region2"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +320,14 @@ def test_a_manifest_that_is_none_is_told(tmp_path, content, message):
     (tmp_path / MANIFEST).write_text(content if isinstance(content, str) else json.dumps(whole | content))
     with pytest.raises(DataError, match=message):
         RecordSet(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../a.png", "a/../../b.png", "C:\\a.png"])
+def test_an_image_outside_of_the_folder_is_not_read(tmp_path, name):
+    save(tmp_path, [replace(record, image=name) for record in some(1)])
+    records = RecordSet(tmp_path)
+    with pytest.raises(DataError, match="outside of the images' folder"):
+        records.image_path(records[0])
 
 
 def test_shards_that_do_not_fit_the_manifest_are_told(tmp_path):

@@ -8,7 +8,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,14 +17,14 @@ from pydantic import Field, model_validator
 
 from regiongpt.console import progress
 from regiongpt.data.records import Record
-from regiongpt.data.shards import RecordSet, counted, file_identity, many, require_data_extra
+from regiongpt.data.shards import Fault, RecordSet, counted, fault_of, many, require_data_extra
 from regiongpt.data.statistics import rows
 from regiongpt.drawing import check_picture, draw_regions, save_picture
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
+from regiongpt.errors import CheckpointError, DataError, RegionGPTError
 from regiongpt.images import load_image
-from regiongpt.prompts import IMAGE_TOKEN, check_placeholders
+from regiongpt.prompts import IMAGE_TOKEN
 from regiongpt.settings import Settings
-from regiongpt.storage import check_writable
+from regiongpt.storage import check_writable, sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,21 +34,6 @@ if TYPE_CHECKING:
 MOST_TURNS_DRAWN: Final = 12
 MOST_CAPTIONS_DRAWN: Final = 12
 GALLERY_RECORDS: Final = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """Why a model could not, or should not, learn from a record.
-
-    Attributes:
-        record: Its id, or its place where it has none; the name of a shard that is not what was written.
-        kind: A few words that are the same for all such faults.
-        reason: What was expected, and what is there.
-    """
-
-    record: str
-    kind: str
-    reason: str
 
 
 def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
@@ -73,92 +57,47 @@ def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
     return loaded
 
 
-def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[Fault]:
-    """Looks at every record as training would, and at every image.
+def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple[str, Fault]]:
+    """Look at every record as training would, and at every image.
 
     Args:
         records: To be checked.
         processor: Of the model to be trained; its tokenizer and chat template decide what the targets are.
 
     Yields:
-        Each fault: a shard with other bytes than the manifest says; a record that comes twice; a region that makes no
-        sense; a placeholder without its region; an answer that is empty or leaves no target; an image that is missing,
-        cannot be read, or is of another size.
+        The id of a record (its place where it has none, or the file name of a shard) and the first of its faults: a
+        shard with other bytes than the manifest says; a record that comes twice; a region that makes no sense or is not
+        there; an answer that is empty or leaves no target; an image that is missing, cannot be read, or is of another
+        size.
     """
     for shard in records.manifest.shards:
-        found = file_identity(records.folder / shard["file"])["sha256"]
+        found = sha256(records.folder / shard["file"])
         if found != shard["sha256"]:
             reason = f"expected SHA-256 {shard['sha256'][:12]}..., got {found[:12]}...; convert the source again"
-            yield Fault(record=shard["file"], kind="shard of other content", reason=reason)
+            yield shard["file"], Fault("shard of other content", reason)
     ids: set[str] = set()
-    images: dict[str, tuple[int, int] | str] = {}
+    size_of = cache(lambda path: load_image(path).size)
     for index, row in enumerate(progress(rows(records), "check", "records", len(records))):
         name = str(row.get("id") or f"row {index}")
-        if name in ids:
-            yield Fault(record=name, kind="duplicate id", reason="expected ids to be unique, got one twice")
-        ids.add(name)
         try:
+            if name in ids:
+                raise Fault("duplicate id", "expected ids to be unique, got one twice")
+            ids.add(name)
             record = Record.from_row(row)
-        except DataError as error:
-            yield Fault(record=name, kind="row that is not a record", reason=str(error))
-            continue
-        faults = [*_text_faults(record), *_image_faults(record, records, images)]
-        if not faults:
-            faults = list(_target_faults(record, processor, index))
-        for kind, reason in faults:
-            yield Fault(record=name, kind=kind, reason=reason)
-
-
-def _text_faults(record: Record) -> Iterator[tuple[str, str]]:
-    for number, each in enumerate(record.regions, 1):
-        try:
-            each.region.check(record.width, record.height, f"<region{number}>")
-        except RegionError as error:
-            yield "region that makes no sense", str(error)
-    for number, turn in enumerate(record.turns, 1):
-        if not turn.answer.strip():
-            yield "answer that is empty", f"turn {number}: expected an answer, got {turn.answer!r}"
-        try:
-            check_placeholders([turn.text(0), turn.answer], len(record.regions))
-        except RegionError as error:
-            yield "placeholder without its region", f"turn {number}: {error}"
-        except (DataError, ConfigError) as error:
-            yield "question that cannot be worded", f"turn {number}: {error}"
-    if not record.turns:
-        yield "no turns", "expected at least one turn, got none"
-    if record.regions and not record.image:
-        yield "regions without an image", f"expected an image for {len(record.regions)} region(s), got none"
-
-
-def _image_faults(
-    record: Record, records: RecordSet, seen: dict[str, tuple[int, int] | str]
-) -> Iterator[tuple[str, str]]:
-    path = records.image_path(record)
-    if path is None:
-        return
-    if record.image not in seen:
-        try:
-            seen[record.image] = load_image(path).size
-        except DataError as error:
-            seen[record.image] = str(error)
-    found = seen[record.image]
-    if isinstance(found, str):
-        yield ("unreadable image" if path.is_file() else "image file missing"), found
-    elif found != (record.width, record.height):
-        expected = f"expected {record.width} x {record.height} pixels (W x H)"
-        yield "image of another size", f"{path}: {expected}, got {found[0]} x {found[1]}"
-
-
-def _target_faults(record: Record, processor: "RegionGPTProcessor", index: int) -> Iterator[tuple[str, str]]:
-    try:
-        labels = encode(record, processor, 0, 0, index)["labels"].tolist()
-    except (DataError, RegionError) as error:
-        yield "no target", str(error)
-        return
-    # The end of the turn is a target of every answer; a model that learns it alone learns to say nothing.
-    words = [label for label in labels if label >= 0 and label not in processor.stop_token_ids]
-    if not processor.tokenizer.decode(words).strip():
-        yield "no target", "expected at least one word to be learnt, got answers without any; write them in words"
+            record.check()
+            if path := records.image_path(record):
+                if not path.is_file():
+                    raise Fault("image file missing", f"expected an image at {path}, found none")
+                if (size := size_of(path)) != (record.width, record.height):
+                    expected = f"expected {record.width} x {record.height} pixels (W x H)"
+                    raise Fault("image of another size", f"{path}: {expected}, got {size[0]} x {size[1]}")
+            labels = encode(record, processor, 0, 0, index)["labels"].tolist()
+            # The end of the turn is a target of every answer; a model that learns it alone learns to say nothing.
+            words = [label for label in labels if label >= 0 and label not in processor.stop_token_ids]
+            if not processor.tokenizer.decode(words).strip():
+                raise Fault("no target", "expected at least one word to be learnt, got answers without any")
+        except RegionGPTError as error:
+            yield name, fault_of(error)
 
 
 def encode(record: Record, processor: "RegionGPTProcessor", seed: int, epoch: int, index: int) -> dict[str, Any]:
@@ -352,16 +291,16 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
         written(f"page of {many(len(chosen), 'record')}", options.html)
     if options.check:
         faults = []
-        for fault in check(records, processor):
-            faults.append(fault)
-            tell(f"{fault.record}: {fault.kind}: {' '.join(fault.reason.split())}")
-        kinds = Counter(fault.kind for fault in faults)
-        faulty = len({fault.record for fault in faults})
+        for name, fault in check(records, processor):
+            faults.append({"record": name, "kind": fault.kind, "reason": " ".join(fault.reason.split())})
+            tell(f"{name}: {fault.kind}: {faults[-1]['reason']}")
+        kinds = Counter(fault["kind"] for fault in faults)
+        faulty = len({fault["record"] for fault in faults})
         found["check"] = {
             "records": len(records),
             "faulty": faulty,
             "kinds": dict(kinds.most_common()),
-            "faults": [asdict(fault) for fault in faults],
+            "faults": faults,
         }
         result = f"{faulty:,} faulty" if faulty else "every one can be taught"
         tell(f"{many(len(records), 'record')} checked: {result}", *counted(kinds))

@@ -281,7 +281,8 @@ def entry_of(images: Sequence[Any], image: str | Path, file: str) -> Mapping[str
     path = PurePosixPath(Path(image).absolute().as_posix())
     found: dict[tuple[bool, int, bool, bool], list[Mapping[str, Any]]] = {}
     for entry in images:
-        names = _names(entry) if isinstance(entry, Mapping) else []
+        # A look at the text first: there may be a hundred thousand.
+        names = _names(entry) if isinstance(entry, Mapping) and path.stem in unquote(str(entry)) else []
         if not names:
             continue
         own = PurePosixPath(names[0])

@@ -6,6 +6,7 @@ of its task's ten paraphrases, drawn from (seed, epoch, index). So one conversio
 Paper: §3.2, §4
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,14 @@ from regiongpt.regions import Region
 
 SCHEMA_VERSION: Final = 1
 """Raised whenever a reader of the old schema could misread the new one."""
+
+
+_OUTSIDE = re.compile(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\0]")
+
+
+def is_below(name: str) -> bool:
+    """Whether a path stays below the folder that it is relative to, and parts its folders by ``/``."""
+    return not _OUTSIDE.search(name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

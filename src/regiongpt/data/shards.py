@@ -18,8 +18,8 @@ from typing import Any, Final, Self
 
 from typing_extensions import TypedDict
 
-from regiongpt.data.records import SCHEMA_VERSION, Record
-from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.data.records import SCHEMA_VERSION, Record, is_below
+from regiongpt.errors import ConfigError, DataError, RegionError, RegionGPTError
 from regiongpt.settings import Settings
 from regiongpt.storage import read_json, reason, sha256, write_json, writing
 
@@ -75,6 +75,15 @@ class Fault(DataError):
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind, self.reason = kind, reason
+
+
+def fault_of(error: RegionGPTError) -> Fault:
+    """An error about a record as its fault."""
+    if isinstance(error, Fault):
+        return error
+    return Fault(
+        "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson", str(error)
+    )
 
 
 class Rejects:
@@ -247,9 +256,8 @@ def write_records(
             for record in records:
                 try:
                     record.check(regions=check_regions)
-                except (ConfigError, DataError, RegionError) as error:  # ConfigError: there is no such task
-                    kind = "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson"
-                    rejects.add(kind, source, record.id, str(error))
+                except RegionGPTError as error:
+                    rejects.add(fault_of(error).kind, source, record.id, str(error))
                     continue
                 if record.id in seen_ids:
                     rejects.add("duplicate id", source, record.id, "expected ids to be unique, got one twice")
@@ -417,7 +425,11 @@ class RecordSet:
         return (self[index] for index in range(len(self)))
 
     def image_path(self, record: Record) -> Path | None:
-        """Where the record's image lies, None without one."""
+        """Where the record's image lies, None without one; DataError for a path that leaves the images' folder."""
+        if not is_below(record.image):
+            raise DataError(
+                f"{self.folder}: record {record.id}: its image {record.image!a} is outside of the images' folder"
+            )
         return self.images / record.image if record.image else None
 
 

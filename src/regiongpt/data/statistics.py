@@ -6,10 +6,13 @@ Paper: Table 2 (images, regions, average words), §4 (boxes a category).
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from regiongpt.console import progress
 from regiongpt.data.records import Record
@@ -17,6 +20,7 @@ from regiongpt.data.shards import RecordSet
 from regiongpt.drawing import COLOURS
 from regiongpt.errors import ConfigError, RegionError
 from regiongpt.prompts import PLACEHOLDER
+from regiongpt.storage import write_file
 
 SHARE_EDGES: Final = tuple(10 ** (exponent / 4) for exponent in range(-20, 1))
 """Bounds of the area histogram, as shares of the image: four bins a power of ten, from 0.001 % to all of it."""
@@ -126,23 +130,20 @@ class Statistics:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as json can write it."""
+        tasks = {
+            name: {
+                "turns": task.turns,
+                "guided": task.guided,
+                "regions": task.regions,
+                "average_words": round(task.average_words, 3),
+                "words": {str(words): task.words[words] for words in sorted(task.words)},
+            }
+            for name, task in sorted(self.tasks.items())
+        }
         return {
-            "source": self.source,
-            "records": self.records,
-            "images": self.images,
-            "regions": self.regions,
-            "turns": self.turns,
+            **{name: getattr(self, name) for name in ("source", "records", "images", "regions", "turns")},
             "average_words": round(self.average_words, 3),
-            "tasks": {
-                name: {
-                    "turns": task.turns,
-                    "guided": task.guided,
-                    "regions": task.regions,
-                    "average_words": round(task.average_words, 3),
-                    "words": {str(words): task.words[words] for words in sorted(task.words)},
-                }
-                for name, task in sorted(self.tasks.items())
-            },
+            "tasks": tasks,
             "categories": dict(self.categories.most_common()),
             "kinds": dict(self.kinds.most_common()),
             "area_share_edges": list(SHARE_EDGES),
@@ -163,10 +164,9 @@ def statistics(records: RecordSet) -> Statistics:
     images: set[str] = set()
     for row in progress(rows(records), "statistics", "records", len(records)):
         record = Record.from_row(row)
-        if record.image:
-            images.add(record.image)
+        images.add(record.image)
         counted.add(record)
-    counted.images = len(images)
+    counted.images = len(images - {""})
     return counted
 
 
@@ -176,58 +176,50 @@ def statistics(records: RecordSet) -> Statistics:
 
 def table_rows(counted: Statistics) -> list[tuple[str, list[list[str]]]]:
     """The statistics as titled tables of strings, each with its header first; what is empty is left out."""
-    total = [
-        ["data set", "images", "regions", "average words", "categories", "records", "turns"],
-        [
-            counted.source,
-            f"{counted.images:,}",
-            f"{counted.regions:,}",
-            f"{counted.average_words:.2f}",
-            f"{len(counted.categories):,}",
-            f"{counted.records:,}",
-            f"{counted.turns:,}",
-        ],
+
+    def shared(name: str, parts: Iterable[tuple[str, int]]) -> list[list[str]]:
+        return [[name, "regions", ""], *([part, f"{n:,}", _share_bar(n, counted.regions)] for part, n in parts)]
+
+    numbers = [counted.images, counted.regions, counted.average_words, len(counted.categories)]
+    total = [counted.source, *map(_number, [*numbers, counted.records, counted.turns])]
+    tasks = [
+        [name, *map(_number, (task.turns, task.guided, task.regions, task.average_words))]
+        for name, task in sorted(counted.tasks.items())
     ]
-    tasks = [["task", "turns", "guided", "regions", "average words"]]
-    for name, task in sorted(counted.tasks.items()):
-        numbers = [f"{value:,}" for value in (task.turns, task.guided, task.regions)]
-        tasks.append([name, *numbers, f"{task.average_words:.2f}"])
-    areas = [["share of the image", "regions", ""]]
-    for name, count in coarse_shares(counted):
-        areas.append([name, f"{count:,}", _share_bar(count, counted.regions)])
-    if counted.unmeasured:
-        areas.append(["no area", f"{counted.unmeasured:,}", _share_bar(counted.unmeasured, counted.regions)])
-    sizes = [["size as COCO counts", "regions", ""]]
-    names = (f"small, under {SIDES[0]}²", f"medium, under {SIDES[1]}²", f"large, from {SIDES[1]}²")
-    for name, count in zip(names, counted.sizes, strict=True):
-        sizes.append([f"{name} px", f"{count:,}", _share_bar(count, counted.regions)])
-    kinds = [["kind of region", "regions", ""]]
-    kinds += [[kind, f"{n:,}", _share_bar(n, counted.regions)] for kind, n in counted.kinds.most_common()]
-    categories = [["category", "regions", ""]]
+    names = (f"small, under {SIDES[0]}² px", f"medium, under {SIDES[1]}² px", f"large, from {SIDES[1]}² px")
     common = counted.categories.most_common(MOST_CATEGORIES)
-    categories += [[name, f"{n:,}", _share_bar(n, counted.regions)] for name, n in common]
+    categories = shared("category", common)
     if len(counted.categories) > len(common):
         rest = sorted(counted.categories.values())
-        middle = rest[len(rest) // 2]
-        spread = f"of {len(rest):,}: the rarest {rest[0]:,}, half of them up to {middle:,}"
+        spread = f"of {len(rest):,}: the rarest {rest[0]:,}, half of them up to {rest[len(rest) // 2]:,}"
         categories.append(["...", "", spread])
-    rejects = [["left out by the conversion", "times"]]
-    rejects += [[kind, f"{count:,}"] for kind, count in sorted(counted.rejects.items())]
+    rejects = [[kind, f"{count:,}"] for kind, count in sorted(counted.rejects.items())]
+    areas = [*coarse_shares(counted), *([("no area", counted.unmeasured)] if counted.unmeasured else [])]
+    header = ["data set", "images", "regions", "average words", "categories", "records", "turns"]
     tables = [
-        ("", total),
-        ("Turns", tasks),
-        ("Area of the regions", areas),
-        ("", sizes),
-        ("", kinds),
+        ("", [header, total]),
+        ("Turns", [["task", "turns", "guided", "regions", "average words"], *tasks]),
+        ("Area of the regions", shared("share of the image", areas)),
+        ("", shared("size as COCO counts", zip(names, counted.sizes, strict=True))),
+        ("", shared("kind of region", counted.kinds.most_common())),
         ("Categories", categories),
-        ("Rejects", rejects),
+        ("Rejects", [["left out by the conversion", "times"], *rejects]),
     ]
     return [(title, table) for title, table in tables if len(table) > 1]
 
 
 def as_text(counted: Statistics) -> str:
-    """The statistics as tables for a terminal."""
-    blocks = ["\n".join(_aligned(table)) for _, table in table_rows(counted)]
+    """The statistics as tables for a terminal: words to the left and numbers to the right."""
+    blocks = []
+    for _, table in table_rows(counted):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for row in table:
+            cells = [f"{row[0]:<{widths[0]}}"]
+            for title, cell, width in zip(table[0][1:], row[1:], widths[1:], strict=True):
+                cells.append(f"{cell:>{width}}" if title else cell)
+            lines.append("   ".join(cells).rstrip())
+        blocks.append("\n".join(lines))
     if not counted.rejects:
         blocks.append("The conversion left nothing out.")
     return "\n\n".join(blocks)
@@ -237,9 +229,12 @@ def coarse_shares(counted: Statistics) -> list[tuple[str, int]]:
     """The area histogram in powers of ten."""
     below, fine = counted.shares[0], counted.shares[1:]
     decades = [sum(fine[start : start + 4]) for start in range(0, len(fine), 4)]
-    counts = [below + decades[0], *decades[1:]]
     names = ["under 0.01 %", "0.01 to 0.1 %", "0.1 to 1 %", "1 to 10 %", "10 to 100 %"]
-    return list(zip(names, counts, strict=True))
+    return list(zip(names, [below + decades[0], *decades[1:]], strict=True))
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
 def _share_bar(count: int, total: int) -> str:
@@ -249,118 +244,74 @@ def _share_bar(count: int, total: int) -> str:
     return f"{100 * share:5.1f} %  {bar}".rstrip()
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns of equal width, words to the left and numbers to the right."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    for row in table:
-        cells = [f"{row[0]:<{widths[0]}}"]
-        for column, cell in enumerate(row[1:], 1):
-            cells.append(f"{cell:>{widths[column]}}" if table[0][column] else cell)
-        yield "   ".join(cells).rstrip()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # As a picture
 
 
 def plot(counted: Statistics, path: Path) -> None:
-    """Writes the statistics as a picture of four panels.
+    """Write the statistics as a picture of four panels.
 
     Args:
         counted: To be drawn.
         path: Of the file; its ending (.png, .svg, .pdf) is the format.
 
     Raises:
-        ConfigError: matplotlib is missing, or the file cannot be written.
+        ConfigError: matplotlib is missing, or the ending is of no picture.
+        DataError: The file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
     except ImportError:
-        raise ConfigError("expected matplotlib for --plot, found none; pip install '.[data]'") from None
+        raise ConfigError("expected matplotlib for --plot, found none; pip install 'regiongpt[data]'") from None
     figure = Figure(figsize=(13, 9), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     figure.suptitle(
         f"{counted.source}: {counted.records:,} records, {counted.images:,} images, {counted.regions:,} regions, "
         f"{counted.turns:,} turns, {counted.average_words:.2f} words an answer"
     )
-    panels = figure.subplots(2, 2)
-    for panel in panels.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-    _plot_areas(panels[0, 0], counted)
-    _plot_words(panels[0, 1], counted)
-    _plot_tasks(panels[1, 0], counted)
-    _plot_categories(panels[1, 1], counted)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"expected --plot to be a picture that can be written, got {str(path)!r}: {error}") from None
+    ((areas, words), (tasks, categories)) = figure.subplots(2, 2)
+    colours = [tuple(level / 255 for level in colour) for colour in COLOURS]
 
-
-def _colour(index: int) -> tuple[float, ...]:
-    return tuple(level / 255 for level in COLOURS[index])
-
-
-def _plot_areas(panel: Any, counted: Statistics) -> None:
-    panel.set(title="area of the regions", xlabel="share of the image", ylabel="regions")
+    areas.set(title="area of the regions", xlabel="share of the image", ylabel="regions", xscale="log")
     edges = [SHARE_EDGES[0] / SHARE_EDGES[1] * SHARE_EDGES[0], *SHARE_EDGES]
-    panel.stairs(counted.shares, edges, fill=True, color=_colour(5))
-    panel.set_xscale("log")
-    panel.set_xlim(edges[0], 1.02)
-    panel.set_xticks([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1], ["0.001 %", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
-    panel.minorticks_off()
-    panel.set_ylim(0, 1.05 * max(1, *counted.shares))
-    _whole(panel.yaxis)
+    areas.stairs(counted.shares, edges, fill=True, color=colours[5])
+    areas.set_xlim(edges[0], 1.02)
+    areas.set_xticks([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1], ["0.001 %", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
+    areas.minorticks_off()
 
-
-def _plot_words(panel: Any, counted: Statistics) -> None:
-    panel.set(title="length of the answers", xlabel="words", ylabel="answers")
+    words.set(title="length of the answers", xlabel="words", ylabel="answers")
     longest = max(counted.words, default=1)
     width = max(1, math.ceil((longest + 1) / 60))
-    bins = longest // width + 1
-    below = [0] * bins
-    for index, (name, task) in enumerate(sorted(counted.tasks.items())):
-        heights = [0] * bins
-        for words, count in task.words.items():
-            heights[words // width] += count
-        places = [(number + 0.5) * width - 0.5 for number in range(bins)]
-        panel.bar(places, heights, 0.9 * width, bottom=below, color=_colour(index % len(COLOURS)), label=name)
-        below = [low + height for low, height in zip(below, heights, strict=True)]
-    panel.set_ylim(0, 1.05 * max(1, *below))
+    below = np.zeros(longest // width + 1)
+    for colour, (name, task) in zip(cycle(colours), sorted(counted.tasks.items()), strict=False):
+        lengths, counts = np.array(list(task.words)), list(task.words.values())
+        heights = np.bincount(lengths // width, counts, len(below))
+        places = (np.arange(len(below)) + 0.5) * width - 0.5
+        words.bar(places, heights, 0.9 * width, bottom=below, color=colour, label=name)
+        below += heights
     if len(counted.tasks) > 1:
-        panel.legend(frameon=False)
-    _whole(panel.yaxis)
-    _whole(panel.xaxis)
+        words.legend(frameon=False)
 
+    tasks.set(title="turns of each task", xlabel="turns")
+    ordered = sorted(counted.tasks.items(), key=lambda item: item[1].turns)
+    names, guided = [name for name, _ in ordered], [task.guided for _, task in ordered]
+    tasks.barh(names, guided, color=colours[2], label="with a guided prompt")
+    tasks.barh(names, [task.turns - task.guided for _, task in ordered], left=guided, color=colours[1], label="without")
+    tasks.margins(y=max(0.05, 0.5 - len(names) / 10))
+    tasks.legend(frameon=False, loc="lower right")
 
-def _plot_tasks(panel: Any, counted: Statistics) -> None:
-    panel.set(title="turns of each task", xlabel="turns")
-    tasks = sorted(counted.tasks.items(), key=lambda item: item[1].turns)
-    names = [name for name, _ in tasks]
-    guided = [task.guided for _, task in tasks]
-    panel.barh(names, guided, color=_colour(2), label="with a guided prompt")
-    free = [task.turns - task.guided for _, task in tasks]
-    panel.barh(names, free, left=guided, color=_colour(1), label="without")
-    panel.set_xlim(0, 1.05 * max(1, *(task.turns for _, task in tasks)))
-    panel.margins(y=max(0.05, 0.5 - len(tasks) / 10))
-    panel.legend(frameon=False, loc="lower right")
-    _whole(panel.xaxis)
+    common, total = counted.categories.most_common(MOST_CATEGORIES)[::-1], len(counted.categories)
+    some = "categories" if common else "no categories"
+    title = some if len(common) == total else f"the {len(common)} most frequent of {total:,} categories"
+    categories.set(title=title, xlabel="regions")
+    categories.barh([name for name, _ in common], [count for _, count in common], color=colours[0])
 
-
-def _plot_categories(panel: Any, counted: Statistics) -> None:
-    if not counted.categories:
-        panel.set_axis_off()
-        panel.text(0.5, 0.5, "the source names no categories", ha="center", va="center", transform=panel.transAxes)
-        return
-    common = counted.categories.most_common(MOST_CATEGORIES)[::-1]
-    total = len(counted.categories)
-    title = f"the {len(common)} most frequent of {total:,} categories" if total > len(common) else "categories"
-    panel.set(title=title, xlabel="regions")
-    panel.barh([name for name, _ in common], [count for _, count in common], color=_colour(0))
-    _whole(panel.xaxis)
-
-
-def _whole(axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    for axis in (areas.yaxis, words.xaxis, words.yaxis, tasks.xaxis, categories.xaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.axes.spines[["top", "right"]].set_visible(False)
+    try:
+        write_file(path, lambda unfinished: figure.savefig(unfinished, dpi=120))
+    except ValueError as error:
+        raise ConfigError(f"--plot: {path}: {error}") from None

@@ -13,8 +13,8 @@ from regiongpt.data.convert.images import check_image
 from regiongpt.data.convert.jsonstream import TRUNCATED
 from regiongpt.data.convert.values import MALFORMED, image_name, short, sides, unicode_text, words_alone
 from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Fault, Rejects
-from regiongpt.errors import DataError, RegionError, RegionGPTError
+from regiongpt.data.shards import Fault, Rejects, fault_of
+from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.prompts import (
     IMAGE_TOKEN,
     LABEL_SETS,
@@ -101,9 +101,7 @@ def noting_line(path: Path, number: int, rejects: Rejects) -> Iterator[None]:
         try:
             yield
         except RegionGPTError as error:
-            kind = "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson"
-            kind = error.kind if isinstance(error, Fault) else kind
-            raise Fault(kind, f"{path.name}:{number}: {error}") from None
+            raise Fault(fault_of(error).kind, f"{path.name}:{number}: {error}") from None
 
 
 def iter_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -3,13 +3,13 @@
 A value that cannot be used raises :class:`regiongpt.data.shards.Fault`.
 """
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, TypeGuard
 
 from pydantic import AfterValidator
 
+from regiongpt.data.records import is_below
 from regiongpt.data.shards import Fault
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
 from regiongpt.regions import MIN_AREA
@@ -17,7 +17,6 @@ from regiongpt.regions import MIN_AREA
 Corners = tuple[float, float, float, float]
 MALFORMED: Final = "record of another format"
 """The kind of fault of a record that lacks what the source's layout has."""
-_OUTSIDE: Final = re.compile(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\0]")
 APART: Final = "files that do not belong together"
 
 
@@ -130,7 +129,7 @@ Words = Annotated[str, AfterValidator(_check_words)]
 
 def image_name(name: Any) -> str:
     """The path of an image below the images' folder."""
-    if isinstance(name, str) and name and is_unicode(name) and not _OUTSIDE.search(name):
+    if isinstance(name, str) and name and is_unicode(name) and is_below(name):
         return name
     raise Fault(
         "image outside the folder",
