@@ -14,6 +14,7 @@ EXAMPLES = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_
 BOX = ["--box", "40,60,300,280"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [["-c", EXAMPLES], ["-m", "regiongpt.cli", "ask", "photo.jpg", "What is <region1>?", *BOX]],

@@ -35,7 +35,8 @@ class Segmenter:
     """
 
     def __init__(self, path: str | Path, device: "str | torch.device | None" = None) -> None:
-        from transformers import AutoConfig, AutoImageProcessor, SamModel
+        from transformers import AutoConfig, SamModel
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         try:
             kind = AutoConfig.from_pretrained(path).model_type

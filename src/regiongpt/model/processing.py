@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
-# From its module: under the package's own name, releases before 5.22 ask for torchvision.
+# From its module: under the package's own name, releases up to 5.16 ask for torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
