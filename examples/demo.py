@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from PIL import Image
 from transformers.utils import logging
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
-from regiongpt.drawing import contact_sheet, draw_regions
+from regiongpt.drawing import draw_regions, save_picture
 from regiongpt.errors import DataError
 from regiongpt.prompts import question
 
@@ -95,6 +96,22 @@ def photograph(name: str) -> Path:
     return path
 
 
+def sheet(pictures: Sequence[Image.Image], width: int = 1600) -> Image.Image:
+    """Lay pictures out in two columns, each below the shorter one: captions of different length leave no holes."""
+    gap = width // 80
+    cell = (width - 3 * gap) // 2
+    ends, places = [gap, gap], []
+    for picture in pictures:
+        column = ends.index(min(ends))
+        scaled = picture.resize((cell, round(picture.height * cell / picture.width)), Image.Resampling.LANCZOS)
+        places.append((scaled, (gap + column * (cell + gap), ends[column])))
+        ends[column] += scaled.height + gap
+    drawn = Image.new("RGB", (width, max(ends)), (228, 228, 228))
+    for scaled, place in places:
+        drawn.paste(scaled, place)
+    return drawn
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Ask, print and draw; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -124,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dialogue.append((asked, answer))
         pictures.append(draw_regions(path, scene.regions, captions, dialogue=dialogue))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(pictures).save(options.out)
+    save_picture(sheet(pictures), options.out)
     print(f"\n{options.out}: the regions, outlined, numbered and captioned ({time.perf_counter() - began:.1f} s)")
     return 0
 

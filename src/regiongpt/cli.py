@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from regiongpt import __version__
 from regiongpt.console import progress_shown, quiet_libraries, tell
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
+from regiongpt.storage import finite
 
 if TYPE_CHECKING:
     from regiongpt.evaluate.task import RunOptions, Task
@@ -84,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes standard output once more as it ends, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE_CLOSED
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _top() -> argparse.ArgumentParser:
@@ -521,8 +526,7 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     else:
         runs = session.score_model(tasks, options.model, options.device, options.dtype)
     if runs and typed.json:
-        found = [{**run.result, "manifest": run.manifest} for run in runs]
-        print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+        _print_json([{**run.result, "manifest": run.manifest} for run in runs])
     elif runs:
         print("\n\n".join(map(tables.as_text, runs)))
         print(f"\nresults written to {options.out}; see {options.out / PAGE}")
@@ -597,7 +601,7 @@ def _compare(typed: argparse.Namespace, resamples: int) -> int:
         write_page(typed.html, "comparison.html", title="Two runs compared", made=made, comparisons=found)
         print(f"page written to {typed.html}", file=sys.stderr)
     if typed.json:
-        print(json.dumps([each.to_dict() for each in found], indent=1, ensure_ascii=False, allow_nan=False))
+        _print_json([each.to_dict() for each in found])
     else:
         print(f"A: {a}\nB: {b}\n\n" + "\n\n".join(each.as_text() for each in found))
     return 0
@@ -638,7 +642,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if (options.schema or options.report) and (options.recipe is not None or overrides):
         raise ConfigError("--schema and --report go without a recipe; leave it out")
     if options.schema:
-        print(json.dumps(Recipe.model_json_schema(), indent=2))
+        _print_json(Recipe.model_json_schema())
         return 0
     if options.report:
         from regiongpt.train.report import write_report
@@ -668,7 +672,10 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         recipe = Processes().from_first(lambda: debug_size(recipe))
     if options.plan:
         plan = make_plan(recipe)
-        print(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
+        if options.json:
+            _print_json(plan.to_dict())
+        else:
+            print(plan.text())
         return 0
     finished = train(recipe)
     if Processes().is_first:

@@ -81,35 +81,6 @@ def draw_regions(
     return _with_panel(canvas.picture, entries, dialogue) if entries or dialogue else canvas.picture
 
 
-def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2, width: int = 1600) -> Image.Image:
-    """Lay pictures out in rows of equal columns, each scaled to its column's width, as one picture.
-
-    Args:
-        pictures: At least one picture, in reading order.
-        columns: Pictures a row, at least 1.
-        width: Width of the sheet in pixels.
-
-    Raises:
-        ConfigError: No picture was given, or ``columns`` is under 1.
-    """
-    if not pictures or columns < 1:
-        raise ConfigError(f"expected at least one picture and one column, got {len(pictures)} and {columns}")
-    gap = max(4, width // 80)
-    cell = (width - gap * (columns + 1)) // columns
-    scaled = [p.resize((cell, max(1, round(p.height * cell / p.width))), Image.Resampling.LANCZOS) for p in pictures]
-    # Each picture goes under the shortest column so far: captions of different length leave no holes.
-    ends = [gap] * columns
-    places = []
-    for picture in scaled:
-        column = ends.index(min(ends))
-        places.append((gap + column * (cell + gap), ends[column]))
-        ends[column] += picture.height + gap
-    sheet = Image.new("RGB", (width, max(ends)), (228, 228, 228))
-    for picture, place in zip(scaled, places, strict=True):
-        sheet.paste(picture, place)
-    return sheet
-
-
 def check_picture(path: str | Path) -> None:
     """Make sure that a picture can be written, before it is there.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regiongpt.drawing import COLOURS, MIN_SIDE, _font, _wrap, check_picture, contact_sheet, draw_regions, save_picture
+from regiongpt.drawing import COLOURS, MIN_SIDE, _font, _wrap, check_picture, draw_regions, save_picture
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.regions import Region
 
@@ -105,14 +105,6 @@ def test_no_line_is_wider_than_its_room():
         lines = _wrap(text, font, 120)
         assert all(font.getlength(line) <= 120 for line in lines)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-
-
-def test_contact_sheet_keeps_proportions():
-    sheet = contact_sheet([grey(300, 200), grey(200, 300), grey(100, 100)], columns=2, width=800)
-    assert sheet.width == 800
-    assert 640 < sheet.height < 700
-    with pytest.raises(ConfigError, match="got 0 and 2"):
-        contact_sheet([])
 
 
 def test_errors():

@@ -189,9 +189,9 @@ def test_a_conversation_reads_only_what_is_new(predictor, monkeypatch):
         # The question and the end of the turn before; not the image, nor the turns before that.
         assert sum(read) < 60
         history = list(conversation.messages)
-    assert conversation.past is not None
-    assert len(conversation.past.prefix.chain) == 2  # the image's part stays shared
-    assert conversation.past.prefix.chain[0] in conversation.scene.shared.prefixes.values()
+    assert conversation.prefix is not None
+    assert len(conversation.prefix.chain) == 2  # the image's part stays shared
+    assert conversation.prefix.chain[0] in conversation.scene.shared.prefixes.values()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,19 +14,6 @@ from regiongpt.inference.scheduler import Job
 from regiongpt.regions import Region
 
 
-@dataclass(frozen=True, kw_only=True)
-class Past:
-    """What the model has read and written so far, as keys and values.
-
-    Attributes:
-        tokens: what each stands for: a token's id, or for a region's tokens -1 and less.
-        prefix: their keys and values.
-    """
-
-    tokens: list[int]
-    prefix: Prefix
-
-
 @dataclass(kw_only=True)
 class Conversation:
     """Several turns about one image and one list of regions; made by :meth:`RegionPredictor.conversation`.
@@ -43,6 +30,8 @@ class Conversation:
         pooled: their features, from :meth:`Engine.pool`.
         messages: the turns so far, the oldest first, as transformers writes them.
         warnings: of the last turn, such as that the oldest turns had to be forgotten.
+        tokens: what the model has read and written so far: a token's id, or -1 and less for a region's tokens.
+        prefix: keys and values of these tokens.
     """
 
     engine: Engine
@@ -51,7 +40,8 @@ class Conversation:
     pooled: Tensor = field(repr=False)
     messages: list[Turn] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
-    past: Past | None = field(default=None, repr=False)
+    tokens: list[int] = field(default_factory=list, repr=False)
+    prefix: Prefix | None = field(default=None, repr=False)
 
     def ask(self, question: str, **generation: Unpack[Generation]) -> Answer:
         """Ask the next question, as :meth:`RegionPredictor.ask` does, with the turns so far as its history.
@@ -102,9 +92,9 @@ class Conversation:
     def _job(self, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """The prompt behind as much of it as was read before."""
         job = self.engine.job(self.scene, prompt, options, streams)
-        if self.past is not None:
-            same = _common(self.past.tokens, self._tokens(prompt)[:-1])  # the last is read again, for its logits
-            cut = self.past.prefix.crop(same) if same > (job.prefix.length if job.prefix else 0) else None
+        if self.prefix is not None:
+            same = _common(self.tokens, self._tokens(prompt)[:-1])  # the last is read again, for its logits
+            cut = self.prefix.crop(same) if same > (job.prefix.length if job.prefix else 0) else None
             if cut is not None:
                 job.embeds = self.engine.embed(self.scene, prompt.ids, prompt.rows, prompt.pooled, start=cut.length)
                 job.prefix = cut
@@ -113,8 +103,7 @@ class Conversation:
 
     def _keep(self, prompt: Prompt, job: Job) -> None:
         if job.kept is not None:
-            tokens = [*self._tokens(prompt), *job.tokens]
-            self.past = Past(tokens=tokens[: job.kept.length], prefix=job.kept)
+            self.tokens, self.prefix = [*self._tokens(prompt), *job.tokens][: job.kept.length], job.kept
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         """What each token stands for: two that are equal, behind equal ones, have the same keys and values."""

@@ -180,13 +180,8 @@ class Engine:
         """Region features (R * K, D) from the kept map, a region's K rows one after the other."""
         rows = []
         for start in range(0, max(1, len(regions)), POOLED):
-            try:
-                weights_RHW = self.processor.region_inputs(regions[start : start + POOLED], scene.width, scene.height)
-            except RegionError:
-                if not start:
-                    raise
-                check_regions(regions, scene.width, scene.height)  # raises the same, with the region's own number
-                raise
+            some = regions[start : start + POOLED]
+            weights_RHW = self.processor.region_inputs(some, scene.width, scene.height, start + 1)
             rows.append(self.model.region_features(scene.map_1Chw, weights_RHW.to(self.device)[None])[0])
         return torch.cat(rows)
 

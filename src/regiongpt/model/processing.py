@@ -223,7 +223,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             )
         return pixels
 
-    def region_inputs(self, regions: Sequence[Any], width: int, height: int) -> torch.Tensor:
+    def region_inputs(self, regions: Sequence[Any], width: int, height: int, first: int = 1) -> torch.Tensor:
         """Pooling weights of each region on the refined grid. Paper: §3.1.
 
         Args:
@@ -231,6 +231,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
                 numbers ``[x0, y0, x1, y1]`` (also rows of an array or tensor).
             width: of the original image, pixels.
             height: of the original image, pixels.
+            first: number of the first region, for messages.
 
         Returns:
             (R, gh, gw) float32, as many rows a region as it takes tokens, each summing to 1.
@@ -241,7 +242,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         frame = SquareFrame(width, height)
         weights = np.zeros((len(regions), *self.refined_grid), np.float32)
         for row, region in enumerate(regions):
-            name = f"<region{row + 1}>"
+            name = f"<region{row + first}>"
             checked = _as_region(region, name).check(width, height, name=name)
             weights[row] = checked.pool_weights(frame, *self.refined_grid)
         if self.region_grid > 1 and len(weights):
