@@ -151,7 +151,7 @@ def language_costs(text_config: Any, trained: bool, lora: LoraConfig | None = No
         trained: Whether its own weights learn.
         lora: Its adapters, if they learn in place of them.
     """
-    return _language_costs(text_config.to_json_string(use_diff=False), trained, lora)
+    return _language_costs(_shape_of(text_config), trained, lora)
 
 
 @lru_cache(maxsize=16)
@@ -164,8 +164,11 @@ def _language_costs(shape: str, trained: bool, lora: LoraConfig | None) -> tuple
             base = _base(_shallow(text_config, layers, trained, lora))
         for tokens in _LENGTHS:
             embeds = torch.zeros(1, tokens, text_config.hidden_size, device="meta", requires_grad=True)
-            forward[layers, tokens] = count(partial(_hidden, base, embeds))
-            both[layers, tokens] = count(partial(_there_and_back, base, embeds))
+            with FlopCounterMode(display=False) as counter:
+                hidden = _hidden(base, embeds)
+                forward[layers, tokens] = counter.get_total_flops()
+                _backward(hidden)
+                both[layers, tokens] = counter.get_total_flops()
     linear, square = _polynomial(both, text_config.num_hidden_layers)
     again, again_square = _polynomial(forward, text_config.num_hidden_layers)
     costs = LayerCosts(linear=linear, square=square, again=again, again_square=again_square)
@@ -183,7 +186,7 @@ def kept_bytes(text_config: Any, trained: bool, precision: str, lora: LoraConfig
         precision: ``fp32`` or ``bf16``, as training takes it.
         lora: Its adapters, if they learn in place of them.
     """
-    return _kept_bytes(text_config.to_json_string(use_diff=False), trained, precision, lora)
+    return _kept_bytes(_shape_of(text_config), trained, precision, lora)
 
 
 @lru_cache(maxsize=16)
@@ -293,8 +296,9 @@ def _hidden(base: Any, embeds: Tensor) -> Tensor:
     return hidden
 
 
-def _there_and_back(base: Any, embeds: Tensor) -> None:
-    _backward(_hidden(base, embeds))
+def _shape_of(text_config: Any) -> str:
+    """A language model's configuration as JSON, without where it was read from."""
+    return json.dumps({**text_config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str)
 
 
 def _backward(outputs: Tensor) -> None:
