@@ -14,10 +14,8 @@ Coordinates are pixels of the original image, x to the right and y down; pixel (
 Paper: §3.1 (mask pooling); the weights of the pooling come from here.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -234,10 +232,10 @@ class StrokeShape:
 
     geometry = None
 
-    @cached_property
+    @property
     def area(self) -> float:
         """Square pixels."""
-        return float(self.coverage(np.array([0.0, self.height]), np.array([0.0, self.width]), 192)[0, 0])
+        return float(self.coverage(np.array([0.0, self.height]), np.array([0.0, self.width]))[0, 0])
 
     @property
     def bounds(self) -> Bounds:
@@ -247,73 +245,69 @@ class StrokeShape:
         x0, y0, x1, y1 = shapely.total_bounds(shapely.clip_by_rect(stroke, 0, 0, self.width, self.height)).tolist()
         return x0, y0, x1, y1
 
-    def coverage(self, y_edges: Floats, x_edges: Floats, parts: int = 768) -> Floats:
+    def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
         """Square pixels in each cell, (H, W).
 
-        The grid, and then its cells, are split in four for as long as the rim of the stroke may run through them, down
-        to the longer side of the image divided by ``parts``, or finer if the stroke is narrow and not too long. The
-        smallest squares are cut by each piece of the line as by a straight edge.
+        Cells are split in four for as long as the rim of the stroke may run through the parts, to 1/768 of the longer
+        side of the image, or finer if the stroke is narrow and not too long. There, its pieces have straight rims.
         """
         y_edges, x_edges = np.clip(y_edges, 0, self.height), np.clip(x_edges, 0, self.width)
-        rows, columns = np.arange(len(y_edges)), np.arange(len(x_edges))
-        points = self.points @ (1, 1j)  # complex numbers: a product turns a piece of the line to lie along x
-        along = np.diff(points)
-        start, length, along = points[:-1], np.abs(along), along / np.abs(along)
-        finest = max(self.width, self.height) / parts
+        y, x = (
+            np.unique(np.clip(np.append(edges, np.linspace(0, size, 97)), edges[0], edges[-1]))
+            for edges, size in ((y_edges, self.height), (x_edges, self.width))
+        )
+        points = self.points @ (1, 1j)  # complex numbers: a product with one of length 1 turns
+        start, length = points[:-1], np.abs(np.diff(points))
+        along = np.diff(points) / length
+        finest = max(self.width, self.height) / 768
         if 0.7 * self.radius < finest:
             finest = max(0.7 * self.radius, 2e-6 * length.sum())
-        cells = math.ceil(math.log2(max(rows[-1], columns[-1])))  # the level at which squares are single cells
-        whole = [np.zeros((1 << level, 1 << level), bool) for level in range(cells + 1)]
-        areas = np.zeros(rows[-1] * columns[-1])
-        first = np.zeros(1, np.int64)
-        pending = [(0, first, first, np.zeros(len(start), np.int64), np.arange(len(start)))]
-        while pending:
-            level, y, x, square, piece = pending.pop()
-            unit = 2.0 ** (cells - level)
-            left, right = (np.interp((x + far) * unit, columns, x_edges) for far in (0, 1))
-            top, bottom = (np.interp((y + far) * unit, rows, y_edges) for far in (0, 1))
-            centre = (left + right + 1j * (top + bottom)) / 2
-            half = np.stack((right - left, bottom - top)) / 2
-            reach = np.hypot(*half)[square]
+        piece, square = self._near(y, x)
+        centre = np.add.outer((y[1:] + y[:-1]) / 2 * 1j, (x[1:] + x[:-1]) / 2).ravel()
+        half = np.stack(np.broadcast_arrays(np.diff(x) / 2, np.diff(y)[:, None] / 2)).reshape(2, -1)
+        cell, areas = np.arange(len(centre)), np.zeros(len(centre))
+        while len(square):
             turned = (centre[square] - start[piece]) * along.conj()[piece]
             away = turned - np.clip(turned.real, 0, length[piece])
             distance = np.abs(away)
+            reach = np.hypot(*half)[square]
             beside = np.minimum(turned.real, length[piece] - turned.real) >= reach
             wide = np.abs(along.imag)[piece] * half[0, square] + np.abs(along.real)[piece] * half[1, square]
             reach = np.where(beside, wide, reach)
-            covered = np.zeros(len(y))
+            covered = np.zeros(len(centre))
             covered[square[distance <= self.radius - reach]] = 1
-            rim = np.flatnonzero(
-                (distance < self.radius + reach) & (covered[square] == 0) & (half[0] * half[1] > 0)[square]
-            )
-            square, piece = square[rim], piece[rim]
-            last = level >= cells and 2 * half.max() <= finest
-            if last and len(square):
-                distance = distance[rim]
-                normal = np.where(distance > 1e-9, away[rim] / np.maximum(distance, 1e-9), 1j) * along[piece]
-                bend = np.where(beside[rim], 0, wide[rim] ** 2 / self.radius) / 8
-                covered += _covered(square, normal, distance + bend, self.radius, half)
-            if level < cells:
-                whole[level][y, x] = covered > 0
-            else:
-                cell = (y >> (level - cells)) * columns[-1] + (x >> (level - cells))
-                areas += np.bincount(cell, 4 * covered * half.prod(axis=0), areas.size)
-            if last or not len(square):
-                continue
-            split = np.zeros(len(y), bool)
-            split[square] = True
-            square = (np.cumsum(split) - 1)[square]
-            quarters = [(y[split] * 2 + down, x[split] * 2 + right) for down in (0, 1) for right in (0, 1)]
-            if len(square) > 50_000:  # one after the other, to save memory
-                pending += [(level + 1, *quarter, square, piece) for quarter in quarters]
-            else:
-                places = square + np.arange(4)[:, None] * np.count_nonzero(split)
-                pending.append((level + 1, *np.concatenate(quarters, axis=1), places.ravel(), np.tile(piece, 4)))
-        total = whole[0]
-        for part in whole[1:]:
-            total = total.repeat(2, axis=0).repeat(2, axis=1) | part
-        cell_areas = np.outer(np.diff(y_edges), np.diff(x_edges))
-        return areas.reshape(cell_areas.shape) + total[: rows[-1], : columns[-1]] * cell_areas
+            rim = np.flatnonzero((distance < self.radius + reach) & (covered[square] == 0))
+            last = 2 * half.max() <= finest
+            if last and len(rim):
+                rim = rim[np.argsort(square[rim], kind="stable")]
+                bend = np.where(beside, 0, wide**2 / self.radius / 8)[rim]  # the rim about an end is a circle
+                normal = np.where(distance > 1e-9, away / np.maximum(distance, 1e-9), 1j)[rim] * along[piece[rim]]
+                covered += _covered(square[rim], normal, distance[rim] + bend, self.radius, half)
+            areas += np.bincount(cell, 4 * covered * half[0] * half[1], len(areas))
+            if last:
+                break
+            split = np.unique(square[rim])
+            square = np.searchsorted(split, square[rim]) + np.arange(4)[:, None] * len(split)
+            square, piece = square.ravel(), np.tile(piece[rim], 4)
+            half = np.tile(half[:, split] / 2, 4)
+            right, down = np.repeat([(-1, 1, -1, 1), (-1, -1, 1, 1)], len(split), axis=1) * half
+            centre = np.tile(centre[split], 4) + right + 1j * down
+            cell = np.tile(cell[split], 4)
+        sums = np.zeros((len(y), len(x)))
+        sums[1:, 1:] = areas.reshape(len(y) - 1, len(x) - 1).cumsum(axis=0).cumsum(axis=1)
+        corners = sums[np.ix_(np.searchsorted(y, y_edges), np.searchsorted(x, x_edges))]
+        return np.maximum(np.diff(np.diff(corners, axis=0), axis=1), 0)
+
+    def _near(self, y: Floats, x: Floats) -> tuple[Ints, Ints]:
+        """Pairs of a piece of the line and a cell, by the number of each, that may touch."""
+        start, step = self.points[:-1], np.diff(self.points, axis=0)
+        step = np.where(step == 0, 1e-300, step)
+        low, high = np.minimum(start, self.points[1:]) - self.radius, np.maximum(start, self.points[1:]) + self.radius
+        piece, row = _ranges(*_lines(y, low[:, 1], high[:, 1]))
+        ends = np.stack((y[row] - self.radius, y[row + 1] + self.radius))
+        ends = start[piece, 0] + np.clip((ends - start[piece, 1]) / step[piece, 1], 0, 1) * step[piece, 0]
+        pair, column = _ranges(*_lines(x, ends.min(axis=0) - self.radius, ends.max(axis=0) + self.radius))
+        return piece[pair], row[pair] * (len(x) - 1) + column
 
     def pixels(self, width: int, height: int) -> Bools:
         """Pixels of which at least half is inside."""
@@ -599,6 +593,12 @@ def _ranges(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[
     counts = np.maximum(last - first, 0)
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts - first)[owner]
+
+
+def _lines(lines: Floats, low: Floats, high: Floats) -> tuple[Ints, Ints]:
+    """The first and the last but one of the cells between lines that reach from low to high."""
+    last = np.searchsorted(lines, high, side="left")
+    return np.maximum(np.searchsorted(lines, low, side="right") - 1, 0), np.minimum(last, len(lines) - 1)
 
 
 def _first_centre(position: Floats, size: int) -> NDArray[np.int64]:
