@@ -121,7 +121,7 @@ def bar_chart(
     """Groups of horizontal bars, one below the other.
 
     Args:
-        title: Of the chart.
+        title: Title of the chart.
         groups: Each a label with a bar for every series.
         series: Names, for the legend where there are several.
         unit: Behind the numbers of the axis.
@@ -167,9 +167,6 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-STYLE = ""  # of pages from before there were templates
-
-
 @contextmanager
 def _figure(
     title: str, width: float, height: float, margins: tuple[float, float, float, float] | None = None
@@ -177,9 +174,9 @@ def _figure(
     """Axes to draw on, and a list that holds the chart when the block ends.
 
     Args:
-        title: Of the chart.
+        title: Title of the chart.
         width: In inches, as all here.
-        height: Of the whole, with the margins.
+        height: Height of the whole, with the margins.
         margins: Left, below, right and above; as much as labels take where None.
     """
     from matplotlib import rc_context

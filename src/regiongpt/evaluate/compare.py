@@ -21,10 +21,10 @@ class Change:
     """An item that one of the runs answered better.
 
     Attributes:
-        id: Of the item.
+        id: The item.
         truth: The right answer.
-        a: What the first run answered, and ``b`` the second.
-        b: See ``a``.
+        a: What the first run answered.
+        b: What the second run answered.
         by: How much the score rose from the first to the second.
     """
 
@@ -43,7 +43,7 @@ class Comparison:
         task: Its name.
         items: How many both have answered.
         figures: By protocol and figure.
-        figure: That tells which items changed, as ``"protocol.figure"``.
+        figure: The figure that tells which items changed, as ``"protocol.figure"``.
         gained: Items that the second run scores higher by it, the most first.
         lost: Items that it scores lower.
         reworded: Items whose text differs though the score does not.
@@ -115,8 +115,8 @@ def compare_runs(
         b: Folder of the second; differences are its results less the first's.
         data: Where the data set is now; where it was by default.
         names: Only these tasks.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        resamples: How many the bootstrap draws.
+        seed: Seed of the bootstrap.
 
     Raises:
         ConfigError: The runs are of other settings, or have no task in common.

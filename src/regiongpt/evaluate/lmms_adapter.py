@@ -42,10 +42,10 @@ class Answering:
 
     Args:
         predictor: The model.
-        prompt: Of tasks that are about a region: ``"task"`` keeps the benchmark's words, with ``<region1>`` for "this
+        prompt: Wording of tasks about a region: ``"task"`` keeps the benchmark's words, with ``<region1>`` for "this
             region"; ``"trained"`` asks for a short caption in the words that the model was trained on.
-        yes_no: Of POPE, which compares whole answers: ``"first_word"`` hands over a leading yes or no alone, as POPE's
-            own script reads answers; ``"verbatim"`` whatever was said.
+        yes_no: Answers to POPE, which compares them whole: ``"first_word"`` hands over a leading yes or no alone, as
+            POPE's own script reads answers; ``"verbatim"`` whatever was said.
 
     Raises:
         ConfigError: An option is none of these.

@@ -63,7 +63,7 @@ def read_predictions(
     their numbers mean something in that order alone.
 
     Args:
-        path: Of the file.
+        path: The file.
         task: The benchmark.
         items: Its items.
         missing: For items without a prediction, or without what other items have: fail, or count them as wrong.

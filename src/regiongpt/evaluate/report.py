@@ -167,7 +167,7 @@ def mistakes(chosen: Sequence[Mapping[str, Any]], items: Sequence[Item], answers
 
     Args:
         chosen: Rows of a result, from :func:`worst`.
-        items: Of the task.
+        items: The task's items.
         answers: By item id.
     """
     asked = {item.id: item for item in items}

@@ -97,8 +97,8 @@ class Runner:
 
     Args:
         asked: The tasks; the same in every process.
-        store: Of the answers.
-        processes: Of the run; all of them have read the same answers.
+        store: Where answers are kept.
+        processes: Those of the run; all of them have read the same answers.
         predictor: Loads the model, called once and only if there is something to ask.
     """
 
@@ -111,7 +111,7 @@ class Runner:
         self._kept = store.keys()
         planned = set(self._kept)
         self.work: list[list[list[tuple[str, Item]]]] = []
-        """Of each task, what this process asks: a list of items with their keys for each image."""
+        """What this process asks for each task: a list of items with their keys for each image."""
         for each in asked:
             by_image: dict[Path, list[tuple[str, Item]]] = {}
             for key, item in zip(each.keys, each.items, strict=True):
@@ -131,7 +131,7 @@ class Runner:
         """Ask what is still to be asked for one task, and wait until all processes have.
 
         Args:
-            number: Of the task, in the order given.
+            number: Which task, in the order given.
 
         Returns:
             The answers of all items by item id, as plain JSON; in all processes but the first, nothing.

@@ -211,7 +211,7 @@ def write_task(
     Args:
         out: Folder of the run.
         result: The results.
-        items: That were asked.
+        items: What was asked.
         answers: By item id.
         manifest: Where the results come from.
         mistakes: The worst mistakes, as HTML.

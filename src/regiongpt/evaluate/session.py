@@ -35,10 +35,10 @@ class Session:
 
     Attributes:
         out: Folder of the run.
-        resamples: Of the bootstrap; 0 draws no intervals.
+        resamples: How many the bootstrap draws; 0 for no intervals.
         gallery: Worst mistakes that the page shows of each task.
         overwrite: Replace results of another model, other settings or other files.
-        processes: Of the run; the first of them scores, writes and speaks.
+        processes: Those of the run; the first of them scores, writes and speaks.
         towers: Where the tower's features of each image are kept for models with the same tower; None to keep none.
         untrained: Ask a checkpoint even if it has not been trained.
     """
@@ -62,7 +62,7 @@ class Session:
             tasks: The benchmarks.
             path: Checkpoint folder; None for the model of the package.
             device: It is run on; the first of CUDA, MPS and CPU there is by default.
-            dtype: Of its weights; bfloat16 on CUDA devices that have it, else float32 by default.
+            dtype: Precision of its weights; bfloat16 on CUDA devices that have it, else float32 by default.
 
         Returns:
             The tasks as written; in all processes but the first, nothing.

@@ -14,7 +14,7 @@ class Row(NamedTuple):
 
     Attributes:
         protocol: It was measured under.
-        name: Of the figure.
+        name: Name of the figure.
         value: None where there was nothing to measure.
         interval: 95 % of the bootstrap resamples of the images.
         of: How many items it is about.

@@ -34,9 +34,9 @@ class Item:
     """One question of a benchmark.
 
     Args:
-        id: Of the question in the benchmark's own numbering, such as an annotation id; no two items share one.
+        id: The question in the benchmark's own numbering, such as an annotation id; no two items share one.
         image: Image file.
-        image_id: Of the image; items of one image are resampled together.
+        image_id: The image; items of one image are resampled together.
         size: Width and height in pixels that the annotations say the image has; None where they say nothing. Items of
             an image of another size are left out, for their regions lie elsewhere in it.
         question: The user's text with ``<regionN>``, without ``<image>``, ready for the model.
@@ -77,10 +77,10 @@ class Answer:
 
     Args:
         text: The free answer.
-        probability: Of that text and its end, in [0, 1].
-        scores: Of each of the item's choices, in their order: the probability of each given that it is one of them, or
+        probability: Probability of that text and its end, in [0, 1].
+        scores: Scores of the item's choices, in their order: the probability of each given that it is one of them, or
             any number that is larger for a better choice.
-        called: Of each of the item's regions: the log likelihood that it is called by the item's expression.
+        called: Log likelihood that each of the item's regions is called by the item's expression.
 
     Raises:
         DataError: A number is not finite, or the probability lies outside [0, 1].
@@ -230,8 +230,8 @@ class Task(Settings, ABC):
         Args:
             items: What :meth:`items` gave, or some of them.
             answers: By item id. An item without one counts as wrong, and the notes say how many there are.
-            resamples: Of the bootstrap; 0 draws no intervals.
-            seed: Of the bootstrap.
+            resamples: How many the bootstrap draws; 0 for no intervals.
+            seed: Seed of the bootstrap.
 
         Raises:
             DataError: An answer does not fit its item, such as scores for another number of choices.

@@ -138,7 +138,7 @@ def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0) -> tupl
     Args:
         statistic: The figure.
         resamples: How many, at least 1.
-        seed: Of the drawing.
+        seed: Seed of the drawing.
 
     Returns:
         Both ends, within what the figure can be; NaN where no resample has anything to measure.

@@ -22,8 +22,8 @@ class CaptionScore:
     """One metric over a set of captions.
 
     Attributes:
-        value: Of the set. METEOR and BLEU sum counts over the set, so theirs is not the mean of the captions' scores.
-        items: (n,) of each caption.
+        value: Score of the set; METEOR's and BLEU's are computed from summed counts and are no means.
+        items: (n,) score of each caption.
         statistic: For intervals and comparisons.
     """
 
@@ -43,7 +43,7 @@ def caption_scores(
 
     Args:
         captions: n texts as they were written; ``""`` for an item without an answer, which scores 0.
-        references: Of each, the texts to compare with, at least one of them with a word. One without words is left out,
+        references: Texts to compare each with, at least one of them with a word. One without words is left out,
             where the reference scripts count it as an empty caption.
         metrics: Some of :data:`METRICS`.
         clusters: Image of each caption, for the statistics; default: each its own.

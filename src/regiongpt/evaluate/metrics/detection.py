@@ -70,7 +70,7 @@ class DetectionScores:
     Attributes:
         figures: By the names of :data:`FIGURES`, in [0, 1]; NaN where there is nothing to find. By LVIS' rules, the six
             precisions and those of :data:`FREQUENCIES`.
-        statistics: Of the precisions.
+        statistics: Statistics of the precisions.
         by_category: AP of each category that has objects, by its id.
     """
 
@@ -231,7 +231,7 @@ class _Category:
     """Detections of one category in one range of areas, the best score first.
 
     Attributes:
-        id: Of the category.
+        id: Id of the category.
         hits: (T, D) found an object, for each threshold of overlap.
         misses: (T, D) found none; a detection may be neither, where it does not count.
         image: (D,) place of its image.

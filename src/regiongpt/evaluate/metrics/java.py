@@ -161,10 +161,10 @@ def run_java(name: str, words: Sequence[str], size: int, folder: Path | None = N
     """What a Java program prints, run to its end.
 
     Args:
-        name: Of the program, for messages.
-        words: Of its command line, behind ``java``.
+        name: What messages call the program.
+        words: Its command line, behind ``java``.
         size: Words of text that it reads, by which it is given time.
-        folder: That it is run in.
+        folder: Where it is run.
 
     Raises:
         ConfigError: There is no Java; it fails, or takes far too long.

@@ -10,10 +10,10 @@ from regiongpt.evaluate.task import Task
 
 TASKS: Final[Mapping[str, str]] = {
     "coco_cls": "coco_cls:CocoClassification",
-    "refcocog_caption": "refcocog_caption:RefCocogCaption",
-    "vg_caption": "vg_caption:VisualGenomeCaption",
-    "refcocog_rec": "refcocog_rec:RefCocogRec",
-    "coco_rec": "coco_rec:CocoRec",
+    "refcocog_caption": "captions:RefCocogCaption",
+    "vg_caption": "captions:VisualGenomeCaption",
+    "refcocog_rec": "choosing:RefCocogRec",
+    "coco_rec": "choosing:CocoRec",
     "pope": "pope:Pope",
 }
 """Where each task is, by its name on the command line."""

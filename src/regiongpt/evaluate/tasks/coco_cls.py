@@ -90,7 +90,7 @@ class CocoClassification(Task):
 
     @property
     def split_read(self) -> str:
-        """Of the annotations that are looked for."""
+        """The split of the annotations that are looked for."""
         return self.split if self.annotations is None else ""
 
     @property
@@ -284,7 +284,7 @@ def _federated(items: Sequence[Item]) -> Federated | None:
 
 
 def _category_ids(items: Sequence[Item]) -> dict[str, int]:
-    """Of every name of the closed set."""
+    """Category id of every name of the closed set."""
     return dict(zip(items[0].detail["names"], items[0].detail["ids"], strict=True))
 
 

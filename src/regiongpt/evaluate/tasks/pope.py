@@ -124,7 +124,7 @@ class Pope(Task):
 
     @property
     def split_read(self) -> str:
-        """Of the annotations that questions are built from."""
+        """The split of the annotations that questions are built from."""
         return "" if self._published() or self.annotations is not None else self.split
 
     def inputs(self) -> list[Path]:
@@ -286,12 +286,12 @@ def build_questions(
     is there. No class is asked for twice in an image; where the strategy has none left, any other is drawn.
 
     Args:
-        classes: Of all annotated images, the classes there; they also say what is popular and what comes together.
+        classes: Classes in each annotated image; they also say what is popular and what comes together.
         names: File name of each image.
         strategy: One of :data:`STRATEGIES`.
         images: Most images that are asked about, drawn by the seed.
         pairs: Questions of either answer for an image.
-        seed: Of every choice.
+        seed: Seed of every choice.
 
     Returns:
         Image ids with their questions, by image id.

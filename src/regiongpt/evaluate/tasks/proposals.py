@@ -115,9 +115,9 @@ def candidates_of(truth: Box, proposed: Sequence[Box], inject: bool, seed: tuple
 
     Args:
         truth: The object's box.
-        proposed: Of the image.
+        proposed: Boxes proposed in the image.
         inject: Add the truth where no candidate reaches an overlap of 0.5, as the paper does.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Returns:
         The boxes, and whether the truth had to be added (or would have had to be).

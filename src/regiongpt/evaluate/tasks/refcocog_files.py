@@ -20,6 +20,7 @@ from regiongpt.data.convert.values import (
 )
 from regiongpt.data.shards import Fault, Rejects
 from regiongpt.errors import DataError
+from regiongpt.evaluate.task import Task
 from regiongpt.evaluate.tasks.scoring import find
 from regiongpt.regions import MAX_COORDINATE
 
@@ -40,73 +41,73 @@ class Referred(NamedTuple):
     expressions: tuple[tuple[int, str], ...]
 
 
-class RefCocogFiles:
-    """Where the files are.
+class RefCocogTask(Task):
+    """A benchmark on the files of RefCOCOg."""
 
-    Args:
-        data: Folder that they are looked for in.
-        refs: ``refs(umd).p``, a json in COCO's layout or json lines, wherever it is.
-        instances: ``instances.json``, wherever it is; only ``refs(...).p`` needs it.
-        images: Folder of the images, wherever it is.
+    split: str = "val"
+    """Split of a refs(...).p; a json holds one split, which this names."""
+    refs: Path | None = None
+    """refs(umd).p, a json in COCO's layout or json lines, wherever it is."""
+    instances: Path | None = None
+    """instances.json of the data set, wherever it is; only refs(...).p needs it."""
+    images: Path | None = None
+    """Folder of the images, wherever it is."""
 
-    Raises:
-        DataError: A file is not there.
-    """
-
-    def __init__(self, data: Path, refs: Path | None, instances: Path | None, images: Path | None) -> None:
-        self.refs = find(refs, data, REFS, "expressions", "refs")
-        self.instances: Path | None = None
-        if self.refs.suffix == ".p" or instances is not None:
-            self.instances = find(instances, data, INSTANCES, "objects", "instances")
-        self._data, self._images = data, images
+    def inputs(self) -> list[Path]:
+        """Expressions and objects."""
+        if self._refs.suffix != ".p" and self.instances is None:
+            return [self._refs]
+        return [self._refs, find(self.instances, self.data, INSTANCES, "objects", "instances")]
 
     @property
-    def inputs(self) -> list[Path]:
-        """The files that are read."""
-        return [self.refs] if self.instances is None else [self.refs, self.instances]
+    def _refs(self) -> Path:
+        return find(self.refs, self.data, REFS, "expressions", "refs")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the images."""
+        return find(self.images, self.data, FOLDERS, "images", "images", file=False)
 
     @property
     def partition(self) -> str:
         """Who divided the data set, as far as the file's name says it."""
-        return next((name for name in ("umd", "google") if name in self.refs.name.lower()), "as in the file")
-
-    def split_read(self, split: str) -> str:
-        """A split where the file holds several, and it is chosen by name; ``""`` where the file is itself one."""
-        return split if self.refs.suffix == ".p" else ""
+        return next((name for name in ("umd", "google") if name in self._refs.name.lower()), "as in the file")
 
     @property
-    def folder(self) -> Path:
-        """Of the images."""
-        return find(self._images, self._data, FOLDERS, "images", "images", file=False)
+    def split_read(self) -> str:
+        """The split where the file holds several, and it is chosen by name."""
+        return self.split if self._refs.suffix == ".p" else ""
 
-    def objects(self, split: str, rejects: Rejects) -> list[Referred]:
-        """The objects of a split, in the order of the file.
+    def objects(self) -> list[Referred]:
+        """The objects of the split, in the order of the file.
 
         Raises:
             DataError: A file is of another form, has no such split, or does not belong to the other.
         """
-        if self.refs.suffix == ".jsonl":
-            return _read_lines(self.refs, self.folder, rejects)
-        if self.refs.suffix == ".p":
-            refs = read_pickle(self.refs, split, rejects)
+        path, *instances = RefCocogTask.inputs(self)
+        rejects = self.left_out
+        if path.suffix == ".jsonl":
+            return _read_lines(path, self.folder, rejects)
+        if path.suffix == ".p":
+            refs = read_pickle(path, self.split, rejects)
             scenes: dict[int, Scene] = {}
         else:
-            refs, scenes = read_json(self.refs, "refcocog", rejects)
-        if self.instances is not None:
-            scenes = read_instances(self.instances, set(refs), rejects)
+            refs, scenes = read_json(path, "refcocog", rejects)
+        if instances:
+            scenes = read_instances(instances[0], set(refs), rejects)
         found: list[Referred] = []
         for image_id, those in refs.items():
             for ref in those:
                 scene = scenes.get(image_id)
                 each = scene.objects.get(ref.ann_id) if scene is not None else None
                 if scene is None or each is None:
-                    rejects.add(APART, self.refs, ref.ann_id, "expected the object in the instances, found none")
+                    rejects.add(APART, path, ref.ann_id, "expected the object in the instances, found none")
                 else:
                     said = tuple((expression.id, expression.text) for expression in ref.expressions)
                     size = (scene.width, scene.height)
                     found.append(Referred(image_id, scene.path, size, ref.ann_id, each.box, each.category, said))
         if not found:
-            raise DataError(f"{self.refs}: expected objects of the split {split!r}, found none; {rejects.summary()}")
+            raise DataError(f"{path}: no objects of the split {self.split!r}; {rejects.summary()}")
         return found
 
 

@@ -22,7 +22,7 @@ def find(given: Path | None, folder: Path, names: Iterable[str], what: str, flag
 
     Args:
         given: What the person has named; None to look for the names.
-        folder: That they are looked for in.
+        folder: Where they are looked for.
         names: Relative to it.
         what: For the message: ``"the images"``.
         flag: The option that names it.
@@ -76,7 +76,7 @@ def by_group(
 
     Args:
         items: The items.
-        key: Of the items' groups.
+        key: Which of the items' groups.
         measure: Figures of the items at some places.
         order: Groups that have an order of their own.
     """
@@ -95,7 +95,7 @@ def means_by_group(
 
     Args:
         items: The items.
-        keys: Of the items' groups; those that no item has are left out.
+        keys: Which of the items' groups; those that no item has are left out.
         scores: By figure, the score of each item.
     """
 
@@ -175,7 +175,7 @@ def confusion_table(truths: Sequence[str], said: Sequence[str | None], names: Se
         truths: Category of each item.
         said: What it was taken for; None where the answer was off the list.
         names: All categories, in order.
-        title: Of the table.
+        title: Title of the table.
     """
     place = {name: k for k, name in enumerate(names)}
     counts = np.zeros((len(names), len(names) + 1), np.int64)

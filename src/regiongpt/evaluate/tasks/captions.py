@@ -1,0 +1,288 @@
+"""One short description a region, scored against people's: RefCOCOg and Visual Genome.
+
+Paper: §4.2, Table 4
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal, NamedTuple
+
+from pydantic import Field, field_validator
+
+from regiongpt.data.convert.jsonstream import iter_array
+from regiongpt.data.convert.values import is_whole
+from regiongpt.data.convert.visual_genome import VisualGenomeConverter
+from regiongpt.data.shards import Rejects
+from regiongpt.errors import DataError
+from regiongpt.evaluate.metrics.captions import METRICS, caption_scores
+from regiongpt.evaluate.metrics.java import find_java, find_spice, scored_words
+from regiongpt.evaluate.paper import TABLES
+from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
+from regiongpt.evaluate.tasks.refcocog_files import RefCocogTask, each_expression
+from regiongpt.evaluate.tasks.scoring import (
+    box_area,
+    figures,
+    find,
+    given,
+    images_of,
+    limited,
+    means_by_group,
+    notes_of,
+    rows_of,
+    size_name,
+)
+from regiongpt.prompts import question
+from regiongpt.regions import Region
+
+PROTOCOL = "generate"
+SCORERS = {
+    "CIDEr": "CIDEr of pycocoevalcap 1.2 (mean of n-grams 1 to 4, sigma 6, document frequencies of these references)",
+    "METEOR": "METEOR 1.5 (-l en -norm), summed over the set",
+    "ROUGE_L": "ROUGE-L of pycocoevalcap 1.2 (beta 1.2)",
+    "BLEU": "BLEU of pycocoevalcap 1.2 (closest reference length)",
+    "SPICE": "SPICE 1.0",
+}
+_OBJECTS: Final = {
+    "object": "all expressions of an object are the references of its one caption",
+    "expression": "each expression is an item of its own, with itself as its only reference",
+}
+_REGIONS: Final = {
+    "region": "each region is an item of its own, with its one phrase as the only reference",
+    "box": "regions of one image with the same box are one item, with all their phrases as references",
+}
+
+
+class Described(NamedTuple):
+    """A region with what people said of it.
+
+    Attributes:
+        id: Id of the item.
+        image: The image file.
+        image_id: Id of the image.
+        size: Width and height of the image in pixels, as the annotations say it.
+        box: xyxy in pixels.
+        references: Texts.
+        category: What the region shows, where it is known.
+    """
+
+    id: str
+    image: Path
+    image_id: int
+    size: tuple[int, int] | None
+    box: Sequence[float]
+    references: Sequence[str]
+    category: str = ""
+
+
+class CaptionTask(Task):
+    """Asks for a caption of each region; a subclass reads the regions and their references."""
+
+    metrics: str = "METEOR,CIDEr,ROUGE_L,BLEU"
+    """Joined by commas: CIDEr, METEOR, ROUGE_L, BLEU, SPICE."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest caption, in tokens."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_metrics(cls, value: str) -> str:
+        names = _names(value)
+        if not names or not set(names) <= set(METRICS):
+            raise ValueError(f"give some of {', '.join(METRICS)}, joined by commas")
+        return value
+
+    @abstractmethod
+    def regions_described(self) -> list[Described]:
+        """The regions to be described, with what people said of them."""
+
+    @abstractmethod
+    def pinned(self) -> dict[str, str]:
+        """Split and grouping of the references."""
+
+    def items(self) -> list[Item]:
+        """One item a region, but those of which no reference has a word."""
+        # What is missing is better said now than after all the answers.
+        find_java()
+        if "SPICE" in _names(self.metrics):
+            find_spice()
+        self.left_out.counts.clear()
+        described = self.regions_described()
+        words = iter(scored_words([text for each in described for text in each.references]))
+        items = []
+        for each in described:
+            worded = []
+            for text in each.references:
+                if next(words):
+                    worded.append(text)
+                else:
+                    self.left_out.add("reference without words", self.inputs()[0], each.id, f"no word in {text!r}")
+            if worded:
+                items.append(self._item(each, worded))
+        return limited(items, self.limit)
+
+    def _item(self, each: Described, references: list[str]) -> Item:
+        return Item(
+            id=each.id,
+            image=each.image,
+            image_id=each.image_id,
+            size=each.size,
+            question=question("caption", 0, regions=[1]),
+            regions=(Region.box(*each.box),),
+            max_new_tokens=self.max_new_tokens,
+            truth=references[0],
+            groups={"size": size_name(box_area(each.box)), **({"category": each.category} if each.category else {})},
+            detail={"references": references},
+        )
+
+    def score(
+        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
+    ) -> Result:
+        """The metrics over all items; one without an answer is the empty caption."""
+        texts = [text or "" for text in given(items, answers, "text")]
+        metrics = _names(self.metrics)
+        references = [list(item.detail["references"]) for item in items]
+        found = caption_scores(texts, references, metrics=metrics, clusters=images_of(items))
+        statistics = {name: each.statistic for name, each in found.items()}
+        scores = {name: each.items.tolist() for name, each in found.items()}
+        notes = notes_of(self, items, answers)
+        if empty := sum(not any(map(str.isalnum, text)) for text in texts):
+            notes.append(f"{empty} captions have no word and score 0")
+        return Result(
+            task=self.name,
+            pinned={
+                **self.pinned(),
+                "tokenizer": "Penn Treebank tokenizer of CoreNLP 3.4.1, lower case, punctuation dropped",
+                **{f"scorer {name}": SCORERS[name] for name in metrics},
+            },
+            protocols={PROTOCOL: figures(statistics, len(items), resamples, seed)},
+            # Means of the items' own scores: those of METEOR and BLEU over a set are no means, and differ a little.
+            breakdowns={PROTOCOL: means_by_group(items, ("size", "category"), scores)},
+            rows=rows_of(items, answers, {f"{PROTOCOL}.{name}": each for name, each in scores.items()}),
+            notes=tuple(notes),
+            statistics={PROTOCOL: statistics},
+        )
+
+
+def _names(metrics: str) -> list[str]:
+    return [name.strip() for name in metrics.split(",") if name.strip()]
+
+
+def _printed(table: str) -> dict[str, dict[str, float]]:
+    return {PROTOCOL: {name: TABLES[table].figure(name) / 100 for name in ("METEOR", "CIDEr")}}
+
+
+class RefCocogCaption(RefCocogTask, CaptionTask):
+    """One caption an object, or with ``grouping`` set to ``expression`` one for each of its expressions.
+
+    Published figures use both groupings and seldom say which.
+    """
+
+    name: ClassVar[str] = "refcocog_caption"
+    summary: ClassVar[str] = "captions of RefCOCOg's objects: METEOR and CIDEr (Table 4)"
+    item_id: ClassVar[str] = "annotation id"
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = _printed("refcocog_caption")
+    paper_source: ClassVar[str] = "Table 4, RefCOCOg; the paper names neither split nor grouping of the references"
+
+    grouping: Literal["object", "expression"] = "object"
+    """How references are grouped: those of an object together, or each expression by itself."""
+
+    def pinned(self) -> dict[str, str]:
+        """Partition, split and grouping."""
+        split = self.split_read or self.inputs()[0].name
+        return {"split": f"RefCOCOg {self.partition} {split}", "references": _OBJECTS[self.grouping]}
+
+    def regions_described(self) -> list[Described]:
+        """One an object or an expression, in the order of the file."""
+        objects, folder = self.objects(), self.folder
+        if self.grouping == "object":
+            asked = [(str(each.ann_id), each, [text for _, text in each.expressions]) for each in objects]
+        else:
+            asked = [(str(number), each, [text]) for each, number, text in each_expression(objects)]
+        return [
+            Described(number, folder / each.file, each.image_id, each.size, each.box, said, each.category)
+            for number, each, said in asked
+        ]
+
+
+class VisualGenomeCaption(CaptionTask):
+    """One caption a region of the images of a split, which a file lists: papers use different ones."""
+
+    name: ClassVar[str] = "vg_caption"
+    summary: ClassVar[str] = "captions of Visual Genome's regions: METEOR and CIDEr (Table 4)"
+    item_id: ClassVar[str] = "region id"
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = _printed("vg_caption")
+    paper_source: ClassVar[str] = "Table 4, Visual Genome; the paper names neither split nor number of regions"
+
+    split: str = "test"
+    """Split of the file of splits."""
+    regions: Path | None = None
+    """region_descriptions.json, wherever it is."""
+    image_data: Path | None = None
+    """image_data.json, wherever it is."""
+    splits: Path | None = None
+    """Json of image ids by split, such as densecap_splits.json; without one, all images."""
+    images: Path | None = None
+    """Folder with VG_100K and VG_100K_2, wherever it is."""
+    grouping: Literal["region", "box"] = "region"
+    """How references are grouped: each region by itself, or regions with the same box together."""
+
+    @property
+    def split_read(self) -> str:
+        """The split, if there is a file of splits."""
+        return self.split if self.splits is not None else ""
+
+    def inputs(self) -> list[Path]:
+        """Regions, images' sizes and splits."""
+        found = [
+            find(self.regions, self.data, ["region_descriptions.json"], "regions", "regions"),
+            find(self.image_data, self.data, ["image_data.json"], "sizes of images", "image-data"),
+        ]
+        return [*found, self.splits] if self.splits is not None else found
+
+    def pinned(self) -> dict[str, str]:
+        """Split and grouping."""
+        split = f"{self.split} of {self.splits.name}" if self.splits is not None else "all images of the file"
+        return {"split": f"Visual Genome, {split}", "references": _REGIONS[self.grouping]}
+
+    def regions_described(self) -> list[Described]:
+        """One a region or a box, by image and region id."""
+        regions, image_data = self.inputs()[:2]
+        folder = find(self.images, self.data, ["images", "."], "images", "images", file=False)
+        wanted = _split_of(self.splits, self.split) if self.splits is not None else None
+        reader = VisualGenomeConverter(
+            images=folder, regions=regions, image_data=image_data, boxes_per_image=0, check_images=False
+        )
+        found: list[Described] = []
+        for record in reader.records(self.left_out):
+            image_id = int(record.id.rsplit("/", 1)[-1])
+            if wanted is not None and image_id not in wanted:
+                continue
+            parts = [(record.regions[turn.regions[0] - 1], turn.answer) for turn in record.turns]
+            asked: dict[Any, tuple[str, Sequence[float], list[str]]] = {}
+            for region, phrase in sorted(parts, key=lambda part: int(part[0].source_id)):
+                box = region.region.to_dict()["box"]
+                key = region.source_id if self.grouping == "region" else tuple(box)
+                asked.setdefault(key, (region.source_id, box, []))[2].append(phrase)
+            found += [
+                Described(number, folder / record.image, image_id, (record.width, record.height), box, phrases)
+                for number, box, phrases in asked.values()
+            ]
+        if not found:
+            raise DataError(f"{regions}: no regions of the split {self.split!r}; {self.left_out.summary()}")
+        return found
+
+
+def _split_of(path: Path, split: str) -> set[int]:
+    """The image ids of a split.
+
+    Raises:
+        DataError: The file has no such list of ids.
+    """
+    rejects = Rejects()
+    try:
+        numbers = list(iter_array(path, split, rejects))
+    except DataError as error:
+        raise DataError(f"{error}; the file of splits is to have a list of image ids by split") from None
+    if rejects.counts or not numbers or not all(is_whole(number) for number in numbers):
+        raise DataError(f"{path}: expected a list {split!r} of image ids as whole numbers; got another form")
+    return set(numbers)
