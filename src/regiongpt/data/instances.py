@@ -28,6 +28,7 @@ from regiongpt.data.convert.values import (
     MALFORMED,
     clipped_box,
     image_name,
+    is_number,
     is_unicode,
     is_whole,
     plain_text,
@@ -461,7 +462,7 @@ class InstancesFile:
         self._category_ids.append(ids[2])
         self._boxes.extend(box)
         area = entry.get("area")
-        self._areas.append(area if type(area) in (int, float) and 0 < area < math.inf else math.nan)
+        self._areas.append(area if is_number(area) and area > 0 else math.nan)
         self._crowd.append(crowd and self._crowds != "take")
         for fault in mask.faults:
             self._leave_out(index, fault.kind, fault.reason if fault.kind == _THIN else f"{fault.reason}; {self._then}")
@@ -623,7 +624,7 @@ class InstancesFile:
         if len(self.images):
             limits = np.column_stack((self.widths, self.heights))[places]
             boxes = np.clip(boxes, 0.0, np.hstack((limits, limits)))
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             bad |= ~(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) >= MIN_AREA)
         return boxes, bad & ~absent
 

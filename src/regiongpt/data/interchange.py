@@ -70,7 +70,7 @@ def write_coco(records: Iterable[Record], path: str | Path) -> dict[str, int]:
                 image = images.setdefault(record.image, {"id": len(images) + 1, **entry})
                 for each in record.regions:
                     category = categories.setdefault(each.category or UNNAMED, len(categories) + 1)
-                    drawn = _annotation(each.region, record.width, record.height)
+                    drawn = each.region.to_coco(record.width, record.height)
                     key = (image["id"], each.source_id, each.category, json.dumps(drawn))
                     if key in written:
                         continue
@@ -83,17 +83,6 @@ def write_coco(records: Iterable[Record], path: str | Path) -> dict[str, int]:
 
     write_file(path, write)
     return {"images": len(images), "annotations": len(written), "categories": len(categories)}
-
-
-def _annotation(region: Region, width: int, height: int) -> dict[str, Any]:
-    x0, y0, x1, y1 = (float(edge) for edge in region.bounds(width, height))
-    given = region.to_dict()
-    segmentation: Any = []
-    if region.kind == "polygon":
-        segmentation = [[number for point in ring for number in point] for ring in given["polygon"]]
-    elif region.kind != "box":
-        segmentation = mask_rle(region, width, height)
-    return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": region.area(width, height), "segmentation": segmentation}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
