@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 REGION_OPTIONS = {
     "--box": ("X0,Y0,X1,Y1", "a box, in pixels from the image's top left corner"),
-    "--mask": ("FILE", "an image of the photograph's size, not black (or not transparent) inside the region"),
+    "--xywh": ("X,Y,W,H", "a box by its left and top edge, width and height"),
+    "--mask": ("FILE", "an image of the photograph's size, white (or opaque) inside the region"),
     "--polygon": ("X,Y,X,Y,X,Y,...", "the corners of a polygon, at least three"),
     "--rle": ("FILE", "a JSON file with a COCO run-length mask: size [height, width] and counts"),
     "--point": ("X,Y", "a point: the small disk around it"),
@@ -33,10 +34,11 @@ class _AddRegion(argparse.Action):
 
 
 def add_region_options(parser: argparse.ArgumentParser) -> None:
-    """Give a verb the options for regions, which :func:`read_regions` reads."""
+    """Add the options for regions, whose values :func:`read_regions` reads."""
     group = parser.add_argument_group("regions", "any number of them; the first one typed is <region1>")
     for option, (metavar, text) in REGION_OPTIONS.items():
         group.add_argument(option, action=_AddRegion, dest="regions", metavar=metavar, help=text, default=[])
+    group.add_argument("--normalized", action="store_true", help="--box and --xywh in fractions of the image's sides")
 
 
 def bind_coordinates(arguments: Sequence[str]) -> list[str]:
@@ -51,46 +53,41 @@ def bind_coordinates(arguments: Sequence[str]) -> list[str]:
     return bound
 
 
-def read_regions(typed: Sequence[tuple[str, str]], size: tuple[int, int]) -> "list[Region]":
-    """The regions typed for an image, checked against its size (width, height) in pixels."""
-    regions = []
-    for number, (option, text) in enumerate(typed, 1):
-        region = _read_region(option, text, number, size)
-        regions.append(region.check(*size, f"<region{number}> ({option})"))
-    return regions
+def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> "list[tuple[str, Region]]":
+    """The regions that were typed, each behind what messages call it; not yet checked against an image.
 
+    Args:
+        typed: what :func:`add_region_options` collects.
+        normalized: boxes are fractions of the image's width and height.
 
-def _read_region(option: str, text: str, number: int, size: tuple[int, int]) -> "Region":
+    Raises:
+        RegionError: one is malformed.
+        DataError: a file cannot be read.
+    """
+    from regiongpt.images import open_image
     from regiongpt.regions import Region
 
-    where = f"<region{number}> ({option})"
-    if option == "--mask":
-        return Region.mask(_read_mask(text, where, size))
-    if option == "--rle":
-        return Region.from_dict({"rle": read_json(text)}, where)
-    try:
-        values = [float(value) for value in text.split(",")]
-    except ValueError:
-        raise RegionError(f"{where}: expected numbers {REGION_OPTIONS[option][0]}, got {text!r}") from None
-    return Region.from_dict({option.removeprefix("--"): values}, where)
-
-
-def _read_mask(path: str, where: str, size: tuple[int, int]) -> Any:
-    """The bool (H, W) mask in an image file, whose size is held against the photograph's before it is decoded."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    expected = f"{where}: expected an image of {size[0]}x{size[1]} pixels, the size of the photograph"
-    try:
-        with Image.open(path) as file:
-            if file.size != size:
-                raise RegionError(f"{expected}, got {file.width}x{file.height}: {path}")
-            if "A" in file.getbands() or "transparency" in file.info:
-                alpha = np.asarray(file.convert("RGBA"))[..., 3]
-                if alpha.min() < 255:  # else the alpha channel says nothing, and the colours do
-                    return alpha > 0
-            pixels = np.asarray(file.convert("RGB") if "A" in file.getbands() else file)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image that can be read"
-        raise DataError(f"{expected}, got {path}: {reason}") from None
-    return pixels.any(axis=-1) if pixels.ndim == 3 else pixels != 0
+    regions = []
+    for number, (option, text) in enumerate(typed, 1):
+        where = f"<region{number}> ({option})"
+        try:
+            if option == "--mask":
+                region = Region.mask(open_image(text)[1])
+            elif option == "--rle":
+                region = Region.rle(read_json(text))
+            else:
+                values = [float(value) for value in text.split(",")]
+                if option in ("--box", "--xywh"):
+                    make = Region.box if option == "--box" else Region.from_xywh
+                    x, y, right, bottom = values  # or width and height; another count is a ValueError
+                    region = make(x, y, right, bottom, normalized=normalized or None)
+                else:
+                    region = Region.from_dict({option.removeprefix("--"): values}, where)
+        except ValueError:
+            raise RegionError(f"{where}: expected numbers {REGION_OPTIONS[option][0]}, got {text!r}") from None
+        except RegionError as error:
+            raise RegionError(f"{where}{str(error).removeprefix('region').removeprefix(where)}") from None
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        regions.append((where, region))
+    return regions
