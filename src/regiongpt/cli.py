@@ -202,7 +202,7 @@ def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     generation = dict(read_options(Options, options))
     _check_model(options)
     photo = load_image(options.image)
-    regions = read_regions(options, photo.size)
+    regions = [region.check(*photo.size, name) for name, region in read_regions(options.regions, options.normalized)]
     conversation = _predictor(options).set_image(photo).conversation(regions)
     typed = sys.stdin.isatty()
     if typed:
@@ -311,6 +311,10 @@ def _over_images(
     sources = read_options(Sources, options)
     if check is None and not (options.regions or sources.proposals or sources.sam or sources.grid):
         raise ConfigError("expected regions from --proposals, --grid, --sam, --box or another option, got none")
+    typed = read_regions(options.regions, options.normalized)
+    for name, region in typed:
+        if region.note:
+            tell(f"regiongpt: warning: {name}: {region.note}")
     images = find_images(options.images)
     if options.picture:
         if len(images) > 1:
@@ -332,7 +336,7 @@ def _over_images(
     def view(path: str) -> "View":
         seen = view_of(
             path,
-            lambda photo: read_regions(options, photo.size),
+            typed,
             sources,
             lambda photo: segmenter().propose(photo, sources.grid or 32),
         )

@@ -60,6 +60,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rle_keys.json").write_text(json.dumps({"counts": "x"}))
     (folder / "rle_list.json").write_text("[1, 2]")
     (folder / "rle_broken.json").write_text("{")
+    (folder / "rle_deep.json").write_text("[" * 100_000)
+    (folder / "rle_huge.json").write_text("[" + "9" * 5000 + "]")
     return folder
 
 
@@ -138,6 +140,20 @@ def test_photographs_of_every_mode(ask, name):
     assert out.strip()
 
 
+def test_boxes_by_their_size_and_in_fractions_of_the_image(ask):
+    answers = [
+        ask("photo.jpg", QUESTION, *words)
+        for words in (
+            ["--box", "6,10,30,30"],
+            ["--xywh", "6,10,24,20"],
+            ["--normalized", "--box", "0.1,0.25,0.5,0.75"],
+            ["--xywh", "0.1,0.25,0.4,0.5", "--normalized"],
+        )
+    ]
+    assert len(set(answers)) == 1
+    assert answers[0][0] == 0
+
+
 def test_a_turned_photograph_is_turned_back(ask):
     assert ask("turned.jpg", QUESTION, "--box", "0,50,40,60")[0] == 0
     code, _, err = ask("turned.jpg", QUESTION, "--box", "50,0,60,40")
@@ -181,7 +197,7 @@ BOX = ["--box", "5,5,30,30"]
         (["photo.jpg", QUESTION, "--box", "nan,5,30,30"], ["<region1>", "finite", "nan"]),
         (["photo.jpg", QUESTION, "--box", "-inf,5,30,30"], ["<region1>", "finite", "inf"]),
         (["photo.jpg", QUESTION, "--box", "100,100,200,200"], ["<region1>", "60 x 40"]),
-        (["photo.jpg", QUESTION, "--box", "5,5,30"], ["<region1> (--box)", "4 numbers", "got 3"]),
+        (["photo.jpg", QUESTION, "--box", "5,5,30"], ["<region1> (--box)", "X0,Y0,X1,Y1", "'5,5,30'"]),
         (["photo.jpg", QUESTION, "--box", "a,b,c,d"], ["<region1> (--box)", "X0,Y0,X1,Y1", "'a,b,c,d'"]),
         (["photo.jpg", QUESTION, "--box"], ["--box", "expected one argument"]),
         (["photo.jpg", QUESTION, *BOX, "--polygon", "1,1,9,9"], ["<region2>", "at least 3 points", "got 2"]),
@@ -190,11 +206,17 @@ BOX = ["--box", "5,5,30,30"]
         (["photo.jpg", QUESTION, "--point", "500,5"], ["<region1>", "60 x 40"]),
         (["photo.jpg", QUESTION, "--scribble", "5,5,7"], ["<region1>", "3 numbers"]),
         # masks and run lengths
-        (["photo.jpg", QUESTION, "--mask", "mask_small.png"], ["<region1>", "60x40", "60x20"]),
+        (["photo.jpg", QUESTION, "--mask", "mask_small.png"], ["<region1>", "60 x 40", "60 x 20"]),
         (["photo.jpg", QUESTION, "--mask", "mask_black.png"], ["<region1>", "empty"]),
-        (["photo.jpg", QUESTION, "--mask", "nowhere.png"], ["<region1>", "nowhere.png", "No such file"]),
-        (["photo.jpg", QUESTION, "--mask", "text.jpg"], ["<region1>", "text.jpg", "not an image"]),
+        (["photo.jpg", QUESTION, "--mask", "nowhere.png"], ["<region1>", "nowhere.png", "no such file"]),
+        (["photo.jpg", QUESTION, "--mask", "text.jpg"], ["<region1>", "text.jpg", "expected an image"]),
         (["photo.jpg", QUESTION, "--mask", "bomb.png"], ["<region1>", "bomb.png"]),
+        (["photo.jpg", QUESTION, "--mask", "truncated.jpg"], ["<region1>", "truncated.jpg", "damaged"]),
+        (["photo.jpg", QUESTION, "--box", "0.1,0.1,0.5,0.5"], ["<region1>", "--normalized"]),
+        (["photo.jpg", QUESTION, "--xywh", "5,5,0,9"], ["<region1>", "width and height above 0"]),
+        (["photo.jpg", QUESTION, "--xywh", "5,5,9"], ["<region1>", "X,Y,W,H"]),
+        (["photo.jpg", QUESTION, "--rle", "rle_deep.json"], ["rle_deep.json", "nested too deeply"]),
+        (["photo.jpg", QUESTION, "--rle", "rle_huge.json"], ["rle_huge.json", "not a readable JSON"]),
         (["photo.jpg", QUESTION, "--rle", "rle_short.json"], ["<region1>", "RLE"]),
         (["photo.jpg", QUESTION, "--rle", "rle_keys.json"], ["<region1>", "size"]),
         (["photo.jpg", QUESTION, "--rle", "rle_list.json"], ["<region1>", "list"]),

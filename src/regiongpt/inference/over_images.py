@@ -175,12 +175,12 @@ def find_images(words: Sequence[str]) -> list[str]:
     return found
 
 
-def view_of(path: str, typed: Callable[["Image"], Sequence[Region]], sources: Sources, segment: Any = None) -> View:
+def view_of(path: str, typed: Sequence[tuple[str, Region]], sources: Sources, segment: Any = None) -> View:
     """Read an image and gather its regions.
 
     Args:
         path: the image.
-        typed: regions typed, checked against the image.
+        typed: regions typed for every image, each behind what messages call it.
         sources: where further regions come from.
         segment: proposes regions of an image with ``sources.sam``.
 
@@ -189,7 +189,7 @@ def view_of(path: str, typed: Callable[["Image"], Sequence[Region]], sources: So
         RegionError: a region does not fit the image.
     """
     photo = load_image(path)
-    found = [Proposal(region=region, place=f"<region{number}>") for number, region in enumerate(typed(photo), 1)]
+    found = [Proposal(region=region.check(*photo.size, name), place=name) for name, region in typed]
     rejects = Rejects()
     if sources.proposals:
         found += read_proposals(
