@@ -85,7 +85,7 @@ def test_tensorboard_has_the_same_numbers_once(tmp_path: Path) -> None:
 
 def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(watch, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'regiongpt\[train\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[train\]'"):
         learn(tmp_path, watch=WatchConfig(tensorboard=True))
 
 

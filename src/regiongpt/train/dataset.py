@@ -244,19 +244,24 @@ class DataCollator:
 
     Args:
         processor: Whose examples they are.
+        extras: What else to pad of that the examples have; nothing for a trainer that knows the model's inputs alone.
     """
 
-    def __init__(self, processor: "RegionGPTProcessor") -> None:
-        self.processor = processor
+    def __init__(
+        self,
+        processor: "RegionGPTProcessor",
+        extras: Sequence[str] = ("tasks", "turns", "region_classes", "cell_classes"),
+    ) -> None:
+        self.processor, self.extras = processor, extras
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """The model's inputs and ``labels``, and whatever else all examples have, -1 behind the shorter ones."""
+        """The model's inputs and ``labels``, and the extras, -1 behind the shorter ones."""
         blank = next((torch.zeros_like(each["pixel_values"]) for each in examples if "pixel_values" in each), None)
         if blank is not None:
             # A text without <image> takes nothing from the pixels in its row, which are there to fill the batch.
             examples = [each if "pixel_values" in each else {**each, "pixel_values": blank} for each in examples]
         batch = dict(self.processor.collate(examples))
-        for name in ("tasks", "turns", "region_classes", "cell_classes"):
+        for name in self.extras:
             if name in examples[0]:
                 batch[name] = pad_sequence([each[name] for each in examples], batch_first=True, padding_value=-1)
         return batch

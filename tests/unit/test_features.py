@@ -1,0 +1,124 @@
+"""The feature cache: damage is computed again or told, and never trained on; a full disk ends in one line."""
+
+import json
+import logging
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pictures import draw_pictures
+
+from regiongpt.data.coco import load_coco, photo_sources
+from regiongpt.errors import DataError
+from regiongpt.train.features import FeatureStore, build_features
+from regiongpt.train.recipe import FeatureConfig
+
+IMAGES = 5
+
+
+class Tower:
+    """Features that are the mean of the pixels; it counts what it encodes."""
+
+    def __init__(self) -> None:
+        vision = SimpleNamespace(hidden_size=3, to_dict=dict)
+        self.config = SimpleNamespace(vision_config=vision, tower_grid=(2, 2))
+        self.encoded = 0
+
+    def pixels_of(self, image: Any) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(image).mean((0, 1), dtype=np.float32))[None]
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.encoded += 1
+        return pixels[:, :, None, None].expand(1, 3, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("pictures")
+    draw_pictures(root, IMAGES, "instances_train.json")
+    return load_coco(photo_sources(root, "train")).images
+
+
+def build(folder: Path, images: Any, **options: Any) -> tuple[FeatureStore, int]:
+    """The cache, and how many views were encoded for it."""
+    tower: Any = Tower()
+    return build_features(folder, images, tower, tower, FeatureConfig(**{"views": 2, **options})), tower.encoded
+
+
+def rows(store: FeatureStore) -> list[Any]:
+    return [store.row(index, view).tolist() for index in range(IMAGES) for view in range(2)]
+
+
+def test_a_cache_is_made_once(images: Any, tmp_path: Path) -> None:
+    made, encoded = build(tmp_path, images)
+    again, encoded_again = build(tmp_path, images)
+    assert (encoded, encoded_again) == (2 * IMAGES, 0)
+    assert rows(again) == rows(made)
+    assert again.colours == made.colours
+    assert any(made.colours)
+    with pytest.raises(DataError, match=r"those of another recipe; delete the folder"):
+        build(tmp_path, images, seed=1)
+
+
+def test_a_cache_that_was_begun_is_gone_on_with(images: Any, tmp_path: Path) -> None:
+    expected, _ = build(tmp_path, images)
+    side = tmp_path / "progress.json"
+    state = json.loads(side.read_text())
+    state |= {"done": 3, "colours": state["colours"][:3]}
+    del state["checksums"]  # of a release that had none
+    side.write_text(json.dumps(state))
+    store, encoded = build(tmp_path, images)
+    assert encoded == 2 * (IMAGES - 3)
+    assert rows(store) == rows(expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("progress.json", b""),
+        ("progress.json", b'{"digest": "'),
+        ("progress.json", b"[]"),
+        ("progress.json", b'{"digest": "", "done": 5, "colours": [], "checksums": []}'),
+        ("features.npy", b""),
+        ("features.npy", b"\x93NUMPY\x01\x00"),
+        ("features.npy", None),
+    ],
+)
+def test_a_cache_that_was_cut_short_is_computed_again(
+    file: str, content: bytes | None, images: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = rows(build(tmp_path, images)[0])
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[:-10] if content is None else content)
+    with caplog.at_level(logging.WARNING):
+        store, encoded = build(tmp_path, images)
+    assert encoded == 2 * IMAGES
+    assert rows(store) == expected
+    assert f"{tmp_path}: damaged" in caplog.text
+
+
+def test_a_row_that_is_not_what_was_written_is_told(images: Any, tmp_path: Path) -> None:
+    build(tmp_path, images)
+    with (tmp_path / "features.npy").open("r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"\xff")
+    store, _ = build(tmp_path, images)
+    store.row(IMAGES - 1, 0)
+    with pytest.raises(DataError, match=f"features.npy: the features of image {IMAGES} are damaged; delete the folder"):
+        store.row(IMAGES - 1, 1)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(images: Any, tmp_path: Path) -> None:
+    expected = rows(build(tmp_path / "enough", images)[0])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))  # as much of a file as a disk has room for
+    try:
+        with pytest.raises(DataError, match=r"cannot be written: .*; free some space or choose another place"):
+            build(tmp_path / "full", images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert rows(build(tmp_path / "full", images)[0]) == expected
