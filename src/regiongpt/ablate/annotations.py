@@ -1,6 +1,5 @@
 """The annotations of a folder of photographs, cut down for an ablation; the photographs themselves are linked to."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from regiongpt.data.coco import photo_sources
 from regiongpt.errors import DataError
-from regiongpt.storage import write_json
+from regiongpt.storage import read_json, write_json
 
 _DONE = "made.json"
 
@@ -37,7 +36,7 @@ def prepare(root: Path, split: str, how: str, folder: Path) -> Path:
         for each in sources
     ]
     done = out / _DONE
-    if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == {"of": stamps}:
+    if done.is_file() and read_json(done) == {"of": stamps}:
         return out
     out.mkdir(parents=True, exist_ok=True)
     left = 0
@@ -74,13 +73,12 @@ def _share(content: Mapping[str, Any], percent: int) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(content.get(name), list) for name in ("images", "annotations")):
-            raise ValueError("no lists of images and annotations")
-        return content
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: expected annotations in COCO's format, got {error}; check the path") from None
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), list) for key in ("images", "annotations")
+    ):
+        raise DataError(f"{path}: no lists of images and annotations, as COCO's files have them; check the path")
+    return content
 
 
 def _link(path: Path, target: Path) -> None:
