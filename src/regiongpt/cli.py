@@ -202,7 +202,7 @@ def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     generation = dict(read_options(Options, options))
     _check_model(options)
     photo = load_image(options.image)
-    regions = read_regions(options.regions, photo.size)
+    regions = read_regions(options, photo.size)
     conversation = _predictor(options).set_image(photo).conversation(regions)
     typed = sys.stdin.isatty()
     if typed:
@@ -332,7 +332,7 @@ def _over_images(
     def view(path: str) -> "View":
         seen = view_of(
             path,
-            lambda photo: read_regions(options.regions, photo.size),
+            lambda photo: read_regions(options, photo.size),
             sources,
             lambda photo: segmenter().propose(photo, sources.grid or 32),
         )

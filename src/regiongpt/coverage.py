@@ -1,11 +1,10 @@
 """Areas: how many square pixels of a shape lie in each cell of a grid.
 
-Four shapes cover every kind of region: an axis-aligned box, a set of pixels, a set of polygons, and rings that cross
-themselves or each other very often. Each is already clipped to its image, and all of them answer the same questions,
-in float64 and without sampling, so that a shape thinner than a cell, or smaller than a pixel, is neither lost nor
-blurred. Two things that nobody draws on purpose are sampled finely instead, so that no region costs much time or
-memory: strokes that cross themselves more than :data:`MANY_CROSSINGS` times, and rings that do so more than
-:data:`MOST_CROSSINGS` times (:class:`PixelShape` with pixels smaller than the image's).
+Five shapes cover every kind of region: an axis-aligned box, a set of pixels, a set of polygons, rings that cross
+themselves or each other very often, and long strokes. Each is clipped to its image, and all answer the same questions
+in float64 and without sampling pixels, so that a shape thinner than a cell, or smaller than a pixel, is neither lost
+nor blurred. The last two are there because the time that shapely takes for them grows with the third power of their
+points.
 
 Coordinates are pixels of the original image, x to the right and y down; pixel (row, column) is the unit square from
 (column, row) to (column + 1, row + 1). Grids are given by the ascending lines between their cells, ``y_edges``
@@ -31,10 +30,10 @@ MANY_CROSSINGS = 256
 """Crossings up to which shapely draws polygons; beyond, its time grows with about the third power of the points."""
 MOST_CROSSINGS = 2_000_000
 """Crossings up to which rings are measured exactly: about those of 4,000 random points. Beyond, they are sampled."""
-MANY_POINTS = 128
-"""Points up to which shapely draws strokes."""
+MANY_POINTS, MOST_POINTS = 128, 1000
+"""Points up to which shapely draws a stroke, in one piece and in many."""
 _CIRCLE = 32  # segments a quarter circle: the disk's area is 0.04 % short
-_HAIR = 2.0**-26  # of the larger of a point's coordinates and the image's sides
+_HAIR = 2.0**-28  # of the larger of a point's coordinates and the image's sides
 _PRECISION = 2.0**-20
 """Pixels that polygons are rounded to: with a fixed grid of points, intersections of any polygons are sound."""
 
@@ -76,9 +75,9 @@ class BoxShape:
 
 @dataclass(frozen=True, eq=False)
 class PixelShape:
-    """Pixels, or smaller cells: how much of each is inside, and the place of the first row and column."""
+    """A set of pixels, or of smaller cells: a bool window and the place of its first row and column."""
 
-    window: NDArray[Any]  # bool, or float32 in 0..1
+    window: Bools
     top: int
     left: int
     step: tuple[float, float] = (1.0, 1.0)  # height and width of a cell, in pixels of the image
@@ -86,38 +85,36 @@ class PixelShape:
     geometry = None
 
     @staticmethod
-    def of(mask: NDArray[Any], step: tuple[float, float] = (1.0, 1.0)) -> "PixelShape":
+    def of(mask: Bools, step: tuple[float, float] = (1.0, 1.0)) -> "PixelShape":
         """The set pixels of a mask (H, W), copied and cut to their bounding rows and columns."""
         rows = np.flatnonzero(mask.any(axis=1))
         if rows.size == 0:
             return PixelShape(np.zeros((0, 0), bool), 0, 0)
         band = mask[rows[0] : rows[-1] + 1]
         columns = np.flatnonzero(band.any(axis=0))
-        window = np.array(band[:, columns[0] : columns[-1] + 1], order="C")
+        window = np.array(band[:, columns[0] : columns[-1] + 1], dtype=bool, order="C")
         window.setflags(write=False)
         return PixelShape(window, int(rows[0]), int(columns[0]), step)
 
     @property
     def area(self) -> float:
         """Square pixels."""
-        inside = np.count_nonzero(self.window) if self.window.dtype == np.bool_ else self.window.sum(dtype=float)
-        return float(inside) * self.step[0] * self.step[1]
+        return float(np.count_nonzero(self.window)) * self.step[0] * self.step[1]
 
     @property
     def bounds(self) -> Bounds:
-        """The smallest box of whole cells around the shape, xyxy."""
+        """The smallest box of whole cells around it, xyxy."""
         (rows, columns), (dy, dx) = self.window.shape, self.step
         return self.left * dx, self.top * dy, (self.left + columns) * dx, (self.top + rows) * dy
 
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
         """Integrate down, then across; the second pass runs on one line a grid row, so the first is the cost."""
-        values = self.window.view(np.uint8) if self.window.dtype == np.bool_ else self.window
-        bands = np.diff(_integral(values, y_edges / self.step[0] - self.top), axis=0)
+        bands = np.diff(_integral(self.window.view(np.uint8), y_edges / self.step[0] - self.top), axis=0)
         areas = np.diff(_integral(np.ascontiguousarray(bands.T), x_edges / self.step[1] - self.left), axis=0).T
         return areas * (self.step[0] * self.step[1])
 
     def pixels(self, width: int, height: int) -> Bools:
-        """Pixels of which at least half is inside: the mask itself."""
+        """The mask itself; of smaller cells, pixels of which at least half is set."""
         if self.step != (1.0, 1.0):
             return self.coverage(np.arange(height + 1.0), np.arange(width + 1.0)) >= 0.5
         mask = np.zeros((height, width), bool)
@@ -164,7 +161,38 @@ class PolygonShape:
 
 
 @dataclass(frozen=True, eq=False)
-class RingsShape:
+class _Measured:
+    """A shape that is known by how it covers grids."""
+
+    width: int  # of the image
+    height: int
+
+    geometry = None
+
+    @property
+    def area(self) -> float:
+        """Square pixels."""
+        return float(self.coverage(np.array([0.0, self.height]), np.array([0.0, self.width]))[0, 0])
+
+    @property
+    def bounds(self) -> Bounds:
+        """A box around it, xyxy, at most 1/1024 of the image larger than the smallest."""
+        y, x = np.linspace(0, self.height, 1025), np.linspace(0, self.width, 1025)
+        rows = np.flatnonzero(self.coverage(y, x[[0, -1]])[:, 0] > 1e-9)
+        columns = np.flatnonzero(self.coverage(y[[0, -1]], x)[0] > 1e-9)
+        return float(x[columns[0]]), float(y[rows[0]]), float(x[columns[-1] + 1]), float(y[rows[-1] + 1])
+
+    def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
+        """Square pixels in each cell, (H, W)."""
+        raise NotImplementedError
+
+    def pixels(self, width: int, height: int) -> Bools:
+        """Pixels of which at least half is inside."""
+        return self.coverage(np.arange(height + 1.0), np.arange(width + 1.0)) >= 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class RingsShape(_Measured):
     """The union of rings that cross themselves or each other often; even-odd counts within each.
 
     At a crossing the inside of a ring changes to the other side of it. So each ring is walked once: the area beside an
@@ -178,27 +206,6 @@ class RingsShape:
     breaks: Floats  # (M,) positions at which the weight changes, ascending, the first one 0
     weights: NDArray[np.int8]  # (M,) the weight from each of them on
     sums: Floats  # (2, M) of the changes up to each, times the share and times its square
-    width: int
-    height: int
-
-    geometry = None
-
-    @property
-    def area(self) -> float:
-        """Square pixels."""
-        return float(self.coverage(np.array([0.0, self.height]), np.array([0.0, self.width]))[0, 0])
-
-    @property
-    def bounds(self) -> Bounds:
-        """The smallest box around it, xyxy: that of its edges inside the image and of the corners that it covers."""
-        edges = shapely.linestrings(np.stack((self.start, self.end), axis=1))
-        inside = shapely.clip_by_rect(edges, 0, 0, self.width, self.height)
-        near = 1e-6 * max(self.width, self.height)
-        y_edges, x_edges = ([0, near, size - near, size] for size in (self.height, self.width))
-        rows, columns = np.nonzero(self.coverage(np.array(y_edges), np.array(x_edges))[::2, ::2] > near**2 / 2)
-        corners = shapely.points(columns * self.width, rows * self.height)
-        x0, y0, x1, y1 = shapely.total_bounds(np.concatenate((inside, corners))).tolist()
-        return x0, y0, x1, y1
 
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
         """Square pixels in each cell, (H, W)."""
@@ -222,28 +229,11 @@ class RingsShape:
 
 
 @dataclass(frozen=True, eq=False)
-class StrokeShape:
-    """What a round brush covers along a line that crosses itself often."""
+class StrokeShape(_Measured):
+    """What a round brush covers along a line of many points."""
 
     points: Floats  # (N, 2) xy, no two alike in a row
     radius: float
-    width: int
-    height: int
-
-    geometry = None
-
-    @property
-    def area(self) -> float:
-        """Square pixels."""
-        return float(self.coverage(np.array([0.0, self.height]), np.array([0.0, self.width]))[0, 0])
-
-    @property
-    def bounds(self) -> Bounds:
-        """The smallest box around it, xyxy."""
-        pieces = shapely.linestrings(np.stack((self.points[:-1], self.points[1:]), axis=1))
-        stroke = shapely.buffer(pieces, self.radius, quad_segs=_CIRCLE)
-        x0, y0, x1, y1 = shapely.total_bounds(shapely.clip_by_rect(stroke, 0, 0, self.width, self.height)).tolist()
-        return x0, y0, x1, y1
 
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
         """Square pixels in each cell, (H, W).
@@ -309,10 +299,6 @@ class StrokeShape:
         pair, column = _ranges(*_lines(x, ends.min(axis=0) - self.radius, ends.max(axis=0) + self.radius))
         return piece[pair], row[pair] * (len(x) - 1) + column
 
-    def pixels(self, width: int, height: int) -> Bools:
-        """Pixels of which at least half is inside."""
-        return self.coverage(np.arange(height + 1.0), np.arange(width + 1.0)) >= 0.5
-
 
 Shape = BoxShape | PixelShape | PolygonShape | RingsShape | StrokeShape
 
@@ -326,14 +312,15 @@ def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
         height: of the image, pixels.
     """
     # Coordinates a hair apart, and only those, break the intersections that make_valid works out.
-    rounded = [np.round(np.append(ring, ring[:1], axis=0) / _PRECISION) * _PRECISION for ring in rings]
-    polygons = shapely.polygons([shapely.linearrings(ring) for ring in rounded])
-    if len(rings) == 1 and shapely.is_valid(polygons[0]):
-        return _clipped(polygons[0], width, height)
-    points, firsts = np.concatenate([ring[:-1] for ring in rounded]), np.cumsum([0, *map(len, rings[:-1])])
+    rings = [_once(np.round(ring / _PRECISION) * _PRECISION) for ring in rings]
+    polygons = shapely.polygons([shapely.linearrings(np.append(ring, ring[:1], axis=0)) for ring in rings])
+    points, firsts = np.concatenate(rings), np.cumsum([0, *map(len, rings[:-1])])
     after = np.arange(1, len(points) + 1)
     after[[*(firsts[1:] - 1), -1]] = firsts
-    if len(_crossings(points, after, firsts, MANY_CROSSINGS)[0]) <= 2 * MANY_CROSSINGS + len(rings):
+    low, high = np.split(shapely.bounds(polygons), 2, axis=1)
+    apart = np.count_nonzero(((low[:, None] <= high) & (high[:, None] >= low)).all(axis=2)) == len(rings)
+    simple = apart and shapely.is_valid(polygons).all()
+    if simple or len(_crossings(points, after, firsts, MANY_CROSSINGS)[0]) <= 2 * MANY_CROSSINGS + len(rings):
         return _clipped(_polygons_only(shapely.make_valid(polygons)), width, height)
     # Moved by a hair, no edge passes through a corner and no two lie on one line: every crossing is a plain one.
     size = np.maximum(np.abs(points).max(axis=1, keepdims=True), max(width, height))
@@ -359,11 +346,19 @@ def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shap
     """
     points = points[np.append(True, np.any(points[1:] != points[:-1], axis=1))]
     line = shapely.LineString(points) if len(points) > 1 else shapely.Point(*points[0])
-    if len(points) <= MANY_POINTS:
-        return _clipped(shapely.buffer(line, radius, quad_segs=_CIRCLE), width, height)
-    if shapely.distance(line, shapely.box(0, 0, width, height)) >= radius:
-        return PixelShape(np.zeros((0, 0), bool), 0, 0)
-    return StrokeShape(points, radius, width, height)
+    if len(points) > MOST_POINTS and shapely.distance(line, shapely.box(0, 0, width, height)) < radius:
+        return StrokeShape(width, height, points, radius)
+    if len(points) > MANY_POINTS:  # whole, such a line takes a hundred times as long
+        line = [shapely.LineString(points[begin : begin + 17]) for begin in range(0, len(points) - 1, 16)]
+    return _clipped(_polygons_only(shapely.buffer(line, radius, quad_segs=_CIRCLE)), width, height)
+
+
+def _once(ring: Floats) -> Floats:
+    """A ring that is drawn several times over, drawn once."""
+    for period in np.flatnonzero((ring == ring[0]).all(axis=1))[1:]:
+        if period > 2 and len(ring) % period == 0 and (ring[period:] == ring[:-period]).all():
+            return ring[:period]
+    return ring
 
 
 def _clipped(geometry: Any, width: int, height: int) -> PolygonShape:
@@ -393,7 +388,9 @@ def _crossings(points: Floats, after: Ints, firsts: Ints, most: int) -> tuple[Fl
         and the beginnings of the rings among them; and of several rings (R + M,) the other edge, -1 at a beginning.
     """
     start, end = np.insert(points, 2, 1, axis=1), np.insert(points[after], 2, 1, axis=1)
-    lines = np.cross(start, end)  # times a point (x, y, 1): above 0 on one side of the edge, below on the other
+    (dx, dy), (x, y) = (points[after] - points).T, points.T
+    # Times a point (x, y, 1) above 0 on one side of the edge, below on the other. A cross product is less precise.
+    lines = np.column_stack((-dy, dx, dy * x - dx * y))
     low, high = np.minimum(start, end), np.maximum(start, end)
     before = np.argsort(after)
     positions, partners = [np.empty(0)] * len(points), [np.empty(0, np.int64)] * len(points)
@@ -411,6 +408,8 @@ def _crossings(points: Floats, after: Ints, firsts: Ints, most: int) -> tuple[Fl
         for neighbour in (rows, after[rows], before[rows]):
             cut[np.arange(len(rows)), np.searchsorted(near, neighbour)] = False
         found = np.flatnonzero(cut)
+        if not len(found):
+            continue
         shares = from_start.ravel()[found]
         shares /= shares - from_end.ravel()[found]
         stops = np.searchsorted(found, np.arange(len(rows) + 1) * len(near)).tolist()
@@ -440,10 +439,8 @@ def _walk(
     if len(firsts) == 1:
         weights[1::2] = -1
     else:
-        begins, ring = (
-            np.searchsorted(breaks, firsts),
-            np.searchsorted(firsts, np.arange(len(points)), side="right") - 1,
-        )
+        begins = np.searchsorted(breaks, firsts)
+        ring = np.searchsorted(firsts, np.arange(len(points)), side="right") - 1
         here, other = ring[breaks.astype(np.int64)], np.where(partners < 0, -1, ring[partners])
         own = np.cumsum(other == here)
         weights[(own - own[begins][here]) % 2 == 1] = -1
@@ -456,7 +453,7 @@ def _walk(
         change[toggles] = np.where(odd == inside[here[toggles], other[toggles]], 1, -1)
         count = np.cumsum(change)
         covered = count + (inside.sum(axis=1) - count[begins])[here] > 0
-    shape = RingsShape(start, end, firsts, breaks, weights, _sums(breaks, weights), width, height)
+    shape = RingsShape(width, height, start, end, firsts, breaks, weights, _sums(breaks, weights))
     moments = shape.integrals(np.arange(len(points)), np.zeros(len(points)), np.ones(len(points)))[1]
     # Until here the first stretch of each ring had the inside on its right, be it so or not.
     signs = np.where(np.add.reduceat(moments, firsts) > 0, -1, 1).astype(np.int8)
@@ -519,23 +516,20 @@ def _covered(square: Ints, normal: NDArray[Any], distance: Floats, radius: float
 
 
 def _odd(start: Floats, end: Floats, firsts: Ints, width: int, height: int) -> Bools:
-    """Pixels (height, width) whose centre is in any of several outlines: an odd number of its edges lie left."""
+    """Pixels (height, width) whose centre any of several outlines surrounds: an odd number of its edges lie left."""
     inside = np.zeros((height, width), bool)
     for edges in np.split(np.arange(len(start)), firsts[1:]):
-        (left, top), (right, bottom) = (
-            (_first_centre(corner[0], width), _first_centre(corner[1], height))
-            for corner in (start[edges].min(axis=0), start[edges].max(axis=0))
-        )
-        passed = np.zeros((bottom - top, right - left + 1), np.uint8)
-        for some in np.split(edges, np.arange(1024, len(edges), 1024)):
-            a, slope = start[some], end[some] - start[some]
-            first, last = (_first_centre(ends, height) for ends in np.sort((start[some, 1], end[some, 1]), axis=0))
-            edge, row = _ranges(first, last)
-            x = a[edge, 0] + (row + 0.5 - a[edge, 1]) * slope[edge, 0] / slope[edge, 1]
-            column = np.clip(_first_centre(x, width), left, right)
+        left, right = _first_centre(np.array([start[edges, 0].min(), start[edges, 0].max()]), width)
+        low, high = (_first_centre(ends, height) for ends in np.sort((start[edges, 1], end[edges, 1]), axis=0))
+        passed = np.zeros((high.max() - low.min(), right - left + 1), np.uint8)
+        for some in np.split(np.arange(len(edges)), np.arange(1024, len(edges), 1024)):
+            edge, row = _ranges(low[some], high[some])
+            (x, y), (dx, dy) = start[edges[some[edge]]].T, (end - start)[edges[some[edge]]].T
+            column = np.clip(_first_centre(x + (row + 0.5 - y) * dx / dy, width), left, right) - left
             # One index and a number of the same type: 30 times as fast as any other form.
-            np.add.at(passed.ravel(), (row - top) * passed.shape[1] + column - left, np.uint8(1))
-        inside[top:bottom, left:right] |= np.cumsum(passed, axis=1, dtype=np.uint8)[:, :-1] % 2 == 1
+            np.add.at(passed.ravel(), (row - low.min()) * passed.shape[1] + column, np.uint8(1))
+        surrounded = np.cumsum(passed, axis=1, dtype=np.uint8)[:, :-1] % 2 == 1
+        inside[low.min() : high.max(), left:right] |= surrounded
     return inside
 
 

@@ -12,7 +12,7 @@ import math
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,10 +80,13 @@ class Region(ABC):
         Raises:
             RegionError: one of them is no region; it is named ``<regionN>``.
         """
-        if isinstance(values, Region | Mapping):
+        if isinstance(values, Region | Mapping | Image.Image):
             values = [values]
-        if isinstance(values, str | bytes | Image.Image) or not hasattr(values, "__iter__"):
+        if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
             raise RegionError(f"regions: expected a list of regions, got {_short(values)}")
+        values = list(values)
+        if values and (isinstance(values[0], int | float) or getattr(values[0], "ndim", 1) == 0):
+            values = [values]
         return [Region.of(value, f"<region{number}>") for number, value in enumerate(values, 1)]
 
     @staticmethod
@@ -278,15 +281,14 @@ class Region(ABC):
             width: of the image, in pixels.
         """
 
-    def in_pixels(self, width: int, height: int) -> "Region":
-        """The region itself, or for a normalized box the same box in pixels of the image."""
-        return self
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Region) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(str(self))
 
     def __repr__(self) -> str:
-        return f"<{self}{self._details()}>"
-
-    def _details(self) -> str:
-        return ""
+        return f"<{self}>"
 
     def _coordinates(self) -> Any:
         """Numbers that may have been meant as fractions of the image."""
@@ -341,9 +343,8 @@ class Region(ABC):
         coordinates = self._coordinates()
         if max(width, height) > 1 and len(coordinates) and min(coordinates) >= 0 and 0 < max(coordinates) <= 1:
             raise RegionError(
-                f"{name}: expected pixels, got {self} within 0..1, which looks normalized; use --normalized, in Python "
-                "Region.box(..., normalized=True), or multiply by the image's width and height; if these are pixels, "
-                "normalized=False"
+                f"{name}: {self} lies within 0..1 and looks normalized; use normalized=True (--normalized) or multiply "
+                "by the image's width and height; normalized=False takes it as pixels"
             )
         self._resolve(width, height, name)
         return self
@@ -426,14 +427,14 @@ class Region(ABC):
         return shape
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Box(Region):
     x0: float
     y0: float
     x1: float
     y1: float
     normalized: bool = False
-    certain: bool = field(default=False, compare=False)  # that numbers within 0..1 are pixels
+    certain: bool = False  # that numbers within 0..1 are pixels
     kind = "box"
 
     def __str__(self) -> str:
@@ -446,9 +447,6 @@ class _Box(Region):
 
     def to_dict(self) -> dict[str, Any]:
         return {"box": list(self._edges()), **({"normalized": True} if self.normalized else {})}
-
-    def in_pixels(self, width: int, height: int) -> Region:
-        return _Box(*self._edges(width, height), certain=True) if self.normalized else self
 
     def flip(self, width: int) -> Region:
         right = 1 if self.normalized else width
@@ -499,25 +497,12 @@ class _Pixels(Region):
     def __str__(self) -> str:
         return f"{self.kind} of {self.width} x {self.height} pixels"
 
-    def _details(self) -> str:
+    def __repr__(self) -> str:
         try:
             pixels = self.pixels()
         except RegionError:
-            return ", malformed"
-        return f", {pixels.area:.0f} inside, within ({', '.join(map(_number, pixels.bounds))})"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Pixels) or self._key != other._key:
-            return False
-        mine, others = self.pixels(), other.pixels()
-        return mine.bounds == others.bounds and np.array_equal(mine.window, others.window)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    @property
-    def _key(self) -> tuple[str, int, int]:
-        return self.kind, self.height, self.width
+            return f"<malformed {self}>"
+        return f"<{self}, {pixels.area:.0f} inside, within ({', '.join(map(_number, pixels.bounds))})>"
 
     def to_dict(self) -> dict[str, Any]:
         pixels = self.pixels().pixels(self.width, self.height)
@@ -562,18 +547,8 @@ class _Vector(Region):
     size: float | None = None  # radius of a point, width of a scribble
     certain: bool = False  # that numbers within 0..1 are pixels
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Vector) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_drawn"}
-
-    @property
-    def _key(self) -> tuple[Any, ...]:
-        return self.kind, self.size, *(tuple(ring.ravel().tolist()) for ring in self.rings)
 
     def __str__(self) -> str:
         if self.kind == "point":
@@ -582,13 +557,13 @@ class _Vector(Region):
         rings = f" in {len(self.rings)} rings" if len(self.rings) > 1 else ""
         return f"{self.kind} of {sum(map(len, self.rings))} points{rings}"
 
-    def _details(self) -> str:
+    def __repr__(self) -> str:
         if self.kind == "point":
-            return ""
+            return f"<{self}>"
         points = np.concatenate(self.rings)
-        text = ", ".join(f"({_number(x)}, {_number(y)})" for x, y in points[:8])
+        listed = ", ".join(f"({_number(x)}, {_number(y)})" for x, y in points[:8])
         width = "" if self.size is None else f", width {_number(self.size)}"
-        return f": {text}{', ...' * (len(points) > 8)}{width}"
+        return f"<{self}: {listed}{', ...' * (len(points) > 8)}{width}>"
 
     def to_dict(self) -> dict[str, Any]:
         if self.kind == "polygon":
@@ -748,7 +723,7 @@ def _inside(values: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.10g}"
+    return f"{value + 0.0:.10g}"  # never -0
 
 
 def _short(value: Any) -> str:
