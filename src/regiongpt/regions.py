@@ -83,7 +83,7 @@ class Region(ABC):
         if isinstance(values, Region | Mapping | Image.Image):
             values = [values]
         if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-            raise RegionError(f"regions: expected a list of regions, got {_short(values)}")
+            raise RegionError(f"expected regions as a Region or a list of them, got {_short(values)}")
         values = list(values)
         if values and (isinstance(values[0], int | float) or getattr(values[0], "ndim", 1) == 0):
             values = [values]

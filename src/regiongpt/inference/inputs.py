@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from regiongpt.console import tell
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.storage import read_json, reason
 
@@ -69,6 +70,9 @@ def read_regions(options: argparse.Namespace, size: tuple[int, int]) -> "list[Re
             region = _read_mask(text, where, size)
         else:
             region = _read_region(option, text, where, size, options)
+        if region.note:
+            tell(f"regiongpt: warning: {where}: {region.note}")
+            region = type(region).from_dict(region.to_dict())  # without the note, which is said once
         regions.append(region.check(*size, where))
     return regions
 
