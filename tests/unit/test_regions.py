@@ -1,5 +1,6 @@
 """Regions: areas are exact for every kind, on any grid, and every wrong region is named in one line."""
 
+import io
 import json
 import math
 import pickle
@@ -7,10 +8,13 @@ import pickle
 import numpy as np
 import pytest
 import shapely
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as coco_mask
 
+from regiongpt import coverage
 from regiongpt.errors import RegionError
 from regiongpt.images import SquareFrame
 from regiongpt.regions import KINDS, Region
@@ -434,11 +438,6 @@ def test_what_cannot_be_a_region_is_refused_at_once(make):
     assert "\n" not in str(caught.value)
 
 
-def test_masks_of_numbers():
-    for values in (np.array([[0, 1]]), np.array([[0, 255]], np.uint8), [[False, True]], [[0, 1]]):
-        assert Region.mask(values) == Region.mask(np.array([[False, True]]))
-
-
 def test_check_returns_the_region_and_clips_without_changing_it():
     region = Region.box(-10, -10, 20, 12)
     assert region.check(40, 24) is region
@@ -571,3 +570,166 @@ def test_regions_are_immutable_and_print_short(region):
         region.x0 = 1
     assert region.kind in str(region)
     assert len(str(region)) < 80
+
+
+# --- masks with soft edges -------------------------------------------------------------------------------------------
+
+SOFT = np.array([[0, 1, 3, 127, 128, 200, 255, 255]], np.uint8)
+INSIDE = SOFT >= 128
+
+
+def soft_images():
+    flat = np.zeros_like(SOFT)
+    yield "L", Image.fromarray(SOFT)
+    yield "RGB", Image.fromarray(np.dstack([SOFT, flat, flat]))
+    yield "RGBA", Image.fromarray(np.dstack([flat + 9, flat + 9, flat + 9, SOFT]))
+    yield "opaque RGBA", Image.fromarray(np.dstack([SOFT, flat, flat, flat + 255]))
+    yield "LA", Image.fromarray(np.dstack([flat, SOFT]), "LA")
+    yield "I;16", Image.fromarray(SOFT.astype(np.uint16) * 257)
+    yield "P", Image.fromarray(SOFT).convert("RGB").quantize(8)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_soft_edges_are_inside_from_half_on():
+    for name, image in soft_images():
+        region = Region.mask(image)
+        np.testing.assert_array_equal(region.to_mask(8, 1), INSIDE, err_msg=name)
+        assert "more than two values" in region.note
+    for values in (SOFT, SOFT / 255, SOFT.astype(np.uint16) * 257, SOFT.astype(int), torch.tensor(SOFT / 255)):
+        region = Region.mask(values)
+        np.testing.assert_array_equal(region.to_mask(8, 1), INSIDE)
+        assert region.note
+
+
+def test_jpeg_does_not_grow_a_mask():
+    mask = np.zeros((120, 160), np.uint8)
+    mask[30:80, 40:120] = 255
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "JPEG", quality=75)
+    assert Region.mask(Image.open(file)) == Region.mask(mask > 0)
+
+
+def test_of_two_values_the_larger_is_inside():
+    for values in ([[0, 1]], [[0, 7]], [[3, 200]], [[0.0, 1.0]], np.array([[0, 255]], np.uint8), [[False, True]]):
+        region = Region.mask(values)
+        np.testing.assert_array_equal(region.to_mask(2, 1), [[False, True]])
+        assert region.note == ""
+    assert Region.mask(np.ones((2, 2), int)).area(2, 2) == 4
+    brush = np.zeros((1, 2, 4), np.uint8)
+    brush[0, 1, 3] = 100  # one transparency throughout
+    assert Region.mask(brush) == Region.mask([[False, True]])
+
+
+# --- regions as people write them ------------------------------------------------------------------------------------
+
+
+def test_values_that_stand_for_regions():
+    box = Region.box(1, 2, 3, 4)
+    tensor = torch.tensor([1, 2, 3, 4], dtype=torch.bfloat16)
+    for value in (box, [1, 2, 3, 4], (1.0, 2, 3, 4), np.array([1, 2, 3, 4]), tensor, {"box": [1, 2, 3, 4]}):
+        assert Region.of(value) == box
+        assert Region.list_of([value]) == [box]
+    assert Region.list_of([1, 2, 3, 4]) == Region.list_of(box) == [box]
+    assert Region.of(torch.tensor(L_SHAPE)) == Region.of(L_SHAPE) == Region.mask(L_SHAPE)
+    assert Region.polygon(torch.tensor([[0, 0], [4, 0], [0, 4]])) == Region.polygon([0, 0, 4, 0, 0, 4])
+    assert Region.from_xywh(1, 2, 2, 2) == box
+
+
+@pytest.mark.parametrize(
+    "value", ["1,2,3,4", None, 5, [1, 2, 3], [1, 2, None, 4], [True, 1, 2, 3], [1j, 2, 3, 4], [[1, 2], [3]], ["1"] * 4]
+)
+def test_values_that_stand_for_no_region(value):
+    with pytest.raises(RegionError, match=r"^<region2>: expected") as caught:
+        Region.list_of([Region.point(1, 2), value])
+    assert "\n" not in str(caught.value)
+
+
+def test_normalized_boxes():
+    given = Region.box(0.1, 0.2, 0.5, 0.6, normalized=True)
+    assert given.bounds(100, 50) == pytest.approx((10, 10, 50, 30))
+    assert given != Region.box(0.1, 0.2, 0.5, 0.6)
+    assert Region.from_dict(given.to_dict()) == given
+    assert given.flip(100).bounds(100, 50) == pytest.approx((50, 10, 90, 30))
+    assert given.crop(0, 0, 20, 20, 100, 50) == Region.box(10, 10, 20, 20)
+    for region in (Region.box(0.1, 0.2, 0.5, 0.9), Region.box(0, 0, 1, 1), Region.polygon([0, 0, 1, 0, 1, 1])):
+        with pytest.raises(RegionError, match="normalized"):
+            region.check(40, 30)
+        region.check(1, 1)
+    Region.box(0, 0, 1, 1, normalized=False).check(40, 30)
+    assert Region.box(39, 0, 40, 1).flip(40).check(40, 30).bounds(40, 30) == (0, 0, 1, 1)
+    with pytest.raises(RegionError, match="normalized"):
+        Region.box(10, 20, 30, 40, normalized=True)
+    with pytest.raises(RegionError, match="above 0"):
+        Region.from_xywh(5, 5, -3, 2)
+
+
+# --- tangled outlines and long strokes -------------------------------------------------------------------------------
+
+
+def assert_covers(region, expected, width, height, grid=24):
+    """Within 1e-3 of a cell of a grid of 96."""
+    y_edges, x_edges = SquareFrame(width, height).edges(grid, grid)
+    left, top = np.meshgrid(x_edges[:-1], y_edges[:-1])
+    right, bottom = np.meshgrid(x_edges[1:], y_edges[1:])
+    expected = shapely.intersection(expected, shapely.box(0, 0, width, height))
+    cells = shapely.area(shapely.intersection(shapely.box(left, top, right, bottom), expected))
+    cell = (max(width, height) / 96) ** 2
+    np.testing.assert_allclose(region.coverage(y_edges, x_edges, width, height), cells, atol=1e-3 * cell, rtol=0)
+    assert region.area(width, height) == pytest.approx(cells.sum(), abs=1e-3 * cell * grid)
+
+
+def drawn(*rings):
+    return shapely.union_all([shapely.make_valid(shapely.Polygon(ring)) for ring in rings])
+
+
+def tangle(seed, points, width=80, height=60):
+    return np.random.default_rng(seed).random((points, 2)) * (1.6 * width, 1.6 * height) - (0.3 * width, 0.3 * height)
+
+
+@repeatable
+@given(st.lists(st.integers(4, 14), min_size=1, max_size=3), st.integers(0, 999))
+def test_walking_along_rings_agrees_with_shapely(sizes, seed):
+    """The way that only tangled rings go, on rings that shapely can draw."""
+    rings = [tangle(seed + k, size) for k, size in enumerate(sizes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coverage, "MANY_CROSSINGS", -1)
+        patch.setattr(coverage, "_once", lambda ring: ring)
+        assert_covers(Region.polygon(rings), drawn(*rings), 80, 60)
+
+
+def test_tangled_rings():
+    turn = np.arange(61) * 2 * np.pi * 29 / 61
+    star = np.column_stack((40 + 35 * np.cos(turn), 30 + 28 * np.sin(turn)))
+    for ring in (tangle(0, 61), star, np.tile(star, (2, 1))):
+        region = Region.polygon(ring)
+        assert region.geometry(80, 60) is None
+        assert_covers(region, drawn(ring[: len(star)]), 80, 60)
+        pixels = region.coverage(np.arange(61), np.arange(81), 80, 60)
+        mask = region.to_mask(80, 60)
+        assert mask[pixels > 1 - 1e-5].all()
+        assert not mask[pixels < 1e-5].any()
+        x0, y0, x1, y1 = region.bounds(80, 60)
+        assert region.coverage([y0, y1], [x0, x1], 80, 60)[0, 0] == pytest.approx(region.area(80, 60), rel=1e-5)
+
+
+def test_rings_of_millions_of_crossings_are_sampled(monkeypatch):
+    ring = tangle(1, 60)
+    monkeypatch.setattr(coverage, "MOST_CROSSINGS", 100)
+    y_edges, x_edges = SquareFrame(80, 60).edges(24, 24)
+    sampled = Region.polygon(ring).coverage(y_edges, x_edges, 80, 60)
+    monkeypatch.setattr(coverage, "MOST_CROSSINGS", 10_000)
+    walked = Region.polygon(ring).coverage(y_edges, x_edges, 80, 60)
+    np.testing.assert_allclose(sampled, walked, atol=0.02 * (80 / 24) ** 2)
+
+
+@pytest.mark.parametrize("most", [0, 1000])
+@pytest.mark.parametrize("width", [0.5, 4, 20])
+def test_long_strokes(monkeypatch, most, width):
+    monkeypatch.setattr(coverage, "MANY_POINTS", 4)
+    monkeypatch.setattr(coverage, "MOST_POINTS", most)
+    line = np.vstack([tangle(2, 12), [[20, 20]] * 3, [[20, 40], [60, 40]]])
+    region = Region.scribble(line, width=width)
+    circle = 32 if most else 512  # segments a quarter: shapely's circles are polygons
+    assert_covers(region, shapely.LineString(line).buffer(width / 2, quad_segs=circle), 80, 60, grid=96)
+    with pytest.raises(RegionError, match="covers nothing"):
+        Region.scribble(line + np.array([500, 0]), width=width).check(80, 60)

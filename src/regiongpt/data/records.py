@@ -235,6 +235,8 @@ def region_row(region: Region) -> dict[str, Any]:
     size, counts = [], ""
     stroke = [number for _, number in rest if number is not None]
     if kind == "box":
+        if rest:
+            raise RegionError("a record holds boxes in pixels; multiply a normalized one by the image's size")
         coordinates = [list(value)]
     elif kind == "polygon":
         coordinates = [list(chain.from_iterable(ring)) for ring in value]
@@ -253,7 +255,7 @@ def region_of_row(row: Mapping[str, Any]) -> Region:
     if kind in ("mask", "rle"):
         return Region.from_dict({kind: {"size": list(row["size"]), "counts": row["counts"]}})
     if kind == "box":
-        return Region.box(*rows[0])
+        return Region.box(*rows[0], normalized=False)
     if kind == "polygon":
         return Region.polygon([list(ring) for ring in rows])
     if kind == "point":

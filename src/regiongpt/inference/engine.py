@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.errors import ConfigError, DataError
 from regiongpt.inference.decoder import Decoder
 from regiongpt.inference.options import Options
 from regiongpt.inference.plain import decoder_for
@@ -394,22 +394,6 @@ def question_turns(history: Sequence[Turn], question: str) -> list[Turn]:
     if not isinstance(history, list | tuple) or not all(isinstance(turn, Mapping) for turn in history):
         raise DataError(f"expected history as a list of {{'role': ..., 'content': ...}}, got {history!r:.80}")
     return [*history, {"role": "user", "content": question}]
-
-
-def region_list(regions: Region | Sequence[Region]) -> list[Region]:
-    """One region or several as a list.
-
-    Raises:
-        RegionError: one of them is no region.
-    """
-    if isinstance(regions, str) or not isinstance(regions, Region | Iterable):
-        raise RegionError(f"expected regions as a Region or a list of them, got {regions!r:.80}")
-    listed = [regions] if isinstance(regions, Region) else list(regions)
-    for number, region in enumerate(listed, 1):
-        if not isinstance(region, Region):
-            got = type(region).__name__
-            raise RegionError(f"<region{number}>: expected a Region such as Region.box(x0, y0, x1, y1), got {got}")
-    return listed
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

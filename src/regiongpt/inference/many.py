@@ -11,7 +11,7 @@ import torch
 
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import ImageSource, load_image
-from regiongpt.inference.engine import Answer, Engine, Prompt, Scene, Turn, check_regions, question_turns, region_list
+from regiongpt.inference.engine import Answer, Engine, Prompt, Scene, Turn, check_regions, question_turns
 from regiongpt.inference.options import Options
 from regiongpt.inference.scenes import Scenes
 from regiongpt.regions import Region
@@ -126,7 +126,7 @@ def _group(
             if question.image is None and here is None:
                 raise ConfigError("expected an image; call set_image(...) first, or give the question its own")
             own = _options(question, options, place)
-            turns, regions = question_turns(question.history, question.text), region_list(question.regions)
+            turns, regions = question_turns(question.history, question.text), Region.list_of(question.regions)
             same = (repr(turns), len(regions), own.max_new_tokens)
             if same not in known:
                 known[same] = engine.prompt(turns, nothing, len(regions), own.max_new_tokens)

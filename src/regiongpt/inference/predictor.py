@@ -9,6 +9,7 @@ batch with whatever else is asked at the time. A closed set is scored in one pas
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -29,7 +30,6 @@ from regiongpt.inference.engine import (
     pick_device,
     pick_dtype,
     question_turns,
-    region_list,
 )
 from regiongpt.inference.locating import Located, locate_expressions
 from regiongpt.inference.many import Question
@@ -236,7 +236,7 @@ class RegionPredictor:
             RegionError: a region does not fit the image.
             ConfigError: no image was set.
         """
-        scene, listed = self._here(), region_list(regions)
+        scene, listed = self._here(), Region.list_of(regions)
         pooled = self.engine.pool(scene, listed)
         return Conversation(engine=self.engine, scene=scene, regions=tuple(listed), pooled=pooled)
 
@@ -270,7 +270,7 @@ class RegionPredictor:
             raise ConfigError(f"expected brief as True or False, got {brief!r:.80}")
         text = task_question("caption" if brief else "describe", regions=[1])
         options = Options(max_new_tokens=max_new_tokens)
-        found = self.engine.answer_each(self._here(), text, region_list(regions), options)
+        found = self.engine.answer_each(self._here(), text, Region.list_of(regions), options)
         return found[0] if isinstance(regions, Region) else found
 
     @overload
@@ -321,7 +321,7 @@ class RegionPredictor:
         Paper: §3.2, Table 1 (the prompt), §4.1 (region classification)
         """
         settings = ClassifyOptions(**options)
-        names, listed = check_choices(choices, settings.label_set), region_list(regions)
+        names, listed = check_choices(choices, settings.label_set), Region.list_of(regions)
         found = classify_regions(self.engine, self._here(), listed, names, settings)
         return found[0] if isinstance(regions, Region) else found
 
@@ -362,7 +362,7 @@ class RegionPredictor:
         if not isinstance(expression, str | list | tuple):
             raise DataError(f"expected expression as a text or a list of texts, got {expression!r:.80}")
         expressions = [expression] if isinstance(expression, str) else list(expression)
-        scene, listed = self._here(), region_list(regions)
+        scene, listed = self._here(), Region.list_of(regions)
         for each in expressions:
             check_text(each, "an expression such as 'the red cup'")
             check_placeholders(each, len(listed))
@@ -389,5 +389,8 @@ class RegionPredictor:
     def _prompt(
         self, question: str, regions: Region | Sequence[Region], history: Sequence[Turn], options: Options
     ) -> Prompt:
-        turns, listed = question_turns(history, question), region_list(regions)
-        return self.engine.prompt(turns, self.engine.pool(self._here(), listed), len(listed), options.max_new_tokens)
+        turns, listed = question_turns(history, question), Region.list_of(regions)
+        pooled = self.engine.pool(self._here(), listed)
+        prompt = self.engine.prompt(turns, pooled, len(listed), options.max_new_tokens)
+        notes = [f"<region{number}>: {region.note}" for number, region in enumerate(listed, 1) if region.note]
+        return replace(prompt, warnings=(*notes, *prompt.warnings))
