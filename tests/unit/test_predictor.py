@@ -296,7 +296,7 @@ def test_a_region_never_mentioned_is_a_warning(predictor):
         (DataError, "expected an image", lambda p: p.set_image(5)),
         (RegionError, "<region2>", lambda p: p.ask("What is <region2>?", [BOX])),
         (RegionError, "<region1>.*inverted", lambda p: p.stream("What is <region1>?", [Region.box(9, 9, 2, 2)])),
-        (RegionError, "expected a Region", lambda p: p.ask("What is <region1>?", [(1, 2, 3, 4)])),
+        (RegionError, "expected a Region", lambda p: p.ask("What is <region1>?", [(1, 2, 3)])),
         (RegionError, "60 x 40", lambda p: p.conversation([Region.mask(np.ones((5, 5), bool))])),
         (ConfigError, "max_new_tokens", lambda p: p.ask("What?", max_new_tokens=0)),
         (ConfigError, "max_new_tokens", lambda p: p.describe(BOX, max_new_tokens="x")),
