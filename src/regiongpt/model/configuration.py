@@ -136,10 +136,17 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
                 f"vision_config must be one of the towers {', '.join(VISION_TOWERS)}; "
                 f"got model_type {self.vision_config.model_type!r}"
             )
+        sizes = ("image_size", "vision_feature_layer", "refinement_channels", "connector_size", "region_number_offset")
+        for name in sizes:
+            if (value := getattr(self, name)) is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(f"{name} must be a whole number; got {value!r}")
         if self.image_size is None:
             self.image_size = native_image_size(self.vision_config)
         if self.image_grid is None:
             self.image_grid = list(self.tower_grid)
+        whole = isinstance(self.image_grid, list | tuple) and all(isinstance(cells, int) for cells in self.image_grid)
+        if not whole:
+            raise ConfigError(f"image_grid must be two whole numbers, its rows and columns; got {self.image_grid!r}")
         self.image_grid = list(self.image_grid)
         super().__post_init__(**kwargs)
         self._check()

@@ -89,10 +89,9 @@ def prepare_tokenizer(tokenizer: Any, family: str) -> int:
         text = probe.format(bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
         ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, saved))
         if ours != theirs:
-            place = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), -1)
             raise ConfigError(
-                f"{type(tokenizer).__name__} reads {text!r} otherwise once saved and loaded, from token {place} on; "
-                "use one whose tokenizer.json says all that it does"
+                f"{type(tokenizer).__name__} reads {text!r} otherwise once saved and loaded; use one whose "
+                "tokenizer.json says all that it does"
             )
     return added
 
@@ -133,9 +132,11 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         chat_template: str | None = None,
         region_grid: int = 1,
     ):
-        if region_format.count(REGION_TOKEN) != 1:
+        if not isinstance(region_format, str) or region_format.count(REGION_TOKEN) != 1:
             raise ConfigError(f"expected region_format with {REGION_TOKEN} once, got {region_format!r}")
-        if region_grid < 1:
+        if unknown := set(re.findall(r"\{.*?\}", region_format)) - {"{n}"}:
+            raise ConfigError(f"region_format: expected no field but {{n}}, got {' and '.join(sorted(unknown))}")
+        if not isinstance(region_grid, int) or region_grid < 1:
             raise ConfigError(f"expected region_grid of at least 1, got {region_grid}")
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"expected a fast tokenizer (it must report offsets), got {type(tokenizer).__name__}")
@@ -468,7 +469,9 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
                 raise DataError("expected images, text or both, got neither")
             pixels = [self.image_inputs(image)["pixel_values"] for image in _flat(images)]
             return _as(BatchFeature({"pixel_values": torch.cat(pixels)}), return_tensors)
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else [None]
+        for one in texts:
+            check_text(one, "text as a string or a list of strings")
         if not padding and len(texts) > 1:
             raise ConfigError(f"expected padding=True for a batch of {len(texts)} texts, got {padding!r}")
         begin = (self.tokenizer.bos_token or "") if add_special_tokens else ""
@@ -584,8 +587,12 @@ def _check_turns(
     turns: list[dict[str, str]] = []
     expected = {"system", "user"}
     first_question = True
+    if not isinstance(messages, Sequence):
+        raise DataError(f"messages: expected a list of turns, got {type(messages).__name__}")
     for position, message in enumerate(messages, 1):
         where = f"message {position} of {len(messages)}"
+        if not isinstance(message, Mapping):
+            raise DataError(f"{where}: expected a dictionary with role and content, got {message!r:.80}")
         role = message.get("role")
         if not isinstance(role, str) or role not in expected:
             raise DataError(f"{where}: expected role {' or '.join(sorted(expected))}, got {role!r}")
@@ -596,10 +603,8 @@ def _check_turns(
             text, n_images = text.removeprefix(IMAGE_TOKEN), n_images + 1
         if n_images > (with_image and role == "user" and first_question):
             raise DataError(f"{where}: expected one image in all, in the first question, got {n_images} here")
-        if not text.strip():
-            kind = {"user": "a question", "assistant": "an answer"}.get(role, "a system prompt")
-            raise DataError(f"{where}: expected {kind}, got an empty one; write some text")
-        check_text(text, where)
+        kind = {"user": "a question", "assistant": "an answer"}.get(role, "a system prompt")
+        check_text(text, f"{kind} as {where}")
         # A trailing blank is kept out because no tokenizer spells it the same way with and without a next word.
         text = text.strip()
         if role == "assistant" and forgive_beyond is not None:

@@ -5,7 +5,7 @@ error here. transformers would warn and fill the gap with random numbers.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -95,7 +95,7 @@ def create(
     refinement_channels: int | None = None,
     connector_size: int | None = None,
     image_size: int | None = None,
-    image_grid: Iterable[int] | None = None,
+    image_grid: Sequence[int] | None = None,
     vision_feature_layer: int = -2,
     chat_template: str | None = None,
     region_format: str = REGION_TOKEN,
@@ -161,7 +161,7 @@ def create(
         refinement=refinement,
         refinement_channels=refinement_channels,
         connector_size=connector_size,
-        image_grid=None if image_grid is None else list(image_grid),
+        image_grid=image_grid,
         region_number_offset=number_offset(tokenizer, region_format) if region_numbers else 0,
         image_marks=image_marks,
     )
@@ -191,7 +191,7 @@ def from_llava(
     out: str | Path | None = None,
     *,
     refinement: str = "none",
-    image_grid: Iterable[int] | None = None,
+    image_grid: Sequence[int] | None = None,
     chat_template: str = "vicuna_v1",
     region_format: str = REGION_TOKEN,
     dtype: torch.dtype | None = None,
@@ -246,7 +246,7 @@ def from_llava(
         {"chat_template": chat_template, "region_format": region_format},
         vision_feature_layer=source.vision_feature_layer,
         refinement=refinement,
-        image_grid=None if image_grid is None else list(image_grid),
+        image_grid=image_grid,
         projector_hidden_act=source.projector_hidden_act,
     )
     with torch.no_grad():
@@ -392,6 +392,8 @@ def _saved(model: Any, processor: RegionGPTProcessor, out: str | Path | None) ->
 
 def _require_new(out: str | Path | None) -> None:
     """Refuse a folder with something in it before anything is computed."""
+    if out is not None and not str(out):
+        raise ConfigError("out: expected a folder, got an empty path")
     if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise ConfigError(f"out: expected a new or an empty folder, but {out} has something in it; choose another")
 
