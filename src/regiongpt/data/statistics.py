@@ -264,7 +264,7 @@ def plot(counted: Statistics, path: Path) -> None:
         from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.ticker import FuncFormatter, MaxNLocator
     except ImportError:
-        raise ConfigError("expected matplotlib for --plot, found none; pip install 'regiongpt[data]'") from None
+        raise ConfigError("expected matplotlib for --plot, found none; pip install '.[data]'") from None
     figure = Figure(figsize=(13, 9), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     figure.suptitle(
         f"{counted.source}: {counted.records:,} records, {counted.images:,} images, {counted.regions:,} regions, "
