@@ -77,7 +77,9 @@ def cell(values: dict[str, Any]) -> str:
     text = f"{values['mean']:.1f}"
     if values["interval"] and None not in values["interval"]:
         text += f" ({values['interval'][0]:.1f} to {values['interval'][1]:.1f})"
-    return text + (f", {values['gain']:+.1f}" if values["gain"] is not None else "")
+    if values["gain"] is None:
+        return text
+    return f"{text}, {'too few to tell' if values.get('too_few') else format(values['gain'], '+.1f')}"
 
 
 def document(text: str, sections: Sequence[str]) -> str:

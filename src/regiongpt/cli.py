@@ -692,11 +692,8 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.ablate.variants import ASKED, KINDS, check_names, chosen, refuse_varied, split_words
-    from regiongpt.distributed import launched
-    from regiongpt.evaluate.task import RESAMPLES
-    from regiongpt.evaluate.tasks import task_class
-    from regiongpt.train.recipe import Recipe
+    from regiongpt.ablate.study import KINDS, Options, make_study
+    from regiongpt.settings import add_options, read_options
 
     parser.description = "Train the variants of one part of the model alike, ask them alike, and set them side by side."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -707,57 +704,17 @@ def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         "same command again\nto continue after an interruption."
     )
     parser.add_argument("kind", choices=tuple(KINDS), metavar="KIND", help=f"what is varied: {', '.join(KINDS)}")
-    parser.add_argument("recipe", type=Path, help="TOML file, or the name of a shipped recipe such as nano")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of all runs and of the table")
-    text = "which (default: all); the others are held against the first"
-    parser.add_argument("--variants", metavar="A,B,...", help=text)
-    parser.add_argument("--seeds", metavar="N,N,...", default="0,1,2", help="of the training (default: 0,1,2)")
-    text = "an earlier run of `regiongpt train` whose language model, tower and features serve all variants and seeds"
-    parser.add_argument("--reuse", type=Path, metavar="RUN", help=text)
-    text = "what runs have in common; several ablations may share it (default: OUT/shared)"
-    parser.add_argument("--shared", type=Path, metavar="DIR", help=text)
-    parser.add_argument("--task", default="coco_cls", help="the benchmark (default: coco_cls)")
-    parser.add_argument("--device", help="to ask the trained models on (default: the first there is)")
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, metavar="N", help=f"default: {RESAMPLES}")
-    options, rest = parser.parse_known_args(words)
-    asked, overrides = split_words(rest)
-    if launched() > 1:
-        raise ConfigError("expected one process, got several; variants are trained one after the other")
-    if options.resamples < 1:
-        raise ConfigError(f"expected --resamples of at least 1, got {options.resamples}")
-    seeds = [word.strip() for word in options.seeds.split(",")]
-    if not all(word.isdecimal() for word in seeds) or len(set(map(int, seeds))) < len(seeds):
-        raise ConfigError(f"expected --seeds such as 0,1,2, each once, got {options.seeds!r}")
-    base = Recipe.load(options.recipe, overrides)
-    variants = chosen(options.kind, options.variants, base)
-    check_names(variants)
-    refuse_varied(options.kind, variants, overrides, asked)
-    asked.setdefault("data", base.data.root)
-    kind = task_class(options.task)
-    try:
-        tasks = {variant.name: kind(**{**asked, **variant.asked}) for variant in variants}
-    except ConfigError as error:
-        is_option = str(error).partition(":")[0] in kind.model_fields
-        raise ConfigError(f"{ASKED if is_option else '--eval: '}{error}") from None
+    parser.add_argument("recipe", help="TOML file, or the name of a shipped recipe such as nano")
+    add_options(parser, Options)
+    typed, rest = parser.parse_known_args(words)
+    study = make_study(typed.kind, typed.recipe, rest, read_options(Options, typed))
+    study.check_files()
     _log()
     quiet_libraries()
-    from regiongpt.ablate.study import Study
-    from regiongpt.ablate.summary import write_study
+    runs = study.run()
+    from regiongpt.ablate.summary import write_summary
 
-    study = Study(
-        kind=options.kind,
-        recipe=options.recipe,
-        overrides=tuple(overrides),
-        variants=variants,
-        seeds=tuple(map(int, seeds)),
-        tasks=tasks,
-        out=options.out,
-        device=options.device,
-        resamples=options.resamples,
-        shared=options.shared,
-        reuse=options.reuse,
-    )
-    print(write_study(study, study.run()))
+    print(write_summary(study, runs))
     return 0
 
 

@@ -144,11 +144,15 @@ def digest(*parts: Any) -> str:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder for this process; the lock ends with the block or the process, however that ends.
 
+    Args:
+        folder: Made if it is missing.
+        wait: Wait for another process that holds it.
+
     Raises:
-        ConfigError: Another process holds it; the message names it.
+        ConfigError: Another process holds it, and ``wait`` is not given; the message names it.
         DataError: The folder cannot be written.
     """
     folder = Path(folder)
@@ -159,7 +163,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except ImportError:  # Windows
             pass
         except OSError:

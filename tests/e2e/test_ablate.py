@@ -12,10 +12,8 @@ from tiny_checkpoint import make_parts
 from transformers import AutoModel
 
 from regiongpt import ConfigError
-from regiongpt.ablate.annotations import prepare
-from regiongpt.ablate.study import photographs
-from regiongpt.ablate.summary import orders, summarise
-from regiongpt.ablate.variants import KINDS, chosen
+from regiongpt.ablate.study import KINDS, choose_variants, cut_annotations, photographs
+from regiongpt.ablate.summary import orders, summarise, tables
 from regiongpt.cli import main
 from regiongpt.data.convert import load_converter
 from regiongpt.data.convert.base import convert
@@ -37,7 +35,7 @@ SIZE = {
     "language.epochs": 0.2,
     "language.batch_size": 8,
     "language.micro_batch_size": 8,
-    "align.epochs": 0.5,
+    "align.epochs": 2,
     "align.batch_size": 8,
     "align.micro_batch_size": 8,
     "stage1.epochs": 3,
@@ -83,15 +81,26 @@ def test_what_is_beyond_chance_is_said_and_intervals_lie_around_means():
     order = "p, AP: here deconv = bilinear > none; paper deconv > bilinear > none: another order"
     assert line == f"{order}; beyond chance 'none' differs from 'deconv'"
     # Rare classes fall out of resamples, and what is said of the others would move the interval off the mean.
-    cell = summarise({"a": [seen([0.0] * 30 + [1.0] * 30)], "b": [seen(right)]}, 300)["p"]["class_average"]
+    cell = summarise({"a": [seen([0.0] * 30 + [1.0] * 30)] * 2, "b": [seen(right)] * 2}, 300)["p"]["class_average"]
     for each, (low, high) in ((cell["a"].mean, cell["a"].interval), (cell["b"].gain, cell["b"].gain_interval)):
         assert abs(each - (low + high) / 2) < (high - low) / 4
     assert orders(found, None) == []
-    (line,) = orders(summarise({"deconv": [seen(even)], "none": [seen(wrong)]}, 50), TABLES["refinement"])
+    (line,) = orders(summarise({"deconv": [seen(even)] * 2, "none": [seen(wrong)] * 2}, 50), TABLES["refinement"])
     assert "here deconv > none; paper deconv > none: the same order" in line
     # What was not measured has no place in an order.
     nothing = {"p": {"AP": mean_statistic([0], [float("nan")])}}
     assert orders(summarise({"deconv": [nothing], "none": [seen(even)]}, 50), TABLES["refinement"]) == []
+
+
+@pytest.mark.parametrize(("seeds", "images", "differing"), [(1, 60, 30), (2, 20, 10), (2, 60, 4)])
+def test_one_seed_or_a_handful_of_images_claim_nothing(seeds, images, differing):
+    none, deconv = [0.0] * images, [1.0] * differing + [0.0] * (images - differing)
+    found = summarise({"deconv": [seen(deconv)] * seeds, "none": [seen(none)] * seeds}, 200)
+    cell = found["p"]["AP"]["none"]
+    assert (cell.too_few, cell.gain_interval) == (True, None)
+    assert found["p"]["AP"]["deconv"].interval is None or differing == 4
+    assert orders(found, TABLES["refinement"]) == ["p, AP: here too few to tell; paper deconv > none"]
+    assert tables(found)[1][1][1] == ["AP", "too few to tell"]
 
 
 @pytest.mark.slow
@@ -103,6 +112,7 @@ def test_variants_are_trained_asked_and_tabulated_and_not_twice(pictures, tmp_pa
     assert "| figure | none | deconv |" in printed
     assert "The paper's Table 6" in printed
     assert "paper deconv > none" in printed
+    assert "too few to tell" in printed
     found = json.loads((tmp_path / "result.json").read_text())
     cells = found["protocols"]["score all choices"]["accuracy"]
     assert cells["none"]["gain"] is None
@@ -123,6 +133,18 @@ def test_variants_are_trained_asked_and_tabulated_and_not_twice(pictures, tmp_pa
     # Another recipe in the same folder would pass the old models off as its own.
     assert ablate("refinement", pictures, tmp_path, *words, "--stage2.lr=1e-2") == 2
     assert "stage2 differ" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_ablation_at_debug_size_needs_no_data(tmp_path, capsys):
+    words = ["--out", str(tmp_path / "out"), "--debug", "--eval.limit=2", "--resamples=20", "--stage2.lr=1e-3"]
+    assert main(["ablate", "data", "nano", *words]) == 0
+    assert "too few to tell" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out-debug" / "result.json").read_text())
+    assert found["seeds"] == [0]
+    assert all(cell["too_few"] for cells in found["protocols"]["score all choices"].values() for cell in cells.values())
+    assert {len(runs) for runs in found["manifests"].values()} == {1}
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -173,7 +195,7 @@ def test_an_earlier_run_is_reused_by_all_variants_and_seeds(pictures, tmp_path, 
     # Neither another language model nor a folder without a run passes for the recipe's own.
     capsys.readouterr()
     assert ablate("refinement", pictures, tmp_path / "other", *words, "--model.layers=2") == 2
-    assert "num_hidden_layers 1 for 2" in capsys.readouterr().err
+    assert "layers 1 for 2" in capsys.readouterr().err
     assert ablate("refinement", pictures, tmp_path / "other", "--reuse", str(tmp_path / "none")) == 2
     assert "regiongpt train" in capsys.readouterr().err
 
@@ -246,52 +268,52 @@ def test_a_recipe_of_the_paper_is_varied_on_records(pictures, tmp_path, capsys):
 
 
 def test_annotations_are_cut_down_and_larger_shares_hold_smaller_ones(pictures, tmp_path):
-    outlined = prepare(pictures, "train", "outlined", tmp_path)
+    outlined = cut_annotations(pictures, "train", "outlined", tmp_path)
     kept = json.loads((outlined / "instances_train.json").read_text())
     assert len(kept["annotations"]) == 8
     assert all(each["segmentation"] for each in kept["annotations"])
     assert (outlined / "images" / "1.png").is_file()
     images = {}
     for share in ("25%", "50%", "100%"):
-        content = json.loads((prepare(pictures, "train", share, tmp_path) / "instances_train.json").read_text())
+        content = json.loads((cut_annotations(pictures, "train", share, tmp_path) / "instances_train.json").read_text())
         images[share] = {image["id"] for image in content["images"]}
     assert [len(each) for each in images.values()] == [2, 4, 8]
     assert images["25%"] < images["50%"] < images["100%"]
-    assert prepare(pictures, "train", "outlined", tmp_path) == outlined
+    assert cut_annotations(pictures, "train", "outlined", tmp_path) == outlined
 
 
 def test_variants_by_name_and_by_value():
     recipe = Recipe.load(RECIPE)
-    assert [each.name for each in chosen("refinement", None, recipe)] == list(REFINEMENTS)
-    tower = chosen("tower", "efficientnet-lite0@320,models/clip", recipe)
+    assert [each.name for each in choose_variants("refinement", None, recipe)] == list(REFINEMENTS)
+    tower = choose_variants("tower", "efficientnet-lite0@320,models/clip", recipe)
     assert tower[0].recipe == {"model.vision": "efficientnet-lite0", "model.image_size": "320"}
     assert (tower[1].name, tower[1].recipe) == ("clip", {"model.vision": "models/clip"})
-    assert chosen("tokens", "image=3,region=2", recipe)[1].recipe == {"model.region_grid": "2"}
-    assert [variant.annotations for variant in chosen("data", "25%,100%", recipe)] == ["25%", "100%"]
+    assert choose_variants("tokens", "image=3,region=2", recipe)[1].recipe == {"model.region_grid": "2"}
+    assert [variant.annotations for variant in choose_variants("data", "25%,100%", recipe)] == ["25%", "100%"]
     for words in (("refinement", "deconv"), ("refinement", "cubic,none"), ("data", "0%,5%")):
-        with pytest.raises(ConfigError, match="expected"):
-            chosen(*words, recipe)
+        with pytest.raises(ConfigError, match="--variants"):
+            choose_variants(*words, recipe)
 
 
 def test_variants_of_records_are_fields_of_a_new_model_checkpoints_and_records():
     new = Recipe.load(RECIPE.with_name("table6_deconv.toml"))
-    assert [each.recipe for each in chosen("refinement", "none,deconv", new)] == [
+    assert [each.recipe for each in choose_variants("refinement", "none,deconv", new)] == [
         {"model.refinement": "none"},
         {"model.refinement": "deconv"},
     ]
     # A recipe that describes its checkpoint is held to the description, one that does not to none.
-    described = chosen("refinement", "none=a,deconv=b", Recipe.load(RECIPE.with_name("vicuna7b_stage2.toml")))
+    described = choose_variants("refinement", "none=a,deconv=b", Recipe.load(RECIPE.with_name("vicuna7b_stage2.toml")))
     assert described[0].recipe == {"model.init": "a", "model.refinement": "none"}
     bare = Recipe.load(RECIPE.with_name("finetune_records.toml"))
-    assert chosen("refinement", "none=a,deconv=b", bare)[0].recipe == {"model.init": "a"}
+    assert choose_variants("refinement", "none=a,deconv=b", bare)[0].recipe == {"model.init": "a"}
     for recipe in (new, bare):
-        masks = chosen("data", "masks=records-m,boxes=records-b", recipe)[0]
+        masks = choose_variants("data", "masks=records-m,boxes=records-b", recipe)[0]
         assert (masks.recipe, masks.asked) == ({"data.mixture": "records-m"}, {"region": "mask"})
-        assert chosen("prompt", None, recipe) == KINDS["prompt"].variants
-        with pytest.raises(ConfigError, match=r"NAME=VALUE, the value of data\.mixture"):
-            chosen("data", None, recipe)
-    with pytest.raises(ConfigError, match=r"NAME=VALUE, the value being that of model\.init"):
-        chosen("refinement", "deconv,none", bare)
+        assert choose_variants("prompt", None, recipe) == KINDS["prompt"].variants
+        with pytest.raises(ConfigError, match=r"NAME=VALUE with the value of data\.mixture"):
+            choose_variants("data", None, recipe)
+    with pytest.raises(ConfigError, match=r"NAME=VALUE, the value of model\.init"):
+        choose_variants("refinement", "deconv,none", bare)
 
 
 def test_the_variants_of_the_papers_tables_have_the_names_and_shapes_of_their_recipes():
@@ -306,11 +328,12 @@ def test_the_variants_of_the_papers_tables_have_the_names_and_shapes_of_their_re
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--seeds", "0,0"], "expected --seeds"),
-        (["--seeds", "00,0"], "expected --seeds"),
-        (["--seed", "5"], "--seed: expected --seeds"),
-        (["--resamples", "0"], "--resamples of at least 1"),
-        (["--eval.limits", "3"], "--eval: unknown setting 'limits'; did you mean 'limit'"),
+        (["--seeds", "0,0"], "--seeds: give numbers"),
+        (["--seeds", "00,0"], "--seeds: give numbers"),
+        (["--seed", "5"], "--seed: give --seeds"),
+        (["--resamples", "0"], "--resamples: input should be greater"),
+        (["--eval", "3"], "--eval: name an option"),
+        (["--eval.limits", "3"], "did you mean 'limit'"),
         (["--eval.limit", "few"], "--eval.limit: "),
         (["--eval.guided", "maybe"], "--eval.guided: "),
         (["--stage2.epoch=1"], "did you mean 'stage2.epochs'"),
@@ -332,7 +355,7 @@ def test_mistakes_end_in_one_line_before_anything_is_trained(words, message, pic
 def test_what_is_varied_is_not_given_for_all(kind, word, pictures, tmp_path, capsys):
     assert ablate(kind, pictures, tmp_path / "out", word) == 2
     name = word.partition("=")[0]
-    assert f"{name}: expected what the ablation of {kind} varies to be left to it" in capsys.readouterr().err
+    assert f"{name}: the ablation of {kind} varies it" in capsys.readouterr().err
 
 
 def test_photographs_that_changed_are_other_photographs(pictures, tmp_path):

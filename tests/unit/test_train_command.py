@@ -34,16 +34,23 @@ MISTAKES = [
     "train finetune_records --data.mixture nowhere",
     "train finetune_records --data.mixture . --model.init nowhere",
     "train vicuna7b_stage2 --data.root .",
+    "ablate",
+    "ablate nothing nano --out x",
+    "ablate refinement nano --out x --data.root nowhere",
+    "ablate refinement nano --out x --variants cubic,none",
+    "ablate refinement nano --out x --eval.limits 3",
+    "ablate refinement nano --out x --stage2.lr nan",
+    "ablate refinement nano --out x --debug --task pope",
 ]
 
 
 def test_help_and_mistakes_load_nothing_heavy(tmp_path: Path) -> None:
-    calls = [["train", "--help"], ["train", "--schema"], *(line.split() for line in MISTAKES)]
+    calls = [["train", "--help"], ["ablate", "--help"], ["train", "--schema"], *(line.split() for line in MISTAKES)]
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(calls)], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     codes, heavy = json.loads(ran.stdout.splitlines()[-1])
-    assert codes == [0, 0, *[2] * len(MISTAKES)]
+    assert codes == [0, 0, 0, *[2] * len(MISTAKES)]
     assert heavy == []
     assert len(ran.stderr.splitlines()) == len(MISTAKES)
     assert all(line.startswith("regiongpt: error: ") for line in ran.stderr.splitlines())

@@ -1,278 +1,473 @@
-"""Trains every variant with every seed, and asks each the same questions; what has been done is not done again.
+"""The verb ``regiongpt ablate``: variants of one part of a model trained alike, asked alike, and set side by side.
 
-OUT/VARIANT/seed-N/recipe.json   the recipe, resolved; another one is refused
+OUT/VARIANT/seed-N/recipe.json   the recipe, resolved; a run of another one is refused
 OUT/VARIANT/seed-N/training/     the run of ``regiongpt train``
 OUT/VARIANT/seed-N/evaluation/   the run of ``regiongpt evaluate``
 OUT/shared/                      language models, features and the like of variants whose recipes agree in them
+
+Paper: Tables 1, 6 and 7; §3.1 (image tokens), §3.2 (the task-guided prompt)
 """
 
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self, get_args
 
-import numpy as np
+from pydantic import Field, field_validator, model_validator
 
-from regiongpt.ablate.annotations import prepare
-from regiongpt.ablate.variants import Variant, same_training
 from regiongpt.data.coco import photo_sources
 from regiongpt.data.shards import file_identity
+from regiongpt.distributed import launched
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate.runner import load_items
-from regiongpt.evaluate.runs import TaskRun
-from regiongpt.evaluate.session import Session
-from regiongpt.evaluate.task import Task
-from regiongpt.storage import digest, read_json, write_json
-from regiongpt.train.recipe import Recipe
+from regiongpt.evaluate.task import RESAMPLES, Task
+from regiongpt.evaluate.tasks import task_class
+from regiongpt.settings import Settings, override
+from regiongpt.storage import digest, locked, new_folder, read_json, write_json, writing
+from regiongpt.train.recipe import ModelConfig, Recipe, dotted
 
 log = logging.getLogger(__name__)
 
 RECIPE: Final = "recipe.json"
-_NOT_OF_LANGUAGE: Final = (
-    "init",
-    "vision",
-    "image_size",
-    "refinement",
-    "refinement_channels",
-    "connector_size",
-    "image_grid",
-)
+_ASKED: Final = "--eval."
+_REFINEMENTS: Final[tuple[str, ...]] = get_args(ModelConfig.model_fields["refinement"].annotation)
+_NOT_OF_LANGUAGE: Final = {
+    *("init", "vision", "image_size", "refinement", "refinement_channels", "connector_size", "image_grid")
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One of the things that are compared.
+
+    Attributes:
+        name: Its column in tables and its folder.
+        recipe: Fields of the recipe by dotted name, over those of the file.
+        asked: Options of the benchmark, over those given for all.
+        annotations: What is done to the annotations of the photographs before training: ``""`` for nothing,
+            ``"outlined"`` to keep the objects with an outline alone, or ``"N%"`` to keep that share of the images.
+    """
+
+    name: str
+    recipe: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)
+    annotations: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One ablation.
+
+    Attributes:
+        summary: One line of help.
+        variants: What is compared if nothing is named; the others are held against the first.
+        field: Field of a recipe on records that ``NAME=VALUE`` sets: the checkpoint to continue from, unless the recipe
+            makes a new model, or the records; empty if records are varied like photographs.
+        paper: Key of :data:`regiongpt.evaluate.paper.TABLES`; empty if the paper has no results.
+    """
+
+    summary: str
+    variants: tuple[Variant, ...]
+    field: str = ""
+    paper: str = ""
+
+
+def _named(kind: str, word: str) -> Variant:
+    """The variant that a word of ``--variants`` describes."""
+    what, _, side = word.partition("=")
+    tower, _, size = word.rpartition("@") if word.rpartition("@")[2].isdecimal() else (word, "", "")
+    if kind == "tower":
+        name = tower.rstrip("/").rpartition("/")[2] + (f"-{size}" if size else "")
+        return Variant(name=name, recipe={"model.vision": tower} | ({"model.image_size": size} if size else {}))
+    if kind == "tokens" and what in ("image", "region") and side.isdecimal():
+        return Variant(name=word, recipe={f"model.{what}_grid": side})
+    if kind == "data" and word.endswith("%") and word[:-1].isdecimal() and 0 < int(word[:-1]) <= 100:
+        return Variant(name=word, annotations=word)
+    known = ", ".join(variant.name for variant in KINDS[kind].variants)
+    more = {"tokens": "image=SIDE or region=SIDE", "data": "a share of the images such as 25%"}.get(kind)
+    raise ConfigError(f"--variants: unknown variant {word!r}; known: {known}{f', or {more}' if more else ''}")
+
+
+def _tower(name: str, vision: str, size: int) -> Variant:
+    return Variant(name=name, recipe={"model.vision": vision, "model.image_size": str(size)})
+
+
+def _objects(name: str, share: str, region: str) -> Variant:
+    recipe = {"data.outline_share": share}
+    return Variant(name=name, recipe=recipe, asked={"region": region}, annotations="outlined")
+
+
+KINDS: Final[dict[str, Kind]] = {
+    "refinement": Kind(
+        summary="the module that refines the feature map (Table 6)",
+        variants=tuple(Variant(name=name, recipe={"model.refinement": name}) for name in _REFINEMENTS),
+        field="model.init",
+        paper="refinement",
+    ),
+    "tower": Kind(
+        summary="the vision tower (Table 7); --variants NAME@SIZE,... names towers of a hub or folders",
+        variants=(
+            _tower("openai_vit_l_336", "openai/clip-vit-large-patch14-336", 336),
+            _tower("siglip_vit_b_512", "google/siglip-base-patch16-512", 512),
+            _tower("siglip_vit_l_384", "google/siglip-large-patch16-384", 384),
+            # Its patches of 14 cover 27 x 14 = 378 of the 384 pixels.
+            _tower("siglip_vit_so400m_384", "google/siglip-so400m-patch14-384", 378),
+        ),
+        field="model.init",
+        paper="tower",
+    ),
+    "prompt": Kind(
+        summary="the task-guided suffix (Table 1): taught and asked with it, taught and asked without, asked without",
+        variants=(
+            Variant(name="with"),
+            Variant(name="without", recipe={"data.suffixes": "false"}, asked={"guided": "false"}),
+            Variant(name="asked-without", asked={"guided": "false"}),
+        ),
+    ),
+    "tokens": Kind(
+        summary="number of tokens per image and region; --variants image=SIDE,region=SIDE,...",
+        variants=tuple(
+            Variant(name=f"{what}={side}", recipe={f"model.{what}_grid": str(side)})
+            for what, side in (("image", 6), ("image", 3), ("image", 1), ("image", 9), ("region", 2))
+        ),
+        field="model.init",
+    ),
+    "data": Kind(
+        summary="boxes against masks on the objects with an outline, or shares of the images (--variants 25%%,50%%)",
+        variants=(_objects("boxes", "0", "box"), _objects("masks", "1", "mask")),
+        field="data.mixture",
+    ),
+}
+"""The ablations by name."""
+
+
+def choose_variants(kind: str, text: str | None, recipe: Recipe) -> tuple[Variant, ...]:
+    """The variants to compare.
+
+    Args:
+        kind: A key of :data:`KINDS`.
+        text: Value of ``--variants``: names with commas between them; None for all.
+        recipe: What all are varied from. If it trains a checkpoint on records, each variant of the model is
+            ``NAME=VALUE``, since a checkpoint brings its own shape; so is, on any records, each variant of the data.
+
+    Raises:
+        ConfigError: There is no such variant, there are fewer than two, or a name is no folder's.
+    """
+    known = {variant.name: variant for variant in KINDS[kind].variants}
+    words = [word.strip() for word in text.split(",") if word.strip()] if text else []
+    target, on_records = KINDS[kind].field, recipe.data.on_records
+    valued = on_records and (target == "data.mixture" or (target == "model.init" and bool(recipe.model.init)))
+    if valued:
+        found = []
+        for word in words:
+            name, _, value = word.partition("=")
+            if not (name and value):
+                raise ConfigError(f"--variants: write each as NAME=VALUE, the value of {target}, got {word!r}")
+            like = known.get(name, Variant(name=name))
+            # A recipe that says what its checkpoint is made of is held to it.
+            described = like.recipe if target == "model.init" and recipe.model.language else {}
+            found.append(Variant(name=name, recipe={**described, target: value}, asked=like.asked))
+    else:
+        found = [known[word] if word in known else _named(kind, word) for word in words]
+        found = found if text is not None else list(known.values())
+    if len(found) < 2 or len({variant.name for variant in found}) < len(found):
+        how = f"NAME=VALUE with the value of {target}" if valued else ", ".join(known)
+        raise ConfigError(f"--variants: give at least two different ones, got {text!r}; such as {how}")
+    for variant in found:
+        if variant.name in ("", ".", "..") or "/" in variant.name:
+            raise ConfigError(f"--variants: {variant.name!r} cannot be the name of a folder; give another")
+    return tuple(found)
+
+
+class Options(Settings):
+    """How an ablation is run, whatever is varied."""
+
+    out: Path
+    """Folder of all runs and of the table."""
+    variants: str | None = None
+    """Which, with commas between them, otherwise all; the others are held against the first."""
+    seeds: str = "0,1,2"
+    """Seeds of the training; every variant is trained with each."""
+    reuse: Path | None = None
+    """An earlier run of `regiongpt train`: its language model and features serve all variants and seeds."""
+    shared: Path | None = None
+    """Folder of what runs have in common, which several ablations may use; otherwise OUT/shared."""
+    task: str = "coco_cls"
+    """The benchmark."""
+    device: str | None = None
+    """Device that the trained models are asked on; otherwise the first there is."""
+    resamples: int = Field(default=RESAMPLES, ge=1)
+    """Resamples of the bootstrap."""
+    debug: bool = False
+    """Run it all tiny, with one seed, on drawn pictures, in OUT-debug."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, value: str) -> str:
+        words = [word.strip() for word in value.split(",")]
+        if not all(word.isdecimal() and len(word) < 10 for word in words) or len(set(map(int, words))) < len(words):
+            raise ValueError("give numbers such as 0,1,2, each once")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.debug and (self.task != "coco_cls" or self.reuse or self.shared):
+            raise ValueError("--debug asks coco_cls alone, and shares nothing; leave out --task, --reuse and --shared")
+        return self
+
+
+def _refuse_varied(kind: str, variants: Sequence[Variant], overrides: Sequence[str], asked: Mapping[str, str]) -> None:
+    """Raise ConfigError for an option whose value the variants or the seeds decide."""
+    # A variant that leaves a field as it is stands for its default; where each names its own, none is mistaken.
+    plain = any(not variant.recipe for variant in variants)
+    fields = {name for variant in variants for name in variant.recipe if plain}
+    options = {f"{_ASKED}{name}" for variant in variants for name in variant.asked}
+    given = {word.removeprefix("--").partition("=")[0] for word in overrides}
+    if "seed" in given:
+        raise ConfigError("--seed: give --seeds N,N,... instead; every variant is trained with each of them")
+    if both := sorted(f"--{name}" for name in given & fields) + sorted(options & {f"{_ASKED}{n}" for n in asked}):
+        raise ConfigError(f"{both[0]}: the ablation of {kind} varies it; leave it out")
+
+
+def make_study(kind: str, recipe: str, words: Sequence[str], options: Options) -> "Study":
+    """An ablation, from what was typed.
+
+    Args:
+        kind: Key of :data:`KINDS`.
+        recipe: TOML file, or the name of a shipped recipe.
+        words: Overrides of the recipe and options of the benchmark, for all variants: ``["--stage2.lr=1e-3",
+            "--eval.limit", "50"]``.
+        options: The rest.
+
+    Raises:
+        ConfigError: Something does not go together.
+    """
+    if launched() > 1:
+        raise ConfigError("ablate runs in one process; variants are trained one after the other")
+    given = override({}, words)
+    asked = given.pop("eval", {})
+    if not isinstance(asked, dict):
+        raise ConfigError("--eval: name an option of the benchmark, such as --eval.limit 50")
+    asked = {name.replace("-", "_"): value for name, value in asked.items()}
+    overrides = [f"--{name}={value}" for name, value in dotted(given).items()]
+    base = Recipe.load(recipe, overrides)
+    variants = choose_variants(kind, options.variants, base)
+    _refuse_varied(kind, variants, overrides, asked)
+    out, seeds = options.out, tuple(map(int, options.seeds.split(",")))
+    asked = {"data": base.data.root, **asked}
+    if options.debug:
+        out, seeds = Path(f"{out}-debug"), seeds[:1]
+        asked |= {"data": str(_folder(out, variants[0], seeds[0]) / "training-debug" / "made"), "split": "train"}
+    tasks, task = {}, task_class(options.task)
+    for variant in variants:
+        try:
+            tasks[variant.name] = task(**{**asked, **variant.asked})
+        except ConfigError as error:
+            is_option = str(error).partition(":")[0] in task.model_fields
+            raise ConfigError(f"{_ASKED if is_option else '--eval: '}{error}") from None
+    return Study(
+        kind=kind,
+        recipe=recipe,
+        overrides=tuple(overrides),
+        variants=variants,
+        seeds=seeds,
+        tasks=tasks,
+        out=out,
+        shared=options.shared or out / "shared",
+        options=options,
+    )
+
+
+def _folder(out: Path, variant: Variant, seed: int) -> Path:
+    return out / variant.name / f"seed-{seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """An ablation.
-
-    Attributes:
-        kind: Key of :data:`regiongpt.ablate.variants.KINDS`.
-        recipe: TOML file.
-        overrides: Of its fields, for all variants: ``["--stage2.lr=1e-3"]``.
-        variants: At least two.
-        seeds: Of the training; every variant is trained with each.
-        tasks: By variant, what it is asked; the same items for all.
-        out: Folder.
-        device: That the trained models are asked on.
-        resamples: Of the bootstrap.
-        shared: Folder of what runs have in common, which several ablations may use; ``OUT/shared`` where None.
-        reuse: An earlier run of ``regiongpt train``, whose language model, tower and features serve all runs whose
-            recipe is of the same shape.
-    """
+    """An ablation; see :func:`make_study`."""
 
     kind: str
-    recipe: Path
+    recipe: str
     overrides: tuple[str, ...]
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     tasks: Mapping[str, Task]
     out: Path
-    device: str | None
-    resamples: int
-    shared: Path | None = None
-    reuse: Path | None = None
+    shared: Path
+    options: Options
 
-    def run(self) -> dict[str, list[TaskRun]]:
-        """Trains and asks whatever is still to be trained and asked.
+    def check_files(self) -> None:
+        """Check every variant's recipe and data, and the benchmark's, without loading anything heavy.
+
+        Raises:
+            RegionGPTError: Something is missing or does not go together.
+        """
+        from regiongpt.evaluate.runner import load_items
+
+        if self.options.reuse is not None:
+            _check_reuse(self.options.reuse, self._base())
+        for variant in self.variants:
+            config = self._load(variant, self.seeds[0])
+            if not self.options.debug:
+                config.check_files()
+        for task in {} if self.options.debug else self.tasks.values():
+            load_items(task)
+
+    def run(self) -> dict[str, list[Any]]:
+        """Train and ask whatever is still to be trained and asked.
 
         Returns:
-            By variant, the scored task of every seed.
+            By variant, the scored task (:class:`regiongpt.evaluate.runs.TaskRun`) of every seed.
 
         Raises:
             RegionGPTError: As training and evaluation do.
         """
-        if self.reuse is not None:
-            check_reuse(self.reuse, Recipe.load(self.recipe, self.overrides))
-        configs = {(v.name, seed): self._config(v, seed) for v in self.variants for seed in self.seeds}
-        self._check([configs[variant.name, self.seeds[0]] for variant in self.variants])
-        for (name, seed), config in configs.items():
-            self._note(name, seed, config)
-        found: dict[str, list[TaskRun]] = {variant.name: [] for variant in self.variants}
-        # Seed by seed: an ablation that is ended early has all variants with fewer seeds.
-        for seed in self.seeds:
-            for number, variant in enumerate(self.variants):
-                log.info("%s, seed %d", variant.name, seed)
-                model = self._model(number, seed, configs)
-                session = Session(
-                    out=self._folder(variant.name, seed) / "evaluation",
-                    resamples=self.resamples,
-                    towers=self._shared / "towers",
-                    untrained=True,  # after a few steps of a trial it looks so
-                    overwrite=True,  # of the same model, as the recipe noted has it; its answers are kept
-                )
-                found[variant.name] += session.score_model([self.tasks[variant.name]], model, self.device)
-        return found
-
-    def _check(self, configs: Sequence[Recipe]) -> None:
-        """Raises, before the first variant is trained for hours, what would stop the last one or its questions."""
+        from regiongpt.evaluate.session import Session
         from regiongpt.inference.engine import pick_device
         from regiongpt.train.start import check_start
 
-        pick_device(self.device)
-        for task in self.tasks.values():
-            load_items(task)
-        for config in configs:
+        pick_device(self.options.device)
+        if self.options.debug:
+            with writing(self.out):
+                shutil.rmtree(self.out, ignore_errors=True)
+        configs = {(v.name, seed): self._config(v, seed) for v in self.variants for seed in self.seeds}
+        for variant in self.variants:
+            config = configs[variant.name, self.seeds[0]]
             if not (config.out / "start" / "config.json").exists():
                 check_start(config)
-
-    @property
-    def _shared(self) -> Path:
-        return self.shared if self.shared is not None else self.out / "shared"
-
-    def _folder(self, name: str, seed: int) -> Path:
-        return self.out / name / f"seed-{seed}"
-
-    def _config(self, variant: Variant, seed: int) -> Recipe:
-        """The recipe of one variant with one seed, all of it checked."""
-        words = [*self.overrides, *(f"--{name}={value}" for name, value in variant.recipe.items())]
-        words += [f"--seed={seed}", f"--out={self._folder(variant.name, seed) / 'training'}"]
-        config = Recipe.load(self.recipe, words)
-        if not config.data.on_records and not config.data.root:
-            raise ConfigError("data.root: expected the folder of the annotated photographs; give --data.root DIR")
-        if variant.annotations:
-            whole = config.data.root
-            root = prepare(Path(whole), config.data.split, variant.annotations, self._shared)
-            # The features of a part are some of those of the whole, which other ablations have made, or will need.
-            config = config.replace(
-                data=config.data.replace(root=str(root)),
-                features=config.features.replace(root=config.features.root or whole),
-            )
-        return config
-
-    def _note(self, name: str, seed: int, config: Recipe) -> None:
-        """Raises ConfigError where the folder holds a run of another recipe, whose model would pass for this one's."""
-        plain = config.model_dump(mode="json")
-        del plain["out"]
-        if not config.data.on_records:  # of records their training keeps note
-            plain["photographs"] = photographs(config.data.root, config.data.split)
-        if self.reuse is not None:
-            plain["reuse"] = str(self.reuse.resolve())
-        path = self._folder(name, seed) / RECIPE
-        if path.exists() and read_json(path) != plain:
-            there = read_json(path)
-            parts = [part for part in {**there, **plain} if plain.get(part) != there.get(part)]
-            raise ConfigError(
-                f"{path.parent}: expected a run of the same recipe, found another ({', '.join(parts)} differ); give "
-                "another --out, or delete the folder"
-            )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, plain)
-        except OSError as error:
-            raise DataError(f"{path.parent}: expected a folder to write to, got {error.strerror}") from None
-
-    def _model(self, number: int, seed: int, configs: Mapping[tuple[str, int], Recipe]) -> Path:
-        """The trained model of a variant: that of an earlier one where only the questions differ."""
-        from transformers.utils import logging as transformers_logging
-
-        from regiongpt.train.stages import train
-
-        transformers_logging.disable_progress_bar()
-        variant = self.variants[number]
-        owner = next(each for each in self.variants if same_training(each, variant))
-        config = configs[owner.name, seed]
-        if config.data.on_records:
-            return train(config)
-        # Another process with other seeds waits for what it would else make too, and trains beside this one then.
-        with self._alone():
-            self._take(config)
-            if not all(kept.exists() for made, kept in self._kept(config) if made.name != "model"):
-                model = train(config)
-                self._keep(config)
-                return model
-        model = train(config)
-        with self._alone():
-            self._keep(config)
-        return model
-
-    def _kept(self, config: Recipe) -> list[tuple[Path, Path]]:
-        """What a run makes that others can take, and where it is kept for them."""
-        training = config.out
-        pairs = [(training / "start", self._tower(config))]
-        if not config.model.language:
-            pairs.append((training / "language", self._language(config)))
-        if config.runs("align"):
-            pairs.append((training / "align" / "model", self._align(config)))
-        return pairs
-
-    def _keep(self, config: Recipe) -> None:
-        for made, kept in self._kept(config):
-            if made.exists() and not kept.exists():
-                _copy(made, kept)
-
-    def _take(self, config: Recipe) -> None:
-        """Gives a run what another has made in the same way: language model, features, start, alignment."""
-        import torch
-        from transformers import set_seed
-
-        from regiongpt.train.stages import cached_images
-        from regiongpt.train.start import create_start, measured_on
-
-        training = config.out
-        training.mkdir(parents=True, exist_ok=True)
-        for made, kept in self._kept(config):
-            if made.name != "start" and kept.exists() and not made.exists():
-                _copy(kept, made)
-        features = training / "features"
-        if not features.exists() and not features.is_symlink():
-            shared = self._features(config)
-            shared.mkdir(parents=True, exist_ok=True)
-            features.symlink_to(os.path.relpath(shared, training), target_is_directory=True)
-        language = Path(config.model.language or training / "language")
-        tower, start = self._tower(config), training / "start"
-        if tower.exists() and (language / "config.json").exists() and not (start / "config.json").exists():
-            rows = np.load(features / "features.npy", mmap_mode="r")
-            measured = [torch.from_numpy(rows[k, 0].astype(np.float32)) for k in measured_on(range(len(rows)))]
-            if len(rows) != len(cached_images(config)):
-                raise DataError(
-                    f"{features}: expected features of the {len(cached_images(config))} photographs, got {len(rows)}; "
-                    "give another folder, or leave it out"
+        for variant in self.variants:
+            for seed in self.seeds:
+                self._note(_folder(self.out, variant, seed), configs[variant.name, seed])
+        found: dict[str, list[Any]] = {variant.name: [] for variant in self.variants}
+        # Seed by seed: an ablation that is ended early has all variants with fewer seeds.
+        for seed in self.seeds:
+            for variant in self.variants:
+                log.info("%s, seed %d", variant.name, seed)
+                # A variant that differs in the questions alone is asked of an earlier one's model.
+                owner = next(
+                    each
+                    for each in self.variants
+                    if (each.recipe, each.annotations) == (variant.recipe, variant.annotations)
                 )
-            set_seed(config.seed)
-            create_start(config.model, language, start, (), (tower, measured))
-
-    def _alone(self) -> AbstractContextManager[None]:
-        return _locked(self._shared / "lock")
-
-    def _features(self, config: Recipe) -> Path:
-        return self._of_tower(config, "features", "features")
-
-    def _tower(self, config: Recipe) -> Path:
-        return self._of_tower(config, "start", "tower")
-
-    def _of_tower(self, config: Recipe, there: str, shared: str) -> Path:
-        """In the earlier run, where it has made the features that this one needs, or among what is shared."""
-        if self.reuse is not None and self._seen(config) == self._seen(self._base()):
-            return self.reuse / there
-        return self._shared / f"{shared}-{digest(self._seen(config))}"
-
-    def _language(self, config: Recipe) -> Path:
-        if self.reuse is not None and _shape(config) == _shape(self._base()):
-            return self.reuse / "language"
-        seen = photographs(config.data.root, config.data.split)
-        made = [_shape(config), config.data.model_dump(), seen, config.language.model_dump(), config.seed]
-        return self._shared / f"language-{digest(made)}"
-
-    def _align(self, config: Recipe) -> Path:
-        # The words of questions and answers are not learnt there.
-        data = {name: value for name, value in config.data.model_dump().items() if name != "suffixes"}
-        seen = photographs(config.data.root, config.data.split)
-        parts = [config.model.model_dump(), data, seen, config.align.model_dump(), config.isolated_share, config.seed]
-        origin = [str(self._features(config).resolve()), str(self.reuse.resolve()) if self.reuse else ""]
-        return self._shared / f"align-{digest(parts, config.features.model_dump(), origin)}"
+                model = self._train(configs[owner.name, seed])
+                session = Session(
+                    out=_folder(self.out, variant, seed) / "evaluation",
+                    resamples=self.options.resamples,
+                    towers=self.shared / "towers",
+                    untrained=True,  # after a few steps of a trial it looks so
+                    overwrite=True,  # of the same model, as the noted recipe has it; its answers are kept
+                )
+                found[variant.name] += session.score_model([self.tasks[variant.name]], model, self.options.device)
+        return found
 
     def _base(self) -> Recipe:
         return Recipe.load(self.recipe, self.overrides)
 
-    @staticmethod
-    def _seen(config: Recipe) -> list[Any]:
-        """What features depend on."""
-        root = config.features.root or config.data.root
-        features = {**config.features.model_dump(), "root": root, "photographs": photographs(root, config.data.split)}
-        return [config.data.split, features, config.model.vision, config.model.image_size]
+    def _load(self, variant: Variant, seed: int) -> Recipe:
+        words = [*self.overrides, *(f"--{name}={value}" for name, value in variant.recipe.items())]
+        return Recipe.load(
+            self.recipe, [*words, f"--seed={seed}", f"--out={_folder(self.out, variant, seed) / 'training'}"]
+        )
+
+    def _config(self, variant: Variant, seed: int) -> Recipe:
+        """The recipe of one variant with one seed, with its annotations and debug size."""
+        config = self._load(variant, seed)
+        if self.options.debug:
+            from regiongpt.train.debug import debug_size
+
+            config = debug_size(config, outlines=True)
+        if not variant.annotations or config.data.on_records:
+            return config
+        whole = config.data.root
+        folder = config.out.parent if self.options.debug else self.shared
+        root = cut_annotations(Path(whole), config.data.split, variant.annotations, folder)
+        # The features of a part are some of those of the whole, which other ablations have made, or will need.
+        features = config.features.replace(root=config.features.root or whole)
+        return config.replace(data=config.data.replace(root=str(root)), features=features)
+
+    def _note(self, folder: Path, config: Recipe) -> None:
+        """Raise ConfigError if the folder holds a run of another recipe, whose model would pass for this one's."""
+        plain = config.model_dump(mode="json", exclude={"out"})
+        if not config.data.on_records:  # of records their training keeps note
+            plain["photographs"] = photographs(config.data.root, config.data.split)
+        if self.options.reuse is not None:
+            plain["reuse"] = str(self.options.reuse.resolve())
+        there = read_json(folder / RECIPE) if (folder / RECIPE).exists() else plain
+        if there != plain:
+            parts = [part for part in {**there, **plain} if plain.get(part) != there.get(part)]
+            raise ConfigError(
+                f"{folder}: holds a run of another recipe ({', '.join(parts)} differ); give another --out, or delete "
+                "the folder"
+            )
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RECIPE, plain)
+
+    def _train(self, config: Recipe) -> Path:
+        """Train, taking what another run has made in the same way: language model, features, alignment."""
+        from regiongpt.train.stages import cached_images, train
+
+        if config.data.on_records:
+            return train(config)
+        kept, features = self._kept(config), self._features(config)
+        # Another process with other seeds waits for what it would else make too, and trains beside this one then.
+        with locked(self.shared, wait=True):
+            for made, place in kept.items():
+                if place.exists() and not made.exists():
+                    _copy(place, made)
+            link = config.out / "features"
+            with writing(link):
+                if not link.exists() and not link.is_symlink():
+                    config.out.mkdir(parents=True, exist_ok=True)
+                    features.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(os.path.relpath(features, config.out), target_is_directory=True)
+            progress = features / "progress.json"
+            ready = progress.exists() and read_json(progress).get("done") == len(cached_images(config))
+            if not ready or not all(place.exists() for made, place in kept.items() if made.name == "language"):
+                model = train(config)
+                _copy_all(kept)
+                return model
+        model = train(config)
+        with locked(self.shared, wait=True):
+            _copy_all(kept)
+        return model
+
+    def _kept(self, config: Recipe) -> dict[Path, Path]:
+        """What a run makes that others can take, and where it is kept for them."""
+        seen, kept = photographs(config.data.root, config.data.split), {}
+        if not config.model.language:
+            shape = config.model.model_dump(exclude=_NOT_OF_LANGUAGE)
+            made = [shape, config.data.model_dump(), seen, config.language.model_dump(), config.seed]
+            kept[config.out / "language"] = self.shared / f"language-{digest(made)}"
+            if self.options.reuse is not None and shape == self._base().model.model_dump(exclude=_NOT_OF_LANGUAGE):
+                kept[config.out / "language"] = self.options.reuse / "language"
+        if config.runs("align"):
+            # The words of questions and answers are not learnt there.
+            data = config.data.model_dump(exclude={"suffixes"})
+            parts = [config.model.model_dump(), data, seen, config.align.model_dump(), config.isolated_share]
+            origin = [
+                str(self._features(config).resolve()),
+                str(self.options.reuse.resolve()) if self.options.reuse else "",
+            ]
+            name = digest([*parts, config.seed], config.features.model_dump(), origin)
+            kept[config.out / "align" / "model"] = self.shared / f"align-{name}"
+        return kept
+
+    def _features(self, config: Recipe) -> Path:
+        """In the earlier run, if it has made the features that this one needs, or among what is shared."""
+        if self.options.reuse is not None and _seen(config) == _seen(self._base()):
+            return self.options.reuse / "features"
+        return self.shared / f"features-{digest(_seen(config))}"
+
+
+def _seen(config: Recipe) -> list[Any]:
+    """What features depend on."""
+    root = config.features.root or config.data.root
+    features = {**config.features.model_dump(), "root": root, "photographs": photographs(root, config.data.split)}
+    return [config.data.split, features, config.model.vision, config.model.image_size]
 
 
 @cache
@@ -281,7 +476,7 @@ def photographs(root: str, split: str) -> dict[str, Any]:
 
     Args:
         root: The folder.
-        split: Of the annotations.
+        split: Split of the annotations.
 
     Raises:
         DataError: It has no such annotations.
@@ -295,62 +490,81 @@ def photographs(root: str, split: str) -> dict[str, Any]:
     return {"annotations": [file_identity(path) for path in files], "images": digest(images)}
 
 
-def check_reuse(run: Path, config: Recipe) -> None:
-    """Holds an earlier run to what an ablation takes from it.
+def cut_annotations(root: Path, split: str, how: str, folder: Path) -> Path:
+    """A folder laid out as ``root`` is, with fewer objects or images of one split; its images are links.
 
     Args:
-        run: Folder of ``regiongpt train``.
-        config: The recipe that all variants are varied from.
+        root: Folder with ``instances_<split>.json`` and ``images/``.
+        split: The split to cut down; no other is there.
+        how: ``"outlined"`` keeps the objects that have an outline; ``"25%"`` keeps that share of the images, drawn
+            once, so that a larger share holds every smaller one.
+        folder: Where the new folder is made.
+
+    Returns:
+        The new folder; one that was made before of the same files is used again.
 
     Raises:
-        ConfigError: The recipe trains on records, or its language model is of another shape.
-        DataError: The run has not made all of it.
+        DataError: A file is missing or not in COCO's format, or nothing is left.
     """
+    import numpy as np
+
+    out = folder / f"annotations-{how.replace('%', '-percent')}"
+    origin = {"of": [photographs(str(root), split)["annotations"], [str(s.images) for s in photo_sources(root, split)]]}
+    if (out / "made.json").exists() and read_json(out / "made.json") == origin:
+        return out
+    shutil.rmtree(out, ignore_errors=True)
+    left = 0
+    with new_folder(out) as beside:
+        for source in photo_sources(root, split):
+            content = read_json(source.instances)
+            try:
+                images, objects = content["images"], content["annotations"]
+                if how == "outlined":
+                    objects = [each for each in objects if each.get("segmentation") and not each.get("iscrowd")]
+                    there = {each["image_id"] for each in objects}
+                else:
+                    count = max(1, round(len(images) * int(how.removesuffix("%")) / 100))
+                    order = np.random.default_rng(0).permutation(len(images))
+                    there = {images[k]["id"] for k in order[:count]}
+                    objects = [each for each in objects if each["image_id"] in there]
+                images = [each for each in images if each["id"] in there]
+                captions = read_json(source.captions) if source.captions is not None else None
+                if captions is not None:
+                    captions["annotations"] = [each for each in captions["annotations"] if each["image_id"] in there]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise DataError(f"{source.instances}: not in COCO's format ({error!r}); check the path") from None
+            left += len(objects)
+            write_json(beside / source.instances.name, {**content, "images": images, "annotations": objects})
+            (beside / source.images.name).symlink_to(source.images.resolve(), target_is_directory=True)
+            if source.captions is not None:
+                write_json(beside / source.captions.name, captions)
+        write_json(beside / "made.json", origin)
+        if not left:
+            raise DataError(f"{root}: nothing is left to train on after keeping {how}; give other annotations")
+    return out
+
+
+def _check_reuse(run: Path, config: Recipe) -> None:
+    """Raise an error if an earlier run of ``regiongpt train`` lacks what an ablation takes from it."""
     if config.data.on_records or config.model.language:
-        raise ConfigError(
-            "expected --reuse with a recipe that trains its own language model on photographs; leave it out"
-        )
-    for name in ("language/config.json", "start/config.json", "features/features.npy", "features/progress.json"):
+        raise ConfigError("--reuse goes with a recipe that trains its own language model on photographs; leave it out")
+    for name in ("language/config.json", "features/features.npy", "features/progress.json", "run.json"):
         if not (run / name).exists():
-            raise DataError(
-                f"{run / name}: expected the folder of an earlier `regiongpt train` with its features, found none"
-            )
-    there, model = read_json(run / "language" / "config.json"), config.model
-    wanted = {
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "intermediate_size": model.mlp_size,
-        "image_marks": model.image_marks,
-    }
-    there["image_marks"] = read_json(run / "start" / "config.json").get("image_marks", False)
-    if wrong := [f"{name} {there.get(name)} for {value}" for name, value in wanted.items() if there.get(name) != value]:
-        raise ConfigError(f"{run / 'language'}: expected the recipe's language model, got another: {', '.join(wrong)}")
+            raise DataError(f"--reuse: {run / name} is missing; give the folder of a finished `regiongpt train`")
+    there, ours = Recipe(**read_json(run / "run.json")["config"]).model, config.model
+    names = ("hidden_size", "layers", "heads", "mlp_size", "image_marks")
+    if wrong := [
+        f"{n} {getattr(there, n)} for {getattr(ours, n)}" for n in names if getattr(there, n) != getattr(ours, n)
+    ]:
+        raise ConfigError(f"--reuse: {run / 'language'} is not the recipe's language model: {', '.join(wrong)}")
 
 
-def _shape(config: Recipe) -> dict[str, Any]:
-    """What the shape of a language model depends on, and the form of what it reads."""
-    return {name: value for name, value in config.model.model_dump().items() if name not in _NOT_OF_LANGUAGE}
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a file that one process holds at a time, where the system has such locks; its end lets go of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:
-            pass
-        yield
+def _copy_all(kept: Mapping[Path, Path]) -> None:
+    for made, place in kept.items():
+        if made.exists() and not place.exists():
+            _copy(made, place)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies a folder; one that a kill cuts short does not count."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    temporary.rename(target)
+    with new_folder(target) as beside:
+        shutil.copytree(source, beside, dirs_exist_ok=True)

@@ -1,32 +1,40 @@
 """The variants of an ablation side by side: means over the seeds with intervals, differences, and the paper's order."""
 
 import dataclasses
-import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Final
 
 import numpy as np
 
-from regiongpt.ablate.study import Study
-from regiongpt.ablate.variants import KINDS
+from regiongpt.ablate.study import KINDS, Study
 from regiongpt.charts import Bar, bar_chart
 from regiongpt.errors import DataError
-from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, around, centred, ends, resample
+from regiongpt.evaluate.metrics.bootstrap import (
+    FEWEST_IMAGES,
+    TOO_FEW,
+    Floats,
+    Statistic,
+    around,
+    centred,
+    ends,
+    resample,
+    too_few,
+)
 from regiongpt.evaluate.paper import TABLES, PaperTable
 from regiongpt.evaluate.runner import load_items
 from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun
 from regiongpt.evaluate.tables import NOTHING, markdown
 from regiongpt.evaluate.task import Task
-from regiongpt.pages import card, page, table, write_page
+from regiongpt.report import write_page
 from regiongpt.storage import finite, write_file, write_json
+
+TABLE: Final = "table.md"
+FEWEST_SEEDS: Final = 2
 
 Measured = Mapping[str, Mapping[str, Statistic]]
 """Statistics by protocol and figure."""
-
-TABLE = "table.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,30 +42,112 @@ class Cell:
     """One figure of one variant, times 100.
 
     Attributes:
-        mean: Over the seeds.
-        interval: 95 % of the resamples, each of which draws images and seeds anew.
+        mean: Mean over the seeds.
         seeds: The figure with each seed.
-        gain: Over the first variant, resampled with the same images; None for the first.
-        gain_interval: Likewise; None where the two were not asked about the same images.
+        interval: 95 % of the resamples, each of which draws images and seeds anew; None if there are too few.
+        gain: Difference from the first variant; None for the first.
+        gain_interval: Its interval, resampled with the same images; None if there are too few seeds, images or
+            differing answers, or the two were not asked about the same images.
+        too_few: Whether there are too few seeds, images or differing answers to tell.
     """
 
     mean: float
-    interval: tuple[float, float]
     seeds: tuple[float, ...]
+    interval: tuple[float, float] | None = None
     gain: float | None = None
     gain_interval: tuple[float, float] | None = None
+    too_few: bool = False
 
 
 Summary = dict[str, dict[str, dict[str, Cell]]]
 """Cells by protocol, figure and variant."""
 
 
-def measure(tasks: Mapping[str, Task], runs: Mapping[str, Sequence[TaskRun]]) -> tuple[dict[str, list[Measured]], int]:
-    """The statistics of all variants with all seeds, on the items that every variant was asked about.
+def write_summary(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
+    """Write table, page and JSON into the ablation's folder.
 
     Args:
-        tasks: By variant, what it was asked.
-        runs: By variant, its run with each seed.
+        study: The ablation.
+        runs: By variant, its scored task with each seed.
+
+    Returns:
+        The table, and where everything is.
+
+    Raises:
+        DataError: The variants have no item in common, or a file cannot be written.
+    """
+    measured, items = measure(study.tasks, runs)
+    found = summarise(measured, study.options.resamples)
+    printed = TABLES.get(KINDS[study.kind].paper)
+    first = next(iter(runs.values()))[0]
+    everywhere = [run.result["pinned"] for each in runs.values() for run in each]
+    alike = {name: text for name, text in everywhere[0].items() if all(each.get(name) == text for each in everywhere)}
+    about = [
+        f"{KINDS[study.kind].summary}; recipe {study.recipe}{''.join(f' {word}' for word in study.overrides)}",
+        f"{first.name}, {items:,} items; {'; '.join(f'{name}: {text}' for name, text in alike.items())}",
+        f"Means over the seeds {', '.join(map(str, study.seeds))}, times 100; behind each the range of 95 % of the "
+        "resamples, which draw the images and the seeds anew.",
+    ]
+    if any(cell.too_few for figures in found.values() for cells in figures.values() for cell in cells.values()):
+        about.append(
+            f"{TOO_FEW[:1].upper()}{TOO_FEW[1:]} where it says so: that takes {FEWEST_SEEDS} seeds, {FEWEST_IMAGES} "
+            "images and a few of them with differing answers."
+        )
+    title, said = f"Ablation: {study.kind}", orders(found, printed)
+    rows = tables(found)
+    paper = [] if printed is None else [paper_rows(printed)]
+    measured_on = (
+        f"Measured on {printed.data}: another data set, so that only the order can be compared." if printed else ""
+    )
+    parts = [f"# {title}", *about, *(f"## {name}\n\n{markdown(each)}" for name, each in rows)]
+    if printed is not None:
+        parts += [
+            f"## The paper's {printed.number}\n\n{measured_on}\n\n{markdown(paper[0])}",
+            *(f"- {x}" for x in said),
+        ]
+    text = "\n\n".join(parts) + "\n"
+    write_file(study.out / TABLE, text)
+    write_page(
+        study.out / PAGE,
+        "ablation.html",
+        title=title,
+        made="means over the seeds, times 100, with 95 % intervals",
+        about=about,
+        tables=rows,
+        paper=[(f"The paper's {printed.number}", paper[0], measured_on, said)] if printed else [],
+        charts=[
+            bar_chart(f"{protocol}: {figure}", [(name, [_bar(cell)]) for name, cell in cells.items()], [figure])
+            for protocol, figures in found.items()
+            for figure, cells in figures.items()
+        ],
+    )
+    write_json(
+        study.out / RESULT,
+        {
+            "ablation": study.kind,
+            "task": first.name,
+            "items": items,
+            "seeds": list(study.seeds),
+            "variants": [dataclasses.asdict(variant) for variant in study.variants],
+            "pinned": alike,
+            "protocols": finite(
+                {
+                    protocol: {
+                        figure: {name: dataclasses.asdict(cell) for name, cell in cells.items()}
+                        for figure, cells in figures.items()
+                    }
+                    for protocol, figures in found.items()
+                }
+            ),
+            "orders": said,
+            "manifests": {name: [run.manifest for run in each] for name, each in runs.items()},
+        },
+    )
+    return text + f"\nwritten to {study.out / TABLE}, {study.out / RESULT} and {study.out / PAGE}"
+
+
+def measure(tasks: Mapping[str, Task], runs: Mapping[str, Sequence[TaskRun]]) -> tuple[dict[str, list[Measured]], int]:
+    """The statistics of all variants with all seeds, on the items that every variant was asked about.
 
     Returns:
         By variant, the statistics of each seed; and the number of items.
@@ -68,7 +158,7 @@ def measure(tasks: Mapping[str, Task], runs: Mapping[str, Sequence[TaskRun]]) ->
     items = {name: load_items(task) for name, task in tasks.items()}
     shared = set.intersection(*({item.id for item in each} for each in items.values()))
     if not shared:
-        raise DataError("expected variants that are asked about the same items, but they have none in common")
+        raise DataError("the variants were asked about different items, and have none in common")
     found: dict[str, list[Measured]] = {}
     for name, task in tasks.items():
         asked = [item for item in items[name] if item.id in shared]
@@ -83,14 +173,13 @@ def summarise(measured: Mapping[str, Sequence[Measured]], resamples: int, seed: 
     """Means, intervals and differences of all figures that every variant has.
 
     Args:
-        measured: By variant, the statistics of each seed; the first variant is what the others are held against.
-        resamples: Of the bootstrap, at least 1.
-        seed: Of the drawing.
+        measured: By variant, the statistics of each seed; the others are held against the first variant.
+        resamples: Resamples of the bootstrap, at least 1.
+        seed: Seed of the drawing.
     """
     names = list(measured)
-    first = measured[names[0]][0]
     summary: Summary = {}
-    for protocol, figures in first.items():
+    for protocol, figures in measured[names[0]][0].items():
         for figure in figures:
             if all(figure in each.get(protocol, {}) for runs in measured.values() for each in runs):
                 own = {name: [each[protocol][figure] for each in measured[name]] for name in names}
@@ -99,20 +188,25 @@ def summarise(measured: Mapping[str, Sequence[Measured]], resamples: int, seed: 
 
 
 def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) -> dict[str, Cell]:
-    names = list(own)
+    first, *_ = own
+    values = {name: tuple(100 * each.value() for each in statistics) for name, statistics in own.items()}
+    means = {name: float(np.mean(each)) for name, each in values.items()}
     drawn = {name: _drawn(statistics, resamples, seed, place) for place, (name, statistics) in enumerate(own.items())}
-    means = {name: 100 * float(np.mean([each.value() for each in statistics])) for name, statistics in own.items()}
     cells = {}
     for name, statistics in own.items():
-        alike = name != names[0] and statistics[0].clusters == own[names[0]][0].clusters
+        few = len(statistics) < FEWEST_SEEDS or len(statistics[0].clusters) < FEWEST_IMAGES
+        alike = statistics[0].clusters == own[first][0].clusters
+        unsure = few or (name != first and alike and any(map(too_few, own[first], statistics)))
+        gain = means[name] - means[first]
         cells[name] = Cell(
             mean=means[name],
-            interval=around(drawn[name], means[name], 100 * statistics[0].most),
-            seeds=tuple(100 * each.value() for each in statistics),
-            gain=means[name] - means[names[0]] if name != names[0] else None,
-            gain_interval=ends(centred(drawn[name] - drawn[names[0]], means[name] - means[names[0]]))
-            if alike
-            else None,
+            seeds=values[name],
+            interval=None if few else around(drawn[name], means[name], 100 * statistics[0].most),
+            gain=None if name == first else gain,
+            gain_interval=None
+            if name == first or unsure or not alike
+            else ends(centred(drawn[name] - drawn[first], gain)),
+            too_few=unsure,
         )
     return cells
 
@@ -126,33 +220,20 @@ def _drawn(statistics: Sequence[Statistic], resamples: int, seed: int, place: in
     return means
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shown
-
-
-def to_dict(summary: Summary) -> dict[str, Any]:
-    """As plain json."""
-    return {
-        protocol: {
-            figure: {variant: vars(cell) for variant, cell in cells.items()} for figure, cells in figures.items()
-        }
-        for protocol, figures in summary.items()
-    }
-
-
 def orders(summary: Summary, printed: PaperTable | None) -> list[str]:
     """For each figure that the paper has too, its order of the variants beside the one found here."""
     lines = []
+    columns = {_plain(column): column for column in printed.columns} if printed else {}
     for protocol, figures in summary.items():
         for figure, cells in figures.items():
-            column = next((c for c in printed.columns if _plain(c) == _plain(figure)), None) if printed else None
-            if printed is None or column is None:
+            both = {n: c for n, c in cells.items() if printed and n in printed.rows and c.mean == c.mean}
+            if printed is None or _plain(figure) not in columns or len(both) < 2:
                 continue
-            both = {name: cell for name, cell in cells.items() if name in printed.rows and cell.mean == cell.mean}
-            if len(both) < 2:
+            theirs = _ranked({name: printed.figure(columns[_plain(figure)], name) for name in both})
+            if any(cell.too_few for cell in both.values()):
+                lines.append(f"{protocol}, {figure}: here {TOO_FEW}; paper {theirs}")
                 continue
             ours = _ranked({name: cell.mean for name, cell in both.items()})
-            theirs = _ranked({name: printed.figure(column, name) for name in both})
             verdict = "the same order" if ours == theirs else "another order"
             lines.append(f"{protocol}, {figure}: here {ours}; paper {theirs}: {verdict}{_beyond(both)}")
     return lines
@@ -182,7 +263,7 @@ def _plain(name: str) -> str:
 
 
 def tables(summary: Summary) -> list[tuple[str, list[list[str]]]]:
-    """Of each protocol its name and a row of text a figure, the header first."""
+    """For each protocol its name and a row of text per figure, the header first."""
     found = []
     for protocol, figures in summary.items():
         variants = list(next(iter(figures.values())))
@@ -196,14 +277,20 @@ def tables(summary: Summary) -> list[tuple[str, list[list[str]]]]:
 def _text(cell: Cell) -> str:
     if cell.mean != cell.mean:
         return NOTHING
-    return f"{cell.mean:.1f} ({cell.interval[0]:.1f} to {cell.interval[1]:.1f})"
+    return f"{cell.mean:.1f}" + (f" ({cell.interval[0]:.1f} to {cell.interval[1]:.1f})" if cell.interval else "")
 
 
 def _gain(cell: Cell) -> str:
     if cell.gain is None or cell.gain != cell.gain:
         return NOTHING
+    if cell.too_few:
+        return TOO_FEW
     ends = cell.gain_interval
     return f"{cell.gain:+.1f}" + (f" ({ends[0]:+.1f} to {ends[1]:+.1f})" if ends else "")
+
+
+def _bar(cell: Cell) -> Bar:
+    return Bar(value=cell.mean if cell.mean == cell.mean else None, interval=cell.interval)
 
 
 def paper_rows(printed: PaperTable) -> list[list[str]]:
@@ -213,83 +300,3 @@ def paper_rows(printed: PaperTable) -> list[list[str]]:
         for name, values in printed.rows.items()
     ]
     return [["variant", *printed.columns], *body]
-
-
-def as_markdown(title: str, about: Sequence[str], summary: Summary, printed: PaperTable | None) -> str:
-    """The tables as a document."""
-    parts = [f"# {title}", *about]
-    parts += [f"## {name}\n\n{markdown(rows)}" for name, rows in tables(summary)]
-    if printed is not None:
-        parts.append(
-            f"## The paper's {printed.number}\n\nMeasured on {printed.data}: another data set, so that only the order "
-            f"can be compared.\n\n{markdown(paper_rows(printed))}"
-        )
-        parts += [f"- {line}" for line in orders(summary, printed)]
-    return "\n\n".join(parts) + "\n"
-
-
-def as_page(title: str, about: Sequence[str], summary: Summary, printed: PaperTable | None) -> str:
-    """The tables and bars as a page that needs no other file."""
-    parts = [card("".join(f"<p>{html.escape(line)}</p>" for line in about))]
-    parts += [card(table(rows), name) for name, rows in tables(summary)]
-    if printed is not None:
-        lines = "".join(f"<li>{html.escape(line)}</li>" for line in orders(summary, printed))
-        note = f"Measured on {printed.data}: another data set, so that only the order can be compared."
-        parts.append(card(table(paper_rows(printed)) + f"<ul>{lines}</ul>", f"The paper's {printed.number}", note))
-    drawn = [
-        bar_chart(f"{protocol}: {figure}", [(name, [_bar(cell)]) for name, cell in cells.items()], [figure])
-        for protocol, figures in summary.items()
-        for figure, cells in figures.items()
-    ]
-    parts.append(card(f'<div class="charts">{"".join(drawn)}</div>', "Bars"))
-    return page(title, "means over the seeds, times 100, with 95 % intervals", "\n".join(parts))
-
-
-def _bar(cell: Cell) -> Bar:
-    if cell.mean != cell.mean:
-        return Bar(value=None)
-    return Bar(value=cell.mean, interval=cell.interval)
-
-
-def write_study(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
-    """Write table, page and json of an ablation.
-
-    Returns:
-        The table.
-
-    Raises:
-        DataError: a file cannot be written.
-    """
-    measured, items = measure(study.tasks, runs)
-    found = summarise(measured, study.resamples)
-    printed = TABLES.get(KINDS[study.kind].paper)
-    first = next(iter(runs.values()))[0]
-    everywhere = [run.result["pinned"] for each in runs.values() for run in each]
-    alike = {name: text for name, text in everywhere[0].items() if all(each.get(name) == text for each in everywhere)}
-    pinned = "; ".join(f"{name}: {text}" for name, text in alike.items())
-    about = [
-        f"{KINDS[study.kind].summary}; recipe {study.recipe.name}{''.join(f' {word}' for word in study.overrides)}",
-        f"{first.name}, {items:,} items; {pinned}",
-        f"Means over the seeds {', '.join(map(str, study.seeds))}, times 100; behind each the range of 95 % of the "
-        f"resamples, which draw the images{' and the seeds' if len(study.seeds) > 1 else ''} anew.",
-    ]
-    title = f"Ablation: {study.kind}"
-    text = as_markdown(title, about, found, printed)
-    write_file(study.out / TABLE, text)
-    write_page(as_page(title, about, found, printed), study.out / PAGE, "--out")
-    origin = {name: [json.loads(json.dumps(run.manifest)) for run in each] for name, each in runs.items()}
-    write_json(
-        study.out / RESULT,
-        {
-            "ablation": study.kind,
-            "task": first.name,
-            "items": items,
-            "seeds": list(study.seeds),
-            "variants": [dataclasses.asdict(variant) for variant in study.variants],
-            "pinned": alike,
-            "protocols": finite(to_dict(found)),
-            "orders": orders(found, printed),
-            "manifests": origin,
-        },
-    )
-    return text + f"\nwritten to {study.out / TABLE}, {study.out / RESULT} and {study.out / PAGE}"

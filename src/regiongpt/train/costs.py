@@ -1,10 +1,8 @@
-"""What one image, region, token and target cost a model: arithmetic and memory, found by running it without numbers.
+"""FLOPs and memory per image, region, token and target, found by running the network without numbers.
 
-The network's own code runs on tensors that have a shape and no content, so that what is counted is what will be
-computed, whatever the tower and the language model. The language model is run with one layer and with two, at two
-lengths; its layers are alike, and its cost is a polynomial of the length. Seconds for a model of any size.
-
-Shapes: T tokens, D language model width, R regions.
+The network's own code runs on tensors that have a shape and no content, so what is counted is what will be computed,
+whatever the tower and the language model. The language model is run with one and two layers, at two lengths: its layers
+are alike, and its cost is a polynomial of the length. Seconds for a model of any size.
 """
 
 import copy
@@ -12,7 +10,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,18 +27,18 @@ from regiongpt.model.refinement import Refinement
 from regiongpt.train.lora import add_adapters
 from regiongpt.train.recipe import LoraConfig
 
-_LENGTHS = (64, 128)
+_SHORT, _LONG = _LENGTHS = (64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCosts:
-    """Arithmetic of the language model over a row of T tokens, all layers: ``linear * T + square * T**2`` FLOPs.
+    """FLOPs of the language model over a row of T tokens, all layers: ``linear * T + square * T**2``.
 
     Attributes:
-        linear: Of the matrices, forward and back.
-        square: Of attention.
-        again: What of ``linear`` is the forward pass, which gradient checkpointing computes twice.
-        again_square: Likewise of ``square``.
+        linear: Matrices, forward and backward.
+        square: Attention, forward and backward.
+        again: The forward part of ``linear``, which gradient checkpointing repeats.
+        again_square: The forward part of ``square``.
     """
 
     linear: float = 0.0
@@ -56,7 +54,7 @@ class LayerCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """FLOPs of a stage, forward and back, for one of each.
+    """FLOPs of a stage, forward and backward, for one of each.
 
     Attributes:
         tower: An image through the frozen tower; forward alone.
@@ -75,46 +73,37 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Bytes that the forward pass keeps for the backward one.
+    """Bytes that the forward pass saves for the backward pass.
 
     Attributes:
-        layer: For a layer, whatever the tokens: copies of its weights in another precision.
-        layer_token: For a token in a layer.
-        outside: Likewise outside the layers.
-        outside_token: Likewise.
-        between: For a token between two layers, all that gradient checkpointing keeps of a layer.
-        target: For a target, in the head.
-        layers: How many layers there are.
+        layer: Per layer, whatever the tokens: copies of its weights in another precision.
+        layer_token: Per token and layer.
+        outside: Like ``layer``, outside the layers.
+        outside_token: Per token, outside the layers.
+        between: Per token between two layers: all that gradient checkpointing saves of a layer.
+        target: Per target, in the head.
+        layers: Number of layers.
     """
 
-    layer: float = 0.0
-    layer_token: float = 0.0
-    outside: float = 0.0
-    outside_token: float = 0.0
-    between: float = 0.0
-    target: float = 0.0
-    layers: int = 0
+    layer: float
+    layer_token: float
+    outside: float
+    outside_token: float
+    between: float
+    target: float
+    layers: int
 
     def language(self, tokens: float, checkpointing: bool, sharded: bool) -> float:
-        """Bytes at the end of the forward pass of so many tokens, over all rows.
+        """Bytes at the end of the forward pass.
 
         Args:
-            tokens: In all rows together.
-            checkpointing: Whether one layer at a time is kept whole.
-            sharded: Whether copies of weights are put together for a layer and given up again.
+            tokens: Tokens of all rows together.
+            checkpointing: Whether one layer at a time is saved whole.
+            sharded: Whether copies of weights are gathered for a layer and given up again.
         """
         one = self.layer_token * tokens + (0.0 if sharded else self.layer)
         outside = self.outside_token * tokens + self.outside
-        if checkpointing:
-            return outside + self.layers * self.between * tokens + one
-        return outside + self.layers * one
-
-
-def count(run: Callable[[], Any]) -> int:
-    """FLOPs of what a function computes."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
+        return outside + (self.layers * self.between * tokens + one if checkpointing else self.layers * one)
 
 
 def visual_costs(model: Any, with_tower: bool) -> dict[str, float]:
@@ -125,21 +114,16 @@ def visual_costs(model: Any, with_tower: bool) -> dict[str, float]:
         with_tower: Whether the tower runs, rather than having run.
     """
     config = model.config
-    side = config.image_size
-    pixels = torch.zeros(1, 3, side, side, device="meta")
+    pixels = torch.zeros(1, 3, config.image_size, config.image_size, device="meta")
     features = torch.zeros(1, config.vision_config.hidden_size, *config.tower_grid, device="meta")
     with torch.no_grad():
         refined = model.refine(features)
     refined.requires_grad_()
     weights = torch.zeros(1, 1, *config.refined_grid, device="meta")
-
-    def run(make: Callable[[], Tensor]) -> int:
-        return count(lambda: _backward(make()))
-
     return {
-        "tower": count(lambda: model.encode_image(pixels)) if with_tower else 0,
-        "image": run(lambda: model.image_features(model.refine(features))),
-        "region": run(lambda: model.region_features(refined, weights)),
+        "tower": _count(lambda: model.encode_image(pixels)) if with_tower else 0,
+        "image": _count(lambda: model.image_features(model.refine(features)).sum().backward()),
+        "region": _count(lambda: model.region_features(refined, weights).sum().backward()),
     }
 
 
@@ -147,87 +131,84 @@ def language_costs(text_config: Any, trained: bool, lora: LoraConfig | None = No
     """``layers`` and ``head`` of :class:`Costs`.
 
     Args:
-        text_config: Of the language model.
-        trained: Whether its own weights learn.
-        lora: Its adapters, if they learn in place of them.
+        text_config: Configuration of the language model.
+        trained: Whether its own weights are trained.
+        lora: Its adapters, if they are trained instead.
     """
     return _language_costs(_shape_of(text_config), trained, lora)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _language_costs(shape: str, trained: bool, lora: LoraConfig | None) -> tuple[LayerCosts, float]:
     text_config = AutoConfig.for_model(**json.loads(shape))
     forward: dict[tuple[int, int], int] = {}
     both: dict[tuple[int, int], int] = {}
     for layers in (1, 2):
         with torch.device("meta"):
-            base = _base(_shallow(text_config, layers, trained, lora))
+            model = _shallow(text_config, layers, trained, lora)
         for tokens in _LENGTHS:
             embeds = torch.zeros(1, tokens, text_config.hidden_size, device="meta", requires_grad=True)
             with FlopCounterMode(display=False) as counter:
-                hidden = _hidden(base, embeds)
+                hidden = _hidden(model, embeds)
                 forward[layers, tokens] = counter.get_total_flops()
-                _backward(hidden)
+                torch.autograd.backward(hidden.sum())
                 both[layers, tokens] = counter.get_total_flops()
     linear, square = _polynomial(both, text_config.num_hidden_layers)
     again, again_square = _polynomial(forward, text_config.num_hidden_layers)
     costs = LayerCosts(linear=linear, square=square, again=again, again_square=again_square)
-    # A target's row of logits, its gradient, and the gradient of the head where that learns.
-    head = 2 * text_config.hidden_size * text_config.vocab_size * (3 if trained else 2)
-    return costs, float(head)
+    # A target's row of logits, its gradient, and the gradient of the head if that is trained.
+    return costs, 2.0 * text_config.hidden_size * text_config.vocab_size * (3 if trained else 2)
 
 
 def kept_bytes(text_config: Any, trained: bool, precision: str, lora: LoraConfig | None = None) -> Kept:
-    """Bytes that the language model keeps; see :func:`language_costs`.
+    """Bytes that the language model saves.
 
     Args:
-        text_config: Of the language model.
-        trained: Whether its own weights learn.
-        precision: ``fp32`` or ``bf16``, as training takes it.
-        lora: Its adapters, if they learn in place of them.
+        text_config: Configuration of the language model.
+        trained: Whether its own weights are trained.
+        precision: ``fp32`` or ``bf16``.
+        lora: Its adapters, if they are trained instead.
     """
     return _kept_bytes(_shape_of(text_config), trained, precision, lora)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _kept_bytes(shape: str, trained: bool, precision: str, lora: LoraConfig | None) -> Kept:
     text_config = AutoConfig.for_model(**json.loads(shape))
-    kept: dict[tuple[int, int], int] = {}
+    slope, constant = {}, {}
     for layers in (1, 2):
         with torch.device("meta"):
             model = _shallow(text_config, layers, trained, lora)
+        head = model.get_output_embeddings()
         with FakeTensorMode():
             _put_on_cpu(model)
-            for tokens in _LENGTHS:
-                embeds = torch.zeros(1, tokens, text_config.hidden_size, requires_grad=True)
-                kept[layers, tokens] = _saved(model, precision, partial(_hidden, _base(model), embeds))
-    head = model.get_output_embeddings()
-    with FakeTensorMode():
-        _put_on_cpu(head)
-        targets = {count: _saved(head, precision, partial(_answer, head, count)) for count in _LENGTHS}
-    (short, long), span = _LENGTHS, _LENGTHS[1] - _LENGTHS[0]
-    slope = {n: (kept[n, long] - kept[n, short]) / span for n in (1, 2)}
-    constant = {n: kept[n, short] - slope[n] * short for n in (1, 2)}
-    # The gradient of the logits is there together with what was kept.
-    gradient = 4 * text_config.vocab_size
-    target = (targets[long] - targets[short]) / span
+            runs = [
+                partial(_hidden, model, torch.zeros(1, tokens, text_config.hidden_size, requires_grad=True))
+                for tokens in _LENGTHS
+            ]
+            short, long = (_saved(model, precision, run) for run in runs)
+            few, many = (_saved(head, precision, partial(_answer, head, targets)) for targets in _LENGTHS)
+        slope[layers] = (long - short) / (_LONG - _SHORT)
+        constant[layers] = short - slope[layers] * _SHORT
+        target = (many - few) / (_LONG - _SHORT)
     return Kept(
         layer=max(0.0, constant[2] - constant[1]),
         layer_token=slope[2] - slope[1],
-        outside=max(0.0, 2 * constant[1] - constant[2]) + targets[short] - target * short,
+        outside=max(0.0, 2 * constant[1] - constant[2]) + few - target * _SHORT,
         outside_token=max(0.0, 2 * slope[1] - slope[2]),
         between=4.0 * text_config.hidden_size,
-        target=target + gradient,
+        # The gradient of the logits exists together with what was saved.
+        target=target + 4 * text_config.vocab_size,
         layers=text_config.num_hidden_layers,
     )
 
 
 def kept_by_image(config: Any, precision: str) -> float:
-    """Bytes that refinement and connector keep for one image, and one region in it.
+    """Bytes that refinement and connector save for one image and one region in it.
 
     Args:
-        config: RegionGPT's.
-        precision: ``fp32`` or ``bf16``, as training takes it.
+        config: RegionGPT's configuration.
+        precision: ``fp32`` or ``bf16``.
     """
     with FakeTensorMode():
         refinement, connector = Refinement(config), Connector(config)
@@ -243,12 +224,18 @@ def kept_by_image(config: Any, precision: str) -> float:
         return float(_saved(nn.ModuleList([refinement, connector]), precision, run))
 
 
+def _count(run: Callable[[], Any]) -> int:
+    """FLOPs of what a function computes."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
 def _polynomial(flops: dict[tuple[int, int], int], layers: int) -> tuple[float, float]:
     """Coefficients of T and T**2 for so many layers, of the FLOPs by layers and tokens."""
-    short, long = _LENGTHS
-    by_length = {t: flops[1, t] + (layers - 1) * (flops[2, t] - flops[1, t]) for t in _LENGTHS}
-    square = (by_length[long] / long - by_length[short] / short) / (long - short)
-    return by_length[short] / short - square * short, square
+    short, long = (flops[1, t] + (layers - 1) * (flops[2, t] - flops[1, t]) for t in _LENGTHS)
+    square = (long / _LONG - short / _SHORT) / (_LONG - _SHORT)
+    return short / _SHORT - square * _SHORT, square
 
 
 def _shallow(text_config: Any, layers: int, trained: bool, lora: LoraConfig | None) -> Any:
@@ -266,9 +253,9 @@ def _shallow(text_config: Any, layers: int, trained: bool, lora: LoraConfig | No
 
 
 def _put_on_cpu(module: nn.Module) -> None:
-    """Gives a module on the meta device tensors of a CPU, without content: autocast knows no other device's.
+    """Give a module on the meta device CPU tensors without content: autocast knows no other device's.
 
-    Not by ``Module.to``, which does not take such tensors.
+    ``Module.to`` does not take such tensors.
     """
     for part in module.modules():
         for name, tensor in part.named_parameters(recurse=False):
@@ -278,31 +265,21 @@ def _put_on_cpu(module: nn.Module) -> None:
             part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
 
 
-def _base(model: Any) -> Any:
-    return getattr(model, model.base_model_prefix)
-
-
-def _hidden(base: Any, embeds: Tensor) -> Tensor:
+def _hidden(model: Any, embeds: Tensor) -> Tensor:
     """What the head gets. The mask is given whole: without one, the library looks at the numbers of the positions."""
     tokens = embeds.shape[1]
     mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=embeds.device)
+    base = getattr(model, model.base_model_prefix)
     try:
         hidden: Tensor = base(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
     except RuntimeError as error:
-        raise ConfigError(
-            f"--plan: expected a language model that runs without numbers, got {type(base).__name__}, which looks at "
-            f"them: {error}"
-        ) from error
+        raise ConfigError(f"--plan: {type(base).__name__} cannot be run without numbers: {error}") from error
     return hidden
 
 
 def _shape_of(text_config: Any) -> str:
     """A language model's configuration as JSON, without where it was read from."""
     return json.dumps({**text_config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str)
-
-
-def _backward(outputs: Tensor) -> None:
-    torch.autograd.backward(outputs.sum())
 
 
 def _answer(head: Any, targets: int) -> Tensor:
@@ -312,7 +289,7 @@ def _answer(head: Any, targets: int) -> Tensor:
 
 
 def _saved(module: nn.Module, precision: str, run: Callable[[], Tensor]) -> int:
-    """Bytes of what a function keeps for its backward pass, the module's own weights not among them."""
+    """Bytes that a function saves for its backward pass, without the module's own weights."""
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     found: dict[int, int] = {}
     alive: list[Tensor] = []

@@ -35,11 +35,12 @@ _KINDS = ((17, "cat", "red", 4), (18, "dog", "blue", 52))
 _TEMPLATES = {"llama": "vicuna_v1", "qwen2": "chatml", "qwen3": "chatml"}
 
 
-def debug_size(config: Recipe) -> Recipe:
+def debug_size(config: Recipe, outlines: bool = False) -> Recipe:
     """The same recipe at debug size, with what it needs made beside its run.
 
     Args:
         config: Any recipe. ``out`` gets ``-debug`` behind its name; what another debug run left there is deleted.
+        outlines: Annotate the objects with outlines too.
 
     Returns:
         A recipe of about three optimiser steps per stage.
@@ -53,7 +54,7 @@ def debug_size(config: Recipe) -> Recipe:
         shutil.rmtree(out, ignore_errors=True)
         made = out / "made"
         made.mkdir(parents=True)
-        draw_pictures(made)
+        draw_pictures(made, outlines)
         small = config.replace(
             out=out / "run",
             from_scratch=True,
@@ -97,7 +98,7 @@ def _few_steps(stage: StageConfig, epochs: float = 1.0) -> StageConfig:
     return stage.replace(epochs=epochs, batch_size=4, micro_batch_size=micro, save_steps=2, log_steps=1)
 
 
-def draw_pictures(folder: Path) -> None:
+def draw_pictures(folder: Path, outlines: bool = False) -> None:
     """Draw a red cat and a blue dog into each picture, as rectangles, and annotate them in COCO's format."""
     (folder / "images").mkdir()
     images: list[dict[str, Any]] = []
@@ -111,7 +112,8 @@ def draw_pictures(folder: Path) -> None:
         for kind, _, colour, (x, y, w, h) in _objects(number):
             drawing.rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
             box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0, "category_id": kind}
-            boxes.append({"id": len(boxes) + 1, "image_id": number, **box})
+            ring = {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]} if outlines else {}
+            boxes.append({"id": len(boxes) + 1, "image_id": number, **box, **ring})
         picture.save(folder / "images" / f"{number}.png")
     categories = [{"id": kind, "name": name} for kind, name, *_ in _KINDS]
     write_json(folder / "instances_train.json", {"images": images, "annotations": boxes, "categories": categories})

@@ -20,7 +20,6 @@ from zlib import crc32
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
 
 from regiongpt.console import progress
 from regiongpt.data.coco import ImageAnnotations
@@ -151,22 +150,6 @@ def calibrate(
         tower = model.vision_tower
         _standardise(tower, [model.encode_image(each)[0, : len(tower.mean)].flatten(1).T for each in pixels])
     _calibrate_connector(model, [model.encode_image(each) for each in pixels])
-
-
-@torch.no_grad()
-def calibrate_like(model: "RegionGPTForConditionalGeneration", like: Path, features: Sequence[torch.Tensor]) -> None:
-    """Does what :func:`calibrate` does, with what another model of the same tower has measured.
-
-    Args:
-        model: Changed in place as :func:`calibrate` says.
-        like: Folder of a checkpoint with the same tower.
-        features: Cached features of photographs to measure the connector on, each (C, h, w).
-    """
-    if model.config.vision_config.model_type == "efficientnet_lite":
-        with safe_open(like / "model.safetensors", "pt") as stored:
-            for name in ("mean", "std"):
-                getattr(model.vision_tower, name).copy_(stored.get_tensor(f"vision_tower.{name}"))
-    _calibrate_connector(model, [each[None] for each in features])
 
 
 def _calibrate_connector(model: "RegionGPTForConditionalGeneration", encoded: Sequence[torch.Tensor]) -> None:

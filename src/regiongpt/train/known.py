@@ -99,88 +99,48 @@ def matmul_rate(device: Any, precision: str) -> float:
     return best
 
 
-_VIT_L: Final = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-_VIT_B: Final = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_SO400M: Final = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
-_CLIP_L: Final = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "projection_dim": 768, **_VIT_L}
+def _tower(kind: str, image_size: int, patch_size: int, width: int, layers: int, **more: Any) -> dict[str, Any]:
+    mlp = more.pop("mlp", 4 * width)
+    shape = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": width // 64, "image_size": image_size, "patch_size": patch_size}
+    return {"model_type": kind, **shape, **more}
+
+
+def _language(kind: str, words: int, width: int, mlp: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    shape = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {"model_type": kind, "vocab_size": words, **shape, **more}
+
+
+_CLIP: Final = {"hidden_act": "quick_gelu", "projection_dim": 768}
+_SIGLIP: Final = "siglip_vision_model"
 
 TOWERS: Final[dict[str, dict[str, Any]]] = {
-    "openai/clip-vit-large-patch14-336": {**_CLIP_L, "image_size": 336, "patch_size": 14},
-    "openai/clip-vit-large-patch14": {**_CLIP_L, "image_size": 224, "patch_size": 14},
-    "google/siglip-base-patch16-512": {
-        "model_type": "siglip_vision_model",
-        "image_size": 512,
-        "patch_size": 16,
-        **_VIT_B,
-    },
-    "google/siglip-large-patch16-384": {
-        "model_type": "siglip_vision_model",
-        "image_size": 384,
-        "patch_size": 16,
-        **_VIT_L,
-    },
-    "google/siglip-so400m-patch14-384": {
-        "model_type": "siglip_vision_model",
-        "image_size": 384,
-        "patch_size": 14,
-        **_SO400M,
-    },
-    "facebook/dinov2-large": {"model_type": "dinov2", "image_size": 518, "patch_size": 14, "mlp_ratio": 4, **_VIT_L},
+    "openai/clip-vit-large-patch14-336": _tower("clip_vision_model", 336, 14, 1024, 24, **_CLIP),
+    "openai/clip-vit-large-patch14": _tower("clip_vision_model", 224, 14, 1024, 24, **_CLIP),
+    "google/siglip-base-patch16-512": _tower(_SIGLIP, 512, 16, 768, 12),
+    "google/siglip-large-patch16-384": _tower(_SIGLIP, 384, 16, 1024, 24),
+    "google/siglip-so400m-patch14-384": _tower(_SIGLIP, 384, 14, 1152, 27, mlp=4304, num_attention_heads=16),
+    "facebook/dinov2-large": _tower("dinov2", 518, 14, 1024, 24, mlp_ratio=4),
 }
 """Vision towers by hub name, as ``AutoConfig.for_model`` takes them."""
 
 LANGUAGE_MODELS: Final[dict[str, dict[str, Any]]] = {
-    "lmsys/vicuna-7b-v1.5": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 4096,
-    },
-    "lmsys/vicuna-13b-v1.5": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "max_position_embeddings": 4096,
-    },
-    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 2048,
-    },
-    "Qwen/Qwen2.5-0.5B-Instruct": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen2.5-7B-Instruct": {
-        "model_type": "qwen2",
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-    },
+    "lmsys/vicuna-7b-v1.5": _language("llama", 32000, 4096, 11008, 32, 32, max_position_embeddings=4096),
+    "lmsys/vicuna-13b-v1.5": _language("llama", 32000, 5120, 13824, 40, 40, max_position_embeddings=4096),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _language(
+        "llama", 32000, 2048, 5632, 22, 32, num_key_value_heads=4, max_position_embeddings=2048
+    ),
+    "Qwen/Qwen2.5-0.5B-Instruct": _language(
+        *("qwen2", 151936, 896, 4864, 24, 14),
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    ),
+    "Qwen/Qwen2.5-7B-Instruct": _language(
+        "qwen2", 152064, 3584, 18944, 28, 28, num_key_value_heads=4, max_position_embeddings=32768
+    ),
 }
-"""Language models by hub name, likewise, as they are before ``<image>`` and ``<region>`` are added to them."""
+"""Language models by hub name, as they are before ``<image>`` and ``<region>`` are added to them."""
 
 PADDED_TOKENS: Final = {"Qwen/Qwen2.5-0.5B-Instruct": 151665, "Qwen/Qwen2.5-7B-Instruct": 151665}
 """Tokens of language models whose embeddings are padded beyond them."""

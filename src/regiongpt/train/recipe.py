@@ -390,7 +390,7 @@ class Recipe(Settings):
         recipe = super().load(path, overrides)
         own = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
         own.pop("extends", None)
-        for name in _dotted(override(own, overrides)):
+        for name in dotted(override(own, overrides)):
             if why := recipe.unused(name):
                 raise ConfigError(f"{name}: {why}, or leave it out")
         return recipe
@@ -496,8 +496,9 @@ _FOR_PHOTOGRAPHS = (
 )
 
 
-def _dotted(values: Mapping[str, Any], above: str = "") -> list[str]:
-    names: list[str] = []
+def dotted(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted names: ``{"seed": 0, "stage2.lr": 1e-3}``."""
+    names: dict[str, Any] = {}
     for key, value in values.items():
-        names += _dotted(value, f"{above}{key}.") if isinstance(value, Mapping) else [f"{above}{key}"]
+        names |= dotted(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
     return names

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
 from transformers import AutoConfig
 
 from regiongpt.errors import CheckpointError
 from regiongpt.model import weights
 from regiongpt.model.configuration import RegionGPTConfig
 from regiongpt.storage import new_folder
-from regiongpt.train.features import calibrate, calibrate_like
+from regiongpt.train.features import calibrate
 from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.recipe import ModelConfig, Recipe
 
@@ -41,7 +40,6 @@ def create_start(
     language: str | Path,
     folder: Path,
     images: Sequence[Path] = (),
-    like: tuple[Path, Sequence[Tensor]] | None = None,
 ) -> None:
     """Join a tower and a language model by an untrained refinement and connector, unless that has been done.
 
@@ -50,7 +48,6 @@ def create_start(
         language: Folder or hub name of the language model.
         folder: Where to write the checkpoint.
         images: Training images to measure the mean and spread of the tower's channels on.
-        like: Instead of images: a checkpoint with the same tower, and the tower's features (C, h, w) of some images.
 
     Raises:
         CheckpointError: A part cannot be read or lacks weights, or its tokenizer is another's.
@@ -74,9 +71,7 @@ def create_start(
         region_numbers=shape.region_numbers,
         image_marks=shape.image_marks,
     )
-    if like is not None:
-        calibrate_like(model, *like)
-    elif images:
+    if images:
         calibrate(model, processor, images)
     save_whole(folder, model, processor)
 
