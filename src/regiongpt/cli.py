@@ -312,9 +312,6 @@ def _over_images(
     if check is None and not (options.regions or sources.proposals or sources.sam or sources.grid):
         raise ConfigError("expected regions from --proposals, --grid, --sam, --box or another option, got none")
     typed = read_regions(options.regions, options.normalized)
-    for name, region in typed:
-        if region.note:
-            tell(f"regiongpt: warning: {name}: {region.note}")
     images = find_images(options.images)
     if options.picture:
         if len(images) > 1:

@@ -133,21 +133,6 @@ def test_masks_of_every_mode_mean_the_same(ask, name):
     assert Region.from_dict(json.loads(out)["regions"][0]) == Region.mask(expected)
 
 
-@pytest.mark.parametrize(
-    "typed",
-    [
-        ["--box", "15,10,30,30"],
-        ["--xywh", "--box", "15,10,15,20"],
-        ["--normalized", "--box", "0.25,0.25,0.5,0.75"],
-        ["--normalized", "--xywh", "--box", "0.25,0.25,0.25,0.5"],
-    ],
-)
-def test_boxes_in_other_units(ask, typed):
-    code, out, err = ask("photo.jpg", QUESTION, *typed, "--json")
-    assert (code, err) == (0, "")
-    assert json.loads(out)["regions"] == [{"box": [15, 10, 30, 30]}]
-
-
 def test_a_mask_with_soft_edges_is_said_once(ask, files):
     soft = np.tile(np.arange(60, dtype=np.uint8) * 4, (40, 1))
     Image.fromarray(soft).save(files / "mask_soft.png")
@@ -233,8 +218,7 @@ BOX = ["--box", "5,5,30,30"]
         (["photo.jpg", QUESTION, "--scribble", "5,5,7"], ["<region1>", "3 numbers"]),
         (["photo.jpg", QUESTION, "--box", "0.1,0.2,0.5,0.9"], ["<region1> (--box)", "normalized"]),
         (["photo.jpg", QUESTION, "--box", "5,5,30,30", "--normalized"], ["<region1> (--box)", "normalized"]),
-        (["photo.jpg", QUESTION, "--box", "5,5,-3,9", "--xywh"], ["<region1> (--box)", "above 0"]),
-        (["photo.jpg", QUESTION, "--point", "5,5", "--xywh"], ["--xywh", "--box"]),
+        (["photo.jpg", QUESTION, "--point", "0.5,0.5", "--normalized"], ["--normalized", "--box and --xywh"]),
         (["photo.jpg", QUESTION, "--mask", "mask.png", "--normalized"], ["--normalized"]),
         # masks and run lengths
         (["photo.jpg", QUESTION, "--mask", "mask_small.png"], ["<region1>", "60 x 40", "60 x 20"]),

@@ -203,7 +203,7 @@ def test_a_long_answer_is_cut_and_a_question_that_leaves_no_room_for_one_is_refu
 @pytest.mark.parametrize(
     ("one", "message"),
     [
-        (record(chat("What is <region1>?", " ")), "expected an answer, got an empty one"),
+        (record(chat("What is <region1>?", " ")), "expected an answer as message 2 of 2"),
         (record(chat("What is <region4>?", "A cat")), "<region4> stands for region 4"),
         (record(chat("What is it?", "<region9>")), "<region9> stands for region 9"),
         (record(chat("What?", "A cat"), image="none.png"), "there is no such file"),

@@ -5,9 +5,11 @@ torch and transformers are not imported here, so that a mistake costs a fraction
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
-from regiongpt.errors import DataError, RegionError
+from regiongpt.console import tell
+from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.storage import read_json
 
 if TYPE_CHECKING:
@@ -67,7 +69,9 @@ def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> 
     from regiongpt.images import open_image
     from regiongpt.regions import Region
 
-    regions = []
+    if normalized and not {option for option, _ in typed} & {"--box", "--xywh"}:
+        raise ConfigError("--normalized goes with --box and --xywh, got neither; give pixels without it")
+    regions: list[tuple[str, Region]] = []
     for number, (option, text) in enumerate(typed, 1):
         where = f"<region{number}> ({option})"
         try:
@@ -91,5 +95,8 @@ def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> 
             raise RegionError(f"{where}{str(error).removeprefix('region').removeprefix(where)}") from None
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
+        if region.note:  # said here, once, and in no answer again
+            tell(f"regiongpt: warning: {where}: {region.note}")
+            region = replace(cast(Any, region), note="")
         regions.append((where, region))
     return regions
