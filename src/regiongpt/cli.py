@@ -689,7 +689,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.ablate.study import KINDS, Options, make_study
+    from regiongpt.ablate.study import KINDS, Options, Study
     from regiongpt.settings import add_options, read_options
 
     parser.description = "Train the variants of one part of the model alike, ask them alike, and set them side by side."
@@ -704,7 +704,7 @@ def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     parser.add_argument("recipe", help="TOML file, or the name of a shipped recipe such as nano")
     add_options(parser, Options)
     typed, rest = parser.parse_known_args(words)
-    study = make_study(typed.kind, typed.recipe, rest, read_options(Options, typed))
+    study = Study(typed.kind, typed.recipe, rest, read_options(Options, typed))
     study.check_files()
     _log()
     quiet_libraries()

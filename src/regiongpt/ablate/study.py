@@ -136,7 +136,7 @@ KINDS: Final[dict[str, Kind]] = {
         field="model.init",
     ),
     "data": Kind(
-        summary="boxes against masks on the objects with an outline, or shares of the images (--variants 25%%,50%%)",
+        summary="boxes against masks on the objects with an outline, or shares of the images (--variants 25%,50%,100%)",
         variants=(_objects("boxes", "0", "box"), _objects("masks", "1", "mask")),
         field="data.mixture",
     ),
@@ -219,21 +219,24 @@ class Options(Settings):
         return self
 
 
-def _refuse_varied(kind: str, variants: Sequence[Variant], overrides: Sequence[str], asked: Mapping[str, str]) -> None:
+def _refuse_varied(kind: str, variants: Sequence[Variant], given: set[str], asked: Mapping[str, str]) -> None:
     """Raise ConfigError for an option whose value the variants or the seeds decide."""
     # A variant that leaves a field as it is stands for its default; where each names its own, none is mistaken.
     plain = any(not variant.recipe for variant in variants)
     fields = {name for variant in variants for name in variant.recipe if plain}
     options = {f"{_ASKED}{name}" for variant in variants for name in variant.asked}
-    given = {word.removeprefix("--").partition("=")[0] for word in overrides}
     if "seed" in given:
         raise ConfigError("--seed: give --seeds N,N,... instead; every variant is trained with each of them")
     if both := sorted(f"--{name}" for name in given & fields) + sorted(options & {f"{_ASKED}{n}" for n in asked}):
         raise ConfigError(f"{both[0]}: the ablation of {kind} varies it; leave it out")
 
 
-def make_study(kind: str, recipe: str, words: Sequence[str], options: Options) -> "Study":
-    """An ablation, from what was typed.
+def _folder(out: Path, variant: Variant, seed: int) -> Path:
+    return out / variant.name / f"seed-{seed}"
+
+
+class Study:
+    """An ablation.
 
     Args:
         kind: Key of :data:`KINDS`.
@@ -242,62 +245,44 @@ def make_study(kind: str, recipe: str, words: Sequence[str], options: Options) -
             "--eval.limit", "50"]``.
         options: The rest.
 
+    Attributes:
+        variants: What is compared.
+        seeds: Seeds of the training.
+        tasks: What each variant is asked, by its name.
+        out: Folder of all runs.
+
     Raises:
         ConfigError: Something does not go together.
     """
-    if launched() > 1:
-        raise ConfigError("ablate runs in one process; variants are trained one after the other")
-    given = override({}, words)
-    asked = given.pop("eval", {})
-    if not isinstance(asked, dict):
-        raise ConfigError("--eval: name an option of the benchmark, such as --eval.limit 50")
-    asked = {name.replace("-", "_"): value for name, value in asked.items()}
-    overrides = [f"--{name}={value}" for name, value in dotted(given).items()]
-    base = Recipe.load(recipe, overrides)
-    variants = choose_variants(kind, options.variants, base)
-    _refuse_varied(kind, variants, overrides, asked)
-    out, seeds = options.out, tuple(map(int, options.seeds.split(",")))
-    asked = {"data": base.data.root, **asked}
-    if options.debug:
-        out, seeds = Path(f"{out}-debug"), seeds[:1]
-        asked |= {"data": str(_folder(out, variants[0], seeds[0]) / "training-debug" / "made"), "split": "train"}
-    tasks, task = {}, task_class(options.task)
-    for variant in variants:
-        try:
-            tasks[variant.name] = task(**{**asked, **variant.asked})
-        except ConfigError as error:
-            is_option = str(error).partition(":")[0] in task.model_fields
-            raise ConfigError(f"{_ASKED if is_option else '--eval: '}{error}") from None
-    return Study(
-        kind=kind,
-        recipe=recipe,
-        overrides=tuple(overrides),
-        variants=variants,
-        seeds=seeds,
-        tasks=tasks,
-        out=out,
-        shared=options.shared or out / "shared",
-        options=options,
-    )
 
-
-def _folder(out: Path, variant: Variant, seed: int) -> Path:
-    return out / variant.name / f"seed-{seed}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """An ablation; see :func:`make_study`."""
-
-    kind: str
-    recipe: str
-    overrides: tuple[str, ...]
-    variants: tuple[Variant, ...]
-    seeds: tuple[int, ...]
-    tasks: Mapping[str, Task]
-    out: Path
-    shared: Path
-    options: Options
+    def __init__(self, kind: str, recipe: str, words: Sequence[str], options: Options) -> None:
+        if launched() > 1:
+            raise ConfigError("ablate runs in one process; variants are trained one after the other")
+        given = override({}, words)
+        asked = given.pop("eval", {})
+        if not isinstance(asked, dict):
+            raise ConfigError("--eval: name an option of the benchmark, such as --eval.limit 50")
+        asked = {name.replace("-", "_"): value for name, value in asked.items()}
+        self.kind, self.recipe, self.options = kind, recipe, options
+        self.overrides = [f"--{name}={value}" for name, value in dotted(given).items()]
+        self.base = Recipe.load(recipe, self.overrides)
+        self.variants = choose_variants(kind, options.variants, self.base)
+        _refuse_varied(kind, self.variants, set(dotted(given)), asked)
+        self.out, self.seeds = options.out, tuple(map(int, options.seeds.split(",")))
+        asked = {"data": self.base.data.root, **asked}
+        if options.debug:
+            self.out, self.seeds = Path(f"{self.out}-debug"), self.seeds[:1]
+            training = _folder(self.out, self.variants[0], self.seeds[0]) / "training-debug"
+            asked |= {"data": str(training / "made"), "split": "train"}
+        self.shared = options.shared or self.out / "shared"
+        self.tasks: dict[str, Task] = {}
+        task = task_class(options.task)
+        for variant in self.variants:
+            try:
+                self.tasks[variant.name] = task(**{**asked, **variant.asked})
+            except ConfigError as error:
+                is_option = str(error).partition(":")[0] in task.model_fields
+                raise ConfigError(f"{_ASKED if is_option else '--eval: '}{error}") from None
 
     def check_files(self) -> None:
         """Check every variant's recipe and data, and the benchmark's, without loading anything heavy.
@@ -308,7 +293,7 @@ class Study:
         from regiongpt.evaluate.runner import load_items
 
         if self.options.reuse is not None:
-            _check_reuse(self.options.reuse, self._base())
+            _check_reuse(self.options.reuse, self.base)
         for variant in self.variants:
             config = self._load(variant, self.seeds[0])
             if not self.options.debug:
@@ -362,9 +347,6 @@ class Study:
                 )
                 found[variant.name] += session.score_model([self.tasks[variant.name]], model, self.options.device)
         return found
-
-    def _base(self) -> Recipe:
-        return Recipe.load(self.recipe, self.overrides)
 
     def _load(self, variant: Variant, seed: int) -> Recipe:
         words = [*self.overrides, *(f"--{name}={value}" for name, value in variant.recipe.items())]
@@ -442,7 +424,7 @@ class Study:
             shape = config.model.model_dump(exclude=_NOT_OF_LANGUAGE)
             made = [shape, config.data.model_dump(), seen, config.language.model_dump(), config.seed]
             kept[config.out / "language"] = self.shared / f"language-{digest(made)}"
-            if self.options.reuse is not None and shape == self._base().model.model_dump(exclude=_NOT_OF_LANGUAGE):
+            if self.options.reuse is not None and shape == self.base.model.model_dump(exclude=_NOT_OF_LANGUAGE):
                 kept[config.out / "language"] = self.options.reuse / "language"
         if config.runs("align"):
             # The words of questions and answers are not learnt there.
@@ -458,7 +440,7 @@ class Study:
 
     def _features(self, config: Recipe) -> Path:
         """In the earlier run, if it has made the features that this one needs, or among what is shared."""
-        if self.options.reuse is not None and _seen(config) == _seen(self._base()):
+        if self.options.reuse is not None and _seen(config) == _seen(self.base):
             return self.options.reuse / "features"
         return self.shared / f"features-{digest(_seen(config))}"
 

@@ -23,6 +23,7 @@ from regiongpt.evaluate.metrics.bootstrap import (
     too_few,
 )
 from regiongpt.evaluate.paper import TABLES, PaperTable
+from regiongpt.evaluate.report import printed_rows
 from regiongpt.evaluate.runner import load_items
 from regiongpt.evaluate.runs import PAGE, RESULT, TaskRun
 from regiongpt.evaluate.tables import NOTHING, markdown
@@ -95,7 +96,7 @@ def write_summary(study: Study, runs: Mapping[str, Sequence[TaskRun]]) -> str:
         )
     title, said = f"Ablation: {study.kind}", orders(found, printed)
     rows = tables(found)
-    paper = [] if printed is None else [paper_rows(printed)]
+    paper = [] if printed is None else [printed_rows(printed)]
     measured_on = (
         f"Measured on {printed.data}: another data set, so that only the order can be compared." if printed else ""
     )
@@ -291,12 +292,3 @@ def _gain(cell: Cell) -> str:
 
 def _bar(cell: Cell) -> Bar:
     return Bar(value=cell.mean if cell.mean == cell.mean else None, interval=cell.interval)
-
-
-def paper_rows(printed: PaperTable) -> list[list[str]]:
-    """The paper's table as rows of text, the header first."""
-    body = [
-        [name, *(NOTHING if value is None else f"{value:.1f}" for value in values)]
-        for name, values in printed.rows.items()
-    ]
-    return [["variant", *printed.columns], *body]

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, SiglipImageProcessorPil
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.facts import colours_of
-from regiongpt.data.mixture import Mixture, open_mixture
+from regiongpt.data.mixture import open_mixture
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.images import load_image
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor
@@ -53,11 +53,8 @@ class Part:
 class Memory:
     """Bytes on each GPU.
 
-    Attributes:
-        weights: In float32; with FSDP a share, and what is gathered at a time.
-        gradients: In float32; with FSDP a share, and what is gathered at a time.
-        optimiser: Both moments of AdamW, in float32.
-        activations: What the forward pass of the largest counted micro-batch saves.
+    Weights, gradients and both moments of AdamW are in float32; with FSDP they are a share, and what is gathered at a
+    time. Activations are what the forward pass of the largest counted micro-batch saves.
     """
 
     weights: float
@@ -73,14 +70,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """Size of one conversation.
-
-    Attributes:
-        tokens: Those of its image and regions included.
-        targets: Supervised tokens.
-        regions: Region embeddings.
-        image: Whether it has an image.
-    """
+    """Size of one conversation: its tokens with those of image and regions, supervised tokens, region embeddings."""
 
     tokens: float
     targets: float
@@ -145,10 +135,7 @@ class Plan:
 
     Attributes:
         stages: The steps that compute.
-        gpu: Name of the GPU.
-        gpus: Number of GPUs.
-        sharding: ``ddp`` or ``fsdp``.
-        precision: ``bf16`` or ``fp32``.
+        gpu: Name of the GPU, of which there are ``gpus``.
         utilisation: Assumed share of the peak.
         peak: FLOP/s of one GPU in this precision.
         capacity: Memory of one GPU in bytes.
@@ -244,8 +231,15 @@ def _records_stages(config: Recipe) -> list[StagePlan]:
             mixture = None
         if mixture and processor:
             items = max(1, round(stage.epochs * len(mixture)))
-            item = _count_record(mixture, processor, longest, config.data.suffixes)
-            reading = _read(items, stage.micro_batch_size, item, config.plan.sample, *limit)
+            dataset = RecordDataset(mixture, processor, items, longest, config.data.suffixes)
+
+            def count(number: int, dataset: RecordDataset = dataset) -> Item:
+                """A record, tokenized and cut as in training, its image not opened."""
+                record, example = dataset.words(dataset.mixture.draw(number))
+                regions = len(record.regions) * dataset.processor.tokens_per_region
+                return _item(example, regions, bool(record.image))
+
+            reading = _read(items, stage.micro_batch_size, count, config.plan.sample, *limit)
         else:
             reading = _assume(size, stage, shape.num_image_tokens, *limit, name)
         plans.append(_plan_stage(config, name, stage, shape, reading, cached=False))
@@ -327,7 +321,14 @@ def _photograph_stages(config: Recipe) -> list[StagePlan]:
         dataset = ConversationDataset(
             images, store, sampler, processor, config.features, config.seed, items, micro, 0.0, (1, 1)
         )
-        reading = _read(items, micro, _count_conversation(dataset, processor), config.plan.sample, *limit)
+
+        def count(number: int, dataset: ConversationDataset = dataset) -> Item:
+            conversation = dataset.draw(number)[-1]
+            regions = len(conversation.regions) * processor.tokens_per_region
+            weights = torch.zeros(regions, 1, 1)
+            return _item(processor.encode_conversation(conversation.messages, region_weights=weights), regions)
+
+        reading = _read(items, micro, count, config.plan.sample, *limit)
         plans.append(_plan_stage(config, name, stage, shape, reading, cached=True))
     return plans
 
@@ -399,33 +400,9 @@ def _assume(size: DataSize, stage: StageConfig, image_tokens: int, packing: int,
     return replace(_read(items, micro, lambda _: each, micro, packing, cost), how="supposed, see [plan]")
 
 
-def _count_record(mixture: Mixture, processor: Any, longest: int | None, suffixes: bool) -> Callable[[int], Item]:
-    """Counts a record by its number, tokenized and cut as in training, its image not opened."""
-    dataset = RecordDataset(mixture, processor, len(mixture), longest, suffixes)
-
-    def item(number: int) -> Item:
-        record, example = dataset.words(mixture.draw(number))
-        return Item(
-            tokens=len(example["input_ids"]),
-            targets=int((example["labels"] != IGNORED).sum()),
-            regions=len(record.regions) * processor.tokens_per_region,
-            image=bool(record.image),
-        )
-
-    return item
-
-
-def _count_conversation(dataset: ConversationDataset, processor: Any) -> Callable[[int], Item]:
-    """Counts a conversation about a photograph by its number."""
-
-    def item(number: int) -> Item:
-        conversation = dataset.draw(number)[-1]
-        regions = len(conversation.regions) * processor.tokens_per_region
-        encoded = processor.encode_conversation(conversation.messages, region_weights=torch.zeros(regions, 1, 1))
-        targets = int((encoded["labels"] != IGNORED).sum())
-        return Item(tokens=len(encoded["input_ids"]), targets=targets, regions=regions)
-
-    return item
+def _item(example: dict[str, Any], regions: int, image: bool = True) -> Item:
+    targets = int((example["labels"] != IGNORED).sum())
+    return Item(tokens=len(example["input_ids"]), targets=targets, regions=regions, image=image)
 
 
 def _row_limit(engine: EngineConfig, text_config: Any) -> tuple[int, float]:

@@ -1,9 +1,7 @@
 """The recipe's own language model: its tokenizer, its shape, and what it reads before it sees.
 
-It reads human captions, conversations, and exercises in names.
-Where a region or a cell of the image stands in a text, the blurred name of what it shows stands in for its embedding
-(:mod:`regiongpt.train.alignment`). Which of several regions bears a name, and whether any cell does, is then asked in
-words alone, at a hundredth of the cost of asking it of photographs.
+It reads human captions, conversations, and exercises in names, in which the blurred name of what a region or a cell of
+the image shows stands in for its embedding (:mod:`regiongpt.train.alignment`).
 """
 
 import math
@@ -102,8 +100,7 @@ def conversation_texts(
 ) -> Iterator[Text]:
     """Every human caption, and one conversation an image, turn by turn.
 
-    The model must read the rare classes as well as the common ones, so half of the closed-set questions are asked of a
-    class that is drawn evenly. Questions that only the image answers come with it.
+    Half of the closed-set questions are asked of a class that is drawn evenly, so that rare ones are read too.
     """
     for index, image in enumerate(images):
         rng = np.random.default_rng((seed, 23, index))
@@ -135,15 +132,14 @@ def exercise(
 ) -> Text:
     """Some regions, then their names in another order, each followed by the number of its region, or by 0.
 
-    What has to be learnt is one thing alone: to look where the embedding like a word is. A model that cannot do that
-    yet does not learn it from whole questions, in which it is one step of several. So the numbers alone are learnt.
+    The numbers alone are learnt: to look where the embedding like a word is.
 
     Args:
         region_format: What a region becomes.
         rng: Draws the exercise.
         listed: With a question before it, and brackets around the numbers.
-        grid: Rows and columns of the image before it; zeros where there is none.
-        absent: Names to ask for that are of none of the regions.
+        grid: Rows and columns of the image before it; zeros for none.
+        absent: Number of names to ask for that none of the regions has.
     """
     count = int(rng.integers(2, _MOST_REGIONS + 1))
     classes = rng.choice(len(COCO_80), count + absent, replace=False)
@@ -161,13 +157,7 @@ def exercise(
 def naming(region_format: str, rng: np.random.Generator, grid: tuple[int, int] = (0, 0)) -> Text:
     """Some regions, then their numbers in another order, each followed by the name; or one region, and its name.
 
-    The names alone are learnt. Without this a model that finds regions by their names still says none: to say what one
-    holds is another thing, and where an image comes before the region it was not learnt from whole questions.
-
-    Args:
-        region_format: What a region becomes.
-        rng: Draws the exercise.
-        grid: Rows and columns of the image before it; zeros where there is none.
+    The names alone are learnt; arguments as for :func:`exercise`.
     """
     count = 1 if rng.random() < ALONE else int(rng.integers(2, _MOST_REGIONS + 1))
     classes = rng.choice(len(COCO_80), count, replace=False)
@@ -181,12 +171,7 @@ def naming(region_format: str, rng: np.random.Generator, grid: tuple[int, int] =
 
 
 def sightings(grid: tuple[int, int], rng: np.random.Generator) -> Text:
-    """An image, then names, some of which a cell shows, each followed by whether one does.
-
-    Args:
-        grid: Rows and columns of the image.
-        rng: Draws the exercise.
-    """
+    """An image of so many rows and columns, then names, each followed by whether a cell shows it."""
     cells = image_of(grid, rng)
     there = sorted({*cells} - {UNKNOWN})
     absent = [name for name in rng.permutation(len(COCO_80)) if name not in there]
@@ -272,14 +257,12 @@ def _grid_of(shape: ModelConfig) -> tuple[int, int]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer: bytes, so that nothing is unknown; digits alone, so that ``Region [12]`` can be read off.
-
-    The closed-set suffix ends so many prompts that it has a token of its own.
+    """Train a byte-level BPE in which digits stand alone, and the closed-set suffix is a token.
 
     Args:
         texts: Lines to learn merges from.
-        vocab_size: Tokens in all, the special ones included.
-        max_length: Positions of the language model.
+        vocab_size: Number of tokens, the special ones included.
+        max_length: Context of the language model.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -312,12 +295,12 @@ class TextDataset(Dataset[Example]):
     """Windows of several texts that do not see each other, in a seeded order; exercises alone come first.
 
     Args:
-        texts: To read.
-        tokenizer: Of the language model, with the region's and the image's token.
-        region_format: What a region becomes, for the exercises.
-        grid: Rows and columns of an image, for the exercises.
+        texts: What to read.
+        tokenizer: Tokenizer of the language model.
+        region_format: What a region becomes in exercises.
+        grid: Rows and columns of an image in exercises.
         seed: Seed of the order.
-        epochs: How often the texts are read in the whole run, exercises not counted.
+        epochs: Passes over the texts, exercises not counted.
     """
 
     def __init__(
