@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from regiongpt import __version__
 from regiongpt.console import progress_shown, quiet_libraries, tell
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
-from regiongpt.storage import finite
+from regiongpt.storage import check_writable, finite, reason
 
 if TYPE_CHECKING:
     from regiongpt.evaluate.task import RunOptions, Task
@@ -49,6 +49,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse an option with an empty value: as a path it would be the current folder."""
+        for before, word in zip(["", *(args or ())], args or (), strict=False):
+            name = before if not word else word.removesuffix("=")
+            if name.startswith("--") and (not word or word.endswith("=")):
+                raise ConfigError(f"{name}: give a value, not an empty text")
+        return super().parse_known_args(args, namespace)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -61,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         where the reader of the output has gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):  # a byte that is no text must not end in a traceback
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
@@ -81,10 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The interpreter flushes standard output once more as it ends, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE_CLOSED
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            tell(f"regiongpt: error: {str(error.filename or 'output')[:80]}: {reason(error)}")
+        with suppress(OSError, ValueError):
+            # The interpreter flushes standard output once more as it ends, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE_CLOSED if isinstance(error, BrokenPipeError) else EXIT_BAD_INPUT
 
 
 def _print_json(value: Any) -> None:
@@ -105,7 +119,7 @@ def _top() -> argparse.ArgumentParser:
 
 
 def _ask(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.inference.options import Options
+    from regiongpt.inference.options import Options, Sources
     from regiongpt.prompts import check_placeholders, check_text, placeholders
     from regiongpt.settings import add_options, read_options
 
@@ -122,6 +136,9 @@ def _ask(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     def check(view: "View") -> None:
         check_placeholders(question, len(view.proposals))
 
+    sources = read_options(Sources, options)
+    if not (sources.proposals or sources.sam or sources.grid):  # every image has the regions typed and no other
+        check_placeholders(question, len(options.regions))
     return _over_images(options, check, lambda predictor, view: over_images.ask(predictor, view, question, generation))
 
 
@@ -275,8 +292,8 @@ def _check_model(options: argparse.Namespace) -> None:
 
 
 def _check_folder(model: str) -> None:
-    if not Path(model).is_dir():
-        raise CheckpointError(f"expected a checkpoint folder at {model}; there is none")
+    if not os.path.isfile(os.path.join(model, "config.json")):
+        raise CheckpointError(f"{model}: not a checkpoint folder, there is no config.json in it")
 
 
 def _parse_images(parser: argparse.ArgumentParser, words: Sequence[str], last: str = "") -> argparse.Namespace:
@@ -317,6 +334,11 @@ def _over_images(
         if len(images) > 1:
             raise ConfigError(f"--picture goes with a single image, got {len(images)}; leave it out")
         check_picture(options.picture)
+        for each in (*images, *(text for option, text in options.regions if option == "--mask")):
+            if os.path.exists(each) and os.path.exists(options.picture) and os.path.samefile(each, options.picture):
+                raise ConfigError(f"--picture {options.picture} would replace what is asked about; give another name")
+    if options.overwrite and not options.out:
+        raise ConfigError("--overwrite goes with --out; leave it out")
     if options.out and options.json:
         raise ConfigError("--json prints and --out writes the answers; leave one of them out")
     if sources.image_id is not None and len(images) > 1:
@@ -430,6 +452,8 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     out = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"expected --out to be a new or an empty folder, but {out} has something in it")
+    if not out.exists():
+        check_writable(out)
     options.run(options)
     return 0
 

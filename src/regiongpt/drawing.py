@@ -65,7 +65,7 @@ def draw_regions(
         RegionError: A region does not fit the image.
         ConfigError: The number of captions is not the number of regions.
     """
-    photo = load_image(image)
+    photo, regions = load_image(image), Region.list_of(regions)
     if captions is not None and len(captions) != len(regions):
         raise ConfigError(f"expected one caption a region, got {len(captions)} captions for {len(regions)} regions")
     for number, region in enumerate(regions, 1):

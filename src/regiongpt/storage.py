@@ -26,20 +26,23 @@ def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]
     Raises:
         DataError: The file cannot be written.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if os.path.isdir(path):
         raise DataError(f"{path}: a folder; give the path of a file")
-    # The suffix stays last, for writers that choose the format by it.
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    # A device or a pipe is written to, not replaced. The suffix stays last, for writers that choose the format by it.
+    special = os.path.exists(path) and not os.path.isfile(path)
+    beside = path if special else path.with_name(f".{os.getpid()}-{path.name}")
     try:
         with writing(path):
             if callable(content):
                 content(beside)
             else:
                 beside.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-            os.replace(beside, path)
+            if not special:
+                os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        if not special:
+            beside.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:

@@ -97,6 +97,8 @@ def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path
                 "leave it out"
             )
         return [(path, None, Part(records=str(path)))]
+    if not path.exists():
+        raise DataError(f"{path}: no such folder of records or mixture file; make one with `regiongpt convert`")
     config = read_mixture(path)
     base = Path(root) if root else path.parent
     if not base.is_dir():

@@ -1,5 +1,6 @@
 """What ``ask``, ``describe``, ``classify`` and ``locate`` do with an image or many, and what is shown of it."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -158,21 +159,21 @@ def locate(predictor: "RegionPredictor", view: View, expression: str, by: By) ->
 
 
 def find_images(words: Sequence[str]) -> list[str]:
-    """The images that were typed, those of a folder in the order of their names.
+    """The images that were typed, each once, those of a folder in the order of their names.
 
     Raises:
         DataError: a folder holds no image.
     """
     found: list[str] = []
     for word in words:
-        if not word or not Path(word).is_dir():
+        if not os.path.isdir(word):
             found.append(word)
             continue
         inside = [path for path in sorted(Path(word).iterdir()) if path.suffix.lower() in SUFFIXES and path.is_file()]
         if not inside:
             raise DataError(f"{word}: no image directly in this folder; name its files ({', '.join(SUFFIXES)})")
         found += map(str, inside)
-    return found
+    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
 
 
 def view_of(path: str, typed: Sequence[tuple[str, Region]], sources: Sources, segment: Any = None) -> View:

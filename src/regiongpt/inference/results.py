@@ -59,7 +59,7 @@ class Results:
         """
         if self.suffix == ".jsonl":
             with writing(self.path):
-                self._file = self._file or self.path.open("w", encoding="utf-8", errors="replace")
+                self._file = self._file or self.path.open("w", encoding="utf-8", errors="backslashreplace")
                 self._file.write(as_json(record) + "\n")
                 self._file.flush()
         elif self.suffix == ".csv":
@@ -79,9 +79,9 @@ class Results:
         Raises:
             DataError: the file cannot be written.
         """
-        if self._file is not None:
+        if self.suffix == ".jsonl":
             with writing(self.path):
-                self._file.close()
+                (self._file or self.path.open("w", encoding="utf-8")).close()
         elif self.suffix == ".csv":
             text = io.StringIO()
             table = csv.DictWriter(text, list(dict.fromkeys(key for row in self._rows for key in row)))

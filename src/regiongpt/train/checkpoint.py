@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ _PREFIX, _UNFINISHED, _ASIDE = "checkpoint-", ".unfinished-", "aside-"
 class Progress(Settings):
     """How far a stage is: optimiser steps done, and the one with the lowest dev loss so far."""
 
-    step: int = 0
+    step: int = Field(default=0, ge=0)
     best_step: int | None = None
     best_loss: float | None = None
 
@@ -101,16 +102,28 @@ def require_same(checkpoint: Path, facts: Mapping[str, Any]) -> None:
             f"{checkpoint}: its tensors are not those of this model: {'; '.join(odd[:12])}{more}; give the recipe that "
             "it was made with, or begin anew with --resume never"
         )
-    ours, theirs = facts["settings"], found["settings"]
-    odd = [
-        f"{name} = {ours.get(name)}, it has {theirs.get(name)}"
-        for name in sorted({**theirs, **ours})
-        if ours.get(name) != theirs.get(name)
-    ]
+    _require_settings(checkpoint, facts["settings"], {**dict.fromkeys(facts["settings"]), **found["settings"]})
+
+
+def require_finished_with(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that a stage that is finished was trained with the settings of a recipe, as its last checkpoint has them.
+
+    Raises:
+        ConfigError: A setting differs that decides what is learnt; each is named.
+    """
+    written = [path for path in folder.glob(f"{_PREFIX}[0-9]*") if (path / _STAGE).is_file()]
+    if written:
+        last = max(written, key=_step_of)
+        theirs = _read_stage(last)["settings"]
+        _require_settings(last, settings, {name: theirs[name] for name in settings if name in theirs})
+
+
+def _require_settings(checkpoint: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    odd = [f"{name} = {ours.get(name)}, it has {theirs[name]}" for name in theirs if ours.get(name) != theirs[name]]
     if odd:
         raise ConfigError(
             f"{checkpoint}: it was made with other settings, and a run that goes on from it would be neither: "
-            f"{'; '.join(odd)}; give those again, or begin anew with --resume never"
+            f"{'; '.join(sorted(odd))}; give those again, or begin anew with --resume never"
         )
 
 
@@ -157,7 +170,10 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, proce
             torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
             if torch.cuda.is_available() and "cuda" in state:
                 torch.cuda.set_rng_state(torch.as_tensor(state["cuda"], dtype=torch.uint8))
-        return Progress(**{name: progress[name] for name in Progress.model_fields})
+        found = Progress(**{name: progress[name] for name in Progress.model_fields})
+        if found.step != _step_of(folder):
+            raise ValueError(f"it is after step {found.step}, its folder says {_step_of(folder)}")
+        return found
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its step or its random state cannot be read: {reason(error)}") from None
 
@@ -216,6 +232,10 @@ def _put_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                 value = read(name, begin, end)
                 if value.shape != tensor.shape:
                     raise ValueError(f"{name}: expected {list(tensor.shape)}, got {list(value.shape)}")
+                if value.dtype != tensor.dtype:
+                    raise ValueError(f"{name}: expected {tensor.dtype}, got {value.dtype}")
+                if not value.isfinite().all() or (name.endswith("exp_avg_sq") and bool((value < 0).any())):
+                    raise ValueError(f"{name}: not finite, or below zero where it is a square")
                 tensor.copy_(value)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its tensors cannot be read: {reason(error)}") from None
@@ -242,7 +262,7 @@ def _reader(files: list[Any]) -> Callable[[str, int, int], Tensor]:
 
 def _read_stage(checkpoint: Path) -> dict[str, Any]:
     found = read_json(checkpoint / _STAGE, CheckpointError)
-    if not isinstance(found, dict) or not {"stage", "settings", "tensors"} <= found.keys():
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("settings", "tensors")):
         raise CheckpointError(f"{checkpoint}: expected a checkpoint of a stage; its {_STAGE} is another file")
     return found
 
@@ -374,6 +394,8 @@ def damage(checkpoint: Path) -> str | None:
         listed = {name: (size, digest) for name, (size, digest) in read_json(checkpoint / LIST).items()}
     except (DataError, ValueError, AttributeError, TypeError):
         return f"it was not written to its end, or its {LIST} is damaged"
+    if _STAGE not in listed:
+        return f"its {LIST} is damaged: it lists no {_STAGE}"
     for name, (size, digest) in listed.items():
         path = checkpoint / name
         try:

@@ -58,6 +58,11 @@ _FREE = ("micro_batch_size", "save_steps", "log_steps")
 """Settings of a stage that may change from one run to the one that goes on from it."""
 
 
+def decisive_settings(config: StageConfig) -> dict[str, Any]:
+    """The settings of a stage that decide what is learnt in which step, and may not change on resuming."""
+    return {key: value for key, value in config.model_dump().items() if key not in _FREE}
+
+
 def run_stage(
     name: str,
     model: nn.Module,
@@ -128,8 +133,9 @@ def run_stage(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder, watch.keep, processes)
-    decisive = {key: value for key, value in config.model_dump().items() if key not in _FREE}
-    facts = checkpoint.facts_of(name, {**decisive, "items": len(cast(Any, dataset)), "seed": seed}, model)
+    facts = checkpoint.facts_of(
+        name, {**decisive_settings(config), "items": len(cast(Any, dataset)), "seed": seed}, model
+    )
     begin = (
         None if resume == "never" else checkpoints.newest() if resume == "auto" else checkpoints.chosen(Path(resume))
     )

@@ -35,13 +35,13 @@ from regiongpt.storage import locked, write_file, writing
 from regiongpt.train import report
 from regiongpt.train.alignment import ClassWords, Marks, compare_at_first, stand_in_loss, visual_loss
 from regiongpt.train.answers import load_questions
-from regiongpt.train.checkpoint import prepare_resuming, resume_of
+from regiongpt.train.checkpoint import prepare_resuming, require_finished_with, resume_of
 from regiongpt.train.dataset import ConversationDataset, DataCollator, RecordDataset, answer_loss
 from regiongpt.train.features import build_features, keep_freed_memory
 from regiongpt.train.known import tower_shape
-from regiongpt.train.loop import Loss, run_stage
+from regiongpt.train.loop import Loss, decisive_settings, run_stage
 from regiongpt.train.lora import choose_learners, merge_adapters
-from regiongpt.train.recipe import Recipe, StageConfig
+from regiongpt.train.recipe import STEPS, Recipe, StageConfig
 from regiongpt.train.report import data_of, note_run
 from regiongpt.train.start import check_shape, create_start, measured_on, save_whole
 from regiongpt.train.text import language_of, reading_of, sampler_of, texts_of, tokenizer_of
@@ -75,6 +75,9 @@ def train(config: Recipe) -> Path:
     with ExitStack() as stack:
         Processes().from_first(lambda: stack.enter_context(locked(config.out)))
         prepare_resuming(config)
+        for name in STEPS[1:]:
+            if config.runs(name) and (config.out / name / "model" / "config.json").exists():
+                require_finished_with(config.out / name, decisive_settings(getattr(config, name)))
         keep_freed_memory()
         try:
             return _train_on_records(config) if config.data.on_records else _train_on_photographs(config)
