@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 import torch
 from learning import Examples, collate, example, learn, settings
+from safetensors.torch import load_file, save_file
 from tiny import text_config, tiny_model
 from transformers import LlamaConfig
 
 from regiongpt.distributed import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
-from regiongpt.train.checkpoint import LIST, Checkpoints, damage
+from regiongpt.storage import sha256
+from regiongpt.train.checkpoint import LIST, Checkpoints, damage, require_finished_with
 from regiongpt.train.dataset import answer_loss
-from regiongpt.train.loop import StepBatches, targets_in
+from regiongpt.train.loop import StepBatches, decisive_settings, targets_in
 from regiongpt.train.packing import (
     PackedCollate,
     attends_in_units,
@@ -450,3 +452,32 @@ def test_sigterm_saves_first_and_the_run_goes_on(
     assert not (tmp_path / "weights.pt").exists()
     assert_close(run(tmp_path, *TEXTS), expected, 0)
     assert losses(tmp_path) == losses(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("model/", lambda tensor: tensor.fill_(torch.nan), "not finite"),
+        ("model/", lambda tensor: tensor.to(torch.int32), "expected torch.float32"),
+        ("exp_avg_sq", lambda tensor: tensor.fill_(-1.0), "below zero"),
+    ],
+)
+def test_a_checkpoint_of_wrong_numbers_is_never_trained_on(tmp_path: Path, name: str, change: Any, said: str) -> None:
+    learn(tmp_path, items=16)
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    path = last / "tensors-0.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if name in key and tensors[key].ndim)
+    save_file({**tensors, key: change(tensors[key].clone())}, path)
+    listed = json.loads((last / LIST).read_text())
+    listed[path.name] = (path.stat().st_size, sha256(path))
+    (last / LIST).write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match=said):
+        learn(tmp_path, items=16)
+
+
+def test_a_finished_stage_is_held_to_its_settings(tmp_path: Path) -> None:
+    learn(tmp_path, items=16, stage=settings(lr=1e-2))
+    require_finished_with(tmp_path, decisive_settings(settings(lr=1e-2, save_steps=7)))
+    with pytest.raises(ConfigError, match=r"lr = 0\.02, it has 0\.01"):
+        require_finished_with(tmp_path, decisive_settings(settings(lr=2e-2)))

@@ -234,8 +234,8 @@ def _put_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                     raise ValueError(f"{name}: expected {list(tensor.shape)}, got {list(value.shape)}")
                 if value.dtype != tensor.dtype:
                     raise ValueError(f"{name}: expected {tensor.dtype}, got {value.dtype}")
-                if not value.isfinite().all() or (name.endswith("exp_avg_sq") and bool((value < 0).any())):
-                    raise ValueError(f"{name}: not finite, or below zero where it is a square")
+                if not value.isfinite().all() or (name.startswith("exp_avg_sq/") and bool((value < 0).any())):
+                    raise ValueError(f"{name}: not finite, or below zero where it is a mean of squares")
                 tensor.copy_(value)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its tensors cannot be read: {reason(error)}") from None
