@@ -7,6 +7,23 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+TINY = {
+    "model.image_size": 64,
+    "model.image_grid": 2,
+    "model.refinement_channels": 16,
+    "model.vocab_size": 500,
+    "model.hidden_size": 32,
+    "model.layers": 1,
+    "model.heads": 2,
+    "model.mlp_size": 32,
+    **{
+        f"{step}.{name}": 8
+        for step in ("language", "align", "stage1", "stage2")
+        for name in ("batch_size", "micro_batch_size")
+    },
+}
+"""nano's recipe at a size of seconds."""
+
 
 def draw_pictures(root: Path, count: int, name: str) -> list[dict[str, Any]]:
     """Draws a red cat and a blue dog into each picture, as rectangles, and writes them down in COCO's format.

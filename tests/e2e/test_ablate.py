@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pictures import draw_pictures
+from pictures import TINY, draw_pictures
 from safetensors.torch import load_file
 from tiny import save_tower, tower_config
 from tiny_checkpoint import make_parts
@@ -23,28 +23,7 @@ from regiongpt.model.configuration import REFINEMENTS
 from regiongpt.train.recipe import Recipe
 
 RECIPE = Path(__file__).parents[2] / "configs" / "nano.toml"
-SIZE = {
-    "model.image_size": 64,
-    "model.image_grid": 2,
-    "model.refinement_channels": 16,
-    "model.vocab_size": 500,
-    "model.hidden_size": 32,
-    "model.layers": 1,
-    "model.heads": 2,
-    "model.mlp_size": 32,
-    "language.epochs": 0.2,
-    "language.batch_size": 8,
-    "language.micro_batch_size": 8,
-    "align.epochs": 2,
-    "align.batch_size": 8,
-    "align.micro_batch_size": 8,
-    "stage1.epochs": 3,
-    "stage1.batch_size": 8,
-    "stage1.micro_batch_size": 8,
-    "stage2.epochs": 2,
-    "stage2.batch_size": 8,
-    "stage2.micro_batch_size": 8,
-}
+SIZE = {**TINY, "language.epochs": 0.2, "align.epochs": 2, "stage1.epochs": 3, "stage2.epochs": 2}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import draw_pictures
+from pictures import TINY, draw_pictures
 
 from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main
@@ -20,28 +20,15 @@ from regiongpt.train.stages import train
 
 RECIPE = Path(__file__).parents[2] / "configs" / "nano.toml"
 SMALL = {
-    "model.image_size": 64,
-    "model.image_grid": 2,
-    "model.refinement_channels": 16,
-    "model.vocab_size": 500,
-    "model.hidden_size": 32,
-    "model.layers": 1,
-    "model.heads": 2,
-    "model.mlp_size": 32,
+    **TINY,
     "language.epochs": 0.5,
-    "language.batch_size": 8,
-    "language.micro_batch_size": 8,
-    "align.epochs": 1,
-    "align.batch_size": 8,
     "align.micro_batch_size": 4,
     "align.log_steps": 1,
     "stage1.epochs": 2,
-    "stage1.batch_size": 8,
     "stage1.micro_batch_size": 4,
     "stage1.save_steps": 1,
     "stage1.log_steps": 1,
     "stage2.epochs": 3,
-    "stage2.batch_size": 8,
     "stage2.micro_batch_size": 4,
     "stage2.save_steps": 1,
     "stage2.log_steps": 1,

@@ -377,7 +377,7 @@ class Study:
             plain["photographs"] = photographs(config.data.root, config.data.split)
         if self.options.reuse is not None:
             plain["reuse"] = str(self.options.reuse.resolve())
-        there = read_json(folder / RECIPE) if (folder / RECIPE).exists() else plain
+        there = _read_object(folder / RECIPE) if (folder / RECIPE).exists() else plain
         if there != plain:
             parts = [part for part in {**there, **plain} if plain.get(part) != there.get(part)]
             raise ConfigError(
@@ -407,7 +407,7 @@ class Study:
                     features.mkdir(parents=True, exist_ok=True)
                     link.symlink_to(os.path.relpath(features, config.out), target_is_directory=True)
             progress = features / "progress.json"
-            ready = progress.exists() and read_json(progress).get("done") == len(cached_images(config))
+            ready = progress.exists() and _read_object(progress).get("done") == len(cached_images(config))
             if not ready or not all(place.exists() for made, place in kept.items() if made.name == "language"):
                 model = train(config)
                 _copy_all(kept)
@@ -533,12 +533,22 @@ def _check_reuse(run: Path, config: Recipe) -> None:
     for name in ("language/config.json", "features/features.npy", "features/progress.json", "run.json"):
         if not (run / name).exists():
             raise DataError(f"--reuse: {run / name} is missing; give the folder of a finished `regiongpt train`")
-    there, ours = Recipe(**read_json(run / "run.json")["config"]).model, config.model
+    noted = _read_object(run / "run.json").get("config")
+    if not isinstance(noted, dict):
+        raise DataError(f"--reuse: {run / 'run.json'} does not hold the recipe of a run; give another folder")
+    there, ours = Recipe(**noted).model, config.model
     names = ("hidden_size", "layers", "heads", "mlp_size", "image_marks")
     if wrong := [
         f"{n} {getattr(there, n)} for {getattr(ours, n)}" for n in names if getattr(there, n) != getattr(ours, n)
     ]:
         raise ConfigError(f"--reuse: {run / 'language'} is not the recipe's language model: {', '.join(wrong)}")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a JSON object; delete the file")
+    return value
 
 
 def _copy_all(kept: Mapping[Path, Path]) -> None:

@@ -177,7 +177,7 @@ def _learn(
     model, processor = weights.load(start, dtype=torch.float32)
     if name == "stage2" and model.untrained:
         told = f"stage 2 starts from {start}, whose refinement and connector are untrained"
-        if not config.from_scratch:
+        if not config.from_scratch and start != config.out / "stage1" / "model":
             raise ConfigError(f"{told}; run stage 1 first and give its result as model.init, or give --from-scratch")
         log.warning("%s", told)
     model.train()
