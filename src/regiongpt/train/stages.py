@@ -277,7 +277,7 @@ def _require_same(processes: Processes, note: Path, identity: Any, begun: bool, 
     text = json.dumps(identity, indent=1)
 
     def compare() -> None:
-        if begun and (not note.exists() or note.read_text(encoding="utf-8") != text):
+        if begun and (not note.exists() or note.read_bytes() != text.encode()):
             raise ConfigError(
                 f"{note.parent}: a run on {what}, with the same seed and start, was expected there, and another one "
                 "found; give another --out, or delete the folder"

@@ -164,11 +164,8 @@ def read_shape(folder: Path) -> RegionGPTConfig:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no checkpoint there")
-    try:
+    with weights.reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    # A damaged file makes transformers raise nearly anything.
-    except Exception as error:
-        raise CheckpointError(f"cannot read the configuration of {folder}: {error}") from error
     if not isinstance(config, RegionGPTConfig):
         raise CheckpointError(
             f"expected a RegionGPT checkpoint in {folder}; its config.json says model_type {config.model_type!r}"
