@@ -174,7 +174,7 @@ def test_a_record_that_cannot_be_used_is_named(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data.mixture=none.toml"], "none.toml: not a readable TOML file"),
+        (["--data.mixture=none.toml"], "none.toml: no such folder of records or mixture"),
         (["--data.mixture=both.toml", "--data.root=nowhere"], "expected its parts below the folder nowhere"),
         (["--data.mixture=images"], "images: no finished records"),
         (["--data.mixture=coco", "--data.root=."], "coco is one folder of records; leave it out"),
