@@ -53,7 +53,8 @@ class _Parser(argparse.ArgumentParser):
         """Refuse an option with an empty value: as a path it would be the current folder."""
         for before, word in zip(["", *(args or ())], args or (), strict=False):
             name = before if not word else word.removesuffix("=")
-            if name.startswith("--") and (not word or word.endswith("=")):
+            # --model.init= takes back what a recipe says.
+            if name.startswith("--") and "." not in name and (not word or word.endswith("=")):
                 raise ConfigError(f"{name}: give a value, not an empty text")
         return super().parse_known_args(args, namespace)
 
