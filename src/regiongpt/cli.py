@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
             name = before if not word else word.removesuffix("=")
             # --model.init= takes back what a recipe says.
             if name.startswith("--") and "." not in name and (not word or word.endswith("=")):
-                raise ConfigError(f"{name}: give a value, not an empty text")
+                raise ConfigError(f"{name}: give a path or a value, not an empty text")
         return super().parse_known_args(args, namespace)
 
 

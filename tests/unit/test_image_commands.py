@@ -166,7 +166,7 @@ def test_locate_prints_a_region_or_none(folder, capsys):
         (["ask", "PHOTO", "What?", "--device", "gpu"], "--device: expected cuda"),
         (["ask", "PHOTO", "What?", "--dtype", "int8"], "--dtype"),
         (["ask", "PHOTO", "What?", "--picture", "PHOTO"], "would replace what is asked about"),
-        (["ask", "PHOTO", "What?", "--picture", ""], "--picture: give a value"),
+        (["ask", "PHOTO", "What?", "--picture", ""], "--picture: give a path"),
         (["ask", "PHOTO", "What?", "--overwrite"], "--overwrite goes with --out"),
         (["ask", "PHOTO", "other.png", "What is <region2>?", "--box", "1,1,9,9"], "<region2>"),
         (["ask", "x" * 5000, "What?"], "File name too long"),
