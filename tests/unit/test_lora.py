@@ -15,7 +15,7 @@ from regiongpt.train.recipe import LoraConfig
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_merged_model_answers_as_its_adapters_did(targets: tuple[str, ...], tied: bool, tmp_path: Path) -> None:
-    model = tiny_model(text_config=text_config(tie_word_embeddings=tied)).eval()
+    model = tiny_model(text_config=text_config(tie_word_embeddings=tied)).eval().double()
     language = model.language_model
     inputs = tiny_inputs(model.config, [1, 2])
     words = language.get_input_embeddings().weight.detach().clone()
