@@ -13,8 +13,9 @@ Coordinates are pixels of the original image, x to the right and y down; pixel (
 Paper: §3.1 (mask pooling); the weights of the pooling come from here.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,10 @@ Bounds = tuple[float, float, float, float]
 
 MANY_CROSSINGS = 256
 """Crossings up to which shapely draws polygons; beyond, its time grows with about the third power of the points."""
-MOST_CROSSINGS = 2_000_000
-"""Crossings up to which rings are measured exactly: about those of 4,000 random points. Beyond, they are sampled."""
-MANY_POINTS, MOST_POINTS = 128, 1000
-"""Points up to which shapely draws a stroke, in one piece and in many."""
+MOST_PAIRS = 12_000_000
+"""Pairs of edges at one height, up to which rings are measured exactly (4,000 random points); beyond, by sampling."""
+MANY_POINTS, MOST_POINTS = 200, 400
+"""Points up to which shapely draws a stroke, and a hair-thin one in pieces: whole, it takes a hundred times as long."""
 _CIRCLE = 32  # segments a quarter circle: the disk's area is 0.04 % short
 _HAIR = 2.0**-28  # of the larger of a point's coordinates and the image's sides
 _PRECISION = 2.0**-20
@@ -195,37 +196,55 @@ class _Measured:
 class RingsShape(_Measured):
     """The union of rings that cross themselves or each other often; even-odd counts within each.
 
-    At a crossing the inside of a ring changes to the other side of it. So each ring is walked once: the area beside an
-    edge counts as +1 or -1, changing at every crossing, and as 0 where another ring covers it. A position on the rings
-    is the number of its edge plus the share of that edge that lies behind.
+    Each ring is walked once: the area beside an edge counts as +1 or -1, changing wherever the ring crosses itself, for
+    there the inside changes sides, and as 0 where another ring covers it.
     """
 
-    start: Floats  # (N, 2) xy of the edges, ring after ring
+    start: Floats  # (N, 2) xy of the edges, ring after ring, each from its topmost point on
     end: Floats
     firsts: Ints  # (R,) the first edge of each ring
-    breaks: Floats  # (M,) positions at which the weight changes, ascending, the first one 0
-    weights: NDArray[np.int8]  # (M,) the weight from each of them on
-    sums: Floats  # (2, M) of the changes up to each, times the share and times its square
 
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
         """Square pixels in each cell, (H, W)."""
         y_edges, x_edges = np.clip(y_edges, 0, self.height), np.clip(x_edges, 0, self.width)
-        return _signed_areas(self.start, self.end, y_edges, x_edges, self)
+        return _signed_areas(self.start, self.end, y_edges, x_edges, self._stretches())
 
     def pixels(self, width: int, height: int) -> Bools:
         """Pixels whose centre is inside."""
         return _odd(self.start, self.end, self.firsts, width, height)
 
-    def integrals(self, edge: Ints, share0: Floats, share1: Floats) -> tuple[Floats, Floats]:
-        """Of dy and of x dy, each times the weight, over the parts of edges between two shares."""
-        first = np.searchsorted(self.breaks, edge + share0, side="right") - 1
-        last = np.searchsorted(self.breaks, edge + share1, side="left") - 1
-        before, after = self.weights[first], self.weights[last]
-        changes, squares = self.sums[:, last] - self.sums[:, first]
-        weight = after * share1 - before * share0 - changes
-        twice = after * share1**2 - before * share0**2 - squares
-        along = (self.end - self.start)[edge]
-        return along[:, 1] * weight, along[:, 1] * (self.start[edge, 0] * weight + along[:, 0] * twice / 2)
+    def _stretches(self) -> Iterator[tuple[slice, Floats, Floats]]:
+        """For a few edges at a time: where the weight may change, (M,), and the weights between, (M + 1,)."""
+        for rows, breaks, others in _crossings(self.start, self.end, self.firsts):
+            here = np.searchsorted(self.firsts, rows.start, side="right") - 1
+            if rows.start == self.firsts[here]:
+                # At the top of a ring its inside lies between its two edges.
+                top, behind = self.start[rows.start], np.append(self.firsts, len(self.start))[here + 1] - 1
+                (ax, ay), (bx, by) = self.end[rows.start] - top, self.start[behind] - top
+                sign = 1.0 if ax * by < bx * ay else -1.0
+                inside = self._around(here)
+            weights = sign * np.cumprod(np.append(1.0, np.where(others == here, -1.0, 1.0)))
+            sign = weights[-1]
+            if len(self.firsts) > 1:
+                change = np.zeros(len(breaks) + 1, np.int64)
+                toggles = np.flatnonzero(others != here)
+                toggles = toggles[np.argsort(others[toggles], kind="stable")]
+                which, begins, counts = np.unique(others[toggles], return_index=True, return_counts=True)
+                turn = np.arange(len(toggles)) - np.repeat(begins, counts)
+                change[toggles + 1] = np.where(inside[others[toggles]] == (turn % 2 == 0), -1, 1)
+                change[0] = inside.sum()
+                inside[which[counts % 2 == 1]] ^= True
+                weights[np.cumsum(change) > 0] = 0
+            yield rows, breaks, weights
+
+    def _around(self, ring: int) -> Bools:
+        """Which other rings the first point of a ring lies in, (R,)."""
+        x, y = self.start[self.firsts[ring]]
+        (x0, y0), (x1, y1) = self.start.T, self.end.T
+        left = ((y0 > y) != (y1 > y)) & (x0 + (y - y0) * (x1 - x0) / (y1 - y0) < x)
+        inside = np.add.reduceat(left, self.firsts, dtype=np.int64) % 2 == 1
+        inside[ring] = False
+        return np.asarray(inside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,25 +333,22 @@ def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
     # Coordinates a hair apart, and only those, break the intersections that make_valid works out.
     rings = [_once(np.round(ring / _PRECISION) * _PRECISION) for ring in rings]
     polygons = shapely.polygons([shapely.linearrings(np.append(ring, ring[:1], axis=0)) for ring in rings])
-    points, firsts = np.concatenate(rings), np.cumsum([0, *map(len, rings[:-1])])
-    after = np.arange(1, len(points) + 1)
-    after[[*(firsts[1:] - 1), -1]] = firsts
     low, high = np.split(shapely.bounds(polygons), 2, axis=1)
     apart = np.count_nonzero(((low[:, None] <= high) & (high[:, None] >= low)).all(axis=2)) == len(rings)
-    simple = apart and shapely.is_valid(polygons).all()
-    if simple or len(_crossings(points, after, firsts, MANY_CROSSINGS)[0]) <= 2 * MANY_CROSSINGS + len(rings):
+    if (apart and shapely.is_valid(polygons).all()) or not _tangled(rings):
         return _clipped(_polygons_only(shapely.make_valid(polygons)), width, height)
     # Moved by a hair, no edge passes through a corner and no two lie on one line: every crossing is a plain one.
-    size = np.maximum(np.abs(points).max(axis=1, keepdims=True), max(width, height))
-    points += np.random.default_rng(0).uniform(-_HAIR, _HAIR, points.shape) * size
-    breaks, partners = _crossings(points, after, firsts, MOST_CROSSINGS)
-    if len(breaks) <= 2 * MOST_CROSSINGS + len(rings):
-        return _walk(points, after, firsts, breaks, partners, width, height)
+    points, firsts = np.concatenate(rings), np.cumsum([0, *map(len, rings[:-1])])
+    hairs = np.random.default_rng(0).uniform(-_HAIR, _HAIR, points.shape)
+    points += hairs * np.maximum(np.abs(points).max(axis=1, keepdims=True), max(width, height))
+    rings = [np.roll(ring, -ring[:, 1].argmin(), axis=0) for ring in np.split(points, firsts[1:])]
+    start, end = np.concatenate(rings), np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
+    reaches = shapely.intersects(shapely.linestrings(np.stack((start, end), axis=1)), shapely.box(0, 0, width, height))
+    if reaches.any() and _pairs(start, end) <= MOST_PAIRS:
+        return RingsShape(width, height, start, end, firsts)
     rows, columns = (max(1, round(3072 * size / max(width, height))) for size in (height, width))
     step = np.array((width / columns, height / rows))
-    return PixelShape.of(
-        _odd(points / step, points[after] / step, firsts, columns, rows), (height / rows, width / columns)
-    )
+    return PixelShape.of(_odd(start / step, end / step, firsts, columns, rows), (height / rows, width / columns))
 
 
 def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shape:
@@ -346,9 +362,13 @@ def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shap
     """
     points = points[np.append(True, np.any(points[1:] != points[:-1], axis=1))]
     line = shapely.LineString(points) if len(points) > 1 else shapely.Point(*points[0])
-    if len(points) > MOST_POINTS and shapely.distance(line, shapely.box(0, 0, width, height)) < radius:
+    thin = 2 * radius < max(width, height) / 500
+    if (
+        len(points) > (MOST_POINTS if thin else MANY_POINTS)
+        and shapely.distance(line, shapely.box(0, 0, width, height)) < radius
+    ):
         return StrokeShape(width, height, points, radius)
-    if len(points) > MANY_POINTS:  # whole, such a line takes a hundred times as long
+    if len(points) > MANY_POINTS:
         line = [shapely.LineString(points[begin : begin + 17]) for begin in range(0, len(points) - 1, 16)]
     return _clipped(_polygons_only(shapely.buffer(line, radius, quad_segs=_CIRCLE)), width, height)
 
@@ -374,115 +394,72 @@ def _polygons_only(geometry: Any) -> Any:
     return parts[0] if len(parts) == 1 else shapely.union_all(parts, grid_size=_PRECISION)
 
 
-def _crossings(points: Floats, after: Ints, firsts: Ints, most: int) -> tuple[Floats, Ints]:
-    """Where edges cross each other, but for neighbours at their common point: two entries a crossing, one an edge.
+def _tangled(rings: Sequence[Floats]) -> bool:
+    """Whether edges of rings cross more often than shapely can bear, but for neighbours at their common point."""
+    start, end = np.concatenate(rings), np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
+    count = 0
+    for _, breaks, _ in _crossings(start, end, np.cumsum([0, *map(len, rings[:-1])])):
+        count += len(breaks)
+        if count > 2 * MANY_CROSSINGS:
+            return True
+    return False
+
+
+def _crossings(start: Floats, end: Floats, firsts: Ints) -> Iterator[tuple[slice, Floats, Ints]]:
+    """Find where edges cross others, but for neighbours at their common point, for a few edges of one ring at a time.
 
     Args:
-        points: (N, 2) xy; edge i runs from point i to point after[i].
-        after: (N,)
+        start: (N, 2) xy.
+        end: (N, 2) xy.
         firsts: (R,) the first edge of each ring.
-        most: crossings beyond which the search ends early, with more than these.
 
-    Returns:
-        (R + M,) positions in ascending order, the number of an edge plus the share of it that lies before a crossing,
-        and the beginnings of the rings among them; and of several rings (R + M,) the other edge, -1 at a beginning.
+    Yields:
+        The edges; (M,) the crossings on them, in order, each as the place of its edge among these plus the share of it
+        that lies before; and (M,) the ring of the other edge of each.
     """
-    start, end = np.insert(points, 2, 1, axis=1), np.insert(points[after], 2, 1, axis=1)
-    (dx, dy), (x, y) = (points[after] - points).T, points.T
+    edge, ends = np.arange(len(start)), np.append(firsts, len(start))
+    ring = np.searchsorted(firsts, edge, side="right") - 1
+    first, last = ends[ring], ends[ring + 1]
+    after, before = np.where(edge + 1 == last, first, edge + 1), np.where(edge == first, last - 1, edge - 1)
+    (dx, dy), (x, y) = (end - start).T, start.T
     # Times a point (x, y, 1) above 0 on one side of the edge, below on the other. A cross product is less precise.
     lines = np.column_stack((-dy, dx, dy * x - dx * y))
     low, high = np.minimum(start, end), np.maximum(start, end)
-    before = np.argsort(after)
-    positions, partners = [np.empty(0)] * len(points), [np.empty(0, np.int64)] * len(points)
-    several = len(firsts) > 1
-    total, block = 0, max(1, min(64, 2_000_000 // len(points)))
-    order = np.argsort(low[:, 1] + high[:, 1])
-    for rows in np.split(order, np.arange(block, len(order), block)):
+    start, end = np.insert(start, 2, 1, axis=1), np.insert(end, 2, 1, axis=1)
+    block = max(1, min(24, 2_000_000 // len(start)))  # products this small are left to one thread
+    scratch = np.empty((3, (block + 1) * len(start)))  # new memory for each block would cost a fifth of the time
+    for begin in np.concatenate([np.arange(*stretch, block) for stretch in pairwise(ends)]).tolist():
+        rows = slice(begin, min(begin + block, int(last[begin])))
         near = np.flatnonzero(((low <= high[rows].max(axis=0)) & (high >= low[rows].min(axis=0))).all(axis=1))
-        # Not as products of matrices: for these, their threads would cost more than they save.
-        from_start, from_end, start_from, end_from = (
-            np.einsum("ik,kj->ij", some[rows], np.ascontiguousarray(others[near].T))
-            for some, others in ((start, lines), (end, lines), (lines, start), (lines, end))
+        points = np.append(start[rows], end[rows][-1:], axis=0)
+        of_points, start_from, end_from = (
+            np.matmul(some, others[near].T, out=space[: len(some) * len(near)].reshape(-1, len(near)))
+            for some, others, space in zip(
+                (points, lines[rows], lines[rows]), (lines, start, end), scratch, strict=True
+            )
         )
-        cut = ((from_start < 0) != (from_end < 0)) & ((start_from < 0) != (end_from < 0))
-        for neighbour in (rows, after[rows], before[rows]):
-            cut[np.arange(len(rows)), np.searchsorted(near, neighbour)] = False
+        side = of_points < 0
+        cut = (side[1:] != side[:-1]) & ((start_from < 0) != (end_from < 0))
+        for neighbour in (edge[rows], after[rows], before[rows]):
+            cut[np.arange(len(cut)), np.searchsorted(near, neighbour)] = False
         found = np.flatnonzero(cut)
-        if not len(found):
-            continue
-        shares = from_start.ravel()[found]
-        shares /= shares - from_end.ravel()[found]
-        stops = np.searchsorted(found, np.arange(len(rows) + 1) * len(near)).tolist()
-        for row, begin, stop in zip(rows.tolist(), stops, stops[1:], strict=False):
-            if several:
-                ascending = np.argsort(shares[begin:stop])
-                shares[begin:stop] = shares[begin:stop][ascending]
-                partners[row] = near[found[begin:stop][ascending] % len(near)]
-            else:
-                shares[begin:stop].sort()
-            positions[row] = shares[begin:stop] + row
-        total += len(found)
-        if total > 2 * most:
-            break
-    for first in firsts.tolist():
-        positions[first] = np.append(float(first), positions[first])
-        partners[first] = np.append(-1, partners[first])
-    return np.concatenate(positions), np.concatenate(partners)
+        counts = np.diff(np.searchsorted(found, np.arange(len(cut) + 1) * len(near)))
+        shares = of_points.ravel()[found]
+        shares /= shares - of_points.ravel()[found + len(near)]
+        breaks = np.repeat(np.arange(float(len(cut))), counts) + shares
+        if len(firsts) == 1:
+            for part in np.split(breaks, np.cumsum(counts)):
+                part.sort()  # a third of the time of one long sort
+            yield rows, breaks, np.zeros(len(breaks), np.int64)
+        else:
+            order = np.argsort(breaks)
+            yield rows, breaks[order], ring[near[found[order] % len(near)]]
 
 
-def _walk(
-    points: Floats, after: Ints, firsts: Ints, breaks: Floats, partners: Ints, width: int, height: int
-) -> RingsShape:
-    """Find the weight of every stretch between two crossings."""
-    start, end = points, points[after]
-    here, weights = np.zeros(1, np.int64), np.ones(len(breaks), np.int8)
-    if len(firsts) == 1:
-        weights[1::2] = -1
-    else:
-        begins = np.searchsorted(breaks, firsts)
-        ring = np.searchsorted(firsts, np.arange(len(points)), side="right") - 1
-        here, other = ring[breaks.astype(np.int64)], np.where(partners < 0, -1, ring[partners])
-        own = np.cumsum(other == here)
-        weights[(own - own[begins][here]) % 2 == 1] = -1
-        inside = _inside(points[firsts], start, end, firsts)
-        toggles = np.flatnonzero((other != here) & (other >= 0))
-        pair = here[toggles] * len(firsts) + other[toggles]
-        toggles, pair = toggles[np.argsort(pair, kind="stable")], np.sort(pair)
-        odd = (np.arange(len(pair)) - np.searchsorted(pair, pair)) % 2 == 1
-        change = np.zeros(len(breaks), np.int64)
-        change[toggles] = np.where(odd == inside[here[toggles], other[toggles]], 1, -1)
-        count = np.cumsum(change)
-        covered = count + (inside.sum(axis=1) - count[begins])[here] > 0
-    shape = RingsShape(width, height, start, end, firsts, breaks, weights, _sums(breaks, weights))
-    moments = shape.integrals(np.arange(len(points)), np.zeros(len(points)), np.ones(len(points)))[1]
-    # Until here the first stretch of each ring had the inside on its right, be it so or not.
-    signs = np.where(np.add.reduceat(moments, firsts) > 0, -1, 1).astype(np.int8)
-    weights *= signs[here]
-    if len(firsts) == 1:
-        np.multiply(shape.sums, signs[0], out=shape.sums)
-        return shape
-    weights[covered] = 0
-    return replace(shape, sums=_sums(breaks, weights))
-
-
-def _sums(breaks: Floats, weights: NDArray[np.int8]) -> Floats:
-    sums = np.empty((2, len(breaks)))
-    share = np.floor(breaks)
-    np.subtract(breaks, share, out=share)
-    np.multiply(share, np.diff(weights, prepend=np.int8(0)), out=sums[0])
-    np.multiply(share, sums[0], out=sums[1])
-    return np.cumsum(sums, axis=1, out=sums)
-
-
-def _inside(points: Floats, start: Floats, end: Floats, firsts: Ints) -> Bools:
-    """Which rings the first points (R, 2) of all rings lie in, but for their own: (R, R)."""
-    inside = np.zeros((len(points), len(points)), bool)
-    slope = (end[:, 0] - start[:, 0]) / (end[:, 1] - start[:, 1])
-    for row, (x, y) in enumerate(points):
-        left = ((start[:, 1] > y) != (end[:, 1] > y)) & (start[:, 0] + (y - start[:, 1]) * slope < x)
-        inside[row] = np.add.reduceat(left, firsts, dtype=np.int64) % 2 == 1
-    inside[np.diag_indices(len(points))] = False
-    return inside
+def _pairs(start: Floats, end: Floats) -> int:
+    """How many pairs of edges share a height."""
+    low, high = np.sort([start[:, 1], end[:, 1]], axis=0)
+    return int(np.sum(np.searchsorted(np.sort(low), high, side="right") - np.searchsorted(np.sort(high), low)))
 
 
 def _covered(square: Ints, normal: NDArray[Any], distance: Floats, radius: float, half: Floats) -> Floats:
@@ -534,35 +511,63 @@ def _odd(start: Floats, end: Floats, firsts: Ints, width: int, height: int) -> B
 
 
 def _signed_areas(
-    start: Floats, end: Floats, y_edges: Floats, x_edges: Floats, weights: RingsShape | None = None
+    start: Floats,
+    end: Floats,
+    y_edges: Floats,
+    x_edges: Floats,
+    stretches: Iterable[tuple[slice, Floats | None, Floats]] = ((slice(None), None, np.empty(0)),),
 ) -> Floats:
     """Sum, over edges with the inside on their right, of the area to the right of each; (H, W).
 
     A piece within one cell adds to that cell the area between itself and the cell's right line, and its whole height
     times a cell's width to every cell further right; what lies outside the shape cancels. The edges are cut where they
     cross a line of the grid, so the work grows with their length in cells, not with the number of cells.
+
+    Args:
+        start: (N, 2) xy.
+        end: (N, 2) xy.
+        y_edges: (H + 1,)
+        x_edges: (W + 1,)
+        stretches: some edges at a time, and what their areas are multiplied by: see RingsShape. None stands for 1.
     """
-    owner, share, points = _cut(start, end, y_edges, x_edges)
-    joined = owner[1:] == owner[:-1]
-    a, b = points[:-1][joined], points[1:][joined]
-    middle = (a + b) / 2
-    rise = b[:, 1] - a[:, 1]
     rows, columns = len(y_edges) - 1, len(x_edges) - 1
     # Row and column 0 of these tables lie before the grid, the last ones behind it.
-    row = np.searchsorted(y_edges, middle[:, 1], side="right")
-    column = np.searchsorted(x_edges, middle[:, 0], side="right")
-    cell = row * (columns + 2) + column
-    table = (rows + 2, columns + 2)
-    right = np.append(x_edges, x_edges[-1])[column]
-    beside = rise * (right - middle[:, 0])
-    if weights is not None:
-        rise, moment = weights.integrals(owner[:-1][joined], share[:-1][joined], share[1:][joined])
-        beside = rise * right - moment
-    heights = np.bincount(cell, rise, minlength=table[0] * table[1]).reshape(table)
-    partial = np.bincount(cell, beside, minlength=table[0] * table[1]).reshape(table)
+    heights, partial = np.zeros((2, rows + 2, columns + 2))
+    for edges, breaks, weights in stretches:
+        a, b = start[edges], end[edges]
+        owner, share, points = _cut(a, b, y_edges, x_edges)
+        joined = owner[1:] == owner[:-1]
+        middle = ((points[:-1] + points[1:]) / 2)[joined]
+        row = np.searchsorted(y_edges, middle[:, 1], side="right")
+        column = np.searchsorted(x_edges, middle[:, 0], side="right")
+        cell = row * (columns + 2) + column
+        right = np.append(x_edges, x_edges[-1])[column]
+        if breaks is None:
+            rise = (points[1:, 1] - points[:-1, 1])[joined]
+            beside = rise * (right - middle[:, 0])
+        else:
+            edge = owner[:-1][joined]
+            (x, _), (dx, dy) = a[edge].T, (b - a)[edge].T
+            once, twice = _integrals(owner, share, breaks, weights)
+            rise, half = dy * once[joined], twice[joined] / 2
+            beside = rise * (right - x) - dx * dy * half
+        np.add.at(heights.ravel(), cell, rise)
+        np.add.at(partial.ravel(), cell, beside)
     passed = np.cumsum(heights, axis=1)[1:-1, :columns]
     areas: Floats = partial[1:-1, 1:-1] + passed * np.diff(x_edges)
     return np.maximum(areas, 0.0)  # rounding leaves -1e-13 in cells outside
+
+
+def _integrals(owner: Ints, share: Floats, breaks: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Of the weight, and of twice the share times the weight, over the share, from each cut to the next, (C - 1,)."""
+    part = breaks - np.floor(breaks)
+    changes, sums = part * np.diff(weights), np.zeros((2, len(weights)))
+    np.cumsum(changes, out=sums[0, 1:])
+    np.cumsum(changes * part, out=sums[1, 1:])
+    # The end of an edge is not yet the beginning of the next one.
+    place = np.searchsorted(breaks, owner + np.minimum(share, 1 - 1e-9))
+    weight, (once, twice) = weights[place], sums[:, place]
+    return np.diff(weight * share - once), np.diff(weight * share**2 - twice)
 
 
 def _integral(values: NDArray[Any], edges: Floats) -> Floats:
@@ -616,7 +621,7 @@ def _cut(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> tuple[
         owners.append(owner)
         shares.append((lines[line] - a[owner]) / (b - a)[owner])
     owner, share = np.concatenate(owners), np.concatenate(shares)
-    order = np.lexsort((share, owner))
+    order = np.argsort(2 * owner + share)
     owner, share = owner[order], share[order]
     return owner, share, start[owner] * (1 - share[:, None]) + end[owner] * share[:, None]
 

@@ -20,7 +20,17 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from regiongpt.coverage import Bounds, BoxShape, PixelShape, Shape, StrokeShape, decode_rle, polygon_shape, stroke_shape
+from regiongpt.coverage import (
+    Bounds,
+    BoxShape,
+    PixelShape,
+    RingsShape,
+    Shape,
+    StrokeShape,
+    decode_rle,
+    polygon_shape,
+    stroke_shape,
+)
 from regiongpt.errors import RegionError
 from regiongpt.images import MAX_PIXELS, SquareFrame
 
@@ -419,7 +429,8 @@ class Region(ABC):
 
     def _resolve(self, width: int, height: int, name: str = "region") -> Shape:
         shape = self._shape(width, height, name)
-        if not isinstance(shape, StrokeShape) and not shape.area >= MIN_AREA:  # strokes are known to reach in
+        known_to_reach = isinstance(shape, RingsShape | StrokeShape)
+        if not known_to_reach and not shape.area >= MIN_AREA:
             raise RegionError(
                 f"{name}: {self} covers nothing of the image of {width} x {height} pixels (W x H); "
                 f"expected it at least partly within x 0..{width}, y 0..{height}"
@@ -619,7 +630,7 @@ class _Vector(Region):
                     "use a box for two corners, or a scribble for a line"
                 )
         shape = polygon_shape(self.rings, width, height)
-        if shape.area < MIN_AREA and np.linalg.matrix_rank(points - points[0], tol=1e-3) < 2:
+        if np.linalg.matrix_rank(points - points[0], tol=1e-3) < 2 and shape.area < MIN_AREA:
             raise RegionError(
                 f"{name}: expected a polygon that encloses an area, got {self} that lie on one line; "
                 "use a scribble for a line"
