@@ -160,8 +160,8 @@ def make_vg(folder: Path, scale: float) -> dict[str, int]:
 
 
 def convert_coco(folder: Path, shapes: str) -> dict[str, Any]:
-    from regiongpt.data.convert.base import convert
-    from regiongpt.data.convert.coco import CocoConverter
+    from regiongpt.data.closed_sets import CocoConverter
+    from regiongpt.data.sources import convert
 
     converter = CocoConverter(images=folder / "images", instances=(folder / "instances.json",), shapes=shapes)
     manifest = convert(converter, folder / shapes)
@@ -169,8 +169,7 @@ def convert_coco(folder: Path, shapes: str) -> dict[str, Any]:
 
 
 def convert_vg(folder: Path) -> dict[str, Any]:
-    from regiongpt.data.convert import load_converter
-    from regiongpt.data.convert.base import convert
+    from regiongpt.data.sources import convert, load_converter
 
     given: dict[str, Any] = {
         "images": folder / "images",

@@ -1,8 +1,8 @@
 """What the tests of converters share."""
 
-from regiongpt.data.convert.base import Converter
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Rejects
+from regiongpt.data.sources import Converter
 
 
 def run(made: Converter) -> tuple[list[Record], dict[str, int]]:

@@ -385,9 +385,8 @@ def _predictor(options: argparse.Namespace) -> "RegionPredictor":
 
 
 def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.data.convert import CONVERTERS, load_converter
-    from regiongpt.data.convert.base import Output, convert, summary
     from regiongpt.data.shards import MANIFEST
+    from regiongpt.data.sources import CONVERTERS, Output, convert, load_converter, summary
     from regiongpt.settings import add_options, read_options
 
     parser.description = "Make training records of a data set's files."

@@ -4,6 +4,9 @@ Each message is one line: what was expected, what came, where, and what to do ab
 line and exits with code 2; library callers catch :class:`RegionGPTError` for all of them.
 """
 
+import reprlib
+from typing import Any
+
 
 class RegionGPTError(Exception):
     """Base of every error that the user's input, and not a defect of this package, has caused.
@@ -31,3 +34,13 @@ class DataError(RegionGPTError):
 
 class CheckpointError(RegionGPTError):
     """A checkpoint folder lacks a file, or holds one that does not fit the others."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def short(value: Any) -> str:
+    """A value as a message quotes it: one line of plain characters, at most 80 of them."""
+    shown = " ".join(_SHORT.repr(value).encode("ascii", "backslashreplace").decode().split())
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

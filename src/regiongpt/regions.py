@@ -9,7 +9,6 @@ Paper: §3.1 (regions of any shape are given as masks and pooled).
 """
 
 import math
-import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from regiongpt.coverage import (
     stroke_shape,
 )
 from regiongpt.errors import RegionError
+from regiongpt.errors import short as _short
 from regiongpt.images import MAX_PIXELS, SquareFrame
 
 KINDS = ("box", "mask", "polygon", "rle", "point", "scribble")
@@ -735,8 +735,3 @@ def _inside(values: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
 
 def _number(value: float) -> str:
     return f"{value + 0.0:.10g}"  # never -0
-
-
-def _short(value: Any) -> str:
-    text = " ".join(reprlib.repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

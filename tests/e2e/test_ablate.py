@@ -15,8 +15,7 @@ from regiongpt import ConfigError
 from regiongpt.ablate.study import KINDS, choose_variants, cut_annotations, photographs
 from regiongpt.ablate.summary import orders, summarise, tables
 from regiongpt.cli import main
-from regiongpt.data.convert import load_converter
-from regiongpt.data.convert.base import convert
+from regiongpt.data.sources import convert, load_converter
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.model.configuration import REFINEMENTS

@@ -19,8 +19,8 @@ from datasets import load_dataset
 from PIL import Image
 
 from regiongpt import cli
-from regiongpt.data.convert import CONVERTERS, load_converter
 from regiongpt.data.shards import RecordSet
+from regiongpt.data.sources import CONVERTERS, load_converter
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("REGIONGPT_DATA", ROOT.parent / "shared" / "data"))

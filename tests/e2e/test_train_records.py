@@ -15,11 +15,10 @@ from tiny_checkpoint import make_checkpoint, make_parts
 
 from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main
-from regiongpt.data.convert import load_converter
-from regiongpt.data.convert.base import convert
 from regiongpt.data.inspection import check, load_processor
 from regiongpt.data.records import Record, Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
+from regiongpt.data.sources import convert, load_converter
 from regiongpt.model import weights
 from regiongpt.train.debug import debug_size
 from regiongpt.train.recipe import Recipe

@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from regiongpt.data.coco import load_coco, photo_sources
-from regiongpt.data.convert import load_converter
-from regiongpt.data.convert.base import convert
 from regiongpt.data.shards import RecordSet
+from regiongpt.data.sources import convert, load_converter
 from regiongpt.prompts import COCO_80, COCO_IDS
 
 SIZE = (96, 64)

@@ -10,9 +10,8 @@ from converting import run
 from PIL import Image
 
 from regiongpt.cli import main
+from regiongpt.data.closed_sets import CocoConverter, LvisConverter
 from regiongpt.data.coco import CocoSource, load_coco
-from regiongpt.data.convert.coco import CocoConverter
-from regiongpt.data.convert.lvis import LvisConverter
 from regiongpt.data.instances import entry_of
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
@@ -314,6 +313,17 @@ def test_ids_that_are_text(tmp_path: Path) -> None:
     assert rejects == {"annotation of an absent image": 1}
     assert [(item.id, item.image_id, item.truth) for item in asked(tmp_path).items()] == [("x", "a-1", "cat")]
     assert len(proposed(tmp_path)) == len(proposed(tmp_path, image_id="a-1")) == 1
+
+
+def test_ids_are_needed_only_to_refer(tmp_path: Path) -> None:
+    first, second = ({key: value for key, value in thing().items() if key != "id"} for _ in range(2))
+    write(tmp_path, first, thing(9), {**second, "id": None, "bbox": [1, 1, 9, 9]}, thing(""))
+    (record,), rejects = convert(tmp_path)
+    assert [each.source_id for each in record.regions] == ["", "", "9"]
+    assert rejects == {"record of another format": 1}
+    assert [each.region for each in record.regions][:2] == [Region.box(5, 5, 25, 15), Region.box(1, 1, 10, 10)]
+    assert [item.id for item in asked(tmp_path).items()] == ["annotations[0]", "annotations[2]", "9"]
+    assert len(proposed(tmp_path)) == 3
 
 
 ROOTS = [

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from regiongpt.data.convert import CONVERTERS, jsonstream, load_converter
-from regiongpt.data.convert.base import Converter, convert
-from regiongpt.data.convert.coco import CocoConverter
-from regiongpt.data.convert.images import check_image, known_size
-from regiongpt.data.convert.jsonstream import iter_array, iter_arrays
-from regiongpt.data.convert.lvis import LvisConverter
+from regiongpt.data import reading
+from regiongpt.data.closed_sets import CocoConverter, LvisConverter
+from regiongpt.data.reading import iter_array, iter_arrays
 from regiongpt.data.shards import Fault, RecordSet, Rejects
+from regiongpt.data.sources import CONVERTERS, Converter, convert, load_converter
+from regiongpt.data.values import check_image, known_size
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.regions import Region
 
@@ -77,13 +76,13 @@ def test_any_array_streams_in_blocks_of_any_size(tmp_path_factory, elements, blo
     content = {"before": [[1], {"x": "]"}], "n": 12, "wanted": elements, "after": {}}
     path.write_text(json.dumps(content, indent=indent, ensure_ascii=plain), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonstream, "BLOCK", block)
+        patch.setattr(reading, "BLOCK", block)
         assert list(iter_array(path, "wanted", Rejects())) == elements
 
 
 @pytest.mark.parametrize("block", [1, 5, 1 << 20])
 def test_wherever_a_file_breaks_off_the_whole_elements_before_are_kept(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(jsonstream, "BLOCK", block)
+    monkeypatch.setattr(reading, "BLOCK", block)
     path = tmp_path / "a.json"
     text = json.dumps([{"id": k, "s": "é]"} for k in range(3)], ensure_ascii=False)
     ends = [place for place, character in enumerate(text, 1) if character == "}"]
@@ -98,9 +97,9 @@ def test_wherever_a_file_breaks_off_the_whole_elements_before_are_kept(tmp_path,
 def test_a_break_is_told_with_its_place(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"a": [1, 2], "b": [{"x": 1}, {"x" 2}]}')
-    rejects = Rejects(tmp_path / "rejects.jsonl")
-    assert list(iter_arrays(path, ("a", "b"), rejects)) == [("a", 1), ("a", 2), ("b", {"x": 1})]
-    rejects.close()
+    rejects = Rejects()
+    with rejects.writing_to(tmp_path / "rejects.jsonl"):
+        assert list(iter_arrays(path, ("a", "b"), rejects)) == [("a", 1), ("a", 2), ("b", {"x": 1})]
     told = json.loads((tmp_path / "rejects.jsonl").read_text())
     assert (told["kind"], told["file"], told["record"]) == ("truncated json", "a.json", "b[1]")
     assert "character 35" in told["reason"]
@@ -342,7 +341,7 @@ def test_unusable_images_are_left_out_and_counted(tmp_path):
 
 def test_what_holds_for_a_whole_file_fails(tmp_path):
     path = write(tmp_path, [], categories=[{"id": 1, "name": "forklift"}])
-    with pytest.raises(DataError, match="COCO-80, got 'forklift'"):
+    with pytest.raises(DataError, match="'forklift' is not of COCO-80"):
         read(coco(tmp_path))
     read(coco(tmp_path, label_set="WAREHOUSE"))
     write(tmp_path, [], categories=[{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}])

@@ -7,9 +7,8 @@ import pytest
 from converting import run
 from PIL import Image
 
-from regiongpt.data.convert import load_converter
-from regiongpt.data.convert.base import convert
-from regiongpt.data.convert.llava import LlavaConverter
+from regiongpt.data.chat import LlavaConverter
+from regiongpt.data.sources import convert, load_converter
 from regiongpt.errors import ConfigError, DataError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from regiongpt.data.convert.v3det import V3DetConverter
+from regiongpt.data.closed_sets import V3DetConverter
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 
@@ -62,7 +62,7 @@ def test_a_list_of_other_names_does_not_belong(tmp_path):
     (tmp_path / "names.txt").write_text("ashtray\ncash machine\n")
     path = write(tmp_path, NAMES, 2)
     options = {"images": tmp_path, "instances": (path,), "check_images": False, "names": tmp_path / "names.txt"}
-    with pytest.raises(DataError, match="'popper' and 0 others"):
+    with pytest.raises(DataError, match=r"'popper' is not in names\.txt"):
         counts(V3DetConverter(**options))
     with pytest.raises(DataError, match=r"none\.txt"):
         counts(V3DetConverter(**{**options, "names": tmp_path / "none.txt"}))

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from regiongpt import cli
-from regiongpt.data import gallery, inspection
+from regiongpt.data import inspection
+from regiongpt.data.inspection import SHARE_EDGES, Statistics, as_text, coarse_shares, plot, statistics
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import MANIFEST, RecordSet, Rejects, file_identity, schema, write_records
-from regiongpt.data.statistics import SHARE_EDGES, Statistics, as_text, coarse_shares, plot, statistics
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
 from regiongpt.prompts import CHAT_TEMPLATES, NO_MATCH
@@ -67,10 +67,9 @@ RECORDS = [
 
 
 def write(folder: Path, records: list[Record], images: Path) -> Path:
-    rejects = Rejects(folder.parent / f"{folder.name}.jsonl")
+    rejects = Rejects()
     rejects.add("box without size", "instances.json", 7, "expected a width")
     write_records(folder, records, rejects, source="hand", images=str(images), inputs=[], arguments={})
-    rejects.close()
     return folder
 
 
@@ -111,7 +110,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 def test_the_statistics_are_those_counted_by_hand(folder: Path):
     counted = statistics(RecordSet(folder))
-    assert (counted.source, counted.records, counted.images, counted.regions, counted.turns) == ("hand", 4, 2, 6, 5)
+    assert (counted.source, counted.records, counted.images, counted.regions, counted.all_turns.turns) == (
+        "hand",
+        4,
+        2,
+        6,
+        5,
+    )
     assert counted.categories == {"cat": 3, "dog": 3}
     assert counted.kinds == {"box": 5, "rle": 1}
     assert {name: (task.turns, task.guided, task.regions) for name, task in counted.tasks.items()} == {
@@ -120,7 +125,7 @@ def test_the_statistics_are_those_counted_by_hand(folder: Path):
         "locate": (1, 1, 2),
     }
     assert counted.tasks["chat"].words == {8: 1, 3: 1}
-    assert counted.average_words == (1 + 1 + 8 + 3 + 4) / 5
+    assert counted.all_turns.average_words == (1 + 1 + 8 + 3 + 4) / 5
     # 200 of 20,000 pixels thrice, half the image twice, 50 pixels once.
     assert dict(coarse_shares(counted)) == {
         "under 0.01 %": 0,
@@ -383,16 +388,16 @@ def test_tokens_spell_the_conversation_and_the_marked_ones_its_answers(family: s
     processor = make(family)
     for index, each in enumerate(RECORDS):
         encoded = inspection.encode(each, processor, 0, 0, index)
-        shown = gallery.pieces(encoded, processor)
-        assert sum(piece.count for piece in shown) == len(encoded["input_ids"])
-        total, learnt = gallery.target_count(shown)
+        shown = inspection.pieces(encoded, processor)
+        assert sum(piece.tokens for piece in shown) == len(encoded["input_ids"])
+        total, learnt = inspection.target_count(shown)
         assert (total, learnt) == (len(encoded["labels"]), int((encoded["labels"] >= 0).sum()))
         text = "".join(piece.text for piece in shown)
         for question, answer in inspection.said(each, 0, 0, index):
             assert question in text
             assert answer in text
         # Between two questions, what is marked is the answer with at most blanks and the end of its turn.
-        runs = re.findall("⟦(.*?)⟧", gallery.terminal(shown, colour=False), re.DOTALL)
+        runs = re.findall("⟦(.*?)⟧", inspection.terminal(shown, colour=False), re.DOTALL)
         ends = "|".join(re.escape(piece.text) for piece in shown if piece.kind == "special")
         plain = [re.sub(ends, "", run).strip() for run in runs]
         answers = [answer for _, answer in inspection.said(each, 0, 0, index)]
@@ -460,7 +465,7 @@ def test_the_gallery_shows_faulty_records_with_the_reason(images: Path, tmp_path
     silent = replace(RECORDS[0], turns=(classify(1, ""),))
     unworded = replace(RECORDS[0], turns=(Turn(task="locate", answer="Region [1]", regions=(1,)),))
     put(made, [odd, *(each.row() for each in (lost, silent, unworded))])
-    gallery.write_gallery(tmp_path / "page.html", RecordSet(made), range(4), processor)
+    inspection.write_gallery(tmp_path / "page.html", RecordSet(made), range(4), processor)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count('class="fault"') == 4
     assert "blob" in page

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
-from regiongpt.data.convert.coco import CocoConverter
+from regiongpt.data.closed_sets import CocoConverter
 from regiongpt.data.interchange import (
     mask_png,
     mask_rle,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from regiongpt.data.convert import load_converter
 from regiongpt.data.mixture import Mixture, MixturePart, open_mixture, read_mixture
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
+from regiongpt.data.sources import load_converter
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.regions import Region
 

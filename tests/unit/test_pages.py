@@ -46,7 +46,6 @@ def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) 
             parts.table([["a<b", "n"], ["<i>", "<td>"]], "<h>"),  # type: ignore[attr-defined]
             parts.facts([("<name>", "<text>")]),  # type: ignore[attr-defined]
             parts.turn("Is <region1> <b>?", "no <region2"),  # type: ignore[attr-defined]
-            parts.regions([("<cat>", "box")]),  # type: ignore[attr-defined]
             report.picture(Image.new("RGBA", (2000, 1000), "red"), '"alt"'),
             line_chart("<t>", [Curve(name="<c>", xs=[1, 2], ys=[1.0, 2.0])]),
             bar_chart("<t>", [("<g>", [Bar(value=1.0)])], ["<s>"]),
@@ -63,7 +62,6 @@ def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) 
         "<text>",
         "<b>",
         "<region2",
-        "<cat>",
         "<c>",
         "<g>",
         "<title>",

@@ -1,16 +1,21 @@
-"""What a folder of records holds: statistics, one record, and whether a model can be taught with all of them.
+"""What a folder of records holds: statistics, records as a model is taught them, and faults.
 
-Paper: §3.2 (only the response is learnt).
+Paper: Table 2 (images, regions, average words), §3.2 (only the response is supervised), §4 (boxes a category)
 """
 
 import json
+import math
 import os
+import re
 import sys
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -18,13 +23,13 @@ from pydantic import Field, model_validator
 from regiongpt.console import progress
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Fault, RecordSet, counted, fault_of, many, require_data_extra
-from regiongpt.data.statistics import rows
-from regiongpt.drawing import check_picture, draw_regions, save_picture
-from regiongpt.errors import CheckpointError, DataError, RegionGPTError
+from regiongpt.drawing import COLOURS, check_picture, draw_regions, save_picture
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError
 from regiongpt.images import load_image
-from regiongpt.prompts import IMAGE_TOKEN
+from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
+from regiongpt.report import picture, write_page
 from regiongpt.settings import Settings
-from regiongpt.storage import check_writable, sha256
+from regiongpt.storage import check_writable, reason, sha256, write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +38,291 @@ if TYPE_CHECKING:
 
 MOST_TURNS_DRAWN: Final = 12
 MOST_CAPTIONS_DRAWN: Final = 12
-GALLERY_RECORDS: Final = 24
+MOST_CATEGORIES: Final = 20
+PAGE_RECORDS: Final = 24
+SHARE_EDGES: Final = tuple(10 ** (exponent / 4) for exponent in range(-20, 1))
+"""Bounds of the area histogram, as shares of the image: four bins a power of ten, from 0.001 % to all of it."""
+SIDES: Final = (32, 96)
+"""COCO calls a region small below a square of 32 pixels and large above one of 96."""
+_BATCH: Final = 500
+_BAR: Final = 40
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _rows(records: RecordSet) -> Iterator[dict[str, Any]]:
+    """The rows of a folder in order, read in batches: many times as fast as one by one."""
+    for table in records.table.with_format("arrow").iter(batch_size=_BATCH):
+        yield from table.to_pylist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+@dataclass
+class TaskStatistics:
+    """The turns of one task.
+
+    Attributes:
+        turns: Questions with an answer.
+        guided: Of these, those with the suffix that fixes the format of the answer.
+        regions: That their questions are about, one counted as often as it is asked about.
+        words: How many answers have so many words.
+    """
+
+    turns: int = 0
+    guided: int = 0
+    regions: int = 0
+    words: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def average_words(self) -> float:
+        """Words an answer."""
+        return sum(words * count for words, count in self.words.items()) / max(1, self.words.total())
+
+
+@dataclass
+class Statistics:
+    """Counts over a folder of records.
+
+    Attributes:
+        source: Name of the converter.
+        records: Rows.
+        images: Different images.
+        regions: In all records.
+        tasks: Of each task's turns.
+        categories: Regions of each category.
+        kinds: Regions of each kind (box, polygon, ...).
+        shares: Regions in each bin of the share of the image that they cover: below the first of
+            :data:`SHARE_EDGES`, then between each two of them.
+        sizes: Regions that COCO calls small, medium and large.
+        unmeasured: Regions without an area in their image.
+        rejects: Left out by the conversion, by kind.
+    """
+
+    source: str
+    records: int = 0
+    images: int = 0
+    regions: int = 0
+    tasks: dict[str, TaskStatistics] = field(default_factory=dict)
+    categories: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    shares: list[int] = field(default_factory=lambda: [0] * len(SHARE_EDGES))
+    sizes: list[int] = field(default_factory=lambda: [0] * 3)
+    unmeasured: int = 0
+    rejects: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def all_turns(self) -> TaskStatistics:
+        """The turns of all tasks together."""
+        total = TaskStatistics()
+        for task in self.tasks.values():
+            total.turns, total.words = total.turns + task.turns, total.words + task.words
+        return total
+
+    def add(self, record: Record) -> None:
+        """Counts one record; images are counted by the caller, who knows which came before."""
+        self.records += 1
+        self.regions += len(record.regions)
+        for each in record.regions:
+            self.kinds[each.region.kind] += 1
+            if each.category:
+                self.categories[each.category] += 1
+            try:
+                area = each.region.area(record.width, record.height)
+            except RegionError:
+                self.unmeasured += 1
+                continue
+            share = min(1.0, area / (record.width * record.height))
+            self.shares[min(bisect_right(SHARE_EDGES, share), len(SHARE_EDGES) - 1)] += 1
+            self.sizes[bisect_right([side**2 for side in SIDES], area)] += 1
+        for turn in record.turns:
+            task = self.tasks.setdefault(turn.task, TaskStatistics())
+            task.turns += 1
+            task.guided += turn.guided
+            task.regions += len(turn.regions or set(PLACEHOLDER.findall(turn.question)))
+            task.words[len(turn.answer.split())] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as json can write it."""
+        tasks = {
+            name: {
+                **{key: getattr(task, key) for key in ("turns", "guided", "regions")},
+                "average_words": round(task.average_words, 3),
+                "words": {str(words): task.words[words] for words in sorted(task.words)},
+            }
+            for name, task in sorted(self.tasks.items())
+        }
+        return {
+            **{name: getattr(self, name) for name in ("source", "records", "images", "regions")},
+            "turns": self.all_turns.turns,
+            "average_words": round(self.all_turns.average_words, 3),
+            "tasks": tasks,
+            "categories": dict(self.categories.most_common()),
+            "kinds": dict(self.kinds.most_common()),
+            "area_share_edges": list(SHARE_EDGES),
+            "area_share": self.shares,
+            "sizes": dict(zip(("small", "medium", "large"), self.sizes, strict=True)),
+            "regions_without_area": self.unmeasured,
+            "rejects": self.rejects,
+        }
+
+
+def statistics(records: RecordSet) -> Statistics:
+    """Counts a folder of records.
+
+    Raises:
+        DataError: A row is not a record.
+    """
+    found = Statistics(source=records.manifest.source, rejects=dict(records.manifest.rejects))
+    images: set[str] = set()
+    for row in progress(_rows(records), "statistics", "records", len(records)):
+        record = Record.from_row(row)
+        images.add(record.image)
+        found.add(record)
+    found.images = len(images - {""})
+    return found
+
+
+def table_rows(found: Statistics) -> list[tuple[str, list[list[str]]]]:
+    """The statistics as titled tables of strings, each with its header first; what is empty is left out."""
+
+    def number(value: float) -> str:
+        return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+
+    def shared(name: str, parts: Iterable[tuple[str, int]]) -> list[list[str]]:
+        rows = []
+        for part, count in parts:
+            share = count / max(1, found.regions)
+            whole, eighths = divmod(round(share * _BAR * 8), 8)
+            rows.append([part, f"{count:,}", f"{100 * share:5.1f} %  {'█' * whole}{' ▏▎▍▌▋▊▉'[eighths]}".rstrip()])
+        return [[name, "regions", ""], *rows]
+
+    total = found.all_turns
+    numbers = (found.images, found.regions, total.average_words, len(found.categories), found.records, total.turns)
+    tasks = [
+        [name, *map(number, (task.turns, task.guided, task.regions, task.average_words))]
+        for name, task in sorted(found.tasks.items())
+    ]
+    names = (f"small, under {SIDES[0]}² px", f"medium, under {SIDES[1]}² px", f"large, from {SIDES[1]}² px")
+    common = found.categories.most_common(MOST_CATEGORIES)
+    categories = shared("category", common)
+    if len(found.categories) > len(common):
+        rest = sorted(found.categories.values())
+        spread = f"of {len(rest):,}: the rarest {rest[0]:,}, half of them up to {rest[len(rest) // 2]:,}"
+        categories.append(["...", "", spread])
+    areas = [*coarse_shares(found), *([("no area", found.unmeasured)] if found.unmeasured else [])]
+    header = ["data set", "images", "regions", "average words", "categories", "records", "turns"]
+    rejects = [[kind, f"{count:,}"] for kind, count in sorted(found.rejects.items())]
+    tables = [
+        ("", [header, [found.source, *map(number, numbers)]]),
+        ("Turns", [["task", "turns", "guided", "regions", "average words"], *tasks]),
+        ("Area of the regions", shared("share of the image", areas)),
+        ("", shared("size as COCO counts", zip(names, found.sizes, strict=True))),
+        ("", shared("kind of region", found.kinds.most_common())),
+        ("Categories", categories),
+        ("Rejects", [["left out by the conversion", "times"], *rejects]),
+    ]
+    return [(title, table) for title, table in tables if len(table) > 1]
+
+
+def as_text(found: Statistics) -> str:
+    """The statistics as tables for a terminal: words to the left and numbers to the right."""
+    blocks = []
+    for _, table in table_rows(found):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for row in table:
+            cells = [f"{row[0]:<{widths[0]}}"]
+            for title, cell, width in zip(table[0][1:], row[1:], widths[1:], strict=True):
+                cells.append(f"{cell:>{width}}" if title else cell)
+            lines.append("   ".join(cells).rstrip())
+        blocks.append("\n".join(lines))
+    if not found.rejects:
+        blocks.append("The conversion left nothing out.")
+    return "\n\n".join(blocks)
+
+
+def coarse_shares(found: Statistics) -> list[tuple[str, int]]:
+    """The area histogram in powers of ten."""
+    below, fine = found.shares[0], found.shares[1:]
+    decades = [sum(fine[start : start + 4]) for start in range(0, len(fine), 4)]
+    names = ["under 0.01 %", "0.01 to 0.1 %", "0.1 to 1 %", "1 to 10 %", "10 to 100 %"]
+    return list(zip(names, [below + decades[0], *decades[1:]], strict=True))
+
+
+def plot(found: Statistics, path: Path) -> None:
+    """Write the statistics as a picture of four panels.
+
+    Args:
+        found: To be drawn.
+        path: Of the file; its ending (.png, .svg, .pdf) is the format.
+
+    Raises:
+        ConfigError: matplotlib is missing, or the ending is of no picture.
+        DataError: The file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+    except ImportError:
+        raise ConfigError("expected matplotlib for --plot, found none; pip install '.[data]'") from None
+    figure = Figure(figsize=(13, 9), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
+    total = found.all_turns
+    figure.suptitle(
+        f"{found.source}: {many(found.records, 'record')}, {many(found.images, 'image')}, "
+        f"{many(found.regions, 'region')}, {many(total.turns, 'turn')}, {total.average_words:.2f} words an answer"
+    )
+    ((areas, words), (tasks, categories)) = figure.subplots(2, 2)
+    colours = [tuple(level / 255 for level in colour) for colour in COLOURS]
+
+    areas.set(title="area of the regions", xlabel="share of the image", ylabel="regions", xscale="log")
+    edges = [SHARE_EDGES[0] / SHARE_EDGES[1] * SHARE_EDGES[0], *SHARE_EDGES]
+    areas.stairs(found.shares, edges, fill=True, color=colours[5])
+    areas.set_xlim(edges[0], 1.02)
+    areas.set_xticks([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1], ["0.001 %", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
+    areas.minorticks_off()
+
+    words.set(title="length of the answers", xlabel="words", ylabel="answers")
+    longest = max(total.words, default=1)
+    width = max(1, math.ceil((longest + 1) / 60))
+    below = np.zeros(longest // width + 1)
+    places = (np.arange(len(below)) + 0.5) * width - 0.5
+    for colour, (name, task) in zip(cycle(colours), sorted(found.tasks.items()), strict=False):
+        heights = np.bincount(np.array(list(task.words)) // width, list(task.words.values()), len(below))
+        words.bar(places, heights, 0.9 * width, bottom=below, color=colour, label=name)
+        below += heights
+    if len(found.tasks) > 1:
+        words.legend(frameon=False)
+
+    tasks.set(title="turns of each task", xlabel="turns")
+    ordered = sorted(found.tasks.items(), key=lambda item: item[1].turns)
+    names, guided = [name for name, _ in ordered], [task.guided for _, task in ordered]
+    tasks.barh(names, guided, color=colours[2], label="with a guided prompt")
+    tasks.barh(names, [task.turns - task.guided for _, task in ordered], left=guided, color=colours[1], label="without")
+    tasks.margins(y=max(0.05, 0.5 - len(names) / 10))
+    tasks.legend(frameon=False, loc="lower right")
+
+    common = found.categories.most_common(MOST_CATEGORIES)[::-1]
+    all_of_them = len(common) == len(found.categories)
+    some = f"the {len(common)} most frequent of {len(found.categories):,} categories"
+    title = some if not all_of_them else "categories" if common else "no categories"
+    categories.set(title=title, xlabel="regions")
+    categories.barh([name for name, _ in common], [count for _, count in common], color=colours[0])
+
+    for axis in (areas.yaxis, words.xaxis, words.yaxis, tasks.xaxis, categories.xaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.axes.spines[["top", "right"]].set_visible(False)
+    try:
+        write_file(path, lambda unfinished: figure.savefig(unfinished, dpi=120))
+    except ValueError as error:
+        raise ConfigError(f"--plot: {path}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model is taught
 
 
 def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
@@ -47,57 +336,12 @@ def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
 
     folder = nano_path() if model is None else Path(model)
     if not (folder / "processor_config.json").is_file():
-        raise CheckpointError(
-            f"expected a checkpoint folder with a processor_config.json at {folder}; give one that regiongpt has made"
-        )
+        raise CheckpointError(f"{folder}: not a checkpoint folder, there is no processor_config.json in it")
     try:
         loaded: RegionGPTProcessor = RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the processor of {folder} cannot be read: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{folder}: its processor cannot be read: {reason(error)}") from error
     return loaded
-
-
-def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple[str, Fault]]:
-    """Look at every record as training would, and at every image.
-
-    Args:
-        records: To be checked.
-        processor: Of the model to be trained; its tokenizer and chat template decide what the targets are.
-
-    Yields:
-        The id of a record (its place where it has none, or the file name of a shard) and the first of its faults: a
-        shard with other bytes than the manifest says; a record that comes twice; a region that makes no sense or is not
-        there; an answer that is empty or leaves no target; an image that is missing, cannot be read, or is of another
-        size.
-    """
-    for shard in records.manifest.shards:
-        found = sha256(records.folder / shard["file"])
-        if found != shard["sha256"]:
-            reason = f"expected SHA-256 {shard['sha256'][:12]}..., got {found[:12]}...; convert the source again"
-            yield shard["file"], Fault("shard of other content", reason)
-    ids: set[str] = set()
-    size_of = cache(lambda path: load_image(path).size)
-    for index, row in enumerate(progress(rows(records), "check", "records", len(records))):
-        name = str(row.get("id") or f"row {index}")
-        try:
-            if name in ids:
-                raise Fault("duplicate id", "expected ids to be unique, got one twice")
-            ids.add(name)
-            record = Record.from_row(row)
-            record.check()
-            if path := records.image_path(record):
-                if not path.is_file():
-                    raise Fault("image file missing", f"expected an image at {path}, found none")
-                if (size := size_of(path)) != (record.width, record.height):
-                    expected = f"expected {record.width} x {record.height} pixels (W x H)"
-                    raise Fault("image of another size", f"{path}: {expected}, got {size[0]} x {size[1]}")
-            labels = encode(record, processor, 0, 0, index)["labels"].tolist()
-            # The end of the turn is a target of every answer; a model that learns it alone learns to say nothing.
-            words = [label for label in labels if label >= 0 and label not in processor.stop_token_ids]
-            if not processor.tokenizer.decode(words).strip():
-                raise Fault("no target", "expected at least one word to be learnt, got answers without any")
-        except RegionGPTError as error:
-            yield name, fault_of(error)
 
 
 def encode(record: Record, processor: "RegionGPTProcessor", seed: int, epoch: int, index: int) -> dict[str, Any]:
@@ -114,29 +358,97 @@ def encode(record: Record, processor: "RegionGPTProcessor", seed: int, epoch: in
     )
 
 
-def find(records: RecordSet, which: str) -> int:
-    """The place of a record given by its place, from 0, or by its id.
-
-    Raises:
-        DataError: There is none.
-    """
-    if which.isdecimal():
-        if int(which) < len(records):
-            return int(which)
-        raise DataError(f"{records.folder}: expected a record from 0 to {len(records) - 1}, got {which}")
-    import pyarrow.compute as pc
-
-    place: int = pc.index(records.table.data.column("id"), which).as_py()
-    if place < 0:
-        raise DataError(f"{records.folder}: found no record '{which}'; its first is '{records[0].id}'")
-    return place
-
-
 def said(record: Record, seed: int, epoch: int, index: int) -> list[tuple[str, str]]:
     """The questions and answers of a record as a model is taught them, without ``<image>``."""
     texts = [message["content"] for message in record.messages(seed, epoch, index)]
     texts[0] = texts[0].removeprefix(f"{IMAGE_TOKEN}\n")
     return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+class Piece(NamedTuple):
+    """What one token stands for, or a few that spell one character together.
+
+    Attributes:
+        text: Decoded.
+        target: Whether it is supervised.
+        ids: Without repeats.
+        kind: ``"image"`` and ``"region"`` stand where an embedding does; ``"special"`` is written by the chat template.
+        tokens: How many they are.
+        region: Number of the region of a ``"region"``.
+    """
+
+    text: str
+    target: bool
+    ids: tuple[int, ...]
+    kind: Literal["text", "special", "image", "region"] = "text"
+    tokens: int = 1
+    region: int = 0
+
+
+def pieces(encoded: Mapping[str, Any], processor: "RegionGPTProcessor") -> list[Piece]:
+    """The tokens of a conversation, decoded one by one.
+
+    Args:
+        encoded: What :meth:`RegionGPTProcessor.encode_conversation` has made, with labels.
+        processor: That made it.
+    """
+    ids, labels = encoded["input_ids"].tolist(), encoded["labels"].tolist()
+    tokenizer = processor.tokenizer
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    regions = iter(encoded["region_ids"].tolist())
+    found: list[Piece] = []
+    waiting: list[int] = []
+    before: list[int] = []  # the last piece: some tokenizers write the blank before a word only behind another
+    for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        target = label == token
+        if token == processor.image_token_id:
+            count = found.pop().tokens + 1 if found and found[-1].kind == "image" else 1
+            found.append(Piece(processor.image_token, False, (token,), "image", count))
+        elif token == processor.region_token_id:
+            number = next(regions) + 1
+            found.append(Piece(f"<region{number}>", False, (token,), "region", region=number))
+        elif token in special:
+            found.append(Piece(tokenizer.convert_ids_to_tokens(token), target, (token,), "special"))
+        else:
+            waiting.append(token)
+            text = tokenizer.decode(before + waiting)[len(tokenizer.decode(before)) :]
+            last = place + 1 == len(ids) or (labels[place + 1] == ids[place + 1]) != target
+            # A letter that no token spells whole is spelt by its bytes: up to four tokens for one.
+            if text.endswith("\ufffd") and len(waiting) < 4 and not last:
+                continue
+            found.append(Piece(text, target, tuple(waiting), tokens=len(waiting)))
+            waiting = []
+        before = list(found[-1].ids)
+    return found
+
+
+def target_count(shown: Sequence[Piece]) -> tuple[int, int]:
+    """How many tokens there are, and how many of them are supervised."""
+    return sum(piece.tokens for piece in shown), sum(piece.tokens for piece in shown if piece.target)
+
+
+def terminal(shown: Sequence[Piece], colour: bool) -> str:
+    """The tokens as text, what is supervised in bold green, or between ``⟦`` and ``⟧`` without colour.
+
+    Control characters of the data are written as escapes: they could do anything to a terminal.
+    """
+    parts: list[str] = []
+    taught = False
+    for piece in shown:
+        text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", piece.text)
+        if piece.kind == "image" and piece.tokens > 1:
+            text = f"{text}×{piece.tokens}"
+        if taught and not piece.target:  # a turn has ended: the next begins a line of its own
+            text = text if text.startswith("\n") else f"\n{text}"
+        if colour:
+            # Bold green, faint or cyan, line by line: a pager colours each on its own.
+            style = "1;32" if piece.target else "2" if piece.kind == "text" else "36"
+            text = "\n".join(f"\x1b[{style}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
+        elif piece.target != taught:
+            parts.append("⟦" if piece.target else "⟧")
+        taught = piece.target
+        parts.append(text)
+    return "".join(parts) + ("⟧" if taught and not colour else "")
 
 
 def draw_record(
@@ -155,20 +467,128 @@ def draw_record(
         RegionError: A region makes no sense in it.
     """
     if path is None:
-        raise DataError(f"{record.id}: expected a record with an image to be drawn, got one of text alone")
-    photo = load_image(path)
-    if photo.size != (record.width, record.height):
+        raise DataError(f"{record.id}: text alone, there is no image to draw")
+    image = load_image(path)
+    if image.size != (record.width, record.height):
         raise DataError(
             f"{path}: expected {record.width} x {record.height} pixels (W x H) for {record.id}, "
-            f"got {photo.width} x {photo.height}; give the folder of the images that were converted"
+            f"got {image.width} x {image.height}; give the folder of the images that were converted"
         )
     shown = list(dialogue[:MOST_TURNS_DRAWN])
     if len(dialogue) > len(shown):
-        shown.append((f"... and {len(dialogue) - len(shown)} more turns", ""))
-    captions = [each.category for each in record.regions] if names else None
-    if captions and len(captions) > MOST_CAPTIONS_DRAWN:
-        captions = None
-    return draw_regions(photo, [each.region for each in record.regions], captions, dialogue=shown)
+        shown.append((f"... and {many(len(dialogue) - len(shown), 'more turn')}", ""))
+    captions = [each.category for each in record.regions] if names else []
+    if len(captions) > MOST_CAPTIONS_DRAWN:
+        captions = []
+    return draw_regions(image, [each.region for each in record.regions], captions or None, dialogue=shown)
+
+
+def write_gallery(
+    path: Path,
+    records: RecordSet,
+    indices: Sequence[int],
+    processor: "RegionGPTProcessor",
+    found: Statistics | None = None,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+) -> None:
+    """Write a page that shows records with their pictures, questions, answers and tokens; it needs no other file.
+
+    Args:
+        path: Of the page.
+        records: The folder.
+        indices: Of the records to be shown, in this order.
+        processor: Of the model to be trained.
+        found: Statistics to begin with.
+        seed: Of the wording.
+        epoch: Likewise.
+
+    Raises:
+        DataError: The page cannot be written.
+    """
+    write_page(
+        path,
+        "records.html",
+        title=f"{records.manifest.source}: {many(len(records), 'record')}",
+        made=f"{records.folder}, converted by regiongpt {records.manifest.regiongpt_version}; "
+        f"questions as worded with seed {seed} in epoch {epoch}",
+        tables=table_rows(found) if found is not None else [],
+        records=len(records),
+        cards=[_card(records, index, processor, seed, epoch) for index in indices],
+    )
+
+
+def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed: int, epoch: int) -> dict[str, Any]:
+    """One record for the page; whatever cannot be shown of a faulty one gives way to the reason."""
+    card: dict[str, Any] = {"index": index, "record": None, "dialogue": None, "picture": None, "tokens": None}
+    faults = card["faults"] = []
+
+    def attempt(key: str, make: Callable[[Record], Any]) -> None:
+        try:
+            card[key] = make(records[index])
+        except (DataError, ConfigError, RegionError) as error:
+            faults.append(str(error))
+
+    def drawn(record: Record) -> Any:
+        image = draw_record(record, records.image_path(record), names=False)
+        return picture(image, f"{record.image} with {many(len(record.regions), 'numbered region')}")
+
+    attempt("record", lambda record: record)
+    if card["record"] is not None:
+        attempt("dialogue", lambda record: said(record, seed, epoch, index))
+    if card["dialogue"] is not None:
+        if card["record"].image:
+            attempt("picture", drawn)
+        attempt("tokens", lambda record: pieces(encode(record, processor, seed, epoch, index), processor))
+    return card
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple[str, Fault]]:
+    """Look at every record as training would, and at every image.
+
+    Args:
+        records: To be checked.
+        processor: Of the model to be trained; its tokenizer and chat template decide what the targets are.
+
+    Yields:
+        The id of a record (its place where it has none, or the file name of a shard) and the first of its faults: a
+        shard with other bytes than the manifest says; a record that comes twice; a region that makes no sense or is not
+        there; an answer that is empty or leaves no target; an image that is missing, cannot be read, or is of another
+        size.
+    """
+    for shard in records.manifest.shards:
+        digest = sha256(records.folder / shard["file"])
+        if digest != shard["sha256"]:
+            told = f"expected SHA-256 {shard['sha256'][:12]}..., got {digest[:12]}...; convert the source again"
+            yield shard["file"], Fault("shard of other content", told)
+    ids: set[str] = set()
+    size_of = cache(lambda path: load_image(path).size)
+    for index, row in enumerate(progress(_rows(records), "check", "records", len(records))):
+        name = str(row.get("id") or f"row {index}")
+        try:
+            if name in ids:
+                raise Fault("duplicate id", "expected ids to be unique, got one twice")
+            ids.add(name)
+            record = Record.from_row(row)
+            record.check()
+            if path := records.image_path(record):
+                if not path.is_file():
+                    raise Fault("image file missing", f"expected an image at {path}, found none")
+                if (size := size_of(path)) != (record.width, record.height):
+                    expected = f"expected {record.width} x {record.height} pixels (W x H)"
+                    raise Fault("image of another size", f"{path}: {expected}, got {size[0]} x {size[1]}")
+            labels = encode(record, processor, 0, 0, index)["labels"].tolist()
+            # The end of the turn is a target of every answer; a model that learns it alone learns to say nothing.
+            words = [label for label in labels if label >= 0 and label not in processor.stop_token_ids]
+            if not processor.tokenizer.decode(words).strip():
+                raise Fault("no target", "expected at least one supervised word, got answers without any")
+        except RegionGPTError as error:
+            yield name, fault_of(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,20 +641,18 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
     """Print and write what was asked of a folder of records.
 
     Args:
-        folder: the records.
-        options: what to show.
-        as_json: print one JSON object rather than text.
+        folder: The records.
+        options: What to show.
+        as_json: Print one JSON object rather than text.
 
     Returns:
         Whether a check has found a fault.
 
     Raises:
-        ConfigError: a file cannot be written.
-        DataError: the folder holds no records, or not the one that is asked for.
-        CheckpointError: the checkpoint folder holds no processor.
+        ConfigError: A file cannot be written.
+        DataError: The folder holds no records, or not the one that is asked for.
+        CheckpointError: The checkpoint folder holds no processor.
     """
-    from regiongpt.data import gallery, statistics
-
     require_data_extra()
     for path in (options.plot, options.html):
         if path is not None:
@@ -252,48 +670,45 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
         print(f"{what} written to {path}", file=sys.stderr if as_json else sys.stdout)
 
     records = RecordSet(folder, options.images)
-    count_all = cache(lambda: statistics.statistics(records))
+    count_all = cache(lambda: statistics(records))
     if options.plot or not (options.record or options.check):
         found["statistics"] = count_all().as_dict()
     if not (options.record or options.check):
-        tell(statistics.as_text(count_all()))
+        tell(as_text(count_all()))
     if options.plot:
-        statistics.plot(count_all(), options.plot)
+        plot(count_all(), options.plot)
         written("plot", options.plot)
     index = find(records, options.record) if options.record else None
-    if index is not None and options.picture:  # before the processor is loaded: its faults are the commonest
-        record = records[index]
-        picture = draw_record(record, records.image_path(record), said(record, seed, epoch, index))
-        save_picture(picture, options.picture)
+    record = records[index] if index is not None else None
+    if index is not None and record is not None and options.picture:  # before the processor: its faults are common
+        save_picture(draw_record(record, records.image_path(record), said(record, seed, epoch, index)), options.picture)
         written("picture", options.picture)
-    words = index is not None or options.html or options.check
-    processor: Any = load_processor(options.model) if words else None
-    if index is not None:
-        record = records[index]
-        shown = gallery.pieces(encode(record, processor, seed, epoch, index), processor)
-        total, learnt = gallery.target_count(shown)
+    processor: Any = load_processor(options.model) if record or options.html or options.check else None
+    if index is not None and record is not None:
+        shown = pieces(encode(record, processor, seed, epoch, index), processor)
+        total, supervised = target_count(shown)
         found["record"] = {
             "index": index,
             **record.row(),
             "messages": record.messages(seed, epoch, index),
-            "tokens": [{"text": piece.text, "count": piece.count, "learnt": piece.target} for piece in shown],
+            "tokens": [{"text": piece.text, "count": piece.tokens, "learnt": piece.target} for piece in shown],
         }
         colour = bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
-        coloured = gallery.terminal(shown, colour and not os.environ.get("NO_COLOR"))
-        tell(_described(record, index), f"\n{total:,} tokens, {learnt:,} of them supervised:\n", coloured)
+        coloured = terminal(shown, colour and not os.environ.get("NO_COLOR"))
+        tell(_described(record, index), f"\n{total:,} tokens, {supervised:,} of them supervised:\n", coloured)
     if options.html:
-        chosen, counts = [index or 0], None
+        chosen = [index or 0]
         if index is None:
-            count = min(len(records), options.count or GALLERY_RECORDS)
+            count = min(len(records), options.count or PAGE_RECORDS)
             chosen = sorted(np.random.default_rng(seed).choice(len(records), count, replace=False).tolist())
-            counts = count_all()
-        gallery.write_gallery(options.html, records, chosen, processor, counts, seed=seed, epoch=epoch)
+        counts = count_all() if index is None else None
+        write_gallery(options.html, records, chosen, processor, counts, seed=seed, epoch=epoch)
         written(f"page of {many(len(chosen), 'record')}", options.html)
     if options.check:
         faults = []
         for name, fault in check(records, processor):
-            faults.append({"record": name, "kind": fault.kind, "reason": " ".join(fault.reason.split())})
-            tell(f"{name}: {fault.kind}: {faults[-1]['reason']}")
+            faults.append({"record": name, "kind": fault.kind, "reason": fault.reason})
+            tell(f"{name}: {fault.kind}: {fault.reason}")
         kinds = Counter(fault["kind"] for fault in faults)
         faulty = len({fault["record"] for fault in faults})
         found["check"] = {
@@ -307,6 +722,24 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
     if as_json:
         print(json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1))
     return bool(found.get("check", {}).get("faulty"))
+
+
+def find(records: RecordSet, which: str) -> int:
+    """The place of a record given by its place, from 0, or by its id.
+
+    Raises:
+        DataError: There is none.
+    """
+    if which.isdecimal():
+        if int(which) < len(records):
+            return int(which)
+        raise DataError(f"{records.folder}: expected a record from 0 to {len(records) - 1}, got {which}")
+    import pyarrow.compute as pc
+
+    place: int = pc.index(records.table.data.column("id"), which).as_py()
+    if place < 0:
+        raise DataError(f"{records.folder}: found no record '{which}'; its first is '{records[0].id}'")
+    return place
 
 
 def _described(record: Record, index: int) -> str:

@@ -1,8 +1,7 @@
-"""Instances files in COCO's format, as COCO and other tools write them: read here alone, whoever asks.
+"""Files in COCO's format, as COCO and other tools write them: read here alone, whoever asks.
 
 CVAT, datumaro, Roboflow, supervision, kwcoco, Label Studio and LabelMe export COCO, each in its own way. What follows
-from the rest of an entry need not be given: a box follows from a mask, a size from the image. What cannot be used is
-left out and told. A file is read into columns of numbers: a million objects fit where their json would not.
+from the rest of an entry need not be given: a box follows from a mask, a size from the image.
 """
 
 import logging
@@ -11,7 +10,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -22,21 +21,22 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from regiongpt.data.convert.images import check_image, known_size
-from regiongpt.data.convert.jsonstream import TRUNCATED, iter_array, iter_arrays
-from regiongpt.data.convert.values import (
+from regiongpt.data.reading import TRUNCATED, iter_array, iter_arrays
+from regiongpt.data.records import is_below
+from regiongpt.data.shards import CROWD, Fault, Rejects, many
+from regiongpt.data.values import (
     MALFORMED,
+    check_image,
     clipped_box,
     image_name,
     is_number,
     is_unicode,
     is_whole,
+    known_size,
     plain_text,
-    short,
     whole,
 )
-from regiongpt.data.shards import CROWD, Fault, Rejects
-from regiongpt.errors import DataError, RegionError
+from regiongpt.errors import DataError, RegionError, short
 from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
 
 log = logging.getLogger(__name__)
@@ -44,20 +44,14 @@ log = logging.getLogger(__name__)
 Indices = NDArray[np.intp]
 Shapes = Literal["box", "mask", "both"]
 _CROWDS: Final[dict[str | float | None, bool]] = {
-    None: False,
-    0: False,
-    1: True,
-    "": False,
-    "0": False,
-    "1": True,
-    "false": False,
-    "true": True,
+    **dict.fromkeys((None, 0, "", "0", "false"), False),
+    **dict.fromkeys((1, "1", "true"), True),
 }
-_NO_SENSE: Final = "mask that makes no sense"
 _THIN: Final = "polygon of fewer than three points"
 _LVIS: Final = ("neg_category_ids", "not_exhaustive_category_ids")
 _NONE, _POLYGON, _RLE, _FAULTY = range(4)  # what an annotation has for a mask
 _NO_CLASS: Final = ("_background_", "__background__", "background", "__ignore__")  # as LabelMe begins its categories
+_NO_ID: Final = -(1 << 62)
 _AT_ONCE: Final = 20_000  # polygons that are looked at together
 
 
@@ -68,31 +62,6 @@ def crowd_hint(rejects: Rejects) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One entry
-
-
-def read_box(value: Any) -> tuple[float, float, float, float] | None:
-    """The four numbers of a ``bbox``, whatever they are, or None where there are no four."""
-    try:
-        x, y, width, height = array("d", value)
-    except (TypeError, ValueError, OverflowError):
-        try:
-            x, y, width, height = (float(each) for each in value)
-        except (TypeError, ValueError, OverflowError):
-            return None
-    return x, y, width, height
-
-
-def number_of(identity: Any) -> int | None:
-    """An id as a number: that of text which is none follows from its letters, from 2**62 on."""
-    if whole(identity) is None and isinstance(identity, str) and identity and is_unicode(identity):
-        return int.from_bytes(blake2b(identity.encode(), digest_size=8).digest()) >> 2 | 1 << 62
-    return whole(identity)
-
-
-def is_crowd(value: Any) -> bool | None:
-    """What an ``iscrowd`` says, missing or not; None for what it cannot be."""
-    known = value.lower() if isinstance(value, str) else value
-    return _CROWDS.get(known) if known is None or isinstance(known, str | int | float) else None
 
 
 class Mask(NamedTuple):
@@ -123,13 +92,90 @@ class Mask(NamedTuple):
         return Region.polygon([np.array(ring) for ring in self.rings]) if self.rings else None
 
 
+class Annotation(NamedTuple):
+    """An entry of ``annotations`` or of a detector's results, in any of the forms that tools write.
+
+    Attributes:
+        id: None where it has none: ids are needed only to refer to an object.
+        image: Id of the image.
+        category: Id of the category.
+        box: x, y, width, height, whatever they are; around the mask where the entry has no box of a size.
+        boxless: Whether the entry has no box of a size.
+        mask: Of the object.
+        crowd: Whether it is a group of objects.
+        area: In px^2, NaN where the entry gives none.
+    """
+
+    id: int | None
+    image: int | None
+    category: int | None
+    box: tuple[float, float, float, float] | None
+    boxless: bool
+    mask: Mask
+    crowd: bool
+    area: float
+
+
 _NO_MASK: Final = Mask()
 
 
-def read_mask(segmentation: Any) -> Mask:
-    """The mask of an entry in any of the forms that tools write.
+def read_annotation(entry: Any) -> Annotation:
+    """An entry as a typed row; Fault if it is no object, or its id or ``iscrowd`` is none."""
+    if not isinstance(entry, dict):
+        raise Fault(MALFORMED, f"expected an object, got {short(entry)}")
+    number, image, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
+    if not (is_whole(number) and is_whole(image) and is_whole(category)):
+        if number is not None and number_of(number) is None:
+            raise Fault(MALFORMED, f"expected an id as a whole number or text, got {short(entry)}")
+        number, image, category = map(number_of, (number, image, category))
+    crowd = is_crowd(entry.get("iscrowd"))
+    if crowd is None:
+        raise Fault(MALFORMED, f"expected iscrowd as 0 or 1, got {short(entry)}")
+    mask, box, area = read_mask(entry.get("segmentation")), read_box(entry.get("bbox")), entry.get("area")
+    boxless = box is None or not box[2] > 0 < box[3]
+    if boxless and mask.sound:
+        box = mask.bounds() or box
+    area = area if is_number(area) and area > 0 else math.nan
+    return Annotation(number, image, category, box, boxless, mask, crowd, area)
 
-    Rings, one flat ring, rings of points, RLE with counts as text or numbers, RLE in a list; an empty ring is none.
+
+def read_score(entry: Mapping[str, Any]) -> float | None:
+    """The ``score`` of a detector's result, None without one; Fault if it is no number."""
+    score = entry.get("score")
+    if "score" in entry and not is_number(score):
+        raise Fault("score that is no number", f"expected a score as a finite number, got {short(score)}")
+    return None if score is None else float(score)
+
+
+def read_box(value: Any) -> tuple[float, float, float, float] | None:
+    """The four numbers of a ``bbox``, whatever they are, or None where there are no four."""
+    try:
+        x, y, width, height = array("d", value)
+    except (TypeError, ValueError, OverflowError):
+        try:
+            x, y, width, height = (float(each) for each in value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return x, y, width, height
+
+
+def number_of(identity: Any) -> int | None:
+    """An id as a number: that of text which is none follows from its letters, from 2**62 on."""
+    if whole(identity) is None and isinstance(identity, str) and identity and is_unicode(identity):
+        return int.from_bytes(blake2b(identity.encode(), digest_size=8).digest()) >> 2 | 1 << 62
+    return whole(identity)
+
+
+def is_crowd(value: Any) -> bool | None:
+    """What an ``iscrowd`` says, missing or not; None for what it cannot be."""
+    known = value.lower() if isinstance(value, str) else value
+    return _CROWDS.get(known) if known is None or isinstance(known, str | int | float) else None
+
+
+def read_mask(segmentation: Any) -> Mask:
+    """The mask of an entry: rings, one flat ring, rings of points, RLE with counts as text or numbers, RLE in a list.
+
+    An empty ring is none.
     """
     if not segmentation:
         return _NO_MASK
@@ -138,7 +184,11 @@ def read_mask(segmentation: Any) -> Mask:
         if listed[0].keys().isdisjoint(("size", "counts")):
             wrong = Fault("segmentation of another form", f"expected polygons or RLE, got {short(segmentation)}")
             return Mask(faults=[wrong], sound=False)
-        return Mask(rle=_plain_rle(listed[0]))
+        rle = dict(listed[0])
+        for key in ("size", "counts"):  # whole numbers where a tool has written 80.0
+            if isinstance(rle.get(key), list) and any(type(each) is not int for each in rle[key]):
+                rle[key] = [whole(each) for each in rle[key]]
+        return Mask(rle=rle)
     first = listed[0]
     is_ring = not isinstance(first, list) or (len(first) == 2 < len(listed) and not isinstance(first[0], list))
     rings: list[array[float]] = []
@@ -163,19 +213,9 @@ def read_mask(segmentation: Any) -> Mask:
         elif len(ring) >= 6:
             rings.append(ring)
         elif ring:
-            thin = f"expected three points or more, got {len(ring) // 2}; the ring is left out"
+            thin = f"expected three points or more, got {many(len(ring) // 2, 'point')}; the ring is left out"
             faults.append(Fault(_THIN, thin))
     return Mask(rings if sound else (), None, faults, sound and bool(rings or not faults))
-
-
-def _plain_rle(rle: dict[str, Any]) -> dict[str, Any]:
-    """RLE with whole numbers where a tool has written ``80.0``."""
-    size, counts = rle.get("size"), rle.get("counts")
-    if isinstance(size, list) and any(type(side) is not int for side in size):
-        rle = {**rle, "size": [whole(side) for side in size]}
-    if isinstance(counts, list) and any(type(run) is not int for run in counts):
-        rle = {**rle, "counts": [whole(run) for run in counts]}
-    return rle
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +259,7 @@ class ImageFinder:
     def __init__(self, entries: Sequence[Mapping[str, Any]], folder: Path | None, url_first: bool = False) -> None:
         self._entries, self._url_first = entries, url_first
         self._folder = None if folder is None else str(folder)
-        self._parts: tuple[str, ...] | None = None
+        self._parts = () if folder is None else folder.resolve().parts
         self._alike: Counter[str] | None = None
 
     def find(self, entry: Mapping[str, Any]) -> str:
@@ -231,20 +271,12 @@ class ImageFinder:
         names = _names(entry, self._url_first) or [""]
         if self._folder is None:
             return image_name(names[0])
-        if self._is_there(names[0]):
-            return names[0]
         for candidate in self._candidates(entry, names):
             stem, suffix = os.path.splitext(candidate)
             for path in (candidate, stem + suffix.lower(), stem + suffix.upper()):
-                if self._is_there(path):
+                if os.path.isfile(f"{self._folder}/{path}") and is_unicode(path) and is_below(path):
                     return path
         return list(self._below(image_name(names[0])))[-1]
-
-    def _is_there(self, path: str) -> bool:
-        try:
-            return os.path.isfile(f"{self._folder}/{path}") and bool(image_name(path))
-        except Fault:
-            return False
 
     def _candidates(self, entry: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
         for name in names:
@@ -257,8 +289,6 @@ class ImageFinder:
     def _below(self, name: str) -> Iterator[str]:
         """A name as it is, and without the folders that the images' folder ends in."""
         yield name
-        if self._parts is None:
-            self._parts = Path(self._folder or "").resolve().parts
         parts = PurePosixPath(name).parts
         for count in range(min(len(parts) - 1, len(self._parts)), 0, -1):
             if self._parts[-count:] == parts[:count]:
@@ -315,7 +345,9 @@ def _original(entry: Mapping[str, Any], name: str) -> str:
 
 
 class InstancesFile:
-    """The images, objects and category names of one file, those left out that cannot be used.
+    """The images, objects and category names of one file, in columns; what cannot be used is left out and noted.
+
+    A million objects fit as numbers where their JSON would not.
 
     Args:
         path: Of the json.
@@ -333,11 +365,10 @@ class InstancesFile:
     Attributes:
         names: Of the categories by id; of two ids of one name, the first that is used stands for both. What no
             annotation has is left out where it is the background, or a root that others call their supercategory.
-        images: Ids in ascending order, with ``widths``, ``heights`` and ``paths`` beside them. An id that is text is a
-            number here, whose text ``texts`` has.
-        ids: Of the objects in the order of their images and then their ids. Beside them are the ``places`` of their
-            images in ``images``, their ``categories`` (ids), ``boxes`` (N, 4), half-open xyxy within the image,
-            ``areas`` in px^2, NaN where the file gives none, and ``crowd``.
+        images: Ids in ascending order, with ``widths``, ``heights`` and ``paths`` beside them.
+        ids: Of the objects in the order of their images and then their ids; below 0 without one. Beside them are the
+            ``places`` of their images in ``images``, their ``categories`` (ids), ``boxes`` (N, 4), half-open xyxy
+            within the image, ``areas`` in px^2, NaN where the file gives none, and ``crowd``.
         groups: Of each crowd that is left out, its image, category, box as given (x, y, width, height) and area.
         faulty: Ids of annotations that cannot be used.
         federated: What LVIS' rules go by, None where not every image and category has it.
@@ -365,7 +396,7 @@ class InstancesFile:
         self._folder, self._check, self._url_first = folder, check, url_first
         self._wanted, self._known = wanted, known
         self.names: dict[int, str] = {}
-        self.texts: dict[int, str] = {}
+        self._texts: dict[int, str] = {}  # of ids that are text
         self._roots: set[int] = set()
         self._headings: set[str] = set()
         self._frequency: dict[int, Any] = {}
@@ -381,7 +412,7 @@ class InstancesFile:
         counts = dict.fromkeys(readers, 0)
         for key, entry in iter_arrays(path, tuple(readers), rejects):
             try:
-                readers[key](entry)
+                readers[key](entry, counts[key])
             except Fault as fault:
                 rejects.add(fault.kind, path, f"{key}[{counts[key]}]", fault.reason)
             counts[key] += 1
@@ -394,23 +425,24 @@ class InstancesFile:
         self._settle_images()
         self._settle_objects()
 
+    def name_of(self, number: int) -> int | str:
+        """An id as the file has it; ``annotations[7]`` for an object without one."""
+        return self._texts.get(number, number) if number >= 0 else f"annotations[{number - _NO_ID}]"
+
     # -----------------------------------------------------------------------------------------------------------------
     # Entry by entry
 
-    def _number(self, value: Any) -> int | None:
-        number = number_of(value)
-        if number is not None and number >> 62:
-            self.texts[number] = value
+    def _number(self, entry: Any, what: str) -> int:
+        """The id of an image or category."""
+        number = number_of(entry.get("id")) if isinstance(entry, dict) else None
+        if number is None:
+            raise Fault(MALFORMED, f"expected {what}, got {short(entry)}")
+        if number >> 62:
+            self._texts[number] = entry["id"]
         return number
 
-    def name_of(self, number: int) -> int | str:
-        """An id as the file has it."""
-        return self.texts.get(number, number)
-
-    def _read_category(self, entry: Any) -> None:
-        number = self._number(entry.get("id")) if isinstance(entry, dict) else None
-        if number is None:
-            raise Fault(MALFORMED, f"expected id and name, got {short(entry)}")
+    def _read_category(self, entry: Any, place: int) -> None:
+        number = self._number(entry, "id and name")
         name = plain_text(entry.get("name"), "category name")
         if self.names.setdefault(number, name) != name:
             raise DataError(
@@ -423,10 +455,8 @@ class InstancesFile:
             self._headings.add(str(above))
         self._frequency[number] = entry.get("frequency")
 
-    def _read_image(self, entry: Any) -> None:
-        number = self._number(entry.get("id")) if isinstance(entry, dict) else None
-        if number is None:
-            raise Fault(MALFORMED, f"expected an image's id, got {short(entry)}")
+    def _read_image(self, entry: Any, place: int) -> None:
+        number = self._number(entry, "an image's id")
         if number in self._known:
             self._left_out.add(number)
         if number in self._entries or number in self._known:
@@ -435,48 +465,35 @@ class InstancesFile:
             needed = ("width", "height", "file_name", "coco_url", *_LVIS)
             self._entries[number] = {key: entry[key] for key in needed if key in entry}
 
-    def _read_annotation(self, entry: Any) -> None:
-        try:
-            ids: tuple[Any, ...] = (entry["id"], entry["image_id"], entry["category_id"])
-            if not all(map(is_whole, ids)):
-                ids = tuple(map(self._number, ids))
-            if self._wanted is not None and ids[1] not in self._wanted and ids[1] is not None:
-                return
-            crowd = is_crowd(entry.get("iscrowd"))
-            mask = read_mask(entry.get("segmentation"))
-            box = read_box(entry.get("bbox"))
-            boxless = box is None or not box[2] > 0 < box[3]
-            if boxless and mask.sound:
-                box = mask.bounds() or box
-            if box is None or crowd is None or None in ids:
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise Fault(
-                MALFORMED,
-                "expected id, image_id, category_id, a bbox of four numbers or a segmentation and, if any, iscrowd 0 "
-                f"or 1, got {short(entry)}",
-            ) from None
-        index = len(self._ids)
-        self._ids.append(ids[0])
-        self._image_ids.append(ids[1])
-        self._category_ids.append(ids[2])
-        self._boxes.extend(box)
-        area = entry.get("area")
-        self._areas.append(area if is_number(area) and area > 0 else math.nan)
-        self._crowd.append(crowd and self._crowds != "take")
+    def _read_annotation(self, entry: Any, place: int) -> None:
+        row = read_annotation(entry)
+        if self._wanted is not None and row.image is not None and row.image not in self._wanted:
+            return
+        if row.image is None or row.category is None or row.box is None:
+            wanted = "expected image_id, category_id, and a bbox of four numbers or a segmentation"
+            raise Fault(MALFORMED, f"{wanted}, got {short(entry)}")
+        for number, key in ((row.id, "id"), (row.image, "image_id"), (row.category, "category_id")):
+            if number is not None and number >> 62:
+                self._texts[number] = entry[key]
+        index, mask = len(self._ids), row.mask
+        self._ids.append(_NO_ID + place if row.id is None else row.id)
+        self._image_ids.append(row.image)
+        self._category_ids.append(row.category)
+        self._boxes.extend(row.box)
+        self._areas.append(row.area)
+        self._crowd.append(row.crowd and self._crowds != "take")
         for fault in mask.faults:
             self._leave_out(index, fault.kind, fault.reason if fault.kind == _THIN else f"{fault.reason}; {self._then}")
-        kind = _FAULTY if not mask.sound else _POLYGON if mask.rings else _RLE if mask.rle else _NONE
+        self._mask.append(_FAULTY if not mask.sound else _POLYGON if mask.rings else _RLE if mask.rle else _NONE)
         if mask.rle is not None:
             # Without masks only their size is held against the image's.
             self._rle[index] = mask.rle if self._shapes != "box" else {"size": mask.rle.get("size")}
-            if boxless:
+            if row.boxless:
                 self._boxless.add(index)
         elif self._shapes != "box":
             for ring in mask.rings:
                 self._points.extend(ring)
                 self._ring_ends.append(len(self._points) // 2)
-        self._mask.append(kind)
         self._first_ring.append(len(self._ring_ends) - 1)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -503,15 +520,19 @@ class InstancesFile:
 
     def _settle_images(self) -> None:
         """Finds the images' files, and leaves out images that cannot be used."""
-        lists = {
-            name: {
-                self.name_of(number): entry[name]
+        absent, partly = (
+            {
+                self.name_of(number): entry[key]
                 for number, entry in self._entries.items()
-                if isinstance(entry.get(name), list)
+                if type(entry.get(key)) is list
             }
-            for name in _LVIS
-        }
-        is_lvis = bool(self._entries) and all(len(those) == len(self._entries) for those in lists.values())
+            for key in _LVIS
+        )
+        is_lvis = 0 < len(self._entries) == len(absent) == len(partly)
+        frequency = {number: self._frequency.get(number) for number in self.names}
+        self.federated: dict[str, Any] | None = None
+        if is_lvis and set(frequency.values()) <= {"r", "c", "f"}:
+            self.federated = {"absent": absent, "partly": partly, "frequency": frequency}
         finder = ImageFinder(list(self._entries.values()), self._folder, self._url_first or is_lvis)
         frames: dict[int, tuple[int, int, str]] = {}
         for number, entry in self._entries.items():
@@ -520,10 +541,6 @@ class InstancesFile:
             except Fault as fault:
                 self._left_out.add(number)
                 self._rejects.add(fault.kind, self.path, f"image {self.name_of(number)}", fault.reason)
-        self.federated: dict[str, Any] | None = None
-        frequency = {number: self._frequency.get(number) for number in self.names}
-        if is_lvis and set(frequency.values()) <= {"r", "c", "f"}:
-            self.federated = {**dict(zip(("absent", "partly"), lists.values(), strict=True)), "frequency": frequency}
         self._entries.clear()
         self.images: NDArray[np.int64] = np.array(sorted(frames), np.int64)
         ordered = [frames[number] for number in self.images.tolist()]
@@ -553,15 +570,15 @@ class InstancesFile:
         """Holds the annotations against the images and categories, and puts what is sound in order."""
         ids, image_ids, categories = (_column(column) for column in (self._ids, self._image_ids, self._category_ids))
         found = np.searchsorted(self.images, image_ids)
-        places = np.minimum(found, max(len(self.images) - 1, 0))
+        self._places = places = np.minimum(found, max(len(self.images) - 1, 0))
         absent = (self.images[places] != image_ids) if len(self.images) else np.ones(len(ids), bool)
         repeated = np.ones(len(ids), bool)
         repeated[np.unique(ids, return_index=True)[1]] = False
         unnamed = ~np.isin(categories, list(self.names))
         given = _column(self._boxes).reshape(-1, 4)
-        boxes, bad_box = self._clip(given, places, absent)
+        boxes, bad_box = self._clip(given, absent)
         for k in self._boxless:
-            bad_box[k] |= not absent[k] and not self._fits(k, places)
+            bad_box[k] |= not absent[k] and not self._fits(k)
         bad = absent | repeated | unnamed | bad_box
         for k in np.flatnonzero(bad).tolist():
             image, category = self.name_of(self._image_ids[k]), self.name_of(self._category_ids[k])
@@ -576,12 +593,11 @@ class InstancesFile:
             elif k in self._boxless:
                 self._leave_out(k, "RLE of another size", "expected the size of its image, or a bbox")
             else:
+                box = given[k].tolist()
                 with self._rejects.noting(self.path, self.name_of(self._ids[k])):
-                    clipped_box(given[k].tolist(), *self._size(places[k]))
+                    clipped_box(box, *self._size(k))
                     # Rounding of the columns and of single numbers differ by the last bit.
-                    raise Fault(
-                        "box outside the image", f"expected an area in its image, got {short(given[k].tolist())}"
-                    )
+                    raise Fault("box outside the image", f"expected an area in its image, got {short(box)}")
         self.faulty = set(ids[bad & ~absent].tolist())
         crowd = _column(self._crowd) != 0
         areas = _column(self._areas)
@@ -592,44 +608,43 @@ class InstancesFile:
         self._mask_kinds = _column(self._mask).copy()
         kept = np.flatnonzero(~bad & ~crowd if self._crowds == "leave out" else ~bad)
         if self._crowds != "keep":
-            self._check_rle(kept, places)
+            self._check_rle(kept)
         if self._shapes != "box":
-            self._check_polygons(kept, places)
+            self._check_polygons(kept)
         if self._shapes == "mask":
             for k in kept[self._mask_kinds[kept] == _NONE].tolist():
                 self._leave_out(k, "object without a mask", "expected a mask, got a box alone; convert boxes, or both")
             kept = kept[np.isin(self._mask_kinds[kept], (_POLYGON, _RLE))]
-        kept = kept[np.lexsort((ids[kept], places[kept]))]
-        self._kept = kept
+        self._kept = kept = kept[np.lexsort((ids[kept], places[kept]))]
         self.ids, self.places, self.categories, self.boxes = ids[kept], places[kept], categories[kept], boxes[kept]
         self.areas, self.crowd = areas[kept], crowd[kept]
 
     def _leave_out(self, k: int, kind: str, reason: str) -> None:
         self._rejects.add(kind, self.path, self.name_of(self._ids[k]), reason)
 
-    def _size(self, place: int) -> tuple[int, int]:
-        return int(self.widths[place]), int(self.heights[place])
+    def _size(self, k: int) -> tuple[int, int]:
+        """Width and height of an annotation's image."""
+        return int(self.widths[self._places[k]]), int(self.heights[self._places[k]])
 
-    def _fits(self, k: int, places: Indices) -> bool:
+    def _fits(self, k: int) -> bool:
         """Whether RLE has the size of its image."""
-        width, height = self._size(places[k])
-        return bool(self._rle[k].get("size") == [height, width])
+        return bool(self._rle[k].get("size") == [*self._size(k)][::-1])
 
     def _clip(
-        self, given: NDArray[np.float64], places: Indices, absent: NDArray[np.bool_]
+        self, given: NDArray[np.float64], absent: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Boxes as xyxy within their images, and which of them are none."""
         boxes = np.column_stack((given[:, :2], given[:, :2] + given[:, 2:]))
         bad = ~np.isfinite(given).all(axis=1) | (given[:, 2:] <= 0).any(axis=1)
         if len(self.images):
-            limits = np.column_stack((self.widths, self.heights))[places]
+            limits = np.column_stack((self.widths, self.heights))[self._places]
             boxes = np.clip(boxes, 0.0, np.hstack((limits, limits)))
         with np.errstate(invalid="ignore", over="ignore"):
             bad |= ~(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) >= MIN_AREA)
         return boxes, bad & ~absent
 
     def _spoil_mask(self, k: int, kind: str, reason: str) -> None:
-        """Tells that an object has no mask that can be used."""
+        """Notes that an object has no mask that can be used."""
         self._mask_kinds[k] = _FAULTY
         self._leave_out(k, kind, f"{reason}; {self._then}")
 
@@ -637,19 +652,21 @@ class InstancesFile:
     def _then(self) -> str:
         return "the object is left out" if self._shapes == "mask" else "its box is kept"
 
-    def _check_rle(self, kept: Indices, places: Indices) -> None:
-        for k in kept[self._mask_kinds[kept] == _RLE].tolist():
-            if not self._fits(k, places):
-                size = [*self._size(places[k])][::-1]
-                got = short(self._rle[k].get("size"))
-                self._spoil_mask(k, "RLE of another size", f"expected the size {size} of its image (H, W), got {got}")
-            elif self._shapes != "box":
-                try:
-                    Region.rle(self._rle[k]).check(*self._size(places[k]), "mask")
-                except RegionError as error:
-                    self._spoil_mask(k, _NO_SENSE, str(error))
+    def _check_mask(self, k: int, kind: Callable[[Any], Region], value: Any) -> None:
+        try:
+            kind(value).check(*self._size(k), "mask")
+        except RegionError as error:
+            self._spoil_mask(k, "mask that makes no sense", str(error))
 
-    def _check_polygons(self, kept: Indices, places: Indices) -> None:
+    def _check_rle(self, kept: Indices) -> None:
+        for k in kept[self._mask_kinds[kept] == _RLE].tolist():
+            if not self._fits(k):
+                expected, got = [*self._size(k)][::-1], short(self._rle[k].get("size"))
+                self._spoil_mask(k, "RLE of another size", f"expected the size {expected} of its image, got {got}")
+            elif self._shapes != "box":
+                self._check_mask(k, Region.rle, self._rle[k])
+
+    def _check_polygons(self, kept: Indices) -> None:
         """Finds polygons without area in their image: many at a time, and one by one where that leaves a doubt."""
         kept = kept[self._mask_kinds[kept] == _POLYGON]
         points = _column(self._points).reshape(-1, 2)
@@ -660,17 +677,13 @@ class InstancesFile:
             begin, lengths = ends[first[part]], np.diff(ends)[first[part]]
             owners = np.repeat(np.arange(len(part)), lengths)
             steps = np.arange(len(owners)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            rings = shapely.linearrings(points[begin[owners] + steps], indices=owners)
-            drawn = shapely.polygons(rings)
+            drawn = shapely.polygons(shapely.linearrings(points[begin[owners] + steps], indices=owners))
             bounds = shapely.bounds(drawn)
-            limits = np.column_stack((self.widths, self.heights))[places[part]]
+            limits = np.column_stack((self.widths, self.heights))[self._places[part]]
             inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2:] <= limits).all(axis=1)
             sound = inside & (shapely.area(drawn) >= 2 * MIN_AREA) & shapely.is_valid(drawn)
             for k in part[~sound].tolist():
-                try:
-                    Region.polygon(self._rings(k)).check(*self._size(places[k]), "polygon")
-                except RegionError as error:
-                    self._spoil_mask(k, _NO_SENSE, str(error))
+                self._check_mask(k, Region.polygon, self._rings(k))
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is asked for
@@ -708,7 +721,7 @@ def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> 
     captions: dict[int, list[tuple[int, str]]] = {}
     seen: set[int] = set()
     for path in paths:
-        apart, before = 0, len(seen)
+        apart, before = False, len(seen)
         for place, entry in enumerate(iter_array(path, "annotations", rejects)):
             with rejects.noting(path, f"annotations[{place}]"):
                 known = entry if isinstance(entry, dict) else {}
@@ -716,7 +729,7 @@ def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> 
                 if number is None or image is None:
                     raise Fault(MALFORMED, f"expected id, image_id and caption, got {short(entry)}")
                 if image not in images:
-                    apart += 1
+                    apart = True
                     raise Fault("caption of an absent image", f"expected a usable image, got {entry['image_id']}")
                 if number in seen:
                     raise Fault("duplicate id", f"expected each caption once, got {entry['id']} again")
@@ -725,7 +738,7 @@ def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> 
                 captions.setdefault(image, []).append((number, text))
         if apart and images and len(seen) == before:
             raise DataError(
-                f"{path}: all {apart} captions are of images that cannot be used or are not in the instances file; "
+                f"{path}: no caption is of an image that can be used and is in the instances file; "
                 "give files that belong together"
             )
     return {image: sorted(found) for image, found in captions.items()}

@@ -1,17 +1,17 @@
-"""Records on disk: Parquet shards with a manifest, written so that a kill at any moment leaves nothing half-written.
+"""Records on disk: Parquet shards, ``rejects.jsonl`` with a line for whatever was left out, and ``manifest.json``.
 
-A folder of records holds ``records-00000.parquet``, ...; ``rejects.jsonl``, a line for whatever could not be used; and
-``manifest.json``, written last: a folder without it is not read. Any tool that reads Parquet reads the shards.
+The manifest comes last, and a folder without it is not read: a kill at any moment leaves nothing half-written.
 """
 
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
@@ -35,33 +35,26 @@ def schema() -> Any:
     import pyarrow as pa
 
     text, whole = pa.string(), pa.int32()
-    region = pa.struct(
-        [
-            ("kind", text),
-            ("coordinates", pa.list_(pa.list_(pa.float64()))),
-            ("size", pa.list_(whole)),
-            ("counts", text),
-            ("category", text),
-            ("source_id", text),
-        ]
+
+    def struct(names: str, **others: Any) -> Any:
+        return pa.struct([(name, others.get(name, text)) for name in names.split()])
+
+    region = struct(
+        "kind coordinates size counts category source_id",
+        coordinates=pa.list_(pa.list_(pa.float64())),
+        size=pa.list_(whole),
     )
-    turn = pa.struct(
-        [
-            ("task", text),
-            ("question", text),
-            ("answer", text),
-            ("regions", pa.list_(whole)),
-            ("expression", text),
-            ("category", text),
-            ("label_set", text),
-            ("guided", pa.bool_()),
-        ]
+    turn = struct(
+        "task question answer regions expression category label_set guided", regions=pa.list_(whole), guided=pa.bool_()
     )
-    columns = [("id", text), ("source", text), ("task", text), ("image", text), ("width", whole), ("height", whole)]
-    return pa.schema(
-        [*columns, ("regions", pa.list_(region)), ("turns", pa.list_(turn))],
-        metadata={"regiongpt_schema_version": str(SCHEMA_VERSION)},
+    record = struct(
+        "id source task image width height regions turns",
+        width=whole,
+        height=whole,
+        regions=pa.list_(region),
+        turns=pa.list_(turn),
     )
+    return pa.schema(list(record), metadata={"regiongpt_schema_version": str(SCHEMA_VERSION)})
 
 
 class Fault(DataError):
@@ -81,25 +74,30 @@ def fault_of(error: RegionGPTError) -> Fault:
     """An error about a record as its fault."""
     if isinstance(error, Fault):
         return error
-    return Fault(
-        "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson", str(error)
-    )
+    kind = "region that makes no sense" if isinstance(error, RegionError) else "record without a lesson"
+    return Fault(kind, str(error))
 
 
 class Rejects:
-    """What a conversion could not use, by kind: one line of json each, with file, record and reason.
+    """What a conversion could not use, counted by kind.
 
     Args:
-        path: Of ``rejects.jsonl``; None keeps the counts alone.
         strict: Fail at the first.
     """
 
-    def __init__(self, path: Path | None = None, strict: bool = False) -> None:
-        self.path, self.strict = path, strict
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
         self.counts: Counter[str] = Counter()
         self.last = ""  # reason
+        self._file: Any = None
+
+    @contextmanager
+    def writing_to(self, path: Path) -> Iterator[None]:
+        """Inside the block, what is added becomes a line of JSON in a file: its kind, file, record and reason."""
         # Half of a surrogate pair is written as json's escape for it.
-        self._file = path.open("w", encoding="utf-8", errors="backslashreplace") if path is not None else None
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as self._file:
+            yield
+        self._file = None
 
     def add(self, kind: str, file: str | Path, record: object, reason: str) -> None:
         """Count one record that is left out.
@@ -129,12 +127,6 @@ class Rejects:
             yield
         except Fault as fault:
             self.add(fault.kind, file, record, fault.reason)
-
-    def close(self) -> None:
-        """Close the file; DataError where the disk is full."""
-        if self._file is not None and self.path is not None:
-            with writing(self.path):
-                self._file.close()
 
     def listed(self) -> str:
         """How many of each kind: ``"1 crowd, 2 box without size"``."""
@@ -224,14 +216,12 @@ def write_records(
     records_per_shard: int = RECORDS_PER_SHARD,
     check_regions: bool = True,
 ) -> Manifest:
-    """Writes records to a folder: shards first, each under another name until it is whole, the manifest last.
-
-    The same records give byte-identical shards. What an earlier, unfinished run has left is replaced.
+    """Write records to a folder, all of them or none; the same records give byte-identical shards.
 
     Args:
-        out: The folder; made if missing.
+        out: The folder; records that it holds are replaced when the new ones are whole.
         records: In their order. One that no model could learn from is left out and counted.
-        rejects: Where such records are noted.
+        rejects: Where such records are noted, and written to ``rejects.jsonl``.
         source: Name of the converter.
         images: Folder of the images, as the manifest shall name it.
         inputs: Files that were read.
@@ -245,22 +235,17 @@ def write_records(
     counts: Counter[str] = Counter()
     seen_images: set[str] = set()
     seen_ids: set[str] = set()
-    writer = _ShardWriter(out)
-
-    try:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            for stale in [*out.glob("records-*.parquet"), *out.glob("records-*.tmp"), out / MANIFEST]:
-                stale.unlink(missing_ok=True)
+    with writing(out), _filling(Path(out)) as folder, rejects.writing_to(folder / REJECTS):
+        writer = _ShardWriter(folder)
+        try:
             gathered: list[Record] = []
             for record in records:
                 try:
                     record.check(regions=check_regions)
+                    if record.id in seen_ids:
+                        raise Fault("duplicate id", "expected ids to be unique, got one twice")
                 except RegionGPTError as error:
                     rejects.add(fault_of(error).kind, source, record.id, str(error))
-                    continue
-                if record.id in seen_ids:
-                    rejects.add("duplicate id", source, record.id, "expected ids to be unique, got one twice")
                     continue
                 seen_ids.add(record.id)
                 if record.image:
@@ -273,7 +258,9 @@ def write_records(
                     gathered = []
             if gathered:
                 writer.write(gathered)
-            shards = writer.finish()
+            writer.settle()
+        finally:
+            writer.stop()
         counts["images"] = len(seen_images)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -283,34 +270,53 @@ def write_records(
             images=images,
             counts=dict(sorted(counts.items())),
             rejects=dict(sorted(rejects.counts.items())),
-            shards=shards,
+            shards=writer.shards,
             regiongpt_version=version("regiongpt"),
         )
-        write_json(out / MANIFEST, manifest.model_dump())
-    finally:
-        writer.close()
+        write_json(folder / MANIFEST, manifest.model_dump())
     return manifest
+
+
+@contextmanager
+def _filling(out: Path) -> Iterator[Path]:
+    """A folder inside ``out`` whose files replace the records there when the block ends, and vanish when it fails."""
+    new = not out.exists()
+    unfinished = out / f".unfinished-{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob(".unfinished-*"):  # of a run that was killed
+            shutil.rmtree(left)
+        unfinished.mkdir()
+        yield unfinished
+        for old in [out / MANIFEST, *out.glob("records-*")]:
+            old.unlink(missing_ok=True)
+        for file in sorted(unfinished.iterdir(), key=lambda file: file.name == MANIFEST):
+            file.replace(out / file.name)
+    except BaseException:
+        shutil.rmtree(out if new else unfinished, ignore_errors=True)
+        raise
+    unfinished.rmdir()
 
 
 class _ShardWriter:
     """Writes shards in order, each in a process of its own while the next one is gathered.
 
-    The process is a fork, so that it finds the records where they are and none is sent anywhere. Where forking is not
-    safe, shards are written on the spot; their bytes are the same.
+    The process is a fork: it finds the records where they are, and none is sent anywhere. Where forking is not safe,
+    shards are written on the spot; their bytes are the same.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._shards: list[Shard] = []
+        self.shards: list[Shard] = []
+        self._folder = folder
         self._busy: tuple[Any, Any] | None = None
 
     def write(self, records: Sequence[Record]) -> None:
         """Begins the next shard, once the one before is whole."""
-        self._settle()
-        path = self.folder / f"records-{len(self._shards):05d}.parquet"
-        self._shards.append({"file": path.name, "records": len(records), "sha256": ""})
+        self.settle()
+        path = self._folder / f"records-{len(self.shards):05d}.parquet"
+        self.shards.append({"file": path.name, "records": len(records), "sha256": ""})
         if sys.platform != "linux":
-            self._keep(_write_shard(path, records))
+            self.shards[-1]["sha256"] = _write_shard(path, records)
             return
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
@@ -319,21 +325,8 @@ class _ShardWriter:
         sender.close()
         self._busy = (process, receiver)
 
-    def finish(self) -> list[Shard]:
-        """Waits for the last shard; of each, its file, number of records and SHA-256."""
-        self._settle()
-        return self._shards
-
-    def close(self) -> None:
-        """Stops what is not finished, and removes what it has left."""
-        if self._busy is not None:
-            self._busy[0].kill()
-            self._busy[0].join()
-        with suppress(OSError):
-            for unfinished in self.folder.glob("*.tmp"):
-                unfinished.unlink()
-
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Waits for the last shard."""
         if self._busy is None:
             return
         process, receiver = self._busy
@@ -346,18 +339,19 @@ class _ShardWriter:
         self._busy = None
         if isinstance(outcome, Exception):
             raise outcome
-        self._keep(outcome)
+        self.shards[-1]["sha256"] = outcome
 
-    def _keep(self, written: tuple[Path, str]) -> None:
-        """Gives a whole shard its name."""
-        temporary, self._shards[-1]["sha256"] = written
-        temporary.replace(self.folder / self._shards[-1]["file"])
+    def stop(self) -> None:
+        """Ends the process that still writes."""
+        if self._busy is not None:
+            self._busy[0].kill()
+            self._busy[0].join()
 
 
 def _report(sender: Any, path: Path, records: Sequence[Record]) -> None:
-    """In the process that writes a shard: its digest, or what went wrong, to the one that waits."""
+    """In the process that writes a shard: sends its digest, or what went wrong, to the one that waits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the one that waits decides
-    outcome: tuple[Path, str] | Exception
+    outcome: str | Exception
     try:
         outcome = _write_shard(path, records)
     except Exception as error:
@@ -365,16 +359,14 @@ def _report(sender: Any, path: Path, records: Sequence[Record]) -> None:
     sender.send(outcome)
 
 
-def _write_shard(path: Path, records: Sequence[Record]) -> tuple[Path, str]:
-    """Writes one shard under another name; that name, and its SHA-256."""
+def _write_shard(path: Path, records: Sequence[Record]) -> str:
+    """Writes one shard; its SHA-256."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # The name of a run that was killed is not met again, even if this process outlives it.
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     table = pa.Table.from_pylist([record.row() for record in records], schema=schema())
-    pq.write_table(table, temporary, compression="zstd", row_group_size=1000)
-    return temporary, sha256(temporary)
+    pq.write_table(table, path, compression="zstd", row_group_size=1000)
+    return sha256(path)
 
 
 class RecordSet:

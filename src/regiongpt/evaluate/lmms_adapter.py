@@ -10,9 +10,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from regiongpt.console import progress, progress_shown
-from regiongpt.data.convert.values import short
 from regiongpt.distributed import launched
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.images import load_image
 from regiongpt.prompts import question
 from regiongpt.regions import Region

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from regiongpt.data.convert.values import is_box, is_number, short
-from regiongpt.errors import DataError
+from regiongpt.data.values import is_box, is_number
+from regiongpt.errors import DataError, short
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 from regiongpt.evaluate.metrics.labels import folded
 from regiongpt.evaluate.task import Answer, Item, Task

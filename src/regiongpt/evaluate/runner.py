@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regiongpt.console import progress
-from regiongpt.data.convert.images import known_size
-from regiongpt.data.convert.jsonstream import TRUNCATED
+from regiongpt.data.reading import TRUNCATED
+from regiongpt.data.values import known_size
 from regiongpt.distributed import Processes
 from regiongpt.errors import DataError
 from regiongpt.evaluate.answering import answer_image, question_key

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from regiongpt.data.convert.values import MALFORMED, clipped_box, is_number, short, whole
-from regiongpt.data.instances import crowd_hint, entry_of, is_crowd, number_of, read_box, read_mask
+from regiongpt.data.instances import Annotation, crowd_hint, entry_of, number_of, read_annotation, read_score
 from regiongpt.data.shards import CROWD, Fault, Rejects
-from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.data.values import MALFORMED, clipped_box, whole
+from regiongpt.errors import ConfigError, DataError, RegionError, short
 from regiongpt.regions import KINDS, Region
 from regiongpt.storage import read_json, reason
 
@@ -50,13 +50,12 @@ def read_proposals(
     crowds: bool = False,
     rejects: Rejects | None = None,
 ) -> list[Proposal]:
-    """Read regions of one image from a json file.
+    """Read regions of one image from a json file; an entry that cannot be used is left out and counted.
 
     The file is a list: COCO detection results (``image_id``, ``bbox`` as x, y, width, height or ``segmentation``,
     ``score``) or regions as :meth:`Region.to_dict` writes them, each with a ``score`` if it has one. Or it is an object
     with such a list as its ``regions`` (what ``regiongpt ask --json`` prints) or its ``annotations`` (a COCO data set).
-    Where an entry has a mask, that is taken and not its box. A machine wrote the file: an entry that cannot be used is
-    left out and counted.
+    Where an entry has a mask, that is taken and not its box.
 
     Args:
         path: the file.
@@ -78,7 +77,12 @@ def read_proposals(
     file = Path(path)
     rejects = Rejects() if rejects is None else rejects
     found, reasons = [], []
-    for index, entry in _of_image(_opened(file), image, image_id, (width, height)):
+    try:
+        stamp = file.stat()
+    except OSError as error:
+        raise DataError(f"{path}: not a readable JSON file: {reason(error)}") from None
+    opened = _read(file, (stamp.st_mtime_ns, stamp.st_size))
+    for index, entry in _of_image(opened, image, image_id, (width, height)):
         place = f"{file.name}[{index}]"
         try:
             found.append(_proposal(entry, place, width, height, crowds))
@@ -180,8 +184,7 @@ def _apart(regions: Sequence[Region], places: Sequence[int], width: int, height:
     return [places[k] for k in kept]
 
 
-@dataclass(frozen=True)
-class _File:
+class _File(NamedTuple):
     """A file of regions: its entries with their places, all and by image, the images it lists, and the one it names."""
 
     path: Path
@@ -191,32 +194,22 @@ class _File:
     about: str
 
 
-def _opened(path: Path) -> _File:
-    """The file, read once for any number of images."""
-    try:
-        seen = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: not a readable JSON file: {reason(error)}") from None
-    return _read(path, (seen.st_mtime_ns, seen.st_size))
-
-
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # read once for any number of images
 def _read(path: Path, stamp: tuple[int, int]) -> _File:
     data = read_json(path)
-    content = data if isinstance(data, Mapping) else {}
-    listed = content.get("regions", content.get("annotations")) if isinstance(data, Mapping) else data
+    content = data if isinstance(data, dict) else {"regions": data}
+    listed = content.get("regions", content.get("annotations"))
     if not isinstance(listed, list):
-        got = f"an object with the keys {', '.join(map(repr, list(content)[:6]))}" if content else "none"
         raise DataError(
-            f"expected a list of regions in {path}, or an object with one as its regions or annotations, got {got}"
+            f"{path}: expected a list of regions, or an object with one as regions or annotations, got {short(data)}"
         )
     by_image: dict[int, list[tuple[int, Any]]] = {}
     for place, entry in enumerate(listed):
-        number = number_of(entry.get("image_id")) if isinstance(entry, Mapping) else None
+        number = number_of(entry.get("image_id")) if isinstance(entry, dict) else None
         if number is not None:
             by_image.setdefault(number, []).append((place, entry))
     images, about = content.get("images"), content.get("image")
-    images = [each for each in images if isinstance(each, Mapping)] if isinstance(images, list) else []
+    images = [each for each in images if isinstance(each, dict)] if isinstance(images, list) else []
     return _File(path, list(enumerate(listed)), by_image, images, about if isinstance(about, str) else "")
 
 
@@ -240,17 +233,15 @@ def _of_image(
                 f"got {size[0]} x {size[1]}"
             )
     if wanted not in file.by_image:
-        known = [entries[0][1]["image_id"] for entries in islice(file.by_image.values(), 5)]
-        some = ", ".join(map(str, known)) or "none at all"
-        raise DataError(f"expected regions of image_id {image_id} in {file.path}, got only others: {some}")
+        known = [str(entries[0][1]["image_id"]) for entries in islice(file.by_image.values(), 5)]
+        raise DataError(f"{file.path}: no regions of image_id {image_id}, only of {', '.join(known) or 'none at all'}")
     return file.by_image[wanted]
 
 
 def _guess(file: _File, image: str | Path | None) -> Any:
     """Which of a file's images is the one in the file ``image``."""
-    if image is not None and any(
-        isinstance(each.get("file_name") or each.get("coco_url"), str) for each in file.images
-    ):
+    named = any(isinstance(each.get("file_name") or each.get("coco_url"), str) for each in file.images)
+    if image is not None and named:
         return entry_of(file.images, image, file.path.name).get("id")
     if len(file.images) == 1:
         return file.images[0].get("id")
@@ -259,46 +250,39 @@ def _guess(file: _File, image: str | Path | None) -> Any:
     if digits and int(digits[1]) in file.by_image:
         return int(digits[1])
     raise DataError(
-        f"expected to know which of the {max(len(file.by_image), len(file.images))} images of {file.path} is "
-        f"{PurePath(image).name if image is not None else 'meant'}; give its image_id"
+        f"{file.path}: which of the {max(len(file.by_image), len(file.images))} images is "
+        f"{PurePath(image).name if image is not None else 'meant'}? give --image-id"
     )
 
 
 def _proposal(entry: Any, place: str, width: int, height: int, crowds: bool) -> Proposal:
-    if not isinstance(entry, Mapping):
-        raise Fault(MALFORMED, f"expected an object with a region, got {type(entry).__name__}")
-    score = entry.get("score")
-    if score is not None and not is_number(score):
-        raise Fault("score that is no number", f"expected a score as a finite number, got {short(score)}")
-    if is_crowd(entry.get("iscrowd")) and not crowds:
+    row, score = read_annotation(entry), read_score(entry)
+    if row.crowd and not crowds:
         raise Fault(CROWD, "expected one object, got a group; --crowds takes it")
     try:
-        region = _region(entry, width, height).check(width, height)
+        return Proposal(region=_region(entry, row, width, height).check(width, height), score=score, place=place)
     except RegionError as error:
         raise Fault("region that makes no sense", str(error)) from None
-    return Proposal(region=region, score=None if score is None else float(score), place=place)
 
 
-def _region(entry: Mapping[str, Any], width: int, height: int) -> Region:
+def _region(entry: dict[str, Any], row: Annotation, width: int, height: int) -> Region:
     own = entry.get("region", {key: entry[key] for key in (*KINDS, "radius", "width") if key in entry})
-    if isinstance(own, Mapping) and own.keys() & set(KINDS):
+    if isinstance(own, dict) and own.keys() & set(KINDS):
         # A width beside anything but a scribble is the image's.
         return Region.from_dict({key: own[key] for key in own if key != "width" or "scribble" in own})
-    mask, box = read_mask(entry.get("segmentation")), read_box(entry.get("bbox"))
-    if mask.rle is not None and mask.rle.get("size") != [height, width]:
-        got = f"of the image (H, W), {width} x {height} pixels, got {short(mask.rle.get('size'))}"
-        raise Fault("RLE of another size", f"expected the size {[height, width]} {got}")
+    if row.mask.rle is not None and row.mask.rle.get("size") != [height, width]:
+        got = f"{width} x {height} pixels, got {short(row.mask.rle.get('size'))}"
+        raise Fault("RLE of another size", f"expected the size {[height, width]} (H, W) of the image, {got}")
     try:
-        if (region := mask.region()) is not None:
+        if (region := row.mask.region()) is not None:
             return region.check(width, height)
     except RegionError:
-        if box is None:
+        if row.box is None or row.boxless:
             raise
-    if box is not None:
-        clipped_box(box, width, height)
-        return Region.box(box[0], box[1], box[0] + box[2], box[1] + box[3])
-    if mask.faults:
-        raise mask.faults[0]
-    keys = ", ".join(map(repr, list(entry)[:6])) or "none"
+    if row.box is not None:
+        clipped_box(row.box, width, height)
+        return Region.from_xywh(*row.box)
+    if row.mask.faults:
+        raise row.mask.faults[0]
     wanted = f"a bbox [x, y, width, height] in numbers, a segmentation or one of {', '.join(KINDS)}"
-    raise Fault(MALFORMED, f"expected {wanted}, got the keys {keys}")
+    raise Fault(MALFORMED, f"expected {wanted}, got the keys {short(list(entry))}")

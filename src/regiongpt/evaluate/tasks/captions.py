@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
-from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import is_whole
-from regiongpt.data.convert.visual_genome import VisualGenomeConverter
+from regiongpt.data.reading import iter_array
 from regiongpt.data.shards import Rejects
+from regiongpt.data.values import is_whole
+from regiongpt.data.visual_genome import VisualGenomeConverter
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.captions import METRICS, caption_scores
 from regiongpt.evaluate.metrics.java import find_java, find_spice, scored_words

@@ -14,11 +14,11 @@ from typing import ClassVar, Final, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from regiongpt.data.convert.jsonl import iter_lines
-from regiongpt.data.convert.values import image_name, plain_text, short
 from regiongpt.data.instances import InstancesFile
+from regiongpt.data.reading import iter_lines
 from regiongpt.data.shards import Fault, Rejects
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.data.values import image_name, plain_text
+from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task

@@ -1,29 +1,24 @@
 """Candidate boxes from a file of detections in the common form of detection results."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from regiongpt.data.convert.jsonstream import iter_array
-from regiongpt.data.convert.values import is_number, short
-from regiongpt.data.instances import number_of, read_box, read_mask
-from regiongpt.data.shards import Rejects
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.data.instances import read_annotation, read_score
+from regiongpt.data.reading import iter_array
+from regiongpt.data.shards import Fault, Rejects, many
+from regiongpt.data.values import MALFORMED, clipped_box
+from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 
 Box = tuple[float, float, float, float]
+_ENDLESS = 1 << 40  # pixels of an image whose size is unknown
 
 
-@dataclass(frozen=True, kw_only=True)
-class Proposals:
-    """Boxes by image, the best score first where there are scores.
-
-    Attributes:
-        boxes: By image id, xyxy in pixels.
-        scored: Whether the file has scores.
-    """
+class Proposals(NamedTuple):
+    """Boxes (xyxy in pixels) by image id, the best score first if the file has scores."""
 
     boxes: Mapping[int, Sequence[Box]]
     scored: bool
@@ -41,7 +36,7 @@ def read_proposals(
 
     Args:
         path: A json array of objects with ``image_id`` and ``bbox`` (x, y, width, height) or ``segmentation``, and
-            ``score``; where others have one, null is left out.
+            ``score`` in all or in none.
         images: Ids of the images.
         top: Most candidates an image, by score; 0 for all.
         least: Least score; 0 for all, those of scores below 0 too.
@@ -53,61 +48,40 @@ def read_proposals(
         DataError: The file is of another form, or has scores for some entries alone, or nothing for any image.
         ConfigError: ``top`` or ``least`` is asked for, and there are no scores.
     """
-    found: dict[int, list[tuple[float, Box]]] = {}
-    unscored: list[tuple[int, int, Box]] = []
-    lacking = 0
+    found: dict[int, list[tuple[float | None, Box]]] = {}
     fault = ""  # the first, for a file of which nothing can be used
     for place, entry in enumerate(iter_array(path, None, rejects)):
-        known = entry if isinstance(entry, dict) else {}
-        image_id, score = number_of(known.get("image_id")), known.get("score")
-        box = read_box(known.get("bbox")) or read_mask(known.get("segmentation")).bounds()
-        if image_id is None or box is None or not all(map(is_number, (*box, 0 if score is None else score))):
-            told = f"expected image_id, bbox as four numbers or a segmentation, and a finite score, got {short(entry)}"
-            fault = fault or f"[{place}]: {told}"
-            rejects.add("proposal of another form", path, place, told)
-            continue
-        if image_id not in images:
-            continue
-        x, y, width, height = box
-        if width <= 0 or height <= 0:
-            rejects.add("box without size", path, place, f"expected a width and height above 0, got {short(box)}")
-            continue
-        within = size(image_id)
-        if within is not None and not (x < within[0] and y < within[1] and x + width > 0 and y + height > 0):
-            said = f"expected a box that shows something of an image of {within[0]} x {within[1]} pixels"
-            rejects.add("proposal outside its image", path, place, f"{said}, got {short(box)}")
-            continue
-        right, bottom = within or (float("inf"), float("inf"))
-        corners = max(x, 0.0), max(y, 0.0), min(x + width, right), min(y + height, bottom)
-        if score is None:
-            unscored.append((place, image_id, corners))
-            lacking += "score" not in known
-        else:
-            found.setdefault(image_id, []).append((float(score), corners))
-    scored = bool(found)
-    if scored and lacking:
-        raise DataError(f"{path}: expected a score for every candidate or for none, got {lacking} without")
-    for place, image_id, corners in unscored:
-        if scored:
-            rejects.add("proposal without a score", path, place, "expected a score as the others have one, got null")
-        else:
-            found.setdefault(image_id, []).append((0.0, corners))
+        with rejects.noting(path, place):
+            try:
+                row = read_annotation(entry)
+                score = read_score(entry)
+                if row.image is None or row.box is None:
+                    wanted = "expected image_id, and a bbox of four numbers or a segmentation"
+                    raise Fault(MALFORMED, f"{wanted}, got {short(entry)}")
+                if row.image in images:
+                    box = clipped_box(row.box, *(size(row.image) or (_ENDLESS, _ENDLESS)))
+                    found.setdefault(row.image, []).append((score, box))
+            except Fault as error:
+                fault = fault or f"[{place}]: {error}"
+                raise
     if not found:
         raise DataError(
-            f"{path}: expected candidates of the {len(images)} images that are asked about, found none; "
+            f"{path}: no candidates of the {many(len(images), 'image')} that are asked about; "
             f"{rejects.summary()}; {fault or 'is the file of another split?'}"
         )
-    if not scored and (top or least):
+    lacking = [score is None for those in found.values() for score, _ in those]
+    if any(lacking) and not all(lacking):
+        raise DataError(f"{path}: {sum(lacking):,} of {len(lacking):,} candidates have no score; give all one, or none")
+    if all(lacking) and (top or least):
         raise ConfigError(
-            f"{path}: expected scores to choose candidates by, found none; give a file with scores, or take all "
-            "candidates with --top 0 --min-score 0"
+            f"{path}: there are no scores to choose candidates by; give a file with scores, or take all candidates "
+            "with --top 0 --min-score 0"
         )
     kept = {}
     for image_id, those in found.items():
-        order = np.argsort([-score for score, _ in those], kind="stable") if scored else np.arange(len(those))
-        best = [those[k][1] for k in order.tolist() if not least or those[k][0] >= least]
-        kept[image_id] = best[: top or None]
-    return Proposals(boxes=kept, scored=scored)
+        best = sorted(those, key=lambda each: -(each[0] or 0.0))
+        kept[image_id] = [box for score, box in best if not least or (score or 0.0) >= least][: top or None]
+    return Proposals(kept, not all(lacking))
 
 
 def candidates_of(truth: Box, proposed: Sequence[Box], inject: bool, seed: tuple[int, ...]) -> tuple[list[Box], bool]:

@@ -1,25 +1,24 @@
-"""The files of RefCOCOg as the evaluation reads them: by the converters' readers, or json lines of expressions."""
+"""The files of RefCOCOg as the evaluation reads them: by the converters' readers, or JSON lines of expressions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regiongpt.data.convert.images import known_size
-from regiongpt.data.convert.jsonl import iter_lines
-from regiongpt.data.convert.refcoco_files import Scene, read_instances, read_json, read_pickle
-from regiongpt.data.convert.values import (
+from regiongpt.data.reading import iter_lines
+from regiongpt.data.refcoco import Scene, read_instances, read_json, read_pickle
+from regiongpt.data.shards import Fault, Rejects
+from regiongpt.data.values import (
     APART,
-    MALFORMED,
     Corners,
+    Expression,
+    Row,
+    Whole,
     clipped_box,
     image_name,
     is_box,
-    is_whole,
-    plain_text,
-    short,
+    known_size,
 )
-from regiongpt.data.shards import Fault, Rejects
-from regiongpt.errors import DataError
+from regiongpt.errors import DataError, short
 from regiongpt.evaluate.task import Task
 from regiongpt.evaluate.tasks.scoring import find
 from regiongpt.regions import MAX_COORDINATE
@@ -88,27 +87,36 @@ class RefCocogTask(Task):
         rejects = self.left_out
         if path.suffix == ".jsonl":
             return _read_lines(path, self.folder, rejects)
+        scenes: dict[int, Scene] = {}
         if path.suffix == ".p":
             refs = read_pickle(path, self.split, rejects)
-            scenes: dict[int, Scene] = {}
         else:
             refs, scenes = read_json(path, "refcocog", rejects)
         if instances:
             scenes = read_instances(instances[0], set(refs), rejects)
         found: list[Referred] = []
-        for image_id, those in refs.items():
-            for ref in those:
-                scene = scenes.get(image_id)
-                each = scene.objects.get(ref.ann_id) if scene is not None else None
-                if scene is None or each is None:
-                    rejects.add(APART, path, ref.ann_id, "expected the object in the instances, found none")
-                else:
-                    said = tuple((expression.id, expression.text) for expression in ref.expressions)
-                    size = (scene.width, scene.height)
-                    found.append(Referred(image_id, scene.path, size, ref.ann_id, each.box, each.category, said))
+        for image_id, ref in ((image_id, ref) for image_id, those in refs.items() for ref in those):
+            scene = scenes.get(image_id)
+            if scene is None or ref.ann_id not in scene.objects:
+                rejects.add(APART, path, ref.ann_id, "expected the object in the instances, found none")
+                continue
+            each, size = scene.objects[ref.ann_id], (scene.width, scene.height)
+            said = tuple(ref.expressions)
+            found.append(Referred(image_id, scene.path, size, ref.ann_id, each.box, each.category, said))
         if not found:
             raise DataError(f"{path}: no objects of the split {self.split!r}; {rejects.summary()}")
         return found
+
+
+class _Line(Row):
+    image_id: Whole
+    ann_id: Whole
+    sent_id: Whole | None = None
+    sent: Expression
+    bbox: Any = None
+    bbox_xywh: Any = None
+    file_name: str = ""
+    category: Any = ""
 
 
 def _read_lines(path: Path, folder: Path, rejects: Rejects) -> list[Referred]:
@@ -117,31 +125,26 @@ def _read_lines(path: Path, folder: Path, rejects: Rejects) -> list[Referred]:
     seen: set[int] = set()
     for number, entry in iter_lines(path, rejects):
         with rejects.noting(path, number):
-            read = _read_line(entry, number, folder)
-            sent_id = read.expressions[0][0]
-            if "sent_id" in entry and sent_id in seen:
-                raise Fault("duplicate id", f"expected each sent_id once, got {sent_id} again")
-            seen.add(sent_id)
-            kept = found.get(read.ann_id, read)
-            if (kept.image_id, kept.box) != (read.image_id, read.box):
-                raise Fault(APART, f"expected one image and box of ann_id {read.ann_id}, got another")
-            said = read.expressions if kept is read else kept.expressions + read.expressions
-            found[read.ann_id] = kept._replace(expressions=said)
+            line = _Line.read(entry)
+            box = line.bbox_xywh or line.bbox
+            if not is_box(box):
+                raise Fault("box that is not four numbers", f"expected bbox_xywh as four numbers, got {short(box)}")
+            name = image_name(line.file_name or f"COCO_train2014_{line.image_id:012d}.jpg")
+            corners = clipped_box(box, *(known_size(folder / name) or (int(MAX_COORDINATE), int(MAX_COORDINATE))))
+            if line.sent_id in seen:
+                raise Fault("duplicate id", f"expected each sent_id once, got {line.sent_id} again")
+            said = (number if line.sent_id is None else line.sent_id, line.sent)
+            seen.add(said[0])
+            kept = found.get(line.ann_id)
+            if kept is None:
+                found[line.ann_id] = Referred(
+                    line.image_id, name, None, line.ann_id, corners, str(line.category), (said,)
+                )
+            elif (kept.image_id, kept.box) != (line.image_id, corners):
+                raise Fault(APART, f"expected one image and box of ann_id {line.ann_id}, got another")
+            else:
+                found[line.ann_id] = kept._replace(expressions=(*kept.expressions, said))
     return list(found.values())
-
-
-def _read_line(entry: Mapping[str, Any], number: int, folder: Path) -> Referred:
-    image_id, ann_id, sent_id = entry.get("image_id"), entry.get("ann_id"), entry.get("sent_id", number)
-    if not (is_whole(image_id) and is_whole(ann_id) and is_whole(sent_id)):
-        raise Fault(MALFORMED, f"expected image_id and ann_id as whole numbers, got {short(dict(entry))}")
-    box = entry.get("bbox_xywh", entry.get("bbox"))
-    if not is_box(box):
-        raise Fault("box that is not four numbers", f"expected bbox_xywh as four numbers, got {short(box)}")
-    text = plain_text(entry.get("sent"), "expression")
-    name = image_name(entry.get("file_name") or f"COCO_train2014_{image_id:012d}.jpg")
-    size = known_size(folder / name) or (int(MAX_COORDINATE), int(MAX_COORDINATE))
-    corners = clipped_box(box, *size)
-    return Referred(image_id, name, None, ann_id, corners, str(entry.get("category", "")), ((sent_id, text),))
 
 
 def each_expression(objects: list[Referred]) -> Iterator[tuple[Referred, int, str]]:

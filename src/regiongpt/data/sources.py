@@ -1,16 +1,15 @@
-"""What every converter is: settings, which are the command's options, and a stream of records."""
+"""Sources of records: settings, which are the command's options, and the files of a data set read as records."""
 
 import gc
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from pydantic import NonNegativeInt
 
-from regiongpt.data.convert.values import is_unicode
 from regiongpt.data.records import Record
 from regiongpt.data.shards import (
     CROWD,
@@ -24,11 +23,23 @@ from regiongpt.data.shards import (
     require_data_extra,
     write_records,
 )
+from regiongpt.data.values import is_unicode
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.settings import Settings
-from regiongpt.storage import writing
 
 log = logging.getLogger(__name__)
+
+CONVERTERS: Final[dict[str, str]] = {
+    "coco": "closed_sets:CocoConverter",
+    "lvis": "closed_sets:LvisConverter",
+    "v3det": "closed_sets:V3DetConverter",
+    "vg": "visual_genome:VisualGenomeConverter",
+    "refcoco": "refcoco:RefCocoConverter",
+    "llava": "chat:LlavaConverter",
+    "region_captions": "chat:RegionCaptionsConverter",
+    "jsonl": "chat:JsonlConverter",
+}
+"""Each converter's name with its module and class, imported when it is asked for."""
 
 
 class Converter(Settings, ABC):
@@ -72,6 +83,19 @@ class Output(Settings):
     """Replace other records in --out."""
 
 
+def load_converter(name: str) -> type[Converter]:
+    """The converter class of a name.
+
+    Raises:
+        ConfigError: There is no converter of that name.
+    """
+    if name not in CONVERTERS:
+        raise ConfigError(f"expected a source among {', '.join(CONVERTERS)}, got {name!r}")
+    module, _, attribute = CONVERTERS[name].partition(":")
+    found: type[Converter] = getattr(import_module(f"regiongpt.data.{module}"), attribute)
+    return found
+
+
 def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bool = False) -> Manifest:
     """Convert one source into a folder of records; does nothing where that has been done before.
 
@@ -103,34 +127,22 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
             f"{out}: holds other records, those of '{there.source}' with {there.arguments}; "
             "give another --out, or --overwrite"
         )
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        rejects = Rejects(out / REJECTS, strict)
+    rejects = Rejects(strict)
+    collected = gc.isenabled()
+    gc.disable()  # millions of parsed values hold no cycles, and looking for them took a tenth of the time
     try:
-        with _without_collections():
-            return write_records(
-                out,
-                converter.records(rejects),
-                rejects,
-                source=converter.name,
-                images=str(converter.images.resolve()),
-                inputs=converter.inputs(),
-                arguments=converter.arguments(),
-                check_regions=not converter.sound_regions,
-            )
+        return write_records(
+            out,
+            converter.records(rejects),
+            rejects,
+            source=converter.name,
+            images=str(converter.images.resolve()),
+            inputs=converter.inputs(),
+            arguments=converter.arguments(),
+            check_regions=not converter.sound_regions,
+        )
     finally:
-        rejects.close()
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Never looks for cycles of garbage: millions of parsed values hold none, and looking took a tenth of the time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
+        if collected:
             gc.enable()
 
 
@@ -144,9 +156,9 @@ def summary(manifest: Manifest, out: Path, seconds: float | None) -> str:
     """What a conversion has made, as text.
 
     Args:
-        manifest: of the records.
-        out: their folder.
-        seconds: how long it took; None if the records were there before.
+        manifest: Of the records.
+        out: Their folder.
+        seconds: How long it took; None if the records were there before.
     """
     counts = manifest.counts
     size = sum((out / shard["file"]).stat().st_size for shard in manifest.shards)

@@ -1,0 +1,300 @@
+"""Conversations as files hold them: your own JSON lines, this project's region captions, and LLaVA's mixes.
+
+Paper: §3.2 (image captioning as a pretext task; LLaVA's instruction data), §3.3 (region captions)
+"""
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from regiongpt.data.reading import iter_array, iter_lines, noting_line
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Fault, Rejects
+from regiongpt.data.sources import Converter
+from regiongpt.data.values import (
+    MALFORMED,
+    Caption,
+    Identity,
+    ImageName,
+    Row,
+    Side,
+    check_image,
+    image_name,
+    words_alone,
+)
+from regiongpt.errors import short
+from regiongpt.prompts import (
+    IMAGE_TOKEN,
+    LABEL_SETS,
+    NO_MATCH,
+    QUESTIONS,
+    check_placeholders,
+    parse_region_answer,
+    region_answer,
+)
+from regiongpt.regions import Region
+
+Alone = Annotated[str, AfterValidator(words_alone)]
+
+
+class LinesConverter(Converter):
+    """A file of JSON lines, one record a line."""
+
+    sound_regions: ClassVar[bool] = True
+
+    data: Path
+    """The file of json lines."""
+
+    def inputs(self) -> list[Path]:
+        """The one file."""
+        return [self.data]
+
+    def records(self, rejects: Rejects) -> Iterator[Record]:
+        """One record a line, in the order of the file."""
+        seen: set[str] = set()
+        for number, entry in iter_lines(self.data, rejects):
+            with noting_line(self.data, number, rejects):
+                record = self.record(number, entry)
+                record.check()
+                if record.id in seen:
+                    raise Fault("duplicate id", f"expected each id once, got {short(record.id)} again")
+                seen.add(record.id)
+                yield record
+
+    def record(self, number: int, entry: dict[str, Any]) -> Record:
+        """The record of a line.
+
+        Raises:
+            RegionGPTError: It cannot be used.
+        """
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Your own
+
+
+def _without_image(text: str) -> str:
+    if IMAGE_TOKEN in text:
+        raise Fault("placeholder in the text", f"leave {IMAGE_TOKEN} out: the image comes first of itself")
+    return text
+
+
+Spoken = Annotated[str, AfterValidator(_without_image)]
+
+
+class _TurnRow(Row, extra="forbid"):
+    answer: Spoken = ""
+    question: Spoken | None = None
+    task: str = ""
+    regions: list[Annotated[int, Field(gt=0)]] = Field([])
+    expression: Alone = ""
+    category: Alone = ""
+    label_set: Alone = ""
+    guided: bool = False
+
+
+class _Line(Row, extra="forbid"):
+    id: Identity = ""
+    image: str | None = None
+    width: Side | None = None
+    height: Side | None = None
+    regions: list[dict[str, Any]] = Field([])
+    conversation: list[Any]
+
+
+class JsonlConverter(LinesConverter):
+    """People's own data, one image with its regions and its conversation a line; docs/data.md has the keys.
+
+    A turn is a question that stands as it is, or a task of :data:`regiongpt.prompts.QUESTIONS` with what that needs.
+    The answer to a guided question is held to what the question asks for: ``Region [1]``, a name of the label set.
+    """
+
+    name: ClassVar[str] = "jsonl"
+    summary: ClassVar[str] = "your own data: json lines of images, regions and conversations"
+
+    def record(self, number: int, entry: dict[str, Any]) -> Record:
+        """The record of a line."""
+        line = _Line.read(entry)
+        width = height = 0
+        if line.image:
+            if (line.width is None) != (line.height is None):
+                raise Fault(MALFORMED, "expected width and height, got one of them")
+            width, height = check_image(self.images / image_name(line.image), line.width, line.height)
+        regions = []
+        for place, given in enumerate(line.regions, 1):
+            category = given.pop("category", "")
+            if not isinstance(category, str):
+                raise Fault(MALFORMED, f"<region{place}>: expected category as text, got {short(category)}")
+            region = Region.from_dict(given, f"<region{place}>")
+            regions.append(RecordRegion(region=region, category=words_alone(category)))
+        turns = [_turn(given, f"turn {place}: ", len(regions)) for place, given in enumerate(line.conversation, 1)]
+        return Record(
+            id=f"{self.name}/{line.id or f'line-{number}'}",
+            source=self.name,
+            image=line.image or "",
+            width=width,
+            height=height,
+            regions=tuple(regions),
+            turns=tuple(turns),
+        )
+
+
+def _turn(given: Any, where: str, n_regions: int) -> Turn:
+    """One turn; its numbers of regions are held against the regions here, placeholders by the record."""
+    row = _TurnRow.read(given, where)
+    literal = row.question is not None
+    if literal and (extra := sorted(given.keys() - {"question", "answer", "task"})):
+        raise Fault(MALFORMED, f"{where}a question stands as it is; leave out {', '.join(extra)}")
+    tasks = [*QUESTIONS, *(["chat"] if literal else [])]
+    task = row.task or ("chat" if literal else "")
+    if task not in tasks:
+        raise Fault("unknown task", f"{where}expected a task among {', '.join(tasks)}, got {short(task)}")
+    if literal and not str(row.question).strip():
+        raise Fault("question empty", f"{where}expected a question, got none")
+    check_placeholders([f"<region{each}>" for each in row.regions], n_regions)
+    values = {**row.model_dump(), "task": task, "question": row.question or "", "regions": tuple(row.regions)}
+    if row.guided and task == "locate":
+        if parse_region_answer(row.answer) not in (None, *row.regions):
+            options = ", ".join(map(region_answer, row.regions))
+            reason = f"{where}expected {options} or {NO_MATCH!r}, got {short(row.answer)}"
+            raise Fault("answer that is no option", reason)
+    elif row.guided and (task != "classify" or not row.label_set.strip()):
+        raise Fault(MALFORMED, f"{where}guided goes with 'locate', and with 'classify' and its label_set")
+    elif row.guided and row.answer not in LABEL_SETS.get(row.label_set, (row.answer,)):
+        raise Fault("unknown category", f"{where}expected a name of {row.label_set}, got {short(row.answer)}")
+    return Turn(**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Region captions
+
+
+class _Described(Row):
+    id: Identity
+    image: ImageName
+    width: Side
+    height: Side
+    region: dict[str, Any]
+    category: Alone | None = None
+    caption: Caption
+
+
+class RegionCaptionsConverter(LinesConverter):
+    """One described region a line; further keys, such as the scores of a caption engine, are passed over."""
+
+    name: ClassVar[str] = "region_captions"
+    summary: ClassVar[str] = "this project's own detailed descriptions of regions"
+
+    check_images: bool = True
+    """Leave out images that are missing or of another size."""
+
+    def record(self, number: int, entry: dict[str, Any]) -> Record:
+        """The record of a line."""
+        row = _Described.read(entry)
+        region = Region.from_dict(row.region)
+        if self.check_images:
+            check_image(self.images / row.image, row.width, row.height)
+        return Record(
+            id=f"{self.name}/{row.id}",
+            source=self.name,
+            image=row.image,
+            width=row.width,
+            height=row.height,
+            regions=(RecordRegion(region=region, category=row.category or ""),),
+            turns=(Turn(task="describe", answer=row.caption, regions=(1,)),),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA
+
+
+class _Message(Row):
+    role: Any = Field(None, alias="from")
+    value: str
+
+
+class _Conversation(Row):
+    id: Identity
+    image: str | None = None
+    conversations: Annotated[list[_Message], Field(min_length=1)]
+
+
+class LlavaConverter(Converter):
+    """Conversations about whole images in LLaVA's form, one record each, with the questions as they stand.
+
+    The placeholder of the image goes, wherever a question has it: a record's image always comes first. The files do not
+    tell the sizes of images, so each is opened. Ids repeat in the 665K mix, where several conversations are about one
+    image; a record's id therefore ends in its place in the file, and only a conversation that repeats is left out.
+    """
+
+    name: ClassVar[str] = "llava"
+    summary: ClassVar[str] = "LLaVA: LAION-CC-SBU-558K, the 665K instruction mix, and whatever has their form"
+
+    data: Path
+    """blip_laion_cc_sbu_558k.json, llava_v1_5_mix665k.json or the like."""
+    task: Literal["chat", "image_caption"] = "chat"
+    """chat, or image_caption for captions of whole images such as the 558K; it names the turns in counts, and the
+    questions stand as they are."""
+
+    def inputs(self) -> list[Path]:
+        """The one file."""
+        return [self.data]
+
+    def records(self, rejects: Rejects) -> Iterator[Record]:
+        """One record a conversation, in the order of the file."""
+        seen: set[bytes] = set()
+        for place, entry in enumerate(iter_array(self.data, None, rejects)):
+            own = entry.get("id") if isinstance(entry, dict) else None
+            with rejects.noting(self.data, place if own is None else f"{short(own)} at {place}"):
+                yield self._record(place, entry, seen)
+
+    def _record(self, place: int, entry: Any, seen: set[bytes]) -> Record:
+        row = _Conversation.read(entry)
+        image = row.image or ""
+        if self.task == "image_caption" and not image:
+            raise Fault("caption without an image", "expected an image that is captioned, got none")
+        turns = _turns(row.conversations, self.task, bool(image))
+        said = repr((row.id, image, [(turn.question, turn.answer) for turn in turns]))
+        digest = blake2b(said.encode(), digest_size=12).digest()
+        if digest in seen:
+            raise Fault("duplicate conversation", "expected each conversation once, got id, image and words again")
+        seen.add(digest)
+        width, height = check_image(self.images / image_name(image)) if image else (0, 0)
+        return Record(
+            id=f"{self.name}/{row.id}-{place}",
+            source=self.name,
+            image=image,
+            width=width,
+            height=height,
+            regions=(),
+            turns=tuple(turns),
+        )
+
+
+def _turns(conversation: list[_Message], task: str, with_image: bool) -> list[Turn]:
+    """The turns of a conversation that goes question, answer, question, answer."""
+    texts: list[str] = []
+    images = 0
+    for number, message in enumerate(conversation):
+        if message.role not in ("human", "gpt"):
+            raise Fault("unknown role", f"expected 'human' or 'gpt' in message {number}, got {short(message.role)}")
+        if message.role != ("gpt" if number % 2 else "human"):
+            raise Fault("roles out of turn", f"expected human and gpt in turn, got {message.role} in message {number}")
+        text = message.value
+        if message.role == "human" and with_image:
+            images += text.count(IMAGE_TOKEN)
+            text = text.replace(IMAGE_TOKEN, "")
+        if not text.strip():
+            kind = "question empty" if message.role == "human" else "answer empty"
+            raise Fault(kind, f"expected words in message {number}")
+        texts.append(words_alone(text.strip()))
+    if len(texts) % 2:
+        raise Fault("question without an answer", "expected gpt to have the last word, got human's")
+    if images > 1:
+        raise Fault("placeholder in the text", f"expected {IMAGE_TOKEN} once, got it {images} times")
+    return [Turn(task=task, question=q, answer=a) for q, a in zip(texts[::2], texts[1::2], strict=True)]

@@ -1,0 +1,252 @@
+"""COCO, LVIS, V3Det and any file of COCO's format: what class is each box or mask, asked with the closed set's name.
+
+Paper: §3.2 and Table 1 (the closed-set prompt), §4 (boxes a category)
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import numpy as np
+from pydantic import Field, NonNegativeInt
+
+from regiongpt.console import progress
+from regiongpt.data.instances import Indices, InstancesFile, Shapes, read_captions
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Rejects, many
+from regiongpt.data.sources import Converter
+from regiongpt.data.values import Words
+from regiongpt.errors import DataError, short
+from regiongpt.prompts import COCO_80, COCO_IDS, LABEL_SETS
+from regiongpt.regions import Region
+
+
+class InstancesConverter(Converter):
+    """The questions about an image are one conversation, or several where there are many.
+
+    Crowds are not asked about: no single class stands in such a box alone.
+    """
+
+    sound_regions: ClassVar[bool] = True
+    url_first: ClassVar[bool] = False
+
+    instances: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Instances files; an image in two of them is taken from the first."""
+    label_set: Words
+    """Name of the closed set, as the question shall name it."""
+    boxes_per_category: NonNegativeInt = 0
+    """Most objects of a category, drawn by the seed over all files; 0 for all."""
+    objects_per_record: NonNegativeInt = 20
+    """Most objects in one conversation, the others follow in further ones; 0 for all in one."""
+    shapes: Shapes = "box"
+    """What marks an object: box, mask (polygons, RLE) or both, each asked about."""
+    crowds: bool = False
+    """Take what is marked as a crowd too: CVAT, datumaro and supervision mark every mask so that is stored as RLE."""
+    check_images: bool = True
+    """Leave out images that are missing or of another size."""
+
+    def official(self) -> Mapping[int, str]:
+        """The names by id for a file that breaks off before its categories; none unless they are known."""
+        return {}
+
+    def check_names(self, file: InstancesFile) -> None:
+        """Raises DataError where a file's categories are not those of the closed set."""
+        known = LABEL_SETS.get(self.label_set)
+        if known and (foreign := sorted(set(file.names.values()) - set(known))):
+            raise DataError(
+                f"{file.path}: {_some(foreign)} not of {self.label_set}; name the closed set with --label-set"
+            )
+
+    def inputs(self) -> list[Path]:
+        """The files that are given."""
+        return list(self.instances)
+
+    def captions_of(self, images: set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
+        """Captions of whole images with their ids, by image; none unless a subclass has some."""
+        return {}
+
+    def records(self, rejects: Rejects) -> Iterator[Record]:
+        """Conversations in the order of the files, the images' ids and the objects' ids, then the image's captions."""
+        files = self._files(rejects)
+        captions = self.captions_of({number for file in files for number in file.images.tolist()}, rejects)
+        drawn = self._draw(files)
+        total = sum(len(file.images) for file in files)
+        for file, place, objects in progress(_by_image(files, drawn), self.name, "images", total):
+            yield from self._conversations(file, place, objects)
+            for number, text in captions.get(int(file.images[place]), ()):
+                turn = Turn(task="image_caption", answer=text)
+                yield self._record(file, place, f"/caption/{number}", [], [turn])
+
+    def _files(self, rejects: Rejects) -> list[InstancesFile]:
+        """The files; DataError where one cannot be used, or two name their categories differently."""
+        files: list[InstancesFile] = []
+        names: dict[int, str] = {}
+        known: set[int] = set()
+        for path in self.instances:
+            file = InstancesFile(
+                path,
+                rejects,
+                shapes=self.shapes,
+                folder=self.images if self.check_images else None,
+                check="size" if self.check_images else "",
+                url_first=self.url_first,
+                crowds="take" if self.crowds else "leave out",
+                known=known,
+                official=self.official(),
+            )
+            self.check_names(file)
+            for number, name in file.names.items():
+                if names.setdefault(number, name) != name:
+                    raise DataError(
+                        f"{path}: expected category {number} to be {names[number]!r} as in {self.instances[0].name}, "
+                        f"got {name!r}; convert files of different data sets apart"
+                    )
+            known.update(file.images.tolist())
+            files.append(file)
+        return files
+
+    def _draw(self, files: list[InstancesFile]) -> list[Indices]:
+        """At most as many objects of each category as wanted, by (seed, category) over all files; indices by file."""
+        if not self.boxes_per_category:
+            return [np.arange(len(file.ids)) for file in files]
+        categories = np.concatenate([file.categories for file in files])
+        order = np.argsort(categories, kind="stable")
+        kept = np.zeros(len(categories), bool)
+        numbers = sorted({number for file in files for number in file.names})
+        starts, ends = (np.searchsorted(categories[order], numbers, side) for side in ("left", "right"))
+        for category, begin, end in zip(numbers, starts, ends, strict=True):
+            drawn = np.random.default_rng((self.seed, category)).permutation(end - begin)[: self.boxes_per_category]
+            kept[order[begin + drawn]] = True
+        bounds = np.cumsum([0, *(len(file.ids) for file in files)]).tolist()
+        return [np.flatnonzero(kept[a:b]) for a, b in pairwise(bounds)]
+
+    def _conversations(self, file: InstancesFile, place: int, objects: Indices) -> Iterator[Record]:
+        most = self.objects_per_record or max(1, len(objects))
+        for part, begin in enumerate(range(0, len(objects), most)):
+            regions: list[RecordRegion] = []
+            turns: list[Turn] = []
+            chosen = objects[begin : begin + most]
+            columns = (chosen, file.boxes[chosen], file.categories[chosen], file.ids[chosen])
+            for index, box, category, number in zip(*(column.tolist() for column in columns), strict=True):
+                name = file.names[category]
+                shapes: list[Region | None] = [Region.box(*box)] if self.shapes != "mask" else []
+                shapes += [file.mask(index)] if self.shapes != "box" else []
+                source_id = str(file.name_of(number)) if number >= 0 else ""
+                for region in filter(None, shapes):
+                    regions.append(RecordRegion(region=region, category=name, source_id=source_id))
+                    turns.append(_turn(self.label_set, len(regions), name))
+            yield self._record(file, place, f"/{part + 1}" if part else "", regions, turns)
+
+    def _record(
+        self, file: InstancesFile, place: int, key: str, regions: list[RecordRegion], turns: list[Turn]
+    ) -> Record:
+        return Record(
+            id=f"{self.name}/{file.name_of(int(file.images[place]))}{key}",
+            source=self.name,
+            image=file.paths[place],
+            width=int(file.widths[place]),
+            height=int(file.heights[place]),
+            regions=tuple(regions),
+            turns=tuple(turns),
+        )
+
+
+class CocoConverter(InstancesConverter):
+    """COCO instances of 2014 or 2017, or any file of the format with its own closed set.
+
+    With ``captions``, the human captions of the images are records of their own, for images that can be used.
+    """
+
+    name: ClassVar[str] = "coco"
+    summary: ClassVar[str] = "COCO instances: the class of boxes or masks, and captions of whole images"
+
+    label_set: Words = "COCO-80"
+    """Name of the closed set, as the question shall name it."""
+    captions: tuple[Path, ...] = ()
+    """Captions files of the same images, to caption images too."""
+    captions_per_image: NonNegativeInt = 1
+    """Most captions of an image, drawn by the seed; 0 for all."""
+
+    def official(self) -> Mapping[int, str]:
+        """COCO's own numbers."""
+        return dict(zip(COCO_IDS, COCO_80, strict=True)) if self.label_set == "COCO-80" else {}
+
+    def inputs(self) -> list[Path]:
+        """The files that are given."""
+        return [*self.instances, *self.captions]
+
+    def captions_of(self, images: set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
+        """Those that are wanted, in the order of their ids."""
+        captions = read_captions(self.captions, images, rejects)
+        for number, found in captions.items():
+            if 0 < self.captions_per_image < len(found):
+                rng = np.random.default_rng((self.seed, number))
+                drawn = rng.choice(len(found), self.captions_per_image, replace=False)
+                captions[number] = [found[k] for k in sorted(drawn.tolist())]
+        return captions
+
+
+class LvisConverter(InstancesConverter):
+    """LVIS v0.5 or v1. Its images are COCO's of 2017: ``images`` is the folder with ``train2017`` and ``val2017``.
+
+    An image's file is what its address ends in; the file name, where there is one, is that of another split.
+    """
+
+    name: ClassVar[str] = "lvis"
+    summary: ClassVar[str] = "LVIS: the class of boxes or masks among its long list of names"
+    url_first: ClassVar[bool] = True
+
+    label_set: Words = "LVIS"
+    """Name of the closed set, as the question shall name it."""
+
+
+class V3DetConverter(InstancesConverter):
+    """V3Det; ``images`` is the folder that holds its folder ``images``, with which file names begin."""
+
+    name: ClassVar[str] = "v3det"
+    summary: ClassVar[str] = "V3Det: the class of boxes among 13,204 names, balanced by category"
+
+    label_set: Words = "V3Det"
+    """Name of the closed set, as the question shall name it."""
+    boxes_per_category: NonNegativeInt = 100
+    """Most objects of a category, drawn by the seed: 100 to pre-train and 10 to fine-tune in the paper; 0 for all."""
+    names: Path | None = None
+    """category_name_13204_v3det_2023_v1.txt, to hold the names against."""
+
+    def inputs(self) -> list[Path]:
+        """The files that are given."""
+        return [*self.instances, *([self.names] if self.names is not None else [])]
+
+    def check_names(self, file: InstancesFile) -> None:
+        """Raises DataError where a file's categories are not in the list of names."""
+        super().check_names(file)
+        if self.names is None:
+            return
+        try:
+            lines = self.names.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.names}: not a readable list of category names: {error}; check the path") from None
+        listed = {" ".join(line.split()) for line in lines}
+        if foreign := [name for name in file.names.values() if name not in listed]:
+            raise DataError(f"{file.path}: {_some(foreign)} not in {self.names.name}; give two files of one release")
+
+
+def _some(foreign: list[str]) -> str:
+    """``'popper' and 2 others are``."""
+    return short(foreign[0]) + (f" and {many(len(foreign) - 1, 'other')} are" if len(foreign) > 1 else " is")
+
+
+@lru_cache(maxsize=1 << 17)
+def _turn(label_set: str, region: int, name: str) -> Turn:
+    """One closed-set question; the same few thousand serve a million objects."""
+    return Turn(task="classify", regions=(region,), answer=name, label_set=label_set, guided=True)
+
+
+def _by_image(files: list[InstancesFile], drawn: list[Indices]) -> Iterator[tuple[InstancesFile, int, Indices]]:
+    """Every image of every file with its drawn objects, which are in the order of the images."""
+    for file, chosen in zip(files, drawn, strict=True):
+        bounds = np.searchsorted(file.places[chosen], np.arange(len(file.images) + 1)).tolist()
+        for place, (begin, end) in enumerate(pairwise(bounds)):
+            yield file, place, chosen[begin:end]

@@ -1,0 +1,392 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: expressions that single out one object of an image.
+
+Read from the original ``refs(...).p`` with its ``instances.json``, or from the JSON files in COCO's layout that later
+work made of them. Paper: §3.2, Table 1
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from regiongpt.console import progress
+from regiongpt.data.instances import InstancesFile, is_crowd, read_box
+from regiongpt.data.reading import iter_arrays, load_plain_pickle
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Fault, Rejects, many
+from regiongpt.data.sources import Converter
+from regiongpt.data.values import (
+    APART,
+    MALFORMED,
+    Corners,
+    Expression,
+    ImageName,
+    Row,
+    Side,
+    Whole,
+    check_image,
+    clipped_box,
+    is_whole,
+    plain_text,
+)
+from regiongpt.errors import DataError, short
+from regiongpt.prompts import NO_MATCH, region_answer
+from regiongpt.regions import Region
+
+PARTITIONS: Final = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google")}
+"""Who divided each data set into splits, the one in common use first.
+
+An image may be in ``train`` of one and in ``val`` of another, so a conversion reads one partition, and its name is part
+of every record's id.
+"""
+SAME_OBJECT: Final = 0.9
+"""Intersection over union from which two boxes count as one object annotated twice."""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+class Ref(NamedTuple):
+    """One object that is referred to, with the ids and words of its expressions."""
+
+    ann_id: int
+    expressions: list[tuple[int, str]]
+
+
+class SceneObject(NamedTuple):
+    """One annotated object, or a crowd of them."""
+
+    box: Corners
+    category: str
+    crowd: bool
+
+
+@dataclass(slots=True)
+class Scene:
+    """An image with its annotated objects by their ids; of those that cannot be used, the ids alone."""
+
+    path: str
+    width: int
+    height: int
+    objects: dict[int, SceneObject] = field(default_factory=dict)
+    faulty: set[int] = field(default_factory=set)
+
+
+class _SplitRow(Row):
+    split: str
+
+
+class _RefRow(Row):
+    ref_id: Whole
+    ann_id: Whole
+    image_id: Whole
+    sentences: list[Any]
+
+
+class _SentenceRow(Row):
+    sent_id: Whole
+    sent: Expression
+
+
+class _ExpressionRow(Row):
+    """An "image" of the layout of COCO: one expression."""
+
+    id: Whole
+    original_id: Whole | None = None
+    file_name: ImageName
+    width: Side
+    height: Side
+    caption: Expression
+
+
+class _ObjectRow(Row):
+    id: Whole | None = None
+    original_id: Whole | None = None
+    category_id: Any = None
+    bbox: Any = None
+    iscrowd: Any = None
+
+
+def read_pickle(path: Path, split: str, rejects: Rejects) -> dict[int, list[Ref]]:
+    """The objects of one split that a ``refs(...).p`` refers to, by image.
+
+    Raises:
+        DataError: The file is no pickle of plain data, or has no such split.
+    """
+    entries = load_plain_pickle(path)
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: expected a list of references, got {short(entries)}; give a refs(...).p")
+    refs: dict[int, list[Ref]] = {}
+    seen: set[int] = set()
+    splits: set[str] = set()
+    for place, entry in enumerate(entries):
+        with rejects.noting(path, place):
+            own = _SplitRow.read(entry).split
+            splits.add(own)
+            if own != split:
+                continue
+            row = _RefRow.read(entry)
+            if row.ref_id in seen:
+                raise Fault("duplicate id", f"expected each ref_id once, got {row.ref_id} again")
+            seen.add(row.ref_id)
+            ref = Ref(row.ann_id, [])
+            for k, given in enumerate(row.sentences):
+                with rejects.noting(path, f"{row.ref_id}[{k}]"):
+                    sentence = _SentenceRow.read(given)
+                    ref.expressions.append((sentence.sent_id, sentence.sent))
+            if ref.expressions:
+                refs.setdefault(row.image_id, []).append(ref)
+    if split not in splits:
+        raise DataError(f"{path}: no references of the split {split!r}; give --split {'|'.join(sorted(splits))}")
+    return refs
+
+
+def read_json(path: Path, dataset: str, rejects: Rejects) -> tuple[dict[int, list[Ref]], dict[int, Scene]]:
+    """The objects that a JSON file in COCO's layout refers to, by image, and what the file itself says of the images.
+
+    Each of its ``images`` is one expression, its ``caption``; the image's id is ``original_id``. Its annotation is the
+    object, whose id in COCO is ``original_id`` too.
+
+    Raises:
+        DataError: The file is not of that layout, or of another data set.
+    """
+    said: dict[int, dict[str, Any]] = {}
+    shown: dict[int, dict[str, Any]] = {}
+    categories: dict[Any, Any] = {}
+    places = {"images": (said, "id"), "annotations": (shown, "image_id"), "categories": (categories, "id")}
+    for key, entry in iter_arrays(path, tuple(places), rejects):
+        known, own_id = places[key]
+        with rejects.noting(path, key):
+            number = entry.get(own_id) if isinstance(entry, dict) else None
+            if not is_whole(number):
+                raise Fault(MALFORMED, f"expected {own_id} as a whole number, got {short(entry)}")
+            if number in known:
+                raise Fault("duplicate id", f"expected {own_id} {number} once in {key}, got it again")
+            known[number] = entry
+            if key == "images" and entry.get("dataset_name", dataset) != dataset:
+                got = short(entry["dataset_name"])
+                raise DataError(f"{path}: expected expressions of {dataset!r}, got {got}; give --dataset")
+    for number in sorted(shown.keys() - said.keys()):
+        rejects.add(APART, path, number, "expected the expression of an annotation, found none")
+    refs: dict[int, dict[int, Ref]] = {}
+    scenes: dict[int, Scene] = {}
+    for number, entry in said.items():
+        with rejects.noting(path, number):
+            if number not in shown:
+                raise Fault(APART, "expected the annotation of an expression, found none")
+            row, drawn = _ExpressionRow.read(entry), _ObjectRow.read(shown[number])
+            image_id = number if row.original_id is None else row.original_id
+            ann_id = drawn.id if drawn.original_id is None else drawn.original_id
+            if ann_id is None:
+                raise Fault(APART, "expected the id of the annotation of an expression, found none")
+            scene = scenes.setdefault(image_id, Scene(row.file_name, row.width, row.height))
+            if ann_id not in scene.objects:
+                scene.faulty.add(ann_id)
+                scene.objects[ann_id] = _object(drawn, scene, categories)
+                scene.faulty.remove(ann_id)
+            refs.setdefault(image_id, {}).setdefault(ann_id, Ref(ann_id, [])).expressions.append((number, row.caption))
+    return {image_id: list(of_image.values()) for image_id, of_image in refs.items()}, scenes
+
+
+def _object(row: _ObjectRow, scene: Scene, categories: dict[Any, Any]) -> SceneObject:
+    box = read_box(row.bbox)
+    if box is None:
+        raise Fault("box that is not four numbers", f"expected [x, y, width, height], got {short(row.bbox)}")
+    corners = clipped_box(box, scene.width, scene.height)
+    if not isinstance(row.category_id, int) or row.category_id not in categories:
+        raise Fault("unknown category", f"expected a category id of the file, got {short(row.category_id)}")
+    name = plain_text(categories[row.category_id].get("name"), "category name")
+    return SceneObject(corners, name, bool(is_crowd(row.iscrowd)))
+
+
+def read_instances(path: Path, wanted: set[int], rejects: Rejects) -> dict[int, Scene]:
+    """The wanted images of an ``instances.json`` with their objects, by their ids.
+
+    Raises:
+        DataError: The file is not of COCO's layout.
+    """
+    file = InstancesFile(path, rejects, crowds="keep", wanted=wanted)
+    frames = zip(file.paths, file.widths.tolist(), file.heights.tolist(), strict=True)
+    scenes = [Scene(*frame, faulty=file.faulty) for frame in frames]
+    columns = (file.ids, file.places, file.categories, file.boxes, file.crowd)
+    for number, place, category, box, crowd in zip(*(column.tolist() for column in columns), strict=True):
+        scenes[place].objects[number] = SceneObject(tuple(box), file.names[category], crowd)
+    return dict(zip(file.images.tolist(), scenes, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+class RefCocoConverter(Converter):
+    """One split of one of the three data sets.
+
+    ``caption`` asks for an expression of each object: a dialogue an image, in which every object comes once; objects
+    with further expressions get a second and third dialogue. ``locate`` asks which of several regions an expression
+    means: a record an expression, whose regions are the object and others of its image in an order drawn by the seed.
+    Among the others there is never a crowd, nor what the expression might mean as well: an object that was annotated
+    twice, or one that somebody referred to by the same words.
+    """
+
+    name: ClassVar[str] = "refcoco"
+    summary: ClassVar[str] = "RefCOCO, RefCOCO+, RefCOCOg: captions of regions, and expressions to choose a region by"
+
+    refs: Path
+    """refs(unc).p, refs(google).p or refs(umd).p; or a json such as finetune_refcocog_train.json."""
+    instances: Path | None = None
+    """instances.json of the data set; a refs(...).p needs it, a json takes all objects from it."""
+    dataset: Literal["refcoco", "refcoco+", "refcocog"] = "refcocog"
+    """refcoco, refcoco+ or refcocog."""
+    partition: str = ""
+    """unc, google or umd, where the name of a refs(...).p does not say it."""
+    split: str = "train"
+    """The one split to convert: train, val, test, testA or testB."""
+    task: Literal["caption", "locate", "both"] = "both"
+    """caption, locate or both."""
+    candidates: Annotated[int, Field(ge=2)] = 8
+    """Most regions to choose among."""
+    no_match_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the choices from which the right region is left out."""
+    check_images: bool = True
+    """Leave out images that are missing or of another size."""
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if not self._is_json and self.instances is None:
+            raise ValueError(f"instances: give the instances.json that belongs to {self.refs.name}")
+        if self._partition not in PARTITIONS[self.dataset]:
+            raise ValueError(
+                f"partition: {self.dataset} has {' and '.join(PARTITIONS[self.dataset])}, got "
+                f"{self._partition or 'none'} (file {self.refs.name}); give --dataset, or --partition"
+            )
+        # A json holds one split, which its name alone tells.
+        named = re.search(r"_(train|val|test[AB]?)(?=[_.])", self.refs.name) if self._is_json else None
+        if named and named[1] != self.split:
+            raise ValueError(f"split: the file {self.refs.name} holds {named[1]}, got {self.split}")
+        return self
+
+    @property
+    def _is_json(self) -> bool:
+        return self.refs.suffix.lower() == ".json"
+
+    @property
+    def _partition(self) -> str:
+        if self.partition or self._is_json:
+            return self.partition or PARTITIONS[self.dataset][0]
+        named = re.search("unc|google|umd", self.refs.name)
+        return named[0] if named else ""
+
+    def inputs(self) -> list[Path]:
+        """The files that are given."""
+        return [self.refs] if self.instances is None else [self.refs, self.instances]
+
+    def records(self, rejects: Rejects) -> Iterator[Record]:
+        """The records of each image, in the order in which images come up in ``refs``."""
+        scenes: dict[int, Scene] = {}
+        if self._is_json:
+            refs, scenes = read_json(self.refs, self.dataset, rejects)
+        else:
+            refs = read_pickle(self.refs, self.split, rejects)
+        frame = self.instances or self.refs
+        if self.instances is not None:
+            scenes = read_instances(frame, set(refs), rejects)
+        matched = not refs
+        for number, of_image in progress(refs.items(), self.name, "images", len(refs)):
+            with rejects.noting(self.refs, number):
+                if number not in scenes:
+                    listed = many(len(of_image), "object")
+                    raise Fault(APART, f"expected image {number} with its {listed} in {frame.name}, found none")
+                scene = scenes[number]
+                usable: list[Ref] = []
+                for ref in of_image:
+                    with rejects.noting(self.refs, ref.ann_id):
+                        matched |= ref.ann_id in scene.faulty or ref.ann_id in scene.objects
+                        if ref.ann_id in scene.faulty:
+                            reason = f"annotation {ref.ann_id} of {frame.name} cannot be used"
+                            raise Fault("expression of an unusable annotation", reason)
+                        if ref.ann_id not in scene.objects:
+                            reason = f"expected annotation {ref.ann_id} of image {number} in {frame.name}, found none"
+                            raise Fault(APART, reason)
+                        usable.append(ref)
+                if self.check_images:
+                    check_image(self.images / scene.path, scene.width, scene.height)
+                if self.task != "locate":
+                    yield from self._captions(number, scene, usable)
+                if self.task != "caption":
+                    yield from self._choices(number, scene, usable, rejects)
+        if not matched:
+            raise DataError(f"{self.refs}: {frame} has none of its objects; give the instances.json of the same data")
+
+    def _captions(self, number: int, scene: Scene, refs: list[Ref]) -> Iterator[Record]:
+        for turn in range(max((len(ref.expressions) for ref in refs), default=0)):
+            asked = [ref for ref in refs if len(ref.expressions) > turn]
+            turns = [
+                Turn(task="caption", answer=ref.expressions[turn][1], regions=(place,))
+                for place, ref in enumerate(asked, 1)
+            ]
+            yield self._record(f"{number}-{turn + 1}/caption", scene, [ref.ann_id for ref in asked], turns)
+
+    def _choices(self, number: int, scene: Scene, refs: list[Ref], rejects: Rejects) -> Iterator[Record]:
+        meant: dict[str, set[int]] = {}
+        for ref in refs:
+            for _, text in ref.expressions:
+                meant.setdefault(text.lower(), set()).add(ref.ann_id)
+        for ref in refs:
+            box = scene.objects[ref.ann_id].box
+            apart = [
+                each
+                for each, other in sorted(scene.objects.items())
+                if not other.crowd and each != ref.ann_id and _overlap(box, other.box) < SAME_OBJECT
+            ]
+            for sent_id, text in ref.expressions:
+                others = [each for each in apart if each not in meant[text.lower()]]
+                if others:
+                    yield self._choice(number, scene, ref.ann_id, sent_id, text, others)
+                else:
+                    reason = f"expected another object in image {number} beside {ref.ann_id}, found none"
+                    rejects.add("no other region to choose", self.refs, sent_id, reason)
+
+    def _choice(self, number: int, scene: Scene, ann_id: int, sent_id: int, text: str, others: list[int]) -> Record:
+        rng = np.random.default_rng((self.seed, number, ann_id, sent_id))
+        matches = bool(rng.random() >= self.no_match_share)
+        drawn = rng.permutation(others).tolist()[: self.candidates - matches]
+        options = rng.permutation([ann_id, *drawn] if matches else drawn).tolist()
+        turn = Turn(
+            task="locate",
+            answer=region_answer(options.index(ann_id) + 1) if matches else NO_MATCH,
+            regions=tuple(range(1, len(options) + 1)),
+            expression=text,
+            guided=True,
+        )
+        return self._record(f"{sent_id}/locate", scene, options, [turn])
+
+    def _record(self, key: str, scene: Scene, ann_ids: list[int], turns: list[Turn]) -> Record:
+        shown = [(number, scene.objects[number]) for number in ann_ids]
+        return Record(
+            id=f"{self.name}/{self.dataset}-{self._partition}/{self.split}/{key}",
+            source=self.name,
+            image=scene.path,
+            width=scene.width,
+            height=scene.height,
+            regions=tuple(
+                RecordRegion(
+                    region=Region.box(*each.box), category=each.category, source_id=str(number) if number >= 0 else ""
+                )
+                for number, each in shown
+            ),
+            turns=tuple(turns),
+        )
+
+
+def _overlap(one: Corners, other: Corners) -> float:
+    """Intersection over union of two boxes."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (one, other)]
+    return width * height / (sum(areas) - width * height)

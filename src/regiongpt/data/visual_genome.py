@@ -1,0 +1,258 @@
+"""Visual Genome: short captions of regions, as one dialogue an image; names of objects and relations where wanted.
+
+``region_descriptions.json`` is read image by image and never held. What ``objects.json`` and ``relationships.json``
+hold waits in a temporary file until its image comes. Paper: §3.2 (up to 10 boxes an image, sampled into a dialogue)
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from pydantic import AliasChoices, Field, NonNegativeInt
+
+from regiongpt.data.reading import iter_array
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Fault, Rejects
+from regiongpt.data.sources import Converter
+from regiongpt.data.values import (
+    APART,
+    MALFORMED,
+    Corners,
+    Expression,
+    Row,
+    Side,
+    Whole,
+    check_image,
+    clipped_box,
+    image_name,
+    plain_text,
+)
+from regiongpt.errors import DataError, short
+from regiongpt.prompts import region_answer
+from regiongpt.regions import Region
+
+
+class _Entry(Row):
+    """An element of a file: what it says of one image, whose id some files call ``id``."""
+
+    image_id: Whole = Field(validation_alias=AliasChoices("image_id", "id"))
+
+
+class _Image(_Entry):
+    width: Side
+    height: Side
+    url: str = ""
+
+    @property
+    def path(self) -> str:
+        """The two folders of the release are the last but one part of its addresses: .../VG_100K_2/1.jpg."""
+        return "/".join(self.url.split("/")[-2:])
+
+
+class _Region(Row):
+    region_id: Whole = Field(validation_alias=AliasChoices("region_id", "id"))
+    image_id: Any = None
+    phrase: Expression
+    x: Any = None
+    y: Any = None
+    width: Any = None
+    height: Any = None
+
+
+class _Object(Row):
+    object_id: Whole
+    names: Any = ()
+    name: Any = ""
+    x: Any = None
+    y: Any = None
+    w: Any = None
+    h: Any = None
+
+
+class _Part(NamedTuple):
+    """A box with its id in the source behind a letter for its kind: regions and objects are numbered apart."""
+
+    key: str
+    box: Corners
+    name: str
+
+
+class _Topic(NamedTuple):
+    """What can be said of one box, or of two."""
+
+    task: str
+    parts: tuple[_Part, ...]
+    answer: str
+
+
+class VisualGenomeConverter(Converter):
+    """Region descriptions of Visual Genome, each image's sample as one dialogue.
+
+    Each turn asks for the short caption of a box. With ``objects``, the name of an object in a box is a topic too
+    (``classify`` without a closed set: the names are free); with ``relationships``, how two objects relate, answered as
+    ``Region [1] on Region [2]``. The topics of an image are drawn evenly until its boxes are used up.
+    """
+
+    name: ClassVar[str] = "vg"
+    summary: ClassVar[str] = "Visual Genome: short captions of regions, object names and relations"
+
+    regions: Path
+    """region_descriptions.json."""
+    image_data: Path
+    """image_data.json, the images' sizes and folders."""
+    objects: Path | None = None
+    """objects.json, to ask for names of objects too."""
+    relationships: Path | None = None
+    """relationships.json, to ask how objects relate too."""
+    boxes_per_image: NonNegativeInt = 10
+    """Most boxes in the dialogue of an image, drawn by the seed; 0 for all."""
+    check_images: bool = True
+    """Leave out images that are missing or of another size."""
+
+    def inputs(self) -> list[Path]:
+        """The files that are given."""
+        return [path for path in (self.regions, self.image_data, self.objects, self.relationships) if path is not None]
+
+    def records(self, rejects: Rejects) -> Iterator[Record]:
+        """One dialogue an image, in the order of ``region_descriptions.json``."""
+        images: dict[int, _Image] = {}
+        for place, entry in enumerate(iter_array(self.image_data, None, rejects)):
+            with rejects.noting(self.image_data, place):
+                image = _Image.read(entry)
+                image_name(image.path)
+                if image.image_id in images:
+                    raise Fault("duplicate id", f"expected each image once, got {image.image_id} again")
+                images[image.image_id] = image
+        try:
+            # A database of no name is a temporary file that goes with its connection.
+            with closing(sqlite3.connect("")) as store:
+                for table in ("objects", "relationships"):
+                    store.execute(f"CREATE TABLE {table} (image INTEGER PRIMARY KEY, content TEXT)")
+                    if path := getattr(self, table):
+                        for number, content in self._by_image(path, table, images, rejects):
+                            row = (number, json.dumps(content, separators=(",", ":")))
+                            store.execute(f"INSERT INTO {table} VALUES (?, ?)", row)
+                for number, described in self._by_image(self.regions, "regions", images, rejects):
+                    with rejects.noting(self.regions, number):
+                        yield from self._dialogue(images[number], described, store, rejects)
+        except sqlite3.Error as error:
+            raise DataError(
+                f"expected room for a temporary file beside {self.regions.name}, got {error}; "
+                "free some space, or point TMPDIR to a larger disk"
+            ) from error
+
+    def _by_image(
+        self, path: Path, key: str, images: dict[int, _Image], rejects: Rejects
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """What a file says of each image, once."""
+        seen: set[int] = set()
+        apart = 0
+        for place, entry in enumerate(iter_array(path, None, rejects)):
+            with rejects.noting(path, place):
+                number = _Entry.read(entry).image_id
+                content = entry.get(key)
+                if not isinstance(content, list):
+                    raise Fault(MALFORMED, f"expected a list {key!r}, got {short(entry)}")
+                if number not in images:
+                    apart += 1
+                    raise Fault(APART, f"expected an image of {self.image_data.name}, got {number}")
+                if number in seen:
+                    raise Fault("duplicate id", f"expected each image once, got {number} again")
+                seen.add(number)
+                yield number, content
+        if apart and not seen:
+            raise DataError(f"{path}: none of its images is in {self.image_data}; give two files of one release")
+
+    def _dialogue(
+        self, image: _Image, described: list[Any], store: sqlite3.Connection, rejects: Rejects
+    ) -> Iterator[Record]:
+        if self.check_images:
+            check_image(self.images / image.path, image.width, image.height)
+        captions: dict[str, _Topic] = {}
+        for place, entry in enumerate(described):
+            try:  # and not rejects.noting: there are millions
+                row = _Region.read(entry)
+                if row.image_id not in (None, image.image_id):
+                    raise Fault(APART, f"expected a region of image {image.image_id}, got one of {short(row.image_id)}")
+                if (key := f"r{row.region_id}") in captions:
+                    raise Fault("duplicate id", f"expected each region once, got {row.region_id} again")
+                box = clipped_box((row.x, row.y, row.width, row.height), image.width, image.height)
+                captions[key] = _Topic("caption", (_Part(key, box, ""),), row.phrase)
+            except Fault as fault:
+                rejects.add(fault.kind, self.regions, f"{image.image_id}[{place}]", fault.reason)
+        objects: dict[str, _Part] = {}
+        for name, entry in _kept(store, "objects", image):
+            with rejects.noting(self.objects or "", name):
+                part = _object(entry, image)
+                if part.key in objects:
+                    raise Fault("duplicate id", f"expected each object once, got {part.key[1:]} again")
+                objects[part.key] = part
+        topics = [*captions.values(), *(_Topic("classify", (part,), part.name) for part in objects.values())]
+        for name, entry in _kept(store, "relationships", image):
+            with rejects.noting(self.relationships or "", name):
+                topics.append(_relation(entry, image, objects))
+        if topics:
+            yield self._record(image, topics)
+
+    def _record(self, image: _Image, topics: Sequence[_Topic]) -> Record:
+        most = self.boxes_per_image or sum(len(topic.parts) for topic in topics)
+        numbers: dict[str, int] = {}
+        regions: list[RecordRegion] = []
+        turns: list[Turn] = []
+        for choice in np.random.default_rng((self.seed, image.image_id)).permutation(len(topics)).tolist():
+            topic = topics[choice]
+            new = [part for part in topic.parts if part.key not in numbers]
+            if len(regions) + len(new) > most:
+                continue
+            for part in new:
+                regions.append(RecordRegion(region=Region.box(*part.box), category=part.name, source_id=part.key[1:]))
+                numbers[part.key] = len(regions)
+            named = tuple(numbers[part.key] for part in topic.parts)
+            answer = topic.answer
+            if topic.task == "relation":
+                answer = f"{region_answer(named[0])} {answer} {region_answer(named[1])}"
+            turns.append(Turn(task=topic.task, answer=answer, regions=named))
+        return Record(
+            id=f"{self.name}/{image.image_id}",
+            source=self.name,
+            image=image.path,
+            width=image.width,
+            height=image.height,
+            regions=tuple(regions),
+            turns=tuple(turns),
+        )
+
+
+def _object(entry: Any, image: _Image) -> _Part:
+    row = _Object.read(entry)
+    box, names = clipped_box((row.x, row.y, row.w, row.h), image.width, image.height), row.names or [row.name]
+    return _Part(f"o{row.object_id}", box, plain_text(names[0] if isinstance(names, list) else names, "object name"))
+
+
+def _relation(entry: Any, image: _Image, objects: dict[str, _Part]) -> _Topic:
+    if not isinstance(entry, dict):
+        raise Fault(MALFORMED, f"expected a relationship, got {short(entry)}")
+    predicate = plain_text(entry.get("predicate"), "predicate")
+    parts: list[_Part] = []
+    for role in ("subject", "object"):
+        whole = entry.get(role)
+        if isinstance(whole, dict):  # as in relationships.json; scene graphs have the id alone
+            parts.append(objects.get(f"o{whole.get('object_id')}") or _object(whole, image))
+        elif f"o{entry.get(f'{role}_id')}" in objects:
+            parts.append(objects[f"o{entry[f'{role}_id']}"])
+        else:
+            raise Fault(APART, f"expected the {role} of a relationship or its id in objects.json, got neither")
+    if parts[0].key == parts[1].key:
+        raise Fault("relation of an object to itself", f"expected two objects, got {parts[0].key[1:]} twice")
+    return _Topic("relation", tuple(parts), predicate.lower())
+
+
+def _kept(store: sqlite3.Connection, table: str, image: _Image) -> Iterator[tuple[str, Any]]:
+    """What one of the further files says of an image, with its place."""
+    found = store.execute(f"SELECT content FROM {table} WHERE image = ?", (image.image_id,)).fetchone()
+    for place, entry in enumerate(json.loads(found[0]) if found else []):
+        yield f"{image.image_id}[{place}]", entry
