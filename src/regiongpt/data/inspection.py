@@ -8,12 +8,9 @@ import math
 import os
 import re
 import sys
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -40,193 +37,112 @@ MOST_TURNS_DRAWN: Final = 12
 MOST_CAPTIONS_DRAWN: Final = 12
 MOST_CATEGORIES: Final = 20
 PAGE_RECORDS: Final = 24
-SHARE_EDGES: Final = tuple(10 ** (exponent / 4) for exponent in range(-20, 1))
-"""Bounds of the area histogram, as shares of the image: four bins a power of ten, from 0.001 % to all of it."""
-SIDES: Final = (32, 96)
-"""COCO calls a region small below a square of 32 pixels and large above one of 96."""
-_BATCH: Final = 500
+SHARES: Final = {1e-4: "under 0.01 %", 1e-3: "0.01 to 0.1 %", 1e-2: "0.1 to 1 %", 0.1: "1 to 10 %", 2.0: "10 to 100 %"}
+"""Classes of the share of its image that a region covers, each by the share that it ends below."""
+SIZES: Final = {32: "small, under 32² px", 96: "medium, under 96² px", 1 << 40: "large, from 96² px"}
+"""Classes of regions as COCO counts them, each by the side of the square that it ends below."""
 _BAR: Final = 40
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def _rows(records: RecordSet) -> Iterator[dict[str, Any]]:
-    """The rows of a folder in order, read in batches: many times as fast as one by one."""
-    for table in records.table.with_format("arrow").iter(batch_size=_BATCH):
-        yield from table.to_pylist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 
-@dataclass
-class TaskStatistics:
-    """The turns of one task.
+def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int]) -> dict[str, Any]:
+    """Counts over records as JSON writes them.
 
-    Attributes:
-        turns: Questions with an answer.
-        guided: Of these, those with the suffix that fixes the format of the answer.
-        regions: That their questions are about, one counted as often as it is asked about.
-        words: How many answers have so many words.
-    """
+    ``regions`` of a task are those that its questions are about, one counted as often as it is asked about; ``words``
+    are how many answers have so many words.
 
-    turns: int = 0
-    guided: int = 0
-    regions: int = 0
-    words: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def average_words(self) -> float:
-        """Words an answer."""
-        return sum(words * count for words, count in self.words.items()) / max(1, self.words.total())
-
-
-@dataclass
-class Statistics:
-    """Counts over a folder of records.
-
-    Attributes:
+    Args:
         source: Name of the converter.
-        records: Rows.
-        images: Different images.
-        regions: In all records.
-        tasks: Of each task's turns.
-        categories: Regions of each category.
-        kinds: Regions of each kind (box, polygon, ...).
-        shares: Regions in each bin of the share of the image that they cover: below the first of
-            :data:`SHARE_EDGES`, then between each two of them.
-        sizes: Regions that COCO calls small, medium and large.
-        unmeasured: Regions without an area in their image.
+        records: To be counted.
         rejects: Left out by the conversion, by kind.
-    """
-
-    source: str
-    records: int = 0
-    images: int = 0
-    regions: int = 0
-    tasks: dict[str, TaskStatistics] = field(default_factory=dict)
-    categories: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    shares: list[int] = field(default_factory=lambda: [0] * len(SHARE_EDGES))
-    sizes: list[int] = field(default_factory=lambda: [0] * 3)
-    unmeasured: int = 0
-    rejects: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def all_turns(self) -> TaskStatistics:
-        """The turns of all tasks together."""
-        total = TaskStatistics()
-        for task in self.tasks.values():
-            total.turns, total.words = total.turns + task.turns, total.words + task.words
-        return total
-
-    def add(self, record: Record) -> None:
-        """Counts one record; images are counted by the caller, who knows which came before."""
-        self.records += 1
-        self.regions += len(record.regions)
-        for each in record.regions:
-            self.kinds[each.region.kind] += 1
-            if each.category:
-                self.categories[each.category] += 1
-            try:
-                area = each.region.area(record.width, record.height)
-            except RegionError:
-                self.unmeasured += 1
-                continue
-            share = min(1.0, area / (record.width * record.height))
-            self.shares[min(bisect_right(SHARE_EDGES, share), len(SHARE_EDGES) - 1)] += 1
-            self.sizes[bisect_right([side**2 for side in SIDES], area)] += 1
-        for turn in record.turns:
-            task = self.tasks.setdefault(turn.task, TaskStatistics())
-            task.turns += 1
-            task.guided += turn.guided
-            task.regions += len(turn.regions or set(PLACEHOLDER.findall(turn.question)))
-            task.words[len(turn.answer.split())] += 1
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it as json can write it."""
-        tasks = {
-            name: {
-                **{key: getattr(task, key) for key in ("turns", "guided", "regions")},
-                "average_words": round(task.average_words, 3),
-                "words": {str(words): task.words[words] for words in sorted(task.words)},
-            }
-            for name, task in sorted(self.tasks.items())
-        }
-        return {
-            **{name: getattr(self, name) for name in ("source", "records", "images", "regions")},
-            "turns": self.all_turns.turns,
-            "average_words": round(self.all_turns.average_words, 3),
-            "tasks": tasks,
-            "categories": dict(self.categories.most_common()),
-            "kinds": dict(self.kinds.most_common()),
-            "area_share_edges": list(SHARE_EDGES),
-            "area_share": self.shares,
-            "sizes": dict(zip(("small", "medium", "large"), self.sizes, strict=True)),
-            "regions_without_area": self.unmeasured,
-            "rejects": self.rejects,
-        }
-
-
-def statistics(records: RecordSet) -> Statistics:
-    """Counts a folder of records.
 
     Raises:
         DataError: A row is not a record.
     """
-    found = Statistics(source=records.manifest.source, rejects=dict(records.manifest.rejects))
     images: set[str] = set()
-    for row in progress(_rows(records), "statistics", "records", len(records)):
-        record = Record.from_row(row)
+    counts, kinds, categories = Counter[str](), Counter[str](), Counter[str]()
+    shares, sizes = Counter(dict.fromkeys(SHARES.values(), 0)), Counter(dict.fromkeys(SIZES.values(), 0))
+    tasks: dict[str, Counter[str]] = {}
+    words: dict[str, Counter[int]] = {}
+    for record in records:
         images.add(record.image)
-        found.add(record)
-    found.images = len(images - {""})
-    return found
+        counts.update(records=1, regions=len(record.regions), turns=len(record.turns))
+        for each in record.regions:
+            kinds[each.region.kind] += 1
+            categories.update([each.category] if each.category else [])
+            try:
+                area = each.region.area(record.width, record.height)
+            except RegionError:
+                shares["no area"] += 1
+                continue
+            share = area / (record.width * record.height)
+            shares[next(name for bound, name in SHARES.items() if share < bound)] += 1
+            sizes[next(name for side, name in SIZES.items() if area < side**2)] += 1
+        for turn in record.turns:
+            asked = len(turn.regions or set(PLACEHOLDER.findall(turn.question)))
+            tasks.setdefault(turn.task, Counter()).update(turns=1, guided=int(turn.guided), regions=asked)
+            words.setdefault(turn.task, Counter())[len(turn.answer.split())] += 1
+
+    def average(lengths: Counter[int]) -> float:
+        return round(sum(length * count for length, count in lengths.items()) / max(1, lengths.total()), 3)
+
+    return {
+        "source": source,
+        "images": len(images - {""}),
+        "regions": counts["regions"],
+        "average_words": average(sum(words.values(), Counter())),
+        "records": counts["records"],
+        "turns": counts["turns"],
+        "tasks": {
+            name: {**tasks[name], "average_words": average(words[name]), "words": dict(sorted(words[name].items()))}
+            for name in sorted(tasks)
+        },
+        "shares": dict(shares),
+        "sizes": dict(sizes),
+        "kinds": dict(kinds.most_common()),
+        "categories": dict(categories.most_common()),
+        "rejects": dict(sorted(rejects.items())),
+    }
 
 
-def table_rows(found: Statistics) -> list[tuple[str, list[list[str]]]]:
+def table_rows(found: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """The statistics as titled tables of strings, each with its header first; what is empty is left out."""
 
     def number(value: float) -> str:
         return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
-    def shared(name: str, parts: Iterable[tuple[str, int]]) -> list[list[str]]:
-        rows = []
-        for part, count in parts:
-            share = count / max(1, found.regions)
+    def shared(name: str, counts: Mapping[str, int]) -> list[list[str]]:
+        rows = [[name, "regions", ""]]
+        for part, count in list(counts.items())[:MOST_CATEGORIES]:
+            share = count / max(1, found["regions"])
             whole, eighths = divmod(round(share * _BAR * 8), 8)
             rows.append([part, f"{count:,}", f"{100 * share:5.1f} %  {'█' * whole}{' ▏▎▍▌▋▊▉'[eighths]}".rstrip()])
-        return [[name, "regions", ""], *rows]
+        if len(counts) > MOST_CATEGORIES:
+            rest = sorted(counts.values())
+            spread = f"of {len(rest):,}: the rarest {rest[0]:,}, half of them up to {rest[len(rest) // 2]:,}"
+            rows.append(["...", "", spread])
+        return rows
 
-    total = found.all_turns
-    numbers = (found.images, found.regions, total.average_words, len(found.categories), found.records, total.turns)
-    tasks = [
-        [name, *map(number, (task.turns, task.guided, task.regions, task.average_words))]
-        for name, task in sorted(found.tasks.items())
-    ]
-    names = (f"small, under {SIDES[0]}² px", f"medium, under {SIDES[1]}² px", f"large, from {SIDES[1]}² px")
-    common = found.categories.most_common(MOST_CATEGORIES)
-    categories = shared("category", common)
-    if len(found.categories) > len(common):
-        rest = sorted(found.categories.values())
-        spread = f"of {len(rest):,}: the rarest {rest[0]:,}, half of them up to {rest[len(rest) // 2]:,}"
-        categories.append(["...", "", spread])
-    areas = [*coarse_shares(found), *([("no area", found.unmeasured)] if found.unmeasured else [])]
     header = ["data set", "images", "regions", "average words", "categories", "records", "turns"]
-    rejects = [[kind, f"{count:,}"] for kind, count in sorted(found.rejects.items())]
+    total = {**found, "average words": found["average_words"], "categories": len(found["categories"])}
+    tasks = [[name, *map(number, list(task.values())[:4])] for name, task in found["tasks"].items()]
     tables = [
-        ("", [header, [found.source, *map(number, numbers)]]),
+        ("", [header, [found["source"], *(number(total[name]) for name in header[1:])]]),
         ("Turns", [["task", "turns", "guided", "regions", "average words"], *tasks]),
-        ("Area of the regions", shared("share of the image", areas)),
-        ("", shared("size as COCO counts", zip(names, found.sizes, strict=True))),
-        ("", shared("kind of region", found.kinds.most_common())),
-        ("Categories", categories),
-        ("Rejects", [["left out by the conversion", "times"], *rejects]),
+        ("Area of the regions", shared("share of the image", found["shares"])),
+        ("", shared("size as COCO counts", found["sizes"])),
+        ("", shared("kind of region", found["kinds"])),
+        ("Categories", shared("category", found["categories"])),
+        ("Rejects", [["left out by the conversion", "times"], *([k, f"{n:,}"] for k, n in found["rejects"].items())]),
     ]
     return [(title, table) for title, table in tables if len(table) > 1]
 
 
-def as_text(found: Statistics) -> str:
+def as_text(found: Mapping[str, Any]) -> str:
     """The statistics as tables for a terminal: words to the left and numbers to the right."""
     blocks = []
     for _, table in table_rows(found):
@@ -238,25 +154,13 @@ def as_text(found: Statistics) -> str:
                 cells.append(f"{cell:>{width}}" if title else cell)
             lines.append("   ".join(cells).rstrip())
         blocks.append("\n".join(lines))
-    if not found.rejects:
+    if not found["rejects"]:
         blocks.append("The conversion left nothing out.")
     return "\n\n".join(blocks)
 
 
-def coarse_shares(found: Statistics) -> list[tuple[str, int]]:
-    """The area histogram in powers of ten."""
-    below, fine = found.shares[0], found.shares[1:]
-    decades = [sum(fine[start : start + 4]) for start in range(0, len(fine), 4)]
-    names = ["under 0.01 %", "0.01 to 0.1 %", "0.1 to 1 %", "1 to 10 %", "10 to 100 %"]
-    return list(zip(names, [below + decades[0], *decades[1:]], strict=True))
-
-
-def plot(found: Statistics, path: Path) -> None:
-    """Write the statistics as a picture of four panels.
-
-    Args:
-        found: To be drawn.
-        path: Of the file; its ending (.png, .svg, .pdf) is the format.
+def plot(found: Mapping[str, Any], path: Path) -> None:
+    """Write the statistics as a picture of four panels, in the format of the file's ending.
 
     Raises:
         ConfigError: matplotlib is missing, or the ending is of no picture.
@@ -264,57 +168,34 @@ def plot(found: Statistics, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise ConfigError("expected matplotlib for --plot, found none; pip install '.[data]'") from None
-    figure = Figure(figsize=(13, 9), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
-    total = found.all_turns
-    figure.suptitle(
-        f"{found.source}: {many(found.records, 'record')}, {many(found.images, 'image')}, "
-        f"{many(found.regions, 'region')}, {many(total.turns, 'turn')}, {total.average_words:.2f} words an answer"
-    )
-    ((areas, words), (tasks, categories)) = figure.subplots(2, 2)
-    colours = [tuple(level / 255 for level in colour) for colour in COLOURS]
-
-    areas.set(title="area of the regions", xlabel="share of the image", ylabel="regions", xscale="log")
-    edges = [SHARE_EDGES[0] / SHARE_EDGES[1] * SHARE_EDGES[0], *SHARE_EDGES]
-    areas.stairs(found.shares, edges, fill=True, color=colours[5])
-    areas.set_xlim(edges[0], 1.02)
-    areas.set_xticks([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1], ["0.001 %", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
-    areas.minorticks_off()
-
-    words.set(title="length of the answers", xlabel="words", ylabel="answers")
-    longest = max(total.words, default=1)
-    width = max(1, math.ceil((longest + 1) / 60))
-    below = np.zeros(longest // width + 1)
-    places = (np.arange(len(below)) + 0.5) * width - 0.5
-    for colour, (name, task) in zip(cycle(colours), sorted(found.tasks.items()), strict=False):
-        heights = np.bincount(np.array(list(task.words)) // width, list(task.words.values()), len(below))
-        words.bar(places, heights, 0.9 * width, bottom=below, color=colour, label=name)
-        below += heights
-    if len(found.tasks) > 1:
-        words.legend(frameon=False)
-
-    tasks.set(title="turns of each task", xlabel="turns")
-    ordered = sorted(found.tasks.items(), key=lambda item: item[1].turns)
-    names, guided = [name for name, _ in ordered], [task.guided for _, task in ordered]
-    tasks.barh(names, guided, color=colours[2], label="with a guided prompt")
-    tasks.barh(names, [task.turns - task.guided for _, task in ordered], left=guided, color=colours[1], label="without")
-    tasks.margins(y=max(0.05, 0.5 - len(names) / 10))
-    tasks.legend(frameon=False, loc="lower right")
-
-    common = found.categories.most_common(MOST_CATEGORIES)[::-1]
-    all_of_them = len(common) == len(found.categories)
-    some = f"the {len(common)} most frequent of {len(found.categories):,} categories"
-    title = some if not all_of_them else "categories" if common else "no categories"
-    categories.set(title=title, xlabel="regions")
-    categories.barh([name for name, _ in common], [count for _, count in common], color=colours[0])
-
-    for axis in (areas.yaxis, words.xaxis, words.yaxis, tasks.xaxis, categories.xaxis):
-        axis.set_major_locator(MaxNLocator(6, integer=True))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axis.axes.spines[["top", "right"]].set_visible(False)
+    lengths = Counter[int]()
+    for task in found["tasks"].values():
+        lengths.update(task["words"])
+    width = max(1, math.ceil((max(lengths, default=0) + 1) / 20))
+    words = Counter[str]()
+    for length in sorted(lengths):
+        first = length // width * width
+        words[str(first) if width == 1 else f"{first} to {first + width - 1}"] += lengths[length]
+    common = dict(list(found["categories"].items())[:MOST_CATEGORIES])
+    some = f"the {len(common)} most frequent of {len(found['categories']):,} categories"
+    panels = {
+        "regions by their share of the image": found["shares"],
+        "answers by their words": words,
+        "turns by task": {name: task["turns"] for name, task in found["tasks"].items()},
+        some if len(common) < len(found["categories"]) else "regions by category": common,
+    }
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    listed = ", ".join(many(found[f"{name}s"], name) for name in ("record", "image", "region", "turn"))
+    figure.suptitle(f"{found['source']}: {listed}, {found['average_words']:.2f} words an answer")
+    for axis, colour, (title, counts) in zip(figure.subplots(2, 2).flat, COLOURS, panels.items(), strict=False):
+        axis.barh(list(counts), list(counts.values()), color=[level / 255 for level in colour])
+        axis.set_title(title)
+        axis.invert_yaxis()
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
     try:
         write_file(path, lambda unfinished: figure.savefig(unfinished, dpi=120))
     except ValueError as error:
@@ -366,32 +247,18 @@ def said(record: Record, seed: int, epoch: int, index: int) -> list[tuple[str, s
 
 
 class Piece(NamedTuple):
-    """What one token stands for, or a few that spell one character together.
-
-    Attributes:
-        text: Decoded.
-        target: Whether it is supervised.
-        ids: Without repeats.
-        kind: ``"image"`` and ``"region"`` stand where an embedding does; ``"special"`` is written by the chat template.
-        tokens: How many they are.
-        region: Number of the region of a ``"region"``.
-    """
+    """What one token stands for, or a few that spell one character together."""
 
     text: str
-    target: bool
-    ids: tuple[int, ...]
-    kind: Literal["text", "special", "image", "region"] = "text"
+    target: bool  # supervised
+    ids: tuple[int, ...]  # without repeats
+    kind: Literal["text", "special", "image", "region"] = "text"  # special: written by the chat template
     tokens: int = 1
-    region: int = 0
+    region: int = 0  # its number
 
 
 def pieces(encoded: Mapping[str, Any], processor: "RegionGPTProcessor") -> list[Piece]:
-    """The tokens of a conversation, decoded one by one.
-
-    Args:
-        encoded: What :meth:`RegionGPTProcessor.encode_conversation` has made, with labels.
-        processor: That made it.
-    """
+    """The tokens that :meth:`RegionGPTProcessor.encode_conversation` has made, decoded one by one."""
     ids, labels = encoded["input_ids"].tolist(), encoded["labels"].tolist()
     tokenizer = processor.tokenizer
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -454,13 +321,13 @@ def terminal(shown: Sequence[Piece], colour: bool) -> str:
 def draw_record(
     record: Record, path: Path | None, dialogue: Sequence[tuple[str, str]] = (), *, names: bool = True
 ) -> "Image":
-    """A record's image with its regions numbered, their categories and, if given, the dialogue beneath.
+    """A record's image with its regions numbered, and the first turns of a dialogue beneath.
 
     Args:
         record: To be drawn.
         path: Of its image.
-        dialogue: Questions and answers; of more than :data:`MOST_TURNS_DRAWN`, the first.
-        names: Whether the categories are written, where there are at most :data:`MOST_CAPTIONS_DRAWN` regions.
+        dialogue: Questions and answers.
+        names: Whether the categories of a few regions are written.
 
     Raises:
         DataError: The record has no image, or it cannot be read, or it is of another size.
@@ -488,7 +355,7 @@ def write_gallery(
     records: RecordSet,
     indices: Sequence[int],
     processor: "RegionGPTProcessor",
-    found: Statistics | None = None,
+    found: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
     epoch: int = 0,
@@ -501,11 +368,8 @@ def write_gallery(
         indices: Of the records to be shown, in this order.
         processor: Of the model to be trained.
         found: Statistics to begin with.
-        seed: Of the wording.
+        seed: Of the wording, with ``epoch``.
         epoch: Likewise.
-
-    Raises:
-        DataError: The page cannot be written.
     """
     write_page(
         path,
@@ -556,10 +420,7 @@ def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple
         processor: Of the model to be trained; its tokenizer and chat template decide what the targets are.
 
     Yields:
-        The id of a record (its place where it has none, or the file name of a shard) and the first of its faults: a
-        shard with other bytes than the manifest says; a record that comes twice; a region that makes no sense or is not
-        there; an answer that is empty or leaves no target; an image that is missing, cannot be read, or is of another
-        size.
+        The id of a record (its place where it has none, or the file name of a shard) and the first of its faults.
     """
     for shard in records.manifest.shards:
         digest = sha256(records.folder / shard["file"])
@@ -568,7 +429,7 @@ def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple
             yield shard["file"], Fault("shard of other content", told)
     ids: set[str] = set()
     size_of = cache(lambda path: load_image(path).size)
-    for index, row in enumerate(progress(_rows(records), "check", "records", len(records))):
+    for index, row in enumerate(progress(records.rows(), "check", "records", len(records))):
         name = str(row.get("id") or f"row {index}")
         try:
             if name in ids:
@@ -670,9 +531,14 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
         print(f"{what} written to {path}", file=sys.stderr if as_json else sys.stdout)
 
     records = RecordSet(folder, options.images)
-    count_all = cache(lambda: statistics(records))
+
+    @cache
+    def count_all() -> dict[str, Any]:
+        rows = progress(records.rows(), "statistics", "records", len(records))
+        return statistics(records.manifest.source, map(Record.from_row, rows), records.manifest.rejects)
+
     if options.plot or not (options.record or options.check):
-        found["statistics"] = count_all().as_dict()
+        found["statistics"] = count_all()
     if not (options.record or options.check):
         tell(as_text(count_all()))
     if options.plot:

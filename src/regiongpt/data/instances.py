@@ -10,9 +10,8 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from hashlib import blake2b
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import unquote
@@ -26,6 +25,7 @@ from regiongpt.data.records import is_below
 from regiongpt.data.shards import CROWD, Fault, Rejects, many
 from regiongpt.data.values import (
     MALFORMED,
+    Corners,
     check_image,
     clipped_box,
     image_name,
@@ -49,7 +49,6 @@ _CROWDS: Final[dict[str | float | None, bool]] = {
 }
 _THIN: Final = "polygon of fewer than three points"
 _LVIS: Final = ("neg_category_ids", "not_exhaustive_category_ids")
-_NONE, _POLYGON, _RLE, _FAULTY = range(4)  # what an annotation has for a mask
 _NO_CLASS: Final = ("_background_", "__background__", "background", "__ignore__")  # as LabelMe begins its categories
 _NO_ID: Final = -(1 << 62)
 _AT_ONCE: Final = 20_000  # polygons that are looked at together
@@ -93,30 +92,20 @@ class Mask(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """An entry of ``annotations`` or of a detector's results, in any of the forms that tools write.
+    """An entry of ``annotations`` or of a detector's results, in any of the forms that tools write."""
 
-    Attributes:
-        id: None where it has none: ids are needed only to refer to an object.
-        image: Id of the image.
-        category: Id of the category.
-        box: x, y, width, height, whatever they are; around the mask where the entry has no box of a size.
-        boxless: Whether the entry has no box of a size.
-        mask: Of the object.
-        crowd: Whether it is a group of objects.
-        area: In px^2, NaN where the entry gives none.
-    """
-
-    id: int | None
+    id: int | None  # needed only to refer to an object
     image: int | None
     category: int | None
-    box: tuple[float, float, float, float] | None
-    boxless: bool
+    box: Corners | None  # x, y, width, height, whatever they are; around the mask where the entry is boxless
+    boxless: bool  # no bbox of a size
     mask: Mask
     crowd: bool
-    area: float
+    area: float  # px^2, NaN where the entry gives none
 
 
 _NO_MASK: Final = Mask()
+_SPOILT: Final = Mask(sound=False)
 
 
 def read_annotation(entry: Any) -> Annotation:
@@ -147,15 +136,12 @@ def read_score(entry: Mapping[str, Any]) -> float | None:
     return None if score is None else float(score)
 
 
-def read_box(value: Any) -> tuple[float, float, float, float] | None:
+def read_box(value: Any) -> Corners | None:
     """The four numbers of a ``bbox``, whatever they are, or None where there are no four."""
     try:
-        x, y, width, height = array("d", value)
+        x, y, width, height = map(float, value)
     except (TypeError, ValueError, OverflowError):
-        try:
-            x, y, width, height = (float(each) for each in value)
-        except (TypeError, ValueError, OverflowError):
-            return None
+        return None
     return x, y, width, height
 
 
@@ -173,10 +159,7 @@ def is_crowd(value: Any) -> bool | None:
 
 
 def read_mask(segmentation: Any) -> Mask:
-    """The mask of an entry: rings, one flat ring, rings of points, RLE with counts as text or numbers, RLE in a list.
-
-    An empty ring is none.
-    """
+    """The mask of an entry: rings, one flat ring, rings of points, RLE, RLE in a list; an empty ring is none."""
     if not segmentation:
         return _NO_MASK
     listed = segmentation if isinstance(segmentation, list) else [segmentation]
@@ -242,16 +225,15 @@ def _names(entry: Mapping[str, Any], url_first: bool = False) -> list[str]:
 
 
 class ImageFinder:
-    r"""The file that an entry of an instances file means.
+    r"""The file that an entry of an instances file means, never one of equal name in another folder.
 
     It is the file below the folder whose whole path ends in the entry's ``file_name``: ``images/1.jpg`` is found in a
     folder that holds ``images``, and in ``images`` itself; ``/`` or ``\`` part folders, and the suffix may be in other
     letters (``1.JPG``). Where no such file is there, that which the ``coco_url`` ends in, with the last of its folders
-    or, if the file has one image of the name, without. So images of equal names in different folders are never mixed
-    up, and a path that leaves the folder is none.
+    or, if the file has one image of the name, without.
 
     Args:
-        entries: All of the file, each a mapping with ``file_name`` or ``coco_url``.
+        entries: All of the file.
         folder: Of the images; None takes the likeliest name without a look.
         url_first: The address is likelier than the file name, as with LVIS.
     """
@@ -301,13 +283,8 @@ def entry_of(images: Sequence[Any], image: str | Path, file: str) -> Mapping[str
     It is the one whose name shares the most of the image's path from its end, at least the last part; a copy that
     Roboflow renamed (``1_jpg.rf.HASH.jpg``) is that of ``1.jpg`` if there is but one.
 
-    Args:
-        images: The file's ``images``.
-        image: Path of the image.
-        file: What messages call the file.
-
     Raises:
-        DataError: None is called so, or several are.
+        DataError: None is called so, or several are; the message calls the file ``file``.
     """
     path = PurePosixPath(Path(image).absolute().as_posix())
     found: dict[tuple[bool, int, bool, bool], list[Mapping[str, Any]]] = {}
@@ -344,10 +321,19 @@ def _original(entry: Mapping[str, Any], name: str) -> str:
 # A whole file
 
 
-class InstancesFile:
-    """The images, objects and category names of one file, in columns; what cannot be used is left out and noted.
+class _Object(NamedTuple):
+    """An annotation that can be used."""
 
-    A million objects fit as numbers where their JSON would not.
+    place: int  # of its image
+    id: int
+    category: int
+    box: Corners
+    area: float
+    crowd: bool
+
+
+class InstancesFile:
+    """The images, objects and category names of one file; what cannot be used is left out and noted.
 
     Args:
         path: Of the json.
@@ -393,20 +379,12 @@ class InstancesFile:
     ) -> None:
         self.path = path
         self._rejects, self._shapes, self._crowds = rejects, shapes, crowds
-        self._folder, self._check, self._url_first = folder, check, url_first
-        self._wanted, self._known = wanted, known
-        self.names: dict[int, str] = {}
+        self._folder, self._check, self._wanted, self._known = folder, check, wanted, known
         self._texts: dict[int, str] = {}  # of ids that are text
-        self._roots: set[int] = set()
-        self._headings: set[str] = set()
-        self._frequency: dict[int, Any] = {}
-        self._entries: dict[int, dict[str, Any]] = {}
-        self._left_out: set[int] = set()
-        self._ids, self._image_ids, self._category_ids = array("q"), array("q"), array("q")
-        self._boxes, self._areas, self._crowd, self._mask = array("d"), array("d"), array("b"), array("b")
-        self._rle: dict[int, dict[str, Any]] = {}
-        self._boxless: set[int] = set()
-        self._points, self._ring_ends, self._first_ring = array("d"), array("q", [0]), array("q", [0])
+        self._categories: dict[int, dict[str, Any]] = {}
+        self._entries: dict[int, dict[str, Any]] = {}  # of images
+        self._left_out: set[int] = set()  # images
+        self._rows: list[tuple[int, int, int, Corners, Annotation]] = []
         breaks = rejects.counts[TRUNCATED]
         readers = {"images": self._read_image, "annotations": self._read_annotation, "categories": self._read_category}
         counts = dict.fromkeys(readers, 0)
@@ -416,18 +394,26 @@ class InstancesFile:
             except Fault as fault:
                 rejects.add(fault.kind, path, f"{key}[{counts[key]}]", fault.reason)
             counts[key] += 1
-        if not self.names and rejects.counts[TRUNCATED] > breaks:
+        if not self._categories and rejects.counts[TRUNCATED] > breaks:
             if not official:
                 raise DataError(f"{path}: breaks off before its categories: {rejects.last}")
             log.warning("%s: breaks off before its categories; the official ids are taken", path)
-            self.names = dict(official)
+            self._categories = {number: {"name": name} for number, name in official.items()}
         self._settle_categories()
-        self._settle_images()
+        self._settle_images(url_first)
         self._settle_objects()
 
     def name_of(self, number: int) -> int | str:
         """An id as the file has it; ``annotations[7]`` for an object without one."""
         return self._texts.get(number, number) if number >= 0 else f"annotations[{number - _NO_ID}]"
+
+    def mask(self, index: int) -> Region | None:
+        """The mask of one of the objects, as the file has it: polygons or RLE; None without a sound one."""
+        return self._masks[index].region()
+
+    def rings(self, index: int) -> list[NDArray[np.float64]]:
+        """The rings of one of the objects, each (N, 2) x and y in pixels; none unless it has sound polygons."""
+        return [np.reshape(ring, (-1, 2)) for ring in self._masks[index].rings]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Entry by entry
@@ -444,16 +430,12 @@ class InstancesFile:
     def _read_category(self, entry: Any, place: int) -> None:
         number = self._number(entry, "id and name")
         name = plain_text(entry.get("name"), "category name")
-        if self.names.setdefault(number, name) != name:
+        known = self._categories.setdefault(number, {**entry, "name": name})["name"]
+        if known != name:
             raise DataError(
-                f"{self.path}: expected one name for category {number}, got {self.names[number]!r} and {name!r}; "
+                f"{self.path}: expected one name for category {number}, got {known!r} and {name!r}; "
                 "give the file as it was released"
             )
-        if (above := entry.get("supercategory")) in (None, "", "none"):
-            self._roots.add(number)
-        elif above != name:
-            self._headings.add(str(above))
-        self._frequency[number] = entry.get("frequency")
 
     def _read_image(self, entry: Any, place: int) -> None:
         number = self._number(entry, "an image's id")
@@ -475,50 +457,38 @@ class InstancesFile:
         for number, key in ((row.id, "id"), (row.image, "image_id"), (row.category, "category_id")):
             if number is not None and number >> 62:
                 self._texts[number] = entry[key]
-        index, mask = len(self._ids), row.mask
-        self._ids.append(_NO_ID + place if row.id is None else row.id)
-        self._image_ids.append(row.image)
-        self._category_ids.append(row.category)
-        self._boxes.extend(row.box)
-        self._areas.append(row.area)
-        self._crowd.append(row.crowd and self._crowds != "take")
+        own_id = _NO_ID + place if row.id is None else row.id
+        mask = row.mask
         for fault in mask.faults:
-            self._leave_out(index, fault.kind, fault.reason if fault.kind == _THIN else f"{fault.reason}; {self._then}")
-        self._mask.append(_FAULTY if not mask.sound else _POLYGON if mask.rings else _RLE if mask.rle else _NONE)
-        if mask.rle is not None:
-            # Without masks only their size is held against the image's.
-            self._rle[index] = mask.rle if self._shapes != "box" else {"size": mask.rle.get("size")}
-            if row.boxless:
-                self._boxless.add(index)
-        elif self._shapes != "box":
-            for ring in mask.rings:
-                self._points.extend(ring)
-                self._ring_ends.append(len(self._points) // 2)
-        self._first_ring.append(len(self._ring_ends) - 1)
+            self._leave_out(own_id, fault, self._then if fault.kind != _THIN else "")
+        if self._shapes == "box":  # of masks, only the size of RLE is held against the image's
+            mask = Mask(rle={"size": mask.rle.get("size")}) if mask.rle else _NO_MASK
+        self._rows.append((own_id, row.image, row.category, row.box, row._replace(mask=mask)))
 
     # -----------------------------------------------------------------------------------------------------------------
     # All together
 
     def _settle_categories(self) -> None:
         """Leaves out headings, and has one id stand for a name."""
-        column = _column(self._category_ids)
-        used = set(np.unique(column).tolist())
-        # Roboflow begins with a root category that no annotation has.
-        ranked = sorted(self.names, key=lambda number: (number not in used, number))
+        used = {row.category for *_, row in self._rows}
+        above = {number: entry.get("supercategory") for number, entry in self._categories.items()}
+        headings = {str(above[number]) for number, entry in self._categories.items() if above[number] != entry["name"]}
         first: dict[str, int] = {}
-        for number in ranked:
-            first.setdefault(self.names[number], number)
-        for number, name in list(self.names.items()):
-            if first[name] != number:
-                if number in used:
-                    told = "%s: categories %s and %s are both called %r and count as one"
-                    log.warning(told, self.path, self.name_of(first[name]), self.name_of(number), name)
-                    column[column == number] = first[name]
-                del self.names[number]
-            elif number not in used and (name in _NO_CLASS or (number in self._roots and name in self._headings)):
-                del self.names[number]
+        self._alias: dict[int, int] = {}
+        # Roboflow begins with a root category that no annotation has.
+        for number in sorted(self._categories, key=lambda number: (number not in used, number)):
+            name = self._categories[number]["name"]
+            is_root = above[number] in (None, "", "none") and name in headings
+            if name in first and number in used:
+                told = "%s: categories %s and %s are both called %r and count as one"
+                log.warning(told, self.path, self.name_of(first[name]), self.name_of(number), name)
+            if name in first or number in used or not (is_root or name in _NO_CLASS):
+                self._alias[number] = first.setdefault(name, number)
+        self.names = {
+            number: entry["name"] for number, entry in self._categories.items() if self._alias.get(number) == number
+        }
 
-    def _settle_images(self) -> None:
+    def _settle_images(self, url_first: bool) -> None:
         """Finds the images' files, and leaves out images that cannot be used."""
         absent, partly = (
             {
@@ -529,11 +499,11 @@ class InstancesFile:
             for key in _LVIS
         )
         is_lvis = 0 < len(self._entries) == len(absent) == len(partly)
-        frequency = {number: self._frequency.get(number) for number in self.names}
+        frequency = {number: self._categories[number].get("frequency") for number in self.names}
         self.federated: dict[str, Any] | None = None
         if is_lvis and set(frequency.values()) <= {"r", "c", "f"}:
             self.federated = {"absent": absent, "partly": partly, "frequency": frequency}
-        finder = ImageFinder(list(self._entries.values()), self._folder, self._url_first or is_lvis)
+        finder = ImageFinder(list(self._entries.values()), self._folder, url_first or is_lvis)
         frames: dict[int, tuple[int, int, str]] = {}
         for number, entry in self._entries.items():
             try:
@@ -568,152 +538,106 @@ class InstancesFile:
 
     def _settle_objects(self) -> None:
         """Holds the annotations against the images and categories, and puts what is sound in order."""
-        ids, image_ids, categories = (_column(column) for column in (self._ids, self._image_ids, self._category_ids))
-        found = np.searchsorted(self.images, image_ids)
-        self._places = places = np.minimum(found, max(len(self.images) - 1, 0))
-        absent = (self.images[places] != image_ids) if len(self.images) else np.ones(len(ids), bool)
-        repeated = np.ones(len(ids), bool)
-        repeated[np.unique(ids, return_index=True)[1]] = False
-        unnamed = ~np.isin(categories, list(self.names))
-        given = _column(self._boxes).reshape(-1, 4)
-        boxes, bad_box = self._clip(given, absent)
-        for k in self._boxless:
-            bad_box[k] |= not absent[k] and not self._fits(k)
-        bad = absent | repeated | unnamed | bad_box
-        for k in np.flatnonzero(bad).tolist():
-            image, category = self.name_of(self._image_ids[k]), self.name_of(self._category_ids[k])
-            if absent[k] and self._image_ids[k] in self._left_out:
-                self._leave_out(k, "annotation of an image left out", f"expected a usable image, got {image}")
-            elif absent[k]:
-                self._leave_out(k, "annotation of an absent image", f"expected an image of the file, got {image}")
-            elif repeated[k]:
-                self._leave_out(k, "duplicate id", "expected each annotation once, got its id again")
-            elif unnamed[k]:
-                self._leave_out(k, "unknown category", f"expected a category of the file, got {category}")
-            elif k in self._boxless:
-                self._leave_out(k, "RLE of another size", "expected the size of its image, or a bbox")
-            else:
-                box = given[k].tolist()
-                with self._rejects.noting(self.path, self.name_of(self._ids[k])):
-                    clipped_box(box, *self._size(k))
-                    # Rounding of the columns and of single numbers differ by the last bit.
-                    raise Fault("box outside the image", f"expected an area in its image, got {short(box)}")
-        self.faulty = set(ids[bad & ~absent].tolist())
-        crowd = _column(self._crowd) != 0
-        areas = _column(self._areas)
+        places = {number: place for place, number in enumerate(self.images.tolist())}
+        sizes = list(zip(self.widths.tolist(), self.heights.tolist(), strict=True))
+        seen: set[int] = set()
+        self.faulty: set[int] = set()
         self.groups: list[tuple[int, int, list[float], float]] = []
-        for k in np.flatnonzero(crowd & ~bad).tolist() if self._crowds == "leave out" else ():
-            self._leave_out(k, CROWD, "expected one object, got a group; --crowds takes it")
-            self.groups.append((int(image_ids[k]), int(categories[k]), given[k].tolist(), float(areas[k])))
-        self._mask_kinds = _column(self._mask).copy()
-        kept = np.flatnonzero(~bad & ~crowd if self._crowds == "leave out" else ~bad)
-        if self._crowds != "keep":
-            self._check_rle(kept)
+        found: list[tuple[_Object, Mask]] = []
+        for number, image, given, bbox, row in self._rows:
+            repeated = number in seen
+            seen.add(number)
+            place, category, mask = places.get(image, -1), self._alias.get(given, -1), row.mask
+            width, height = sizes[place] if place >= 0 else (0, 0)
+            fits = mask.rle is None or mask.rle.get("size") == [height, width]
+            try:
+                if place < 0:
+                    absent = "an image left out" if image in self._left_out else "an absent image"
+                    raise Fault(f"annotation of {absent}", f"expected a usable image, got {self.name_of(image)}")
+                if repeated:
+                    raise Fault("duplicate id", "expected each annotation once, got its id again")
+                if category not in self.names:
+                    raise Fault("unknown category", f"expected a category of the file, got {self.name_of(given)}")
+                if row.boxless and not fits:
+                    raise Fault("RLE of another size", "expected the size of its image, or a bbox")
+                box = clipped_box(bbox, width, height)
+            except Fault as fault:
+                self._leave_out(number, fault)
+                self.faulty.update([number] if place >= 0 else [])
+                continue
+            if row.crowd and self._crowds == "leave out":
+                self._leave_out(number, Fault(CROWD, "expected one object, got a group; --crowds takes it"))
+                self.groups.append((image, category, list(bbox), row.area))
+                continue
+            if mask.rle and not fits and self._crowds != "keep":
+                reason = f"expected the size {[height, width]} of its image, got {short(mask.rle.get('size'))}"
+                self._leave_out(number, Fault("RLE of another size", reason), self._then)
+                mask = _SPOILT
+            crowd = row.crowd and self._crowds == "keep"
+            found.append((_Object(place, number, category, box, row.area, crowd), mask))
+        self._rows.clear()
         if self._shapes != "box":
-            self._check_polygons(kept)
-        if self._shapes == "mask":
-            for k in kept[self._mask_kinds[kept] == _NONE].tolist():
-                self._leave_out(k, "object without a mask", "expected a mask, got a box alone; convert boxes, or both")
-            kept = kept[np.isin(self._mask_kinds[kept], (_POLYGON, _RLE))]
-        self._kept = kept = kept[np.lexsort((ids[kept], places[kept]))]
-        self.ids, self.places, self.categories, self.boxes = ids[kept], places[kept], categories[kept], boxes[kept]
-        self.areas, self.crowd = areas[kept], crowd[kept]
+            found = self._with_sound_masks(found, sizes)
+        found.sort(key=lambda each: each[0][:2])
+        self._masks = [mask for _, mask in found]
+        columns = [list(column) for column in zip(*(each for each, _ in found), strict=True)] or [[]] * 6
+        self.places, self.ids, self.categories = (np.array(column, np.int64) for column in columns[:3])
+        self.boxes = np.array(columns[3], np.float64).reshape(-1, 4)
+        self.areas, self.crowd = np.array(columns[4], np.float64), np.array(columns[5], bool)
 
-    def _leave_out(self, k: int, kind: str, reason: str) -> None:
-        self._rejects.add(kind, self.path, self.name_of(self._ids[k]), reason)
-
-    def _size(self, k: int) -> tuple[int, int]:
-        """Width and height of an annotation's image."""
-        return int(self.widths[self._places[k]]), int(self.heights[self._places[k]])
-
-    def _fits(self, k: int) -> bool:
-        """Whether RLE has the size of its image."""
-        return bool(self._rle[k].get("size") == [*self._size(k)][::-1])
-
-    def _clip(
-        self, given: NDArray[np.float64], absent: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Boxes as xyxy within their images, and which of them are none."""
-        boxes = np.column_stack((given[:, :2], given[:, :2] + given[:, 2:]))
-        bad = ~np.isfinite(given).all(axis=1) | (given[:, 2:] <= 0).any(axis=1)
-        if len(self.images):
-            limits = np.column_stack((self.widths, self.heights))[self._places]
-            boxes = np.clip(boxes, 0.0, np.hstack((limits, limits)))
-        with np.errstate(invalid="ignore", over="ignore"):
-            bad |= ~(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) >= MIN_AREA)
-        return boxes, bad & ~absent
-
-    def _spoil_mask(self, k: int, kind: str, reason: str) -> None:
-        """Notes that an object has no mask that can be used."""
-        self._mask_kinds[k] = _FAULTY
-        self._leave_out(k, kind, f"{reason}; {self._then}")
+    def _leave_out(self, number: int, fault: Fault, then: str = "") -> None:
+        self._rejects.add(
+            fault.kind, self.path, self.name_of(number), f"{fault.reason}; {then}" if then else fault.reason
+        )
 
     @property
     def _then(self) -> str:
         return "the object is left out" if self._shapes == "mask" else "its box is kept"
 
-    def _check_mask(self, k: int, kind: Callable[[Any], Region], value: Any) -> None:
-        try:
-            kind(value).check(*self._size(k), "mask")
-        except RegionError as error:
-            self._spoil_mask(k, "mask that makes no sense", str(error))
+    def _with_sound_masks(
+        self, found: list[tuple[_Object, Mask]], sizes: list[tuple[int, int]]
+    ) -> list[tuple[_Object, Mask]]:
+        """The objects, those of masks that make no sense without them, or left out where masks alone are wanted."""
+        sound: list[tuple[_Object, Mask]] = []
+        for start in range(0, len(found), _AT_ONCE):
+            part = found[start : start + _AT_ONCE]
+            clear = _clear_polygons([(mask.rings, sizes[each.place]) for each, mask in part])
+            for (each, mask), is_clear in zip(part, clear, strict=True):
+                try:
+                    region = None if is_clear else mask.region()
+                    if region is not None:
+                        region.check(*sizes[each.place], "mask")
+                except RegionError as error:
+                    self._leave_out(each.id, Fault("mask that makes no sense", str(error)), self._then)
+                    mask = _SPOILT
+                has_mask = mask.rle is not None or bool(mask.rings)
+                if self._shapes == "mask" and not has_mask and mask.sound:
+                    reason = "expected a mask, got a box alone; convert boxes, or both"
+                    self._leave_out(each.id, Fault("object without a mask", reason))
+                if self._shapes != "mask" or has_mask:
+                    sound.append((each, mask))
+        return sound
 
-    def _check_rle(self, kept: Indices) -> None:
-        for k in kept[self._mask_kinds[kept] == _RLE].tolist():
-            if not self._fits(k):
-                expected, got = [*self._size(k)][::-1], short(self._rle[k].get("size"))
-                self._spoil_mask(k, "RLE of another size", f"expected the size {expected} of its image, got {got}")
-            elif self._shapes != "box":
-                self._check_mask(k, Region.rle, self._rle[k])
 
-    def _check_polygons(self, kept: Indices) -> None:
-        """Finds polygons without area in their image: many at a time, and one by one where that leaves a doubt."""
-        kept = kept[self._mask_kinds[kept] == _POLYGON]
-        points = _column(self._points).reshape(-1, 2)
-        first, ends = _column(self._first_ring), _column(self._ring_ends)
-        for start in range(0, len(kept), _AT_ONCE):
-            part = kept[start : start + _AT_ONCE]
-            # The first ring alone is looked at: if it is sound and inside, so is the whole.
-            begin, lengths = ends[first[part]], np.diff(ends)[first[part]]
-            owners = np.repeat(np.arange(len(part)), lengths)
-            steps = np.arange(len(owners)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            drawn = shapely.polygons(shapely.linearrings(points[begin[owners] + steps], indices=owners))
-            bounds = shapely.bounds(drawn)
-            limits = np.column_stack((self.widths, self.heights))[self._places[part]]
-            inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2:] <= limits).all(axis=1)
-            sound = inside & (shapely.area(drawn) >= 2 * MIN_AREA) & shapely.is_valid(drawn)
-            for k in part[~sound].tolist():
-                self._check_mask(k, Region.polygon, self._rings(k))
+def _clear_polygons(drawn: "Sequence[tuple[Sequence[array[float]], tuple[int, int]]]") -> NDArray[np.bool_]:
+    """Which masks are polygons that make sense beyond doubt in an image of that size, many at a time.
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # What is asked for
-
-    def mask(self, index: int) -> Region | None:
-        """The mask of one of the objects, as the file has it: polygons or RLE; None without a sound one."""
-        k = int(self._kept[index])
-        if self._mask_kinds[k] == _RLE:
-            return Region.rle(self._rle[k])
-        rings = self.rings(index)
-        return Region.polygon(rings) if rings else None
-
-    def rings(self, index: int) -> list[NDArray[np.float64]]:
-        """The rings of one of the objects, each (N, 2) x and y in pixels; none unless it has sound polygons."""
-        k = int(self._kept[index])
-        return self._rings(k) if self._mask_kinds[k] == _POLYGON else []
-
-    def _rings(self, k: int) -> list[NDArray[np.float64]]:
-        ends = self._ring_ends[self._first_ring[k] : self._first_ring[k + 1] + 1]
-        points = _column(self._points)
-        return [points[2 * begin : 2 * end].reshape(-1, 2) for begin, end in pairwise(ends)]
+    The first ring alone is looked at: if it is sound and inside, so is the whole.
+    """
+    clear = np.zeros(len(drawn), bool)
+    chosen = [k for k, (rings, _) in enumerate(drawn) if rings]
+    if chosen:
+        first = [np.reshape(drawn[k][0][0], (-1, 2)) for k in chosen]
+        owners = np.repeat(np.arange(len(first)), [len(ring) for ring in first])
+        polygons = shapely.polygons(shapely.linearrings(np.concatenate(first), indices=owners))
+        bounds, limits = shapely.bounds(polygons), np.array([drawn[k][1] for k in chosen])
+        inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2:] <= limits).all(axis=1)
+        clear[chosen] = inside & (shapely.area(polygons) >= 2 * MIN_AREA) & shapely.is_valid(polygons)
+    return clear
 
 
 def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
-    """Captions of whole images with their ids, by image, in the order of their ids.
-
-    Args:
-        paths: Captions files in COCO's format.
-        images: Ids of the images that can be used.
-        rejects: Where what cannot be used is noted.
+    """Captions of usable images with their ids, by image, in the order of their ids, from files in COCO's format.
 
     Raises:
         DataError: A file is of another format, or all its captions are of other images.
@@ -742,8 +666,3 @@ def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> 
                 "give files that belong together"
             )
     return {image: sorted(found) for image, found in captions.items()}
-
-
-def _column(values: "array[Any]") -> NDArray[Any]:
-    """The numbers of an array without a copy."""
-    return np.frombuffer(values, values.typecode) if len(values) else np.zeros(0, values.typecode)

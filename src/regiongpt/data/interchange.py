@@ -1,13 +1,8 @@
-"""Records and regions to and from what other tools read and write.
-
-COCO json is written here and read by the converter ``coco``; Label Studio, LabelMe and CVAT export it too. The
-``Detections`` of supervision are read as records. Masks come and go as PNG or RLE.
-"""
+"""Regions and records to and from what other tools read and write: COCO json, masks as PNG or RLE, supervision."""
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +12,23 @@ from pycocotools import mask as coco_mask
 
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.errors import DataError
+from regiongpt.images import open_image
 from regiongpt.regions import Region
 from regiongpt.storage import write_file
-
-__all__ = [
-    "mask_png",
-    "mask_rle",
-    "read_label_png",
-    "read_mask_png",
-    "record_of_detections",
-    "regions_of_detections",
-    "write_coco",
-]
 
 UNNAMED = "region"
 """The category of a region without one: a COCO annotation must have one."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# COCO json
-
-
 def write_coco(records: Iterable[Record], path: str | Path) -> dict[str, int]:
-    """Writes the regions of records as COCO instances json, which pycocotools and the converter ``coco`` read.
+    """Write the regions of records as COCO instances, which pycocotools and the source ``coco`` read.
 
     Boxes and polygons stay what they are; every other region becomes RLE. Several records of one image share its entry,
-    and a region that they share (same id in the source, same outline and category) is written once. What is said of a
-    region has no place in the format and is left out. Annotations are written as they come, so memory stays small.
+    and a region that they share (same id in the source, same outline and category) is written once. Turns, and records
+    without an image, are left out. Annotations are written as they come, so memory stays small.
 
     Args:
-        records: Those without an image are passed over.
+        records: In any order.
         path: Of the json; appears when it is whole.
 
     Returns:
@@ -72,11 +54,10 @@ def write_coco(records: Iterable[Record], path: str | Path) -> dict[str, int]:
                     category = categories.setdefault(each.category or UNNAMED, len(categories) + 1)
                     drawn = each.region.to_coco(record.width, record.height)
                     key = (image["id"], each.source_id, each.category, json.dumps(drawn))
-                    if key in written:
-                        continue
-                    head = {"id": len(written) + 1, "image_id": image["id"], "category_id": category, "iscrowd": 0}
-                    file.write("," * bool(written) + "\n" + json.dumps(head | drawn))
-                    written.add(key)
+                    if key not in written:
+                        head = {"id": len(written) + 1, "image_id": image["id"], "category_id": category, "iscrowd": 0}
+                        file.write("," * bool(written) + "\n" + json.dumps(head | drawn))
+                        written.add(key)
             listed = [{"id": number, "name": name} for name, number in categories.items()]
             rest = {"images": list(images.values()), "categories": listed}
             file.write(f"\n], {json.dumps(rest, ensure_ascii=False)[1:]}\n")
@@ -85,20 +66,11 @@ def write_coco(records: Iterable[Record], path: str | Path) -> dict[str, int]:
     return {"images": len(images), "annotations": len(written), "categories": len(categories)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-
-
 def mask_rle(region: Region, width: int, height: int) -> dict[str, Any]:
     """Any region as COCO's RLE, ``{"size": [H, W], "counts": "..."}``; :meth:`Region.rle` is the way back.
 
-    Args:
-        region: To encode; of one that is no mask, the pixels whose centre is in it.
-        width: Of the image in pixels.
-        height: Of the image in pixels.
-
     Raises:
-        RegionError: It makes no sense in the image.
+        RegionError: It makes no sense in an image of this width and height in pixels.
     """
     coded = coco_mask.encode(np.asfortranarray(region.to_mask(width, height), dtype=np.uint8))
     return {"size": [height, width], "counts": coded["counts"].decode("ascii")}
@@ -107,13 +79,8 @@ def mask_rle(region: Region, width: int, height: int) -> dict[str, Any]:
 def mask_png(region: Region, width: int, height: int) -> bytes:
     """Any region as a PNG file of 8-bit grey, 255 inside and 0 outside; :func:`read_mask_png` is the way back.
 
-    Args:
-        region: To draw; of one that is no mask, the pixels whose centre is in it.
-        width: Of the image in pixels.
-        height: Of the image in pixels.
-
     Raises:
-        RegionError: It makes no sense in the image.
+        RegionError: It makes no sense in an image of this width and height in pixels.
     """
     drawn = io.BytesIO()
     Image.fromarray(np.where(region.to_mask(width, height), 255, 0).astype(np.uint8)).save(drawn, "PNG")
@@ -121,51 +88,13 @@ def mask_png(region: Region, width: int, height: int) -> bytes:
 
 
 def read_mask_png(source: str | Path | bytes) -> Region:
-    """The region of a mask's PNG: every pixel that is not 0.
-
-    Args:
-        source: A file or its bytes, in black and white, grey or colours of a palette.
+    """The region of a mask's file or its bytes, by the rules of :meth:`Region.mask`.
 
     Raises:
-        DataError: It is no such image, or holds several masks.
+        DataError: It is no image.
+        RegionError: It is no mask of one object.
     """
-    labels = read_label_png(source)
-    if len(labels) > 1:
-        raise DataError(
-            f"{_name(source)}: expected a mask of one value beside 0, got the values {sorted(labels)[:5]}; "
-            "read it with read_label_png"
-        )
-    if not labels:
-        raise DataError(f"{_name(source)}: expected a mask with at least one set pixel, got none")
-    return next(iter(labels.values()))
-
-
-def read_label_png(source: str | Path | bytes) -> dict[int, Region]:
-    """The masks of a PNG in which each value but 0 marks another object.
-
-    Args:
-        source: A file or its bytes, in black and white, grey of 8 or 16 bits or colours of a palette.
-
-    Raises:
-        DataError: It is no such image.
-    """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            mode, values = image.mode, np.array(image)
-    except Exception as error:  # decoders raise nearly every built-in exception on broken data
-        raise DataError(f"{_name(source)}: expected a PNG of masks, got {error}; check the file") from None
-    if values.ndim != 2 or values.dtype.kind not in "bui":
-        raise DataError(f"{_name(source)}: expected one channel of grey or a palette, got mode {mode}; convert it")
-    return {int(value): Region.mask(values == value) for value in np.unique(values) if value != 0}
-
-
-def _name(source: str | Path | bytes) -> str:
-    return "mask" if isinstance(source, bytes) else Path(source).name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# supervision
+    return Region.mask(open_image(source)[1])
 
 
 def regions_of_detections(detections: Any, names: Mapping[int, str] | None = None) -> tuple[RecordRegion, ...]:
@@ -190,14 +119,11 @@ def regions_of_detections(detections: Any, names: Mapping[int, str] | None = Non
     for number, box in enumerate(boxes.tolist()):
         mask = None if masks is None else np.asarray(masks[number])
         region = Region.box(*box) if mask is None or not mask.any() else Region.mask(mask)
-        if given is not None:
-            name = str(given[number])
-        elif classes is None or names is None:
-            name = ""
-        elif int(classes[number]) in names:
+        name = "" if given is None else str(given[number])
+        if given is None and classes is not None and names is not None:
+            if int(classes[number]) not in names:
+                raise DataError(f"detection {number}: expected a class of {sorted(names)[:8]}, got {classes[number]}")
             name = names[int(classes[number])]
-        else:
-            raise DataError(f"detection {number}: expected a class among {sorted(names)[:8]}, got {classes[number]}")
         regions.append(RecordRegion(region=region, category=name, source_id=str(number)))
     return tuple(regions)
 
@@ -218,31 +144,23 @@ def record_of_detections(
         DataError: A detection has no name, or there is none.
         RegionError: A box or mask makes no sense in the image.
     """
-    regions = tuple(
-        replace(each, region=_within(each.region, width, height, f"detection {number}"))
-        for number, each in enumerate(regions_of_detections(detections, names))
-    )
+    regions, turns = [], []
+    for number, each in enumerate(regions_of_detections(detections, names)):
+        if not each.category:
+            raise DataError(f"detection {number}: expected the name of its class, got none; pass names")
+        region = each.region.check(width, height, f"detection {number}")
+        if region.kind == "box":
+            region = Region.box(*region.bounds(width, height))
+        regions.append(RecordRegion(region=region, category=each.category, source_id=each.source_id))
+        turns.append(Turn(task="classify", regions=(number + 1,), answer=each.category))
     record = Record(
         id=f"detections/{image}",
         source="detections",
         image=image,
         width=width,
         height=height,
-        regions=regions,
-        turns=tuple(_asked(regions)),
+        regions=tuple(regions),
+        turns=tuple(turns),
     )
     record.check()
     return record
-
-
-def _within(region: Region, width: int, height: int, name: str) -> Region:
-    """A box clipped to the image, as records have them; RegionError for a region that makes no sense there."""
-    region.check(width, height, name)
-    return Region.box(*region.bounds(width, height)) if region.kind == "box" else region
-
-
-def _asked(regions: tuple[RecordRegion, ...]) -> Iterator[Turn]:
-    for number, each in enumerate(regions, 1):
-        if not each.category:
-            raise DataError(f"detection {number - 1}: expected the name of its class, got none; pass names")
-        yield Turn(task="classify", regions=(number,), answer=each.category)

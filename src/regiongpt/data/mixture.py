@@ -1,18 +1,6 @@
 """Several folders of records as one list without an end, in an order that the seed and the epoch alone decide.
 
-A mixture is a TOML file::
-
-    [[parts]]
-    records = "coco"        # a folder that `regiongpt convert` wrote, relative to the root
-    cap = 20000             # at most so many of its records an epoch
-
-    [[parts]]
-    records = "captions"
-    images = "photos"       # in place of the images' folder that the conversion noted
-    weight = 2.0            # passes over its records in one epoch
-
-Nothing depends on what was drawn before, so that a run which goes on from step k sees what an uninterrupted one would.
-
+Nothing depends on what was drawn before: a run that resumes at step k sees what an uninterrupted one would.
 Paper: §3.2, §4
 """
 
@@ -62,11 +50,10 @@ class MixtureConfig(Settings):
 
 
 def read_mixture(path: str | Path) -> MixtureConfig:
-    """Read a mixture's file.
+    """Read a mixture's TOML file.
 
     Raises:
-        ConfigError: It is missing or not TOML; a key is unknown (the message names the nearest one); a value is of
-            another type or out of range.
+        ConfigError: It is missing or not TOML; a key is unknown; a value is of another type or out of range.
     """
     values = read_toml(Path(path))
     try:
@@ -92,10 +79,7 @@ def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path
     if path.is_dir():
         Manifest.read(path)
         if root:
-            raise ConfigError(
-                f"root: the paths of a mixture's file are relative to it, but {path} is one folder of records; "
-                "leave it out"
-            )
+            raise ConfigError(f"root: {path} is one folder of records; leave it out")
         return [(path, None, Part(records=str(path)))]
     if not path.exists():
         raise DataError(f"{path}: no such folder of records or mixture file; make one with `regiongpt convert`")
@@ -114,16 +98,11 @@ def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path
 
 
 def open_mixture(path: str | Path, root: str | Path = "", seed: int = 0) -> "Mixture":
-    """Open the records of a mixture.
-
-    Args:
-        path: As for :func:`find_parts`.
-        root: As for :func:`find_parts`.
-        seed: Of the order.
+    """Open the records of a mixture; the seed decides their order.
 
     Raises:
         ConfigError: As for :func:`find_parts`.
-        DataError: As for :func:`find_parts`; a part's shards are damaged.
+        DataError: Likewise; or a part's shards are damaged.
     """
     parts = find_parts(path, root)
     return Mixture(
@@ -132,13 +111,7 @@ def open_mixture(path: str | Path, root: str | Path = "", seed: int = 0) -> "Mix
 
 
 class MixturePart:
-    """The records of one part, and how many of them make an epoch.
-
-    Args:
-        records: The records.
-        weight: As in :class:`Part`.
-        cap: As in :class:`Part`.
-    """
+    """The records of one part, and how many of them make an epoch by its weight and cap."""
 
     def __init__(self, records: RecordSet, weight: float = 1.0, cap: int = 0) -> None:
         self.records = records
@@ -159,13 +132,7 @@ class MixturePart:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """One item of a mixture.
-
-    Attributes:
-        records: The part's records.
-        index: Which of them.
-        times: How often that record has come before.
-    """
+    """One item of a mixture: a record of a part, by its place, and how often it has come before."""
 
     records: RecordSet
     index: int
@@ -210,16 +177,9 @@ class Mixture:
 
     def identity(self) -> dict[str, Any]:
         """What decides the order and the records: to know a mixture by, wherever its folders lie."""
-        return {
-            "seed": self.seed,
-            "parts": [
-                {
-                    "records_per_epoch": part.per_epoch,
-                    "shards": [shard["sha256"] for shard in part.records.manifest.shards],
-                }
-                for part in self.parts
-            ],
-        }
+        parts = [(part.per_epoch, part.records.manifest.shards) for part in self.parts]
+        listed = [{"records_per_epoch": n, "shards": [shard["sha256"] for shard in shards]} for n, shards in parts]
+        return {"seed": self.seed, "parts": listed}
 
     def report(self) -> str:
         """One line: what an epoch holds."""

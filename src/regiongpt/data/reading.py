@@ -33,16 +33,13 @@ def iter_arrays(path: Path, keys: Sequence[str] | None, rejects: Rejects) -> Ite
     """The elements of several top-level arrays of a JSON file, in one pass and in the order of the file.
 
     The standard library decodes each element: it is as fast as the streaming parsers and, unlike them, reads the
-    ``NaN`` and ``Infinity`` that Python and NumPy write.
+    ``NaN`` and ``Infinity`` that Python and NumPy write. Of a file that breaks off, or goes wrong, inside the arrays,
+    what is whole before the break is yielded, and the break is a reject.
 
     Args:
         path: Of the file.
-        keys: Of the arrays; None where the file is itself an array.
-        rejects: Where it is noted that a file breaks off, or goes wrong, inside the arrays; what is whole before the
-            break is yielded.
-
-    Yields:
-        The key of an array (``""`` for None) and one of its elements.
+        keys: Of the arrays; None where the file is itself an array, whose key is ``""``.
+        rejects: Where a break is noted.
 
     Raises:
         DataError: The file cannot be read, is not JSON, or has none of the arrays; or it is whole and lacks one.
@@ -189,11 +186,7 @@ def noting_line(path: Path, number: int, rejects: Rejects) -> Iterator[None]:
 
 
 def iter_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file of JSON lines with the numbers of their lines; blank lines are passed over.
-
-    Args:
-        path: Of the file, in UTF-8.
-        rejects: Where lines are noted that are no json objects.
+    """The objects of a file of JSON lines with the numbers of their lines; other lines are rejects, blank ones none.
 
     Raises:
         DataError: The file cannot be read, or has lines of which none is a json object.

@@ -1,9 +1,7 @@
-"""One training record: an image, regions of it, and turns about them; what every converter writes and training reads.
+"""One training record: an image, regions of it, and turns about them; what every source yields and training reads.
 
-A record says what is asked and answered, not how: a turn whose ``question`` is empty is worded when it is read, by one
-of its task's ten paraphrases, drawn from (seed, epoch, index). So one conversion serves any number of epochs.
-
-Paper: §3.2, §4
+A turn whose ``question`` is empty is worded when it is read, by one of its task's ten paraphrases, drawn from (seed,
+epoch, index): one conversion serves any number of epochs. Paper: §3.2, §4
 """
 
 import re
@@ -72,11 +70,7 @@ class Turn:
     guided: bool = False
 
     def text(self, wording: int, suffixes: bool = True) -> str:
-        """The question in one of its wordings.
-
-        Args:
-            wording: Which.
-            suffixes: Leave the suffix out of a guided turn where false.
+        """The question in one of its wordings, a guided one without its suffix where ``suffixes`` is false.
 
         Raises:
             DataError: The turn lacks what its task needs.
@@ -165,31 +159,14 @@ class Record:
 
     def row(self) -> dict[str, Any]:
         """The record as a row of the schema: plain lists, numbers and strings."""
-        return {
-            "id": self.id,
-            "source": self.source,
-            "task": self.task,
-            "image": self.image,
-            "width": self.width,
-            "height": self.height,
-            "regions": [
-                {**region_row(each.region), "category": each.category, "source_id": each.source_id}
-                for each in self.regions
-            ],
-            "turns": [
-                {
-                    "task": turn.task,
-                    "question": turn.question,
-                    "answer": turn.answer,
-                    "regions": list(turn.regions),
-                    "expression": turn.expression,
-                    "category": turn.category,
-                    "label_set": turn.label_set,
-                    "guided": turn.guided,
-                }
-                for turn in self.turns
-            ],
-        }
+        regions = [
+            {**region_row(each.region), "category": each.category, "source_id": each.source_id} for each in self.regions
+        ]
+        turns = [
+            {**{name: getattr(turn, name) for name in _TURN}, "regions": list(turn.regions)} for turn in self.turns
+        ]
+        whole = {name: getattr(self, name) for name in ("id", "source", "task", "image", "width", "height")}
+        return {**whole, "regions": regions, "turns": turns}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Record":
@@ -200,11 +177,7 @@ class Record:
         """
         try:
             return cls(
-                id=row["id"],
-                source=row["source"],
-                image=row["image"],
-                width=row["width"],
-                height=row["height"],
+                **{name: row[name] for name in ("id", "source", "image", "width", "height")},
                 regions=tuple(
                     RecordRegion(region=region_of_row(each), category=each["category"], source_id=each["source_id"])
                     for each in row["regions"]
@@ -213,9 +186,11 @@ class Record:
             )
         except (KeyError, TypeError, ValueError, RegionError) as error:
             raise DataError(
-                f"expected a record of schema version {SCHEMA_VERSION}, got a row that is not one ({error!r}); "
-                "convert the source again"
+                f"not a record of schema version {SCHEMA_VERSION} ({error!r}); convert the source again"
             ) from error
+
+
+_TURN: Final = ("task", "question", "answer", "regions", "expression", "category", "label_set", "guided")
 
 
 @lru_cache(maxsize=1 << 12)

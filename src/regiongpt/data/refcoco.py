@@ -67,7 +67,7 @@ class SceneObject(NamedTuple):
 
 @dataclass(slots=True)
 class Scene:
-    """An image with its annotated objects by their ids; of those that cannot be used, the ids alone."""
+    """An image with its annotated objects by their ids, and the ids of those that cannot be used."""
 
     path: str
     width: int
@@ -76,11 +76,8 @@ class Scene:
     faulty: set[int] = field(default_factory=set)
 
 
-class _SplitRow(Row):
-    split: str
-
-
 class _RefRow(Row):
+    split: str
     ref_id: Whole
     ann_id: Whole
     image_id: Whole
@@ -125,11 +122,10 @@ def read_pickle(path: Path, split: str, rejects: Rejects) -> dict[int, list[Ref]
     splits: set[str] = set()
     for place, entry in enumerate(entries):
         with rejects.noting(path, place):
-            own = _SplitRow.read(entry).split
-            splits.add(own)
-            if own != split:
-                continue
             row = _RefRow.read(entry)
+            splits.add(row.split)
+            if row.split != split:
+                continue
             if row.ref_id in seen:
                 raise Fault("duplicate id", f"expected each ref_id once, got {row.ref_id} again")
             seen.add(row.ref_id)

@@ -3,6 +3,7 @@
 The manifest comes last, and a folder without it is not read: a kill at any moment leaves nothing half-written.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -100,16 +101,13 @@ class Rejects:
         self._file = None
 
     def add(self, kind: str, file: str | Path, record: object, reason: str) -> None:
-        """Count one record that is left out.
+        """Count one record that is left out; DataError in strict mode.
 
         Args:
             kind: Of :class:`Fault`.
             file: That holds the record.
             record: Its id, or its place in the file.
             reason: What was expected and what came.
-
-        Raises:
-            DataError: In strict mode.
         """
         name = Path(file).name
         if self.strict and kind != CROWD:
@@ -146,26 +144,26 @@ class Shard(TypedDict):
 
 
 class Manifest(Settings):
-    """What a folder of records was made of."""
+    """What a folder of records was made of.
+
+    Attributes:
+        source: Name of the converter.
+        arguments: Of the conversion, with the seed.
+        inputs: Name, size in bytes and SHA-256 of each file that was read.
+        images: Folder that the records' image paths are relative to.
+        counts: ``records``, ``images``, ``regions``, ``turns``, and ``task:...`` for each task.
+        rejects: How many records were left out, by kind.
+    """
 
     schema_version: int
-    """Of the shards."""
     source: str
-    """Name of the converter."""
     arguments: dict[str, Any]
-    """Of the conversion, with the seed."""
     inputs: list[dict[str, Any]]
-    """Of each file that was read, its name, size in bytes and SHA-256."""
     images: str
-    """Folder that the records' image paths are relative to."""
     counts: dict[str, int]
-    """``records``, ``images``, ``regions``, ``turns``, and ``task:...`` for each task."""
     rejects: dict[str, int]
-    """How many records were left out, by kind."""
     shards: list[Shard]
-    """In order."""
     regiongpt_version: str
-    """That wrote the folder."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -177,7 +175,7 @@ class Manifest(Settings):
         path = Path(folder) / MANIFEST
         if not path.exists():
             raise DataError(
-                f"{folder}: no finished records, the {MANIFEST} is missing; run `regiongpt convert` to its end"
+                f"{folder}: no finished records, there is no {MANIFEST}; run `regiongpt convert` to its end"
             )
         values = read_json(path)
         try:
@@ -308,7 +306,7 @@ class _ShardWriter:
     def __init__(self, folder: Path) -> None:
         self.shards: list[Shard] = []
         self._folder = folder
-        self._busy: tuple[Any, Any] | None = None
+        self._process: Any = None
 
     def write(self, records: Sequence[Record]) -> None:
         """Begins the next shard, once the one before is whole."""
@@ -316,57 +314,43 @@ class _ShardWriter:
         path = self._folder / f"records-{len(self.shards):05d}.parquet"
         self.shards.append({"file": path.name, "records": len(records), "sha256": ""})
         if sys.platform != "linux":
-            self.shards[-1]["sha256"] = _write_shard(path, records)
+            _write_shard(path, records)
             return
         context = multiprocessing.get_context("fork")
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_report, args=(sender, path, records), daemon=True)
-        process.start()
-        sender.close()
-        self._busy = (process, receiver)
+        self._process = context.Process(target=_write_and_leave, args=(path, records), daemon=True)
+        self._process.start()
 
     def settle(self) -> None:
         """Waits for the last shard."""
-        if self._busy is None:
-            return
-        process, receiver = self._busy
-        try:
-            outcome = receiver.recv()
-        except EOFError:
-            process.join()
-            outcome = OSError(f"the process that wrote a shard was ended with code {process.exitcode}")
-        process.join()
-        self._busy = None
-        if isinstance(outcome, Exception):
-            raise outcome
-        self.shards[-1]["sha256"] = outcome
+        if self._process is not None:
+            self._process.join()
+            code, self._process = self._process.exitcode, None
+            if code:
+                raise OSError(code, os.strerror(code) if code > 1 else f"the process that wrote it ended with {code}")
+        if self.shards:
+            self.shards[-1]["sha256"] = sha256(self._folder / self.shards[-1]["file"])
 
     def stop(self) -> None:
         """Ends the process that still writes."""
-        if self._busy is not None:
-            self._busy[0].kill()
-            self._busy[0].join()
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
 
 
-def _report(sender: Any, path: Path, records: Sequence[Record]) -> None:
-    """In the process that writes a shard: sends its digest, or what went wrong, to the one that waits."""
+def _write_and_leave(path: Path, records: Sequence[Record]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the one that waits decides
-    outcome: str | Exception
     try:
-        outcome = _write_shard(path, records)
-    except Exception as error:
-        outcome = error
-    sender.send(outcome)
+        _write_shard(path, records)
+    except OSError as error:
+        os._exit(error.errno or errno.EIO)
 
 
-def _write_shard(path: Path, records: Sequence[Record]) -> str:
-    """Writes one shard; its SHA-256."""
+def _write_shard(path: Path, records: Sequence[Record]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pylist([record.row() for record in records], schema=schema())
     pq.write_table(table, path, compression="zstd", row_group_size=1000)
-    return sha256(path)
 
 
 class RecordSet:
@@ -398,8 +382,8 @@ class RecordSet:
             self.table: Any = Dataset.from_parquet(files, cache_dir=str(cache))
         except (OSError, ValueError, DatasetsError) as error:
             raise DataError(
-                f"{self.folder}: expected shards that can be read, and room and the right to write a copy for memory "
-                f"mapping at {cache}, got {error}; convert the source again, or free some space"
+                f"{self.folder}: its shards cannot be read, or not copied to {cache}: {reason(error)}; convert the "
+                "source again, or free some space"
             ) from error
         expected = self.manifest.counts.get("records", 0)
         if len(self.table) != expected:
@@ -416,6 +400,11 @@ class RecordSet:
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows in order, read in batches: many times as fast as one by one."""
+        for table in self.table.with_format("arrow").iter(batch_size=500):
+            yield from table.to_pylist()
+
     def image_path(self, record: Record) -> Path | None:
         """Where the record's image lies, None without one; DataError for a path that leaves the images' folder."""
         if not is_below(record.image):
@@ -430,10 +419,7 @@ def require_data_extra() -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in ("pyarrow", "datasets") if find_spec(name) is None]:
-        raise ConfigError(
-            f"expected the libraries that read and write records, but {', '.join(missing)} is missing; "
-            "install them: pip install '.[data]'"
-        )
+        raise ConfigError(f"reading and writing records needs {', '.join(missing)}; pip install '.[data]'")
 
 
 def many(count: int, noun: str) -> str:

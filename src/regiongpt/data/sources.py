@@ -153,13 +153,7 @@ def _stated(value: Any) -> Any:
 
 
 def summary(manifest: Manifest, out: Path, seconds: float | None) -> str:
-    """What a conversion has made, as text.
-
-    Args:
-        manifest: Of the records.
-        out: Their folder.
-        seconds: How long it took; None if the records were there before.
-    """
+    """What a conversion has made, as text; ``seconds`` is None if the records were there before."""
     counts = manifest.counts
     size = sum((out / shard["file"]).stat().st_size for shard in manifest.shards)
     listed = ", ".join(many(counts.get(f"{name}s", 0), name) for name in ("record", "image", "region", "turn"))

@@ -52,12 +52,7 @@ def is_box(value: Any) -> TypeGuard[list[float]]:
 
 
 def clipped_box(box: Sequence[Any], width: int, height: int) -> Corners:
-    """A box as half-open xyxy within its image.
-
-    Args:
-        box: x, y, width and height in pixels.
-        width: Of the image in pixels.
-        height: Of the image in pixels.
+    """A box (x, y, width, height) as half-open xyxy within its image, all in pixels.
 
     Raises:
         Fault: It is no box, or has no area in the image.
@@ -83,12 +78,7 @@ def clipped_box(box: Sequence[Any], width: int, height: int) -> Corners:
 
 
 def plain_text(value: Any, what: str) -> str:
-    """One line of text without placeholders; runs of blanks become single ones.
-
-    Args:
-        value: As the source has it.
-        what: The fault's name for it: ``"expression"``.
-    """
+    """One line of text without placeholders, runs of blanks as single ones; ``what`` is the fault's name for it."""
     if not isinstance(value, str):
         raise Fault(f"{what} that is not text", f"expected text, got {short(value)}")
     text = " ".join(value.split())
@@ -149,11 +139,7 @@ class Row(BaseModel):
 
     @classmethod
     def read(cls, entry: Any, where: str = "") -> Self:
-        """The entry as a row.
-
-        Args:
-            entry: As json has it.
-            where: What stands before the reason.
+        """The entry as a row; ``where`` stands before the reason of a fault.
 
         Raises:
             Fault: It is no object, or a value is missing or of another type.
@@ -189,13 +175,8 @@ Caption = Annotated[str, BeforeValidator(lambda value: plain_text(value, "captio
 def check_image(path: str | Path, width: int | None = None, height: int | None = None) -> tuple[int, int]:
     """Width and height in pixels of an image as training loads it, by its header alone and EXIF orientation applied.
 
-    Args:
-        path: Of the image file.
-        width: That the annotations state, in pixels; None where they state none.
-        height: Likewise.
-
     Raises:
-        Fault: It is missing, cannot be read, or is of another size.
+        Fault: It is missing, cannot be read, or is not of the width and height that annotations state.
     """
     found = _measured(os.fspath(path))  # text is many times as fast to look up as a Path
     if width is not None and height is not None and found != (width, height):
