@@ -3,6 +3,7 @@
 Paper: §3.2 (image captioning as a pretext task; LLaVA's instruction data), §3.3 (region captions)
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -48,29 +49,21 @@ class LinesConverter(Converter):
     data: Path
     """The file of json lines."""
 
-    def inputs(self) -> list[Path]:
-        """The one file."""
-        return [self.data]
-
     def records(self, rejects: Rejects) -> Iterator[Record]:
         """One record a line, in the order of the file."""
         seen: set[str] = set()
         for number, entry in iter_lines(self.data, rejects):
             with noting_line(self.data, number, rejects):
-                record = self.record(number, entry)
+                record = self.of_line(number, entry)
                 record.check()
                 if record.id in seen:
                     raise Fault("duplicate id", f"expected each id once, got {short(record.id)} again")
                 seen.add(record.id)
                 yield record
 
-    def record(self, number: int, entry: dict[str, Any]) -> Record:
-        """The record of a line.
-
-        Raises:
-            RegionGPTError: It cannot be used.
-        """
-        raise NotImplementedError
+    @abstractmethod
+    def of_line(self, number: int, entry: dict[str, Any]) -> Record:
+        """The record of a line; RegionGPTError if it cannot be used."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,14 +109,14 @@ class JsonlConverter(LinesConverter):
     name: ClassVar[str] = "jsonl"
     summary: ClassVar[str] = "your own data: json lines of images, regions and conversations"
 
-    def record(self, number: int, entry: dict[str, Any]) -> Record:
+    def of_line(self, number: int, entry: dict[str, Any]) -> Record:
         """The record of a line."""
         line = _Line.read(entry)
-        width = height = 0
+        size = (0, 0)
         if line.image:
             if (line.width is None) != (line.height is None):
                 raise Fault(MALFORMED, "expected width and height, got one of them")
-            width, height = check_image(self.images / image_name(line.image), line.width, line.height)
+            size = check_image(self.images / image_name(line.image), line.width, line.height)
         regions = []
         for place, given in enumerate(line.regions, 1):
             category = given.pop("category", "")
@@ -132,15 +125,7 @@ class JsonlConverter(LinesConverter):
             region = Region.from_dict(given, f"<region{place}>")
             regions.append(RecordRegion(region=region, category=words_alone(category)))
         turns = [_turn(given, f"turn {place}: ", len(regions)) for place, given in enumerate(line.conversation, 1)]
-        return Record(
-            id=f"{self.name}/{line.id or f'line-{number}'}",
-            source=self.name,
-            image=line.image or "",
-            width=width,
-            height=height,
-            regions=tuple(regions),
-            turns=tuple(turns),
-        )
+        return self.record(line.id or f"line-{number}", line.image or "", size, regions, turns)
 
 
 def _turn(given: Any, where: str, n_regions: int) -> Turn:
@@ -192,21 +177,14 @@ class RegionCaptionsConverter(LinesConverter):
     check_images: bool = True
     """Leave out images that are missing or of another size."""
 
-    def record(self, number: int, entry: dict[str, Any]) -> Record:
+    def of_line(self, number: int, entry: dict[str, Any]) -> Record:
         """The record of a line."""
         row = _Described.read(entry)
-        region = Region.from_dict(row.region)
         if self.check_images:
             check_image(self.images / row.image, row.width, row.height)
-        return Record(
-            id=f"{self.name}/{row.id}",
-            source=self.name,
-            image=row.image,
-            width=row.width,
-            height=row.height,
-            regions=(RecordRegion(region=region, category=row.category or ""),),
-            turns=(Turn(task="describe", answer=row.caption, regions=(1,)),),
-        )
+        turn = Turn(task="describe", answer=row.caption, regions=(1,))
+        region = RecordRegion(region=Region.from_dict(row.region), category=row.category or "")
+        return self.record(row.id, row.image, (row.width, row.height), [region], [turn])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,19 +219,15 @@ class LlavaConverter(Converter):
     """chat, or image_caption for captions of whole images such as the 558K; it names the turns in counts, and the
     questions stand as they are."""
 
-    def inputs(self) -> list[Path]:
-        """The one file."""
-        return [self.data]
-
     def records(self, rejects: Rejects) -> Iterator[Record]:
         """One record a conversation, in the order of the file."""
         seen: set[bytes] = set()
         for place, entry in enumerate(iter_array(self.data, None, rejects)):
             own = entry.get("id") if isinstance(entry, dict) else None
             with rejects.noting(self.data, place if own is None else f"{short(own)} at {place}"):
-                yield self._record(place, entry, seen)
+                yield self._conversation(place, entry, seen)
 
-    def _record(self, place: int, entry: Any, seen: set[bytes]) -> Record:
+    def _conversation(self, place: int, entry: Any, seen: set[bytes]) -> Record:
         row = _Conversation.read(entry)
         image = row.image or ""
         if self.task == "image_caption" and not image:
@@ -264,16 +238,8 @@ class LlavaConverter(Converter):
         if digest in seen:
             raise Fault("duplicate conversation", "expected each conversation once, got id, image and words again")
         seen.add(digest)
-        width, height = check_image(self.images / image_name(image)) if image else (0, 0)
-        return Record(
-            id=f"{self.name}/{row.id}-{place}",
-            source=self.name,
-            image=image,
-            width=width,
-            height=height,
-            regions=(),
-            turns=tuple(turns),
-        )
+        size = check_image(self.images / image_name(image)) if image else (0, 0)
+        return self.record(f"{row.id}-{place}", image, size, [], turns)
 
 
 def _turns(conversation: list[_Message], task: str, with_image: bool) -> list[Turn]:

@@ -59,10 +59,6 @@ class InstancesConverter(Converter):
                 f"{file.path}: {_some(foreign)} not of {self.label_set}; name the closed set with --label-set"
             )
 
-    def inputs(self) -> list[Path]:
-        """The files that are given."""
-        return list(self.instances)
-
     def captions_of(self, images: set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
         """Captions of whole images with their ids, by image; none unless a subclass has some."""
         return {}
@@ -77,7 +73,8 @@ class InstancesConverter(Converter):
             yield from self._conversations(file, place, objects)
             for number, text in captions.get(int(file.images[place]), ()):
                 turn = Turn(task="image_caption", answer=text)
-                yield self._record(file, place, f"/caption/{number}", [], [turn])
+                key, size = f"{file.name_of(int(file.images[place]))}/caption/{number}", file.size(place)
+                yield self.record(key, file.paths[place], size, [], [turn])
 
     def _files(self, rejects: Rejects) -> list[InstancesFile]:
         """The files; DataError where one cannot be used, or two name their categories differently."""
@@ -137,20 +134,8 @@ class InstancesConverter(Converter):
                 for region in filter(None, shapes):
                     regions.append(RecordRegion(region=region, category=name, source_id=source_id))
                     turns.append(_turn(self.label_set, len(regions), name))
-            yield self._record(file, place, f"/{part + 1}" if part else "", regions, turns)
-
-    def _record(
-        self, file: InstancesFile, place: int, key: str, regions: list[RecordRegion], turns: list[Turn]
-    ) -> Record:
-        return Record(
-            id=f"{self.name}/{file.name_of(int(file.images[place]))}{key}",
-            source=self.name,
-            image=file.paths[place],
-            width=int(file.widths[place]),
-            height=int(file.heights[place]),
-            regions=tuple(regions),
-            turns=tuple(turns),
-        )
+            key = f"{file.name_of(int(file.images[place]))}" + (f"/{part + 1}" if part else "")
+            yield self.record(key, file.paths[place], file.size(place), regions, turns)
 
 
 class CocoConverter(InstancesConverter):
@@ -172,10 +157,6 @@ class CocoConverter(InstancesConverter):
     def official(self) -> Mapping[int, str]:
         """COCO's own numbers."""
         return dict(zip(COCO_IDS, COCO_80, strict=True)) if self.label_set == "COCO-80" else {}
-
-    def inputs(self) -> list[Path]:
-        """The files that are given."""
-        return [*self.instances, *self.captions]
 
     def captions_of(self, images: set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
         """Those that are wanted, in the order of their ids."""
@@ -214,10 +195,6 @@ class V3DetConverter(InstancesConverter):
     """Most objects of a category, drawn by the seed: 100 to pre-train and 10 to fine-tune in the paper; 0 for all."""
     names: Path | None = None
     """category_name_13204_v3det_2023_v1.txt, to hold the names against."""
-
-    def inputs(self) -> list[Path]:
-        """The files that are given."""
-        return [*self.instances, *([self.names] if self.names is not None else [])]
 
     def check_names(self, file: InstancesFile) -> None:
         """Raises DataError where a file's categories are not in the list of names."""

@@ -407,6 +407,10 @@ class InstancesFile:
         """An id as the file has it; ``annotations[7]`` for an object without one."""
         return self._texts.get(number, number) if number >= 0 else f"annotations[{number - _NO_ID}]"
 
+    def size(self, place: int) -> tuple[int, int]:
+        """Width and height of one of the images in pixels."""
+        return int(self.widths[place]), int(self.heights[place])
+
     def mask(self, index: int) -> Region | None:
         """The mask of one of the objects, as the file has it: polygons or RLE; None without a sound one."""
         return self._masks[index].region()

@@ -276,10 +276,6 @@ class RefCocoConverter(Converter):
         named = re.search("unc|google|umd", self.refs.name)
         return named[0] if named else ""
 
-    def inputs(self) -> list[Path]:
-        """The files that are given."""
-        return [self.refs] if self.instances is None else [self.refs, self.instances]
-
     def records(self, rejects: Rejects) -> Iterator[Record]:
         """The records of each image, in the order in which images come up in ``refs``."""
         scenes: dict[int, Scene] = {}
@@ -361,21 +357,13 @@ class RefCocoConverter(Converter):
         return self._record(f"{sent_id}/locate", scene, options, [turn])
 
     def _record(self, key: str, scene: Scene, ann_ids: list[int], turns: list[Turn]) -> Record:
-        shown = [(number, scene.objects[number]) for number in ann_ids]
-        return Record(
-            id=f"{self.name}/{self.dataset}-{self._partition}/{self.split}/{key}",
-            source=self.name,
-            image=scene.path,
-            width=scene.width,
-            height=scene.height,
-            regions=tuple(
-                RecordRegion(
-                    region=Region.box(*each.box), category=each.category, source_id=str(number) if number >= 0 else ""
-                )
-                for number, each in shown
-            ),
-            turns=tuple(turns),
-        )
+        regions = []
+        for number in ann_ids:
+            box, category, _ = scene.objects[number]
+            source_id = str(number) if number >= 0 else ""
+            regions.append(RecordRegion(region=Region.box(*box), category=category, source_id=source_id))
+        place = f"{self.dataset}-{self._partition}/{self.split}"
+        return self.record(f"{place}/{key}", scene.path, (scene.width, scene.height), regions, turns)
 
 
 def _overlap(one: Corners, other: Corners) -> float:

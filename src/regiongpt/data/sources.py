@@ -3,14 +3,14 @@
 import gc
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from pydantic import NonNegativeInt
 
-from regiongpt.data.records import Record
+from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import (
     CROWD,
     MANIFEST,
@@ -55,9 +55,24 @@ class Converter(Settings, ABC):
     seed: NonNegativeInt = 0
     """Of every random choice."""
 
-    @abstractmethod
     def inputs(self) -> list[Path]:
         """The files that are read, for the manifest; images are not among them."""
+        given = [value if isinstance(value, tuple) else (value,) for name, value in self if name != "images"]
+        return [path for paths in given for path in paths if isinstance(path, Path)]
+
+    def record(
+        self, key: str, image: str, size: tuple[int, int], regions: Iterable[RecordRegion], turns: Iterable[Turn]
+    ) -> Record:
+        """A record of this source, whose id ends in ``key``; ``size`` is the image's width and height in pixels."""
+        return Record(
+            id=f"{self.name}/{key}",
+            source=self.name,
+            image=image,
+            width=size[0],
+            height=size[1],
+            regions=tuple(regions),
+            turns=tuple(turns),
+        )
 
     @abstractmethod
     def records(self, rejects: Rejects) -> Iterator[Record]:

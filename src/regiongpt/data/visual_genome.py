@@ -113,10 +113,6 @@ class VisualGenomeConverter(Converter):
     check_images: bool = True
     """Leave out images that are missing or of another size."""
 
-    def inputs(self) -> list[Path]:
-        """The files that are given."""
-        return [path for path in (self.regions, self.image_data, self.objects, self.relationships) if path is not None]
-
     def records(self, rejects: Rejects) -> Iterator[Record]:
         """One dialogue an image, in the order of ``region_descriptions.json``."""
         images: dict[int, _Image] = {}
@@ -196,9 +192,9 @@ class VisualGenomeConverter(Converter):
             with rejects.noting(self.relationships or "", name):
                 topics.append(_relation(entry, image, objects))
         if topics:
-            yield self._record(image, topics)
+            yield self._drawn(image, topics)
 
-    def _record(self, image: _Image, topics: Sequence[_Topic]) -> Record:
+    def _drawn(self, image: _Image, topics: Sequence[_Topic]) -> Record:
         most = self.boxes_per_image or sum(len(topic.parts) for topic in topics)
         numbers: dict[str, int] = {}
         regions: list[RecordRegion] = []
@@ -216,15 +212,7 @@ class VisualGenomeConverter(Converter):
             if topic.task == "relation":
                 answer = f"{region_answer(named[0])} {answer} {region_answer(named[1])}"
             turns.append(Turn(task=topic.task, answer=answer, regions=named))
-        return Record(
-            id=f"{self.name}/{image.image_id}",
-            source=self.name,
-            image=image.path,
-            width=image.width,
-            height=image.height,
-            regions=tuple(regions),
-            turns=tuple(turns),
-        )
+        return self.record(str(image.image_id), image.path, (image.width, image.height), regions, turns)
 
 
 def _object(entry: Any, image: _Image) -> _Part:
