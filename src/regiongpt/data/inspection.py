@@ -50,18 +50,9 @@ _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int]) -> dict[str, Any]:
-    """Counts over records as JSON writes them.
+    """Counts over records as JSON writes them, with the rejects of their conversion.
 
-    ``regions`` of a task are those that its questions are about, one counted as often as it is asked about; ``words``
-    are how many answers have so many words.
-
-    Args:
-        source: Name of the converter.
-        records: To be counted.
-        rejects: Left out by the conversion, by kind.
-
-    Raises:
-        DataError: A row is not a record.
+    ``regions`` of a task are those that its questions are about; ``words``, how many answers have so many words.
     """
     images: set[str] = set()
     counts, kinds, categories = Counter[str](), Counter[str](), Counter[str]()
@@ -160,12 +151,7 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Write the statistics as a picture of four panels, in the format of the file's ending.
-
-    Raises:
-        ConfigError: matplotlib is missing, or the ending is of no picture.
-        DataError: The file cannot be written.
-    """
+    """Write the statistics as a picture of four panels, in the format of the file's ending."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -207,11 +193,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
 
 
 def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
-    """The processor of a checkpoint folder; of the model that ships in the package by default.
-
-    Raises:
-        CheckpointError: The folder is not there or holds no processor.
-    """
+    """The processor of a checkpoint folder; of the package's model by default. CheckpointError if there is none."""
     from regiongpt.model.processing import RegionGPTProcessor
     from regiongpt.model.weights import nano_path
 
@@ -226,12 +208,7 @@ def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
 
 
 def encode(record: Record, processor: "RegionGPTProcessor", seed: int, epoch: int, index: int) -> dict[str, Any]:
-    """The tokens and targets of a record, as training makes them; image and regions are left out.
-
-    Raises:
-        DataError: The record has no target.
-        RegionError: A placeholder has no region.
-    """
+    """The tokens and targets of a record, as training makes them; image and regions are left out."""
     return processor.encode_conversation(
         record.messages(seed, epoch, index),
         region_weights=np.zeros((len(record.regions) * processor.tokens_per_region, 1, 1), np.float32),
@@ -295,13 +272,11 @@ def target_count(shown: Sequence[Piece]) -> tuple[int, int]:
 
 
 def terminal(shown: Sequence[Piece], colour: bool) -> str:
-    """The tokens as text, what is supervised in bold green, or between ``⟦`` and ``⟧`` without colour.
-
-    Control characters of the data are written as escapes: they could do anything to a terminal.
-    """
+    """The tokens as text, what is supervised in bold green, or between ``⟦`` and ``⟧`` without colour."""
     parts: list[str] = []
     taught = False
     for piece in shown:
+        # Control characters could do anything to a terminal.
         text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", piece.text)
         if piece.kind == "image" and piece.tokens > 1:
             text = f"{text}×{piece.tokens}"
@@ -321,13 +296,7 @@ def terminal(shown: Sequence[Piece], colour: bool) -> str:
 def draw_record(
     record: Record, path: Path | None, dialogue: Sequence[tuple[str, str]] = (), *, names: bool = True
 ) -> "Image":
-    """A record's image with its regions numbered, and the first turns of a dialogue beneath.
-
-    Args:
-        record: To be drawn.
-        path: Of its image.
-        dialogue: Questions and answers.
-        names: Whether the categories of a few regions are written.
+    """A record's image with its regions numbered, a few with their names, and the first turns of a dialogue beneath.
 
     Raises:
         DataError: The record has no image, or it cannot be read, or it is of another size.
@@ -360,17 +329,7 @@ def write_gallery(
     seed: int = 0,
     epoch: int = 0,
 ) -> None:
-    """Write a page that shows records with their pictures, questions, answers and tokens; it needs no other file.
-
-    Args:
-        path: Of the page.
-        records: The folder.
-        indices: Of the records to be shown, in this order.
-        processor: Of the model to be trained.
-        found: Statistics to begin with.
-        seed: Of the wording, with ``epoch``.
-        epoch: Likewise.
-    """
+    """Write a page that shows records with their pictures, questions, answers and tokens, and statistics if given."""
     write_page(
         path,
         "records.html",
@@ -414,10 +373,6 @@ def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed:
 
 def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple[str, Fault]]:
     """Look at every record as training would, and at every image.
-
-    Args:
-        records: To be checked.
-        processor: Of the model to be trained; its tokenizer and chat template decide what the targets are.
 
     Yields:
         The id of a record (its place where it has none, or the file name of a shard) and the first of its faults.
@@ -499,20 +454,13 @@ class Inspection(Settings):
 
 
 def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
-    """Print and write what was asked of a folder of records.
-
-    Args:
-        folder: The records.
-        options: What to show.
-        as_json: Print one JSON object rather than text.
+    """Print and write what was asked of a folder of records, as text or one JSON object.
 
     Returns:
         Whether a check has found a fault.
 
     Raises:
-        ConfigError: A file cannot be written.
-        DataError: The folder holds no records, or not the one that is asked for.
-        CheckpointError: The checkpoint folder holds no processor.
+        RegionGPTError: A file cannot be read or written, or there is no such record.
     """
     require_data_extra()
     for path in (options.plot, options.html):
@@ -591,11 +539,7 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
 
 
 def find(records: RecordSet, which: str) -> int:
-    """The place of a record given by its place, from 0, or by its id.
-
-    Raises:
-        DataError: There is none.
-    """
+    """The place of a record given by its place, from 0, or by its id; DataError if there is none."""
     if which.isdecimal():
         if int(which) < len(records):
             return int(which)

@@ -23,13 +23,8 @@ UNNAMED = "region"
 def write_coco(records: Iterable[Record], path: str | Path) -> dict[str, int]:
     """Write the regions of records as COCO instances, which pycocotools and the source ``coco`` read.
 
-    Boxes and polygons stay what they are; every other region becomes RLE. Several records of one image share its entry,
-    and a region that they share (same id in the source, same outline and category) is written once. Turns, and records
-    without an image, are left out. Annotations are written as they come, so memory stays small.
-
-    Args:
-        records: In any order.
-        path: Of the json; appears when it is whole.
+    Boxes and polygons stay what they are; every other region becomes RLE. A region that several records of an image
+    share is written once. Turns, and records without an image, are left out.
 
     Returns:
         How many ``images``, ``annotations`` and ``categories`` were written.
@@ -135,9 +130,9 @@ def record_of_detections(
 
     Args:
         detections: As for :func:`regions_of_detections`; each must have a name.
-        image: Path of the image below the images' folder.
-        width: Of the image in pixels.
-        height: Of the image in pixels.
+        image: Path below the images' folder.
+        width: Of the image in pixels, as is ``height``.
+        height: See ``width``.
         names: Of the classes by id, for detections without names.
 
     Raises:

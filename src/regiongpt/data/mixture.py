@@ -50,11 +50,7 @@ class MixtureConfig(Settings):
 
 
 def read_mixture(path: str | Path) -> MixtureConfig:
-    """Read a mixture's TOML file.
-
-    Raises:
-        ConfigError: It is missing or not TOML; a key is unknown; a value is of another type or out of range.
-    """
+    """Read a mixture's TOML file; ConfigError if it cannot be used."""
     values = read_toml(Path(path))
     try:
         return MixtureConfig(**values)
@@ -70,8 +66,7 @@ def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path
         root: Folder that the file's paths are relative to; the one that the file lies in by default.
 
     Raises:
-        ConfigError: As :func:`read_mixture` does; a root is given with a folder of records, or the libraries that read
-            records are missing.
+        ConfigError: As :func:`read_mixture` does; or a root is given with a folder of records.
         DataError: A part is no folder of finished records.
     """
     require_data_extra()
@@ -144,15 +139,9 @@ class Drawn:
 
 
 class Mixture:
-    """A list of records without an end, one epoch after the other.
+    """A list of records without an end, one epoch after the other, in a seeded order.
 
-    An epoch holds as many records of each part as its weight and cap say, in a seeded order. A part goes through all
-    its records, in an order of their own for each pass, before any comes again: also where a cap takes several epochs
-    for one pass.
-
-    Args:
-        parts: At least one.
-        seed: Of the order.
+    A part goes through all its records before any comes again, also where a cap takes several epochs for one pass.
     """
 
     def __init__(self, parts: Sequence[MixturePart], seed: int) -> None:

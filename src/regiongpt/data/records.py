@@ -31,13 +31,7 @@ def is_below(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordRegion:
-    """One region of a record.
-
-    Attributes:
-        region: In pixels of the image.
-        category: Name of its class, ``""`` where the source names none.
-        source_id: Its id in the source, ``""`` where it has none.
-    """
+    """One region of a record, in pixels of its image, with its class and its id in the source if they are known."""
 
     region: Region
     category: str = ""
@@ -117,10 +111,10 @@ class Record:
         return tasks.pop() if len(tasks) == 1 else "mixed"
 
     def check(self, regions: bool = True) -> None:
-        """Makes sure that a model can learn from the record.
+        """Make sure that a model can learn from the record.
 
         Args:
-            regions: Look at the regions too, which costs most of the time; who made them may know that they are sound.
+            regions: Look at the regions too, which costs most of the time.
 
         Raises:
             RegionError: A region makes no sense in the image, or a placeholder has no region.
@@ -140,14 +134,7 @@ class Record:
             _check_turn(turn, len(self.regions))
 
     def messages(self, seed: int, epoch: int, index: int, suffixes: bool = True) -> list[dict[str, str]]:
-        """The conversation as chat messages; the same arguments always word it the same way.
-
-        Args:
-            seed: Of the run.
-            epoch: How often the record has come before.
-            index: Of the record in its folder.
-            suffixes: Leave the suffixes of guided turns out where false.
-        """
+        """The conversation as chat messages, worded by the seed, the epoch and the record's place in its folder."""
         wordings = np.random.default_rng((seed, epoch, index)).integers(0, 2**31, len(self.turns))
         said: list[dict[str, str]] = []
         for turn, wording in zip(self.turns, wordings.tolist(), strict=True):
@@ -170,11 +157,7 @@ class Record:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Record":
-        """The record of a row; the inverse of :meth:`row`.
-
-        Raises:
-            DataError: The row is not of the schema.
-        """
+        """The record of a row; DataError if that is not of the schema."""
         try:
             return cls(
                 **{name: row[name] for name in ("id", "source", "image", "width", "height")},
@@ -202,8 +185,8 @@ def _check_turn(turn: Turn, n_regions: int) -> None:
 def region_row(region: Region) -> dict[str, Any]:
     """A region as columns: ``kind``; ``coordinates`` of a vector, ``size`` (H, W) and ``counts`` of pixels.
 
-    A box is one row of x0, y0, x1, y1; a polygon a row of x, y, x, y, ... for each ring; a point one row of x, y and,
-    if it was given, the radius; a scribble a row of x, y, x, y, ... and, if it was given, a second row with the width.
+    The coordinates are rows of numbers: one of a box, one a ring, one of a point with its radius, two of a scribble
+    with its width.
     """
     (kind, value), *rest = region.to_dict().items()
     coordinates: list[list[float]] = []

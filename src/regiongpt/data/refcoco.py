@@ -109,11 +109,7 @@ class _ObjectRow(Row):
 
 
 def read_pickle(path: Path, split: str, rejects: Rejects) -> dict[int, list[Ref]]:
-    """The objects of one split that a ``refs(...).p`` refers to, by image.
-
-    Raises:
-        DataError: The file is no pickle of plain data, or has no such split.
-    """
+    """The objects of one split that a ``refs(...).p`` refers to, by image; DataError if there are none."""
     entries = load_plain_pickle(path)
     if not isinstance(entries, list):
         raise DataError(f"{path}: expected a list of references, got {short(entries)}; give a refs(...).p")
@@ -145,10 +141,7 @@ def read_json(path: Path, dataset: str, rejects: Rejects) -> tuple[dict[int, lis
     """The objects that a JSON file in COCO's layout refers to, by image, and what the file itself says of the images.
 
     Each of its ``images`` is one expression, its ``caption``; the image's id is ``original_id``. Its annotation is the
-    object, whose id in COCO is ``original_id`` too.
-
-    Raises:
-        DataError: The file is not of that layout, or of another data set.
+    object, whose id in COCO is ``original_id`` too. DataError if the file is of another layout or data set.
     """
     said: dict[int, dict[str, Any]] = {}
     shown: dict[int, dict[str, Any]] = {}
@@ -200,11 +193,7 @@ def _object(row: _ObjectRow, scene: Scene, categories: dict[Any, Any]) -> SceneO
 
 
 def read_instances(path: Path, wanted: set[int], rejects: Rejects) -> dict[int, Scene]:
-    """The wanted images of an ``instances.json`` with their objects, by their ids.
-
-    Raises:
-        DataError: The file is not of COCO's layout.
-    """
+    """The wanted images of an ``instances.json`` with their objects, by their ids."""
     file = InstancesFile(path, rejects, crowds="keep", wanted=wanted)
     frames = zip(file.paths, file.widths.tolist(), file.heights.tolist(), strict=True)
     scenes = [Scene(*frame, faulty=file.faulty) for frame in frames]

@@ -59,12 +59,7 @@ def schema() -> Any:
 
 
 class Fault(DataError):
-    """Why a record cannot be used.
-
-    Args:
-        kind: A few words that are the same for all such faults: ``"box without size"``.
-        reason: What was expected and what came.
-    """
+    """Why a record cannot be used: its kind, such as ``"box without size"``, and what was expected and what came."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -80,11 +75,7 @@ def fault_of(error: RegionGPTError) -> Fault:
 
 
 class Rejects:
-    """What a conversion could not use, counted by kind.
-
-    Args:
-        strict: Fail at the first.
-    """
+    """What a conversion could not use, counted by kind; ``strict`` fails at the first."""
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
@@ -101,14 +92,7 @@ class Rejects:
         self._file = None
 
     def add(self, kind: str, file: str | Path, record: object, reason: str) -> None:
-        """Count one record that is left out; DataError in strict mode.
-
-        Args:
-            kind: Of :class:`Fault`.
-            file: That holds the record.
-            record: Its id, or its place in the file.
-            reason: What was expected and what came.
-        """
+        """Count a record, known by its id or place in the file, that is left out; DataError in strict mode."""
         name = Path(file).name
         if self.strict and kind != CROWD:
             raise DataError(f"{name}, record {record}: {kind}: {reason}")
@@ -144,16 +128,7 @@ class Shard(TypedDict):
 
 
 class Manifest(Settings):
-    """What a folder of records was made of.
-
-    Attributes:
-        source: Name of the converter.
-        arguments: Of the conversion, with the seed.
-        inputs: Name, size in bytes and SHA-256 of each file that was read.
-        images: Folder that the records' image paths are relative to.
-        counts: ``records``, ``images``, ``regions``, ``turns``, and ``task:...`` for each task.
-        rejects: How many records were left out, by kind.
-    """
+    """What a folder of records was made of; docs/data.md says more."""
 
     schema_version: int
     source: str
@@ -167,11 +142,7 @@ class Manifest(Settings):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read the manifest of a folder.
-
-        Raises:
-            DataError: It is missing (no conversion ended there) or not one, or of a schema that is not read here.
-        """
+        """Read the manifest of a folder; DataError if no conversion ended there, or one of another schema."""
         path = Path(folder) / MANIFEST
         if not path.exists():
             raise DataError(
@@ -191,11 +162,7 @@ class Manifest(Settings):
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """Name, size in bytes and SHA-256 of a file.
-
-    Raises:
-        DataError: It cannot be read.
-    """
+    """Name, size in bytes and SHA-256 of a file; DataError if it cannot be read."""
     try:
         return {"name": Path(path).name, "bytes": Path(path).stat().st_size, "sha256": sha256(path)}
     except OSError as error:
@@ -219,13 +186,13 @@ def write_records(
     Args:
         out: The folder; records that it holds are replaced when the new ones are whole.
         records: In their order. One that no model could learn from is left out and counted.
-        rejects: Where such records are noted, and written to ``rejects.jsonl``.
-        source: Name of the converter.
-        images: Folder of the images, as the manifest shall name it.
-        inputs: Files that were read.
-        arguments: Of the conversion.
+        rejects: Where such records are noted; written to ``rejects.jsonl``.
+        source: Its name, for the manifest.
+        images: Folder of the images, for the manifest.
+        inputs: Files that were read, for the manifest.
+        arguments: Of the conversion, for the manifest.
         records_per_shard: Most records in a shard.
-        check_regions: Look at every region, where that has not been done.
+        check_regions: Hold every region against its image, where that has not been done.
 
     Raises:
         DataError: The disk is full or the folder not writable; in strict mode, a record is wrong.
@@ -297,11 +264,7 @@ def _filling(out: Path) -> Iterator[Path]:
 
 
 class _ShardWriter:
-    """Writes shards in order, each in a process of its own while the next one is gathered.
-
-    The process is a fork: it finds the records where they are, and none is sent anywhere. Where forking is not safe,
-    shards are written on the spot; their bytes are the same.
-    """
+    """Writes shards in order, on Linux each in a fork of this process while the next is gathered."""
 
     def __init__(self, folder: Path) -> None:
         self.shards: list[Shard] = []
@@ -361,7 +324,7 @@ class RecordSet:
         images: Folder of the images, where it is not the one that the manifest names.
 
     Raises:
-        DataError: The folder holds no finished conversion, or a shard is missing, broken or of another length.
+        DataError: The folder holds no finished conversion, or a shard is missing or broken.
     """
 
     def __init__(self, folder: str | Path, images: str | Path | None = None) -> None:
