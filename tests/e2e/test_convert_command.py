@@ -133,14 +133,6 @@ def test_strict_fails_at_the_first(run, tmp_path: Path):
     assert run("inspect", tmp_path / "records")[0] == 2, "nothing is left that could be taken for a finished conversion"
 
 
-def test_twice_the_same_bytes(run, tmp_path: Path):
-    for name in ("one", "two"):
-        assert run(*COCO, "bad.json", "--boxes-per-category", 3, "--seed", 5, "--out", tmp_path / name)[0] == 0
-    assert content(tmp_path / "one") == content(tmp_path / "two")
-    assert run(*COCO, "bad.json", "--boxes-per-category", 3, "--seed", 6, "--out", tmp_path / "other")[0] == 0
-    assert content(tmp_path / "other") != content(tmp_path / "one")
-
-
 def test_what_is_there_is_not_lost(run, tmp_path: Path):
     out = tmp_path / "records"
     assert run(*COCO, "good.json", "--out", out)[0] == 0
@@ -198,16 +190,6 @@ def test_options_arrive_as_typed(run, files: Path, tmp_path: Path):
     assert arguments["check_images"] is False
     assert arguments["shapes"] == "both"
     assert arguments["images"] == "images"
-
-
-def test_peoples_own_data(run, tmp_path: Path):
-    out = tmp_path / "records"
-    code, printed, _ = run("convert", "jsonl", "--images", "images", "--data", "own.jsonl", "--out", out)
-    assert code == 0
-    assert printed.startswith("jsonl: 3 records, 3 images, 3 regions, 3 turns\n")
-    code, shown, _ = run("inspect", out, "--record", "jsonl/2", "--picture", tmp_path / "drawn.png")
-    assert code == 0
-    assert "a cat in picture 2" in shown
 
 
 def test_help_lists_every_source_and_each_its_options(run):
@@ -268,22 +250,3 @@ def test_help_does_without_torch():
         "sys.exit(bool({'torch', 'transformers', 'pyarrow', 'datasets'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"expected photographs in {PHOTOS}; set REGIONGPT_DATA to their folder")
-def test_real_photographs(run, tmp_path: Path):
-    out = tmp_path / "records"
-    source = PHOTOS / "instances_dev.json"
-    command = ["convert", "coco", "--images", PHOTOS / "images", "--instances", source, "--boxes-per-category", 2]
-    assert run(*command, "--out", out)[0] == 0
-    _, printed, _ = run("inspect", out, "--json")
-    counted = json.loads(printed)["statistics"]["categories"]
-    known = json.loads(source.read_text())
-    names = {each["id"]: each["name"] for each in known["categories"]}
-    expected: dict[str, int] = {}
-    for each in known["annotations"]:
-        if not each.get("iscrowd"):
-            expected[names[each["category_id"]]] = min(2, expected.get(names[each["category_id"]], 0) + 1)
-    assert counted == expected
-    assert run("inspect", out, "--check")[0] == 0
-    assert run("inspect", out, "--html", tmp_path / "page.html", "--count", 2)[0] == 0

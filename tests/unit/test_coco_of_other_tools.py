@@ -232,12 +232,7 @@ def test_a_size_that_is_not_stated_is_that_of_the_image(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize(
     ("segmentation", "bounds"),
-    [
-        ([RING], (5, 5, 25, 15)),
-        ([RING, [30, 20, 38, 20, 38, 28]], (5, 5, 38, 28)),
-        (RLE, STROKE),
-        ([RLE], STROKE),
-    ],
+    [([RING], (5, 5, 25, 15)), ([RING, [30, 20, 38, 20, 38, 28]], (5, 5, 38, 28)), (RLE, STROKE), ([RLE], STROKE)],
 )
 def test_a_box_follows_from_the_mask(tmp_path: Path, box: dict, segmentation: object, bounds: tuple) -> None:
     given = {key: value for key, value in thing(segmentation=segmentation).items() if key != "bbox"}

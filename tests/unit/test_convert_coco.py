@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,8 +12,8 @@ from PIL import Image
 from regiongpt.data import reading
 from regiongpt.data.closed_sets import CocoConverter, LvisConverter
 from regiongpt.data.reading import iter_array, iter_arrays
-from regiongpt.data.shards import Fault, RecordSet, Rejects
-from regiongpt.data.sources import CONVERTERS, Converter, convert, load_converter
+from regiongpt.data.shards import Fault, Rejects
+from regiongpt.data.sources import CONVERTERS, Converter, load_converter
 from regiongpt.data.values import check_image, known_size
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.regions import Region
@@ -487,26 +486,6 @@ def test_captions_of_other_images_do_not_belong(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole conversions
-
-
-def test_boxes_and_masks_survive_and_a_second_run_gives_the_same_bytes(tmp_path):
-    pytest.importorskip("pyarrow")
-    rng = np.random.default_rng(0)
-    masks = [{"size": [20, 40], "counts": [100 * k, 30, 770 - 100 * k]} for k in range(1, 4)]
-    boxes = [[*rng.uniform(0, 10, 2).tolist(), *rng.uniform(1, 9, 2).tolist()] for _ in range(6)]
-    shapes = [*masks, *([rng.uniform(0, 18, 8).tolist()] for _ in range(3))]
-    write(tmp_path, [annotation(k, box, segmentation=s) for k, (box, s) in enumerate(zip(boxes, shapes, strict=True))])
-    converter = coco(tmp_path, shapes="both")
-    first = convert(converter, tmp_path / "a")
-    second = convert(converter, tmp_path / "b")
-    assert first == second
-    name = first.shards[0]["file"]
-    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    regions = [each.region for record in RecordSet(tmp_path / "a") for each in record.regions]
-    for number, (x, y, w, h) in enumerate(boxes):
-        assert regions[2 * number] == Region.box(x, y, x + w, y + h)
-        shape = shapes[number]
-        assert regions[2 * number + 1] == (Region.rle(shape) if isinstance(shape, dict) else Region.polygon(shape))
 
 
 def test_real_photographs(tmp_path):

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from regiongpt.data.chat import JsonlConverter, RegionCaptionsConverter
-from regiongpt.data.shards import RecordSet, Rejects
-from regiongpt.data.sources import convert, load_converter
+from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 from regiongpt.prompts import QUESTIONS, REC_SUFFIX
 from regiongpt.regions import Region
@@ -49,11 +48,6 @@ def run(made: JsonlConverter | RegionCaptionsConverter) -> tuple[list, dict, lis
     for record in records:
         record.check()
     return records, dict(rejects.counts), rejects.reasons
-
-
-def test_are_registered():
-    assert load_converter("jsonl") is JsonlConverter
-    assert load_converter("region_captions") is RegionCaptionsConverter
 
 
 def test_every_form_of_a_line(tmp_path):
@@ -215,16 +209,6 @@ def test_regions_survive(tmp_path, marked):
         assert rejects == {"region that makes no sense": 1}
         with pytest.raises(Exception, match="region"):
             [each.check(40, 30) for each in marked]
-
-
-def test_a_folder_of_records(tmp_path):
-    pytest.importorskip("pyarrow")
-    made = write(tmp_path, [line(), line(), "{"])
-    manifest = convert(made, tmp_path / "out")
-    assert manifest.counts == {"records": 2, "images": 1, "regions": 2, "turns": 2, "task:chat": 2}
-    assert list(RecordSet(tmp_path / "out")) == run(made)[0]
-    with pytest.raises(DataError, match=r"own\.jsonl:3"):
-        convert(made, tmp_path / "strict", strict=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from converting import run
 from PIL import Image
 
 from regiongpt.data.chat import LlavaConverter
-from regiongpt.data.sources import convert, load_converter
 from regiongpt.errors import ConfigError, DataError
 
 
@@ -28,10 +27,6 @@ def write(folder: Path, entries: list, **options: str) -> LlavaConverter:
     return LlavaConverter(images=folder / "images", data=folder / "mix.json", **options)
 
 
-def test_is_registered():
-    assert load_converter("llava") is LlavaConverter
-
-
 def test_questions_stand_as_they_are(tmp_path):
     made = write(
         tmp_path,
@@ -44,12 +39,7 @@ def test_questions_stand_as_they_are(tmp_path):
     )
     records, rejects = run(made)
     assert rejects == {}
-    assert [record.id for record in records] == [
-        "llava/004539375-0",
-        "llava/33471-1",
-        "llava/x-2",
-        "llava/33471-3",
-    ]
+    assert [record.id for record in records] == ["llava/004539375-0", "llava/33471-1", "llava/x-2", "llava/33471-3"]
     assert [(record.image, record.width, record.height) for record in records] == [
         ("00453/a.jpg", 40, 30),
         ("00453/a.jpg", 40, 30),
@@ -131,12 +121,3 @@ def test_files_that_break_off_or_are_another(tmp_path):
     made.data.write_text('{"images": []}')
     with pytest.raises(DataError, match=r"mix\.json: expected json that is an array"):
         run(made)
-
-
-def test_a_folder_of_records(tmp_path):
-    pytest.importorskip("pyarrow")
-    made = write(tmp_path, [entry("a", "<image>\nWhat?", "A cup."), entry("b", "Hm?", "", image=None)])
-    manifest = convert(made, tmp_path / "out")
-    assert manifest.counts == {"records": 1, "images": 1, "regions": 0, "turns": 1, "task:chat": 1}
-    line = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
-    assert (line["kind"], line["file"], line["record"]) == ("answer empty", "mix.json", "'b' at 1")

@@ -12,7 +12,6 @@ from PIL import Image
 
 from regiongpt.data.reading import load_plain_pickle
 from regiongpt.data.refcoco import RefCocoConverter
-from regiongpt.data.sources import convert, load_converter
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.prompts import NO_MATCH, REC_SUFFIX, parse_region_answer
 from regiongpt.regions import Region
@@ -62,10 +61,6 @@ def write(
     content = {"info": {}, "images": images, "annotations": annotations, "categories": CATEGORIES}
     (folder / "instances.json").write_text(json.dumps(content))
     return RefCocoConverter(images=folder / "train2014", refs=folder / name, instances=folder / "instances.json")
-
-
-def test_is_registered():
-    assert load_converter("refcoco") is RefCocoConverter
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4])
@@ -275,49 +270,6 @@ def test_faults_of_the_json_layout(tmp_path):
     }
     path.write_text(path.read_text()[:900])
     assert run(made.replace(refs=path, instances=None))[1]["truncated json"] == 1
-
-
-def test_a_folder_of_records(tmp_path):
-    pytest.importorskip("pyarrow")
-    made = write(tmp_path, [ref(1, 101, 5, "a dog", "")], [annotation(101, 5), annotation(102, 5)])
-    manifest = convert(made, tmp_path / "out")
-    assert {key: manifest.counts[key] for key in ("records", "images")} == {"records": 2, "images": 1}
-    assert manifest.rejects == {"expression empty": 1}
-    assert [each["name"] for each in manifest.inputs] == ["refs(umd).p", "instances.json"]
-    with pytest.raises(DataError, match=r"refs\(umd\)\.p, record 1\[1\]: expression empty"):
-        convert(made, tmp_path / "strict", strict=True)
-
-
-def test_fixture_lines(tmp_path):
-    data = Path(os.environ.get("REGIONGPT_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    path = data / "fixtures" / "refcocog" / "umd_val_first400.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no fixtures at {path}; set REGIONGPT_DATA to the folder that holds them")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    boxes = {line["ann_id"]: (line["image_id"], line["bbox_xywh"]) for line in lines}
-    said: dict[int, list[str]] = {}
-    for line in lines:
-        said.setdefault(line["ann_id"], []).append(line["sent"])
-    refs = [ref(k, ann, boxes[ann][0], *texts, split="val") for k, (ann, texts) in enumerate(said.items())]
-    images = [{"id": k, "file_name": NAME.format(k), "width": 640, "height": 640} for k, _ in boxes.values()]
-    annotations = [annotation(ann, image, box) for ann, (image, box) in boxes.items()]
-    unique = list({each["id"]: each for each in images}.values())
-    made = write(tmp_path, refs, annotations, unique).replace(split="val", check_images=False)
-    records, rejects = run(made)
-    captions = [record for record in records if record.turns[0].task == "caption"]
-    told = collections.Counter(
-        (int(record.regions[turn.regions[0] - 1].source_id), turn.answer)
-        for record in captions
-        for turn in record.turns
-    )
-    assert told == collections.Counter((line["ann_id"], line["sent"].strip()) for line in lines)
-    for record in captions:
-        for each in record.regions:
-            x, y, w, h = boxes[int(each.source_id)][1]
-            assert each.region.bounds(640, 640) == pytest.approx((x, y, min(x + w, 640), min(y + h, 640)))
-    choices = [record for record in records if record.turns[0].task == "locate"]
-    assert len(choices) + rejects.pop("no other region to choose", 0) == 400
-    assert rejects == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

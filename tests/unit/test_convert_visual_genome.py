@@ -12,7 +12,6 @@ from PIL import Image
 
 from regiongpt.data import reading
 from regiongpt.data.shards import Fault, Rejects
-from regiongpt.data.sources import convert, load_converter
 from regiongpt.data.values import clipped_box
 from regiongpt.data.visual_genome import VisualGenomeConverter
 from regiongpt.errors import ConfigError, DataError
@@ -52,10 +51,6 @@ def write(folder: Path, described: list, sizes: list | None = None, **others: li
         image_data=folder / "image_data.json",
         **{name: folder / f"{name}.json" for name in others},
     )
-
-
-def test_is_registered():
-    assert load_converter("vg") is VisualGenomeConverter
 
 
 def test_one_dialogue_an_image(tmp_path):
@@ -220,23 +215,6 @@ def test_a_file_that_breaks_off(tmp_path):
     made.regions.write_text("<html>")
     with pytest.raises(DataError, match=r"region_descriptions\.json"):
         run(made)
-
-
-def test_a_folder_of_records(tmp_path):
-    pytest.importorskip("pyarrow")
-    described = [{"id": k, "regions": [region(j, k, x=j) for j in range(20)]} for k in (1, 2)]
-    made = write(tmp_path, [*described, {"id": 3, "regions": [region(3, 4)]}])
-    manifest = convert(made, tmp_path / "out")
-    assert manifest.counts == {"records": 2, "images": 2, "regions": 20, "turns": 20, "task:caption": 20}
-    assert manifest.rejects == {"files that do not belong together": 1}
-    lines = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert [(line["file"], line["record"]) for line in lines] == [("region_descriptions.json", "3[0]")]
-    convert(made, tmp_path / "again")
-    shard = "records-00000.parquet"
-    assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "again" / shard).read_bytes()
-    assert [each["name"] for each in manifest.inputs] == ["region_descriptions.json", "image_data.json"]
-    with pytest.raises(DataError, match="files that do not belong together"):
-        convert(made, tmp_path / "strict", strict=True)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):

@@ -58,9 +58,7 @@ RECORDS = [
     record("two", [CAT, DOG], [classify(1, "cat"), classify(2, "dog")]),
     record("talk", [CAT, MASK], [TALK], image="b.png"),
     record(
-        "which",
-        [CAT, DOG],
-        [Turn(task="locate", answer=NO_MATCH, regions=(1, 2), expression="a bird", guided=True)],
+        "which", [CAT, DOG], [Turn(task="locate", answer=NO_MATCH, regions=(1, 2), expression="a bird", guided=True)]
     ),
     record("text", [], [Turn(task="chat", question="Hi?", answer="A \x1b[31m<b>red</b> day.")], image=""),
 ]
@@ -215,10 +213,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "region that makes no sense",
     ),
     "no answer": ({"turns": [classify(1, " ")]}, "record without a lesson"),
-    "no expression": (
-        {"turns": [Turn(task="locate", answer="Region [1]", regions=(1, 2))]},
-        "record without a lesson",
-    ),
+    "no expression": ({"turns": [Turn(task="locate", answer="Region [1]", regions=(1, 2))]}, "record without a lesson"),
     "unknown task": ({"turns": [Turn(task="dance", answer="x")]}, "record without a lesson"),
     "no turns": ({"turns": []}, "record without a lesson"),
     "no image for the regions": ({"image": "", "width": 0, "height": 0}, "record without a lesson"),
@@ -318,16 +313,6 @@ def test_a_record_is_found_by_place_and_by_id(folder: Path):
             inspection.find(records, which)
 
 
-def test_what_is_said_is_what_is_taught(folder: Path):
-    records = RecordSet(folder)
-    for index in range(len(records)):
-        for epoch in range(3):
-            messages = records[index].messages(5, epoch, index)
-            dialogue = inspection.said(records[index], 5, epoch, index)
-            flat = [text for turn in dialogue for text in turn]
-            assert [message["content"].removeprefix("<image>\n") for message in messages] == flat
-
-
 def test_a_record_is_drawn_on_its_image(folder: Path, images: Path, tmp_path: Path, run):
     code, out, _ = run(folder, "--record", "hand/two", "--picture", tmp_path / "out.png")
     assert code == 0
@@ -413,12 +398,6 @@ def test_one_record_as_json(folder: Path, run):
     assert learnt.removesuffix("</s>").strip() == TALK.answer
 
 
-def test_the_wording_changes_with_seed_and_epoch(folder: Path, run):
-    shown = {run(folder, "--record", "0", "--epoch", epoch, "--seed", 1)[1] for epoch in range(4)}
-    assert len(shown) > 1
-    assert run(folder, "--record", "0", "--epoch", 2)[1] == run(folder, "--record", "0", "--epoch", 2)[1]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
@@ -493,12 +472,6 @@ def test_bad_options_are_one_line_and_exit_code_2(
     assert err.count("\n") == 1
     for part in parts:
         assert part in err
-
-
-def test_a_folder_without_a_finished_conversion(tmp_path: Path, run):
-    code, _, err = run(tmp_path)
-    assert code == 2
-    assert MANIFEST in err
 
 
 def test_a_checkpoint_without_a_processor(tmp_path: Path):
