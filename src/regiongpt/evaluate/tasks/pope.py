@@ -22,16 +22,8 @@ from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
-from regiongpt.evaluate.tasks.scoring import (
-    figures,
-    find,
-    given,
-    images_of,
-    limited,
-    means_by_group,
-    notes_of,
-    rows_of,
-)
+from regiongpt.evaluate.tasks import scoring
+from regiongpt.evaluate.tasks.scoring import Scored, counted, find, given, images_of, make_result
 from regiongpt.prompts import indefinite
 
 STRATEGIES: Final = ("random", "popular", "adversarial")
@@ -144,7 +136,7 @@ class Pope(Task):
             for strategy, those in asked.items()
             for number, each in those
         ]
-        return limited(items, self.limit)
+        return scoring.limited(items, self.limit)
 
     def _build(self, folder: Path) -> dict[str, list[tuple[int | str, Asked]]]:
         file = InstancesFile(self._annotations, self.left_out, folder=folder, crowds="keep")  # a crowd is there too
@@ -153,7 +145,18 @@ class Pope(Task):
             classes[int(file.images[place])].append(file.names[category])
         names = dict(zip(file.images.tolist(), file.paths, strict=True))
         limits = {"images": self.image_count, "pairs": self.pairs, "seed": self.seed}
-        return {each: [*build_questions(classes, names, each, **limits)] for each in self._strategies}
+        try:
+            built: dict[str, list[tuple[int | str, Asked]]] = {
+                each: [*build_questions(classes, names, each, **limits)] for each in self._strategies
+            }
+        except DataError as error:
+            raise DataError(f"{file.path}: {error}; {self.left_out.summary()}") from None
+        asked = {number for those in built.values() for number, _ in those}
+        for number in classes.keys() - asked:
+            few = len(set(classes[number])) <= self.pairs
+            kind = f"image of {counted(self.pairs, 'class')} or fewer" if few else "image not drawn"
+            self.left_out.add(kind, file.path, number, "not asked about")
+        return built
 
     def _item(self, strategy: str, number: int | str, asked: Asked, folder: Path, several: bool) -> Item:
         path = folder / asked.image
@@ -174,37 +177,37 @@ class Pope(Task):
     ) -> Result:
         """Each strategy by itself, under both readings of the answers."""
         texts = given(items, answers, "text")
-        statistics: dict[str, dict[str, Statistic]] = {}
-        rights: dict[str, list[float | None]] = {}
-        breakdowns, counts = {}, {}
+        protocols = {}
         for reading, read in (("first word", first_word), ("published script", pope_script)):
             said: list[Said] = [read(text) if text is not None else None for text in texts]
             for strategy in dict.fromkeys(item.groups["strategy"] for item in items):
                 places = [k for k, item in enumerate(items) if item.groups["strategy"] == strategy]
                 own = [items[k] for k in places]
-                right = {k: float(said[k] == items[k].truth) for k in places}
-                name = f"{reading}, {strategy}"
-                statistics[name] = yes_no_statistics(
-                    images_of(own), [item.truth for item in own], [said[k] for k in places]
+                right: list[float | None] = [None] * len(items)
+                for k in places:
+                    right[k] = float(said[k] == items[k].truth)
+                protocols[f"{reading}, {strategy}"] = Scored(
+                    statistics=yes_no_statistics(
+                        images_of(own), [item.truth for item in own], [said[k] for k in places]
+                    ),
+                    scores={"accuracy": right},
                 )
-                counts[name] = len(own)
-                rights[f"{name}.accuracy"] = [right.get(k) for k in range(len(items))]
-                breakdowns[name] = means_by_group(own, ("category",), {"accuracy": list(right.values())})
         source = ", ".join(path.name for path in self._published().values())
-        rule = f"built by POPE's rules from {self.split}, {self.pairs} pairs an image, seed {self.seed}"
-        return Result(
-            task=self.name,
+        rule = f"built by POPE's rules from {self.split}, {counted(self.pairs, 'pair')} an image, seed {self.seed}"
+        return make_result(
+            self,
+            items,
+            answers,
+            protocols,
             pinned={
                 "questions": source or rule,
                 "prompt": f"the question{f' and {self.suffix!r}' if self.suffix else ' alone'}",
                 "yes_ratio": "of the predictions",
                 **{f"protocol {name}": text for name, text in READINGS.items()},
             },
-            protocols={name: figures(each, counts[name], resamples, seed) for name, each in statistics.items()},
-            breakdowns=breakdowns,
-            rows=rows_of(items, answers, rights),
-            notes=tuple(notes_of(self, items, answers)),
-            statistics=statistics,
+            by=("category",),
+            resamples=resamples,
+            seed=seed,
         )
 
 
@@ -308,8 +311,8 @@ def build_questions(
     usable = [number for number, those in there.items() if len(those) > pairs and len(often) - len(those) >= pairs]
     if not usable:
         raise DataError(
-            f"expected images with more than {pairs} classes, and {pairs} others that they lack, found none among "
-            f"{len(there)} images of {len(often)} classes"
+            f"no image has more than {counted(pairs, 'class')} and lacks {pairs} others, among "
+            f"{counted(len(there), 'image')} of {counted(len(often), 'class')}; give other annotations or fewer --pairs"
         )
     drawn = np.random.default_rng((seed, 0)).permutation(len(usable))[:images]
     found = []
