@@ -575,7 +575,7 @@ def test_questions_follow_popes_rules() -> None:
             )
             assert partner.category == "bus"  # of what image 1 lacks, cats come most often with it
     assert all(each.text == f"Is there a {each.category} in the image?" for _, each in asked)
-    with pytest.raises(DataError, match="no image has more than 3 classes .* among 1 image of 1 class;"):
+    with pytest.raises(DataError, match=r"no image has more than 3 classes .* among 1 image of 1 class;"):
         build_questions({1: ["cat"]}, {1: "1.jpg"}, "random")
     with pytest.raises(ConfigError, match="got 'rare'"):
         task_class("pope")(data="x", strategy="rare")
