@@ -6,14 +6,13 @@ OUT/                 table.md, result.json, index.html
 Paper: Tables 1, 6 and 7; §3.1 (image tokens), §3.2 (the task-guided prompt)
 """
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self, get_args
+from typing import TYPE_CHECKING, Any, Final, Self, get_args
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 FEWEST_SEEDS: Final = 2
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Variant:
     """One of the things that are compared.
 
@@ -52,71 +51,67 @@ class Variant:
     asked: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Kind:
     """One ablation.
 
     Attributes:
         summary: One line of help.
         variants: The default; the others are compared with the first.
-        target: Field of the recipe that ``NAME=VALUE`` sets: the records, or the checkpoint to continue from, which
-            brings its own shape.
-        more: What ``--variants`` takes besides names.
+        target: Field of the recipe that ``NAME=VALUE`` sets: the records, or the checkpoint to continue from.
     """
 
     summary: str
     variants: tuple[Variant, ...]
     target: str = ""
-    more: str = ""
 
 
 def _tower(name: str, vision: str, size: int | str = "") -> Variant:
-    return Variant(name=name, recipe={"model.vision": vision} | ({"model.image_size": str(size)} if size else {}))
+    return Variant(name, {"model.vision": vision} | ({"model.image_size": str(size)} if size else {}))
 
 
 def _tokens(name: str) -> Variant:
     what, _, side = name.partition("=")
-    return Variant(name=name, recipe={f"model.{what}_grid": side})
+    return Variant(name, {f"model.{what}_grid": side})
 
 
-KINDS: Final[dict[str, Kind]] = {
+KINDS: Final = {
     "refinement": Kind(
-        summary="the module that refines the feature map (Table 6)",
-        variants=tuple(
-            Variant(name=name, recipe={"model.refinement": name})
+        "the module that refines the feature map (Table 6)",
+        tuple(
+            Variant(name, {"model.refinement": name})
             for name in get_args(ModelConfig.model_fields["refinement"].annotation)
         ),
-        target="model.init",
+        "model.init",
     ),
     "tower": Kind(
-        summary="the vision tower (Table 7); --variants NAME@SIZE,... names towers of a hub or folders",
-        variants=(
+        "the vision tower (Table 7); --variants NAME@SIZE,... names towers of a hub or folders",
+        (
             _tower("openai_vit_l_336", "openai/clip-vit-large-patch14-336", 336),
             _tower("siglip_vit_b_512", "google/siglip-base-patch16-512", 512),
             _tower("siglip_vit_l_384", "google/siglip-large-patch16-384", 384),
             # Its patches of 14 cover 27 x 14 = 378 of the 384 pixels.
             _tower("siglip_vit_so400m_384", "google/siglip-so400m-patch14-384", 378),
         ),
-        target="model.init",
+        "model.init",
     ),
     "prompt": Kind(
-        summary="the task-guided suffix (Table 1): taught and asked with it, taught and asked without, asked without",
-        variants=(
-            Variant(name="with"),
-            Variant(name="without", recipe={"data.suffixes": "false"}, asked={"guided": "false"}),
-            Variant(name="asked-without", asked={"guided": "false"}),
+        "the task-guided suffix (Table 1): taught and asked with it, taught and asked without, asked without",
+        (
+            Variant("with"),
+            Variant("without", {"data.suffixes": "false"}, {"guided": "false"}),
+            Variant("asked-without", asked={"guided": "false"}),
         ),
     ),
     "tokens": Kind(
-        summary="number of tokens per image and region; --variants image=SIDE,region=SIDE,...",
-        variants=tuple(map(_tokens, ("image=6", "image=3", "image=1", "image=9", "region=2"))),
-        target="model.init",
-        more="image=SIDE or region=SIDE",
+        "number of tokens per image and region; --variants image=SIDE,region=SIDE,...",
+        tuple(map(_tokens, ("image=6", "image=3", "image=1", "image=9", "region=2"))),
+        "model.init",
     ),
     "data": Kind(
-        summary="the records: boxes against masks, or any others (--variants boxes=RECORDS,masks=RECORDS)",
-        variants=(Variant(name="boxes", asked={"region": "box"}), Variant(name="masks", asked={"region": "mask"})),
-        target="data.mixture",
+        "the records: boxes against masks, or any others (--variants boxes=RECORDS,masks=RECORDS)",
+        (Variant("boxes", asked={"region": "box"}), Variant("masks", asked={"region": "mask"})),
+        "data.mixture",
     ),
 }
 """The ablations by name."""
@@ -144,20 +139,19 @@ def choose_variants(kind: str, text: str | None, recipe: Recipe) -> tuple[Varian
         if valued:
             if not (name and value):
                 raise ConfigError(f"--variants: write each as NAME=VALUE with the value of {target}, got {word!r}")
-            like = known.get(name, Variant(name=name))
+            like = known.get(name, Variant(name))
             # A recipe that says what its checkpoint is made of is held to it.
             described = like.recipe if target == "model.init" and recipe.model.language else {}
-            found.append(Variant(name=name, recipe={**described, target: value}, asked=like.asked))
+            found.append(Variant(name, {**described, target: value}, like.asked))
         elif word in known:
             found.append(known[word])
         elif kind == "tower":
             tower, _, size = word.rpartition("@") if word.rpartition("@")[2].isdecimal() else (word, "", "")
-            found.append(_tower(tower.rstrip("/").rpartition("/")[2] + (f"-{size}" if size else ""), tower, size))
+            found.append(_tower(Path(tower).name + (f"-{size}" if size else ""), tower, size))
         elif kind == "tokens" and name in ("image", "region") and value.isdecimal():
             found.append(_tokens(word))
         else:
-            more = f", or {KINDS[kind].more}" if KINDS[kind].more else ""
-            raise ConfigError(f"--variants: unknown variant {word!r}; known: {', '.join(known)}{more}")
+            raise ConfigError(f"--variants: unknown variant {word!r}; known: {', '.join(known)}")
     if len(found) < 2 or len({variant.name for variant in found}) < len(found):
         raise ConfigError(f"--variants: give at least two different ones, got {text!r}; such as {', '.join(known)}")
     for variant in found:
@@ -356,61 +350,39 @@ class Study:
         from regiongpt.evaluate.run import RESULT
         from regiongpt.report import write_page
 
-        printed = TABLES.get(self.kind)
-        title, said, task = f"Ablation: {self.kind}", orders(found, printed), self.options.task
-        cells = [cell for figures in found.values() for own in figures.values() for cell in own.values()]
+        title, printed, task = f"Ablation: {self.kind}", TABLES.get(self.kind), self.options.task
+        said, rows, made = orders(found, printed), tables(found), "means over the seeds, times 100, with 95 % intervals"
         about = [
             " ".join([f"{KINDS[self.kind].summary}; recipe {self.recipe}", *self.overrides]),
             f"{task}, {items:,} items; {'; '.join(f'{name}: {text}' for name, text in pinned.items())}",
             f"Means over the seeds {', '.join(map(str, self.seeds))}, times 100; in brackets the range of 95 % of the "
-            "resamples, which draw the images and the seeds anew.",
+            f"resamples, which draw the images and the seeds anew. With fewer than {FEWEST_SEEDS} seeds, "
+            f"{FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
         ]
-        if any(cell.too_few for cell in cells):
-            about.append(
-                f"{TOO_FEW.capitalize()} where it says so: that takes {FEWEST_SEEDS} seeds, {FEWEST_IMAGES} images and "
-                "a few of them with differing answers."
-            )
         paper = []
         if printed is not None:
             note = f"Measured on {printed.data}: another data set, so that only the order can be compared."
             paper.append((f"The paper's {printed.number}", printed_rows(printed), note, said))
-        rows = tables(found)
         parts = [f"# {title}", *about, *(f"## {name}\n\n{markdown(each)}" for name, each in rows)]
         for name, each, note, lines in paper:
             parts += [f"## {name}\n\n{note}\n\n{markdown(each)}", *(f"- {line}" for line in lines)]
         text = "\n\n".join(parts) + "\n"
-        charts = [
-            bar_chart(
-                f"{protocol}: {figure}",
-                [
-                    (name, [Bar(value=cell.mean if cell.mean == cell.mean else None, interval=cell.interval)])
-                    for name, cell in own.items()
-                ],
-                [figure],
-            )
-            for protocol, figures in found.items()
-            for figure, own in figures.items()
-        ]
-        made = "means over the seeds, times 100, with 95 % intervals"
+        charts, protocols = [], dict[str, Any]()
+        for protocol, figures in found.items():
+            for figure, cells in figures.items():
+                means = {name: each.mean if each.mean == each.mean else None for name, each in cells.items()}
+                bars = [(name, [Bar(value=means[name], interval=each.interval)]) for name, each in cells.items()]
+                charts.append(bar_chart(f"{protocol}: {figure}", bars, [figure]))
+                protocols.setdefault(protocol, {})[figure] = {name: vars(cell) for name, cell in cells.items()}
+        shown = {"title": title, "made": made, "about": about, "tables": rows, "paper": paper, "charts": charts}
         write_file(self.out / "table.md", text)
-        write_page(
-            self.out / PAGE,
-            "ablation.html",
-            **{"title": title, "made": made, "about": about, "tables": rows, "paper": paper, "charts": charts},
-        )
-        protocols = {
-            protocol: {
-                figure: {name: dataclasses.asdict(cell) for name, cell in own.items()}
-                for figure, own in figures.items()
-            }
-            for protocol, figures in found.items()
-        }
+        write_page(self.out / PAGE, "ablation.html", **shown)
         result = {
             "ablation": self.kind,
             "task": task,
             "items": items,
             "seeds": list(self.seeds),
-            "variants": [dataclasses.asdict(variant) for variant in self.variants],
+            "variants": [vars(variant) for variant in self.variants],
             "pinned": pinned,
             "protocols": finite(protocols),
             "orders": said,

@@ -19,15 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """An item that one of the runs answered better.
-
-    Attributes:
-        id: The item.
-        truth: The right answer.
-        a: What the first run answered.
-        b: What the second run answered.
-        by: How much the score rose from the first to the second.
-    """
+    """An item that one of the runs answered better: both answers, and how much the score rose from A to B."""
 
     id: str
     truth: str
@@ -44,10 +36,10 @@ class Comparison:
         task: Its name.
         items: How many both have answered.
         figures: By protocol and figure.
-        figure: The figure that tells which items changed, as ``"protocol.figure"``.
-        gained: Items that the second run scores higher by it, the largest change first.
+        figure: By which items changed, as ``"protocol.figure"``.
+        gained: Items that the second run scores higher, the largest change first.
         lost: Items that it scores lower.
-        reworded: Number of items whose text differs though the score does not.
+        reworded: Number of items whose text alone differs.
     """
 
     task: str
@@ -60,19 +52,13 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON; what cannot be measured is null."""
+        changed = {name: [vars(change) for change in getattr(self, name)] for name in ("gained", "lost")}
+        figures = {protocol: {name: vars(each) for name, each in own.items()} for protocol, own in self.figures.items()}
         return {
             "task": self.task,
             "items": self.items,
-            "figures": {
-                protocol: {name: finite(vars(each)) for name, each in figures.items()}
-                for protocol, figures in self.figures.items()
-            },
-            "changed": {
-                "by": self.figure,
-                "gained": [vars(change) for change in self.gained],
-                "lost": [vars(change) for change in self.lost],
-                "reworded": self.reworded,
-            },
+            "figures": finite(figures),
+            "changed": {"by": self.figure, **changed, "reworded": self.reworded},
         }
 
     def summary(self) -> str:

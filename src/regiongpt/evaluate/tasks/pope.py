@@ -1,6 +1,4 @@
-"""Is there such an object in the image? The POPE benchmark of objects that models make up.
-
-Questions are read as they were published, or built by POPE's rules for any annotated images.
+"""Is there such an object in the image? POPE's questions, as published or built by its rules.
 
 Paper: §4.4, Table 8
 """
@@ -224,10 +222,7 @@ def first_word(text: str) -> Said:
 
 
 def pope_script(text: str) -> Said:
-    """The answer as POPE's published script reads it: no where the first sentence says ``no`` or ``not``, else yes.
-
-    Nothing is unparsable to it: an empty answer and any other text without those words are a yes.
-    """
+    """The answer as POPE's published script reads it: no where the first sentence says ``no`` or ``not``, else yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
@@ -236,7 +231,7 @@ def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: 
     """The figures of :data:`FORMULAS`, yes being the positive answer.
 
     An answer that is neither is wrong: it lowers accuracy, and recall where yes was right, and is no yes for precision
-    and for ``yes_ratio``, the share of yes among *all answers given* (not among the right ones).
+    and for ``yes_ratio``, the share of yes among all questions.
 
     Args:
         clusters: Image of each question.
@@ -251,7 +246,7 @@ def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: 
 
 
 def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
-    """A published file: json lines with ``question_id``, ``image``, ``text`` and ``label`` (yes or no).
+    """A published file: JSON lines with ``question_id``, ``image``, ``text`` and ``label`` (yes or no).
 
     Raises:
         DataError: The file has no question that can be used.
@@ -259,17 +254,16 @@ def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
     found: dict[str, Asked] = {}
     for number, entry in iter_lines(path, rejects):
         with rejects.noting(path, number):
-            key, image, label = entry.get("question_id", number), entry.get("image"), entry.get("label")
+            key, image, label = str(entry.get("question_id", number)), entry.get("image"), entry.get("label")
             label = label.lower() if isinstance(label, str) else label
-            if isinstance(key, bool) or not isinstance(key, int | str) or label not in ("yes", "no"):
+            if not isinstance(entry.get("question_id", number), int | str) or label not in ("yes", "no"):
                 wanted = "question_id, image, text and the label yes or no"
                 raise Fault("question of another form", f"expected {wanted}, got {short(entry)}")
-            if str(key) in found:
+            if key in found:
                 raise Fault("duplicate id", f"expected each question_id once, got {key} again")
-            text = plain_text(entry.get("text"), "question")
-            found[str(key)] = Asked(str(key), image_name(image), text, label, "")
+            found[key] = Asked(key, image_name(image), plain_text(entry.get("text"), "question"), label, "")
     if not found:
-        raise DataError(f"{path}: expected questions with image, text and label, found none; {rejects.summary()}")
+        raise DataError(f"{path}: no questions with image, text and label; {rejects.summary()}")
     return list(found.values())
 
 
@@ -319,27 +313,15 @@ def build_questions(
     for number in sorted(usable[k] for k in drawn.tolist()):
         rng = np.random.default_rng((seed, 1, number))
         own = there[number]
-        absent = [name for name in often if name not in own]
-        asked: set[str] = set()
+        absent = sorted(name for name in often if name not in own)
         for turn, k in enumerate(rng.permutation(len(own))[:pairs].tolist()):
-            present = own[k]
-            if strategy == "popular":
-                ranked = _ranked(often, absent)
-            elif strategy == "adversarial":
-                ranked = _ranked(together[present], absent)
+            counts = {"popular": often, "adversarial": together[own[k]]}.get(strategy, Counter[str]())
+            if ranked := [name for name in absent if counts[name]]:
+                no = min(ranked, key=lambda name: (-counts[name], name))
             else:
-                ranked = []
-            left = [name for name in ranked if name not in asked]
-            others = sorted(name for name in absent if name not in asked)
-            no = left[0] if left else others[int(rng.integers(len(others)))]
-            asked.add(no)
-            for half, (name, label) in enumerate(((present, "yes"), (no, "no"))):
-                key = f"{number}-{2 * turn + half + 1}"
+                no = absent[int(rng.integers(len(absent)))]
+            absent.remove(no)
+            for half, (name, label) in enumerate(((own[k], "yes"), (no, "no")), 2 * turn + 1):
                 text = f"Is there {indefinite(name)} in the image?"
-                found.append((number, Asked(key, names[number], text, label, name)))
+                found.append((number, Asked(f"{number}-{half}", names[number], text, label, name)))
     return found
-
-
-def _ranked(counts: Counter[str], absent: Sequence[str]) -> list[str]:
-    """The absent classes that were counted, the commonest first, those alike by name."""
-    return sorted((name for name in absent if counts[name]), key=lambda name: (-counts[name], name))
