@@ -354,16 +354,16 @@ class Study:
         said, rows, made = orders(found, printed), tables(found), "means over the seeds, times 100, with 95 % intervals"
         about = [
             " ".join([f"{KINDS[self.kind].summary}; recipe {self.recipe}", *self.overrides]),
-            f"{task}, {items:,} items; {'; '.join(f'{name}: {text}' for name, text in pinned.items())}",
-            f"Means over the seeds {', '.join(map(str, self.seeds))}, times 100; in brackets the range of 95 % of the "
-            f"resamples, which draw the images and the seeds anew. With fewer than {FEWEST_SEEDS} seeds, "
+            f"{task}, {items:,} items. Means over the seeds {', '.join(map(str, self.seeds))}, times 100; in brackets "
+            f"the range of 95 % of the resamples, which draw images and seeds anew. With fewer than {FEWEST_SEEDS} seeds, "
             f"{FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
         ]
         paper = []
         if printed is not None:
             note = f"Measured on {printed.data}: another data set, so that only the order can be compared."
             paper.append((f"The paper's {printed.number}", printed_rows(printed), note, said))
-        parts = [f"# {title}", *about, *(f"## {name}\n\n{markdown(each)}" for name, each in rows)]
+        conditions = "\n".join(f"- {name}: {text}" for name, text in pinned.items())
+        parts = [f"# {title}", *about, conditions, *(f"## {name}\n\n{markdown(each)}" for name, each in rows)]
         for name, each, note, lines in paper:
             parts += [f"## {name}\n\n{note}\n\n{markdown(each)}", *(f"- {line}" for line in lines)]
         text = "\n\n".join(parts) + "\n"
@@ -374,9 +374,9 @@ class Study:
                 bars = [(name, [Bar(value=means[name], interval=each.interval)]) for name, each in cells.items()]
                 charts.append(bar_chart(f"{protocol}: {figure}", bars, [figure]))
                 protocols.setdefault(protocol, {})[figure] = {name: vars(cell) for name, cell in cells.items()}
-        shown = {"title": title, "made": made, "about": about, "tables": rows, "paper": paper, "charts": charts}
         write_file(self.out / "table.md", text)
-        write_page(self.out / PAGE, "ablation.html", **shown)
+        shown = {"about": about, "pinned": pinned, "tables": rows, "paper": paper, "charts": charts}
+        write_page(self.out / PAGE, "ablation.html", title=title, made=made, **shown)
         result = {
             "ablation": self.kind,
             "task": task,
@@ -522,13 +522,15 @@ def tables(summary: Summary) -> list[tuple[str, list[list[str]]]]:
         means, gains = [["figure", *variants]], [["figure", *variants[1:]]]
         for name, cells in figures.items():
             means.append([name, *(_text(cell.mean, cell.interval) for cell in cells.values())])
-            texts = [TOO_FEW if cell.too_few else _text(cell.gain, cell.gain_interval, "+") for cell in cells.values()]
-            gains.append([name, *texts[1:]])
+            _, *others = cells.values()
+            gains.append([name, *(_text(cell.gain, cell.gain_interval, "+", cell.too_few) for cell in others)])
         found += [(protocol, means), (f"{protocol}, difference from {variants[0]}", gains)]
     return found
 
 
-def _text(value: float | None, ends: tuple[float, float] | None, sign: str = "") -> str:
+def _text(value: float | None, ends: tuple[float, float] | None, sign: str = "", too_few: bool = False) -> str:
     if value is None or value != value:
         return "–"
+    if too_few:
+        return TOO_FEW
     return f"{value:{sign}.1f}" + (f" ({ends[0]:{sign}.1f} to {ends[1]:{sign}.1f})" if ends else "")

@@ -131,7 +131,7 @@ def make_result(
         count = f"{len(missing)} of {counted(len(items), 'item')}"
         said.append(f"{count} {have} no answer and count as wrong ({task.item_id}s {listed(missing)})")
     if task.left_out.counts:
-        said.append(f"annotations not asked about: {task.left_out.summary()}")
+        said.append(f"annotations not asked about: {task.left_out.listed()}")
     return Result(
         task=task.name,
         pinned=pinned,
