@@ -345,18 +345,17 @@ class Study:
     def _write(
         self, found: "Summary", items: int, pinned: Mapping[str, str], manifests: Mapping[str, Sequence[object]]
     ) -> str:
-        from regiongpt.charts import Bar, bar_chart
         from regiongpt.evaluate.report import PAGE, markdown, printed_rows
         from regiongpt.evaluate.run import RESULT
-        from regiongpt.report import write_page
+        from regiongpt.report import Bar, bar_chart, write_page
 
         title, printed, task = f"Ablation: {self.kind}", TABLES.get(self.kind), self.options.task
         said, rows, made = orders(found, printed), tables(found), "means over the seeds, times 100, with 95 % intervals"
         about = [
             " ".join([f"{KINDS[self.kind].summary}; recipe {self.recipe}", *self.overrides]),
             f"{task}, {items:,} items. Means over the seeds {', '.join(map(str, self.seeds))}, times 100; in brackets "
-            f"the range of 95 % of the resamples, which draw images and seeds anew. With fewer than {FEWEST_SEEDS} seeds, "
-            f"{FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
+            "the range of 95 % of the resamples, which draw images and seeds anew. With fewer than "
+            f"{FEWEST_SEEDS} seeds, {FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
         ]
         paper = []
         if printed is not None:

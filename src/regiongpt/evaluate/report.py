@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from markupsafe import Markup
 
-from regiongpt.charts import Bar, bar_chart
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import RegionGPTError
 from regiongpt.evaluate.paper import OF_TASK, OURS, TABLES, PaperTable
 from regiongpt.evaluate.task import Answer, Item, Result
 from regiongpt.evaluate.tasks import task_class
-from regiongpt.report import picture, render, write_page
+from regiongpt.report import Bar, bar_chart, picture, render, write_page
 
 if TYPE_CHECKING:
     from regiongpt.evaluate.run import TaskRun
