@@ -1,17 +1,21 @@
-"""Count the files of this package that one training record goes through, from its shard to its loss.
+"""Count the files of this package on the way of a training record to its loss and of a question to its table.
 
     python benchmarks/path_lengths.py
 
-A record is drawn from a shard, encoded, batched and passed through the model as in a step of training. Counted are
-the files of ``src/regiongpt`` in which a function is entered on the way, the calls, and the files that are read.
+A record is drawn from a shard, encoded, batched and passed through the model as in a step of training; an item of
+``coco_cls`` is read, asked, scored and printed. Counted are the files of ``src/regiongpt`` in which a function is
+entered on the way, the calls, and the files that are read.
 """
 
 import argparse
+import io
 import json
 import logging
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,12 @@ from pictures import draw_pictures
 from tiny_checkpoint import make_checkpoint
 
 import regiongpt
+from regiongpt import cli
 from regiongpt.data.mixture import open_mixture
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
+from regiongpt.evaluate.report import as_text
+from regiongpt.evaluate.tasks.coco_cls import CocoClassification
 from regiongpt.model import weights
 from regiongpt.regions import Region
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
@@ -68,7 +75,7 @@ class Path_:
             self.open = True
         if self.open and event == "call":
             path = Path(code.co_filename)
-            if path.is_relative_to(PACKAGE) and not code.co_name.startswith("<"):
+            if path.suffix == ".py" and path.is_relative_to(PACKAGE) and not code.co_name.startswith("<"):
                 name = str(path.relative_to(PACKAGE))
                 self.files[name] = self.files.get(name, 0) + 1
         if self.open and event == "return" and code is self.last:
@@ -96,15 +103,31 @@ def record_to_loss(folder: Path, packing: bool) -> Path_:
     return found
 
 
+def item_to_table(folder: Path) -> Path_:
+    """From the annotations that an item is read from to the table of results."""
+    draw_pictures(folder, 1, "instances_dev.json")
+    model = make_checkpoint(folder / "parts")
+    words = ["coco_cls", "--data", str(folder), "--split", "dev", "--model", str(model), "--out", str(folder / "run")]
+    found = Path_(CocoClassification.items, as_text)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        found.run(lambda: cli.main(["evaluate", *words]))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the counts as JSON")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     result = {}
-    for name, packing in (("record to loss", False), ("record to loss, packed", True)):
+    paths = {
+        "record to loss": partial(record_to_loss, packing=False),
+        "record to loss, packed": partial(record_to_loss, packing=True),
+        "item to table": item_to_table,
+    }
+    for name, path in paths.items():
         with tempfile.TemporaryDirectory() as folder:
-            found = record_to_loss(Path(folder), packing)
+            found = path(Path(folder))
             reads = [Path(each).name for each in found.reads if each.startswith(folder)]
         result[name] = {"files": found.files, "calls": sum(found.files.values()), "reads": reads}
         print(f"{name}: {len(found.files)} files, {sum(found.files.values())} calls, reads {', '.join(reads)}")

@@ -14,8 +14,8 @@ from typing import Any
 
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.runs import TaskRun, read_run
-from regiongpt.evaluate.tables import markdown, tables
+from regiongpt.evaluate.report import markdown, tables
+from regiongpt.evaluate.run import TaskRun, read_run
 from regiongpt.evaluate.tasks import task_class
 from regiongpt.storage import read_json
 

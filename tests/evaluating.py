@@ -5,14 +5,15 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
 from regiongpt import Region
 from regiongpt.evaluate import tasks
-from regiongpt.evaluate.metrics.bootstrap import interval, mean_statistic
-from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Table, Task
+from regiongpt.evaluate.metrics.bootstrap import mean_statistic
+from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Table, Task
+from regiongpt.evaluate.tasks.scoring import Scored, images_of, limited, make_result
 
 CHOICES = ("cat", "dog", "bird")
 
@@ -36,71 +37,50 @@ class Drawn(Task):
     def items(self) -> list[Item]:
         content = json.loads(self.inputs()[0].read_text())
         names = {each["id"]: each["name"] for each in content["categories"]}
-        files = {each["id"]: each["file_name"] for each in content["images"][: self.limit or None]}
+        files = {each["id"]: each["file_name"] for each in content["images"]}
         found = []
         for each in content["annotations"]:
             x, y, w, h = each["bbox"]
-            if each["image_id"] in files:
-                found.append(
-                    Item(
-                        id=str(each["id"]),
-                        image=self.data / "images" / files[each["image_id"]],
-                        image_id=each["image_id"],
-                        question=self.wording,
-                        regions=(Region.box(x, y, x + w, y + h),),
-                        choices=CHOICES,
-                        max_new_tokens=4,
-                        truth=names[each["category_id"]],
-                        groups={"size": "small" if w < 24 else "large", "category": names[each["category_id"]]},
-                    )
-                )
-        return found
+            category = names[each["category_id"]]
+            item = Item(
+                id=str(each["id"]),
+                image=self.data / "images" / files[each["image_id"]],
+                image_id=each["image_id"],
+                question=self.wording,
+                regions=(Region.box(x, y, x + w, y + h),),
+                choices=CHOICES,
+                max_new_tokens=4,
+                truth=category,
+                groups={"size": "small" if w < 24 else "large", "category": category},
+            )
+            found.append(item)
+        return limited(found, self.limit)
 
     def score(
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
     ) -> Result:
-        rows: list[dict[str, Any]] = []
-        for item in items:
-            answer = answers.get(item.id)
-            best = CHOICES[answer.scores.index(max(answer.scores))] if answer and answer.scores else None
-            said = answer.text if answer else None
-            scores = {"generated.accuracy": float(said == item.truth), "choices.accuracy": float(best == item.truth)}
-            known = {"id": item.id, "image_id": item.image_id, "truth": item.truth, "groups": dict(item.groups)}
-            rows.append({**known, "answer": said, "missing": answer is None, "scores": scores})
-        images = [item.image_id for item in items]
-        protocols = ("generated", "choices")
-        statistics = {
-            p: {"accuracy": mean_statistic(images, [row["scores"][f"{p}.accuracy"] for row in rows])} for p in protocols
+        given = [answers.get(item.id, Answer()) for item in items]
+        said = {
+            "generated": [answer.text for answer in given],
+            "choices": [CHOICES[each.scores.index(max(each.scores))] if each.scores else None for each in given],
         }
-        figures = {
-            p: {
-                "accuracy": Figure(
-                    value=statistics[p]["accuracy"].value(),
-                    of=len(items),
-                    interval=interval(statistics[p]["accuracy"], resamples, seed) if resamples else None,
-                )
-            }
-            for p in protocols
-        }
-        return Result(
-            task=self.name,
+        protocols = {}
+        for protocol, chosen in said.items():
+            right = [float(name == item.truth) for name, item in zip(chosen, items, strict=True)]
+            statistics = {"accuracy": mean_statistic(images_of(items), right)}
+            protocols[protocol] = Scored(statistics=statistics, scores={"accuracy": right})
+        table = Table(title="Confusions", columns=("truth", *CHOICES), rows=(("cat", 1, 2, None),))
+        return make_result(
+            self,
+            items,
+            answers,
+            protocols,
             pinned={"split": "dev"},
-            protocols=figures,
-            breakdowns={p: {by: self._groups(rows, p, by) for by in ("size", "category")} for p in protocols},
-            rows=tuple(rows),
-            tables=(Table(title="Confusions", columns=("truth", *CHOICES), rows=(("cat", 1, 2, None),)),),
-            notes=(f"{sum(row['missing'] for row in rows)} answers are missing",),
-            statistics=statistics,
+            by=("size", "category"),
+            tables=[table],
+            resamples=resamples,
+            seed=seed,
         )
-
-    def _groups(self, rows: list[dict[str, Any]], protocol: str, by: str) -> dict[str, dict[str, Figure]]:
-        found: dict[str, list[float]] = {}
-        for row in rows:
-            found.setdefault(row["groups"][by], []).append(row["scores"][f"{protocol}.accuracy"])
-        return {
-            group: {"accuracy": Figure(value=sum(each) / len(each), of=len(each), interval=(0.1, 0.9))}
-            for group, each in found.items()
-        }
 
 
 def register(patch: pytest.MonkeyPatch) -> None:

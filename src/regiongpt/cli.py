@@ -25,7 +25,7 @@ from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTE
 from regiongpt.storage import check_writable, finite, reason
 
 if TYPE_CHECKING:
-    from regiongpt.evaluate.task import RunOptions, Task
+    from regiongpt.evaluate.task import Task
     from regiongpt.inference import RegionPredictor
     from regiongpt.inference.over_images import Reply, View
 
@@ -531,29 +531,15 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if options.out is None:
         raise ConfigError("give --out DIR, the folder of the results")
     tasks = [_read_task(name, kind, typed) for name, kind in zip(names, kinds, strict=True)]
-    _check_predictions(options, typed, len(tasks))
     quiet_libraries()
-    from regiongpt.distributed import Processes, connect
-    from regiongpt.evaluate import tables
-    from regiongpt.evaluate.runs import PAGE
-    from regiongpt.evaluate.session import Session
+    from regiongpt.evaluate.report import PAGE, as_text
+    from regiongpt.evaluate.run import evaluate
 
-    session = Session(
-        out=options.out,
-        resamples=options.resamples,
-        gallery=options.gallery,
-        overwrite=options.overwrite,
-        untrained=options.untrained,
-        processes=Processes() if options.predictions is not None else connect(on_cpu=options.device == "cpu"),
-    )
-    if options.predictions is not None:
-        runs = [session.score_predictions(tasks[0], options.predictions, options.missing, options.unknown)]
-    else:
-        runs = session.score_model(tasks, options.model, options.device, options.dtype)
+    runs = evaluate(tasks, options)
     if runs and typed.json:
         _print_json([{**run.result, "manifest": run.manifest} for run in runs])
     elif runs:
-        print("\n\n".join(map(tables.as_text, runs)))
+        print("\n\n".join(map(as_text, runs)))
         print(f"\nresults written to {options.out}; see {options.out / PAGE}")
     return 0
 
@@ -589,21 +575,6 @@ def _read_task(name: str, kind: "type[Task]", typed: argparse.Namespace) -> "Tas
         return read_options(kind, argparse.Namespace(**values))
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-
-
-def _check_predictions(options: "RunOptions", typed: argparse.Namespace, tasks: int) -> None:
-    """Refuse what does not go with ``--predictions``, or without it."""
-    from regiongpt.distributed import launched
-
-    given = options.predictions is not None
-    for name in ("model", "device", "dtype", "untrained") if given else ("missing", "unknown"):
-        if hasattr(typed, name):
-            why = "no model is run for --predictions" if given else "it goes with --predictions"
-            raise ConfigError(f"--{name}: {why}; leave it out")
-    if given and launched() > 1:
-        raise ConfigError("--predictions: start one process, there is nothing to share out")
-    if given and tasks > 1:
-        raise ConfigError(f"--predictions: answers to one task, and {tasks} are named; score them one after the other")
 
 
 def _compare(typed: argparse.Namespace, resamples: int) -> int:
@@ -713,7 +684,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.ablate.study import KINDS, Options, Study
+    from regiongpt.ablate import KINDS, Options, Study
     from regiongpt.settings import add_options, read_options
 
     parser.description = "Train the variants of one part of the model alike, ask them alike, and set them side by side."
@@ -732,10 +703,7 @@ def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     study.check_files()
     _log()
     quiet_libraries()
-    runs = study.run()
-    from regiongpt.ablate.summary import write_summary
-
-    print(write_summary(study, runs))
+    print(study.run())
     return 0
 
 

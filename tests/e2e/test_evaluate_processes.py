@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pictures import draw_pictures
 
-from regiongpt.evaluate.runs import read_run
+from regiongpt.evaluate.run import read_run
 from regiongpt.store import Store
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
@@ -64,7 +64,11 @@ def test_two_processes_answer_as_one_does_and_go_on_after_a_kill(tmp_path):
     single = subprocess.run(command(tmp_path, tmp_path / "one", 1), env=environment, capture_output=True, text=True)
     assert single.returncode == 0, single.stderr
     (two,), (one,) = read_run(tmp_path / "two"), read_run(tmp_path / "one")
-    assert [row["answer"] for row in two.rows()] == [row["answer"] for row in one.rows()]
+    answers = [
+        [json.loads(line)["answer"] for line in (run.folder / "items.jsonl").read_text().splitlines()]
+        for run in (two, one)
+    ]
+    assert answers[0] == answers[1]
     assert json.dumps(two.result["protocols"]["generate and match"]) == json.dumps(
         one.result["protocols"]["generate and match"]
     )

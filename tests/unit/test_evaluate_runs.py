@@ -16,12 +16,12 @@ from tiny_checkpoint import make_checkpoint, make_parts
 from regiongpt import ConfigError, DataError
 from regiongpt.cli import main
 from regiongpt.distributed import Processes
-from regiongpt.evaluate import answering, runner
+from regiongpt.evaluate import run as running
+from regiongpt.evaluate.answering import answer_image
 from regiongpt.evaluate.compare import changes
-from regiongpt.evaluate.report import worst
-from regiongpt.evaluate.runs import PAGE, TaskRun, make_manifest, read_run
-from regiongpt.evaluate.session import Session
-from regiongpt.evaluate.task import Answer, Result
+from regiongpt.evaluate.report import PAGE, worst
+from regiongpt.evaluate.run import TaskRun, load_items, make_manifest, read_run
+from regiongpt.evaluate.task import Answer, Result, RunOptions
 from regiongpt.model import weights
 from regiongpt.storage import locked
 from regiongpt.store import Store
@@ -60,14 +60,15 @@ def run(data, checkpoint, tmp_path_factory) -> Path:
 def counted(monkeypatch) -> list[int]:
     """How many questions each image is asked from now on."""
     asked: list[int] = []
-    real = answering.answer_image
-
-    def answer_image(predictor, items):
-        asked.append(len(items))
-        return real(predictor, items)
-
-    monkeypatch.setattr(runner, "answer_image", answer_image)
+    monkeypatch.setattr(
+        running, "answer_image", lambda predictor, items: asked.append(len(items)) or answer_image(predictor, items)
+    )
     return asked
+
+
+def score(task, out, model) -> TaskRun:
+    (run,) = running.evaluate([task], RunOptions(out=out, model=model))
+    return run
 
 
 def evaluate(data, checkpoint, out, *words) -> int:
@@ -77,7 +78,7 @@ def evaluate(data, checkpoint, out, *words) -> int:
 def test_a_run_writes_figures_items_answers_and_their_origin(run):
     (found,) = read_run(run)
     assert found.result["protocols"]["choices"]["accuracy"]["of"] == 10
-    rows = found.rows()
+    rows = read_lines(run / "drawn" / "items.jsonl")
     assert {"id", "truth", "answer", "scores", "question", "image"} <= rows[0].keys()
     given = read_lines(run / "drawn" / "predictions.jsonl")
     assert [row["id"] for row in given] == [row["id"] for row in rows]
@@ -158,10 +159,10 @@ def test_batched_answers_are_those_to_single_questions(data, checkpoint):
 
     predictor = RegionPredictor.from_pretrained(checkpoint)
     items = [replace(item, expression="a dog") for item in Drawn(data=data).items() if item.image_id == 1]
-    for item, together in zip(items, answering.answer_image(predictor, items), strict=True):
+    for item, together in zip(items, answer_image(predictor, items), strict=True):
         predictor.set_image(item.image)
         assert together["text"] == predictor.ask(item.question, item.regions, max_new_tokens=4).text
-        (alone,) = answering.answer_image(predictor, [item])
+        (alone,) = answer_image(predictor, [item])
         assert alone["scores"] == pytest.approx(together["scores"], abs=1e-5)
         assert alone["called"] == pytest.approx(together["called"], abs=1e-4)
         assert len(alone["called"]) == len(item.regions)
@@ -172,7 +173,7 @@ def test_a_question_too_long_for_the_model_is_counted_and_said(data, checkpoint,
     assert evaluate(data, checkpoint, tmp_path, "--limit", "1", "--wording", "What is <region1>? " * 200) == 0
     printed = capsys.readouterr().out
     assert "2 of 2 questions could not be asked and count as wrong" in printed
-    assert "2 answers are missing" in printed
+    assert "2 of 2 items have no answer" in printed
 
 
 def test_predictions_of_one_run_score_as_that_run(run, data, tmp_path, capsys):
@@ -193,7 +194,7 @@ def test_missing_predictions_are_refused_or_counted(run, data, tmp_path, capsys)
     words += ["--predictions", str(tmp_path / "some.jsonl")]
     assert main(words) == 2
     assert main([*words, "--missing", "wrong"]) == 0
-    assert "6 answers are missing" in capsys.readouterr().out
+    assert "6 of 10 items have no answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -368,14 +369,14 @@ def test_a_broken_image_or_a_region_outside_is_counted_and_does_not_end_the_run(
     outside["bbox"] = [5000, 10, 20, 20]
     (tmp_path / "data" / "instances_dev.json").write_text(json.dumps(content))
     task = Drawn(data=tmp_path / "data")
-    (run,) = Session(out=tmp_path / "out").score_model([task], checkpoint)
+    run = score(task, tmp_path / "out", checkpoint)
     broken = [item for item in task.items() if item.image_id == 2]
     wrong = len(broken) + 1
     assert any(note.startswith(f"{wrong} of {len(task.items())} questions could not") for note in run.result["notes"])
     answers = {row["id"] for row in map(json.loads, (run.folder / "predictions.jsonl").read_text().splitlines())}
     assert answers == {item.id for item in task.items()} - {item.id for item in broken} - {str(outside["id"])}
     # What is wrong with one item changes nothing for the others of its image.
-    (whole,) = Session(out=tmp_path / "whole").score_model([Drawn(data=data)], checkpoint)
+    whole = score(Drawn(data=data), tmp_path / "whole", checkpoint)
     rows = {row["id"]: row["answer"] for row in read_lines(whole.folder / "items.jsonl")}
     assert all(row["answer"] == rows[row["id"]] for row in read_lines(run.folder / "items.jsonl") if not row["missing"])
 
@@ -393,7 +394,7 @@ def test_an_image_of_another_size_than_annotated_is_left_out_and_counted(data):
             return [replace(item, size=wrong if item.image == first else size) for item in items]
 
     kept = Sized(data=data)
-    assert {item.image for item in runner.load_items(kept)} == {item.image for item in items} - {first}
+    assert {item.image for item in load_items(kept)} == {item.image for item in items} - {first}
     assert kept.left_out.counts == {"image of another size": 1}
 
     class None_(Drawn):
@@ -401,7 +402,7 @@ def test_an_image_of_another_size_than_annotated_is_left_out_and_counted(data):
             return [replace(item, size=(1, 1)) for item in items]
 
     with pytest.raises(DataError, match=r"no image has the size .* pixels \(W x H\), not 1 x 1; give the images"):
-        runner.load_items(None_(data=data))
+        load_items(None_(data=data))
 
 
 def test_why_nothing_could_be_asked_is_said(data, checkpoint, tmp_path, capsys):
@@ -416,7 +417,7 @@ def test_why_nothing_could_be_asked_is_said(data, checkpoint, tmp_path, capsys):
             return super().score(items, answers, resamples=resamples, seed=seed)
 
     with pytest.raises(DataError, match="expected answers, got none; 10 of 10 questions could not be asked"):
-        Session(out=tmp_path / "out").score_model([Strict(data=tmp_path / "data")], checkpoint)
+        score(Strict(data=tmp_path / "data"), tmp_path / "out", checkpoint)
 
 
 def test_changes_and_mistakes_go_by_a_figure_that_each_item_has():
@@ -445,5 +446,5 @@ def test_changes_and_mistakes_go_by_a_figure_that_each_item_has():
 
 
 def test_a_part_of_the_images_is_named_beside_the_figures(data, checkpoint, tmp_path):
-    (run,) = Session(out=tmp_path).score_model([Drawn(data=data, limit=1)], checkpoint)
+    run = score(Drawn(data=data, limit=1), tmp_path, checkpoint)
     assert run.result["pinned"]["part"] == "the first 1 images alone (--limit)"

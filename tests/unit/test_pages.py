@@ -10,9 +10,9 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from regiongpt import charts, report
-from regiongpt.charts import Bar, Curve, bar_chart, line_chart
+from regiongpt import report
 from regiongpt.errors import DataError
+from regiongpt.report import Bar, Curve, bar_chart, line_chart
 
 
 class Nesting(HTMLParser):
@@ -76,7 +76,7 @@ def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) 
 
 
 def test_a_page_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(charts, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
     monkeypatch.setitem(report._environment().globals, "has_charts", False)
     assert line_chart("t", [Curve(name="n", xs=[1], ys=[1.0])]) == ""
     assert bar_chart("t", [("g", [Bar(value=1.0)])], ["s"]) == ""

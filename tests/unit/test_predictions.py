@@ -52,7 +52,7 @@ def test_unknown_ids_are_refused_or_left_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 predictions are for no item: annotation ids 8, 9; .*--unknown ignore"):
         read_predictions(path, TASK, ITEMS)
     found = read_predictions(path, TASK, ITEMS, unknown="ignore")
-    assert found.report == ("2 predictions are for no item and were left out (8, 9)",)
+    assert found.report == ("2 predictions for no item left out (8, 9)",)
 
 
 def test_missing_ids_are_listed_and_refused_or_counted(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_missing_ids_are_listed_and_refused_or_counted(tmp_path: Path) -> None:
 
 def test_duplicates_must_be_alike(tmp_path: Path) -> None:
     found = read_predictions(write(tmp_path, [*whole(), whole()[0]]), TASK, ITEMS)
-    assert found.report == ("1 predictions came more than once, always alike (1)",)
+    assert found.report == ("1 prediction given more than once (1)",)
     with pytest.raises(DataError, match=r":4: another prediction for annotation id 1 that differs; keep one"):
         read_predictions(write(tmp_path, [*whole(), {"id": 1, "text": "dog"}]), TASK, ITEMS)
 
@@ -84,10 +84,10 @@ def test_another_split_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"text": "cat"}, "no annotation id; give it as 'id', 'question_id', 'ann_id' or .*, found keys: text"),
+        ({"text": "cat"}, "no annotation id; give one of id, question_id, ann_id, .*, found keys: text"),
         ({"id": 1.5, "text": "cat"}, "id: give a whole number or text"),
         ({"id": True, "text": "cat"}, "id: give a whole number or text"),
-        ({"id": 1}, "no answer; give 'text' or 'scores', found keys: id"),
+        ({"id": 1}, "no answer; give text or scores, found keys: id"),
         ({"id": 1, "text": 5}, "text: give text, got 5"),
         ({"id": 1, "text": "cat", "probability": 1.5}, "probability: 1.5 is not between 0 and 1"),
         ({"id": 1, "text": "cat", "probability": "high"}, "probability: give a number from 0 to 1, got 'high'"),
@@ -98,11 +98,11 @@ def test_another_split_is_noticed(tmp_path: Path) -> None:
         ({"id": 1, "scores": [1, float("nan")]}, "scores: give finite numbers, got nan"),
         ({"id": 1, "scores": [1, 10**400]}, "scores: give finite numbers, got 1000"),
         ({"id": 1, "scores": {"fish": 1}}, "'fish' is no choice; known: cat, dog"),
-        ({"id": 1, "bbox": [0, 0, 5, 5]}, "no answer; give 'text' or 'scores', found keys: id, bbox"),
-        ({"id": 1, "called": [1.0]}, "no answer; give 'text' or 'scores', found keys: id, called"),
+        ({"id": 1, "bbox": [0, 0, 5, 5]}, "no answer; give text or scores, found keys: id, bbox"),
+        ({"id": 1, "called": [1.0]}, "no answer; give text or scores, found keys: id, called"),
         ({"id": 1, "text": "cat", "answer": "dog"}, "more than one answer, text 'cat', answer 'dog'; keep"),
         ({"id": 1, "text": " ? "}, "the question itself in the place of an answer"),
-        ({"id": 1, "label": "cat"}, "no answer; give 'text' or 'scores', found keys: id, label"),
+        ({"id": 1, "label": "cat"}, "no answer; give text or scores, found keys: id, label"),
         ({"id": 8, "ann_id": 7, "text": "cat"}, "more than one annotation id, id 8, ann_id 7; keep the one"),
         ([1, "cat"], "a JSON list; give an object"),
     ],
@@ -115,15 +115,13 @@ def test_what_cannot_be_read_is_said_with_its_line(tmp_path: Path, entry: Any, m
 
 def test_what_some_items_have_all_must_have(tmp_path: Path) -> None:
     path = write(tmp_path, [{**whole()[0], "scores": [1, 0]}, *whole()[1:]])
-    with pytest.raises(
-        DataError, match=r"2 of 3 predictions lack 'scores': .* 2, 3; give it in every prediction or in none"
-    ):
+    with pytest.raises(DataError, match=r"2 of 3 predictions lack 'scores': .* 2, 3; give it in all or in none"):
         read_predictions(path, TASK, ITEMS)
     report = read_predictions(path, TASK, ITEMS, missing="wrong").report
     assert report == (
         "2 of 3 predictions lack 'scores': annotation ids 2, 3; they count as wrong where 'scores' is scored",
     )
-    with pytest.raises(DataError, match=r"lack 'text': .*; give it in every prediction"):
+    with pytest.raises(DataError, match=r"lack 'text': .*; give it in all"):
         read_predictions(write(tmp_path, [{"id": 1, "scores": [1, 0]}, *whole(scores=[1, 0])[1:]]), TASK, ITEMS)
 
 
@@ -178,7 +176,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for content, message in (
         (b"", "no predictions in this file"),
         (b"{", ":1: not JSON: Expecting"),
-        (b"\xff\xfe", "byte 0 is not UTF-8; check the path, or save it as UTF-8"),
+        (b"\xff\xfe", "byte 0 is not UTF-8; check the path and the encoding"),
         (b"[" * 10**5, "not JSON: nested too deeply"),
     ):
         (tmp_path / "odd.json").write_bytes(content)

@@ -8,7 +8,8 @@ import pytest
 from evaluating import Drawn, register
 from pictures import draw_pictures
 
-from regiongpt.evaluate.session import Session
+from regiongpt.evaluate.run import evaluate
+from regiongpt.evaluate.task import RunOptions
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -29,7 +30,7 @@ def run(tmp_path) -> Path:
     items = Drawn(data=tmp_path / "data").items()
     given = tmp_path / "given.jsonl"
     given.write_text("".join(json.dumps({"id": i.id, "text": "cat", "scores": [3, 2, 1]}) + "\n" for i in items))
-    Session(out=tmp_path / "run", gallery=0).score_predictions(Drawn(data=tmp_path / "data"), given)
+    evaluate([Drawn(data=tmp_path / "data")], RunOptions(out=tmp_path / "run", gallery=0, predictions=given))
     return tmp_path / "run"
 
 

@@ -1,4 +1,4 @@
-"""The questions of a benchmark put to a model, image by image, and its answers as plain JSON."""
+"""A model's answers to the questions about one image, which is encoded once."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,168 +9,139 @@ from typing import TYPE_CHECKING, Any, Final
 from regiongpt.errors import DataError, RegionError, RegionGPTError
 from regiongpt.evaluate.task import Answer, Item
 from regiongpt.images import load_image
-from regiongpt.storage import digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from regiongpt.inference import RegionPredictor
-    from regiongpt.inference.engine import Engine, Prompt, Scene
 
 SHORT: Final = 16
-"""Tokens up to which an answer is one of a closed set, whose probability is worth another pass."""
-
-
-def question_key(model: str, image: str, item: Item) -> str:
-    """Key of an answer: a hash of everything that determines it.
-
-    Args:
-        model: Key of the model, from :func:`regiongpt.evaluate.runs.model_identity`.
-        image: SHA-256 of the image file.
-        item: The question.
-    """
-    regions = [region.to_dict() for region in item.regions]
-    asked = [item.question, regions, list(item.choices), item.max_new_tokens if item.generate else None]
-    asked += [item.expression] if item.expression else []
-    return digest(model, image, asked)
+"""Longest answer, in tokens, whose probability is computed when it is none of the choices; that takes another pass."""
 
 
 def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Answer the items of one image, which is encoded once; their questions run as a batch behind it.
-
-    Args:
-        predictor: The model.
-        items: All of the same image file.
+    """Answer the items of one image; their questions run as a batch behind it.
 
     Returns:
-        The answer to each as plain JSON; ``{"refused": why}`` where the image cannot be read, a region lies outside it,
-        or the question does not fit the model's context: what is wrong with one item does not end a long run.
+        Each answer as plain JSON; ``{"refused": why}`` where the image cannot be read, a region lies outside it, or the
+        question does not fit the model's context.
 
     Raises:
         DataError: A question makes no sense, or the model's numbers are not finite.
     """
-    engine = predictor.engine
     try:
         photo = load_image(items[0].image)
     except DataError as error:
         return [{"refused": str(error)} for _ in items]
-    image = _Image(engine, engine.look(photo), items)
-    scores, texts, called = image.scores(), image.texts(), image.called()
-    found = []
+    questions = _Questions(predictor, photo, items)
+    likelihoods, texts, called = questions.score_choices(), questions.generate(), questions.score_regions()
+    found: list[dict[str, Any]] = []
     for place, item in enumerate(items):
-        if place in image.refused:
-            found.append({"refused": image.refused[place]})
+        if place in questions.refused:
+            found.append({"refused": questions.refused[place]})
             continue
-        likelihoods, text = scores.get(place), texts.get(place)
+        scores, text = likelihoods.get(place), texts.get(place)
         with _naming(item):
             answer = Answer(
                 text=text,
-                probability=image.probability(place, text, likelihoods) if text is not None else None,
-                scores=tuple(likelihoods.softmax(-1).tolist()) if likelihoods is not None else None,
+                probability=None if text is None else questions.probability(place, text, scores),
+                scores=None if scores is None else tuple(scores.softmax(-1).tolist()),
                 called=called.get(place),
             )
         found.append(answer.to_dict())
     return found
 
 
-class _Image:
-    """The items of one encoded image."""
+class _Questions:
+    """The items of one encoded image, by place; those that cannot be asked are refused."""
 
-    def __init__(self, engine: "Engine", scene: "Scene", items: Sequence[Item]) -> None:
-        self.engine, self.scene, self.items = engine, scene, items
-        self.refused: dict[int, str] = {}
-        self.pooled = self._pool()
-
-    def _pool(self) -> list["Tensor"]:
-        """Features of each item's regions, all pooled in one go."""
+    def __init__(self, predictor: "RegionPredictor", photo: Any, items: Sequence[Item]) -> None:
         import torch
 
         from regiongpt.inference.engine import check_regions
 
-        for place, item in enumerate(self.items):
+        self.engine, self.items = predictor.engine, items
+        self.refused: dict[int, str] = {}
+        for place, item in enumerate(items):
             try:
-                check_regions(item.regions, self.scene.width, self.scene.height)
+                check_regions(item.regions, *photo.size)
             except RegionError as error:
                 self.refused[place] = str(error)
-        kept = [() if place in self.refused else item.regions for place, item in enumerate(self.items)]
+        self.scene = self.engine.look(photo)
+        kept = [() if place in self.refused else item.regions for place, item in enumerate(items)]
         pooled = self.engine.pool(self.scene, [region for regions in kept for region in regions])
         rows = self.engine.processor.tokens_per_region
-        return list(torch.split(pooled, [rows * len(regions) for regions in kept]))
+        self.pooled = torch.split(pooled, [rows * len(regions) for regions in kept])
 
-    def scores(self) -> dict[int, "Tensor"]:
-        """Log likelihoods of the choices, by item; items with the same question and choices run together."""
-        alike: dict[tuple[str, tuple[str, ...], int], list[int]] = {}
+    def score_choices(self) -> dict[int, "Tensor"]:
+        """Log likelihoods of the choices; items with the same question and choices run together."""
+        together: dict[tuple[str, tuple[str, ...], int], list[int]] = {}
         for place, item in enumerate(self.items):
             if item.choices and place not in self.refused:
-                alike.setdefault((item.question, item.choices, len(item.regions)), []).append(place)
+                together.setdefault((item.question, item.choices, len(item.regions)), []).append(place)
         found: dict[int, Tensor] = {}
-        for (_, choices, _), places in alike.items():
-            rows = self._likelihoods(places, choices)
-            found |= dict(zip(places, rows, strict=True)) if rows is not None else {}
+        for (_, choices, _), places in together.items():
+            if (scores := self._likelihoods(places, choices)) is not None:
+                found |= zip(places, scores, strict=True)
         return found
 
-    def called(self) -> dict[int, tuple[float, ...]]:
-        """Log likelihoods of the regions to be called by the expression, by item."""
+    def score_regions(self) -> dict[int, tuple[float, ...]]:
+        """Log likelihoods that each region is called by the expression."""
         import torch
 
         from regiongpt.inference.locating import called
 
         found: dict[int, tuple[float, ...]] = {}
         for place, item in enumerate(self.items):
-            if not item.expression or place in self.refused:
-                continue
-            pooled = torch.split(self.pooled[place], self.engine.processor.tokens_per_region)
-            with self._asking([place]):
-                found[place] = tuple(called(self.engine, self.scene, pooled, [item.expression])[0].tolist())
+            if item.expression and place not in self.refused:
+                pooled = torch.split(self.pooled[place], self.engine.processor.tokens_per_region)
+                with self._asking([place]):
+                    found[place] = tuple(called(self.engine, self.scene, pooled, [item.expression])[0].tolist())
         return found
 
-    def texts(self) -> dict[int, str]:
-        """Free answers, by item."""
+    def generate(self) -> dict[int, str]:
+        """Free answers."""
         from regiongpt.inference.engine import question_turns
         from regiongpt.inference.options import Options
 
-        ready: dict[tuple[str, int, int], Prompt] = {}
-        asked: list[tuple[Scene, Prompt, Options]] = []
-        places = []
+        ready: dict[tuple[str, int, int], Any] = {}
+        asked, places = [], []
         for place, item in enumerate(self.items):
             if not item.generate or place in self.refused:
                 continue
             key = (item.question, len(item.regions), item.max_new_tokens)
             if key not in ready:
                 with self._asking([place]):
-                    ready[key] = self.engine.prompt(
-                        question_turns((), item.question), self.pooled[place], len(item.regions), item.max_new_tokens
-                    )
-            if place in self.refused:
-                continue
-            prompt = replace(ready[key], pooled=self.pooled[place])
-            asked.append((self.scene, prompt, Options(max_new_tokens=item.max_new_tokens)))
-            places.append(place)
+                    ready[key] = self.engine.prompt(question_turns((), item.question), self.pooled[place], *key[1:])
+            if key in ready:
+                prompt = replace(ready[key], pooled=self.pooled[place])
+                asked.append((self.scene, prompt, Options(max_new_tokens=item.max_new_tokens)))
+                places.append(place)
         return {places[number]: answer.text for number, answer in self.engine.answers(asked)}
 
-    def probability(self, place: int, text: str, likelihoods: "Tensor | None") -> float | None:
-        """Probability of a free answer and its end; None for long ones, which no protocol asks for."""
+    def probability(self, place: int, text: str, scores: "Tensor | None") -> float | None:
+        """Probability of a free answer and its end; None for a long one, which no protocol asks for."""
         item = self.items[place]
-        if likelihoods is not None and text in item.choices:
-            return min(1.0, math.exp(float(likelihoods[item.choices.index(text)])))
+        if scores is not None and text in item.choices:
+            return min(1.0, math.exp(float(scores[item.choices.index(text)])))
         if item.max_new_tokens > SHORT or not text:
             return None
-        rows = self._likelihoods([place], (text,))
-        return min(1.0, math.exp(float(rows[0, 0]))) if rows is not None else None
+        found = self._likelihoods([place], (text,))
+        return None if found is None else min(1.0, math.exp(float(found[0, 0])))
 
     def _likelihoods(self, places: Sequence[int], answers: tuple[str, ...]) -> "Tensor | None":
-        """Log likelihoods (B, A) of answers to items with the same question; None where it does not fit the context."""
+        """Log likelihoods (B, A) of answers to items with the same question; None where it is too long."""
         from regiongpt.inference.closed_set import answer_scores
         from regiongpt.inference.engine import question_turns
 
         turns = question_turns((), self.items[places[0]].question)
         with self._asking(places):
             return answer_scores(self.engine, self.scene, turns, [self.pooled[each] for each in places], answers)
-        return None  # refused
+        return None
 
     @contextmanager
     def _asking(self, places: Sequence[int]) -> Iterator[None]:
-        """Refuse items whose question does not fit the model's context; other mistakes name the item."""
+        """Refuse items whose question does not fit the model's context."""
         from regiongpt.inference.engine import TooLong
 
         try:
@@ -182,7 +153,6 @@ class _Image:
 
 @contextmanager
 def _naming(item: Item) -> Iterator[None]:
-    """Name the item that a mistake is in."""
     try:
         yield
     except RegionGPTError as error:

@@ -1,32 +1,25 @@
 """Two runs on the same items: the difference of every figure by the paired bootstrap, and the items that changed."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, TypeVar
 
 from regiongpt.data.shards import file_identity
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import TOO_FEW, Paired, paired
-from regiongpt.evaluate.runs import TaskRun, read_run
-from regiongpt.evaluate.tables import NOTHING, aligned
-from regiongpt.evaluate.task import RESAMPLES, Result
-from regiongpt.storage import finite
+from regiongpt.evaluate.report import NOTHING, Rows, aligned
+from regiongpt.evaluate.run import ITEMS, PREDICTIONS, TaskRun, map_paths, read_run
+from regiongpt.evaluate.task import RESAMPLES, Answer, Result
+from regiongpt.storage import finite, reason
 
-_SHOWN: Final = 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """An item that one of the runs answered better.
-
-    Attributes:
-        id: The item.
-        truth: The right answer.
-        a: What the first run answered.
-        b: What the second run answered.
-        by: How much the score rose from the first to the second.
-    """
+    """An item that one of the runs answered better: both answers, and how much the score rose from A to B."""
 
     id: str
     truth: str
@@ -43,10 +36,10 @@ class Comparison:
         task: Its name.
         items: How many both have answered.
         figures: By protocol and figure.
-        figure: The figure that tells which items changed, as ``"protocol.figure"``.
-        gained: Items that the second run scores higher by it, the most first.
+        figure: By which items changed, as ``"protocol.figure"``.
+        gained: Items that the second run scores higher, the largest change first.
         lost: Items that it scores lower.
-        reworded: Items whose text differs though the score does not.
+        reworded: Number of items whose text alone differs.
     """
 
     task: str
@@ -59,27 +52,21 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON; what cannot be measured is null."""
+        changed = {name: [vars(change) for change in getattr(self, name)] for name in ("gained", "lost")}
+        figures = {protocol: {name: vars(each) for name, each in own.items()} for protocol, own in self.figures.items()}
         return {
             "task": self.task,
             "items": self.items,
-            "figures": {
-                protocol: {name: finite(vars(each)) for name, each in figures.items()}
-                for protocol, figures in self.figures.items()
-            },
-            "changed": {
-                "by": self.figure,
-                "gained": [vars(change) for change in self.gained],
-                "lost": [vars(change) for change in self.lost],
-                "reworded": self.reworded,
-            },
+            "figures": finite(figures),
+            "changed": {"by": self.figure, **changed, "reworded": self.reworded},
         }
 
     def summary(self) -> str:
         """How many items changed."""
         return f"{len(self.gained):,} items better, {len(self.lost):,} worse, {self.reworded:,} reworded"
 
-    def tables(self) -> list[tuple[str, list[list[str]]]]:
-        """A table of each protocol: its name, and rows of text with the header first."""
+    def tables(self) -> list[tuple[str, Rows]]:
+        """A table for each protocol: its name, and its rows."""
         head = ["figure", "A", "B", "B - A", "95 %", "p"]
         return [
             (protocol, [head, *(_row(name, each) for name, each in figures.items())])
@@ -87,36 +74,37 @@ class Comparison:
             if figures
         ]
 
-    @staticmethod
-    def changed(changes: Sequence[Change]) -> list[list[str]]:
-        """Items as rows of text, the header first."""
-        body = [[each.id, each.truth, _short(each.a), _short(each.b), f"{each.by:+.2f}"] for each in changes]
-        return [["item", "truth", "A", "B", "score"], *body]
+    def changed(self) -> list[tuple[str, Rows]]:
+        """The items that changed as tables."""
+        head = ["item", "truth", "A", "B", "score"]
+        return [
+            (title, [head, *([c.id, c.truth, _short(c.a), _short(c.b), f"{c.by:+.2f}"] for c in changes)])
+            for title, changes in (("better", self.gained), ("worse", self.lost))
+            if changes
+        ]
 
     def as_text(self) -> str:
-        """For a terminal."""
+        """For a terminal, with at most 20 items of each kind."""
         lines = [f"{self.task}: {self.items:,} items"]
-        for protocol, cells in self.tables():
-            lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(cells))]
+        for protocol, rows in self.tables():
+            lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(rows))]
         lines += ["", f"  by {self.figure}: {self.summary()}"]
-        for title, changes in (("better", self.gained), ("worse", self.lost)):
-            if changes:
-                lines += [f"  {title}:", *(f"    {line}" for line in aligned(self.changed(changes[:_SHOWN])))]
+        for title, rows in self.changed():
+            lines += [f"  {title}:", *(f"    {line}" for line in aligned(rows[:21]))]
         return "\n".join(lines)
 
 
 def compare_runs(
-    a: Path, b: Path, data: Path | None = None, names: Sequence[str] = (), resamples: int = RESAMPLES, seed: int = 0
+    a: Path, b: Path, data: Path | None = None, names: Sequence[str] = (), resamples: int = RESAMPLES
 ) -> list[Comparison]:
     """Compare every task that two runs have in common.
 
     Args:
         a: Folder of the first run.
         b: Folder of the second; differences are its results less the first's.
-        data: Where the data set is now; where it was by default.
+        data: Where the data set is now, if it has moved.
         names: Only these tasks.
-        resamples: How many the bootstrap draws.
-        seed: Seed of the bootstrap.
+        resamples: Of the bootstrap.
 
     Raises:
         ConfigError: The runs are of other settings, or have no task in common.
@@ -129,47 +117,41 @@ def compare_runs(
     shared = [name for name in first if name in second and (not names or name in names)]
     if not shared:
         raise ConfigError(f"no task in common: {', '.join(first)} in {a}, {', '.join(second)} in {b}")
-    return [_compare(first[name], second[name], data, resamples, seed) for name in shared]
+    return [_compare(first[name], second[name], data, resamples) for name in shared]
 
 
-def _compare(a: TaskRun, b: TaskRun, data: Path | None, resamples: int, seed: int) -> Comparison:
+def _compare(a: TaskRun, b: TaskRun, data: Path | None, resamples: int) -> Comparison:
     task = a.task(data)
-    _refuse_different(a, b)
+    ours, theirs = ({**map_paths(run.task(), lambda path: path.name), "data": ""} for run in (a, b))
+    differing = [f"--{name}: {ours[name]!r} and {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]
+    differing += ["the annotation files"] if a.manifest["inputs"] != b.manifest["inputs"] else []
+    if differing:
+        raise ConfigError(f"{a.folder} and {b.folder}: runs of other settings or files ({'; '.join(differing)})")
     if [file_identity(path) for path in task.inputs()] != a.manifest["inputs"]:
         raise DataError(
             f"{task.data}: not the annotation files that {a.folder} was evaluated on; give their folder with --data"
         )
-    asked = [{row["id"] for row in run.rows()} for run in (a, b)]
-    items = [item for item in task.items() if item.id in asked[0] and item.id in asked[1]]
+    asked = [set(_read_lines(run.folder / ITEMS, lambda row: str(row["id"]))) for run in (a, b)]
+    items = [item for item in task.items() if item.id in asked[0] & asked[1]]
     if not items:
         raise DataError(f"{a.folder} and {b.folder}: no item that both were asked about")
     ids = {item.id for item in items}
-    ours, theirs = (
-        task.score(items, {name: answer for name, answer in run.answers().items() if name in ids}, resamples=0)
-        for run in (a, b)
-    )
+    results = []
+    for run in (a, b):
+        read = _read_lines(run.folder / PREDICTIONS, lambda row: (str(row["id"]), Answer.from_dict(row)))
+        results.append(task.score(items, {name: answer for name, answer in read if name in ids}, resamples=0))
     figures = {
         protocol: {
-            name: paired(statistic, theirs.statistics[protocol][name], resamples, seed)
+            name: paired(statistic, results[1].statistics[protocol][name], resamples)
             for name, statistic in found.items()
-            if name in theirs.statistics.get(protocol, {})
+            if name in results[1].statistics.get(protocol, {})
         }
-        for protocol, found in ours.statistics.items()
+        for protocol, found in results[0].statistics.items()
     }
-    figure, gained, lost, reworded = changes(ours, theirs)
+    figure, gained, lost, reworded = changes(*results)
     return Comparison(
         task=a.name, items=len(items), figures=figures, figure=figure, gained=gained, lost=lost, reworded=reworded
     )
-
-
-def _refuse_different(a: TaskRun, b: TaskRun) -> None:
-    """Raise ConfigError where two runs were asked other things; only the items that both have are compared."""
-    ours, theirs = ({**run.task().settings(), "data": ""} for run in (a, b))
-    differing = [f"--{name}: {ours[name]!r} and {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]
-    if a.manifest["inputs"] != b.manifest["inputs"]:
-        differing.append("the annotation files")
-    if differing:
-        raise ConfigError(f"{a.folder} and {b.folder}: runs of other settings or files ({'; '.join(differing)})")
 
 
 def changes(a: Result, b: Result) -> tuple[str, tuple[Change, ...], tuple[Change, ...], int]:
@@ -207,3 +189,14 @@ def _times_100(value: float, sign: str = "") -> str:
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 60 else f"{line[:59]}…"
+
+
+def _read_lines(path: Path, made: Callable[[dict[str, Any]], T]) -> list[T]:
+    found: list[T] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                found.append(made(dict(json.loads(line))))
+        return found
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, DataError) as error:
+        raise DataError(f"{path}:{len(found) + 1}: not as a run writes it: {reason(error)}; evaluate again") from None

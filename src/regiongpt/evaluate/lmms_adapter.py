@@ -1,8 +1,4 @@
-"""A RegionGPT checkpoint as a model of lmms-eval, found there under the name ``regiongpt``.
-
-lmms-eval is no dependency: it looks for this module by an entry point of the package, and the model's class is made
-when it asks for it.
-"""
+"""A RegionGPT checkpoint as the model ``regiongpt`` of lmms-eval, which finds this module by an entry point."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -37,14 +33,13 @@ def manifest() -> Any:
 
 
 class Answering:
-    """The answers of a checkpoint to lmms-eval's questions; of lmms-eval itself this knows nothing.
+    """The answers of a checkpoint to lmms-eval's questions; independent of lmms-eval itself.
 
     Args:
         predictor: The model.
-        prompt: Wording of tasks about a region: ``"task"`` keeps the benchmark's words, with ``<region1>`` for "this
-            region"; ``"trained"`` asks for a short caption in the words that the model was trained on.
-        yes_no: Answers to POPE, which compares them whole: ``"first_word"`` hands over a leading yes or no alone, as
-            POPE's own script reads answers; ``"verbatim"`` whatever was said.
+        prompt: ``"task"`` keeps the benchmark's words, with ``<region1>`` for "this region"; ``"trained"`` asks in the
+            words that the model was trained on.
+        yes_no: Of POPE: ``"first_word"`` returns a leading yes or no alone, ``"verbatim"`` the whole answer.
 
     Raises:
         ConfigError: An option is none of these.
@@ -69,8 +64,8 @@ class Answering:
         Args:
             task: Its name in lmms-eval, ``"pope"`` or ``"refcocog_bbox_val"``.
             context: The question as the task words it.
-            document: The row of the data set. Where the task is about a region, ``bbox`` (xywh) or ``segmentation`` (a
-                flat polygon) is taken from here, and ``image`` without the outline that the task would draw into it.
+            document: The row of the data set; a task about a region has ``image`` and ``bbox`` (xywh) or
+                ``segmentation`` (a flat polygon) here.
             visuals: Makes the images of a row.
             options: ``max_new_tokens``, ``temperature``, ``top_p`` and ``until``.
 
@@ -100,9 +95,11 @@ class Answering:
             temperature=float(options.get("temperature") or 0.0),
             top_p=float(options.get("top_p") or 1.0),
         ).text
-        for stop in _listed(options.get("until")):
-            said = said.partition(stop)[0] if stop else said
-        return _first_word(said) if task.startswith("pope") and self.yes_no == "first_word" else said.strip()
+        until = options.get("until") or ()
+        for stop in filter(None, [until] if isinstance(until, str) else until):
+            said = said.partition(stop)[0]
+        word = re.match(r"\s*(yes|no)\b", said, re.IGNORECASE)
+        return word[1].lower() if word and task.startswith("pope") and self.yes_no == "first_word" else said.strip()
 
     def _about_region(self, context: str) -> str:
         if self.prompt == "trained":
@@ -123,15 +120,6 @@ def _region(task: str, document: Mapping[str, Any]) -> Region:
         return Region.polygon([list(zip(flat[::2], flat[1::2], strict=True))])
     x, y, width, height = flat
     return Region.box(x, y, x + width, y + height)
-
-
-def _listed(until: Any) -> list[str]:
-    return [until] if isinstance(until, str) else list(until or ())
-
-
-def _first_word(said: str) -> str:
-    match = re.match(r"\s*(yes|no)\b", said, re.IGNORECASE)
-    return match[1].lower() if match else said.strip()
 
 
 @cache
@@ -175,14 +163,14 @@ def _model_class() -> type:
         def generate_until(self, requests: list[Any]) -> list[str]:
             """Answers in the order of the requests."""
             with progress_shown():
-                return [self._answer(request) for request in progress(requests, "lmms-eval", "answers")]
-
-        def _answer(self, request: Any) -> str:
-            context, options, visuals, number, task, split = request.args
-            document = self.task_dict[task][split][number]
-            said = self.answering.answer(task, context, document, visuals, options)
-            self.cache_hook.add_partial("generate_until", (context, options), said)
-            return said
+                found = []
+            with progress_shown():
+                for request in progress(requests, "lmms-eval", "answers"):
+                    context, options, visuals, number, task, split = request.args
+                    document = self.task_dict[task][split][number]
+                    found.append(self.answering.answer(task, context, document, visuals, options))
+                    self.cache_hook.add_partial("generate_until", (context, options), found[-1])
+            return found
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             raise NotImplementedError("RegionGPT answers tasks of the kind generate_until, not loglikelihood")

@@ -1,6 +1,4 @@
-"""The figures that the paper prints, each with the data set they were measured on: the one place that has them.
-
-They stand beside measured figures in tables and pages, and are comparable to those on the same data set alone.
+"""The results that the paper prints, comparable only to results on the same data set.
 
 Paper: Tables 3-8
 """
@@ -9,20 +7,12 @@ from dataclasses import dataclass
 from typing import Final
 
 OURS: Final = "RegionGPT-7B"
+COCO: Final = "COCO val2017, ground-truth boxes"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PaperTable:
-    """One table, or the part of one that is about one data set.
-
-    Attributes:
-        number: In the paper, ``"Table 3"``.
-        title: What it shows.
-        data: Data set and split of every figure in it.
-        columns: Names of the figures, as printed.
-        rows: By method, its figures in the order of the columns; None where the paper prints a dash.
-        note: What else one has to know to read it.
-    """
+    """One table, or the part of one that is about one data set; None stands for a dash."""
 
     number: str
     title: str
@@ -32,92 +22,67 @@ class PaperTable:
     note: str = ""
 
     def figure(self, column: str, row: str = OURS) -> float:
-        """One figure as printed.
-
-        Raises:
-            KeyError: There is no such row, column or figure.
-        """
+        """One figure as printed; KeyError where there is none."""
         value = self.rows[row][self.columns.index(column)] if column in self.columns else None
         if value is None:
             raise KeyError(f"{self.number} has no {column!r} of {row!r}")
         return value
 
 
-COCO: Final = "COCO val2017, ground-truth boxes"
-_POPE: Final = ("Accuracy", "Precision", "Recall", "F1", "Yes")
-_POPE_ROWS: Final = (OURS, "Shikra", "InstructBLIP", "MiniGPT4", "LLaVA", "MM-GPT", "mPLUG-Owl")
-
-
 def _pope(kind: str, *printed: tuple[float, ...]) -> PaperTable:
-    return PaperTable(
-        number="Table 8",
-        title=f"Object hallucination, {kind} negatives (%)",
-        data=f"POPE on COCO val2014, 500 images, {kind}",
-        columns=_POPE,
-        rows=dict(zip(_POPE_ROWS, zip(*printed, strict=True), strict=True)),
-    )
+    methods = (OURS, "Shikra", "InstructBLIP", "MiniGPT4", "LLaVA", "MM-GPT", "mPLUG-Owl")
+    rows = dict(zip(methods, zip(*printed, strict=True), strict=True))
+    data = f"POPE on COCO val2014, 500 images, {kind}"
+    columns = ("Accuracy", "Precision", "Recall", "F1", "Yes")
+    return PaperTable("Table 8", f"Object hallucination, {kind} negatives (%)", data, columns, rows)
 
 
 TABLES: Final[dict[str, PaperTable]] = {
     "classification": PaperTable(
-        number="Table 3",
-        title="Region classification (%)",
-        data=COCO,
-        columns=("mAP", "Acc"),
-        rows={
-            "CLIP": (58.9, None),
-            "RegionCLIP": (58.3, None),
-            "LLaVA": (None, 40.04),
-            "Shikra": (None, 53.91),
-            "GPT4RoI": (None, 64.01),
-            "PVIT": (None, 64.53),
-            "ASM": (69.3, None),
-            OURS: (70.0, 80.61),
+        "Table 3",
+        "Region classification (%)",
+        COCO,
+        ("mAP", "Acc"),
+        {
+            **{"CLIP": (58.9, None), "RegionCLIP": (58.3, None), "LLaVA": (None, 40.04), "Shikra": (None, 53.91)},
+            **{"GPT4RoI": (None, 64.01), "PVIT": (None, 64.53), "ASM": (69.3, None), OURS: (70.0, 80.61)},
         },
-        note="The text gives the accuracy as 80.86. An answer that is no category name counts as wrong.",
+        "The text gives the accuracy as 80.86. An answer that is no category name counts as wrong.",
     ),
     "refcocog_caption": PaperTable(
-        number="Table 4",
-        title="Region captions",
-        data="RefCOCOg",
-        columns=("METEOR", "CIDEr"),
-        rows={
-            "GRIT": (15.2, 71.6),
-            "SLR": (15.9, 66.2),
-            "Kosmos-2": (14.1, 62.3),
-            OURS: (16.9, 109.9),
-        },
-        note="The paper does not name the split, nor how references are grouped.",
+        "Table 4",
+        "Region captions",
+        "RefCOCOg",
+        ("METEOR", "CIDEr"),
+        {"GRIT": (15.2, 71.6), "SLR": (15.9, 66.2), "Kosmos-2": (14.1, 62.3), OURS: (16.9, 109.9)},
+        "The paper does not name the split, nor how references are grouped.",
     ),
     "vg_caption": PaperTable(
-        number="Table 4",
-        title="Region captions",
-        data="Visual Genome",
-        columns=("METEOR", "CIDEr"),
-        rows={"GRIT": (17.1, 142.0), OURS: (17.0, 145.6)},
-        note="The paper does not name the split.",
+        "Table 4",
+        "Region captions",
+        "Visual Genome",
+        ("METEOR", "CIDEr"),
+        {"GRIT": (17.1, 142.0), OURS: (17.0, 145.6)},
+        "The paper does not name the split.",
     ),
     "rec": PaperTable(
-        number="Table 5",
-        title="Referring expression comprehension (%)",
-        data="RefCOCOg val and test",
-        columns=("val", "test"),
-        rows={
-            "MDETR": (81.64, 80.89),
-            "Shikra": (82.27, 82.19),
-            "Kosmos-2": (60.57, 61.65),
-            "MiniGPT-V2": (84.44, 84.66),
-            OURS: (86.44, 86.96),
+        "Table 5",
+        "Referring expression comprehension (%)",
+        "RefCOCOg val and test",
+        ("val", "test"),
+        {
+            **{"MDETR": (81.64, 80.89), "Shikra": (82.27, 82.19), "Kosmos-2": (60.57, 61.65)},
+            **{"MiniGPT-V2": (84.44, 84.66), OURS: (86.44, 86.96)},
         },
-        note="RegionGPT chooses among a detector's boxes; the true box is added where none reaches IoU 0.5. The others "
+        "RegionGPT chooses among a detector's boxes; the true box is added where none reaches IoU 0.5. The others "
         "write coordinates.",
     ),
     "refinement": PaperTable(
-        number="Table 6",
-        title="Refinement of the feature map (%)",
-        data=f"{COCO}; SigLIP ViT-B/16 at 512 px",
-        columns=("AP", "AP_s", "AP_m", "AP_l"),
-        rows={
+        "Table 6",
+        "Refinement of the feature map (%)",
+        f"{COCO}; SigLIP ViT-B/16 at 512 px",
+        ("AP", "AP_s", "AP_m", "AP_l"),
+        {
             "deconv": (66.8, 51.1, 71.5, 78.0),
             "bilinear": (60.9, 52.8, 70.8, 57.9),
             "deconv_bilinear": (62.7, 53.8, 71.4, 60.3),
@@ -125,11 +90,11 @@ TABLES: Final[dict[str, PaperTable]] = {
         },
     ),
     "tower": PaperTable(
-        number="Table 7",
-        title="Vision tower (%)",
-        data=COCO,
-        columns=("AP", "AP_s", "AP_m", "AP_l"),
-        rows={
+        "Table 7",
+        "Vision tower (%)",
+        COCO,
+        ("AP", "AP_s", "AP_m", "AP_l"),
+        {
             "openai_vit_l_336": (70.0, 55.7, 75.5, 81.5),
             "siglip_vit_b_512": (66.8, 51.1, 71.5, 78.0),
             "siglip_vit_l_384": (69.5, 56.8, 74.1, 80.2),
@@ -161,10 +126,8 @@ TABLES: Final[dict[str, PaperTable]] = {
         (42.47, 46.50, 73.03, 67.77, 61.33, 100.00, 98.67),
     ),
 }
-"""Tables 3-8 by what they measure. Scores are printed as the paper prints them: per cent, CIDEr and METEOR times 100.
-
-Table 1 says of the task-guided prompt that it "significantly improves the mAP and accuracy on COCO 2017 val set", and
-gives no figures."""
+"""Tables 3-8 as printed: per cent, CIDEr and METEOR times 100. Of the task-guided prompt (Table 1) the paper says that
+it "significantly improves the mAP and accuracy on COCO 2017 val set", without figures."""
 
 OF_TASK: Final[dict[str, tuple[str, ...]]] = {
     "coco_cls": ("classification",),

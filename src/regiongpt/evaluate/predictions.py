@@ -1,17 +1,17 @@
-"""Answers that anyone may have given, read from a file and held against the items of a benchmark."""
+"""Anyone's answers, read from a file and matched with the items of a benchmark."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from types import UnionType
+from typing import Any, Final, Literal, NamedTuple
 
 from regiongpt.data.values import is_box, is_number
 from regiongpt.errors import DataError, short
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 from regiongpt.evaluate.metrics.labels import folded
 from regiongpt.evaluate.task import Answer, Item, Task
-from regiongpt.evaluate.tasks.scoring import listed
+from regiongpt.evaluate.tasks.scoring import counted, listed
 from regiongpt.prompts import region_answer
 from regiongpt.settings import nearest
 from regiongpt.storage import reason
@@ -29,14 +29,8 @@ TEXT_KEYS: Final = ("text", "answer", "caption", "prediction", "label")
 _SHOWN: Final = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """What a file of predictions says of a benchmark's items.
-
-    Attributes:
-        answers: By item id.
-        report: What was left out, repeated or missing, a sentence each.
-    """
+class Predictions(NamedTuple):
+    """Answers by item id, and sentences on what was left out, repeated or missing."""
 
     answers: Mapping[str, Answer]
     report: tuple[str, ...]
@@ -50,17 +44,12 @@ def read_predictions(
     missing: Literal["refuse", "wrong"] = "refuse",
     unknown: Literal["refuse", "ignore"] = "refuse",
 ) -> Predictions:
-    """Read predictions and hold them against the items.
+    """Read predictions and match them with the items.
 
-    The file holds JSON objects, one a line or in one array. Each has the item's id (``id``, ``question_id``, or what
-    the task's ids are: ``ann_id``, ``sent_id``, ``region_id``) and at least one of those that the task reads: the
-    answer (``text``, ``answer``, ``caption``, ...), with ``probability`` if it is known; ``scores`` of the item's
-    choices, a list in their order or an object by choice; and ``called``, a list: of each of the item's regions the log
-    likelihood to be called by its expression. What one item has, all must have. A ``split`` is held against the task's.
-
-    Where the answer is one of several regions, ``bbox`` (x, y, width, height) may stand for it: it means the region
-    that overlaps it most, if by half or more. ``regions``, as a run writes it, is held against the item's regions, for
-    their numbers mean something in that order alone.
+    The file holds JSON objects, one a line or in one array: the item's id, and at least one of the answer's ``text``
+    (with its ``probability``), ``scores`` of the choices, and ``called``. What one item has, all must have. For the
+    number of a region ``bbox`` may stand (x, y, width, height), which means the region that it overlaps most.
+    ``docs/evaluation.md`` has the details.
 
     Args:
         path: The file.
@@ -71,9 +60,8 @@ def read_predictions(
 
     Raises:
         DataError: The file is missing or of another form; predictions are of another split, of other regions, for no
-            item, missing, or twice and not alike.
+            item, missing, or twice and different.
     """
-    ids = f"{task.item_id}s"
     by_id = {item.id: item for item in items}
     answers: dict[str, Answer] = {}
     strangers: list[str] = []
@@ -92,54 +80,59 @@ def read_predictions(
             if answers[number] != answer:
                 raise DataError(f"{where}: another prediction for {task.item_id} {number} that differs; keep one")
         answers[number] = answer
+
+    def ids(values: Sequence[str]) -> str:
+        return f"{task.item_id}s {listed(values, _SHOWN)}"
+
     if strangers and not answers:
         raise DataError(
-            f"{path}: predictions for {ids} such as {listed(strangers, _SHOWN)}, where the benchmark has "
-            f"{listed(list(by_id), _SHOWN)}; are they of another split, or of another task?"
+            f"{path}: predictions for {ids(strangers)}, where the benchmark has {listed(list(by_id), _SHOWN)}; are "
+            "they of another split, or of another task?"
         )
     if strangers and unknown == "refuse":
         raise DataError(
-            f"{path}: {len(strangers)} predictions are for no item: {ids} {listed(strangers, _SHOWN)}; take them out, "
-            "or leave them aside with --unknown ignore"
+            f"{path}: {len(strangers)} predictions are for no item: {ids(strangers)}; take them out, or leave them "
+            "aside with --unknown ignore"
         )
     lacking = [item.id for item in items if item.id not in answers]
     if lacking and missing == "refuse":
         raise DataError(
-            f"{path}: {len(lacking)} of {len(items)} items have no prediction: {ids} {listed(lacking, _SHOWN)}; add "
-            "them, or count them as wrong with --missing wrong"
+            f"{path}: {len(lacking)} of {len(items)} items have no prediction: {ids(lacking)}; add them, or count them "
+            "as wrong with --missing wrong"
         )
     report = []
     for kind in task.reads:
         without = [number for number, answer in answers.items() if getattr(answer, kind) is None]
         if without and len(without) < len(answers):
-            told = f"{len(without)} of {len(answers)} predictions lack {kind!r}: {ids} {listed(without, _SHOWN)}"
+            told = f"{len(without)} of {len(answers)} predictions lack {kind!r}: {ids(without)}"
             if missing == "refuse":
-                raise DataError(
-                    f"{path}: {told}; give it in every prediction or in none, or count these as wrong with "
-                    "--missing wrong"
-                )
+                raise DataError(f"{path}: {told}; give it in all or in none, or add --missing wrong")
             report.append(f"{told}; they count as wrong where {kind!r} is scored")
     if strangers:
-        report.append(f"{len(strangers)} predictions are for no item and were left out ({listed(strangers, _SHOWN)})")
+        report.append(f"{counted(len(strangers), 'prediction')} for no item left out ({listed(strangers, _SHOWN)})")
     if repeated:
-        report.append(f"{len(repeated)} predictions came more than once, always alike ({listed(repeated, _SHOWN)})")
-    return Predictions(answers=answers, report=tuple(report))
+        report.append(f"{counted(len(repeated), 'prediction')} given more than once ({listed(repeated, _SHOWN)})")
+    return Predictions(answers, tuple(report))
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of the file, each with where it is."""
+    where = str(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
+        if text.lstrip()[:1] == "[":
+            entries = [(f"{path}[{k}]", each) for k, each in enumerate(json.loads(text))]
+        else:
+            entries = []
+            # Line feeds alone end a line: JSON may hold other separators of lines within a text.
+            for k, line in enumerate(text.split("\n"), 1):
+                where = f"{path}:{k}"
+                if line.strip():
+                    entries.append((where, json.loads(line)))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: no readable predictions: {reason(error)}; check the path, or save it as UTF-8"
-        ) from None
-    if text.lstrip()[:1] == "[":
-        entries = [(f"{path}[{k}]", each) for k, each in enumerate(_parsed(text, str(path)))]
-    else:
-        # Line feeds alone end a line: JSON may hold other separators of lines within a text.
-        lines = [(k, line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
-        entries = [(f"{path}:{k}", _parsed(line, f"{path}:{k}")) for k, line in lines]
+        raise DataError(f"{path}: no readable predictions: {reason(error)}; check the path and the encoding") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {reason(error)}") from None
     if not entries:
         raise DataError(f"{path}: no predictions in this file")
     for where, entry in entries:
@@ -148,24 +141,25 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, entry
 
 
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {reason(error)}") from None
+def _one_of(entry: Mapping[str, Any], names: Sequence[str], what: str, where: str, kind: type | UnionType) -> Any:
+    """The value that stands under any of some names; None where there is none."""
+    given = {key: entry[key] for key in names if entry.get(key) is not None}
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, kind):
+            wanted = "text" if kind is str else "a whole number or text"
+            raise DataError(f"{where}: {key}: give {wanted}, got {short(value)}")
+    if len({str(value) for value in given.values()}) > 1:
+        pairs = ", ".join(f"{key} {short(value)}" for key, value in given.items())
+        raise DataError(f"{where}: more than one {what}, {pairs}; keep the one that is meant")
+    return next(iter(given.values()), None)
 
 
 def _id(entry: Mapping[str, Any], where: str, task: Task) -> str:
     names = (*ID_KEYS, *OWN_KEYS.get(task.item_id, ()))
-    given = {key: entry[key] for key in names if key in entry}
-    if not given:
-        raise DataError(f"{where}: no {task.item_id}; give it as {_either(names)}, found keys: {', '.join(entry)}")
-    for key, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise DataError(f"{where}: {key}: give a whole number or text, got {short(value)}")
-    if len({str(value) for value in given.values()}) > 1:
-        raise DataError(f"{where}: more than one {task.item_id}, {_pairs(given)}; keep the one that is meant")
-    return str(next(iter(given.values())))
+    found = _one_of(entry, names, task.item_id, where, int | str)
+    if found is None:
+        raise DataError(f"{where}: no {task.item_id}; give one of {', '.join(names)}, found keys: {', '.join(entry)}")
+    return str(found)
 
 
 def _answer(entry: Mapping[str, Any], item: Item, where: str, task: Task) -> Answer:
@@ -179,28 +173,32 @@ def _answer(entry: Mapping[str, Any], item: Item, where: str, task: Task) -> Ans
     probability, scores, called = (entry.get(key) for key in ("probability", "scores", "called"))
     read = {"text": text, "scores": scores, "called": called}
     if all(read[kind] is None for kind in task.reads):
-        raise DataError(f"{where}: no answer; give {_either(task.reads)}, found keys: {', '.join(entry)}")
+        raise DataError(f"{where}: no answer; give {' or '.join(task.reads)}, found keys: {', '.join(entry)}")
     if probability is not None and not is_number(probability):
         raise DataError(f"{where}: probability: give a number from 0 to 1, got {short(probability)}")
-    rated = None if scores is None else _scores(scores, item, where)
-    likely = None if called is None else _numbers(called, len(item.regions), "called", "regions", where)
+    choices = item.choices or tuple(item.detail.get("names", ()))
+    if isinstance(scores, dict):
+        named = {folded(name): value for name, value in scores.items()}
+        if strange := [name for name in named if name not in choices]:
+            raise DataError(f"{where}: scores: {strange[0]!r} is no choice; {nearest(strange[0], choices)}")
+        if lacking := [name for name in choices if name not in named]:
+            raise DataError(f"{where}: scores: none for {listed(lacking, _SHOWN)}")
+        scores = [named[name] for name in choices]
     try:
-        sure = None if probability is None else float(probability)
-        return Answer(text=text, probability=sure, scores=rated, called=likely)
+        return Answer(
+            text=text,
+            probability=None if probability is None else float(probability),
+            scores=None if scores is None else _numbers(scores, len(choices), "scores", "choices", where),
+            called=None if called is None else _numbers(called, len(item.regions), "called", "regions", where),
+        )
     except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+        raise DataError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
 
 
 def _text(entry: Mapping[str, Any], item: Item, where: str) -> str | None:
     """The answer in words; of a box, the words for the region that it means."""
     names = TEXT_KEYS if "names" in item.detail else TEXT_KEYS[:-1]
-    given = {key: entry[key] for key in names if entry.get(key) is not None}
-    for key, value in given.items():
-        if not isinstance(value, str):
-            raise DataError(f"{where}: {key}: give text, got {short(value)}")
-    if len(set(given.values())) > 1:
-        raise DataError(f"{where}: more than one answer, {_pairs(given)}; keep the one that is the answer")
-    text = next(iter(given.values()), None)
+    text: str | None = _one_of(entry, names, "answer", where, str)
     if text is not None and text.strip() == item.question.strip():
         raise DataError(f"{where}: the question itself in the place of an answer, {short(text)}")
     box = entry.get("bbox")
@@ -216,19 +214,6 @@ def _text(entry: Mapping[str, Any], item: Item, where: str) -> str | None:
     return region_answer(best + 1) if agreement[best] >= ENOUGH else f"a box at {short(box)}"
 
 
-def _scores(given: Any, item: Item, where: str) -> tuple[float, ...]:
-    choices = item.choices or tuple(item.detail.get("names", ()))
-    if isinstance(given, dict):
-        given = {folded(name): value for name, value in given.items()}
-        for name in given:
-            if name not in choices:
-                raise DataError(f"{where}: scores: {name!r} is no choice; {nearest(name, choices)}")
-        if lacking := [name for name in choices if name not in given]:
-            raise DataError(f"{where}: scores: none for {listed(lacking, _SHOWN)}")
-        given = [given[name] for name in choices]
-    return _numbers(given, len(choices), "scores", "choices", where)
-
-
 def _numbers(given: Any, count: int, key: str, of: str, where: str) -> tuple[float, ...]:
     if not isinstance(given, list) or len(given) != count:
         got = len(given) if isinstance(given, list) else short(given)
@@ -236,12 +221,3 @@ def _numbers(given: Any, count: int, key: str, of: str, where: str) -> tuple[flo
     if wrong := [value for value in given if not is_number(value)]:
         raise DataError(f"{where}: {key}: give finite numbers, got {short(wrong[0])}")
     return tuple(map(float, given))
-
-
-def _either(names: Sequence[str]) -> str:
-    shown = [repr(name) for name in names]
-    return f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
-
-
-def _pairs(given: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {short(value)}" for key, value in given.items())

@@ -1,86 +1,145 @@
-"""A run as one page: results beside the paper's, bars by size and category, the worst mistakes on their images."""
+"""Results as tables of text and as one page: beside the paper's, broken down, with the worst mistakes."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from markupsafe import Markup
 
-from regiongpt.charts import Bar, bar_chart
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import RegionGPTError
 from regiongpt.evaluate.paper import OF_TASK, OURS, TABLES, PaperTable
-from regiongpt.evaluate.runs import MISTAKES, PAGE, TaskRun
-from regiongpt.evaluate.tables import NOTHING, rows, tables, times_100
 from regiongpt.evaluate.task import Answer, Item, Result
 from regiongpt.evaluate.tasks import task_class
-from regiongpt.report import picture, render, write_page
+from regiongpt.report import Bar, bar_chart, picture, render, write_page
 
+if TYPE_CHECKING:
+    from regiongpt.evaluate.run import TaskRun
+
+PAGE: Final = "index.html"
+NOTHING: Final = "–"
 _FEW: Final = 12
-"""Groups up to which every protocol has its own bar, and columns up to which a table is not folded away."""
+"""Most groups of which every protocol has a bar of its own, and most columns of a table that is not folded away."""
 _COLUMN: Final = 30
-"""Bars in one column."""
+"""Most bars in a chart."""
 _ALIKE: Final = 3
-"""Most mistakes of one truth, and of one image: a page of one confusion alone would show little."""
-_SIDE: Final = 640
+"""Most mistakes of one truth, and of one image."""
+
+Rows = list[list[str]]
+"""A table of text, its header first."""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
 
 
-def write_report(out: Path, runs: Sequence[TaskRun]) -> None:
+def tables(run: "TaskRun") -> list[tuple[str, Rows]]:
+    """A table for each protocol: its name, and its rows; numbers are times 100, as the paper prints them."""
+    paper = task_class(run.name).paper
+    found = []
+    for protocol, figures in run.result["protocols"].items():
+        printed = paper.get(protocol, {})
+        rows = [["figure", "value", "95 %", "items", "paper"]]
+        for name, figure in figures.items():
+            value, interval = times_100(figure)
+            row = [name, number(value), f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else ""]
+            rows.append([*row, f"{figure['of']:,}", number(100 * printed[name], 2) if name in printed else NOTHING])
+        has_paper = any(row[-1] != NOTHING for row in rows[1:])
+        found.append((protocol, rows if has_paper else [row[:-1] for row in rows]))
+    return found
+
+
+def as_text(run: "TaskRun") -> str:
+    """A task's results for a terminal."""
+    lines = [run.name, "  " + "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items())]
+    for protocol, rows in tables(run):
+        lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(rows))]
+    if paper := task_class(run.name).paper_source:
+        lines += ["", f"  paper: {paper}; another data set is another test"]
+    return "\n".join([*lines, *(f"  note: {note}" for note in run.result["notes"])])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as lines, the first column left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a table in Markdown."""
+    escaped = [[text.replace("|", "\\|") for text in row] for row in rows]
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]])
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A value, already times 100."""
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def times_100(figure: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
+    """Value and interval of a figure as it was written, times 100."""
+    value, ends = figure["value"], figure["interval"]
+    interval = None if ends is None or None in ends else (100 * ends[0], 100 * ends[1])
+    return None if value is None else 100 * value, interval
+
+
+def printed_rows(printed: PaperTable) -> Rows:
+    """A table of the paper as rows of text."""
+    body = [
+        [f"{name} (the paper's)" if name == OURS else name, *(number(value, 2) for value in values)]
+        for name, values in printed.rows.items()
+    ]
+    return [["method", *printed.columns], *body]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def write_report(out: Path, runs: Sequence["TaskRun"]) -> None:
     """Write ``index.html`` of a run.
 
     Args:
         out: Folder of the run.
-        runs: Its tasks, from :func:`regiongpt.evaluate.runs.read_run`.
+        runs: Its tasks.
 
     Raises:
         DataError: It cannot be written.
     """
     summary = [["task, protocol", "figure", "value", "95 %", "items", "paper"]]
     for run in runs:
-        first = {row.protocol: row for row in reversed(list(rows(run)))}
-        summary += [[f"{run.name}, {name}", *first[name].cells()] for name in run.result["protocols"] if name in first]
+        for protocol, rows in tables(run):
+            summary += [[f"{run.name}, {protocol}", *row, NOTHING][:6] for row in rows[1:2]]
     write_page(
         out / PAGE,
         "evaluation.html",
         title="Evaluation",
-        made="; ".join(sorted({_origin(run) for run in runs})),
+        made="; ".join(sorted({_origin(run.manifest) for run in runs})),
         summary=summary,
-        tasks=[_task(run) for run in runs],
+        tasks=[
+            {
+                "name": run.name,
+                **{name: run.result[name] for name in ("pinned", "notes")},
+                "tables": tables(run),
+                "printed": [(TABLES[name], printed_rows(TABLES[name])) for name in OF_TASK.get(run.name, ())],
+                "paper_source": task_class(run.name).paper_source,
+                "charts": list(_charts(run.result["breakdowns"])),
+                "extra": [_extra(table) for table in run.result["tables"]],
+                "origin": list(_facts(run.manifest)),
+                "mistakes": Markup(run.mistakes),
+            }
+            for run in runs
+        ],
     )
 
 
-def _origin(run: TaskRun) -> str:
-    model, predictions = run.manifest.get("model"), run.manifest.get("predictions")
+def _origin(manifest: Mapping[str, Any]) -> str:
+    model, predictions = manifest.get("model"), manifest.get("predictions")
     name = f"predictions {predictions['name']}" if predictions else f"model {model['name']}" if model else "unknown"
-    commit = (run.manifest["code"].get("commit") or {}).get("hash")
-    return f"{name}, regiongpt {run.manifest['packages']['regiongpt']}{f' at {commit[:10]}' if commit else ''}"
-
-
-def _task(run: TaskRun) -> dict[str, Any]:
-    gallery = run.folder / MISTAKES
-    return {
-        "name": run.name,
-        "pinned": run.result["pinned"],
-        "notes": run.result["notes"],
-        "tables": tables(run),
-        "printed": [{**vars(TABLES[name]), "rows": printed_rows(TABLES[name])} for name in OF_TASK.get(run.name, ())],
-        "paper_source": task_class(run.name).paper_source,
-        "charts": list(_charts(run.result["breakdowns"])),
-        "extra": [_extra(table) for table in run.result["tables"]],
-        "origin": list(_facts(run.manifest)),
-        "mistakes": Markup(gallery.read_text(encoding="utf-8")) if gallery.is_file() else "",
-    }
-
-
-def printed_rows(printed: PaperTable) -> list[list[str]]:
-    """A table of the paper as rows of text, the header first."""
-    body = [
-        [f"{name} (the paper's)" if name == OURS else name, *(NOTHING if x is None else f"{x:.2f}" for x in values)]
-        for name, values in printed.rows.items()
-    ]
-    return [["method", *printed.columns], *body]
+    commit = (manifest["code"].get("commit") or {}).get("hash")
+    return f"{name}, regiongpt {manifest['packages']['regiongpt']}{f' at {commit[:10]}' if commit else ''}"
 
 
 def _charts(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> Iterator[Markup]:
@@ -88,8 +147,7 @@ def _charts(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) 
     for by in dict.fromkeys(by for parts in found.values() for by in parts):
         protocols = [protocol for protocol, parts in found.items() if by in parts]
         groups = list(dict.fromkeys(group for protocol in protocols for group in found[protocol][by]))
-        if len(groups) > _FEW:
-            protocols = protocols[:1]
+        protocols = protocols[:1] if len(groups) > _FEW else protocols
         names = {each: next(iter(next(iter(found[each][by].values())))) for each in protocols}
         listed = [
             (group, [_bar(found[each][by].get(group, {}).get(names[each])) for each in protocols]) for group in groups
@@ -110,7 +168,7 @@ def _bar(figure: Mapping[str, Any] | None) -> Bar:
     return Bar(value=value, interval=interval, of=figure["of"])
 
 
-def _extra(found: Mapping[str, Any]) -> tuple[str, list[list[str]], bool]:
+def _extra(found: Mapping[str, Any]) -> tuple[str, Rows, bool]:
     """A table of the task's own, and whether it is to be folded away."""
     body = [
         [NOTHING if value is None else f"{value:.3f}" if isinstance(value, float) else str(value) for value in row]
@@ -121,8 +179,7 @@ def _extra(found: Mapping[str, Any]) -> tuple[str, list[list[str]], bool]:
 
 def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for part, values in manifest.items():
-        pairs = values.items() if isinstance(values, Mapping) else [("", values)]
-        for name, value in pairs:
+        for name, value in values.items() if isinstance(values, Mapping) else [("", values)]:
             if part != "options" and value is not None:
                 text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 yield f"{part}: {name}" if name else part, text
@@ -133,18 +190,21 @@ def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def worst(result: Result, answers: Mapping[str, Answer], count: int) -> list[dict[str, Any]]:
-    """The rows of a result that were answered worst, the worst first.
-
-    Lowest score first, by the first figure that an item has a score of; among equals the most confident first.
+    """The rows of a result with the lowest scores, by the first figure of each; among equals the most confident first.
 
     Args:
         result: The scored task.
         answers: By item id.
         count: At most so many, and at most three of one truth or of one image.
     """
+
+    def confidence(name: str) -> float:
+        answer = answers.get(name, Answer())
+        return max(answer.scores) if answer.scores else answer.probability or 0.0
+
     first = {row["id"]: next(iter(row["scores"].values()), 1.0) for row in result.rows}
     wrong = [row for row in result.rows if not row["missing"] and first[row["id"]] < 1.0]
-    wrong.sort(key=lambda row: (first[row["id"]], -_confidence(answers.get(row["id"])), str(row["id"])))
+    wrong.sort(key=lambda row: (first[row["id"]], -confidence(row["id"]), str(row["id"])))
     chosen: list[dict[str, Any]] = []
     seen: Counter[tuple[str, Any]] = Counter()
     for row in wrong:
@@ -155,36 +215,36 @@ def worst(result: Result, answers: Mapping[str, Answer], count: int) -> list[dic
     return chosen
 
 
-def _confidence(answer: Answer | None) -> float:
-    """How sure the model was of its choice, else of its text; 0 where that is not known."""
-    if answer is None:
-        return 0.0
-    return max(answer.scores) if answer.scores else answer.probability or 0.0
-
-
-def mistakes(chosen: Sequence[Mapping[str, Any]], items: Sequence[Item], answers: Mapping[str, Answer]) -> str:
+def draw_mistakes(rows: Sequence[Mapping[str, Any]], items: Sequence[Item], answers: Mapping[str, Answer]) -> str:
     """Cards of HTML, each with the image, its regions, the question, the answer and the truth.
 
     Args:
-        chosen: Rows of a result, from :func:`worst`.
+        rows: From :func:`worst`.
         items: The task's items.
         answers: By item id.
     """
     asked = {item.id: item for item in items}
     cards = []
-    for row in chosen:
-        item, answer = asked[row["id"]], answers.get(row["id"])
-        card: dict[str, Any] = {"id": item.id, "question": item.question, "truth": item.truth, "fault": ""}
-        groups = ", ".join(f"{name} {value}" for name, value in item.groups.items())
-        card["about"] = f"{item.image.name}{f' · {groups}' if groups else ''}"
-        card["answer"] = str(row["answer"] if row["answer"] is not None else "no answer")
-        card["probability"] = answer.probability if answer is not None else None
-        ranked = zip(item.choices, answer.scores, strict=True) if answer is not None and answer.scores else ()
-        card["scores"] = sorted(ranked, key=lambda pair: -pair[1])[:3]
+    for row in rows:
+        item, answer = asked[row["id"]], answers.get(row["id"], Answer())
+        shown: Markup | None = None
+        fault = ""
         try:
             drawn = draw_regions(item.image, item.regions)
-            card["picture"] = picture(drawn, f"{item.image.name} with the regions asked about", _SIDE)
+            shown = picture(drawn, f"{item.image.name} with the regions asked about", 640)
         except RegionGPTError as error:
-            card["fault"] = str(error)
-        cards.append(card)
+            fault = str(error)
+        ranked = sorted(zip(item.choices, answer.scores or (), strict=False), key=lambda pair: -pair[1])
+        groups = [f"{name} {value}" for name, value in item.groups.items()]
+        cards.append(
+            {
+                "item": item,
+                "about": " · ".join([item.image.name, *([", ".join(groups)] if groups else [])]),
+                "answer": "no answer" if row["answer"] is None else str(row["answer"]),
+                "probability": answer.probability,
+                "scores": ranked[:3],
+                "picture": shown,
+                "fault": fault,
+            }
+        )
     return render("mistakes.html", cards=cards)

@@ -1,9 +1,4 @@
-"""What a benchmark is: questions about images, and how answers to them are scored; no model is needed for either.
-
-A task lists its :class:`Item` questions; somebody answers them, a model here or any other system; the task turns the
-:class:`Answer` objects into a :class:`Result`. Everything in a result can be written as json, but the statistics, from
-which intervals and comparisons of two runs are drawn.
-"""
+"""What a benchmark is: questions about images, and how answers to them are scored; neither needs a model."""
 
 import dataclasses
 import math
@@ -12,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
@@ -23,10 +18,8 @@ from regiongpt.regions import Region
 from regiongpt.settings import Settings
 from regiongpt.storage import digest
 
-GALLERY = 24
-"""Worst mistakes on the page of results, unless another number is asked for."""
 RESAMPLES = 1000
-"""Bootstrap resamples behind an interval, unless another number is asked for."""
+"""Bootstrap resamples behind an interval, by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +27,19 @@ class Item:
     """One question of a benchmark.
 
     Args:
-        id: The question in the benchmark's own numbering, such as an annotation id; no two items share one.
+        id: In the benchmark's own numbering, such as an annotation id; unique.
         image: Image file.
-        image_id: The image; items of one image are resampled together.
-        size: Width and height in pixels that the annotations say the image has; None where they say nothing. Items of
-            an image of another size are left out, for their regions lie elsewhere in it.
-        question: The user's text with ``<regionN>``, without ``<image>``, ready for the model.
+        image_id: Items of one image are resampled together.
+        question: The user's text with ``<regionN>``, without ``<image>``.
+        size: Width and height in pixels that the annotations state; items of images of another size are left out.
         regions: What the placeholders stand for, in pixels of the image.
-        choices: The answers to score by likelihood, in this order; empty where none are scored.
-        expression: To be held against each region by itself: how likely the model is to call it so; empty where that is
-            not asked.
+        choices: Answers to score by likelihood, in this order.
+        expression: Score how likely the model calls each region by it; empty for no such score.
         generate: Whether a free answer is wanted.
         max_new_tokens: Longest free answer, in tokens.
         truth: The right answer as a person would say it: a class name, ``Region [2]``, ``yes``; the first reference.
-        groups: What figures are broken down by: ``{"category": "dog", "size": "small"}``.
-        detail: What the task itself needs for scoring, as plain json; tells runners nothing.
+        groups: What results are broken down by: ``{"category": "dog", "size": "small"}``.
+        detail: What the task itself needs for scoring, as plain JSON.
     """
 
     id: str
@@ -73,13 +64,12 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What was answered to one item; what was not asked for, or is not known, is None.
+    """The answer to an item; what was not asked for, or is not known, is None.
 
     Args:
         text: The free answer.
-        probability: Probability of that text and its end, in [0, 1].
-        scores: Scores of the item's choices, in their order: the probability of each given that it is one of them, or
-            any number that is larger for a better choice.
+        probability: Of that text and its end, in [0, 1].
+        scores: Of the item's choices, in their order; larger is better.
         called: Log likelihood that each of the item's regions is called by the item's expression.
 
     Raises:
@@ -104,7 +94,7 @@ class Answer:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Answer":
-        """The answer that :meth:`to_dict` was called on; other keys are passed over."""
+        """The inverse of :meth:`to_dict`; other keys are ignored."""
         lists = {name: tuple(map(float, values[name])) for name in ("scores", "called") if name in values}
         return cls(text=values.get("text"), probability=values.get("probability"), **lists)
 
@@ -114,10 +104,9 @@ class Figure:
     """One number of a result.
 
     Attributes:
-        value: Shares in [0, 1]; BLEU, ROUGE-L, METEOR in [0, 1]; CIDEr in [0, 10]; None where there is nothing to
-            measure.
+        value: In [0, 1], CIDEr in [0, 10]; None where there is nothing to measure.
         of: How many items it is about.
-        interval: Where 95 % of the bootstrap resamples of the images lie; None where none was drawn.
+        interval: 95 % of the bootstrap resamples of the images; None where none was drawn.
     """
 
     value: float | None
@@ -143,14 +132,14 @@ class Result:
 
     Attributes:
         task: Its name.
-        pinned: What has to be the same for two results to be comparable, by name: split, grouping, scorer, ...
-        protocols: Figures by name, by the name of the protocol that they were measured under.
+        pinned: What has to be equal for two results to be comparable, by name: split, grouping, scorer, ...
+        protocols: Figures by protocol and name.
         breakdowns: By protocol, then ``"size"``, ``"category"``, ..., then group: figures by name.
-        rows: One JSON object an item, in their order: ``id``, ``image_id``, ``truth``, ``answer``, ``groups``,
-            ``missing`` and ``scores``, the item's number under ``"protocol.figure"``.
+        rows: One JSON object per item: ``id``, ``image_id``, ``truth``, ``answer``, ``groups``, ``missing`` and
+            ``scores``, the item's number under ``"protocol.figure"``.
         tables: For the page of results.
         notes: Sentences that belong beside the results, such as how many answers were missing.
-        statistics: By protocol and figure, what bootstrap intervals and comparisons are computed from.
+        statistics: By protocol and figure, for bootstrap intervals and comparisons.
     """
 
     task: str
@@ -164,14 +153,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON, without rows and statistics."""
-        return {
-            "task": self.task,
-            "pinned": dict(self.pinned),
-            "protocols": _plain(self.protocols),
-            "breakdowns": _plain(self.breakdowns),
-            "tables": _plain(self.tables),
-            "notes": list(self.notes),
-        }
+        names = ("task", "pinned", "protocols", "breakdowns", "tables", "notes")
+        return {name: _plain(getattr(self, name)) for name in names}
 
 
 def _plain(value: Any) -> Any:
@@ -183,15 +166,15 @@ def _plain(value: Any) -> Any:
 
 
 class Task(Settings, ABC):
-    """One benchmark; its fields are the options of the command, its own files and rules among them.
+    """One benchmark; its fields are the options of the command.
 
     Attributes:
         name: On the command line.
         summary: One line of help.
         item_id: What an item's id is, for messages: ``"annotation id"``.
-        reads: What is scored of an :class:`Answer`, any of them: ``text``, ``scores``, ``called``.
+        reads: What is scored of an :class:`Answer`, any of ``text``, ``scores``, ``called``.
         paper: The paper's results by protocol and figure, in the unit of :class:`Figure`.
-        paper_source: Where in the paper they are, and on what they were measured.
+        paper_source: Where in the paper they are, and what they were measured on.
     """
 
     name: ClassVar[str]
@@ -214,7 +197,7 @@ class Task(Settings, ABC):
 
     @abstractmethod
     def items(self) -> list[Item]:
-        """The items, in an order that the files and the options alone decide.
+        """The items, in an order that files and options alone decide.
 
         Raises:
             DataError: A file is missing or of another format, or has nothing to ask about.
@@ -229,9 +212,9 @@ class Task(Settings, ABC):
 
         Args:
             items: What :meth:`items` gave, or some of them.
-            answers: By item id. An item without one counts as wrong, and the notes say how many there are.
-            resamples: How many the bootstrap draws; 0 for no intervals.
-            seed: Seed of the bootstrap.
+            answers: By item id; an item without one counts as wrong, and is noted.
+            resamples: Of the bootstrap; 0 for no intervals.
+            seed: Of the bootstrap.
 
         Raises:
             DataError: An answer does not fit its item, such as scores for another number of choices.
@@ -239,31 +222,21 @@ class Task(Settings, ABC):
 
     @property
     def split_read(self) -> str:
-        """The split that the options say is read; empty where they name the files themselves."""
+        """The split that the options name; empty where they name the files themselves."""
         return str(getattr(self, "split", ""))
 
     @cached_property
     def left_out(self) -> Rejects:
-        """What :meth:`items` could not use, counted by kind; begun anew with each call."""
+        """What :meth:`items` could not use, counted by kind."""
         return Rejects()
 
     def options(self) -> dict[str, Any]:
         """The options by name."""
         return {name: getattr(self, name) for name in type(self).model_fields}
 
-    def settings(self) -> dict[str, Any]:
-        """The options as plain JSON, for the manifest; of paths the last part alone."""
-        return {name: _stated(value) for name, value in self.options().items()}
-
-
-def _stated(value: Any) -> Any:
-    if isinstance(value, Path):
-        return value.name
-    return [_stated(each) for each in value] if isinstance(value, tuple) else value
-
 
 class RunOptions(Settings):
-    """What is asked of a run, whatever its tasks."""
+    """How benchmarks are run, whatever the tasks."""
 
     out: Path | None = None
     """Folder of the results; the same command again goes on there."""
@@ -283,7 +256,16 @@ class RunOptions(Settings):
     """With --predictions: what to do with those for no item."""
     resamples: int = Field(default=RESAMPLES, ge=0, le=1_000_000)
     """Resamples of the bootstrap; 0 for no intervals."""
-    gallery: int = Field(default=GALLERY, ge=0)
+    gallery: int = Field(default=24, ge=0)
     """Worst mistakes on the page of results."""
     overwrite: bool = False
     """Replace other results in --out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = self.predictions is not None
+        for name in ("model", "device", "dtype", "untrained") if given else ("missing", "unknown"):
+            if name in self.model_fields_set:
+                why = "no model is run for --predictions" if given else "it goes with --predictions"
+                raise ValueError(f"--{name}: {why}; leave it out")
+        return self

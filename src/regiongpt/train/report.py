@@ -17,13 +17,12 @@ from typing import Any, Final
 from markupsafe import Markup
 from tqdm import tqdm
 
-from regiongpt.charts import Curve, line_chart, short
 from regiongpt.data.mixture import Mixture
 from regiongpt.distributed import launched
 from regiongpt.environment import commit, machine, versions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.images import load_image
-from regiongpt.report import picture, write_page
+from regiongpt.report import Curve, line_chart, picture, short, write_page
 from regiongpt.storage import read_json, write_json, writing
 from regiongpt.train.answers import PICTURES
 from regiongpt.train.recipe import STEPS, Recipe

@@ -30,21 +30,14 @@ class Statistic(ABC):
 
     @abstractmethod
     def values(self, times: Floats) -> Floats:
-        """The figure for several weightings of the images.
-
-        Args:
-            times: (N, C) how often each of the C images counts.
-
-        Returns:
-            (N,); NaN where nothing is left to measure.
-        """
+        """The figure (N,) for weightings (N, C) of the C images; NaN where nothing is left to measure."""
 
     @abstractmethod
     def parts(self) -> list[Hashable]:
         """What each image contributes, equal for two systems that answer alike; None for an image without a part."""
 
     def value(self) -> float:
-        """The figure itself: every image counts once. NaN where there is nothing to measure."""
+        """The figure itself; NaN where there is nothing to measure."""
         return float(self.values(np.ones((1, len(self.clusters))))[0])
 
 
@@ -55,7 +48,7 @@ class SumStatistic(Statistic):
     Args:
         clusters: The images.
         sums: (C, K) what each image adds to each of K sums.
-        combine: From (N, K) sums to (N,) figures; a division by 0 is to give NaN.
+        combine: From (N, K) sums to (N,) figures; a division by 0 gives NaN.
         most: The largest value of the figure.
     """
 
@@ -65,7 +58,7 @@ class SumStatistic(Statistic):
     most: float = 1.0
 
     def values(self, times: Floats) -> Floats:
-        """The figure for each of (N, C) weightings."""
+        """See :meth:`Statistic.values`."""
         return self.combine(times @ self.sums)
 
     def parts(self) -> list[Hashable]:
@@ -76,13 +69,7 @@ class SumStatistic(Statistic):
 def sum_statistic(
     clusters: Sequence[Hashable], sums: Sequence[Sequence[float]] | Floats, combine: Callable[[Floats], Floats]
 ) -> SumStatistic:
-    """A figure of what each *item* adds to K sums; see :class:`SumStatistic`.
-
-    Args:
-        clusters: Image of each of n items.
-        sums: (n, K).
-        combine: From (N, K) to (N,).
-    """
+    """A :class:`SumStatistic` of the images (n,) of items and of what each *item* adds to the sums (n, K)."""
     place = {name: k for k, name in enumerate(dict.fromkeys(clusters))}
     added = np.asarray(sums, np.float64).reshape(len(clusters), -1)
     gathered = np.zeros((len(place), added.shape[1]))
@@ -98,7 +85,7 @@ def mean_statistic(
     Args:
         clusters: Image of each item.
         scores: Score of each item.
-        groups: Group of each item. One that no image of a resample has is left out of that resample's mean.
+        groups: Group of each item. One that a resample lacks is left out of that resample's mean.
     """
     column = {name: k for k, name in enumerate(dict.fromkeys(groups if groups is not None else (None,)))}
     width = len(column)
@@ -123,25 +110,16 @@ def ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
 
 
 def resample(count: int, resamples: int, seed: int) -> Floats:
-    """How often each of ``count`` images comes in each resample, (resamples, count); the same for the same numbers."""
+    """How often each of ``count`` images comes in each resample, (resamples, count)."""
     rng = np.random.default_rng((seed, count))
     return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
 
 
 def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a figure, images drawn with replacement.
+    """The 95 % bootstrap interval of a figure, images drawn with replacement; NaN where nothing can be measured.
 
-    An average over classes, such as a mean AP, is biased in resamples: rare classes fall out of some. Where the
-    resampled figures show a bias that is more than chance, they are all moved until their mean is the figure; then
-    both ends are cut off. Plain means are not biased, and are not moved.
-
-    Args:
-        statistic: The figure.
-        resamples: How many, at least 1.
-        seed: Seed of the drawing.
-
-    Returns:
-        Both ends, within what the figure can be; NaN where no resample has anything to measure.
+    An average over classes, such as a mean AP, is biased in resamples, since rare classes fall out of some. Where that
+    bias is more than chance, the resampled figures are moved until their mean is the figure.
     """
     return around(_resampled((statistic,), resamples, seed)[0], statistic.value(), statistic.most)
 
@@ -149,7 +127,7 @@ def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0) -> tupl
 def too_few(a: Statistic, b: Statistic) -> bool:
     """Whether two systems were compared on too few images to tell which is better.
 
-    These are fewer than 30 images, or differing answers on 1 to 5 of them: even if all five favour one system, a fair
+    That is fewer than 30 images, or differing answers on 1 to 5 of them: even if all five favour one system, a fair
     coin would do so once in 16, where the bootstrap, which draws only from these five, claims p = 0.01.
     """
     pairs = [(x, y) for x, y in zip(a.parts(), b.parts(), strict=True) if x is not None or y is not None]
@@ -164,10 +142,10 @@ class Paired:
         a: Result of the first.
         b: Result of the second.
         difference: ``b - a``.
-        interval: 95 % of the resampled differences, moved as in :func:`interval`; None where nothing can be told.
-        p: Two-sided: twice the share of resamples in which the difference has the other sign or is 0, at most 1, and
-            at least ``1 / (resamples + 1)``, since no number of resamples shows it to be 0; None likewise.
-        too_few: Whether there are too few images to tell (:func:`too_few`).
+        interval: 95 % of the resampled differences, as in :func:`interval`; None where nothing can be told.
+        p: Two-sided: twice the share of resamples in which the difference has the other sign or is 0, from
+            ``1 / (resamples + 1)`` to 1; None where nothing can be told.
+        too_few: See :func:`too_few`.
     """
 
     a: float
@@ -225,18 +203,12 @@ def centred(values: Floats, figure: float) -> Floats:
 
 
 def around(values: Floats, figure: float, most: float) -> tuple[float, float]:
-    """Both ends of a figure's interval, as :func:`interval` draws it.
-
-    Args:
-        values: The resampled figures.
-        figure: Itself.
-        most: The largest value that it can have.
-    """
+    """The interval of a figure by its resampled values, within 0 and ``most``."""
     return ends(np.clip(centred(values, figure), 0.0, most))
 
 
 def ends(values: Floats) -> tuple[float, float]:
-    """Where 95 % of the resampled figures lie, as many below as above; NaN where none is a number."""
+    """Where the middle 95 % of the values lie; NaN where none is a number."""
     there = values[~np.isnan(values)]
     if not len(there):
         return float("nan"), float("nan")

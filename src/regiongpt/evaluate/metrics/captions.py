@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any, Final
 
@@ -19,13 +20,7 @@ _STAGES = np.array([1.0, 0.6, 0.8, 0.6])  # exact words, stems, synonyms, paraph
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionScore:
-    """One metric over a set of captions.
-
-    Attributes:
-        value: Score of the set; METEOR's and BLEU's are computed from summed counts and are no means.
-        items: (n,) score of each caption.
-        statistic: For intervals and comparisons.
-    """
+    """One metric over a set of captions: its value, the (n,) captions' own scores, and the statistic."""
 
     value: float
     items: Floats
@@ -42,15 +37,14 @@ def caption_scores(
     """Score captions against references by the metrics of the COCO caption evaluation.
 
     Args:
-        captions: n texts as they were written; ``""`` for an item without an answer, which scores 0.
-        references: Texts to compare each with, at least one of them with a word. One without words is left out,
-            where the reference scripts count it as an empty caption.
+        captions: n texts; ``""`` for an item without an answer, which scores 0.
+        references: Texts to compare each with, at least one of them with a word; those without are left out.
         metrics: Some of :data:`METRICS`.
-        clusters: Image of each caption, for the statistics; default: each its own.
+        clusters: Image of each caption, for the statistics; by default each its own.
 
     Returns:
-        By metric: ``CIDEr`` (in [0, 10]), ``METEOR``, ``ROUGE_L``, ``BLEU_1`` to ``BLEU_4``, ``SPICE`` (all in [0, 1]).
-        CIDEr weighs words by how few of the set's items they occur in, so a part of a set scores otherwise.
+        By metric: ``CIDEr`` (in [0, 10]; it depends on the whole set), ``METEOR``, ``ROUGE_L``, ``BLEU_1`` to
+        ``BLEU_4``, ``SPICE`` (in [0, 1]).
 
     Raises:
         ConfigError: No such metric; pycocoevalcap or Java is missing.
@@ -79,11 +73,7 @@ def caption_scores(
 
 
 def tokenized(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """The scored words of captions and references, read in the order in which the reference scripts read them.
-
-    Raises:
-        DataError: An item has no reference with words.
-    """
+    """The scored words of captions and references; DataError where an item has no reference with words."""
     flat = iter(scored_words([text for those in references for text in those]))
     wanted = [[words for _ in those if (words := next(flat))] for those in references]
     for number, those in enumerate(wanted):
@@ -99,9 +89,6 @@ def meteor_scores(counts: Floats) -> Floats:
         counts: (N, 23), for a set the sum of its :func:`meteor_addends`. Words of the caption, of the reference;
             function words of each; for each of the four stages the content words matched of the caption, of the
             reference, and the function words likewise; chunks; words matched of the caption, of the reference.
-
-    Returns:
-        (N,) in [0, 1]; 0 where nothing matches.
     """
     counts = np.asarray(counts, np.float64).reshape(-1, COUNTS)
     lengths, functions, chunks, matched = counts[:, :2], counts[:, 2:4], counts[:, 20], counts[:, 21:]
@@ -142,7 +129,6 @@ def _best_counts(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats
 
 
 def _reference_scores(name: str, said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
-    """CIDEr or ROUGE_L of each caption, by pycocoevalcap."""
     module, kind = {"CIDEr": ("cider.cider", "Cider"), "ROUGE_L": ("rouge.rouge", "Rouge")}[name]
     given = {number: list(those) for number, those in enumerate(wanted)}
     scorer = getattr(_pycocoevalcap(module), kind)()
@@ -159,28 +145,22 @@ def _bleu(said: Sequence[str], wanted: Sequence[Sequence[str]], images: Sequence
         [c["testlen"], min((abs(n - c["testlen"]), n) for n in c["reflen"])[1], *c["guess"], *c["correct"]]
         for c in scorer.ctest
     ]
+
+    # The scorer's own guards against division by 0.
+    def combine(n: int, totals: Floats) -> Floats:
+        shares = (totals[:, 6 : 6 + n] + 1e-15) / (totals[:, 2 : 2 + n] + 1e-9)
+        short = (totals[:, 0] + 1e-15) / (totals[:, 1] + 1e-9)
+        result: Floats = np.prod(shares, axis=1) ** (1 / n) * np.exp(np.minimum(0.0, 1 - 1 / short))
+        return result
+
     return {
         f"BLEU_{n}": CaptionScore(
             value=float(values[n - 1]),
             items=np.asarray(items[n - 1], np.float64),
-            statistic=sum_statistic(images, sums, _Bleu(n)),
+            statistic=sum_statistic(images, sums, partial(combine, n)),
         )
         for n in (1, 2, 3, 4)
     }
-
-
-@dataclass(frozen=True)
-class _Bleu:
-    """BLEU of sets from their summed counts, with the scorer's own guards against division by 0."""
-
-    n: int
-
-    def __call__(self, totals: Floats) -> Floats:
-        length, wanted, guesses, right = totals[:, 0], totals[:, 1], totals[:, 2:6], totals[:, 6:10]
-        shares = (right[:, : self.n] + 1e-15) / (guesses[:, : self.n] + 1e-9)
-        short = (length + 1e-15) / (wanted + 1e-9)
-        result: Floats = np.prod(shares, axis=1) ** (1 / self.n) * np.exp(np.minimum(0.0, 1 - 1 / short))
-        return result
 
 
 def _pycocoevalcap(module: str) -> Any:

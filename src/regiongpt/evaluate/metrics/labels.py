@@ -1,8 +1,4 @@
-"""Which name of a closed list an answer gives, and how that is forgiven.
-
-By itself an answer counts only if it is a name of the list as it stands, blanks and one final full stop aside. Whatever
-is forgiven besides is asked for by name, and counted.
-"""
+"""Which name of a closed list an answer gives: as it stands, blanks and one final full stop aside, or forgiven."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,12 +19,9 @@ def folded(text: str) -> str:
 
 
 class Reading(NamedTuple):
-    """What an answer was taken for.
+    """What an answer was taken for: a name, or None where it is off the list; and how.
 
-    Attributes:
-        name: A name of the list, None where the answer is off it.
-        by: ``"as it stands"``, ``"case"``, ``"plural"`` or ``"synonym"``; where it is off the list, what would have
-            been forgiven had it been asked for, or ``""``.
+    ``by`` is ``"as it stands"``, ``"case"``, ``"plural"`` or ``"synonym"``; off the list, what could be forgiven.
     """
 
     name: str | None
@@ -39,9 +32,8 @@ class Labels:
     """A closed list of names with what is forgiven of answers.
 
     Args:
-        names: The list, none of them twice.
-        synonyms: ``""`` forgives nothing. Otherwise words of :data:`FORGIVEN` and paths of JSON files that map
-            synonyms to names, joined by commas.
+        names: The list, each once.
+        synonyms: Words of :data:`FORGIVEN` and paths of JSON files that map synonyms to names, joined by commas.
 
     Raises:
         ConfigError: The list repeats a name, or ``synonyms`` names neither a word nor a file.

@@ -1,12 +1,12 @@
 """The benchmarks, one module each."""
 
-import difflib
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Final
 
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate.task import Task
+from regiongpt.settings import nearest
 
 TASKS: Final[Mapping[str, str]] = {
     "coco_cls": "coco_cls:CocoClassification",
@@ -16,7 +16,7 @@ TASKS: Final[Mapping[str, str]] = {
     "coco_rec": "choosing:CocoRec",
     "pope": "pope:Pope",
 }
-"""Where each task is, by its name on the command line."""
+"""Where each task is, by its name on the command line, in the order of the paper's tables."""
 
 
 def task_class(name: str) -> type[Task]:
@@ -26,9 +26,7 @@ def task_class(name: str) -> type[Task]:
         ConfigError: There is no such task.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"expected a task among {', '.join(TASKS)}, got {name!r}{hint}")
+        raise ConfigError(f"no task {name!r}; {nearest(name, TASKS)}")
     module, _, kind = TASKS[name].partition(":")
     found: type[Task] = getattr(import_module(f"regiongpt.evaluate.tasks.{module}"), kind)
     return found

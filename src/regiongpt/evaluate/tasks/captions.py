@@ -19,19 +19,9 @@ from regiongpt.evaluate.metrics.captions import METRICS, caption_scores
 from regiongpt.evaluate.metrics.java import find_java, find_spice, scored_words
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
+from regiongpt.evaluate.tasks import scoring
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogTask, each_expression
-from regiongpt.evaluate.tasks.scoring import (
-    box_area,
-    figures,
-    find,
-    given,
-    images_of,
-    limited,
-    means_by_group,
-    notes_of,
-    rows_of,
-    size_name,
-)
+from regiongpt.evaluate.tasks.scoring import Scored, counted, find, given, images_of, make_result
 from regiongpt.prompts import question
 from regiongpt.regions import Region
 
@@ -60,7 +50,7 @@ class Described(NamedTuple):
         id: Id of the item.
         image: The image file.
         image_id: Id of the image.
-        size: Width and height of the image in pixels, as the annotations say it.
+        size: Width and height of the image in pixels, as annotated.
         box: xyxy in pixels.
         references: Texts.
         category: What the region shows, where it is known.
@@ -100,7 +90,7 @@ class CaptionTask(Task):
         """Split and grouping of the references."""
 
     def items(self) -> list[Item]:
-        """One item a region, but those of which no reference has a word."""
+        """One item a region, except those of which no reference has a word."""
         # What is missing is better said now than after all the answers.
         find_java()
         if "SPICE" in _names(self.metrics):
@@ -116,23 +106,24 @@ class CaptionTask(Task):
                     worded.append(text)
                 else:
                     self.left_out.add("reference without words", self.inputs()[0], each.id, f"no word in {text!r}")
-            if worded:
-                items.append(self._item(each, worded))
-        return limited(items, self.limit)
-
-    def _item(self, each: Described, references: list[str]) -> Item:
-        return Item(
-            id=each.id,
-            image=each.image,
-            image_id=each.image_id,
-            size=each.size,
-            question=question("caption", 0, regions=[1]),
-            regions=(Region.box(*each.box),),
-            max_new_tokens=self.max_new_tokens,
-            truth=references[0],
-            groups={"size": size_name(box_area(each.box)), **({"category": each.category} if each.category else {})},
-            detail={"references": references},
-        )
+            if not worded:
+                continue
+            size = scoring.size_name(scoring.box_area(each.box))
+            items.append(
+                Item(
+                    id=each.id,
+                    image=each.image,
+                    image_id=each.image_id,
+                    size=each.size,
+                    question=question("caption", 0, regions=[1]),
+                    regions=(Region.box(*each.box),),
+                    max_new_tokens=self.max_new_tokens,
+                    truth=worded[0],
+                    groups={"size": size, **({"category": each.category} if each.category else {})},
+                    detail={"references": worded},
+                )
+            )
+        return scoring.limited(items, self.limit)
 
     def score(
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
@@ -142,24 +133,27 @@ class CaptionTask(Task):
         metrics = _names(self.metrics)
         references = [list(item.detail["references"]) for item in items]
         found = caption_scores(texts, references, metrics=metrics, clusters=images_of(items))
-        statistics = {name: each.statistic for name, each in found.items()}
-        scores = {name: each.items.tolist() for name, each in found.items()}
-        notes = notes_of(self, items, answers)
-        if empty := sum(not any(map(str.isalnum, text)) for text in texts):
-            notes.append(f"{empty} captions have no word and score 0")
-        return Result(
-            task=self.name,
+        empty = sum(not any(map(str.isalnum, text)) for text in texts)
+        return make_result(
+            self,
+            items,
+            answers,
+            {
+                PROTOCOL: Scored(
+                    statistics={name: each.statistic for name, each in found.items()},
+                    # METEOR and BLEU of a set are no means of these, and differ a little.
+                    scores={name: each.items.tolist() for name, each in found.items()},
+                )
+            },
             pinned={
                 **self.pinned(),
                 "tokenizer": "Penn Treebank tokenizer of CoreNLP 3.4.1, lower case, punctuation dropped",
                 **{f"scorer {name}": SCORERS[name] for name in metrics},
             },
-            protocols={PROTOCOL: figures(statistics, len(items), resamples, seed)},
-            # Means of the items' own scores: those of METEOR and BLEU over a set are no means, and differ a little.
-            breakdowns={PROTOCOL: means_by_group(items, ("size", "category"), scores)},
-            rows=rows_of(items, answers, {f"{PROTOCOL}.{name}": each for name, each in scores.items()}),
-            notes=tuple(notes),
-            statistics={PROTOCOL: statistics},
+            by=("size", "category"),
+            notes=[f"{counted(empty, 'caption')} without a word, of the score 0"] if empty else [],
+            resamples=resamples,
+            seed=seed,
         )
 
 
@@ -273,16 +267,12 @@ class VisualGenomeCaption(CaptionTask):
 
 
 def _split_of(path: Path, split: str) -> set[int]:
-    """The image ids of a split.
-
-    Raises:
-        DataError: The file has no such list of ids.
-    """
+    """The image ids of a split; DataError where the file has no such list."""
     rejects = Rejects()
     try:
         numbers = list(iter_array(path, split, rejects))
     except DataError as error:
         raise DataError(f"{error}; the file of splits is to have a list of image ids by split") from None
     if rejects.counts or not numbers or not all(is_whole(number) for number in numbers):
-        raise DataError(f"{path}: expected a list {split!r} of image ids as whole numbers; got another form")
+        raise DataError(f"{path}: {split!r} is no list of image ids as whole numbers; give another file")
     return set(numbers)

@@ -5,11 +5,13 @@ A region is chosen by an answer, by its likelihood, or by what it is called.
 Paper: §4.3, Table 5
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from pydantic import Field
@@ -19,24 +21,14 @@ from regiongpt.data.facts import View, colours_of
 from regiongpt.data.sampling import LOCATED_AMONG, dev_questions
 from regiongpt.data.values import known_size
 from regiongpt.errors import DataError
-from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
+from regiongpt.evaluate.metrics.bootstrap import mean_statistic
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
+from regiongpt.evaluate.tasks import scoring
 from regiongpt.evaluate.tasks.proposals import candidates_of, read_proposals
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogTask, each_expression
-from regiongpt.evaluate.tasks.scoring import (
-    box_area,
-    figures,
-    find,
-    given,
-    images_of,
-    limited,
-    means_by_group,
-    notes_of,
-    rows_of,
-    size_name,
-)
+from regiongpt.evaluate.tasks.scoring import Scored, counted, find, given, images_of, make_result
 from regiongpt.images import load_image
 from regiongpt.prompts import NO_MATCH, parse_region_answer, question, region_answer
 from regiongpt.regions import Region
@@ -50,15 +42,27 @@ RULES: Final = {
     CALLED: "the candidate that the model is likeliest to call by the expression, each asked about by itself",
 }
 
-READS: Final = ("text", "scores", "called")
-"""What is read of an answer, for each protocol."""
 INJECTED: Final = "ground truth injected"
 BARE: Final = "without injection"
 
 
-def choices_of(candidates: int) -> tuple[str, ...]:
-    """The answers to choose from: each region, and that none of them fits."""
-    return (*map(region_answer, range(1, candidates + 1)), NO_MATCH)
+class ChoosingTask(Task):
+    """Asks which of an image's regions an expression means."""
+
+    item_id: ClassVar[str] = "question id"
+    reads: ClassVar[tuple[str, ...]] = ("text", "scores", "called")
+
+    guided: bool = True
+    """End the question with the template of the answer."""
+    choices: bool = True
+    """Score all candidates too."""
+    calls: bool = True
+    """Ask of each candidate by itself, too, how likely it is called so."""
+
+    def item(self, regions: Sequence[Region], expression: str, **values: Any) -> Item:
+        """A question about regions."""
+        choices = (*map(region_answer, range(1, len(regions) + 1)), NO_MATCH) if self.choices else ()
+        return Item(regions=tuple(regions), choices=choices, expression=expression if self.calls else "", **values)
 
 
 def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, list[int | str | None]]:
@@ -103,33 +107,29 @@ def _likeliest(called: Sequence[float], item: Item) -> int | str:
     return int(np.argmax(called)) + 1
 
 
-def choice_statistics(
-    items: Sequence[Item], picked: Sequence[int | str | None], right: Sequence[bool]
-) -> dict[str, Statistic]:
+def scored(items: Sequence[Item], picked: Sequence[int | str | None], right: Sequence[bool]) -> Scored:
     """Accuracy, what chance would give, and the shares of answers that choose nothing."""
-    images = images_of(items)
     shares: dict[str, list[float]] = {
         "accuracy": [float(each) for each in right],
         "chance": [item.detail["chance"] for item in items],
         "no_match": [float(each == "none") for each in picked],
         "invalid": [float(each == "invalid" or each is None) for each in picked],
     }
-    return {name: mean_statistic(images, values) for name, values in shares.items()}
+    statistics = {name: mean_statistic(images_of(items), values) for name, values in shares.items()}
+    return Scored(statistics=statistics, scores={"accuracy": shares["accuracy"]})
 
 
-class RefCocogRec(RefCocogTask):
+class RefCocogRec(RefCocogTask, ChoosingTask):
     """One question an expression, among the proposals for its image.
 
-    Where no proposal reaches an overlap of 0.5 with the object, the object's own box is added, as in the paper; such
-    questions cannot be lost by the detector any more, so their share is reported. Without the injection the same
-    questions have no right answer among the candidates and count as wrong: every other question is the same in both
-    variants, so one run measures both.
+    Where no proposal reaches an overlap of 0.5 with the object, the object's own box is added, as in the paper. A
+    detector cannot lose such a question any more, so their share is reported; without the injection they have no right
+    answer and count as wrong. All other questions are the same, so one run measures both.
     """
 
     name: ClassVar[str] = "refcocog_rec"
     summary: ClassVar[str] = "the box that an expression means, among proposals (Table 5)"
     item_id: ClassVar[str] = "sentence id"
-    reads: ClassVar[tuple[str, ...]] = READS
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         f"generate, {INJECTED}": {"accuracy": TABLES["rec"].figure("val") / 100}
     }
@@ -141,12 +141,6 @@ class RefCocogRec(RefCocogTask):
     """Most proposals an image, the best by score; 0 for all."""
     min_score: float = 0.0
     """Least score of a proposal; 0 for all."""
-    guided: bool = True
-    """End the question with the template of the answer."""
-    choices: bool = True
-    """Score all candidates too."""
-    calls: bool = True
-    """Ask of each candidate by itself, too, how likely it is called so."""
 
     @property
     def _proposals(self) -> Path:
@@ -170,26 +164,27 @@ class RefCocogRec(RefCocogTask):
             boxes, lacking = candidates_of(each.box, proposed, True, (self.seed, each.image_id, number))
             agreement = overlaps(each.box, boxes)
             right = [k for k, overlap in enumerate(agreement.tolist(), 1) if overlap >= ENOUGH]
+            numbers = range(1, len(boxes) + 1)
             items.append(
-                Item(
+                self.item(
+                    [Region.box(*box) for box in boxes],
+                    text,
                     id=str(number),
-                    image=folder / each.file,
+                    image=images[each.image_id],
                     image_id=each.image_id,
                     size=each.size,
-                    question=question(
-                        "locate", 0, regions=range(1, len(boxes) + 1), expression=text, guided=self.guided
-                    ),
-                    regions=tuple(Region.box(*box) for box in boxes),
-                    choices=choices_of(len(boxes)) if self.choices else (),
-                    expression=text if self.calls else "",
+                    question=question("locate", 0, regions=numbers, expression=text, guided=self.guided),
                     truth=region_answer(int(agreement.argmax()) + 1),
-                    groups={"size": size_name(box_area(each.box)), "injected": "yes" if lacking else "no"},
+                    groups={
+                        "size": scoring.size_name(scoring.box_area(each.box)),
+                        "injected": "yes" if lacking else "no",
+                    },
                     detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes), "expression": text},
                 )
             )
         if not items:
             raise DataError(f"{self.inputs()[0]}: no expressions; {self.left_out.summary()}")
-        return limited(items, self.limit)
+        return scoring.limited(items, self.limit)
 
     def score(
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
@@ -197,29 +192,28 @@ class RefCocogRec(RefCocogTask):
         """Right is a candidate whose overlap with the object is at least 0.5."""
         injected = [bool(item.detail["injected"]) for item in items]
         share = mean_statistic(images_of(items), [float(each) for each in injected])
-        statistics: dict[str, dict[str, Statistic]] = {}
-        rights: dict[str, list[float]] = {}
+        protocols = {}
         for protocol, picked in chosen(items, answers).items():
             right = [number in item.detail["right"] for item, number in zip(items, picked, strict=True)]
-            for variant in (INJECTED, BARE):
-                name = f"{protocol}, {variant}"
-                kept = [ok and (variant == INJECTED or not own) for ok, own in zip(right, injected, strict=True)]
-                statistics[name] = choice_statistics(items, picked, kept)
-                if variant == BARE:
-                    del statistics[name]["chance"]
-                else:
-                    statistics[name]["injected_share"] = share
-                rights[name] = [float(ok) for ok in kept]
+            with_object = scored(items, picked, right)
+            bare = scored(items, picked, [ok and not own for ok, own in zip(right, injected, strict=True)])
+            statistics = {**with_object.statistics, "injected_share": share}
+            protocols[f"{protocol}, {INJECTED}"] = replace(with_object, statistics=statistics)
+            statistics = {name: each for name, each in bare.statistics.items() if name != "chance"}
+            protocols[f"{protocol}, {BARE}"] = replace(bare, statistics=statistics)
         candidates = sum(len(item.regions) for item in items) / len(items)
         note = (
-            f"{sum(injected)} of {len(items)} questions had no candidate with an overlap of {ENOUGH}; "
+            f"{sum(injected)} of {counted(len(items), 'question')} had no candidate with an overlap of {ENOUGH}; "
             f"{candidates:.1f} candidates a question on average"
         )
         these = f"at most {self.top} an image" if self.top else "all"
         if self.min_score:
             these += f" of a score of {self.min_score:g} or more"
-        return Result(
-            task=self.name,
+        return make_result(
+            self,
+            items,
+            answers,
+            protocols,
             pinned={
                 "split": f"RefCOCOg {self.partition} {self.split}",
                 "candidates": f"{self._proposals.name}, {these}, order drawn by seed {self.seed}",
@@ -228,25 +222,14 @@ class RefCocogRec(RefCocogTask):
                 f"variant {INJECTED}": "the object's box is added where no candidate overlaps it enough",
                 f"variant {BARE}": "the same questions, of which those count as wrong",
             },
-            protocols={name: figures(each, len(items), resamples, seed) for name, each in statistics.items()},
-            breakdowns={
-                name: means_by_group(items, ("size", "injected"), {"accuracy": each}) for name, each in rights.items()
-            },
-            rows=rows_of(items, answers, {f"{name}.accuracy": each for name, each in rights.items()}),
-            notes=(*notes_of(self, items, answers), note),
-            statistics=statistics,
+            by=("size", "injected"),
+            notes=[note],
+            resamples=resamples,
+            seed=seed,
         )
 
 
-def _colours(image: ImageAnnotations) -> dict[int, str]:
-    try:
-        photo = load_image(image.path)
-    except DataError:  # said when it is asked about; until then its expressions name no colour
-        return {}
-    return colours_of(image, photo) if photo.size == (image.width, image.height) else {}
-
-
-class CocoRec(Task):
+class CocoRec(ChoosingTask):
     """Up to three questions an image of at least five objects, written from its annotations.
 
     A stand-in where only boxes, classes and pixels are known: expressions say a class, a place, a size or a colour that
@@ -255,19 +238,11 @@ class CocoRec(Task):
 
     name: ClassVar[str] = "coco_rec"
     summary: ClassVar[str] = "the box that an expression means, among five of an annotated image; needs no RefCOCOg"
-    item_id: ClassVar[str] = "question id"
-    reads: ClassVar[tuple[str, ...]] = READS
 
     split: str = "dev"
     """instances_SPLIT.json in the folder, with images/."""
     colours: bool = True
     """Let expressions name a colour, found in the pixels."""
-    guided: bool = True
-    """End the question with the template of the answer."""
-    choices: bool = True
-    """Score all candidates too."""
-    calls: bool = True
-    """Ask of each candidate by itself, too, how likely it is called so."""
 
     def inputs(self) -> list[Path]:
         """The annotations."""
@@ -278,24 +253,26 @@ class CocoRec(Task):
         self.left_out.counts.clear()
         data = load_coco(photo_sources(self.data, self.split))
         self.left_out.counts.update(data.skipped)
-        images = self._first(data.images)
+        images: Sequence[ImageAnnotations] = data.images
+        if self.limit:  # up to the last that is asked about; its questions follow from its place among all
+            usable = (place for place, image in enumerate(images, 1) if len(View(image).askable) >= LOCATED_AMONG)
+            images = images[: max(islice(usable, self.limit), default=0)]
         colours = {k: v for image in images if self.colours for k, v in _colours(image).items()}
-        asked = dev_questions(images, "locate", self.seed, colours)
+        guide = _guide()
         items = []
-        turn: dict[int, int] = {}
-        for each in asked:
-            number = turn[each.image.image_id] = turn.get(each.image.image_id, 0) + 1
-            text = each.text if self.guided else question_without_guide(each.text)
+        turn: Counter[int] = Counter()
+        for each in dev_questions(images, "locate", self.seed, colours):
+            image = each.image
+            turn[image.image_id] += 1
             items.append(
-                Item(
-                    id=f"{each.image.image_id}-{number}",
-                    image=each.image.path,
-                    image_id=each.image.image_id,
-                    size=(each.image.width, each.image.height),
-                    question=text,
-                    regions=tuple(each.regions),
-                    choices=choices_of(len(each.regions)) if self.choices else (),
-                    expression=each.expression if self.calls else "",
+                self.item(
+                    each.regions,
+                    each.expression,
+                    id=f"{image.image_id}-{turn[image.image_id]}",
+                    image=image.path,
+                    image_id=image.image_id,
+                    size=(image.width, image.height),
+                    question=each.text if self.guided else each.text.removesuffix(guide),
                     truth=each.answer,
                     groups={"kind": each.kind, "category": each.category},
                     detail={"right": parse_region_answer(each.answer), "chance": 1 / len(each.regions)},
@@ -303,45 +280,42 @@ class CocoRec(Task):
             )
         if not items:
             raise DataError(f"{self.data}: no image has five objects or more; {data.report()}")
-        return limited(items, self.limit)
-
-    def _first(self, images: Sequence[ImageAnnotations]) -> Sequence[ImageAnnotations]:
-        """The images up to the last that is asked about; one's questions follow from its place among all."""
-        if self.limit <= 0:
-            return images
-        usable = (place for place, image in enumerate(images, 1) if len(View(image).askable) >= LOCATED_AMONG)
-        return images[: max(islice(usable, self.limit), default=0)]
+        return scoring.limited(items, self.limit)
 
     def score(
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
     ) -> Result:
         """Right is the region that the expression was written of."""
-        statistics, rights = {}, {}
-        for protocol, picked in chosen(items, answers).items():
-            right = [number == item.detail["right"] for item, number in zip(items, picked, strict=True)]
-            statistics[protocol] = choice_statistics(items, picked, right)
-            rights[protocol] = [float(ok) for ok in right]
-        return Result(
-            task=self.name,
+        protocols = {
+            name: scored(items, picked, [k == item.detail["right"] for item, k in zip(items, picked, strict=True)])
+            for name, picked in chosen(items, answers).items()
+        }
+        return make_result(
+            self,
+            items,
+            answers,
+            protocols,
             pinned={
                 "split": self.split,
                 "expressions": f"of annotations, seed {self.seed}, {'with' if self.colours else 'no'} colours",
                 "candidates": "five objects of the image, drawn by the seed, crowds aside",
-                **{f"protocol {name}": RULES[name] for name in statistics},
+                **{f"protocol {name}": RULES[name] for name in protocols},
             },
-            protocols={name: figures(each, len(items), resamples, seed) for name, each in statistics.items()},
-            breakdowns={
-                name: means_by_group(items, ("kind", "category"), {"accuracy": each}) for name, each in rights.items()
-            },
-            rows=rows_of(items, answers, {f"{name}.accuracy": each for name, each in rights.items()}),
-            notes=tuple(notes_of(self, items, answers)),
-            statistics=statistics,
+            by=("kind", "category"),
+            resamples=resamples,
+            seed=seed,
         )
 
 
-def question_without_guide(text: str) -> str:
-    """A question without the suffix that fixes the form of its answer."""
-    guide = question("locate", 0, regions=[1], expression="x").removeprefix(
-        question("locate", 0, regions=[1], expression="x", guided=False)
-    )
-    return text.removesuffix(guide)
+def _colours(image: ImageAnnotations) -> dict[int, str]:
+    try:
+        photo = load_image(image.path)
+    except DataError:  # noted when it is asked about
+        return {}
+    return colours_of(image, photo) if photo.size == (image.width, image.height) else {}
+
+
+def _guide() -> str:
+    """The suffix that fixes the form of an answer."""
+    plain, guided = (question("locate", 0, regions=[1], expression="x", guided=each) for each in (False, True))
+    return guided.removeprefix(plain)

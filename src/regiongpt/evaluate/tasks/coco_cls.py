@@ -9,43 +9,30 @@ from math import isnan
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
+import numpy as np
+
 from regiongpt.data.instances import InstancesFile, crowd_hint
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
 from regiongpt.evaluate.metrics.detection import FREQUENCIES, DetectionScores, Federated, detection_scores
 from regiongpt.evaluate.metrics.labels import Labels, Reading
 from regiongpt.evaluate.paper import COCO, TABLES
-from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Task
-from regiongpt.evaluate.tasks.scoring import (
-    MOST_PRECISIONS,
-    by_group,
-    confusion_table,
-    figure,
-    find,
-    given,
-    images_of,
-    limited,
-    listed,
-    mean_figure,
-    means_by_group,
-    notes_of,
-    rows_of,
-    size_name,
-)
+from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Table, Task
+from regiongpt.evaluate.tasks import scoring
+from regiongpt.evaluate.tasks.scoring import Scored, find, given, images_of, listed, make_result
 from regiongpt.prompts import LABEL_SETS, question
 from regiongpt.regions import Region
 
 MATCH: Final = "generate and match"
 PROBABLE: Final = "generate with probability"
 SCORED: Final = "score all choices"
-PROTOCOLS: Final = {
+_RULES: Final = {
     MATCH: "the generated answer must be a name of the list as it stands; off the list it is wrong and no detection; "
     "every detection has the score 1",
     PROBABLE: "the same answers, each detection with the probability that the model gave to the text",
     SCORED: "the likelihoods of all names, normalised over the list; every name is a detection with its probability",
 }
-"""The protocols, and what each counts."""
-_PRECISIONS: Final = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+"""What each protocol counts."""
 
 
 class CocoClassification(Task):
@@ -109,7 +96,8 @@ class CocoClassification(Task):
         folder = find(self.images, self.data, [self.split, "images", "."], "images", "images", file=False)
         crowds: Literal["take", "leave out"] = "take" if self.crowds else "leave out"
         file = InstancesFile(self._file, self.left_out, shapes=self.region, folder=folder, crowds=crowds)
-        names = [file.names[number] for number in sorted(file.names)]
+        ids = sorted(file.names)
+        names = [file.names[number] for number in ids]
         Labels(names, self.synonyms)
         known = LABEL_SETS.get(self.label_set)
         if self.guided and known and (foreign := sorted(set(names) - set(known))):
@@ -117,53 +105,48 @@ class CocoClassification(Task):
                 f"{file.path}: {self.label_set} has no category {listed(foreign, 3)}; name the closed set with "
                 "--label-set"
             )
+        federated = file.federated if self.rules != "coco" else None
+        if self.rules == "lvis" and federated is None:
+            raise DataError(
+                f"{file.path}: LVIS' rules need neg_category_ids and not_exhaustive_category_ids of every image and "
+                "the frequency of every category; leave out --rules lvis"
+            )
         groups: dict[int, list[dict[str, Any]]] = {}
         for image, category, box, area in file.groups:
             group = {"bbox": box, "category_id": category, "area": box[2] * box[3] if isnan(area) else area}
             groups.setdefault(image, []).append(group)
-        federated = file.federated if self.rules != "coco" else None
-        if self.rules == "lvis" and federated is None:
-            raise DataError(
-                f"{self._file}: LVIS' rules need neg_category_ids and not_exhaustive_category_ids of every image and "
-                "the frequency of every category; leave out --rules lvis"
-            )
+        shared = {"names": names, "ids": ids, **({"federated": federated} if federated is not None else {})}
         text = question("classify", 0, regions=[1], label_set=self.label_set, guided=self.guided)
         items = []
         columns = (file.ids, file.places, file.categories, file.boxes, file.areas)
         for k, (number, place, category, box, area) in enumerate(
-            zip(*(column.tolist() for column in columns), strict=True)
+            zip(*(each.tolist() for each in columns), strict=True)
         ):
             region = Region.box(*box) if self.region == "box" else file.mask(k)
             if region is None:
                 continue
-            image_id = file.name_of(int(file.images[place]))
-            area = (box[2] - box[0]) * (box[3] - box[1]) if isnan(area) else area
+            x0, y0, x1, y1 = box
+            area = scoring.box_area(box) if isnan(area) else area
+            crowd = groups.get(int(file.images[place]), [])
             items.append(
                 Item(
                     id=str(file.name_of(number)),
                     image=folder / file.paths[place],
-                    image_id=image_id,
+                    image_id=file.name_of(int(file.images[place])),
                     size=(int(file.widths[place]), int(file.heights[place])),
                     question=text,
                     regions=(region,),
                     choices=tuple(names) if self.choices else (),
                     max_new_tokens=16,
                     truth=file.names[category],
-                    groups={"category": file.names[category], "size": size_name(area)},
-                    detail={
-                        "names": names,
-                        "box": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-                        "area": area,
-                        "crowds": groups.get(int(file.images[place]), []),
-                        "ids": sorted(file.names),
-                        **({"federated": federated} if federated is not None else {}),
-                    },
+                    groups={"category": file.names[category], "size": scoring.size_name(area)},
+                    detail={"box": [x0, y0, x1 - x0, y1 - y0], "area": area, "crowds": crowd, **shared},
                 )
             )
         if not items:
             hint = crowd_hint(self.left_out)
             raise DataError(f"{file.path}: no objects to ask about; {self.left_out.summary()}{hint}")
-        return limited(items, self.limit)
+        return scoring.limited(items, self.limit)
 
     def score(
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
@@ -182,14 +165,11 @@ class CocoClassification(Task):
         detections: dict[str, list[dict[str, Any]]] = {}
         if any(text is not None for text in texts):
             chosen[MATCH] = said
-            detections[MATCH] = [
-                _detection(item, ids[name], 1.0) for item, name in zip(items, said, strict=True) if name
-            ]
+            named = [(item, ids[name], p) for item, name, p in zip(items, said, sure, strict=True) if name]
+            detections[MATCH] = [_detection(item, number, 1.0) for item, number, _ in named]
             if all(p is not None for text, p in zip(texts, sure, strict=True) if text is not None):
                 chosen[PROBABLE] = said
-                detections[PROBABLE] = [
-                    _detection(item, ids[name], p) for item, name, p in zip(items, said, sure, strict=True) if name
-                ]
+                detections[PROBABLE] = [_detection(*each) for each in named]
         if any(scores is not None for scores in rated):
             chosen[SCORED] = [names[max(range(len(names)), key=s.__getitem__)] if s else None for s in rated]
             detections[SCORED] = [
@@ -199,34 +179,31 @@ class CocoClassification(Task):
             ]
         if not chosen:
             raise DataError("no item has an answer with a text or with scores")
-
-        protocols: dict[str, dict[str, Figure]] = {}
-        statistics: dict[str, dict[str, Statistic]] = {}
-        breakdowns: dict[str, Any] = {}
-        rights: dict[str, list[float]] = {}
         truth, federated = _truth(items), _federated(items)
+        protocols, categories, tables = {}, {}, []
         for protocol, answered in chosen.items():
-            rights[protocol] = [float(name == item.truth) for name, item in zip(answered, items, strict=True)]
+            right = [float(name == item.truth) for name, item in zip(answered, items, strict=True)]
             found = detection_scores(truth, detections[protocol], federated=federated)
-            statistics[protocol] = _statistics(items, rights[protocol], answered, found)
-            protocols[protocol] = {
-                name: figure(each, _count(items, name), resamples, seed) for name, each in statistics[protocol].items()
-            }
-            breakdowns[protocol] = _breakdowns(items, rights[protocol], found)
-        truths = [item.truth for item in items]
-        return Result(
-            task=self.name,
+            protocols[protocol] = Scored(
+                statistics=_statistics(items, right, answered, found),
+                scores={"accuracy": right},
+                of=lambda name: _count(items, name),
+            )
+            categories[protocol] = {"category": _by_category(items, right, found)}
+            if protocol != PROBABLE:
+                tables.append(_confusions(items, answered, f"Confusion matrix, {protocol}"))
+        return make_result(
+            self,
+            items,
+            answers,
+            protocols,
             pinned=self._pinned(len(names), federated is not None),
-            protocols=protocols,
-            breakdowns=breakdowns,
-            rows=rows_of(items, answers, {f"{name}.accuracy": right for name, right in rights.items()}),
-            tables=tuple(
-                confusion_table(truths, answered, names, f"Confusion matrix, {protocol}")
-                for protocol, answered in chosen.items()
-                if protocol != PROBABLE
-            ),
-            notes=tuple(self._notes(items, answers, texts, sure, readings)),
-            statistics=statistics,
+            by=("size",),
+            more=categories,
+            tables=tables,
+            notes=self._notes(items, texts, sure, readings),
+            resamples=resamples,
+            seed=seed,
         )
 
     def _pinned(self, names: int, lvis: bool) -> dict[str, str]:
@@ -238,39 +215,36 @@ class CocoClassification(Task):
             "prompt": f"guided, {self.label_set}" if self.guided else "not guided",
             "closed set": f"{names} categories of the annotations",
             "matching": f"as it stands{f', forgiving {self.synonyms}' if self.synonyms else ''}",
-            "scorer": f"{rules} on the boxes; at most {MOST_PRECISIONS} resamples for its intervals",
-            **{f"protocol {name}": rule for name, rule in PROTOCOLS.items()},
+            "scorer": f"{rules} on the boxes; at most {scoring.MOST_PRECISIONS} resamples for its intervals",
+            **{f"protocol {name}": rule for name, rule in _RULES.items()},
         }
 
     def _notes(
         self,
         items: Sequence[Item],
-        answers: Mapping[str, Answer],
         texts: Sequence[str | None],
         sure: Sequence[float | None],
         readings: Sequence[Reading | None],
     ) -> list[str]:
-        notes = notes_of(self, items, answers)
+        notes = []
         forgiven = [reading for reading in readings if reading and reading.by not in ("", "as it stands")]
         kinds = {"case": "letters' case", "plural": "the plural", "synonym": "a synonym"}
         for (by, taken), count in sorted(Counter((each.by, each.name is not None) for each in forgiven).items()):
-            what = kinds.get(by, "letters' case and the plural")
+            what, answers = kinds.get(by, "letters' case and the plural"), scoring.counted(count, "answer")
             if taken:
-                notes.append(f"{count} answers were taken for a name from which they differ by {what} (--synonyms)")
+                notes.append(f"{answers} taken for a name that differs by {what} (--synonyms)")
             else:
-                notes.append(
-                    f"{count} answers off the list differ from a name on it by {what}; --synonyms {by} takes them"
-                )
+                notes.append(f"{answers} off the list but for {what}; --synonyms {by} accepts that")
         unsure = [item.id for item, text, p in zip(items, texts, sure, strict=True) if text is not None and p is None]
         if 0 < len(unsure) < sum(text is not None for text in texts):
             notes.append(
-                f"{PROBABLE!r} is not measured: {len(unsure)} answers are without their probability "
+                f"{PROBABLE!r} is not measured: {scoring.counted(len(unsure), 'answer')} without a probability "
                 f"({self.item_id}s {listed(unsure)})"
             )
         off = Counter(text for text, reading in zip(texts, readings, strict=True) if reading and reading.name is None)
         if off:
             most = [f"{text!r} ({count})" for text, count in off.most_common(5)]
-            notes.append(f"{off.total()} answers are off the list, most often {', '.join(most)}")
+            notes.append(f"{scoring.counted(off.total(), 'answer')} off the list, most often {', '.join(most)}")
         return notes
 
 
@@ -343,12 +317,32 @@ def _count(items: Sequence[Item], name: str) -> int:
     return sum(item.groups["size"] == name.removeprefix("AP_") for item in items)
 
 
-def _breakdowns(items: Sequence[Item], right: Sequence[float], found: DetectionScores) -> dict[str, Any]:
+def _by_category(
+    items: Sequence[Item], right: Sequence[float], found: DetectionScores
+) -> dict[str, Mapping[str, Figure]]:
     ids = _category_ids(items)
 
-    def category(places: list[int]) -> dict[str, Figure]:
+    def measure(places: list[int]) -> dict[str, Figure]:
         precision = found.by_category.get(ids[items[places[0]].truth])
-        own = mean_figure([items[k].image_id for k in places], [right[k] for k in places])
-        return {"accuracy": own, "AP": Figure(value=precision, of=len(places))}
+        return {
+            "accuracy": scoring.mean_figure(items, right, places),
+            "AP": Figure(value=precision, of=len(places)),
+        }
 
-    return {**means_by_group(items, ("size",), {"accuracy": right}), "category": by_group(items, "category", category)}
+    return scoring.by_group(items, "category", measure)
+
+
+def _confusions(items: Sequence[Item], said: Sequence[str | None], title: str) -> Table:
+    """How often each category was taken for each other: a row a category that occurs, a column a name that was said."""
+    names = items[0].detail["names"]
+    place = {name: k for k, name in enumerate(names)}
+    counts = np.zeros((len(names), len(names) + 1), np.int64)
+    for item, answer in zip(items, said, strict=True):
+        counts[place[item.truth], len(names) if answer is None else place[answer]] += 1
+    across = np.flatnonzero(counts[:, :-1].any(axis=0)).tolist()
+    down = np.flatnonzero(counts.any(axis=1)).tolist()
+    return Table(
+        title=title,
+        columns=("category", *(names[k] for k in across), "off the list"),
+        rows=tuple((names[k], *counts[k, [*across, -1]].tolist()) for k in down),
+    )

@@ -1,6 +1,4 @@
-"""Is there such an object in the image? The POPE benchmark of objects that models make up.
-
-Questions are read as they were published, or built by POPE's rules for any annotated images.
+"""Is there such an object in the image? POPE's questions, as published or built by its rules.
 
 Paper: §4.4, Table 8
 """
@@ -22,16 +20,8 @@ from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
 from regiongpt.evaluate.paper import TABLES
 from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
-from regiongpt.evaluate.tasks.scoring import (
-    figures,
-    find,
-    given,
-    images_of,
-    limited,
-    means_by_group,
-    notes_of,
-    rows_of,
-)
+from regiongpt.evaluate.tasks import scoring
+from regiongpt.evaluate.tasks.scoring import Scored, counted, find, given, images_of, make_result
 from regiongpt.prompts import indefinite
 
 STRATEGIES: Final = ("random", "popular", "adversarial")
@@ -144,7 +134,7 @@ class Pope(Task):
             for strategy, those in asked.items()
             for number, each in those
         ]
-        return limited(items, self.limit)
+        return scoring.limited(items, self.limit)
 
     def _build(self, folder: Path) -> dict[str, list[tuple[int | str, Asked]]]:
         file = InstancesFile(self._annotations, self.left_out, folder=folder, crowds="keep")  # a crowd is there too
@@ -153,7 +143,18 @@ class Pope(Task):
             classes[int(file.images[place])].append(file.names[category])
         names = dict(zip(file.images.tolist(), file.paths, strict=True))
         limits = {"images": self.image_count, "pairs": self.pairs, "seed": self.seed}
-        return {each: [*build_questions(classes, names, each, **limits)] for each in self._strategies}
+        try:
+            built: dict[str, list[tuple[int | str, Asked]]] = {
+                each: [*build_questions(classes, names, each, **limits)] for each in self._strategies
+            }
+        except DataError as error:
+            raise DataError(f"{file.path}: {error}; {self.left_out.summary()}") from None
+        asked = {number for those in built.values() for number, _ in those}
+        for number in classes.keys() - asked:
+            few = len(set(classes[number])) <= self.pairs
+            kind = f"image of {counted(self.pairs, 'class')} or fewer" if few else "image not drawn"
+            self.left_out.add(kind, file.path, number, "not asked about")
+        return built
 
     def _item(self, strategy: str, number: int | str, asked: Asked, folder: Path, several: bool) -> Item:
         path = folder / asked.image
@@ -174,37 +175,37 @@ class Pope(Task):
     ) -> Result:
         """Each strategy by itself, under both readings of the answers."""
         texts = given(items, answers, "text")
-        statistics: dict[str, dict[str, Statistic]] = {}
-        rights: dict[str, list[float | None]] = {}
-        breakdowns, counts = {}, {}
+        protocols = {}
         for reading, read in (("first word", first_word), ("published script", pope_script)):
             said: list[Said] = [read(text) if text is not None else None for text in texts]
             for strategy in dict.fromkeys(item.groups["strategy"] for item in items):
                 places = [k for k, item in enumerate(items) if item.groups["strategy"] == strategy]
                 own = [items[k] for k in places]
-                right = {k: float(said[k] == items[k].truth) for k in places}
-                name = f"{reading}, {strategy}"
-                statistics[name] = yes_no_statistics(
-                    images_of(own), [item.truth for item in own], [said[k] for k in places]
+                right: list[float | None] = [None] * len(items)
+                for k in places:
+                    right[k] = float(said[k] == items[k].truth)
+                protocols[f"{reading}, {strategy}"] = Scored(
+                    statistics=yes_no_statistics(
+                        images_of(own), [item.truth for item in own], [said[k] for k in places]
+                    ),
+                    scores={"accuracy": right},
                 )
-                counts[name] = len(own)
-                rights[f"{name}.accuracy"] = [right.get(k) for k in range(len(items))]
-                breakdowns[name] = means_by_group(own, ("category",), {"accuracy": list(right.values())})
         source = ", ".join(path.name for path in self._published().values())
-        rule = f"built by POPE's rules from {self.split}, {self.pairs} pairs an image, seed {self.seed}"
-        return Result(
-            task=self.name,
+        rule = f"built by POPE's rules from {self.split}, {counted(self.pairs, 'pair')} an image, seed {self.seed}"
+        return make_result(
+            self,
+            items,
+            answers,
+            protocols,
             pinned={
                 "questions": source or rule,
                 "prompt": f"the question{f' and {self.suffix!r}' if self.suffix else ' alone'}",
                 "yes_ratio": "of the predictions",
                 **{f"protocol {name}": text for name, text in READINGS.items()},
             },
-            protocols={name: figures(each, counts[name], resamples, seed) for name, each in statistics.items()},
-            breakdowns=breakdowns,
-            rows=rows_of(items, answers, rights),
-            notes=tuple(notes_of(self, items, answers)),
-            statistics=statistics,
+            by=("category",),
+            resamples=resamples,
+            seed=seed,
         )
 
 
@@ -221,10 +222,7 @@ def first_word(text: str) -> Said:
 
 
 def pope_script(text: str) -> Said:
-    """The answer as POPE's published script reads it: no where the first sentence says ``no`` or ``not``, else yes.
-
-    Nothing is unparsable to it: an empty answer and any other text without those words are a yes.
-    """
+    """The answer as POPE's published script reads it: no where the first sentence says ``no`` or ``not``, else yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
@@ -233,7 +231,7 @@ def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: 
     """The figures of :data:`FORMULAS`, yes being the positive answer.
 
     An answer that is neither is wrong: it lowers accuracy, and recall where yes was right, and is no yes for precision
-    and for ``yes_ratio``, the share of yes among *all answers given* (not among the right ones).
+    and for ``yes_ratio``, the share of yes among all questions.
 
     Args:
         clusters: Image of each question.
@@ -248,7 +246,7 @@ def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: 
 
 
 def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
-    """A published file: json lines with ``question_id``, ``image``, ``text`` and ``label`` (yes or no).
+    """A published file: JSON lines with ``question_id``, ``image``, ``text`` and ``label`` (yes or no).
 
     Raises:
         DataError: The file has no question that can be used.
@@ -256,17 +254,16 @@ def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
     found: dict[str, Asked] = {}
     for number, entry in iter_lines(path, rejects):
         with rejects.noting(path, number):
-            key, image, label = entry.get("question_id", number), entry.get("image"), entry.get("label")
+            key, image, label = str(entry.get("question_id", number)), entry.get("image"), entry.get("label")
             label = label.lower() if isinstance(label, str) else label
-            if isinstance(key, bool) or not isinstance(key, int | str) or label not in ("yes", "no"):
+            if not isinstance(entry.get("question_id", number), int | str) or label not in ("yes", "no"):
                 wanted = "question_id, image, text and the label yes or no"
                 raise Fault("question of another form", f"expected {wanted}, got {short(entry)}")
-            if str(key) in found:
+            if key in found:
                 raise Fault("duplicate id", f"expected each question_id once, got {key} again")
-            text = plain_text(entry.get("text"), "question")
-            found[str(key)] = Asked(str(key), image_name(image), text, label, "")
+            found[key] = Asked(key, image_name(image), plain_text(entry.get("text"), "question"), label, "")
     if not found:
-        raise DataError(f"{path}: expected questions with image, text and label, found none; {rejects.summary()}")
+        raise DataError(f"{path}: no questions with image, text and label; {rejects.summary()}")
     return list(found.values())
 
 
@@ -308,35 +305,23 @@ def build_questions(
     usable = [number for number, those in there.items() if len(those) > pairs and len(often) - len(those) >= pairs]
     if not usable:
         raise DataError(
-            f"expected images with more than {pairs} classes, and {pairs} others that they lack, found none among "
-            f"{len(there)} images of {len(often)} classes"
+            f"no image has more than {counted(pairs, 'class')} and lacks {pairs} others, among "
+            f"{counted(len(there), 'image')} of {counted(len(often), 'class')}; give other annotations or fewer --pairs"
         )
     drawn = np.random.default_rng((seed, 0)).permutation(len(usable))[:images]
     found = []
     for number in sorted(usable[k] for k in drawn.tolist()):
         rng = np.random.default_rng((seed, 1, number))
         own = there[number]
-        absent = [name for name in often if name not in own]
-        asked: set[str] = set()
+        absent = sorted(name for name in often if name not in own)
         for turn, k in enumerate(rng.permutation(len(own))[:pairs].tolist()):
-            present = own[k]
-            if strategy == "popular":
-                ranked = _ranked(often, absent)
-            elif strategy == "adversarial":
-                ranked = _ranked(together[present], absent)
+            counts = {"popular": often, "adversarial": together[own[k]]}.get(strategy, Counter[str]())
+            if ranked := [name for name in absent if counts[name]]:
+                no = min(ranked, key=lambda name: (-counts[name], name))
             else:
-                ranked = []
-            left = [name for name in ranked if name not in asked]
-            others = sorted(name for name in absent if name not in asked)
-            no = left[0] if left else others[int(rng.integers(len(others)))]
-            asked.add(no)
-            for half, (name, label) in enumerate(((present, "yes"), (no, "no"))):
-                key = f"{number}-{2 * turn + half + 1}"
+                no = absent[int(rng.integers(len(absent)))]
+            absent.remove(no)
+            for half, (name, label) in enumerate(((own[k], "yes"), (no, "no")), 2 * turn + 1):
                 text = f"Is there {indefinite(name)} in the image?"
-                found.append((number, Asked(key, names[number], text, label, name)))
+                found.append((number, Asked(f"{number}-{half}", names[number], text, label, name)))
     return found
-
-
-def _ranked(counts: Counter[str], absent: Sequence[str]) -> list[str]:
-    """The absent classes that were counted, the commonest first, those alike by name."""
-    return sorted((name for name in absent if counts[name]), key=lambda name: (-counts[name], name))

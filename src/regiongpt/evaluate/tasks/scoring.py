@@ -1,6 +1,7 @@
-"""What the tasks share: finding files, figures with intervals, rows of items, notes on missing answers."""
+"""What the tasks share: finding files, and results made of statistics and of the items' own scores."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,22 +10,22 @@ import numpy as np
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, interval, mean_statistic
 from regiongpt.evaluate.metrics.detection import PrecisionStatistic
-from regiongpt.evaluate.task import Answer, Figure, Item, Table, Task
+from regiongpt.evaluate.task import Answer, Figure, Item, Result, Table, Task
 
 SIZES: Final = (("small", 32.0**2), ("medium", 96.0**2), ("large", float("inf")))
 """COCO's sizes of objects: name, and the area in px^2 below which it applies."""
 MOST_PRECISIONS: Final = 200
-"""Most resamples of an average precision, of which each costs as much as matching a whole set."""
+"""Most resamples of an average precision, each of which costs as much as matching a whole set."""
 
 
 def find(given: Path | None, folder: Path, names: Iterable[str], what: str, flag: str, *, file: bool = True) -> Path:
     """The path given, or the first of the names that is in the folder.
 
     Args:
-        given: What the person has named; None to look for the names.
+        given: What was typed; None to look for the names.
         folder: Where they are looked for.
         names: Relative to it.
-        what: For the message: ``"the images"``.
+        what: For the message: ``"images"``.
         flag: The option that names it.
         file: Whether a file is wanted, not a folder.
 
@@ -49,6 +50,100 @@ def given(items: Sequence[Item], answers: Mapping[str, Answer], kind: str) -> li
     return [getattr(answers[item.id], kind) if item.id in answers else None for item in items]
 
 
+def images_of(items: Sequence[Item]) -> list[Hashable]:
+    """The image of each item, as statistics take them."""
+    return [item.image_id for item in items]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a protocol makes of the answers.
+
+    Attributes:
+        statistics: By figure.
+        scores: By figure, a number for each item; None where the protocol says nothing about it.
+        of: How many items a figure is about, by its name, where not about all that have a score.
+    """
+
+    statistics: Mapping[str, Statistic]
+    scores: Mapping[str, Sequence[float | None]]
+    of: Callable[[str], int] | None = None
+
+
+def make_result(
+    task: Task,
+    items: Sequence[Item],
+    answers: Mapping[str, Answer],
+    protocols: Mapping[str, Scored],
+    *,
+    pinned: Mapping[str, str],
+    by: Sequence[str],
+    resamples: int,
+    seed: int,
+    notes: Sequence[str] = (),
+    tables: Sequence[Table] = (),
+    more: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Figure]]]] | None = None,
+) -> Result:
+    """The result of a task.
+
+    Args:
+        task: The task.
+        items: What was asked.
+        answers: By item id.
+        protocols: What each protocol makes of them.
+        pinned: See :class:`Result`.
+        by: Groups of the items that the mean scores are broken down by.
+        resamples: Of the bootstrap; what chance would give gets no interval.
+        seed: Of the bootstrap.
+        notes: Besides those on missing answers and on annotations that were left out.
+        tables: For the page.
+        more: Further breakdowns by protocol.
+    """
+    figures, breakdowns = {}, {}
+    scores: dict[str, Sequence[float | None]] = {}
+    for name, scored in protocols.items():
+        places = [k for k in range(len(items)) if any(each[k] is not None for each in scored.scores.values())]
+        figures[name] = {
+            key: figure(each, scored.of(key) if scored.of else len(places), 0 if key == "chance" else resamples, seed)
+            for key, each in scored.statistics.items()
+        }
+        own = [items[k] for k in places]
+        values = {key: [each[k] or 0.0 for k in places] for key, each in scored.scores.items()}
+        breakdowns[name] = {**means_by_group(own, by, values), **(more or {}).get(name, {})}
+        scores |= {f"{name}.{key}": each for key, each in scored.scores.items()}
+    rows = [
+        {
+            "id": item.id,
+            "image_id": item.image_id,
+            "truth": item.truth,
+            "answer": answers[item.id].text if item.id in answers else None,
+            "groups": dict(item.groups),
+            "missing": item.id not in answers,
+            # The number of a region means something only beside the regions.
+            **({"regions": [region.to_dict() for region in item.regions]} if len(item.regions) > 1 else {}),
+            "scores": {name: values[place] for name, values in scores.items() if values[place] is not None},
+        }
+        for place, item in enumerate(items)
+    ]
+    said = []
+    if missing := [item.id for item in items if item.id not in answers]:
+        have = "has" if len(missing) == 1 else "have"
+        count = f"{len(missing)} of {counted(len(items), 'item')}"
+        said.append(f"{count} {have} no answer and count as wrong ({task.item_id}s {listed(missing)})")
+    if task.left_out.counts:
+        said.append(f"annotations not asked about: {task.left_out.listed()}")
+    return Result(
+        task=task.name,
+        pinned=pinned,
+        protocols=figures,
+        breakdowns=breakdowns,
+        rows=tuple(rows),
+        tables=tuple(tables),
+        notes=(*said, *notes),
+        statistics={name: scored.statistics for name, scored in protocols.items()},
+    )
+
+
 def figure(statistic: Statistic, of: int, resamples: int, seed: int) -> Figure:
     """A figure with its interval; no value where there is nothing to measure, no interval for 0 resamples."""
     value = statistic.value() if statistic.clusters else float("nan")
@@ -59,97 +154,47 @@ def figure(statistic: Statistic, of: int, resamples: int, seed: int) -> Figure:
     return Figure(value=value, of=of, interval=None if ends is None or np.isnan(ends).any() else ends)
 
 
-def figures(statistics: Mapping[str, Statistic], of: int, resamples: int, seed: int) -> dict[str, Figure]:
-    """A figure of each statistic, all about the same items; what chance would give has no interval."""
-    return {name: figure(each, of, 0 if name == "chance" else resamples, seed) for name, each in statistics.items()}
-
-
-def images_of(items: Sequence[Item]) -> list[Hashable]:
-    """The image of each item, as statistics take them."""
-    return [item.image_id for item in items]
-
-
 def by_group(
-    items: Sequence[Item], key: str, measure: Callable[[list[int]], Mapping[str, Figure]], order: Sequence[str] = ()
+    items: Sequence[Item], key: str, measure: Callable[[list[int]], Mapping[str, Figure]]
 ) -> dict[str, Mapping[str, Figure]]:
-    """Figures of the items of each group, those of ``order`` first, then the largest first.
+    """Figures of the items of each group: sizes in their order, other groups the largest first.
 
     Args:
         items: The items.
         key: Which of the items' groups.
         measure: Figures of the items at some places.
-        order: Groups that have an order of their own.
     """
     places: dict[str, list[int]] = {}
     for place, item in enumerate(items):
         if key in item.groups:
             places.setdefault(item.groups[key], []).append(place)
+    order = [name for name, _ in SIZES]
     names = sorted(places, key=lambda name: (order.index(name) if name in order else len(order), -len(places[name])))
     return {name: measure(places[name]) for name in names}
 
 
 def means_by_group(
-    items: Sequence[Item], keys: Sequence[str], scores: Mapping[str, Sequence[float | None]]
+    items: Sequence[Item], keys: Sequence[str], scores: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, Mapping[str, Figure]]]:
-    """The mean of each of some scores, without an interval, by each way of grouping the items.
-
-    Args:
-        items: The items.
-        keys: Which of the items' groups; those that no item has are left out.
-        scores: By figure, the score of each item.
-    """
+    """The mean of each score, without an interval, by each way of grouping the items."""
 
     def measure(places: list[int]) -> dict[str, Figure]:
-        return {
-            name: mean_figure([items[k].image_id for k in places], [values[k] or 0.0 for k in places])
-            for name, values in scores.items()
-        }
+        return {name: mean_figure(items, values, places) for name, values in scores.items()}
 
-    found = {key: by_group(items, key, measure, [name for name, _ in SIZES]) for key in keys}
+    found = {key: by_group(items, key, measure) for key in keys}
     return {key: groups for key, groups in found.items() if groups}
 
 
-def mean_figure(images: Sequence[Hashable], scores: Sequence[float]) -> Figure:
-    """The mean of some items' scores, without an interval."""
-    return figure(mean_statistic(images, scores), len(scores), 0, 0)
+def mean_figure(items: Sequence[Item], scores: Sequence[float], places: Sequence[int]) -> Figure:
+    """The mean score of the items at some places, without an interval."""
+    statistic = mean_statistic([items[k].image_id for k in places], [scores[k] for k in places])
+    return figure(statistic, len(places), 0, 0)
 
 
-def rows_of(
-    items: Sequence[Item], answers: Mapping[str, Answer], scores: Mapping[str, Sequence[float | None]]
-) -> tuple[dict[str, Any], ...]:
-    """One JSON object an item.
-
-    Args:
-        items: The items.
-        answers: By item id.
-        scores: By ``"protocol.figure"``, a number for each item, or None where the protocol says nothing of it.
-    """
-    return tuple(
-        {
-            "id": item.id,
-            "image_id": item.image_id,
-            "truth": item.truth,
-            "answer": answers[item.id].text if item.id in answers else None,
-            "groups": dict(item.groups),
-            "missing": item.id not in answers,
-            # Answers by number mean something beside the regions alone.
-            **({"regions": [region.to_dict() for region in item.regions]} if len(item.regions) > 1 else {}),
-            "scores": {name: values[place] for name, values in scores.items() if values[place] is not None},
-        }
-        for place, item in enumerate(items)
-    )
-
-
-def notes_of(task: Task, items: Sequence[Item], answers: Mapping[str, Answer]) -> list[str]:
-    """What there is to say of items without an answer, and of annotations that were not asked about."""
-    missing = [item.id for item in items if item.id not in answers]
-    notes = []
-    if missing:
-        listing = f"{task.item_id}s {listed(missing)}"
-        notes.append(f"{len(missing)} of {len(items)} items have no answer and count as wrong ({listing})")
-    if task.left_out.counts:
-        notes.append(f"annotations not asked about: {task.left_out.summary()}")
-    return notes
+def counted(number: int, noun: str) -> str:
+    """``"1 class"``, ``"2 classes"``, ``"1,000 images"``."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def listed(values: Sequence[object], most: int = 10) -> str:
@@ -166,25 +211,3 @@ def box_area(box: Sequence[float]) -> float:
 def size_name(area: float) -> str:
     """COCO's word for an object of an area in px^2."""
     return next(name for name, above in SIZES if area < above)
-
-
-def confusion_table(truths: Sequence[str], said: Sequence[str | None], names: Sequence[str], title: str) -> Table:
-    """How often each category was taken for each other: a row a category that occurs, a column a name that was said.
-
-    Args:
-        truths: Category of each item.
-        said: What it was taken for; None where the answer was off the list.
-        names: All categories, in order.
-        title: Title of the table.
-    """
-    place = {name: k for k, name in enumerate(names)}
-    counts = np.zeros((len(names), len(names) + 1), np.int64)
-    for truth, answer in zip(truths, said, strict=True):
-        counts[place[truth], len(names) if answer is None else place[answer]] += 1
-    across = [k for k in range(len(names)) if counts[:, k].any()]
-    down = [k for k in range(len(names)) if counts[k].any()]
-    return Table(
-        title=title,
-        columns=("category", *(names[k] for k in across), "off the list"),
-        rows=tuple((names[k], *(int(counts[k, c]) for c in (*across, len(names)))) for k in down),
-    )

@@ -1,0 +1,535 @@
+"""The verb ``regiongpt ablate``: variants of one part of a model trained alike, asked alike, and set side by side.
+
+OUT/VARIANT/seed-N/  recipe.json (a run of another recipe is refused), training/, evaluation/
+OUT/                 table.md, result.json, index.html
+
+Paper: Tables 1, 6 and 7; §3.1 (image tokens), §3.2 (the task-guided prompt)
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self, get_args
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from regiongpt.distributed import launched
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.evaluate.metrics import bootstrap
+from regiongpt.evaluate.metrics.bootstrap import FEWEST_IMAGES, TOO_FEW, Statistic, too_few
+from regiongpt.evaluate.paper import TABLES, PaperTable
+from regiongpt.evaluate.task import RESAMPLES, RunOptions, Task
+from regiongpt.evaluate.tasks import task_class
+from regiongpt.settings import Settings, override
+from regiongpt.storage import finite, read_json, write_file, write_json, writing
+from regiongpt.train.recipe import ModelConfig, Recipe, dotted
+
+if TYPE_CHECKING:
+    from regiongpt.evaluate.run import TaskRun
+
+log = logging.getLogger(__name__)
+
+FEWEST_SEEDS: Final = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the things that are compared.
+
+    Attributes:
+        name: Its column in tables and its folder.
+        recipe: Fields of the recipe by dotted name, over those of the file.
+        asked: Options of the benchmark, over those given for all.
+    """
+
+    name: str
+    recipe: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One ablation.
+
+    Attributes:
+        summary: One line of help.
+        variants: The default; the others are compared with the first.
+        target: Field of the recipe that ``NAME=VALUE`` sets: the records, or the checkpoint to continue from.
+    """
+
+    summary: str
+    variants: tuple[Variant, ...]
+    target: str = ""
+
+
+def _tower(name: str, vision: str, size: int | str = "") -> Variant:
+    return Variant(name, {"model.vision": vision} | ({"model.image_size": str(size)} if size else {}))
+
+
+def _tokens(name: str) -> Variant:
+    what, _, side = name.partition("=")
+    return Variant(name, {f"model.{what}_grid": side})
+
+
+KINDS: Final = {
+    "refinement": Kind(
+        "the module that refines the feature map (Table 6)",
+        tuple(
+            Variant(name, {"model.refinement": name})
+            for name in get_args(ModelConfig.model_fields["refinement"].annotation)
+        ),
+        "model.init",
+    ),
+    "tower": Kind(
+        "the vision tower (Table 7); --variants NAME@SIZE,... names towers of a hub or folders",
+        (
+            _tower("openai_vit_l_336", "openai/clip-vit-large-patch14-336", 336),
+            _tower("siglip_vit_b_512", "google/siglip-base-patch16-512", 512),
+            _tower("siglip_vit_l_384", "google/siglip-large-patch16-384", 384),
+            # Its patches of 14 cover 27 x 14 = 378 of the 384 pixels.
+            _tower("siglip_vit_so400m_384", "google/siglip-so400m-patch14-384", 378),
+        ),
+        "model.init",
+    ),
+    "prompt": Kind(
+        "the task-guided suffix (Table 1): taught and asked with it, taught and asked without, asked without",
+        (
+            Variant("with"),
+            Variant("without", {"data.suffixes": "false"}, {"guided": "false"}),
+            Variant("asked-without", asked={"guided": "false"}),
+        ),
+    ),
+    "tokens": Kind(
+        "number of tokens per image and region; --variants image=SIDE,region=SIDE,...",
+        tuple(map(_tokens, ("image=6", "image=3", "image=1", "image=9", "region=2"))),
+        "model.init",
+    ),
+    "data": Kind(
+        "the records: boxes against masks, or any others (--variants boxes=RECORDS,masks=RECORDS)",
+        (Variant("boxes", asked={"region": "box"}), Variant("masks", asked={"region": "mask"})),
+        "data.mixture",
+    ),
+}
+"""The ablations by name."""
+
+
+def choose_variants(kind: str, text: str | None, recipe: Recipe) -> tuple[Variant, ...]:
+    """The variants to compare.
+
+    Args:
+        kind: A key of :data:`KINDS`.
+        text: Value of ``--variants``: names with commas between them; None for all.
+        recipe: What all are varied from. Records, and the model of a recipe that continues from a checkpoint, are
+            varied as ``NAME=VALUE``.
+
+    Raises:
+        ConfigError: There is no such variant, there are fewer than two, or a name is no folder's.
+    """
+    known = {variant.name: variant for variant in KINDS[kind].variants}
+    words = [word.strip() for word in text.split(",") if word.strip()] if text is not None else list(known)
+    target = KINDS[kind].target
+    valued = target == "data.mixture" or (target == "model.init" and bool(recipe.model.init))
+    found = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if valued:
+            if not (name and value):
+                raise ConfigError(f"--variants: write each as NAME=VALUE with the value of {target}, got {word!r}")
+            like = known.get(name, Variant(name))
+            # A recipe that says what its checkpoint is made of is held to it.
+            described = like.recipe if target == "model.init" and recipe.model.language else {}
+            found.append(Variant(name, {**described, target: value}, like.asked))
+        elif word in known:
+            found.append(known[word])
+        elif kind == "tower":
+            tower, _, size = word.rpartition("@") if word.rpartition("@")[2].isdecimal() else (word, "", "")
+            found.append(_tower(Path(tower).name + (f"-{size}" if size else ""), tower, size))
+        elif kind == "tokens" and name in ("image", "region") and value.isdecimal():
+            found.append(_tokens(word))
+        else:
+            raise ConfigError(f"--variants: unknown variant {word!r}; known: {', '.join(known)}")
+    if len(found) < 2 or len({variant.name for variant in found}) < len(found):
+        raise ConfigError(f"--variants: give at least two different ones, got {text!r}; such as {', '.join(known)}")
+    for variant in found:
+        if variant.name in ("", ".", "..") or "/" in variant.name:
+            raise ConfigError(f"--variants: {variant.name!r} cannot be the name of a folder; give another")
+    return tuple(found)
+
+
+class Options(Settings):
+    """How an ablation is run, whatever is varied."""
+
+    out: Path
+    """Folder of all runs and of the table."""
+    variants: str | None = None
+    """Which, with commas between them, otherwise all; the others are compared with the first."""
+    seeds: str = "0,1,2"
+    """Seeds of the training; every variant is trained with each."""
+    task: str = "coco_cls"
+    """The benchmark."""
+    device: str | None = None
+    """Device that the trained models are asked on; otherwise the first there is."""
+    resamples: int = Field(default=RESAMPLES, ge=1)
+    """Resamples of the bootstrap."""
+    debug: bool = False
+    """Run it all tiny, with one seed, on drawn pictures, in OUT-debug."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, value: str) -> str:
+        words = [word.strip() for word in value.split(",")]
+        if not all(word.isdecimal() and len(word) < 10 for word in words) or len(set(map(int, words))) < len(words):
+            raise ValueError("give numbers such as 0,1,2, each once")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.debug and self.task != "coco_cls":
+            raise ValueError("--debug asks coco_cls alone; leave out --task")
+        return self
+
+
+class Study:
+    """An ablation.
+
+    Args:
+        kind: Key of :data:`KINDS`.
+        recipe: TOML file, or the name of a shipped recipe.
+        words: Overrides of the recipe and options of the benchmark, for all variants: ``["--stage2.lr=1e-3",
+            "--eval.limit", "50"]``.
+        options: The rest.
+
+    Raises:
+        ConfigError: Something does not go together.
+    """
+
+    def __init__(self, kind: str, recipe: str, words: Sequence[str], options: Options) -> None:
+        if launched() > 1:
+            raise ConfigError("ablate runs in one process; variants are trained one after the other")
+        given = override({}, words)
+        asked = given.pop("eval", {})
+        if not isinstance(asked, dict):
+            raise ConfigError("--eval: name an option of the benchmark, such as --eval.limit 50")
+        asked = {name.replace("-", "_"): value for name, value in asked.items()}
+        if "seed" in given:
+            raise ConfigError("--seed: give --seeds N,N,... instead; every variant is trained with each of them")
+        self.kind, self.recipe, self.options = kind, recipe, options
+        self.overrides = [f"--{name}={value}" for name, value in dotted(given).items()]
+        base = Recipe.load(recipe, self.overrides)
+        self.variants = choose_variants(kind, options.variants, base)
+        # A variant that leaves a field as it is stands for its default; where each names its own, none is mistaken.
+        plain = any(not variant.recipe for variant in self.variants)
+        varied = {f"--{name}" for variant in self.variants for name in variant.recipe if plain}
+        varied |= {f"--eval.{name}" for variant in self.variants for name in variant.asked}
+        if both := sorted(varied & {*(f"--{name}" for name in dotted(given)), *(f"--eval.{name}" for name in asked)}):
+            raise ConfigError(f"{both[0]}: the ablation of {kind} varies it; leave it out")
+        self.out, self.seeds = options.out, tuple(map(int, options.seeds.split(",")))
+        asked = {"data": base.data.root, **asked}
+        if options.debug:
+            self.out, self.seeds = Path(f"{self.out}-debug"), self.seeds[:1]
+            made = self._folder(self.variants[0], self.seeds[0]) / "training-debug" / "made"
+            asked |= {"data": str(made), "split": "train"}
+        self.tasks: dict[str, Task] = {}
+        task = task_class(options.task)
+        for variant in self.variants:
+            try:
+                self.tasks[variant.name] = task(**{**asked, **variant.asked})
+            except ConfigError as error:
+                is_option = str(error).partition(":")[0] in task.model_fields
+                raise ConfigError(f"--eval{'.' if is_option else ': '}{error}") from None
+
+    def check_files(self) -> None:
+        """Check every variant's recipe and data, and the benchmark's, without loading anything heavy.
+
+        Raises:
+            RegionGPTError: Something is missing or does not go together.
+        """
+        for variant in self.variants:
+            config = self._load(variant, self.seeds[0])
+            if not self.options.debug:
+                config.check_files()
+        if not self.options.debug:
+            self._shared_items()
+
+    def run(self) -> str:
+        """Train and ask whatever is still to be trained and asked, and write table, page and JSON.
+
+        Returns:
+            The table, and where everything is.
+
+        Raises:
+            RegionGPTError: As training and evaluation do.
+        """
+        from regiongpt.evaluate.run import evaluate
+        from regiongpt.inference.engine import pick_device
+        from regiongpt.train.debug import debug_size
+        from regiongpt.train.stages import train
+        from regiongpt.train.start import check_start
+
+        pick_device(self.options.device)
+        if self.options.debug:
+            with writing(self.out):
+                shutil.rmtree(self.out, ignore_errors=True)
+        configs = {(variant.name, seed): self._load(variant, seed) for variant in self.variants for seed in self.seeds}
+        if self.options.debug:
+            configs = {key: debug_size(config, outlines=True) for key, config in configs.items()}
+        for variant in self.variants:
+            config = configs[variant.name, self.seeds[0]]
+            if not (config.out / "start" / "config.json").exists():
+                check_start(config)
+        for variant in self.variants:
+            for seed in self.seeds:
+                self._note(self._folder(variant, seed), configs[variant.name, seed])
+        shared = self._shared_items()
+        measured: dict[str, list[Measured]] = {variant.name: [] for variant in self.variants}
+        manifests: dict[str, list[object]] = {variant.name: [] for variant in self.variants}
+        pinned = []
+        # Seed by seed: an ablation that is ended early has all variants with fewer seeds.
+        for seed in self.seeds:
+            for variant in self.variants:
+                log.info("%s, seed %d", variant.name, seed)
+                # A variant that differs in the questions alone is asked of an earlier one's model.
+                owner = next(each for each in self.variants if each.recipe == variant.recipe)
+                options = RunOptions(
+                    out=self._folder(variant, seed) / "evaluation",
+                    model=train(configs[owner.name, seed]),
+                    device=self.options.device,
+                    resamples=self.options.resamples,
+                    untrained=True,  # after a few steps of a trial it looks so
+                    overwrite=True,  # of the same model, as the noted recipe has it; its answers are kept
+                )
+                task = self.tasks[variant.name]
+                (run,) = evaluate([task], options)
+                measured[variant.name].append(_measure(task, run, shared))
+                manifests[variant.name].append(run.manifest)
+                pinned.append(run.result["pinned"])
+        alike = {name: text for name, text in pinned[0].items() if all(each.get(name) == text for each in pinned)}
+        return self._write(summarise(measured, self.options.resamples), len(shared), alike, manifests)
+
+    def _folder(self, variant: Variant, seed: int) -> Path:
+        return self.out / variant.name / f"seed-{seed}"
+
+    def _load(self, variant: Variant, seed: int) -> Recipe:
+        words = [*self.overrides, *(f"--{name}={value}" for name, value in variant.recipe.items())]
+        out = self._folder(variant, seed) / "training"
+        return Recipe.load(self.recipe, [*words, f"--seed={seed}", f"--out={out}"])
+
+    def _note(self, folder: Path, config: Recipe) -> None:
+        """Raise ConfigError if the folder holds a run of another recipe, whose model would pass for this one's."""
+        plain, path = config.model_dump(mode="json", exclude={"out"}), folder / "recipe.json"
+        there = read_json(path) if path.exists() else plain
+        if not isinstance(there, dict):
+            raise DataError(f"{path}: not a JSON object; delete the file")
+        if differing := [part for part in {**there, **plain} if plain.get(part) != there.get(part)]:
+            raise ConfigError(
+                f"{folder}: holds a run of another recipe ({', '.join(differing)} differ); give another --out, or "
+                "delete the folder"
+            )
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, plain)
+
+    def _shared_items(self) -> set[str]:
+        """Ids of the items that every variant is asked about."""
+        from regiongpt.evaluate.run import load_items
+
+        shared = set.intersection(*({item.id for item in load_items(task)} for task in self.tasks.values()))
+        if not shared:
+            raise DataError("the variants are asked about different items, and have none in common")
+        return shared
+
+    def _write(
+        self, found: "Summary", items: int, pinned: Mapping[str, str], manifests: Mapping[str, Sequence[object]]
+    ) -> str:
+        from regiongpt.evaluate.report import PAGE, markdown, printed_rows
+        from regiongpt.evaluate.run import RESULT
+        from regiongpt.report import Bar, bar_chart, write_page
+
+        title, printed, task = f"Ablation: {self.kind}", TABLES.get(self.kind), self.options.task
+        said, rows, made = orders(found, printed), tables(found), "means over the seeds, times 100, with 95 % intervals"
+        about = [
+            " ".join([f"{KINDS[self.kind].summary}; recipe {self.recipe}", *self.overrides]),
+            f"{task}, {items:,} items. Means over the seeds {', '.join(map(str, self.seeds))}, times 100; in brackets "
+            "the range of 95 % of the resamples, which draw images and seeds anew. With fewer than "
+            f"{FEWEST_SEEDS} seeds, {FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
+        ]
+        paper = []
+        if printed is not None:
+            note = f"Measured on {printed.data}: another data set, so that only the order can be compared."
+            paper.append((f"The paper's {printed.number}", printed_rows(printed), note, said))
+        conditions = "\n".join(f"- {name}: {text}" for name, text in pinned.items())
+        parts = [f"# {title}", *about, conditions, *(f"## {name}\n\n{markdown(each)}" for name, each in rows)]
+        for name, each, note, lines in paper:
+            parts += [f"## {name}\n\n{note}\n\n{markdown(each)}", *(f"- {line}" for line in lines)]
+        text = "\n\n".join(parts) + "\n"
+        charts, protocols = [], dict[str, Any]()
+        for protocol, figures in found.items():
+            for figure, cells in figures.items():
+                means = {name: each.mean if each.mean == each.mean else None for name, each in cells.items()}
+                bars = [(name, [Bar(value=means[name], interval=each.interval)]) for name, each in cells.items()]
+                charts.append(bar_chart(f"{protocol}: {figure}", bars, [figure]))
+                protocols.setdefault(protocol, {})[figure] = {name: vars(cell) for name, cell in cells.items()}
+        write_file(self.out / "table.md", text)
+        shown = {"about": about, "pinned": pinned, "tables": rows, "paper": paper, "charts": charts}
+        write_page(self.out / PAGE, "ablation.html", title=title, made=made, **shown)
+        result = {
+            "ablation": self.kind,
+            "task": task,
+            "items": items,
+            "seeds": list(self.seeds),
+            "variants": [vars(variant) for variant in self.variants],
+            "pinned": pinned,
+            "protocols": finite(protocols),
+            "orders": said,
+            "manifests": manifests,
+        }
+        write_json(self.out / RESULT, result)
+        return text + f"\nwritten to {self.out / 'table.md'}, {self.out / RESULT} and {self.out / PAGE}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Side by side
+
+Measured = Mapping[str, Mapping[str, Statistic]]
+"""Statistics by protocol and figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One figure of one variant, times 100.
+
+    Attributes:
+        mean: Mean over the seeds.
+        seeds: The figure with each seed.
+        interval: 95 % of the resamples, each of which draws images and seeds anew; None if there are too few.
+        gain: Difference from the first variant; None for the first.
+        gain_interval: Its interval, resampled with the same images; None if there are too few seeds, images or
+            differing answers.
+        too_few: Whether there are too few to tell.
+    """
+
+    mean: float
+    seeds: tuple[float, ...]
+    interval: tuple[float, float] | None = None
+    gain: float | None = None
+    gain_interval: tuple[float, float] | None = None
+    too_few: bool = False
+
+
+Summary = dict[str, dict[str, dict[str, Cell]]]
+"""Cells by protocol, figure and variant."""
+
+
+def _measure(task: Task, run: "TaskRun", shared: set[str]) -> Measured:
+    """The statistics of the items that every variant was asked about."""
+    items = [item for item in run.items if item.id in shared]
+    answers = {name: answer for name, answer in run.answers.items() if name in shared}
+    return task.score(items, answers, resamples=0).statistics
+
+
+def summarise(measured: Mapping[str, Sequence[Measured]], resamples: int, seed: int = 0) -> Summary:
+    """Means, intervals and differences of all figures that every variant has.
+
+    Args:
+        measured: By variant, the statistics of each seed; the others are compared with the first variant.
+        resamples: Of the bootstrap, at least 1.
+        seed: Of the bootstrap.
+    """
+    summary: Summary = {}
+    for protocol, figures in next(iter(measured.values()))[0].items():
+        for figure in figures:
+            if all(figure in each.get(protocol, {}) for runs in measured.values() for each in runs):
+                own = {name: [each[protocol][figure] for each in runs] for name, runs in measured.items()}
+                summary.setdefault(protocol, {})[figure] = _cells(own, resamples, seed)
+    return summary
+
+
+def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) -> dict[str, Cell]:
+    first, cells, drawn = next(iter(own)), {}, {}
+    for place, (name, statistics) in enumerate(own.items()):
+        values = tuple(100 * each.value() for each in statistics)
+        mean = float(np.mean(values))
+        # Each resample draws the same images for all variants, and each variant's own seeds.
+        times = bootstrap.resample(len(statistics[0].clusters), resamples, seed)
+        picks = np.random.default_rng((seed, 31, place)).integers(len(statistics), size=(len(statistics), resamples))
+        each_seed = 100 * np.stack([each.values(times) for each in statistics])
+        drawn[name] = np.take_along_axis(each_seed, picks, axis=0).mean(axis=0)
+        few = len(statistics) < FEWEST_SEEDS or len(statistics[0].clusters) < FEWEST_IMAGES
+        interval = None if few else bootstrap.around(drawn[name], mean, 100 * statistics[0].most)
+        if name == first:
+            cells[name] = Cell(mean=mean, seeds=values, interval=interval, too_few=few)
+            continue
+        gain = mean - cells[first].mean
+        alike = statistics[0].clusters == own[first][0].clusters
+        unsure = few or (alike and any(map(too_few, own[first], statistics)))
+        ends = bootstrap.ends(bootstrap.centred(drawn[name] - drawn[first], gain)) if alike and not unsure else None
+        cells[name] = Cell(mean=mean, seeds=values, interval=interval, gain=gain, gain_interval=ends, too_few=unsure)
+    return cells
+
+
+def orders(summary: Summary, printed: PaperTable | None) -> list[str]:
+    """For each figure that the paper has too, its order of the variants beside the one found here."""
+    lines = []
+    columns = {_plain(column): column for column in printed.columns} if printed else {}
+    for protocol, figures in summary.items():
+        for figure, cells in figures.items():
+            both = {n: c for n, c in cells.items() if printed and n in printed.rows and c.mean == c.mean}
+            if printed is None or _plain(figure) not in columns or len(both) < 2:
+                continue
+            theirs = _ranked({name: printed.figure(columns[_plain(figure)], name) for name in both})
+            if any(cell.too_few for cell in both.values()):
+                lines.append(f"{protocol}, {figure}: here {TOO_FEW}; paper {theirs}")
+                continue
+            ours = _ranked({name: cell.mean for name, cell in both.items()})
+            verdict = "the same order" if ours == theirs else "another order"
+            told = [f"{protocol}, {figure}: here {ours}; paper {theirs}: {verdict}", *_beyond(both)]
+            lines.append("; ".join(told))
+    return lines
+
+
+def _ranked(values: Mapping[str, float]) -> str:
+    """``a > b = c``, the largest first."""
+    names = sorted(values, key=lambda name: -values[name])
+    signs = [" = " if values[a] == values[b] else " > " for a, b in pairwise(names)]
+    return "".join(part for pair in zip(names, [*signs, ""], strict=True) for part in pair)
+
+
+def _beyond(cells: Mapping[str, Cell]) -> Iterator[str]:
+    """Which variants differ from the first by more than the resamples do."""
+    others = {name: cell.gain_interval for name, cell in cells.items() if cell.gain_interval is not None}
+    first = next((name for name, cell in cells.items() if cell.gain is None), None)
+    if first is not None and others:
+        apart = [f"'{name}'" for name, (low, high) in others.items() if low > 0 or high < 0]
+        who = f"{' and '.join(apart)} differ" if len(apart) > 1 else f"{apart[0] if apart else 'no other'} differs"
+        yield f"beyond chance {who} from '{first}'"
+
+
+def _plain(name: str) -> str:
+    plain = name.lower().replace("_", "").replace(" ", "")
+    return {"apsmall": "aps", "apmedium": "apm", "aplarge": "apl"}.get(plain, plain)
+
+
+def tables(summary: Summary) -> list[tuple[str, list[list[str]]]]:
+    """For each protocol its name and a row of text per figure, the header first; then the differences likewise."""
+    found = []
+    for protocol, figures in summary.items():
+        variants = list(next(iter(figures.values())))
+        means, gains = [["figure", *variants]], [["figure", *variants[1:]]]
+        for name, cells in figures.items():
+            means.append([name, *(_text(cell.mean, cell.interval) for cell in cells.values())])
+            _, *others = cells.values()
+            gains.append([name, *(_text(cell.gain, cell.gain_interval, "+", cell.too_few) for cell in others)])
+        found += [(protocol, means), (f"{protocol}, difference from {variants[0]}", gains)]
+    return found
+
+
+def _text(value: float | None, ends: tuple[float, float] | None, sign: str = "", too_few: bool = False) -> str:
+    if value is None or value != value:
+        return "–"
+    if too_few:
+        return TOO_FEW
+    return f"{value:{sign}.1f}" + (f" ({ends[0]:{sign}.1f} to {ends[1]:{sign}.1f})" if ends else "")

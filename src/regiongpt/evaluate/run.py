@@ -1,0 +1,476 @@
+"""Benchmarks from their questions to a folder of results.
+
+DIR/answers/*.sqlite        every answer under its key (:mod:`regiongpt.store`)
+DIR/TASK/result.json        results with intervals, breakdowns, tables, notes
+DIR/TASK/items.jsonl        per item: question, truth, answer, scores
+DIR/TASK/predictions.jsonl  per item: the answer alone, as ``--predictions`` takes it
+DIR/TASK/mistakes.html      the worst mistakes, as they stand on the page
+DIR/TASK/manifest.json      versions, commit, hashes, settings; written last
+DIR/index.html              everything as one page
+"""
+
+import dataclasses
+import json
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import regiongpt
+from regiongpt import legacy
+from regiongpt.console import progress
+from regiongpt.data.reading import TRUNCATED
+from regiongpt.data.shards import file_identity
+from regiongpt.data.values import known_size
+from regiongpt.distributed import Processes, connect, launched
+from regiongpt.environment import commit, machine, versions
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
+from regiongpt.evaluate.answering import answer_image
+from regiongpt.evaluate.predictions import read_predictions
+from regiongpt.evaluate.report import draw_mistakes, worst, write_report
+from regiongpt.evaluate.task import Answer, Item, RunOptions, Task
+from regiongpt.evaluate.tasks import TASKS, task_class
+from regiongpt.storage import digest, locked, read_json, reason, sha256, write_file, write_json, writing
+from regiongpt.store import Store
+
+if TYPE_CHECKING:
+    from regiongpt.inference import RegionPredictor
+
+RESULT: Final = "result.json"
+ITEMS: Final = "items.jsonl"
+PREDICTIONS: Final = "predictions.jsonl"
+MISTAKES: Final = "mistakes.html"
+MANIFEST: Final = "manifest.json"
+
+ANSWERING: Final = ("inference", "model", "prompts.py", "regions.py", "coverage.py", "images.py")
+"""The part of this package that turns an image and a question into an answer."""
+_DECIDING: Final = ("settings", "inputs", "model", "predictions", "scoring")
+"""Parts of a manifest that have to be equal before results are replaced."""
+_NOTED: Final = ("data", "name", "device", "key")
+"""What these parts merely note: where files are, and which code answered."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """A scored task of a run.
+
+    Attributes:
+        folder: ``DIR/TASK``.
+        result: :meth:`regiongpt.evaluate.task.Result.to_dict`.
+        manifest: Where the results come from.
+        mistakes: The worst mistakes, as HTML.
+        items: What was asked; empty if the run was read from its folder.
+        answers: By item id; likewise.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+    manifest: dict[str, Any]
+    mistakes: str = ""
+    items: Sequence[Item] = ()
+    answers: Mapping[str, Answer] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the task."""
+        return str(self.result["task"])
+
+    def task(self, data: Path | None = None) -> Task:
+        """The task with the options that it was run with, and all images.
+
+        Args:
+            data: Where its data set is now, if it has moved; files inside the data set move with it.
+
+        Raises:
+            ConfigError: This version has no such task or option.
+        """
+        try:
+            found = task_class(self.name)(**{**self.manifest["options"], "limit": 0})
+        except ConfigError as error:
+            raise ConfigError(f"{self.folder}: a run of another version: {error}; evaluate again") from None
+
+        def moved(path: Path) -> Path:
+            return data / path.relative_to(found.data) if data and path.is_relative_to(found.data) else path
+
+        return found.replace(**map_paths(found, moved))
+
+
+def map_paths(task: Task, change: Callable[[Path], Any]) -> dict[str, Any]:
+    """The options of a task, each path in them changed."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [changed(each) for each in value]
+        return change(value) if isinstance(value, Path) else value
+
+    return {name: changed(value) for name, value in task.options().items()}
+
+
+def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
+    """Ask a model what it has not been asked yet, or read someone's predictions, then score and write the results.
+
+    A task that cannot be scored does not keep the others from being run.
+
+    Args:
+        tasks: The benchmarks; with ``options.predictions`` one.
+        options: How they are run, ``out`` among them.
+
+    Returns:
+        The tasks as written; of several processes, in the first alone.
+
+    Raises:
+        ConfigError: An option is wrong, or the folder holds something else or is being written to.
+        DataError: A file of a data set or of predictions cannot be used.
+        CheckpointError: The model cannot be loaded.
+    """
+    assert options.out is not None, "evaluate() needs options.out"
+    out, given = options.out, options.predictions
+    if given and (launched() > 1 or len(tasks) > 1):
+        what = "start one process" if launched() > 1 else "they answer one task; name it alone"
+        raise ConfigError(f"--predictions: {what}")
+    listed = [load_items(task) for task in tasks]
+    processes = Processes() if given else connect(on_cpu=options.device == "cpu")
+    model, load = (None, None) if given else _find_model(options, processes)
+    scoring: dict[str, Any] = {"resamples": options.resamples}
+    scoring |= {"missing": options.missing, "unknown": options.unknown} if given else {}
+    manifests = [make_manifest(task, model, scoring) for task in tasks]
+    if given:
+        manifests[0]["predictions"] = file_identity(given)
+    if not options.overwrite:
+        for task, manifest in zip(tasks, manifests, strict=True):
+            _refuse_other(out / task.name, manifest)
+    runs: list[TaskRun] = []
+    failure: RegionGPTError | None = None
+    with locked(out) if processes.is_first else nullcontext():
+        if given:
+            found = read_predictions(given, tasks[0], listed[0], missing=options.missing, unknown=options.unknown)
+            answered: Iterable[tuple[Mapping[str, Answer], Sequence[str]]] = [(found.answers, found.report)]
+        else:
+            assert model is not None
+            answered = _ask(tasks, listed, model["key"], load, Store(out / "answers", processes.rank), processes)
+        for task, items, manifest, (answers, notes) in zip(tasks, listed, manifests, answered, strict=True):
+            if not processes.is_first:
+                continue
+            try:
+                runs.append(_finish(out / task.name, task, items, answers, manifest, notes, options))
+            except RegionGPTError as error:
+                told = type(error)("; ".join([f"{task.name}: {error}", *notes]))
+                print(told, file=sys.stderr, flush=True)
+                failure = failure or told
+        if runs:
+            earlier = read_run(out, but=[run.name for run in runs])
+            write_report(out, sorted([*runs, *earlier], key=lambda run: list(TASKS).index(run.name)))
+    if failure:
+        raise failure
+    return runs
+
+
+def load_items(task: Task) -> list[Item]:
+    """The items of a task: each id once, every image there; images of another size than annotated are left out.
+
+    Raises:
+        DataError: A file cannot be used, or is truncated; an image is missing; there is nothing to ask.
+        ConfigError: An option is wrong.
+    """
+    items = task.items()
+    if task.left_out.counts[TRUNCATED]:
+        files = ", ".join(map(str, task.inputs()))
+        raise DataError(f"{task.name}: a file is truncated, so its benchmark is another one; fetch again: {files}")
+    if not items:
+        raise DataError(f"{task.name}: nothing to ask about in {task.data}")
+    repeated = [name for name, count in Counter(item.id for item in items).items() if count > 1]
+    if repeated:
+        raise DataError(f"{task.name}: {task.item_id} {repeated[0]!r} comes more than once")
+    images = {item.image: item.size for item in items}
+    if missing := [path for path in images if not path.is_file()]:
+        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"{task.name}: the image {missing[0]} is not there{others}; check where the images are")
+    wrong = set()
+    for path, size in images.items():
+        found = known_size(path) if size is not None else None  # an unreadable image is noted when it is asked about
+        if size is not None and found is not None and found != size:
+            wrong.add(path)
+            told = f"{path.name} has {found[0]} x {found[1]} pixels (W x H), not {size[0]} x {size[1]}"
+            task.left_out.add("image of another size", path, path.name, told)
+    if len(wrong) == len(images):
+        raise DataError(
+            f"{task.name}: no image has the size that the annotations state: {task.left_out.last}; give the images "
+            "that belong to the annotations"
+        )
+    return [item for item in items if item.image not in wrong]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking
+
+
+def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, Any], Any]:
+    """The identity of the model, and a function that loads it."""
+    from transformers.utils import logging
+
+    from regiongpt.inference import RegionPredictor
+    from regiongpt.inference.engine import pick_device, pick_dtype
+    from regiongpt.model.weights import nano_path
+
+    path, device = options.model or nano_path(), pick_device(options.device)
+    if options.device is None and device.type == "cuda" and processes.count > 1:
+        device = pick_device(f"cuda:{processes.local}")
+    dtype = pick_dtype(options.dtype, device)
+
+    @cache
+    def load() -> RegionPredictor:
+        logging.disable_progress_bar()
+        return RegionPredictor.from_pretrained(path, device=device, dtype=dtype, untrained=options.untrained)
+
+    return model_identity(path, str(dtype).removeprefix("torch."), str(device)), load
+
+
+def _ask(
+    tasks: Sequence[Task], listed: Sequence[list[Item]], model: str, load: Any, store: Store, processes: Processes
+) -> Iterator[tuple[dict[str, Answer], list[str]]]:
+    """The answers of one task after the other, with notes on questions that could not be asked.
+
+    What has to be asked is settled before anything is, so all processes share the work out in the same way.
+    """
+    hashes = _hash_images({item.image: None for items in listed for item in items})
+    keys = [[question_key(model, hashes[item.image], item) for item in items] for items in listed]
+    if processes.is_first and not store.keys() and (before := legacy.read_answers(store.folder)):
+        with store:
+            store.add(before)
+    processes.wait()
+    known = store.get({key for own in keys for key in own})
+    processes.wait()  # all have read the same answers before the first writes another
+    kept = set(known)
+    planned = set(kept)
+    for task, items, own in zip(tasks, listed, keys, strict=True):
+        by_image: dict[Path, dict[str, Item]] = {}
+        for key, item in zip(own, items, strict=True):
+            if key not in planned:
+                by_image.setdefault(item.image, {})[key] = item
+                planned.add(key)
+        mine = processes.share(list(by_image.values()), len)
+        count = sum(map(len, mine))
+        if processes.is_first:
+            share = f", {count:,} of them in this process" if processes.count > 1 else ""
+            told = f"{len(items):,} questions, {sum(key in kept for key in own):,} answered before{share}"
+            print(f"{task.name}: {told}", file=sys.stderr, flush=True)
+        if mine:
+            name = task.name + (f", process 1 of {processes.count}" if processes.count > 1 else "")
+            with store:
+                known.update(progress(_answers(load(), mine, store), name, "answers", count))
+        processes.wait()
+        if processes.count > 1 and processes.is_first:
+            known = store.get({key for own in keys for key in own})
+        processes.wait()  # none writes on before the first has read
+        if processes.is_first and (lost := sum(key not in known for key in own)):
+            raise DataError(
+                f"{store.folder}: {lost} answers of other processes are not there; let all of them write to the same "
+                "folder, then run the same command again"
+            )
+        yield _usable({item.id: known[key] for key, item in zip(own, items, strict=True) if key in known})
+
+
+def _answers(
+    predictor: "RegionPredictor", work: Sequence[Mapping[str, Item]], store: Store
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for asked in work:
+        answers = dict(zip(asked, answer_image(predictor, list(asked.values())), strict=True))
+        store.add(answers)
+        yield from answers.items()
+
+
+def _usable(answers: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Answer], list[str]]:
+    found = {name: Answer.from_dict(values) for name, values in answers.items() if "refused" not in values}
+    refused = [(name, values["refused"]) for name, values in answers.items() if "refused" in values]
+    return found, [
+        f"{len(refused)} of {len(answers)} questions could not be asked and count as wrong, such as item {name}: {why}"
+        for name, why in refused[:1]
+    ]
+
+
+def _hash_images(images: Collection[Path]) -> dict[Path, str]:
+    found = {}
+    for path in progress(images, "reading", "images", len(images)):
+        try:
+            found[path] = sha256(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {reason(error)}") from None
+    return found
+
+
+def question_key(model: str, image: str, item: Item) -> str:
+    """Key of an answer: a hash of everything that determines it.
+
+    Args:
+        model: Key of the model, from :func:`model_identity`.
+        image: SHA-256 of the image file.
+        item: The question.
+    """
+    regions = [region.to_dict() for region in item.regions]
+    asked = [item.question, regions, list(item.choices), item.max_new_tokens if item.generate else None]
+    asked += [item.expression] if item.expression else []
+    return digest(model, image, asked)
+
+
+def model_identity(path: Path, dtype: str, device: str) -> dict[str, Any]:
+    """A checkpoint by the content of its files, and what else its answers depend on.
+
+    Args:
+        path: The checkpoint folder.
+        dtype: It is run in.
+        device: It is run on; noted, but no part of the key, since other devices differ by rounding alone.
+
+    Returns:
+        ``name``, ``files`` (SHA-256 by name), ``dtype``, ``device``, and ``key``: a digest of files, dtype, the code
+        that answers, torch and transformers.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, or a file cannot be read.
+    """
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: no checkpoint folder, it has no config.json; check --model")
+    try:
+        files = {each.name: sha256(each) for each in sorted(path.iterdir()) if each.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.filename} cannot be read: {reason(error)}") from None
+    if not any(name.endswith(".safetensors") for name in files):
+        raise CheckpointError(f"{path}: a checkpoint folder without weights (*.safetensors); check --model")
+    libraries = {name: found for name, found in versions().items() if name in ("torch", "transformers")}
+    # The last parts of the path tell checkpoints from one another; every run ends in "stage2/model".
+    parts = [part for part in path.resolve().parts[1:] if part not in ("model", "stage1", "stage2")]
+    key = digest(files, dtype, code_hash(), libraries)
+    return {"name": "/".join(parts[-2:]) or str(path), "files": files, "dtype": dtype, "device": device, "key": key}
+
+
+@cache
+def code_hash() -> str:
+    """A digest of the sources that turn a question into an answer."""
+    root = Path(regiongpt.__file__).parent
+    sources = [path for name in ANSWERING for path in ([root / name] if "." in name else (root / name).rglob("*.py"))]
+    return digest({str(path.relative_to(root)): sha256(path) for path in sorted(sources)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def make_manifest(task: Task, model: Mapping[str, Any] | None, scoring: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the results of a task come from.
+
+    Args:
+        task: The benchmark.
+        model: From :func:`model_identity`; None where predictions are scored.
+        scoring: The options of scoring.
+
+    Raises:
+        DataError: A file of the benchmark cannot be read.
+    """
+    return {
+        "settings": map_paths(task, lambda path: path.name),
+        "inputs": [file_identity(path) for path in task.inputs()],
+        "model": dict(model) if model is not None else None,
+        "code": {"commit": commit(), "answering": code_hash()},
+        "packages": {"python": platform.python_version(), **versions()},
+        "machine": machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "options": map_paths(task, lambda path: str(path.absolute())),
+        "scoring": dict(scoring),
+    }
+
+
+def _refuse_other(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a folder holds results of another model, other settings or other files."""
+    if not (folder / MANIFEST).exists():
+        return
+    there, now = read_json(folder / MANIFEST), json.loads(json.dumps(manifest))
+
+    def deciding(part: Any) -> Any:
+        return {name: value for name, value in part.items() if name not in _NOTED} if isinstance(part, dict) else part
+
+    if differing := [part for part in _DECIDING if deciding(there.get(part)) != deciding(now.get(part))]:
+        raise ConfigError(
+            f"{folder}: holds other results ({', '.join(differing)} differ); give another --out, or --overwrite"
+        )
+
+
+def _finish(
+    folder: Path,
+    task: Task,
+    items: Sequence[Item],
+    answers: Mapping[str, Answer],
+    manifest: dict[str, Any],
+    notes: Sequence[str],
+    options: RunOptions,
+) -> TaskRun:
+    """Score a task and write its folder, the manifest last; each file is whole or not there."""
+    result = task.score(items, answers, resamples=options.resamples)
+    part = {"part": f"the first {task.limit:,} images alone (--limit)"} if task.limit else {}
+    result = dataclasses.replace(result, notes=(*notes, *result.notes), pinned={**result.pinned, **part})
+    run = TaskRun(
+        folder=folder,
+        result=result.to_dict(),
+        manifest=manifest,
+        mistakes=draw_mistakes(worst(result, answers, options.gallery), items, answers),
+        items=items,
+        answers=answers,
+    )
+    asked = {item.id: item for item in items}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+    _write_lines(
+        folder / ITEMS,
+        ({**row, "question": asked[row["id"]].question, "image": asked[row["id"]].image.name} for row in result.rows),
+    )
+    # Which regions the number in an answer is about, for whoever reads it again.
+    marks = {name: {"regions": item.regions_key} if item.regions_key else {} for name, item in asked.items()}
+    _write_lines(
+        folder / PREDICTIONS, ({"id": name, **answer.to_dict(), **marks[name]} for name, answer in answers.items())
+    )
+    write_file(folder / MISTAKES, run.mistakes)
+    write_json(folder / RESULT, run.result)
+    write_json(folder / MANIFEST, manifest)
+    return run
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write(beside: Path) -> None:
+        with beside.open("w", encoding="utf-8", errors="replace", newline="") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+    write_file(path, write)
+
+
+def read_run(out: Path, but: Collection[str] = ()) -> list[TaskRun]:
+    """The finished tasks of a run, in the order of the paper's tables.
+
+    Args:
+        out: Its folder.
+        but: Tasks to leave out.
+
+    Raises:
+        DataError: A file of a task is broken; or there is none, and ``but`` is empty.
+    """
+    folders = [out / name for name in TASKS if name not in but and (out / name / MANIFEST).is_file()]
+    if not folders and not but:
+        raise DataError(f"{out}: no finished task of `regiongpt evaluate` in this folder")
+    found = []
+    for folder in folders:
+        result = _read_object(folder / RESULT, ("task", "pinned", "protocols", "breakdowns", "tables", "notes"))
+        manifest = _read_object(folder / MANIFEST, ("options", "inputs", "code", "packages"))
+        page = folder / MISTAKES
+        mistakes = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+        found.append(TaskRun(folder=folder, result=result, manifest=manifest, mistakes=mistakes))
+    return found
+
+
+def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        raise DataError(f"{path}: not as a run writes it, with {', '.join(keys)}; evaluate again")
+    return found
