@@ -291,6 +291,10 @@ class Region(ABC):
             width: of the image, in pixels.
         """
 
+    def scaled(self, width: int, height: int) -> "Region":
+        """In pixels, a region that was given in fractions of the image's sides; masks stay as they are."""
+        return self
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Region) and self.to_dict() == other.to_dict()
 
@@ -353,8 +357,8 @@ class Region(ABC):
         coordinates = self._coordinates()
         if max(width, height) > 1 and len(coordinates) and min(coordinates) >= 0 and 0 < max(coordinates) <= 1:
             raise RegionError(
-                f"{name}: {self} lies within 0..1 and looks normalized; use normalized=True (--normalized) or multiply "
-                "by the image's width and height; normalized=False takes it as pixels"
+                f"{name}: {self} lies within 0..1 and looks normalized; give --normalized (in Python normalized=True, "
+                "or False if these are pixels) or multiply by the image's width and height"
             )
         self._resolve(width, height, name)
         return self
@@ -462,6 +466,9 @@ class _Box(Region):
     def flip(self, width: int) -> Region:
         right = 1 if self.normalized else width
         return _Box(right - self.x1, self.y0, right - self.x0, self.y1, self.normalized, True)
+
+    def scaled(self, width: int, height: int) -> Region:
+        return _Box(self.x0 * width, self.y0 * height, self.x1 * width, self.y1 * height, certain=True)
 
     def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
         left, top, right, bottom = self._edges(width, height)
@@ -589,6 +596,9 @@ class _Vector(Region):
     def flip(self, width: int) -> Region:
         rings = tuple(np.column_stack((width - ring[:, 0], ring[:, 1])) for ring in self.rings)
         return replace(self, rings=rings, certain=True)
+
+    def scaled(self, width: int, height: int) -> Region:
+        return replace(self, rings=tuple(ring * (width, height) for ring in self.rings), certain=True)
 
     def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
         size = None if self.kind == "polygon" else self._stroke(width, height)

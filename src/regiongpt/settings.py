@@ -65,11 +65,13 @@ class Settings(BaseModel, metaclass=_OwnErrors):
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Split the lists of the command line at commas, and reject what pydantic would take in silence."""
         hint = cls.model_fields[str(info.field_name)].annotation
-        kinds = _kinds(hint)
+        kinds = plain_types(hint)
         if isinstance(value, str) and tuple in kinds and str not in kinds:
             return [part.strip() for part in value.split(",") if part.strip()]
         paths = value if isinstance(value, list | tuple) else [value]
-        if Path in kinds.union(*map(_kinds, typing.get_args(hint))) and any(str(path).strip() == "" for path in paths):
+        if Path in kinds.union(*map(plain_types, typing.get_args(hint))) and any(
+            str(path).strip() == "" for path in paths
+        ):
             raise ValueError("give a path, not an empty text")
         if isinstance(value, bool) and bool not in kinds and {int, float} & kinds:
             raise ValueError("give a number")
@@ -180,7 +182,7 @@ def add_options(
     """
     group: Any = parser if title == "options" else parser.add_argument_group(title)
     for name, field in kind.model_fields.items():
-        kinds = _kinds(field.annotation)
+        kinds = plain_types(field.annotation)
         text = " ".join((field.description or "").split()).replace("%", "%%").replace("``", "")
         shown = not field.is_required() and field.default not in (None, "", (), False) and field.default_factory is None
         given: dict[str, Any] = {
@@ -191,7 +193,7 @@ def add_options(
         if bool in kinds:  # what is off by default needs no --no-...
             given["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         else:
-            inner = _kinds(typing.get_args(field.annotation)[0]) if kinds == {tuple} else kinds
+            inner = plain_types(typing.get_args(field.annotation)[0]) if kinds == {tuple} else kinds
             names = {int: "N", float: "X", Path: "DIR" if name in ("data", "images", "model", "out") else "FILE"}
             named = next((metavar for each, metavar in names.items() if each in inner), "TEXT")
             choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
@@ -210,7 +212,7 @@ def read_options(kind: type[T], options: argparse.Namespace) -> T:
     """
     given = {name: getattr(options, name) for name in kind.model_fields if hasattr(options, name)}
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(given, context={"typed": True})
     except ValidationError as error:
         name, colon, rest = explain(kind, error).partition(":")
         is_option = bool(colon) and name.split(".")[0] in kind.model_fields
@@ -230,13 +232,13 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any], strict: bool = Fal
     return merged
 
 
-def _kinds(hint: Any) -> set[Any]:
+def plain_types(hint: Any) -> set[Any]:
     """The plain types in an annotation: ``{Path, NoneType}`` of ``Path | None``, ``{tuple, ...}`` of a tuple."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return set().union(*map(_kinds, typing.get_args(hint)))
+        return set().union(*map(plain_types, typing.get_args(hint)))
     if origin is typing.Annotated:
-        return _kinds(typing.get_args(hint)[0])
+        return plain_types(typing.get_args(hint)[0])
     if origin is typing.Literal:
         return {type(value) for value in typing.get_args(hint)}
     if origin is tuple:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
 
 _CHUNK = 1 << 22
 
@@ -108,6 +108,27 @@ def check_writable(path: str | Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{path}: {folder} is not writable ({reason(error)}); choose another place") from None
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Name a file that a checkpoint folder lacks, before anything else is tried, and without torch.
+
+    Raises:
+        CheckpointError: It is no folder, or lacks a file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a checkpoint folder; there is none at this path")
+    index = folder / "model.safetensors.index.json"
+    weights = ["model.safetensors"]
+    if index.exists():
+        try:
+            weights = sorted(set(read_json(index, CheckpointError)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{index}: not an index of weights; copy the whole folder again") from None
+    wanted = ["config.json", *weights, "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
+    if missing := [name for name in wanted if not (folder / name).is_file()]:
+        raise CheckpointError(f"the checkpoint {folder} lacks {', '.join(missing)}; copy the whole folder again")
 
 
 @contextmanager

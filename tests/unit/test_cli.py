@@ -165,6 +165,23 @@ def test_boxes_by_their_size_and_in_fractions_of_the_image(ask):
     assert answers[0][0] == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "pixels", "fractions"),
+    [
+        ("--polygon", "6,10,30,10,30,30", "0.1,0.25,0.5,0.25,0.5,0.75"),
+        ("--point", "30,20", "0.5,0.5"),
+        ("--scribble", "6,10,30,30", "0.1,0.25,0.5,0.75"),
+    ],
+)
+def test_fractions_of_the_image_for_every_kind_with_numbers(ask, option, pixels, fractions):
+    expected = json.loads(ask("photo.jpg", QUESTION, option, pixels, "--json")[1])["regions"]
+    assert json.loads(ask("photo.jpg", QUESTION, option, fractions, "--normalized", "--json")[1])["regions"] == expected
+
+
+def test_a_question_that_begins_with_a_dash_goes_behind_two(ask):
+    assert ask("--box", "5,5,30,30", "photo.jpg", "--", "-what is <region1>?")[0] == 0
+
+
 def test_a_turned_photograph_is_turned_back(ask):
     assert ask("turned.jpg", QUESTION, "--box", "0,50,40,60")[0] == 0
     code, _, err = ask("turned.jpg", QUESTION, "--box", "50,0,60,40")
@@ -218,7 +235,7 @@ BOX = ["--box", "5,5,30,30"]
         (["photo.jpg", QUESTION, "--scribble", "5,5,7"], ["<region1>", "3 numbers"]),
         (["photo.jpg", QUESTION, "--box", "0.1,0.2,0.5,0.9"], ["<region1> (--box)", "normalized"]),
         (["photo.jpg", QUESTION, "--box", "5,5,30,30", "--normalized"], ["<region1> (--box)", "normalized"]),
-        (["photo.jpg", QUESTION, "--point", "0.5,0.5", "--normalized"], ["--normalized", "--box and --xywh"]),
+        (["photo.jpg", QUESTION, "--point", "5,5", "--normalized"], ["<region1> (--point)", "normalized"]),
         (["photo.jpg", QUESTION, "--mask", "mask.png", "--normalized"], ["--normalized"]),
         # masks and run lengths
         (["photo.jpg", QUESTION, "--mask", "mask_small.png"], ["<region1>", "60 x 40", "60 x 20"]),
@@ -305,7 +322,7 @@ def test_chat_answers_line_by_line(chat):
 
 def test_an_error_does_not_end_a_chat(chat):
     code, out, err = chat("What is <region3>?\nWhat is <region1>?", *BOX)
-    assert code == 0
+    assert code == 1
     assert is_one_line(err)
     assert "<region3>" in err
     assert out.count("\n") == 1

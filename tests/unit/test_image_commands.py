@@ -152,7 +152,7 @@ def test_locate_prints_a_region_or_none(folder, capsys):
         (["classify", *BOX], "expected an image"),
         (["locate", "PHOTO", *BOX], "an image and an expression"),
         (["locate", "PHOTO", " ", *BOX], "expected an expression"),
-        (["locate", "PHOTO", "a cup"], "at least one region"),
+        (["locate", "PHOTO", "a cup"], "expected regions"),
         (["locate", "PHOTO", "a cup", "--box", "90,90,99,99"], "60 x 40"),
         (["locate", "PHOTO", "<region2>", *BOX], "<region2>"),
         (["locate", "PHOTO", "a cup", *BOX, "--by", "luck"], "--by"),

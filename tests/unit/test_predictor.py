@@ -9,7 +9,7 @@ from tiny_checkpoint import make_checkpoint
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
 from regiongpt.inference import Question, RegionPredictor, scheduler
-from regiongpt.inference.closed_set import answer_scores
+from regiongpt.inference.choices import answer_scores
 from regiongpt.inference.engine import question_turns
 from regiongpt.prompts import COCO_80, NO_MATCH, question
 from regiongpt.regions import Region

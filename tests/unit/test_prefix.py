@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from regiongpt.errors import ConfigError
-from regiongpt.inference.decoder import Decoder
-from regiongpt.inference.plain import PlainDecoder, decoder_for
+from regiongpt.inference.decoder import Decoder, PlainDecoder, decoder_for
 from regiongpt.inference.prefix import Prefix
 from regiongpt.model.modeling import CACHE
 
@@ -158,8 +157,6 @@ def test_a_model_that_cannot_share_gets_copies(name, caplog):
     assert isinstance(decoder, PlainDecoder)
     assert "gets a copy" in caplog.text
     walk(decoder)
-    with pytest.raises(ConfigError, match="tree"):
-        decoder.forward(decoder.cache(), torch.zeros(1, 32), [0], [1], tree=torch.ones(1, 1, dtype=torch.bool))
 
 
 def test_a_model_without_a_cache_is_refused():

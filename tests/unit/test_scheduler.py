@@ -11,8 +11,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.inference import Question, RegionPredictor
-from regiongpt.inference.scheduler import draw
-from regiongpt.inference.text import TextReader
+from regiongpt.inference.scheduler import TextReader, draw
 from regiongpt.regions import Region
 
 BOXES = boxes(4)

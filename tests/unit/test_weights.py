@@ -273,7 +273,7 @@ def refuse(folder: Path | None, *words: str) -> None:
 
 
 def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse(tmp_path / "nowhere", "expected a checkpoint folder at", "nowhere")
+    refuse(tmp_path / "nowhere", "not a checkpoint folder", "nowhere")
     monkeypatch.setattr(weights, "nano_path", lambda: tmp_path / "nano")
     refuse(None, "the package lacks its trained model", "reinstall")
 

@@ -113,7 +113,7 @@ class _Image:
         """Log likelihoods of the regions to be called by the expression, by item."""
         import torch
 
-        from regiongpt.inference.locating import called
+        from regiongpt.inference.choices import called
 
         found: dict[int, tuple[float, ...]] = {}
         for place, item in enumerate(self.items):
@@ -160,7 +160,7 @@ class _Image:
 
     def _likelihoods(self, places: Sequence[int], answers: tuple[str, ...]) -> "Tensor | None":
         """Log likelihoods (B, A) of answers to items with the same question; None where it does not fit the context."""
-        from regiongpt.inference.closed_set import answer_scores
+        from regiongpt.inference.choices import answer_scores
         from regiongpt.inference.engine import question_turns
 
         turns = question_turns((), self.items[places[0]].question)

@@ -196,6 +196,10 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         begin = self.tokenizer.bos_token
         return ([self.tokenizer.bos_token_id], text[len(begin) :]) if begin and text.startswith(begin) else ([], text)
 
+    def plain_words(self, text: str) -> str:
+        """A person's text as it goes into a conversation: special tokens in it are broken up."""
+        return _broken_up(text.strip(), self._control)
+
     # -- pieces --------------------------------------------------------------------------------------------------------
 
     def image_inputs(self, image: Any) -> dict[str, torch.Tensor]:
@@ -611,8 +615,7 @@ def _check_turns(
             text = PLACEHOLDER.sub(lambda match: _forgiven(match, forgive_beyond), text)
         elif PLACEHOLDER.search(text):
             placeholders(text)  # a malformed one is an error, not a control token to be broken up
-        while control.search(text):
-            text = control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        text = _broken_up(text, control)
         if role == "user" and first_question:
             text = f"{IMAGE_TOKEN}\n{text}" if with_image else text
             first_question = False
@@ -620,6 +623,13 @@ def _check_turns(
     if first_question:
         raise DataError("expected a conversation with a question in it, got none; add a user message")
     return turns
+
+
+def _broken_up(text: str, control: re.Pattern[str]) -> str:
+    """The text with a blank in everything that only the template may write."""
+    while control.search(text):
+        text = control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    return text
 
 
 def expand_regions(text: str, spans: Spans, region_format: str, n_regions: int) -> tuple[str, Spans, list[int]]:

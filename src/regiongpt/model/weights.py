@@ -39,7 +39,7 @@ from regiongpt.model.refinement import Refinement
 from regiongpt.model.towers import EfficientNetLiteModel
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, template_family
 from regiongpt.prompts import chat_template as known_template
-from regiongpt.storage import new_folder
+from regiongpt.storage import check_checkpoint, new_folder
 
 Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
 
@@ -69,9 +69,7 @@ def load(
     folder = nano_path() if path is None else Path(path)
     if not folder.is_dir() and path is None:
         raise CheckpointError(f"the package lacks its trained model, {folder}; reinstall it or give another")
-    if not folder.is_dir():
-        raise CheckpointError(f"expected a checkpoint folder at {folder}; there is none")
-    _require_files(folder)
+    check_checkpoint(folder)
     with reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
@@ -456,19 +454,6 @@ def _check_numbers(model: Any, folder: Path) -> None:
         whole = [f"{name} {kind}" for name, kind in kinds.items() if "F" not in kind]
         if whole:
             raise CheckpointError(f"{file}: expected weights as floating-point numbers, got {_some(whole)}")
-
-
-def _require_files(folder: Path) -> None:
-    """Name a missing file before anything else is tried; transformers would look for it on the hub."""
-    index = folder / "model.safetensors.index.json"
-    weights = ["model.safetensors"]
-    if index.exists():
-        with reading(str(index)):
-            weights = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    wanted = ["config.json", *weights, "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"the checkpoint {folder} lacks {', '.join(missing)}; copy the whole folder again")
 
 
 def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: Path) -> None:
