@@ -47,17 +47,12 @@ class Settings(BaseModel, metaclass=_OwnErrors):
             overrides: Command-line words, by dotted name: ``--stage2.lr 5e-4`` or ``--stage2.lr=5e-4``.
 
         Raises:
-            ConfigError: The file is no TOML; a key is unknown (names the nearest one); a value is of the wrong type,
-                out of range, or does not go with the others.
+            ConfigError: The file is no TOML; a key is unknown (names the nearest one); a value cannot be used.
         """
         return cls(**override(read_toml(Path(path)) if path else {}, overrides))
 
     def replace(self: T, **values: Any) -> T:
-        """A copy with other values, validated like any.
-
-        Raises:
-            ConfigError: A value cannot be used.
-        """
+        """A copy with other values, validated like any."""
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **values})
 
     @field_validator("*", mode="before")
@@ -79,11 +74,7 @@ class Settings(BaseModel, metaclass=_OwnErrors):
 
 
 def read_toml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tables of a TOML file, merged over those of the files that it ``extends``.
-
-    Raises:
-        ConfigError: A file is missing, is no TOML, or extends itself.
-    """
+    """The tables of a TOML file, merged over those of the files that it ``extends``; ConfigError where it is none."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself; leave out one of the files")
     try:
@@ -100,11 +91,7 @@ def read_toml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def override(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """The values with those of command-line words such as ``--stage2.lr 5e-4`` in their places.
-
-    Raises:
-        ConfigError: A word is no override, or treats a value as a table.
-    """
+    """The values with those of command-line words such as ``--stage2.lr 5e-4`` in their places."""
     merged, rest = dict(values), list(words)
     while rest:
         name, equals, text = rest.pop(0).partition("=")
@@ -123,13 +110,7 @@ def override(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str], where: str = "") -> str:
-    """What to suggest for a misspelt name: the nearest known one, or all of them.
-
-    Args:
-        name: What was written.
-        known: The names there are.
-        where: What stands before a name in the message.
-    """
+    """What to suggest for a misspelt name: the nearest known one, with ``where`` before it, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean '{where}{near[0]}'?" if near else f"known: {', '.join(names)}"
@@ -205,11 +186,7 @@ def add_options(
 
 
 def read_options(kind: type[T], options: argparse.Namespace) -> T:
-    """The settings that were typed.
-
-    Raises:
-        ConfigError: A value cannot be used; the message names its option.
-    """
+    """The settings that were typed; a ConfigError names the option whose value cannot be used."""
     given = {name: getattr(options, name) for name in kind.model_fields if hasattr(options, name)}
     try:
         return kind.model_validate(given, context={"typed": True})

@@ -62,11 +62,7 @@ def finite(value: Any) -> Any:
 
 
 def read_json(path: str | Path, kind: type[RegionGPTError] = DataError) -> Any:
-    """Read a JSON file, with or without a byte order mark.
-
-    Raises:
-        kind: The file is missing, no UTF-8, no JSON, nested too deeply, or holds a number too long to read.
-    """
+    """Read a JSON file, with or without a byte order mark; raises ``kind`` where it is none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -75,11 +71,7 @@ def read_json(path: str | Path, kind: type[RegionGPTError] = DataError) -> Any:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn a failed write inside the block into one line.
-
-    Raises:
-        DataError: The disk is full, the folder is missing or not writable.
-    """
+    """Turn a failed write inside the block into a DataError of one line."""
     try:
         yield
     except Exception as error:
@@ -93,11 +85,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Make sure that a file can be written, before there is anything to write.
-
-    Raises:
-        ConfigError: Its folder is missing or not writable, or the path is a folder.
-    """
+    """Raise ConfigError unless a file can be written, before there is anything to write."""
     folder = Path(path).resolve().parent
     if not folder.is_dir():
         raise ConfigError(f"{path}: there is no folder {folder}; make it first")
@@ -111,11 +99,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """Name a file that a checkpoint folder lacks, before anything else is tried, and without torch.
-
-    Raises:
-        CheckpointError: It is no folder, or lacks a file.
-    """
+    """Raise CheckpointError for a folder that lacks a file of a checkpoint, without torch."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a checkpoint folder; there is none at this path")
@@ -133,11 +117,7 @@ def check_checkpoint(folder: str | Path) -> None:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder beside ``path`` to fill, which becomes ``path`` when the block ends and is deleted when it fails.
-
-    Raises:
-        DataError: It cannot be written.
-    """
+    """A folder beside ``path`` to fill, which becomes ``path`` when the block ends and is deleted when it fails."""
     path = Path(path)
     beside = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
     try:
@@ -169,11 +149,7 @@ def digest(*parts: Any) -> str:
 
 @contextmanager
 def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for this process; the lock ends with the block or the process, however that ends.
-
-    Args:
-        folder: Made if it is missing.
-        wait: Wait for another process that holds it.
+    """Hold a folder, made if it is missing, for this process; the lock ends with the block or the process.
 
     Raises:
         ConfigError: Another process holds it, and ``wait`` is not given; the message names it.

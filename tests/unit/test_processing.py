@@ -203,11 +203,9 @@ def test_boxes_may_be_plain_numbers(processor: RegionGPTProcessor, photo: Image.
     assert torch.equal(processor(photo, [text, text], [boxes, boxes])["region_weights"][1], expected)
 
 
-@pytest.mark.parametrize(
-    "wrong", ["a box", [0, 0, 20], [0, 0, 20, "30"], np.ones((30, 40), bool), {"box": [0, 0, 1, 1]}]
-)
+@pytest.mark.parametrize("wrong", ["a box", [0, 0, 20], [0, 0, 20, "30"], np.ones((3, 4), bool), {"box": [0, 0, 1, 1]}])
 def test_what_is_no_region_is_named(processor: RegionGPTProcessor, photo: Image.Image, wrong: Any) -> None:
-    with pytest.raises(RegionError, match="<region2>: expected a Region or a box of four numbers"):
+    with pytest.raises(RegionError, match="<region2>: "):
         processor.encode_conversation(TWO_TURNS, photo, [LEFT, wrong])
 
 

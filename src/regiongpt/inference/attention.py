@@ -30,9 +30,7 @@ def shared_prefix_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, as transformers calls it: (1, H, N, E) to (1, N, H, E).
-
-    ``key`` and ``value`` are what :meth:`SuffixLayer.update` returned; the current step says who sees whom.
+    """Attention of one layer as transformers calls it, (1, H, N, E) to (1, N, H, E); the step says who sees whom.
 
     Raises:
         NotImplementedError: the architecture changes keys between cache and attention, adds a bias of its own, or has
@@ -83,20 +81,10 @@ def attend(
     softcap: float | None = None,
     blind: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with the log-sum-exp of its scores: (B, K, n, E) over (B, K, S, E).
+    """Attention (B, K, n, E) over (B, K, S, E), and the log-sum-exp of its scores (B, K, n), in float32.
 
-    Args:
-        query: (B, K, n, E).
-        key: (B, K, S, E).
-        value: (B, K, S, E').
-        scale: of the scores.
-        mask: added to the scores, (B, 1, n, S).
-        causal: query i sees the keys up to i; no mask then.
-        softcap: bends the scores to within this.
-        blind: the mask may hide every key from a query.
-
-    Returns:
-        (B, K, n, E') in the queries' dtype, and (B, K, n) in float32, -inf for a query that sees nothing.
+    ``mask`` (B, 1, n, S) is added to the scores; ``causal`` lets query i see the keys up to i; ``softcap`` bends the
+    scores to within it; ``blind`` says that the mask may hide every key from a query, whose log-sum-exp is then -inf.
     """
     # One query a sequence is quicker without the fused kernel, and it promises nothing where a query sees no key.
     fusable = query.device.type == "cpu" and query.shape[2] > 1 and key.shape[-1] == value.shape[-1]

@@ -49,41 +49,29 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Some nodes of a tree with all their ancestors, for one forward pass behind the prompt.
+    """Some nodes of a tree with all their ancestors, for one forward pass behind the prompt."""
 
-    Attributes:
-        tokens: (M,) ids, an ancestor always before what continues it.
-        visible: (M, M) bool, row for column: each node sees its ancestors and itself.
-        known: how many of the nodes, the first, are ancestors from an earlier piece.
-        rows: (P,) which node's logits predict an entry; each entry is predicted in one piece alone.
-        entries: (P,) the entry that it predicts.
-    """
-
-    tokens: Ints
-    visible: NDArray[np.bool_]
-    known: int
-    rows: Ints
-    entries: Ints
+    tokens: Ints  # (M,) an ancestor always before what continues it
+    visible: NDArray[np.bool_]  # (M, M) row for column: each node sees its ancestors and itself
+    known: int  # how many of the nodes, the first, are ancestors from an earlier piece
+    rows: Ints  # (P,) which node's logits predict an entry; each entry is predicted in one piece alone
+    entries: Ints  # (P,) the entry that it predicts
 
 
 class ChoiceTree:
-    """Answers as token paths, merged where they begin alike.
+    """Answers as token paths of at least one token, merged where they begin alike.
 
     An entry is one token behind one beginning. Entries stand in preorder: right behind an entry comes all that
     continues it. So who may attend to whom is a comparison of two numbers an entry, never a table of all pairs, and a
     run of entries cut out anywhere needs nothing of the rest but the ancestors of its first.
 
-    Args:
-        paths: one an answer, each of at least one token, the end of the answer included. Two that are equal share
-            their score.
-
     Attributes:
-        tokens: (E,) the id of each entry, in preorder.
+        tokens: (E,) the id of each entry.
         parents: (E,) the entry before it, -1 for what the prompt's last token predicts.
         depths: (E,) how many entries lead to it.
         leaves: (A,) the entry that ends each answer.
         lengths: (A,) tokens of each answer.
-        nodes: the entries that something follows, which are all that a model has to read, in preorder.
+        nodes: the entries that something follows, which are all that a model has to read.
     """
 
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
@@ -169,17 +157,11 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClosedSet:
-    """A question and its possible answers as tokens; of no image in particular.
+    """A question and its possible answers as tokens; of no image in particular."""
 
-    Attributes:
-        ids: the prompt, up to where the first answers part.
-        rows: for each region token in it the row of the region features that it stands for.
-        tree: the answers from there on, their ends included.
-    """
-
-    ids: list[int]
-    rows: list[int]
-    tree: ChoiceTree
+    ids: list[int]  # the prompt, up to where the first answers part
+    rows: list[int]  # for each region token in it the row of the region features that it stands for
+    tree: ChoiceTree  # the answers from there on, their ends included
 
 
 _READY: "WeakKeyDictionary[Engine, OrderedDict[Any, ClosedSet]]" = WeakKeyDictionary()
@@ -188,12 +170,6 @@ _LOCK = threading.Lock()
 
 def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> ClosedSet:
     """Make the answers to a question ready to be scored; what was ready lately is not made again.
-
-    Args:
-        engine: the model.
-        messages: the conversation up to the question.
-        n_regions: how many regions the question has.
-        answers: at least one.
 
     Raises:
         TooLong: the question and its longest answer do not fit the model's context.
@@ -301,10 +277,7 @@ def _fill(steps_BE: Tensor, logits_BMV: Tensor, tree: ChoiceTree, entries: Any, 
 
 
 def content_free(engine: Engine) -> Tensor:
-    """Features (K, D) of a region of which nothing is known: what the connector makes of the mean that it subtracts.
-
-    Other references were tried, and none is better with the model that ships (``docs/performance.md``).
-    """
+    """Features (K, D) of a region of which nothing is known: what the connector makes of the mean that it subtracts."""
     connector = engine.model.connector
     with torch.inference_mode():
         blank_1D = connector(connector.mean[None].to(connector.linear_1.weight.dtype))
@@ -322,19 +295,10 @@ def answer_scores(
     length_normalized: bool = False,
     calibrated: bool = False,
 ) -> Tensor:
-    """Score of each answer to one question, for each of B sets of region features.
+    """Scores (B, A) of the answers to one question for each of B sets of region features (R * K, D), on the CPU.
 
-    Args:
-        engine: the model.
-        scene: the image asked about.
-        messages: the conversation up to the question.
-        pooled: what the question's placeholders stand for, (R * K, D), B times.
-        answers: at least one, each once.
-        length_normalized: divide each answer's log likelihood by its number of tokens.
-        calibrated: subtract the log likelihood of the same answer about regions of which nothing is known.
-
-    Returns:
-        (B, A) float32 on the CPU; their softmax are the probabilities.
+    ``length_normalized`` divides each log likelihood by the answer's number of tokens; ``calibrated`` subtracts that of
+    the same answer about regions of which nothing is known. The softmax of the scores are probabilities.
 
     Raises:
         TooLong: the question and its longest answer do not fit the model's context.

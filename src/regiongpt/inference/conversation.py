@@ -29,20 +29,13 @@ from regiongpt.regions import Region
 class Conversation:
     """Several turns about one image and one list of regions; made by :meth:`RegionPredictor.conversation`.
 
-    It stays with the image it was begun on. What the model has read and written is kept as keys and values, so a turn
-    costs its own tokens; where an answer's text is tokenized otherwise than the model wrote it, it is read again from
-    there. Answers are those of :meth:`RegionPredictor.ask` with the turns so far as its history. One thread at a time
-    may use it.
+    It stays with the image it was begun on. Keys and values of earlier turns are kept, so a turn costs its own tokens.
+    Answers are those of :meth:`RegionPredictor.ask` with the turns so far as its history. One thread at a time may use
+    it.
 
     Attributes:
-        engine: who answers.
-        scene: the encoded image.
-        regions: what ``<regionN>`` stands for in every turn.
-        pooled: their features, from :meth:`Engine.pool`.
         messages: the turns so far, the oldest first, as transformers writes them.
         warnings: of the last turn, such as that the oldest turns had to be forgotten.
-        tokens: what the model has read and written so far: a token's id, or below 0 for a region's tokens.
-        prefix: keys and values of these tokens.
     """
 
     engine: Engine
@@ -51,6 +44,7 @@ class Conversation:
     pooled: Tensor = field(repr=False)
     messages: list[Turn] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
+    # What the model has read and written so far, a token's id or below 0 for a region's tokens, with its prefix.
     tokens: list[int] = field(default_factory=list, repr=False)
     prefix: Prefix | None = field(default=None, repr=False)
 
@@ -75,10 +69,7 @@ class Conversation:
         return answer
 
     def stream(self, question: str, **generation: Unpack[Generation]) -> Iterator[str]:
-        """Ask as :meth:`ask` does and yield the answer in pieces; what was yielded becomes part of the conversation.
-
-        The arguments are checked before this returns.
-        """
+        """Ask as :meth:`ask` does, which checks at once, and yield the answer in pieces."""
         options = Options(**generation)
         prompt = self._prepare(question, options)
 

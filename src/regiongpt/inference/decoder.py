@@ -27,17 +27,8 @@ _LAYERS = {"full_attention", "sliding_attention"}
 class Decoder:
     """Runs a language model over the sequences of a :class:`PrefixCache`.
 
-    >>> decoder = decoder_for(model.language_model)
-    >>> prefix = decoder.read(embeds_PD)  # once an image
-    >>> cache = decoder.cache()
-    >>> rows = [cache.add(prefix) for _ in suffixes]
-    >>> logits_RV = decoder.forward(cache, torch.cat(suffixes), rows, [len(suffix) for suffix in suffixes])
-
     Threads take turns. While a pass runs, the language model's configuration names this package's attention: nobody
     else may call the model then.
-
-    Args:
-        language_model: any ``AutoModelForCausalLM`` that attends through transformers' ``AttentionInterface``.
     """
 
     shares = True
@@ -76,7 +67,7 @@ class Decoder:
         keep: bool = True,
         logits: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """Run new tokens of some of a cache's sequences.
+        """Run new tokens of some of a cache's sequences; returns logits (L, V).
 
         Args:
             cache: what the sequences have read so far.
@@ -88,9 +79,6 @@ class Decoder:
                 token attends to all before it.
             keep: False leaves the sequences as they were.
             logits: which of the N tokens to compute the head at; by default the last of each row.
-
-        Returns:
-            (L, V), in the language model's dtype.
         """
         if logits is None:
             logits = torch.tensor(counts).cumsum(0) - 1
@@ -240,11 +228,7 @@ class PlainDecoder(Decoder):
         keep: bool = True,
         logits: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`Decoder.forward`, without trees.
-
-        Raises:
-            ConfigError: the language model keeps no cache.
-        """
+        """As :meth:`Decoder.forward`, without trees; raises ConfigError where the language model keeps no cache."""
         assert isinstance(cache, PlainCache)
         assert tree is None
         found = []

@@ -53,19 +53,16 @@ class Answer:
 
 
 class SharedPrefixes:
-    """The shared prefixes of one image, the latest few.
-
-    Attributes:
-        prefixes: the system text and the image, by their tokens. There is one, unless system texts differ.
-        questions: by the same tokens, the first words of the question last asked about many regions, and the prefix
-            with them, whose memory the prefix above then shares.
-    """
+    """The shared prefixes of one image, the latest few."""
 
     MOST = 4
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        # The system text and the image, by their tokens. There is one, unless system texts differ.
         self.prefixes: dict[tuple[int, ...], Prefix] = {}
+        # By the same tokens, the first words of the question last asked about many regions, and the prefix with them,
+        # whose memory the prefix above then shares.
         self.questions: dict[tuple[int, ...], tuple[tuple[int, ...], Prefix]] = {}
 
     @property
@@ -137,14 +134,7 @@ class TooLong(DataError):
 
 
 class Engine:
-    """A model with its processor, and no memory of its own: what was computed once is handed in as a :class:`Scene`.
-
-    Args:
-        model: a :class:`RegionGPTForConditionalGeneration`, already on its device.
-        processor: the :class:`RegionGPTProcessor` that belongs to it.
-        token_budget: see :class:`Scheduler`.
-        rows: see :class:`Scheduler`.
-    """
+    """A model with its processor, and no memory of its own: what was computed once is handed in as a :class:`Scene`."""
 
     def __init__(self, model: Any, processor: Any, token_budget: int | None = None, rows: int = ROWS) -> None:
         self.model = model.eval()
@@ -195,14 +185,7 @@ class Engine:
     def prompt(
         self, messages: Sequence[Turn], pooled: Tensor, n_regions: int, wanted: int, notes: Sequence[str] = ()
     ) -> Prompt:
-        """A question ready for the language model.
-
-        Args:
-            messages: the conversation up to the question.
-            pooled: features (R * K, D) of its regions, from :meth:`pool`.
-            n_regions: R.
-            wanted: longest answer, in tokens.
-            notes: warnings to go before its own.
+        """A question ready for the language model, with an answer of at most ``wanted`` tokens.
 
         Raises:
             RegionError: a placeholder stands for no region.
@@ -245,12 +228,7 @@ class Engine:
     ) -> tuple[Prefix | None, Tensor]:
         """The prefix that a prompt shares with others about its image, and embeddings (N, D) of the rest.
 
-        Args:
-            scene: the image.
-            ids: all tokens of the prompt.
-            rows: for each region token in them the row of ``pooled``.
-            pooled: region features.
-            shared: how many of the first tokens to share, none of them a region's; the image's at least.
+        At least the image is shared, and by ``shared`` so many of the first tokens, none of them a region's.
         """
         prefix = self._prefix(scene, ids, shared)
         return prefix, self.embed(scene, ids, rows, pooled, start=prefix.length if prefix else 0)
@@ -396,11 +374,7 @@ def check_regions(regions: Sequence[Region], width: int, height: int) -> None:
 
 
 def question_turns(history: Sequence[Turn], question: str) -> list[Turn]:
-    """The conversation up to a question.
-
-    Raises:
-        DataError: the question is empty or no text, or the history no list of turns.
-    """
+    """The conversation up to a question; DataError for an empty question or a history that is no list of turns."""
     check_text(question, "a question such as 'What is <region1>?'")
     if not isinstance(history, list | tuple) or not all(isinstance(turn, Mapping) for turn in history):
         raise DataError(f"expected history as a list of {{'role': ..., 'content': ...}}, got {history!r:.80}")
@@ -408,11 +382,7 @@ def question_turns(history: Sequence[Turn], question: str) -> list[Turn]:
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the first of CUDA, MPS and CPU there is.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
+    """The device asked for, or the first of CUDA, MPS and CPU there is; raises ConfigError where it is not here."""
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -426,11 +396,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; by default bfloat16 on CUDA devices that compute in it, else float32.
-
-    Raises:
-        ConfigError: no such dtype.
-    """
+    """The dtype asked for; by default bfloat16 on CUDA devices that compute in it, else float32."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

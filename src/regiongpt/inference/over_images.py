@@ -35,21 +35,13 @@ Typed = Sequence[tuple[str, Callable[[int, int], Region]]]
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """An image with the regions to ask about.
-
-    Attributes:
-        path: of the image, as it was typed.
-        photo: the image.
-        proposals: the regions, first those that were typed.
-        left_out: how many further regions were left out.
-        unusable: what of the file of proposals could not be used, by kind.
-    """
+    """An image with the regions to ask about, first those that were typed."""
 
     path: str
     photo: "Image"
     proposals: Sequence[Proposal]
-    left_out: int = 0
-    unusable: str = ""
+    left_out: int = 0  # further regions
+    unusable: str = ""  # what of the file of proposals could not be used, by kind
 
     @property
     def regions(self) -> list[Region]:
@@ -66,22 +58,13 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What was answered about an image.
+    """What was answered about an image."""
 
-    Attributes:
-        record: for JSON and csv.
-        lines: as text.
-        notes: of each region, for COCO.
-        captions: of each region, for a picture.
-        dialogue: question and answer, for a picture.
-        warnings: one line each.
-    """
-
-    record: dict[str, Any]
-    lines: list[str]
-    notes: list[dict[str, Any]]
-    captions: list[str] = field(default_factory=list)
-    dialogue: list[tuple[str, str]] = field(default_factory=list)
+    record: dict[str, Any]  # for JSON and csv
+    lines: list[str]  # as text
+    notes: list[dict[str, Any]]  # of each region, for COCO
+    captions: list[str] = field(default_factory=list)  # of each region, for a picture
+    dialogue: list[tuple[str, str]] = field(default_factory=list)  # question and answer, for a picture
     warnings: list[str] = field(default_factory=list)
 
 
@@ -170,11 +153,7 @@ def locate(predictor: "RegionPredictor", view: View, expression: str, by: By) ->
 
 
 def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> Typed:
-    """Read the regions that were typed.
-
-    Args:
-        typed: option and value of each.
-        normalized: numbers are fractions of the image's width and height.
+    """Read the regions that were typed, as option and value, with numbers in fractions of the image if ``normalized``.
 
     Raises:
         RegionError: one is malformed.
@@ -221,11 +200,7 @@ def _read_region(option: str, text: str, normalized: bool) -> Region:
 
 
 def find_images(words: Sequence[str]) -> list[str]:
-    """The images that were typed, each once, those of a folder in the order of their names.
-
-    Raises:
-        DataError: a folder holds no image.
-    """
+    """The images that were typed, each once, those of a folder in the order of their names."""
     found: list[str] = []
     for word in words:
         if not os.path.isdir(word):
@@ -239,18 +214,7 @@ def find_images(words: Sequence[str]) -> list[str]:
 
 
 def view_of(path: str, typed: Typed, sources: Sources, segment: Any = None) -> View:
-    """Read an image and gather its regions.
-
-    Args:
-        path: the image.
-        typed: regions typed for every image.
-        sources: where further regions come from.
-        segment: proposes regions of an image with ``sources.sam``.
-
-    Raises:
-        DataError: the image or the proposals cannot be read.
-        RegionError: a region does not fit the image.
-    """
+    """Read an image and gather its regions: those typed, then those of ``sources``; ``segment`` asks its SAM model."""
     photo = load_image(path)
     size = photo.size
     found = [Proposal(region=make(*size).check(*size, name), place=name) for name, make in typed]
@@ -283,7 +247,7 @@ def over_images(
     json: bool = False,
     picture: str | None = None,
 ) -> int:
-    """Answer about each image, and show or write what was answered as it comes.
+    """Answer about each image, and show or write what was answered as it comes; returns how many were skipped.
 
     A single image that cannot be read is an error. One of several is reported and skipped.
 
@@ -295,12 +259,6 @@ def over_images(
         out: takes the records; None to print them.
         json: print records rather than text, each on a line of its own where there are several images.
         picture: file for the image with its regions and answers; of a single image.
-
-    Returns:
-        How many images were skipped.
-
-    Raises:
-        RegionGPTError: the model, the question, or a single image cannot be used.
     """
     predictor: RegionPredictor | None = None
     skipped = 0
@@ -346,18 +304,10 @@ def over_images(
 
 
 class Results:
-    """The answers in a file, one record an image.
+    """The answers in a file, one record an image; the suffix is the format.
 
     ``.jsonl`` holds each record from the moment it is added, so a run that is killed leaves those before. ``.csv``, a
-    row a region, and ``.json``, a COCO data set, are written whole by :meth:`close`.
-
-    Args:
-        path: the file; its suffix is the format.
-        overwrite: replace a file that is there.
-        categories: names that regions may have in the COCO data set.
-
-    Raises:
-        ConfigError: the suffix is another, the file is there, or its folder is missing or not writable.
+    row a region, and ``.json``, a COCO data set with ``categories``, are written whole by :meth:`close`.
     """
 
     def __init__(self, path: Path, overwrite: bool = False, categories: Sequence[str] = ()) -> None:
@@ -376,17 +326,7 @@ class Results:
     def add(
         self, record: dict[str, Any], size: tuple[int, int], regions: Sequence[Region], notes: Sequence[dict[str, Any]]
     ) -> None:
-        """Add the answers about an image.
-
-        Args:
-            record: what is said of the image, plain values; its ``image`` is the path.
-            size: width and height of the image in pixels.
-            regions: those asked about.
-            notes: of each region, further keys of its COCO annotation; ``category`` is one of the categories.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
+        """Add the answers about an image; ``notes`` are further keys of each region's COCO annotation."""
         if self.suffix == ".jsonl":
             with writing(self.path):
                 self._file = self._file or self.path.open("w", encoding="utf-8", errors="backslashreplace")
@@ -404,11 +344,7 @@ class Results:
                 self._annotations.append({**head, **region.to_coco(*size), **given})
 
     def close(self) -> None:
-        """Write what is not yet in the file.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
+        """Write what is not yet in the file."""
         if self.suffix == ".jsonl":
             with writing(self.path):
                 (self._file or self.path.open("w", encoding="utf-8")).close()

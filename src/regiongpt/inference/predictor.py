@@ -38,18 +38,14 @@ from regiongpt.regions import Region
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One of many questions, for :meth:`RegionPredictor.ask_many`.
+    """One of many questions, for :meth:`RegionPredictor.ask_many`; its options as for :meth:`RegionPredictor.ask`.
 
     Attributes:
         text: in it ``<regionN>`` stands for the N-th region (from 1), any number of times.
         regions: in pixels of the image.
         image: what :func:`regiongpt.load_image` takes; None for the image that is set.
         history: earlier turns, the oldest first.
-        max_new_tokens: as in :meth:`RegionPredictor.ask`; None, here and below, for what all questions were given.
-        temperature: see there.
-        top_p: see there.
-        seed: see there; one given to all questions is made another one for each.
-        stop: see there.
+        seed: one given to all questions is made another one for each.
     """
 
     text: str
@@ -125,16 +121,14 @@ class RegionPredictor:
             device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; default: the first of CUDA, MPS, CPU there is.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 on CUDA devices that have it, else
                 float32.
-            int8: keep the language model's weights in int8, on the CPU in float32 alone: less memory, more answers a
-                second, and answers that are not quite the same; see :mod:`regiongpt.inference.quantization`.
+            int8: keep the language model's weights in int8, on the CPU in float32 alone; answers change a little.
             untrained: load a checkpoint that has not been trained, too; its answers mean nothing.
-            images: as above.
-            token_budget: as above.
-            rows: as above.
+            images: as above, and so are ``token_budget`` and ``rows``.
+            token_budget: see above.
+            rows: see above.
 
         Raises:
-            CheckpointError: a file of the checkpoint is missing, damaged, or does not fit the others, or its refinement
-                and connector are untrained.
+            CheckpointError: a file is missing, damaged, or does not fit the others, or the model is untrained.
             ConfigError: there is no such device or dtype here, int8 does not go with them, or a number is out of its
                 range.
         """
@@ -159,20 +153,13 @@ class RegionPredictor:
         return self.engine.device
 
     def set_image(self, image: ImageSource) -> "RegionPredictor":
-        """Encode an image; every later question of this thread is about it, until the next one is set.
+        """Encode an image, of any kind that :func:`regiongpt.load_image` takes, and return this predictor.
 
-        An image that was encoded lately is not encoded again: the same pixels find what was kept.
-
-        Args:
-            image: what :func:`regiongpt.load_image` takes.
-
-        Returns:
-            This predictor, so that a question can follow on the same line.
+        Every later question of this thread is about it, until the next one is set. The same pixels are not encoded
+        again while they are kept. Paper: §3.1
 
         Raises:
             DataError: the image cannot be read.
-
-        Paper: §3.1
         """
         self._last = self._own.scene = self._scenes.get(load_image(image))
         return self
@@ -220,12 +207,9 @@ class RegionPredictor:
         history: Sequence[Turn] = (),
         **generation: Unpack[Generation],
     ) -> Iterator[str]:
-        """Ask as :meth:`ask` does, and yield the answer in pieces as they are generated.
+        """Ask as :meth:`ask` does, which checks at once, and yield the answer in pieces as they are generated.
 
-        The arguments are checked before this returns. Leaving the iteration early ends the generation.
-
-        Yields:
-            Pieces of text, whole words where the language writes blanks; joined they are the answer.
+        Leaving the iteration early ends the generation.
         """
         options, scene = Options(**generation), self._here()
         prompt = self._prompt(scene, question, regions, history, options)
@@ -238,8 +222,8 @@ class RegionPredictor:
     def ask_many(self, questions: Iterable[Question], **generation: Unpack[Generation]) -> list[Answer]:
         """Ask many questions at once, each with regions of its own, about one image or several.
 
-        Each image is encoded once and its tokens are stored once, however many questions there are about it. Everything
-        that can be wrong with a question is found before the first is answered.
+        Each image is encoded once and its tokens are stored once. Everything that can be wrong with a question is found
+        before the first is answered.
 
         Args:
             questions: any number. One that names no image is about the image set.
@@ -255,13 +239,7 @@ class RegionPredictor:
         return [answer for _, answer in sorted(self.answers(questions, **generation), key=lambda found: found[0])]
 
     def answers(self, questions: Iterable[Question], **generation: Unpack[Generation]) -> Iterator[tuple[int, Answer]]:
-        """Ask as :meth:`ask_many` does, and yield each question's place and answer as soon as it is finished.
-
-        The questions are checked before this returns. Leaving the iteration early ends what is being written.
-
-        Yields:
-            The place of a question among those asked, from 0, and its answer.
-        """
+        """Ask as :meth:`ask_many` does; yield each question's place, from 0, and its answer as it is finished."""
         began, options, here = time.perf_counter(), Options(**generation), self._scene
         if isinstance(questions, Question) or not isinstance(questions, Iterable):
             raise ConfigError(f"expected questions as a list of Question, got {type(questions).__name__}")
@@ -321,12 +299,7 @@ class RegionPredictor:
         return list(groups.values())
 
     def conversation(self, regions: Region | Sequence[Region] = ()) -> "Conversation":
-        """Begin a conversation about the image set now, whose turns all speak of the same regions.
-
-        Raises:
-            RegionError: a region does not fit the image.
-            ConfigError: no image was set.
-        """
+        """Begin a conversation about the image set now, whose turns all speak of the same regions."""
         scene, listed = self._here(), Region.list_of(regions)
         pooled = self.engine.pool(scene, listed)
         return Conversation(engine=self.engine, scene=scene, regions=tuple(listed), pooled=pooled)
@@ -343,12 +316,7 @@ class RegionPredictor:
     def describe(
         self, regions: Region | Sequence[Region], *, brief: bool = False, max_new_tokens: int = 128
     ) -> Answer | list[Answer]:
-        """Describe regions, each on its own, in one batch.
-
-        Args:
-            regions: one region or several.
-            brief: a caption of a few words rather than a description.
-            max_new_tokens: longest description, in tokens.
+        """Describe regions, each on its own, in one batch; ``brief`` asks for a caption of a few words.
 
         Returns:
             An answer for a region, a list of them for a list. In each, ``Region [1]`` is the region described.

@@ -20,11 +20,9 @@ _GROWTH = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefix:
-    """Keys and values of tokens that any number of sequences begin with.
+    """Keys and values, (K, P, E) for each layer, of tokens that any number of sequences begin with.
 
     Attributes:
-        keys: (K, P, E) for each layer, rotated to their positions.
-        values: (K, P, E) for each layer.
         parent: the tokens before these, stored separately; None at the start of the text.
     """
 
@@ -208,24 +206,14 @@ def _grown(part: Tensor, rows: int, room: int) -> Tensor:
 
 @dataclass(kw_only=True)
 class Step:
-    """One pass of new tokens through the language model, as its layers need to know it.
-
-    Attributes:
-        cache: where the tokens go.
-        rows: the sequences that have new tokens, ascending.
-        counts: how many each has, at least 1.
-        tree: bool (n, n), which new token of a sequence attends to which of its others, itself included; all counts
-            are n then. None where each attends to all before it.
-        trial: set while trying whether the language model can share prefixes.
-        written: the layer that was filled last, and with which keys.
-    """
+    """One pass of new tokens through the language model, as its layers need to know it; see :meth:`Decoder.forward`."""
 
     cache: PrefixCache
     rows: Sequence[int]
     counts: Sequence[int]
     tree: Tensor | None = None
-    trial: bool = False
-    written: tuple[SuffixLayer, Tensor] | None = None
+    trial: bool = False  # while trying whether the language model can share prefixes
+    written: tuple[SuffixLayer, Tensor] | None = None  # the layer that was filled last, and with which keys
     _plans: dict[torch.device, "Plan"] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> "Plan":

