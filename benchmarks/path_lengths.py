@@ -1,19 +1,24 @@
-"""Count the files of this package that one training record goes through, from its shard to its loss.
+"""Count the files of this package that a question about a box and a training record go through.
 
     python benchmarks/path_lengths.py
 
-A record is drawn from a shard, encoded, batched and passed through the model as in a step of training. Counted are
-the files of ``src/regiongpt`` in which a function is entered on the way, the calls, and the files that are read.
+The box goes from ``regiongpt ask --box`` to its embedding, with the model loaded before; the record is drawn from a
+shard, encoded, batched and passed through the model as in a step of training. Counted are the files of
+``src/regiongpt`` in which a function is entered on the way, the calls, and the files that are read.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -22,9 +27,12 @@ from pictures import draw_pictures
 from tiny_checkpoint import make_checkpoint
 
 import regiongpt
+from regiongpt import cli
 from regiongpt.data.mixture import open_mixture
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
+from regiongpt.inference import RegionPredictor
+from regiongpt.inference.engine import Engine
 from regiongpt.model import weights
 from regiongpt.regions import Region
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
@@ -75,6 +83,19 @@ class Path_:
             self.open, self.done = False, True
 
 
+def box_to_embedding(folder: Path) -> Path_:
+    """From the words of ``regiongpt ask`` to the embedding of the box typed."""
+    draw_pictures(folder, 1, "instances.json")
+    predictor = RegionPredictor.from_pretrained(make_checkpoint(folder / "parts"), device="cpu")
+    photo, box = str(folder / "images" / "1.png"), ["--box", "4,4,30,40"]
+    # Once before, so that nothing is imported, and once to count. The image is encoded once.
+    with mock.patch.object(cli, "_predictor", return_value=predictor), contextlib.redirect_stdout(io.StringIO()):
+        cli.main(["ask", photo, "What is <region1>?", *box])
+        found = Path_(cli.main, Engine.pool)
+        found.run(lambda: cli.main(["ask", photo, "What is <region1>?", *box]))
+    return found
+
+
 def record_to_loss(folder: Path, packing: bool) -> Path_:
     """From the shard that a record is read from to its loss, in the training loop."""
     draw_pictures(folder, 2, "instances.json")
@@ -102,9 +123,14 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     result = {}
-    for name, packing in (("record to loss", False), ("record to loss, packed", True)):
+    paths: dict[str, Callable[[Path], Path_]] = {
+        "box to embedding": box_to_embedding,
+        "record to loss": partial(record_to_loss, packing=False),
+        "record to loss, packed": partial(record_to_loss, packing=True),
+    }
+    for name, path in paths.items():
         with tempfile.TemporaryDirectory() as folder:
-            found = record_to_loss(Path(folder), packing)
+            found = path(Path(folder))
             reads = [Path(each).name for each in found.reads if each.startswith(folder)]
         result[name] = {"files": found.files, "calls": sum(found.files.values()), "reads": reads}
         print(f"{name}: {len(found.files)} files, {sum(found.files.values())} calls, reads {', '.join(reads)}")

@@ -218,19 +218,21 @@ def view_of(path: str, typed: Typed, sources: Sources, segment: Any = None) -> V
     photo = load_image(path)
     size = photo.size
     found = [Proposal(region=make(*size).check(*size, name), place=name) for name, make in typed]
-    unusable = Rejects()
+    dropped, unusable = 0, ""
     if sources.proposals:
+        rejects = Rejects()
         found += read_proposals(
-            sources.proposals, *size, image=path, image_id=sources.image_id, crowds=sources.crowds, rejects=unusable
+            sources.proposals, *size, image=path, image_id=sources.image_id, crowds=sources.crowds, rejects=rejects
         )
+        dropped, unusable = rejects.counts.total(), rejects.listed()
     elif sources.sam:
         found += segment(photo)
     elif sources.grid is not None:
         found += grid_points(sources.grid, *size)
     iou = 0.7 if sources.sam and sources.iou is None else sources.iou
     kept = choose(found, *size, most=sources.max_regions, iou=iou, min_score=sources.min_score)
-    left_out = len(found) - len(kept) + unusable.counts.total()
-    return View(path=path, photo=photo, proposals=kept, left_out=left_out, unusable=unusable.listed())
+    left_out = len(found) - len(kept) + dropped
+    return View(path=path, photo=photo, proposals=kept, left_out=left_out, unusable=unusable)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
