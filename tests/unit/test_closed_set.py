@@ -1,7 +1,5 @@
 """Scores of whole sets of answers against one full forward pass an answer."""
 
-from itertools import islice, product
-
 import numpy as np
 import pytest
 import torch
@@ -135,17 +133,6 @@ def test_a_question_without_a_region(predictor):
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
-def test_two_hundred_regions_and_duplicates(predictor):
-    text, names = question("classify", regions=[1]), ["cat", "hot dog", "hot", "dog"]
-    regions = boxes(200)
-    regions[77] = regions[3]
-    found = scores(predictor, text, [[region] for region in regions], names)
-    alone = torch.cat([scores(predictor, text, [[regions[k]]], names) for k in (0, 3, 199)])
-    torch.testing.assert_close(found[[0, 3, 199]], alone, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(found[77], found[3], rtol=1e-5, atol=1e-4)
-    assert scores(predictor, text, [[regions[0]]], ["cat"]).shape == (1, 1)
-
-
 def test_pieces_give_what_the_whole_gives(predictor, monkeypatch):
     text, regions = question("classify", regions=[1]), [[region] for region in boxes(2)]
     names = list(COCO_80[:12])
@@ -154,27 +141,6 @@ def test_pieces_give_what_the_whole_gives(predictor, monkeypatch):
     torch.testing.assert_close(scores(predictor, text, regions, names), whole, rtol=1e-5, atol=1e-4)
     monkeypatch.setattr(predictor.engine.decoder, "shares", False)
     torch.testing.assert_close(scores(predictor, text, regions, names), whole, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_thousands_of_names_in_bounded_memory(predictor, monkeypatch):
-    syllables = ["ka", "to", "mi", "re", "su", "no", "ba"]
-    names = ["".join(chosen) for chosen in islice(product(syllables, repeat=5), 13204)]
-    monkeypatch.setattr(choices, "TOKENS", 1024)
-    widest = []
-    forward = predictor.engine.decoder.forward
-
-    def watched(cache, embeds, *more, **options):
-        widest.append(len(embeds))
-        return forward(cache, embeds, *more, **options)
-
-    monkeypatch.setattr(predictor.engine.decoder, "forward", watched)
-    text, region = question("classify", regions=[1]), boxes(1)
-    found = scores(predictor, text, [region], names)
-    assert max(widest) < 1024 + 64
-    some = [0, 5000, 13203]
-    expected = [full_pass(predictor, text, region, names[k]) for k in some]
-    torch.testing.assert_close(found[0, some], torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("template", CHAT_TEMPLATES)
