@@ -15,13 +15,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from regiongpt import __version__
 from regiongpt.console import progress_shown, quiet_libraries, tell
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
+from regiongpt.inference.options import REGION_OPTIONS, WAYS, ClassifyOptions, Length, Options, Sources
+from regiongpt.prompts import CHAT_TEMPLATES, check_choices, check_placeholders, check_text, placeholders
+from regiongpt.settings import Settings, add_options, read_options
 from regiongpt.storage import check_checkpoint, check_writable, finite, reason
 
 if TYPE_CHECKING:
@@ -120,22 +123,17 @@ def _top() -> argparse.ArgumentParser:
 
 
 def _ask(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.inference.options import Options
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Ask one question about regions of an image, or of each of several."
     _image_options(parser, "QUESTION")
     add_options(parser, Options, "answer")
     options = _parse_images(parser, words, "a question such as 'What is <region1>?'")
     generation = read_options(Options, options)
-    from regiongpt.inference import over_images
 
-    return _over_images(options, lambda model, view: over_images.ask(model, view, options.text, generation), 0)
+    return _over_images(options, lambda over, model, view: over.ask(model, view, options.text, generation), 0)
 
 
 def _describe(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.inference.options import Length
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Describe each of many regions of an image, or of each of several."
     _image_options(parser)
@@ -143,15 +141,11 @@ def _describe(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     add_options(parser, Length, "answer")
     options = _parse_images(parser, words)
     length = read_options(Length, options).max_new_tokens
-    from regiongpt.inference import over_images
 
-    return _over_images(options, lambda model, view: over_images.describe(model, view, options.brief, length))
+    return _over_images(options, lambda over, model, view: over.describe(model, view, options.brief, length))
 
 
 def _classify(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.inference.options import ClassifyOptions
-    from regiongpt.prompts import check_choices
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Choose the class of each region from a closed set."
     _image_options(parser)
@@ -160,15 +154,13 @@ def _classify(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     options = _parse_images(parser, words)
     settings = read_options(ClassifyOptions, options)
     choices = check_choices(options.choices.split(",") if options.choices is not None else None, settings.label_set)
-    from regiongpt.inference import over_images
 
     return _over_images(
-        options, lambda model, view: over_images.classify(model, view, choices, settings), categories=choices
+        options, lambda over, model, view: over.classify(model, view, choices, settings), categories=choices
     )
 
 
 def _locate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.inference.options import WAYS
 
     parser.description = "Choose the region that an expression such as 'the red cup' refers to, or none."
     _image_options(parser, "EXPRESSION")
@@ -179,14 +171,11 @@ def _locate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         help="the answer to one question about all regions, the words for each, or both",
     )
     options = _parse_images(parser, words, "an expression such as 'the red cup'")
-    from regiongpt.inference import over_images
 
-    return _over_images(options, lambda model, view: over_images.locate(model, view, options.text, options.by))
+    return _over_images(options, lambda over, model, view: over.locate(model, view, options.text, options.by))
 
 
 def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.inference.options import Options
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Hold a conversation about regions of an image, with the questions on standard input."
     parser.add_argument("image", help="the image")
@@ -247,7 +236,6 @@ class _AddRegion(argparse.Action):
 
 
 def _region_options(parser: argparse.ArgumentParser) -> None:
-    from regiongpt.inference.options import REGION_OPTIONS
 
     group = parser.add_argument_group("regions", "any number of them; the first one typed is <region1>")
     for option, (metavar, text) in REGION_OPTIONS.items():
@@ -257,8 +245,6 @@ def _region_options(parser: argparse.ArgumentParser) -> None:
 
 def _bind_coordinates(arguments: Sequence[str]) -> list[str]:
     """Write ``--box -5,0,9,9`` as ``--box=-5,0,9,9``: argparse takes what begins with a dash for an option."""
-    from regiongpt.inference.options import REGION_OPTIONS
-
     bound: list[str] = []
     for argument in arguments:
         if bound and bound[-1] in REGION_OPTIONS and re.match(r"-(\d|\.|inf)", argument):
@@ -270,9 +256,6 @@ def _bind_coordinates(arguments: Sequence[str]) -> list[str]:
 
 def _image_options(parser: argparse.ArgumentParser, last: str = "") -> None:
     """What ``ask``, ``describe``, ``classify`` and ``locate`` share."""
-    from regiongpt.inference.options import Sources
-    from regiongpt.settings import add_options
-
     parser.usage = f"{parser.prog} IMAGE... {last + ' ' if last else ''}[options]"
     behind = f"; behind them the {last.lower()}, after -- if it begins with a dash" if last else ""
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"images, or folders of images{behind}")
@@ -313,7 +296,6 @@ def _parse_images(parser: argparse.ArgumentParser, words: Sequence[str], last: s
     if last:
         if len(options.images) < 2:
             parser.error(f"expected an image and {last}")
-        from regiongpt.prompts import check_text, placeholders
 
         options.text = options.images.pop()
         check_text(options.text, last)
@@ -325,38 +307,37 @@ def _parse_images(parser: argparse.ArgumentParser, words: Sequence[str], last: s
 
 def _over_images(
     options: argparse.Namespace,
-    answer: "Callable[[RegionPredictor, View], Reply]",
+    answer: "Callable[[Any, RegionPredictor, View], Reply]",
     least: int = 1,
     categories: Sequence[str] = (),
 ) -> int:
-    """Answer about the images that were typed, each with ``least`` regions or more."""
-    from regiongpt.drawing import check_picture
-    from regiongpt.inference.options import Sources
-    from regiongpt.inference.over_images import Results, find_images, over_images, read_regions, view_of
-    from regiongpt.prompts import check_placeholders
-    from regiongpt.settings import read_options
+    """Answer about the images that were typed, each with ``least`` regions or more.
 
+    ``answer`` is handed the module of the verbs, which is imported only once the cheap mistakes are out.
+    """
     sources = read_options(Sources, options)
     if least and not (options.regions or sources.given):
         raise ConfigError("expected regions from --proposals, --grid, --sam, --box or another option, got none")
     if options.text is not None and not sources.given:  # every image has the regions typed and no other
         check_placeholders(options.text, len(options.regions))
-    typed = read_regions(options.regions, options.normalized)
-    images = find_images(options.images)
-    if options.picture:
-        if len(images) > 1:
-            raise ConfigError(f"--picture goes with a single image, got {len(images)}; leave it out")
-        check_picture(options.picture)
-        for each in (*images, *(text for option, text in options.regions if option == "--mask")):
-            if os.path.exists(each) and os.path.exists(options.picture) and os.path.samefile(each, options.picture):
-                raise ConfigError(f"--picture {options.picture} would replace what is asked about; give another name")
     if options.overwrite and not options.out:
         raise ConfigError("--overwrite goes with --out; leave it out")
     if options.out and options.json:
         raise ConfigError("--json prints and --out writes the answers; leave one of them out")
-    if sources.image_id is not None and len(images) > 1:
-        raise ConfigError(f"--image-id goes with a single image, got {len(images)}; leave it out")
-    out = Results(options.out, options.overwrite, categories) if options.out else None
+    from regiongpt.drawing import check_picture
+    from regiongpt.inference import over_images
+
+    typed = over_images.read_regions(options.regions, options.normalized)
+    images = over_images.find_images(options.images)
+    for option, given in (("picture", options.picture), ("image-id", sources.image_id)):
+        if given is not None and len(images) > 1:
+            raise ConfigError(f"--{option} goes with a single image, got {len(images)}; leave it out")
+    if options.picture:
+        check_picture(options.picture)
+        for each in (*images, *(text for option, text in options.regions if option == "--mask")):
+            if os.path.exists(each) and os.path.exists(options.picture) and os.path.samefile(each, options.picture):
+                raise ConfigError(f"--picture {options.picture} would replace what is asked about; give another name")
+    out = over_images.Results(options.out, options.overwrite, categories) if options.out else None
 
     @cache
     def segmenter() -> Any:
@@ -366,7 +347,7 @@ def _over_images(
         return Segmenter(sources.sam or "", options.device)
 
     def view(path: str) -> "View":
-        seen = view_of(path, typed, sources, lambda photo: segmenter().propose(photo, sources.grid or 32))
+        seen = over_images.view_of(path, typed, sources, lambda photo: segmenter().propose(photo, sources.grid or 32))
         if options.text is not None:
             check_placeholders(options.text, len(seen.proposals))
         # Of several images, describe and classify say nothing about one without regions.
@@ -374,8 +355,14 @@ def _over_images(
             raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
         return seen
 
-    skipped = over_images(
-        images, view, lambda: _predictor(options), answer, out=out, json=options.json, picture=options.picture
+    skipped = over_images.over_images(
+        images,
+        view,
+        lambda: _predictor(options),
+        partial(answer, over_images),
+        out=out,
+        json=options.json,
+        picture=options.picture,
     )
     return EXIT_SKIPPED if skipped else 0
 
@@ -396,7 +383,6 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.data.convert import CONVERTERS, load_converter
     from regiongpt.data.convert.base import Output, convert, summary
     from regiongpt.data.shards import MANIFEST
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Make training records of a data set's files."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -421,7 +407,6 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.data.inspection import Inspection, inspect
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Show what training records hold: statistics, or what one of the options asks for."
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of records, made by `regiongpt convert`")
@@ -437,7 +422,6 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.prompts import CHAT_TEMPLATES
 
     parser.description = "Make checkpoint folders."
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -508,7 +492,6 @@ def _convert_weights(options: argparse.Namespace) -> None:
 def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.evaluate.task import RunOptions
     from regiongpt.evaluate.tasks import TASKS, task_class
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Ask a model the questions of benchmarks, or take anyone's answers, and score them."
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
@@ -574,8 +557,6 @@ def _task_options(parser: argparse.ArgumentParser, names: Sequence[str], kinds: 
     """The fields of a task; of several, ``--limit`` for all that have it, and ``--pope.limit`` for one of them."""
     from pydantic import Field, create_model
 
-    from regiongpt.settings import Settings, add_options
-
     if len(names) == 1:
         add_options(parser, kinds[0], f"options of {names[0]}", required=False)
     if len(names) < 2:
@@ -593,8 +574,6 @@ def _task_options(parser: argparse.ArgumentParser, names: Sequence[str], kinds: 
 
 def _read_task(name: str, kind: "type[Task]", typed: argparse.Namespace) -> "Task":
     """A task of what was typed for it, or for all."""
-    from regiongpt.settings import read_options
-
     both = [(field, dest) for field in kind.model_fields for dest in (field, f"{name}.{field}")]
     values = {field: getattr(typed, dest) for field, dest in both if hasattr(typed, dest)}
     try:
@@ -726,7 +705,6 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.ablate.study import KINDS, Options, Study
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Train the variants of one part of the model alike, ask them alike, and set them side by side."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
