@@ -25,7 +25,7 @@ from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTE
 from regiongpt.inference.options import REGION_OPTIONS, WAYS, ClassifyOptions, Length, Options, Sources
 from regiongpt.prompts import CHAT_TEMPLATES, check_choices, check_placeholders, check_text, placeholders
 from regiongpt.settings import Settings, add_options, read_options
-from regiongpt.storage import check_checkpoint, check_writable, finite, reason
+from regiongpt.storage import check_checkpoint, check_new, check_writable, finite, reason
 
 if TYPE_CHECKING:
     from regiongpt.evaluate.task import RunOptions, Task
@@ -442,11 +442,9 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     convert.add_argument("--dtype", default="float16", choices=DTYPES, help="of the weights on disk")
     convert.set_defaults(run=_convert_weights)
     options = parser.parse_args(words)
-    out = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"expected --out to be a new or an empty folder, but {out} has something in it")
-    if not out.exists():
-        check_writable(out)
+    check_new(options.out)
+    if not options.out.exists():
+        check_writable(options.out)
     options.run(options)
     return 0
 

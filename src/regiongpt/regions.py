@@ -251,17 +251,9 @@ class Region(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The region as an object that json can write; the keys are those of :meth:`from_dict`."""
 
-    @abstractmethod
-    def flip(self, width: int) -> "Region":
-        """The region of the image, ``width`` pixels wide, mirrored left to right."""
-
     def scaled(self, width: int, height: int) -> "Region":
         """In pixels, a region that was given in fractions of the image's sides; masks stay as they are."""
         return self
-
-    @abstractmethod
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> "Region":
-        """The region in the frame of a crop that it is known to reach into."""
 
     @abstractmethod
     def _shape(self, width: int, height: int, name: str) -> Shape:
@@ -279,13 +271,6 @@ class Region(ABC):
 
     def __repr__(self) -> str:
         return f"<{self}>"
-
-    def crop(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> "Region | None":
-        """What is left of the region in a crop of the image, in pixels of the crop; None for less than MIN_AREA."""
-        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(f"crop {(x0, y0, x1, y1)} is empty or not within the image of {width} x {height} pixels")
-        left = self.coverage([y0, y1], [x0, x1], width, height)[0, 0]
-        return self._move(x0, y0, x1, y1, width, height) if left >= MIN_AREA else None
 
     def check(self, width: int, height: int, name: str = "region") -> "Region":
         """Make sure that the region makes sense in an image, and return it; one partly outside is fine.
@@ -403,16 +388,8 @@ class _Box(Region):
     def to_dict(self) -> dict[str, Any]:
         return {"box": list(self._edges()), **({"normalized": True} if self.normalized else {})}
 
-    def flip(self, width: int) -> Region:
-        right = 1 if self.normalized else width
-        return _Box(right - self.x1, self.y0, right - self.x0, self.y1, self.normalized, True)
-
     def scaled(self, width: int, height: int) -> Region:
         return _Box(self.x0 * width, self.y0 * height, self.x1 * width, self.y1 * height, certain=True)
-
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        left, top, right, bottom = self._edges(width, height)
-        return _Box(max(left, x0) - x0, max(top, y0) - y0, min(right, x1) - x0, min(bottom, y1) - y0, certain=True)
 
     def _coordinates(self) -> Any:
         return () if self.certain else self._edges()
@@ -465,33 +442,16 @@ class _Pixels(Region):
     def to_dict(self) -> dict[str, Any]:
         return {self.kind: _encoded(self.pixels().pixels(self.width, self.height))}
 
-    def flip(self, width: int) -> Region:
-        self._expect_size(width, self.height, "region")
-        pixels = self.pixels()
-        mirrored = PixelShape(pixels.window[:, ::-1].copy(), pixels.top, width - int(pixels.bounds[2]))
-        return replace(self, source=mirrored)
-
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        pixels = self.pixels()
-        rows = slice(max(y0 - pixels.top, 0), max(y1 - pixels.top, 0))
-        columns = slice(max(x0 - pixels.left, 0), max(x1 - pixels.left, 0))
-        part = PixelShape.of(pixels.window[rows, columns])
-        top, left = pixels.top + rows.start + part.top - y0, pixels.left + columns.start + part.left - x0
-        return replace(self, height=y1 - y0, width=x1 - x0, source=PixelShape(part.window, top, left))
-
     def _shape(self, width: int, height: int, name: str) -> Shape:
-        self._expect_size(width, height, name)
-        pixels = self.pixels(name)
-        if pixels.area == 0:
-            raise RegionError(f"{name}: expected a {self.kind} with at least one set pixel, got an empty {self}")
-        return pixels
-
-    def _expect_size(self, width: int, height: int, name: str) -> None:
         if (self.height, self.width) != (height, width):
             raise RegionError(
                 f"{name}: expected a {self.kind} of the image's size, {width} x {height} pixels (W x H), "
                 f"got {self.width} x {self.height}; draw it on this image, or resize it without smoothing"
             )
+        pixels = self.pixels(name)
+        if pixels.area == 0:
+            raise RegionError(f"{name}: expected a {self.kind} with at least one set pixel, got an empty {self}")
+        return pixels
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -529,16 +489,8 @@ class _Vector(Region):
             return {"point": rings[0][0], "radius": self.size}
         return {"scribble": rings[0], "width": self.size}
 
-    def flip(self, width: int) -> Region:
-        rings = tuple(np.column_stack((width - ring[:, 0], ring[:, 1])) for ring in self.rings)
-        return replace(self, rings=rings, certain=True)
-
     def scaled(self, width: int, height: int) -> Region:
         return replace(self, rings=tuple(ring * (width, height) for ring in self.rings), certain=True)
-
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        size = None if self.kind == "polygon" else self._stroke(width, height)
-        return replace(self, rings=tuple(ring - (x0, y0) for ring in self.rings), size=size, certain=True)
 
     def _coordinates(self) -> Any:
         return () if self.certain or self.kind == "point" else np.concatenate(self.rings).ravel()

@@ -115,6 +115,17 @@ def check_checkpoint(folder: str | Path) -> None:
         raise CheckpointError(f"the checkpoint {folder} lacks {', '.join(missing)}; copy the whole folder again")
 
 
+def check_new(folder: str | Path | None) -> None:
+    """Raise ConfigError for a folder to write that has something in it, or cannot be there."""
+    if folder is None:
+        return
+    if not str(folder):
+        raise ConfigError("out: expected a folder, got an empty path")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: expected a new or an empty folder, but it has something in it; choose another")
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder beside ``path`` to fill, which becomes ``path`` when the block ends and is deleted when it fails."""

@@ -173,9 +173,6 @@ def test_mask_by_hand():
     np.testing.assert_array_equal(region.coverage([0, 2, 4], [0, 2, 4], 4, 4), [[2, 0], [2, 1]])
     np.testing.assert_allclose(region.coverage([0.5, 2.5, 3.5], [0.5, 1.5, 9], 4, 4), [[1.25, 0.75], [0.5, 0.75]])
     np.testing.assert_array_equal(region.to_mask(4, 4), L_SHAPE)
-    np.testing.assert_array_equal(region.flip(4).to_mask(4, 4), L_SHAPE[:, ::-1])
-    np.testing.assert_array_equal(region.crop(1, 1, 4, 4, 4, 4).to_mask(3, 3), L_SHAPE[1:, 1:])
-    assert region.crop(1, 0, 4, 2, 4, 4) is None
 
 
 def test_polygon_by_hand():
@@ -389,40 +386,6 @@ def test_check_returns_the_region_and_clips_without_changing_it():
     assert region.to_dict() == {"box": [-10, -10, 20, 12]}
 
 
-# --- flip and crop ---------------------------------------------------------------------------------------------------
-
-
-@repeatable
-@given(scenes(), st.integers(1, 12), st.integers(1, 12))
-def test_flip_mirrors_the_coverage(scene, grid_h, grid_w):
-    region, width, height = scene
-    y_edges, x_edges = np.linspace(0, height, grid_h + 1), np.linspace(0, width, grid_w + 1)
-    mirrored = region.flip(width)
-    assert mirrored.kind == region.kind
-    np.testing.assert_allclose(
-        mirrored.coverage(y_edges, x_edges, width, height),
-        region.coverage(y_edges, x_edges, width, height)[:, ::-1],
-        atol=1e-3,
-    )
-
-
-@repeatable
-@given(scenes(), st.data())
-def test_crop_keeps_exactly_what_is_inside(scene, data):
-    region, width, height = scene
-    x0, y0 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
-    x1, y1 = data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height))
-    y_edges, x_edges = np.linspace(y0, y1, 6), np.linspace(x0, x1, 5)
-    before = region.coverage(y_edges, x_edges, width, height)
-    cropped = region.crop(x0, y0, x1, y1, width, height)
-    if cropped is None:
-        assert before.sum() < 2e-3
-        return
-    assert cropped.kind == region.kind
-    after = cropped.coverage(y_edges - y0, x_edges - x0, x1 - x0, y1 - y0)
-    np.testing.assert_allclose(after, before, atol=1e-3)
-
-
 # --- json, drawing ---------------------------------------------------------------------------------------------------
 
 
@@ -531,14 +494,11 @@ def test_normalized_boxes():
     assert given.bounds(100, 50) == pytest.approx((10, 10, 50, 30))
     assert given != Region.box(0.1, 0.2, 0.5, 0.6)
     assert Region.from_dict(given.to_dict()) == given
-    assert given.flip(100).bounds(100, 50) == pytest.approx((50, 10, 90, 30))
-    assert given.crop(0, 0, 20, 20, 100, 50) == Region.box(10, 10, 20, 20)
     for region in (Region.box(0.1, 0.2, 0.5, 0.9), Region.box(0, 0, 1, 1), Region.polygon([0, 0, 1, 0, 1, 1])):
         with pytest.raises(RegionError, match="normalized"):
             region.check(40, 30)
         region.check(1, 1)
     Region.box(0, 0, 1, 1, normalized=False).check(40, 30)
-    assert Region.box(39, 0, 40, 1).flip(40).check(40, 30).bounds(40, 30) == (0, 0, 1, 1)
     with pytest.raises(RegionError, match="normalized"):
         Region.box(10, 20, 30, 40, normalized=True)
     with pytest.raises(RegionError, match="above 0"):

@@ -14,8 +14,6 @@ from regiongpt.regions import Region
 if TYPE_CHECKING:
     import torch
 
-IOU = 0.7
-"""Overlap above which two masks are one object, as transformers' own pipeline has it."""
 QUALITY = 0.88
 """The least overlap with the true object that the model itself must expect of a mask; likewise."""
 STABILITY = 0.95

@@ -39,7 +39,7 @@ from regiongpt.model.refinement import Refinement
 from regiongpt.model.towers import EfficientNetLiteModel
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, template_family
 from regiongpt.prompts import chat_template as known_template
-from regiongpt.storage import check_checkpoint, new_folder
+from regiongpt.storage import check_checkpoint, check_new, new_folder
 
 Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
 
@@ -127,7 +127,7 @@ def create(
         CheckpointError: a part cannot be read or lacks weights, or the tokenizer does not fit the language model.
         ConfigError: the options do not fit the parts or each other.
     """
-    _require_new(out)
+    check_new(out)
     if chat_template is not None:
         known_template(chat_template)
     tower, image_processor = load_tower(str(vision), image_size)
@@ -193,7 +193,7 @@ def from_llava(
         CheckpointError: the checkpoint cannot be read or is a LLaVA of another build.
         ConfigError: the options do not fit it or each other.
     """
-    _require_new(out)
+    check_new(out)
     known_template(chat_template)
     with reading(f"the configuration of {path}"):
         source = AutoConfig.from_pretrained(path)
@@ -240,11 +240,10 @@ def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
     ``torch.float16`` and ``torch.bfloat16`` halve the size of a float32 checkpoint. Returns the model as it will be
     loaded, and its processor.
     """
-    _require_new(out)
+    check_new(out)
     model, processor = load(path, dtype=dtype)
-    with _writing(out) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+    with new_folder(out) as folder:
+        _save(model, processor, folder)
         # The stored type says how exact the weights are, not what to compute in: half precision is slow on a CPU.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for part in (config, config["vision_config"], config["text_config"]):
@@ -346,31 +345,19 @@ def _join(
 
 def _saved(model: Any, processor: RegionGPTProcessor, out: str | Path | None) -> Loaded:
     if out is not None:
-        with _writing(out) as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+        with new_folder(out) as folder:
+            _save(model, processor, folder)
     return model, processor
 
 
-def _require_new(out: str | Path | None) -> None:
-    """Refuse a folder with something in it before anything is computed."""
-    if out is not None and not str(out):
-        raise ConfigError("out: expected a folder, got an empty path")
-    if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise ConfigError(f"out: expected a new or an empty folder, but {out} has something in it; choose another")
-
-
-@contextmanager
-def _writing(out: str | Path) -> Iterator[Path]:
-    """A folder that becomes ``out`` once whatever is written to it is there."""
-    with new_folder(out) as folder:
-        try:
-            yield folder
-        except OSError:
-            raise
-        # The libraries that write weights and tokenizers have exceptions of their own for a full disk.
-        except Exception as error:
-            raise OSError(str(error)) from error
+def _save(model: Any, processor: RegionGPTProcessor, folder: Path) -> None:
+    try:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the libraries that write have exceptions of their own for a full disk
+        raise OSError(str(error)) from error
 
 
 def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **options: Any) -> Any:
