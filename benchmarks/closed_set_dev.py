@@ -22,7 +22,7 @@ from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.sampling import DevQuestion, dev_questions
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
-from regiongpt.inference.closed_set import closed_set, content_free, log_likelihoods
+from regiongpt.inference.choices import closed_set, content_free, log_likelihoods
 from regiongpt.inference.engine import Engine, Scene, question_turns
 from regiongpt.inference.quantization import to_int8
 from regiongpt.model import weights

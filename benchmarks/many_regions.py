@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
-from regiongpt.inference.classification import classify_regions
+from regiongpt.inference.choices import classify_regions
 from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns
 from regiongpt.inference.options import ClassifyOptions, Options
 from regiongpt.inference.quantization import to_int8

@@ -33,8 +33,8 @@ from regiongpt.data.facts import colours_of
 from regiongpt.data.sampling import DevQuestion, dev_questions
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
+from regiongpt.inference.choices import locate_expressions
 from regiongpt.inference.engine import Engine, Prompt, Scene, pick_device, pick_dtype
-from regiongpt.inference.locating import locate_expressions
 from regiongpt.inference.options import WAYS, By, Options
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80, NO_MATCH, region_answer

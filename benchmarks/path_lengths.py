@@ -1,13 +1,15 @@
-"""Count the files of this package on the way of a training record to its loss and of a question to its table.
+"""Count the files of this package that a typed box, a training record and an evaluation item go through.
 
     python benchmarks/path_lengths.py
 
-A record is drawn from a shard, encoded, batched and passed through the model as in a step of training; an item of
-``coco_cls`` is read, asked, scored and printed. Counted are the files of ``src/regiongpt`` in which a function is
-entered on the way, the calls, and the files that are read.
+The box goes from ``regiongpt ask --box`` to its embedding, with the model loaded before; the record is drawn from a
+shard, encoded, batched and passed through the model as in a step of training; an item of ``coco_cls`` is read, asked,
+scored and printed. Counted are the files of ``src/regiongpt`` in which a function is entered on the way, the calls,
+and the files that are read.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import logging
@@ -18,6 +20,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -32,6 +35,8 @@ from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
 from regiongpt.evaluate.report import as_text
 from regiongpt.evaluate.tasks.coco_cls import CocoClassification
+from regiongpt.inference import RegionPredictor
+from regiongpt.inference.engine import Engine
 from regiongpt.model import weights
 from regiongpt.regions import Region
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
@@ -82,6 +87,19 @@ class Path_:
             self.open, self.done = False, True
 
 
+def box_to_embedding(folder: Path) -> Path_:
+    """From the words of ``regiongpt ask`` to the embedding of the box typed."""
+    draw_pictures(folder, 1, "instances.json")
+    predictor = RegionPredictor.from_pretrained(make_checkpoint(folder / "parts"), device="cpu")
+    photo, box = str(folder / "images" / "1.png"), ["--box", "4,4,30,40"]
+    # Once before, so that nothing is imported, and once to count. The image is encoded once.
+    with mock.patch.object(cli, "_predictor", return_value=predictor), contextlib.redirect_stdout(io.StringIO()):
+        cli.main(["ask", photo, "What is <region1>?", *box])
+        found = Path_(cli.main, Engine.pool)
+        found.run(lambda: cli.main(["ask", photo, "What is <region1>?", *box]))
+    return found
+
+
 def record_to_loss(folder: Path, packing: bool) -> Path_:
     """From the shard that a record is read from to its loss, in the training loop."""
     draw_pictures(folder, 2, "instances.json")
@@ -120,7 +138,8 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     result = {}
-    paths = {
+    paths: dict[str, Callable[[Path], Path_]] = {
+        "box to embedding": box_to_embedding,
         "record to loss": partial(record_to_loss, packing=False),
         "record to loss, packed": partial(record_to_loss, packing=True),
         "item to table": item_to_table,

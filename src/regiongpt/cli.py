@@ -15,14 +15,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from regiongpt import __version__
 from regiongpt.console import progress_shown, quiet_libraries, tell
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
-from regiongpt.storage import check_writable, finite, reason
+from regiongpt.inference.options import REGION_OPTIONS, WAYS, ClassifyOptions, Length, Options, Sources
+from regiongpt.prompts import CHAT_TEMPLATES, check_choices, check_placeholders, check_text, placeholders
+from regiongpt.settings import Settings, add_options, read_options
+from regiongpt.storage import check_checkpoint, check_new, check_writable, finite, reason
 
 if TYPE_CHECKING:
     from regiongpt.evaluate.task import Task
@@ -120,32 +123,17 @@ def _top() -> argparse.ArgumentParser:
 
 
 def _ask(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.inference.options import Options, Sources
-    from regiongpt.prompts import check_placeholders, check_text, placeholders
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Ask one question about regions of an image, or of each of several."
     _image_options(parser, "QUESTION")
     add_options(parser, Options, "answer")
-    options = _parse_images(parser, words, 'a question such as "What is <region1>?"')
+    options = _parse_images(parser, words, "a question such as 'What is <region1>?'")
     generation = read_options(Options, options)
-    question = options.text
-    check_text(question, "a question such as 'What is <region1>?'")
-    placeholders(question)
-    from regiongpt.inference import over_images
 
-    def check(view: "View") -> None:
-        check_placeholders(question, len(view.proposals))
-
-    sources = read_options(Sources, options)
-    if not (sources.proposals or sources.sam or sources.grid):  # every image has the regions typed and no other
-        check_placeholders(question, len(options.regions))
-    return _over_images(options, check, lambda predictor, view: over_images.ask(predictor, view, question, generation))
+    return _over_images(options, lambda over, model, view: over.ask(model, view, options.text, generation), 0)
 
 
 def _describe(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.inference.options import Length
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Describe each of many regions of an image, or of each of several."
     _image_options(parser)
@@ -153,17 +141,11 @@ def _describe(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     add_options(parser, Length, "answer")
     options = _parse_images(parser, words)
     length = read_options(Length, options).max_new_tokens
-    from regiongpt.inference import over_images
 
-    return _over_images(
-        options, None, lambda predictor, view: over_images.describe(predictor, view, options.brief, length)
-    )
+    return _over_images(options, lambda over, model, view: over.describe(model, view, options.brief, length))
 
 
 def _classify(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.inference.options import ClassifyOptions
-    from regiongpt.prompts import check_choices
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Choose the class of each region from a closed set."
     _image_options(parser)
@@ -172,16 +154,13 @@ def _classify(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     options = _parse_images(parser, words)
     settings = read_options(ClassifyOptions, options)
     choices = check_choices(options.choices.split(",") if options.choices is not None else None, settings.label_set)
-    from regiongpt.inference import over_images
 
     return _over_images(
-        options, None, lambda predictor, view: over_images.classify(predictor, view, choices, settings), choices
+        options, lambda over, model, view: over.classify(model, view, choices, settings), categories=choices
     )
 
 
 def _locate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.inference.options import WAYS
-    from regiongpt.prompts import check_placeholders, check_text
 
     parser.description = "Choose the region that an expression such as 'the red cup' refers to, or none."
     _image_options(parser, "EXPRESSION")
@@ -191,38 +170,30 @@ def _locate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         default="both",
         help="the answer to one question about all regions, the words for each, or both",
     )
-    options = _parse_images(parser, words, 'an expression such as "the red cup"')
-    check_text(options.text, "an expression such as 'the red cup'")
-    from regiongpt.inference import over_images
+    options = _parse_images(parser, words, "an expression such as 'the red cup'")
 
-    def check(view: "View") -> None:
-        if not view.proposals:
-            raise DataError(f"{view.path}: expected at least one region to choose from, got none")
-        check_placeholders(options.text, len(view.proposals))
-
-    return _over_images(
-        options, check, lambda predictor, view: over_images.locate(predictor, view, options.text, options.by)
-    )
+    return _over_images(options, lambda over, model, view: over.locate(model, view, options.text, options.by))
 
 
 def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.images import load_image
-    from regiongpt.inference.inputs import add_region_options, bind_coordinates, read_regions
-    from regiongpt.inference.options import Options
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Hold a conversation about regions of an image, with the questions on standard input."
     parser.add_argument("image", help="the image")
-    add_region_options(parser)
+    _region_options(parser)
     _model_options(parser)
     add_options(parser, Options, "answer")
-    options = parser.parse_args(bind_coordinates(words))
+    options = parser.parse_args(_bind_coordinates(words))
     generation = dict(read_options(Options, options))
     _check_model(options)
+    from regiongpt.images import load_image
+    from regiongpt.inference.over_images import read_regions
+
     photo = load_image(options.image)
-    regions = [region.check(*photo.size, name) for name, region in read_regions(options.regions, options.normalized)]
+    regions = [
+        make(*photo.size).check(*photo.size, name) for name, make in read_regions(options.regions, options.normalized)
+    ]
     conversation = _predictor(options).set_image(photo).conversation(regions)
-    typed = sys.stdin.isatty()
+    typed, failed = sys.stdin.isatty(), False
     if typed:
         named = ", ".join(f"<region{n}> a {region.kind}" for n, region in enumerate(regions, 1)) or "no regions"
         print(f"{options.image}, {photo.width}x{photo.height}: {named}. Ask away; Ctrl-D or `exit` leaves.")
@@ -235,7 +206,8 @@ def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
                 tell(f"regiongpt: warning: {warning}")
         except RegionGPTError as error:
             tell(f"regiongpt: error: {error}")
-    return 0
+            failed = True
+    return EXIT_SKIPPED if failed and not typed else 0
 
 
 def _questions(typed: bool) -> Iterator[str]:
@@ -254,16 +226,40 @@ def _questions(typed: bool) -> Iterator[str]:
             yield line.strip()
 
 
+class _AddRegion(argparse.Action):
+    """Collects (option, text) of every kind of region in one list, for regions are numbered as they were typed."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        namespace.regions = [*namespace.regions, (option, values)]
+
+
+def _region_options(parser: argparse.ArgumentParser) -> None:
+
+    group = parser.add_argument_group("regions", "any number of them; the first one typed is <region1>")
+    for option, (metavar, text) in REGION_OPTIONS.items():
+        group.add_argument(option, action=_AddRegion, dest="regions", metavar=metavar, help=text, default=[])
+    group.add_argument("--normalized", action="store_true", help="numbers are fractions of the image's sides")
+
+
+def _bind_coordinates(arguments: Sequence[str]) -> list[str]:
+    """Write ``--box -5,0,9,9`` as ``--box=-5,0,9,9``: argparse takes what begins with a dash for an option."""
+    bound: list[str] = []
+    for argument in arguments:
+        if bound and bound[-1] in REGION_OPTIONS and re.match(r"-(\d|\.|inf)", argument):
+            bound[-1] += f"={argument}"
+        else:
+            bound.append(argument)
+    return bound
+
+
 def _image_options(parser: argparse.ArgumentParser, last: str = "") -> None:
     """What ``ask``, ``describe``, ``classify`` and ``locate`` share."""
-    from regiongpt.inference.inputs import add_region_options
-    from regiongpt.inference.options import Sources
-    from regiongpt.settings import add_options
-
     parser.usage = f"{parser.prog} IMAGE... {last + ' ' if last else ''}[options]"
-    behind = f"; behind them the {last.lower()}" if last else ""
+    behind = f"; behind them the {last.lower()}, after -- if it begins with a dash" if last else ""
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"images, or folders of images{behind}")
-    add_region_options(parser)
+    _region_options(parser)
     add_options(parser, Sources, "proposals (where regions come from, beside those typed)")
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print JSON; of several images, a line each")
@@ -289,24 +285,21 @@ def _check_model(options: argparse.Namespace) -> None:
     if options.int8 and (options.dtype or "float32", options.device or "cpu") != ("float32", "cpu"):
         raise ConfigError("--int8 goes with float32 on the CPU alone; leave --dtype and --device out")
     if options.model is not None:
-        _check_folder(options.model)
-
-
-def _check_folder(model: str) -> None:
-    if not os.path.isfile(os.path.join(model, "config.json")):
-        raise CheckpointError(f"{model}: not a checkpoint folder, there is no config.json in it")
+        check_checkpoint(options.model)
 
 
 def _parse_images(parser: argparse.ArgumentParser, words: Sequence[str], last: str = "") -> argparse.Namespace:
     """Parse what was typed; ``last`` says what stands behind the images and becomes ``text``."""
-    from regiongpt.inference.inputs import bind_coordinates
-
-    options = parser.parse_intermixed_args(bind_coordinates(words))
+    options = parser.parse_intermixed_args(_bind_coordinates(words))
     _check_model(options)
+    options.text = None
     if last:
         if len(options.images) < 2:
             parser.error(f"expected an image and {last}")
+
         options.text = options.images.pop()
+        check_text(options.text, last)
+        placeholders(options.text)
     elif not options.images:
         parser.error("expected an image")
     return options
@@ -314,37 +307,37 @@ def _parse_images(parser: argparse.ArgumentParser, words: Sequence[str], last: s
 
 def _over_images(
     options: argparse.Namespace,
-    check: "Callable[[View], None] | None",
-    answer: "Callable[[RegionPredictor, View], Reply]",
+    answer: "Callable[[Any, RegionPredictor, View], Reply]",
+    least: int = 1,
     categories: Sequence[str] = (),
 ) -> int:
-    """Answer about the images that were typed; ``check`` looks at each before its answer."""
-    from regiongpt.drawing import check_picture
-    from regiongpt.inference.inputs import read_regions
-    from regiongpt.inference.options import Sources
-    from regiongpt.inference.over_images import find_images, over_images, view_of
-    from regiongpt.inference.results import Results
-    from regiongpt.settings import read_options
+    """Answer about the images that were typed, each with ``least`` regions or more.
 
+    ``answer`` is handed the module of the verbs, which is imported only once the cheap mistakes are out.
+    """
     sources = read_options(Sources, options)
-    if check is None and not (options.regions or sources.proposals or sources.sam or sources.grid):
+    if least and not (options.regions or sources.given):
         raise ConfigError("expected regions from --proposals, --grid, --sam, --box or another option, got none")
-    typed = read_regions(options.regions, options.normalized)
-    images = find_images(options.images)
-    if options.picture:
-        if len(images) > 1:
-            raise ConfigError(f"--picture goes with a single image, got {len(images)}; leave it out")
-        check_picture(options.picture)
-        for each in (*images, *(text for option, text in options.regions if option == "--mask")):
-            if os.path.exists(each) and os.path.exists(options.picture) and os.path.samefile(each, options.picture):
-                raise ConfigError(f"--picture {options.picture} would replace what is asked about; give another name")
+    if options.text is not None and not sources.given:  # every image has the regions typed and no other
+        check_placeholders(options.text, len(options.regions))
     if options.overwrite and not options.out:
         raise ConfigError("--overwrite goes with --out; leave it out")
     if options.out and options.json:
         raise ConfigError("--json prints and --out writes the answers; leave one of them out")
-    if sources.image_id is not None and len(images) > 1:
-        raise ConfigError(f"--image-id goes with a single image, got {len(images)}; leave it out")
-    out = Results(options.out, options.overwrite, categories) if options.out else None
+    from regiongpt.drawing import check_picture
+    from regiongpt.inference import over_images
+
+    typed = over_images.read_regions(options.regions, options.normalized)
+    images = over_images.find_images(options.images)
+    for option, given in (("picture", options.picture), ("image-id", sources.image_id)):
+        if given is not None and len(images) > 1:
+            raise ConfigError(f"--{option} goes with a single image, got {len(images)}; leave it out")
+    if options.picture:
+        check_picture(options.picture)
+        for each in (*images, *(text for option, text in options.regions if option == "--mask")):
+            if os.path.exists(each) and os.path.exists(options.picture) and os.path.samefile(each, options.picture):
+                raise ConfigError(f"--picture {options.picture} would replace what is asked about; give another name")
+    out = over_images.Results(options.out, options.overwrite, categories) if options.out else None
 
     @cache
     def segmenter() -> Any:
@@ -354,20 +347,22 @@ def _over_images(
         return Segmenter(sources.sam or "", options.device)
 
     def view(path: str) -> "View":
-        seen = view_of(
-            path,
-            typed,
-            sources,
-            lambda photo: segmenter().propose(photo, sources.grid or 32),
-        )
-        if check is not None:
-            check(seen)
-        elif not seen.proposals and len(images) == 1:
+        seen = over_images.view_of(path, typed, sources, lambda photo: segmenter().propose(photo, sources.grid or 32))
+        if options.text is not None:
+            check_placeholders(options.text, len(seen.proposals))
+        # Of several images, describe and classify say nothing about one without regions.
+        if least and not seen.proposals and (len(images) == 1 or options.text is not None):
             raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
         return seen
 
-    skipped = over_images(
-        images, view, lambda: _predictor(options), answer, out=out, json=options.json, picture=options.picture
+    skipped = over_images.over_images(
+        images,
+        view,
+        lambda: _predictor(options),
+        partial(answer, over_images),
+        out=out,
+        json=options.json,
+        picture=options.picture,
     )
     return EXIT_SKIPPED if skipped else 0
 
@@ -387,7 +382,6 @@ def _predictor(options: argparse.Namespace) -> "RegionPredictor":
 def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.data.shards import MANIFEST
     from regiongpt.data.sources import CONVERTERS, Output, convert, load_converter, summary
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Make training records of a data set's files."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -412,7 +406,6 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.data.inspection import Inspection, inspect
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Show what training records hold: statistics, or what one of the options asks for."
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of records, made by `regiongpt convert`")
@@ -428,7 +421,6 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.prompts import CHAT_TEMPLATES
 
     parser.description = "Make checkpoint folders."
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -449,11 +441,9 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     convert.add_argument("--dtype", default="float16", choices=DTYPES, help="of the weights on disk")
     convert.set_defaults(run=_convert_weights)
     options = parser.parse_args(words)
-    out = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"expected --out to be a new or an empty folder, but {out} has something in it")
-    if not out.exists():
-        check_writable(out)
+    check_new(options.out)
+    if not options.out.exists():
+        check_writable(options.out)
     options.run(options)
     return 0
 
@@ -464,6 +454,9 @@ def _create_weights(options: argparse.Namespace) -> None:
     if not options.llava and not (options.vision and options.language):
         missing = ", ".join(f"--{name}" for name in ("vision", "language") if not getattr(options, name))
         raise ConfigError(f"expected --vision and --language, or --llava; missing: {missing}")
+    for name in filter(os.path.isdir, filter(None, (options.vision, options.language, options.llava))):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise CheckpointError(f"{name}: there is no config.json in this folder; give one with a model in it")
     quiet_libraries(progress=True)  # a download takes its time
     from regiongpt.model import weights
 
@@ -478,7 +471,7 @@ def _create_weights(options: argparse.Namespace) -> None:
 
 
 def _convert_weights(options: argparse.Namespace) -> None:
-    _check_folder(options.model)
+    check_checkpoint(options.model)
     quiet_libraries()
     import torch
 
@@ -496,7 +489,6 @@ def _convert_weights(options: argparse.Namespace) -> None:
 def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.evaluate.task import RunOptions
     from regiongpt.evaluate.tasks import TASKS, task_class
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Ask a model the questions of benchmarks, or take anyone's answers, and score them."
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
@@ -548,8 +540,6 @@ def _task_options(parser: argparse.ArgumentParser, names: Sequence[str], kinds: 
     """The fields of a task; of several, ``--limit`` for all that have it, and ``--pope.limit`` for one of them."""
     from pydantic import Field, create_model
 
-    from regiongpt.settings import Settings, add_options
-
     if len(names) == 1:
         add_options(parser, kinds[0], f"options of {names[0]}", required=False)
     if len(names) < 2:
@@ -567,8 +557,6 @@ def _task_options(parser: argparse.ArgumentParser, names: Sequence[str], kinds: 
 
 def _read_task(name: str, kind: "type[Task]", typed: argparse.Namespace) -> "Task":
     """A task of what was typed for it, or for all."""
-    from regiongpt.settings import read_options
-
     both = [(field, dest) for field in kind.model_fields for dest in (field, f"{name}.{field}")]
     values = {field: getattr(typed, dest) for field, dest in both if hasattr(typed, dest)}
     try:
@@ -685,7 +673,6 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.ablate import KINDS, Options, Study
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Train the variants of one part of the model alike, ask them alike, and set them side by side."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

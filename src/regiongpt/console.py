@@ -29,12 +29,6 @@ def progress(items: Iterable[Item], name: str, unit: str, total: int | None = No
     """Pass items on, showing how many are done, the rate, and the time left where the total is known.
 
     A terminal gets a bar (tqdm); anything else, such as a log file, a line every 30 seconds.
-
-    Args:
-        items: Passed on in order.
-        name: What is done; begins the line.
-        unit: What is counted, in the plural.
-        total: How many items there are; taken from ``len(items)`` where None.
     """
     if not _SHOWN.get():
         return items
@@ -65,11 +59,7 @@ def tell(text: str) -> None:
 
 
 def quiet_libraries(progress: bool = False) -> None:
-    """Keep transformers, tokenizers and datasets from talking over the output; call it before they are imported.
-
-    Args:
-        progress: leave them their progress bars.
-    """
+    """Keep transformers, tokenizers and datasets from talking over the output, before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

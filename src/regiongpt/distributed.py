@@ -32,13 +32,7 @@ def launched() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """This process among those that work together; by default as they are connected at the moment.
-
-    Attributes:
-        rank: Number of this one, from 0.
-        count: How many there are.
-        local: Number of this one on its machine, which is that of its accelerator.
-    """
+    """This process among those that work together, connected or not; ``local`` is its number on its machine."""
 
     rank: int = field(default_factory=lambda: _torch().get_rank() if _connected() else 0)
     count: int = field(default_factory=lambda: _torch().get_world_size() if _connected() else 1)
@@ -63,11 +57,7 @@ class Processes:
         return cast(list[T], everyones)
 
     def from_first(self, find: Callable[[], T]) -> T:
-        """What the first process finds, told to all.
-
-        Raises:
-            Exception: In all processes, what was raised in the first.
-        """
+        """What the first process finds, or raises, in all of them."""
         if self.count == 1:
             return find()
         told: list[Any] = [None, None]
@@ -88,12 +78,7 @@ class Processes:
         return values
 
     def share(self, work: Sequence[T], size: Callable[[T], int]) -> list[T]:
-        """The part of the work that falls to this process: disjoint, together everything, about equal in size.
-
-        Args:
-            work: The same in every process.
-            size: Of one piece.
-        """
+        """The part of the work that falls to this process: disjoint, together everything, about equal in size."""
         loads = [0] * self.count
         mine: list[T] = []
         for piece in work:
@@ -105,10 +90,7 @@ class Processes:
 
 
 def connect(on_cpu: bool = False) -> Processes:
-    """Connect this process to those that were started with it, each with an accelerator of its own where there are any.
-
-    Args:
-        on_cpu: Whether it computes on the CPU though there is an accelerator.
+    """Connect this process to those started with it, each with an accelerator of its own unless ``on_cpu``.
 
     Raises:
         ConfigError: Several were started that cannot be connected.

@@ -1,4 +1,4 @@
-"""Pictures of what was asked: regions outlined, numbered and captioned on their photograph.
+"""Pictures of what was asked: regions outlined, numbered and captioned on their image.
 
 Works on Pillow, numpy and the regions' own geometry alone, so it needs no plotting library and no font files.
 """
@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ COLOURS: tuple[Colour, ...] = (
     (0, 114, 178),
     (240, 228, 66),
 )
-MIN_SIDE = 640  # photographs smaller than this are enlarged, or neither outline nor number could be read
+MIN_SIDE = 640  # images smaller than this are enlarged, or neither outline nor number could be read
 FILL_OPACITY = 0.15
 INK: Colour = (33, 33, 33)
 FAINT: Colour = (112, 112, 112)
@@ -46,47 +47,45 @@ def draw_regions(
     *,
     dialogue: Sequence[tuple[str, str]] = (),
 ) -> Image.Image:
-    """Draw numbered regions on their photograph, with captions on a white panel beneath it.
+    """Draw numbered regions on their image, with captions on a white panel beneath it.
 
     Every region gets a translucent fill, an outline with a dark rim that shows on any background, and a tag with its
-    1-based number, the N of its ``<regionN>``. A photograph whose longer side is under 640 pixels is enlarged to that.
+    1-based number, the N of its ``<regionN>``. An image whose longer side is under 640 pixels is enlarged to that.
 
     Args:
-        image: What :func:`regiongpt.load_image` takes: a path, bytes, a Pillow image or an array.
+        image: What :func:`regiongpt.load_image` takes.
         regions: Regions in pixels of that image, in the order of their numbers.
         captions: One text a region, ``None`` or empty for no caption; the list may be left out.
         dialogue: Questions and their answers, written beneath the captions; ``<regionN>`` in them becomes ``[N]``.
 
-    Returns:
-        An RGB picture: the photograph, and beneath it the panel where there is any text.
-
     Raises:
         DataError: The image cannot be read.
         RegionError: A region does not fit the image.
-        ConfigError: The number of captions is not the number of regions.
+        ConfigError: Captions or dialogue are no texts, or not one a region.
     """
     photo, regions = load_image(image), Region.list_of(regions)
+    texts = [*(caption for caption in captions or () if caption is not None), *chain.from_iterable(dialogue)]
+    if isinstance(captions, str) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"expected captions and dialogue as lists of texts, got {[captions, dialogue]!r:.80}")
     if captions is not None and len(captions) != len(regions):
         raise ConfigError(f"expected one caption a region, got {len(captions)} captions for {len(regions)} regions")
-    for number, region in enumerate(regions, 1):
-        region.check(photo.width, photo.height, f"<region{number}>")
+    drawn = [_Drawn.of(region, number, photo.size) for number, region in enumerate(regions, 1)]
     canvas = _Canvas.of(photo)
     # Large regions first, and every fill before the first line: nothing hides the outline of anything smaller, and
     # nothing at all hides a number.
-    order = sorted(range(len(regions)), key=lambda index: -regions[index].area(*photo.size))
-    for part in ("fill", "line", "tag"):
-        for index in order if part != "tag" else range(len(regions)):
-            canvas.draw(part, regions[index], index + 1)
+    order = sorted(drawn, key=lambda each: -each.area)
+    for each in order:
+        canvas.paint(each, fill=True)
+    for each in order:
+        canvas.paint(each, fill=False)
+    for each in drawn:
+        canvas.tag(each)
     entries = [(number, text) for number, text in enumerate(captions or (), 1) if text]
     return _with_panel(canvas.picture, entries, dialogue) if entries or dialogue else canvas.picture
 
 
 def check_picture(path: str | Path) -> None:
-    """Make sure that a picture can be written, before it is there.
-
-    Raises:
-        ConfigError: Pillow writes no such format, or the folder is missing or not writable.
-    """
+    """Raise ConfigError unless a picture can be written at a path, before it is there."""
     path = Path(path)
     try:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
@@ -96,11 +95,7 @@ def check_picture(path: str | Path) -> None:
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write a picture in the format that its name says, whole or not at all.
-
-    Raises:
-        DataError: It cannot be written.
-    """
+    """Write a picture in the format that its name says, whole or not at all; DataError where that fails."""
     try:
         write_file(path, picture.save)
     except DataError:
@@ -109,76 +104,99 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
         raise DataError(f"{path}: cannot be written: {reason(error)}; try .png") from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """A region in the frame of its image, measured once."""
+
+    number: int
+    kind: str
+    area: float
+    bounds: tuple[float, float, float, float]
+    geometry: Any  # shapely's, or None where there is
+    mask: Image.Image | None  # of the whole image
+
+    @staticmethod
+    def of(region: Region, number: int, size: tuple[int, int]) -> "_Drawn":
+        region.check(*size, f"<region{number}>")
+        geometry, mask = region.geometry(*size), None
+        if geometry is None:
+            mask = Image.fromarray(region.to_mask(*size).astype(np.uint8) * 255)
+        area, bounds = region.area(*size), region.bounds(*size)
+        return _Drawn(number=number, kind=region.kind, area=area, bounds=bounds, geometry=geometry, mask=mask)
+
+    @property
+    def colour(self) -> Colour:
+        return COLOURS[(self.number - 1) % len(COLOURS)]
+
+    def extremes(self) -> list[tuple[float, float]]:
+        """The topmost, bottommost, leftmost and rightmost point (x, y), in pixels of the image."""
+        if self.mask is not None:
+            rows, columns = np.nonzero(np.asarray(self.mask))
+            points = np.stack([columns, rows], axis=1) + 0.5
+        else:
+            points = shapely.get_coordinates(self.geometry)
+        picks = (points[:, 1].argmin(), points[:, 1].argmax(), points[:, 0].argmin(), points[:, 0].argmax())
+        return [(float(points[pick, 0]), float(points[pick, 1])) for pick in picks]
+
+
 @dataclass(kw_only=True)
 class _Canvas:
-    """A photograph being drawn on, at ``scale`` times its own size."""
+    """An image being drawn on, at ``scale`` times its own size."""
 
     picture: Image.Image
-    size: tuple[int, int]  # (width, height) of the photograph itself, the frame of its regions
     scale: float
     stroke: int  # thickness of an outline, in canvas pixels
     taken: list[tuple[float, float, float, float]]  # where tags already are
 
     @classmethod
     def of(cls, photo: Image.Image) -> "_Canvas":
-        longer = max(photo.size)
-        scale = max(1.0, MIN_SIDE / longer)
+        scale = max(1.0, MIN_SIDE / max(photo.size))
         size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
         picture = photo.resize(size, Image.Resampling.BICUBIC) if scale > 1 else photo.copy()
-        return cls(picture=picture, size=photo.size, scale=scale, stroke=max(3, round(max(size) / 260)), taken=[])
+        return cls(picture=picture, scale=scale, stroke=max(3, round(max(size) / 260)), taken=[])
 
-    def draw(self, part: str, region: Region, number: int) -> None:
-        """Draw one part of a region: its translucent ``fill``, its ``line`` on a dark rim, or its number's ``tag``."""
-        if part == "tag":
-            return self._tag(region, number)
-        colour = COLOURS[(number - 1) % len(COLOURS)]
-        x0, y0, x1, y1 = (value * self.scale for value in region.bounds(*self.size))
+    def paint(self, region: _Drawn, fill: bool) -> None:
+        """Draw the translucent fill of a region, or its line on a dark rim."""
+        x0, y0, x1, y1 = (value * self.scale for value in region.bounds)
         margin = 2 * self.stroke + 2
         left, top = max(0, int(x0) - margin), max(0, int(y0) - margin)
         right, bottom = min(self.picture.width, int(x1) + margin + 1), min(self.picture.height, int(y1) + margin + 1)
         window = (left, top, right, bottom)
         fine = 2 if max(right - left, bottom - top) <= 2048 else 1  # drawn larger and shrunk, edges are smooth
         inside = self._inside(region, window, fine)
-        if part == "fill":
-            paints = [(inside, colour, FILL_OPACITY)]
-        else:
-            reach = self.stroke * fine // 2
-            paints = [(_band(inside, reach + 3 * fine // 2), INK, 0.55), (_band(inside, reach), colour, 1.0)]
+        reach = self.stroke * fine // 2
+        paints = [(_band(inside, reach + 3 * fine // 2), INK, 0.55), (_band(inside, reach), region.colour, 1.0)]
         patch = self.picture.crop(window)
-        for layer, paint, opacity in paints:
+        for layer, paint, opacity in [(inside, region.colour, FILL_OPACITY)] if fill else paints:
             alpha = layer.reduce(fine).point([round(value * opacity) for value in range(256)])
             patch.paste(paint, (0, 0, *patch.size), alpha)
         self.picture.paste(patch, (left, top))
-        return None
 
-    def _inside(self, region: Region, window: tuple[int, int, int, int], fine: int) -> Image.Image:
+    def _inside(self, region: _Drawn, window: tuple[int, int, int, int], fine: int) -> Image.Image:
         """The region as a mask of the window enlarged ``fine`` times."""
         left, top, right, bottom = window
         size = ((right - left) * fine, (bottom - top) * fine)
-        geometry = region.geometry(*self.size)
-        if geometry is None:
-            box = (left / self.scale, top / self.scale, right / self.scale, bottom / self.scale)
-            flat = Image.fromarray(region.to_mask(*self.size).astype(np.uint8) * 255)
-            return flat.resize(size, Image.Resampling.BILINEAR, box=_within(box, self.size))
+        if region.mask is not None:
+            x0, y0, x1, y1 = (edge / self.scale for edge in window)
+            box = (x0, y0, min(x1, region.mask.width), min(y1, region.mask.height))  # Pillow refuses a rounding beyond
+            return region.mask.resize(size, Image.Resampling.BILINEAR, box=box)
         inside = Image.new("L", size)
-        for ring, hole in _rings(geometry):
+        for ring, hole in _rings(region.geometry):
             path = [((x * self.scale - left) * fine, (y * self.scale - top) * fine) for x, y in ring]
             ImageDraw.Draw(inside).polygon(path, fill=0 if hole else 255)
         return inside
 
-    def _tag(self, region: Region, number: int) -> None:
+    def tag(self, region: _Drawn) -> None:
         """Put the region's number at its edge, at the first of some places where no other number stands yet."""
-        x0, y0, x1, y1 = (value * self.scale for value in region.bounds(*self.size))
+        x0, y0, x1, y1 = (value * self.scale for value in region.bounds)
         font = _font(max(14, round(max(self.picture.size) / 36)))
-        width, height = _tag_size(font, number)
+        width, height = _tag_size(font, region.number)
         if x1 - x0 < 2 * width or y1 - y0 < 2 * height:  # beside a small region, lest the tag hide it
             places = [(x0 - width, y0 - height), (x1, y0 - height), (x0 - width, y1), (x1, y1)]
         elif region.kind == "box":
             places = [(x0, y0), (x1 - width, y0), (x0, y1 - height), (x1 - width, y1 - height)]
         else:  # the corners of the bounds may be far from the region
-            places = [
-                (x * self.scale - width / 2, y * self.scale - height / 2) for x, y in _extremes(region, self.size)
-            ]
+            places = [(x * self.scale - width / 2, y * self.scale - height / 2) for x, y in region.extremes()]
         places.append(((x0 + x1 - width) / 2, (y0 + y1 - height) / 2))
         room_x, room_y = max(0.0, self.picture.width - width), max(0.0, self.picture.height - height)
         boxes = []
@@ -187,7 +205,7 @@ class _Canvas:
             boxes.append((x, y, x + width, y + height))
         place = next((box for box in boxes if not any(_overlap(box, other) for other in self.taken)), boxes[0])
         self.taken.append(place)
-        _draw_tag(ImageDraw.Draw(self.picture), (place[0], place[1]), number, font)
+        _draw_tag(ImageDraw.Draw(self.picture), (place[0], place[1]), region.number, font)
 
 
 def _with_panel(
@@ -265,23 +283,6 @@ def _height(font: Any) -> float:
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _within(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The box without the rounding that Pillow would refuse as outside the image."""
-    return max(0.0, box[0]), max(0.0, box[1]), min(float(size[0]), box[2]), min(float(size[1]), box[3])
-
-
-def _extremes(region: Region, size: tuple[int, int]) -> list[tuple[float, float]]:
-    """The topmost, bottommost, leftmost and rightmost point (x, y) of a region, in pixels of its image."""
-    geometry = region.geometry(*size)
-    if geometry is None:
-        rows, columns = np.nonzero(region.to_mask(*size))
-        points = np.stack([columns, rows], axis=1) + 0.5
-    else:
-        points = shapely.get_coordinates(geometry)
-    picks = (points[:, 1].argmin(), points[:, 1].argmax(), points[:, 0].argmin(), points[:, 0].argmax())
-    return [(float(points[pick, 0]), float(points[pick, 1])) for pick in picks]
 
 
 def _rings(geometry: Any) -> list[tuple[list[tuple[float, float]], bool]]:

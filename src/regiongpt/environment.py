@@ -29,11 +29,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> dict[str, Any] | None:
-    """The commit of the checkout that this package runs from, and the sources that differ from it.
-
-    Returns:
-        ``hash`` and ``changed``, or None where the package is not a checkout of its own repository.
-    """
+    """``hash`` of the checkout's commit, and the sources ``changed`` since; None where the package is installed."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "pyproject.toml").is_file():  # installed: a repository around it would be someone else's
         return None

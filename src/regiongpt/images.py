@@ -29,15 +29,12 @@ def load_image(source: ImageSource) -> Image.Image:
     """Read an image of any usual kind as upright 8-bit RGB.
 
     The EXIF orientation is applied, so that boxes count in the pixels a person sees. Transparent images are laid on
-    white. 16-bit greyscale is scaled to 8 bits, not clipped. Of an animation the first frame is taken.
+    white. 16-bit greyscale is scaled to 8 bits. Of an animation the first frame is taken.
 
     Args:
         source: a path, the bytes of an image file, a binary file object, a PIL image, or an array of dtype uint8 or
             uint16 and shape (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA, or a torch tensor of such, whose
             channels may come first.
-
-    Returns:
-        A PIL image of mode ``RGB`` that no longer depends on any file.
 
     Raises:
         DataError: the source is missing, not an image, truncated, empty, of more than :data:`MAX_PIXELS` pixels, or
@@ -54,17 +51,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def open_image(source: ImageSource) -> tuple[str, Image.Image]:
-    """Read an image with the pixels that are stored, neither turned nor converted.
-
-    Args:
-        source: as for :func:`load_image`.
-
-    Returns:
-        What messages call the image, and a decoded PIL image of any mode.
-
-    Raises:
-        DataError: as :func:`load_image`, but for pixel types.
-    """
+    """Read an image with the pixels that are stored, of any mode, and what messages call it; see :func:`load_image`."""
     if hasattr(source, "permute"):  # a tensor, told without importing torch
         tensor: Any = source
         first = tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4) and tensor.shape[2] not in (1, 3, 4)
@@ -90,18 +77,9 @@ def open_image(source: ImageSource) -> tuple[str, Image.Image]:
 
 @dataclass(frozen=True)
 class SquareFrame:
-    """The padding of a ``width`` x ``height`` image to a centred square, as one transform.
+    """The padding of a ``width`` x ``height`` image to a centred square, as one transform. Paper: §4.
 
     The image is moved by :meth:`pad`; its regions follow by being measured on the grid of :meth:`edges`.
-
-    Paper: §4 (images are padded to a square).
-
-    Attributes:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-
-    Raises:
-        DataError: a side is not at least one pixel.
     """
 
     width: int
@@ -127,11 +105,7 @@ class SquareFrame:
         return (self.side - self.height) // 2
 
     def pad(self, image: Image.Image, fill: tuple[int, int, int] = (127, 127, 127)) -> Image.Image:
-        """Lay the image in the middle of a ``side`` x ``side`` square of colour ``fill``.
-
-        Raises:
-            ValueError: the image is not the one this frame was made for.
-        """
+        """Lay the image in the middle of a ``side`` x ``side`` square of colour ``fill``."""
         if image.size != (self.width, self.height):
             raise ValueError(f"this frame is for {self.width} x {self.height} pixels, the image has {image.size}")
         if self.width == self.height:
@@ -142,10 +116,6 @@ class SquareFrame:
 
     def edges(self, grid_h: int, grid_w: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Where a grid laid over the padded square cuts the image.
-
-        Args:
-            grid_h: rows of the grid.
-            grid_w: columns of the grid.
 
         Returns:
             ``y_edges`` (grid_h + 1,) and ``x_edges`` (grid_w + 1,), in pixels of the original image; negative or

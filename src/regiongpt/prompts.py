@@ -135,14 +135,9 @@ _FAMILY_OF_NAME = (
 
 
 def template_family(tokenizer_or_name: Any) -> str:
-    """Guess which chat template a language model was tuned with.
+    """Guess which chat template a language model was tuned with; ``"plain"`` where nothing speaks for another.
 
-    Args:
-        tokenizer_or_name: a transformers tokenizer, or a hub name or folder. The tokenizer's own chat template is the
-            best evidence, then its name, then the control tokens it knows.
-
-    Returns:
-        A key of :data:`CHAT_TEMPLATES`; ``"plain"`` where nothing speaks for another.
+    A tokenizer's own chat template is the best evidence, then its name, then the control tokens it knows.
     """
     name = tokenizer_or_name if isinstance(tokenizer_or_name, str) else str(tokenizer_or_name.name_or_path)
     template = str(getattr(tokenizer_or_name, "chat_template", None) or "")
@@ -162,11 +157,7 @@ def template_family(tokenizer_or_name: Any) -> str:
 
 
 def chat_template(family: str) -> str:
-    """Return the jinja template of ``family``.
-
-    Raises:
-        ConfigError: no such family.
-    """
+    """The jinja template of ``family``; raises ConfigError where there is none."""
     if family not in CHAT_TEMPLATES:
         raise ConfigError(f"expected a chat template among {', '.join(CHAT_TEMPLATES)}, got {family!r}")
     return CHAT_TEMPLATES[family]
@@ -177,13 +168,7 @@ def chat_template(family: str) -> str:
 
 
 def placeholders(text: str) -> list[int]:
-    """Numbers of the ``<regionN>`` placeholders in ``text``, in order of appearance, repeats included.
-
-    Args:
-        text: a question or an answer.
-
-    Returns:
-        1-based region numbers, e.g. ``[2, 1, 2]``.
+    """Numbers of the ``<regionN>`` placeholders in ``text``, from 1, in order of appearance, repeats included.
 
     Raises:
         RegionError: something begins like a placeholder and is none: ``<region>``, ``<region0>``, ``<region1``.
@@ -208,11 +193,7 @@ def replace_placeholders(text: str, replacement: Callable[[int], str]) -> str:
 
 
 def check_placeholders(texts: str | Iterable[str], n_regions: int) -> list[str]:
-    """Hold the placeholders of a conversation against the regions given with it.
-
-    Args:
-        texts: the text of every turn (or of one).
-        n_regions: how many regions were given.
+    """Compare the placeholders of a text, or of the texts of a conversation, with the number of regions given.
 
     Returns:
         Warnings, one for each region that no turn mentions.
@@ -236,15 +217,7 @@ def check_placeholders(texts: str | Iterable[str], n_regions: int) -> list[str]:
 
 
 def check_text(text: Any, expected: str) -> None:
-    """Reject what no tokenizer reads.
-
-    Args:
-        text: what was given.
-        expected: what it should be, for the message.
-
-    Raises:
-        DataError: it is no text, blank, or holds bytes that are not UTF-8 (as the command line hands them on).
-    """
+    """Raise DataError for what no tokenizer reads: no text, blank, or bytes that are not UTF-8."""
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"expected {expected}, got {text!r:.80}")
     try:
@@ -283,15 +256,9 @@ _ANSWER = re.compile(r"region\s*\[?\s*([1-9][0-9]*)\s*\]?\s*\.?", re.IGNORECASE)
 
 
 def parse_region_answer(text: str) -> int | Literal["invalid"] | None:
-    """Read an answer to a choice among regions.
+    """The 1-based region of an answer to a choice among regions, None for :data:`NO_MATCH`, or ``"invalid"``.
 
     Case, brackets, blanks and a final full stop are forgiven; anything else is not.
-
-    Args:
-        text: what the model said.
-
-    Returns:
-        The 1-based number of the region; None for :data:`NO_MATCH`; ``"invalid"`` for anything else.
     """
     text = text.strip()
     if text.rstrip(" .").lower() == NO_MATCH.rstrip(".").lower():
@@ -512,11 +479,7 @@ LABEL_SETS: Final[dict[str, tuple[str, ...]]] = {"COCO-80": COCO_80}
 
 
 def check_choices(choices: Sequence[str] | None, label_set: str) -> list[str]:
-    """The names of a closed set, without blanks around them.
-
-    Args:
-        choices: at least one name, none twice; None for those of the label set.
-        label_set: a key of :data:`LABEL_SETS`, or where there are choices any name.
+    """The names of a closed set without blanks around them; those of ``label_set`` where ``choices`` is None.
 
     Raises:
         ConfigError: there are no choices, one is repeated, or there are none and the label set is unknown.

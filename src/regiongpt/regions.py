@@ -1,17 +1,14 @@
 """Regions of an image, in every form people mark them: box, mask, polygon, RLE, point, scribble.
 
 A :class:`Region` is immutable and holds what was given, in pixels of the original image: x to the right, y down,
-(0, 0) the top left corner of the top left pixel. It is clipped to its image when it is used; one that is then empty,
-malformed or wholly outside raises a :class:`~regiongpt.errors.RegionError`. :meth:`Region.check` asks on purpose, and
-names the region in the message.
-
-Paper: §3.1 (regions of any shape are given as masks and pooled).
+(0, 0) the top left corner of the top left pixel. It is clipped to its image when it is used. Paper: §3.1.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -43,11 +40,11 @@ MAX_COORDINATE = 1e9
 
 
 class Region(ABC):
-    """A part of an image. Make one with :meth:`box`, :meth:`mask`, :meth:`polygon`, :meth:`rle`, :meth:`point`,
-    :meth:`scribble`, :meth:`from_xywh`, :meth:`from_dict` or :meth:`of`.
+    """A part of an image, made by :meth:`box`, :meth:`mask`, :meth:`polygon`, :meth:`rle`, :meth:`point` and others.
 
-    Regions compare equal when they are of one kind and hold the same numbers or pixels.
-    """  # noqa: D205
+    Every method that takes a width and height, those of the image in pixels, raises RegionError where the region makes
+    no sense in such an image. Regions compare equal when they are of one kind and hold the same numbers or pixels.
+    """
 
     kind: str
     """One of :data:`KINDS`."""
@@ -85,11 +82,7 @@ class Region(ABC):
 
     @staticmethod
     def list_of(values: Any) -> "list[Region]":
-        """One region, or a sequence of regions, as a list; each may be anything that :meth:`of` takes.
-
-        Raises:
-            RegionError: one of them is no region; it is named ``<regionN>``.
-        """
+        """One region, or a sequence of regions, as a list; each may be anything that :meth:`of` takes."""
         if isinstance(values, Region | Mapping | Image.Image):
             values = [values]
         if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
@@ -121,11 +114,7 @@ class Region(ABC):
 
     @staticmethod
     def from_xywh(x: float, y: float, width: float, height: float, *, normalized: bool | None = None) -> "Region":
-        """The box given by its left and top edge, its width and its height, as COCO has them; see :meth:`box`.
-
-        Raises:
-            RegionError: as for :meth:`box`, or the width or height is not above 0.
-        """
+        """The box given by its left and top edge, its width and its height, as COCO has them; see :meth:`box`."""
         x, y, width, height = _numbers((x, y, width, height), "x, y, width, height")
         if width <= 0 or height <= 0:
             raise RegionError(
@@ -138,10 +127,10 @@ class Region(ABC):
     def mask(mask: "ArrayLike | Image.Image") -> "Region":
         """The pixels inside a mask.
 
-        Bool arrays are taken as they are. Of other masks with only two values, the larger one is inside. Of masks with
-        more values (soft edges, JPEG, probabilities), inside is from half on: 128 of 255, 32768 of 65535, 0.5 of 1;
-        :attr:`note` says so. Of an image with colours, the brightest channel counts; of one with transparency, only
-        its alpha channel, unless that is the same everywhere.
+        Of masks with only two values, the larger one is inside. Of masks with more values (soft edges, JPEG,
+        probabilities), inside is from half on: 128 of 255, 32768 of 65535, 0.5 of 1; :attr:`note` says so. Of an image
+        with colours, the brightest channel counts; of one with transparency, only its alpha channel, unless that is
+        the same everywhere.
 
         Args:
             mask: of the whole original image: an array or tensor (H, W) of bool, integers 0..255 or 0..65535, or floats
@@ -171,9 +160,6 @@ class Region(ABC):
         Args:
             points: [[x, y], ...], or flat [x, y, x, y, ...] as COCO writes it, or a list of several such rings; in
                 pixels. A ring closes itself.
-
-        Raises:
-            RegionError: there is no ring, or one that is not made of pairs of numbers.
         """
         if not _is_list(points):
             raise RegionError(
@@ -190,9 +176,6 @@ class Region(ABC):
         Args:
             rle: ``size`` [H, W] of the original image, and ``counts``: compressed (str or bytes) or a list of runs.
                 Runs that do not decode are found by :meth:`check`.
-
-        Raises:
-            RegionError: one of the two is missing or of another type.
         """
         expected = 'expected RLE like {"size": [H, W], "counts": "..."}'
         if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
@@ -215,28 +198,14 @@ class Region(ABC):
 
     @staticmethod
     def point(x: float, y: float, radius: float | None = None) -> "Region":
-        """A disk about a point.
-
-        Args:
-            x: of the centre, in pixels.
-            y: of the centre, in pixels.
-            radius: in pixels; None is 1.5 % of the longer side of the image, and at least one pixel.
-
-        Raises:
-            RegionError: one of them is not a number.
-        """
+        """A disk about a point; its radius is by default 1.5 % of the longer side of the image, at least one pixel."""
         return _Vector("point", (np.array([_numbers((x, y), "x, y")]),), _as_size(radius, "radius"))
 
     @staticmethod
     def scribble(points: Any, width: float | None = None) -> "Region":
-        """A stroke of a round brush along a line; a single point gives a dot.
+        """A stroke of a round brush along a line [[x, y], ...] or [x, y, x, y, ...]; a single point gives a dot.
 
-        Args:
-            points: [[x, y], ...] or flat [x, y, x, y, ...], in pixels.
-            width: of the brush in pixels; None is 1.5 % of the longer side of the image, and at least one pixel.
-
-        Raises:
-            RegionError: there is no point, or one that is not a pair of numbers.
+        Its width is by default 1.5 % of the longer side of the image, and at least one pixel.
         """
         return _Vector("scribble", (_points(points, "scribble"),), _as_size(width, "width"))
 
@@ -264,8 +233,7 @@ class Region(ABC):
             if kind == "box":
                 if extra not in (None, True, False):
                     raise RegionError(f"region: expected normalized as true or false, got {_short(extra)}")
-                x0, y0, x1, y1 = _numbers(value, "x0, y0, x1, y1")
-                return Region.box(x0, y0, x1, y1, normalized=extra)
+                return Region.box(*_numbers(value, "x0, y0, x1, y1"), normalized=extra)
             if kind == "point":
                 x, y = _numbers(value, "x, y")
                 return Region.point(x, y, extra)
@@ -283,13 +251,17 @@ class Region(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The region as an object that json can write; the keys are those of :meth:`from_dict`."""
 
-    @abstractmethod
-    def flip(self, width: int) -> "Region":
-        """The region of the image mirrored left to right.
+    def scaled(self, width: int, height: int) -> "Region":
+        """In pixels, a region that was given in fractions of the image's sides; masks stay as they are."""
+        return self
 
-        Args:
-            width: of the image, in pixels.
-        """
+    @abstractmethod
+    def _shape(self, width: int, height: int, name: str) -> Shape:
+        """The region clipped to the image, maybe with no area left."""
+
+    def _coordinates(self) -> Any:
+        """Numbers that may have been meant as fractions of the image."""
+        return ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Region) and self.to_dict() == other.to_dict()
@@ -300,102 +272,48 @@ class Region(ABC):
     def __repr__(self) -> str:
         return f"<{self}>"
 
-    def _coordinates(self) -> Any:
-        """Numbers that may have been meant as fractions of the image."""
-        return ()
-
-    @abstractmethod
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> "Region":
-        """The region in the frame of a crop that it is known to reach into."""
-
-    @abstractmethod
-    def _shape(self, width: int, height: int, name: str) -> Shape:
-        """The region clipped to the image, maybe with no area left; RegionError if it makes no sense anywhere."""
-
-    def crop(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> "Region | None":
-        """What is left of the region in a crop of the image, in pixels of the crop.
-
-        Args:
-            x0: left edge of the crop, in whole pixels within the image; ``y0``, ``x1``, ``y1`` likewise.
-            y0: top edge.
-            x1: right edge, exclusive.
-            y1: bottom edge, exclusive.
-            width: of the image, in pixels.
-            height: of the image, in pixels.
-
-        Returns:
-            The region, or None if less than :data:`MIN_AREA` of it lies in the crop.
-
-        Raises:
-            RegionError: as :meth:`check`.
-            ValueError: the crop is empty or reaches beyond the image.
-        """
-        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(f"crop {(x0, y0, x1, y1)} is empty or not within the image of {width} x {height} pixels")
-        left = self.coverage([y0, y1], [x0, x1], width, height)[0, 0]
-        return self._move(x0, y0, x1, y1, width, height) if left >= MIN_AREA else None
-
     def check(self, width: int, height: int, name: str = "region") -> "Region":
-        """Make sure that the region makes sense in an image.
+        """Make sure that the region makes sense in an image, and return it; one partly outside is fine.
 
-        Args:
-            width: of the image, in pixels.
-            height: of the image, in pixels.
-            name: what messages call the region, such as ``<region1>``.
-
-        Returns:
-            The region itself; one partly outside is fine, and counts as far as it is inside.
+        ``name`` is what messages call the region, such as ``<region1>``.
 
         Raises:
             RegionError: it is empty, inverted, not finite, malformed, wholly outside, of another size, or a box that
                 looks normalized.
         """
-        coordinates = self._coordinates()
-        if max(width, height) > 1 and len(coordinates) and min(coordinates) >= 0 and 0 < max(coordinates) <= 1:
-            raise RegionError(
-                f"{name}: {self} lies within 0..1 and looks normalized; use normalized=True (--normalized) or multiply "
-                "by the image's width and height; normalized=False takes it as pixels"
-            )
-        self._resolve(width, height, name)
+        self._checked(width, height, name)
         return self
 
     def area(self, width: int, height: int) -> float:
-        """Exact area inside the image of ``width`` x ``height`` pixels, in square pixels."""
+        """Exact area inside the image, in square pixels."""
         return self._resolve(width, height).area
 
     def bounds(self, width: int, height: int) -> Bounds:
-        """The smallest box x0, y0, x1, y1 around the part inside the image of ``width`` x ``height`` pixels."""
+        """The smallest box x0, y0, x1, y1 around the part inside the image."""
         return self._resolve(width, height).bounds
 
     def coverage(self, y_edges: ArrayLike, x_edges: ArrayLike, width: int, height: int) -> NDArray[np.float32]:
-        """Exact area of the region, clipped to the image, inside each cell of a grid.
+        """Exact area (H, W) of the region, clipped to the image, inside each cell of a grid, in square pixels.
 
         Args:
             y_edges: (H + 1,) ascending lines between the rows of the grid, in pixels of the image.
             x_edges: (W + 1,) ascending lines between its columns.
             width: of the image, in pixels.
             height: of the image, in pixels.
-
-        Returns:
-            (H, W) float32 in square pixels. It sums to :meth:`area` if the grid covers the image.
         """
         shape = self._resolve(width, height)
-        return shape.coverage(np.asarray(y_edges, float), np.asarray(x_edges, float)).astype(np.float32)
+        return shape.coverage(_lines(y_edges, "y_edges"), _lines(x_edges, "x_edges")).astype(np.float32)
 
-    def pool_weights(self, frame: SquareFrame, grid_h: int, grid_w: int) -> NDArray[np.float32]:
-        """How much each cell of a feature grid over the padded image counts for the region.
+    def pool_weights(self, frame: SquareFrame, grid_h: int, grid_w: int, name: str = "") -> NDArray[np.float32]:
+        """How much each cell of a feature grid over the padded image counts for the region. Paper: §3.1 (mask pooling).
 
-        Paper: §3.1 (mask pooling).
-
-        Args:
-            frame: the square that the image is padded to, and the grid spans.
-            grid_h: rows of the grid.
-            grid_w: columns of the grid.
+        With a ``name``, the region is checked as by :meth:`check`.
 
         Returns:
             (grid_h, grid_w) float32, summing to 1; a region thinner than a cell still has its full weight.
         """
-        areas = self._resolve(frame.width, frame.height).coverage(*frame.edges(grid_h, grid_w))
+        shape = (self._checked if name else self._resolve)(frame.width, frame.height, name)
+        areas = shape.coverage(*frame.edges(grid_h, grid_w))
         weights: NDArray[np.float32] = (areas / areas.sum()).astype(np.float32)
         return weights
 
@@ -419,20 +337,31 @@ class Region(ABC):
         if self.kind == "polygon":
             segmentation = [[number for point in ring for number in point] for ring in self.to_dict()["polygon"]]
         elif self.kind != "box":
-            coded = coco_mask.encode(np.asfortranarray(self.to_mask(width, height), dtype=np.uint8))
-            segmentation = {"size": [height, width], "counts": coded["counts"].decode("ascii")}
+            segmentation = _encoded(self.to_mask(width, height))
         return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": self.area(width, height), "segmentation": segmentation}
 
     def geometry(self, width: int, height: int) -> Any:
         """The region clipped to the image as a shapely Polygon or MultiPolygon; None where only pixels are known."""
         return self._resolve(width, height).geometry
 
+    def _checked(self, width: int, height: int, name: str) -> Shape:
+        numbers = self._coordinates()
+        if max(width, height) > 1 and len(numbers) and min(numbers) >= 0 and 0 < max(numbers) <= 1:
+            raise RegionError(
+                f"{name}: {self} lies within 0..1 and looks normalized; give --normalized (in Python normalized=True, "
+                "or False if these are pixels) or multiply by the image's width and height"
+            )
+        return self._resolve(width, height, name)
+
     def _resolve(self, width: int, height: int, name: str = "region") -> Shape:
-        shape = self._shape(width, height, name)
+        if not (_is_whole(width) and _is_whole(height)):
+            got = " and ".join(map(_short, (width, height)))
+            raise RegionError(f"{name}: expected width and height of the image as whole numbers, got {got}")
+        shape = self._shape(width, height, name or "region")
         known_to_reach = isinstance(shape, RingsShape | StrokeShape)
         if not known_to_reach and not shape.area >= MIN_AREA:
             raise RegionError(
-                f"{name}: {self} covers nothing of the image of {width} x {height} pixels (W x H); "
+                f"{name or 'region'}: {self} covers nothing of the image of {width} x {height} pixels (W x H); "
                 f"expected it at least partly within x 0..{width}, y 0..{height}"
             )
         return shape
@@ -459,13 +388,8 @@ class _Box(Region):
     def to_dict(self) -> dict[str, Any]:
         return {"box": list(self._edges()), **({"normalized": True} if self.normalized else {})}
 
-    def flip(self, width: int) -> Region:
-        right = 1 if self.normalized else width
-        return _Box(right - self.x1, self.y0, right - self.x0, self.y1, self.normalized, True)
-
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        left, top, right, bottom = self._edges(width, height)
-        return _Box(max(left, x0) - x0, max(top, y0) - y0, min(right, x1) - x0, min(bottom, y1) - y0, certain=True)
+    def scaled(self, width: int, height: int) -> Region:
+        return _Box(self.x0 * width, self.y0 * height, self.x1 * width, self.y1 * height, certain=True)
 
     def _coordinates(self) -> Any:
         return () if self.certain else self._edges()
@@ -516,42 +440,23 @@ class _Pixels(Region):
         return f"<{self}, {pixels.area:.0f} inside, within ({', '.join(map(_number, pixels.bounds))})>"
 
     def to_dict(self) -> dict[str, Any]:
-        pixels = self.pixels().pixels(self.width, self.height)
-        coded = coco_mask.encode(np.asfortranarray(pixels, dtype=np.uint8))
-        return {self.kind: {"size": [self.height, self.width], "counts": coded["counts"].decode("ascii")}}
-
-    def flip(self, width: int) -> Region:
-        self._expect_size(width, self.height, "region")
-        pixels = self.pixels()
-        mirrored = PixelShape(pixels.window[:, ::-1].copy(), pixels.top, width - int(pixels.bounds[2]))
-        return replace(self, source=mirrored)
-
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        pixels = self.pixels()
-        rows = slice(max(y0 - pixels.top, 0), max(y1 - pixels.top, 0))
-        columns = slice(max(x0 - pixels.left, 0), max(x1 - pixels.left, 0))
-        part = PixelShape.of(pixels.window[rows, columns])
-        top, left = pixels.top + rows.start + part.top - y0, pixels.left + columns.start + part.left - x0
-        return replace(self, height=y1 - y0, width=x1 - x0, source=PixelShape(part.window, top, left))
+        return {self.kind: _encoded(self.pixels().pixels(self.width, self.height))}
 
     def _shape(self, width: int, height: int, name: str) -> Shape:
-        self._expect_size(width, height, name)
-        pixels = self.pixels(name)
-        if pixels.area == 0:
-            raise RegionError(f"{name}: expected a {self.kind} with at least one set pixel, got an empty {self}")
-        return pixels
-
-    def _expect_size(self, width: int, height: int, name: str) -> None:
         if (self.height, self.width) != (height, width):
             raise RegionError(
                 f"{name}: expected a {self.kind} of the image's size, {width} x {height} pixels (W x H), "
                 f"got {self.width} x {self.height}; draw it on this image, or resize it without smoothing"
             )
+        pixels = self.pixels(name)
+        if pixels.area == 0:
+            raise RegionError(f"{name}: expected a {self.kind} with at least one set pixel, got an empty {self}")
+        return pixels
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Vector(Region):
-    """A polygon, a point or a scribble: shapely draws them."""
+    """A polygon, a point or a scribble, drawn once an image size."""
 
     kind: str
     rings: tuple[NDArray[np.float64], ...]  # of (N, 2) each; a point's and a scribble's points are the only one
@@ -577,22 +482,15 @@ class _Vector(Region):
         return f"<{self}: {listed}{', ...' * (len(points) > 8)}{width}>"
 
     def to_dict(self) -> dict[str, Any]:
+        rings = [ring.tolist() for ring in self.rings]
         if self.kind == "polygon":
-            return {"polygon": [ring.tolist() for ring in self.rings]}
-        points = self.rings[0].tolist()
-        return (
-            {"point": points[0], "radius": self.size}
-            if self.kind == "point"
-            else {"scribble": points, "width": self.size}
-        )
+            return {"polygon": rings}
+        if self.kind == "point":
+            return {"point": rings[0][0], "radius": self.size}
+        return {"scribble": rings[0], "width": self.size}
 
-    def flip(self, width: int) -> Region:
-        rings = tuple(np.column_stack((width - ring[:, 0], ring[:, 1])) for ring in self.rings)
-        return replace(self, rings=rings, certain=True)
-
-    def _move(self, x0: int, y0: int, x1: int, y1: int, width: int, height: int) -> Region:
-        size = None if self.kind == "polygon" else self._stroke(width, height)
-        return replace(self, rings=tuple(ring - (x0, y0) for ring in self.rings), size=size, certain=True)
+    def scaled(self, width: int, height: int) -> Region:
+        return replace(self, rings=tuple(ring * (width, height) for ring in self.rings), certain=True)
 
     def _coordinates(self) -> Any:
         return () if self.certain or self.kind == "point" else np.concatenate(self.rings).ravel()
@@ -638,6 +536,11 @@ class _Vector(Region):
         return shape
 
 
+def _encoded(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    coded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": coded["counts"].decode("ascii")}
+
+
 def _is_list(value: Any) -> bool:
     return (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or bool(getattr(value, "ndim", 0))
 
@@ -657,13 +560,20 @@ def _array(values: Any) -> NDArray[Any]:
         raise RegionError(f"region: expected lists of one length, got {_short(values)}") from None
 
 
-def _numbers(values: Any, names: str) -> tuple[float, ...]:
+def _lines(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    lines = _array(values)
+    if lines.ndim != 1 or len(lines) < 2 or lines.dtype.kind not in "iuf":
+        raise RegionError(f"region: expected {name} as a list of ascending lines in pixels, got {_short(values)}")
+    return lines.astype(float)
+
+
+def _numbers(values: Any, names: str) -> list[Any]:
     """As many numbers as there are names."""
-    listed = list(values) if _is_list(values) else []
-    if len(listed) != len(names.split(",")):
+    listed, wanted = list(values) if _is_list(values) else [], names.split(", ")
+    if len(listed) != len(wanted):
         got = f"{len(listed)}: {_short(values)}" if listed else _short(values)
-        raise RegionError(f"region: expected {len(names.split(','))} numbers {names}, got {got}")
-    return tuple(map(_as_number, listed, names.split(", ")))
+        raise RegionError(f"region: expected {len(wanted)} numbers {names}, got {got}")
+    return list(map(_as_number, listed, wanted))
 
 
 def _as_size(value: Any, name: str) -> float | None:
@@ -672,7 +582,7 @@ def _as_size(value: Any, name: str) -> float | None:
 
 def _as_number(value: Any, name: str) -> float:
     try:
-        if isinstance(value, bool | np.bool_ | str | bytes):
+        if isinstance(value, bool | np.bool_ | np.complexfloating | str | bytes):
             raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):
@@ -685,7 +595,8 @@ def _points(values: Any, what: str) -> NDArray[np.float64]:
     array = _array(values)
     if array.size == 0:
         raise RegionError(f"{expected}, got none; give its points")
-    if array.dtype.kind not in "iuf":
+    listed = () if hasattr(values, "dtype") else values if array.ndim == 1 else chain.from_iterable(values)
+    if array.dtype.kind not in "iuf" or bool in set(map(type, listed)):
         raise RegionError(f"{expected}, got {_short(values)}")
     if array.ndim == 1 and array.size % 2 == 0:
         array = array.reshape(-1, 2)

@@ -47,17 +47,12 @@ class Settings(BaseModel, metaclass=_OwnErrors):
             overrides: Command-line words, by dotted name: ``--stage2.lr 5e-4`` or ``--stage2.lr=5e-4``.
 
         Raises:
-            ConfigError: The file is no TOML; a key is unknown (names the nearest one); a value is of the wrong type,
-                out of range, or does not go with the others.
+            ConfigError: The file is no TOML; a key is unknown (names the nearest one); a value cannot be used.
         """
         return cls(**override(read_toml(Path(path)) if path else {}, overrides))
 
     def replace(self: T, **values: Any) -> T:
-        """A copy with other values, validated like any.
-
-        Raises:
-            ConfigError: A value cannot be used.
-        """
+        """A copy with other values, validated like any."""
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **values})
 
     @field_validator("*", mode="before")
@@ -65,11 +60,13 @@ class Settings(BaseModel, metaclass=_OwnErrors):
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Split the lists of the command line at commas, and reject what pydantic would take in silence."""
         hint = cls.model_fields[str(info.field_name)].annotation
-        kinds = _kinds(hint)
+        kinds = plain_types(hint)
         if isinstance(value, str) and tuple in kinds and str not in kinds:
             return [part.strip() for part in value.split(",") if part.strip()]
         paths = value if isinstance(value, list | tuple) else [value]
-        if Path in kinds.union(*map(_kinds, typing.get_args(hint))) and any(str(path).strip() == "" for path in paths):
+        if Path in kinds.union(*map(plain_types, typing.get_args(hint))) and any(
+            str(path).strip() == "" for path in paths
+        ):
             raise ValueError("give a path, not an empty text")
         if isinstance(value, bool) and bool not in kinds and {int, float} & kinds:
             raise ValueError("give a number")
@@ -77,11 +74,7 @@ class Settings(BaseModel, metaclass=_OwnErrors):
 
 
 def read_toml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tables of a TOML file, merged over those of the files that it ``extends``.
-
-    Raises:
-        ConfigError: A file is missing, is no TOML, or extends itself.
-    """
+    """The tables of a TOML file, merged over those of the files that it ``extends``; ConfigError where it is none."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself; leave out one of the files")
     try:
@@ -98,11 +91,7 @@ def read_toml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def override(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """The values with those of command-line words such as ``--stage2.lr 5e-4`` in their places.
-
-    Raises:
-        ConfigError: A word is no override, or treats a value as a table.
-    """
+    """The values with those of command-line words such as ``--stage2.lr 5e-4`` in their places."""
     merged, rest = dict(values), list(words)
     while rest:
         name, equals, text = rest.pop(0).partition("=")
@@ -121,13 +110,7 @@ def override(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str], where: str = "") -> str:
-    """What to suggest for a misspelt name: the nearest known one, or all of them.
-
-    Args:
-        name: What was written.
-        known: The names there are.
-        where: What stands before a name in the message.
-    """
+    """What to suggest for a misspelt name: the nearest known one, with ``where`` before it, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean '{where}{near[0]}'?" if near else f"known: {', '.join(names)}"
@@ -180,7 +163,7 @@ def add_options(
     """
     group: Any = parser if title == "options" else parser.add_argument_group(title)
     for name, field in kind.model_fields.items():
-        kinds = _kinds(field.annotation)
+        kinds = plain_types(field.annotation)
         text = " ".join((field.description or "").split()).replace("%", "%%").replace("``", "")
         shown = not field.is_required() and field.default not in (None, "", (), False) and field.default_factory is None
         given: dict[str, Any] = {
@@ -191,7 +174,7 @@ def add_options(
         if bool in kinds:  # what is off by default needs no --no-...
             given["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         else:
-            inner = _kinds(typing.get_args(field.annotation)[0]) if kinds == {tuple} else kinds
+            inner = plain_types(typing.get_args(field.annotation)[0]) if kinds == {tuple} else kinds
             names = {int: "N", float: "X", Path: "DIR" if name in ("data", "images", "model", "out") else "FILE"}
             named = next((metavar for each, metavar in names.items() if each in inner), "TEXT")
             choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
@@ -203,14 +186,10 @@ def add_options(
 
 
 def read_options(kind: type[T], options: argparse.Namespace) -> T:
-    """The settings that were typed.
-
-    Raises:
-        ConfigError: A value cannot be used; the message names its option.
-    """
+    """The settings that were typed; a ConfigError names the option whose value cannot be used."""
     given = {name: getattr(options, name) for name in kind.model_fields if hasattr(options, name)}
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(given, context={"typed": True})
     except ValidationError as error:
         name, colon, rest = explain(kind, error).partition(":")
         is_option = bool(colon) and name.split(".")[0] in kind.model_fields
@@ -230,13 +209,13 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any], strict: bool = Fal
     return merged
 
 
-def _kinds(hint: Any) -> set[Any]:
+def plain_types(hint: Any) -> set[Any]:
     """The plain types in an annotation: ``{Path, NoneType}`` of ``Path | None``, ``{tuple, ...}`` of a tuple."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return set().union(*map(_kinds, typing.get_args(hint)))
+        return set().union(*map(plain_types, typing.get_args(hint)))
     if origin is typing.Annotated:
-        return _kinds(typing.get_args(hint)[0])
+        return plain_types(typing.get_args(hint)[0])
     if origin is typing.Literal:
         return {type(value) for value in typing.get_args(hint)}
     if origin is tuple:

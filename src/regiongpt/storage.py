@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
 
 _CHUNK = 1 << 22
 
@@ -62,11 +62,7 @@ def finite(value: Any) -> Any:
 
 
 def read_json(path: str | Path, kind: type[RegionGPTError] = DataError) -> Any:
-    """Read a JSON file, with or without a byte order mark.
-
-    Raises:
-        kind: The file is missing, no UTF-8, no JSON, nested too deeply, or holds a number too long to read.
-    """
+    """Read a JSON file, with or without a byte order mark; raises ``kind`` where it is none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -75,11 +71,7 @@ def read_json(path: str | Path, kind: type[RegionGPTError] = DataError) -> Any:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn a failed write inside the block into one line.
-
-    Raises:
-        DataError: The disk is full, the folder is missing or not writable.
-    """
+    """Turn a failed write inside the block into a DataError of one line."""
     try:
         yield
     except Exception as error:
@@ -93,11 +85,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Make sure that a file can be written, before there is anything to write.
-
-    Raises:
-        ConfigError: Its folder is missing or not writable, or the path is a folder.
-    """
+    """Raise ConfigError unless a file can be written, before there is anything to write."""
     folder = Path(path).resolve().parent
     if not folder.is_dir():
         raise ConfigError(f"{path}: there is no folder {folder}; make it first")
@@ -110,13 +98,37 @@ def check_writable(path: str | Path) -> None:
         raise ConfigError(f"{path}: {folder} is not writable ({reason(error)}); choose another place") from None
 
 
+def check_checkpoint(folder: str | Path) -> None:
+    """Raise CheckpointError for a folder that lacks a file of a checkpoint, without torch."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a checkpoint folder; there is none at this path")
+    index = folder / "model.safetensors.index.json"
+    weights = ["model.safetensors"]
+    if index.exists():
+        try:
+            weights = sorted(set(read_json(index, CheckpointError)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{index}: not an index of weights; copy the whole folder again") from None
+    wanted = ["config.json", *weights, "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
+    if missing := [name for name in wanted if not (folder / name).is_file()]:
+        raise CheckpointError(f"the checkpoint {folder} lacks {', '.join(missing)}; copy the whole folder again")
+
+
+def check_new(folder: str | Path | None) -> None:
+    """Raise ConfigError for a folder to write that has something in it, or cannot be there."""
+    if folder is None:
+        return
+    if not str(folder):
+        raise ConfigError("out: expected a folder, got an empty path")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: expected a new or an empty folder, but it has something in it; choose another")
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder beside ``path`` to fill, which becomes ``path`` when the block ends and is deleted when it fails.
-
-    Raises:
-        DataError: It cannot be written.
-    """
+    """A folder beside ``path`` to fill, which becomes ``path`` when the block ends and is deleted when it fails."""
     path = Path(path)
     beside = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
     try:
@@ -148,11 +160,7 @@ def digest(*parts: Any) -> str:
 
 @contextmanager
 def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for this process; the lock ends with the block or the process, however that ends.
-
-    Args:
-        folder: Made if it is missing.
-        wait: Wait for another process that holds it.
+    """Hold a folder, made if it is missing, for this process; the lock ends with the block or the process.
 
     Raises:
         ConfigError: Another process holds it, and ``wait`` is not given; the message names it.

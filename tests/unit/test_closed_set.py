@@ -1,7 +1,5 @@
 """Scores of whole sets of answers against one full forward pass an answer."""
 
-from itertools import islice, product
-
 import numpy as np
 import pytest
 import torch
@@ -12,11 +10,10 @@ from tiny_checkpoint import make_checkpoint
 from transformers import AutoConfig
 
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.inference import RegionPredictor, closed_set
-from regiongpt.inference.choice_tree import ChoiceTree
-from regiongpt.inference.closed_set import answer_scores, content_free, log_likelihoods
-from regiongpt.inference.engine import question_turns
-from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
+from regiongpt.inference import RegionPredictor, choices
+from regiongpt.inference.choices import ChoiceTree, answer_scores, content_free, log_likelihoods
+from regiongpt.inference.engine import Engine, question_turns
+from regiongpt.prompts import CHAT_TEMPLATES, COCO_80, NO_MATCH, question, region_answer
 from regiongpt.regions import Region
 
 PHOTO = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -48,7 +45,7 @@ def full_pass(predictor: RegionPredictor, text: str, regions: list[Region], answ
 
 def scores(predictor: RegionPredictor, text: str, sets: list[list[Region]], answers: list[str]) -> torch.Tensor:
     engine, scene = predictor.engine, predictor._here()
-    closed = closed_set.closed_set(engine, question_turns((), text), len(sets[0]), answers)
+    closed = choices.closed_set(engine, question_turns((), text), len(sets[0]), answers)
     return log_likelihoods(engine, scene, closed, [engine.pool(scene, regions) for regions in sets])
 
 
@@ -74,18 +71,9 @@ def test_each_entry_is_predicted_once_behind_its_own_beginning(paths, size):
             for row, entry in zip(piece.rows, piece.entries, strict=True):
                 assert row >= piece.known
                 assert [*piece.tokens[piece.visible[row]], tree.tokens[entry]] == path(entry)
-                assert list(piece.depths[piece.visible[row]]) == list(range(len(path(entry)) - 1))
             predicted += list(piece.entries)
         assert set(predicted) == set(range(len(tree.tokens)))
     assert sum(len(piece.entries) for piece in tree.pieces(size)) + len(tree.first) == len(tree.tokens)
-
-
-def test_paths_must_be_there():
-    for paths in ([], [[]], [[1], []]):
-        with pytest.raises(ValueError, match="none of them empty"):
-            ChoiceTree(paths)
-    with pytest.raises(ValueError, match="at least 1 node"):
-        next(ChoiceTree([[1, 2]]).pieces(0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,8 +93,8 @@ def test_scores_equal_a_full_pass_an_answer(predictor, names, seed, count, size)
     regions = boxes(count, seed)
     text = question("classify", index=seed, regions=[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(closed_set, "NODES", size)
-        patch.setattr(closed_set, "TOKENS", 2 * size)
+        patch.setattr(choices, "NODES", size)
+        patch.setattr(choices, "TOKENS", 2 * size)
         found = scores(predictor, text, [[region] for region in regions], names)
     expected = [[full_pass(predictor, text, [region], name) for name in names] for region in regions]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
@@ -145,67 +133,39 @@ def test_a_question_without_a_region(predictor):
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
-def test_two_hundred_regions_and_duplicates(predictor):
-    text, names = question("classify", regions=[1]), ["cat", "hot dog", "hot", "dog"]
-    regions = boxes(200)
-    regions[77] = regions[3]
-    found = scores(predictor, text, [[region] for region in regions], names)
-    alone = torch.cat([scores(predictor, text, [[regions[k]]], names) for k in (0, 3, 199)])
-    torch.testing.assert_close(found[[0, 3, 199]], alone, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(found[77], found[3], rtol=1e-5, atol=1e-4)
-    assert scores(predictor, text, [[regions[0]]], ["cat"]).shape == (1, 1)
-
-
 def test_pieces_give_what_the_whole_gives(predictor, monkeypatch):
     text, regions = question("classify", regions=[1]), [[region] for region in boxes(2)]
     names = list(COCO_80[:12])
     whole = scores(predictor, text, regions, names)
-    monkeypatch.setattr(closed_set, "NODES", 7)
+    monkeypatch.setattr(choices, "NODES", 7)
     torch.testing.assert_close(scores(predictor, text, regions, names), whole, rtol=1e-5, atol=1e-4)
     monkeypatch.setattr(predictor.engine.decoder, "shares", False)
     torch.testing.assert_close(scores(predictor, text, regions, names), whole, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_thousands_of_names_in_bounded_memory(predictor, monkeypatch):
-    syllables = ["ka", "to", "mi", "re", "su", "no", "ba"]
-    names = ["".join(chosen) for chosen in islice(product(syllables, repeat=5), 13204)]
-    monkeypatch.setattr(closed_set, "TOKENS", 1024)
-    widest = []
-    forward = predictor.engine.decoder.forward
-
-    def watched(cache, embeds, *more, **options):
-        widest.append(len(embeds))
-        return forward(cache, embeds, *more, **options)
-
-    monkeypatch.setattr(predictor.engine.decoder, "forward", watched)
-    text, region = question("classify", regions=[1]), boxes(1)
-    found = scores(predictor, text, [region], names)
-    assert max(widest) < 1024 + 64
-    some = [0, 5000, 13203]
-    expected = [full_pass(predictor, text, region, names[k]) for k in some]
-    torch.testing.assert_close(found[0, some], torch.tensor(expected), rtol=1e-5, atol=1e-4)
-
-
-def test_a_large_set_is_tokenized_as_the_processor_does(predictor, monkeypatch):
-    engine, turns = predictor.engine, question_turns((), question("classify", regions=[1]))
-    names = ["cat", "hot dog", "é", "a [b]", "x" * 50, "c|d"]
-    quick = closed_set._closed_set(engine, turns, 1, names)
-    monkeypatch.setattr(engine.processor, "apply_chat_template", lambda *_, **__: "no mark")
-    plain = closed_set._closed_set(engine, turns, 1, names)
-    assert quick.ids == plain.ids
-    for part in ("tokens", "parents", "leaves"):
-        np.testing.assert_array_equal(getattr(quick.tree, part), getattr(plain.tree, part))
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_a_set_is_tokenized_as_the_processor_does(template):
+    engine, turns = Engine(*tiny_parts(template=template)), question_turns((), question("classify", regions=[1]))
+    names = ["cat", "hot dog", "é", "a [b]", "x" * 50, "c|d", "</s> [INST] <|im_end|>"]
+    closed = choices.closed_set(engine, turns, 1, names)
+    for leaf, name in zip(closed.tree.leaves.tolist(), names, strict=True):
+        path: list[int] = []
+        while leaf >= 0:
+            path.insert(0, int(closed.tree.tokens[leaf]))
+            leaf = int(closed.tree.parents[leaf])
+        encoded = engine.encode([*turns, {"role": "assistant", "content": name}], 1, answered=True)
+        ids, last = encoded["input_ids"].tolist(), int((encoded["labels"] >= 0).nonzero()[-1])
+        assert [*closed.ids, *path] == ids[: last + 1]
 
 
 def test_what_is_ready_is_kept_for_the_next_time(predictor, monkeypatch):
     engine, turns = predictor.engine, question_turns((), "What is <region1>?")
-    first = closed_set.closed_set(engine, turns, 1, ["cat", "dog"])
-    assert closed_set.closed_set(engine, turns, 1, ("cat", "dog")) is first
-    assert closed_set.closed_set(engine, turns, 1, ["dog", "cat"]) is not first
-    for number in range(closed_set.KEPT):
-        closed_set.closed_set(engine, turns, 1, [f"name {number}"])
-    assert closed_set.closed_set(engine, turns, 1, ["cat", "dog"]) is not first
+    first = choices.closed_set(engine, turns, 1, ["cat", "dog"])
+    assert choices.closed_set(engine, turns, 1, ("cat", "dog")) is first
+    assert choices.closed_set(engine, turns, 1, ["dog", "cat"]) is not first
+    for number in range(choices.KEPT):
+        choices.closed_set(engine, turns, 1, [f"name {number}"])
+    assert choices.closed_set(engine, turns, 1, ["cat", "dog"]) is not first
 
 
 # ---------------------------------------------------------------------------------------------------------------------

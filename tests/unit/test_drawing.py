@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regiongpt.drawing import COLOURS, MIN_SIDE, _font, _wrap, check_picture, draw_regions, save_picture
+from regiongpt.drawing import COLOURS, _font, _wrap, check_picture, draw_regions, save_picture
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.regions import Region
 
@@ -56,26 +56,9 @@ def test_the_outline_of_a_box_and_of_its_mask_agree():
     assert abs(int(line.sum()) - int(other.sum())) <= 2 * 60
 
 
-def test_a_small_photograph_is_enlarged_and_a_large_one_kept():
-    assert draw_regions(grey(32, 24), every_kind(32, 24)).size == (MIN_SIDE, MIN_SIDE * 24 // 32)
-    assert draw_regions(grey(2400, 1800), [Region.box(5, 5, 6, 6)]).size == (2400, 1800)
-
-
-def test_a_single_pixel_of_a_large_photograph_can_be_seen():
-    picture = draw_regions(grey(2400, 1800), [Region.box(1000, 900, 1001, 901)])
-    assert count(picture.crop((960, 860, 1040, 940)), COLOURS[0]) > 20
-
-
 def test_a_region_at_the_border_is_closed_there():
     picture = draw_regions(grey(700, 500), [Region.mask(np.ones((500, 700), bool))])
     assert count(picture.crop((690, 0, 700, 500)), COLOURS[0]) > 400
-
-
-def test_the_outline_of_a_small_region_lies_above_a_larger_one():
-    small, large = Region.box(300, 200, 340, 240), Region.box(0, 0, 700, 500)
-    both = draw_regions(grey(700, 500), [small, large])
-    alone = draw_regions(grey(700, 500), [small])
-    assert count(both, COLOURS[0]) == count(alone, COLOURS[0])
 
 
 def test_tags_of_equal_regions_do_not_hide_each_other():
@@ -110,6 +93,8 @@ def test_no_line_is_wider_than_its_room():
 def test_errors():
     with pytest.raises(ConfigError, match="1 captions for 2 regions"):
         draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)] * 2, ["one"])
+    with pytest.raises(ConfigError, match="lists of texts"):
+        draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)], [5])
     with pytest.raises(RegionError, match="<region2>"):
         draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5), Region.box(50, 50, 60, 60)])
 

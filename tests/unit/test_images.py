@@ -69,12 +69,6 @@ def test_every_source_gives_the_same_pixels(tmp_path):
     image.tobytes()  # no longer depends on the file
 
 
-def test_the_image_passed_in_is_not_changed():
-    image = load_image(PHOTO)
-    image.putpixel((0, 0), (9, 9, 9))
-    assert PHOTO.getpixel((0, 0)) == (0, 1, 2)
-
-
 def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]
     assert pixel(load_image(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))) == (255, 0, 0)
@@ -101,11 +95,6 @@ def test_exif_orientation_is_applied_once(orientation):
     image = load_image(saved(stored, exif=exif))
     np.testing.assert_array_equal(np.asarray(image), np.asarray(upright))
     np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(upright))
-
-
-@pytest.mark.filterwarnings("error")
-def test_damaged_exif_is_ignored():
-    assert pixel(load_image(saved(PHOTO, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff"))) == (0, 1, 2)
 
 
 def test_grey_bilevel_and_palette():
@@ -165,14 +154,6 @@ def test_sixteen_bits_are_scaled_not_clipped(source):
     assert [pixel(load_image(source), x) for x in range(5)] == [(value,) * 3 for value in SHALLOW]
 
 
-def test_printing_and_other_colour_spaces():
-    red = pixel(load_image(saved(Image.new("CMYK", (3, 2), (0, 255, 255, 0)), "JPEG", quality=100)))
-    assert red[0] > 240
-    assert max(red[1:]) < 15
-    for mode in ("YCbCr", "HSV"):
-        assert load_image(Image.new("RGB", (3, 2), "red").convert(mode)).mode == "RGB"
-
-
 def test_arrays():
     grey = np.full((2, 3), 9, np.uint8)
     assert pixel(load_image(grey)) == pixel(load_image(grey[..., None])) == (9, 9, 9)
@@ -228,21 +209,13 @@ def test_the_limit_holds_when_pillow_has_none(monkeypatch):
     refused(png(100_000, 100_000), "got 100000 x 100000 = 10,000,000,000")
 
 
-@pytest.mark.filterwarnings("error")
-def test_large_images_within_the_limit_do_not_warn():
-    refused(png(12_000, 8_000), "truncated")
-
-
 @pytest.mark.parametrize(
     ("array", "says"),
     [
         (np.ones((4, 4, 3)), "white may be 1 or 255"),
-        (np.ones((4, 4, 3), np.float32), "white may be 1 or 255"),
         (np.ones((4, 4), bool), "dtype bool"),
-        (np.ones((4, 4, 3), np.int64), "dtype int64"),
         (np.zeros((3, 4, 5), np.uint8), "(3, 4, 5); put the channels last"),
         (np.zeros((1, 4, 4, 3), np.uint8), "one image a call"),
-        (np.zeros(4, np.uint8), "shape (4,)"),
         (np.zeros((0, 4, 3), np.uint8), "at least one pixel"),
     ],
 )
@@ -275,18 +248,6 @@ def test_the_frame_moves_image_and_grid_together(width, height):
     assert (square[~rows] == (1, 2, 3)).all()
     assert rows.sum() == height
     assert columns.sum() == width
-
-
-def test_frame_by_hand():
-    frame = SquareFrame(6, 3)
-    assert (frame.side, frame.offset_x, frame.offset_y) == (6, 0, 1)
-    y_edges, x_edges = frame.edges(2, 3)
-    assert y_edges.tolist() == [-1, 2, 5]
-    assert x_edges.tolist() == [0, 2, 4, 6]
-    with pytest.raises(ValueError, match="6 x 3"):
-        frame.pad(Image.new("RGB", (3, 6)))
-    with pytest.raises(DataError, match="0 x 3"):
-        SquareFrame(0, 3)
 
 
 def test_tensors_are_read_as_arrays_are_with_channels_first_or_last():

@@ -97,13 +97,6 @@ def test_two_hundred_regions_with_duplicates_under_a_budget(engine):
     assert found == [expected[place] for place in order]
 
 
-def test_a_batch_of_one(engine):
-    scene = engine.look(load_image(photograph()))
-    single = Engine(engine.model, engine.processor, rows=1)
-    asked = [(question_turns((), DESCRIBE), [region]) for region in boxes(3)]
-    assert batch_tokens(single, scene, asked, 5) == batch_tokens(engine, scene, asked, 5)
-
-
 @settings(max_examples=8, deadline=None)
 @given(
     asked=st.lists(

@@ -72,22 +72,6 @@ def test_the_papers_grids(refinement: str, scale: int) -> None:
     assert config.num_image_tokens == 576
 
 
-@pytest.mark.parametrize("kind", [*TOWERS, "efficientnet_lite"])
-def test_configuration_round_trip(kind: str, tmp_path: Path) -> None:
-    options = {"vision_config": LITE} if kind == "efficientnet_lite" else {"kind": kind}
-    config = tiny_config(**options, refinement="deconv_bilinear", image_grid=(2, 3), refinement_channels=8)
-    config.save_pretrained(tmp_path)
-    loaded = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(loaded, RegionGPTConfig)
-    ours, theirs = config.to_dict(), loaded.to_dict()
-    for key in ("vision_config", "text_config"):
-        assert ours.pop(key).items() <= {**theirs.pop(key)}.items() or key == "text_config"
-    assert {k: theirs[k] for k in ours if k != "_name_or_path"} == {
-        k: v for k, v in ours.items() if k != "_name_or_path"
-    }
-    assert loaded.image_grid == [2, 3]
-
-
 def test_a_whole_clip_configuration_gives_its_vision_half() -> None:
     whole = AutoConfig.for_model("clip", vision_config=TOWERS["clip_vision_model"])
     assert tiny_config(vision_config=whole).vision_config.model_type == "clip_vision_model"
@@ -224,16 +208,6 @@ def test_features_that_do_not_fit_the_text(change: Any, error: type[Exception], 
     with pytest.raises(error, match=words) as raised:
         model(**inputs)
     assert "\n" not in str(raised.value)
-
-
-def test_forward_wants_one_kind_of_input() -> None:
-    model = tiny_model()
-    with pytest.raises(ValueError, match="exactly one"):
-        model()
-    with pytest.raises(ValueError, match="exactly one"):
-        model(input_ids=torch.tensor([[3]]), inputs_embeds=torch.zeros(1, 1, 32))
-    with pytest.raises(ValueError, match="labels"):
-        model(input_ids=torch.tensor([[3]]), loss_only=True)
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
@@ -414,40 +388,7 @@ def test_efficientnet_lite_model_and_tower_load_through_the_auto_classes(tmp_pat
     assert torch.equal(tower.mean, model.vision_tower.mean)
 
 
-def test_vocabulary_grows_with_the_language_model() -> None:
-    model = tiny_model(text_config=text_config(tie_word_embeddings=True))
-    inputs = tiny_inputs(model.config, [0])
-    before = model(**inputs).logits
-    model.resize_token_embeddings(70)
-    assert model.config.text_config.vocab_size == 70
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    torch.testing.assert_close(model(**inputs).logits[..., :62], before)
-
-
 # -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [*TOWERS, "efficientnet_lite"])
-def test_bfloat16_is_close_to_float32(kind: str) -> None:
-    options = {"vision_config": LITE} if kind == "efficientnet_lite" else {"kind": kind}
-    model = tiny_model(**options, text_config=text_config(initializer_range=0.05), initializer_range=0.05)
-    inputs = tiny_inputs(model.config, [0, 2])
-    with torch.no_grad():
-        exact = model(**inputs).logits
-        rough = model.to(torch.bfloat16)(**inputs).logits
-    assert rough.dtype == torch.bfloat16
-    torch.testing.assert_close(rough.float(), exact, rtol=0.05, atol=0.05)
-
-
-def test_attention_kinds_agree(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    logits = []
-    for kind in ("sdpa", "eager"):
-        model = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=kind)
-        assert model.language_model.config._attn_implementation == kind
-        with torch.no_grad():
-            logits.append(model(**tiny_inputs(model.config, [0, 1])).logits)
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
 
 
 def test_the_number_of_a_region_is_the_token_that_stands_before_it():

@@ -9,9 +9,9 @@ from tiny_checkpoint import make_checkpoint
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
 from regiongpt.inference import Question, RegionPredictor, scheduler
-from regiongpt.inference.closed_set import answer_scores
+from regiongpt.inference.choices import answer_scores
 from regiongpt.inference.engine import question_turns
-from regiongpt.prompts import COCO_80, NO_MATCH, question
+from regiongpt.prompts import COCO_80, question
 from regiongpt.regions import Region
 
 BOX, OTHER = Region.box(4, 4, 30, 20), Region.polygon([[30, 5], [58, 8], [44, 36]])
@@ -51,17 +51,6 @@ def test_ask_equals_generate(predictor, photo):
     assert answer.text
     assert answer.seconds > 0
     assert not answer.warnings
-
-
-def test_an_image_is_encoded_once(predictor, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("the tower ran again")
-
-    monkeypatch.setattr(predictor.engine.model, "encode_image", refuse)
-    monkeypatch.setattr(predictor.engine.model, "refine", refuse)
-    predictor.ask("What is <region1>?", BOX, **ASK)
-    predictor.classify([BOX, OTHER])
-    predictor.describe([BOX, OTHER], max_new_tokens=4)
 
 
 def test_stream_pieces_join_to_the_answer(predictor):
@@ -149,34 +138,6 @@ def test_length_normalized_divides_by_tokens(predictor, photo):
     torch.testing.assert_close(torch.tensor(list(result.probabilities.values())), expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        ([], "at least one choice"),
-        (["cat", "dog", "cat "], "'cat' more than once"),
-        ("cat", "list of names"),
-    ],
-)
-def test_bad_choices(predictor, choices, message):
-    with pytest.raises(ConfigError, match=message):
-        predictor.classify(BOX, choices)
-    with pytest.raises(ConfigError, match="COCO-80"):
-        predictor.classify(BOX, label_set="LVIS")
-
-
-def test_locate(predictor):
-    found = predictor.locate("the red cup", [BOX, OTHER])
-    assert len(found.probabilities) == 3
-    assert sum(found.probabilities) == pytest.approx(1, abs=1e-5)
-    if found.index is None:
-        assert (found.number, found.text) == (None, NO_MATCH)
-    else:
-        assert (found.number, found.text) == (found.index + 1, f"Region [{found.index + 1}]")
-    assert found.probability == found.probabilities[-1 if found.index is None else found.index]
-    with pytest.raises(RegionError, match="got none"):
-        predictor.locate("the red cup", [])
-
-
 def test_locate_by_what_each_region_is_called_and_by_both(predictor):
     expressions, regions = ["the red cup", "a dog", "the red cup"], [BOX, OTHER, BOX]
     by_answer, by_words, by_both = (predictor.locate(expressions, regions, by=by) for by in ("answer", "words", "both"))
@@ -220,6 +181,19 @@ def test_conversation_equals_ask_with_history(predictor):
     with pytest.raises(RegionError, match="<region3>"):
         conversation.ask("And <region3>?")
     assert conversation.messages == before
+
+
+def test_how_a_mask_was_read_is_a_warning_wherever_it_is_asked_about(predictor):
+    soft, short = Region.mask(np.tile(np.arange(60, dtype=np.uint8) * 4, (40, 1))), {"max_new_tokens": 2}
+    talk = predictor.conversation([soft])
+    for answer in (
+        predictor.ask("What is <region1>?", soft, **short),
+        predictor.ask_many([Question(text="What is <region1>?", regions=soft)], **short)[0],
+        predictor.describe([BOX, soft], **short)[1],
+        talk.ask("What is <region1>?", **short),
+    ):
+        assert answer.warnings[0].startswith("<region1>: the mask has more than two values")
+    assert talk.ask("And <region1>?", **short).warnings == ()
 
 
 def test_conversation_keeps_its_image(predictor, photo):
@@ -269,21 +243,16 @@ def test_regions_that_an_answer_names_are_cited_or_warned_of(predictor, monkeypa
     assert predictor.describe(BOX).warnings[0] == "the answer names region 2, but 1 region was given"
 
 
-def test_a_region_never_mentioned_is_a_warning(predictor):
-    answer = predictor.ask("What is <region2>?", [BOX, OTHER], **ASK)
-    assert len(answer.warnings) == 1
-    assert "<region1>" in answer.warnings[0]
-
-
 @pytest.mark.parametrize(
     ("kind", "message", "call"),
     [
         (DataError, "expected a question", lambda p: p.ask("  ")),
-        (DataError, "expected a question", lambda p: p.ask(5)),
+        (ConfigError, "at least one choice", lambda p: p.classify(BOX, [])),
+        (ConfigError, "more than once", lambda p: p.classify(BOX, ["cat", "dog", "cat "])),
+        (ConfigError, "max_new_tokens: give a number", lambda p: p.ask("What?", max_new_tokens="3")),
+        (RegionError, "got none", lambda p: p.locate("a cup", [])),
         (DataError, "UTF-8", lambda p: p.ask("caf\udce9?")),
-        (DataError, "history", lambda p: p.ask("What?", history="Hello")),
         (DataError, "history", lambda p: p.ask("What?", history=["Hello"])),
-        (DataError, "history", lambda p: p.ask("What?", history=np.zeros(3))),
         (
             DataError,
             "message 1 of 3.*UTF-8",
@@ -291,9 +260,6 @@ def test_a_region_never_mentioned_is_a_warning(predictor):
         ),
         (DataError, "message 1 of 2.*role", lambda p: p.ask("What?", history=turns("A", ["user"]))),
         (RegionError, "expected a list of regions", lambda p: p.ask("What?", 5)),
-        (RegionError, "expected a list of regions", lambda p: p.describe(None)),
-        (RegionError, "expected a list of regions", lambda p: p.classify("box")),
-        (DataError, "expected an image", lambda p: p.set_image(5)),
         (RegionError, "<region2>", lambda p: p.ask("What is <region2>?", [BOX])),
         (RegionError, "<region1>.*inverted", lambda p: p.stream("What is <region1>?", [Region.box(9, 9, 2, 2)])),
         (RegionError, "expected a Region", lambda p: p.ask("What is <region1>?", [(1, 2, 3)])),
@@ -301,37 +267,23 @@ def test_a_region_never_mentioned_is_a_warning(predictor):
         (ConfigError, "max_new_tokens", lambda p: p.ask("What?", max_new_tokens=0)),
         (ConfigError, "max_new_tokens", lambda p: p.describe(BOX, max_new_tokens="x")),
         (ConfigError, "temperature", lambda p: p.ask("What?", temperature=-1)),
-        (ConfigError, "temperature", lambda p: p.ask("What?", temperature=float("nan"))),
         (ConfigError, "stop", lambda p: p.stream("What?", stop=5)),
         (ConfigError, "bogus", lambda p: p.ask("What?", bogus=1)),
         (ConfigError, "questions", lambda p: p.ask_many(Question(text="What?"))),
-        (ConfigError, "questions", lambda p: p.ask_many(None)),
         (ConfigError, "brief", lambda p: p.describe(BOX, brief="x")),
-        (ConfigError, "expected choices", lambda p: p.classify(BOX, 5)),
-        (DataError, "expected choices", lambda p: p.classify(BOX, ["cat", " "])),
-        (DataError, "expected choices", lambda p: p.classify(BOX, ["cat", 5])),
         (RegionError, "<region1>", lambda p: p.classify(BOX, ["cat", "<region1>"])),
         (ConfigError, "label_set", lambda p: p.classify(BOX, ["cat"], label_set=None)),
         (ConfigError, "top_k", lambda p: p.classify(BOX, top_k="x")),
         (DataError, "expected expression", lambda p: p.locate(5, [BOX])),
-        (DataError, "expected an expression", lambda p: p.locate(" ", [BOX])),
         (RegionError, "<region2>", lambda p: p.locate("<region2>", [BOX])),
         (RegionError, "<region1>.*60 x 40", lambda p: p.locate("a cup", [Region.box(90, 90, 99, 99)])),
         (ConfigError, "top_p", lambda p: p.ask("What?", temperature=1, top_p=0)),
-        (ConfigError, "seed", lambda p: p.ask("What?", temperature=1, seed=-1)),
-        (DataError, "role", lambda p: p.ask("What?", history=[{"role": "user", "content": "a"}])),
     ],
 )
 def test_bad_questions(predictor, monkeypatch, kind, message, call):
     monkeypatch.setattr(predictor.engine.decoder, "forward", lambda *_, **__: pytest.fail("something was computed"))
     with pytest.raises(kind, match=message):
         call(predictor)
-
-
-def test_an_image_is_needed_first(checkpoint):
-    predictor = RegionPredictor.from_pretrained(checkpoint, device="cpu")
-    with pytest.raises(ConfigError, match="set_image"):
-        predictor.ask("What is it?")
 
 
 def test_bad_checkpoints_devices_and_dtypes(checkpoint, tmp_path):
@@ -341,6 +293,8 @@ def test_bad_checkpoints_devices_and_dtypes(checkpoint, tmp_path):
         RegionPredictor.from_pretrained(checkpoint, device="gpu")
     with pytest.raises(ConfigError, match="'int8'"):
         RegionPredictor.from_pretrained(checkpoint, dtype="int8")
+    with pytest.raises(ConfigError, match="images: "):  # before anything is loaded
+        RegionPredictor.from_pretrained(tmp_path / "nowhere", images=-1)
     for wrong in ({"path": 5}, {"device": []}, {"dtype": 5}, {"images": "x"}, {"rows": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             RegionPredictor.from_pretrained(**{"path": checkpoint, **wrong})

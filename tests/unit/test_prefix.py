@@ -11,10 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from regiongpt.errors import ConfigError
-from regiongpt.inference.decoder import Decoder
-from regiongpt.inference.plain import PlainDecoder, decoder_for
+from regiongpt.inference.decoder import Decoder, PlainDecoder, decoder_for
 from regiongpt.inference.prefix import Prefix
-from regiongpt.model.modeling import CACHE
 
 WORDS = 90
 SHAPE = {
@@ -158,8 +156,6 @@ def test_a_model_that_cannot_share_gets_copies(name, caplog):
     assert isinstance(decoder, PlainDecoder)
     assert "gets a copy" in caplog.text
     walk(decoder)
-    with pytest.raises(ConfigError, match="tree"):
-        decoder.forward(decoder.cache(), torch.zeros(1, 32), [0], [1], tree=torch.ones(1, 1, dtype=torch.bool))
 
 
 def test_a_model_without_a_cache_is_refused():
@@ -242,22 +238,3 @@ def test_the_model_keeps_its_own_attention(llama):
     llama.read(text)
     assert llama.model.config._attn_implementation == "eager"
     assert torch.equal(plainly(llama.model, text), before)
-    with pytest.raises(NotImplementedError, match="no hands"):
-        raise_in_forward(llama, words)
-    assert llama.model.config._attn_implementation == "eager"
-
-
-def raise_in_forward(decoder: Decoder, words: Words) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise NotImplementedError("no hands")
-
-    handle = decoder.model.model.layers[0].register_forward_pre_hook(fail)
-    try:
-        decoder.read(words(2))
-    finally:
-        handle.remove()
-
-
-def test_a_cache_is_filled_by_its_decoder_alone(llama):
-    with pytest.raises(RuntimeError, match=r"Decoder\.forward"):
-        llama.model(inputs_embeds=Words(llama.model)(2)[None], **{CACHE: llama.cache()}, use_cache=True)

@@ -4,21 +4,16 @@ import pytest
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.prompts import (
-    CHAT_TEMPLATES,
     COCO_80,
     COCO_IDS,
     NO_MATCH,
     QUESTIONS,
-    chat_template,
     check_placeholders,
-    closed_set_suffix,
     indefinite,
     parse_region_answer,
     placeholders,
     question,
     region_answer,
-    region_list,
-    replace_placeholders,
     template_family,
 )
 
@@ -48,10 +43,6 @@ def test_what_begins_like_a_placeholder_and_is_none_is_named(text: str) -> None:
     with pytest.raises(RegionError, match="expected <region1>") as error:
         placeholders(f"Is <region1> what {text} is?")
     assert text[:20] in str(error.value)
-
-
-def test_replace_placeholders() -> None:
-    assert replace_placeholders("a <region2> b", lambda number: f"[{number}]") == "a [2] b"
 
 
 def test_unknown_region_is_an_error_that_names_it() -> None:
@@ -119,17 +110,6 @@ def test_a_question_lacking_something_is_refused() -> None:
         question("presence")
 
 
-def test_closed_set_suffix_takes_any_label_set() -> None:
-    assert closed_set_suffix("LVIS") == "Answer the question using LVIS category names."
-    assert question("classify", regions=[1], label_set="LVIS").endswith(closed_set_suffix("LVIS"))
-
-
-def test_region_lists() -> None:
-    assert region_list([4]) == "<region4>"
-    assert region_list([1, 2]) == "<region1> and <region2>"
-    assert region_list([1, 2, 3]) == "<region1>, <region2> and <region3>"
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -185,9 +165,3 @@ class _Tokenizer:
 )
 def test_template_family_is_guessed(model: object, family: str) -> None:
     assert template_family(model) == family
-
-
-def test_unknown_family() -> None:
-    assert chat_template("plain") == CHAT_TEMPLATES["plain"]
-    with pytest.raises(ConfigError, match="expected a chat template among vicuna_v1"):
-        chat_template("alpaca")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regiongpt.model.configuration import REFINEMENTS
-from regiongpt.model.refinement import Refinement, mask_pool, upsampling_matrix
+from regiongpt.model.refinement import Refinement, mask_pool
 
 
 def make(refinement: str, **options: object) -> Refinement:
@@ -21,24 +21,6 @@ def test_mask_pool_on_a_hand_written_map() -> None:
     weights[0, 0, 1, 2] = 1  # one cell
     weights[0, 1, 0, 0], weights[0, 1, 3, 3] = 0.75, 0.25  # two cells, unevenly
     assert mask_pool(cells, weights).flatten().tolist() == [6.0, 3.75, 0.0]
-
-
-def test_mask_pool_equals_a_plain_loop() -> None:
-    torch.manual_seed(0)
-    features, weights = torch.randn(2, 5, 3, 4), torch.rand(2, 3, 3, 4)
-    expected = torch.zeros(2, 3, 5)
-    for b in range(2):
-        for r in range(3):
-            for y in range(3):
-                for x in range(4):
-                    expected[b, r] += weights[b, r, y, x] * features[b, :, y, x]
-    torch.testing.assert_close(mask_pool(features, weights), expected)
-
-
-def test_upsampling_matrix_is_bilinear_interpolation() -> None:
-    values = torch.randn(1, 1, 7)
-    expected = F.interpolate(values, scale_factor=16, mode="linear", align_corners=False)
-    torch.testing.assert_close(upsampling_matrix(7, 16) @ values[0, 0], expected[0, 0])
 
 
 def explicit_map(module: Refinement, small: torch.Tensor) -> torch.Tensor:

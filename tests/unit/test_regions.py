@@ -1,6 +1,5 @@
 """Regions: areas are exact for every kind, on any grid, and every wrong region is named in one line."""
 
-import io
 import json
 import math
 import pickle
@@ -130,17 +129,6 @@ def test_every_cell_agrees_with_shapely(scene, grid_h, grid_w):
 
 @repeatable
 @given(scenes())
-def test_bounds_hold_all_the_area(scene):
-    region, width, height = scene
-    x0, y0, x1, y1 = region.bounds(width, height)
-    assert 0 <= x0 < x1 <= width
-    assert 0 <= y0 < y1 <= height
-    inside = region.coverage([y0, y1], [x0, x1], width, height)
-    assert inside[0, 0] == pytest.approx(region.area(width, height), rel=1e-4)
-
-
-@repeatable
-@given(scenes())
 def test_pixels_agree_with_the_area_of_each_pixel(scene):
     """A pixel that is wholly inside is set, one wholly outside is not, and the mask is never empty."""
     region, width, height = scene
@@ -165,16 +153,6 @@ def test_one_pixel_of_a_large_image_keeps_its_weight(make, grid):
     assert weights.sum() == pytest.approx(1, abs=1e-6)
 
 
-def test_one_pixel_as_vectors_of_a_large_image():
-    frame = SquareFrame(4000, 3000)
-    box = Region.box(2345, 1234, 2346, 1235)
-    ring = Region.polygon([2345, 1234, 2346, 1234, 2346, 1235, 2345, 1235])
-    for region in (box, ring, Region.point(2345.5, 1234.5, radius=0.5)):
-        weights = region.pool_weights(frame, 96, 96)
-        assert weights[int(1734.5 * 96 / 4000), int(2345.5 * 96 / 4000)] == pytest.approx(1, abs=1e-6)
-    assert box.area(4000, 3000) == ring.area(4000, 3000) == 1
-
-
 # --- hand-written 4 x 4 ----------------------------------------------------------------------------------------------
 
 L_SHAPE = np.array(
@@ -195,9 +173,6 @@ def test_mask_by_hand():
     np.testing.assert_array_equal(region.coverage([0, 2, 4], [0, 2, 4], 4, 4), [[2, 0], [2, 1]])
     np.testing.assert_allclose(region.coverage([0.5, 2.5, 3.5], [0.5, 1.5, 9], 4, 4), [[1.25, 0.75], [0.5, 0.75]])
     np.testing.assert_array_equal(region.to_mask(4, 4), L_SHAPE)
-    np.testing.assert_array_equal(region.flip(4).to_mask(4, 4), L_SHAPE[:, ::-1])
-    np.testing.assert_array_equal(region.crop(1, 1, 4, 4, 4, 4).to_mask(3, 3), L_SHAPE[1:, 1:])
-    assert region.crop(1, 0, 4, 2, 4, 4) is None
 
 
 def test_polygon_by_hand():
@@ -209,23 +184,9 @@ def test_polygon_by_hand():
     np.testing.assert_allclose(triangle.coverage([0, 2, 4], [0, 2, 4], 4, 4), [[4, 2], [2, 0]], atol=1e-6)
 
 
-def test_box_by_hand():
-    region = Region.box(0.5, 1, 3, 2.5)
-    assert region.area(4, 4) == 3.75
-    np.testing.assert_allclose(region.coverage([0, 2, 4], [0, 2, 4], 4, 4), [[1.5, 1], [0.75, 0.5]])
-    expected = np.zeros((4, 4), bool)
-    expected[1:2, 0:3] = True  # the third row's centres lie on the lower edge, which is outside
-    np.testing.assert_array_equal(region.to_mask(4, 4), expected)
-
-
 def test_to_mask_of_a_sliver_is_the_pixel_it_covers_most():
     mask = Region.box(1.6, 2.1, 2.2, 2.3).to_mask(4, 4)
     assert np.argwhere(mask).tolist() == [[2, 1]]
-
-
-def test_padding_rows_get_no_weight():
-    weights = Region.box(0, 0, 4, 2).pool_weights(SquareFrame(4, 2), 4, 4)
-    np.testing.assert_array_equal(weights, np.array([[0] * 4, [1] * 4, [1] * 4, [0] * 4]) / 8)
 
 
 # --- polygons --------------------------------------------------------------------------------------------------------
@@ -281,11 +242,6 @@ def test_default_sizes_grow_with_the_image():
     assert Region.scribble([[5, 5], [5, 5]]).area(10, 10) == Region.scribble([[5, 5]]).area(10, 10)
 
 
-def test_a_scribble_that_crosses_itself_counts_once():
-    cross = Region.scribble([5, 0, 5, 10, 5, 5, 0, 5, 10, 5], width=2)
-    assert cross.area(10, 10) == pytest.approx(36, rel=0.01)
-
-
 # --- run-length encoding ---------------------------------------------------------------------------------------------
 
 
@@ -301,32 +257,18 @@ def test_rle_decodes_as_pycocotools_does(height, width, seed, share):
     assert Region.rle(coded) == Region.rle(text) == Region.rle(uncompressed(mask))
 
 
-def test_rle_with_long_runs():
-    mask = np.zeros((1200, 1600), bool)
-    mask[300:900, 400:1500] = True
-    mask[700, 20] = True
-    region = Region.rle(encode(mask))
-    assert region.area(1600, 1200) == mask.sum()
-    assert region.bounds(1600, 1200) == (20, 300, 1500, 900)
-
-
 @pytest.mark.parametrize(
     ("counts", "says"),
     [
         ("", "cut short"),
         ("x~y", "characters"),
-        ("é", "characters"),
         (b"\x00\x01", "characters"),
         ("04P", "cut short"),
-        ("PPPPPPPPPPPP0", "long run"),
         ("0?", "add up to 15 pixels, not 16"),
         ("17O", "negative"),
         ([4, 4], "add up to 8 pixels, not 16"),
-        ([4, 4, 9], "add up to 17 pixels, not 16"),
         ([20, -4], "within 0..16"),
         ([8.5, 7.5], "whole numbers"),
-        (["8", "8"], "whole numbers"),
-        ([], "add up to 0"),
     ],
 )
 def test_malformed_rle_is_named(counts, says):
@@ -414,22 +356,21 @@ def test_wrong_regions_are_named_in_one_line(region, says):
     "make",
     [
         lambda: Region.box("a", 1, 2, 3),
-        lambda: Region.box(None, 1, 2, 3),
         lambda: Region.polygon([]),
+        lambda: Region.polygon([[True, 1], [9, 1], [5, 9]]),
+        lambda: Region.of(np.array([1j, 2, 3, 4])),
+        lambda: Region.box(0, 0, 9, 9).coverage(40, 24, [0, 24], [0, 40]),
         lambda: Region.polygon([1, 2, 3, 4, 5]),
         lambda: Region.polygon([[1, 2, 3], [4, 5, 6]]),
-        lambda: Region.polygon([[1, 2], [3]]),
         lambda: Region.polygon([["a", "b"], ["c", "d"], ["e", "f"]]),
         lambda: Region.polygon(np.zeros((2, 3, 4, 5))),
         lambda: Region.scribble([]),
-        lambda: Region.scribble([1, 2, 3]),
         lambda: Region.point("x", 2),
         lambda: Region.point(1, 2, radius="big"),
         lambda: Region.mask(np.zeros((4, 4, 1), bool)),
         lambda: Region.mask(np.array([[0, 1, 2]])),
         lambda: Region.mask(np.array([[0, -1]])),
         lambda: Region.mask(np.array([[0.0, 300.0, np.nan]])),
-        lambda: Region.mask([["a"]]),
     ],
 )
 def test_what_cannot_be_a_region_is_refused_at_once(make):
@@ -443,58 +384,6 @@ def test_check_returns_the_region_and_clips_without_changing_it():
     assert region.check(40, 24) is region
     assert region.area(40, 24) == 240
     assert region.to_dict() == {"box": [-10, -10, 20, 12]}
-
-
-def test_a_mask_does_not_follow_changes_to_the_array_it_came_from():
-    mask = np.ones((4, 4), bool)
-    region = Region.mask(mask)
-    mask[:] = False
-    assert region.area(4, 4) == 16
-
-
-# --- flip and crop ---------------------------------------------------------------------------------------------------
-
-
-@repeatable
-@given(scenes(), st.integers(1, 12), st.integers(1, 12))
-def test_flip_mirrors_the_coverage(scene, grid_h, grid_w):
-    region, width, height = scene
-    y_edges, x_edges = np.linspace(0, height, grid_h + 1), np.linspace(0, width, grid_w + 1)
-    mirrored = region.flip(width)
-    assert mirrored.kind == region.kind
-    np.testing.assert_allclose(
-        mirrored.coverage(y_edges, x_edges, width, height),
-        region.coverage(y_edges, x_edges, width, height)[:, ::-1],
-        atol=1e-3,
-    )
-
-
-@repeatable
-@given(scenes(), st.data())
-def test_crop_keeps_exactly_what_is_inside(scene, data):
-    region, width, height = scene
-    x0, y0 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
-    x1, y1 = data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height))
-    y_edges, x_edges = np.linspace(y0, y1, 6), np.linspace(x0, x1, 5)
-    before = region.coverage(y_edges, x_edges, width, height)
-    cropped = region.crop(x0, y0, x1, y1, width, height)
-    if cropped is None:
-        assert before.sum() < 2e-3
-        return
-    assert cropped.kind == region.kind
-    after = cropped.coverage(y_edges - y0, x_edges - x0, x1 - x0, y1 - y0)
-    np.testing.assert_allclose(after, before, atol=1e-3)
-
-
-@pytest.mark.parametrize("crop", [(0, 0, 0, 4), (-1, 0, 4, 4), (0, 0, 41, 4), (0, 3, 4, 2)])
-def test_crops_beyond_the_image_are_a_bug_of_the_caller(crop):
-    with pytest.raises(ValueError, match="crop"):
-        Region.box(0, 0, 4, 4).crop(*crop, 40, 24)
-
-
-def test_flipping_a_mask_of_another_width():
-    with pytest.raises(RegionError, match="9 x 24 pixels"):
-        ONE_OF_EACH[1].flip(9)
 
 
 # --- json, drawing ---------------------------------------------------------------------------------------------------
@@ -512,16 +401,6 @@ def test_json_round_trip(scene):
     assert pickle.loads(pickle.dumps(region)) == region
 
 
-def test_dicts_as_written():
-    assert ONE_OF_EACH[0].to_dict() == {"box": [3.5, 2, 30, 20.25]}
-    assert Region.point(1, 2).to_dict() == {"point": [1, 2], "radius": None}
-    assert Region.scribble([1, 2, 3, 4], 5).to_dict() == {"scribble": [[1, 2], [3, 4]], "width": 5}
-    assert Region.polygon([0, 0, 4, 0, 0, 4]).to_dict() == {"polygon": [[[0, 0], [4, 0], [0, 4]]]}
-    assert Region.mask(L_SHAPE).to_dict()["mask"]["size"] == [4, 4]
-    assert Region.from_dict({"point": [1, 2]}) == Region.point(1, 2)
-    assert Region.from_dict({"polygon": [0, 0, 4, 0, 0, 4]}) == Region.polygon([0, 0, 4, 0, 0, 4])
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -530,19 +409,13 @@ def test_dicts_as_written():
         {},
         {"circle": [1, 2]},
         {"box": [1, 2, 3]},
-        {"box": 5},
-        {"box": None},
         {"box": "1,2,3,4"},
         {"box": [1, 2, 3, 4], "radius": 3},
         {"box": [1, 2, 3, 4], "point": [1, 2]},
         {"point": [1, 2, 3]},
         {"point": [1, 2], "radius": [1]},
         {"polygon": 3},
-        {"polygon": "abcdef"},
-        {"polygon": None},
-        {"scribble": {}},
         {"rle": {"size": [4, 4]}},
-        {"mask": [[0, 1]]},
         {"mask": {"size": [4, 4], "counts": "0"}},
     ],
 )
@@ -550,26 +423,6 @@ def test_objects_that_are_no_region(data):
     with pytest.raises(RegionError, match=r"^<region4>: expected") as caught:
         Region.from_dict(data, name="<region4>")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("region", ONE_OF_EACH, ids=KINDS)
-def test_geometry_for_drawing(region):
-    geometry = region.geometry(40, 24)
-    if region.kind in ("mask", "rle"):
-        assert geometry is None
-    else:
-        assert geometry.is_valid
-        assert geometry.area == pytest.approx(region.area(40, 24))
-
-
-@pytest.mark.parametrize("region", ONE_OF_EACH, ids=KINDS)
-def test_regions_are_immutable_and_print_short(region):
-    with pytest.raises(AttributeError):
-        region.kind_of_thing = 1
-    with pytest.raises(AttributeError):
-        region.x0 = 1
-    assert region.kind in str(region)
-    assert len(str(region)) < 80
 
 
 # --- masks with soft edges -------------------------------------------------------------------------------------------
@@ -599,14 +452,6 @@ def test_soft_edges_are_inside_from_half_on():
         region = Region.mask(values)
         np.testing.assert_array_equal(region.to_mask(8, 1), INSIDE)
         assert region.note
-
-
-def test_jpeg_does_not_grow_a_mask():
-    mask = np.zeros((120, 160), np.uint8)
-    mask[30:80, 40:120] = 255
-    file = io.BytesIO()
-    Image.fromarray(mask).save(file, "JPEG", quality=75)
-    assert Region.mask(Image.open(file)) == Region.mask(mask > 0)
 
 
 def test_of_two_values_the_larger_is_inside():
@@ -649,14 +494,11 @@ def test_normalized_boxes():
     assert given.bounds(100, 50) == pytest.approx((10, 10, 50, 30))
     assert given != Region.box(0.1, 0.2, 0.5, 0.6)
     assert Region.from_dict(given.to_dict()) == given
-    assert given.flip(100).bounds(100, 50) == pytest.approx((50, 10, 90, 30))
-    assert given.crop(0, 0, 20, 20, 100, 50) == Region.box(10, 10, 20, 20)
     for region in (Region.box(0.1, 0.2, 0.5, 0.9), Region.box(0, 0, 1, 1), Region.polygon([0, 0, 1, 0, 1, 1])):
         with pytest.raises(RegionError, match="normalized"):
             region.check(40, 30)
         region.check(1, 1)
     Region.box(0, 0, 1, 1, normalized=False).check(40, 30)
-    assert Region.box(39, 0, 40, 1).flip(40).check(40, 30).bounds(40, 30) == (0, 0, 1, 1)
     with pytest.raises(RegionError, match="normalized"):
         Region.box(10, 20, 30, 40, normalized=True)
     with pytest.raises(RegionError, match="above 0"):

@@ -11,8 +11,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.inference import Question, RegionPredictor
-from regiongpt.inference.scheduler import draw
-from regiongpt.inference.text import TextReader
+from regiongpt.inference.scheduler import TextReader, draw
 from regiongpt.regions import Region
 
 BOXES = boxes(4)
@@ -112,23 +111,10 @@ def test_bad_questions_are_found_before_the_first_is_answered(predictor, monkeyp
         predictor.answers([*some_questions(2), bad])
 
 
-def test_a_question_needs_an_image(parts):
-    with pytest.raises(ConfigError, match="question 1: expected an image"):
-        RegionPredictor(*parts).ask_many([Question(text="What?")])
-
-
 def test_one_of_several_wrong_regions_is_named_by_its_own_number(predictor):
     many = [*boxes(130), Region.box(90, 90, 99, 99)]
     with pytest.raises(RegionError, match="<region131>"):
         predictor.describe(many)
-
-
-def test_locate_takes_several_expressions(predictor):
-    together = predictor.locate(["the red cup", "a dog"], BOXES)
-    assert [found.text for found in together] == [predictor.locate(e, BOXES).text for e in ("the red cup", "a dog")]
-    assert predictor.locate([], BOXES) == []
-    with pytest.raises(DataError, match="expected an expression"):
-        predictor.locate(["the red cup", ""], BOXES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,25 +133,6 @@ def test_encoded_images_are_found_by_their_pixels_and_forgotten_by_age(parts, en
     assert encoded["images"] == 6
     with pytest.raises(ConfigError, match="images: "):
         RegionPredictor(*parts, images=-1)
-
-
-def test_the_image_is_read_once_for_all_its_questions(predictor, monkeypatch):
-    read, decoder = [], predictor.engine.decoder
-    forward = decoder.forward
-
-    def counted(cache, embeds, rows, counts, **options):
-        read.append(sum(counts))
-        return forward(cache, embeds, rows, counts, **options)
-
-    monkeypatch.setattr(decoder, "forward", counted)
-    predictor.describe(BOXES, max_new_tokens=3)
-    image = predictor.engine.processor.num_image_tokens
-    assert sum(count >= image for count in read[:1]) == 1
-    read.clear()
-    predictor.ask("Why?", max_new_tokens=3)
-    predictor.describe(BOXES[:1], max_new_tokens=3)
-    assert max(read) < 60
-    assert sum(read) < 100
 
 
 def test_a_conversation_reads_only_what_is_new(predictor, monkeypatch):
@@ -259,22 +226,6 @@ def test_an_interrupted_pass_ends_what_was_in_it_and_nothing_else(predictor, mon
 # Streams
 
 
-def test_streams_take_turns_in_one_batch(predictor):
-    questions = ["What is <region1>?", "Describe <region1>."]
-    expected = [predictor.ask(text, BOXES[:1], **LONG).text for text in questions]
-    streams = [predictor.stream(text, BOXES[:1], **LONG) for text in questions]
-    said = ["", ""]
-    open_ones = {0, 1}
-    while open_ones:
-        for place in sorted(open_ones):
-            piece = next(streams[place], None)
-            if piece is None:
-                open_ones.discard(place)
-            else:
-                said[place] += piece
-    assert [text.strip() for text in said] == expected
-
-
 def test_a_stop_string_ends_the_answer(predictor):
     whole = predictor.ask("Describe <region1>.", BOXES[:1], **LONG)
     stop = whole.text[10:13]
@@ -358,10 +309,15 @@ def test_what_is_drawn_does_not_depend_on_the_company(predictor):
     assert len(unseeded) > 1
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.3), (1.0, 1e-6)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.3), (1.0, 1e-6), (1e-310, 1.0)]
+)
 def test_draws_follow_the_distribution_of_transformers(temperature, top_p):
     scores = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 2
     scores[3] = float("-inf")
+    if temperature < 1e-300:  # transformers overflows; the likeliest is what is left
+        assert {draw(scores, temperature, top_p, at) for at in (0.0, 0.9)} == {int(scores.argmax())}
+        return
     warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, scores[None]))
     expected = warped.softmax(-1)[0].numpy()
     draws = 4000

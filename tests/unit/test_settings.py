@@ -82,11 +82,6 @@ def test_a_mistake_is_one_line(tmp_path: Path, text: str, words: tuple[str, ...]
     assert "\n" not in str(caught.value)
 
 
-def test_python_gets_the_same_error() -> None:
-    with pytest.raises(ConfigError, match="count: input should be a valid integer"):
-        Outer(count="x")  # type: ignore[arg-type]
-
-
 def typed(*words: str) -> Any:
     parser = argparse.ArgumentParser()
     add_options(parser, Outer)

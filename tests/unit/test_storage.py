@@ -60,11 +60,6 @@ def test_a_json_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: by
     assert "\n" not in str(caught.value)
 
 
-def test_reads_a_byte_order_mark(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
-    assert read_json(tmp_path / "a.json") == {"a": 1}
-
-
 def test_a_full_disk_is_one_line_whatever_library_wrote(tmp_path: Path) -> None:
     inner = DataError("b: cannot be written: (os error 28)")
     for error, told in (

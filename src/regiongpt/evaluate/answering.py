@@ -89,7 +89,7 @@ class _Questions:
         """Log likelihoods that each region is called by the expression."""
         import torch
 
-        from regiongpt.inference.locating import called
+        from regiongpt.inference.choices import called
 
         found: dict[int, tuple[float, ...]] = {}
         for place, item in enumerate(self.items):
@@ -131,7 +131,7 @@ class _Questions:
 
     def _likelihoods(self, places: Sequence[int], answers: tuple[str, ...]) -> "Tensor | None":
         """Log likelihoods (B, A) of answers to items with the same question; None where it is too long."""
-        from regiongpt.inference.closed_set import answer_scores
+        from regiongpt.inference.choices import answer_scores
         from regiongpt.inference.engine import question_turns
 
         turns = question_turns((), self.items[places[0]].question)

@@ -1,17 +1,14 @@
-"""Asking a trained model about regions.
-
-The names below are imported on first use: the command line must start fast.
-"""
+"""Asking a trained model about regions. The names are imported on first use: the command line must start fast."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "Answer": "engine",
-    "Classified": "classification",
+    "Classified": "choices",
     "Conversation": "conversation",
-    "Located": "locating",
-    "Question": "many",
+    "Located": "choices",
+    "Question": "predictor",
     "RegionPredictor": "predictor",
     "pick_device": "engine",
     "pick_dtype": "engine",
@@ -28,12 +25,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from regiongpt.inference.classification import Classified
+    from regiongpt.inference.choices import Classified, Located
     from regiongpt.inference.conversation import Conversation
     from regiongpt.inference.engine import Answer, pick_device, pick_dtype
-    from regiongpt.inference.locating import Located
-    from regiongpt.inference.many import Question
-    from regiongpt.inference.predictor import RegionPredictor
+    from regiongpt.inference.predictor import Question, RegionPredictor
 
 
 def __getattr__(name: str) -> Any:

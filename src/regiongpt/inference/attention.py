@@ -1,7 +1,4 @@
-"""Attention behind shared prefixes, registered with transformers' ``AttentionInterface``.
-
-A token attends to what is stored once for many and to what its sequence has of its own apart. The two results are
-merged by the logarithms of their sums of exponentials, which gives what one attention over both would have given.
+"""Attention behind shared prefixes: to the prefix and to the sequence's own tokens apart, merged by their log-sum-exp.
 
 Shapes: R sequences, N new tokens of all sequences one behind the other, n new tokens of a sequence, P tokens of a
 prefix, S tokens of the longest sequence, H query heads, K key heads, G query heads of a key head, E width of a head.
@@ -16,9 +13,8 @@ from transformers import AttentionInterface
 from regiongpt.inference.prefix import STEP, Group, Plan, SuffixLayer
 
 ATTENTION = "regiongpt_shared_prefix"
-"""The name of this attention in transformers' ``AttentionInterface``."""
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-"""The CPU's fused attention that also gives the logarithm of the sum; the public function keeps it to itself."""
+"""The CPU's fused attention with its log-sum-exp, which the public function keeps to itself."""
 
 
 def shared_prefix_attention(
@@ -34,26 +30,11 @@ def shared_prefix_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, as transformers calls it.
-
-    Args:
-        module: the attention layer.
-        query: (1, H, N, E), the tokens of all sequences one behind the other.
-        key: what :meth:`SuffixLayer.update` gave back.
-        value: likewise.
-        attention_mask: not looked at; the step at hand says who sees whom.
-        scaling: of the scores; E ** -0.5 by default.
-        softcap: bends the scores to within this.
-        sliding_window: a token sees this many, itself among them.
-        s_aux: (H,), a score for attending to nothing.
-        position_bias: refused.
-
-    Returns:
-        (1, N, H, E) and None.
+    """Attention of one layer as transformers calls it, (1, H, N, E) to (1, N, H, E); the step says who sees whom.
 
     Raises:
         NotImplementedError: the architecture changes keys between cache and attention, adds a bias of its own, or has
-            a sliding window that it does not hand over. It is tried before anybody asks (``plain.py``).
+            a sliding window that it does not hand over. ``decoder_for`` tries it first.
     """
     step = STEP.get()
     if step is None or step.written is None or step.written[1] is not key or position_bias is not None:
@@ -100,20 +81,10 @@ def attend(
     softcap: float | None = None,
     blind: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with the logarithm of the sum of the exponentials of its scores.
+    """Attention (B, K, n, E) over (B, K, S, E), and the log-sum-exp of its scores (B, K, n), in float32.
 
-    Args:
-        query: (B, K, n, E).
-        key: (B, K, S, E).
-        value: (B, K, S, E').
-        scale: of the scores.
-        mask: added to the scores, (B, 1, n, S) or what spreads to it.
-        causal: query i sees the keys up to i; no mask then.
-        softcap: bends the scores to within this.
-        blind: the mask may hide every key from a query.
-
-    Returns:
-        (B, K, n, E') in the queries' dtype and (B, K, n) in float32; -inf there for a query that sees nothing.
+    ``mask`` (B, 1, n, S) is added to the scores; ``causal`` lets query i see the keys up to i; ``softcap`` bends the
+    scores to within it; ``blind`` says that the mask may hide every key from a query, whose log-sum-exp is then -inf.
     """
     # One query a sequence is quicker without the fused kernel, and it promises nothing where a query sees no key.
     fusable = query.device.type == "cpu" and query.shape[2] > 1 and key.shape[-1] == value.shape[-1]
@@ -161,7 +132,6 @@ def _own(
 def _own_of(
     group: Group, query_HNE: Tensor, layer: SuffixLayer, scale: float, softcap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The same for the sequences of one group."""
     heads, tokens, _ = query_HNE.shape
     key_heads = layer.keys.shape[1]
     shared, rows, widest = heads // key_heads, group.size, group.widest

@@ -7,7 +7,18 @@ from typing import Unpack
 
 from torch import Tensor
 
-from regiongpt.inference.engine import Answer, Engine, Prompt, Scene, TooLong, Turn, citation_warnings, question_turns
+from regiongpt.inference.choices import common_length
+from regiongpt.inference.engine import (
+    Answer,
+    Engine,
+    Prompt,
+    Scene,
+    TooLong,
+    Turn,
+    citation_warnings,
+    notes,
+    question_turns,
+)
 from regiongpt.inference.options import Generation, Options
 from regiongpt.inference.prefix import Prefix
 from regiongpt.inference.scheduler import Job
@@ -18,20 +29,13 @@ from regiongpt.regions import Region
 class Conversation:
     """Several turns about one image and one list of regions; made by :meth:`RegionPredictor.conversation`.
 
-    It stays with the image it was begun on, even after the predictor has been given another one. What the model has
-    read and written in earlier turns is kept as keys and values, so a turn costs its own tokens alone. An answer whose
-    text is tokenised otherwise than the model wrote it is read again from where the two part, so that answers are the
-    same as :meth:`RegionPredictor.ask` gives with the turns so far as its history. One thread at a time may use it.
+    It stays with the image it was begun on. Keys and values of earlier turns are kept, so a turn costs its own tokens.
+    Answers are those of :meth:`RegionPredictor.ask` with the turns so far as its history. One thread at a time may use
+    it.
 
     Attributes:
-        engine: who answers.
-        scene: the encoded image.
-        regions: what ``<regionN>`` stands for in every turn.
-        pooled: their features, from :meth:`Engine.pool`.
         messages: the turns so far, the oldest first, as transformers writes them.
         warnings: of the last turn, such as that the oldest turns had to be forgotten.
-        tokens: what the model has read and written so far: a token's id, or -1 and less for a region's tokens.
-        prefix: keys and values of these tokens.
     """
 
     engine: Engine
@@ -40,19 +44,15 @@ class Conversation:
     pooled: Tensor = field(repr=False)
     messages: list[Turn] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
+    # What the model has read and written so far, a token's id or below 0 for a region's tokens, with its prefix.
     tokens: list[int] = field(default_factory=list, repr=False)
     prefix: Prefix | None = field(default=None, repr=False)
 
     def ask(self, question: str, **generation: Unpack[Generation]) -> Answer:
-        """Ask the next question, as :meth:`RegionPredictor.ask` does, with the turns so far as its history.
+        """Ask the next question; it may mention every region of the conversation.
 
         A question that fails leaves the conversation as it was. Where the model's context is full, the oldest turns are
         forgotten, with a warning.
-
-        Args:
-            question: may mention every region of the conversation.
-            **generation: ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``stop``; see
-                :meth:`RegionPredictor.ask`.
 
         Raises:
             RegionError: a placeholder stands for no region.
@@ -64,15 +64,12 @@ class Conversation:
         job = self._job(prompt, options)
         for _ in self.engine.scheduler.run([job]):
             self._keep(prompt, job)
-        answer = self.engine.finish(job, prompt, time.perf_counter() - began)
+        answer = self.engine.finish(job, prompt, began)
         self._remember(question, answer.text)
         return answer
 
     def stream(self, question: str, **generation: Unpack[Generation]) -> Iterator[str]:
-        """Ask the next question and yield the answer in pieces; what was yielded becomes part of the conversation.
-
-        The arguments are those of :meth:`ask`, and are checked before this returns.
-        """
+        """Ask as :meth:`ask` does, which checks at once, and yield the answer in pieces."""
         options = Options(**generation)
         prompt = self._prepare(question, options)
 
@@ -93,7 +90,7 @@ class Conversation:
         """The prompt behind as much of it as was read before."""
         job = self.engine.job(self.scene, prompt, options, streams)
         if self.prefix is not None:
-            same = _common(self.tokens, self._tokens(prompt)[:-1])  # the last is read again, for its logits
+            same = common_length(self.tokens, self._tokens(prompt)[:-1])  # the last is read again, for its logits
             cut = self.prefix.crop(same) if same > (job.prefix.length if job.prefix else 0) else None
             if cut is not None:
                 job.embeds = self.engine.embed(self.scene, prompt.ids, prompt.rows, prompt.pooled, start=cut.length)
@@ -121,18 +118,14 @@ class Conversation:
                 if not kept:
                     raise
                 del kept[:2]
-        forgotten = (len(self.messages) - len(kept)) // 2
-        self.messages = kept
         # A region not spoken of yet may be in the next turn, so nothing is said about it here.
-        self.warnings = (f"the model's context is full; forgot the oldest turns: {forgotten}",) if forgotten else ()
+        self.warnings = () if self.messages else notes(self.regions)
+        if forgotten := (len(self.messages) - len(kept)) // 2:
+            self.warnings = (f"the model's context is full; forgot the oldest turns: {forgotten}",)
+        self.messages = kept
         return replace(prompt, warnings=self.warnings)
 
     def _remember(self, question: str, answer: str) -> None:
         self.warnings += tuple(citation_warnings(answer, len(self.regions)))
         if answer.strip():  # silence is not a turn that a template could write
             self.messages = [*question_turns(self.messages, question), {"role": "assistant", "content": answer.strip()}]
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

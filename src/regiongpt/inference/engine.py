@@ -1,7 +1,4 @@
-"""The model at work: images encoded once, prompts made of what was kept, answers generated whole or in pieces.
-
-Every answer goes the same way: its prompt stands behind the image's shared prefix, and the scheduler writes it in the
-batch that is running.
+"""The model at work: images encoded once, questions made into prompts, prompts into answers.
 
 Shapes: R regions, K tokens of a region, T prompt tokens, N tokens behind the shared prefix, D model width.
 """
@@ -9,8 +6,10 @@ Shapes: R regions, K tokens of a region, T prompt tokens, N tokens behind the sh
 import re
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -18,12 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.inference.decoder import Decoder
-from regiongpt.inference.options import Options
-from regiongpt.inference.plain import decoder_for
+from regiongpt.inference.decoder import Decoder, decoder_for
+from regiongpt.inference.options import ROWS, Options
 from regiongpt.inference.prefix import Prefix
-from regiongpt.inference.scheduler import ROWS, Job, Scheduler
-from regiongpt.inference.text import TextReader
+from regiongpt.inference.scheduler import Job, Scheduler, TextReader
 from regiongpt.prompts import check_text
 from regiongpt.regions import Region
 
@@ -42,10 +39,9 @@ class Answer:
         text: the answer.
         cited: 1-based numbers of the given regions that the answer names, as ``Region [N]``, in order of first mention.
         warnings: what the person asking should know, one line each, such as a region that was never mentioned.
-        seconds: wall time from question to answer; the image's encoding is not in it, nor the reading of other images.
-            Of questions asked together each is counted from the call to the end of its own answer.
+        seconds: wall time from the call to the end of this answer, without encoding images.
         complete: False where the answer was cut off at ``max_new_tokens``.
-        tokens: how many the model wrote, the one that ends the answer among them.
+        tokens: how many the model wrote, including the one that ends the answer.
     """
 
     text: str
@@ -56,9 +52,35 @@ class Answer:
     tokens: int = 0
 
 
+class SharedPrefixes:
+    """The shared prefixes of one image, the latest few."""
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        # The system text and the image, by their tokens. There is one, unless system texts differ.
+        self.prefixes: dict[tuple[int, ...], Prefix] = {}
+        # By the same tokens, the first words of the question last asked about many regions, and the prefix with them,
+        # whose memory the prefix above then shares.
+        self.questions: dict[tuple[int, ...], tuple[tuple[int, ...], Prefix]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values."""
+        longest = [self.questions[key][1] if key in self.questions else self.prefixes[key] for key in self.prefixes]
+        return sum(prefix.nbytes for prefix in longest)
+
+    def clear(self) -> None:
+        """Free their memory, unless an answer that is being written still needs it."""
+        with self.lock:
+            self.prefixes.clear()
+            self.questions.clear()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One encoded image: what questions need of it, and nothing that would have to be computed again.
+    """One encoded image: everything that questions need of it.
 
     Attributes:
         width: of the image, in pixels.
@@ -72,37 +94,7 @@ class Scene:
     height: int
     map_1Chw: Tensor
     image_ND: Tensor
-    shared: "SharedPrefixes" = field(default_factory=lambda: SharedPrefixes(), repr=False, compare=False)
-
-
-class SharedPrefixes:
-    """The shared prefixes of one image, the latest few of them.
-
-    Attributes:
-        prefixes: the system text and the image, by the tokens of both. Nearly everybody has one; a system text of one's
-            own makes another.
-        questions: by the same tokens, the first words of the question that was last asked about many regions, and the
-            prefix with them, whose memory the prefix above then shares.
-    """
-
-    MOST = 4
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.prefixes: dict[tuple[int, ...], Prefix] = {}
-        self.questions: dict[tuple[int, ...], tuple[tuple[int, ...], Prefix]] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the keys and values."""
-        longest = [self.questions[key][1] if key in self.questions else self.prefixes[key] for key in self.prefixes]
-        return sum(prefix.nbytes for prefix in longest)
-
-    def clear(self) -> None:
-        """Give their memory back, unless an answer that is being written still needs it."""
-        with self.lock:
-            self.prefixes.clear()
-            self.questions.clear()
+    shared: SharedPrefixes = field(default_factory=SharedPrefixes, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +103,12 @@ class Prompt:
 
     Attributes:
         ids: tokens of the conversation up to the answer.
-        rows: for each region token in them the row of ``pooled`` that it stands for, from 0.
+        rows: for each region token in them its row of ``pooled``.
         pooled: region features (R * K, D).
         n_regions: R.
         room: how many tokens the answer may have.
         warnings: one line each.
-        shared_tokens: how many of the first tokens other questions begin with too, those of the image among them; 0
-            where that is not known.
+        shared_tokens: how many of the first tokens other questions begin with too, the image's at least; 0 if unknown.
     """
 
     ids: list[int]
@@ -143,14 +134,7 @@ class TooLong(DataError):
 
 
 class Engine:
-    """A model with its processor, and no memory of its own: what was computed once is handed in as a :class:`Scene`.
-
-    Args:
-        model: a :class:`RegionGPTForConditionalGeneration`, already on its device.
-        processor: the :class:`RegionGPTProcessor` that belongs to it.
-        token_budget: see :class:`Scheduler`.
-        rows: see :class:`Scheduler`.
-    """
+    """A model with its processor, and no memory of its own: what was computed once is handed in as a :class:`Scene`."""
 
     def __init__(self, model: Any, processor: Any, token_budget: int | None = None, rows: int = ROWS) -> None:
         self.model = model.eval()
@@ -177,7 +161,7 @@ class Engine:
 
     @torch.inference_mode()
     def pool(self, scene: Scene, regions: Sequence[Region]) -> Tensor:
-        """Region features (R * K, D) from the kept map, a region's K rows one after the other."""
+        """Region features (R * K, D), a region's K rows one after the other."""
         rows = []
         for start in range(0, max(1, len(regions)), POOLED):
             some = regions[start : start + POOLED]
@@ -198,14 +182,10 @@ class Engine:
         )
         return encoded
 
-    def prompt(self, messages: Sequence[Turn], pooled: Tensor, n_regions: int, wanted: int) -> Prompt:
-        """A question ready for the language model.
-
-        Args:
-            messages: the conversation up to the question.
-            pooled: features (R * K, D) of its regions, from :meth:`pool`.
-            n_regions: R.
-            wanted: longest answer, in tokens.
+    def prompt(
+        self, messages: Sequence[Turn], pooled: Tensor, n_regions: int, wanted: int, notes: Sequence[str] = ()
+    ) -> Prompt:
+        """A question ready for the language model, with an answer of at most ``wanted`` tokens.
 
         Raises:
             RegionError: a placeholder stands for no region.
@@ -213,7 +193,7 @@ class Engine:
         """
         encoded = self.encode(messages, n_regions)
         ids, rows = encoded["input_ids"].tolist(), encoded["region_ids"].tolist()
-        room, warnings = self.room(len(ids), wanted), tuple(encoded["warnings"])
+        room, warnings = self.room(len(ids), wanted), (*notes, *encoded["warnings"])
         return Prompt(ids=ids, rows=rows, pooled=pooled, n_regions=n_regions, room=room, warnings=warnings)
 
     def room(self, length: int, wanted: int) -> int:
@@ -226,20 +206,9 @@ class Engine:
             )
         return min(wanted, limit - length)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # From prompts to answers
-
     @torch.inference_mode()
     def embed(self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor, start: int = 0) -> Tensor:
-        """Embeddings (N, D) of a prompt from its token ``start`` on.
-
-        Args:
-            scene: the image.
-            ids: all tokens of the prompt.
-            rows: for each region token in them the row of ``pooled``.
-            pooled: region features.
-            start: the first token to embed; not between two of the image's.
-        """
+        """Embeddings (N, D) of a prompt from its token ``start`` on, which is not between two of the image's."""
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
         table = self.model.get_input_embeddings()
         ids_T = torch.tensor(ids, device=table.weight.device)
@@ -259,12 +228,7 @@ class Engine:
     ) -> tuple[Prefix | None, Tensor]:
         """The prefix that a prompt shares with others about its image, and embeddings (N, D) of the rest.
 
-        Args:
-            scene: the image.
-            ids: all tokens of the prompt.
-            rows: for each region token in them the row of ``pooled``.
-            pooled: region features.
-            shared: how many of the first tokens to share, none of them a region's; the image's at least.
+        At least the image is shared, and by ``shared`` so many of the first tokens, none of them a region's.
         """
         prefix = self._prefix(scene, ids, shared)
         return prefix, self.embed(scene, ids, rows, pooled, start=prefix.length if prefix else 0)
@@ -305,8 +269,8 @@ class Engine:
         reader = TextReader(self.processor.tokenizer, options.stop) if streams or options.stop else None
         return Job(prefix=prefix, embeds=embeds_ND, options=options, room=prompt.room, reader=reader)
 
-    def finish(self, job: Job, prompt: Prompt, seconds: float) -> Answer:
-        """The answer that a finished job has written, up to the end of turn or a stop text."""
+    def finish(self, job: Job, prompt: Prompt, began: float) -> Answer:
+        """The answer that a finished job has written, asked at ``began`` by ``time.perf_counter``."""
         stops = set(self.processor.stop_token_ids)
         end = next((place for place, token in enumerate(job.tokens) if token in stops), None)
         stopped = job.reader is not None and job.reader.stopped
@@ -318,7 +282,7 @@ class Engine:
             text=text.strip(),
             cited=tuple(number for number in cited(text) if 1 <= number <= prompt.n_regions),
             warnings=(*prompt.warnings, *citation_warnings(text, prompt.n_regions)),
-            seconds=seconds,
+            seconds=time.perf_counter() - began,
             complete=stopped or end is not None,
             tokens=len(job.tokens) if end is None else end + 1,
         )
@@ -326,7 +290,7 @@ class Engine:
     def answers(
         self, asked: Iterable[tuple[Scene, Prompt, Options]], began: float | None = None
     ) -> Iterator[tuple[int, Answer]]:
-        """Generate many answers in one batch, and yield each with its place among those asked, as they are finished."""
+        """Write many answers in one batch; yield each, with its place among those asked, as soon as it is finished."""
         start = time.perf_counter() if began is None else began
         places: dict[Job, tuple[int, Prompt]] = {}
 
@@ -338,7 +302,7 @@ class Engine:
 
         for job in self.scheduler.run(jobs()):
             place, prompt = places.pop(job)
-            yield place, self.finish(job, prompt, time.perf_counter() - start)
+            yield place, self.finish(job, prompt, start)
 
     def answer_each(self, scene: Scene, text: str, regions: Sequence[Region], options: Options) -> list[Answer]:
         """Ask the same question about each region, on its own as ``<region1>``, in one batch."""
@@ -349,13 +313,37 @@ class Engine:
         first = self.prompt(question_turns((), text), pooled[0], 1, options.max_new_tokens)
         if len(regions) > 1:
             first = first.for_many(self.model.config.region_token_id)
-        asked = ((scene, replace(first, pooled=features), options) for features in pooled)
+        asked = (
+            (scene, replace(first, pooled=features, warnings=(*notes([region]), *first.warnings)), options)
+            for region, features in zip(regions, pooled, strict=True)
+        )
         found = dict(self.answers(asked, began))
         return [found[place] for place in range(len(regions))]
 
-    def stream(self, scene: Scene, prompt: Prompt, options: Options) -> Iterator[str]:
-        """Yield an answer in pieces as they are written, starting when first asked for a piece."""
-        yield from self.scheduler.stream(self.job(scene, prompt, options, streams=True))
+
+class Scenes:
+    """The latest encoded images, found again by their pixels; threads take turns.
+
+    An image takes its refined map (37 MiB in float32 for CLIP ViT-L/14 at 336 pixels) and the keys and values of its
+    tokens (300 MiB in half precision for 576 tokens of a 7B Llama).
+    """
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        self._engine, self._most = engine, most
+        self._kept: OrderedDict[bytes, Scene] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, photo: Image.Image) -> Scene:
+        """The scene of an RGB image, encoded now unless it is kept."""
+        digest = blake2b(f"{photo.mode} {photo.size} ".encode(), digest_size=16)
+        digest.update(photo.tobytes())
+        key = digest.digest()
+        with self._lock:
+            scene = self._kept.pop(key, None) or self._engine.look(photo)
+            self._kept[key] = scene
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return scene
 
 
 # "Region [2]" as the paper has it, and the placeholder itself, which a model may repeat from the question.
@@ -374,22 +362,19 @@ def citation_warnings(text: str, n_regions: int) -> list[str]:
     return [f"the answer names region {number}, but {given} given" for number in wrong]
 
 
-def check_regions(regions: Sequence[Region], width: int, height: int) -> None:
-    """Look whether every region fits an image of this size.
+def notes(regions: Sequence[Region]) -> tuple[str, ...]:
+    """How regions were read, where that is worth a warning."""
+    return tuple(f"<region{number}>: {region.note}" for number, region in enumerate(regions, 1) if region.note)
 
-    Raises:
-        RegionError: one does not; it is named ``<regionN>``.
-    """
+
+def check_regions(regions: Sequence[Region], width: int, height: int) -> None:
+    """Raise RegionError, naming ``<regionN>``, if a region does not fit an image of this size."""
     for number, region in enumerate(regions, 1):
         region.check(width, height, name=f"<region{number}>")
 
 
 def question_turns(history: Sequence[Turn], question: str) -> list[Turn]:
-    """The conversation up to a question.
-
-    Raises:
-        DataError: the question is empty or no text, or the history no list of turns.
-    """
+    """The conversation up to a question; DataError for an empty question or a history that is no list of turns."""
     check_text(question, "a question such as 'What is <region1>?'")
     if not isinstance(history, list | tuple) or not all(isinstance(turn, Mapping) for turn in history):
         raise DataError(f"expected history as a list of {{'role': ..., 'content': ...}}, got {history!r:.80}")
@@ -397,11 +382,7 @@ def question_turns(history: Sequence[Turn], question: str) -> list[Turn]:
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the first of CUDA, MPS and CPU there is.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
+    """The device asked for, or the first of CUDA, MPS and CPU there is; raises ConfigError where it is not here."""
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -415,11 +396,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; by default bfloat16 on CUDA devices that compute in it, else float32.
-
-    Raises:
-        ConfigError: no such dtype.
-    """
+    """The dtype asked for; by default bfloat16 on CUDA devices that compute in it, else float32."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -3,15 +3,39 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal, TypedDict
+from typing import Any, Final, Literal, TypedDict
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from regiongpt.prompts import LABEL_SETS
-from regiongpt.settings import Settings
+from regiongpt.settings import Settings, plain_types
 
 By = Literal["answer", "words", "both"]
 WAYS: Final[tuple[By, ...]] = ("answer", "words", "both")
+ROWS = 64
+"""Answers written at a time, unless the token budget allows fewer."""
+
+REGION_OPTIONS = {
+    "--box": ("X0,Y0,X1,Y1", "a box, in pixels from the image's top left corner"),
+    "--xywh": ("X,Y,W,H", "a box by its left and top edge, width and height"),
+    "--mask": ("FILE", "an image of the same size, white (or opaque) inside the region"),
+    "--polygon": ("X,Y,X,Y,X,Y,...", "the corners of a polygon, at least three"),
+    "--rle": ("FILE", "a JSON file with a COCO run-length mask: size [height, width] and counts"),
+    "--point": ("X,Y", "a point: the small disk around it"),
+    "--scribble": ("X,Y,X,Y,...", "a stroke through at least two points"),
+}
+
+
+class Arguments(Settings):
+    """Settings that are keyword arguments too: a number may be text on the command line alone."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
+        hint = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, str) and not info.context and str not in plain_types(hint):
+            raise ValueError("give a number, not a text")
+        return value
 
 
 class Generation(TypedDict, total=False):
@@ -24,7 +48,7 @@ class Generation(TypedDict, total=False):
     stop: str | Sequence[str]
 
 
-class Length(Settings):
+class Length(Arguments):
     """How long an answer may be."""
 
     max_new_tokens: int = Field(128, ge=1)
@@ -62,7 +86,7 @@ class Classification(TypedDict, total=False):
     top_k: int | None
 
 
-class ClassifyOptions(Settings):
+class ClassifyOptions(Arguments):
     """How to choose from a closed set; see :meth:`RegionPredictor.classify`."""
 
     label_set: str = Field("COCO-80", min_length=1)
@@ -110,20 +134,23 @@ class Sources(Settings):
     max_regions: int | None = Field(None, ge=1)
     """only so many, the best by score or else the first"""
 
+    @property
+    def given(self) -> bool:
+        """Whether there may be regions besides those typed."""
+        return bool(self.proposals or self.sam or self.grid)
+
     @model_validator(mode="after")
     def _check_sources(self) -> "Sources":
         if self.proposals and (self.sam or self.grid is not None):
             raise ValueError("give --proposals, or --grid or --sam, not several; ask about them one after the other")
-        if self.image_id is not None and not self.proposals:
-            raise ValueError("--image-id goes with --proposals")
-        if self.crowds and not self.proposals:
-            raise ValueError("--crowds goes with --proposals")
+        if not self.proposals and (self.image_id is not None or self.crowds):
+            raise ValueError(f"--{'crowds' if self.crowds else 'image-id'} goes with --proposals")
         return self
 
 
-class Memory(Settings):
+class Memory(Arguments):
     """What a predictor keeps; see :class:`RegionPredictor`."""
 
-    images: int = Field(ge=0)
-    token_budget: int | None = Field(ge=1)
-    rows: int = Field(ge=1)
+    images: int = Field(4, ge=0)
+    token_budget: int | None = Field(None, ge=1)
+    rows: int = Field(ROWS, ge=1)

@@ -1,76 +1,70 @@
-"""What ``ask``, ``describe``, ``classify`` and ``locate`` do with an image or many, and what is shown of it."""
+"""What ``ask``, ``describe``, ``classify`` and ``locate`` do with one image or many, and what is shown or written.
 
+torch and transformers are not imported here, so that a mistake costs a fraction of a second.
+"""
+
+import csv
+import io
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from regiongpt.console import progress, tell
 from regiongpt.data.shards import Rejects
 from regiongpt.drawing import draw_regions, save_picture
-from regiongpt.errors import DataError, RegionError
-from regiongpt.images import SUFFIXES, load_image
-from regiongpt.inference.options import By, ClassifyOptions, Options, Sources
+from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.images import SUFFIXES, load_image, open_image
+from regiongpt.inference.options import REGION_OPTIONS, By, ClassifyOptions, Options, Sources
 from regiongpt.inference.proposals import Proposal, choose, grid_points, read_proposals
-from regiongpt.inference.results import Results, as_json
 from regiongpt.regions import Region
+from regiongpt.storage import check_writable, read_json, write_file, write_json, writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from regiongpt.inference import RegionPredictor
 
+Typed = Sequence[tuple[str, Callable[[int, int], Region]]]
+"""Regions typed for every image, each behind what messages call it: what makes it for a width and height."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """An image with the regions to ask about.
-
-    Attributes:
-        path: of the image, as it was typed.
-        photo: the image.
-        proposals: the regions, first those that were typed.
-        left_out: how many further regions were left out.
-        unusable: what of the file of proposals could not be used, by kind; empty if nothing.
-    """
+    """An image with the regions to ask about, first those that were typed."""
 
     path: str
     photo: "Image"
     proposals: Sequence[Proposal]
-    left_out: int = 0
-    unusable: str = ""
+    left_out: int = 0  # further regions
+    unusable: str = ""  # what of the file of proposals could not be used, by kind
 
     @property
     def regions(self) -> list[Region]:
         """The regions in the order of their numbers."""
         return [proposal.region for proposal in self.proposals]
 
-    def entries(self) -> list[dict[str, Any]]:
-        """Each region with its score, for a record."""
-        scores = [{} if each.score is None else {"score": each.score} for each in self.proposals]
-        return [{"region": region.to_dict(), **score} for region, score in zip(self.regions, scores, strict=True)]
+    def entries(self, said: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Each region with its score and what was said of it, for a record."""
+        return [
+            {"region": each.region.to_dict(), **({} if each.score is None else {"score": each.score}), **more}
+            for each, more in zip(self.proposals, said, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What was answered about an image.
+    """What was answered about an image."""
 
-    Attributes:
-        record: for JSON and csv.
-        lines: as text.
-        notes: of each region, for COCO.
-        captions: of each region, for a picture.
-        dialogue: question and answer, for a picture.
-        warnings: one line each.
-    """
-
-    record: dict[str, Any]
-    lines: list[str]
-    notes: list[dict[str, Any]]
-    captions: list[str] = field(default_factory=list)
-    dialogue: list[tuple[str, str]] = field(default_factory=list)
+    record: dict[str, Any]  # for JSON and csv
+    lines: list[str]  # as text
+    notes: list[dict[str, Any]]  # of each region, for COCO
+    captions: list[str] = field(default_factory=list)  # of each region, for a picture
+    dialogue: list[tuple[str, str]] = field(default_factory=list)  # question and answer, for a picture
     warnings: list[str] = field(default_factory=list)
 
 
@@ -106,7 +100,7 @@ def describe(predictor: "RegionPredictor", view: View, brief: bool, max_new_toke
     ]
     texts = [answer.text for answer in answers]
     return Reply(
-        record={"regions": [{**entry, **each} for entry, each in zip(view.entries(), said, strict=True)]},
+        record={"regions": view.entries(said)},
         lines=[f"[{number}] {' '.join(text.split())}" for number, text in enumerate(texts, 1)],
         notes=[{"caption": text} for text in texts],
         captions=texts,
@@ -127,7 +121,7 @@ def classify(
     best = [", ".join(f"{name} {share:.3f}" for name, share in each.top(options.top_k or 1)) for each in found]
     free = ["" if each.text is None else f"; freely: {' '.join(each.text.split())}" for each in found]
     return Reply(
-        record={"regions": [{**entry, **each} for entry, each in zip(view.entries(), said, strict=True)]},
+        record={"regions": view.entries(said)},
         lines=[f"[{number}] {text}{more}" for number, (text, more) in enumerate(zip(best, free, strict=True), 1)],
         notes=[{"category": each.label, "score": each.probability} for each in found],
         captions=best,
@@ -155,15 +149,58 @@ def locate(predictor: "RegionPredictor", view: View, expression: str, by: By) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many images
+# Images and regions
+
+
+def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> Typed:
+    """Read the regions that were typed, as option and value, with numbers in fractions of the image if ``normalized``.
+
+    Raises:
+        RegionError: one is malformed.
+        DataError: a file cannot be read.
+        ConfigError: ``normalized`` without numbers.
+    """
+    if normalized and not any(option not in ("--mask", "--rle") for option, _ in typed):
+        raise ConfigError("--normalized goes with --box, --xywh, --polygon, --point and --scribble; leave it out")
+    regions: list[tuple[str, Callable[[int, int], Region]]] = []
+    for number, (option, text) in enumerate(typed, 1):
+        where = f"<region{number}> ({option})"
+        try:
+            region = _read_region(option, text, normalized)
+        except ValueError:
+            raise RegionError(f"{where}: expected numbers {REGION_OPTIONS[option][0]}, got {text!r}") from None
+        except RegionError as error:
+            raise RegionError(f"{where}{str(error).removeprefix('region')}") from None
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        if region.note:  # said here, once, and in no answer again
+            tell(f"regiongpt: warning: {where}: {region.note}")
+            region = replace(cast(Any, region), note="")
+        regions.append((where, region.scaled if normalized else _as_it_is(region)))
+    return regions
+
+
+def _as_it_is(region: Region) -> Callable[[int, int], Region]:
+    return lambda width, height: region
+
+
+def _read_region(option: str, text: str, normalized: bool) -> Region:
+    if option == "--mask":
+        return Region.mask(open_image(text)[1])
+    if option == "--rle":
+        return Region.rle(read_json(text))
+    values = [float(value) for value in text.split(",")]
+    if normalized and not all(-1 <= value <= 2 for value in values):
+        raise RegionError(f"region: expected normalized numbers within 0..1, got {text}; leave --normalized out")
+    if option in ("--box", "--xywh"):
+        make = Region.box if option == "--box" else Region.from_xywh
+        x, y, right, bottom = values  # or width and height; another count is a ValueError
+        return make(x, y, right, bottom)
+    return Region.from_dict({option.removeprefix("--"): values})
 
 
 def find_images(words: Sequence[str]) -> list[str]:
-    """The images that were typed, each once, those of a folder in the order of their names.
-
-    Raises:
-        DataError: a folder holds no image.
-    """
+    """The images that were typed, each once, those of a folder in the order of their names."""
     found: list[str] = []
     for word in words:
         if not os.path.isdir(word):
@@ -176,39 +213,30 @@ def find_images(words: Sequence[str]) -> list[str]:
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
 
 
-def view_of(path: str, typed: Sequence[tuple[str, Region]], sources: Sources, segment: Any = None) -> View:
-    """Read an image and gather its regions.
-
-    Args:
-        path: the image.
-        typed: regions typed for every image, each behind what messages call it.
-        sources: where further regions come from.
-        segment: proposes regions of an image with ``sources.sam``.
-
-    Raises:
-        DataError: the image or the proposals cannot be read.
-        RegionError: a region does not fit the image.
-    """
+def view_of(path: str, typed: Typed, sources: Sources, segment: Any = None) -> View:
+    """Read an image and gather its regions: those typed, then those of ``sources``; ``segment`` asks its SAM model."""
     photo = load_image(path)
-    found = [Proposal(region=region.check(*photo.size, name), place=name) for name, region in typed]
-    rejects = Rejects()
+    size = photo.size
+    found = [Proposal(region=make(*size).check(*size, name), place=name) for name, make in typed]
+    dropped, unusable = 0, ""
     if sources.proposals:
+        rejects = Rejects()
         found += read_proposals(
-            sources.proposals,
-            *photo.size,
-            image=path,
-            image_id=sources.image_id,
-            crowds=sources.crowds,
-            rejects=rejects,
+            sources.proposals, *size, image=path, image_id=sources.image_id, crowds=sources.crowds, rejects=rejects
         )
+        dropped, unusable = rejects.counts.total(), rejects.listed()
     elif sources.sam:
         found += segment(photo)
     elif sources.grid is not None:
-        found += grid_points(sources.grid, *photo.size)
+        found += grid_points(sources.grid, *size)
     iou = 0.7 if sources.sam and sources.iou is None else sources.iou
-    kept = choose(found, *photo.size, most=sources.max_regions, iou=iou, min_score=sources.min_score)
-    left_out = len(found) - len(kept) + rejects.counts.total()
-    return View(path=path, photo=photo, proposals=kept, left_out=left_out, unusable=rejects.listed())
+    kept = choose(found, *size, most=sources.max_regions, iou=iou, min_score=sources.min_score)
+    left_out = len(found) - len(kept) + dropped
+    return View(path=path, photo=photo, proposals=kept, left_out=left_out, unusable=unusable)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many images
 
 
 def over_images(
@@ -217,11 +245,11 @@ def over_images(
     load: Callable[[], "RegionPredictor"],
     answer: Callable[["RegionPredictor", View], Reply],
     *,
-    out: Results | None = None,
+    out: "Results | None" = None,
     json: bool = False,
     picture: str | None = None,
 ) -> int:
-    """Answer about each image, and show or write what was answered as it comes.
+    """Answer about each image, and show or write what was answered as it comes; returns how many were skipped.
 
     A single image that cannot be read is an error. One of several is reported and skipped.
 
@@ -233,12 +261,6 @@ def over_images(
         out: takes the records; None to print them.
         json: print records rather than text, each on a line of its own where there are several images.
         picture: file for the image with its regions and answers; of a single image.
-
-    Returns:
-        How many images were skipped.
-
-    Raises:
-        RegionGPTError: of its kind: the model, the question, or a single image cannot be used.
     """
     predictor: RegionPredictor | None = None
     skipped = 0
@@ -268,17 +290,91 @@ def over_images(
         if out is not None:
             out.add(record, seen.photo.size, seen.regions, reply.notes)
         elif json:
-            print(as_json(record, None if several else 2), flush=True)
+            print(_as_json(record, None if several else 2), flush=True)
         else:
             for line in reply.lines:
                 print(f"{path}: {' '.join(line.split())}" if several else line, flush=True)
         if picture is not None:
-            save_picture(
-                draw_regions(seen.photo, seen.regions, reply.captions or None, dialogue=reply.dialogue), picture
-            )
+            drawn = draw_regions(seen.photo, seen.regions, reply.captions or None, dialogue=reply.dialogue)
+            save_picture(drawn, picture)
     if out is not None:
         out.close()
         print(f"{out.path}: {len(images) - skipped} of {len(images)} images")
     if skipped:
         tell(f"regiongpt: error: {skipped} of {len(images)} images were skipped")
     return skipped
+
+
+class Results:
+    """The answers in a file, one record an image; the suffix is the format.
+
+    ``.jsonl`` holds each record from the moment it is added, so a run that is killed leaves those before. ``.csv``, a
+    row a region, and ``.json``, a COCO data set with ``categories``, are written whole by :meth:`close`.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False, categories: Sequence[str] = ()) -> None:
+        self.path, self.suffix = path, path.suffix.lower()
+        if self.suffix not in (".jsonl", ".csv", ".json"):
+            raise ConfigError(f"{path}: end the name in .jsonl (json lines), .csv or .json (COCO)")
+        check_writable(path)
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{path}: there already; give --overwrite to replace it, or another name")
+        self._categories = {name: number for number, name in enumerate(categories or ["region"], 1)}
+        self._images: list[dict[str, Any]] = []
+        self._annotations: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []
+        self._file: Any = None
+
+    def add(
+        self, record: dict[str, Any], size: tuple[int, int], regions: Sequence[Region], notes: Sequence[dict[str, Any]]
+    ) -> None:
+        """Add the answers about an image; ``notes`` are further keys of each region's COCO annotation."""
+        if self.suffix == ".jsonl":
+            with writing(self.path):
+                self._file = self._file or self.path.open("w", encoding="utf-8", errors="backslashreplace")
+                self._file.write(_as_json(record) + "\n")
+                self._file.flush()
+        elif self.suffix == ".csv":
+            self._rows += _rows(record)
+        else:
+            image = {"id": len(self._images) + 1, "file_name": record["image"], "width": size[0], "height": size[1]}
+            self._images.append(image)
+            for region, note in zip(regions, notes, strict=True):
+                given = {"category": "region", **note}
+                head = {"id": len(self._annotations) + 1, "image_id": image["id"], "iscrowd": 0}
+                head["category_id"] = self._categories[given.pop("category")]
+                self._annotations.append({**head, **region.to_coco(*size), **given})
+
+    def close(self) -> None:
+        """Write what is not yet in the file."""
+        if self.suffix == ".jsonl":
+            with writing(self.path):
+                (self._file or self.path.open("w", encoding="utf-8")).close()
+        elif self.suffix == ".csv":
+            text = io.StringIO()
+            table = csv.DictWriter(text, list(dict.fromkeys(key for row in self._rows for key in row)))
+            table.writeheader()
+            table.writerows(self._rows)
+            write_file(self.path, text.getvalue())
+        else:
+            places = [str(Path(image["file_name"]).absolute().parent) for image in self._images]
+            folder = os.path.commonpath(places or ["."])
+            for image in self._images:
+                image["file_name"] = Path(os.path.relpath(image["file_name"], folder)).as_posix()
+            categories = [{"id": number, "name": name} for name, number in self._categories.items()]
+            found = {"images": self._images, "annotations": self._annotations, "categories": categories}
+            write_json(self.path, found, indent=None)
+
+
+def _as_json(record: Any, indent: int | None = None) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A record as rows of a table, one a region where each region has an answer of its own; lists become JSON."""
+    own = [{"number": number, **entry} for number, entry in enumerate(record["regions"], 1) if "region" in entry]
+    for each in own or [{"regions": record["regions"]}]:
+        row: dict[str, Any] = {}
+        for key, value in record.items():
+            row |= each if key == "regions" else {key: value}
+        yield {key: _as_json(value) if isinstance(value, list | dict) else value for key, value in row.items()}

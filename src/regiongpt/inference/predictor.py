@@ -1,46 +1,70 @@
-"""The friendly front of a model: set an image once, then ask about its regions as often as you like.
-
-What a question costs is kept small by what is kept between questions. ``set_image`` runs the vision tower, the
-refinement and the image's side of the connector; the first question reads the image's tokens into keys and values; from
-then on a question only pools its regions from the kept map and runs its own words through the language model, in one
-batch with whatever else is asked at the time. A closed set is scored in one pass over the tree of all its names.
-"""
+"""Set an image once, then ask about its regions as often as you like."""
 
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Unpack, overload
 
 import torch
 
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError
 from regiongpt.images import ImageSource, load_image
-from regiongpt.inference import many
-from regiongpt.inference.classification import Classified, classify_regions
+from regiongpt.inference.choices import Classified, Located, classify_regions, locate_expressions
 from regiongpt.inference.conversation import Conversation
 from regiongpt.inference.engine import (
     Answer,
     Engine,
     Prompt,
     Scene,
+    Scenes,
     Turn,
     check_regions,
+    notes,
     pick_device,
     pick_dtype,
     question_turns,
 )
-from regiongpt.inference.locating import Located, locate_expressions
-from regiongpt.inference.many import Question
-from regiongpt.inference.options import WAYS, By, Classification, ClassifyOptions, Generation, Memory, Options
+from regiongpt.inference.options import ROWS, WAYS, By, Classification, ClassifyOptions, Generation, Memory, Options
 from regiongpt.inference.quantization import to_int8
-from regiongpt.inference.scenes import Scenes
-from regiongpt.inference.scheduler import ROWS
 from regiongpt.model import weights
 from regiongpt.prompts import check_choices, check_placeholders, check_text
 from regiongpt.prompts import question as task_question
 from regiongpt.regions import Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One of many questions, for :meth:`RegionPredictor.ask_many`; its options as for :meth:`RegionPredictor.ask`.
+
+    Attributes:
+        text: in it ``<regionN>`` stands for the N-th region (from 1), any number of times.
+        regions: in pixels of the image.
+        image: what :func:`regiongpt.load_image` takes; None for the image that is set.
+        history: earlier turns, the oldest first.
+        seed: one given to all questions is made another one for each.
+    """
+
+    text: str
+    regions: Region | Sequence[Region] = ()
+    image: ImageSource | None = None
+    history: Sequence[Turn] = ()
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """The questions about one image: the place, regions, prompt without features, and options of each."""
+
+    source: ImageSource | None
+    members: list[tuple[int, list[Region], Prompt, Options]] = field(default_factory=list)
 
 
 class RegionPredictor:
@@ -59,9 +83,9 @@ class RegionPredictor:
         processor: the :class:`RegionGPTProcessor` that belongs to it.
         images: encoded images to keep, found again by their pixels; the one used longest ago goes first. 0 keeps none
             but those set.
-        token_budget: tokens that all answers being written may take in memory, their questions included and the shared
-            beginning not: the longest times their number. By default 1 GiB on a CPU and half of the free memory on a
-            CUDA device.
+        token_budget: bounds the memory of the answers being written: the longest question with its answer, in tokens
+            without the shared beginning, times their number. By default 1 GiB on a CPU and half of the free memory on
+            a CUDA device.
         rows: answers written at a time, unless the budget allows fewer.
 
     Raises:
@@ -73,7 +97,7 @@ class RegionPredictor:
     ) -> None:
         memory = Memory(images=images, token_budget=token_budget, rows=rows)
         self.engine = Engine(model, processor, memory.token_budget, memory.rows)
-        self._scenes = Scenes(self.engine.look, memory.images)
+        self._scenes = Scenes(self.engine, memory.images)
         self._last: Scene | None = None
         self._own = threading.local()
 
@@ -97,21 +121,20 @@ class RegionPredictor:
             device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; default: the first of CUDA, MPS, CPU there is.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 on CUDA devices that have it, else
                 float32.
-            int8: keep the language model's weights in int8, on the CPU in float32 alone: less memory, more answers a
-                second, and answers that are not quite the same; see :mod:`regiongpt.inference.quantization`.
+            int8: keep the language model's weights in int8, on the CPU in float32 alone; answers change a little.
             untrained: load a checkpoint that has not been trained, too; its answers mean nothing.
-            images: as above.
-            token_budget: as above.
-            rows: as above.
+            images: as above, and so are ``token_budget`` and ``rows``.
+            token_budget: see above.
+            rows: see above.
 
         Raises:
-            CheckpointError: a file of the checkpoint is missing, damaged, or does not fit the others, or its refinement
-                and connector are untrained.
+            CheckpointError: a file is missing, damaged, or does not fit the others, or the model is untrained.
             ConfigError: there is no such device or dtype here, int8 does not go with them, or a number is out of its
                 range.
         """
         if path is not None and not isinstance(path, str | Path):
             raise ConfigError(f"expected path as a checkpoint folder, got {path!r:.80}")
+        memory = Memory(images=images, token_budget=token_budget, rows=rows)
         chosen = pick_device(device)
         model, processor = weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen))
         if model.untrained and not untrained:
@@ -119,9 +142,10 @@ class RegionPredictor:
                 f"{path}: refinement and connector are untrained, so its answers would mean nothing; train it first, "
                 "or give --untrained (in Python untrained=True)"
             )
-        if int8:
+        predictor = cls(model, processor, **dict(memory))
+        if int8:  # now that the engine has tried, in full precision, whether the language model shares prefixes
             to_int8(model)
-        return cls(model, processor, images=images, token_budget=token_budget, rows=rows)
+        return predictor
 
     @property
     def device(self) -> torch.device:
@@ -129,20 +153,13 @@ class RegionPredictor:
         return self.engine.device
 
     def set_image(self, image: ImageSource) -> "RegionPredictor":
-        """Encode an image; every later question of this thread is about it, until the next one is set.
+        """Encode an image, of any kind that :func:`regiongpt.load_image` takes, and return this predictor.
 
-        An image that was encoded lately is not encoded again: the same pixels find what was kept.
-
-        Args:
-            image: what :func:`regiongpt.load_image` takes.
-
-        Returns:
-            This predictor, so that a question can follow on the same line.
+        Every later question of this thread is about it, until the next one is set. The same pixels are not encoded
+        again while they are kept. Paper: §3.1
 
         Raises:
             DataError: the image cannot be read.
-
-        Paper: §3.1
         """
         self._last = self._own.scene = self._scenes.get(load_image(image))
         return self
@@ -175,9 +192,12 @@ class RegionPredictor:
             DataError: the question is empty, or with its history longer than the model can read.
             ConfigError: no image was set, an option is out of its range, or the token budget is too small for it.
         """
-        began, options = time.perf_counter(), Options(**generation)
-        asked = self._here(), self._prompt(question, regions, history, options), options
-        return next(answer for _, answer in self.engine.answers([asked], began))
+        began, options, scene = time.perf_counter(), Options(**generation), self._here()
+        prompt = self._prompt(scene, question, regions, history, options)
+        job = self.engine.job(scene, prompt, options)
+        for _ in self.engine.scheduler.run([job]):
+            pass
+        return self.engine.finish(job, prompt, began)
 
     def stream(
         self,
@@ -187,21 +207,23 @@ class RegionPredictor:
         history: Sequence[Turn] = (),
         **generation: Unpack[Generation],
     ) -> Iterator[str]:
-        """Ask as :meth:`ask` does, and yield the answer in pieces as they are generated.
+        """Ask as :meth:`ask` does, which checks at once, and yield the answer in pieces as they are generated.
 
-        The arguments are checked before this returns. Leaving the iteration early ends the generation.
-
-        Yields:
-            Pieces of text, whole words where the language writes blanks; joined they are the answer.
+        Leaving the iteration early ends the generation.
         """
-        options = Options(**generation)
-        return self.engine.stream(self._here(), self._prompt(question, regions, history, options), options)
+        options, scene = Options(**generation), self._here()
+        prompt = self._prompt(scene, question, regions, history, options)
+
+        def pieces() -> Iterator[str]:
+            yield from self.engine.scheduler.stream(self.engine.job(scene, prompt, options, streams=True))
+
+        return pieces()
 
     def ask_many(self, questions: Iterable[Question], **generation: Unpack[Generation]) -> list[Answer]:
         """Ask many questions at once, each with regions of its own, about one image or several.
 
-        Each image is encoded once and its tokens are stored once, however many questions there are about it. Everything
-        that can be wrong with a question is found before the first is answered.
+        Each image is encoded once and its tokens are stored once. Everything that can be wrong with a question is found
+        before the first is answered.
 
         Args:
             questions: any number. One that names no image is about the image set.
@@ -217,25 +239,67 @@ class RegionPredictor:
         return [answer for _, answer in sorted(self.answers(questions, **generation), key=lambda found: found[0])]
 
     def answers(self, questions: Iterable[Question], **generation: Unpack[Generation]) -> Iterator[tuple[int, Answer]]:
-        """Ask as :meth:`ask_many` does, and yield each question's place and answer as soon as it is finished.
-
-        The questions are checked before this returns. Leaving the iteration early ends what is being written.
-
-        Yields:
-            The place of a question among those asked, from 0, and its answer.
-        """
-        began, options = time.perf_counter(), Options(**generation)
+        """Ask as :meth:`ask_many` does; yield each question's place, from 0, and its answer as it is finished."""
+        began, options, here = time.perf_counter(), Options(**generation), self._scene
         if isinstance(questions, Question) or not isinstance(questions, Iterable):
             raise ConfigError(f"expected questions as a list of Question, got {type(questions).__name__}")
-        return many.answers(self.engine, self._scenes, self._scene, list(questions), options, began)
+        groups = self._checked(questions, options, here)
+        order: list[int] = []
+
+        def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
+            for group in groups:
+                scene = here if group.source is None else self._scenes.get(load_image(group.source))
+                assert scene is not None
+                pooled = self.engine.pool(scene, [region for _, regions, *_ in group.members for region in regions])
+                sizes = [len(regions) * self.engine.processor.tokens_per_region for _, regions, *_ in group.members]
+                alike = len({id(prompt.ids) for *_, prompt, _ in group.members}) == 1 < len(group.members)
+                for (place, _, prompt, own), features in zip(group.members, torch.split(pooled, sizes), strict=True):
+                    if alike:
+                        prompt = prompt.for_many(self.engine.model.config.region_token_id)
+                    order.append(place)
+                    yield scene, replace(prompt, pooled=features), own
+
+        return ((order[place], answer) for place, answer in self.engine.answers(asked(), began))
+
+    def _checked(self, questions: Iterable[Question], options: Options, here: Scene | None) -> list[_Group]:
+        """The questions by image, the images in the order of their first question."""
+        groups: dict[Any, _Group] = {}
+        known: dict[Any, Prompt] = {}
+        nothing = self.engine.model.connector.mean.new_empty(0)
+        for place, question in enumerate(questions):
+            with _naming(place):
+                if not isinstance(question, Question):
+                    raise ConfigError(f"expected a Question(text=..., regions=[...]), got {type(question).__name__}")
+                if question.image is None and here is None:
+                    raise ConfigError("expected an image; call set_image(...) first, or give the question its own")
+                own = {name: value for name in Options.model_fields if (value := getattr(question, name)) is not None}
+                if "seed" not in own and options.seed is not None:
+                    digest = blake2b(f"{options.seed} {place}".encode(), digest_size=8).digest()
+                    own["seed"] = int.from_bytes(digest) >> 1
+                settings = options.replace(**own)
+                turns, regions = question_turns(question.history, question.text), Region.list_of(question.regions)
+                same = (repr(turns), len(regions), settings.max_new_tokens)
+                if same not in known:
+                    known[same] = self.engine.prompt(turns, nothing, len(regions), settings.max_new_tokens)
+            prompt = replace(known[same], warnings=(*notes(regions), *known[same].warnings))
+            source = question.image
+            key = str(source) if isinstance(source, str | Path) else id(source)
+            groups.setdefault(key, _Group(source=source)).members.append((place, regions, prompt, settings))
+        for group in groups.values():
+            size = (here.width, here.height) if here else (0, 0)
+            if group.source is not None:
+                with _naming(group.members[0][0]):
+                    photo = load_image(group.source)
+                size = photo.size
+                if not isinstance(group.source, str | Path):  # a stream cannot be read twice
+                    group.source = photo
+            for place, regions, *_ in group.members:
+                with _naming(place):
+                    check_regions(regions, *size)
+        return list(groups.values())
 
     def conversation(self, regions: Region | Sequence[Region] = ()) -> "Conversation":
-        """Begin a conversation about the image set now, whose turns all speak of the same regions.
-
-        Raises:
-            RegionError: a region does not fit the image.
-            ConfigError: no image was set.
-        """
+        """Begin a conversation about the image set now, whose turns all speak of the same regions."""
         scene, listed = self._here(), Region.list_of(regions)
         pooled = self.engine.pool(scene, listed)
         return Conversation(engine=self.engine, scene=scene, regions=tuple(listed), pooled=pooled)
@@ -252,12 +316,7 @@ class RegionPredictor:
     def describe(
         self, regions: Region | Sequence[Region], *, brief: bool = False, max_new_tokens: int = 128
     ) -> Answer | list[Answer]:
-        """Describe regions, each on its own, in one batch.
-
-        Args:
-            regions: one region or several.
-            brief: a caption of a few words rather than a description.
-            max_new_tokens: longest description, in tokens.
+        """Describe regions, each on its own, in one batch; ``brief`` asks for a caption of a few words.
 
         Returns:
             An answer for a region, a list of them for a list. In each, ``Region [1]`` is the region described.
@@ -291,14 +350,9 @@ class RegionPredictor:
     ) -> Classified | list[Classified]:
         """Choose the class of each region from a closed set; nothing off the list can come out.
 
-        A choice's score is the log likelihood of all its tokens *and the end of the answer*. With the end included
-        these are the likelihoods of whole answers, which need no correction for length: divided by their sum, they are
-        the probability of each answer given that it is on the list. Two options rank names that the model seldom or
-        never saw more fairly; their results are then no probabilities of answers. ``length_normalized`` divides each
-        score by its number of tokens. ``calibrated`` subtracts the score of the same answer about a region of which
-        nothing is known, in the same image, so that a long or a rare name is held against itself
-        (https://arxiv.org/abs/2102.09690). With the model that ships that does harm, and so did every other reference
-        tried (``docs/performance.md``): measure it before using it. Memory does not grow with the number of names.
+        A choice's score is the log likelihood of all its tokens and of the end of the answer, so the scores, divided
+        by their sum, are the probability of each answer given that it is on the list. Memory does not grow with the
+        number of names.
 
         Args:
             regions: one region or several, each classified on its own.
@@ -306,9 +360,12 @@ class RegionPredictor:
                 ``label_set``.
             **options: any of ``label_set`` ("COCO-80"), the set named in the question (the model that ships was trained
                 with this one alone, and names things in its style for other ``choices`` too); ``generate``: also
-                generate the answer freely, as the paper's exact-match protocol does; ``length_normalized``;
-                ``calibrated``, not together with it; ``top_k``: keep only so many of the likeliest choices in the
-                result, for large sets and many regions.
+                generate the answer freely, as the paper's exact-match protocol does; ``length_normalized``: divide each
+                score by its number of tokens; ``calibrated``, not together with it: subtract the score of the same
+                answer about a region of which nothing is known, in the same image (https://arxiv.org/abs/2102.09690).
+                Both rank rare names more fairly, but the results are no probabilities of answers, and calibration does
+                harm with the model that ships (``docs/performance.md``). ``top_k``: keep only so many of the likeliest
+                choices in the result.
 
         Returns:
             A result for a region, a list of them for a list.
@@ -338,16 +395,13 @@ class RegionPredictor:
     ) -> Located | list[Located]:
         """Choose the region that an expression refers to, or none.
 
-        Two things tell. The answer: the paper's question about all regions at once, with ``Region [N]`` for each of
-        them and the no-match sentence scored as :meth:`classify` scores choices. The words: how likely the model is to
-        call a region by the expression, asked of each region by itself. A model that compares regions well needs the
-        first alone; a small one knows a region when it sees one long before it can compare several.
-
         Args:
             expression: such as ``"the red cup"``, or several of them, each located by itself among the same regions.
             regions: at least one region to choose from.
-            by: ``"answer"``, the paper's protocol; ``"words"``, which always chooses a region; or ``"both"``: by the
-                answer whether any of them fits, which is more likely than not, and by the words which.
+            by: ``"answer"``, the paper's protocol: one question about all regions, with ``Region [N]`` and the no-match
+                sentence scored as :meth:`classify` scores choices; ``"words"``: how likely the model is to call each
+                region, by itself, by the expression, which always chooses a region; or ``"both"``: by the answer
+                whether any of them fits, and by the words which.
 
         Returns:
             A result for an expression, a list of them for a list.
@@ -370,7 +424,6 @@ class RegionPredictor:
             raise ConfigError(f"by: expected one of {', '.join(WAYS)}, got {by!r}")
         if not listed:
             raise RegionError("expected at least one region to choose from, got none")
-        check_regions(listed, scene.width, scene.height)
         pooled = self.engine.pool_each(scene, listed)
         found = locate_expressions(self.engine, scene, pooled, [each.strip() for each in expressions], by)
         return found[0] if isinstance(expression, str) else found
@@ -387,10 +440,22 @@ class RegionPredictor:
         return scene
 
     def _prompt(
-        self, question: str, regions: Region | Sequence[Region], history: Sequence[Turn], options: Options
+        self,
+        scene: Scene,
+        question: str,
+        regions: Region | Sequence[Region],
+        history: Sequence[Turn],
+        options: Options,
     ) -> Prompt:
         turns, listed = question_turns(history, question), Region.list_of(regions)
-        pooled = self.engine.pool(self._here(), listed)
-        prompt = self.engine.prompt(turns, pooled, len(listed), options.max_new_tokens)
-        notes = [f"<region{number}>: {region.note}" for number, region in enumerate(listed, 1) if region.note]
-        return replace(prompt, warnings=(*notes, *prompt.warnings))
+        pooled = self.engine.pool(scene, listed)
+        return self.engine.prompt(turns, pooled, len(listed), options.max_new_tokens, notes(listed))
+
+
+@contextmanager
+def _naming(place: int) -> Iterator[None]:
+    """Say which question it was that something is wrong with."""
+    try:
+        yield
+    except RegionGPTError as error:
+        raise type(error)(f"question {place + 1}: {error}") from error

@@ -1,17 +1,10 @@
 """Keys and values that many sequences begin with, stored once: a transformers cache.
 
-A batch's sequences have beginnings in common (the system text and an image's tokens) and go on differently. A
-:class:`Prefix` holds the keys and values of a beginning, whatever the number of sequences behind it; a
-:class:`PrefixCache` holds what each sequence has of its own. A token attends to the one and to the other apart, and the
-two results are merged (``attention.py``). The tokens of all sequences go through the language model one behind the
-other, as one row without padding: a :class:`Step`.
-
-Shapes: R sequences, N new tokens of all sequences one behind the other, n new tokens of a sequence, P tokens of a
+Shapes: R sequences, N new tokens of all sequences one behind the other, n new tokens of one sequence, P tokens of a
 prefix, S tokens of the longest sequence, C room for tokens, K key heads, E width of a head.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,12 +20,10 @@ _GROWTH = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefix:
-    """Keys and values of tokens that any number of sequences begin with.
+    """Keys and values, (K, P, E) for each layer, of tokens that any number of sequences begin with.
 
     Attributes:
-        keys: of each layer, (K, P, E), rotated to their positions.
-        values: of each layer, (K, P, E).
-        parent: what comes before these tokens, stored by itself; None at the start of the text.
+        parent: the tokens before these, stored separately; None at the start of the text.
     """
 
     keys: tuple[Tensor, ...]
@@ -46,12 +37,12 @@ class Prefix:
 
     @cached_property
     def length(self) -> int:
-        """Tokens from the start of the text, those of the parents among them."""
+        """Tokens from the start of the text."""
         return sum(part.own for part in self.chain)
 
     @property
     def chain(self) -> tuple["Prefix", ...]:
-        """This prefix and what comes before it, the first tokens first."""
+        """The parents, first tokens first, and this prefix."""
         return (*self.parent.chain, self) if self.parent else (self,)
 
     @property
@@ -60,7 +51,7 @@ class Prefix:
         return sum(part.nbytes for part in (*self.keys, *self.values))
 
     def joined(self) -> "Prefix":
-        """The same in one piece, in memory of its own where it was in several: each is an attention by itself."""
+        """The same tokens without a parent: every piece of a chain costs an attention of its own."""
         if self.parent is None:
             return self
         keys = zip(*(part.keys for part in self.chain), strict=True)
@@ -80,11 +71,8 @@ class Prefix:
         kept = length - before
         if kept >= self.own:
             return self
-        return Prefix(
-            keys=tuple(key[:, :kept] for key in self.keys),
-            values=tuple(value[:, :kept] for value in self.values),
-            parent=self.parent,
-        )
+        keys, values = (tuple(part[:, :kept] for part in parts) for parts in (self.keys, self.values))
+        return Prefix(keys=keys, values=values, parent=self.parent)
 
 
 class SuffixLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
@@ -93,24 +81,21 @@ class SuffixLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
     is_sliding = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for no token yet, of these heads, on this device."""
+        """Start with no rows and no room."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = key_states.new_zeros((0, key_states.shape[1], 0, key_states.shape[3]))
         self.values = value_states.new_zeros((0, value_states.shape[1], 0, value_states.shape[3]))
         self.is_initialized = True
 
-    def reserve(self, rows: int, room: int) -> None:
-        """Grow to ``rows`` sequences of ``room`` tokens, with zeros: what is masked must still be a number."""
-        self.keys, self.values = (_grown(part, rows, room) for part in (self.keys, self.values))
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new tokens (1, K, N, E) to their places, which the step at hand knows, and give them back."""
+        """Write the new tokens (1, K, N, E) where the current step puts them, and return them."""
         step = STEP.get()
         if step is None:
             raise RuntimeError("a PrefixCache is filled by Decoder.forward alone, not by a plain call of the model")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.reserve(len(step.cache.lengths), step.cache.room)
+        size = len(step.cache.lengths), step.cache.room
+        self.keys, self.values = _grown(self.keys, *size), _grown(self.values, *size)
         slots, places = step.on(self.keys.device).places
         self.keys[slots, :, places] = key_states[0].transpose(0, 1)
         self.values[slots, :, places] = value_states[0].transpose(0, 1)
@@ -118,7 +103,7 @@ class SuffixLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As many keys as queries: the masks of this cache are made by its own attention."""
+        """As many keys as queries: this cache's own attention makes the masks."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
@@ -136,8 +121,8 @@ class PrefixCache(Cache):  # type: ignore[misc]
     """The keys and values of a batch of sequences, each behind a shared :class:`Prefix`.
 
     Attributes:
-        prefixes: of each sequence; None where it begins with the text itself.
-        lengths: tokens that each sequence has of its own.
+        prefixes: one a sequence; None where it has none.
+        lengths: tokens of its own that each sequence has.
         room: tokens of its own that each sequence has memory for.
     """
 
@@ -148,7 +133,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
         self.room = 0
 
     def add(self, prefix: Prefix | None = None) -> int:
-        """Begin a sequence behind a prefix; returns its row, the last one."""
+        """Begin a sequence behind a prefix and return its row, the last one."""
         self.prefixes.append(prefix)
         self.lengths.append(0)
         return len(self.lengths) - 1
@@ -169,21 +154,17 @@ class PrefixCache(Cache):  # type: ignore[misc]
             self.layers.clear()
 
     def total(self, row: int) -> int:
-        """Tokens of a sequence with those of its prefix: the position of its next one."""
+        """Tokens of a sequence with its prefix: the position of its next one."""
         prefix = self.prefixes[row]
         return self.lengths[row] + (prefix.length if prefix else 0)
 
     @torch.inference_mode()
     def keep(self, row: int, onto: Prefix | None = None) -> Prefix | None:
-        """The tokens of a sequence as a prefix for others.
+        """Copy a sequence as a prefix for others; None if it has no tokens.
 
         Args:
             row: the sequence.
-            onto: a prefix that the sequence's own begins with; it stays shared, and what comes behind it is copied. By
-                default its whole prefix.
-
-        Returns:
-            A prefix of all the sequence's tokens, its memory apart from this cache's. None for no tokens.
+            onto: the part of its prefix that stays shared; the whole prefix by default.
         """
         prefix, used = self.prefixes[row], self.lengths[row]
         chain = prefix.chain if prefix else ()
@@ -210,12 +191,12 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Memory of the sequences' own keys and values; the prefixes' is their own."""
+        """Memory of the sequences' own keys and values."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
 
 def _grown(part: Tensor, rows: int, room: int) -> Tensor:
-    """The same (R, K, C, E), with zeros to at least this size."""
+    """(R, K, C, E) grown to at least this size with zeros: what is masked must still be a number."""
     if part.shape[0] >= rows and part.shape[2] >= room:
         return part
     grown = part.new_zeros((max(rows, part.shape[0]), part.shape[1], max(room, part.shape[2]), part.shape[3]))
@@ -225,24 +206,14 @@ def _grown(part: Tensor, rows: int, room: int) -> Tensor:
 
 @dataclass(kw_only=True)
 class Step:
-    """One pass of new tokens through the language model, as its layers need to know it.
-
-    Attributes:
-        cache: where the tokens go.
-        rows: the sequences that have new tokens, ascending.
-        counts: how many each has, at least 1.
-        tree: bool (n, n), which new token of a sequence attends to which of its others, itself among them; all counts
-            are n then. None where each attends to all before it.
-        trial: whether it is to be found out if the language model can go this way.
-        written: the layer that was filled last, and with which keys.
-    """
+    """One pass of new tokens through the language model, as its layers need to know it; see :meth:`Decoder.forward`."""
 
     cache: PrefixCache
     rows: Sequence[int]
     counts: Sequence[int]
     tree: Tensor | None = None
-    trial: bool = False
-    written: tuple[SuffixLayer, Tensor] | None = None
+    trial: bool = False  # while trying whether the language model can share prefixes
+    written: tuple[SuffixLayer, Tensor] | None = None  # the layer that was filled last, and with which keys
     _plans: dict[torch.device, "Plan"] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> "Plan":
@@ -251,28 +222,20 @@ class Step:
             self._plans[device] = Plan(self, device)
         return self._plans[device]
 
-    @contextmanager
-    def at_hand(self) -> Iterator[None]:
-        """Let this cache's layers and its attention find the step, in this thread alone."""
-        token = STEP.set(self)
-        try:
-            yield
-        finally:
-            STEP.reset(token)
-
 
 STEP: ContextVar[Step | None] = ContextVar("regiongpt_step", default=None)
+"""The step of this thread, for the cache's layers and the attention."""
 
 
 class Plan:
     """Index tensors of a step on one device.
 
     Attributes:
-        places: of each new token its row in the cache and its place there, as indices; two numbers in their stead where
-            one new token of each of a run of rows goes to the same place, which is quicker to write.
+        places: row and place in the cache of each new token, as index tensors; as a slice and a number where one new
+            token of each of a run of rows goes to the same place, which is quicker to write.
         position_N: of each new token in the text.
         reach: tokens of the longest text.
-        segments: each stored piece of the prefixes once: where it begins, and the tokens behind it (None for all).
+        segments: each stored piece of the prefixes: where it begins, and the tokens behind it (None for all).
         groups: sequences whose attention to their own tokens is computed together.
     """
 
@@ -313,7 +276,7 @@ class Plan:
         self._masks: dict[Any, Tensor] = {}
 
     def prefix_mask(self, index: int, dtype: torch.dtype, window: int) -> Tensor:
-        """What is added to the scores of a segment's keys under a sliding window: (1, 1, N, P), N tokens behind it."""
+        """What is added to the scores of a segment's keys under a sliding window: (1, 1, N, P)."""
         key = ("prefix", index, dtype, window)
         if key not in self._masks:
             segment, begin, tokens = self.segments[index]
@@ -330,12 +293,12 @@ class Group:
 
     Attributes:
         tokens: their new tokens among the step's; None for all of them.
-        widest: new tokens of the sequence that has most.
-        longest: tokens of the longest sequence, the new ones among them.
+        widest: most new tokens of a sequence.
+        longest: tokens of the longest sequence, the new ones included.
         even: all have as many new tokens.
         fresh: none has any before these, so a plain causal attention will do.
         chosen: their rows in the cache.
-        padded: of each new token its sequence and its place among the new ones, where they are not even.
+        padded: sequence and place of each new token, where they are not even.
     """
 
     def __init__(
@@ -388,7 +351,6 @@ class Group:
 def _segments(
     prefixes: Sequence[Prefix | None], owner_N: Tensor, device: torch.device
 ) -> list[tuple[Prefix, int, Tensor | None]]:
-    """Each stored piece of the prefixes once: where it begins, and the tokens behind it (None for all of them)."""
     rows: dict[int, list[int]] = {}
     for row, prefix in enumerate(prefixes):
         rows.setdefault(id(prefix), []).append(row)

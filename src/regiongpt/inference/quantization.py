@@ -18,13 +18,9 @@ from regiongpt.errors import ConfigError
 
 
 def to_int8(model: Any) -> Any:
-    """Quantize the language model of a :class:`RegionGPTForConditionalGeneration`, in place.
+    """Quantize the language model of a RegionGPT model in float32 on the CPU, in place.
 
-    Args:
-        model: in float32, on the CPU. It can answer afterwards, but be neither trained nor saved.
-
-    Returns:
-        The same model.
+    It can answer afterwards, but be neither trained nor saved.
 
     Raises:
         ConfigError: the model is elsewhere or of another type, it has no linear layers, or this PyTorch cannot do it.

@@ -1,12 +1,12 @@
-"""Continuous batching: answers that are finished leave the batch, waiting ones enter it, whoever asked for them.
+"""Continuous batching: finished answers leave the batch and waiting ones enter it, whoever asked for them.
 
-There is no thread of its own. Whoever waits for an answer moves the whole batch on by a step, so that the questions of
-several threads share their passes through the language model.
+There is no thread of its own: whoever waits for an answer moves the whole batch on by a step.
 
 Shapes: R sequences, V vocabulary, D model width, T tokens.
 """
 
 import random
+import re
 import secrets
 import threading
 from collections import deque
@@ -19,12 +19,9 @@ from torch import Tensor
 
 from regiongpt.errors import ConfigError
 from regiongpt.inference.decoder import Decoder
-from regiongpt.inference.options import Options
+from regiongpt.inference.options import ROWS, Options
 from regiongpt.inference.prefix import Prefix
-from regiongpt.inference.text import TextReader
 
-ROWS = 64
-"""Answers written at a time, unless the token budget allows fewer."""
 PREFILL = 2048
 """Tokens of entering questions that go through the language model in one pass, unless a single one has more."""
 CACHE_BYTES = 2**30
@@ -33,34 +30,19 @@ CACHE_BYTES = 2**30
 
 @dataclass(kw_only=True, eq=False)
 class Job:
-    """One answer to be written.
+    """One answer to be written."""
 
-    Attributes:
-        prefix: what the question begins with.
-        embeds: embeddings (T, D) of the rest of the question.
-        options: how to write.
-        room: most tokens to write, at least 1.
-        reader: reads the text along; needed to stream and for stop strings.
-        keep: whether question and answer are to be kept as a prefix for the next turn.
-        onto: the prefix that stays shared then.
-        tokens: those written so far, the one that ended the answer among them.
-        kept: the prefix that was kept, of all tokens but the last one written.
-        finished: no token will come.
-        complete: it ended by itself, not for want of room.
-        error: why it could not be written.
-    """
-
-    prefix: Prefix | None
-    embeds: Tensor
+    prefix: Prefix | None  # what the question begins with
+    embeds: Tensor  # (T, D), the rest of the question
     options: Options
-    room: int
-    reader: TextReader | None = None
-    keep: bool = False
-    onto: Prefix | None = None
-    tokens: list[int] = field(default_factory=list)
-    kept: Prefix | None = None
+    room: int  # most tokens to write, at least 1
+    reader: "TextReader | None" = None  # decodes along the way, to stream and for stop strings
+    keep: bool = False  # keep question and answer as a prefix for the next turn,
+    onto: Prefix | None = None  # of which this stays shared
+    tokens: list[int] = field(default_factory=list)  # those written, including the one that ended the answer
+    kept: Prefix | None = None  # all tokens but the last one written
     finished: bool = False
-    complete: bool = False
+    complete: bool = False  # it ended by itself, not for want of room
     cancelled: bool = False
     admitted: bool = False
     error: BaseException | None = None
@@ -72,7 +54,7 @@ class Job:
 
     @property
     def reserve(self) -> int:
-        """Tokens of its own that its sequence may come to."""
+        """Most tokens of its own that its sequence can have."""
         return len(self.embeds) + self.room
 
 
@@ -84,8 +66,7 @@ class Scheduler:
         embed: word embeddings of token ids (R,), as (R, D).
         stop_ids: tokens that end an answer.
         never: tokens that are never written.
-        token_budget: tokens that the sequences of a batch may have of their own, counted as the longest times their
-            number, which is what they take in memory. By default what :data:`CACHE_BYTES` holds.
+        token_budget: the longest sequence's own tokens times the number of sequences; see :class:`RegionPredictor`.
         rows: most sequences in a batch.
     """
 
@@ -107,9 +88,6 @@ class Scheduler:
         self._cache = decoder.cache()
         self._device = torch.device("cpu")
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # What callers see
-
     @property
     def active(self) -> int:
         """Answers being written now, whoever asked for them."""
@@ -118,11 +96,8 @@ class Scheduler:
     def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
         """Write answers and yield each job when it is finished, in no particular order.
 
-        Jobs are taken from the iterable as there is room for them. Leaving the iteration ends those begun.
-
-        Raises:
-            ConfigError: a job needs more tokens than the budget has.
-            Exception: what a pass through the language model raised.
+        Jobs are taken from the iterable as there is room for them. Leaving the iteration ends those begun. What a pass
+        through the language model raises comes out here.
         """
         source: Iterator[Job] | None = iter(jobs)
         mine: list[Job] = []
@@ -149,10 +124,7 @@ class Scheduler:
             self._cancel(mine)
 
     def stream(self, job: Job) -> Iterator[str]:
-        """Write one answer and yield its text in pieces, which joined are the answer.
-
-        Leaving the iteration ends it. The job has a reader.
-        """
+        """Write one answer, whose job has a reader, and yield its text in pieces. Leaving the iteration ends it."""
         assert job.reader is not None
         self._submit(job)
         begun = False
@@ -172,15 +144,12 @@ class Scheduler:
         if job.error is not None:
             raise job.error
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # The batch
-
     def _submit(self, job: Job) -> None:
         budget = self._budget(job)
         if job.reserve > budget:
             raise ConfigError(
-                f"expected a question and an answer of at most {budget} tokens of their own, the token budget, got "
-                f"{len(job.embeds)} and up to {job.room}; raise token_budget or lower max_new_tokens"
+                f"question and answer take {len(job.embeds)} and up to {job.room} tokens, the token budget is "
+                f"{budget}; raise token_budget or lower max_new_tokens"
             )
         with self._lock:
             self._waiting.append(job)
@@ -205,8 +174,8 @@ class Scheduler:
     def _cancel(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             job.cancelled = True
-        # At the latest the next step frees their memory. Now, where nobody is at it: a generator may be closed by the
-        # garbage collector, in the middle of a step of this very thread.
+        # The next step frees their memory at the latest. A generator may be closed by the garbage collector in the
+        # middle of a step of this very thread, so waiting for the lock could be for ever.
         if self._lock.acquire(blocking=False):
             try:
                 self._drop_cancelled()
@@ -232,13 +201,22 @@ class Scheduler:
             embeds = [self._embed(last), *embeds]
         counts = [1] * len(going) + [len(job.embeds) for job in entering]
         rows = list(range(len(counts)))
-        self._write(rows, self.decoder.forward(self._cache, torch.cat(embeds), rows, counts))
+        logits_RV = self.decoder.forward(self._cache, torch.cat(embeds), rows, counts)
+        chosen = choose(logits_RV, list(self._running), self._never)
+        for row, token in reversed(list(enumerate(chosen))):
+            job = self._running[row]
+            job.tokens.append(token)
+            ended = token in self._stop_ids
+            if job.reader is not None and not ended:
+                job.reader.push(token)
+                ended = job.reader.stopped
+            if ended or len(job.tokens) >= job.room:
+                job.complete = ended
+                self._leave(row)
 
     def _enter(self) -> list[Job]:
         """Take from those waiting, in their order, as many as rows, budget and one pass have room for."""
         entering: list[Job] = []
-        if not self._waiting:
-            return entering
         size, tokens = max((job.reserve for job in self._running), default=0), 0
         while self._waiting and len(self._running) < self.rows:
             job = self._waiting[0]
@@ -260,20 +238,6 @@ class Scheduler:
             self._device = job.embeds.device
         return entering
 
-    def _write(self, rows: Sequence[int], logits_RV: Tensor) -> None:
-        """Choose the next token of these sequences; those that are finished leave."""
-        chosen = choose(logits_RV, [self._running[row] for row in rows], self._never)
-        for row, token in reversed(list(zip(rows, chosen, strict=True))):
-            job = self._running[row]
-            job.tokens.append(token)
-            ended = token in self._stop_ids
-            if job.reader is not None and not ended:
-                job.reader.push(token)
-                ended = job.reader.stopped
-            if ended or len(job.tokens) >= job.room:
-                job.complete = ended
-                self._leave(row)
-
     def _leave(self, row: int) -> None:
         job = self._running[row]
         if job.reader is not None:
@@ -287,8 +251,17 @@ class Scheduler:
         job.finished = True
 
     def _budget(self, job: Job) -> int:
+        """The token budget; by default as many as there is memory for, at least one longest question's."""
         if self.token_budget is None:
-            self.token_budget = _tokens_that_fit(self.decoder, job)
+            device = job.embeds.device
+            memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CACHE_BYTES
+            context = int(getattr(self.decoder.model.config, "max_position_embeddings", None) or 0)
+            per_token = 0
+            if job.prefix is not None and job.prefix.chain[0].own:
+                root = job.prefix.chain[0]
+                per_token = root.nbytes // root.own
+            fits = memory // per_token if per_token else ROWS * job.reserve
+            self.token_budget = max(context, job.reserve, fits)
         return self.token_budget
 
 
@@ -305,29 +278,74 @@ def choose(logits_RV: Tensor, jobs: Sequence[Job], never: Sequence[int]) -> list
 
 
 def draw(scores_V: Tensor, temperature: float, top_p: float, at: float) -> int:
-    """The token at a place of the distribution, the likeliest tokens first.
-
-    Args:
-        scores_V: logits.
-        temperature: above 0.
-        top_p: how much of the distribution to draw from, its likeliest tokens; at least one remains.
-        at: the place, in [0, 1).
-    """
-    likely_V, tokens_V = (scores_V.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    """The token at place ``at``, in [0, 1), of the likeliest tokens of joint probability ``top_p``, likeliest first."""
+    below_V = scores_V.double() - scores_V.max()  # of a temperature near 0 the quotients overflow, but never to NaN
+    likely_V, tokens_V = (below_V / temperature).softmax(-1).sort(descending=True, stable=True)
     up_to_V = likely_V.cumsum(-1)
     kept = int((up_to_V - likely_V < top_p).sum())
     place = int(torch.searchsorted(up_to_V[:kept], at * float(up_to_V[kept - 1]), right=True))
     return int(tokens_V[min(place, kept - 1)])
 
 
-def _tokens_that_fit(decoder: Decoder, job: Job) -> int:
-    """How many tokens' keys and values there is memory for; at least one longest question's."""
-    device = job.embeds.device
-    memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CACHE_BYTES
-    config: Any = decoder.model.config
-    context = int(getattr(config, "max_position_embeddings", None) or 0)
-    per_token = 0
-    if job.prefix is not None and job.prefix.chain[0].own:
-        root = job.prefix.chain[0]
-        per_token = root.nbytes // root.own
-    return max(context, job.reserve, memory // per_token if per_token else ROWS * job.reserve)
+# ---------------------------------------------------------------------------------------------------------------------
+# Text from tokens
+
+_BOUNDARY = re.compile(r"[\s\u2e80-\u9fff\uac00-\ud7af\uff00-\uffef]")
+"""After a blank, or a character of a language that writes none, a piece may end."""
+
+
+class TextReader:
+    """The text of one answer as its tokens come, up to a stop string, in pieces that never have to be taken back."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.text = ""
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []
+        self._from = self._read = self._given = 0
+
+    def push(self, token: int) -> None:
+        """Read one more token."""
+        self._ids.append(token)
+        self._advance(final=False)
+
+    def finish(self) -> None:
+        """No token will come: unfinished characters are written as they are."""
+        self._advance(final=True)
+
+    def take(self, final: bool = False) -> str:
+        """What is new since the last call, up to the last word that is surely whole; all of it at the end."""
+        end = len(self.text)
+        if not (final or self.stopped):
+            end = max((match.end() for match in _BOUNDARY.finditer(self.text, self._given)), default=self._given)
+            end = max(self._given, min(end, len(self.text) - self._pending()))
+        piece, self._given = self.text[self._given : end], max(self._given, end)
+        return piece
+
+    def _advance(self, final: bool) -> None:
+        if self.stopped:
+            return
+        # Some tokenizers write a token's blank only behind another token, so the last few are read again with it.
+        before = self._decode(self._from, self._read)
+        after = self._decode(self._from, len(self._ids))
+        if len(after) <= len(before) or (after.endswith("\ufffd") and not final):
+            return
+        known = len(self.text)
+        self.text += after[len(before) :]
+        self._from, self._read = self._read, len(self._ids)
+        reach = max(map(len, self._stop), default=0)
+        found = [place for stop in self._stop if (place := self.text.find(stop, max(0, known - reach))) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _decode(self, start: int, end: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+        return text
+
+    def _pending(self) -> int:
+        """How many of the last characters may be the beginning of a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for size in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
+                return size
+        return 0

@@ -14,8 +14,6 @@ from regiongpt.regions import Region
 if TYPE_CHECKING:
     import torch
 
-IOU = 0.7
-"""Overlap above which two masks are one object, as transformers' own pipeline has it."""
 QUALITY = 0.88
 """The least overlap with the true object that the model itself must expect of a mask; likewise."""
 STABILITY = 0.95
@@ -24,11 +22,7 @@ _OFFSET = 1.0  # logits up and down for these two
 
 
 class Segmenter:
-    """A Segment Anything model, ready to look at images.
-
-    Args:
-        path: hub name or folder of a SAM model in transformers' format.
-        device: where to put it; the CPU when None.
+    """A Segment Anything model in transformers' format, from a hub name or folder, ready to look at images.
 
     Raises:
         CheckpointError: the model cannot be read, or is of another kind.
@@ -69,10 +63,6 @@ class Segmenter:
             min_quality: least overlap with the true object that the model expects, in 0 to 1.
             min_stability: least overlap of a mask drawn larger with the same drawn smaller, in 0 to 1.
             batch: points that the model answers at a time.
-
-        Raises:
-            DataError: the image cannot be read.
-            ConfigError: ``side`` is out of its range.
         """
         import torch
 

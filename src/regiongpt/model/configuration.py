@@ -40,10 +40,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
         variant: ``efficientnet-lite0`` to ``efficientnet-lite4``.
         image_size: side of the square input in pixels, a multiple of 32.
         position_frequencies: number of sine and cosine wavelengths per axis (2, 1, 1/2, ... of the canvas) appended
-            as channels, because a convolutional tower says little about where on the canvas a feature lies; 0 for none.
-
-    Raises:
-        ConfigError: for an unknown variant, or an image size that the tower's stride does not divide.
+            as channels: a convolutional tower says little about where on the canvas a feature lies.
     """
 
     model_type = "efficientnet_lite"
@@ -206,10 +203,9 @@ _CLIP_L_336 = {**_CLIP_L, "patch_size": 14, "image_size": 336, "projection_dim":
 
 
 def native_image_size(vision_config: Any) -> int:
-    """Side in pixels of the square input that a tower was made for.
+    """Side in pixels of the square input that a tower was made for, in whole patches.
 
-    Of a vision transformer in whole patches: 14 x 27 = 378 of the 384 pixels of the largest SigLIP, which leaves out
-    the rest. SigLIP 2 towers take any size and state a number of patches instead.
+    SigLIP 2 towers take any size and state a number of patches instead.
     """
     if vision_config.model_type == EfficientNetLiteConfig.model_type:
         return int(vision_config.image_size)

@@ -37,8 +37,8 @@ _VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_i
 class Connector(nn.Module):
     """Two-layer perceptron from visual features to word embeddings, one for image and regions. Paper: §3.1.
 
-    Each input channel is first standardised by the buffers ``mean`` and ``std``, 0 and 1 unless a recipe has measured
-    them: refined features are all positive, and what they have in common would otherwise outgrow what tells them apart.
+    Each input channel is first standardised by the buffers ``mean`` and ``std``, 0 and 1 unless a recipe measured them:
+    refined features are all positive, and what they have in common would outgrow what tells them apart.
     """
 
     def __init__(self, config: RegionGPTConfig) -> None:
@@ -130,11 +130,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return tower_features(self.vision_tower, pixel_values, self.config.vision_feature_layer)
 
     def refine(self, vision_features: Tensor) -> Tensor:
-        """Refine the tower's features (B, C, H, W), of any float dtype, for ``region_features`` and ``image_features``.
-
-        Raises:
-            DataError: the features are of another shape than this model's tower makes.
-        """
+        """Refine the tower's features (B, C, H, W), of any float dtype; raises DataError for another shape."""
         if tuple(vision_features.shape[1:]) != self.features_shape:
             raise DataError(
                 f"vision_features must be (images, {', '.join(map(str, self.features_shape))}) for this model; "
@@ -144,14 +140,9 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return self.refinement(vision_features.to(device=weight.device, dtype=weight.dtype))  # type: ignore[no-any-return]
 
     def region_features(self, refined: Tensor, region_weights: Tensor) -> Tensor:
-        """Embed regions for the language model: (B, R, D). Paper: §3.1, ``H_r = h(Z_r)``.
+        """Embed regions (B, R, D) from what ``refine`` returned. Paper: §3.1, ``H_r = h(Z_r)``.
 
-        Args:
-            refined: what ``refine`` returned.
-            region_weights: (B, R, H, W) on ``config.refined_grid``; each region's weights sum to 1.
-
-        Raises:
-            RegionError: when the weights are given on another grid.
+        ``region_weights`` (B, R, H, W) lie on ``config.refined_grid``, or RegionError; each region's sum to 1.
         """
         if tuple(region_weights.shape[-2:]) != self.refined_grid:
             raise RegionError(
@@ -162,10 +153,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return self.connector(pooled)  # type: ignore[no-any-return]
 
     def image_features(self, refined: Tensor) -> Tensor:
-        """Embed the whole image from what ``refine`` returned: (B, N, D), row by row. Paper: §3.1, ``H_v = h(Z_v)``.
-
-        Where this model's cells carry a mark of the image, it is added.
-        """
+        """Embed the whole image from what ``refine`` returned: (B, N, D), row by row. Paper: §3.1, ``H_v = h(Z_v)``."""
         cells_BND: Tensor = self.connector(self.refinement.pool_image(refined))
         if self.config.image_marks:
             image = torch.tensor(self.config.image_token_id, device=cells_BND.device)
@@ -179,9 +167,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     def add_numbers(self, features_KD: Tensor, input_ids: Tensor) -> Tensor:
         """Add the word embeddings of their numbers to the embeddings of regions, if this model's regions carry them.
 
-        Args:
-            features_KD: of the last K ``<region>`` tokens in reading order.
-            input_ids: (B, T) or (T,), each region with its number as the processor writes it.
+        ``features_KD`` are of the last K ``<region>`` tokens of ``input_ids``, in reading order.
         """
         if not self.config.region_number_offset:
             return features_KD
@@ -200,18 +186,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     ) -> Tensor:
         """Look words up and put visual embeddings in the places that stand for them: (B, T, D).
 
-        Args:
-            input_ids: (B, T).
-            pixel_values: (B, 3, S, S), unless ``vision_features`` are given.
-            vision_features: (B, C, H, W) from ``encode_image``.
-            region_weights: (B, R, H, W) on the refined grid.
-            region_ids: (B, K), for each ``<region>`` token in order the row of ``region_weights``; -1 pads at the end.
-            continues: the sequences go on from cached ones: ``region_ids`` may then begin with regions already seen,
-                and without an image placeholders stay words.
-
-        Raises:
-            DataError: when image tokens and image features differ in number.
-            RegionError: when region tokens and region ids differ in number.
+        Inputs are those of :meth:`forward`. Where the sequences go on from cached ones (``continues``), ``region_ids``
+        may begin with regions already seen, and without an image placeholders stay words.
         """
         embeds = self.get_input_embeddings()(input_ids)
         image_BT = input_ids == (-1 if self.config.image_token_id is None else self.config.image_token_id)
@@ -276,25 +252,21 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             labels: (B, T), -100 where not a target.
             inputs_embeds: (B, T, D) from ``embed``, in place of ``input_ids`` and all visual inputs.
             position_ids: (B, T).
-            cache: the language model's cache.
+            cache: the language model's cache; ``past_key_values`` is its older name.
             logits_to_keep: last positions (a number) or positions (a tensor) whose logits are wanted; 0 for all.
-            num_items_in_batch: targets in the whole optimiser step, over micro-batches and ranks; the loss is the sum
-                over this batch's targets divided by it. By default, this batch's own number.
-            loss_only: compute the head at target positions alone and return no logits, which saves most of the head's
-                arithmetic and memory in training.
-            past_key_values: the older name of ``cache``.
+            num_items_in_batch: targets in the whole optimiser step, over micro-batches and ranks, by which the sum of
+                this batch's losses is divided; by default, this batch's own number.
+            loss_only: compute the head at target positions alone and return no logits.
+            past_key_values: see ``cache``.
             **kwargs: passed on to the language model.
 
         Returns:
-            ``loss`` if there are labels, ``logits`` unless ``loss_only``, the cache, ``hidden_states`` and
-            ``attentions`` as asked for. Where there are labels, the attribute ``target_losses`` holds the loss of each
-            target token, in reading order and detached.
+            ``loss`` if there are labels, with each target's in the attribute ``target_losses``; ``logits`` unless
+            ``loss_only``; the cache, ``hidden_states`` and ``attentions`` as asked for.
 
         Raises:
-            ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` comes; two caches; ``loss_only``
-                without labels.
-            DataError: when image tokens and image features differ in number.
-            RegionError: when region tokens and region ids differ in number.
+            DataError: image tokens and image features differ in number.
+            RegionError: region tokens and region ids differ in number.
         """
         if loss_only and labels is None:
             raise ValueError("loss_only needs labels")
@@ -349,10 +321,9 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return inputs
 
     def generate(self, *args: Any, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
-        """Write an answer, as ``transformers.GenerationMixin.generate`` does, from any of the inputs of ``forward``.
+        """As ``transformers.GenerationMixin.generate``, from any of the inputs of ``forward``.
 
-        The image is encoded once, however many beams or returned sequences there are, and the placeholder tokens are
-        never written.
+        The image is encoded once for all beams, and placeholder tokens are never written.
         """
         if (cache := _one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))) is not None:
             kwargs[CACHE] = cache
@@ -376,11 +347,7 @@ def _one_cache(cache: Any, past_key_values: Any) -> Any:
 
 
 def number_ids(input_ids: Tensor, region_token_id: int, offset: int) -> Tensor:
-    """The token ``offset`` places before each region of (..., T), or before the first token of one that takes several.
-
-    Returns:
-        (K,), for the ``<region>`` tokens in reading order.
-    """
+    """The token ``offset`` places before each region of (..., T), or before the first of its tokens: (K,)."""
     is_region = input_ids == region_token_id
     places = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
     begins = is_region & ~F.pad(is_region[..., :-1], (1, 0))

@@ -59,18 +59,17 @@ _PROBES = (
 
 
 def prepare_tokenizer(tokenizer: Any, family: str) -> int:
-    """Give a language model's tokenizer the tokens that RegionGPT writes, and check that it survives saving.
+    """Add the tokens that RegionGPT writes to a fast tokenizer, in place, and check that it survives saving.
 
     Args:
-        tokenizer: a fast transformers tokenizer; changed in place.
+        tokenizer: of the language model.
         family: the chat template to be used, a key of :data:`regiongpt.prompts.CHAT_TEMPLATES`.
 
     Returns:
         How many tokens were added; the language model's embeddings must grow to ``len(tokenizer)``.
 
     Raises:
-        ConfigError: the tokenizer is slow, or its saved form reads a text otherwise: what was trained would not be
-            what answers.
+        ConfigError: the tokenizer is slow, or its saved form reads a text otherwise.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"expected a fast tokenizer (it must report offsets), got {type(tokenizer).__name__}")
@@ -134,8 +133,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     ):
         if not isinstance(region_format, str) or region_format.count(REGION_TOKEN) != 1:
             raise ConfigError(f"expected region_format with {REGION_TOKEN} once, got {region_format!r}")
-        if unknown := set(re.findall(r"\{.*?\}", region_format)) - {"{n}"}:
-            raise ConfigError(f"region_format: expected no field but {{n}}, got {' and '.join(sorted(unknown))}")
+        if re.search(r"[{}]", region_format.replace("{n}", "")):
+            raise ConfigError(f"region_format: expected no field but {{n}}, got {region_format!r}")
         if not isinstance(region_grid, int) or region_grid < 1:
             raise ConfigError(f"expected region_grid of at least 1, got {region_grid}")
         if not getattr(tokenizer, "is_fast", False):
@@ -190,24 +189,20 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     def split_begin(self, text: str) -> tuple[list[int], str]:
         """The begin token of a text as an id, and the rest of the text, to be tokenized by itself.
 
-        Many tokenizers write a blank before the first word of a text. Where the begin token stands before it as text,
-        some leave that out, and the language model reads another word than it was trained on.
+        Behind the begin token as text, some tokenizers leave out the blank before the first word, and the language
+        model reads another word than it was trained on.
         """
         begin = self.tokenizer.bos_token
         return ([self.tokenizer.bos_token_id], text[len(begin) :]) if begin and text.startswith(begin) else ([], text)
 
+    def plain_words(self, text: str) -> str:
+        """A person's text as it goes into a conversation: special tokens in it are broken up."""
+        return _broken_up(text.strip(), self._control)
+
     # -- pieces --------------------------------------------------------------------------------------------------------
 
     def image_inputs(self, image: Any) -> dict[str, torch.Tensor]:
-        """Pad an image to a square and make the tower's input of it: ``pixel_values`` (1, 3, S, S) float32. Paper: §4.
-
-        Args:
-            image: anything that :func:`regiongpt.images.load_image` reads.
-
-        Raises:
-            DataError: not a readable image.
-            ConfigError: the image processor makes another size than ``image_size``.
-        """
+        """Pad an image to a square and make the tower's input of it, ``pixel_values`` (1, 3, S, S). Paper: §4."""
         return {"pixel_values": self.pixels_of(load_image(image))}
 
     def pixels_of(self, picture: Image.Image) -> torch.Tensor:
@@ -228,8 +223,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         """Pooling weights of each region on the refined grid. Paper: §3.1.
 
         Args:
-            regions: in pixels of the original image: :class:`~regiongpt.regions.Region` objects, or boxes as four
-                numbers ``[x0, y0, x1, y1]`` (also rows of an array or tensor).
+            regions: whatever :meth:`Region.of` takes, in pixels of the original image.
             width: of the original image, pixels.
             height: of the original image, pixels.
             first: number of the first region, for messages.
@@ -240,12 +234,11 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         Raises:
             RegionError: a region is empty, wholly outside the image, or otherwise wrong; it is named ``<regionN>``.
         """
-        frame = SquareFrame(width, height)
-        weights = np.zeros((len(regions), *self.refined_grid), np.float32)
+        frame, (rows, columns) = SquareFrame(width, height), self.refined_grid
+        weights = np.zeros((len(regions), rows, columns), np.float32)
         for row, region in enumerate(regions):
             name = f"<region{row + first}>"
-            checked = _as_region(region, name).check(width, height, name=name)
-            weights[row] = checked.pool_weights(frame, *self.refined_grid)
+            weights[row] = Region.of(region, name).pool_weights(frame, rows, columns, name)
         if self.region_grid > 1 and len(weights):
             weights = np.concatenate([split_weights(each, self.region_grid) for each in weights])
         return torch.from_numpy(weights)
@@ -269,7 +262,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         Args:
             messages: turns with ``role`` (an optional ``system`` first, then ``user`` and ``assistant`` by turns) and
                 ``content``, a string or transformers' list of parts. Special tokens in the content count as plain text.
-            image: as for :meth:`image_inputs`; None where its features are supplied to the model directly.
+            image: as for :func:`load_image`; None where its features are supplied to the model directly.
             regions: as for :meth:`region_inputs`. They need ``image`` or ``image_size``.
             image_size: (width, height) of the original image, pixels, where ``image`` is not given.
             region_weights: (R, gh, gw), in place of ``regions``, as :meth:`region_inputs` makes them.
@@ -281,10 +274,9 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             **variables: further ones for the template.
 
         Returns:
-            ``input_ids`` (T,) int64; ``labels`` (T,) int64, the id where the token belongs to a response or to its end
-            of turn and -100 elsewhere (absent when the conversation is to be continued); ``region_ids`` (K,) int64;
-            ``region_weights`` (R, gh, gw) float32; ``pixel_values`` (3, S, S) float32 if ``image`` was given;
-            ``warnings``, one line for each region never mentioned. :meth:`collate` batches such dictionaries.
+            ``input_ids`` (T,); ``labels`` (T,), -100 outside of responses and their ends of turn (absent when the
+            conversation is to be continued); ``region_ids`` (K,); ``region_weights`` (R, gh, gw); ``pixel_values``
+            (3, S, S) if ``image`` was given; ``warnings``, a line for each region never mentioned.
 
         Raises:
             DataError: a question is empty, roles are out of order, or no token is a target of training.
@@ -316,13 +308,11 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             padding_side: ``"right"`` to train, ``"left"`` to generate.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and, where every item has them, ``labels`` (-100 in the padding), all
-            (B, T) int64; ``region_weights`` (B, R, gh, gw), rows of zeros in the padding, and ``region_ids`` (B, K),
-            -1 in the padding, both absent where no item has a placeholder; ``pixel_values`` (B, 3, S, S) or
-            ``vision_features`` (B, C, h, w), where every item has them.
+            ``input_ids``, ``attention_mask``, ``labels`` (-100 in the padding), all (B, T) int64; ``region_weights``
+            (B, R, gh, gw), rows of zeros in the padding, and ``region_ids`` (B, K), -1 in the padding; ``pixel_values``
+            or ``vision_features``. What no item has is absent.
 
         Raises:
-            ConfigError: ``padding_side`` is neither side.
             DataError: some items have an image and others have not.
         """
         if padding_side not in ("left", "right"):
@@ -382,8 +372,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
         Args:
             conversation: messages as for :meth:`encode_conversation`, or a list of such conversations.
-            chat_template: overrides the processor's own.
-            add_generation_prompt: as for :meth:`encode_conversation`, and so are the next and ``with_image``.
+            chat_template: as for :meth:`encode_conversation`, and so are the next two and ``with_image``.
+            add_generation_prompt: see there.
             continue_final_message: see there.
             tokenize: return tensors rather than text.
             return_dict: return all of the model's inputs rather than ``input_ids`` alone.
@@ -393,16 +383,13 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             images: one a conversation, or one for all; by default those found in the messages' content lists.
             regions: a list of regions a conversation (for a single conversation, simply its list).
             image_sizes: (width, height) a conversation, where there are regions but no images.
-            with_image: see there.
+            with_image: see above.
             padding_side: by default ``"left"`` for prompts and ``"right"`` for whole conversations.
             processor_kwargs: more of the arguments above, as transformers' pipelines pass them.
 
         Returns:
-            Text (a list of texts for a batch) with ``<image>`` and ``<regionN>`` in place, for the processor; or, if
-            ``tokenize``, a BatchFeature of the model's inputs as :meth:`collate` makes it.
-
-        Raises:
-            DataError, RegionError: as for :meth:`encode_conversation`.
+            Text with ``<image>`` and ``<regionN>`` in place, for the processor (a list for a batch); or, if
+            ``tokenize``, a BatchFeature as :meth:`collate` makes it.
         """
         more = processor_kwargs or {}
         images, regions = more.get("images", images), more.get("regions", regions)
@@ -458,11 +445,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
         Returns:
             The model's inputs as :meth:`collate` makes them; only ``pixel_values`` where there is no text.
-
-        Raises:
-            ConfigError: ``padding`` is false, but the texts are several.
-            DataError: the images do not fit the texts.
-            RegionError: a placeholder is malformed or without its region, or a region is wrong.
         """
         if text is None:
             if images is None:
@@ -611,8 +593,7 @@ def _check_turns(
             text = PLACEHOLDER.sub(lambda match: _forgiven(match, forgive_beyond), text)
         elif PLACEHOLDER.search(text):
             placeholders(text)  # a malformed one is an error, not a control token to be broken up
-        while control.search(text):
-            text = control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        text = _broken_up(text, control)
         if role == "user" and first_question:
             text = f"{IMAGE_TOKEN}\n{text}" if with_image else text
             first_question = False
@@ -622,17 +603,18 @@ def _check_turns(
     return turns
 
 
-def expand_regions(text: str, spans: Spans, region_format: str, n_regions: int) -> tuple[str, Spans, list[int]]:
-    """Write each ``<regionN>`` as the model reads it.
+def _broken_up(text: str, control: re.Pattern[str]) -> str:
+    """The text with a blank in everything that only the template may write."""
+    while control.search(text):
+        text = control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    return text
 
-    Args:
-        text: a rendered conversation.
-        spans: characters of ``text`` from, to.
-        region_format: what a placeholder becomes, ``{n}`` being its number.
-        n_regions: how many regions there are.
+
+def expand_regions(text: str, spans: Spans, region_format: str, n_regions: int) -> tuple[str, Spans, list[int]]:
+    """Write each ``<regionN>`` of a rendered conversation as ``region_format`` says.
 
     Returns:
-        The text, the spans moved along with it, and the 0-based region of each placeholder in order.
+        The text, the character spans moved along with it, and the 0-based region of each placeholder in order.
     """
     pieces: list[str] = []
     region_ids: list[int] = []
@@ -718,18 +700,6 @@ def _is_region(region: Any) -> bool:
         return True
     numbers = region.tolist() if hasattr(region, "tolist") else region
     return isinstance(numbers, list | tuple) and len(numbers) == 4 and isinstance(numbers[0], Real)
-
-
-def _as_region(region: Any, name: str) -> Region:
-    if isinstance(region, Region):
-        return region
-    numbers = region.tolist() if hasattr(region, "tolist") else region
-    if isinstance(numbers, list | tuple) and len(numbers) == 4 and all(isinstance(each, Real) for each in numbers):
-        return Region.box(*numbers)
-    raise RegionError(
-        f"{name}: expected a Region or a box of four numbers [x0, y0, x1, y1] in pixels, got {region!r:.80}; "
-        "Region.mask, Region.polygon and others make other shapes"
-    )
 
 
 def _as(batch: BatchFeature, kind: str | None) -> BatchFeature:

@@ -24,8 +24,7 @@ from regiongpt.model.configuration import REFINEMENTS, RegionGPTConfig
 class Deconvolution(nn.ConvTranspose2d):
     """A 2x2 deconvolution of stride 2, computed as the matrix product that it is.
 
-    Its kernels do not overlap, so each cell becomes four by one product. On a CPU this trains nearly twice as fast as
-    the library's kernel for the general case.
+    On a CPU this trains nearly twice as fast as the library's kernel for the general case.
     """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -62,11 +61,9 @@ class Refinement(nn.Module):
         return x  # type: ignore[no-any-return]
 
     def pool_regions(self, map_BChw: Tensor, weights_BRHW: Tensor) -> Tensor:
-        """Average the refined map over each region: (B, R, C). Paper: §3.1, mask pooling.
+        """Average what ``forward`` returned over each region: (B, R, C). Paper: §3.1, mask pooling.
 
-        Args:
-            map_BChw: what ``forward`` returned.
-            weights_BRHW: (B, R, H, W) on the refined grid, summing to 1 for each region; rows of zeros give zeros.
+        Weights (B, R, H, W) on the refined grid sum to 1 for each region; rows of zeros give zeros.
         """
         if self.bilinear_scale > 1:
             up_Hh, up_Ww = (upsampling_matrix(n, self.bilinear_scale, map_BChw.device) for n in map_BChw.shape[-2:])
@@ -93,7 +90,7 @@ def mask_pool(map_BCHW: Tensor, weights_BRHW: Tensor) -> Tensor:
 
 
 def split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
-    """Divide a region's weights among the cells of a grid of ``parts`` a side, over the rows and columns it touches.
+    """Divide a region's weights among the cells of a square grid over the rows and columns it touches.
 
     Returns:
         (parts * parts, H, W), row by row, each summing to 1; the whole region's weights where it leaves a part empty.

