@@ -35,7 +35,7 @@ from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.settings import Settings
 from regiongpt.storage import read_json, reason, sha256
 from regiongpt.train import old_checkpoint
-from regiongpt.train.recipe import STEPS, Recipe
+from regiongpt.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -465,7 +465,7 @@ def prepare_resuming(config: Recipe) -> None:
 
 
 def _begin_anew(config: Recipe) -> None:
-    names: list[str] = [step for step in STEPS if config.runs(step)]
+    names = [step for step in config.all_steps if config.runs(step)]
     names += ["language-checkpoints", "start"] if "language" in names else []
     for folder in (config.out / name for name in names):
         if folder.exists():

@@ -51,14 +51,14 @@ def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
     """Says which parameters learn: refinement and connector always, the language model or adapters on it in some steps.
 
     Args:
-        stage: ``language``, ``align``, ``stage1`` or ``stage2``.
+        stage: The language model learns in ``stage2`` alone.
         model: RegionGPT; changed in place.
         config: Of the adapters.
 
     Returns:
         Whether there are adapters, to be merged when the stage is done.
     """
-    model.language_model.requires_grad_(stage in ("language", "stage2"))
+    model.language_model.requires_grad_(stage == "stage2")
     if stage != "stage2" or not config.rank:
         return False
     add_adapters(model.language_model, config)

@@ -35,7 +35,7 @@ ATTENTION = "regiongpt_units"
 
 PACKED = ("packed_from", "packed_labels", "packed_positions", "packed_documents", "packed_turns")
 """What a packed batch has in place of labels, mask and positions: for each place in a row the token (B T) it holds, or
--1; its label; its position; its conversation, or -1; its turn, as :func:`regiongpt.train.dataset.turn_numbers` counts
+-1; its label; its position; its conversation, or -1; its turn, as :func:`turn_numbers` counts
 them."""
 
 
@@ -146,7 +146,7 @@ def isolate_turns(turns_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Attention mask and positions of padded conversations whose turns do not see each other.
 
     Args:
-        turns_BT: (B, T) int64 from :func:`regiongpt.train.dataset.turn_numbers`; all 0 for a conversation whose turns
+        turns_BT: (B, T) int64 from :func:`turn_numbers`; all 0 for a conversation whose turns
             see the earlier ones, and -1 in the padding.
 
     Returns:
@@ -155,6 +155,29 @@ def isolate_turns(turns_BT: Tensor) -> tuple[Tensor, Tensor]:
     mask = attention_mask(turns_BT.clamp_max(0), turns_BT)
     # How many tokens a token sees is the place it stands at.
     return mask, mask[:, 0].sum(-1) - 1
+
+
+def turn_numbers(example: Example, image_token_id: int) -> Tensor:
+    """Which turn each token belongs to: 0 for what comes before the first question, the image above all; then 1, 2, ...
+
+    A conversation of ten turns about one image trains ten answers for one image's tokens, but what an earlier turn said
+    of a region answers a later one. Where turns are isolated, each sees the image and itself alone, at the positions
+    it would have as the only turn: ten single-turn conversations that share their image.
+
+    Args:
+        example: ``input_ids`` and ``labels``, each (T,), with the image first.
+        image_token_id: Id of ``<image>``.
+
+    Returns:
+        (T,) int64.
+    """
+    ids, is_target = example["input_ids"], example["labels"] != IGNORED
+    # The line break after the image belongs to no turn: each question follows it, as the first one does.
+    head = int((ids == image_token_id).nonzero()[-1]) + 2
+    ends = is_target & ~torch.cat([is_target[1:], torch.tensor([False])])
+    numbers = 1 + torch.cat([torch.tensor([0]), ends.cumsum(0)[:-1]])
+    numbers[:head] = 0
+    return numbers
 
 
 def packed_output(model: Any, batch: dict[str, Any], **options: Any) -> Any:

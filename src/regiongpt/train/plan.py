@@ -8,32 +8,26 @@ divided by an assumed share of the GPU's peak, without waiting for data.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, SiglipImageProcessorPil
+from transformers import AutoTokenizer, SiglipImageProcessorPil
 
-from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.facts import colours_of
 from regiongpt.data.mixture import open_mixture
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.images import load_image
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor, weights
 from regiongpt.model.processing import IGNORED, prepare_tokenizer
 from regiongpt.prompts import template_family
-from regiongpt.train.costs import Costs, LayerCosts, kept_by_image, kept_bytes, language_costs, visual_costs
-from regiongpt.train.dataset import ConversationDataset, RecordDataset
-from regiongpt.train.features import FeatureStore
+from regiongpt.train.costs import Costs, kept_by_image, kept_bytes, language_costs, visual_costs
+from regiongpt.train.dataset import RecordDataset
 from regiongpt.train.known import GPUS, LANGUAGE_MODELS, PADDED_TOKENS, language_shape, tower_shape
 from regiongpt.train.lora import choose_learners
 from regiongpt.train.packing import plan_rows, width_cost
 from regiongpt.train.recipe import DataSize, EngineConfig, ModelConfig, Recipe, StageConfig
 from regiongpt.train.start import check_shape, new_shape, read_shape
-from regiongpt.train.text import LENGTH, language_of, reading_of, sampler_of, texts_of, tokenizer_of
 
 GIB = 2**30
 _PARTS = ("vision_tower", "refinement", "connector", "language_model")
@@ -201,7 +195,7 @@ def make_plan(config: Recipe) -> Plan:
     """
     gpu = GPUS[config.plan.gpu]
     return Plan(
-        stages=tuple(_records_stages(config) if config.data.on_records else _photograph_stages(config)),
+        stages=tuple(_stages(config)),
         gpu=config.plan.gpu,
         gpus=config.plan.gpus,
         sharding=config.engine.sharding,
@@ -212,8 +206,8 @@ def make_plan(config: Recipe) -> Plan:
     )
 
 
-def _records_stages(config: Recipe) -> list[StagePlan]:
-    shape, processor = _shape_on_records(config.model)
+def _stages(config: Recipe) -> list[StagePlan]:
+    shape, processor = _find_shape(config.model)
     limit = _row_limit(config.engine, shape.text_config)
     longest = getattr(shape.text_config, "max_position_embeddings", None)
     plans = []
@@ -242,11 +236,11 @@ def _records_stages(config: Recipe) -> list[StagePlan]:
             reading = _read(items, stage.micro_batch_size, count, config.plan.sample, *limit)
         else:
             reading = _assume(size, stage, shape.num_image_tokens, *limit, name)
-        plans.append(_plan_stage(config, name, stage, shape, reading, cached=False))
+        plans.append(_plan_stage(config, name, stage, shape, reading))
     return plans
 
 
-def _shape_on_records(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
+def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
     """The model's shape, and its processor if the tokenizer is at hand."""
     if model.init and (model.folder / "config.json").exists():
         check_shape(model, model.folder)
@@ -286,67 +280,6 @@ def _processor(model: ModelConfig, shape: RegionGPTConfig, tokenizer: Any, templ
         chat_template=template,
         region_grid=model.region_grid,
     )
-
-
-def _photograph_stages(config: Recipe) -> list[StagePlan]:
-    config.check_files()
-    model, done = config.model, Path(config.model.language or config.out / "language")
-    images = load_coco(photo_sources(Path(config.data.root), config.data.split)).images
-    sampler, texts = sampler_of(config, images), texts_of(config, images)
-    if (done / "config.json").exists():
-        with weights.reading(f"the language model of {done}"):
-            tokenizer, text_config = AutoTokenizer.from_pretrained(done), AutoConfig.from_pretrained(done)
-    elif model.language:
-        raise ConfigError(f"model.language: no language model in {done}; give its folder")
-    else:
-        tokenizer = tokenizer_of(texts, model)
-        text_config = language_of(model, tokenizer)
-    template = (model.language and model.chat_template) or "plain"
-    if model.language:
-        prepare_tokenizer(tokenizer, template)
-        text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
-    shape = new_shape(model, tower_shape(model.vision), text_config)
-    plans = []
-    if config.runs("language"):
-        items = len(reading_of(config, texts, tokenizer))
-        # The head runs at every token, whether or not it is a target.
-        each = Item(tokens=LENGTH, targets=LENGTH, regions=0, image=False)
-        reading = _read(items, config.language.micro_batch_size, lambda _: each, 1, 0, 0.0)
-        reading = replace(reading, how="counted on all")
-        plans.append(_plan_stage(config, "language", config.language, shape, reading, cached=True))
-    processor = _processor(model, shape, tokenizer, template)
-    store = FeatureStore(np.empty(0), _Colours(images))
-    limit = _row_limit(config.engine, text_config)
-    for name, stage in (("align", config.align), ("stage1", config.stage1), ("stage2", config.stage2)):
-        if not config.runs(name):
-            continue
-        items, micro = max(1, round(stage.epochs * len(images))), stage.micro_batch_size
-        dataset = ConversationDataset(
-            images, store, sampler, processor, config.features, config.seed, items, micro, 0.0, (1, 1)
-        )
-
-        def count(number: int, dataset: ConversationDataset = dataset) -> Item:
-            conversation = dataset.draw(number)[-1]
-            regions = len(conversation.regions) * processor.tokens_per_region
-            weights = torch.zeros(regions, 1, 1)
-            return _item(processor.encode_conversation(conversation.messages, region_weights=weights), regions)
-
-        reading = _read(items, micro, count, config.plan.sample, *limit)
-        plans.append(_plan_stage(config, name, stage, shape, reading, cached=True))
-    return plans
-
-
-class _Colours(Sequence[dict[int, str]]):
-    """The colours of each image's objects, looked at when they are asked for."""
-
-    def __init__(self, images: Sequence[ImageAnnotations]) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Any) -> Any:
-        return colours_of(self.images[index], load_image(self.images[index].path))
 
 
 def _read(items: int, micro: int, item: Callable[[int], Item], sample: int, packing: int, cost: float) -> Reading:
@@ -414,8 +347,8 @@ def _row_limit(engine: EngineConfig, text_config: Any) -> tuple[int, float]:
     return (longest, width_cost(text_config)) if engine.packing else (0, 0.0)
 
 
-def _plan_stage(config: Recipe, name: str, stage: StageConfig, shape: Any, reading: Reading, cached: bool) -> StagePlan:
-    """One step of the recipe; ``cached`` if the tower has been run beforehand."""
+def _plan_stage(config: Recipe, name: str, stage: StageConfig, shape: Any, reading: Reading) -> StagePlan:
+    """One stage of the recipe."""
     engine, plan, gpu = config.engine, config.plan, GPUS[config.plan.gpu]
     accumulation, rest = divmod(stage.batch_size, stage.micro_batch_size * plan.gpus)
     if rest:
@@ -426,16 +359,14 @@ def _plan_stage(config: Recipe, name: str, stage: StageConfig, shape: Any, readi
     with torch.device("meta"):
         model = RegionGPTForConditionalGeneration(shape)
         choose_learners(name, model, config.lora)
-    parts = tuple(part for part in _parts(model) if name != "language" or part.name == "language_model")
-    reads, sees = name != "align", name != "language"
-    trained = name in ("language", "stage2")
-    lora = config.lora if name == "stage2" else None
-    visual = visual_costs(model, with_tower=not cached) if sees else {}
-    layers, head = language_costs(shape.text_config, trained, lora) if reads else (LayerCosts(), 0.0)
-    costs = Costs(**visual, layers=layers, head=head)
+    parts = tuple(_parts(model))
+    trained = name == "stage2"
+    lora = config.lora if trained else None
+    layers, head = language_costs(shape.text_config, trained, lora)
+    costs = Costs(**visual_costs(model, with_tower=True), layers=layers, head=head)
     twice = engine.gradient_checkpointing
     flops = {
-        "tower": 0.0 if cached else reading.images * costs.tower,
+        "tower": reading.images * costs.tower,
         "visual": reading.images * costs.image + reading.regions * costs.region,
         "language": sum(rows * layers.row(width) for rows, width in reading.rows),
         "head": reading.targets * costs.head,
@@ -443,10 +374,9 @@ def _plan_stage(config: Recipe, name: str, stage: StageConfig, shape: Any, readi
     }
     sharded = engine.sharding == "fsdp" and plan.gpus > 1
     tokens, images, targets = reading.widest
-    activations = images * kept_by_image(shape, engine.precision) if sees else 0.0
-    if reads:
-        kept = kept_bytes(shape.text_config, trained, engine.precision, lora)
-        activations += kept.language(tokens, twice, sharded) + kept.target * targets
+    kept = kept_bytes(shape.text_config, trained, engine.precision, lora)
+    activations = images * kept_by_image(shape, engine.precision)
+    activations += kept.language(tokens, twice, sharded) + kept.target * targets
     utilisation = plan.utilisation or gpu.utilisation
     return StagePlan(
         name=name,

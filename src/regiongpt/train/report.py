@@ -25,12 +25,12 @@ from regiongpt.images import load_image
 from regiongpt.report import Curve, line_chart, picture, short, write_page
 from regiongpt.storage import read_json, write_json, writing
 from regiongpt.train.answers import PICTURES
-from regiongpt.train.recipe import STEPS, Recipe
+from regiongpt.train.recipe import Recipe
 from regiongpt.train.watch import ANSWERS, DEV, LOG, read_lines
 
 log = logging.getLogger(__name__)
 PAGE, RUN = "report.html", "run.json"
-_ORDER: Final = ("language", "language-checkpoints", *STEPS[1:])
+_ORDER: Final = ("language-checkpoints", "align", "stage1", "stage2")
 _ANSWERS_SHOWN: Final = 8
 
 
@@ -299,7 +299,7 @@ def _recipe(config: Mapping[str, Any] | None, stages: set[str]) -> dict[str, lis
     for name, text in found:
         table, dot, field = name.partition(".")
         table, field = (table, field) if dot else ("", name)
-        if table not in {"plan", *STEPS} - stages:
+        if table not in {"plan", "language", "align", "stage1", "stage2"} - stages:
             tables.setdefault(table, []).append((field, text))
     return tables
 

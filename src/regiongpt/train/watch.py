@@ -419,23 +419,32 @@ class StageCost:
     costs: Costs
 
     @classmethod
-    def of(cls, name: str, config: Any, *, cached: bool, lora: LoraConfig | None = None) -> "StageCost":
-        """That of a stage.
+    def of(
+        cls,
+        config: Any,
+        *,
+        trained: bool,
+        reads: bool = True,
+        sees: bool = True,
+        cached: bool = False,
+        lora: LoraConfig | None = None,
+    ) -> "StageCost":
+        """FLOPs of a stage.
 
         Args:
-            name: ``language``, ``align``, ``stage1`` or ``stage2``.
-            config: Of the model that is trained.
+            config: Configuration of RegionGPT, or of a language model that sees nothing.
+            trained: Whether the language model learns.
+            reads: Whether it runs.
+            sees: Whether refinement and connector run.
             cached: Whether the tower has been run beforehand.
             lora: The adapters, where they learn in place of the language model.
         """
-        text = config if name == "language" else config.text_config
         visual: dict[str, float] = {}
-        if name != "language":
+        if sees:
             with torch.device("meta"):
                 visual = visual_costs(RegionGPTForConditionalGeneration(config), with_tower=not cached)
-        layers, head = LayerCosts(), 0.0
-        if name != "align":
-            layers, head = language_costs(text, name in ("language", "stage2"), lora if name == "stage2" else None)
+        text = config.text_config if sees else config
+        layers, head = language_costs(text, trained, lora) if reads else (LayerCosts(), 0.0)
         return cls(costs=Costs(**visual, layers=layers, head=head))
 
     def flops(self, step: Mapping[str, Any]) -> float:

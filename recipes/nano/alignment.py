@@ -1,4 +1,4 @@
-"""What a region's embedding should say to a language model that reads words: the name of its class.
+"""Losses that tie what the connector writes for a region to the name of its class.
 
 A small language model that has read about regions in words looks for words; what an untrained connector writes looks
 like none, and the gradient through the language model hardly says how to change that. Two things close the gap. While
