@@ -71,10 +71,9 @@ class Text:
     """One turn as the language model reads it.
 
     Attributes:
-        pieces: By turns what is given and what is learnt, beginning with the first; a region is its region token, an
-            image its image token.
-        shown: Of each region in order, the index of its class.
-        cells: Of each cell of the image, the index of a class that it shows, or :data:`UNKNOWN`; empty without one.
+        pieces: By turns what is given and what is learnt; a region is its region token, an image its image token.
+        shown: For each region in order, the index of its class.
+        cells: For each cell of the image, the index of a class that it shows, or :data:`UNKNOWN`; empty without one.
     """
 
     pieces: tuple[str, ...]

@@ -32,11 +32,11 @@ class Question:
     """A question about a dev image that is asked again and again.
 
     Attributes:
-        name: Of the record or the image.
+        name: Names the record or the image.
         image: File.
-        regions: Of it, in pixels.
+        regions: What its placeholders stand for, in pixels.
         text: Without ``<image>``.
-        expected: What the data answer, or the class of the region that is to be described.
+        expected: The answer of the data, or the class of the region that is to be described.
     """
 
     name: str
@@ -47,12 +47,7 @@ class Question:
 
 
 def load_questions(data: DataConfig, count: int, seed: int) -> list[Question]:
-    """Pick questions from the dev records: the same ones for the same seed.
-
-    Args:
-        data: Data of a recipe.
-        count: Number of questions, each about another image.
-        seed: Of the choice.
+    """Pick questions from the dev records, each about another image: the same ones for the same seed.
 
     Raises:
         ConfigError: The recipe names no dev data.
@@ -95,10 +90,7 @@ def choose_questions(found: Iterable[Question], count: int, where: str) -> list[
 
 
 def ask(model: Any, processor: Any, questions: Sequence[Question]) -> list[str]:
-    """The model's answers, one a question; the reason in its place where there is none.
-
-    Weights, modes and random numbers are afterwards as they were.
-    """
+    """The model's answers, or why there is none; weights, modes and random numbers are afterwards as they were."""
     answers = []
     with _untouched(model):
         predictor = RegionPredictor(model, processor)

@@ -34,10 +34,10 @@ class RecordDataset(Dataset[Example]):
     """The records of a mixture as examples, for any number of epochs as one indexable list.
 
     A conversation that is longer than the language model can read is cut: at the end of the last turn that fits, or
-    inside its answer where it has but one. The first that is cut is told in the log.
+    inside its only answer.
 
     Args:
-        mixture: Of records.
+        mixture: The records.
         processor: Pads and normalises images, tokenises, and makes the label mask.
         items: Number of examples in the whole run.
         longest: Most tokens in an example, None for no limit.
@@ -69,7 +69,7 @@ class RecordDataset(Dataset[Example]):
         return self.encode(self.mixture.draw(item))
 
     def name_of(self, item: int) -> str:
-        """What a person finds the record of an item by."""
+        """Folder and id of an item's record."""
         drawn = self.mixture.draw(item)
         return f"{drawn.records.folder}:{drawn.records[drawn.index].id}"
 
@@ -95,12 +95,7 @@ class RecordDataset(Dataset[Example]):
         return example
 
     def words(self, drawn: Drawn) -> tuple[Record, Example]:
-        """A record and its tokens and targets, as :meth:`encode` makes them, without a look at its image.
-
-        Raises:
-            DataError: There is nothing to learn in it.
-            RegionError: A placeholder has no region.
-        """
+        """A record and its tokens and targets; its image is not read."""
         record = drawn.records[drawn.index]
         weights = torch.zeros(len(record.regions) * self.processor.tokens_per_region, 1, 1)
         return record, self._encode_turns(record, drawn, weights, f"{drawn.records.folder}, record {record.id}")
@@ -142,11 +137,11 @@ class RecordDataset(Dataset[Example]):
 
 
 class DataCollator:
-    """Pads examples of either data set into a batch, those without an image among the others.
+    """Pads examples into a batch, those without an image among the others.
 
     Args:
-        processor: Whose examples they are.
-        extras: What else to pad of that the examples have; nothing for a trainer that knows the model's inputs alone.
+        processor: Processor that made them.
+        extras: What else to pad; nothing for a trainer that knows the model's inputs alone.
     """
 
     def __init__(
@@ -170,15 +165,10 @@ class DataCollator:
 
 
 def answer_loss(model: Any, batch: dict[str, Any], items: Any) -> Tensor:
-    """Loss of the answers: a sum over target tokens, divided by their number in the whole optimiser step.
+    """Loss of the answers: a sum over target tokens, divided by their number in the whole optimiser step (``items``).
 
     Refinement and connector take part in a batch without images too, with nothing to learn: processes that train
-    together wait for each other's gradients of every parameter, and one that has none would be left behind.
-
-    Args:
-        model: RegionGPT.
-        batch: Its inputs, with ``labels``, padded or packed.
-        items: Target tokens of the optimiser step.
+    together wait for each other's gradients of every parameter.
 
     Paper: §3.2, "We only set the response as the learning target, ignoring the instruction parts."
     """
@@ -190,7 +180,7 @@ def answer_loss(model: Any, batch: dict[str, Any], items: Any) -> Tensor:
 
 
 def answer_output(model: Any, batch: dict[str, Any], items: Any) -> Any:
-    """The model's output with the loss of the answers, of a padded or a packed batch; as :func:`answer_loss`."""
+    """The model's output with the loss of the answers, of a padded or a packed batch."""
     options = {"loss_only": True, "num_items_in_batch": items, "use_cache": False}
     if PACKED[0] in batch:
         return packed_output(model, batch, **options)
@@ -201,14 +191,11 @@ def answer_output(model: Any, batch: dict[str, Any], items: Any) -> Any:
 
 
 def task_numbers(labels_T: Tensor, tasks: Sequence[str]) -> Tensor:
-    """Which task each target of a conversation belongs to.
+    """Place in :data:`TASKS` of each target's task, (T,) int64; -1 where not a target, and in turns of any other task.
 
     Args:
         labels_T: (T,), -100 where not a target; each run of targets is the answer of one turn.
-        tasks: Of the turns, in order; there may be more of them than answers, where the last did not fit.
-
-    Returns:
-        (T,) int64: places in :data:`TASKS`; -1 where not a target, and in turns of any other task.
+        tasks: Task of each turn; there may be more of them than answers, where the last did not fit.
     """
     numbers = torch.tensor([*(TASKS.index(task) if task in TASKS else -1 for task in tasks), -1])
     is_target = labels_T != IGNORED

@@ -25,11 +25,7 @@ _OF_PARTS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layer
 
 
 def save_whole(folder: Path, model: Any, processor: Any) -> None:
-    """Write a checkpoint, so that a folder of this name is always whole.
-
-    Raises:
-        DataError: It cannot be written.
-    """
+    """Write a checkpoint, so that a folder of this name is always whole."""
     with new_folder(folder) as beside:
         model.save_pretrained(beside)
         processor.save_pretrained(beside)
@@ -43,11 +39,6 @@ def create_start(shape: ModelConfig, language: str | Path, folder: Path, images:
         language: Folder or hub name of the language model.
         folder: Where to write the checkpoint.
         images: Training images to measure the mean and spread of the tower's channels on.
-
-    Raises:
-        CheckpointError: A part cannot be read or lacks weights, or its tokenizer is another's.
-        ConfigError: The shape does not fit the parts.
-        DataError: The checkpoint cannot be written.
     """
     if (folder / "config.json").exists():
         return
@@ -68,11 +59,7 @@ def create_start(shape: ModelConfig, language: str | Path, folder: Path, images:
 
 
 def new_shape(shape: ModelConfig, vision: Any, language: Any = None) -> RegionGPTConfig:
-    """Configuration of the model that :func:`create_start` makes, by the configurations of its parts.
-
-    Raises:
-        ConfigError: The parts do not fit each other.
-    """
+    """Configuration of the model that :func:`create_start` makes, by the configurations of its parts."""
     return RegionGPTConfig(vision_config=vision, text_config=language, **_shape_options(shape))
 
 
@@ -87,13 +74,7 @@ def _shape_options(shape: ModelConfig) -> dict[str, Any]:
 
 
 def check_start(config: Recipe) -> None:
-    """Check that a recipe can start, without making anything.
-
-    Raises:
-        ConfigError: The parts of a new model do not fit each other, or stage 2 comes first.
-        CheckpointError: The checkpoint is missing or of another shape; the tower cannot be read.
-        DataError: Data is missing.
-    """
+    """Check that a recipe can start, without making anything; raises a RegionGPTError if not."""
     config.check_files()
     if config.model.init and config.with_start().model.init:
         read_shape(config.model.folder)
@@ -145,11 +126,7 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
 
 
 def read_shape(folder: Path) -> RegionGPTConfig:
-    """Configuration of a checkpoint folder, without its weights.
-
-    Raises:
-        CheckpointError: The folder has none, or that of another kind of model.
-    """
+    """Configuration of a checkpoint folder, without its weights; CheckpointError if it has none."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no checkpoint there")
     with weights.reading(f"the configuration of {folder}"):
@@ -163,14 +140,10 @@ def read_shape(folder: Path) -> RegionGPTConfig:
 
 @torch.no_grad()
 def calibrate(model: Any, processor: Any, images: Sequence[Path]) -> None:
-    """Measure the mean and spread of what goes into the refinement and into the connector.
+    """Measure on some images the mean and spread of what goes into the refinement and into the connector, in place.
 
-    The connector's output layer is scaled so that what it writes begins with the length of a word.
-
-    Args:
-        model: Its connector is changed in place, and so is an EfficientNet-Lite tower; another tower stays.
-        processor: Pads and normalises.
-        images: Images to measure on.
+    The connector's output layer is scaled so that what it writes begins with the length of a word. Of towers, an
+    EfficientNet-Lite alone is changed.
     """
     pixels = [processor.pixels_of(load_image(each)) for each in images]
     if model.config.vision_config.model_type == "efficientnet_lite":
@@ -191,13 +164,7 @@ def _standardise(module: Any, samples: Sequence[Tensor]) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE in which digits stand alone, and the closed-set suffix is a token.
-
-    Args:
-        texts: Lines to learn merges from.
-        vocab_size: Number of tokens, the special ones included.
-        max_length: Context of the language model.
-    """
+    """Train a byte-level BPE of so many tokens in which digits stand alone, and the closed-set suffix is a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -228,7 +195,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of giving it back: on a CPU the tower then runs twice as fast.
 
     Activations of tens of megabytes are otherwise mapped anew for every layer, and zeroing fresh pages costs more than
-    the convolutions. Does nothing on other C libraries.
+    the convolutions.
     """
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
