@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Releases that were tested together; `make CONSTRAINTS=` takes the newest of everything.
 CONSTRAINTS ?= constraints.txt
-# A folder of annotated photographs in COCO's format, for train-nano; docs/training.md says what it holds.
+# A folder of annotated images in COCO's format, for train-nano; recipes/nano/README.md says what it holds.
 DATA ?= ../shared/data/coco_photos
 RUN ?= runs/nano
 
@@ -42,7 +42,7 @@ format: install  ## write the source as the formatter has it
 	$(BIN)/ruff check --fix .
 
 train-nano: install  ## train the model that ships, or go on with it: DATA=folder of photographs, RUN=folder of the run
-	$(BIN)/regiongpt train configs/nano.toml --data.root "$(DATA)" --out "$(RUN)"
+	$(BIN)/python recipes/nano/train.py --data.root "$(DATA)" --out "$(RUN)"
 
 package: install  ## build the wheel and the source distribution in dist/
 	$(BIN)/python -m build

@@ -29,7 +29,7 @@ from nano_metrics import (
 from stamp import Progress, stamp, write_json
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.facts import colours_of
+from regiongpt.data.facts import View, colours_of
 from regiongpt.data.sampling import DevQuestion, dev_questions
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
@@ -37,8 +37,12 @@ from regiongpt.inference.choices import locate_expressions
 from regiongpt.inference.engine import Engine, Prompt, Scene, pick_device, pick_dtype
 from regiongpt.inference.options import WAYS, By, Options
 from regiongpt.model import weights
-from regiongpt.prompts import COCO_80, NO_MATCH, region_answer
-from regiongpt.train.features import keep_freed_memory
+from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
+from regiongpt.train.start import keep_freed_memory
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "nano"))
+
+from conversations import ClassStatistics
 
 TASKS = ("classify", "locate", "presence", "describe", "caption")
 # The longest answer read, in tokens. Of a yes/no answer only the first word counts; closed answers get more room where
@@ -73,11 +77,35 @@ def build_questions(
     colours: dict[int, str] = {}
     for image in images if "locate" in tasks else ():
         colours |= colours_of(image, load_image(image.path))
-    questions = {task: dev_questions(images, task, seed, colours) for task in tasks}
+    questions = {
+        task: presence_questions(images, seed) if task == "presence" else dev_questions(images, task, seed, colours)
+        for task in tasks
+    }
     for task in {"describe", "caption"} & set(tasks):
         kept = described_boxes(len(questions[task]), describe_limit, seed)
         questions[task] = [questions[task][k] for k in kept]
     return questions
+
+
+def presence_questions(images: Sequence[ImageAnnotations], seed: int) -> list[DevQuestion]:
+    """As many present classes as absent ones, at most two of each an image.
+
+    Every second absent one is drawn by how often it comes with the classes there.
+    """
+    statistics = ClassStatistics.of(images)
+    found = []
+    for index, image in enumerate(images):
+        rng, view = np.random.default_rng((seed, index)), View(image)
+        here = sorted(view.by_category)
+        for turn, k in enumerate(rng.permutation(len(here))[:2]):
+            absent = statistics.absent(rng, view, tempting=turn == 0)
+            kinds = ("present", "tempting" if turn == 0 else "random")
+            for category, answer, kind in zip((here[k], absent), ("yes", "no"), kinds, strict=True):
+                if category is not None:
+                    text = question("presence", 0, category=category)
+                    asked: Any = {"image": image, "task": "presence", "text": text, "regions": [], "answer": answer}
+                    found.append(DevQuestion(**asked, category=category, kind=kind))
+    return found
 
 
 def described_boxes(boxes: int, limit: int | None, seed: int) -> list[int]:

@@ -20,6 +20,7 @@ time does not depend on what they are. The measurements:
 import argparse
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,18 +37,24 @@ from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.sampling import ConversationSampler
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, weights
-from regiongpt.train.alignment import ClassWords, visual_loss
-from regiongpt.train.dataset import ConversationDataset, DataCollator, answer_loss
-from regiongpt.train.features import FeatureStore, keep_freed_memory
+from regiongpt.train.dataset import DataCollator, answer_loss
 from regiongpt.train.loop import run_stage, targets_in
 from regiongpt.train.packing import PackedCollate, units_on_cpu, width_cost
-from regiongpt.train.recipe import EngineConfig, Recipe, StageConfig, WatchConfig
-from regiongpt.train.text import sampler_of
+from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
+from regiongpt.train.start import keep_freed_memory
 from regiongpt.train.watch import StageCost
 
-RECIPE = Path(__file__).resolve().parents[1] / "configs" / "nano.toml"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "nano"))
+
+from alignment import ClassWords, visual_loss
+from conversations import ConversationSampler
+from dataset import EXTRAS, ConversationDataset
+from features import FeatureStore
+from reading import sampler_of
+from recipe import NanoRecipe
+from train import RECIPE
+
 CACHED = 64
 """Rows of made-up features, read one after the other: enough that they do not stay in the processor's cache."""
 
@@ -80,7 +87,7 @@ class EveryOtherShort:
 
 
 def conversations(
-    recipe: Recipe,
+    recipe: NanoRecipe,
     images: list[ImageAnnotations],
     store: FeatureStore,
     model: Any,
@@ -108,7 +115,7 @@ def conversations(
 
 
 def measure_packing(
-    recipe: Recipe,
+    recipe: NanoRecipe,
     images: list[ImageAnnotations],
     store: FeatureStore,
     model: Any,
@@ -118,7 +125,7 @@ def measure_packing(
 ) -> dict[str, Any]:
     """Tokens a second of each way, by the fastest round of each batch; the ways take turns."""
     size = recipe.stage2.micro_batch_size
-    padded = DataCollator(processor)
+    padded = DataCollator(processor, EXTRAS)
     text = model.config.text_config
     packed = PackedCollate(padded, text.max_position_embeddings, width_cost(text))
     loss = partial(visual_loss, ClassWords(processor.tokenizer), recipe.stage2.alignment, True)
@@ -172,7 +179,7 @@ def measure_packing(
 
 
 def measure_steps(
-    recipe: Recipe, images: list[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, steps: int
+    recipe: NanoRecipe, images: list[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, steps: int
 ) -> dict[str, Any]:
     """Waiting and utilisation of real training, packed, from its own log but for the first step."""
     stage = recipe.stage2
@@ -182,7 +189,7 @@ def measure_steps(
             "stage2",
             model,
             dataset,
-            DataCollator(processor),
+            DataCollator(processor, EXTRAS),
             partial(visual_loss, ClassWords(processor.tokenizer), stage.alignment, True),
             StageConfig(batch_size=stage.batch_size, micro_batch_size=stage.micro_batch_size, log_steps=1, lr=1e-5),
             Path(out),
@@ -190,7 +197,7 @@ def measure_steps(
             engine=EngineConfig(packing=True),
             watch=WatchConfig(),
             processor=processor,
-            cost=StageCost.of("stage2", model.config, cached=True),
+            cost=StageCost.of(model.config, trained=True, cached=True),
         )
         lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][1:]
     seconds = sum(line["seconds"] for line in lines)
@@ -274,7 +281,7 @@ def measure_large(width: int, layers: int, length: int, batch: int, steps: int, 
             Path(out),
             0,
             engine=EngineConfig(precision="bf16", compile=compiled, workers=4 if device == "cuda" else 0),
-            cost=StageCost.of("stage2", config, cached=True),
+            cost=StageCost.of(config, trained=True, cached=True),
         )
         lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][steps // 3 :]
     seconds = sum(line["seconds"] for line in lines)
@@ -316,7 +323,7 @@ def main() -> None:
         print(f"large: {result['large']['utilisation']:.0%} of the device's arithmetic")
     if options.data:
         size = options.micro_batch
-        recipe = Recipe.load(
+        recipe = NanoRecipe.load(
             RECIPE, [f"--stage2.{k}={size}" for k in ("batch_size", "micro_batch_size")] if size else []
         )
         model, processor = weights.load(weights.nano_path(), dtype=torch.float32)

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import IMAGE, REGION, tiny_inputs, tiny_model
 
 from regiongpt.errors import DataError
-from regiongpt.train.dataset import answer_loss, turn_numbers
+from regiongpt.train.dataset import answer_loss
 from regiongpt.train.loop import Loop, run_stage
+from regiongpt.train.packing import turn_numbers
 from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
 
 Example = dict[str, Any]

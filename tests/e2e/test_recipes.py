@@ -23,12 +23,11 @@ from regiongpt.train.debug import debug_size
 from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.lora import choose_learners
 from regiongpt.train.plan import Plan, make_plan
-from regiongpt.train.recipe import STEPS, Recipe
+from regiongpt.train.recipe import Recipe
 from regiongpt.train.stages import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.toml"))
-HALVES = ("nano_stage1", "nano_stage2")
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +44,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in HALVES])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_runs_at_debug_size_as_planned(name: str, runs: Any) -> None:
     config, plan, finished = runs(name)
-    assert [stage.name for stage in plan.stages] == [step for step in STEPS if config.runs(step)]
+    assert [stage.name for stage in plan.stages] == [step for step in config.all_steps if config.runs(step)]
     model, _ = weights.load(finished)
     counted = {part.name: part.parameters for part in plan.stages[-1].parts}
     for part, parameters in counted.items():
         if part != "adapters":
             assert parameters == sum(tensor.numel() for tensor in getattr(model, part).parameters()), part
     for stage in plan.stages:
-        folder = config.out / ("language-checkpoints" if stage.name == "language" else stage.name)
+        folder = config.out / stage.name
         assert max(int(each.name.split("-")[1]) for each in folder.glob("checkpoint-*")) == stage.steps
-
-
-def test_the_halves_of_the_small_recipe_make_the_whole(runs: Any) -> None:
-    _, _, whole = runs("nano")
-    config, plan, first = runs("nano_stage1")
-    assert [stage.name for stage in plan.stages] == ["language", "align", "stage1"]
-    assert first == config.out / "stage1" / "model"
-    steps = Recipe.load(CONFIGS / "nano_stage2.toml").steps
-    second = train(config.replace(steps=steps))
-    ours, theirs = (weights.load(folder)[0].state_dict() for folder in (second, whole))
-    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
-
-
-def test_a_second_half_without_the_first_is_refused(runs: Any, tmp_path: Path, capsys: Any) -> None:
-    config, *_ = runs("nano_stage1")
-    words = [f"--data.root={config.data.root}", f"--out={tmp_path}"]
-    assert main(["train", str(CONFIGS / "nano_stage2.toml"), *words]) == 2
-    assert "'language' has left no result" in capsys.readouterr().err
 
 
 def test_adapters_are_merged_into_a_checkpoint_like_any_other(runs: Any) -> None:

@@ -17,7 +17,7 @@ from regiongpt.data.facts import (
     relation,
     size_name,
 )
-from regiongpt.data.wording import describe, noun, plural, say_presence, with_article
+from regiongpt.data.wording import describe, noun, plural, with_article
 from regiongpt.errors import DataError
 
 
@@ -158,7 +158,6 @@ def test_crowds_are_seen_but_neither_counted_nor_asked_about():
     assert [o.id for o in view.askable] == [2]
     assert view.count("person") is None
     assert distinctions(view, view.objects[1], {}) == []
-    assert say_presence(np.random.default_rng(0), view, "person").startswith("Yes")
 
 
 def test_neighbours_are_near_clear_and_of_different_classes():

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
+from regiongpt.data.coco import load_coco, photo_sources
+from regiongpt.data.facts import View
 from regiongpt.inference import RegionPredictor
 from regiongpt.prompts import COCO_80
 from regiongpt.regions import Region
@@ -212,6 +214,14 @@ def test_described_boxes_are_a_fixed_choice():
     chosen = nano_dev.described_boxes(100, 10, 3)
     assert chosen == nano_dev.described_boxes(100, 10, 3) == sorted(set(chosen))
     assert len(chosen) == 10
+
+
+def test_presence_asks_for_as_many_classes_that_are_there_as_are_not(tmp_path):
+    images = load_coco(photo_sources(make_data(tmp_path), "dev")).images
+    found = nano_dev.presence_questions(images, 0)
+    assert [item.answer for item in found] == ["yes", "no"] * 4
+    for item in found:
+        assert (item.category in View(item.image).by_category) == (item.answer == "yes")
 
 
 def test_a_run_gives_the_predictors_answers(tmp_path, capsys):

@@ -265,12 +265,13 @@ def test_a_steps_arithmetic_is_counted_of_what_it_had() -> None:
     config = AutoConfig.from_pretrained(weights.nano_path())
     step = {"examples": 4, "tokens": 400, "images": 4, "targets": 30}
     costs = {
-        name: StageCost.of(name, config, cached=name == "align").flops(step) for name in ("align", "stage1", "stage2")
+        name: StageCost.of(config, trained=name == "stage2", reads=name != "align", cached=name == "align").flops(step)
+        for name in ("align", "stage1", "stage2")
     }
     assert costs["align"] < costs["stage1"] < costs["stage2"]
     layers = 5 * (4 * config.text_config.hidden_size**2 + 3 * 256 * 704)
     weights_of_all = layers * 400 + config.text_config.vocab_size * 256 * 30
-    tower = StageCost.of("stage1", config, cached=False).costs.tower
+    tower = StageCost.of(config, trained=False).costs.tower
     # A frozen language model is passed once forward and once back, one that learns once more.
     assert (costs["stage2"] - costs["stage1"]) / (2 * weights_of_all) == pytest.approx(1, rel=0.05)
     assert costs["stage1"] - costs["align"] == pytest.approx(4 * tower + 4 * weights_of_all, rel=0.05)

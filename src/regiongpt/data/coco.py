@@ -24,9 +24,9 @@ class ObjectAnnotation:
     Args:
         id: Annotation id of the file.
         category: Category name, for example ``"dog"``.
-        box: Half-open xyxy in pixels of the image, clipped to it, at least a fraction of a pixel wide and high.
+        box: Half-open xyxy in pixels of the image, clipped to it.
         polygons: Rings as flat ``(x0, y0, x1, y1, ...)`` in pixels, or None when the object has a box or RLE.
-        iscrowd: True when the annotation covers a group whose members were not told apart.
+        iscrowd: Whether the annotation covers a group whose members were not told apart.
     """
 
     id: int
@@ -38,16 +38,7 @@ class ObjectAnnotation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageAnnotations:
-    """One image with everything that is known about it; objects and captions in the order of their ids.
-
-    Args:
-        path: Image file.
-        image_id: Id of the image in its file.
-        width: Width in pixels, the frame of every box and polygon.
-        height: Height in pixels.
-        objects: Objects and crowds.
-        captions: Human captions of the whole image, each one sentence with a full stop; often empty.
-    """
+    """One image with its objects and captions (one sentence each), in the order of their ids."""
 
     path: Path
     image_id: int
@@ -59,13 +50,7 @@ class ImageAnnotations:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CocoSource:
-    """One instances file, the folder of its images, and optionally one file of captions.
-
-    Args:
-        instances: ``instances_*.json`` in COCO's format.
-        images: Folder that ``file_name`` is relative to.
-        captions: ``captions_*.json``, or None.
-    """
+    """One instances file, the folder that its ``file_name`` are relative to, and optionally one file of captions."""
 
     instances: Path
     images: Path
@@ -74,12 +59,7 @@ class CocoSource:
 
 @dataclass(frozen=True, kw_only=True)
 class CocoData:
-    """What a list of sources holds, ordered by source and image id.
-
-    Args:
-        images: The usable images, those without any object included.
-        skipped: Number of unusable records by the kind of fault.
-    """
+    """Usable images of a list of sources, by source and image id, and the number of unusable records by fault."""
 
     images: tuple[ImageAnnotations, ...]
     skipped: Mapping[str, int]
@@ -93,15 +73,10 @@ class CocoData:
 
 
 def photo_sources(root: Path, split: str) -> list[CocoSource]:
-    """Finds the sources of one split in a folder laid out as ``images/``, ``instances_<split>.json`` and so on.
+    """The sources of one split; DataError if the folder has no such split.
 
-    Args:
-        root: Folder with ``instances_<split>.json`` and ``images/``; ``instances_<split>_small.json`` with
-            ``images_small/`` and ``captions_<split>.json`` are taken when there.
-        split: For example ``"train"`` or ``"dev"``.
-
-    Raises:
-        DataError: The split's instances file is not there.
+    These are ``instances_<split>.json`` with ``images/`` and, when there, ``captions_<split>.json`` and
+    ``instances_<split>_small.json`` with ``images_small/``.
     """
     root = Path(root)
     instances = root / f"instances_{split}.json"
@@ -122,8 +97,7 @@ def photo_sources(root: Path, split: str) -> list[CocoSource]:
 def load_coco(sources: Iterable[CocoSource]) -> CocoData:
     """Read the sources into one deterministic list: by source, then image id, then annotation id.
 
-    Args:
-        sources: Files to read, in the order their images shall have. An image id seen twice keeps its first source.
+    An image id seen twice keeps its first source.
 
     Raises:
         DataError: A file is missing, is not JSON, or is not in COCO's format.
@@ -172,10 +146,6 @@ def load_coco(sources: Iterable[CocoSource]) -> CocoData:
 
 
 def normalise_caption(text: str) -> str:
-    """Makes one human caption one sentence: spaces collapsed, first letter capital, one full stop at the end.
-
-    Returns:
-        The sentence, or ``""`` when nothing is left of it.
-    """
+    """A human caption as one sentence, or ``""``: spaces collapsed, first letter capital, one full stop at the end."""
     text = re.split(r"(?<=[a-z)\"][.!?])\s+(?=[A-Z])", " ".join(text.split()))[0].strip(" .,;:!\"'")
     return f"{text[0].upper()}{text[1:]}." if text else ""

@@ -82,9 +82,6 @@ class View:
         height: Its height.
         objects: What is left in sight, crowds included, in annotation order.
         maybe: Classes of which a piece too small to judge is left; neither present nor absent.
-
-    Raises:
-        DataError: The crop is empty or leaves the image.
     """
 
     def __init__(self, annotations: ImageAnnotations, crop: Box | None = None, flip: bool = False) -> None:
@@ -156,14 +153,12 @@ class View:
 
 
 def colour_name(pixels_N3: NDArray[np.uint8]) -> str | None:
-    """Names the one colour that clearly dominates.
+    """The one colour that clearly dominates, of :data:`COLOURS`, or None.
+
+    Pixels between two names (beige, teal, dark red) belong to none and count against all.
 
     Args:
         pixels_N3: uint8 RGB, shape (N, 3).
-
-    Returns:
-        One of :data:`COLOURS`, or None when no colour has 45 % of the pixels (black and grey 60 %) and 1.6 times the
-        second. Pixels between two names (beige, teal, dark red) belong to none and count against all.
     """
     if len(pixels_N3) == 0:
         return None
@@ -201,18 +196,15 @@ def colour_name(pixels_N3: NDArray[np.uint8]) -> str | None:
 
 
 def colours_of(annotations: ImageAnnotations, image: Image.Image | NDArray[np.uint8]) -> dict[int, str]:
-    """Names the colours of an image's objects, for :func:`expressions` and the sentences; compute once and keep.
+    """Names the colours of an image's objects by annotation id; objects without a clear colour are not in it.
 
     Looks at the pixels inside the polygon, or inside the central ellipse of the box (0.7 of its sides), less those
-    inside smaller boxes that lie over it. Objects under 64 px^2, people, and box-only objects one can see through
-    have no colour.
+    inside smaller boxes that lie over it. Objects under 64 px^2, people, and box-only objects one can see through have
+    no colour.
 
     Args:
         annotations: Frame of the boxes.
         image: The same image, RGB, at the annotations' size.
-
-    Returns:
-        Annotation id -> colour; objects without a clear colour are not in it.
 
     Raises:
         DataError: The image has another size than the annotations.
@@ -264,17 +256,16 @@ def _inside(xs: NDArray[Any], ys: NDArray[Any], rings: Sequence[Sequence[float]]
 
 
 def size_name(box: Box, width: float, height: float) -> str:
-    """Names the share of the image in a box: tiny < 0.4 %, small < 3 %, medium-sized < 13 %, large < 40 %, huge."""
+    """The share of the image in a box: tiny < 0.4 %, small < 3 %, medium-sized < 13 %, large < 40 %, huge."""
     share = (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
     return next(name for limit, name in SIZES if share < limit)
 
 
 def place_name(box: Box, width: float, height: float) -> str | None:
-    """Says where in the image a box lies, as coarsely as it must be to be clearly true.
+    """Where in the image a box lies, as coarsely as it must be to be clearly true; ``"of the image"`` can follow.
 
     The centre falls in one cell of a 3x3 grid with gaps between the cells (below 0.31, 0.37 to 0.63, above 0.69 of the
     side). In a gap only the other axis is named, or the half; a box spanning three quarters of a side is 'across' it.
-    The phrase can be followed by ``"of the image"``.
     """
     u, v = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
     wide, tall = box[2] - box[0] > 0.75 * width, box[3] - box[1] > 0.75 * height
@@ -314,7 +305,7 @@ def _third(share: float) -> int | None:
 
 
 def relation(a: Box, b: Box) -> str | None:
-    """Says how ``a`` lies to ``b`` in the image plane, or None when that is not clear.
+    """How ``a`` lies to ``b`` in the image plane, or None when that is not clear.
 
     Returns:
         ``"to the left of"``, ``"to the right of"``, ``"above"``, ``"below"``; two of these joined by ``" and "`` when
@@ -342,10 +333,7 @@ def relation(a: Box, b: Box) -> str | None:
 
 
 def neighbours(view: View, each: ViewObject, limit: int = 3) -> list[tuple[ViewObject, str]]:
-    """The nearest objects of different classes to which an object clearly relates, with its relation to each of them.
-
-    Near is the gap between the boxes against the neighbour's own extent, so that a crumb does not outrank a table.
-    """
+    """The nearest objects of different classes to which an object clearly relates, with its relation to each."""
     x0, y0, x1, y1 = each.box
     ranked = []
     for other in view.objects:
@@ -373,15 +361,10 @@ def clashing(colour: str | None, other: str | None) -> bool:
 def distinctions(view: View, each: ViewObject, colours: Mapping[int, str]) -> list[tuple[str, str]]:
     """All facts that single out an object among everything in the image.
 
-    Args:
-        view: The image.
-        each: The object to tell from the others.
-        colours: As :func:`colours_of` gives.
-
     Returns:
         (kind, value) pairs: ``("class", "")`` the only one of its class; ``("colour", name)``; ``("place", phrase)``;
-        ``("most", "left" | "right" | "top" | "bottom" | "large" | "small")``; and ``("relation", "<how>|<class>")``
-        to the only object of another class. Empty when a crowd or a cut piece of the class makes all of them unsure.
+        ``("most", "left" | "right" | "top" | "bottom" | "large" | "small")``; and ``("relation", "<how>|<class>")`` to
+        the only object of another class. Empty when a crowd or a cut piece of the class makes all of them unsure.
     """
     count = view.count(each.category)
     if count is None or each.iscrowd:

@@ -1,67 +1,20 @@
-"""Samples conversations about one image from its facts, and builds the fixed questions that development measures.
+"""Questions with one right answer about annotated images, made of facts: always the same, in the first wording."""
 
-One conversation holds many turns, so that the image's tokens are read once for all of them. Each turn stands alone:
-none refers back to another. Every random choice comes from (seed, index, epoch), never from global state.
-
-Paper: §3.2, Table 1.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from regiongpt.data.coco import Box, ImageAnnotations
-from regiongpt.data.facts import COLOURS, MIN_AREA, View, ViewObject, clashing, distinctions, relation
-from regiongpt.data.wording import describe, express, noun, pick, relate, say_presence, with_article
-from regiongpt.errors import ConfigError, RegionError
-from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
+from regiongpt.data.facts import View, ViewObject, clashing, distinctions
+from regiongpt.data.wording import express, noun, pick, with_article
+from regiongpt.errors import ConfigError
+from regiongpt.prompts import question, region_answer
 from regiongpt.regions import Region
 
-Turns = list[dict[str, str]]
-# How many turns of each task a conversation holds on average; a fraction is a chance.
-DEFAULT_MIX: Mapping[str, float] = {
-    "classify": 10,
-    "describe": 2,
-    "caption": 1,
-    "refer": 0,
-    "relation": 1,
-    "locate": 1.5,
-    "presence": 2,
-    "locate_each": 0,
-    "presence_each": 0,
-    "image_caption": 1,
-}
-CANDIDATES = (2, 3, 3, 4, 4, 5, 5, 5, 5, 6, 7, 8)
-NO_MATCH_SHARE = 0.15
-# Names in a question about several of them: so many that are there, and as many that are not.
-MOST_ASKED = 5
-# Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
-FREE_SHARE = 0.15
-JITTER = 0.06
-OUTLINE_SHARE = 0.5
-# Boxes that an expression is held against in a question of development.
 LOCATED_AMONG = 5
-# A human caption still holds for a crop that keeps this much of the image.
-CAPTION_COVERAGE = 0.75
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversation:
-    """Turns about one view of one image.
-
-    Args:
-        messages: User and assistant turns by turns; the first begins with ``<image>`` on its own line.
-        regions: What ``<region1>``, ``<region2>``, ... stand for, in pixels of the view.
-        tasks: The task of each pair of turns, in order.
-        categories: The class of each region, in order.
-    """
-
-    messages: Turns
-    regions: list[Region]
-    tasks: list[str]
-    categories: list[str]
+"""Boxes that an expression is held against."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,330 +44,68 @@ class DevQuestion:
     expression: str = ""
 
     @property
-    def messages(self) -> Turns:
+    def messages(self) -> list[dict[str, str]]:
         """The question as chat messages."""
         return [{"role": "user", "content": f"<image>\n{self.text}"}]
 
 
-@dataclass(frozen=True)
-class ClassStatistics:
-    """How often classes occur, and which occur together: for rare classes first and for tempting absent ones.
+def dev_questions(
+    images: Sequence[ImageAnnotations], task: str, seed: int = 0, colours: Mapping[int, str] | None = None
+) -> list[DevQuestion]:
+    """The questions of one task.
 
     Args:
-        boxes: Single objects per class of :data:`COCO_80`, shape (80,).
-        together: Images holding both classes, shape (80, 80); the diagonal counts images per class.
-    """
-
-    boxes: NDArray[np.float64]
-    together: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, images: Sequence[ImageAnnotations]) -> "ClassStatistics":
-        """Counts over a list of images.
-
-        Raises:
-            ConfigError: A class is not one of COCO's 80.
-        """
-        boxes, together = np.zeros(80), np.zeros((80, 80))
-        for image in images:
-            here = set()
-            for each in image.objects:
-                if each.category not in _INDEX:
-                    raise ConfigError(f"{image.path.name}: expected COCO-80 category names, got {each.category!r}")
-                boxes[_INDEX[each.category]] += not each.iscrowd
-                here.add(_INDEX[each.category])
-            rows = sorted(here)
-            together[np.ix_(rows, rows)] += 1
-        return cls(boxes, together)
-
-    def absent(self, rng: np.random.Generator, view: View, tempting: bool) -> str | None:
-        """A class that is surely not in the view: any, or one that often comes with those that are there."""
-        open_ = np.array([name not in view.by_category and name not in view.maybe for name in COCO_80], dtype=float)
-        if tempting:
-            here = [_INDEX[name] for name in view.by_category]
-            images = np.maximum(self.together.diagonal(), 1.0)
-            pull = (self.together[here] / images[here, None]).sum(axis=0) if here else images
-            open_ *= pull + 1e-6
-        total = open_.sum()
-        return COCO_80[int(rng.choice(80, p=open_ / total))] if total > 0 else None
-
-
-_INDEX = {name: k for k, name in enumerate(COCO_80)}
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One turn before its regions have numbers: ``write`` takes the numbers of ``objects``."""
-
-    task: str
-    objects: tuple[ViewObject, ...]
-    write: Callable[[list[int]], tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class ConversationSampler:
-    """Makes conversations whose every answer is true of the view.
-
-    Args:
-        statistics: Of the training images.
-        mix: Average number of turns a conversation has of each task, keys of :data:`regiongpt.prompts.QUESTIONS`.
-        regions_per_image: Most distinct regions in a conversation. Where an image has more objects, those of rare
-            classes come first (weight 1/sqrt(boxes of the class), halved for people).
-        label_set: Name of the closed set in the suffix of ``classify``.
-        suffixes: Whether questions end with the suffix that fixes the format of their answer; answers are as they are
-            either way. Off, it shows what the suffix is good for.
-        outline_share: Share of the regions with an outline, in [0, 1], that are given by it rather than by their box.
+        images: Whole images, not views.
+        task: ``"classify"``, ``"describe"`` or ``"caption"``: one question for each box that is not a crowd.
+            ``"locate"``: up to three an image, each among five boxes with an expression that fits one alone.
+        seed: Picks candidates and expressions.
+        colours: Annotation id -> colour over all images, for expressions; None leaves colours out.
 
     Raises:
-        ConfigError: An unknown task, a negative number of turns, fewer than one region, or no share.
-
-    Paper: §3.2, Table 1 (the suffixes)
+        ConfigError: Another task.
     """
 
-    statistics: ClassStatistics
-    mix: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
-    regions_per_image: int = 12
-    label_set: str = "COCO-80"
-    suffixes: bool = True
-    outline_share: float = OUTLINE_SHARE
+    def ask(image: ImageAnnotations, boxes: Sequence[Box], each: Any, **more: Any) -> DevQuestion:
+        area = (each.box[2] - each.box[0]) * (each.box[3] - each.box[1])
+        regions, share = [Region.box(*box) for box in boxes], area / (image.width * image.height)
+        return DevQuestion(image=image, task=task, regions=regions, category=each.category, share=share, **more)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.outline_share <= 1:
-            raise ConfigError(f"expected outline_share in [0, 1], got {self.outline_share}")
-        unknown = sorted(set(self.mix) - set(DEFAULT_MIX))
-        if unknown:
-            raise ConfigError(f"expected tasks among {', '.join(DEFAULT_MIX)}, got {', '.join(unknown)} in the mix")
-        if any(turns < 0 for turns in self.mix.values()) or sum(self.mix.values()) <= 0:
-            raise ConfigError(f"expected numbers of turns of at least 0 and some above 0, got {dict(self.mix)}")
-        if self.regions_per_image < 1:
-            raise ConfigError(f"expected regions_per_image of at least 1, got {self.regions_per_image}")
-
-    def sample(self, view: View, colours: Mapping[int, str], seed: int, index: int, epoch: int) -> Conversation:
-        """Samples one conversation; the same arguments always give the same one.
-
-        Args:
-            view: What the model shall see.
-            colours: Annotation id -> colour, as :func:`regiongpt.data.facts.colours_of` gives; ``{}`` names none.
-            seed: Of the run.
-            index: Of the image in the run's list.
-            epoch: How often the image has come before.
-
-        Returns:
-            At least one pair of turns. Objects under 4 px^2 of the view, and crowds, are not asked about.
-        """
-        rng = np.random.default_rng((seed, index, epoch))
-        chosen = self._choose(rng, view)
-        plans: list[_Plan] = []
-        for task, mean in self.mix.items():
-            turns = int(mean + rng.random())
-            if task == "classify":
-                plans += [self._classify(rng, each) for each in chosen[:turns]]
-            elif task in ("describe", "caption"):
-                # From the far end, so that a described object has seldom been classified in another turn.
-                taken = sum(plan.task in ("describe", "caption") for plan in plans)
-                for each in chosen[::-1][taken : taken + turns] or chosen[:turns]:
-                    plans.append(_describe(rng, view, each, colours, task))
-            else:
-                for _ in range(turns):
-                    plan = self._other(rng, view, chosen, colours, task)
-                    plans += [] if plan is None else [plan]
-        if not plans:
-            plan = self._presence(rng, view)
-            plans += [] if plan is None else [plan]
-        return _write(rng, view, plans, self.outline_share)
-
-    def _choose(self, rng: np.random.Generator, view: View) -> list[ViewObject]:
-        """Objects to ask about, in random order weighted to rare classes (keys u^(1/w), drawn without replacement)."""
-        objects = view.askable
-        if not objects:
-            return []
-        weights = np.array([max(self.statistics.boxes[_INDEX[each.category]], 1.0) ** -0.5 for each in objects])
-        weights *= np.array([0.5 if each.category == "person" else 1.0 for each in objects])
-        order = np.argsort(-np.log(rng.random(len(objects)) + 1e-12) / weights)[: self.regions_per_image]
-        return [objects[k] for k in rng.permutation(order)]
-
-    def _other(
-        self,
-        rng: np.random.Generator,
-        view: View,
-        chosen: Sequence[ViewObject],
-        colours: Mapping[int, str],
-        task: str,
-    ) -> _Plan | None:
-        if task == "refer":
-            return _refer(rng, view, chosen, colours)
-        if task == "relation":
-            return _relate(rng, chosen)
-        if task == "locate":
-            return self._locate(rng, view, chosen, colours)
-        if task == "locate_each":
-            return _locate_each(rng, chosen)
-        if task == "presence_each":
-            return self._presence_each(rng, view)
-        return self._presence(rng, view) if task == "presence" else _caption(rng, view)
-
-    def _classify(self, rng: np.random.Generator, each: ViewObject) -> _Plan:
-        wording, guided = int(rng.integers(10)), rng.random() >= FREE_SHARE
-        answer = each.category if guided else f"It is {with_article(noun(each.category))}."
-
-        def write(numbers: list[int]) -> tuple[str, str]:
-            suffix = guided and self.suffixes
-            return question("classify", wording, regions=numbers, label_set=self.label_set, guided=suffix), answer
-
-        return _Plan("classify", (each,), write)
-
-    def _presence(self, rng: np.random.Generator, view: View) -> _Plan | None:
-        there = sorted(set(view.by_category) - view.maybe)
-        category: str | None
-        if there and rng.random() < 0.5:
-            category = pick(rng, there)
-        else:
-            category = self.statistics.absent(rng, view, tempting=rng.random() < 0.5)
-        if category is None:
-            return None
-        text = question("presence", int(rng.integers(10)), category=category)
-        answer = say_presence(rng, view, category)
-        return _Plan("presence", (), lambda numbers: (text, answer))
-
-    def _presence_each(self, rng: np.random.Generator, view: View) -> _Plan | None:
-        """Whether several classes are there, about as many of which are as are not."""
-        there = sorted(set(view.by_category) - view.maybe)
-        asked = {there[k]: "yes" for k in rng.permutation(len(there))[:MOST_ASKED]}
-        for turn in range(max(1, len(asked))):
-            absent = self.statistics.absent(rng, view, tempting=turn % 2 == 0)
-            if absent is not None:
-                asked[absent] = "no"
-        if not asked:
-            return None
-        names = [list(asked)[k] for k in rng.permutation(len(asked))]
-        text = question("presence_each", int(rng.integers(10)), expression=", ".join(names))
-        answer = ", ".join(f"{name} {asked[name]}" for name in names)
-        return _Plan("presence_each", (), lambda numbers: (text, answer))
-
-    def _locate(
-        self, rng: np.random.Generator, view: View, chosen: Sequence[ViewObject], colours: Mapping[int, str]
-    ) -> _Plan | None:
-        """A choice among candidates: by a fact true of one alone, or by an expression that fits none."""
-        if len(chosen) < 2:
-            return None
-        size = min(pick(rng, CANDIDATES), len(chosen))
-        options = [chosen[k] for k in rng.permutation(len(chosen))[:size]]
-        target: ViewObject | None = None
-        if rng.random() < NO_MATCH_SHARE:
-            expression = self._unfitting(rng, view, options, colours)
-        else:
-            expression = None
-            for target in options[:3]:
-                expression = _fitting(rng, view, target, options, colours)
-                if expression is not None:
-                    break
-        if expression is None:
-            return None
-        wording, (_, text) = int(rng.integers(10)), expression
-        order = tuple(options[k] for k in rng.permutation(size))
-
-        def write(numbers: list[int]) -> tuple[str, str]:
-            answer = NO_MATCH if target is None else region_answer(numbers[order.index(target)])
-            asked = question("locate", wording, regions=numbers, expression=text, guided=self.suffixes)
-            return asked, answer
-
-        return _Plan("locate", order, write)
-
-    def _unfitting(
-        self, rng: np.random.Generator, view: View, options: Sequence[ViewObject], colours: Mapping[int, str]
-    ) -> tuple[str, str] | None:
-        """An expression that none of the options fits: of an object left out, of another colour, of an absent class."""
-        which = rng.random()
-        inside = {each.id for each in options}
-        if which < 0.35:
-            outside = [each for each in view.askable if each.id not in inside]
-            for k in rng.permutation(len(outside))[:3]:
-                facts = distinctions(view, outside[k], colours)
-                if facts:
-                    kind, value = pick(rng, facts)
-                    return "left out", express(rng, outside[k].category, kind, value)
-        if which < 0.6:
-            for each in options:
-                alike = [colours.get(other.id) for other in view.by_category[each.category]]
-                if view.count(each.category) is not None and None not in alike:
-                    free = [name for name in COLOURS if not any(clashing(name, other) for other in alike)]
-                    if free:
-                        return "wrong colour", with_article(noun(each.category, pick(rng, free)))
-        category = self.statistics.absent(rng, view, tempting=rng.random() < 0.5)
-        if category is None:
-            return None
-        word = noun(category)
-        return "absent class", f"the {word}" if rng.random() < 0.6 else with_article(word)
+    if task in ("classify", "describe", "caption"):
+        text = question(task, 0, regions=[1])
+        return [
+            ask(image, [each.box], each, text=text, answer=each.category)
+            for image in images
+            for each in image.objects
+            if not each.iscrowd
+        ]
+    if task != "locate":
+        raise ConfigError(f"expected classify, describe, caption or locate, got {task!r}")
+    found: list[DevQuestion] = []
+    for index, image in enumerate(images):
+        rng, view = np.random.default_rng((seed, index)), View(image)
+        for _ in range(3 if len(view.askable) >= LOCATED_AMONG else 0):
+            options = [view.askable[k] for k in rng.permutation(len(view.askable))[:LOCATED_AMONG]]
+            target = options[int(rng.integers(LOCATED_AMONG))]
+            expression = fitting_expression(rng, view, target, options, colours or {})
+            if expression is not None:
+                kind, text = expression
+                asked = question(task, 0, regions=range(1, LOCATED_AMONG + 1), expression=text)
+                more = {"text": asked, "answer": region_answer(options.index(target) + 1)}
+                found.append(ask(image, [o.box for o in options], target, kind=kind, expression=text, **more))
+    return found
 
 
-def _locate_each(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:
-    """Which of several regions bears which name, of the names that one of them alone bears."""
-    options = [chosen[k] for k in rng.permutation(len(chosen))[: pick(rng, CANDIDATES)]]
-    classes = [each.category for each in options]
-    sought = [each for each in options if classes.count(each.category) == 1][:MOST_ASKED]
-    if len(options) < 2 or not sought:
-        return None
-    wording = int(rng.integers(10))
-    order, asked = (tuple(each[k] for k in rng.permutation(len(each))) for each in (options, sought))
-
-    def write(numbers: list[int]) -> tuple[str, str]:
-        text = question("locate_each", wording, regions=numbers, expression=", ".join(each.category for each in asked))
-        return text, ", ".join(f"{each.category} [{numbers[order.index(each)]}]" for each in asked)
-
-    return _Plan("locate_each", order, write)
-
-
-def _describe(rng: np.random.Generator, view: View, each: ViewObject, colours: Mapping[int, str], task: str) -> _Plan:
-    wording, answer = int(rng.integers(10)), describe(rng, view, each, colours, brief=task == "caption")
-    return _Plan(task, (each,), lambda numbers: (question(task, wording, regions=numbers), answer))
-
-
-def _refer(
-    rng: np.random.Generator, view: View, chosen: Sequence[ViewObject], colours: Mapping[int, str]
-) -> _Plan | None:
-    """A true expression that fits one object alone, of up to four objects the first that has one."""
-    for k in rng.permutation(len(chosen))[:4]:
-        if facts := distinctions(view, chosen[k], colours):
-            return _reference(int(rng.integers(10)), chosen[k], express(rng, chosen[k].category, *pick(rng, facts)))
-    return None
-
-
-def _reference(wording: int, each: ViewObject, expression: str) -> _Plan:
-    return _Plan("refer", (each,), lambda numbers: (question("refer", wording, regions=numbers), expression))
-
-
-def _relate(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:
-    """How one object lies to another, of up to four pairs the first that clearly relates."""
-    pairs = [rng.permutation(len(chosen))[:2] for _ in range(4 if len(chosen) > 1 else 0)]
-    related = [(chosen[i], chosen[j], relation(chosen[i].box, chosen[j].box)) for i, j in pairs]
-    for a, b, how in related:
-        if how is not None:
-            return _relation(int(rng.integers(10)), a, b, relate(rng, a, b, how))
-    return None
-
-
-def _relation(wording: int, a: ViewObject, b: ViewObject, answer: str) -> _Plan:
-    return _Plan(
-        "relation",
-        (a, b),
-        lambda numbers: (
-            question("relation", wording, regions=numbers),
-            answer.format(i=numbers[0], j=numbers[1]),
-        ),
-    )
-
-
-def _fitting(
+def fitting_expression(
     rng: np.random.Generator,
     view: View,
     target: ViewObject,
     options: Sequence[ViewObject],
     colours: Mapping[int, str],
 ) -> tuple[str, str] | None:
-    """An expression that fits the target alone: ('the ...') in the whole view, ('a ...') among the options."""
+    """A kind and an expression that fits the target alone: ("the ...") in the view, ("a ...") among the options."""
     alike = [each for each in options if each.category == target.category and each.id != target.id]
     colour = colours.get(target.id)
-    found = [(kind, value) for kind, value in distinctions(view, target, colours)]
+    found = distinctions(view, target, colours)
     if not alike:
         found.append(("a class", ""))
     if colour is not None and not any(clashing(colour, colours.get(each.id)) for each in alike):
@@ -425,126 +116,3 @@ def _fitting(
     if kind.startswith("a "):
         return kind, with_article(noun(target.category, value))
     return kind, express(rng, target.category, kind, value)
-
-
-def _caption(rng: np.random.Generator, view: View) -> _Plan | None:
-    """A human caption, where the crop leaves it true; a mirrored view takes none that speaks of left or right."""
-    captions = [
-        text
-        for text in view.annotations.captions
-        if view.coverage >= CAPTION_COVERAGE and not (view.flip and {"left", "right"} & set(text.lower().split()))
-    ]
-    if not captions:
-        return None
-    text, answer = question("image_caption", int(rng.integers(10))), pick(rng, captions)
-    return _Plan("image_caption", (), lambda numbers: (text, answer))
-
-
-def _write(rng: np.random.Generator, view: View, plans: Sequence[_Plan], outline_share: float) -> Conversation:
-    """Numbers the regions that are used, in an order that tells nothing, and puts the turns into one."""
-    used = {each.id: each for plan in plans for each in plan.objects}
-    order = [list(used)[k] for k in rng.permutation(len(used))]
-    number = {each_id: k + 1 for k, each_id in enumerate(order)}
-    messages: Turns = []
-    tasks: list[str] = []
-    for k in rng.permutation(len(plans)):
-        asked, answer = plans[k].write([number[each.id] for each in plans[k].objects])
-        messages.append({"role": "user", "content": asked if messages else f"<image>\n{asked}"})
-        messages.append({"role": "assistant", "content": answer})
-        tasks.append(plans[k].task)
-    return Conversation(
-        messages=messages,
-        regions=[_region(rng, view, used[k], outline_share) for k in order],
-        tasks=tasks,
-        categories=[used[k].category for k in order],
-    )
-
-
-def _region(rng: np.random.Generator, view: View, each: ViewObject, outline_share: float) -> Region:
-    """The polygon, where there is one, in its share of the times; else the box with each side moved by up to 6 %."""
-    if each.source.polygons is not None and rng.random() < outline_share:
-        shape = Region.polygon(view.rings(each))
-        try:
-            if shape.area(round(view.width), round(view.height)) >= MIN_AREA:
-                return shape
-        except RegionError:  # an outline that encloses nothing, or nothing that the crop kept: the box stands in
-            pass
-    x0, y0, x1, y1 = each.box
-    a, b, c, d = rng.uniform(-JITTER, JITTER, 4) * (x1 - x0, y1 - y0, x1 - x0, y1 - y0)
-    return Region.box(max(x0 + a, 0.0), max(y0 + b, 0.0), min(x1 + c, view.width), min(y1 + d, view.height))
-
-
-def dev_questions(
-    images: Sequence[ImageAnnotations], task: str, seed: int = 0, colours: Mapping[int, str] | None = None
-) -> list[DevQuestion]:
-    """Builds the fixed questions that development measures, in the first wording of their task.
-
-    Args:
-        images: Whole images, not views.
-        task: ``"classify"``, ``"describe"`` or ``"caption"``: one question for each box that is not a crowd.
-            ``"locate"``: up to three questions an image, each among exactly five boxes with an expression that fits
-            one alone. ``"presence"``: as many present classes as absent ones, at most two of each an image; of the
-            absent every second one is drawn by how often it comes with the classes there.
-        seed: Picks candidates, expressions and classes.
-        colours: Annotation id -> colour over all images, for expressions; None leaves colours out.
-
-    Raises:
-        ConfigError: Another task.
-    """
-    if task in ("classify", "describe", "caption"):
-        return [
-            _ask(image, task, question(task, 0, regions=[1]), [each.box], each.category, each.category, each.box)
-            for image in images
-            for each in image.objects
-            if not each.iscrowd
-        ]
-    if task not in ("locate", "presence"):
-        raise ConfigError(f"expected classify, describe, caption, locate or presence, got {task!r}")
-    statistics = ClassStatistics.of(images)
-    found: list[DevQuestion] = []
-    for index, image in enumerate(images):
-        rng, view = np.random.default_rng((seed, index)), View(image)
-        if task == "presence":
-            here = sorted(view.by_category)
-            for turn, k in enumerate(rng.permutation(len(here))[:2]):
-                absent = statistics.absent(rng, view, tempting=turn == 0)
-                kinds = ("present", "tempting" if turn == 0 else "random")
-                for category, answer, kind in zip((here[k], absent), ("yes", "no"), kinds, strict=True):
-                    if category is not None:
-                        asked = question(task, 0, category=category)
-                        found.append(_ask(image, task, asked, [], answer, category, kind=kind))
-            continue
-        for _ in range(3 if len(view.askable) >= LOCATED_AMONG else 0):
-            options = [view.askable[k] for k in rng.permutation(len(view.askable))[:LOCATED_AMONG]]
-            target = options[int(rng.integers(LOCATED_AMONG))]
-            expression = _fitting(rng, view, target, options, colours or {})
-            if expression is not None:
-                kind, text = expression
-                asked = question(task, 0, regions=range(1, LOCATED_AMONG + 1), expression=text)
-                answer, boxes = region_answer(options.index(target) + 1), [each.box for each in options]
-                found.append(_ask(image, task, asked, boxes, answer, target.category, target.box, kind, text))
-    return found
-
-
-def _ask(
-    image: ImageAnnotations,
-    task: str,
-    text: str,
-    boxes: Sequence[Box],
-    answer: str,
-    category: str,
-    box: Box = (0.0, 0.0, 0.0, 0.0),
-    kind: str = "",
-    expression: str = "",
-) -> DevQuestion:
-    return DevQuestion(
-        image=image,
-        task=task,
-        text=text,
-        regions=[Region.box(*each) for each in boxes],
-        answer=answer,
-        category=category,
-        share=(box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height),
-        kind=kind,
-        expression=expression,
-    )

@@ -1,4 +1,4 @@
-"""Puts facts into varied English: noun phrases, region descriptions, relations, expressions and yes/no answers.
+"""Puts facts into varied English: noun phrases, region descriptions and referring expressions.
 
 The wordings are tables; a random generator picks among them. A sentence says only what :mod:`regiongpt.data.facts`
 vouches for, and each stands alone, so that turns may come in any order.
@@ -59,22 +59,6 @@ EXPRESSIONS = {
     "large": ("the largest {n}", "the biggest {n}", "the {n} that looks largest"),
     "small": ("the smallest {n}", "the {n} that looks smallest"),
 }
-APART = (
-    "The {a} is {how} the {b}.",
-    "The {a} is {how} the {b}.",
-    "Region [{i}], {an_a}, is {how} Region [{j}], {an_b}.",
-    "The {a} in Region [{i}] is {how} the {b} in Region [{j}].",
-    "Region [{i}] is {how} Region [{j}].",
-    "In the image, the {a} is {how} the {b}.",
-)
-ALIKE = (
-    "The {a} in Region [{i}] is {how} the {b} in Region [{j}].",
-    "Region [{i}] is {how} Region [{j}].",
-    "Region [{i}], {an_a}, is {how} Region [{j}], another {b}.",
-    "Both are {bs}; Region [{i}] is {how} Region [{j}].",
-)
-YES = ("Yes.", "Yes.", "Yes, there {is_are} {some} in {frame}.", "Yes, {frame} shows {some}.")
-NO = ("No.", "No.", "No, there is no {n} in {frame}.", "No, {frame} does not show any {ns}.")
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
@@ -172,20 +156,6 @@ def describe(
 _SLOTS = ("place", "near")
 
 
-def relate(rng: np.random.Generator, a: ViewObject, b: ViewObject, how: str) -> str:
-    """Answers how object ``a`` lies to object ``b``; ``{i}`` and ``{j}`` stand for the numbers of their regions."""
-    return pick(rng, ALIKE if a.category == b.category else APART).format(
-        a=noun(a.category),
-        b=noun(b.category),
-        an_a=with_article(noun(a.category)),
-        an_b=with_article(noun(b.category)),
-        bs=plural(b.category),
-        how=relation_words(rng, how),
-        i="{i}",
-        j="{j}",
-    )
-
-
 def express(rng: np.random.Generator, category: str, kind: str, value: str) -> str:
     """Words one of the facts of :func:`regiongpt.data.facts.distinctions` as a referring expression."""
     if kind == "relation":
@@ -194,18 +164,3 @@ def express(rng: np.random.Generator, category: str, kind: str, value: str) -> s
     if kind == "colour" and category in HEADS:
         return f"the {noun(category, value)}"
     return pick(rng, EXPRESSIONS[value if kind == "most" else kind]).format(n=noun(category), v=value)
-
-
-def say_presence(rng: np.random.Generator, view: View, category: str) -> str:
-    """Answers whether a class is in the view, 'Yes' or 'No' first; at times with the number."""
-    frame = pick(rng, FRAMES)
-    if category not in view.by_category:
-        return pick(rng, NO).format(n=noun(category), ns=plural(category), frame=frame)
-    count = view.count(category)
-    if count == 1:
-        some = with_article(noun(category))
-    elif count is not None and count < len(NUMBERS):
-        some = f"{NUMBERS[count]} {plural(category)}"
-    else:
-        some = plural(category) if count is None else f"many {plural(category)}"
-    return pick(rng, YES).format(is_are="is" if count == 1 else "are", some=some, frame=frame)

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from regiongpt.data.coco import load_coco, photo_sources
 from regiongpt.data.mixture import open_mixture
-from regiongpt.data.sampling import dev_questions
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.images import load_image
@@ -27,7 +25,6 @@ log = logging.getLogger(__name__)
 LONGEST: Final = 64
 """Tokens of an answer."""
 PICTURES: Final = "answers"
-_TASKS = ("describe", "classify", "caption")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +32,11 @@ class Question:
     """A question about a dev image that is asked again and again.
 
     Attributes:
-        name: Of the record or the image.
+        name: Names the record or the image.
         image: File.
-        regions: Of it, in pixels.
+        regions: What its placeholders stand for, in pixels.
         text: Without ``<image>``.
-        expected: What the data answer, or the class of the region that is to be described.
+        expected: The answer of the data, or the class of the region that is to be described.
     """
 
     name: str
@@ -50,69 +47,50 @@ class Question:
 
 
 def load_questions(data: DataConfig, count: int, seed: int) -> list[Question]:
-    """Pick questions from the dev data: the same ones for the same seed.
-
-    Args:
-        data: Of the recipe.
-        count: Questions, each about another image where there are as many.
-        seed: Of the choice.
+    """Pick questions from the dev records, each about another image: the same ones for the same seed.
 
     Raises:
         ConfigError: The recipe names no dev data.
         DataError: The dev data cannot be read, or hold no question about regions.
     """
-    if not data.dev_mixture and not data.dev_split:
-        raise ConfigError(
-            "watch.answer_steps: expected dev data whose regions can be asked about, got none; give data.dev_mixture "
-            "(records) or data.dev_split (photographs), or leave watch.answer_steps out"
-        )
-    found: dict[Path, Question] = {}
-    for each in _of_records(data, seed) if data.dev_mixture else _of_annotations(data, seed):
-        if each.image not in found:
-            load_image(each.image)
-            found[each.image] = each
-        if len(found) == count:
-            break
-    if not found:
-        raise DataError(f"{data.dev_mixture or data.dev_split}: expected dev data with regions to ask about, got none")
-    return list(found.values())
-
-
-def _of_records(data: DataConfig, seed: int) -> Iterator[Question]:
+    if not data.dev_mixture:
+        raise ConfigError("watch.answer_steps: needs data.dev_mixture, whose regions are asked about")
     mixture = open_mixture(data.dev_mixture, data.root if not Path(data.dev_mixture).is_dir() else "", seed)
-    for item in range(len(mixture)):
-        drawn = mixture.draw(item)
-        record = drawn.records[drawn.index]
-        path = drawn.records.image_path(record)
-        if path is not None and record.regions:
-            question, answer, *_ = record.messages(seed, 0, drawn.index, data.suffixes)
-            yield Question(
-                name=f"{record.id} ({record.turns[0].task})",
-                image=path,
-                regions=tuple(each.region for each in record.regions),
-                text=question["content"].removeprefix(f"{IMAGE_TOKEN}\n"),
-                expected=answer["content"],
-            )
+
+    def found() -> Iterator[Question]:
+        for item in range(len(mixture)):
+            drawn = mixture.draw(item)
+            record = drawn.records[drawn.index]
+            path = drawn.records.image_path(record)
+            if path is not None and record.regions:
+                question, answer, *_ = record.messages(seed, 0, drawn.index, data.suffixes)
+                yield Question(
+                    name=f"{record.id} ({record.turns[0].task})",
+                    image=path,
+                    regions=tuple(each.region for each in record.regions),
+                    text=question["content"].removeprefix(f"{IMAGE_TOKEN}\n"),
+                    expected=answer["content"],
+                )
+
+    return choose_questions(found(), count, data.dev_mixture)
 
 
-def _of_annotations(data: DataConfig, seed: int) -> Iterator[Question]:
-    images = load_coco(photo_sources(Path(data.root), data.dev_split)).images
-    number = 0
-    for place in np.random.default_rng((seed, 41)).permutation(len(images)).tolist():
-        path, task = images[place].path, _TASKS[number % len(_TASKS)]
-        if asked := dev_questions([images[place]], task):
-            # The largest region: what is said of it can be held against the picture.
-            one = max(asked, key=lambda each: each.share)
-            name, regions = f"{path.name} ({task})", tuple(one.regions)
-            yield Question(name=name, image=path, regions=regions, text=one.text, expected=one.answer)
-            number += 1
+def choose_questions(found: Iterable[Question], count: int, where: str) -> list[Question]:
+    """The first questions, each about another image; DataError if there is none in the data that ``where`` names."""
+    chosen: dict[Path, Question] = {}
+    for each in found:
+        if each.image not in chosen:
+            load_image(each.image)
+            chosen[each.image] = each
+        if len(chosen) == count:
+            break
+    if not chosen:
+        raise DataError(f"{where}: no dev data with regions to ask about")
+    return list(chosen.values())
 
 
 def ask(model: Any, processor: Any, questions: Sequence[Question]) -> list[str]:
-    """The model's answers, one a question; the reason in its place where there is none.
-
-    Weights, modes and random numbers are afterwards as they were.
-    """
+    """The model's answers, or why there is none; weights, modes and random numbers are afterwards as they were."""
     answers = []
     with _untouched(model):
         predictor = RegionPredictor(model, processor)

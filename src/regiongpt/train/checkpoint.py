@@ -1,15 +1,14 @@
-"""Atomic, verified checkpoints of a stage; the newest few and the best are kept. Reading one runs no code in it.
+"""Atomic, verified checkpoints of a stage; keeps the newest few and the best. Reading one runs no code in it.
 
-A checkpoint is a folder ``checkpoint-N``, N the optimiser steps done. It is written beside its place, flushed to the
-disk and renamed, so that a kill, a full disk or a bad sector is noticed and the checkpoint before is taken. It holds:
+A folder ``checkpoint-N``, N the optimiser steps done, holds:
 
-- ``stage.json``: the stage, the settings that decide what is learnt, the shapes of what is trained, and how far it is;
+- ``stage.json``: the stage, its decisive settings, the shapes of what is trained, and how far it is;
 - ``tensors-R.safetensors``: trained tensors and AdamW's moments, as process R has them. A sharded tensor is the rows
-  of all processes one after the other, any other is in the first file; any number of processes reads them;
+  of all processes one after the other, any other is in the first file;
 - ``random-R.json``: the random state of process R;
 - ``files.json``: the sizes and hashes of all these, written last.
 
-Frozen weights are in the checkpoint that the stage began with. The position in the data is the number of steps done.
+Frozen weights are in the checkpoint that the stage began with.
 """
 
 import json
@@ -35,16 +34,16 @@ from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.settings import Settings
 from regiongpt.storage import read_json, reason, sha256
 from regiongpt.train import old_checkpoint
-from regiongpt.train.recipe import STEPS, Recipe
+from regiongpt.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 LIST = "files.json"
 AUTO, NEVER = "auto", "never"
-"""What ``--resume`` takes besides a checkpoint's folder."""
 
 _STAGE, _MOMENTS = "stage.json", ("step", "exp_avg", "exp_avg_sq")
 _PREFIX, _UNFINISHED, _ASIDE = "checkpoint-", ".unfinished-", "aside-"
+_DELETE = "delete the folder to continue from the checkpoint before"
 
 
 class Progress(Settings):
@@ -59,43 +58,32 @@ class Progress(Settings):
 
 
 def facts_of(name: str, settings: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What a run has to have in common with the one that it goes on from.
-
-    Args:
-        name: Of the stage.
-        settings: Those that decide what is learnt in which step.
-        model: Whose parameters that require gradients are trained.
-    """
+    """What a run must share with the one that it continues: stage, decisive settings, shapes of tensors."""
     shapes = {tensor: list(each.shape) for tensor, each in _trained(model).items()}
     return {"stage": name, "settings": dict(settings), "tensors": shapes}
 
 
 def stage_of(checkpoint: Path) -> str:
-    """The stage that a checkpoint belongs to.
-
-    Raises:
-        CheckpointError: It does not say.
-    """
+    """The stage that a checkpoint belongs to; CheckpointError if it does not say."""
     return str(_read_stage(checkpoint)["stage"])
 
 
 def require_same(checkpoint: Path, facts: Mapping[str, Any]) -> None:
-    """Check that a run can go on from a checkpoint.
+    """Check that a run can continue from a checkpoint.
 
     Raises:
-        ConfigError: A setting differs that decides what is learnt; each is named.
-        CheckpointError: The checkpoint holds other tensors, or some of other shapes; they are listed.
+        ConfigError: A decisive setting differs; each is named.
+        CheckpointError: The checkpoint holds other tensors; they are listed.
     """
     found = _read_stage(checkpoint)
     if found["stage"] != facts["stage"]:
         raise ConfigError(f"{checkpoint}: expected a checkpoint of {facts['stage']}, got one of {found['stage']}")
     ours, theirs = facts["tensors"], found["tensors"]
     odd = [
-        f"{name}: expected {shape}, got {theirs.get(name, 'none')}"
-        for name, shape in ours.items()
-        if theirs.get(name) != shape
+        f"{name}: expected {ours.get(name, 'none')}, got {theirs.get(name, 'none')}"
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name)
     ]
-    odd += [f"{name}: not expected, got {theirs[name]}" for name in theirs if name not in ours]
     if odd:
         more = f" and {len(odd) - 12} more" if len(odd) > 12 else ""
         raise CheckpointError(
@@ -106,11 +94,7 @@ def require_same(checkpoint: Path, facts: Mapping[str, Any]) -> None:
 
 
 def require_finished_with(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Check that a stage that is finished was trained with the settings of a recipe, as its last checkpoint has them.
-
-    Raises:
-        ConfigError: A setting differs that decides what is learnt; each is named.
-    """
+    """Raise ConfigError if a finished stage was trained with other decisive settings."""
     written = [path for path in folder.glob(f"{_PREFIX}[0-9]*") if (path / _STAGE).is_file()]
     if written:
         last = max(written, key=_step_of)
@@ -119,6 +103,8 @@ def require_finished_with(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _require_settings(checkpoint: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    # Checkpoints of releases before 0.3 have settings of nano's recipe too, at zero.
+    theirs = {name: value for name, value in theirs.items() if name in ours or value}
     odd = [f"{name} = {ours.get(name)}, it has {theirs[name]}" for name in theirs if ours.get(name) != theirs[name]]
     if odd:
         raise ConfigError(
@@ -150,11 +136,7 @@ def save(
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> Progress:
-    """Put back, in place, what :func:`save` has written; with more processes than before, the new ones draw anew.
-
-    Raises:
-        CheckpointError: A part is missing or not what was written.
-    """
+    """Restore, in place, what :func:`save` has written; with more processes than before, the new ones draw anew."""
     _put_back(folder, _tensors(model, optimizer))
     path = folder / f"random-{processes.rank}.json"
     if old_checkpoint.is_old(folder):
@@ -175,11 +157,13 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, proce
             raise ValueError(f"it is after step {found.step}, its folder says {_step_of(folder)}")
         return found
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: its step or its random state cannot be read: {reason(error)}") from None
+        raise CheckpointError(
+            f"{folder}: its step or its random state cannot be read: {reason(error)}; {_DELETE}"
+        ) from None
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Put back, in place, the trained tensors alone."""
+    """Restore, in place, the trained tensors alone."""
     _put_back(folder, {f"model/{name}": each for name, each in _trained(model).items()})
 
 
@@ -238,7 +222,7 @@ def _put_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                     raise ValueError(f"{name}: not finite, or below zero where it is a mean of squares")
                 tensor.copy_(value)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: its tensors cannot be read: {reason(error)}") from None
+        raise CheckpointError(f"{folder}: its tensors cannot be read: {reason(error)}; {_DELETE}") from None
 
 
 def _reader(files: list[Any]) -> Callable[[str, int, int], Tensor]:
@@ -263,7 +247,7 @@ def _reader(files: list[Any]) -> Callable[[str, int, int], Tensor]:
 def _read_stage(checkpoint: Path) -> dict[str, Any]:
     found = read_json(checkpoint / _STAGE, CheckpointError)
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("settings", "tensors")):
-        raise CheckpointError(f"{checkpoint}: expected a checkpoint of a stage; its {_STAGE} is another file")
+        raise CheckpointError(f"{checkpoint}: its {_STAGE} is not that of a checkpoint; {_DELETE}")
     return found
 
 
@@ -274,9 +258,9 @@ class Checkpoints:
     """The checkpoints of one stage in its folder.
 
     Args:
-        folder: Of the stage.
+        folder: Folder of the stage.
         keep: How many of the newest are kept, at least 1, besides the best.
-        processes: That write together.
+        processes: They write together.
     """
 
     def __init__(self, folder: Path, keep: int, processes: Processes) -> None:
@@ -287,12 +271,9 @@ class Checkpoints:
         return self.folder / f"{_PREFIX}{step}"
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is as it was written; None where there is none.
+        """The newest checkpoint that is as it was written; None if there is none.
 
         What a kill has left unfinished is removed. A damaged checkpoint is renamed, with a line in the log.
-
-        Raises:
-            CheckpointError: A damaged one cannot be renamed.
         """
 
         def search() -> Path | None:
@@ -309,7 +290,7 @@ class Checkpoints:
         return self.processes.from_first(search)
 
     def chosen(self, path: Path) -> Path:
-        """A checkpoint that a person has chosen, after those of this stage that are newer have been put aside.
+        """A checkpoint that a person has chosen; those of this stage that are newer are renamed.
 
         Raises:
             CheckpointError: It is not a whole checkpoint.
@@ -339,8 +320,8 @@ class Checkpoints:
             best: Step of the best checkpoint so far, which is kept.
 
         Returns:
-            Whether it was written. Where the disk is full or fails, nothing is left of it, the log tells, and the
-            checkpoints before are untouched.
+            Whether it was written. If the disk is full, nothing is left of it, and the checkpoints before are
+            untouched.
         """
         unfinished = self.folder / f"{_UNFINISHED}{step}"
         first = self.processes.is_first
@@ -389,7 +370,7 @@ class Checkpoints:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are as they were written."""
+    """What is wrong with a checkpoint's files; None if they are as they were written."""
     try:
         listed = {name: (size, digest) for name, (size, digest) in read_json(checkpoint / LIST).items()}
     except (DataError, ValueError, AttributeError, TypeError):
@@ -409,11 +390,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a folder to ``aside-N-...`` beside it, so that nothing of it is lost.
-
-    Raises:
-        CheckpointError: It cannot be renamed.
-    """
+    """Rename a folder to ``aside-N-...`` beside it; CheckpointError if it cannot be renamed."""
     number = 1
     while (aside := path.with_name(f"{_ASIDE}{number}-{path.name}")).exists():
         number += 1
@@ -450,14 +427,13 @@ def _sync(path: Path) -> None:
 
 
 def prepare_resuming(config: Recipe) -> None:
-    """Do what ``resume`` asks for, before anything of the run is looked at.
+    """Do what ``resume`` asks for, before anything of the run is read.
 
-    ``auto`` leaves the folder as it is: finished steps are skipped, and a stage goes on from its newest whole
-    checkpoint. ``never`` puts the results of the recipe's steps aside, under a name that begins with ``aside-``. A
-    checkpoint's folder must be one that the run can go on from.
+    ``auto`` leaves the folder as it is, ``never`` renames the results of the recipe's steps to ``aside-...``, a
+    checkpoint's folder must be one that the run can continue from.
 
     Raises:
-        CheckpointError: The checkpoint named is none, or is damaged, or results cannot be put aside.
+        CheckpointError: The checkpoint named is none or damaged, or results cannot be renamed.
         ConfigError: It belongs to a stage that the recipe does not run, or that is finished.
     """
     if config.resume != AUTO:
@@ -465,7 +441,7 @@ def prepare_resuming(config: Recipe) -> None:
 
 
 def _begin_anew(config: Recipe) -> None:
-    names: list[str] = [step for step in STEPS if config.runs(step)]
+    names = [step for step in config.all_steps if config.runs(step)]
     names += ["language-checkpoints", "start"] if "language" in names else []
     for folder in (config.out / name for name in names):
         if folder.exists():
@@ -474,10 +450,6 @@ def _begin_anew(config: Recipe) -> None:
 
 def _check(config: Recipe) -> None:
     checkpoint = Path(config.resume)
-    if not checkpoint.is_dir():
-        raise CheckpointError(
-            f"resume: expected auto, never or the folder of a checkpoint, got '{checkpoint}', where there is none"
-        )
     if (fault := damage(checkpoint)) is not None:
         raise CheckpointError(f"{checkpoint}: {fault}; --resume auto takes the newest whole one")
     stage = stage_of(checkpoint)
@@ -491,7 +463,6 @@ def _check(config: Recipe) -> None:
 
 
 def resume_of(config: Recipe, stage: str) -> str:
-    """``resume`` as it concerns one stage: a checkpoint of another stage is not its own."""
-    if config.resume in (AUTO, NEVER):
-        return AUTO
-    return config.resume if stage_of(Path(config.resume)) == stage else AUTO
+    """``resume`` for one stage, which a checkpoint of another stage does not concern."""
+    chosen = config.resume not in (AUTO, NEVER) and stage_of(Path(config.resume)) == stage
+    return config.resume if chosen else AUTO

@@ -34,11 +34,7 @@ _SHORT, _LONG = _LENGTHS = (64, 128)
 class LayerCosts:
     """FLOPs of the language model over a row of T tokens, all layers: ``linear * T + square * T**2``.
 
-    Attributes:
-        linear: Matrices, forward and backward.
-        square: Attention, forward and backward.
-        again: The forward part of ``linear``, which gradient checkpointing repeats.
-        again_square: The forward part of ``square``.
+    ``again`` and ``again_square`` are the forward parts, which gradient checkpointing repeats.
     """
 
     linear: float = 0.0
@@ -54,15 +50,7 @@ class LayerCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """FLOPs of a stage, forward and backward, for one of each.
-
-    Attributes:
-        tower: An image through the frozen tower; forward alone.
-        image: Its refinement and connector.
-        region: A region's pooling and connector.
-        layers: The language model but for its head.
-        head: A target through the head.
-    """
+    """FLOPs of a stage, forward and backward, for one of each; ``head`` is that of a target token."""
 
     tower: float = 0.0
     image: float = 0.0
@@ -107,12 +95,7 @@ class Kept:
 
 
 def visual_costs(model: Any, with_tower: bool) -> dict[str, float]:
-    """``tower``, ``image`` and ``region`` of :class:`Costs`.
-
-    Args:
-        model: RegionGPT on the meta device.
-        with_tower: Whether the tower runs, rather than having run.
-    """
+    """``tower``, ``image`` and ``region`` of :class:`Costs`, by RegionGPT on the meta device."""
     config = model.config
     pixels = torch.zeros(1, 3, config.image_size, config.image_size, device="meta")
     features = torch.zeros(1, config.vision_config.hidden_size, *config.tower_grid, device="meta")
@@ -161,14 +144,7 @@ def _language_costs(shape: str, trained: bool, lora: LoraConfig | None) -> tuple
 
 
 def kept_bytes(text_config: Any, trained: bool, precision: str, lora: LoraConfig | None = None) -> Kept:
-    """Bytes that the language model saves.
-
-    Args:
-        text_config: Configuration of the language model.
-        trained: Whether its own weights are trained.
-        precision: ``fp32`` or ``bf16``.
-        lora: Its adapters, if they are trained instead.
-    """
+    """Bytes that the language model saves; arguments as for :func:`language_costs`."""
     return _kept_bytes(_shape_of(text_config), trained, precision, lora)
 
 
@@ -204,12 +180,7 @@ def _kept_bytes(shape: str, trained: bool, precision: str, lora: LoraConfig | No
 
 
 def kept_by_image(config: Any, precision: str) -> float:
-    """Bytes that refinement and connector save for one image and one region in it.
-
-    Args:
-        config: RegionGPT's configuration.
-        precision: ``fp32`` or ``bf16``.
-    """
+    """Bytes that refinement and connector save for one image and one region in it."""
     with FakeTensorMode():
         refinement, connector = Refinement(config), Connector(config)
         features = torch.zeros(1, config.vision_config.hidden_size, *config.tower_grid)
@@ -225,7 +196,6 @@ def kept_by_image(config: Any, precision: str) -> float:
 
 
 def _count(run: Callable[[], Any]) -> int:
-    """FLOPs of what a function computes."""
     with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
@@ -278,12 +248,10 @@ def _hidden(model: Any, embeds: Tensor) -> Tensor:
 
 
 def _shape_of(text_config: Any) -> str:
-    """A language model's configuration as JSON, without where it was read from."""
     return json.dumps({**text_config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str)
 
 
 def _answer(head: Any, targets: int) -> Tensor:
-    """The loss of so many targets."""
     hidden = torch.zeros(targets, head.in_features, requires_grad=True)
     return F.cross_entropy(head(hidden).float(), torch.zeros(targets, dtype=torch.long), reduction="sum")
 

@@ -5,7 +5,8 @@ recipe's families with a few thousand random weights, and the pictures are drawn
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,14 @@ from regiongpt.regions import Region
 from regiongpt.storage import write_json, writing
 from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.recipe import ModelConfig, PlanConfig, Recipe, StageConfig
-from regiongpt.train.start import create_start, read_shape, save_whole
-from regiongpt.train.text import train_tokenizer
+from regiongpt.train.start import create_start, read_shape, save_whole, train_tokenizer
 
 PICTURES = 12
 SIZE = (96, 64)
 """Width and height of a drawn picture, in pixels."""
 
 _VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-_POSITIONS = 512
+POSITIONS = 512
 _KINDS = ((17, "cat", "red", 4), (18, "dog", "blue", 52))
 _TEMPLATES = {"llama": "vicuna_v1", "qwen2": "chatml", "qwen3": "chatml"}
 
@@ -40,47 +40,16 @@ def debug_size(config: Recipe, outlines: bool = False) -> Recipe:
 
     Args:
         config: Any recipe. ``out`` gets ``-debug`` behind its name; what another debug run left there is deleted.
-        outlines: Annotate the objects with outlines too.
+        outlines: Annotate the objects of the pictures with outlines too.
 
     Returns:
         A recipe of about three optimiser steps per stage.
 
     Raises:
         ConfigError: The shape of the recipe's tower or language model is not known, or a library is missing.
-        DataError: The folder cannot be written.
+        DataError: The folder cannot be written; nothing is left in it.
     """
-    out = Path(f"{config.out}-debug")
-    with writing(out):
-        shutil.rmtree(out, ignore_errors=True)
-        made = out / "made"
-        made.mkdir(parents=True)
-        draw_pictures(made, outlines)
-        small = config.replace(
-            out=out / "run",
-            from_scratch=True,
-            features=config.features.replace(views=min(config.features.views, 2)),
-            lora=config.lora.replace(rank=min(config.lora.rank, 4)),
-            watch=config.watch.replace(
-                dev_steps=min(config.watch.dev_steps, 2),
-                answer_steps=min(config.watch.answer_steps, 2),
-                dev_items=2,
-                answers=2,
-            ),
-            plan=PlanConfig(gpu=config.plan.gpu),
-            # Data-loading processes take longer to start than all of the run.
-            engine=config.engine.replace(pack_length=min(config.engine.pack_length, _POSITIONS), workers=0),
-            language=_few_steps(config.language, 0.2),
-            align=_few_steps(config.align),
-            stage1=_few_steps(config.stage1),
-            stage2=_few_steps(config.stage2),
-        )
-        if not config.data.on_records:
-            return small.replace(
-                data=config.data.replace(root=str(made), dev_split=config.data.dev_split and "train"),
-                # What comes before the chosen steps has to be made too.
-                steps=config.steps if "language" in config.steps else (),
-                model=_small_on_photographs(config.model, made),
-            )
+    with debug_folder(config, outlines) as made:
         require_data_extra()
         data = config.data
         if data.pretrain_mixture:
@@ -89,13 +58,46 @@ def debug_size(config: Recipe, outlines: bool = False) -> Recipe:
             data = data.replace(mixture=_write(made / "mixture", made, with_text=True))
         if data.dev_mixture:
             data = data.replace(dev_mixture=data.mixture or data.pretrain_mixture)
-        return small.replace(data=data.replace(root=""), model=_small_on_records(config.model, made))
+        return config.replace(
+            **few_steps(config, made), data=data.replace(root=""), model=_small_on_records(config.model, made)
+        )
 
 
-def _few_steps(stage: StageConfig, epochs: float = 1.0) -> StageConfig:
-    """Three optimiser steps over the pictures, of two micro-batches each if the stage accumulates gradients."""
-    micro = 2 if stage.batch_size > stage.micro_batch_size else 4
-    return stage.replace(epochs=epochs, batch_size=4, micro_batch_size=micro, save_steps=2, log_steps=1)
+@contextmanager
+def debug_folder(config: Recipe, outlines: bool = False) -> Iterator[Path]:
+    """A new folder ``made`` beside a debug run, with annotated pictures; it is removed if the block fails."""
+    out = Path(f"{config.out}-debug")
+    try:
+        with writing(out):
+            shutil.rmtree(out, ignore_errors=True)
+            (out / "made").mkdir(parents=True)
+            draw_pictures(out / "made", outlines)
+            yield out / "made"
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def few_steps(config: Recipe, made: Path, epochs: Mapping[str, float] = {}) -> dict[str, Any]:
+    """Settings of a recipe at debug size: about three optimiser steps a stage, of as many micro-batches as before."""
+    stages = {}
+    for name in config.all_steps:
+        stage: StageConfig = getattr(config, name)
+        micro = 2 if stage.batch_size > stage.micro_batch_size else 4
+        small = {"batch_size": 4, "micro_batch_size": micro, "save_steps": 2, "log_steps": 1}
+        stages[name] = stage.replace(epochs=epochs.get(name, 1.0), **small)
+    watch = config.watch
+    steps = {"dev_steps": min(watch.dev_steps, 2), "answer_steps": min(watch.answer_steps, 2)}
+    return {
+        **stages,
+        "out": made.parent / "run",
+        "from_scratch": True,
+        "lora": config.lora.replace(rank=min(config.lora.rank, 4)),
+        "watch": watch.replace(**steps, dev_items=2, answers=2),
+        "plan": PlanConfig(gpu=config.plan.gpu),
+        # Data-loading processes take longer to start than all of the run.
+        "engine": config.engine.replace(pack_length=min(config.engine.pack_length, POSITIONS), workers=0),
+    }
 
 
 def draw_pictures(folder: Path, outlines: bool = False) -> None:
@@ -161,25 +163,16 @@ def _records(with_text: bool) -> Iterator[Record]:
         )
 
 
-def _small(shape: ModelConfig, vision: Path, **values: Any) -> ModelConfig:
+def small_model(shape: ModelConfig, made: Path, vision: str, **values: Any) -> Any:
+    """The shape with a tiny new tower of a kind, and other values."""
     return shape.replace(
-        vision=str(vision),
+        vision=str(_make_tower(vision, made / "tower")),
         image_size=0,
         refinement_channels=16 if shape.refinement_channels else 0,
         connector_size=32 if shape.connector_size else 0,
         image_grid=2 if shape.image_grid else 0,
         **values,
     )
-
-
-def _small_on_photographs(shape: ModelConfig, made: Path) -> ModelConfig:
-    """The shape with a tower of its family, and its own language model or one of its family."""
-    language = ""
-    if shape.language:
-        language = str(_make_language(language_shape(shape.language).model_type, made / "language"))
-    own = {"vocab_size": 500, "hidden_size": 32, "layers": 1, "heads": 2, "mlp_size": 32, "max_length": _POSITIONS}
-    vision = _make_tower(tower_shape(shape.vision).model_type, made / "tower")
-    return _small(shape, vision, language=language, **own)
 
 
 def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
@@ -200,9 +193,9 @@ def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
             )
         except RegionGPTError:
             pass
-    tower, model = _make_tower(vision, made / "tower"), str(_make_language(language, made / "language"))
+    model = str(make_language(language, made / "language"))
     template = shape.chat_template or _TEMPLATES.get(language, "plain")
-    small = _small(shape, tower, language=model, chat_template=template, init="")
+    small: ModelConfig = small_model(shape, made, vision, language=model, chat_template=template, init="")
     if shape.init:
         create_start(small, model, made / "start")
         small = small.replace(init=str(made / "start"))
@@ -227,10 +220,10 @@ def _make_tower(kind: str, folder: Path) -> Path:
     return folder
 
 
-def _make_language(kind: str, folder: Path) -> Path:
+def make_language(kind: str, folder: Path) -> Path:
     """A language model of random weights, with a tokenizer of the words in the made-up records."""
     texts = [text for record in _records(with_text=True) for each in record.messages(0, 0, 0) for text in each.values()]
-    tokenizer = train_tokenizer([*texts, closed_set_suffix()], 400, _POSITIONS)
+    tokenizer = train_tokenizer([*texts, closed_set_suffix()], 400, POSITIONS)
     tokenizer.chat_template = None
     shape = {
         "hidden_size": 32,
@@ -241,7 +234,7 @@ def _make_language(kind: str, folder: Path) -> Path:
         "head_dim": 8,
         # As with large ones, a few more than there are tokens: some families' tokenizers add one when they are loaded.
         "vocab_size": len(tokenizer) + 8,
-        "max_position_embeddings": _POSITIONS,
+        "max_position_embeddings": POSITIONS,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

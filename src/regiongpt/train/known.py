@@ -53,13 +53,9 @@ GPUS: Final[dict[str, Gpu]] = {
 
 
 def peak_flops(device: Any, precision: str) -> float:
-    """FLOP/s of one device: its maker's figure where it is known, else the rate of a large matrix product.
+    """FLOP/s of one device: its maker's if it is known, else the measured rate of a large matrix product.
 
-    A device that is slower in bfloat16, as most CPUs are, is held to its float32.
-
-    Args:
-        device: A ``torch.device``.
-        precision: ``fp32`` or ``bf16``.
+    A device that is slower in bfloat16, as most CPUs are, is measured in float32.
     """
     import torch
 
@@ -68,7 +64,7 @@ def peak_flops(device: Any, precision: str) -> float:
 
 
 def named_peak(name: str, precision: str) -> float:
-    """The maker's figure for a GPU by its driver's name for it, 0 where it is not known."""
+    """FLOP/s of a GPU by its driver's name for it, 0 if it is not known."""
     for gpu in GPUS.values():
         if gpu.driver and all(re.search(rf"\b{word}\b", name) for word in gpu.driver):
             return gpu.peak(precision)
@@ -147,10 +143,7 @@ PADDED_TOKENS: Final = {"Qwen/Qwen2.5-0.5B-Instruct": 151665, "Qwen/Qwen2.5-7B-I
 
 
 def tower_shape(name: str) -> Any:
-    """Configuration of a tower.
-
-    Args:
-        name: A key of :data:`TOWERS`, an EfficientNet-Lite variant, or a folder or a hub name that has been fetched.
+    """Configuration of a tower: a key of :data:`TOWERS`, an EfficientNet-Lite variant, or a folder or fetched hub name.
 
     Raises:
         ConfigError: It is none of them.

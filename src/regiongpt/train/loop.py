@@ -1,10 +1,7 @@
 """One stage of training: a plain loop over optimiser steps, in as many processes as were started.
 
-What does not depend on how a run is spread or how often it was stopped:
-
-- step k takes the same items (:class:`StepBatches`): the position in the data is the number of steps done;
-- its loss is the sum over all target tokens of the step, divided by their number;
-- every parameter that is trained has a gradient, in every process.
+However a run is spread or interrupted, step k takes the same items, its loss is the sum over all target tokens of the
+step divided by their number, and every trained parameter has a gradient in every process.
 """
 
 import logging
@@ -32,14 +29,7 @@ from regiongpt.storage import writing
 from regiongpt.train import checkpoint
 from regiongpt.train.answers import Question
 from regiongpt.train.checkpoint import Checkpoints, Progress
-from regiongpt.train.packing import (
-    Collate,
-    Example,
-    PackedCollate,
-    require_packable,
-    units_on_cpu,
-    width_cost,
-)
+from regiongpt.train.packing import Collate, Example, PackedCollate, require_packable, units_on_cpu, width_cost
 from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
 from regiongpt.train.watch import StageCost, Watch
 
@@ -49,13 +39,11 @@ STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
 """Exit code of a run that was asked to stop and has saved first."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""In which matrices are multiplied, by the recipe's name."""
 
 Loss = Callable[[Any, dict[str, Any], Any], Tensor]
-"""Of a model, a batch, and the number of target tokens in the whole optimiser step."""
+"""Takes a model, a batch, and the number of target tokens in the whole optimiser step."""
 
 _FREE = ("micro_batch_size", "save_steps", "log_steps")
-"""Settings of a stage that may change from one run to the one that goes on from it."""
 
 
 def decisive_settings(config: StageConfig) -> dict[str, Any]:
@@ -84,26 +72,27 @@ def run_stage(
     """Train the parameters that require gradients, in as many processes as were started together.
 
     Args:
-        name: Of the stage, in the log and in its checkpoints.
-        model: Where it is sharded, the first process has it whole afterwards, and the others have it without content.
-        dataset: As long as the whole run: one pass over it is the stage. Where it has ``name_of(item)``, a bad step is
+        name: Name of the stage in the log and in its checkpoints.
+        model: Trained in place. If it is sharded, the first process has it whole afterwards, the others without
+            content.
+        dataset: As long as the whole run: one pass over it is the stage. If it has ``name_of(item)``, a bad step is
             reported by those names.
         collate: Makes a padded batch.
         loss: A sum over targets, divided by the number of them in the whole optimiser step.
         config: Hyper-parameters.
-        folder: Gets the checkpoints and the logs of this stage.
+        folder: Folder of the stage's checkpoints and logs.
         seed: Of dropout; the data set has its own.
-        engine: How it is computed; plainly by default.
+        engine: How it is computed.
         watch: How many checkpoints are kept, and how often the dev loss is measured.
-        dev: What the dev loss is measured on. The weights with the lowest dev loss are restored at the end.
-        resume: ``auto`` goes on from the newest whole checkpoint in the folder, and begins where there is none;
-            ``never`` begins; anything else is the folder of the checkpoint to go on from.
-        processor: Of the model, to ask it with.
-        questions: That it is asked now and then.
-        cost: What the stage computes, to report its utilisation.
+        dev: Dev data. The weights with the lowest dev loss are restored at the end.
+        resume: ``auto`` continues from the newest whole checkpoint in the folder, ``never`` begins anew; anything else
+            is the folder of the checkpoint to continue from.
+        processor: Processor of the model, to ask it with.
+        questions: Asked now and then.
+        cost: FLOPs of the stage, to report its utilisation.
 
     Returns:
-        The loop, whose work is done.
+        The finished loop.
 
     Raises:
         ConfigError: Options do not go with each other, with the number of processes, or with the checkpoint.
@@ -115,30 +104,27 @@ def run_stage(
     engine, watch = engine or EngineConfig(), watch or WatchConfig()
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ConfigError(
-            "engine.sharding: accelerate's own configuration asks for FSDP, which would go unheeded; give "
-            "--engine.sharding fsdp, and start with torchrun or a plain `accelerate launch`"
+            "engine.sharding: accelerate's configuration asks for FSDP, which is not read; give --engine.sharding fsdp "
+            "and start with torchrun or a plain `accelerate launch`"
         )
     processes = connect()
     together = config.micro_batch_size * processes.count
     if config.batch_size % together:
         raise ConfigError(
-            f"{name}.batch_size: expected a multiple of {together}, since {processes.count} processes take "
-            f"micro_batch_size = {config.micro_batch_size} each, got {config.batch_size}"
+            f"{name}.batch_size: {config.batch_size} is not a multiple of {together}, the micro_batch_size of "
+            f"{config.micro_batch_size} in {processes.count} processes"
         )
-    if processes.count == 1 and torch.cuda.device_count() > 1:
-        log.info(
-            "%d GPUs are here and one is used; start with `torchrun --nproc-per-node N`", torch.cuda.device_count()
-        )
+    if processes.count == 1 and (gpus := torch.cuda.device_count()) > 1:
+        log.info("%d GPUs are here and one is used; start with `torchrun --nproc-per-node N`", gpus)
     set_seed(seed)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder, watch.keep, processes)
-    facts = checkpoint.facts_of(
-        name, {**decisive_settings(config), "items": len(cast(Any, dataset)), "seed": seed}, model
-    )
-    begin = (
-        None if resume == "never" else checkpoints.newest() if resume == "auto" else checkpoints.chosen(Path(resume))
-    )
+    settings = {**decisive_settings(config), "items": len(cast(Any, dataset)), "seed": seed}
+    facts = checkpoint.facts_of(name, settings, model)
+    begin = None
+    if resume != "never":
+        begin = checkpoints.newest() if resume == "auto" else checkpoints.chosen(Path(resume))
     if begin is not None:
         checkpoint.require_same(begin, facts)
         if processes.is_first:
@@ -151,9 +137,8 @@ def run_stage(
         collate = PackedCollate(collate, longest, width_cost(text))
     if engine.gradient_checkpointing:
         # Newer releases of transformers call it by another name, and warn at the old one.
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or cast(Any, model).gradient_checkpointing_enable
-        )
+        any_model: Any = model
+        enable = getattr(model, "activation_checkpointing_enable", None) or any_model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if engine.compile:
         for layer in decoder_layers(model):
@@ -186,7 +171,7 @@ def run_stage(
 
 
 class Loop:
-    """The steps of one stage; see :func:`run_stage` for what it is made of.
+    """The steps of one stage, as :func:`run_stage` sets it up.
 
     Attributes:
         progress: The steps done, and the best of them by dev loss.
@@ -230,8 +215,7 @@ class Loop:
         """Do the steps that are left, from a checkpoint or from the first."""
         if begin is not None:
             self.progress = checkpoint.load(begin, self.model, self.optimizer, self.processes)
-        together = self.config.micro_batch_size * self.processes.count
-        rounds = self.config.batch_size // together
+        rounds = self.config.batch_size // (self.config.micro_batch_size * self.processes.count)
         # Opening a loader draws a random number: of the stage's own at its first start alone, to go on with the same.
         generator = None if begin is None else torch.Generator()
         skip, workers = self.progress.step * rounds, self.engine.workers
@@ -292,27 +276,24 @@ class Loop:
         return float(norm)
 
     def _refuse(self, step: Sequence["Batch"], losses: Sequence[Tensor], norm: float) -> None:
+        """Raise DataError for a step whose loss or gradient is not finite, with the names of its records."""
         mine = [(batch.items, float(loss)) for batch, loss in zip(step, losses, strict=True)]
         every = [each for part in self.processes.gathered(mine) for each in part]
         wrong = [each for each in every if not math.isfinite(each[1])] or every
         items = sorted(item for batch, _ in wrong for item in batch)
         name = getattr(self.dataset, "name_of", lambda item: f"item {item}")
-        newest = self.checkpoints.newest()
         raise DataError(
-            f"{self.name}, step {self.progress.step + 1}: expected a finite loss and gradient, got a loss of "
-            f"{', '.join(f'{loss:g}' for _, loss in wrong[:4])} and a gradient of {norm:g}; nothing of this step was "
-            f"kept, and the last good checkpoint is {newest or 'the one that the stage began with'}; it came of the "
-            f"records {', '.join(map(name, items))}; look at them with `regiongpt inspect`, and if they are sound "
-            "lower the learning rate"
+            f"{self.name}, step {self.progress.step + 1}: a loss of {', '.join(f'{loss:g}' for _, loss in wrong[:4])} "
+            f"and a gradient of {norm:g} are not finite; nothing of the step was kept, and the last good checkpoint is "
+            f"{self.checkpoints.newest() or 'the one that the stage began with'}; inspect the records "
+            f"{', '.join(map(name, items))} with `regiongpt inspect`, or lower the learning rate"
         )
 
     def _batches(
         self, dataset: Dataset[Example], batch_size: int, skip: int, workers: int, generator: torch.Generator | None
     ) -> "DataLoader[Batch]":
-        processes = self.processes
-        plan = StepBatches(
-            len(cast(Any, dataset)), batch_size, self.config.micro_batch_size, processes.rank, processes.count
-        )
+        micro, processes = self.config.micro_batch_size, self.processes
+        plan = StepBatches(len(cast(Any, dataset)), batch_size, micro, processes.rank, processes.count)
         return DataLoader(
             cast(Any, _MicroBatches(dataset, self.collate, plan)),
             sampler=range(skip, len(plan)),
@@ -331,7 +312,7 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The loss of a target token of the dev data, on average."""
+        """The mean loss of a target token of the dev data."""
         assert self.dev is not None
         self.module.eval()
         sums = torch.zeros(2, dtype=torch.float64)
@@ -363,11 +344,10 @@ class Loop:
         if best is not None and best != self.progress.step:
             path = self.checkpoints.path(best)
             if not self.processes.from_first(path.is_dir):
-                log.warning("%s: expected the best checkpoint, found none; the last weights are kept", path)
+                log.warning("%s: the best checkpoint is gone; the last weights are kept", path)
                 return
             if self.processes.is_first:
-                found = self.progress.best_loss
-                log.info("the lowest dev loss, %.4f, was that of step %d; its weights are taken", found, best)
+                log.info("weights of step %d restored: the lowest dev loss, %.4f", best, self.progress.best_loss)
             checkpoint.load_model(path, self.model)
 
 
@@ -377,17 +357,16 @@ class Loop:
 class StepBatches(Sequence[list[int]]):
     """Items of the micro-batches of one process, in order; as many micro-batches in every process.
 
-    Optimiser step k takes the items from ``k * batch_size`` on, however many processes there are and however large
-    their micro-batches. Where the last step has too few items for all processes, one that is left without gets the
-    step's first, as ``-1 - item``, which stands for that item without targets: it takes part in all that is computed
-    together, and adds nothing.
+    Optimiser step k takes the items from ``k * batch_size`` on. Where the last step has too few items for all
+    processes, one that is left without gets the step's first, as ``-1 - item``: that item without targets, which takes
+    part in all that is computed together, and adds nothing.
 
     Args:
         items: Length of the data set.
         batch_size: Items of an optimiser step, over all processes.
         micro_batch_size: Items of a micro-batch; micro-batches of all processes together divide ``batch_size``.
         rank: Number of this process.
-        processes: How many there are.
+        processes: Number of processes.
     """
 
     def __init__(self, items: int, batch_size: int, micro_batch_size: int, rank: int = 0, processes: int = 1) -> None:
@@ -413,13 +392,13 @@ class Batch:
     """A micro-batch of one process.
 
     Attributes:
-        inputs: What the loss takes.
+        inputs: Arguments of the loss.
         items: Numbers of its conversations in the data set.
-        targets: Tokens that are learnt.
-        tokens: Of its conversations, without padding.
-        images: How many of them have one.
-        fault: What was wrong with a record, raised once it is back in the training process: an error raised in a
-            loading process would arrive with that process's stack in its message. ``inputs`` are then empty.
+        targets: Number of target tokens.
+        tokens: Number of tokens without padding.
+        images: Number of conversations with an image.
+        fault: What was wrong with a record, raised in the training process: an error raised in a loading process would
+            arrive with that process's stack in its message.
     """
 
     inputs: dict[str, Any]
@@ -430,7 +409,7 @@ class Batch:
     fault: RegionGPTError | None = None
 
     def pin_memory(self) -> "Batch":
-        """The same in memory that a GPU copies from while it computes; PyTorch's loader asks for it by this name."""
+        """The same in page-locked memory; PyTorch's loader asks for it by this name."""
         pinned = {k: each.pin_memory() if isinstance(each, Tensor) else each for k, each in self.inputs.items()}
         return replace(self, inputs=pinned)
 
@@ -473,8 +452,8 @@ class StageModule(nn.Module):
     """A model with its loss as one module: whatever wraps it sees all that is computed.
 
     Args:
-        model: What is trained.
-        loss: Takes the model, a batch and the number of target tokens in the optimiser step.
+        model: The model.
+        loss: Its loss.
         precision: ``torch.bfloat16`` to multiply matrices in it; weights, sums and the loss stay float32.
     """
 
@@ -501,11 +480,7 @@ class StageModule(nn.Module):
 
 
 def shard(module: StageModule) -> None:
-    """Share a module's weights, gradients and optimiser out among the processes, in place (FSDP2).
-
-    Each layer of the language model is one unit, put together when it is used; the rest is another, there from the
-    first use to the end of the backward pass.
-    """
+    """Shard weights, gradients and optimiser over the processes, in place (FSDP2), one unit per decoder layer."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # Weights of regions are exact areas, and stay float32; autocast decides on the rest.
@@ -516,12 +491,7 @@ def shard(module: StageModule) -> None:
 
 @torch.no_grad()
 def put_together(module: nn.Module, first: bool) -> None:
-    """Replace the shards of a module's parameters by whole ones, in the memory of the first process alone.
-
-    Args:
-        module: Changed in place; those of the other processes are without content afterwards.
-        first: Whether this is the first process.
-    """
+    """Replace a module's shards by whole parameters in the first process, and by empty ones in the others."""
     from torch.distributed.tensor import DTensor
 
     whole: dict[int, nn.Parameter] = {}
@@ -536,19 +506,14 @@ def put_together(module: nn.Module, first: bool) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of the language model, alone or inside RegionGPT.
-
-    Raises:
-        ConfigError: They are not to be found.
-    """
+    """The layers of the language model, alone or inside RegionGPT; ConfigError if they are not to be found."""
     language: Any = getattr(model, "language_model", model)
     count = language.config.get_text_config().num_hidden_layers
     for part in language.modules():
         if isinstance(part, nn.ModuleList) and len(part) == count:
             return list(part)
     raise ConfigError(
-        f"engine: expected a language model with a list of {count} layers, got {type(language).__name__} without one; "
-        "leave out compile and sharding = 'fsdp'"
+        f"engine: {type(language).__name__} has no list of {count} layers; leave out compile and sharding = 'fsdp'"
     )
 
 
@@ -576,13 +541,7 @@ def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
 
 
 def rate_at(step: int, steps: int, warmup_ratio: float) -> float:
-    """Share of the highest learning rate: it rises along a line while warming up, then falls along a cosine to zero.
-
-    Args:
-        step: From 0.
-        steps: Of the stage.
-        warmup_ratio: Share of them spent warming up.
-    """
+    """Share of the peak learning rate at a step from 0: a line while warming up, then a cosine to zero."""
     warm = math.ceil(warmup_ratio * steps)
     if step < warm:
         return step / max(1, warm)

@@ -13,12 +13,7 @@ from regiongpt.train.recipe import LoraConfig
 
 
 def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:
-    """Puts adapters beside linear layers of the language model, which they leave as it is until they have learnt.
-
-    Args:
-        language_model: A causal language model; changed in place. Of its parameters only the adapters' require
-            gradients afterwards.
-        config: The rank is at least 1.
+    """Put adapters beside linear layers of the language model, in place; they alone require gradients afterwards.
 
     Raises:
         ConfigError: peft is not installed, or a target is no linear layer of the model.
@@ -48,17 +43,12 @@ def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:
 
 
 def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
-    """Says which parameters learn: refinement and connector always, the language model or adapters on it in some steps.
-
-    Args:
-        stage: ``language``, ``align``, ``stage1`` or ``stage2``.
-        model: RegionGPT; changed in place.
-        config: Of the adapters.
+    """Choose what learns: refinement and connector always, the language model or adapters on it in ``stage2``.
 
     Returns:
         Whether there are adapters, to be merged when the stage is done.
     """
-    model.language_model.requires_grad_(stage in ("language", "stage2"))
+    model.language_model.requires_grad_(stage == "stage2")
     if stage != "stage2" or not config.rank:
         return False
     add_adapters(model.language_model, config)
@@ -66,13 +56,10 @@ def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
 
 
 def merge_adapters(language_model: Any) -> None:
-    """Add what the adapters have learnt to the weights beside them, and take the adapters out.
+    """Add the adapters to the weights beside them, and take them out.
 
     A head that shares its weight with the word embeddings gets a weight of its own: adding to the shared one would
     change the embeddings too.
-
-    Args:
-        language_model: As :func:`add_adapters` left it; changed in place.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -35,21 +35,17 @@ ATTENTION = "regiongpt_units"
 
 PACKED = ("packed_from", "packed_labels", "packed_positions", "packed_documents", "packed_turns")
 """What a packed batch has in place of labels, mask and positions: for each place in a row the token (B T) it holds, or
--1; its label; its position; its conversation, or -1; its turn, as :func:`regiongpt.train.dataset.turn_numbers` counts
+-1; its label; its position; its conversation, or -1; its turn, as :func:`turn_numbers` counts
 them."""
 
 
 class PackedCollate:
-    """Makes packed batches.
-
-    Words and visual embeddings are looked up in the padded layout, which leaves images, regions and their numbers with
-    their conversations; all else is laid out in rows from the first.
+    """Makes packed batches: words and visual embeddings stay in the padded layout, all else is laid out in rows.
 
     Args:
         collate: Makes the padded batch; it gets examples without labels, tasks and turns.
         longest: Most tokens in a row; a single conversation may be longer.
-        width_cost: What a token costs besides attention, in multiples of attending to one more token; see
-            :func:`width_cost`.
+        width_cost: See :func:`width_cost`.
     """
 
     def __init__(self, collate: Collate, longest: int, width_cost: float) -> None:
@@ -86,10 +82,10 @@ class PackedCollate:
 
 
 def width_cost(text_config: Any) -> float:
-    """What :class:`PackedCollate` takes, of a language model's configuration.
+    """What a token costs besides attention, in multiples of attending to one more token.
 
-    Of a token, a layer multiplies by about 4 D^2 + 3 D M weights, and by 2 D numbers for each token it attends to; with
-    a mask these are half as fast.
+    A layer multiplies a token by about 4 D^2 + 3 D M weights, and by 2 D numbers for each token it attends to; with a
+    mask these are half as fast.
     """
     width = int(text_config.hidden_size)
     inner = int(getattr(text_config, "intermediate_size", None) or 4 * width)
@@ -100,9 +96,9 @@ def plan_rows(lengths: Sequence[int], longest: int, cost: float) -> list[list[in
     """Which conversations go into which row, so that the whole costs least.
 
     Args:
-        lengths: Of the conversations, in tokens; at least one.
+        lengths: Tokens of each conversation; at least one conversation.
         longest: Most tokens in a row, but for a conversation that is longer by itself.
-        cost: As ``width_cost`` of :class:`PackedCollate`.
+        cost: See :func:`width_cost`.
 
     Returns:
         For each row the numbers of its conversations, all of them once.
@@ -143,22 +139,39 @@ def attention_mask(documents_PW: Tensor, turns_PW: Tensor) -> Tensor:
 
 
 def isolate_turns(turns_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention mask and positions of padded conversations whose turns do not see each other.
+    """Attention mask (B, 1, T, T), True where attention is allowed, and positions (B, T) of padded conversations.
 
     Args:
-        turns_BT: (B, T) int64 from :func:`regiongpt.train.dataset.turn_numbers`; all 0 for a conversation whose turns
-            see the earlier ones, and -1 in the padding.
-
-    Returns:
-        Boolean mask (B, 1, T, T), True where attention is allowed, and position ids (B, T).
+        turns_BT: From :func:`turn_numbers`; all 0 for a conversation whose turns see the earlier ones, -1 in the
+            padding.
     """
     mask = attention_mask(turns_BT.clamp_max(0), turns_BT)
     # How many tokens a token sees is the place it stands at.
     return mask, mask[:, 0].sum(-1) - 1
 
 
+def turn_numbers(example: Example, image_token_id: int) -> Tensor:
+    """Which turn each token belongs to, (T,) int64: 0 for what comes before the first question, then 1, 2, ...
+
+    A conversation of ten turns about one image trains ten answers for one image's tokens, but what an earlier turn said
+    of a region answers a later one. Isolated turns see the image and themselves alone, at the positions they would have
+    as the only turn.
+
+    Args:
+        example: ``input_ids`` and ``labels``, each (T,), with the image first.
+        image_token_id: Id of ``<image>``.
+    """
+    ids, is_target = example["input_ids"], example["labels"] != IGNORED
+    # The line break after the image belongs to no turn: each question follows it, as the first one does.
+    head = int((ids == image_token_id).nonzero()[-1]) + 2
+    ends = is_target & ~torch.cat([is_target[1:], torch.tensor([False])])
+    numbers = 1 + torch.cat([torch.tensor([0]), ends.cumsum(0)[:-1]])
+    numbers[:head] = 0
+    return numbers
+
+
 def packed_output(model: Any, batch: dict[str, Any], **options: Any) -> Any:
-    """The model's output for what :class:`PackedCollate` has made; options are those of the model."""
+    """The model's output for a packed batch."""
     inputs = {name: value for name, value in batch.items() if name not in PACKED}
     from_PW, labels_PW, positions_PW, documents_PW, turns_PW = (batch[name] for name in PACKED)
     embeds_BTD = model.embed(**inputs)
@@ -201,12 +214,7 @@ class Units:
 
     @classmethod
     def of(cls, documents_N: Tensor, turns_N: Tensor) -> "Units":
-        """Those of conversations that lie end to end.
-
-        Args:
-            documents_N: Conversation of each token.
-            turns_N: Turn of each token; 0 for what all turns of the conversation see.
-        """
+        """Units of conversations that lie end to end, by conversation and turn (0: seen by all) of each token."""
         both = torch.stack([documents_N, turns_N])
         found, sizes_U = torch.unique_consecutive(both, dim=1, return_counts=True)
         sizes: list[int] = sizes_U.tolist()
@@ -234,18 +242,18 @@ def unit_attention(
     units: Units | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """Attention of one layer, as transformers calls it; without units that of its ``sdpa``.
+    """Attention of one layer, as transformers calls it: in units if there are any, else its ``sdpa``.
 
     Args:
         module: The attention layer.
         query: (1, H, N, E).
         key: (1, H', N, E), where H' divides H.
         value: (1, H', N, E).
-        attention_mask: Not looked at where there are units.
-        dropout: Of the weights.
-        scaling: Of the scores; E ** -0.5 by default.
+        attention_mask: Ignored if there are units.
+        dropout: Dropout of the weights.
+        scaling: Scale of the scores.
         units: What attends by itself.
-        **options: Of ``sdpa``.
+        **options: Options of ``sdpa``.
 
     Returns:
         (1, N, H, E) and None.
@@ -289,12 +297,7 @@ def require_packable(text_config: Any) -> None:
 
 @contextmanager
 def units_on_cpu(language_model: Any, device: torch.device) -> Iterator[None]:
-    """Has a language model attend in units while it is trained, where that is faster and it can.
-
-    Args:
-        language_model: Any ``AutoModelForCausalLM``.
-        device: That it is trained on. Where it is no CPU, or attention is of another kind, masks are used.
-    """
+    """Have a language model attend in units while it is trained, if it is on a CPU and its attention is ``sdpa``."""
     config = language_model.config.get_text_config()
     able = getattr(language_model, "_supports_attention_backend", False) and config._attn_implementation == "sdpa"
     if device.type != "cpu" or not able:

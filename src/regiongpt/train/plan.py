@@ -1,39 +1,31 @@
 """What a recipe takes, before anything is spent: ``regiongpt train RECIPE --plan --gpu a100-80gb --gpus 8``.
 
-The numbers come from the recipe and from the network's own code, run without content (:mod:`regiongpt.train.costs`): no
-weights are loaded and nothing is fetched. Parameters are exact. Tokens are exact if the data is at hand and not larger
-than ``plan.sample``, else counted on a sample or assumed. FLOPs are those of the shapes that will be computed, padding
-included. Memory is the sum of what exists at once, without the overhead of allocator and libraries. Time is FLOPs
-divided by an assumed share of the GPU's peak, without waiting for data.
+No weights are loaded and nothing is fetched. Parameters are exact; tokens too if the data is at hand and not larger
+than ``plan.sample``. FLOPs include padding. Time is FLOPs divided by an assumed share of the GPU's peak.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, SiglipImageProcessorPil
+from transformers import AutoTokenizer, SiglipImageProcessorPil
 
-from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.facts import colours_of
 from regiongpt.data.mixture import open_mixture
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.images import load_image
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor, weights
 from regiongpt.model.processing import IGNORED, prepare_tokenizer
 from regiongpt.prompts import template_family
-from regiongpt.train.costs import Costs, LayerCosts, kept_by_image, kept_bytes, language_costs, visual_costs
-from regiongpt.train.dataset import ConversationDataset, RecordDataset
-from regiongpt.train.features import FeatureStore
+from regiongpt.train.costs import Costs, kept_by_image, kept_bytes, language_costs, visual_costs
+from regiongpt.train.dataset import RecordDataset
 from regiongpt.train.known import GPUS, LANGUAGE_MODELS, PADDED_TOKENS, language_shape, tower_shape
 from regiongpt.train.lora import choose_learners
 from regiongpt.train.packing import plan_rows, width_cost
-from regiongpt.train.recipe import DataSize, EngineConfig, ModelConfig, Recipe, StageConfig
+from regiongpt.train.recipe import ModelConfig, Recipe, StageConfig
 from regiongpt.train.start import check_shape, new_shape, read_shape
-from regiongpt.train.text import LENGTH, language_of, reading_of, sampler_of, texts_of, tokenizer_of
 
 GIB = 2**30
 _PARTS = ("vision_tower", "refinement", "connector", "language_model")
@@ -68,13 +60,12 @@ class Memory:
         return self.weights + self.gradients + self.optimiser + self.activations
 
 
-@dataclass(frozen=True, kw_only=True)
-class Item:
+class Item(NamedTuple):
     """Size of one conversation: its tokens with those of image and regions, supervised tokens, region embeddings."""
 
-    tokens: float
-    targets: float
-    regions: float
+    tokens: int
+    targets: int
+    regions: int
     image: bool = True
 
 
@@ -83,7 +74,7 @@ class Reading:
     """Size of a stage's data.
 
     Attributes:
-        items: Conversations.
+        items: Number of conversations.
         how: What the numbers rest on, in words.
         tokens: Tokens of all conversations.
         targets: Supervised tokens.
@@ -105,19 +96,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What one step of a recipe takes.
-
-    Attributes:
-        name: Name of the step.
-        parts: Parts of the model.
-        reading: Size of the data.
-        steps: Optimiser steps.
-        batch: How a step is made up, in words.
-        flops: FLOPs for ``tower``, ``visual``, ``language``, ``head``, and ``again``, the forward passes that gradient
-            checkpointing repeats.
-        memory: Memory on each GPU.
-        seconds: Time on these GPUs.
-    """
+    """What one stage takes; among ``flops``, ``again`` is what gradient checkpointing repeats."""
 
     name: str
     parts: tuple[Part, ...]
@@ -131,15 +110,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a recipe takes.
-
-    Attributes:
-        stages: The steps that compute.
-        gpu: Name of the GPU, of which there are ``gpus``.
-        utilisation: Assumed share of the peak.
-        peak: FLOP/s of one GPU in this precision.
-        capacity: Memory of one GPU in bytes.
-    """
+    """What a recipe takes."""
 
     stages: tuple[StagePlan, ...]
     gpu: str
@@ -197,11 +168,11 @@ def make_plan(config: Recipe) -> Plan:
         ConfigError: A shape is not known, the data is neither at hand nor assumed, or a batch cannot be divided among
             the GPUs.
         CheckpointError: The checkpoint that the recipe continues from is not what the recipe says.
-        DataError: Records or annotations cannot be used.
+        DataError: Records cannot be used.
     """
     gpu = GPUS[config.plan.gpu]
     return Plan(
-        stages=tuple(_records_stages(config) if config.data.on_records else _photograph_stages(config)),
+        stages=tuple(_stages(config)),
         gpu=config.plan.gpu,
         gpus=config.plan.gpus,
         sharding=config.engine.sharding,
@@ -212,10 +183,11 @@ def make_plan(config: Recipe) -> Plan:
     )
 
 
-def _records_stages(config: Recipe) -> list[StagePlan]:
-    shape, processor = _shape_on_records(config.model)
-    limit = _row_limit(config.engine, shape.text_config)
-    longest = getattr(shape.text_config, "max_position_embeddings", None)
+def _stages(config: Recipe) -> list[StagePlan]:
+    shape, processor = _find_shape(config.model)
+    text, engine = shape.text_config, config.engine
+    context = getattr(text, "max_position_embeddings", None)
+    packing = (engine.pack_length or int(context or 4096), width_cost(text)) if engine.packing else (0, 0.0)
     plans = []
     for name, stage, path, size in (
         ("stage1", config.stage1, config.data.pretrain_mixture, config.plan.stage1),
@@ -223,30 +195,43 @@ def _records_stages(config: Recipe) -> list[StagePlan]:
     ):
         if not config.runs(name):
             continue
+        mixture, micro = None, stage.micro_batch_size
         try:
             mixture = open_mixture(path, config.data.root, config.seed) if processor else None
         except (ConfigError, DataError):
             if not size.records:
                 raise
-            mixture = None
         if mixture and processor:
             items = max(1, round(stage.epochs * len(mixture)))
-            dataset = RecordDataset(mixture, processor, items, longest, config.data.suffixes)
+            dataset = RecordDataset(mixture, processor, items, context, config.data.suffixes)
 
             def count(number: int, dataset: RecordDataset = dataset) -> Item:
                 """A record, tokenized and cut as in training, its image not opened."""
                 record, example = dataset.words(dataset.mixture.draw(number))
                 regions = len(record.regions) * dataset.processor.tokens_per_region
-                return _item(example, regions, bool(record.image))
+                targets = int((example["labels"] != IGNORED).sum())
+                return Item(len(example["input_ids"]), targets, regions, bool(record.image))
 
-            reading = _read(items, stage.micro_batch_size, count, config.plan.sample, *limit)
+            reading = _read(items, micro, count, config.plan.sample, *packing)
+        elif size.records and size.answer_tokens:
+            each = Item(shape.num_image_tokens + size.text_tokens, size.answer_tokens, 1)
+            items = max(1, round(stage.epochs * size.records))
+            reading = _read(items, micro, partial(_same, each), micro, *packing)
+            reading = replace(reading, how="supposed, see [plan]")
         else:
-            reading = _assume(size, stage, shape.num_image_tokens, *limit, name)
-        plans.append(_plan_stage(config, name, stage, shape, reading, cached=False))
+            raise ConfigError(
+                f"--plan: the data of {name} cannot be read here; give its folder, or --plan.{name}.records, "
+                f"--plan.{name}.text_tokens and --plan.{name}.answer_tokens"
+            )
+        plans.append(_plan_stage(config, name, stage, shape, reading))
     return plans
 
 
-def _shape_on_records(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
+def _same(item: Item, _: int) -> Item:
+    return item
+
+
+def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
     """The model's shape, and its processor if the tokenizer is at hand."""
     if model.init and (model.folder / "config.json").exists():
         check_shape(model, model.folder)
@@ -271,12 +256,9 @@ def _shape_on_records(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTPro
     tokens = PADDED_TOKENS.get(model.language, text.vocab_size) + _ADDED_TOKENS
     text.vocab_size = max(int(text.vocab_size), len(tokenizer) if tokenizer and not known else tokens)
     shape = new_shape(model, tower_shape(model.vision), text)
-    return shape, _processor(model, shape, tokenizer, template) if tokenizer else None
-
-
-def _processor(model: ModelConfig, shape: RegionGPTConfig, tokenizer: Any, template: str) -> RegionGPTProcessor:
-    """A processor that tokenizes; it is not for images."""
-    return RegionGPTProcessor(
+    if not tokenizer:
+        return shape, None
+    processor = RegionGPTProcessor(  # tokenizes, and is not for images
         SiglipImageProcessorPil(),
         tokenizer,
         image_size=shape.image_size,
@@ -286,80 +268,11 @@ def _processor(model: ModelConfig, shape: RegionGPTConfig, tokenizer: Any, templ
         chat_template=template,
         region_grid=model.region_grid,
     )
-
-
-def _photograph_stages(config: Recipe) -> list[StagePlan]:
-    config.check_files()
-    model, done = config.model, Path(config.model.language or config.out / "language")
-    images = load_coco(photo_sources(Path(config.data.root), config.data.split)).images
-    sampler, texts = sampler_of(config, images), texts_of(config, images)
-    if (done / "config.json").exists():
-        with weights.reading(f"the language model of {done}"):
-            tokenizer, text_config = AutoTokenizer.from_pretrained(done), AutoConfig.from_pretrained(done)
-    elif model.language:
-        raise ConfigError(f"model.language: no language model in {done}; give its folder")
-    else:
-        tokenizer = tokenizer_of(texts, model)
-        text_config = language_of(model, tokenizer)
-    template = (model.language and model.chat_template) or "plain"
-    if model.language:
-        prepare_tokenizer(tokenizer, template)
-        text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
-    shape = new_shape(model, tower_shape(model.vision), text_config)
-    plans = []
-    if config.runs("language"):
-        items = len(reading_of(config, texts, tokenizer))
-        # The head runs at every token, whether or not it is a target.
-        each = Item(tokens=LENGTH, targets=LENGTH, regions=0, image=False)
-        reading = _read(items, config.language.micro_batch_size, lambda _: each, 1, 0, 0.0)
-        reading = replace(reading, how="counted on all")
-        plans.append(_plan_stage(config, "language", config.language, shape, reading, cached=True))
-    processor = _processor(model, shape, tokenizer, template)
-    store = FeatureStore(np.empty(0), _Colours(images))
-    limit = _row_limit(config.engine, text_config)
-    for name, stage in (("align", config.align), ("stage1", config.stage1), ("stage2", config.stage2)):
-        if not config.runs(name):
-            continue
-        items, micro = max(1, round(stage.epochs * len(images))), stage.micro_batch_size
-        dataset = ConversationDataset(
-            images, store, sampler, processor, config.features, config.seed, items, micro, 0.0, (1, 1)
-        )
-
-        def count(number: int, dataset: ConversationDataset = dataset) -> Item:
-            conversation = dataset.draw(number)[-1]
-            regions = len(conversation.regions) * processor.tokens_per_region
-            weights = torch.zeros(regions, 1, 1)
-            return _item(processor.encode_conversation(conversation.messages, region_weights=weights), regions)
-
-        reading = _read(items, micro, count, config.plan.sample, *limit)
-        plans.append(_plan_stage(config, name, stage, shape, reading, cached=True))
-    return plans
-
-
-class _Colours(Sequence[dict[int, str]]):
-    """The colours of each image's objects, looked at when they are asked for."""
-
-    def __init__(self, images: Sequence[ImageAnnotations]) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Any) -> Any:
-        return colours_of(self.images[index], load_image(self.images[index].path))
+    return shape, processor
 
 
 def _read(items: int, micro: int, item: Callable[[int], Item], sample: int, packing: int, cost: float) -> Reading:
-    """Count the micro-batches of a stage, all of them or a sample.
-
-    Args:
-        items: Conversations of the stage.
-        micro: Conversations in a micro-batch.
-        item: Counts one of them, by its number.
-        sample: Most conversations to count.
-        packing: Longest packed row in tokens; 0 if each conversation has a padded row.
-        cost: See :func:`regiongpt.train.packing.width_cost`.
-    """
+    """Count micro-batches of at most ``sample`` conversations, in rows of ``packing`` tokens or padded (0)."""
     batches = -(-items // micro)
     counted = min(batches, max(1, sample // micro))
     numbers = [n * batches // counted for n in range(counted)]
@@ -370,7 +283,7 @@ def _read(items: int, micro: int, item: Callable[[int], Item], sample: int, pack
     images = regions = 0.0
     widest = (0.0, 0.0, 0.0)
     for batch in found:
-        lengths = [int(each.tokens) for each in batch]
+        lengths = [each.tokens for each in batch]
         packed = plan_rows(lengths, packing, cost) if packing else [[k] for k in range(len(batch))]
         width = max(sum(lengths[k] for k in row) for row in packed)
         rows.append((scale * len(packed), float(width)))
@@ -391,31 +304,7 @@ def _read(items: int, micro: int, item: Callable[[int], Item], sample: int, pack
     )
 
 
-def _assume(size: DataSize, stage: StageConfig, image_tokens: int, packing: int, cost: float, where: str) -> Reading:
-    """Count the micro-batches of data that is not at hand, by what the recipe says of it."""
-    if not size.records or not size.answer_tokens:
-        raise ConfigError(
-            f"--plan: the data of {where} cannot be read here; give its folder, or --plan.{where}.records, "
-            f"--plan.{where}.text_tokens and --plan.{where}.answer_tokens"
-        )
-    each = Item(tokens=image_tokens + size.text_tokens, targets=size.answer_tokens, regions=1)
-    items, micro = max(1, round(stage.epochs * size.records)), stage.micro_batch_size
-    return replace(_read(items, micro, lambda _: each, micro, packing, cost), how="supposed, see [plan]")
-
-
-def _item(example: dict[str, Any], regions: int, image: bool = True) -> Item:
-    targets = int((example["labels"] != IGNORED).sum())
-    return Item(tokens=len(example["input_ids"]), targets=targets, regions=regions, image=image)
-
-
-def _row_limit(engine: EngineConfig, text_config: Any) -> tuple[int, float]:
-    """``packing`` and ``cost`` of :func:`_read`."""
-    longest = engine.pack_length or int(getattr(text_config, "max_position_embeddings", 0) or 4096)
-    return (longest, width_cost(text_config)) if engine.packing else (0, 0.0)
-
-
-def _plan_stage(config: Recipe, name: str, stage: StageConfig, shape: Any, reading: Reading, cached: bool) -> StagePlan:
-    """One step of the recipe; ``cached`` if the tower has been run beforehand."""
+def _plan_stage(config: Recipe, name: str, stage: StageConfig, shape: Any, reading: Reading) -> StagePlan:
     engine, plan, gpu = config.engine, config.plan, GPUS[config.plan.gpu]
     accumulation, rest = divmod(stage.batch_size, stage.micro_batch_size * plan.gpus)
     if rest:
@@ -426,16 +315,14 @@ def _plan_stage(config: Recipe, name: str, stage: StageConfig, shape: Any, readi
     with torch.device("meta"):
         model = RegionGPTForConditionalGeneration(shape)
         choose_learners(name, model, config.lora)
-    parts = tuple(part for part in _parts(model) if name != "language" or part.name == "language_model")
-    reads, sees = name != "align", name != "language"
-    trained = name in ("language", "stage2")
-    lora = config.lora if name == "stage2" else None
-    visual = visual_costs(model, with_tower=not cached) if sees else {}
-    layers, head = language_costs(shape.text_config, trained, lora) if reads else (LayerCosts(), 0.0)
-    costs = Costs(**visual, layers=layers, head=head)
+    parts = tuple(_parts(model))
+    trained = name == "stage2"
+    lora = config.lora if trained else None
+    layers, head = language_costs(shape.text_config, trained, lora)
+    costs = Costs(**visual_costs(model, with_tower=True), layers=layers, head=head)
     twice = engine.gradient_checkpointing
     flops = {
-        "tower": 0.0 if cached else reading.images * costs.tower,
+        "tower": reading.images * costs.tower,
         "visual": reading.images * costs.image + reading.regions * costs.region,
         "language": sum(rows * layers.row(width) for rows, width in reading.rows),
         "head": reading.targets * costs.head,
@@ -443,10 +330,9 @@ def _plan_stage(config: Recipe, name: str, stage: StageConfig, shape: Any, readi
     }
     sharded = engine.sharding == "fsdp" and plan.gpus > 1
     tokens, images, targets = reading.widest
-    activations = images * kept_by_image(shape, engine.precision) if sees else 0.0
-    if reads:
-        kept = kept_bytes(shape.text_config, trained, engine.precision, lora)
-        activations += kept.language(tokens, twice, sharded) + kept.target * targets
+    kept = kept_bytes(shape.text_config, trained, engine.precision, lora)
+    activations = images * kept_by_image(shape, engine.precision)
+    activations += kept.language(tokens, twice, sharded) + kept.target * targets
     utilisation = plan.utilisation or gpu.utilisation
     return StagePlan(
         name=name,
@@ -504,10 +390,8 @@ def _short(number: float) -> str:
 
 
 def _flops(number: float) -> str:
-    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}FLOP"
-    return f"{number / 1e9:.3g} GFLOP"
+    size, unit = next((each for each in ((1e18, "E"), (1e15, "P"), (1e12, "T")) if number >= each[0]), (1e9, "G"))
+    return f"{number / size:.3g} {unit}FLOP"
 
 
 def _bytes(number: float) -> str:
@@ -515,7 +399,6 @@ def _bytes(number: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
+    units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
+    size, unit = next((each for each in units if seconds >= each[0]), (1.0, "seconds"))
+    return f"{seconds / size:.1f} {unit}"

@@ -25,21 +25,21 @@ from regiongpt.images import load_image
 from regiongpt.report import Curve, line_chart, picture, short, write_page
 from regiongpt.storage import read_json, write_json, writing
 from regiongpt.train.answers import PICTURES
-from regiongpt.train.recipe import STEPS, Recipe
+from regiongpt.train.recipe import Recipe
 from regiongpt.train.watch import ANSWERS, DEV, LOG, read_lines
 
 log = logging.getLogger(__name__)
 PAGE, RUN = "report.html", "run.json"
-_ORDER: Final = ("language", "language-checkpoints", *STEPS[1:])
+_ORDER: Final = ("language-checkpoints", "align", "stage1", "stage2")
 _ANSWERS_SHOWN: Final = 8
 
 
 def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
-    """Note a start of a run, the first or a later one, in its folder: recipe, data, machine, versions.
+    """Add a start to the notes of a run in its folder: recipe, data, machine, versions.
 
     Args:
         out: Folder of the run.
-        recipe: That is trained.
+        recipe: The recipe.
         data: What each stage learns from: :func:`data_of` for a mixture, else any plain values.
     """
     try:
@@ -61,7 +61,7 @@ def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
 
 
 def data_of(mixture: Mixture) -> dict[str, Any]:
-    """What a mixture holds: of each part its manifest, and how many of its records make an epoch."""
+    """Contents of a mixture: the manifest of each part, and how many of its records make an epoch."""
     parts = []
     for part in mixture.parts:
         manifest = part.records.manifest
@@ -82,11 +82,7 @@ def data_of(mixture: Mixture) -> dict[str, Any]:
 
 
 def read_notes(out: Path) -> dict[str, Any]:
-    """The notes of a run; empty where there are none.
-
-    Raises:
-        DataError: They are not what was written.
-    """
+    """The notes of a run; empty if there are none. Raises DataError if they are not what was written."""
     path = out / RUN
     notes = read_json(path) if path.exists() else {}
     if not isinstance(notes, dict):
@@ -123,7 +119,7 @@ def write_report(out: Path) -> Path:
 
 
 def report_what_there_is(out: Path) -> None:
-    """Write the report at the end of a run, however it ends: what cannot be reported is said, and is no fault."""
+    """Write the report at the end of a run, however it ends; log what cannot be reported."""
     try:
         if any(stage.lines for stage in read_stages(out)):
             log.info("report: %s", write_report(out))
@@ -133,7 +129,7 @@ def report_what_there_is(out: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StageLog:
-    """What a stage has written: its log, a line a step, measurements on dev data, answers about fixed regions."""
+    """What a stage has written: its log, measurements on dev data, answers about fixed regions."""
 
     folder: Path
     lines: list[dict[str, Any]]
@@ -142,12 +138,12 @@ class StageLog:
 
     @property
     def name(self) -> str:
-        """Of the stage."""
+        """The stage."""
         return self.folder.name.removesuffix("-checkpoints")
 
     @property
     def steps(self) -> int:
-        """That it has when it is finished."""
+        """Steps of the whole stage."""
         return int(self.lines[-1]["of"]) if self.lines else 0
 
     @property
@@ -166,11 +162,7 @@ class StageLog:
 
 
 def read_stages(out: Path) -> list[StageLog]:
-    """The stages of a run that have begun, in order.
-
-    Raises:
-        DataError: A log cannot be read.
-    """
+    """The stages of a run that have begun, in order."""
     folders = [path.parent for path in out.glob(f"*/{LOG}")] if out.is_dir() else []
     folders.sort(key=lambda each: (_ORDER.index(each.name) if each.name in _ORDER else len(_ORDER), each.name))
     return [
@@ -266,11 +258,7 @@ def _answer(stage: StageLog, number: int, asked: Mapping[str, str]) -> dict[str,
 
 
 def over_time(said: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
-    """Answers with the steps they were given at, equal ones in a row as one, and of many some from all over.
-
-    Args:
-        said: Step and answer, in order.
-    """
+    """Answers with the steps they were given at, equal ones in a row as one, and of many some from all over."""
     runs: list[tuple[int, int, str]] = []
     for step, answer in said:
         if runs and runs[-1][2] == answer:
@@ -299,7 +287,7 @@ def _recipe(config: Mapping[str, Any] | None, stages: set[str]) -> dict[str, lis
     for name, text in found:
         table, dot, field = name.partition(".")
         table, field = (table, field) if dot else ("", name)
-        if table not in {"plan", *STEPS} - stages:
+        if table not in {"plan", "language", "align", "stage1", "stage2"} - stages:
             tables.setdefault(table, []).append((field, text))
     return tables
 

@@ -42,22 +42,22 @@ _COUNTS = _SUMS + len(TASKS)
 
 
 class Watch:
-    """Writes down what a stage does, a line of ``log.jsonl`` a step; the same calls come in every process.
+    """Writes what a stage does, a line of ``log.jsonl`` a step; the same calls come in every process.
 
-    Lines are written every few steps, and before every checkpoint, so that none is missing behind it; a run that goes
-    on from a checkpoint first takes out the lines of the steps that it will do again.
+    Lines are written every few steps, and before every checkpoint; a continued run first removes the lines of the steps
+    that it will do again.
 
     Args:
-        name: Of the stage, in the log.
-        folder: Of the stage.
-        processes: That train together.
+        name: Name of the stage in the log.
+        folder: Folder of the stage.
+        processes: They train together.
         log_steps: Optimiser steps between two lines of the log for people, and between two writes.
         answer_steps: Optimiser steps between the answers; 0 for none.
         questions: What is asked then.
-        processor: Of the model, to ask with.
+        processor: Processor of the model.
         tensorboard: Whether TensorBoard's files are written too.
-        cost: What the stage computes, for the utilisation; None to leave it out.
-        precision: In which it computes.
+        cost: FLOPs of the stage, for the utilisation; None to leave it out.
+        precision: Precision that it computes in.
     """
 
     def __init__(
@@ -94,13 +94,7 @@ class Watch:
         self._untold: list[dict[str, Any]] = []
 
     def start(self, model: Any, step: int, steps: int) -> None:
-        """Open the logs, without what lies beyond the step that is gone on from; ask for the first time.
-
-        Args:
-            model: That is trained.
-            step: Optimiser steps done.
-            steps: Of the whole stage.
-        """
+        """Open the logs, without what lies beyond the step that is continued from; ask for the first time."""
         self.model, self.steps = model, steps
         if self.answer_steps:
             check_whole(model)
@@ -134,12 +128,12 @@ class Watch:
         """Add a micro-batch of the step at hand; nothing is read from the device.
 
         Args:
-            loss: This process's share of the step's loss: over micro-batches and processes, they sum to it.
-            losses_N: (N,) cross-entropy of each target, not divided by anything; None where it is not known.
+            loss: This process's share of the step's loss.
+            losses_N: (N,) cross-entropy of each target, not divided by anything; None if it is not known.
             tasks_N: (N,) place in :data:`TASKS` of each target, -1 for none.
-            examples: Conversations in the micro-batch, however they are packed.
-            tokens: In it, without padding.
-            images: Pictures among them.
+            examples: Number of conversations, however they are packed.
+            tokens: Number of tokens without padding.
+            images: Number of images.
         """
         kind = torch.float32 if loss.device.type == "mps" else torch.float64
         if self._open is None:
@@ -165,9 +159,9 @@ class Watch:
         Args:
             step: Optimiser steps done, this one included.
             rates: Learning rates by the names of their groups.
-            norm: Of the gradient, before it was clipped.
-            seconds: That the step took.
-            wait: How many of them passed until its data had come.
+            norm: Norm of the gradient before clipping.
+            seconds: Time of the step.
+            wait: How much of it passed until its data had come.
             saves: Whether a checkpoint follows, or the end.
         """
         assert self._open is not None
@@ -192,7 +186,7 @@ class Watch:
             self._ask(step)
 
     def measured(self, step: int, loss: float) -> None:
-        """Write what was measured on dev data, and the lines before it: a checkpoint may follow at once."""
+        """Write the dev loss, and the lines before it: a checkpoint may follow at once."""
         self._flush()
         if self.processes.is_first:
             self._dev.write([{"step": step, "loss": loss}])
@@ -274,14 +268,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 class StepLog:
-    """A file of JSON lines, each of a step: a run that goes on after a kill has each step once.
-
-    Args:
-        path: Of the file.
-
-    Attributes:
-        last: The last step in it; -1 where there is none.
-    """
+    """A file of JSON lines, each of a step, of which ``last`` is the last one, -1 if there is none."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.last = path, -1
@@ -289,17 +276,13 @@ class StepLog:
         self._told = False
 
     def cut(self, step: int) -> None:
-        """Take out what lies beyond a step, which will be done again, and a torn last line.
-
-        Raises:
-            DataError: A line is not what was written, or the file cannot be.
-        """
+        """Remove what lies beyond a step, which will be done again, and a torn last line."""
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
         self.last = max((line["step"] for line in kept), default=-1)
         write_file(self.path, "".join(map(_line, kept)))
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Append lines, all or none; what a full disk does not take is told once and written with the next ones."""
+        """Append lines, all or none; what a full disk does not take is written with the next ones."""
         lines = list(lines)
         if not lines:
             return
@@ -322,10 +305,7 @@ class StepLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last one that a kill has cut short.
-
-    Args:
-        path: Of the log; one that is not there has no lines.
+    """The lines of a log, without a last one that a kill has cut short; none if there is no file.
 
     Raises:
         DataError: It cannot be read, or a line before the last is not what was written.
@@ -367,11 +347,7 @@ def _line(values: Mapping[str, Any]) -> str:
 class Events:
     """TensorBoard's file; it hides what an interrupted run has written beyond a step.
 
-    TensorBoard's own writer has a thread of its own, in which a full disk ends with a traceback.
-
-    Args:
-        folder: Gets the file.
-        step: That the run goes on from.
+    TensorBoard's own writer has a thread, in which a full disk ends with a traceback.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -386,7 +362,7 @@ class Events:
         self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Write numbers and texts of a step by their names; after an error, said once, nothing more is written."""
+        """Write numbers and texts of a step by their names; after an error nothing more is written."""
         from torch.utils.tensorboard import summary
 
         make: Any = summary
@@ -410,36 +386,41 @@ class Events:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """FLOPs of a stage's steps: what learning takes, without padding and without what is computed twice.
-
-    Attributes:
-        costs: Of an image, a token and a target. Regions are left out: one takes a thousandth of what its image takes.
-    """
+    """FLOPs of a stage's steps, without padding, repeats, and regions (each a thousandth of its image)."""
 
     costs: Costs
 
     @classmethod
-    def of(cls, name: str, config: Any, *, cached: bool, lora: LoraConfig | None = None) -> "StageCost":
-        """That of a stage.
+    def of(
+        cls,
+        config: Any,
+        *,
+        trained: bool,
+        reads: bool = True,
+        sees: bool = True,
+        cached: bool = False,
+        lora: LoraConfig | None = None,
+    ) -> "StageCost":
+        """FLOPs of a stage.
 
         Args:
-            name: ``language``, ``align``, ``stage1`` or ``stage2``.
-            config: Of the model that is trained.
+            config: Configuration of RegionGPT, or of a language model that sees nothing.
+            trained: Whether the language model learns.
+            reads: Whether it runs.
+            sees: Whether refinement and connector run.
             cached: Whether the tower has been run beforehand.
             lora: The adapters, where they learn in place of the language model.
         """
-        text = config if name == "language" else config.text_config
         visual: dict[str, float] = {}
-        if name != "language":
+        if sees:
             with torch.device("meta"):
                 visual = visual_costs(RegionGPTForConditionalGeneration(config), with_tower=not cached)
-        layers, head = LayerCosts(), 0.0
-        if name != "align":
-            layers, head = language_costs(text, name in ("language", "stage2"), lora if name == "stage2" else None)
+        text = config.text_config if sees else config
+        layers, head = language_costs(text, trained, lora) if reads else (LayerCosts(), 0.0)
         return cls(costs=Costs(**visual, layers=layers, head=head))
 
     def flops(self, step: Mapping[str, Any]) -> float:
-        """Floating-point operations of a step by its line of the log, forward and backward, over all processes."""
+        """FLOPs of a step by its line of the log, forward and backward, over all processes."""
         visual = step["images"] * (self.costs.tower + self.costs.image)
         rows = step["examples"] * self.costs.layers.row(step["tokens"] / step["examples"]) if step["examples"] else 0.0
         return float(visual + rows + step["targets"] * self.costs.head)

@@ -3,12 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_train_dataset import annotated
-
-from regiongpt.data.sampling import ClassStatistics, ConversationSampler
-from regiongpt.model.processing import IGNORED
-from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN
-from regiongpt.train.text import (
+from conversations import ClassStatistics, ConversationSampler
+from reading import (
     FIRST,
     LENGTH,
     READING_MIX,
@@ -19,8 +15,12 @@ from regiongpt.train.text import (
     exercise,
     naming,
     sightings,
-    train_tokenizer,
 )
+from test_dataset import annotated
+
+from regiongpt.model.processing import IGNORED
+from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN
+from regiongpt.train.start import train_tokenizer
 
 FORM = "[{n}]<region>"
 

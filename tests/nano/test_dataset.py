@@ -5,21 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conversations import ClassStatistics, ConversationSampler
+from dataset import ConversationDataset, shown_in_cells
+from recipe import FeatureConfig
 from tiny import save_language
 
 from regiongpt import Region
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
 from regiongpt.data.facts import View
-from regiongpt.data.sampling import ClassStatistics, ConversationSampler
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80
-from regiongpt.train.dataset import (
-    ConversationDataset,
-    shown_in_cells,
-    turn_numbers,
-)
-from regiongpt.train.packing import isolate_turns
-from regiongpt.train.recipe import FeatureConfig
+from regiongpt.train.packing import isolate_turns, turn_numbers
 
 TURNS = [
     ("What is <region2>?", "a cat"),

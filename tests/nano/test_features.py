@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from features import FeatureStore, build_features
 from pictures import draw_pictures
+from recipe import FeatureConfig
 
 from regiongpt.data.coco import load_coco, photo_sources
 from regiongpt.errors import DataError
-from regiongpt.train.features import FeatureStore, build_features
-from regiongpt.train.recipe import FeatureConfig
 
 IMAGES = 5
 
@@ -60,7 +60,7 @@ def test_a_cache_is_made_once(images: Any, tmp_path: Path) -> None:
     assert rows(again) == rows(made)
     assert again.colours == made.colours
     assert any(made.colours)
-    with pytest.raises(DataError, match=r"those of another recipe; delete the folder"):
+    with pytest.raises(DataError, match=r"features of another recipe"):
         build(tmp_path, images, seed=1)
 
 

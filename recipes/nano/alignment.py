@@ -1,4 +1,4 @@
-"""What a region's embedding should say to a language model that reads words: the name of its class.
+"""Losses that tie what the connector writes for a region to the name of its class.
 
 A small language model that has read about regions in words looks for words; what an untrained connector writes looks
 like none, and the gradient through the language model hardly says how to change that. Two things close the gap. While
@@ -44,8 +44,8 @@ class ClassWords:
     """The word embeddings of the classes' names, as they are at the moment.
 
     Args:
-        tokenizer: Of the language model.
-        counts: How many regions of each class there are, (80,), any of which may be 0; all alike where None.
+        tokenizer: Tokenizer of the language model.
+        counts: How many regions of each class there are, (80,), any of which may be 0; equal if None.
 
     Attributes:
         shares: (80,) of the classes among the regions; they add up to one.
@@ -72,8 +72,8 @@ class Marks(NamedTuple):
 
     Attributes:
         region: The id of ``<region>``.
-        offset: How far before a region its number stands, the word of which is added; 0 where regions carry none.
-        image: The id of ``<image>``, the word of which is added to each cell; None where cells carry none.
+        offset: How far before a region its number stands, the word of which is added; 0 if regions carry none.
+        image: The id of ``<image>``, the word of which is added to each cell; None if cells carry none.
     """
 
     region: int
@@ -85,12 +85,11 @@ def stand_in_loss(words: ClassWords, marks: Marks, model: Any, batch: Mapping[st
     """Loss of the language model on texts in which blurred names stand for regions and for cells of the image.
 
     Args:
-        words: Of the same tokenizer.
+        words: Class words of the same tokenizer.
         marks: What regions and cells carry beside the names.
         model: A causal language model.
-        batch: ``input_ids``, ``labels``, ``stand_ins`` and ``turns`` (B, T): the class whose name stands at a token,
-            80 for what shows none, -1 for a word; the text that a token belongs to; ``noise_seeds`` and ``blurs``
-            (B,), how blurred the names are, in [0, 1].
+        batch: ``input_ids``, ``labels``, ``stand_ins`` and ``turns`` (B, T): the class whose name stands at a token, 80
+            for none, -1 for a word; the text that a token belongs to; ``noise_seeds`` and ``blurs`` (B,), in [0, 1].
         items: Target tokens of the optimiser step.
     """
     table = model.get_input_embeddings()
@@ -121,16 +120,13 @@ def stand_in_loss(words: ClassWords, marks: Marks, model: Any, batch: Mapping[st
 
 
 def blur(names: Tensor, classes: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Names as a connector may write them: with noise, with some of another class, longer or shorter.
+    """Names as a connector may write them, (N, D): with noise, with some of another class, longer or shorter.
 
     Args:
         names: (80, D) from :class:`ClassWords`.
-        classes: (N,) which of them; 80 for what has no name, of which the noise alone is left.
+        classes: (N,) which of them; 80 for noise alone.
         generator: Draws the blur, on the CPU.
         strength: From 0, exact names, to 1.
-
-    Returns:
-        (N, D).
     """
     count, width = len(classes), names.shape[1]
     noise = torch.randn(count, width, generator=generator) / width**0.5
@@ -155,12 +151,12 @@ def visual_loss(
     Both are sums, over target tokens and over regions, divided by the target tokens of the optimiser step.
 
     Args:
-        words: Of the same tokenizer.
+        words: Class words of the same tokenizer.
         weight: Target tokens that a region's alignment counts for; 0 leaves the alignment out.
         answers: Whether the language model answers at all.
         model: RegionGPT.
-        batch: Its inputs, with ``labels``; and ``region_classes`` (B, R), -1 where none, and ``cell_classes``
-            (B, N, 80), True for what an image token's cell shows.
+        batch: Its inputs, with ``labels``; and ``region_classes`` (B, R), -1 where none, and ``cell_classes`` (B, N,
+            80), True for what an image token's cell shows.
         items: Target tokens of the optimiser step.
     """
     classes, cells = batch.pop("region_classes"), batch.pop("cell_classes")
@@ -188,7 +184,7 @@ def likeness(embeds: Tensor, names: Tensor) -> Tensor:
     """Cosine of embeddings (..., D) and names (80, D): (..., 80).
 
     A cosine, because whatever else an embedding holds drowns the name for a reader of words: with the part along the
-    names alone held to the classes, the rest grew to three times a word's length, and nothing was read.
+    names alone trained, the rest grew to three times a word's length, and nothing was read.
     """
     return F.normalize(embeds.float(), dim=-1) @ F.normalize(names.float(), dim=-1).T
 
@@ -196,13 +192,13 @@ def likeness(embeds: Tensor, names: Tensor) -> Tensor:
 def region_alignment(embeds_BRD: Tensor, classes_BR: Tensor, names: Tensor, shares: Tensor) -> Tensor:
     """Sum over regions, but for those of class -1, of three misfits: of the class, of the direction and of the length.
 
-    The cross-entropy of the class alone is content when the right name comes first; an embedding that it made lay at a
-    cosine of 0.45 to that name, and a language model that looks for words found little. One minus the cosine asks for
-    the name itself and, where that is in doubt, for the mean of the names in question. A common class is held to both
-    less, by the square root of its share: otherwise half of every embedding says "person", which every third region is.
+    With the cross-entropy of the class alone, embeddings lay at a cosine of 0.45 to their name, and a language model
+    that looks for words found little. One minus the cosine asks for the name itself and, where that is in doubt, for
+    the mean of the names in question. Common classes count less, by the square root of their share: otherwise half of
+    every embedding says "person", which every third region is.
 
     Args:
-        embeds_BRD: What the connector writes for regions.
+        embeds_BRD: Region embeddings.
         classes_BR: Their classes, -1 where there is no region.
         names: (80, D) from :class:`ClassWords`.
         shares: (80,) of the classes, from there.
@@ -220,7 +216,7 @@ def cell_alignment(embeds_BND: Tensor, classes_BNK: Tensor, names: Tensor) -> Te
     """Sum over image cells of the misfit of the length and, where a cell shows any class, of two more.
 
     Minus the log of what the classes shown get together, and how far off the direction of the nearest of their names
-    is: a cell of several objects may say which of them it likes.
+    is.
     """
     shown = classes_BNK.any(-1)
     cosines, absent = likeness(embeds_BND[shown], names), ~classes_BNK[shown]
@@ -248,19 +244,16 @@ def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def compare_at_first(model: Any, layers: int, seed: int) -> None:
-    """Make half the heads of the first layers attend to tokens like their own, and hand on what those hold.
+    """Make half the heads of the first layers attend to tokens like their own, and pass on what those hold.
 
-    Whether an image shows what a word names is a search for an embedding like the word's. From random weights, a small
-    model hardly finds out that there is something to search; from heads that compare, a few hundred windows are enough.
-    Trockman and Kolter, *Mimetic Initialization of Self-Attention Layers*, arXiv 2305.09828.
-
-    Query and key of a head become the same random orthonormal projection, so that the logit of two tokens is how alike
-    they are within it; values another one, which the output undoes.
+    Whether an image shows what a word names is a search for an embedding like the word's, which a small model hardly
+    learns from random weights. Trockman and Kolter, *Mimetic Initialization of Self-Attention Layers*, arXiv
+    2305.09828. Query and key of a head become the same random orthonormal projection, values another one, which the
+    output undoes.
 
     Args:
-        model: An untrained causal language model in Llama's architecture with as many keys as queries; changed in
-            place. With rotary positions it compares near tokens best, and far ones by their slowly turning half.
-        layers: How many layers from the first, or all where it has fewer; 0 leaves the model as it is.
+        model: An untrained Llama with as many keys as queries; changed in place.
+        layers: How many layers from the first; 0 leaves the model as it is.
         seed: Of the projections.
     """
     heads, size = model.config.num_attention_heads, model.config.head_dim

@@ -1,37 +1,28 @@
-"""The recipe's own language model: its tokenizer, its shape, and what it reads before it sees.
+"""The recipe's own language model: its tokenizer, its shape, and the text it is pre-trained on.
 
-It reads human captions, conversations, and exercises in names, in which the blurred name of what a region or a cell of
-the image shows stands in for its embedding (:mod:`regiongpt.train.alignment`).
+That is human captions, conversations, and exercises in names, in which the blurred name of what a region or a cell of
+the image shows stands in for its embedding.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from conversations import DEFAULT_MIX, ClassStatistics, ConversationSampler
+from dataset import shown_in_cells
+from recipe import NanoModelConfig, NanoRecipe
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View
-from regiongpt.data.sampling import DEFAULT_MIX, ClassStatistics, ConversationSampler
 from regiongpt.model.processing import IGNORED
-from regiongpt.prompts import (
-    COCO_80,
-    IMAGE_TOKEN,
-    REGION_TOKEN,
-    chat_template,
-    closed_set_suffix,
-    placeholders,
-    replace_placeholders,
-)
-from regiongpt.train.dataset import shown_in_cells
-from regiongpt.train.packing import Example
-from regiongpt.train.recipe import ModelConfig, Recipe
+from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, replace_placeholders
+from regiongpt.train.start import train_tokenizer
 
 READING_MIX = {
     "classify": 4.0,
@@ -80,10 +71,9 @@ class Text:
     """One turn as the language model reads it.
 
     Attributes:
-        pieces: By turns what is given and what is learnt, beginning with the first; a region is its region token, an
-            image its image token.
-        shown: Of each region in order, the index of its class.
-        cells: Of each cell of the image, the index of a class that it shows, or :data:`UNKNOWN`; empty without one.
+        pieces: By turns what is given and what is learnt; a region is its region token, an image its image token.
+        shown: For each region in order, the index of its class.
+        cells: For each cell of the image, the index of a class that it shows, or :data:`UNKNOWN`; empty without one.
     """
 
     pieces: tuple[str, ...]
@@ -201,7 +191,7 @@ def _opening(asked: str, seen: bool, region_format: str) -> str:
 
 
 def sampler_of(
-    config: Recipe, images: Sequence[ImageAnnotations], mix: Mapping[str, float] | None = None
+    config: NanoRecipe, images: Sequence[ImageAnnotations], mix: Mapping[str, float] | None = None
 ) -> ConversationSampler:
     """The sampler of a recipe's conversations about photographs, or of those in another mix."""
     return ConversationSampler(
@@ -212,25 +202,25 @@ def sampler_of(
     )
 
 
-def texts_of(config: Recipe, images: Sequence[ImageAnnotations]) -> list[Text]:
+def texts_of(config: NanoRecipe, images: Sequence[ImageAnnotations]) -> list[Text]:
     """What the language model reads."""
     drawn = sampler_of(config, images, READING_MIX)
     return list(conversation_texts(images, drawn, _format_of(config.model), _grid_of(config.model), config.seed))
 
 
-def reading_of(config: Recipe, texts: Sequence[Text], tokenizer: Any) -> "TextDataset":
+def reading_of(config: NanoRecipe, texts: Sequence[Text], tokenizer: Any) -> "TextDataset":
     """The windows in which the language model reads them."""
     shape = config.model
     return TextDataset(texts, tokenizer, _format_of(shape), _grid_of(shape), config.seed, config.language.epochs)
 
 
-def tokenizer_of(texts: Sequence[Text], shape: ModelConfig) -> Any:
+def tokenizer_of(texts: Sequence[Text], shape: NanoModelConfig) -> Any:
     """A byte-level BPE of these texts."""
     plain = ("".join(text.pieces).replace(REGION_TOKEN, "").replace(IMAGE_TOKEN, "") for text in texts)
     return train_tokenizer(plain, shape.vocab_size, shape.max_length)
 
 
-def language_of(shape: ModelConfig, tokenizer: Any) -> LlamaConfig:
+def language_of(shape: NanoModelConfig, tokenizer: Any) -> LlamaConfig:
     """The shape of the language model that a recipe trains for itself."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -247,51 +237,16 @@ def language_of(shape: ModelConfig, tokenizer: Any) -> LlamaConfig:
     )
 
 
-def _format_of(shape: ModelConfig) -> str:
+def _format_of(shape: NanoModelConfig) -> str:
     return shape.region_format.replace(REGION_TOKEN, REGION_TOKEN * shape.region_grid**2)
 
 
-def _grid_of(shape: ModelConfig) -> tuple[int, int]:
+def _grid_of(shape: NanoModelConfig) -> tuple[int, int]:
     side = min(shape.image_grid or READ_GRID, READ_GRID)
     return side, side
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE in which digits stand alone, and the closed-set suffix is a token.
-
-    Args:
-        texts: Lines to learn merges from.
-        vocab_size: Number of tokens, the special ones included.
-        max_length: Context of the language model.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", IMAGE_TOKEN, REGION_TOKEN]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([" " + closed_set_suffix()])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=[IMAGE_TOKEN, REGION_TOKEN],
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = chat_template("plain")
-    return fast
-
-
-class TextDataset(Dataset[Example]):
+class TextDataset(Dataset[dict[str, Any]]):
     """Windows of several texts that do not see each other, in a seeded order; exercises alone come first.
 
     Args:
@@ -323,7 +278,7 @@ class TextDataset(Dataset[Example]):
     def __len__(self) -> int:
         return self.items
 
-    def __getitem__(self, item: int) -> Example:
+    def __getitem__(self, item: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, 5, item))
         first = item < FIRST * self.items
         share = 1.0 if first else EXERCISES

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import TINY, draw_pictures
+from recipe import NanoRecipe
+from train import RECIPE, main, train
 
 from regiongpt import Region, RegionPredictor
-from regiongpt.cli import main
+from regiongpt.cli import main as regiongpt_main
 from regiongpt.model import weights
-from regiongpt.train.recipe import Recipe
-from regiongpt.train.stages import train
 
-RECIPE = Path(__file__).parents[2] / "configs" / "nano.toml"
 SMALL = {
     **TINY,
     "language.epochs": 0.5,
@@ -56,7 +55,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def run(pictures, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
-    assert train(Recipe.load(RECIPE, overrides(pictures, out))) == out / "stage2" / "model"
+    assert train(NanoRecipe.load(RECIPE, overrides(pictures, out))) == out / "stage2" / "model"
     return out
 
 
@@ -89,14 +88,14 @@ def test_the_finished_model_answers(run, pictures):
 def test_a_finished_run_is_not_run_again_and_says_so(run, pictures, caplog):
     before = (run / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
     with caplog.at_level("INFO"):
-        train(Recipe.load(RECIPE, [*overrides(pictures, run), "--seed=9"]))
+        train(NanoRecipe.load(RECIPE, [*overrides(pictures, run), "--seed=9"]))
     for step in ("language", "align", "stage1", "stage2"):
         assert f"{step}: finished before, in {run}" in caplog.text
     assert (run / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(run, pictures, tmp_path):
-    command = [sys.executable, "-m", "regiongpt.cli", "train", str(RECIPE), *overrides(pictures, tmp_path / "run")]
+    command = [sys.executable, str(RECIPE.with_name("train.py")), *overrides(pictures, tmp_path / "run")]
     checkpoint = tmp_path / "run" / "stage2" / "checkpoint-2"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ)
     deadline = time.monotonic() + 300
@@ -124,18 +123,46 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, pictures, tmp_path):
     ],
 )
 def test_wrong_recipes_end_in_one_line(words, message, capsys, tmp_path):
-    assert main(["train", str(RECIPE), f"--out={tmp_path}", *words]) == 2
+    assert main([f"--out={tmp_path}", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("regiongpt: error:")
+    assert error.startswith("nano: error:")
     assert message in error
 
 
 def test_the_cache_of_another_recipe_is_refused(run, pictures):
-    assert main(["train", str(RECIPE), *overrides(pictures, run), "--features.seed=5"]) == 2
+    assert main([*overrides(pictures, run), "--features.seed=5"]) == 2
 
 
 def test_the_start_of_another_recipe_is_refused(run, pictures, capsys):
-    assert main(["train", str(RECIPE), *overrides(pictures, run), "--model.image_marks=false"]) == 2
+    assert main([*overrides(pictures, run), "--model.image_marks=false"]) == 2
     error = capsys.readouterr().err
     assert "image_marks is True there and False here" in error
     assert "give another --out" in error
+
+
+def test_the_language_model_alone_makes_no_features_and_the_steps_make_the_whole(run, pictures, tmp_path):
+    words = overrides(pictures, tmp_path)
+    assert main([*words, "--steps=language"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["language", "language-checkpoints"]
+    assert main([*words, "--steps=stage2"]) == 2
+    assert main([*words, "--steps=align,stage1"]) == 0
+    assert main([*words, "--steps=stage2"]) == 0
+    ours, theirs = (tensors(out / "stage2" / "model") for out in (tmp_path, run))
+    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+
+
+def test_it_is_watched_on_held_out_images(tmp_path):
+    words = ["--debug", f"--out={tmp_path / 'run'}", "--data.dev_split=dev", "--watch.dev_steps=2"]
+    assert main([*words, "--watch.answer_steps=2", "--watch.answers=3"]) == 0
+    run = tmp_path / "run-debug" / "run"
+    assert [json.loads(line)["step"] for line in (run / "stage2" / "dev.jsonl").read_text().splitlines()] == [2, 3]
+    asked = json.loads((run / "stage2" / "answers.jsonl").read_text().splitlines()[-1])["answers"]
+    assert [each["name"].partition(" ")[2] for each in asked] == ["(describe)", "(classify)"]
+    assert {each["expected"] for each in asked} <= {"cat", "dog"}
+    assert "stage2 is finished" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("words", [["nano"], [str(RECIPE)], ["finetune_records", "--stage2.alignment=1"]])
+def test_the_package_says_where_the_recipe_is(words, capsys):
+    assert regiongpt_main(["train", *words]) == 2
+    assert "python recipes/nano/train.py" in capsys.readouterr().err

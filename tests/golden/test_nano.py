@@ -1,0 +1,132 @@
+"""What nano's recipe trains on must not change: the losses of a debug run, and the batches of 200 steps.
+
+``nano.json`` was written by the code that trained the weights of the package. Floats must match to the last bit on the
+kind of machine that wrote it, and to 1e-5 elsewhere; token ids, labels and the like everywhere.
+``python tests/golden/test_nano.py`` writes the file anew, after weights have been trained anew.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "nano"))
+
+from dataset import EXTRAS
+from reading import reading_of, sampler_of, texts_of, tokenizer_of
+from recipe import NanoRecipe
+from test_kept_values import DATA, machine
+from train import RECIPE, conversations_of, debug_size, train
+
+from regiongpt.data.coco import load_coco, photo_sources
+from regiongpt.data.facts import COLOURS
+from regiongpt.model import weights
+from regiongpt.train.dataset import DataCollator
+
+FILE = Path(__file__).with_name("nano.json")
+BLOCK = 20
+
+
+def losses(out: Path) -> dict[str, list[str]]:
+    """Losses of every step of a debug run, as hexadecimal floats."""
+    config = debug_size(NanoRecipe.load(RECIPE, [f"--out={out}"]))
+    train(config)
+    return {
+        log.parent.name: [float(json.loads(line)["loss"]).hex() for line in log.read_text().splitlines()]
+        for log in sorted(config.out.glob("*/log.jsonl"))
+    }
+
+
+def digests(batches: Iterator[dict[str, torch.Tensor]], floats: bool) -> list[str]:
+    """A digest of each block of batches, of their floats or of everything else."""
+    found, digest = [], sha256()
+    for number, batch in enumerate(batches, 1):
+        for name in sorted(batch):
+            if batch[name].is_floating_point() == floats:
+                digest.update(
+                    f"{name} {tuple(batch[name].shape)}".encode() + batch[name].contiguous().numpy().tobytes()
+                )
+        if number % BLOCK == 0:
+            found.append(digest.hexdigest()[:16])
+            digest = sha256()
+    return found
+
+
+def batches() -> dict[str, dict[str, list[str]]]:
+    """Digests of the batches of 200 steps; colours and features are made up, for they depend on pixels."""
+    recipe = NanoRecipe.load(RECIPE, [f"--data.root={DATA}"])
+    images = load_coco(photo_sources(DATA, "train")).images
+    texts = texts_of(recipe, images)
+    reading = reading_of(recipe, texts, tokenizer_of(texts, recipe.model))
+    model, processor = weights.load(weights.nano_path(), device="cpu")
+    store: Any = SimpleNamespace(
+        colours=[{o.id: COLOURS[o.id % 13] for o in i.objects if o.id % 13 < len(COLOURS)} for i in images],
+        row=lambda index, view: torch.full((1, 1, 1), 10.0 * index + view),
+        place=lambda index: index,
+    )
+    collate = DataCollator(processor, EXTRAS)
+
+    def read(step: int) -> dict[str, torch.Tensor]:
+        size = recipe.language.batch_size
+        examples = [reading[k] for k in range(step * size, (step + 1) * size)]
+        return {name: torch.stack([each[name] for each in examples]) for name in examples[0]}
+
+    steps = {"language": [read(step) for step in [*range(100), *range(600, 700)]]}
+    for name, first in (("align", 0), ("stage2", 400)):
+        stage, sampler = getattr(recipe, name), sampler_of(recipe, images)
+        data = conversations_of(recipe, stage, images, store, sampler, processor, model.config.image_grid)
+        size = stage.batch_size
+        steps[name] = [
+            collate([data[k] for k in range(step * size, (step + 1) * size)]) for step in range(first, first + 200)
+        ]
+    return {
+        name: {"integers": digests(iter(each), False), "floats": digests(iter(each), True)}
+        for name, each in steps.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return values
+
+
+def test_the_losses_of_a_debug_run_are_the_same_to_the_bit(kept: dict[str, Any], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = losses(tmp_path / "nano")
+    finally:
+        torch.set_num_threads(threads)
+    assert found.keys() == kept["losses"].keys()
+    for name, values in kept["losses"].items():
+        assert found[name] == values or machine() != kept["machine"], name
+        expected = [float.fromhex(each) for each in values]
+        assert [float.fromhex(each) for each in found[name]] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_batches_of_200_steps_are_the_same(kept: dict[str, Any]) -> None:
+    if not DATA.is_dir():
+        pytest.skip(f"no annotated images at {DATA}; set REGIONGPT_DATA")
+    for name, found in batches().items():
+        assert found["integers"] == kept["batches"][name]["integers"], name
+        assert found["floats"] == kept["batches"][name]["floats"] or machine() != kept["machine"], name
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        values = {"machine": machine(), "losses": losses(Path(folder) / "nano"), "batches": batches()}
+    FILE.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
