@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install demo test test-range lint format train-nano package constraints clean
+.PHONY: help install demo test test-range lint format docs train-nano package constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +40,10 @@ lint: install  ## format, style, types and the direction of imports
 format: install  ## write the source as the formatter has it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install  ## build the documentation's site in build/docs, warnings as errors
+	$(PIP) $(PINNED) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 train-nano: install  ## train the model that ships, or go on with it: DATA=folder of photographs, RUN=folder of the run
 	$(BIN)/python recipes/nano/train.py --data.root "$(DATA)" --out "$(RUN)"
