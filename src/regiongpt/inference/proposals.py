@@ -1,7 +1,4 @@
-"""Regions that nobody marked: proposals of a detector in a file, and a grid of points.
-
-Every proposal knows where it came from, so that a mistake in a file of thousands can be found.
-"""
+"""Regions that nobody marked: proposals of a detector in a file, and a grid of points."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,23 +18,16 @@ from regiongpt.errors import ConfigError, DataError, RegionError, short
 from regiongpt.regions import KINDS, Region
 from regiongpt.storage import read_json, reason
 
-MOST_POINTS = 128
-"""Points a side of a grid."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A region that something other than a person marked.
-
-    Attributes:
-        region: in pixels of the image.
-        score: how sure its maker was of it; None where it did not say.
-        place: where it came from, as messages name it: ``boxes.json[3]``.
-    """
+    """A region that something other than a person marked, in pixels of the image."""
 
     region: Region
     score: float | None = None
+    """How sure its maker was of it; None where it did not say."""
     place: str = ""
+    """Where it came from, as messages name it: ``boxes.json[3]``."""
 
 
 def read_proposals(
@@ -59,20 +49,16 @@ def read_proposals(
 
     Args:
         path: the file.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        width: of the image in pixels, as is ``height``.
+        height: see ``width``.
         image: the image's file. It is looked up in a file about several: among the names of a COCO data set
             (:func:`regiongpt.data.instances.entry_of`), or by the number that it ends in where the file has no names.
         image_id: take the entries with this ``image_id``, whatever the file's name.
         crowds: take what is marked as a crowd too.
         rejects: where entries that are left out are counted.
 
-    Returns:
-        The proposals in the order of the file.
-
     Raises:
-        DataError: the file cannot be read or is of another form; it has nothing about this image that can be used, or
-            says that the image has another size.
+        DataError: the file is of another form, has nothing about this image, or says that it has another size.
     """
     file = Path(path)
     rejects = Rejects() if rejects is None else rejects
@@ -96,18 +82,9 @@ def read_proposals(
 
 
 def grid_points(side: int, width: int, height: int) -> list[Proposal]:
-    """Points in the middle of the cells of a grid over the image, row by row.
-
-    Args:
-        side: points a row and rows, 1 to 128.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-
-    Raises:
-        ConfigError: ``side`` is out of its range.
-    """
-    if not 1 <= side <= MOST_POINTS:
-        raise ConfigError(f"expected a grid of 1 to {MOST_POINTS} points a side, got {side}")
+    """Points in the middle of ``side`` x ``side`` cells over an image of a size in pixels, row by row."""
+    if not 1 <= side <= 128:
+        raise ConfigError(f"grid: give 1 to 128 points a side, got {side}")
     return [
         Proposal(
             region=Region.point((column + 0.5) * width / side, (row + 0.5) * height / side),
@@ -133,55 +110,38 @@ def choose(
 
     Args:
         proposals: in any order, which the result keeps.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        width: of the image in pixels, as is ``height``.
+        height: see ``width``.
         most: how many to keep, the best; None for all.
         iou: leave out what overlaps something better by more than this, as intersection over union in 0 to 1; None to
             keep all. Boxes are compared exactly, other kinds by their pixels.
         min_score: leave out scores under this; None to keep all.
 
     Raises:
-        ConfigError: an option is out of its range, or asks for scores that are not there.
+        ConfigError: it asks for scores that are not there.
         RegionError: a proposal is no region of the image.
     """
-    if most is not None and most < 1:
-        raise ConfigError(f"expected at least 1 region to keep, got {most}")
-    if iou is not None and not 0 <= iou <= 1:
-        raise ConfigError(f"expected an IoU of 0 to 1, got {iou}")
-    kept = list(range(len(proposals)))
     if min_score is not None:
-        without = [proposals[k].place for k in kept if proposals[k].score is None]
-        if without:
-            raise ConfigError(
-                f"expected a score of every proposal to compare with {min_score}, got none of {without[0]}"
-            )
-        kept = [k for k in kept if (proposals[k].score or 0.0) >= min_score]
-    scores = [proposal.score for proposal in proposals]
-    kept.sort(key=lambda k: (scores[k] is None, -(scores[k] or 0.0)))
+        if without := [each.place for each in proposals if each.score is None]:
+            raise ConfigError(f"{without[0]}: no score to compare with {min_score}; leave --min-score out")
+        proposals = [each for each in proposals if (each.score or 0.0) >= min_score]
+    ranked = sorted(range(len(proposals)), key=lambda k: (proposals[k].score is None, -(proposals[k].score or 0.0)))
     if iou is not None:
-        kept = _apart([proposals[k].region for k in kept], kept, width, height, iou)
-    return [proposals[k] for k in sorted(kept[:most])]
-
-
-def _apart(regions: Sequence[Region], places: Sequence[int], width: int, height: int, iou: float) -> list[int]:
-    """Those of ``places`` whose region overlaps no earlier one that is kept by more than ``iou``."""
-    if not regions:
-        return []
-    coded: Any
-    if all(region.kind == "box" for region in regions):
-        bounds = np.array([region.bounds(width, height) for region in regions], float)
-        coded = np.concatenate([bounds[:, :2], bounds[:, 2:] - bounds[:, :2]], axis=1)
-    else:
-        coded = [coco_mask.encode(np.asfortranarray(r.to_mask(width, height), dtype=np.uint8)) for r in regions]
-    kept: list[int] = []
-    for index in range(len(regions)):
-        if kept:
-            others = coded[kept] if isinstance(coded, np.ndarray) else [coded[k] for k in kept]
-            overlaps = coco_mask.iou(coded[index : index + 1], others, [0] * len(kept))
-            if float(np.max(overlaps)) > iou:
-                continue
-        kept.append(index)
-    return [places[k] for k in kept]
+        regions = [proposals[k].region for k in ranked]
+        coded: list[Any]
+        if all(region.kind == "box" for region in regions):
+            bounds = [region.bounds(width, height) for region in regions]
+            coded = [[float(x0), float(y0), float(x1 - x0), float(y1 - y0)] for x0, y0, x1, y1 in bounds]
+        else:
+            masks = [region.to_mask(width, height) for region in regions]
+            coded = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+        apart: list[int] = []
+        for k in range(len(ranked)):
+            others = [coded[other] for other in apart]
+            if not others or np.max(coco_mask.iou([coded[k]], others, [0] * len(others))) <= iou:
+                apart.append(k)
+        ranked = [ranked[k] for k in apart]
+    return [proposals[k] for k in sorted(ranked[:most])]
 
 
 class _File(NamedTuple):

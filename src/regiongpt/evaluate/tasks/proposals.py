@@ -35,17 +35,15 @@ def read_proposals(
     """The candidates of the images that are asked about.
 
     Args:
-        path: A json array of objects with ``image_id`` and ``bbox`` (x, y, width, height) or ``segmentation``, and
-            ``score`` in all or in none.
+        path: A json array of detection results, with a ``score`` in all or in none.
         images: Ids of the images.
         top: Most candidates an image, by score; 0 for all.
         least: Least score; 0 for all, those of scores below 0 too.
         rejects: Where unusable entries are noted.
-        size: Width and height of an image in pixels, to which a candidate is clipped, and of which it has to show
-            something; None where unknown.
+        size: Width and height of an image in pixels, to which a candidate is clipped; None where unknown.
 
     Raises:
-        DataError: The file is of another form, or has scores for some entries alone, or nothing for any image.
+        DataError: The file has scores for some entries alone, or nothing for any image.
         ConfigError: ``top`` or ``least`` is asked for, and there are no scores.
     """
     found: dict[int, list[tuple[float | None, Box]]] = {}
@@ -87,14 +85,8 @@ def read_proposals(
 def candidates_of(truth: Box, proposed: Sequence[Box], inject: bool, seed: tuple[int, ...]) -> tuple[list[Box], bool]:
     """The boxes to choose among, in an order drawn by the seed, for a detector's order says which is likely.
 
-    Args:
-        truth: The object's box.
-        proposed: Boxes proposed in the image.
-        inject: Add the truth where no candidate reaches an overlap of 0.5, as the paper does.
-        seed: Seed of the order.
-
     Returns:
-        The boxes, and whether the truth had to be added (or would have had to be).
+        The boxes, and whether none overlaps the truth by 0.5; with ``inject`` it is then added, as in the paper.
 
     Paper: §4.3
     """

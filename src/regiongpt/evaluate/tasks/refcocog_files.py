@@ -68,11 +68,7 @@ class RefCocogTask(Task):
         return self.split if self._refs.suffix == ".p" else ""
 
     def objects(self) -> list[Referred]:
-        """The objects of the split, in the order of the file.
-
-        Raises:
-            DataError: A file is of another form, has no such split, or does not belong to the other.
-        """
+        """The objects of the split, in the order of the file; DataError if there are none."""
         path, *instances = RefCocogTask.inputs(self)
         rejects = self.left_out
         if path.suffix == ".jsonl":
