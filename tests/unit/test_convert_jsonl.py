@@ -148,7 +148,7 @@ FAULTS = [
     (line(image="../a.png"), "image outside the folder", "'../a.png'"),
     (line(regions=[{**BOX, "category": "<region1>"}]), "placeholder in the text", "words alone"),
     (line({"task": "presence", "category": "a <region of it", "answer": "No."}), "placeholder in the text", "words"),
-    (line(image=""), "record without a lesson", "expected an image for the 1 region(s)"),
+    (line(image=""), "record without a lesson", "expected an image for the regions"),
     (line(id=["a"]), "record of another format", "id: expected text or a whole number"),
     (line({**CHAT, "answer": "half \ud83d"}), "text that is not Unicode", "half of a pair"),
 ]

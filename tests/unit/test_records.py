@@ -143,7 +143,7 @@ def test_the_suffix_of_a_guided_turn_can_be_left_out_and_nothing_else_with_it():
     ("changed", "message"),
     [
         ({"turns": ()}, "at least one turn"),
-        ({"image": ""}, "image for the 1 region"),
+        ({"image": ""}, "image for the regions"),
         ({"width": 0}, "image's size"),
         ({"turns": (Turn(task="caption", regions=(1,), answer=" "),)}, "answer"),
         ({"turns": (Turn(task="caption", regions=(2,), answer="a"),)}, "region2"),

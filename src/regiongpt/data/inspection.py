@@ -543,7 +543,7 @@ def find(records: RecordSet, which: str) -> int:
     if which.isdecimal():
         if int(which) < len(records):
             return int(which)
-        raise DataError(f"{records.folder}: expected a record from 0 to {len(records) - 1}, got {which}")
+        raise DataError(f"{records.folder}: give a record from 0 to {len(records) - 1}, got {which}")
     import pyarrow.compute as pc
 
     place: int = pc.index(records.table.data.column("id"), which).as_py()

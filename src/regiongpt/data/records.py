@@ -123,7 +123,7 @@ class Record:
         if not self.turns:
             raise DataError("expected at least one turn, got none")
         if self.regions and not self.image:
-            raise DataError(f"expected an image for the {len(self.regions)} region(s), got none")
+            raise DataError("expected an image for the regions, got none")
         if self.image and (self.width < 1 or self.height < 1):
             raise DataError(f"expected the image's size, got {self.width} x {self.height} (W x H)")
         for number, each in enumerate(self.regions if regions else (), 1):

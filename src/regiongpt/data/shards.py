@@ -351,7 +351,7 @@ class RecordSet:
         expected = self.manifest.counts.get("records", 0)
         if len(self.table) != expected:
             raise DataError(
-                f"{self.folder}: expected {expected} records, found {len(self.table)}; convert the source again"
+                f"{self.folder}: expected {many(expected, 'record')}, found {len(self.table)}; convert the source again"
             )
 
     def __len__(self) -> int:
@@ -386,8 +386,8 @@ def require_data_extra() -> None:
 
 
 def many(count: int, noun: str) -> str:
-    """A number with its noun: ``1 record``, ``2,000 records``."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    """A number with its noun: ``1 record``, ``2,000 records``, ``3 classes``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
 
 
 def counted(kinds: Mapping[str, int]) -> list[str]:
