@@ -1,8 +1,17 @@
 """What the tests of converters share."""
 
+import json
+import os
+from pathlib import Path
+
+from PIL import Image
+
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Rejects
 from regiongpt.data.sources import Converter
+
+DATA = Path(os.environ.get("REGIONGPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+CATEGORIES = [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 18, "name": "dog"}]
 
 
 def run(made: Converter) -> tuple[list[Record], dict[str, int]]:
@@ -12,3 +21,21 @@ def run(made: Converter) -> tuple[list[Record], dict[str, int]]:
     for record in records:
         record.check()
     return records, dict(rejects.counts)
+
+
+def annotation(number: object, box: object, image: object = 1, category: object = 18, **more: object) -> dict:
+    return {"id": number, "image_id": image, "category_id": category, "bbox": box, "iscrowd": 0, **more}
+
+
+def write_coco(
+    folder: Path, annotations: list, images: list | None = None, name: str = "instances.json", **more: object
+) -> Path:
+    """An instances file in COCO's layout, with its images, 40 x 20 pixels each."""
+    (folder / "images").mkdir(exist_ok=True)
+    for file in ("1.png", "2.png"):
+        Image.new("RGB", (40, 20)).save(folder / "images" / file)
+    if images is None:
+        images = [{"id": k, "file_name": f"{k}.png", "width": 40, "height": 20} for k in (2, 1)]
+    content = {"info": {"year": 2017}, "images": images, "annotations": annotations, "categories": CATEGORIES}
+    (folder / name).write_text(json.dumps({**content, **more}))
+    return folder / name

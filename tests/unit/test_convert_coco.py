@@ -1,10 +1,10 @@
 """COCO and LVIS: streaming, what becomes of each object, samples that are exact, and every kind of fault."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+from converting import CATEGORIES, DATA, annotation, run, write_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,43 +13,17 @@ from regiongpt.data import reading
 from regiongpt.data.closed_sets import CocoConverter, LvisConverter
 from regiongpt.data.reading import iter_array, iter_arrays
 from regiongpt.data.shards import Fault, Rejects
-from regiongpt.data.sources import CONVERTERS, Converter, load_converter
+from regiongpt.data.sources import CONVERTERS, load_converter
 from regiongpt.data.values import check_image, known_size
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.regions import Region
 
-CATEGORIES = [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 18, "name": "dog"}]
 RING = [1, 1, 9, 1, 9, 8]
-DATA = Path(os.environ.get("REGIONGPT_DATA", Path(__file__).parents[3] / "shared" / "data"))
-
-
-def annotation(number: object, box: object, image: object = 1, category: object = 18, **more: object) -> dict:
-    return {"id": number, "image_id": image, "category_id": category, "bbox": box, "iscrowd": 0, **more}
-
-
-def write(folder: Path, annotations: list, images: list | None = None, name: str = "instances.json", **more) -> Path:
-    """An instances file in COCO's layout, with its images, 40 x 20 pixels each."""
-    (folder / "images").mkdir(exist_ok=True)
-    for file in ("1.png", "2.png"):
-        Image.new("RGB", (40, 20)).save(folder / "images" / file)
-    if images is None:
-        images = [{"id": k, "file_name": f"{k}.png", "width": 40, "height": 20} for k in (2, 1)]
-    content = {"info": {"year": 2017}, "licenses": [], "images": images, "annotations": annotations}
-    (folder / name).write_text(json.dumps({**content, "categories": CATEGORIES, **more}))
-    return folder / name
 
 
 def coco(folder: Path, *files: Path, **options: object) -> CocoConverter:
     given = {"images": folder / "images", "instances": files or (folder / "instances.json",)}
     return CocoConverter(**{**given, **options})  # type: ignore[arg-type]
-
-
-def read(converter: Converter) -> tuple[list, dict[str, int]]:
-    rejects = Rejects()
-    records = list(converter.records(rejects))
-    for record in records:
-        record.check()
-    return records, dict(rejects.counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,8 +152,10 @@ def test_every_name_has_a_converter():
 
 
 def test_objects_of_an_image_are_one_conversation_in_a_fixed_order(tmp_path):
-    write(tmp_path, [annotation(7, [30, 10, 20, 5]), annotation(3, [1, 2, 3, 4], category=1), annotation(5, RING[:4])])
-    (record,), rejects = read(coco(tmp_path))
+    write_coco(
+        tmp_path, [annotation(7, [30, 10, 20, 5]), annotation(3, [1, 2, 3, 4], category=1), annotation(5, RING[:4])]
+    )
+    (record,), rejects = run(coco(tmp_path))
     assert rejects == {}
     assert (record.id, record.image, record.width, record.height) == ("coco/1", "1.png", 40, 20)
     assert [(r.region, r.category, r.source_id) for r in record.regions] == [
@@ -192,15 +168,15 @@ def test_objects_of_an_image_are_one_conversation_in_a_fixed_order(tmp_path):
 
 
 def test_long_conversations_go_on_in_further_records(tmp_path):
-    write(tmp_path, [annotation(k, [k, 1, 3, 3]) for k in range(5)])
-    records, _ = read(coco(tmp_path, objects_per_record=2))
+    write_coco(tmp_path, [annotation(k, [k, 1, 3, 3]) for k in range(5)])
+    records, _ = run(coco(tmp_path, objects_per_record=2))
     assert [record.id for record in records] == ["coco/1", "coco/1/2", "coco/1/3"]
     assert [each.source_id for record in records for each in record.regions] == list("01234")
 
 
 def test_shapes(tmp_path):
     rle = {"size": [20, 40], "counts": [100, 30, 670]}
-    write(
+    write_coco(
         tmp_path,
         [
             annotation(1, [1, 1, 8, 7], segmentation=[RING, [20, 1, 30, 1, 30, 9]]),
@@ -210,13 +186,13 @@ def test_shapes(tmp_path):
         ],
     )
     polygon = Region.polygon([RING, [20, 1, 30, 1, 30, 9]])
-    (boxes,), rejects = read(coco(tmp_path))
+    (boxes,), rejects = run(coco(tmp_path))
     assert [each.region.kind for each in boxes.regions] == ["box"] * 3
     assert rejects == {"crowd": 1}
-    (masks,), rejects = read(coco(tmp_path, shapes="mask"))
+    (masks,), rejects = run(coco(tmp_path, shapes="mask"))
     assert [each.region for each in masks.regions] == [polygon, Region.rle(rle)]
     assert rejects == {"crowd": 1, "object without a mask": 1}
-    (both,), rejects = read(coco(tmp_path, shapes="both"))
+    (both,), rejects = run(coco(tmp_path, shapes="both"))
     assert [each.region.kind for each in both.regions] == ["box", "polygon", "box", "rle", "box"]
     assert [turn.regions for turn in both.turns] == [(1,), (2,), (3,), (4,), (5,)]
     assert rejects == {"crowd": 1}
@@ -246,8 +222,8 @@ def test_shapes(tmp_path):
     ],
 )
 def test_an_unusable_annotation_is_left_out_and_counted(tmp_path, shapes, faulty, kind):
-    write(tmp_path, [annotation(2, [0, 0, 4, 4], segmentation=[RING]), faulty])
-    (record,), rejects = read(coco(tmp_path, shapes=shapes))
+    write_coco(tmp_path, [annotation(2, [0, 0, 4, 4], segmentation=[RING]), faulty])
+    (record,), rejects = run(coco(tmp_path, shapes=shapes))
     assert rejects == {kind: 1}
     assert {each.source_id for each in record.regions} == {"2"}
     with pytest.raises(DataError, match=kind):
@@ -274,25 +250,25 @@ def test_an_unusable_annotation_is_left_out_and_counted(tmp_path, shapes, faulty
 )
 def test_a_faulty_mask_costs_no_more_than_it_must(tmp_path, segmentation, kind, only_masks):
     good = annotation(1, [0, 0, 9, 9], segmentation=[RING])
-    write(tmp_path, [good, annotation(2, [0, 0, 9, 9], segmentation=segmentation)])
-    (record,), rejects = read(coco(tmp_path))
+    write_coco(tmp_path, [good, annotation(2, [0, 0, 9, 9], segmentation=segmentation)])
+    (record,), rejects = run(coco(tmp_path))
     assert rejects == ({} if only_masks else {kind: segmentation.count("p") if segmentation == "polygon" else 1})
     assert [each.source_id for each in record.regions] == ["1", "2"]
-    (record,), rejects = read(coco(tmp_path, shapes="both"))
+    (record,), rejects = run(coco(tmp_path, shapes="both"))
     assert rejects == {kind: 1}
     assert [(each.source_id, each.region.kind) for each in record.regions] == [
         ("1", "box"),
         ("1", "polygon"),
         ("2", "box"),
     ]
-    (record,), rejects = read(coco(tmp_path, shapes="mask"))
+    (record,), rejects = run(coco(tmp_path, shapes="mask"))
     assert rejects == {kind: 1}
     assert [each.source_id for each in record.regions] == ["1"]
 
 
 def test_a_thin_ring_beside_a_good_one_is_left_out_alone(tmp_path):
-    write(tmp_path, [annotation(1, [0, 0, 9, 9], segmentation=[[1, 1, 5, 5], RING])])
-    (record,), rejects = read(coco(tmp_path, shapes="mask"))
+    write_coco(tmp_path, [annotation(1, [0, 0, 9, 9], segmentation=[[1, 1, 5, 5], RING])])
+    (record,), rejects = run(coco(tmp_path, shapes="mask"))
     assert rejects == {"polygon of fewer than three points": 1}
     assert record.regions[0].region == Region.polygon([RING])
 
@@ -300,8 +276,8 @@ def test_a_thin_ring_beside_a_good_one_is_left_out_alone(tmp_path):
 def test_polygons_in_doubt_are_looked_at_closely(tmp_path):
     bow = [0, 0, 8, 8, 8, 0, 0, 8]
     beyond = [30, 5, 60, 5, 60, 15]
-    write(tmp_path, [annotation(k, [0, 0, 40, 20], segmentation=[ring]) for k, ring in enumerate((bow, beyond))])
-    (record,), rejects = read(coco(tmp_path, shapes="mask"))
+    write_coco(tmp_path, [annotation(k, [0, 0, 40, 20], segmentation=[ring]) for k, ring in enumerate((bow, beyond))])
+    (record,), rejects = run(coco(tmp_path, shapes="mask"))
     assert rejects == {}
     assert [each.region for each in record.regions] == [Region.polygon([bow]), Region.polygon([beyond])]
 
@@ -319,9 +295,9 @@ def test_unusable_images_are_left_out_and_counted(tmp_path):
         {"file_name": "1.png"},
     ]
     annotations = [annotation(k, [0, 0, 4, 4], image=k) for k in (1, 5)]
-    write(tmp_path, annotations, images)
+    write_coco(tmp_path, annotations, images)
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
-    (record,), rejects = read(coco(tmp_path))
+    (record,), rejects = run(coco(tmp_path))
     assert record.id == "coco/1"
     assert rejects == {
         "annotation of an image left out": 1,
@@ -333,52 +309,52 @@ def test_unusable_images_are_left_out_and_counted(tmp_path):
         "record of another format": 1,
         "unreadable image": 1,
     }
-    records, rejects = read(coco(tmp_path, check_images=False))
+    records, rejects = run(coco(tmp_path, check_images=False))
     assert [record.id for record in records] == ["coco/1", "coco/5"]
     assert "image file missing" not in rejects
 
 
 def test_what_holds_for_a_whole_file_fails(tmp_path):
-    path = write(tmp_path, [], categories=[{"id": 1, "name": "forklift"}])
+    path = write_coco(tmp_path, [], categories=[{"id": 1, "name": "forklift"}])
     with pytest.raises(DataError, match="'forklift' is not of COCO-80"):
-        read(coco(tmp_path))
-    read(coco(tmp_path, label_set="WAREHOUSE"))
-    write(tmp_path, [], categories=[{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}])
+        run(coco(tmp_path))
+    run(coco(tmp_path, label_set="WAREHOUSE"))
+    write_coco(tmp_path, [], categories=[{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}])
     with pytest.raises(DataError, match="one name for category 1"):
-        read(coco(tmp_path))
-    write(tmp_path, [])
-    other = write(tmp_path, [], name="other.json", categories=[{"id": 1, "name": "dog"}])
+        run(coco(tmp_path))
+    write_coco(tmp_path, [])
+    other = write_coco(tmp_path, [], name="other.json", categories=[{"id": 1, "name": "dog"}])
     with pytest.raises(DataError, match=r"category 1 to be 'person' as in instances\.json"):
-        read(coco(tmp_path, path, other))
+        run(coco(tmp_path, path, other))
     path.write_text('{"images": [], "annotations": []}')
     with pytest.raises(DataError, match="'categories'"):
-        read(coco(tmp_path))
+        run(coco(tmp_path))
 
 
 def test_categories_without_sense_are_counted(tmp_path):
     categories = [*CATEGORIES, {"id": 3, "name": " "}, {"name": "cat"}, CATEGORIES[0]]
-    write(tmp_path, [annotation(1, [0, 0, 4, 4])], categories=categories)
-    records, rejects = read(coco(tmp_path))
+    write_coco(tmp_path, [annotation(1, [0, 0, 4, 4])], categories=categories)
+    records, rejects = run(coco(tmp_path))
     assert len(records) == 1
     assert rejects == {"category name empty": 1, "record of another format": 1}
 
 
 def test_a_truncated_file_gives_what_came_before_the_break(tmp_path, caplog):
-    path = write(tmp_path, [annotation(k, [k, 0, 4, 4]) for k in (1, 2, 3)])
+    path = write_coco(tmp_path, [annotation(k, [k, 0, 4, 4]) for k in (1, 2, 3)])
     text = path.read_text()
     path.write_text(text[: text.index('"id": 3')])
-    (record,), rejects = read(coco(tmp_path))
+    (record,), rejects = run(coco(tmp_path))
     assert [each.source_id for each in record.regions] == ["1", "2"]
     assert rejects == {"truncated json": 1}
     assert "official ids" in caplog.text
     with pytest.raises(DataError, match=r"breaks off before its categories: .*fetch the file again"):
-        read(coco(tmp_path, label_set="OTHER"))
+        run(coco(tmp_path, label_set="OTHER"))
 
 
 def test_an_image_of_two_files_comes_from_the_first(tmp_path):
-    first = write(tmp_path, [annotation(1, [0, 0, 4, 4])])
-    second = write(tmp_path, [annotation(1, [1, 1, 4, 4], image=2), annotation(2, [1, 1, 4, 4])], name="b.json")
-    records, rejects = read(coco(tmp_path, first, second))
+    first = write_coco(tmp_path, [annotation(1, [0, 0, 4, 4])])
+    second = write_coco(tmp_path, [annotation(1, [1, 1, 4, 4], image=2), annotation(2, [1, 1, 4, 4])], name="b.json")
+    records, rejects = run(coco(tmp_path, first, second))
     assert [record.id for record in records] == ["coco/1"]
     assert rejects == {"duplicate id": 2, "annotation of an image left out": 2}
 
@@ -400,11 +376,11 @@ def test_categories_are_capped_exactly_over_all_files(tmp_path):
     annotations = [annotation(k, [k % 30, 0, 4, 4], image=k, category=(1, 18)[k % 4 == 0]) for k in range(1, 41)]
     annotations[0]["iscrowd"] = 1
     annotations[1]["bbox"] = [0, 0, 0, 0]
-    first = write(tmp_path, annotations[:20], images[:20])
-    second = write(tmp_path, annotations[20:], images[20:], name="b.json")
+    first = write_coco(tmp_path, annotations[:20], images[:20])
+    second = write_coco(tmp_path, annotations[20:], images[20:], name="b.json")
     drawn = []
     for seed in (0, 0, 1):
-        records, rejects = read(coco(tmp_path, first, second, boxes_per_category=12, seed=seed))
+        records, rejects = run(coco(tmp_path, first, second, boxes_per_category=12, seed=seed))
         assert rejects == {"box without size": 1, "crowd": 1}
         regions = [each for record in records for each in record.regions]
         names = [each.category for each in regions]
@@ -419,12 +395,12 @@ def test_the_sample_of_a_category_does_not_hang_on_the_others(tmp_path):
     people = [annotation(100 + k, [k % 30, 0, 4, 4], category=1) for k in range(9)]
 
     def sample() -> set:
-        records, _ = read(coco(tmp_path, boxes_per_category=5))
+        records, _ = run(coco(tmp_path, boxes_per_category=5))
         return {each.source_id for record in records for each in record.regions if each.category == "dog"}
 
-    write(tmp_path, dogs)
+    write_coco(tmp_path, dogs)
     alone = sample()
-    write(tmp_path, people + dogs)
+    write_coco(tmp_path, people + dogs)
     assert sample() == alone
     assert len(alone) == 5
 
@@ -439,10 +415,10 @@ def write_captions(folder: Path, captions: list) -> Path:
 
 
 def test_captions_are_records_of_their_own(tmp_path):
-    write(tmp_path, [annotation(1, [0, 0, 4, 4])])
+    write_coco(tmp_path, [annotation(1, [0, 0, 4, 4])])
     given = [{"id": k, "image_id": 2 - k % 2, "caption": f" A dog\n{k}."} for k in range(6)]
     captions = (write_captions(tmp_path, given),)
-    records, rejects = read(coco(tmp_path, captions=captions, captions_per_image=0))
+    records, rejects = run(coco(tmp_path, captions=captions, captions_per_image=0))
     assert rejects == {}
     assert [record.id for record in records] == [
         "coco/1",
@@ -451,13 +427,13 @@ def test_captions_are_records_of_their_own(tmp_path):
     ]
     turn = records[1].turns[0]
     assert (turn.task, turn.answer, records[1].regions) == ("image_caption", "A dog 1.", ())
-    one, _ = read(coco(tmp_path, captions=captions))
+    one, _ = run(coco(tmp_path, captions=captions))
     assert [record.task for record in one] == ["classify", "image_caption", "image_caption"]
     assert {record.id for record in one} < {record.id for record in records}
 
 
 def test_unusable_captions_are_counted(tmp_path):
-    write(tmp_path, [])
+    write_coco(tmp_path, [])
     captions = [
         {"id": 1, "image_id": 1, "caption": "A cat."},
         {"id": 1, "image_id": 1, "caption": "A cat."},
@@ -466,7 +442,7 @@ def test_unusable_captions_are_counted(tmp_path):
         {"id": 4, "image_id": 1, "caption": None},
         {"image_id": 1},
     ]
-    records, rejects = read(coco(tmp_path, captions=(write_captions(tmp_path, captions),)))
+    records, rejects = run(coco(tmp_path, captions=(write_captions(tmp_path, captions),)))
     assert [record.id for record in records] == ["coco/1/caption/1"]
     assert rejects == {
         "caption empty": 1,
@@ -478,10 +454,10 @@ def test_unusable_captions_are_counted(tmp_path):
 
 
 def test_captions_of_other_images_do_not_belong(tmp_path):
-    write(tmp_path, [])
+    write_coco(tmp_path, [])
     captions = write_captions(tmp_path, [{"id": 1, "image_id": 77, "caption": "A bus."}])
     with pytest.raises(DataError, match="belong together"):
-        read(coco(tmp_path, captions=(captions,)))
+        run(coco(tmp_path, captions=(captions,)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,12 +470,12 @@ def test_real_photographs(tmp_path):
         pytest.skip(f"no photographs at {root}; set REGIONGPT_DATA to the folder that holds coco_photos")
     files = (root / "instances_dev.json",)
     options = {"images": root / "images", "instances": files, "captions": (root / "captions_dev.json",)}
-    records, rejects = read(CocoConverter(**options, captions_per_image=0))
+    records, rejects = run(CocoConverter(**options, captions_per_image=0))
     assert rejects == {"crowd": 4}
     tasks = [turn.task for record in records for turn in record.turns]
     assert tasks.count("image_caption") == 1371
     assert tasks.count("classify") == 2776  # of 2,780
-    records, rejects = read(CocoConverter(**options, shapes="mask"))
+    records, rejects = run(CocoConverter(**options, shapes="mask"))
     assert sum(len(record.regions) for record in records) == 509
     assert rejects == {"crowd": 4, "object without a mask": 2267}
 
@@ -508,7 +484,7 @@ def test_lvis():
     path = DATA / "fixtures" / "lvis" / "lvis_val_100.json"
     if not path.is_file():
         pytest.skip(f"no LVIS annotations at {path}; set REGIONGPT_DATA to the folder that holds fixtures")
-    records, rejects = read(LvisConverter(images=DATA, instances=(path,), check_images=False, shapes="mask"))
+    records, rejects = run(LvisConverter(images=DATA, instances=(path,), check_images=False, shapes="mask"))
     assert rejects == {}
     assert sum(len(record.regions) for record in records) == 977
     assert records[0].image.startswith("val2017/0")
@@ -519,9 +495,9 @@ def test_lvis():
 
 def test_lvis_takes_the_image_from_its_address(tmp_path):
     image = {"id": 1, "width": 40, "height": 20, "coco_url": "http://x.org/train2017/1.png", "file_name": "old.png"}
-    write(tmp_path, [annotation(1, [0, 0, 4, 4])], [image, {"id": 2, "width": 40, "height": 20, "coco_url": None}])
+    write_coco(tmp_path, [annotation(1, [0, 0, 4, 4])], [image, {"id": 2, "width": 40, "height": 20, "coco_url": None}])
     (tmp_path / "train2017").mkdir()
     Image.new("RGB", (40, 20)).save(tmp_path / "train2017" / "1.png")
-    (record,), rejects = read(LvisConverter(images=tmp_path, instances=(tmp_path / "instances.json",)))
+    (record,), rejects = run(LvisConverter(images=tmp_path, instances=(tmp_path / "instances.json",)))
     assert (record.id, record.image) == ("lvis/1", "train2017/1.png")
     assert rejects == {"image outside the folder": 1}

@@ -1,47 +1,39 @@
 """V3Det: names of the closed set, caps by category, and a list of names that must fit."""
 
 import json
-import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from converting import DATA, annotation, run
 
 from regiongpt.data.closed_sets import V3DetConverter
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 
-DATA = Path(os.environ.get("REGIONGPT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 NAMES = ["ashtray", "cash machine", "popper"]
 
 
 def write(folder: Path, names: list[str], each: int = 150) -> Path:
     """Instances in V3Det's layout: ``each`` boxes of every category, ten an image."""
-    categories = [
-        {"id": k, "name": name, "name_zh": "", "cat_info": "", "novel": False} for k, name in enumerate(names, 1)
+    categories = [{"id": k, "name": name, "name_zh": "", "novel": False} for k, name in enumerate(names, 1)]
+    count = each * len(names)
+    boxes = [
+        annotation(k + 1, [k % 10 * 9, 3, 8, 7], image=k // 10 + 1, category=k % len(names) + 1) for k in range(count)
     ]
-    images, annotations = [], []
-    for number in range(each * len(names)):
-        image = number // 10 + 1
-        if number % 10 == 0:
-            images.append({"id": image, "file_name": f"images/n01/{image}.jpg", "width": 100, "height": 80})
-        box = [number % 10 * 9, 3, 8, 7]
-        annotations.append(
-            {"id": number + 1, "image_id": image, "category_id": number % len(names) + 1, "bbox": box, "iscrowd": 0}
-        )
+    images = [
+        {"id": k, "file_name": f"images/n01/{k}.jpg", "width": 100, "height": 80}
+        for k in range(1, (count + 9) // 10 + 1)
+    ]
     path = folder / "v3det_2023_v1_train.json"
-    path.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
+    path.write_text(json.dumps({"images": images, "categories": categories, "annotations": boxes}))
     return path
 
 
 def counts(converter: V3DetConverter) -> dict[str, int]:
-    rejects = Rejects()
-    found: dict[str, int] = {}
-    for record in converter.records(rejects):
-        record.check()
-        for turn in record.turns:
-            found[turn.answer] = found.get(turn.answer, 0) + 1
-    assert rejects.counts == {}
-    return found
+    records, rejects = run(converter)
+    assert rejects == {}
+    return dict(Counter(turn.answer for record in records for turn in record.turns))
 
 
 def test_the_papers_caps_are_exact(tmp_path):
