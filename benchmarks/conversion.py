@@ -63,7 +63,7 @@ def write_array(path: Path, head: str, entries: Iterator[Any], tail: str, progre
 
 
 def make_coco(folder: Path, scale: float) -> dict[str, int]:
-    """``instances.json`` and its images; outlines of 23 points, every tenth object in two parts, some crowds as RLE."""
+    """Instances and their images; outlines of 23 points, every tenth object in two parts, some crowds as RLE."""
     from regiongpt.prompts import COCO_80, COCO_IDS
 
     rng = np.random.default_rng(1)
@@ -159,24 +159,10 @@ def make_vg(folder: Path, scale: float) -> dict[str, int]:
 # Steps
 
 
-def convert_coco(folder: Path, shapes: str) -> dict[str, Any]:
-    from regiongpt.data.closed_sets import CocoConverter
-    from regiongpt.data.sources import convert
+def convert(source: str, out: Path, **given: Any) -> dict[str, Any]:
+    from regiongpt.data import sources
 
-    converter = CocoConverter(images=folder / "images", instances=(folder / "instances.json",), shapes=shapes)
-    manifest = convert(converter, folder / shapes)
-    return {"counts": manifest.counts, "rejects": manifest.rejects}
-
-
-def convert_vg(folder: Path) -> dict[str, Any]:
-    from regiongpt.data.sources import convert, load_converter
-
-    given: dict[str, Any] = {
-        "images": folder / "images",
-        "regions": folder / "region_descriptions.json",
-        "image_data": folder / "image_data.json",
-    }
-    manifest = convert(load_converter("vg")(**given), folder / "records")
+    manifest = sources.convert(sources.load_converter(source)(**given), out)
     return {"counts": manifest.counts, "rejects": manifest.rejects}
 
 
@@ -211,30 +197,26 @@ def read_at_random(folder: Path, reads: int) -> dict[str, Any]:
 
 def steps(work: Path, scale: float, reads: int) -> dict[str, Callable[[], dict[str, Any]]]:
     coco, vg = work / "coco", work / "vg"
+    instances: dict[str, Any] = {"images": coco / "images", "instances": (coco / "instances.json",)}
+    described = {"regions": vg / "region_descriptions.json", "image_data": vg / "image_data.json"}
     return {
         "make_coco": lambda: make_coco(coco, scale),
         "pycocotools": lambda: load_coco(coco),
-        "coco_box": lambda: convert_coco(coco, "box"),
-        "coco_mask": lambda: convert_coco(coco, "mask"),
+        "coco_box": lambda: convert("coco", coco / "box", **instances),
+        "coco_mask": lambda: convert("coco", coco / "mask", shapes="mask", **instances),
         "read_box": lambda: read_at_random(coco / "box", reads),
         "read_mask": lambda: read_at_random(coco / "mask", reads),
         "make_vg": lambda: make_vg(vg, scale),
-        "vg": lambda: convert_vg(vg),
+        "vg": lambda: convert("vg", vg / "records", images=vg / "images", **described),
         "read_vg": lambda: read_at_random(vg / "records", reads),
     }
 
 
 def run_step(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """One step in its own process: its seconds, its peak of memory and what it returned.
-
-    Raises:
-        RuntimeError: It failed.
-    """
+    """One step in its own process: its seconds, its peak of memory and what it returned."""
     command = [sys.executable, __file__, "--step", name, "--work", str(work)]
     command += ["--scale", str(options.scale), "--reads", str(options.reads), "--cores", str(options.cores)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the step {name} ended with {done.returncode}")
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -253,14 +235,6 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
     for name, figure in figures.items():
         shown = {key: value for key, value in figure.items() if key not in ("seconds", "peak_gb")}
         lines.append(f"{name:<12} {figure['seconds']:>9.1f} {figure['peak_gb']:>8.2f}  {json.dumps(shown)}")
-    if "pycocotools" in figures:
-        loaded = figures["pycocotools"]
-        for name in ("coco_box", "coco_mask"):
-            if name in figures:
-                time_, peak = (figures[name][key] / loaded[key] for key in ("seconds", "peak_gb"))
-                lines.append(
-                    f"{name} against loading with pycocotools: {time_:.2f} of the time, {peak:.2f} of the peak"
-                )
     return "\n".join(lines)
 
 

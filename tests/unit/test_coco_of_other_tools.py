@@ -343,15 +343,6 @@ def test_a_name_of_two_categories_is_one(tmp_path: Path, caplog: pytest.LogCaptu
     assert "categories 1 and 4 are both called 'cat'" in caplog.text
 
 
-def test_machine_made_boxes_are_left_out_one_by_one(tmp_path: Path) -> None:
-    bad = [thing(2, bbox=[50, 50, 0, 7]), thing(3, bbox=[41, 5, 9, 9]), thing(4, bbox="box"), thing(5, image_id=9)]
-    file = write(tmp_path, thing(1), *bad)
-    kinds = {"box without size", "box outside the image", "record of another format", "annotation of an absent image"}
-    _, rejects = convert(tmp_path)
-    assert rejects == dict.fromkeys(kinds, 1) == load_coco([CocoSource(instances=file, images=tmp_path)]).skipped
-    assert len(asked(tmp_path).items()) == len(proposed(tmp_path)) == 1
-
-
 @pytest.mark.parametrize("text", ["<image>", "a <region1>", "<region of interest that is long>", "<Region2"])
 def test_placeholders_in_names_and_captions_are_rejected(tmp_path: Path, text: str) -> None:
     write(tmp_path, thing(1), thing(2, category_id=2), categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": text}])

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from regiongpt.data.chat import JsonlConverter, RegionCaptionsConverter
@@ -181,34 +179,6 @@ def test_files_that_are_no_json_lines(tmp_path):
     made.data.unlink()
     with pytest.raises(DataError, match=r"own\.jsonl: not a readable file of json lines: No such file"):
         run(made)
-
-
-numbers = st.floats(0, 30)
-points = st.lists(st.tuples(numbers, numbers), min_size=3, max_size=6)
-regions = st.one_of(
-    st.tuples(numbers, numbers, st.floats(0.5, 9), st.floats(0.5, 9)).map(
-        lambda box: Region.box(box[0], box[1], box[0] + box[2], box[1] + box[3])
-    ),
-    points.map(Region.polygon),
-    points.map(lambda line: Region.scribble(line, 2.5)),
-    st.tuples(numbers, numbers).map(lambda at: Region.point(*at)),
-    st.lists(st.lists(st.booleans(), min_size=40, max_size=40), min_size=30, max_size=30).map(Region.mask),
-)
-
-
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
-@given(st.lists(regions, min_size=1, max_size=4))
-def test_regions_survive(tmp_path, marked):
-    given_regions = [each.to_dict() for each in marked]
-    records, rejects, _ = run(
-        write(tmp_path, [line(regions=given_regions), line({"task": "image_caption", "answer": "x"})])
-    )
-    if len(records) == 2:
-        assert [each.region for each in records[0].regions] == marked
-    else:
-        assert rejects == {"region that makes no sense": 1}
-        with pytest.raises(Exception, match="region"):
-            [each.check(40, 30) for each in marked]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import re
 import shlex
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,11 +113,6 @@ def test_the_order_is_of_the_seed_and_the_epoch_alone(folders: Path) -> None:
     assert first.identity() == second.identity() != other.identity()
 
 
-def test_parts_come_mixed_and_not_one_after_the_other(folders: Path) -> None:
-    kinds = [name.split("/")[0] for name in ids(mixture(folders, BOTH), 0)]
-    assert sum(before != after for before, after in pairwise(kinds)) > 3
-
-
 def test_a_folder_of_records_is_a_mixture_of_its_own(folders: Path) -> None:
     mixed = open_mixture(folders / "small")
     assert sorted(ids(mixed, 0)) == [f"small/{number}" for number in range(7)]
@@ -186,14 +180,7 @@ def test_the_papers_mixtures_are_read_and_their_commands_have_these_options(name
         options = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
         assert options - {"out"} <= fields.keys()
         assert {name for name, field in fields.items() if field.is_required()} <= options
-
-
-def test_the_papers_limits() -> None:
-    given = {
-        name: {words[0]: " ".join(words) for words in commands(ROOT / "configs" / "data" / f"{name}.toml")}
-        for name in ("pretrain", "finetune")
-    }
-    assert "--boxes-per-category 100 " in given["pretrain"]["v3det"]
-    assert "--boxes-per-category 10 " in given["finetune"]["v3det"]
-    assert "--boxes-per-category 20 " in given["finetune"]["coco"]
-    assert all("--boxes-per-image 10 " in given[name]["vg"] for name in given)
+    limits = {words[0]: " ".join(words) for words in given}
+    assert f"--boxes-per-category {10 if name == 'finetune' else 100} " in limits["v3det"]
+    assert "--boxes-per-image 10 " in limits["vg"]
+    assert name == "pretrain" or "--boxes-per-category 20 " in limits["coco"]

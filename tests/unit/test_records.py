@@ -96,21 +96,6 @@ def test_every_kind_of_region_survives_a_shard(tmp_path_factory, given):
     assert read == written
 
 
-def test_every_field_of_a_turn_survives(tmp_path):
-    turns = (
-        Turn(task="classify", answer="dog", regions=(1,), label_set="COCO-80", guided=True),
-        Turn(task="locate", answer="Region [2]", regions=(1, 2), expression="the dog", guided=True),
-        Turn(task="relation", answer="beside <region2>", regions=(1, 2)),
-        Turn(task="presence", answer="Yes.", category="dog"),
-        Turn(task="chat", answer="Yes.", question="Is <region1> a dog?"),
-    )
-    written = record(0, Region.box(0, 0, 4, 4), Region.box(1, 1, 4, 4), turns=turns)
-    save(tmp_path, [written])
-    (read,) = RecordSet(tmp_path)
-    assert read == written
-    assert (read.task, record(0).task) == ("mixed", "image_caption")
-
-
 def test_wordings_are_drawn_from_seed_epoch_and_index():
     asked = record(
         0, Region.box(0, 0, 4, 4), turns=tuple(Turn(task="caption", regions=(1,), answer="a") for _ in "123")
