@@ -253,6 +253,7 @@ def _filling(out: Path) -> Iterator[Path]:
             shutil.rmtree(left)
         unfinished.mkdir()
         yield unfinished
+        shutil.rmtree(out / ".arrow", ignore_errors=True)  # what RecordSet has made of the old ones
         for old in [out / MANIFEST, *out.glob("records-*")]:
             old.unlink(missing_ok=True)
         for file in sorted(unfinished.iterdir(), key=lambda file: file.name == MANIFEST):

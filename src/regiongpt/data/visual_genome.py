@@ -123,6 +123,8 @@ class VisualGenomeConverter(Converter):
                 if image.image_id in images:
                     raise Fault("duplicate id", f"expected each image once, got {image.image_id} again")
                 images[image.image_id] = image
+        if not images:
+            raise DataError(f"{self.image_data}: no image can be used; {rejects.summary()}: {rejects.last}")
         try:
             # A database of no name is a temporary file that goes with its connection.
             with closing(sqlite3.connect("")) as store:
