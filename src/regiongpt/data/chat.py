@@ -66,10 +66,6 @@ class LinesConverter(Converter):
         """The record of a line; RegionGPTError if it cannot be used."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Your own
-
-
 def _without_image(text: str) -> str:
     if IMAGE_TOKEN in text:
         raise Fault("placeholder in the text", f"leave {IMAGE_TOKEN} out: the image comes first of itself")
@@ -154,10 +150,6 @@ def _turn(given: Any, where: str, n_regions: int) -> Turn:
     return Turn(**values)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Region captions
-
-
 class _Described(Row):
     id: Identity
     image: ImageName
@@ -185,10 +177,6 @@ class RegionCaptionsConverter(LinesConverter):
         turn = Turn(task="describe", answer=row.caption, regions=(1,))
         region = RecordRegion(region=Region.from_dict(row.region), category=row.category or "")
         return self.record(row.id, row.image, (row.width, row.height), [region], [turn])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LLaVA
 
 
 class _Message(Row):

@@ -20,9 +20,6 @@ BLOCK: Final = 1 << 20
 _LONGEST_WORD: Final = 16  # characters of the longest word of json, '-Infinity', or escape, with some to spare
 _DECODE = json.JSONDecoder().raw_decode
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arrays
-
 
 def iter_array(path: Path, key: str | None, rejects: Rejects) -> Iterator[Any]:
     """The elements of one top-level array, or of the file itself where ``key`` is None; see :func:`iter_arrays`."""
@@ -171,10 +168,6 @@ class _Text:
         self.take("]")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lines
-
-
 @contextmanager
 def noting_line(path: Path, number: int, rejects: Rejects) -> Iterator[None]:
     """Count a line that cannot be used, whatever is wrong with it, and go on behind it."""
@@ -222,9 +215,6 @@ def _decoded(line: bytes, number: int) -> dict[str, Any]:
         raise Fault(MALFORMED, f"expected a json object, got {short(entry)}")
     return entry
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pickles
 
 _SETS = {"builtins": (set, frozenset), "__builtin__": (set, frozenset)}  # old protocols have no opcode for sets
 

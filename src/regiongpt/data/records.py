@@ -40,28 +40,16 @@ class RecordRegion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One question and its answer.
+    """One question and its answer, in which ``<regionN>`` stands for a region of the record."""
 
-    Attributes:
-        task: A key of :data:`regiongpt.prompts.QUESTIONS`, or ``"chat"`` for a question that stands as it is.
-        answer: What is to be learnt; placeholders ``<regionN>`` are allowed.
-        question: The question as it stands, with placeholders ``<regionN>`` and without ``<image>``; ``""`` to have it
-            worded by the task.
-        regions: 1-based numbers of the record's regions that the wording names, in order.
-        expression: What to find, for ``locate``.
-        category: The class asked for, for ``presence``.
-        label_set: The closed set named in the suffix of ``classify``.
-        guided: Whether the suffix that fixes the format of the answer is added (paper Table 1).
-    """
-
-    task: str
+    task: str  # a key of prompts.QUESTIONS, or "chat" for a question that stands as it is
     answer: str
-    question: str = ""
-    regions: tuple[int, ...] = ()
-    expression: str = ""
-    category: str = ""
-    label_set: str = ""
-    guided: bool = False
+    question: str = ""  # as it stands, without <image>; "" to have it worded by the task
+    regions: tuple[int, ...] = ()  # numbers from 1 of those that the wording names, in order
+    expression: str = ""  # what to find, for "locate"
+    category: str = ""  # the class asked for, for "presence"
+    label_set: str = ""  # the closed set named in the suffix of "classify"
+    guided: bool = False  # whether the suffix that fixes the format of the answer is added (paper Table 1)
 
     def text(self, wording: int, suffixes: bool = True) -> str:
         """The question in one of its wordings, a guided one without its suffix where ``suffixes`` is false.
@@ -84,25 +72,15 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One image and a conversation about it.
+    """One image and a conversation about it; docs/data.md says more of the fields."""
 
-    Attributes:
-        id: Unique in its folder, and the same whenever the same source is converted.
-        source: Name of the converter.
-        image: Path of the image below the images' folder, with forward slashes; ``""`` for a conversation without one.
-        width: Of the image in pixels, 0 without one.
-        height: Of the image in pixels, 0 without one.
-        regions: What ``<region1>``, ``<region2>``, ... stand for.
-        turns: At least one.
-    """
-
-    id: str
+    id: str  # unique in its folder, and the same whenever the same source is converted
     source: str
-    image: str
-    width: int
+    image: str  # path below the images' folder, with forward slashes; "" for a conversation without one
+    width: int  # of the image in pixels, 0 without one
     height: int
-    regions: tuple[RecordRegion, ...]
-    turns: tuple[Turn, ...]
+    regions: tuple[RecordRegion, ...]  # what <region1>, <region2>, ... stand for
+    turns: tuple[Turn, ...]  # at least one
 
     @property
     def task(self) -> str:

@@ -46,9 +46,6 @@ of every record's id.
 SAME_OBJECT: Final = 0.9
 """Intersection over union from which two boxes count as one object annotated twice."""
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
 
 class Ref(NamedTuple):
     """One object that is referred to, with the ids and words of its expressions."""
@@ -201,10 +198,6 @@ def read_instances(path: Path, wanted: set[int], rejects: Rejects) -> dict[int, 
     for number, place, category, box, crowd in zip(*(column.tolist() for column in columns), strict=True):
         scenes[place].objects[number] = SceneObject(tuple(box), file.names[category], crowd)
     return dict(zip(file.images.tolist(), scenes, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
 
 
 class RefCocoConverter(Converter):

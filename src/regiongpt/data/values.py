@@ -23,9 +23,6 @@ APART: Final = "files that do not belong together"
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers and boxes
-
 
 def whole(value: Any) -> int | None:
     """A whole number from 0 on, also written as ``384.0`` or ``"384"``; None for anything else."""
@@ -71,10 +68,6 @@ def clipped_box(box: Sequence[Any], width: int, height: int) -> Corners:
         within = f"{MIN_AREA} px^2 within {width} x {height} pixels (W x H)"
         raise Fault("box outside the image", f"expected at least {within}, got {short(box)} (x, y, w, h)")
     return x0, y0, x1, y1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts
 
 
 def plain_text(value: Any, what: str) -> str:
@@ -128,9 +121,6 @@ def _setting(text: str) -> str:
 Words = Annotated[str, AfterValidator(_setting)]
 """A setting that becomes part of questions."""
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-
 
 class Row(BaseModel):
     """One entry of a file, with the types of what is read of it; other keys are passed over."""
@@ -167,9 +157,6 @@ Side = Annotated[
 ImageName = Annotated[str, BeforeValidator(image_name)]
 Expression = Annotated[str, BeforeValidator(lambda value: plain_text(value, "expression"))]
 Caption = Annotated[str, BeforeValidator(lambda value: plain_text(value, "caption"))]
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
 
 
 def check_image(path: str | Path, width: int | None = None, height: int | None = None) -> tuple[int, int]:

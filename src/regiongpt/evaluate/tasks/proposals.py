@@ -52,13 +52,12 @@ def read_proposals(
         with rejects.noting(path, place):
             try:
                 row = read_annotation(entry)
-                score = read_score(entry)
                 if row.image is None or row.box is None:
                     wanted = "expected image_id, and a bbox of four numbers or a segmentation"
                     raise Fault(MALFORMED, f"{wanted}, got {short(entry)}")
                 if row.image in images:
                     box = clipped_box(row.box, *(size(row.image) or (_ENDLESS, _ENDLESS)))
-                    found.setdefault(row.image, []).append((score, box))
+                    found.setdefault(row.image, []).append((read_score(entry), box))
             except Fault as error:
                 fault = fault or f"[{place}]: {error}"
                 raise
