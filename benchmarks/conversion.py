@@ -32,10 +32,6 @@ LINKS = 30_000  # of one file; file systems allow about twice as many
 WORDS = ("a", "the", "small", "red", "white", "dog", "man", "standing", "holding", "wooden", "table", "on", "near")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files of the real shapes
-
-
 def make_images(folder: Path, names: Sequence[str]) -> None:
     """A photograph's worth of pixels under each name."""
     from PIL import Image
@@ -153,10 +149,6 @@ def make_vg(folder: Path, scale: float) -> dict[str, int]:
     path = folder / "region_descriptions.json"
     write_array(path, "[", described(), "]", Progress("Visual Genome", images, "images"))
     return {"images": images, "regions": regions, "bytes": path.stat().st_size}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps
 
 
 def convert(source: str, out: Path, **given: Any) -> dict[str, Any]:

@@ -58,10 +58,6 @@ def regions(folder: Path, **options: object) -> list[Region]:
     return [each.region for record in convert(folder, **options)[0] for each in record.regions]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Crowds
-
-
 def test_crowds_are_counted_and_taken_where_asked_for(tmp_path: Path) -> None:
     write(tmp_path, thing(1, segmentation=RLE, iscrowd=1), thing(2, iscrowd="1"), thing(3, segmentation=RLE))
     _, rejects = convert(tmp_path)
@@ -90,10 +86,6 @@ def test_a_file_of_crowds_alone_names_the_option_that_takes_them(
     for read in (asked(tmp_path).items, lambda: proposed(tmp_path)):
         with pytest.raises(DataError, match="--crowds takes"):
             read()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which image an entry means
 
 
 @pytest.mark.parametrize(
@@ -223,10 +215,6 @@ def test_a_size_that_is_not_stated_is_that_of_the_image(tmp_path: Path) -> None:
     assert convert(tmp_path, check_images=False)[1] == {"image without size": 1, "annotation of an image left out": 1}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Boxes and masks
-
-
 @pytest.mark.parametrize(
     "box", [{}, {"bbox": None}, {"bbox": []}, {"bbox": [0, 0, 0, 0]}, {"bbox": [1, 2, float("nan"), 3]}]
 )
@@ -281,10 +269,6 @@ def test_every_way_to_write_rle(tmp_path: Path, rle: dict) -> None:
     (found,) = regions(tmp_path, shapes="mask")
     assert np.array_equal(found.to_mask(40, 30), Region.rle(RLE).to_mask(40, 30))
     assert proposed(tmp_path) == [found]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers, names and order
 
 
 def test_whole_numbers_as_floats_and_text_and_a_byte_order_mark(tmp_path: Path) -> None:

@@ -26,10 +26,6 @@ def coco(folder: Path, *files: Path, **options: object) -> CocoConverter:
     return CocoConverter(**{**given, **options})  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Streaming
-
-
 @given(
     st.lists(
         st.recursive(
@@ -113,10 +109,6 @@ def test_a_missing_file_is_named(tmp_path):
         list(iter_array(tmp_path / "none.json", None, Rejects()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-
-
 def test_images_are_checked_by_their_headers(tmp_path):
     good, broken = tmp_path / "a.png", tmp_path / "b.png"
     Image.new("RGB", (40, 20)).save(good)
@@ -138,10 +130,6 @@ def test_an_image_on_its_side_has_the_size_that_training_sees(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert check_image(tmp_path / "a.jpg") == (20, 40)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Objects
 
 
 def test_every_name_has_a_converter():
@@ -367,10 +355,6 @@ def test_options_out_of_range(tmp_path, options):
         coco(tmp_path, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples
-
-
 def test_categories_are_capped_exactly_over_all_files(tmp_path):
     images = [{"id": k, "file_name": "1.png", "width": 40, "height": 20} for k in range(1, 41)]
     annotations = [annotation(k, [k % 30, 0, 4, 4], image=k, category=(1, 18)[k % 4 == 0]) for k in range(1, 41)]
@@ -403,10 +387,6 @@ def test_the_sample_of_a_category_does_not_hang_on_the_others(tmp_path):
     write_coco(tmp_path, people + dogs)
     assert sample() == alone
     assert len(alone) == 5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Captions
 
 
 def write_captions(folder: Path, captions: list) -> Path:
@@ -458,10 +438,6 @@ def test_captions_of_other_images_do_not_belong(tmp_path):
     captions = write_captions(tmp_path, [{"id": 1, "image_id": 77, "caption": "A bus."}])
     with pytest.raises(DataError, match="belong together"):
         run(coco(tmp_path, captions=(captions,)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole conversions
 
 
 def test_real_photographs(tmp_path):

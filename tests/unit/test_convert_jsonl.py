@@ -181,10 +181,6 @@ def test_files_that_are_no_json_lines(tmp_path):
         run(made)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Region captions
-
-
 def described(**more: object) -> dict:
     values = {"id": "a/1", "image": "a.png", "width": 40, "height": 30, "region": BOX, "category": "cup"}
     return {**values, "caption": "A white cup with a blue rim.", "score": 0.31, **more}

@@ -272,10 +272,6 @@ def test_faults_of_the_json_layout(tmp_path):
     assert run(made.replace(refs=path, instances=None))[1]["truncated json"] == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pickles
-
-
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_data_survives(tmp_path, protocol):
     shared = ["twice"]

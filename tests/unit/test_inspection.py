@@ -102,10 +102,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return call
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
 def count(*records: Record) -> dict[str, Any]:
     return statistics("hand", records, {"box without size": 1})
 
@@ -181,10 +177,6 @@ def test_a_plot_of_records_without_regions(tmp_path: Path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
     with pytest.raises(ConfigError, match=r"plot\.xyz"):
         plot(count(RECORDS[3]), tmp_path / "plot.xyz")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Check
 
 
 def put(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -301,10 +293,6 @@ def test_moved_images(folder: Path, images: Path, tmp_path: Path, run, monkeypat
     assert run(folder, "--check", "--images", "moved")[0] == 0, "a relative path is that of where one is"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One record
-
-
 def test_a_record_is_found_by_place_and_by_id(folder: Path):
     records = RecordSet(folder)
     assert [inspection.find(records, which) for which in ("0", "3", "hand/talk")] == [0, 3, 1]
@@ -398,10 +386,6 @@ def test_one_record_as_json(folder: Path, run):
     assert learnt.removesuffix("</s>").strip() == TALK.answer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-
-
 def test_the_gallery_needs_no_other_file(folder: Path, tmp_path: Path, run):
     path = tmp_path / "page.html"
     code, out, _ = run(folder, "--html", path)
@@ -434,10 +418,6 @@ def test_the_gallery_shows_faulty_records_with_the_reason(images: Path, tmp_path
     assert page.count('class="fault"') == 4
     assert "blob" in page
     assert "none.png" in page
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input, progress
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,6 @@ def record(image: str, *regions: tuple[Region, str, str], width: int = 40, heigh
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# COCO json
-
-
 def test_coco_json_is_what_pycocotools_and_the_converter_read(tmp_path, capsys):
     box, polygon = Region.box(1, 2, 11, 8), Region.polygon([[1, 1, 9, 1, 9, 8], [20, 1, 30, 1, 30, 9]])
     pixels = np.zeros((20, 40), bool)
@@ -82,10 +78,6 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         write_coco([], tmp_path / "none" / "a.json")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-
-
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
 @settings(max_examples=40, deadline=None)
 def test_masks_survive_png_and_rle(width, height, data):
@@ -124,10 +116,6 @@ def test_files_that_are_no_masks(tmp_path, make, error):
     make(tmp_path / "a.png")
     with pytest.raises(error):
         read_mask_png(tmp_path / "a.png")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# supervision
 
 
 def detections(**given: object) -> object:

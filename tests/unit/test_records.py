@@ -77,10 +77,6 @@ def some(count: int) -> list[Record]:
     return [record(k, Region.box(0, 0, 1 + k % 9, 2), Region.point(3, 3)) for k in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The schema
-
-
 @given(st.lists(regions, max_size=6))
 @settings(max_examples=15, deadline=None)
 def test_every_kind_of_region_survives_a_shard(tmp_path_factory, given):
@@ -152,10 +148,6 @@ def test_a_row_of_another_schema_is_told():
             Record.from_row(broken)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
-
-
 def test_the_same_records_give_the_same_bytes(tmp_path):
     first, second = (
         save(tmp_path / "a", some(50), records_per_shard=20),
@@ -178,15 +170,6 @@ def test_records_are_read_by_index_and_in_order(tmp_path):
     assert list(read) == written
     assert read.image_path(read[3]) == tmp_path / "photos" / "3.jpg"
     assert RecordSet(tmp_path, images="/elsewhere").image_path(read[3]) == Path("/elsewhere/3.jpg")
-
-
-def test_the_shards_carry_the_schema_for_any_reader_of_parquet(tmp_path):
-    import pyarrow.parquet as pq
-
-    save(tmp_path, some(3))
-    table = pq.read_table(tmp_path / "records-00000.parquet")
-    assert table.schema.metadata[b"regiongpt_schema_version"] == b"1"
-    assert table.column("id").to_pylist() == ["test/0", "test/1", "test/2"]
 
 
 def test_what_cannot_be_learnt_is_left_out_and_counted(tmp_path):
