@@ -439,7 +439,7 @@ def test_the_gallery_shows_faulty_records_with_the_reason(images: Path, tmp_path
         (["--record", "0", "--picture", "x.xyz"], ["x.xyz", ".png"]),
         (["--plot", "nowhere/x.png"], ["nowhere/x.png", "no folder"]),
         (["--html", "."], ["a folder"]),
-        (["--check", "--model", "nowhere"], ["nowhere", "processor_config.json"]),
+        (["--check", "--model", "nowhere"], ["nowhere"]),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(

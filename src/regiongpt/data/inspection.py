@@ -21,12 +21,12 @@ from regiongpt.console import progress
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Fault, RecordSet, counted, fault_of, many, require_data_extra
 from regiongpt.drawing import COLOURS, check_picture, draw_regions, save_picture
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError
+from regiongpt.errors import ConfigError, DataError, RegionError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
 from regiongpt.report import picture, write_page
 from regiongpt.settings import Settings
-from regiongpt.storage import check_writable, reason, sha256, write_file
+from regiongpt.storage import check_writable, sha256, write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -194,16 +194,12 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
 
 def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
     """The processor of a checkpoint folder; of the package's model by default. CheckpointError if there is none."""
+    from regiongpt.model import weights
     from regiongpt.model.processing import RegionGPTProcessor
-    from regiongpt.model.weights import nano_path
 
-    folder = nano_path() if model is None else Path(model)
-    if not (folder / "processor_config.json").is_file():
-        raise CheckpointError(f"{folder}: not a checkpoint folder, there is no processor_config.json in it")
-    try:
+    folder = weights.nano_path() if model is None else Path(model)
+    with weights.reading(f"the processor of {folder}"):
         loaded: RegionGPTProcessor = RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: its processor cannot be read: {reason(error)}") from error
     return loaded
 
 
