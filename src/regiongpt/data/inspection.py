@@ -198,6 +198,7 @@ def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
     from regiongpt.model.processing import RegionGPTProcessor
 
     folder = weights.nano_path() if model is None else Path(model)
+    weights.check_checkpoint(folder)
     with weights.reading(f"the processor of {folder}"):
         loaded: RegionGPTProcessor = RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
     return loaded
