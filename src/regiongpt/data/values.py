@@ -54,11 +54,9 @@ def clipped_box(box: Sequence[Any], width: int, height: int) -> Corners:
     Raises:
         Fault: It is no box, or has no area in the image.
     """
-    for value in box:
-        if type(value) not in (int, float):
-            raise Fault("box that is not four numbers", f"expected x, y, width, height as numbers, got {short(box)}")
-        if not is_number(value):
-            raise Fault("box that is not finite", f"expected finite pixels, got {short(box)}")
+    if not all(map(is_number, box)):
+        kind = "finite" if all(type(value) in (int, float) for value in box) else "four numbers"
+        raise Fault(f"box that is not {kind}", f"expected x, y, width, height as finite pixels, got {short(box)}")
     x, y, w, h = box
     if w <= 0 or h <= 0:
         raise Fault("box without size", f"expected a width and height above 0, got {short(box)} (x, y, w, h)")
