@@ -26,7 +26,7 @@ from regiongpt.images import load_image
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
 from regiongpt.report import picture, write_page
 from regiongpt.settings import Settings
-from regiongpt.storage import check_writable, sha256, write_file
+from regiongpt.storage import check_checkpoint, check_writable, sha256, write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -198,7 +198,7 @@ def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
     from regiongpt.model.processing import RegionGPTProcessor
 
     folder = weights.nano_path() if model is None else Path(model)
-    weights.check_checkpoint(folder)
+    check_checkpoint(folder)
     with weights.reading(f"the processor of {folder}"):
         loaded: RegionGPTProcessor = RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
     return loaded

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence, Set
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -321,17 +321,6 @@ def _original(entry: Mapping[str, Any], name: str) -> str:
 # A whole file
 
 
-class _Object(NamedTuple):
-    """An annotation that can be used."""
-
-    place: int  # of its image
-    id: int
-    category: int
-    box: Corners
-    area: float
-    crowd: bool
-
-
 class InstancesFile:
     """The images, objects and category names of one file; what cannot be used is left out and noted.
 
@@ -384,7 +373,7 @@ class InstancesFile:
         self._categories: dict[int, dict[str, Any]] = {}
         self._entries: dict[int, dict[str, Any]] = {}  # of images
         self._left_out: set[int] = set()  # images
-        self._rows: list[tuple[int, int, int, Corners, Annotation]] = []
+        self._rows: deque[tuple[int, int, int, Corners, bool, Mask, bool, float]] = deque()
         breaks = rejects.counts[TRUNCATED]
         readers = {"images": self._read_image, "annotations": self._read_annotation, "categories": self._read_category}
         counts = dict.fromkeys(readers, 0)
@@ -467,14 +456,14 @@ class InstancesFile:
             self._leave_out(own_id, fault, self._then if fault.kind != _THIN else "")
         if self._shapes == "box":  # of masks, only the size of RLE is held against the image's
             mask = Mask(rle={"size": mask.rle.get("size")}) if mask.rle else _NO_MASK
-        self._rows.append((own_id, row.image, row.category, row.box, row._replace(mask=mask)))
+        self._rows.append((own_id, row.image, row.category, row.box, row.boxless, mask, row.crowd, row.area))
 
     # -----------------------------------------------------------------------------------------------------------------
     # All together
 
     def _settle_categories(self) -> None:
         """Leaves out headings, and has one id stand for a name."""
-        used = {row.category for *_, row in self._rows}
+        used = {row[2] for row in self._rows}
         above = {number: entry.get("supercategory") for number, entry in self._categories.items()}
         headings = {str(above[number]) for number, entry in self._categories.items() if above[number] != entry["name"]}
         first: dict[str, int] = {}
@@ -547,11 +536,14 @@ class InstancesFile:
         seen: set[int] = set()
         self.faulty: set[int] = set()
         self.groups: list[tuple[int, int, list[float], float]] = []
-        found: list[tuple[_Object, Mask]] = []
-        for number, image, given, bbox, row in self._rows:
+        ids, found_places, categories, boxes = array("q"), array("q"), array("q"), array("d")
+        areas, crowds = array("d"), array("b")
+        masks: list[Mask] = []
+        while self._rows:  # each goes as it is read: memory stays small
+            number, image, given, bbox, boxless, mask, crowd, area = self._rows.popleft()
             repeated = number in seen
             seen.add(number)
-            place, category, mask = places.get(image, -1), self._alias.get(given, -1), row.mask
+            place, category = places.get(image, -1), self._alias.get(given, -1)
             width, height = sizes[place] if place >= 0 else (0, 0)
             fits = mask.rle is None or mask.rle.get("size") == [height, width]
             try:
@@ -562,32 +554,38 @@ class InstancesFile:
                     raise Fault("duplicate id", "expected each annotation once, got its id again")
                 if category not in self.names:
                     raise Fault("unknown category", f"expected a category of the file, got {self.name_of(given)}")
-                if row.boxless and not fits:
+                if boxless and not fits:
                     raise Fault("RLE of another size", "expected the size of its image, or a bbox")
                 box = clipped_box(bbox, width, height)
             except Fault as fault:
                 self._leave_out(number, fault)
                 self.faulty.update([number] if place >= 0 else [])
                 continue
-            if row.crowd and self._crowds == "leave out":
+            if crowd and self._crowds == "leave out":
                 self._leave_out(number, Fault(CROWD, "expected one object, got a group; --crowds takes it"))
-                self.groups.append((image, category, list(bbox), row.area))
+                self.groups.append((image, category, list(bbox), area))
                 continue
             if mask.rle and not fits and self._crowds != "keep":
                 reason = f"expected the size {[height, width]} of its image, got {short(mask.rle.get('size'))}"
                 self._leave_out(number, Fault("RLE of another size", reason), self._then)
                 mask = _SPOILT
-            crowd = row.crowd and self._crowds == "keep"
-            found.append((_Object(place, number, category, box, row.area, crowd), mask))
-        self._rows.clear()
+            ids.append(number)
+            found_places.append(place)
+            categories.append(category)
+            boxes.extend(box)
+            areas.append(area)
+            crowds.append(crowd and self._crowds == "keep")
+            masks.append(mask)
         if self._shapes != "box":
-            found = self._with_sound_masks(found, sizes)
-        found.sort(key=lambda each: each[0][:2])
-        self._masks = [mask for _, mask in found]
-        columns = [list(column) for column in zip(*(each for each, _ in found), strict=True)] or [[]] * 6
-        self.places, self.ids, self.categories = (np.array(column, np.int64) for column in columns[:3])
-        self.boxes = np.array(columns[3], np.float64).reshape(-1, 4)
-        self.areas, self.crowd = np.array(columns[4], np.float64), np.array(columns[5], bool)
+            self._check_masks(ids, masks, [sizes[place] for place in found_places])
+        order = np.lexsort((np.array(ids, np.int64), np.array(found_places, np.int64)))
+        if self._shapes == "mask":
+            order = order[[bool(masks[k].rings or masks[k].rle) for k in order]]
+        columns = (np.array(column)[order] for column in (ids, found_places, categories, areas, crowds))
+        self.ids, self.places, self.categories, self.areas, crowd_column = columns
+        self.crowd = crowd_column.astype(bool)
+        self.boxes = np.array(boxes).reshape(-1, 4)[order]
+        self._masks: list[Mask] = [masks[k] for k in order]
 
     def _leave_out(self, number: int, fault: Fault, then: str = "") -> None:
         self._rejects.add(
@@ -598,29 +596,21 @@ class InstancesFile:
     def _then(self) -> str:
         return "the object is left out" if self._shapes == "mask" else "its box is kept"
 
-    def _with_sound_masks(
-        self, found: list[tuple[_Object, Mask]], sizes: list[tuple[int, int]]
-    ) -> list[tuple[_Object, Mask]]:
-        """The objects, those of masks that make no sense without them, or left out where masks alone are wanted."""
-        sound: list[tuple[_Object, Mask]] = []
-        for start in range(0, len(found), _AT_ONCE):
-            part = found[start : start + _AT_ONCE]
-            clear = _clear_polygons([(mask.rings, sizes[each.place]) for each, mask in part])
-            for (each, mask), is_clear in zip(part, clear, strict=True):
+    def _check_masks(self, ids: Sequence[int], masks: list[Mask], sizes: Sequence[tuple[int, int]]) -> None:
+        """Spoils the masks that make no sense in their images, and notes objects that lack a wanted one."""
+        for start in range(0, len(masks), _AT_ONCE):
+            part = range(start, min(start + _AT_ONCE, len(masks)))
+            clear = _clear_polygons([(masks[k].rings, sizes[k]) for k in part])
+            for k, is_clear in zip(part, clear, strict=True):
                 try:
-                    region = None if is_clear else mask.region()
-                    if region is not None:
-                        region.check(*sizes[each.place], "mask")
+                    if not is_clear and (region := masks[k].region()) is not None:
+                        region.check(*sizes[k], "mask")
                 except RegionError as error:
-                    self._leave_out(each.id, Fault("mask that makes no sense", str(error)), self._then)
-                    mask = _SPOILT
-                has_mask = mask.rle is not None or bool(mask.rings)
-                if self._shapes == "mask" and not has_mask and mask.sound:
+                    self._leave_out(ids[k], Fault("mask that makes no sense", str(error)), self._then)
+                    masks[k] = _SPOILT
+                if self._shapes == "mask" and masks[k].sound and not (masks[k].rings or masks[k].rle):
                     reason = "expected a mask, got a box alone; convert boxes, or both"
-                    self._leave_out(each.id, Fault("object without a mask", reason))
-                if self._shapes != "mask" or has_mask:
-                    sound.append((each, mask))
-        return sound
+                    self._leave_out(ids[k], Fault("object without a mask", reason))
 
 
 def _clear_polygons(drawn: "Sequence[tuple[Sequence[array[float]], tuple[int, int]]]") -> NDArray[np.bool_]:
