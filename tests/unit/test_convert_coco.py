@@ -82,6 +82,17 @@ def test_numbers_that_are_none_do_not_end_a_file(tmp_path):
     assert repr(list(iter_array(path, None, Rejects()))) == "[nan, -inf, 3]"
 
 
+def test_a_byte_that_is_not_utf_8_costs_no_more_than_its_text(tmp_path):
+    categories = [{"id": 18, "name": "dog"}, {"id": 1, "name": "?"}]
+    path = write_coco(
+        tmp_path, [annotation(1, [0, 0, 4, 4]), annotation(2, [0, 0, 4, 4], category=1)], categories=categories
+    )
+    path.write_bytes(path.read_bytes().replace(b"?", b"\xff"))
+    (record,), rejects = run(coco(tmp_path))
+    assert [each.source_id for each in record.regions] == ["1"]
+    assert rejects == {"text that is not Unicode": 1, "unknown category": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "key", "message"),
     [
