@@ -24,11 +24,10 @@ from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import mean_statistic
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
-from regiongpt.evaluate.tasks import scoring
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, counted
 from regiongpt.evaluate.tasks.proposals import candidates_of, read_proposals
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogTask, each_expression
-from regiongpt.evaluate.tasks.scoring import Scored, counted, find, given, images_of, make_result
+from regiongpt.evaluate.tasks.scoring import box_area, find, given, images_of, size_name
 from regiongpt.images import load_image
 from regiongpt.prompts import NO_MATCH, parse_region_answer, question, region_answer
 from regiongpt.regions import Region
@@ -130,6 +129,7 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
     name: ClassVar[str] = "refcocog_rec"
     summary: ClassVar[str] = "the box that an expression means, among proposals (Table 5)"
     item_id: ClassVar[str] = "sentence id"
+    by: ClassVar[tuple[str, ...]] = ("size", "injected")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         f"generate, {INJECTED}": {"accuracy": TABLES["rec"].figure("val") / 100}
     }
@@ -151,9 +151,8 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
         """Expressions, objects and proposals."""
         return [*super().inputs(), self._proposals]
 
-    def items(self) -> list[Item]:
+    def read_items(self) -> list[Item]:
         """One item an expression, in the order of the file."""
-        self.left_out.counts.clear()
         objects, folder = self.objects(), self.folder
         images = {each.image_id: folder / each.file for each in objects}
         size = cache(lambda number: known_size(images[number]))
@@ -176,7 +175,7 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
                     question=question("locate", 0, regions=numbers, expression=text, guided=self.guided),
                     truth=region_answer(int(agreement.argmax()) + 1),
                     groups={
-                        "size": scoring.size_name(scoring.box_area(each.box)),
+                        "size": size_name(box_area(each.box)),
                         "injected": "yes" if lacking else "no",
                     },
                     detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes), "expression": text},
@@ -184,11 +183,9 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
             )
         if not items:
             raise DataError(f"{self.inputs()[0]}: no expressions; {self.left_out.summary()}")
-        return scoring.limited(items, self.limit)
+        return items
 
-    def score(
-        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Result:
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """Right is a candidate whose overlap with the object is at least 0.5."""
         injected = [bool(item.detail["injected"]) for item in items]
         share = mean_statistic(images_of(items), [float(each) for each in injected])
@@ -209,11 +206,8 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
         these = f"at most {self.top} an image" if self.top else "all"
         if self.min_score:
             these += f" of a score of {self.min_score:g} or more"
-        return make_result(
-            self,
-            items,
-            answers,
-            protocols,
+        return Measured(
+            protocols=protocols,
             pinned={
                 "split": f"RefCOCOg {self.partition} {self.split}",
                 "candidates": f"{self._proposals.name}, {these}, order drawn by seed {self.seed}",
@@ -222,10 +216,7 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
                 f"variant {INJECTED}": "the object's box is added where no candidate overlaps it enough",
                 f"variant {BARE}": "the same questions, of which those count as wrong",
             },
-            by=("size", "injected"),
             notes=[note],
-            resamples=resamples,
-            seed=seed,
         )
 
 
@@ -238,6 +229,7 @@ class CocoRec(ChoosingTask):
 
     name: ClassVar[str] = "coco_rec"
     summary: ClassVar[str] = "the box that an expression means, among five of an annotated image; needs no RefCOCOg"
+    by: ClassVar[tuple[str, ...]] = ("kind", "category")
 
     split: str = "dev"
     """instances_SPLIT.json in the folder, with images/."""
@@ -248,9 +240,8 @@ class CocoRec(ChoosingTask):
         """The annotations."""
         return [source.instances for source in photo_sources(self.data, self.split)]
 
-    def items(self) -> list[Item]:
+    def read_items(self) -> list[Item]:
         """Questions by image, in their first wording."""
-        self.left_out.counts.clear()
         data = load_coco(photo_sources(self.data, self.split))
         self.left_out.counts.update(data.skipped)
         images: Sequence[ImageAnnotations] = data.images
@@ -280,30 +271,22 @@ class CocoRec(ChoosingTask):
             )
         if not items:
             raise DataError(f"{self.data}: no image has five objects or more; {data.report()}")
-        return scoring.limited(items, self.limit)
+        return items
 
-    def score(
-        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Result:
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """Right is the region that the expression was written of."""
         protocols = {
             name: scored(items, picked, [k == item.detail["right"] for item, k in zip(items, picked, strict=True)])
             for name, picked in chosen(items, answers).items()
         }
-        return make_result(
-            self,
-            items,
-            answers,
-            protocols,
+        return Measured(
+            protocols=protocols,
             pinned={
                 "split": self.split,
                 "expressions": f"of annotations, seed {self.seed}, {'with' if self.colours else 'no'} colours",
                 "candidates": "five objects of the image, drawn by the seed, crowds aside",
                 **{f"protocol {name}": RULES[name] for name in protocols},
             },
-            by=("kind", "category"),
-            resamples=resamples,
-            seed=seed,
         )
 
 
