@@ -141,8 +141,7 @@ class Result:
         pinned: What has to be equal for two results to be comparable, by name: split, grouping, scorer, ...
         protocols: Figures by protocol and name.
         breakdowns: By protocol, then ``"size"``, ``"category"``, ..., then group: figures by name.
-        rows: One JSON object per item: ``id``, ``image_id``, ``truth``, ``answer``, ``groups``, ``missing`` and
-            ``scores``, the item's number under ``"protocol.figure"``.
+        rows: One JSON object per item, its ``scores`` under ``"protocol.figure"``.
         tables: For the page of results.
         notes: Sentences that belong beside the results, such as how many answers were missing.
         statistics: By protocol and figure, for bootstrap intervals and comparisons.
@@ -331,7 +330,7 @@ def _row(
 
 
 def figure(statistic: Statistic, of: int, resamples: int, seed: int) -> Figure:
-    """A figure with its interval; no value where there is nothing to measure, no interval for 0 resamples."""
+    """A figure, without a value where there is nothing to measure, with its interval unless ``resamples`` is 0."""
     value = statistic.value() if statistic.clusters else float("nan")
     if np.isnan(value):
         return Figure(value=None, of=of)
@@ -343,13 +342,7 @@ def figure(statistic: Statistic, of: int, resamples: int, seed: int) -> Figure:
 def by_group(
     items: Sequence[Item], key: str, measure: Callable[[list[int]], Mapping[str, Figure]]
 ) -> dict[str, Mapping[str, Figure]]:
-    """Figures of the items of each group: sizes in their order, other groups the largest first.
-
-    Args:
-        items: The items.
-        key: Which of the items' groups.
-        measure: Figures of the items at some places.
-    """
+    """Figures of the items of each group, by their places: sizes in their order, other groups the largest first."""
     places: dict[str, list[int]] = {}
     for place, item in enumerate(items):
         if key in item.groups:

@@ -43,17 +43,7 @@ _REGIONS: Final = {
 
 
 class Described(NamedTuple):
-    """A region with what people said of it.
-
-    Attributes:
-        id: Id of the item.
-        image: The image file.
-        image_id: Id of the image.
-        size: Width and height of the image in pixels, as annotated.
-        box: xyxy in pixels.
-        references: Texts.
-        category: What the region shows, where it is known.
-    """
+    """A region, its box xyxy in pixels, with what people said of it, and the annotated size of its image."""
 
     id: str
     image: Path
@@ -77,10 +67,14 @@ class CaptionTask(Task):
     @field_validator("metrics")
     @classmethod
     def _check_metrics(cls, value: str) -> str:
-        names = _names(value)
+        names = [name.strip() for name in value.split(",") if name.strip()]
         if not names or not set(names) <= set(METRICS):
             raise ValueError(f"give some of {', '.join(METRICS)}, joined by commas")
         return value
+
+    @property
+    def _metrics(self) -> list[str]:
+        return [name.strip() for name in self.metrics.split(",") if name.strip()]
 
     @abstractmethod
     def regions_described(self) -> list[Described]:
@@ -94,7 +88,7 @@ class CaptionTask(Task):
         """One item a region, except those of which no reference has a word."""
         # What is missing is better said now than after all the answers.
         find_java()
-        if "SPICE" in _names(self.metrics):
+        if "SPICE" in self._metrics:
             find_spice()
         described = self.regions_described()
         words = iter(scored_words([text for each in described for text in each.references]))
@@ -128,7 +122,7 @@ class CaptionTask(Task):
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """The metrics over all items; one without an answer is the empty caption."""
         texts = [text or "" for text in given(items, answers, "text")]
-        metrics = _names(self.metrics)
+        metrics = self._metrics
         references = [list(item.detail["references"]) for item in items]
         found = caption_scores(texts, references, metrics=metrics, clusters=images_of(items))
         empty = sum(not any(map(str.isalnum, text)) for text in texts)
@@ -145,19 +139,12 @@ class CaptionTask(Task):
         )
 
 
-def _names(metrics: str) -> list[str]:
-    return [name.strip() for name in metrics.split(",") if name.strip()]
-
-
 def _printed(table: str) -> dict[str, dict[str, float]]:
     return {PROTOCOL: {name: TABLES[table].figure(name) / 100 for name in ("METEOR", "CIDEr")}}
 
 
 class RefCocogCaption(RefCocogTask, CaptionTask):
-    """One caption an object, or with ``grouping`` set to ``expression`` one for each of its expressions.
-
-    Published figures use both groupings and seldom say which.
-    """
+    """One caption an object, or one for each of its expressions; published figures use both and seldom say which."""
 
     name: ClassVar[str] = "refcocog_caption"
     summary: ClassVar[str] = "captions of RefCOCOg's objects: METEOR and CIDEr (Table 4)"
@@ -187,7 +174,7 @@ class RefCocogCaption(RefCocogTask, CaptionTask):
 
 
 class VisualGenomeCaption(CaptionTask):
-    """One caption a region of the images of a split, which a file lists: papers use different ones."""
+    """One caption a region of the images of a split, which a file lists."""
 
     name: ClassVar[str] = "vg_caption"
     summary: ClassVar[str] = "captions of Visual Genome's regions: METEOR and CIDEr (Table 4)"

@@ -1,7 +1,5 @@
 """Which region does an expression mean? RefCOCOg among proposals, and expressions written from COCO's annotations.
 
-A region is chosen by an answer, by its likelihood, or by what it is called.
-
 Paper: §4.3, Table 5
 """
 
@@ -65,14 +63,13 @@ class ChoosingTask(Task):
 
 
 def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, list[int | str | None]]:
-    """What was chosen, for each protocol that the answers allow.
+    """The regions that were chosen, for each protocol that the answers allow.
 
     Returns:
-        By protocol, for each item the number of the region from 1, ``"none"`` for the sentence that none fits,
-        ``"invalid"`` for anything else, None where there is no answer.
+        By protocol, for each item the number of the region from 1, ``"none"``, ``"invalid"``, or None without answer.
 
     Raises:
-        DataError: There is no answer with a text or scores, or the scores are not as many as the choices.
+        DataError: There is no answer, or an answer's scores are not as many as the choices.
     """
     found: dict[str, list[int | str | None]] = {}
     for protocol, kind, read in ((GENERATED, "text", _read), (SCORED, "scores", _best), (CALLED, "called", _likeliest)):
@@ -121,9 +118,8 @@ def scored(items: Sequence[Item], picked: Sequence[int | str | None], right: Seq
 class RefCocogRec(RefCocogTask, ChoosingTask):
     """One question an expression, among the proposals for its image.
 
-    Where no proposal reaches an overlap of 0.5 with the object, the object's own box is added, as in the paper. A
-    detector cannot lose such a question any more, so their share is reported; without the injection they have no right
-    answer and count as wrong. All other questions are the same, so one run measures both.
+    Where no proposal reaches an overlap of 0.5 with the object, the object's own box is added, as in the paper.
+    Without that injection such questions count as wrong; all others are the same, so one run measures both.
     """
 
     name: ClassVar[str] = "refcocog_rec"
@@ -221,11 +217,7 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
 
 
 class CocoRec(ChoosingTask):
-    """Up to three questions an image of at least five objects, written from its annotations.
-
-    A stand-in where only boxes, classes and pixels are known: expressions say a class, a place, a size or a colour that
-    is true of one of five objects alone. Its results are no RefCOCOg results. Without colours no image is read.
-    """
+    """Up to three questions an image: a class, place, size or colour that is true of one of five objects alone."""
 
     name: ClassVar[str] = "coco_rec"
     summary: ClassVar[str] = "the box that an expression means, among five of an annotated image; needs no RefCOCOg"

@@ -55,8 +55,8 @@ class Asked(NamedTuple):
 class Pope(Task):
     """Yes-or-no questions, half of them about absent classes, which are chosen in three ways.
 
-    The published questions are read where they are given or lie in the folder (``coco_pope_random.json`` and so on);
-    otherwise they are built by the same rules from the annotations.
+    The published questions are read if they are given or in the folder (``coco_pope_random.json`` and so on), else
+    they are built by the same rules from the annotations.
     """
 
     name: ClassVar[str] = "pope"
@@ -218,10 +218,7 @@ def pope_script(text: str) -> Said:
 
 
 def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: Sequence[Said]) -> dict[str, Statistic]:
-    """The figures of :data:`FORMULAS`, yes being the positive answer.
-
-    An answer that is neither is wrong: it lowers accuracy, and recall where yes was right, and is no yes for precision
-    and for ``yes_ratio``, the share of yes among all questions.
+    """The figures of :data:`FORMULAS`, yes being the positive answer; an answer that is neither is wrong.
 
     Args:
         clusters: Image of each question.
@@ -236,11 +233,7 @@ def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: 
 
 
 def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
-    """A published file: JSON lines with ``question_id``, ``image``, ``text`` and ``label`` (yes or no).
-
-    Raises:
-        DataError: The file has no question that can be used.
-    """
+    """The JSON lines ``question_id``, ``image``, ``text`` and ``label`` of a file; DataError where none can be used."""
     found: dict[str, Asked] = {}
     for number, entry in iter_lines(path, rejects):
         with rejects.noting(path, number):
@@ -278,7 +271,7 @@ def build_questions(
         strategy: One of :data:`STRATEGIES`.
         images: Most images that are asked about, drawn by the seed.
         pairs: Questions of either answer for an image.
-        seed: Seed of every choice.
+        seed: Of every choice.
 
     Returns:
         Image ids with their questions, by image id.

@@ -9,18 +9,10 @@ from regiongpt.evaluate.task import SIZES, Answer, Item
 
 
 def find(given: Path | None, folder: Path, names: Iterable[str], what: str, flag: str, *, file: bool = True) -> Path:
-    """The path given, or the first of the names that is in the folder.
-
-    Args:
-        given: What was typed; None to look for the names.
-        folder: Where they are looked for.
-        names: Relative to it.
-        what: For the message: ``"images"``.
-        flag: The option that names it.
-        file: Whether a file is wanted, not a folder.
+    """The path given, or the first of the names in the folder.
 
     Raises:
-        DataError: There is none.
+        DataError: There is none; the message calls it ``what``, and names the option ``flag``.
     """
     tried = [given] if given is not None else [folder / name for name in names]
     for path in tried:
