@@ -273,10 +273,12 @@ def test_what_scoring_needs_is_asked_for_before_the_answers(expressions: Path, m
     if not (java.find_package() / "spice" / "lib" / "stanford-corenlp-3.6.0.jar").is_file():
         with pytest.raises(ConfigError, match=r"stanford-corenlp-3\.6\.0\.jar: missing, .* leave SPICE out"):
             captions(expressions, metrics="CIDEr,SPICE").items()
-    monkeypatch.setattr("regiongpt.evaluate.tasks.captions.find_java", java.find_spice)
+    task = captions(expressions)
     monkeypatch.setattr(java, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pycocoevalcap, which is not installed"):
-        captions(expressions).items()
+    monkeypatch.setenv("PATH", str(expressions))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(ConfigError, match="there is no Java here; install it with"):
+        task.items()
 
 
 def test_visual_genome_by_split_and_grouping(tmp_path: Path) -> None:
