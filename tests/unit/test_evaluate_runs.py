@@ -155,10 +155,14 @@ def test_questions_of_an_image_share_one_look_at_it(data, checkpoint, monkeypatc
     assert (tmp_path / "drawn" / "mistakes.html").read_text() == ""
 
 
-def test_batched_answers_are_those_to_single_questions(data, checkpoint):
+@pytest.mark.parametrize("grid", [1, 2])
+def test_batched_answers_are_those_to_single_questions(data, checkpoint, tmp_path, grid):
     from regiongpt import RegionPredictor
 
-    predictor = RegionPredictor.from_pretrained(checkpoint)
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({**config, "region_grid": grid}))
+    predictor = RegionPredictor.from_pretrained(folder)
     items = [replace(item, expression="a dog") for item in Drawn(data=data).items() if item.image_id == 1]
     for item, together in zip(items, answer_image(predictor, items), strict=True):
         predictor.set_image(item.image)

@@ -72,7 +72,7 @@ class TaskRun:
         """
         try:
             found = task_class(self.name)(**{**self.manifest["options"], "limit": 0})
-        except ConfigError as error:
+        except (ConfigError, TypeError) as error:
             raise ConfigError(f"{self.folder}: a run of another version: {error}; evaluate again") from None
 
         def moved(path: Path) -> Path:
@@ -348,7 +348,7 @@ def _refuse_other(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise ConfigError if a folder holds results of another model, other settings or other files."""
     if not (folder / MANIFEST).exists():
         return
-    there, now = read_json(folder / MANIFEST), json.loads(json.dumps(manifest))
+    there, now = _read_object(folder / MANIFEST, ()), json.loads(json.dumps(manifest))
 
     def deciding(part: Any) -> Any:
         return {name: value for name, value in part.items() if name not in _NOTED} if isinstance(part, dict) else part
