@@ -12,8 +12,8 @@ import pytest
 from regiongpt import Region
 from regiongpt.evaluate import tasks
 from regiongpt.evaluate.metrics.bootstrap import mean_statistic
-from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Table, Task
-from regiongpt.evaluate.tasks.scoring import Scored, images_of, limited, make_result
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Table, Task
+from regiongpt.evaluate.tasks.scoring import images_of
 
 CHOICES = ("cat", "dog", "bird")
 
@@ -24,6 +24,7 @@ class Drawn(Task):
     name: ClassVar[str] = "drawn"
     summary: ClassVar[str] = "the class of every box of drawn pictures"
     item_id: ClassVar[str] = "annotation id"
+    by: ClassVar[tuple[str, ...]] = ("size", "category")
     reads: ClassVar[tuple[str, ...]] = ("text", "scores")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"generated": {"accuracy": 0.8061}}
     paper_source: ClassVar[str] = "Table 3, COCO val2017"
@@ -34,7 +35,7 @@ class Drawn(Task):
     def inputs(self) -> list[Path]:
         return [self.data / "instances_dev.json"]
 
-    def items(self) -> list[Item]:
+    def read_items(self) -> list[Item]:
         content = json.loads(self.inputs()[0].read_text())
         names = {each["id"]: each["name"] for each in content["categories"]}
         files = {each["id"]: each["file_name"] for each in content["images"]}
@@ -54,11 +55,9 @@ class Drawn(Task):
                 groups={"size": "small" if w < 24 else "large", "category": category},
             )
             found.append(item)
-        return limited(found, self.limit)
+        return found
 
-    def score(
-        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Result:
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         given = [answers.get(item.id, Answer()) for item in items]
         said = {
             "generated": [answer.text for answer in given],
@@ -70,17 +69,7 @@ class Drawn(Task):
             statistics = {"accuracy": mean_statistic(images_of(items), right)}
             protocols[protocol] = Scored(statistics=statistics, scores={"accuracy": right})
         table = Table(title="Confusions", columns=("truth", *CHOICES), rows=(("cat", 1, 2, None),))
-        return make_result(
-            self,
-            items,
-            answers,
-            protocols,
-            pinned={"split": "dev"},
-            by=("size", "category"),
-            tables=[table],
-            resamples=resamples,
-            seed=seed,
-        )
+        return Measured(protocols=protocols, pinned={"split": "dev"}, tables=[table])
 
 
 def register(patch: pytest.MonkeyPatch) -> None:

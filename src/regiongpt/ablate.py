@@ -9,10 +9,9 @@ Paper: Tables 1, 6 and 7; §3.1 (image tokens), §3.2 (the task-guided prompt)
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, get_args
+from typing import Any, Final, NamedTuple, Self, get_args
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -28,42 +27,25 @@ from regiongpt.settings import Settings, override
 from regiongpt.storage import finite, read_json, write_file, write_json, writing
 from regiongpt.train.recipe import ModelConfig, Recipe, dotted
 
-if TYPE_CHECKING:
-    from regiongpt.evaluate.run import TaskRun
-
 log = logging.getLogger(__name__)
 
 FEWEST_SEEDS: Final = 2
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One of the things that are compared.
-
-    Attributes:
-        name: Its column in tables and its folder.
-        recipe: Fields of the recipe by dotted name, over those of the file.
-        asked: Options of the benchmark, over those given for all.
-    """
+class Variant(NamedTuple):
+    """One of the things that are compared."""
 
     name: str
-    recipe: dict[str, str] = field(default_factory=dict)
-    asked: dict[str, str] = field(default_factory=dict)
+    recipe: Mapping[str, str] = {}  # fields by dotted name, over those of the file
+    asked: Mapping[str, str] = {}  # options of the benchmark, over those given for all
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One ablation.
-
-    Attributes:
-        summary: One line of help.
-        variants: The default; the others are compared with the first.
-        target: Field of the recipe that ``NAME=VALUE`` sets: the records, or the checkpoint to continue from.
-    """
+class Kind(NamedTuple):
+    """One ablation; the other variants are compared with the first."""
 
     summary: str
     variants: tuple[Variant, ...]
-    target: str = ""
+    target: str = ""  # what NAME=VALUE sets in the recipe: the records, or the checkpoint to continue from
 
 
 def _tower(name: str, vision: str, size: int | str = "") -> Variant:
@@ -118,13 +100,9 @@ KINDS: Final = {
 
 
 def choose_variants(kind: str, text: str | None, recipe: Recipe) -> tuple[Variant, ...]:
-    """The variants to compare.
+    """The variants that ``--variants`` names, or all.
 
-    Args:
-        kind: A key of :data:`KINDS`.
-        text: Value of ``--variants``: names with commas between them; None for all.
-        recipe: What all are varied from. Records, and the model of a recipe that continues from a checkpoint, are
-            varied as ``NAME=VALUE``.
+    Records, and the model of a recipe that continues from a checkpoint, are varied as ``NAME=VALUE``.
 
     Raises:
         ConfigError: There is no such variant, there are fewer than two, or a name is no folder's.
@@ -199,8 +177,7 @@ class Study:
     Args:
         kind: Key of :data:`KINDS`.
         recipe: TOML file, or the name of a shipped recipe.
-        words: Overrides of the recipe and options of the benchmark, for all variants: ``["--stage2.lr=1e-3",
-            "--eval.limit", "50"]``.
+        words: Overrides of the recipe, and options of the benchmark such as ``--eval.limit=50``, for all variants.
         options: The rest.
 
     Raises:
@@ -243,11 +220,7 @@ class Study:
                 raise ConfigError(f"--eval{'.' if is_option else ': '}{error}") from None
 
     def check_files(self) -> None:
-        """Check every variant's recipe and data, and the benchmark's, without loading anything heavy.
-
-        Raises:
-            RegionGPTError: Something is missing or does not go together.
-        """
+        """Check every variant's recipe and data, and the benchmark's, without loading anything heavy."""
         for variant in self.variants:
             config = self._load(variant, self.seeds[0])
             if not self.options.debug:
@@ -256,14 +229,7 @@ class Study:
             self._shared_items()
 
     def run(self) -> str:
-        """Train and ask whatever is still to be trained and asked, and write table, page and JSON.
-
-        Returns:
-            The table, and where everything is.
-
-        Raises:
-            RegionGPTError: As training and evaluation do.
-        """
+        """Train and ask what is still to be trained and asked, write table, page and JSON, and return the table."""
         from regiongpt.evaluate.run import evaluate
         from regiongpt.inference.engine import pick_device
         from regiongpt.train.debug import debug_size
@@ -304,7 +270,9 @@ class Study:
                 )
                 task = self.tasks[variant.name]
                 (run,) = evaluate([task], options)
-                measured[variant.name].append(_measure(task, run, shared))
+                items = [item for item in run.items if item.id in shared]
+                answers = {name: answer for name, answer in run.answers.items() if name in shared}
+                measured[variant.name].append(task.score(items, answers, resamples=0).statistics)
                 manifests[variant.name].append(run.manifest)
                 pinned.append(run.result["pinned"])
         alike = {name: text for name, text in pinned[0].items() if all(each.get(name) == text for each in pinned)}
@@ -372,7 +340,7 @@ class Study:
                 means = {name: each.mean if each.mean == each.mean else None for name, each in cells.items()}
                 bars = [(name, [Bar(value=means[name], interval=each.interval)]) for name, each in cells.items()]
                 charts.append(bar_chart(f"{protocol}: {figure}", bars, [figure]))
-                protocols.setdefault(protocol, {})[figure] = {name: vars(cell) for name, cell in cells.items()}
+                protocols.setdefault(protocol, {})[figure] = {name: cell._asdict() for name, cell in cells.items()}
         write_file(self.out / "table.md", text)
         shown = {"about": about, "pinned": pinned, "tables": rows, "paper": paper, "charts": charts}
         write_page(self.out / PAGE, "ablation.html", title=title, made=made, **shown)
@@ -381,7 +349,7 @@ class Study:
             "task": task,
             "items": items,
             "seeds": list(self.seeds),
-            "variants": [vars(variant) for variant in self.variants],
+            "variants": [variant._asdict() for variant in self.variants],
             "pinned": pinned,
             "protocols": finite(protocols),
             "orders": said,
@@ -394,51 +362,25 @@ class Study:
 # ---------------------------------------------------------------------------------------------------------------------
 # Side by side
 
-Measured = Mapping[str, Mapping[str, Statistic]]
-"""Statistics by protocol and figure."""
+Measured = Mapping[str, Mapping[str, Statistic]]  # by protocol and figure
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One figure of one variant, times 100.
-
-    Attributes:
-        mean: Mean over the seeds.
-        seeds: The figure with each seed.
-        interval: 95 % of the resamples, each of which draws images and seeds anew; None if there are too few.
-        gain: Difference from the first variant; None for the first.
-        gain_interval: Its interval, resampled with the same images; None if there are too few seeds, images or
-            differing answers.
-        too_few: Whether there are too few to tell.
-    """
+class Cell(NamedTuple):
+    """One figure of one variant, times 100; no interval where there are too few seeds or images to tell."""
 
     mean: float
     seeds: tuple[float, ...]
-    interval: tuple[float, float] | None = None
-    gain: float | None = None
-    gain_interval: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None  # 95 % of the resamples, each of which draws images and seeds anew
+    gain: float | None = None  # difference from the first variant
+    gain_interval: tuple[float, float] | None = None  # resampled with the same images
     too_few: bool = False
 
 
-Summary = dict[str, dict[str, dict[str, Cell]]]
-"""Cells by protocol, figure and variant."""
-
-
-def _measure(task: Task, run: "TaskRun", shared: set[str]) -> Measured:
-    """The statistics of the items that every variant was asked about."""
-    items = [item for item in run.items if item.id in shared]
-    answers = {name: answer for name, answer in run.answers.items() if name in shared}
-    return task.score(items, answers, resamples=0).statistics
+Summary = dict[str, dict[str, dict[str, Cell]]]  # by protocol, figure and variant
 
 
 def summarise(measured: Mapping[str, Sequence[Measured]], resamples: int, seed: int = 0) -> Summary:
-    """Means, intervals and differences of all figures that every variant has.
-
-    Args:
-        measured: By variant, the statistics of each seed; the others are compared with the first variant.
-        resamples: Of the bootstrap, at least 1.
-        seed: Of the bootstrap.
-    """
+    """Means, intervals and differences of all figures that every variant has, from the statistics of its seeds."""
     summary: Summary = {}
     for protocol, figures in next(iter(measured.values()))[0].items():
         for figure in figures:
@@ -493,17 +435,16 @@ def orders(summary: Summary, printed: PaperTable | None) -> list[str]:
 
 def _ranked(values: Mapping[str, float]) -> str:
     """``a > b = c``, the largest first."""
-    names = sorted(values, key=lambda name: -values[name])
-    signs = [" = " if values[a] == values[b] else " > " for a, b in pairwise(names)]
-    return "".join(part for pair in zip(names, [*signs, ""], strict=True) for part in pair)
+    first, *names = sorted(values, key=lambda name: -values[name])
+    signs = [" = " if values[a] == values[b] else " > " for a, b in pairwise([first, *names])]
+    return first + "".join(map(str.__add__, signs, names))
 
 
 def _beyond(cells: Mapping[str, Cell]) -> Iterator[str]:
     """Which variants differ from the first by more than the resamples do."""
     others = {name: cell.gain_interval for name, cell in cells.items() if cell.gain_interval is not None}
-    first = next((name for name, cell in cells.items() if cell.gain is None), None)
-    if first is not None and others:
-        apart = [f"'{name}'" for name, (low, high) in others.items() if low > 0 or high < 0]
+    apart = [f"'{name}'" for name, (low, high) in others.items() if low > 0 or high < 0]
+    for first in [name for name, cell in cells.items() if cell.gain is None and others]:
         who = f"{' and '.join(apart)} differ" if len(apart) > 1 else f"{apart[0] if apart else 'no other'} differs"
         yield f"beyond chance {who} from '{first}'"
 

@@ -147,7 +147,6 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
         return Markup("")
     to, back = (np.log, np.exp) if logarithmic else (np.asarray, np.asarray)
     legend = 0.2 * -(-len(drawn) // 2)  # inches
-    # Placed by hand: to have matplotlib find the room that labels take would draw everything twice.
     from matplotlib.ticker import MaxNLocator
 
     with _figure(title, 4.6, 2.5 + legend, (0.6, 0.55 + legend, 0.1, 0.2)) as (axes, parts):
@@ -191,7 +190,10 @@ def bar_chart(
     if not groups or find_spec("matplotlib") is None:
         return Markup("")
     size = 0.8 / len(series)
-    with _figure(title, 4.6, 0.5 + 0.15 * len(groups) * (len(series) + 0.5)) as (axes, parts):
+    names = [name if len(name) < 24 else f"{name[:23]}…" for name, _ in groups]
+    legend = 0.16 * len(series) if len(series) > 1 else 0.0
+    inside, left = 0.15 * (len(groups) + 0.2) * (len(series) + 0.5), 0.15 + 0.072 * max(map(len, names))  # inches
+    with _figure(title, left + 4, inside + legend + 0.4, (left, 0.35 + legend, 0.75, 0.05)) as (axes, parts):
         for number in range(len(series)):
             bars = [own[number] for _, own in groups]
             places = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * size
@@ -205,7 +207,7 @@ def bar_chart(
                 axes.annotate(
                     shown, (end, place), (4, 0), textcoords="offset points", va="center", size=7.5, color=_FAINT
                 )
-        axes.set_yticks(range(len(groups)), [name if len(name) < 24 else f"{name[:23]}…" for name, _ in groups])
+        axes.set_yticks(range(len(groups)), names)
         axes.tick_params(axis="y", length=0, labelcolor=_INK)
         axes.set_ylim(len(groups) - 0.4, -0.6)
         axes.set_xlim(0, max([reach, *(end for _, own in groups for bar in own for end in (bar.interval or ()))]))
@@ -213,7 +215,7 @@ def bar_chart(
         axes.grid(axis="x")
         axes.set_axisbelow(True)
         if len(series) > 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.3 / axes.figure.get_figheight()), borderpad=0)
+            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.25 / inside), borderpad=0)
     return parts[0]
 
 
@@ -227,11 +229,11 @@ def short(value: float) -> str:
 
 @contextmanager
 def _figure(
-    title: str, width: float, height: float, margins: tuple[float, float, float, float] | None = None
+    title: str, width: float, height: float, margins: tuple[float, float, float, float]
 ) -> Iterator[tuple[Any, list[Markup]]]:
     """Axes to draw on, and a list that holds the chart when the block ends.
 
-    All sizes are in inches; the margins are left, below, right and above, as much as labels take where None.
+    Sizes are in inches, the margins left, below, right and above: to have matplotlib find them would draw all twice.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -240,14 +242,11 @@ def _figure(
     with rc_context(_SETTINGS):
         figure = Figure((width, height))
         axes = figure.add_subplot()
-        if margins is not None:
-            left, below, right, above = margins
-            box = (left / width, below / height, 1 - (left + right) / width, 1 - (below + above) / height)
-            axes.set_position(box)
+        left, below, right, above = margins
+        axes.set_position((left / width, below / height, 1 - (left + right) / width, 1 - (below + above) / height))
         yield axes, parts
         drawn = io.StringIO()
-        fit: dict[str, Any] = {} if margins is not None else {"bbox_inches": "tight"}
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None}, **fit)
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     svg = drawn.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"#0000\d\d", lambda match: f"var(--{_VARIABLES[match[0]]})", svg)

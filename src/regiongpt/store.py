@@ -17,11 +17,11 @@ class Store:
     """JSON values by key in a folder, which all processes of a run share.
 
     Each process adds to a SQLite file of its own and reads the files of all, so processes never wait for each other
-    and may run on several machines: a file is only ever written on one.
+    and may run on several machines.
 
     Args:
         folder: Made when the first value is added.
-        writer: Number of this process, from 0, which names its file: ``00000.sqlite``.
+        writer: Number of this process, from 0.
     """
 
     def __init__(self, folder: str | Path, writer: int = 0) -> None:
@@ -30,11 +30,7 @@ class Store:
         self._open: sqlite3.Connection | None = None
 
     def __enter__(self) -> Self:
-        """Open this process's file for adding.
-
-        Raises:
-            DataError: The folder cannot be written, or the file is damaged.
-        """
+        """Open this process's file for adding; DataError where it cannot be written, or is damaged."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with _one_line(self._file):
@@ -52,11 +48,7 @@ class Store:
         self._open = None
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Write values, all or none of them; they are out of this process's hands when it returns.
-
-        Raises:
-            DataError: They cannot be written, such as to a full disk.
-        """
+        """Write values, all or none of them; a kill after it returns loses none. DataError on a full disk."""
         assert self._open is not None, "add() inside the store's with block"
         rows = [(key, json.dumps(value, allow_nan=False)) for key, value in values.items()]
         with _one_line(self._file), self._open as transaction:
@@ -64,19 +56,11 @@ class Store:
             transaction.executemany("INSERT INTO done VALUES (?, ?)", rows)
 
     def keys(self) -> set[str]:
-        """The keys that any process has added.
-
-        Raises:
-            DataError: A file is damaged.
-        """
+        """The keys that any process has added; DataError where a file is damaged."""
         return {key for (key,) in self._rows("SELECT key FROM done")}
 
     def get(self, keys: Collection[str]) -> dict[str, Any]:
-        """The values of those keys that any process has added.
-
-        Raises:
-            DataError: A file is damaged.
-        """
+        """The values of those keys that any process has added; DataError where a file is damaged."""
         wanted = set(keys)
         found: dict[str, Any] = {}
         rows = (row for row in self._rows("SELECT key, value FROM done") if row[0] in wanted)

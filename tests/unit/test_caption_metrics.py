@@ -136,11 +136,3 @@ def test_captions_without_references_or_words_are_refused() -> None:
         caption_scores([], [], metrics=("ROUGE_L",))
     with pytest.raises(ConfigError, match="'Meteor' is not among"):
         caption_scores(["a"], [["a"]], metrics=("Meteor",))
-
-
-def test_spice_says_what_it_lacks() -> None:
-    need_java()
-    if (java.find_package() / "spice" / "lib" / "stanford-corenlp-3.6.0.jar").is_file():
-        pytest.skip("SPICE's parser is installed here")
-    with pytest.raises(ConfigError, match=r"stanford-corenlp-3\.6\.0\.jar: missing, .* leave SPICE out"):
-        caption_scores(["a"], [["a dog"]], metrics=("SPICE",))

@@ -151,13 +151,18 @@ def test_questions_of_an_image_share_one_look_at_it(data, checkpoint, monkeypatc
     assert asked == [2, 2]
     (found,) = read_run(tmp_path)
     assert found.result["protocols"]["choices"]["accuracy"]["interval"] is None
+    assert found.result["pinned"]["part"] == "the first 2 images alone (--limit)"
     assert (tmp_path / "drawn" / "mistakes.html").read_text() == ""
 
 
-def test_batched_answers_are_those_to_single_questions(data, checkpoint):
+@pytest.mark.parametrize("grid", [1, 2])
+def test_batched_answers_are_those_to_single_questions(data, checkpoint, tmp_path, grid):
     from regiongpt import RegionPredictor
 
-    predictor = RegionPredictor.from_pretrained(checkpoint)
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({**config, "region_grid": grid}))
+    predictor = RegionPredictor.from_pretrained(folder)
     items = [replace(item, expression="a dog") for item in Drawn(data=data).items() if item.image_id == 1]
     for item, together in zip(items, answer_image(predictor, items), strict=True):
         predictor.set_image(item.image)
@@ -185,13 +190,9 @@ def test_predictions_of_one_run_score_as_that_run(run, data, tmp_path, capsys):
     assert shown[0]["protocols"] == ours.result["protocols"]
     assert shown[0]["manifest"]["model"] is None
     assert shown[0]["manifest"]["predictions"]["name"] == "predictions.jsonl"
-
-
-def test_missing_predictions_are_refused_or_counted(run, data, tmp_path, capsys):
-    lines = (run / "drawn" / "predictions.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "some.jsonl").write_text("".join(lines[:4]))
-    words = ["evaluate", "drawn", "--data", str(data), "--out", str(tmp_path / "p")]
-    words += ["--predictions", str(tmp_path / "some.jsonl")]
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(Path(given).read_text().splitlines(keepends=True)[:4]))
+    words[-1], words[5] = str(some), str(tmp_path / "q")
     assert main(words) == 2
     assert main([*words, "--missing", "wrong"]) == 0
     assert "6 of 10 items have no answer" in capsys.readouterr().out
@@ -381,70 +382,44 @@ def test_a_broken_image_or_a_region_outside_is_counted_and_does_not_end_the_run(
     assert all(row["answer"] == rows[row["id"]] for row in read_lines(run.folder / "items.jsonl") if not row["missing"])
 
 
-def test_an_image_of_another_size_than_annotated_is_left_out_and_counted(data):
-    task = Drawn(data=data)
-    items = task.items()
+def test_an_image_of_another_size_than_annotated_is_left_out_and_counted(data, monkeypatch):
+    items = Drawn(data=data).items()
     with Image.open(items[0].image) as photo:
         size = photo.size
     first = items[0].image
-
-    class Sized(Drawn):
-        def items(self):
-            wrong = (size[0] * 2, size[1] * 2)
-            return [replace(item, size=wrong if item.image == first else size) for item in items]
-
-    kept = Sized(data=data)
+    doubled = [replace(item, size=(2 * size[0], 2 * size[1]) if item.image == first else size) for item in items]
+    monkeypatch.setattr(Drawn, "read_items", lambda self: doubled)
+    kept = Drawn(data=data)
     assert {item.image for item in load_items(kept)} == {item.image for item in items} - {first}
     assert kept.left_out.counts == {"image of another size": 1}
-
-    class None_(Drawn):
-        def items(self):
-            return [replace(item, size=(1, 1)) for item in items]
-
+    monkeypatch.setattr(Drawn, "read_items", lambda self: [replace(item, size=(1, 1)) for item in items])
     with pytest.raises(DataError, match=r"no image has the size .* pixels \(W x H\), not 1 x 1; give the images"):
-        load_items(None_(data=data))
+        load_items(Drawn(data=data))
 
 
-def test_why_nothing_could_be_asked_is_said(data, checkpoint, tmp_path, capsys):
+def test_why_nothing_could_be_asked_is_said(data, checkpoint, tmp_path, monkeypatch):
     shutil.copytree(data, tmp_path / "data")
     for picture in (tmp_path / "data" / "images").iterdir():
         picture.write_bytes(b"no picture")
 
-    class Strict(Drawn):
-        def score(self, items, answers, *, resamples=0, seed=0):
-            if not answers:
-                raise DataError("expected answers, got none")
-            return super().score(items, answers, resamples=resamples, seed=seed)
+    def measure(self, items, answers):
+        raise DataError("expected answers, got none")
 
+    monkeypatch.setattr(Drawn, "measure", measure)
     with pytest.raises(DataError, match="expected answers, got none; 10 of 10 questions could not be asked"):
-        score(Strict(data=tmp_path / "data"), tmp_path / "out", checkpoint)
+        score(Drawn(data=tmp_path / "data"), tmp_path / "out", checkpoint)
 
 
 def test_changes_and_mistakes_go_by_a_figure_that_each_item_has():
-    def rows(*rights):
-        return tuple(
-            {
-                "id": str(k),
-                "image_id": k,
-                "truth": "yes",
-                "answer": "no",
-                "groups": {},
-                "missing": False,
-                "scores": each,
-            }
-            for k, each in enumerate(rights)
-        )
+    def result(*scores):
+        row = {"truth": "yes", "answer": "no", "groups": {}, "missing": False}
+        rows = tuple({**row, "id": str(k), "image_id": k, "scores": each} for k, each in enumerate(scores))
+        return Result(task="t", pinned={}, protocols={}, rows=rows)
 
-    a = Result(task="t", pinned={}, protocols={}, rows=rows({"random.accuracy": 1.0}, {"popular.accuracy": 1.0}))
-    b = Result(task="t", pinned={}, protocols={}, rows=rows({"random.accuracy": 1.0}, {"popular.accuracy": 0.0}))
+    a = result({"random.accuracy": 1.0}, {"popular.accuracy": 1.0})
+    b = result({"random.accuracy": 1.0}, {"popular.accuracy": 0.0})
     assert worst(a, {}, 5) == []
     assert [row["id"] for row in worst(b, {}, 5)] == ["1"]
     figure, gained, lost, reworded = changes(a, b)
     assert (figure, gained, [each.id for each in lost], reworded) == ("random.accuracy, popular.accuracy", (), ["1"], 0)
-    others = Result(task="t", pinned={}, protocols={}, rows=rows({"choices": 0.0}, {"choices": 0.0}))
-    assert changes(a, others) == ("no figure that both have", (), (), 0)
-
-
-def test_a_part_of_the_images_is_named_beside_the_figures(data, checkpoint, tmp_path):
-    run = score(Drawn(data=data, limit=1), tmp_path, checkpoint)
-    assert run.result["pinned"]["part"] == "the first 1 images alone (--limit)"
+    assert changes(a, result({"choices": 0.0}, {"choices": 0.0})) == ("no figure that both have", (), (), 0)

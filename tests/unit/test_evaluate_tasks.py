@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics import java
 from regiongpt.evaluate.predictions import read_predictions
 from regiongpt.evaluate.run import load_items
-from regiongpt.evaluate.task import Answer, Item, Result, Task
+from regiongpt.evaluate.task import Answer, Result, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
 from regiongpt.evaluate.tasks.pope import build_questions
 from regiongpt.evaluate.tasks.proposals import candidates_of, read_proposals
@@ -347,23 +348,14 @@ def test_the_object_is_added_where_no_proposal_finds_it(expressions: Path) -> No
 
     answers[found.id] = Answer(text="Region [9]")
     answers[added.id] = Answer(text=NO_MATCH)
+    scores = {item.id: [float(choice == item.truth) for choice in item.choices] for item in items}
+    scores[added.id] = [0.0] * (len(added.choices) - 1) + [1.0]
+    answers = {name: replace(answer, scores=tuple(scores[name])) for name, answer in answers.items()}
+    by_choice = values(task.score(items, answers, resamples=0), "score all choices, ground truth injected")
+    assert (by_choice["accuracy"], by_choice["no_match"]) == pytest.approx((1 - 1 / len(items), 1 / len(items)))
     worse = values(task.score(items, answers, resamples=0), "generate, ground truth injected")
     assert worse["accuracy"] == pytest.approx(1 - 2 / len(items))
     assert (worse["invalid"], worse["no_match"]) == pytest.approx((1 / len(items), 1 / len(items)))
-
-
-def test_choices_are_scored_too(expressions: Path) -> None:
-    proposals(expressions, [{"image_id": 1, "bbox": [12, 10, 50, 40], "score": 0.9}])
-    task = rec(expressions)
-    items = task.items()
-
-    def prefer(item: Item, choice: int) -> Answer:
-        return Answer(scores=tuple(1.0 if k == choice else 0.0 for k in range(len(item.choices))))
-
-    right = {item.id: prefer(item, item.choices.index(item.truth)) for item in items}
-    assert values(task.score(items, right, resamples=0), "score all choices, ground truth injected")["accuracy"] == 1
-    none = {item.id: prefer(item, len(item.regions)) for item in items}
-    assert values(task.score(items, none, resamples=0), "score all choices, ground truth injected")["no_match"] == 1
 
 
 def test_what_each_region_is_called_is_a_protocol_of_its_own(expressions: Path, tmp_path: Path) -> None:

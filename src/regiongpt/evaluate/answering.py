@@ -25,9 +25,6 @@ def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[di
     Returns:
         Each answer as plain JSON; ``{"refused": why}`` where the image cannot be read, a region lies outside it, or the
         question does not fit the model's context.
-
-    Raises:
-        DataError: A question makes no sense, or the model's numbers are not finite.
     """
     try:
         photo = load_image(items[0].image)

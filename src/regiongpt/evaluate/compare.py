@@ -101,7 +101,7 @@ def compare_runs(
 
     Args:
         a: Folder of the first run.
-        b: Folder of the second; differences are its results less the first's.
+        b: Folder of the second; differences are B less A.
         data: Where the data set is now, if it has moved.
         names: Only these tasks.
         resamples: Of the bootstrap.

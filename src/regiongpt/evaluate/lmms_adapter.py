@@ -162,8 +162,7 @@ def _model_class() -> type:
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             """Answers in the order of the requests."""
-            with progress_shown():
-                found = []
+            found = []
             with progress_shown():
                 for request in progress(requests, "lmms-eval", "answers"):
                     context, options, visuals, number, task, split = request.args

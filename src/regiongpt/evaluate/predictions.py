@@ -10,8 +10,7 @@ from regiongpt.data.values import is_box, is_number
 from regiongpt.errors import DataError, short
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 from regiongpt.evaluate.metrics.labels import folded
-from regiongpt.evaluate.task import Answer, Item, Task
-from regiongpt.evaluate.tasks.scoring import counted, listed
+from regiongpt.evaluate.task import Answer, Item, Task, counted, listed
 from regiongpt.prompts import region_answer
 from regiongpt.settings import nearest
 from regiongpt.storage import reason

@@ -99,15 +99,7 @@ def printed_rows(printed: PaperTable) -> Rows:
 
 
 def write_report(out: Path, runs: Sequence["TaskRun"]) -> None:
-    """Write ``index.html`` of a run.
-
-    Args:
-        out: Folder of the run.
-        runs: Its tasks.
-
-    Raises:
-        DataError: It cannot be written.
-    """
+    """Write ``index.html`` of a run with some tasks; DataError where it cannot be written."""
     summary = [["task, protocol", "figure", "value", "95 %", "items", "paper"]]
     for run in runs:
         for protocol, rows in tables(run):
@@ -190,12 +182,9 @@ def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def worst(result: Result, answers: Mapping[str, Answer], count: int) -> list[dict[str, Any]]:
-    """The rows of a result with the lowest scores, by the first figure of each; among equals the most confident first.
+    """The ``count`` rows with the lowest scores, by the first figure of each; among equals the most confident first.
 
-    Args:
-        result: The scored task.
-        answers: By item id.
-        count: At most so many, and at most three of one truth or of one image.
+    At most three are of one truth, and of one image.
     """
 
     def confidence(name: str) -> float:
@@ -216,13 +205,7 @@ def worst(result: Result, answers: Mapping[str, Answer], count: int) -> list[dic
 
 
 def draw_mistakes(rows: Sequence[Mapping[str, Any]], items: Sequence[Item], answers: Mapping[str, Answer]) -> str:
-    """Cards of HTML, each with the image, its regions, the question, the answer and the truth.
-
-    Args:
-        rows: From :func:`worst`.
-        items: The task's items.
-        answers: By item id.
-    """
+    """Cards of HTML, each with the image, its regions, the question, the answer and the truth."""
     asked = {item.id: item for item in items}
     cards = []
     for row in rows:

@@ -1,13 +1,4 @@
-"""Benchmarks from their questions to a folder of results.
-
-DIR/answers/*.sqlite        every answer under its key (:mod:`regiongpt.store`)
-DIR/TASK/result.json        results with intervals, breakdowns, tables, notes
-DIR/TASK/items.jsonl        per item: question, truth, answer, scores
-DIR/TASK/predictions.jsonl  per item: the answer alone, as ``--predictions`` takes it
-DIR/TASK/mistakes.html      the worst mistakes, as they stand on the page
-DIR/TASK/manifest.json      versions, commit, hashes, settings; written last
-DIR/index.html              everything as one page
-"""
+"""Benchmarks from their questions to a folder of results, which ``docs/evaluation.md`` describes."""
 
 import dataclasses
 import json
@@ -41,28 +32,21 @@ from regiongpt.store import Store
 if TYPE_CHECKING:
     from regiongpt.inference import RegionPredictor
 
-RESULT: Final = "result.json"
-ITEMS: Final = "items.jsonl"
-PREDICTIONS: Final = "predictions.jsonl"
-MISTAKES: Final = "mistakes.html"
-MANIFEST: Final = "manifest.json"
+RESULT, MANIFEST = "result.json", "manifest.json"
+ITEMS, PREDICTIONS, MISTAKES = "items.jsonl", "predictions.jsonl", "mistakes.html"
 
 ANSWERING: Final = ("inference", "model", "prompts.py", "regions.py", "coverage.py", "images.py")
 """The part of this package that turns an image and a question into an answer."""
 _DECIDING: Final = ("settings", "inputs", "model", "predictions", "scoring")
-"""Parts of a manifest that have to be equal before results are replaced."""
+"""Parts of a manifest that have to be equal before results are replaced, but for the values in ``_NOTED``."""
 _NOTED: Final = ("data", "name", "device", "key")
-"""What these parts merely note: where files are, and which code answered."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskRun:
-    """A scored task of a run.
+    """A scored task of a run: its folder ``DIR/TASK``, and what is in there.
 
     Attributes:
-        folder: ``DIR/TASK``.
-        result: :meth:`regiongpt.evaluate.task.Result.to_dict`.
-        manifest: Where the results come from.
         mistakes: The worst mistakes, as HTML.
         items: What was asked; empty if the run was read from its folder.
         answers: By item id; likewise.
@@ -81,17 +65,14 @@ class TaskRun:
         return str(self.result["task"])
 
     def task(self, data: Path | None = None) -> Task:
-        """The task with the options that it was run with, and all images.
-
-        Args:
-            data: Where its data set is now, if it has moved; files inside the data set move with it.
+        """The task with the options that it was run with, and all images; its files are below ``data`` if they moved.
 
         Raises:
             ConfigError: This version has no such task or option.
         """
         try:
             found = task_class(self.name)(**{**self.manifest["options"], "limit": 0})
-        except ConfigError as error:
+        except (ConfigError, TypeError) as error:
             raise ConfigError(f"{self.folder}: a run of another version: {error}; evaluate again") from None
 
         def moved(path: Path) -> Path:
@@ -115,10 +96,6 @@ def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
     """Ask a model what it has not been asked yet, or read someone's predictions, then score and write the results.
 
     A task that cannot be scored does not keep the others from being run.
-
-    Args:
-        tasks: The benchmarks; with ``options.predictions`` one.
-        options: How they are run, ``out`` among them.
 
     Returns:
         The tasks as written; of several processes, in the first alone.
@@ -239,9 +216,9 @@ def _ask(
     """
     hashes = _hash_images({item.image: None for items in listed for item in items})
     keys = [[question_key(model, hashes[item.image], item) for item in items] for items in listed]
-    if processes.is_first and not store.keys() and (before := legacy.read_answers(store.folder)):
+    if processes.is_first and any(store.folder.glob("*.jsonl")) and not store.keys():
         with store:
-            store.add(before)
+            store.add(legacy.read_answers(store.folder))
     processes.wait()
     known = store.get({key for own in keys for key in own})
     processes.wait()  # all have read the same answers before the first writes another
@@ -304,13 +281,7 @@ def _hash_images(images: Collection[Path]) -> dict[Path, str]:
 
 
 def question_key(model: str, image: str, item: Item) -> str:
-    """Key of an answer: a hash of everything that determines it.
-
-    Args:
-        model: Key of the model, from :func:`model_identity`.
-        image: SHA-256 of the image file.
-        item: The question.
-    """
+    """Key of an answer: a hash of all that determines it: the model's key, the image's SHA-256, the question."""
     regions = [region.to_dict() for region in item.regions]
     asked = [item.question, regions, list(item.choices), item.max_new_tokens if item.generate else None]
     asked += [item.expression] if item.expression else []
@@ -320,14 +291,9 @@ def question_key(model: str, image: str, item: Item) -> str:
 def model_identity(path: Path, dtype: str, device: str) -> dict[str, Any]:
     """A checkpoint by the content of its files, and what else its answers depend on.
 
-    Args:
-        path: The checkpoint folder.
-        dtype: It is run in.
-        device: It is run on; noted, but no part of the key, since other devices differ by rounding alone.
-
     Returns:
         ``name``, ``files`` (SHA-256 by name), ``dtype``, ``device``, and ``key``: a digest of files, dtype, the code
-        that answers, torch and transformers.
+        that answers, torch and transformers, but not of the device: others differ by rounding alone.
 
     Raises:
         CheckpointError: The folder is no checkpoint, or a file cannot be read.
@@ -360,12 +326,7 @@ def code_hash() -> str:
 
 
 def make_manifest(task: Task, model: Mapping[str, Any] | None, scoring: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the results of a task come from.
-
-    Args:
-        task: The benchmark.
-        model: From :func:`model_identity`; None where predictions are scored.
-        scoring: The options of scoring.
+    """Where the results of a task come from; ``model`` is None where predictions are scored.
 
     Raises:
         DataError: A file of the benchmark cannot be read.
@@ -387,7 +348,7 @@ def _refuse_other(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise ConfigError if a folder holds results of another model, other settings or other files."""
     if not (folder / MANIFEST).exists():
         return
-    there, now = read_json(folder / MANIFEST), json.loads(json.dumps(manifest))
+    there, now = _read_object(folder / MANIFEST, ()), json.loads(json.dumps(manifest))
 
     def deciding(part: Any) -> Any:
         return {name: value for name, value in part.items() if name not in _NOTED} if isinstance(part, dict) else part
@@ -447,11 +408,7 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_run(out: Path, but: Collection[str] = ()) -> list[TaskRun]:
-    """The finished tasks of a run, in the order of the paper's tables.
-
-    Args:
-        out: Its folder.
-        but: Tasks to leave out.
+    """The finished tasks in the folder of a run, except ``but``, in the order of the paper's tables.
 
     Raises:
         DataError: A file of a task is broken; or there is none, and ``but`` is empty.

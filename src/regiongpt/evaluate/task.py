@@ -3,23 +3,29 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
-from regiongpt.evaluate.metrics.bootstrap import Statistic
+from regiongpt.evaluate.metrics.bootstrap import Statistic, interval, mean_statistic
+from regiongpt.evaluate.metrics.detection import PrecisionStatistic
 from regiongpt.regions import Region
 from regiongpt.settings import Settings
 from regiongpt.storage import digest
 
-RESAMPLES = 1000
+RESAMPLES: Final = 1000
 """Bootstrap resamples behind an interval, by default."""
+MOST_PRECISIONS: Final = 200
+"""Most resamples of an average precision, each of which costs as much as matching a whole set."""
+SIZES: Final = (("small", 32.0**2), ("medium", 96.0**2), ("large", float("inf")))
+"""COCO's sizes of objects: name, and the area in px^2 below which it applies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +141,7 @@ class Result:
         pinned: What has to be equal for two results to be comparable, by name: split, grouping, scorer, ...
         protocols: Figures by protocol and name.
         breakdowns: By protocol, then ``"size"``, ``"category"``, ..., then group: figures by name.
-        rows: One JSON object per item: ``id``, ``image_id``, ``truth``, ``answer``, ``groups``, ``missing`` and
-            ``scores``, the item's number under ``"protocol.figure"``.
+        rows: One JSON object per item, its ``scores`` under ``"protocol.figure"``.
         tables: For the page of results.
         notes: Sentences that belong beside the results, such as how many answers were missing.
         statistics: By protocol and figure, for bootstrap intervals and comparisons.
@@ -165,6 +170,33 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a protocol makes of the answers.
+
+    Attributes:
+        statistics: By figure.
+        scores: By figure, a number for each item; None where the protocol says nothing about it.
+        of: How many items a figure is about, by its name; all that have a score by default.
+        breakdowns: Besides those that the task's ``by`` gives.
+    """
+
+    statistics: Mapping[str, Statistic]
+    scores: Mapping[str, Sequence[float | None]]
+    of: Callable[[str], int] | None = None
+    breakdowns: Mapping[str, Mapping[str, Figures]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a task makes of the answers: see :class:`Result`."""
+
+    protocols: Mapping[str, Scored]
+    pinned: Mapping[str, str]
+    notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+
+
 class Task(Settings, ABC):
     """One benchmark; its fields are the options of the command.
 
@@ -173,6 +205,7 @@ class Task(Settings, ABC):
         summary: One line of help.
         item_id: What an item's id is, for messages: ``"annotation id"``.
         reads: What is scored of an :class:`Answer`, any of ``text``, ``scores``, ``called``.
+        by: Groups of the items that mean scores are broken down by.
         paper: The paper's results by protocol and figure, in the unit of :class:`Figure`.
         paper_source: Where in the paper they are, and what they were measured on.
     """
@@ -181,6 +214,7 @@ class Task(Settings, ABC):
     summary: ClassVar[str]
     item_id: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ("text",)
+    by: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}
     paper_source: ClassVar[str] = ""
 
@@ -196,8 +230,8 @@ class Task(Settings, ABC):
         """The annotation files that are read, for the manifest; images are not among them."""
 
     @abstractmethod
-    def items(self) -> list[Item]:
-        """The items, in an order that files and options alone decide.
+    def read_items(self) -> list[Item]:
+        """All items, in an order that files and options alone decide.
 
         Raises:
             DataError: A file is missing or of another format, or has nothing to ask about.
@@ -205,6 +239,20 @@ class Task(Settings, ABC):
         """
 
     @abstractmethod
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
+        """What is to be said of answers.
+
+        Raises:
+            DataError: An answer does not fit its item, such as scores for another number of choices.
+        """
+
+    def items(self) -> list[Item]:
+        """The items of the first ``limit`` images; raises as :meth:`read_items` does."""
+        self.left_out.counts.clear()
+        items = self.read_items()
+        first = set(list(dict.fromkeys(item.image_id for item in items))[: self.limit or None])
+        return [item for item in items if item.image_id in first]
+
     def score(
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
     ) -> Result:
@@ -213,12 +261,42 @@ class Task(Settings, ABC):
         Args:
             items: What :meth:`items` gave, or some of them.
             answers: By item id; an item without one counts as wrong, and is noted.
-            resamples: Of the bootstrap; 0 for no intervals.
+            resamples: Of the bootstrap; 0 for no intervals. What chance would give has none.
             seed: Of the bootstrap.
 
         Raises:
-            DataError: An answer does not fit its item, such as scores for another number of choices.
+            DataError: As :meth:`measure` does.
         """
+        measured = self.measure(items, answers)
+        figures, breakdowns = {}, {}
+        scores: dict[str, Sequence[float | None]] = {}
+        for protocol, scored in measured.protocols.items():
+            places = [k for k in range(len(items)) if any(each[k] is not None for each in scored.scores.values())]
+            figures[protocol] = {
+                name: figure(each, scored.of(name) if scored.of else len(places), resamples * (name != "chance"), seed)
+                for name, each in scored.statistics.items()
+            }
+            own = [items[k] for k in places]
+            values = {name: [each[k] or 0.0 for k in places] for name, each in scored.scores.items()}
+            means = {key: by_group(own, key, partial(_means, own, values)) for key in self.by}
+            breakdowns[protocol] = {key: each for key, each in {**means, **scored.breakdowns}.items() if each}
+            scores |= {f"{protocol}.{name}": each for name, each in scored.scores.items()}
+        notes = []
+        if missing := [item.id for item in items if item.id not in answers]:
+            count = f"{len(missing)} of {counted(len(items), 'item')} {'has' if len(missing) == 1 else 'have'}"
+            notes.append(f"{count} no answer and count as wrong ({self.item_id}s {listed(missing)})")
+        if self.left_out.counts:
+            notes.append(f"annotations not asked about: {self.left_out.listed()}")
+        return Result(
+            task=self.name,
+            pinned=measured.pinned,
+            protocols=figures,
+            breakdowns=breakdowns,
+            rows=tuple(_row(item, answers, scores, place) for place, item in enumerate(items)),
+            tables=tuple(measured.tables),
+            notes=(*notes, *measured.notes),
+            statistics={name: scored.statistics for name, scored in measured.protocols.items()},
+        )
 
     @property
     def split_read(self) -> str:
@@ -233,6 +311,67 @@ class Task(Settings, ABC):
     def options(self) -> dict[str, Any]:
         """The options by name."""
         return {name: getattr(self, name) for name in type(self).model_fields}
+
+
+def _row(
+    item: Item, answers: Mapping[str, Answer], scores: Mapping[str, Sequence[float | None]], place: int
+) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "image_id": item.image_id,
+        "truth": item.truth,
+        "answer": answers[item.id].text if item.id in answers else None,
+        "groups": dict(item.groups),
+        "missing": item.id not in answers,
+        # The number of a region means something only beside the regions.
+        **({"regions": [region.to_dict() for region in item.regions]} if len(item.regions) > 1 else {}),
+        "scores": {name: values[place] for name, values in scores.items() if values[place] is not None},
+    }
+
+
+def figure(statistic: Statistic, of: int, resamples: int, seed: int) -> Figure:
+    """A figure, without a value where there is nothing to measure, with its interval unless ``resamples`` is 0."""
+    value = statistic.value() if statistic.clusters else float("nan")
+    if np.isnan(value):
+        return Figure(value=None, of=of)
+    count = min(resamples, MOST_PRECISIONS) if isinstance(statistic, PrecisionStatistic) else resamples
+    ends = interval(statistic, count, seed) if count and len(statistic.clusters) > 1 else None
+    return Figure(value=value, of=of, interval=None if ends is None or np.isnan(ends).any() else ends)
+
+
+def by_group(
+    items: Sequence[Item], key: str, measure: Callable[[list[int]], Mapping[str, Figure]]
+) -> dict[str, Mapping[str, Figure]]:
+    """Figures of the items of each group, by their places: sizes in their order, other groups the largest first."""
+    places: dict[str, list[int]] = {}
+    for place, item in enumerate(items):
+        if key in item.groups:
+            places.setdefault(item.groups[key], []).append(place)
+    order = [name for name, _ in SIZES]
+    names = sorted(places, key=lambda name: (order.index(name) if name in order else len(order), -len(places[name])))
+    return {name: measure(places[name]) for name in names}
+
+
+def _means(items: Sequence[Item], scores: Mapping[str, Sequence[float]], places: Sequence[int]) -> dict[str, Figure]:
+    return {name: mean_figure(items, values, places) for name, values in scores.items()}
+
+
+def mean_figure(items: Sequence[Item], scores: Sequence[float], places: Sequence[int]) -> Figure:
+    """The mean score of the items at some places, without an interval."""
+    statistic = mean_statistic([items[k].image_id for k in places], [scores[k] for k in places])
+    return figure(statistic, len(places), 0, 0)
+
+
+def counted(number: int, noun: str) -> str:
+    """``"1 class"``, ``"2 classes"``, ``"1,000 images"``."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
+def listed(values: Sequence[object], most: int = 10) -> str:
+    """The first few of some values, and how many more there are."""
+    shown = ", ".join(str(value) for value in values[:most])
+    return f"{shown} and {len(values) - most} more" if len(values) > most else shown
 
 
 class RunOptions(Settings):

@@ -212,9 +212,11 @@ def _wholes(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: S
         raise ConfigError("the chat template has to write an answer once and as it is, to score a closed set with it")
     begun, head = processor.split_begin(head)
     image, stops = [processor.image_token_id] * processor.num_image_tokens, set(processor.stop_token_ids)
+    region, repeats = engine.model.config.region_token_id, processor.tokens_per_region
     for start in range(0, len(answers), _TOGETHER):
         texts = [head + processor.plain_words(answer) + tails[0] for answer in answers[start : start + _TOGETHER]]
         for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            ids = [token for token in ids for _ in range(repeats if token == region else 1)]
             place = ids.index(processor.image_token_id)
             last = max(place for place, token in enumerate(ids) if token in stops)
             yield begun + ids[:place] + image + ids[place + 1 : last + 1]

@@ -86,9 +86,8 @@ def meteor_scores(counts: Floats) -> Floats:
     """METEOR of captions, or of whole sets by their summed counts.
 
     Args:
-        counts: (N, 23), for a set the sum of its :func:`meteor_addends`. Words of the caption, of the reference;
-            function words of each; for each of the four stages the content words matched of the caption, of the
-            reference, and the function words likewise; chunks; words matched of the caption, of the reference.
+        counts: (N, 23), for a set the sum of its :func:`meteor_addends`. Words and function words of caption and
+            reference; for each stage the content and the function words matched of both; chunks; words matched of both.
     """
     counts = np.asarray(counts, np.float64).reshape(-1, COUNTS)
     lengths, functions, chunks, matched = counts[:, :2], counts[:, 2:4], counts[:, 20], counts[:, 21:]

@@ -18,10 +18,9 @@ from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.captions import METRICS, caption_scores
 from regiongpt.evaluate.metrics.java import find_java, find_spice, scored_words
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
-from regiongpt.evaluate.tasks import scoring
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, counted
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogTask, each_expression
-from regiongpt.evaluate.tasks.scoring import Scored, counted, find, given, images_of, make_result
+from regiongpt.evaluate.tasks.scoring import box_area, find, given, images_of, size_name
 from regiongpt.prompts import question
 from regiongpt.regions import Region
 
@@ -44,17 +43,7 @@ _REGIONS: Final = {
 
 
 class Described(NamedTuple):
-    """A region with what people said of it.
-
-    Attributes:
-        id: Id of the item.
-        image: The image file.
-        image_id: Id of the image.
-        size: Width and height of the image in pixels, as annotated.
-        box: xyxy in pixels.
-        references: Texts.
-        category: What the region shows, where it is known.
-    """
+    """A region, its box xyxy in pixels, with what people said of it, and the annotated size of its image."""
 
     id: str
     image: Path
@@ -68,6 +57,8 @@ class Described(NamedTuple):
 class CaptionTask(Task):
     """Asks for a caption of each region; a subclass reads the regions and their references."""
 
+    by: ClassVar[tuple[str, ...]] = ("size", "category")
+
     metrics: str = "METEOR,CIDEr,ROUGE_L,BLEU"
     """Joined by commas: CIDEr, METEOR, ROUGE_L, BLEU, SPICE."""
     max_new_tokens: int = Field(default=64, ge=1)
@@ -76,10 +67,14 @@ class CaptionTask(Task):
     @field_validator("metrics")
     @classmethod
     def _check_metrics(cls, value: str) -> str:
-        names = _names(value)
+        names = [name.strip() for name in value.split(",") if name.strip()]
         if not names or not set(names) <= set(METRICS):
             raise ValueError(f"give some of {', '.join(METRICS)}, joined by commas")
         return value
+
+    @property
+    def _metrics(self) -> list[str]:
+        return [name.strip() for name in self.metrics.split(",") if name.strip()]
 
     @abstractmethod
     def regions_described(self) -> list[Described]:
@@ -89,13 +84,12 @@ class CaptionTask(Task):
     def pinned(self) -> dict[str, str]:
         """Split and grouping of the references."""
 
-    def items(self) -> list[Item]:
+    def read_items(self) -> list[Item]:
         """One item a region, except those of which no reference has a word."""
         # What is missing is better said now than after all the answers.
         find_java()
-        if "SPICE" in _names(self.metrics):
+        if "SPICE" in self._metrics:
             find_spice()
-        self.left_out.counts.clear()
         described = self.regions_described()
         words = iter(scored_words([text for each in described for text in each.references]))
         items = []
@@ -108,7 +102,7 @@ class CaptionTask(Task):
                     self.left_out.add("reference without words", self.inputs()[0], each.id, f"no word in {text!r}")
             if not worded:
                 continue
-            size = scoring.size_name(scoring.box_area(each.box))
+            size = size_name(box_area(each.box))
             items.append(
                 Item(
                     id=each.id,
@@ -123,42 +117,26 @@ class CaptionTask(Task):
                     detail={"references": worded},
                 )
             )
-        return scoring.limited(items, self.limit)
+        return items
 
-    def score(
-        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Result:
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """The metrics over all items; one without an answer is the empty caption."""
         texts = [text or "" for text in given(items, answers, "text")]
-        metrics = _names(self.metrics)
+        metrics = self._metrics
         references = [list(item.detail["references"]) for item in items]
         found = caption_scores(texts, references, metrics=metrics, clusters=images_of(items))
         empty = sum(not any(map(str.isalnum, text)) for text in texts)
-        return make_result(
-            self,
-            items,
-            answers,
-            {
-                PROTOCOL: Scored(
-                    statistics={name: each.statistic for name, each in found.items()},
-                    # METEOR and BLEU of a set are no means of these, and differ a little.
-                    scores={name: each.items.tolist() for name, each in found.items()},
-                )
-            },
-            pinned={
-                **self.pinned(),
-                "tokenizer": "Penn Treebank tokenizer of CoreNLP 3.4.1, lower case, punctuation dropped",
-                **{f"scorer {name}": SCORERS[name] for name in metrics},
-            },
-            by=("size", "category"),
-            notes=[f"{counted(empty, 'caption')} without a word, of the score 0"] if empty else [],
-            resamples=resamples,
-            seed=seed,
+        # METEOR and BLEU of a set are no means of the items' scores, and differ a little.
+        scored = Scored(
+            statistics={name: each.statistic for name, each in found.items()},
+            scores={name: each.items.tolist() for name, each in found.items()},
         )
-
-
-def _names(metrics: str) -> list[str]:
-    return [name.strip() for name in metrics.split(",") if name.strip()]
+        words = "Penn Treebank tokenizer of CoreNLP 3.4.1, lower case, punctuation dropped"
+        return Measured(
+            protocols={PROTOCOL: scored},
+            pinned={**self.pinned(), "tokenizer": words, **{f"scorer {name}": SCORERS[name] for name in metrics}},
+            notes=[f"{counted(empty, 'caption')} without a word, of the score 0"] if empty else [],
+        )
 
 
 def _printed(table: str) -> dict[str, dict[str, float]]:
@@ -166,10 +144,7 @@ def _printed(table: str) -> dict[str, dict[str, float]]:
 
 
 class RefCocogCaption(RefCocogTask, CaptionTask):
-    """One caption an object, or with ``grouping`` set to ``expression`` one for each of its expressions.
-
-    Published figures use both groupings and seldom say which.
-    """
+    """One caption an object, or one for each of its expressions; published figures use both and seldom say which."""
 
     name: ClassVar[str] = "refcocog_caption"
     summary: ClassVar[str] = "captions of RefCOCOg's objects: METEOR and CIDEr (Table 4)"
@@ -199,7 +174,7 @@ class RefCocogCaption(RefCocogTask, CaptionTask):
 
 
 class VisualGenomeCaption(CaptionTask):
-    """One caption a region of the images of a split, which a file lists: papers use different ones."""
+    """One caption a region of the images of a split, which a file lists."""
 
     name: ClassVar[str] = "vg_caption"
     summary: ClassVar[str] = "captions of Visual Genome's regions: METEOR and CIDEr (Table 4)"

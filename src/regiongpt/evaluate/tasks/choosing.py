@@ -1,7 +1,5 @@
 """Which region does an expression mean? RefCOCOg among proposals, and expressions written from COCO's annotations.
 
-A region is chosen by an answer, by its likelihood, or by what it is called.
-
 Paper: §4.3, Table 5
 """
 
@@ -24,11 +22,10 @@ from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import mean_statistic
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
-from regiongpt.evaluate.tasks import scoring
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, counted
 from regiongpt.evaluate.tasks.proposals import candidates_of, read_proposals
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogTask, each_expression
-from regiongpt.evaluate.tasks.scoring import Scored, counted, find, given, images_of, make_result
+from regiongpt.evaluate.tasks.scoring import box_area, find, given, images_of, size_name
 from regiongpt.images import load_image
 from regiongpt.prompts import NO_MATCH, parse_region_answer, question, region_answer
 from regiongpt.regions import Region
@@ -66,14 +63,13 @@ class ChoosingTask(Task):
 
 
 def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, list[int | str | None]]:
-    """What was chosen, for each protocol that the answers allow.
+    """The regions that were chosen, for each protocol that the answers allow.
 
     Returns:
-        By protocol, for each item the number of the region from 1, ``"none"`` for the sentence that none fits,
-        ``"invalid"`` for anything else, None where there is no answer.
+        By protocol, for each item the number of the region from 1, ``"none"``, ``"invalid"``, or None without answer.
 
     Raises:
-        DataError: There is no answer with a text or scores, or the scores are not as many as the choices.
+        DataError: There is no answer, or an answer's scores are not as many as the choices.
     """
     found: dict[str, list[int | str | None]] = {}
     for protocol, kind, read in ((GENERATED, "text", _read), (SCORED, "scores", _best), (CALLED, "called", _likeliest)):
@@ -122,14 +118,14 @@ def scored(items: Sequence[Item], picked: Sequence[int | str | None], right: Seq
 class RefCocogRec(RefCocogTask, ChoosingTask):
     """One question an expression, among the proposals for its image.
 
-    Where no proposal reaches an overlap of 0.5 with the object, the object's own box is added, as in the paper. A
-    detector cannot lose such a question any more, so their share is reported; without the injection they have no right
-    answer and count as wrong. All other questions are the same, so one run measures both.
+    Where no proposal reaches an overlap of 0.5 with the object, the object's own box is added, as in the paper.
+    Without that injection such questions count as wrong; all others are the same, so one run measures both.
     """
 
     name: ClassVar[str] = "refcocog_rec"
     summary: ClassVar[str] = "the box that an expression means, among proposals (Table 5)"
     item_id: ClassVar[str] = "sentence id"
+    by: ClassVar[tuple[str, ...]] = ("size", "injected")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         f"generate, {INJECTED}": {"accuracy": TABLES["rec"].figure("val") / 100}
     }
@@ -151,9 +147,8 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
         """Expressions, objects and proposals."""
         return [*super().inputs(), self._proposals]
 
-    def items(self) -> list[Item]:
+    def read_items(self) -> list[Item]:
         """One item an expression, in the order of the file."""
-        self.left_out.counts.clear()
         objects, folder = self.objects(), self.folder
         images = {each.image_id: folder / each.file for each in objects}
         size = cache(lambda number: known_size(images[number]))
@@ -176,7 +171,7 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
                     question=question("locate", 0, regions=numbers, expression=text, guided=self.guided),
                     truth=region_answer(int(agreement.argmax()) + 1),
                     groups={
-                        "size": scoring.size_name(scoring.box_area(each.box)),
+                        "size": size_name(box_area(each.box)),
                         "injected": "yes" if lacking else "no",
                     },
                     detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes), "expression": text},
@@ -184,11 +179,9 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
             )
         if not items:
             raise DataError(f"{self.inputs()[0]}: no expressions; {self.left_out.summary()}")
-        return scoring.limited(items, self.limit)
+        return items
 
-    def score(
-        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Result:
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """Right is a candidate whose overlap with the object is at least 0.5."""
         injected = [bool(item.detail["injected"]) for item in items]
         share = mean_statistic(images_of(items), [float(each) for each in injected])
@@ -209,11 +202,8 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
         these = f"at most {self.top} an image" if self.top else "all"
         if self.min_score:
             these += f" of a score of {self.min_score:g} or more"
-        return make_result(
-            self,
-            items,
-            answers,
-            protocols,
+        return Measured(
+            protocols=protocols,
             pinned={
                 "split": f"RefCOCOg {self.partition} {self.split}",
                 "candidates": f"{self._proposals.name}, {these}, order drawn by seed {self.seed}",
@@ -222,22 +212,16 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
                 f"variant {INJECTED}": "the object's box is added where no candidate overlaps it enough",
                 f"variant {BARE}": "the same questions, of which those count as wrong",
             },
-            by=("size", "injected"),
             notes=[note],
-            resamples=resamples,
-            seed=seed,
         )
 
 
 class CocoRec(ChoosingTask):
-    """Up to three questions an image of at least five objects, written from its annotations.
-
-    A stand-in where only boxes, classes and pixels are known: expressions say a class, a place, a size or a colour that
-    is true of one of five objects alone. Its results are no RefCOCOg results. Without colours no image is read.
-    """
+    """Up to three questions an image: a class, place, size or colour that is true of one of five objects alone."""
 
     name: ClassVar[str] = "coco_rec"
     summary: ClassVar[str] = "the box that an expression means, among five of an annotated image; needs no RefCOCOg"
+    by: ClassVar[tuple[str, ...]] = ("kind", "category")
 
     split: str = "dev"
     """instances_SPLIT.json in the folder, with images/."""
@@ -248,9 +232,8 @@ class CocoRec(ChoosingTask):
         """The annotations."""
         return [source.instances for source in photo_sources(self.data, self.split)]
 
-    def items(self) -> list[Item]:
+    def read_items(self) -> list[Item]:
         """Questions by image, in their first wording."""
-        self.left_out.counts.clear()
         data = load_coco(photo_sources(self.data, self.split))
         self.left_out.counts.update(data.skipped)
         images: Sequence[ImageAnnotations] = data.images
@@ -280,30 +263,22 @@ class CocoRec(ChoosingTask):
             )
         if not items:
             raise DataError(f"{self.data}: no image has five objects or more; {data.report()}")
-        return scoring.limited(items, self.limit)
+        return items
 
-    def score(
-        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Result:
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """Right is the region that the expression was written of."""
         protocols = {
             name: scored(items, picked, [k == item.detail["right"] for item, k in zip(items, picked, strict=True)])
             for name, picked in chosen(items, answers).items()
         }
-        return make_result(
-            self,
-            items,
-            answers,
-            protocols,
+        return Measured(
+            protocols=protocols,
             pinned={
                 "split": self.split,
                 "expressions": f"of annotations, seed {self.seed}, {'with' if self.colours else 'no'} colours",
                 "candidates": "five objects of the image, drawn by the seed, crowds aside",
                 **{f"protocol {name}": RULES[name] for name in protocols},
             },
-            by=("kind", "category"),
-            resamples=resamples,
-            seed=seed,
         )
 
 

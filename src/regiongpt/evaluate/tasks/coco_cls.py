@@ -17,9 +17,21 @@ from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
 from regiongpt.evaluate.metrics.detection import FREQUENCIES, DetectionScores, Federated, detection_scores
 from regiongpt.evaluate.metrics.labels import Labels, Reading
 from regiongpt.evaluate.paper import COCO, TABLES
-from regiongpt.evaluate.task import RESAMPLES, Answer, Figure, Item, Result, Table, Task
-from regiongpt.evaluate.tasks import scoring
-from regiongpt.evaluate.tasks.scoring import Scored, find, given, images_of, listed, make_result
+from regiongpt.evaluate.task import (
+    MOST_PRECISIONS,
+    Answer,
+    Figure,
+    Item,
+    Measured,
+    Scored,
+    Table,
+    Task,
+    by_group,
+    counted,
+    listed,
+    mean_figure,
+)
+from regiongpt.evaluate.tasks.scoring import box_area, find, given, images_of, size_name
 from regiongpt.prompts import LABEL_SETS, question
 from regiongpt.regions import Region
 
@@ -46,6 +58,7 @@ class CocoClassification(Task):
     summary: ClassVar[str] = "classes of ground-truth regions: accuracy and AP under three protocols (Table 3)"
     item_id: ClassVar[str] = "annotation id"
     reads: ClassVar[tuple[str, ...]] = ("text", "scores")
+    by: ClassVar[tuple[str, ...]] = ("size",)
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         MATCH: {
             "AP": TABLES["classification"].figure("mAP") / 100,
@@ -90,9 +103,8 @@ class CocoClassification(Task):
         words = [word.strip() for word in self.synonyms.split(",")]
         return [self._file, *(Path(word) for word in words if Path(word).is_file())]
 
-    def items(self) -> list[Item]:
+    def read_items(self) -> list[Item]:
         """One item an object, by image and annotation id."""
-        self.left_out.counts.clear()
         folder = find(self.images, self.data, [self.split, "images", "."], "images", "images", file=False)
         crowds: Literal["take", "leave out"] = "take" if self.crowds else "leave out"
         file = InstancesFile(self._file, self.left_out, shapes=self.region, folder=folder, crowds=crowds)
@@ -126,7 +138,7 @@ class CocoClassification(Task):
             if region is None:
                 continue
             x0, y0, x1, y1 = box
-            area = scoring.box_area(box) if isnan(area) else area
+            area = box_area(box) if isnan(area) else area
             crowd = groups.get(int(file.images[place]), [])
             items.append(
                 Item(
@@ -139,18 +151,16 @@ class CocoClassification(Task):
                     choices=tuple(names) if self.choices else (),
                     max_new_tokens=16,
                     truth=file.names[category],
-                    groups={"category": file.names[category], "size": scoring.size_name(area)},
+                    groups={"category": file.names[category], "size": size_name(area)},
                     detail={"box": [x0, y0, x1 - x0, y1 - y0], "area": area, "crowds": crowd, **shared},
                 )
             )
         if not items:
             hint = crowd_hint(self.left_out)
             raise DataError(f"{file.path}: no objects to ask about; {self.left_out.summary()}{hint}")
-        return scoring.limited(items, self.limit)
+        return items
 
-    def score(
-        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Result:
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """All protocols that the answers allow: without probabilities and scores, the first alone."""
         names: list[str] = items[0].detail["names"]
         ids = _category_ids(items)
@@ -180,7 +190,7 @@ class CocoClassification(Task):
         if not chosen:
             raise DataError("no item has an answer with a text or with scores")
         truth, federated = _truth(items), _federated(items)
-        protocols, categories, tables = {}, {}, []
+        protocols, tables = {}, []
         for protocol, answered in chosen.items():
             right = [float(name == item.truth) for name, item in zip(answered, items, strict=True)]
             found = detection_scores(truth, detections[protocol], federated=federated)
@@ -188,22 +198,15 @@ class CocoClassification(Task):
                 statistics=_statistics(items, right, answered, found),
                 scores={"accuracy": right},
                 of=lambda name: _count(items, name),
+                breakdowns={"category": _by_category(items, right, found)},
             )
-            categories[protocol] = {"category": _by_category(items, right, found)}
             if protocol != PROBABLE:
                 tables.append(_confusions(items, answered, f"Confusion matrix, {protocol}"))
-        return make_result(
-            self,
-            items,
-            answers,
-            protocols,
+        return Measured(
+            protocols=protocols,
             pinned=self._pinned(len(names), federated is not None),
-            by=("size",),
-            more=categories,
             tables=tables,
             notes=self._notes(items, texts, sure, readings),
-            resamples=resamples,
-            seed=seed,
         )
 
     def _pinned(self, names: int, lvis: bool) -> dict[str, str]:
@@ -215,7 +218,7 @@ class CocoClassification(Task):
             "prompt": f"guided, {self.label_set}" if self.guided else "not guided",
             "closed set": f"{names} categories of the annotations",
             "matching": f"as it stands{f', forgiving {self.synonyms}' if self.synonyms else ''}",
-            "scorer": f"{rules} on the boxes; at most {scoring.MOST_PRECISIONS} resamples for its intervals",
+            "scorer": f"{rules} on the boxes; at most {MOST_PRECISIONS} resamples for its intervals",
             **{f"protocol {name}": rule for name, rule in _RULES.items()},
         }
 
@@ -230,7 +233,7 @@ class CocoClassification(Task):
         forgiven = [reading for reading in readings if reading and reading.by not in ("", "as it stands")]
         kinds = {"case": "letters' case", "plural": "the plural", "synonym": "a synonym"}
         for (by, taken), count in sorted(Counter((each.by, each.name is not None) for each in forgiven).items()):
-            what, answers = kinds.get(by, "letters' case and the plural"), scoring.counted(count, "answer")
+            what, answers = kinds.get(by, "letters' case and the plural"), counted(count, "answer")
             if taken:
                 notes.append(f"{answers} taken for a name that differs by {what} (--synonyms)")
             else:
@@ -238,13 +241,13 @@ class CocoClassification(Task):
         unsure = [item.id for item, text, p in zip(items, texts, sure, strict=True) if text is not None and p is None]
         if 0 < len(unsure) < sum(text is not None for text in texts):
             notes.append(
-                f"{PROBABLE!r} is not measured: {scoring.counted(len(unsure), 'answer')} without a probability "
+                f"{PROBABLE!r} is not measured: {counted(len(unsure), 'answer')} without a probability "
                 f"({self.item_id}s {listed(unsure)})"
             )
         off = Counter(text for text, reading in zip(texts, readings, strict=True) if reading and reading.name is None)
         if off:
             most = [f"{text!r} ({count})" for text, count in off.most_common(5)]
-            notes.append(f"{scoring.counted(off.total(), 'answer')} off the list, most often {', '.join(most)}")
+            notes.append(f"{counted(off.total(), 'answer')} off the list, most often {', '.join(most)}")
         return notes
 
 
@@ -325,11 +328,11 @@ def _by_category(
     def measure(places: list[int]) -> dict[str, Figure]:
         precision = found.by_category.get(ids[items[places[0]].truth])
         return {
-            "accuracy": scoring.mean_figure(items, right, places),
+            "accuracy": mean_figure(items, right, places),
             "AP": Figure(value=precision, of=len(places)),
         }
 
-    return scoring.by_group(items, "category", measure)
+    return by_group(items, "category", measure)
 
 
 def _confusions(items: Sequence[Item], said: Sequence[str | None], title: str) -> Table:

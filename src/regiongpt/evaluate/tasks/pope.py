@@ -19,9 +19,8 @@ from regiongpt.data.values import image_name, plain_text
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import RESAMPLES, Answer, Item, Result, Task
-from regiongpt.evaluate.tasks import scoring
-from regiongpt.evaluate.tasks.scoring import Scored, counted, find, given, images_of, make_result
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, counted
+from regiongpt.evaluate.tasks.scoring import find, given, images_of
 from regiongpt.prompts import indefinite
 
 STRATEGIES: Final = ("random", "popular", "adversarial")
@@ -56,13 +55,14 @@ class Asked(NamedTuple):
 class Pope(Task):
     """Yes-or-no questions, half of them about absent classes, which are chosen in three ways.
 
-    The published questions are read where they are given or lie in the folder (``coco_pope_random.json`` and so on);
-    otherwise they are built by the same rules from the annotations.
+    The published questions are read if they are given or in the folder (``coco_pope_random.json`` and so on), else
+    they are built by the same rules from the annotations.
     """
 
     name: ClassVar[str] = "pope"
     summary: ClassVar[str] = "is there such an object? accuracy, precision, recall, F1, share of yes (Table 8)"
     item_id: ClassVar[str] = "question id"
+    by: ClassVar[tuple[str, ...]] = ("category",)
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         f"published script, {strategy}": {
             name: TABLES[f"pope_{strategy}"].figure(column) / 100 for name, column in _COLUMNS.items()
@@ -121,20 +121,18 @@ class Pope(Task):
         """The question files, or the annotations."""
         return list(self._published().values()) or [self._annotations]
 
-    def items(self) -> list[Item]:
+    def read_items(self) -> list[Item]:
         """The questions of one strategy after the other."""
-        self.left_out.counts.clear()
         folder = find(self.images, self.data, [self.split, "images", "."], "images", "images", file=False)
         asked = {
             strategy: [(_number(each.image), each) for each in read_questions(path, self.left_out)]
             for strategy, path in self._published().items()
         } or self._build(folder)
-        items = [
+        return [
             self._item(strategy, number, each, folder, several=len(asked) > 1)
             for strategy, those in asked.items()
             for number, each in those
         ]
-        return scoring.limited(items, self.limit)
 
     def _build(self, folder: Path) -> dict[str, list[tuple[int | str, Asked]]]:
         file = InstancesFile(self._annotations, self.left_out, folder=folder, crowds="keep")  # a crowd is there too
@@ -170,9 +168,7 @@ class Pope(Task):
             groups={"strategy": strategy, **({"category": asked.category} if asked.category else {})},
         )
 
-    def score(
-        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Result:
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """Each strategy by itself, under both readings of the answers."""
         texts = given(items, answers, "text")
         protocols = {}
@@ -192,20 +188,14 @@ class Pope(Task):
                 )
         source = ", ".join(path.name for path in self._published().values())
         rule = f"built by POPE's rules from {self.split}, {counted(self.pairs, 'pair')} an image, seed {self.seed}"
-        return make_result(
-            self,
-            items,
-            answers,
-            protocols,
+        return Measured(
+            protocols=protocols,
             pinned={
                 "questions": source or rule,
                 "prompt": f"the question{f' and {self.suffix!r}' if self.suffix else ' alone'}",
                 "yes_ratio": "of the predictions",
                 **{f"protocol {name}": text for name, text in READINGS.items()},
             },
-            by=("category",),
-            resamples=resamples,
-            seed=seed,
         )
 
 
@@ -228,10 +218,7 @@ def pope_script(text: str) -> Said:
 
 
 def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: Sequence[Said]) -> dict[str, Statistic]:
-    """The figures of :data:`FORMULAS`, yes being the positive answer.
-
-    An answer that is neither is wrong: it lowers accuracy, and recall where yes was right, and is no yes for precision
-    and for ``yes_ratio``, the share of yes among all questions.
+    """The figures of :data:`FORMULAS`, yes being the positive answer; an answer that is neither is wrong.
 
     Args:
         clusters: Image of each question.
@@ -246,11 +233,7 @@ def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: 
 
 
 def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
-    """A published file: JSON lines with ``question_id``, ``image``, ``text`` and ``label`` (yes or no).
-
-    Raises:
-        DataError: The file has no question that can be used.
-    """
+    """The JSON lines ``question_id``, ``image``, ``text`` and ``label`` of a file; DataError where none can be used."""
     found: dict[str, Asked] = {}
     for number, entry in iter_lines(path, rejects):
         with rejects.noting(path, number):
@@ -288,7 +271,7 @@ def build_questions(
         strategy: One of :data:`STRATEGIES`.
         images: Most images that are asked about, drawn by the seed.
         pairs: Questions of either answer for an image.
-        seed: Seed of every choice.
+        seed: Of every choice.
 
     Returns:
         Image ids with their questions, by image id.
