@@ -340,10 +340,6 @@ class Region(ABC):
             segmentation = _encoded(self.to_mask(width, height))
         return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": self.area(width, height), "segmentation": segmentation}
 
-    def geometry(self, width: int, height: int) -> Any:
-        """The region clipped to the image as a shapely Polygon or MultiPolygon; None where only pixels are known."""
-        return self._resolve(width, height).geometry
-
     def _checked(self, width: int, height: int, name: str) -> Shape:
         numbers = self._coordinates()
         if max(width, height) > 1 and len(numbers) and min(numbers) >= 0 and 0 < max(numbers) <= 1:

@@ -241,18 +241,14 @@ class Engine:
             end = list(ids).index(region)
         if not 0 < end < len(ids):
             return None
-        key, words = tuple(ids[:end]), tuple(ids[end:count])
+        key, words = tuple(ids[:end]), tuple(ids[end:count]) if self.decoder.shares else ()
         shared = scene.shared
         with shared.lock:
             root, known = shared.prefixes.pop(key, None), shared.questions.get(key)
             if words and (known is None or known[0] != words):
-                if root is None and not self.decoder.shares:
-                    root = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
                 behind = self.embed(scene, ids[:count], (), scene.image_ND[:0], start=end if root else 0)
-                known = words, self.decoder.read(behind, parent=root).joined()
-                shared.questions[key] = known
-                if self.decoder.shares:  # one memory for both
-                    root = known[1].crop(end)
+                known = shared.questions[key] = words, self.decoder.read(behind, parent=root).joined()
+                root = known[1].crop(end)  # one memory for both
             elif root is None:
                 root = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
             assert root is not None
