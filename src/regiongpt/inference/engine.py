@@ -201,8 +201,7 @@ class Engine:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         if length + min(wanted, LEAST_ROOM) > limit:
             raise TooLong(
-                f"question too long: {length} of the model's {limit} tokens, with image and history, and an answer to "
-                "come; shorten it or begin a new conversation"
+                f"question too long: {length} of the model's {limit} tokens; shorten it or begin a new conversation"
             )
         return min(wanted, limit - length)
 

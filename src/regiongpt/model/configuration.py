@@ -130,8 +130,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.vision_config.model_type not in VISION_TOWERS:
             raise ConfigError(
-                f"vision_config must be one of the towers {', '.join(VISION_TOWERS)}; "
-                f"got model_type {self.vision_config.model_type!r}"
+                f"vision_config must be one of {', '.join(VISION_TOWERS)}; got {self.vision_config.model_type!r}"
             )
         sizes = ("image_size", "vision_feature_layer", "refinement_channels", "connector_size", "region_number_offset")
         for name in sizes:
@@ -163,14 +162,12 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
             not 1 <= n <= finest for n, finest in zip(self.image_grid, self.refined_grid, strict=True)
         ):
             raise ConfigError(
-                f"image_grid must be two numbers from 1 to the refined grid {list(self.refined_grid)} (image_size "
-                f"{self.image_size}, refinement {self.refinement!r}); got {self.image_grid}"
+                f"image_grid must be two numbers up to refined grid {list(self.refined_grid)}; got {self.image_grid}"
             )
         layers = getattr(self.vision_config, "num_hidden_layers", None)
         if layers is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
             raise ConfigError(
-                f"vision_feature_layer must lie between {-layers - 1} and {layers}, since the tower has {layers} "
-                f"layers; got {self.vision_feature_layer}"
+                f"vision_feature_layer must lie between {-layers - 1} and {layers}; got {self.vision_feature_layer}"
             )
 
     @property

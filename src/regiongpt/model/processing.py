@@ -88,10 +88,7 @@ def prepare_tokenizer(tokenizer: Any, family: str) -> int:
         text = probe.format(bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
         ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, saved))
         if ours != theirs:
-            raise ConfigError(
-                f"{type(tokenizer).__name__} reads {text!r} otherwise once saved and loaded; use one whose "
-                "tokenizer.json says all that it does"
-            )
+            raise ConfigError(f"{type(tokenizer).__name__} reads {text!r} otherwise once saved and loaded; use another")
     return added
 
 
@@ -214,8 +211,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         pixels: torch.Tensor = self.image_processor(square, return_tensors="pt")["pixel_values"]
         if pixels.shape[-2:] != (self.image_size, self.image_size):
             raise ConfigError(
-                f"image_size is {self.image_size}, but the image processor makes {tuple(pixels.shape[-2:])}; "
-                "change one of them in processor_config.json"
+                f"image_size is {self.image_size}, but the image processor makes {tuple(pixels.shape[-2:])}"
             )
         return pixels
 
@@ -531,9 +527,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         cut = len(text) - len(rest)
         places = [(0, cut)] * len(begun) + [(start + cut, end + cut) for start, end in encoding["offset_mapping"]]
         if ids.count(self.region_token_id) != len(region_ids):
-            raise RegionError(
-                f"expected {len(region_ids)} region tokens in the text, got {ids.count(self.region_token_id)}"
-            )
+            raise RegionError(f"expected {len(region_ids)} region tokens, got {ids.count(self.region_token_id)}")
         never = {self.region_token_id, self.image_token_id}  # an embedding stands there, which no word can predict
         labels = [
             token if token not in never and any(start < b and end > a for a, b in spans) else IGNORED
