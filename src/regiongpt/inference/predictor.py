@@ -138,7 +138,9 @@ class RegionPredictor:
         chosen = pick_device(device)
         model, processor = weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen))
         if model.untrained and not untrained:
-            raise CheckpointError(f"{path}: untrained; train it first, or give --untrained (in Python untrained=True)")
+            raise CheckpointError(
+                f"{path}: refinement and connector are untrained; train them, or give --untrained (untrained=True)"
+            )
         predictor = cls(model, processor, **dict(memory))
         if int8:  # now that the engine has tried, in full precision, whether the language model shares prefixes
             to_int8(model)
