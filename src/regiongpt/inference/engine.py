@@ -80,44 +80,26 @@ class SharedPrefixes:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One encoded image: everything that questions need of it.
-
-    Attributes:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        map_1Chw: the refined map that regions are pooled from.
-        image_ND: the image's tokens for the language model.
-        shared: what prompts about the image begin with, as keys and values.
-    """
+    """One encoded image: everything that questions need of it."""
 
     width: int
     height: int
-    map_1Chw: Tensor
-    image_ND: Tensor
+    map_1Chw: Tensor  # the refined map that regions are pooled from
+    image_ND: Tensor  # the image's tokens for the language model
     shared: SharedPrefixes = field(default_factory=SharedPrefixes, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A question ready for the language model.
+    """A question ready for the language model."""
 
-    Attributes:
-        ids: tokens of the conversation up to the answer.
-        rows: for each region token in them its row of ``pooled``.
-        pooled: region features (R * K, D).
-        n_regions: R.
-        room: how many tokens the answer may have.
-        warnings: one line each.
-        shared_tokens: how many of the first tokens other questions begin with too, the image's at least; 0 if unknown.
-    """
-
-    ids: list[int]
-    rows: list[int]
-    pooled: Tensor
+    ids: list[int]  # tokens of the conversation up to the answer
+    rows: list[int]  # for each region token in them its row of ``pooled``
+    pooled: Tensor  # region features (R * K, D)
     n_regions: int
-    room: int
+    room: int  # how many tokens the answer may have
     warnings: tuple[str, ...] = ()
-    shared_tokens: int = 0
+    shared_tokens: int = 0  # how many of the first tokens other questions begin with too, where that is known
 
     def for_many(self, region: int) -> "Prompt":
         """The same question about many regions, which share what stands before the first ``region`` token."""
