@@ -4,10 +4,7 @@ The public names below are imported on first use, so that ``import regiongpt`` a
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-
-__version__ = version("regiongpt")
 
 _HOMES = {
     "RegionGPTError": "errors",
@@ -41,6 +38,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("regiongpt")
     if name not in _HOMES:
         raise AttributeError(f"module 'regiongpt' has no attribute '{name}'; it has {', '.join(__all__)}")
     return getattr(import_module(f"regiongpt.{_HOMES[name]}"), name)
