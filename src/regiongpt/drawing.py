@@ -104,7 +104,7 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Drawn:
+class _Outline:
     """A region on the canvas."""
 
     number: int
@@ -144,7 +144,7 @@ class _Canvas:
         picture = photo.resize(size, Image.Resampling.BICUBIC) if scale > 1 else photo.copy()
         return cls(picture=picture, size=photo.size, scale=scale, stroke=max(3, round(max(size) / 260)), taken=[])
 
-    def measure(self, region: Region, number: int) -> _Drawn:
+    def measure(self, region: Region, number: int) -> _Outline:
         """Cover the pixels of a region's window, exactly."""
         region.check(*self.size, f"<region{number}>")
         x0, y0, x1, y1 = (value * self.scale for value in region.bounds(*self.size))
@@ -155,7 +155,7 @@ class _Canvas:
         rows = np.linspace(top, bottom, (bottom - top) * fine + 1) / self.scale
         columns = np.linspace(left, right, (right - left) * fine + 1) / self.scale
         shares = region.coverage(rows, columns, *self.size) * (fine * self.scale) ** 2
-        return _Drawn(
+        return _Outline(
             number=number,
             kind=region.kind,
             area=region.area(*self.size),
@@ -165,7 +165,7 @@ class _Canvas:
             fine=fine,
         )
 
-    def paint(self, region: _Drawn, fill: bool) -> None:
+    def paint(self, region: _Outline, fill: bool) -> None:
         """Draw the translucent fill of a region, or its line on a dark rim."""
         inside, reach = region.inside, self.stroke * region.fine // 2
         paints = [(inside, region.colour, FILL_OPACITY)]
@@ -178,7 +178,7 @@ class _Canvas:
             patch.paste(paint, (0, 0, *patch.size), alpha)
         self.picture.paste(patch, region.window[:2])
 
-    def tag(self, region: _Drawn) -> None:
+    def tag(self, region: _Outline) -> None:
         """Put the region's number at its edge, at the first of some places where no other number stands yet."""
         x0, y0, x1, y1 = region.bounds
         font = _font(max(14, round(max(self.picture.size) / 36)))

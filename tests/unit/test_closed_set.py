@@ -134,7 +134,7 @@ def test_a_set_is_tokenized_as_the_processor_does(template):
         while leaf >= 0:
             path.insert(0, int(closed.tree.tokens[leaf]))
             leaf = int(closed.tree.parents[leaf])
-        encoded = engine.encode([*turns, {"role": "assistant", "content": name}], 1, answered=True)
+        encoded = engine.encode_text([*turns, {"role": "assistant", "content": name}], 1, answered=True)
         ids, last = encoded["input_ids"].tolist(), int((encoded["labels"] >= 0).nonzero()[-1])
         assert [*closed.ids, *path] == ids[: last + 1]
 

@@ -134,7 +134,7 @@ class Engine:
         return device
 
     @torch.inference_mode()
-    def look(self, photo: Image.Image) -> Scene:
+    def encode_image(self, photo: Image.Image) -> Scene:
         """Encode an image. Paper: §3.1."""
         pixels = self.processor.image_inputs(photo)["pixel_values"].to(self.device, self.model.dtype)
         refined = self.model.refine(self.model.encode_image(pixels))
@@ -155,7 +155,7 @@ class Engine:
         """Features (K, D) of each region by itself."""
         return list(torch.split(self.pool(scene, regions), self.processor.tokens_per_region)) if regions else []
 
-    def encode(self, messages: Sequence[Turn], n_regions: int, answered: bool = False) -> dict[str, Any]:
+    def encode_text(self, messages: Sequence[Turn], n_regions: int, answered: bool = False) -> dict[str, Any]:
         """Token ids, and what goes with them, of a conversation that awaits an answer or already has it."""
         # The features are pooled here, so the processor only needs to know how many regions there are.
         blank = torch.zeros((n_regions * self.processor.tokens_per_region, 1, 1))
@@ -173,7 +173,7 @@ class Engine:
             RegionError: a placeholder stands for no region.
             DataError: a turn is empty or out of order, or (as :class:`TooLong`) there are too many.
         """
-        encoded = self.encode(messages, n_regions)
+        encoded = self.encode_text(messages, n_regions)
         ids, rows = encoded["input_ids"].tolist(), encoded["region_ids"].tolist()
         room, warnings = self.room(len(ids), wanted), (*notes, *encoded["warnings"])
         return Prompt(ids=ids, rows=rows, pooled=pooled, n_regions=n_regions, room=room, warnings=warnings)
@@ -316,7 +316,7 @@ class Scenes:
         digest.update(photo.tobytes())
         key = digest.digest()
         with self._lock:
-            scene = self._kept.pop(key, None) or self._engine.look(photo)
+            scene = self._kept.pop(key, None) or self._engine.encode_image(photo)
             self._kept[key] = scene
             while len(self._kept) > self._most:
                 self._kept.popitem(last=False)
