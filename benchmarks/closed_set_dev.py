@@ -57,7 +57,7 @@ def likelihoods(
         progress.add()
         if not regions:
             continue
-        scene = engine.look(load_image(image.path))
+        scene = engine.encode_image(load_image(image.path))
         pooled, blanks = engine.pool_each(scene, regions), content_free_regions(engine, scene, every)
         began = time.perf_counter()
         found = log_likelihoods(engine, scene, closed, [*pooled, *(each for kind in blanks.values() for each in kind)])

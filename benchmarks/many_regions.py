@@ -145,8 +145,8 @@ class Bench:
     def copied(self, regions: Sequence[Region]) -> None:
         """The image encoded and read once, its keys and values copied for each sequence of a plain batch."""
         engine, language_model = self.engine, self.engine.model.language_model
-        scene = engine.look(Image.fromarray(self.photo))
-        prompt = engine.encode(question_turns((), self.text), 1)
+        scene = engine.encode_image(Image.fromarray(self.photo))
+        prompt = engine.encode_text(question_turns((), self.text), 1)
         ids, rows = prompt["input_ids"].tolist(), prompt["region_ids"].tolist()
         begin = len(ids) - ids[::-1].index(engine.model.config.image_token_id)
         embeds = torch.stack(
@@ -164,7 +164,7 @@ class Bench:
     def shared(self, regions: Sequence[Region]) -> None:
         """This package's way."""
         engine = self.engine
-        scene = engine.look(Image.fromarray(self.photo))
+        scene = engine.encode_image(Image.fromarray(self.photo))
         features = engine.pool_each(scene, regions)
         prompt = engine.prompt(question_turns((), self.text), features[0], 1, self.tokens)
         prompt = prompt.for_many(engine.model.config.region_token_id) if len(regions) > 1 else prompt
@@ -199,7 +199,7 @@ class Bench:
         tied = model.get_output_embeddings().weight is embedding
         read = weight_bytes(model) - (0 if tied else embedding.nbytes)
         products = read / embedding.element_size()
-        prompt = self.engine.encode(question_turns((), self.text), 1)["input_ids"].tolist()
+        prompt = self.engine.encode_text(question_turns((), self.text), 1)["input_ids"].tolist()
         begin = len(prompt) - prompt[::-1].index(self.engine.model.config.image_token_id)
         step = max(read / machine["bytes_per_second"], 2 * products * regions / machine["flops"])
         first = 2 * products * (begin + regions * (len(prompt) - begin)) / machine["flops"]
@@ -244,7 +244,7 @@ def generation(bench: Bench, counts: Sequence[int], alone: int, dtype: torch.dty
             for way in ("copied", "shared"):
                 found[way] = timed(partial(getattr(bench, way), boxes(count)), device)
                 row["cache_bytes"][way] = bench.cache_bytes
-            found["encode"] = timed(partial(bench.engine.look, Image.fromarray(bench.photo)), device)
+            found["encode"] = timed(partial(bench.engine.encode_image, Image.fromarray(bench.photo)), device)
             rounds.append(found)
         machines.append(measure_machine(device, dtype))
         row["machine"] = {key: max(machine[key] for machine in machines) for key in machines[0]}
@@ -262,7 +262,7 @@ def generation(bench: Bench, counts: Sequence[int], alone: int, dtype: torch.dty
 def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, Any]:
     """Scoring closed sets: 80 names for some regions against one sequence a choice, and thousands for one region."""
     bench = Bench(engine, 1)
-    scene = engine.look(Image.fromarray(bench.photo))
+    scene = engine.encode_image(Image.fromarray(bench.photo))
     options = ClassifyOptions(top_k=5)
     text = question("classify", regions=[1])
 
@@ -278,7 +278,7 @@ def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, An
                 engine.model(**batch)
 
     def tree() -> None:
-        classify_regions(engine, engine.look(Image.fromarray(bench.photo)), boxes(regions), COCO_80, options)
+        classify_regions(engine, engine.encode_image(Image.fromarray(bench.photo)), boxes(regions), COCO_80, options)
 
     tree()  # once unmeasured; the names are then ready, as they are for every image but the first
     seconds = {"tree": min(timed(tree, engine.device) for _ in range(2))}

@@ -127,14 +127,14 @@ def prepare(
     ready: dict[str, dict[int, Ready]] = {task: {} for task in questions}
     progress = Progress("images", len(images), "images")
     for image in images:
-        scene = engine.look(load_image(image.path))
+        scene = engine.encode_image(load_image(image.path))
         regions = [region for *_, each in of_image[image.image_id] for region in each.regions]
         pooled = engine.pool(scene, regions)
         scene = replace(scene, map_1Chw=torch.empty(0))
         for task, place, each in of_image[image.image_id]:
             key = (each.text, len(each.regions))
             if key not in encoded:
-                prompt = engine.encode(each.messages, len(each.regions))
+                prompt = engine.encode_text(each.messages, len(each.regions))
                 encoded[key] = (prompt["input_ids"].tolist(), prompt["region_ids"].tolist())
             ids, rows = encoded[key]
             size = len(each.regions) * engine.processor.tokens_per_region

@@ -1,13 +1,11 @@
 """Tiny random models with their processors, to ask, and the plain way of asking them."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from tiny import text_config, tower_config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny import text_config, tower_config, trained_bpe
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from regiongpt.inference.engine import Engine, Scene
@@ -15,21 +13,7 @@ from regiongpt.inference.options import Options
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor
 from regiongpt.model.configuration import EfficientNetLiteConfig
 from regiongpt.model.processing import prepare_tokenizer
-from regiongpt.prompts import COCO_80, NO_MATCH, QUESTIONS
 from regiongpt.regions import Region
-
-
-@cache
-def _bpe() -> str:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    texts = [*COCO_80, NO_MATCH, *(text for wordings in QUESTIONS.values() for text in wordings)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return bpe.to_str()
 
 
 def tiny_parts(
@@ -45,7 +29,7 @@ def tiny_parts(
         **options: of the model's configuration.
     """
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_bpe()), bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        tokenizer_object=trained_bpe(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     prepare_tokenizer(tokenizer, template)
     efficient = tower == "efficientnet_lite"

@@ -1,10 +1,11 @@
 """Tiny random parts that the model tests share: towers, language models, a tokenizer, inputs."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     CLIPImageProcessorPil,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration
+from regiongpt.prompts import COCO_80, NO_MATCH, QUESTIONS
 
 VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 TOWERS: dict[str, dict[str, Any]] = {
@@ -83,6 +85,24 @@ def assert_same(model: Any, other: Any, inputs: dict[str, torch.Tensor]) -> None
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
     with torch.no_grad():
         torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+@cache
+def _bpe() -> str:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = [*COCO_80, NO_MATCH, *(text for wordings in QUESTIONS.values() for text in wordings)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe.to_str()
+
+
+def trained_bpe() -> Tokenizer:
+    """A tokenizer that has read the questions."""
+    return Tokenizer.from_str(_bpe())
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

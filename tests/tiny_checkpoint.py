@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny import trained_bpe
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from regiongpt.model import weights
-from regiongpt.prompts import COCO_80, NO_MATCH, QUESTIONS
 
 
 def make_parts(folder: Path, context: int = 512) -> tuple[Path, Path]:
@@ -26,15 +25,7 @@ def make_parts(folder: Path, context: int = 512) -> tuple[Path, Path]:
     )
     CLIPVisionModel(tower).save_pretrained(vision)
     SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(vision)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    texts = [*COCO_80, NO_MATCH, *(text for wordings in QUESTIONS.values() for text in wordings)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained_bpe(), bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(language)
     llama = LlamaConfig(
         vocab_size=len(tokenizer),

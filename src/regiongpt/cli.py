@@ -19,7 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from regiongpt import __version__
+import regiongpt
 from regiongpt.console import progress_shown, quiet_libraries, tell
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
 from regiongpt.inference.options import REGION_OPTIONS, WAYS, ClassifyOptions, Length, Options, Sources
@@ -111,7 +111,7 @@ def _print_json(value: Any) -> None:
 
 def _top() -> argparse.ArgumentParser:
     parser = _Parser(prog="regiongpt", description="Ask about any region of an image.")
-    parser.add_argument("--version", action="version", version=f"regiongpt {__version__}")
+    parser.add_argument("--version", action="version", version=f"regiongpt {regiongpt.__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (summary, _) in VERBS.items():
         verbs.add_parser(name, help=summary)

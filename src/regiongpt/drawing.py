@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import shapely
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from regiongpt.errors import ConfigError, DataError
@@ -69,8 +68,8 @@ def draw_regions(
         raise ConfigError(f"expected captions and dialogue as lists of texts, got {[captions, dialogue]!r:.80}")
     if captions is not None and len(captions) != len(regions):
         raise ConfigError(f"expected one caption a region, got {len(captions)} captions for {len(regions)} regions")
-    drawn = [_Drawn.of(region, number, photo.size) for number, region in enumerate(regions, 1)]
     canvas = _Canvas.of(photo)
+    drawn = [canvas.measure(region, number) for number, region in enumerate(regions, 1)]
     # Large regions first, and every fill before the first line: nothing hides the outline of anything smaller, and
     # nothing at all hides a number.
     order = sorted(drawn, key=lambda each: -each.area)
@@ -105,38 +104,27 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Drawn:
-    """A region in the frame of its image, measured once."""
+class _Outline:
+    """A region on the canvas."""
 
     number: int
     kind: str
     area: float
     bounds: tuple[float, float, float, float]
-    geometry: Any  # shapely's, or None where there is
-    mask: Image.Image | None  # of the whole image
-
-    @staticmethod
-    def of(region: Region, number: int, size: tuple[int, int]) -> "_Drawn":
-        region.check(*size, f"<region{number}>")
-        geometry, mask = region.geometry(*size), None
-        if geometry is None:
-            mask = Image.fromarray(region.to_mask(*size).astype(np.uint8) * 255)
-        area, bounds = region.area(*size), region.bounds(*size)
-        return _Drawn(number=number, kind=region.kind, area=area, bounds=bounds, geometry=geometry, mask=mask)
+    window: tuple[int, int, int, int]  # around it, with room for its outline
+    inside: Image.Image  # of the window, each pixel split into ``fine`` a side
+    fine: int
 
     @property
     def colour(self) -> Colour:
         return COLOURS[(self.number - 1) % len(COLOURS)]
 
     def extremes(self) -> list[tuple[float, float]]:
-        """The topmost, bottommost, leftmost and rightmost point (x, y), in pixels of the image."""
-        if self.mask is not None:
-            rows, columns = np.nonzero(np.asarray(self.mask))
-            points = np.stack([columns, rows], axis=1) + 0.5
-        else:
-            points = shapely.get_coordinates(self.geometry)
-        picks = (points[:, 1].argmin(), points[:, 1].argmax(), points[:, 0].argmin(), points[:, 0].argmax())
-        return [(float(points[pick, 0]), float(points[pick, 1])) for pick in picks]
+        """The topmost, bottommost, leftmost and rightmost point (x, y)."""
+        rows, columns = np.nonzero(np.asarray(self.inside) > 127)
+        picks = {rows.argmin(), rows.argmax(), columns.argmin(), columns.argmax()} if rows.size else ()
+        left, top = self.window[:2]
+        return [(left + (columns[k] + 0.5) / self.fine, top + (rows[k] + 0.5) / self.fine) for k in sorted(picks)]
 
 
 @dataclass(kw_only=True)
@@ -144,6 +132,7 @@ class _Canvas:
     """An image being drawn on, at ``scale`` times its own size."""
 
     picture: Image.Image
+    size: tuple[int, int]  # (width, height) of the image itself
     scale: float
     stroke: int  # thickness of an outline, in canvas pixels
     taken: list[tuple[float, float, float, float]]  # where tags already are
@@ -153,42 +142,45 @@ class _Canvas:
         scale = max(1.0, MIN_SIDE / max(photo.size))
         size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
         picture = photo.resize(size, Image.Resampling.BICUBIC) if scale > 1 else photo.copy()
-        return cls(picture=picture, scale=scale, stroke=max(3, round(max(size) / 260)), taken=[])
+        return cls(picture=picture, size=photo.size, scale=scale, stroke=max(3, round(max(size) / 260)), taken=[])
 
-    def paint(self, region: _Drawn, fill: bool) -> None:
-        """Draw the translucent fill of a region, or its line on a dark rim."""
-        x0, y0, x1, y1 = (value * self.scale for value in region.bounds)
+    def measure(self, region: Region, number: int) -> _Outline:
+        """Cover the pixels of a region's window, exactly."""
+        region.check(*self.size, f"<region{number}>")
+        x0, y0, x1, y1 = (value * self.scale for value in region.bounds(*self.size))
         margin = 2 * self.stroke + 2
         left, top = max(0, int(x0) - margin), max(0, int(y0) - margin)
         right, bottom = min(self.picture.width, int(x1) + margin + 1), min(self.picture.height, int(y1) + margin + 1)
-        window = (left, top, right, bottom)
         fine = 2 if max(right - left, bottom - top) <= 2048 else 1  # drawn larger and shrunk, edges are smooth
-        inside = self._inside(region, window, fine)
-        reach = self.stroke * fine // 2
-        paints = [(_band(inside, reach + 3 * fine // 2), INK, 0.55), (_band(inside, reach), region.colour, 1.0)]
-        patch = self.picture.crop(window)
-        for layer, paint, opacity in [(inside, region.colour, FILL_OPACITY)] if fill else paints:
-            alpha = layer.reduce(fine).point([round(value * opacity) for value in range(256)])
+        rows = np.linspace(top, bottom, (bottom - top) * fine + 1) / self.scale
+        columns = np.linspace(left, right, (right - left) * fine + 1) / self.scale
+        shares = region.coverage(rows, columns, *self.size) * (fine * self.scale) ** 2
+        return _Outline(
+            number=number,
+            kind=region.kind,
+            area=region.area(*self.size),
+            bounds=(x0, y0, x1, y1),
+            window=(left, top, right, bottom),
+            inside=Image.fromarray(np.rint(np.minimum(shares, 1) * 255).astype(np.uint8)),
+            fine=fine,
+        )
+
+    def paint(self, region: _Outline, fill: bool) -> None:
+        """Draw the translucent fill of a region, or its line on a dark rim."""
+        inside, reach = region.inside, self.stroke * region.fine // 2
+        paints = [(inside, region.colour, FILL_OPACITY)]
+        if not fill:
+            rim = _band(inside, reach + 3 * region.fine // 2)
+            paints = [(rim, INK, 0.55), (_band(inside, reach), region.colour, 1.0)]
+        patch = self.picture.crop(region.window)
+        for layer, paint, opacity in paints:
+            alpha = layer.reduce(region.fine).point([round(value * opacity) for value in range(256)])
             patch.paste(paint, (0, 0, *patch.size), alpha)
-        self.picture.paste(patch, (left, top))
+        self.picture.paste(patch, region.window[:2])
 
-    def _inside(self, region: _Drawn, window: tuple[int, int, int, int], fine: int) -> Image.Image:
-        """The region as a mask of the window enlarged ``fine`` times."""
-        left, top, right, bottom = window
-        size = ((right - left) * fine, (bottom - top) * fine)
-        if region.mask is not None:
-            x0, y0, x1, y1 = (edge / self.scale for edge in window)
-            box = (x0, y0, min(x1, region.mask.width), min(y1, region.mask.height))  # Pillow refuses a rounding beyond
-            return region.mask.resize(size, Image.Resampling.BILINEAR, box=box)
-        inside = Image.new("L", size)
-        for ring, hole in _rings(region.geometry):
-            path = [((x * self.scale - left) * fine, (y * self.scale - top) * fine) for x, y in ring]
-            ImageDraw.Draw(inside).polygon(path, fill=0 if hole else 255)
-        return inside
-
-    def tag(self, region: _Drawn) -> None:
+    def tag(self, region: _Outline) -> None:
         """Put the region's number at its edge, at the first of some places where no other number stands yet."""
-        x0, y0, x1, y1 = (value * self.scale for value in region.bounds)
+        x0, y0, x1, y1 = region.bounds
         font = _font(max(14, round(max(self.picture.size) / 36)))
         width, height = _tag_size(font, region.number)
         if x1 - x0 < 2 * width or y1 - y0 < 2 * height:  # beside a small region, lest the tag hide it
@@ -196,7 +188,7 @@ class _Canvas:
         elif region.kind == "box":
             places = [(x0, y0), (x1 - width, y0), (x0, y1 - height), (x1 - width, y1 - height)]
         else:  # the corners of the bounds may be far from the region
-            places = [(x * self.scale - width / 2, y * self.scale - height / 2) for x, y in region.extremes()]
+            places = [(x - width / 2, y - height / 2) for x, y in region.extremes()]
         places.append(((x0 + x1 - width) / 2, (y0 + y1 - height) / 2))
         room_x, room_y = max(0.0, self.picture.width - width), max(0.0, self.picture.height - height)
         boxes = []
@@ -283,17 +275,6 @@ def _height(font: Any) -> float:
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _rings(geometry: Any) -> list[tuple[list[tuple[float, float]], bool]]:
-    """Every ring of a (multi)polygon as points and whether it bounds a hole, the outer ones before those they hold."""
-    rings = []
-    for polygon in getattr(geometry, "geoms", [geometry]):
-        if polygon.geom_type == "Polygon" and not polygon.is_empty:
-            rings.append((polygon.exterior, False))
-            rings += [(hole, True) for hole in polygon.interiors]
-    rings.sort(key=lambda ring: -shapely.Polygon(ring[0]).area)
-    return [(list(ring.coords), hole) for ring, hole in rings]
 
 
 def _band(inside: Image.Image, reach: int) -> Image.Image:

@@ -69,8 +69,7 @@ def open_image(source: ImageSource) -> tuple[str, Image.Image]:
             image.load()
         except Exception as error:  # decoders raise nearly every built-in exception on broken data
             raise DataError(
-                f"{name}: expected a whole image, but decoding it failed ({reason(error)}): "
-                "the file is truncated or damaged; get a fresh copy"
+                f"{name}: expected a whole image, but it is truncated or damaged: {reason(error)}"
             ) from error
     return name, image
 
@@ -138,8 +137,7 @@ def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
             data = source.read()
         else:
             raise DataError(
-                "expected an image as a path, bytes, binary file, PIL image or numpy array, "
-                f"got {type(source).__name__}"
+                f"expected an image as a path, bytes, binary file, PIL image or array, got {type(source).__name__}"
             )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{name}: expected an image file, but there is no such file; check the path") from error
@@ -157,11 +155,11 @@ def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
             return name, Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"{name}: expected an image of at most {MAX_PIXELS:,} pixels, but its header says more; scale it down first"
+            f"{name}: expected at most {MAX_PIXELS:,} pixels, but its header says more; scale it down"
         ) from error
     except Exception as error:  # header parsers raise nearly every built-in exception on broken data
         raise DataError(
-            f"{name}: expected an image (JPEG, PNG, WebP, TIFF, ...), got {len(data):,} bytes that PIL cannot read"
+            f"{name}: expected an image (JPEG, PNG, WebP, ...), got {len(data):,} bytes that PIL cannot read"
         ) from error
 
 
@@ -170,8 +168,7 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise DataError(f"{name}: expected an image of at least 1 x 1 pixel, got {width} x {height} (W x H)")
     if width * height > MAX_PIXELS:
         raise DataError(
-            f"{name}: expected an image of at most {MAX_PIXELS:,} pixels, got {width} x {height} = "
-            f"{width * height:,}; scale it down first"
+            f"{name}: at most {MAX_PIXELS:,} pixels, got {width} x {height} = {width * height:,}; scale it down"
         )
 
 
@@ -179,8 +176,7 @@ def _from_array(array: NDArray[np.generic]) -> Image.Image:
     expected = "expected an image array of dtype uint8 or uint16 and shape (H, W), (H, W, 3) or (H, W, 4)"
     if array.dtype.kind == "f":
         raise DataError(
-            f"image array: {expected}, got {array.dtype}, whose white may be 1 or 255; "
-            "scale it to 0..255 and convert it with .astype(np.uint8)"
+            f"image array: {expected}, got {array.dtype}, whose white may be 1 or 255; scale it to 0..255 as uint8"
         )
     if array.dtype not in (np.uint8, np.uint16):
         raise DataError(f"image array: {expected}, got dtype {array.dtype}; scale it to 0..255 as uint8")
@@ -205,14 +201,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
             raise DataError(
-                f"{name}: expected greyscale of at most 16 bits (0..65535), got values {low}..{high}; "
-                "scale them to 0..255 first"
+                f"{name}: expected greyscale of at most 16 bits, got values {low}..{high}; scale them to 0..255"
             )
         return Image.fromarray(_to_8_bit(values)).convert("RGB")
     if image.mode == "F":
         raise DataError(
-            f"{name}: expected an image of 8 or 16 bits, got floating point (PIL mode F), whose white nobody knows; "
-            "scale it to 0..255 first"
+            f"{name}: expected 8 or 16 bits, got floating point, whose white nobody knows; scale it to 0..255"
         )
     try:
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -222,6 +216,4 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
         return image.convert("RGB")
     except ValueError as error:
-        raise DataError(
-            f"{name}: expected an image that converts to RGB, got PIL mode {image.mode}; convert it to RGB first"
-        ) from error
+        raise DataError(f"{name}: expected an image that converts to RGB, got PIL mode {image.mode}") from error

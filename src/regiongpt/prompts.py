@@ -181,9 +181,7 @@ def placeholders(text: str) -> list[int]:
 def placeholder_number(match: re.Match[str]) -> int:
     """The region number of one match of the placeholder pattern; raises RegionError as :func:`placeholders` does."""
     if match[1] is None:
-        raise RegionError(
-            f"expected <region1>, <region2>, ... numbered from 1, got {match[0]!r}; write the number of a region"
-        )
+        raise RegionError(f"expected <region1>, <region2>, ... numbered from 1, got {match[0]!r}")
     return int(match[1])
 
 

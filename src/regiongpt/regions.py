@@ -76,8 +76,7 @@ class Region(ABC):
         except RegionError as error:
             raise RegionError(str(error).replace("region:", f"{name}:", 1)) from None
         raise RegionError(
-            f"{name}: expected a Region such as Region.box(x0, y0, x1, y1), or a box [x0, y0, x1, y1], got "
-            f"{_short(value)}"
+            f"{name}: expected a Region such as Region.box(x0, y0, x1, y1), or [x0, y0, x1, y1], got {_short(value)}"
         )
 
     @staticmethod
@@ -117,10 +116,7 @@ class Region(ABC):
         """The box given by its left and top edge, its width and its height, as COCO has them; see :meth:`box`."""
         x, y, width, height = _numbers((x, y, width, height), "x, y, width, height")
         if width <= 0 or height <= 0:
-            raise RegionError(
-                f"region: expected a box x, y, width, height with a width and height above 0, got {_number(width)} x "
-                f"{_number(height)}; give left, top, width, height"
-            )
+            raise RegionError(f"region: expected a width and height above 0, got {_number(width)} x {_number(height)}")
         return Region.box(x, y, x + width, y + height, normalized=normalized)
 
     @staticmethod
@@ -147,9 +143,7 @@ class Region(ABC):
         if isinstance(mask, Image.Image):
             array = _brightness(mask)
         if array.ndim != 2:
-            raise RegionError(
-                f"region: expected a mask of shape (H, W), got {array.shape}; pass one mask a region, without channels"
-            )
+            raise RegionError(f"region: expected a mask of shape (H, W), got {array.shape}")
         inside, note = _inside(array)
         return _Pixels("mask", array.shape[0], array.shape[1], PixelShape.of(inside), note)
 
@@ -191,8 +185,7 @@ class Region(ABC):
         whole = _is_list(size) and len(size) == 2 and all(map(_is_whole, size))
         if not whole or min(size) < 1 or int(size[0]) * int(size[1]) > MAX_PIXELS:
             raise RegionError(
-                f"region: {expected} with two sides of at least 1 and at most {MAX_PIXELS:,} pixels in all, "
-                f"got size {_short(size)}"
+                f"region: {expected} with sides above 0 and at most {MAX_PIXELS:,} pixels, got size {_short(size)}"
             )
         return _Pixels("rle", int(size[0]), int(size[1]), counts)
 
@@ -340,10 +333,6 @@ class Region(ABC):
             segmentation = _encoded(self.to_mask(width, height))
         return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": self.area(width, height), "segmentation": segmentation}
 
-    def geometry(self, width: int, height: int) -> Any:
-        """The region clipped to the image as a shapely Polygon or MultiPolygon; None where only pixels are known."""
-        return self._resolve(width, height).geometry
-
     def _checked(self, width: int, height: int, name: str) -> Shape:
         numbers = self._coordinates()
         if max(width, height) > 1 and len(numbers) and min(numbers) >= 0 and 0 < max(numbers) <= 1:
@@ -361,8 +350,7 @@ class Region(ABC):
         known_to_reach = isinstance(shape, RingsShape | StrokeShape)
         if not known_to_reach and not shape.area >= MIN_AREA:
             raise RegionError(
-                f"{name or 'region'}: {self} covers nothing of the image of {width} x {height} pixels (W x H); "
-                f"expected it at least partly within x 0..{width}, y 0..{height}"
+                f"{name or 'region'}: {self} covers nothing of the image of {width} x {height} pixels (W x H)"
             )
         return shape
 
@@ -400,8 +388,7 @@ class _Box(Region):
             raise RegionError(f"{name}: expected finite pixels x0,y0,x1,y1, got {self}; give numbers")
         if x0 > x1 or y0 > y1:
             raise RegionError(
-                f"{name}: expected x0 < x1 and y0 < y1, got {self}, which is inverted; "
-                "give left, top, right, bottom (not width and height)"
+                f"{name}: expected x0 < x1 and y0 < y1, got {self}, which is inverted; give left, top, right, bottom"
             )
         if x0 == x1 or y0 == y1:
             raise RegionError(f"{name}: expected x0 < x1 and y0 < y1, got {self}, which is empty; give it an area")
@@ -425,8 +412,7 @@ class _Pixels(Region):
             return PixelShape.of(decode_rle(self.source, self.height, self.width))
         except ValueError as error:
             raise RegionError(
-                f"{name}: expected COCO RLE of {self.width} x {self.height} pixels (W x H), but {error}; "
-                "encode the mask again"
+                f"{name}: expected COCO RLE of {self.width} x {self.height} pixels (W x H), but {error}"
             ) from None
 
     def __str__(self) -> str:
@@ -510,10 +496,7 @@ class _Vector(Region):
         values = np.append(points, self.size or 0.0)
         wrong = values[~(np.abs(values) <= MAX_COORDINATE)]
         if wrong.size:
-            raise RegionError(
-                f"{name}: expected finite coordinates in pixels, got {_number(wrong[0])} in {self}; "
-                "give pixels of the original image"
-            )
+            raise RegionError(f"{name}: expected finite coordinates in pixels, got {_number(wrong[0])} in {self}")
         if self.kind != "polygon":
             what = "radius" if self.kind == "point" else "width"
             if self.size is not None and self.size <= 0:
@@ -524,14 +507,12 @@ class _Vector(Region):
             if len(ring) < 3:
                 where = f" in ring {index}" if len(self.rings) > 1 else ""
                 raise RegionError(
-                    f"{name}: expected a polygon of at least 3 points, got {len(ring)}{where}; "
-                    "use a box for two corners, or a scribble for a line"
+                    f"{name}: expected a polygon of at least 3 points, got {len(ring)}{where}; use a box or a scribble"
                 )
         shape = polygon_shape(self.rings, width, height)
         if np.linalg.matrix_rank(points - points[0], tol=1e-3) < 2 and shape.area < MIN_AREA:
             raise RegionError(
-                f"{name}: expected a polygon that encloses an area, got {self} that lie on one line; "
-                "use a scribble for a line"
+                f"{name}: expected a polygon that encloses an area, got {self} on one line; use a scribble"
             )
         return shape
 
@@ -629,8 +610,7 @@ def _inside(values: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
     if low < 0 or high > 65535:
         got = f"{_number(low)} to {_number(high)}" if numeric else "other values"
         raise RegionError(
-            f"region: expected a mask of bool, integers 0..255 or 0..65535, or floats 0..1, got {values.dtype} of "
-            f"{got}; pass a comparison such as mask > 0"
+            f"region: expected a mask of bool, integers 0..65535 or floats 0..1, got {values.dtype} of {got}"
         )
     if np.all((values == low) | (values == high)):
         return (values == high) & (high > 0), ""
@@ -638,8 +618,7 @@ def _inside(values: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
     inside: NDArray[np.bool_] = values >= white / 2
     if not inside.any():
         raise RegionError(
-            f"region: expected a mask that somewhere reaches half of {white}, got more than two values, at most "
-            f"{_number(high)}; pass one object at a time, such as mask == {_number(high)}"
+            f"region: expected a mask that reaches half of {white}, got several values up to {_number(high)}"
         )
     return inside, f"the mask has more than two values; inside is from {math.ceil(white / 2) if white > 1 else 0.5} on"
 

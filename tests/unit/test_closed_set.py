@@ -7,7 +7,6 @@ from asking import tiny_parts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import make_checkpoint
-from transformers import AutoConfig
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.inference import RegionPredictor, choices
@@ -100,24 +99,6 @@ def test_scores_equal_a_full_pass_an_answer(predictor, names, seed, count, size)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("window", [4, 16, 60])
-def test_answers_longer_than_a_sliding_window(window):
-    def language(size: int):
-        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        shape |= {"num_key_value_heads": 2, "vocab_size": size, "max_position_embeddings": 512}
-        config = AutoConfig.for_model("mistral", **shape, sliding_window=window, initializer_range=0.3)
-        config._attn_implementation = "eager"
-        return config
-
-    windowed = RegionPredictor(*tiny_parts(language=language)).set_image(PHOTO)
-    assert windowed.engine.decoder.shares
-    text, regions = question("classify", regions=[1]), boxes(2)
-    names = ["cat", "a hot dog of many words, " * 4, "a hot dog of many words, and of others"]
-    found = scores(windowed, text, [[region] for region in regions], names)
-    expected = [[full_pass(windowed, text, [region], name) for name in names] for region in regions]
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
-
-
 def test_answers_to_a_question_about_several_regions(predictor):
     regions = boxes(3)
     text = question("locate", regions=[1, 2, 3], expression="the red cup")
@@ -153,7 +134,7 @@ def test_a_set_is_tokenized_as_the_processor_does(template):
         while leaf >= 0:
             path.insert(0, int(closed.tree.tokens[leaf]))
             leaf = int(closed.tree.parents[leaf])
-        encoded = engine.encode([*turns, {"role": "assistant", "content": name}], 1, answered=True)
+        encoded = engine.encode_text([*turns, {"role": "assistant", "content": name}], 1, answered=True)
         ids, last = encoded["input_ids"].tolist(), int((encoded["labels"] >= 0).nonzero()[-1])
         assert [*closed.ids, *path] == ids[: last + 1]
 

@@ -35,7 +35,7 @@ def spelt(engine: Engine, tokens: list[int]) -> str:
 
 def assert_exact(engine: Engine, most: int = 5) -> None:
     photo, regions = photograph(), boxes(3)
-    scene = engine.look(load_image(photo))
+    scene = engine.encode_image(load_image(photo))
     asked = [
         *((question_turns((), DESCRIBE), [region]) for region in regions),
         (question_turns((), BRIEF), regions[:1]),
@@ -76,7 +76,7 @@ def test_with_other_language_models(kind):
     assert engine.decoder.shares == (kind != "bloom")
     assert_exact(engine)
     photo, turns = photograph(), question_turns((), BRIEF)
-    found = engine.answer_each(engine.look(load_image(photo)), BRIEF, boxes(3), Options(max_new_tokens=4))
+    found = engine.answer_each(engine.encode_image(load_image(photo)), BRIEF, boxes(3), Options(max_new_tokens=4))
     plain = [plain_tokens(engine, photo, turns, [region], 4) for region in boxes(3)]
     assert [answer.text for answer in found] == [spelt(engine, tokens) for tokens in plain]
 
@@ -88,7 +88,7 @@ def engine() -> Engine:
 
 def test_two_hundred_regions_with_duplicates_under_a_budget(engine):
     photo, distinct = photograph(), boxes(8)
-    scene = engine.look(load_image(photo))
+    scene = engine.encode_image(load_image(photo))
     turns = question_turns((), BRIEF)
     order = torch.randint(0, len(distinct), (200,), generator=torch.Generator().manual_seed(0)).tolist()
     expected = [plain_tokens(engine, photo, turns, [region], 6) for region in distinct]
@@ -107,7 +107,7 @@ def test_two_hundred_regions_with_duplicates_under_a_budget(engine):
 )
 def test_questions_of_any_length_enter_and_leave(engine, asked, rows, seed):
     photo = photograph()
-    scene = engine.look(load_image(photo))
+    scene = engine.encode_image(load_image(photo))
     narrow = Engine(engine.model, engine.processor, rows=rows)
     conversations, most = [], []
     for place, (count, words, limit, later) in enumerate(asked):
@@ -120,7 +120,7 @@ def test_questions_of_any_length_enter_and_leave(engine, asked, rows, seed):
 
 def test_what_a_question_says_before_its_region_is_read_once(engine, monkeypatch):
     photo, regions = photograph(), boxes(5)
-    scene = engine.look(load_image(photo))
+    scene = engine.encode_image(load_image(photo))
     read, forward = [], engine.decoder.forward
 
     def watched(cache, embeds, rows, counts, **options):
@@ -131,7 +131,7 @@ def test_what_a_question_says_before_its_region_is_read_once(engine, monkeypatch
     for text in (DESCRIBE, BRIEF, DESCRIBE):
         read.clear()
         answers = engine.answer_each(scene, text, regions, Options(max_new_tokens=4))
-        ids = engine.encode(question_turns((), text), 1)["input_ids"].tolist()
+        ids = engine.encode_text(question_turns((), text), 1)["input_ids"].tolist()
         first = ids.index(engine.model.config.region_token_id)
         assert (5, 5 * (len(ids) - first)) in read
         plain = [plain_tokens(engine, photo, question_turns((), text), [region], 4) for region in regions]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -23,19 +22,6 @@ def module(monkeypatch):
     monkeypatch.setitem(sys.modules, "many_regions", module)
     spec.loader.exec_module(module)
     return module
-
-
-def test_random_models_have_the_sizes_of_their_names(module):
-    for name, least, most in (
-        ("clip-b-llama-160m", 0.15e9, 0.17e9),
-        ("clip-l-llama-1b", 1.0e9, 1.2e9),
-        ("clip-l-llama-7b", 6.5e9, 7e9),
-    ):
-        tower, language = module.configurations(name)
-        with torch.device("meta"):
-            model = LlamaForCausalLM(language)
-        assert least < sum(parameter.numel() for parameter in model.parameters()) < most, name
-        assert tower.image_size % tower.patch_size == 0
 
 
 def test_a_random_model_answers(module, tmp_path, monkeypatch):

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -193,26 +191,6 @@ def test_trees_of_tokens(name):
 @pytest.fixture(scope="module")
 def llama() -> Decoder:
     return Decoder(language_model(*SHARING["llama, grouped"]))
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    prefix=st.integers(1, 40),
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9),
-    steps=st.integers(0, 3),
-    seed=st.integers(0, 2**16),
-)
-def test_any_lengths(llama, prefix, lengths, steps, seed):
-    words = Words(llama.model, seed)
-    beginning, suffixes = words(prefix), [words(length) for length in lengths]
-    cache, shared = llama.cache(), llama.read(beginning)
-    rows = [cache.add(shared) for _ in suffixes]
-    texts = [torch.cat([beginning, suffix]) for suffix in suffixes]
-    assert_alike(llama.model, texts, llama.forward(cache, torch.cat(suffixes), rows, lengths))
-    for _ in range(steps):
-        new = words(len(rows))
-        texts = [torch.cat([text, word[None]]) for text, word in zip(texts, new, strict=True)]
-        assert_alike(llama.model, texts, llama.forward(cache, new, rows, [1] * len(rows)))
 
 
 def test_the_prefix_is_stored_once(llama):

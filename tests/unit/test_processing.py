@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny import trained_bpe
+from tokenizers import Tokenizer, models
 from transformers import AutoProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from regiongpt.errors import ConfigError, DataError, RegionError
@@ -21,14 +22,7 @@ LEFT, RIGHT = Region.box(0, 0, 20, 30), Region.box(20, 0, 40, 30)
 
 def make_processor(family: str = "plain", **options: Any) -> RegionGPTProcessor:
     """A processor of four image tokens, an 8 x 8 refined grid and a byte-level vocabulary."""
-    byte_level = Tokenizer(models.BPE())
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_level.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    byte_level.train_from_iterator(["What is this? A cat on a chair.", "Describe the red cup in detail."], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained_bpe(), bos_token="<s>", eos_token="</s>")
     prepare_tokenizer(tokenizer, family)
     images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
     settings = {"image_size": 16, "num_image_tokens": 4, "refined_grid": [8, 8], "chat_template": family}

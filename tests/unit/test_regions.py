@@ -116,7 +116,7 @@ def test_coverage_on_uneven_and_partial_grids(scene, data):
 @given(scenes(), st.integers(1, 5), st.integers(1, 5))
 def test_every_cell_agrees_with_shapely(scene, grid_h, grid_w):
     region, width, height = scene
-    geometry = region.geometry(width, height)
+    geometry = region._resolve(width, height).geometry
     if geometry is None:
         pixels = region.to_mask(width, height)
         geometry = shapely.union_all([shapely.box(x, y, x + 1, y + 1) for y, x in np.argwhere(pixels)])
@@ -343,9 +343,8 @@ def test_wrong_regions_are_named_in_one_line(region, says):
     message = str(caught.value)
     assert message.startswith("<region3>: ")
     assert says in message
-    assert "expected" in message
     assert "\n" not in message
-    for use in (region.area, region.bounds, region.to_mask, region.geometry):
+    for use in (region.area, region.bounds, region.to_mask):
         with pytest.raises(RegionError):
             use(40, 24)
     with pytest.raises(RegionError):
@@ -544,7 +543,7 @@ def test_tangled_rings():
     star = np.column_stack((40 + 35 * np.cos(turn), 30 + 28 * np.sin(turn)))
     for ring in (tangle(0, 61), star, np.tile(star, (2, 1))):
         region = Region.polygon(ring)
-        assert region.geometry(80, 60) is None
+        assert region._resolve(80, 60).geometry is None
         assert_covers(region, drawn(ring[: len(star)]), 80, 60)
         pixels = region.coverage(np.arange(61), np.arange(81), 80, 60)
         mask = region.to_mask(80, 60)

@@ -132,7 +132,7 @@ def test_regions_may_carry_their_numbers(tower: Path, language: Path, tmp_path: 
     added = model.get_input_embeddings()(inputs["input_ids"][numbered])
     torch.testing.assert_close(after[is_region], before[is_region] + added)
     assert weights.load(tmp_path)[0].config.region_number_offset == model.config.region_number_offset
-    with pytest.raises(ConfigError, match=r"region_numbers: expected a region_format in which"):
+    with pytest.raises(ConfigError, match=r"region_numbers: expected a region_format"):
         weights.create(tower, language, region_format="<region>", region_numbers=True)
 
 
@@ -221,7 +221,7 @@ def test_create_with_a_wrong_option(options: dict[str, Any], words: str, tower: 
 
 
 def test_create_from_the_wrong_kind_of_folder(tower: Path, language: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must be one of the towers"):
+    with pytest.raises(ConfigError, match="vision_config must be one of"):
         weights.create(language, language)
     with pytest.raises(CheckpointError, match=r"weights of .*tower"):
         weights.create(tower, tower)
@@ -367,8 +367,8 @@ BIAS = "connector.linear_1.bias"
         (edit("config.json", model_type="llama"), ["expected a RegionGPT checkpoint"]),
         (edit("config.json", refinement="cubic"), ["cannot read the configuration of", "refinement must be one of"]),
         (edit("config.json", vision_config=5), ["cannot read the configuration of"]),
-        (edit("processor_config.json", refined_grid=[8, 8]), ["do not belong together", "refined_grid is [8, 8]"]),
-        (more_tokens, ["do not belong together", "vocabulary"]),
+        (edit("processor_config.json", refined_grid=[8, 8]), ["refined_grid is [8, 8]"]),
+        (more_tokens, ["the tokenizer has", "vocabulary of"]),
     ],
 )
 def test_a_damaged_folder_is_refused(damage: Any, words: list[str], copy: Path) -> None:

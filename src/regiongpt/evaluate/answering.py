@@ -64,7 +64,7 @@ class _Questions:
                 check_regions(item.regions, *photo.size)
             except RegionError as error:
                 self.refused[place] = str(error)
-        self.scene = self.engine.look(photo)
+        self.scene = self.engine.encode_image(photo)
         kept = [() if place in self.refused else item.regions for place, item in enumerate(items)]
         pooled = self.engine.pool(self.scene, [region for regions in kept for region in regions])
         rows = self.engine.processor.tokens_per_region

@@ -13,22 +13,17 @@ _HOMES = {
     "pick_device": "engine",
     "pick_dtype": "engine",
 }
-__all__ = [
-    "Answer",
-    "Classified",
-    "Conversation",
-    "Located",
-    "Question",
-    "RegionPredictor",
-    "pick_device",
-    "pick_dtype",
-]
+__all__ = list(_HOMES)
 
 if TYPE_CHECKING:
-    from regiongpt.inference.choices import Classified, Located
-    from regiongpt.inference.conversation import Conversation
-    from regiongpt.inference.engine import Answer, pick_device, pick_dtype
-    from regiongpt.inference.predictor import Question, RegionPredictor
+    from regiongpt.inference.choices import Classified as Classified
+    from regiongpt.inference.choices import Located as Located
+    from regiongpt.inference.conversation import Conversation as Conversation
+    from regiongpt.inference.engine import Answer as Answer
+    from regiongpt.inference.engine import pick_device as pick_device
+    from regiongpt.inference.engine import pick_dtype as pick_dtype
+    from regiongpt.inference.predictor import Question as Question
+    from regiongpt.inference.predictor import RegionPredictor as RegionPredictor
 
 
 def __getattr__(name: str) -> Any:

@@ -182,7 +182,7 @@ def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers
         if key in ready:
             ready.move_to_end(key)
             return ready[key]
-    prompt = engine.encode(messages, n_regions)
+    prompt = engine.encode_text(messages, n_regions)
     ids, rows = prompt["input_ids"].tolist(), prompt["region_ids"].tolist()
     # A tokenizer may join the prompt's last letters with the answer's first: score from where they begin to differ.
     shared, wholes = len(ids), list(_wholes(engine, messages, n_regions, answers))

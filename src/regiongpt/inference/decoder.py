@@ -242,8 +242,7 @@ class PlainDecoder(Decoder):
                 output = self.model(inputs_embeds=new_ND[None], use_cache=True, **past)
                 if output.get(CACHE) is None:
                     raise ConfigError(
-                        f"{type(self.model).__name__} returns no cache, so its answers cannot be continued; choose a "
-                        "language model that does"
+                        f"{type(self.model).__name__} returns no cache; choose a language model that does"
                     )
                 mine = wanted[(wanted >= begin) & (wanted < begin + count)] - begin
                 found.append(output.logits[0, mine.to(output.logits.device)])

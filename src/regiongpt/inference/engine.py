@@ -80,44 +80,26 @@ class SharedPrefixes:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One encoded image: everything that questions need of it.
-
-    Attributes:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        map_1Chw: the refined map that regions are pooled from.
-        image_ND: the image's tokens for the language model.
-        shared: what prompts about the image begin with, as keys and values.
-    """
+    """One encoded image: everything that questions need of it."""
 
     width: int
     height: int
-    map_1Chw: Tensor
-    image_ND: Tensor
+    map_1Chw: Tensor  # the refined map that regions are pooled from
+    image_ND: Tensor  # the image's tokens for the language model
     shared: SharedPrefixes = field(default_factory=SharedPrefixes, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A question ready for the language model.
+    """A question ready for the language model."""
 
-    Attributes:
-        ids: tokens of the conversation up to the answer.
-        rows: for each region token in them its row of ``pooled``.
-        pooled: region features (R * K, D).
-        n_regions: R.
-        room: how many tokens the answer may have.
-        warnings: one line each.
-        shared_tokens: how many of the first tokens other questions begin with too, the image's at least; 0 if unknown.
-    """
-
-    ids: list[int]
-    rows: list[int]
-    pooled: Tensor
+    ids: list[int]  # tokens of the conversation up to the answer
+    rows: list[int]  # for each region token in them its row of ``pooled``
+    pooled: Tensor  # region features (R * K, D)
     n_regions: int
-    room: int
+    room: int  # how many tokens the answer may have
     warnings: tuple[str, ...] = ()
-    shared_tokens: int = 0
+    shared_tokens: int = 0  # how many of the first tokens other questions begin with too, where that is known
 
     def for_many(self, region: int) -> "Prompt":
         """The same question about many regions, which share what stands before the first ``region`` token."""
@@ -152,7 +134,7 @@ class Engine:
         return device
 
     @torch.inference_mode()
-    def look(self, photo: Image.Image) -> Scene:
+    def encode_image(self, photo: Image.Image) -> Scene:
         """Encode an image. Paper: §3.1."""
         pixels = self.processor.image_inputs(photo)["pixel_values"].to(self.device, self.model.dtype)
         refined = self.model.refine(self.model.encode_image(pixels))
@@ -173,7 +155,7 @@ class Engine:
         """Features (K, D) of each region by itself."""
         return list(torch.split(self.pool(scene, regions), self.processor.tokens_per_region)) if regions else []
 
-    def encode(self, messages: Sequence[Turn], n_regions: int, answered: bool = False) -> dict[str, Any]:
+    def encode_text(self, messages: Sequence[Turn], n_regions: int, answered: bool = False) -> dict[str, Any]:
         """Token ids, and what goes with them, of a conversation that awaits an answer or already has it."""
         # The features are pooled here, so the processor only needs to know how many regions there are.
         blank = torch.zeros((n_regions * self.processor.tokens_per_region, 1, 1))
@@ -191,7 +173,7 @@ class Engine:
             RegionError: a placeholder stands for no region.
             DataError: a turn is empty or out of order, or (as :class:`TooLong`) there are too many.
         """
-        encoded = self.encode(messages, n_regions)
+        encoded = self.encode_text(messages, n_regions)
         ids, rows = encoded["input_ids"].tolist(), encoded["region_ids"].tolist()
         room, warnings = self.room(len(ids), wanted), (*notes, *encoded["warnings"])
         return Prompt(ids=ids, rows=rows, pooled=pooled, n_regions=n_regions, room=room, warnings=warnings)
@@ -201,8 +183,7 @@ class Engine:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         if length + min(wanted, LEAST_ROOM) > limit:
             raise TooLong(
-                f"question too long: {length} of the model's {limit} tokens, with image and history, and an answer to "
-                "come; shorten it or begin a new conversation"
+                f"question too long: {length} of the model's {limit} tokens; shorten it or begin a new conversation"
             )
         return min(wanted, limit - length)
 
@@ -241,18 +222,14 @@ class Engine:
             end = list(ids).index(region)
         if not 0 < end < len(ids):
             return None
-        key, words = tuple(ids[:end]), tuple(ids[end:count])
+        key, words = tuple(ids[:end]), tuple(ids[end:count]) if self.decoder.shares else ()
         shared = scene.shared
         with shared.lock:
             root, known = shared.prefixes.pop(key, None), shared.questions.get(key)
             if words and (known is None or known[0] != words):
-                if root is None and not self.decoder.shares:
-                    root = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
                 behind = self.embed(scene, ids[:count], (), scene.image_ND[:0], start=end if root else 0)
-                known = words, self.decoder.read(behind, parent=root).joined()
-                shared.questions[key] = known
-                if self.decoder.shares:  # one memory for both
-                    root = known[1].crop(end)
+                known = shared.questions[key] = words, self.decoder.read(behind, parent=root).joined()
+                root = known[1].crop(end)  # one memory for both
             elif root is None:
                 root = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
             assert root is not None
@@ -339,7 +316,7 @@ class Scenes:
         digest.update(photo.tobytes())
         key = digest.digest()
         with self._lock:
-            scene = self._kept.pop(key, None) or self._engine.look(photo)
+            scene = self._kept.pop(key, None) or self._engine.encode_image(photo)
             self._kept[key] = scene
             while len(self._kept) > self._most:
                 self._kept.popitem(last=False)

@@ -81,15 +81,11 @@ class RegionPredictor:
     Args:
         model: a :class:`RegionGPTForConditionalGeneration`, already on its device.
         processor: the :class:`RegionGPTProcessor` that belongs to it.
-        images: encoded images to keep, found again by their pixels; the one used longest ago goes first. 0 keeps none
-            but those set.
+        images: encoded images to keep, found again by their pixels; 0 keeps none but those set.
         token_budget: bounds the memory of the answers being written: the longest question with its answer, in tokens
             without the shared beginning, times their number. By default 1 GiB on a CPU and half of the free memory on
             a CUDA device.
         rows: answers written at a time, unless the budget allows fewer.
-
-    Raises:
-        ConfigError: ``images`` is negative, or ``token_budget`` or ``rows`` below 1.
     """
 
     def __init__(
@@ -114,10 +110,10 @@ class RegionPredictor:
         token_budget: int | None = None,
         rows: int = ROWS,
     ) -> "RegionPredictor":
-        """Load a checkpoint folder.
+        """Load a checkpoint folder, by default the small model that ships in this package.
 
         Args:
-            path: the folder; default: the small model that ships in this package.
+            path: the folder.
             device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; default: the first of CUDA, MPS, CPU there is.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 on CUDA devices that have it, else
                 float32.
@@ -129,8 +125,7 @@ class RegionPredictor:
 
         Raises:
             CheckpointError: a file is missing, damaged, or does not fit the others, or the model is untrained.
-            ConfigError: there is no such device or dtype here, int8 does not go with them, or a number is out of its
-                range.
+            ConfigError: an option is out of its range, not there on this machine, or does not go with another.
         """
         if path is not None and not isinstance(path, str | Path):
             raise ConfigError(f"expected path as a checkpoint folder, got {path!r:.80}")
@@ -139,8 +134,7 @@ class RegionPredictor:
         model, processor = weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen))
         if model.untrained and not untrained:
             raise CheckpointError(
-                f"{path}: refinement and connector are untrained, so its answers would mean nothing; train it first, "
-                "or give --untrained (in Python untrained=True)"
+                f"{path}: refinement and connector are untrained; train them, or give --untrained (untrained=True)"
             )
         predictor = cls(model, processor, **dict(memory))
         if int8:  # now that the engine has tried, in full precision, whether the language model shares prefixes
@@ -179,13 +173,12 @@ class RegionPredictor:
 
         Args:
             question: text in which ``<regionN>`` stands for the N-th region (from 1), any number of times.
-            regions: the regions, in pixels of the image; the same list for the whole conversation.
+            regions: in pixels of the image; the same list for the whole conversation.
             history: earlier turns, ``{"role": "user" | "assistant", "content": ...}``, the oldest first.
-            **generation: any of ``max_new_tokens`` (128), the longest answer, in tokens, at least 1; ``temperature``
-                (0), which takes the likeliest token each time, and above 0 draws; ``top_p`` (1), with a temperature:
-                draw from the likeliest tokens of this joint probability, in (0, 1]; ``seed``, with a temperature: makes
-                the answer repeatable, whatever else is asked at the same time; ``stop``, one text or several that end
-                the answer and are not part of it.
+            **generation: any of ``max_new_tokens`` (128); ``temperature`` (0), which takes the likeliest token each
+                time, and above 0 draws; with it ``top_p`` (1), which draws from the likeliest tokens of this joint
+                probability, and ``seed``, which makes the answer repeatable; ``stop``, one text or several that end the
+                answer and are not part of it.
 
         Raises:
             RegionError: a region does not fit the image, or a placeholder stands for none.
@@ -351,29 +344,23 @@ class RegionPredictor:
         """Choose the class of each region from a closed set; nothing off the list can come out.
 
         A choice's score is the log likelihood of all its tokens and of the end of the answer, so the scores, divided
-        by their sum, are the probability of each answer given that it is on the list. Memory does not grow with the
-        number of names.
+        by their sum, are the probability of each answer given that it is on the list.
 
         Args:
             regions: one region or several, each classified on its own.
-            choices: at least one name; names may have several words, none may be there twice. Default: the names of
-                ``label_set``.
-            **options: any of ``label_set`` ("COCO-80"), the set named in the question (the model that ships was trained
-                with this one alone, and names things in its style for other ``choices`` too); ``generate``: also
-                generate the answer freely, as the paper's exact-match protocol does; ``length_normalized``: divide each
-                score by its number of tokens; ``calibrated``, not together with it: subtract the score of the same
-                answer about a region of which nothing is known, in the same image (https://arxiv.org/abs/2102.09690).
-                Both rank rare names more fairly, but the results are no probabilities of answers, and calibration does
-                harm with the model that ships (``docs/performance.md``). ``top_k``: keep only so many of the likeliest
-                choices in the result.
+            choices: at least one name, none twice. Default: the names of ``label_set``.
+            **options: any of ``label_set`` ("COCO-80"), the set named in the question; ``generate``: also generate the
+                answer freely, as the paper's exact-match protocol does; ``length_normalized``: divide each score by its
+                number of tokens; ``calibrated``: subtract the score of the same answer about a region of which nothing
+                is known (https://arxiv.org/abs/2102.09690), which does harm with the model that ships
+                (``docs/performance.md``); ``top_k``: keep only so many of the likeliest choices in the result.
 
         Returns:
             A result for a region, a list of them for a list.
 
         Raises:
             RegionError: a region does not fit the image.
-            ConfigError: choices are empty, blank or repeated; the label set is unknown; an option is out of its range;
-                no image was set.
+            ConfigError: choices are empty, blank or repeated; an option is out of its range; no image was set.
 
         Paper: §3.2, Table 1 (the prompt), §4.1 (region classification)
         """
@@ -393,18 +380,15 @@ class RegionPredictor:
     def locate(
         self, expression: str | list[str] | tuple[str, ...], regions: Region | Sequence[Region], *, by: By = "both"
     ) -> Located | list[Located]:
-        """Choose the region that an expression refers to, or none.
+        """Choose the region that an expression, or each of several, refers to, or none.
 
         Args:
-            expression: such as ``"the red cup"``, or several of them, each located by itself among the same regions.
+            expression: such as ``"the red cup"``, or several of them.
             regions: at least one region to choose from.
-            by: ``"answer"``, the paper's protocol: one question about all regions, with ``Region [N]`` and the no-match
+            by: ``"answer"``, the paper's way: one question about all regions, with ``Region [N]`` and the no-match
                 sentence scored as :meth:`classify` scores choices; ``"words"``: how likely the model is to call each
                 region, by itself, by the expression, which always chooses a region; or ``"both"``: by the answer
                 whether any of them fits, and by the words which.
-
-        Returns:
-            A result for an expression, a list of them for a list.
 
         Raises:
             RegionError: a region does not fit the image, or none was given.

@@ -118,12 +118,9 @@ class SuffixLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
 
 
 class PrefixCache(Cache):  # type: ignore[misc]
-    """The keys and values of a batch of sequences, each behind a shared :class:`Prefix`.
+    """The keys and values of a batch of sequences, each behind a shared :class:`Prefix` or none.
 
-    Attributes:
-        prefixes: one a sequence; None where it has none.
-        lengths: tokens of its own that each sequence has.
-        room: tokens of its own that each sequence has memory for.
+    ``lengths`` are the tokens that each sequence has of its own, ``room`` those that it has memory for.
     """
 
     def __init__(self) -> None:
@@ -160,12 +157,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
     @torch.inference_mode()
     def keep(self, row: int, onto: Prefix | None = None) -> Prefix | None:
-        """Copy a sequence as a prefix for others; None if it has no tokens.
-
-        Args:
-            row: the sequence.
-            onto: the part of its prefix that stays shared; the whole prefix by default.
-        """
+        """Copy a sequence as a prefix for others; None if it is empty. ``onto``, or its whole prefix, stays shared."""
         prefix, used = self.prefixes[row], self.lengths[row]
         chain = prefix.chain if prefix else ()
         parent = prefix if onto is None else onto

@@ -26,20 +26,13 @@ def to_int8(model: Any) -> Any:
         ConfigError: the model is elsewhere or of another type, it has no linear layers, or this PyTorch cannot do it.
     """
     if model.device.type != "cpu":
-        raise ConfigError(
-            f"expected device cpu with int8 weights, got {model.device}; there is no int8 here but the CPU's: "
-            "use bfloat16 on an accelerator"
-        )
+        raise ConfigError(f"expected device cpu with int8 weights, got {model.device}; use bfloat16 on an accelerator")
     if model.dtype != torch.float32:
-        raise ConfigError(
-            f"expected dtype float32 with int8 weights, which are made of it, got {str(model.dtype)[6:]}; "
-            "leave dtype out"
-        )
+        raise ConfigError(f"expected dtype float32 with int8 weights, got {str(model.dtype)[6:]}; leave dtype out")
     kinds = {type(module) for module in model.language_model.modules()}
     if nn.Linear not in kinds:
         raise ConfigError(
-            f"expected a language model of linear layers for int8 weights, got "
-            f"{type(model.language_model).__name__}, which has none; leave int8 out"
+            f"{type(model.language_model).__name__} has no linear layers for int8 weights, none; leave int8 out"
         )
     try:
         from torch.ao import quantization

@@ -148,8 +148,7 @@ class Scheduler:
         budget = self._budget(job)
         if job.reserve > budget:
             raise ConfigError(
-                f"question and answer take {len(job.embeds)} and up to {job.room} tokens, the token budget is "
-                f"{budget}; raise token_budget or lower max_new_tokens"
+                f"{job.reserve} tokens of question and answer exceed the token budget, {budget}; raise token_budget"
             )
         with self._lock:
             self._waiting.append(job)

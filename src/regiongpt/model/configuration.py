@@ -84,17 +84,15 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         image_size: side of the square input in pixels; the tower's own when None.
         vision_feature_layer: which of the tower's hidden states to use, as an index; EfficientNet-Lite ignores it.
         refinement: ``deconv``, ``bilinear``, ``deconv_bilinear`` or ``none``.
-        refinement_channels: channels of the refined map; the tower's own when None, otherwise a 1x1 convolution comes
-            first.
+        refinement_channels: channels of the refined map, by a 1x1 convolution; the tower's own when None.
         image_grid: rows and columns of image tokens; the tower's own grid when None.
         connector_size: width of the connector between its two layers; the language model's when None.
         projector_hidden_act: activation between the connector's two layers.
         image_token_id: id of ``<image>`` in the tokenizer.
         region_token_id: id of ``<region>`` in the tokenizer.
-        region_number_offset: how many tokens before a region its number stands in the text, the word embedding of which
-            is added to the region's own; 0 adds none.
-        image_marks: whether the word embedding of ``<image>`` is added to each image token's own, by which the language
-            model can tell a cell that looks like a word from that word.
+        region_number_offset: how many tokens before a region its number stands in the text, whose word embedding is
+            added to the region's own; 0 adds none.
+        image_marks: whether the word embedding of ``<image>`` is added to each image token's own.
         initializer_range: standard deviation of freshly initialised weights.
 
     Raises:
@@ -130,8 +128,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.vision_config.model_type not in VISION_TOWERS:
             raise ConfigError(
-                f"vision_config must be one of the towers {', '.join(VISION_TOWERS)}; "
-                f"got model_type {self.vision_config.model_type!r}"
+                f"vision_config must be one of {', '.join(VISION_TOWERS)}; got {self.vision_config.model_type!r}"
             )
         sizes = ("image_size", "vision_feature_layer", "refinement_channels", "connector_size", "region_number_offset")
         for name in sizes:
@@ -163,14 +160,12 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
             not 1 <= n <= finest for n, finest in zip(self.image_grid, self.refined_grid, strict=True)
         ):
             raise ConfigError(
-                f"image_grid must be two numbers from 1 to the refined grid {list(self.refined_grid)} (image_size "
-                f"{self.image_size}, refinement {self.refinement!r}); got {self.image_grid}"
+                f"image_grid must be two numbers up to refined grid {list(self.refined_grid)}; got {self.image_grid}"
             )
         layers = getattr(self.vision_config, "num_hidden_layers", None)
         if layers is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
             raise ConfigError(
-                f"vision_feature_layer must lie between {-layers - 1} and {layers}, since the tower has {layers} "
-                f"layers; got {self.vision_feature_layer}"
+                f"vision_feature_layer must lie between {-layers - 1} and {layers}; got {self.vision_feature_layer}"
             )
 
     @property

@@ -133,8 +133,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """Refine the tower's features (B, C, H, W), of any float dtype; raises DataError for another shape."""
         if tuple(vision_features.shape[1:]) != self.features_shape:
             raise DataError(
-                f"vision_features must be (images, {', '.join(map(str, self.features_shape))}) for this model; "
-                f"got {tuple(vision_features.shape)}; encode the image with this model's own tower"
+                f"vision_features must be {('images', *self.features_shape)}; got {tuple(vision_features.shape)}"
             )
         weight = self.connector.linear_1.weight
         return self.refinement(vision_features.to(device=weight.device, dtype=weight.dtype))  # type: ignore[no-any-return]
@@ -146,8 +145,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """
         if tuple(region_weights.shape[-2:]) != self.refined_grid:
             raise RegionError(
-                f"region_weights must lie on this model's refined grid {self.refined_grid}; "
-                f"got the shape {tuple(region_weights.shape)}; make them with this model's own processor"
+                f"region_weights must lie on the refined grid {self.refined_grid}; got {tuple(region_weights.shape)}"
             )
         pooled = self.refinement.pool_regions(refined, region_weights.to(refined.device))
         return self.connector(pooled)  # type: ignore[no-any-return]
@@ -208,8 +206,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         if has_image:
             if bool(((images != 0) & (images != self.num_image_tokens)).any()):
                 raise DataError(
-                    f"an image takes {self.num_image_tokens} <image> tokens in this model; got {images.tolist()}; "
-                    "make the inputs with this model's own processor"
+                    f"an image takes {self.num_image_tokens} <image> tokens in this model; got {images.tolist()}"
                 )
             features = self.image_features(refined)[images > 0]
             embeds = embeds.masked_scatter(image_BT[..., None], features.to(embeds.dtype))
@@ -362,8 +359,7 @@ def _region_rows(region_BT: Tensor, region_ids: Tensor, regions: int, continues:
     given = (region_ids >= 0).sum(1)
     if bool((tokens > given).any()) or (not continues and bool((tokens != given).any())):
         raise RegionError(
-            f"every <region> token needs one region id; got {tokens.tolist()} tokens and {given.tolist()} ids; "
-            "make the inputs with this model's own processor"
+            f"every <region> token needs one region id; got {tokens.tolist()} tokens and {given.tolist()} ids"
         )
     if int(region_ids.max()) >= regions:
         raise RegionError(

