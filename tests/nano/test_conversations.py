@@ -186,12 +186,6 @@ def test_captions_only_where_they_stay_true():
     assert captions(View(image, crop=(0, 0, 100, 120))) == set()
 
 
-def test_an_empty_image_still_gives_a_turn():
-    talk = SAMPLER.sample(View(made(1, 0)), {}, 0, 0, 0)
-    assert set(talk.tasks) == {"presence"}
-    assert talk.regions == []
-
-
 def test_development_questions():
     classify = dev_questions(IMAGES, "classify")
     assert len(classify) == sum(len(image.objects) for image in IMAGES)
