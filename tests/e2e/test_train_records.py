@@ -137,9 +137,18 @@ def test_a_run_cut_off_goes_on_to_the_same_weights_and_a_finished_one_is_not_run
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("words", [["--seed=1"], ["--data.mixture=coco"], ["--data.pretrain_mixture=coco"]])
-def test_a_run_does_not_go_on_with_other_records(
-    words: list[str],
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        ("--seed=1", "seed"),
+        ("--data.mixture=coco", "records"),
+        ("--data.pretrain_mixture=coco", "records"),
+        ("--lora.rank=2", "lora settings"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_records_seed_or_adapters(
+    word: str,
+    what: str,
     pictures: Path,
     start: Path,
     finished: Path,
@@ -147,8 +156,8 @@ def test_a_run_does_not_go_on_with_other_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(pictures)
-    assert run(start, finished, "--data.mixture=both.toml", "--stage2.epochs=2", *SMALL, *words) == 2
-    assert "holds a run with other records" in capsys.readouterr().err
+    assert run(start, finished, "--data.mixture=both.toml", "--stage2.epochs=2", *SMALL, word) == 2
+    assert f"holds a run with other {what};" in capsys.readouterr().err
 
 
 def test_texts_alone_are_for_the_second_stage(
