@@ -1,7 +1,4 @@
-"""A run as one page that needs no other file: curves, results, answers over time, recipe, data and environment.
-
-It is made of what the run has written so far, so it can be made of one that is running, or was killed, as well.
-"""
+"""A run as one page that needs no other file, made of what the run has written so far, finished or not."""
 
 import json
 import logging

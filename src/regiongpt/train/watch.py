@@ -1,8 +1,7 @@
-"""What a stage does while it trains, written down: a log that survives interruptions, and answers about fixed regions.
+"""What a stage does while it trains: a log that survives interruptions, and answers about fixed regions.
 
-Nothing here changes what is learnt: losses are the same to the bit, watched or not. Reading a number from a GPU waits
-for all that it has to do, so a step only adds to a vector there; those of many steps are read, and summed over the
-processes, at once.
+Losses are the same to the bit, watched or not. Reading a number from a GPU waits for all its work, so sums stay on the
+device and are read, over all processes, once for many steps.
 """
 
 import json
