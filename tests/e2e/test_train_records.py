@@ -22,7 +22,6 @@ from regiongpt.data.sources import convert, load_converter
 from regiongpt.model import weights
 from regiongpt.train.debug import debug_size
 from regiongpt.train.recipe import Recipe
-from regiongpt.train.stages import train
 
 ROOT = Path(__file__).parents[2]
 TOWER = "google/siglip-so400m-patch14-384"
@@ -109,14 +108,6 @@ def test_the_first_stage_leaves_the_language_model_and_the_second_goes_on_from_i
     first, second = tensors(tmp_path / "stage1" / "model"), tensors(tmp_path / "stage2" / "model")
     assert changed(tensors(start), first) == {"refinement", "connector"}
     assert changed(first, second) == {"refinement", "connector", "language_model"}
-
-
-def test_the_first_stage_alone(pictures: Path, start: Path, tmp_path: Path) -> None:
-    config = tmp_path / "recipe.toml"
-    config.write_text(f'[data]\npretrain_mixture = "{pictures / "coco"}"\n[model]\ninit = "{start}"\n')
-    finished = train(Recipe.load(config, [f"--out={tmp_path / 'out'}", *FIRST]))
-    assert finished == tmp_path / "out" / "stage1" / "model"
-    assert not (tmp_path / "out" / "stage2").exists()
 
 
 def test_a_run_cut_off_goes_on_to_the_same_weights_and_a_finished_one_is_not_run_again(
