@@ -14,6 +14,8 @@ from regiongpt.train.recipe import DataConfig, ModelConfig, Recipe, Seed, Share,
 
 NanoStep = Literal["language", "align", "stage1", "stage2"]
 
+RECIPE = Path(__file__).with_name("nano.toml")
+
 MOST_REGION_GRID = 4
 """Largest ``region_grid`` whose regions fit into the windows of text that the language model reads."""
 
