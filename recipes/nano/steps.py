@@ -132,8 +132,6 @@ def dev_conversations(
 def dev_asked(config: NanoRecipe) -> list[Question]:
     """What the model is asked while it trains, by the settings of the watch."""
     data = config.data
-    if not data.dev_split:
-        raise ConfigError("watch.answer_steps: needs data.dev_split, whose regions are asked about")
     images = load_coco(photo_sources(Path(data.root), data.dev_split)).images
 
     def found() -> Iterator[Question]:
@@ -166,7 +164,7 @@ def train_language(config: NanoRecipe, images: Sequence[ImageAnnotations], folde
         "language",
         model,
         dataset,
-        lambda examples: {name: torch.stack([each[name] for each in examples]) for name in examples[0]},
+        stacked,
         partial(stand_in_loss, ClassWords(tokenizer), Marks(region, offset, image if shape.image_marks else None)),
         config.language,
         folder.with_name("language-checkpoints"),
@@ -177,6 +175,11 @@ def train_language(config: NanoRecipe, images: Sequence[ImageAnnotations], folde
         cost=StageCost.of(model.config, trained=True, sees=False),
     )
     save_whole(folder, model, tokenizer)
+
+
+def stacked(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of windows."""
+    return {name: torch.stack([each[name] for each in examples]) for name in examples[0]}
 
 
 def debug_size(config: NanoRecipe, outlines: bool = False) -> NanoRecipe:

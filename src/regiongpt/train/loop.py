@@ -114,6 +114,11 @@ def run_stage(
             f"{name}.batch_size: {config.batch_size} is not a multiple of {together}, the micro_batch_size of "
             f"{config.micro_batch_size} in {processes.count} processes"
         )
+    if questions and engine.sharding == "fsdp" and processes.count > 1:
+        raise ConfigError(
+            "watch.answer_steps: a model that is sharded over processes cannot be asked while it trains; leave it out, "
+            "or train with --engine.sharding ddp"
+        )
     if processes.count == 1 and (gpus := torch.cuda.device_count()) > 1:
         log.info("%d GPUs are here and one is used; start with `torchrun --nproc-per-node N`", gpus)
     set_seed(seed)

@@ -25,7 +25,7 @@ from regiongpt.distributed import Processes
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model.modeling import RegionGPTForConditionalGeneration
 from regiongpt.storage import reason, write_file, writing
-from regiongpt.train.answers import Question, ask, check_whole, draw
+from regiongpt.train.answers import Question, ask, draw
 from regiongpt.train.costs import Costs, LayerCosts, language_costs, visual_costs
 from regiongpt.train.dataset import TASKS
 from regiongpt.train.known import peak_flops
@@ -91,8 +91,6 @@ class Watch:
     def start(self, model: Any, step: int, steps: int) -> None:
         """Open the logs, without what lies beyond the step that is continued from; ask for the first time."""
         self.model, self.steps = model, steps
-        if self.answer_steps:
-            check_whole(model)
         if self.processes.is_first:
             for each in (self._log, self._dev, self._answers):
                 each.cut(step)
