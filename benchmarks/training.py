@@ -52,8 +52,7 @@ from conversations import ConversationSampler
 from dataset import EXTRAS, ConversationDataset
 from features import FeatureStore
 from reading import sampler_of
-from recipe import NanoRecipe
-from train import RECIPE
+from recipe import RECIPE, NanoRecipe
 
 CACHED = 64
 """Rows of made-up features, read one after the other: enough that they do not stay in the processor's cache."""

@@ -11,21 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from sentences import describe, relate, say_presence
 
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import COLOURS, MIN_AREA, View, ViewObject, clashing, distinctions, relation
 from regiongpt.data.sampling import fitting_expression
-from regiongpt.data.wording import (
-    FRAMES,
-    NUMBERS,
-    describe,
-    express,
-    noun,
-    pick,
-    plural,
-    relation_words,
-    with_article,
-)
+from regiongpt.data.wording import express, noun, pick, with_article
 from regiongpt.errors import ConfigError, RegionError
 from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
 from regiongpt.regions import Region
@@ -53,23 +44,6 @@ FREE_SHARE = 0.15
 JITTER = 0.06
 # A human caption still holds for a crop that keeps this much of the image.
 CAPTION_COVERAGE = 0.75
-
-APART = (
-    "The {a} is {how} the {b}.",
-    "The {a} is {how} the {b}.",
-    "Region [{i}], {an_a}, is {how} Region [{j}], {an_b}.",
-    "The {a} in Region [{i}] is {how} the {b} in Region [{j}].",
-    "Region [{i}] is {how} Region [{j}].",
-    "In the image, the {a} is {how} the {b}.",
-)
-ALIKE = (
-    "The {a} in Region [{i}] is {how} the {b} in Region [{j}].",
-    "Region [{i}] is {how} Region [{j}].",
-    "Region [{i}], {an_a}, is {how} Region [{j}], another {b}.",
-    "Both are {bs}; Region [{i}] is {how} Region [{j}].",
-)
-YES = ("Yes.", "Yes.", "Yes, there {is_are} {some} in {frame}.", "Yes, {frame} shows {some}.")
-NO = ("No.", "No.", "No, there is no {n} in {frame}.", "No, {frame} does not show any {ns}.")
 
 _INDEX = {name: k for k, name in enumerate(COCO_80)}
 
@@ -350,35 +324,6 @@ def _worded(task: str, wording: int, objects: tuple[ViewObject, ...], answer: st
         return question(task, wording, regions=numbers), answer.replace("{i}", str(i)).replace("{j}", str(j))
 
     return _Plan(task, objects, write)
-
-
-def relate(rng: np.random.Generator, a: ViewObject, b: ViewObject, how: str) -> str:
-    """How object ``a`` lies to object ``b``; ``{i}`` and ``{j}`` stand for the numbers of their regions."""
-    return pick(rng, ALIKE if a.category == b.category else APART).format(
-        a=noun(a.category),
-        b=noun(b.category),
-        an_a=with_article(noun(a.category)),
-        an_b=with_article(noun(b.category)),
-        bs=plural(b.category),
-        how=relation_words(rng, how),
-        i="{i}",
-        j="{j}",
-    )
-
-
-def say_presence(rng: np.random.Generator, view: View, category: str) -> str:
-    """Whether a class is in the view, 'Yes' or 'No' first; at times with the number."""
-    frame = pick(rng, FRAMES)
-    if category not in view.by_category:
-        return pick(rng, NO).format(n=noun(category), ns=plural(category), frame=frame)
-    count = view.count(category)
-    if count == 1:
-        some = with_article(noun(category))
-    elif count is not None and count < len(NUMBERS):
-        some = f"{NUMBERS[count]} {plural(category)}"
-    else:
-        some = plural(category) if count is None else f"many {plural(category)}"
-    return pick(rng, YES).format(is_are="is" if count == 1 else "are", some=some, frame=frame)
 
 
 def _caption(rng: np.random.Generator, view: View) -> _Plan | None:

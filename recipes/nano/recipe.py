@@ -14,6 +14,8 @@ from regiongpt.train.recipe import DataConfig, ModelConfig, Recipe, Seed, Share,
 
 NanoStep = Literal["language", "align", "stage1", "stage2"]
 
+RECIPE = Path(__file__).with_name("nano.toml")
+
 MOST_REGION_GRID = 4
 """Largest ``region_grid`` whose regions fit into the windows of text that the language model reads."""
 
@@ -132,6 +134,8 @@ class NanoRecipe(Recipe):
     def _check(self) -> Self:
         if not self.align.alignment:
             raise ValueError("align.alignment: give a number above 0; the step learns nothing else")
+        if self.watch.answer_steps and not self.data.dev_split:
+            raise ValueError("watch.answer_steps: needs data.dev_split, whose regions are asked about")
         if self.lora.rank and not self.runs("stage2"):
             raise ValueError("lora.rank: adapters belong to stage 2, which this recipe does not run")
         return self

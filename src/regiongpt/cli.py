@@ -602,7 +602,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         "Every field of the recipe can be overridden by its dotted name: --stage2.lr 5e-4 --data.root DIR. "
         "`regiongpt train --schema` lists them."
     )
-    parser.add_argument("recipe", nargs="?", help="TOML file, or the name of a shipped recipe such as nano")
+    parser.add_argument("recipe", nargs="?", help="TOML file, or the name of a shipped recipe such as finetune_records")
     parser.add_argument("--plan", action="store_true", help="print parameters, tokens, memory and time, and stop")
     parser.add_argument("--gpu", metavar="NAME", help="with --plan: kind of GPU, such as a100-80gb or h100-sxm")
     parser.add_argument("--gpus", metavar="N", help="with --plan: number of GPUs")
@@ -634,7 +634,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         print(write_report(options.report))
         return 0
     if options.recipe is None:
-        raise ConfigError(f"give a recipe, such as nano; see `{parser.prog} --help`")
+        raise ConfigError(f"give a recipe, such as finetune_records; see `{parser.prog} --help`")
     if not options.plan and (options.gpu or options.gpus or options.json):
         raise ConfigError("--gpu, --gpus and --json go with --plan; give it too, or leave them out")
     overrides += [f"--plan.{name}={value}" for name in ("gpu", "gpus") if (value := getattr(options, name))]
@@ -683,7 +683,7 @@ def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         "same command again\nto continue after an interruption."
     )
     parser.add_argument("kind", choices=tuple(KINDS), metavar="KIND", help=f"what is varied: {', '.join(KINDS)}")
-    parser.add_argument("recipe", help="TOML file, or the name of a shipped recipe such as nano")
+    parser.add_argument("recipe", help="TOML file, or the name of a shipped recipe such as finetune_records")
     add_options(parser, Options)
     typed, rest = parser.parse_known_args(words)
     study = Study(typed.kind, typed.recipe, rest, read_options(Options, typed))

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main
 from regiongpt.data.mixture import open_mixture
+from regiongpt.errors import DataError
 from regiongpt.model import weights
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
 from regiongpt.train.debug import debug_size
@@ -88,6 +89,16 @@ def test_other_towers_and_language_models(language: str, vision: str, tmp_path: 
     assert model.config.vision_config.model_type == tower_shape(vision).model_type
     for part in plan.stages[0].parts:
         assert part.parameters == sum(tensor.numel() for tensor in getattr(model, part.name).parameters()), part.name
+
+
+def test_a_debug_run_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("regiongpt.train.debug.write_records", write)
+    with pytest.raises(DataError, match="No space left"):
+        debug_size(Recipe.load("finetune_records", [f"--out={tmp_path / 'run'}"]))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("grid", [1, 2])

@@ -22,7 +22,6 @@ from regiongpt.data.sources import convert, load_converter
 from regiongpt.model import weights
 from regiongpt.train.debug import debug_size
 from regiongpt.train.recipe import Recipe
-from regiongpt.train.stages import train
 
 ROOT = Path(__file__).parents[2]
 TOWER = "google/siglip-so400m-patch14-384"
@@ -111,14 +110,6 @@ def test_the_first_stage_leaves_the_language_model_and_the_second_goes_on_from_i
     assert changed(first, second) == {"refinement", "connector", "language_model"}
 
 
-def test_the_first_stage_alone(pictures: Path, start: Path, tmp_path: Path) -> None:
-    config = tmp_path / "recipe.toml"
-    config.write_text(f'[data]\npretrain_mixture = "{pictures / "coco"}"\n[model]\ninit = "{start}"\n')
-    finished = train(Recipe.load(config, [f"--out={tmp_path / 'out'}", *FIRST]))
-    assert finished == tmp_path / "out" / "stage1" / "model"
-    assert not (tmp_path / "out" / "stage2").exists()
-
-
 def test_a_run_cut_off_goes_on_to_the_same_weights_and_a_finished_one_is_not_run_again(
     pictures: Path, start: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -137,9 +128,18 @@ def test_a_run_cut_off_goes_on_to_the_same_weights_and_a_finished_one_is_not_run
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("words", [["--seed=1"], ["--data.mixture=coco"], ["--data.pretrain_mixture=coco"]])
-def test_a_run_does_not_go_on_with_other_records(
-    words: list[str],
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        ("--seed=1", "seed"),
+        ("--data.mixture=coco", "records"),
+        ("--data.pretrain_mixture=coco", "records"),
+        ("--lora.rank=2", "lora settings"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_records_seed_or_adapters(
+    word: str,
+    what: str,
     pictures: Path,
     start: Path,
     finished: Path,
@@ -147,8 +147,8 @@ def test_a_run_does_not_go_on_with_other_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(pictures)
-    assert run(start, finished, "--data.mixture=both.toml", "--stage2.epochs=2", *SMALL, *words) == 2
-    assert "holds a run with other records" in capsys.readouterr().err
+    assert run(start, finished, "--data.mixture=both.toml", "--stage2.epochs=2", *SMALL, word) == 2
+    assert f"holds a run with other {what};" in capsys.readouterr().err
 
 
 def test_texts_alone_are_for_the_second_stage(

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "nano"))
 
 from dataset import EXTRAS
 from reading import reading_of, sampler_of, texts_of, tokenizer_of
-from recipe import NanoRecipe
+from recipe import RECIPE, NanoRecipe
+from steps import conversations_of, debug_size, train
 from test_kept_values import DATA, machine
-from train import RECIPE, conversations_of, debug_size, train
 
 from regiongpt.data.coco import load_coco, photo_sources
 from regiongpt.data.facts import COLOURS

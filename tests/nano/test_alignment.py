@@ -1,7 +1,6 @@
 """What a region's embedding is pulled towards, and what the language model reads before it sees."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -60,32 +59,6 @@ def test_likeness_is_one_for_a_name_of_any_length_and_less_for_what_else_is_said
     torch.testing.assert_close(likeness(embeds, names), torch.eye(80)[[CAT, DOG]])
     embeds[:, 90] = 21.0
     torch.testing.assert_close(likeness(embeds, names), torch.eye(80)[[CAT, DOG]] / 2**0.5)
-
-
-def test_alignment_asks_for_the_length_of_a_word():
-    names, classes = torch.eye(80) * 3, torch.tensor([[CAT]])
-    right = names[[CAT]][None]
-    misfit = partial(region_alignment, classes_BR=classes, names=names, shares=EVEN)
-    assert misfit(right) < misfit(2 * right)
-    assert misfit(right) < misfit(right / 2)
-
-
-def test_alignment_asks_for_the_name_itself_where_the_class_is_told_already():
-    names = torch.eye(80, 100)
-    told = names[[CAT]].clone()
-    told[:, 90] = 3**0.5
-    misfit = partial(region_alignment, classes_BR=torch.tensor([[CAT]]), names=names, shares=EVEN)
-    with_the_rest, without = misfit(told[None] / 2), misfit(names[[CAT]][None])
-    assert with_the_rest > without + SHARPNESS / 2 - 0.01
-
-
-def test_what_a_common_class_has_in_its_favour_need_not_be_written():
-    names, rest = torch.eye(80), torch.ones(80)
-    shares = rest.index_fill(0, torch.tensor([CAT]), 80.0) / 159
-    undecided = F.normalize(rest[None, None], dim=-1)
-    cat, dog = (region_alignment(undecided, torch.tensor([[k]]), names, shares) for k in (CAT, DOG))
-    assert cat < dog
-    assert region_alignment(undecided, torch.tensor([[DOG]]), names, EVEN) < dog
 
 
 def test_region_alignment_leaves_padding_out():
@@ -178,26 +151,6 @@ def test_stand_ins_carry_their_numbers_and_texts_do_not_see_each_other(pair):
     assert stand_in_loss(words, Marks(region.region_token_id), language, batch, 2) != numbered
 
 
-def test_cells_carry_the_mark_of_an_image(pair):
-    model, processor = pair
-    language, words, image = copy.deepcopy(model.language_model), ClassWords(processor.tokenizer), 5
-    batch = {
-        "input_ids": torch.tensor([[1, image, image, 7, 8]]),
-        "labels": torch.tensor([[-100, -100, -100, 7, 8]]),
-        "stand_ins": torch.tensor([[-1, CAT, 80, -1, -1]]),
-        "turns": torch.tensor([[1, 1, 1, 1, 1]]),
-        "noise_seeds": torch.tensor([3]),
-        "blurs": torch.tensor([1.0]),
-    }
-    table = language.get_input_embeddings()
-    embeds = table(batch["input_ids"]).clone()
-    stand_ins = blur(words(table.weight), torch.tensor([CAT, 80]), torch.Generator().manual_seed(3))
-    embeds[0, 1:3] = stand_ins + table.weight[image]
-    marked = stand_in_loss(words, Marks(processor.region_token_id, 0, image), language, batch, 2)
-    torch.testing.assert_close(marked, language(inputs_embeds=embeds, labels=batch["labels"]).loss)
-    assert stand_in_loss(words, Marks(processor.region_token_id), language, batch, 2) != marked
-
-
 def test_the_two_losses_add_up_over_all_target_tokens(pair):
     model, processor = pair
     example = processor.encode_conversation(
@@ -254,27 +207,3 @@ def test_it_hands_on_what_it_finds():
         passed = attention.o_proj.weight[:, rows] @ attention.v_proj.weight[rows]
         torch.testing.assert_close(passed @ passed, FOUND * passed, rtol=1e-4, atol=1e-5)
         assert torch.equal(attention.q_proj.weight[rows], attention.k_proj.weight[rows])
-
-
-def test_other_heads_and_layers_stay_as_they_are_and_the_seed_says_which_projections():
-    plain, first, again, other = (untrained() for _ in range(4))
-    compare_at_first(plain, 0, seed=1)
-    compare_at_first(untrained(), 9, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), untrained().parameters(), strict=True))
-    for model, seed in ((first, 1), (again, 1), (other, 2)):
-        compare_at_first(model, 2, seed)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    for index in range(3):
-        mine, theirs, before = (model.model.layers[index].self_attn for model in (first, other, plain))
-        for name in ("q_proj", "k_proj", "v_proj"):
-            new, old = getattr(mine, name).weight, getattr(before, name).weight
-            assert torch.equal(new[128:], old[128:])
-            assert torch.equal(new[:128], old[:128]) == (index == 2)
-            assert torch.equal(new[:128], getattr(theirs, name).weight[:128]) == (index == 2)
-        assert torch.equal(mine.o_proj.weight[:, 128:], before.o_proj.weight[:, 128:])
-    queries = [
-        first.model.layers[index].self_attn.q_proj.weight[rows]
-        for index in (0, 1)
-        for rows in (slice(64), slice(64, 128))
-    ]
-    assert not any(torch.equal(a, b) for k, a in enumerate(queries) for b in queries[:k])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conversations import ClassStatistics, Conversation, ConversationSampler, say_presence
+from conversations import ClassStatistics, Conversation, ConversationSampler
+from sentences import describe, say_presence
 
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
 from regiongpt.data.facts import View
@@ -186,12 +187,6 @@ def test_captions_only_where_they_stay_true():
     assert captions(View(image, crop=(0, 0, 100, 120))) == set()
 
 
-def test_an_empty_image_still_gives_a_turn():
-    talk = SAMPLER.sample(View(made(1, 0)), {}, 0, 0, 0)
-    assert set(talk.tasks) == {"presence"}
-    assert talk.regions == []
-
-
 def test_development_questions():
     classify = dev_questions(IMAGES, "classify")
     assert len(classify) == sum(len(image.objects) for image in IMAGES)
@@ -215,3 +210,20 @@ def test_a_crowd_is_there():
     crowd = ObjectAnnotation(id=1, category="person", box=(0.0, 0.0, 50.0, 50.0), iscrowd=True)
     image = ImageAnnotations(path=Path("x.jpg"), image_id=1, width=100, height=100, objects=(crowd,))
     assert say_presence(np.random.default_rng(0), View(image), "person").startswith("Yes")
+
+
+def test_descriptions_name_the_class_and_never_a_fact_that_is_not_known():
+    boxes = {"dog": (0, 0, 30, 30), "cup": (60, 0, 80, 20), "another cup": (60, 60, 80, 80)}
+    objects = tuple(
+        ObjectAnnotation(id=k, category=name.removeprefix("another "), box=tuple(map(float, box)))
+        for k, (name, box) in enumerate(boxes.items(), 1)
+    )
+    view = View(ImageAnnotations(path=Path("x.jpg"), image_id=1, width=100, height=100, objects=objects))
+    rng = np.random.default_rng(0)
+    texts = {describe(rng, view, view.objects[0], {1: "brown"}, brief=k % 3 == 0) for k in range(300)}
+    assert len(texts) > 100
+    for text in texts:
+        assert "brown dog" in text.replace("small ", "").replace("medium-sized ", "")
+        assert not any(wrong in text for wrong in ("{", "  ", "right of the", "lower", "below", "None", "two dogs"))
+        assert text.endswith(".")
+        assert text.count(".") <= 2

@@ -72,18 +72,6 @@ def test_isolated_turns_have_the_loss_of_single_turn_conversations(nano_like):
     assert loss_sum(model, together) != pytest.approx(loss_sum(model, isolated), rel=1e-5)
 
 
-def test_turns_numbered_zero_see_all_that_came_before_and_padding_changes_nothing(nano_like):
-    model, processor = nano_like
-    regions = [Region.box(2, 3, 20, 30), Region.box(30, 5, 55, 38)]
-    long, short = encode(processor, TURNS, regions), encode(processor, TURNS[:1], regions)
-    plain = processor.collate([long, short])
-    turns = torch.zeros_like(plain["input_ids"]).masked_fill(plain["attention_mask"] == 0, -1)
-    mask, positions = isolate_turns(turns)
-    assert loss_sum(model, {**plain, "attention_mask": mask, "position_ids": positions}) == pytest.approx(
-        loss_sum(model, plain), rel=1e-5
-    )
-
-
 def annotated(count: int) -> list[ImageAnnotations]:
     """Images with one to four objects each."""
     return [

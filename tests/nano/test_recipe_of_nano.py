@@ -1,8 +1,10 @@
 """nano's settings: what makes no sense, or would not be read, is refused in one line."""
 
+import subprocess
+import sys
+
 import pytest
-from recipe import NanoRecipe
-from train import RECIPE
+from recipe import RECIPE, NanoRecipe
 
 from regiongpt.errors import ConfigError
 
@@ -32,6 +34,7 @@ def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word):
         (["--data.mixture=m"], "goes with a recipe on records"),
         (["--plan.gpus=2"], "goes with a recipe on records"),
         (["--lora.alpha=8"], "lora.rank is 0"),
+        (["--watch.answer_steps=5"], "needs data.dev_split"),
         (["--steps=align", "--lora.rank=8"], "adapters belong to stage 2"),
         (["--data.dev_split=dev"], "nothing is measured on it"),
         (["--watch.dev_steps=5"], "there is no dev data"),
@@ -46,3 +49,11 @@ def test_a_setting_that_nothing_would_read_is_refused(words, message):
 def test_a_mix_without_any_turn_is_refused():
     with pytest.raises(ConfigError, match="give a number above 0"):
         NanoRecipe(data={"mix": {"classify": 0}})
+
+
+def test_help_and_mistakes_load_nothing_heavy():
+    script = "import sys; from train import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    command = [sys.executable, "-c", script, "--data.root=nowhere"]
+    ran = subprocess.run(command, cwd=RECIPE.parent, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["2", "False"]
+    assert ran.stderr.startswith("nano: error: expected COCO annotations")

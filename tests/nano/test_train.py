@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import TINY, draw_pictures
-from recipe import NanoRecipe
-from train import RECIPE, main, train
+from recipe import RECIPE, NanoRecipe
+from steps import train
+from train import main
 
 from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main as regiongpt_main

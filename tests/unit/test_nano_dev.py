@@ -17,15 +17,12 @@ from regiongpt.regions import Region
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import latency
 import nano_dev
 from nano_metrics import (
     Answered,
-    area_name,
     classify_scores,
     interval,
     locate_scores,
-    macro_mean,
     named_classes,
     naming_scores,
     parse_class,
@@ -106,18 +103,6 @@ def test_classes_named(text, expected):
 @pytest.mark.parametrize("name", COCO_80)
 def test_every_class_names_itself_alone(name):
     assert named_classes(f"This is a {name}, large.") == [name]
-
-
-@pytest.mark.parametrize(
-    ("share", "expected"), [(0.0099, "under 1 %"), (0.01, "1-10 %"), (0.1, "over 10 %"), (1.0, "over 10 %")]
-)
-def test_areas(share, expected):
-    assert area_name(share) == expected
-
-
-def test_macro_mean_weighs_groups_alike():
-    assert macro_mean(["a", "a", "a", "b"], [1, 1, 0, 0]) == pytest.approx(1 / 3)
-    assert macro_mean([None] * 4, [1, 1, 0, 0]) == 0.5
 
 
 def test_interval_resamples_images_not_questions():
@@ -253,11 +238,6 @@ def test_a_run_gives_the_predictors_answers(tmp_path, capsys):
 def test_wrong_data_is_one_line(tmp_path, capsys):
     assert nano_dev.main(["--data", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("nano_dev: error: expected COCO annotations")
-
-
-def test_the_cold_command_is_what_a_person_types(tmp_path):
-    command = latency.ask_command(Path("a.jpg"), "What is <region1>?", "1,2,3,4", tmp_path, None)
-    assert command[-6:] == ["a.jpg", "What is <region1>?", "--box", "1,2,3,4", "--model", str(tmp_path)]
 
 
 def make_data(folder: Path) -> Path:

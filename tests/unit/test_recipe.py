@@ -66,6 +66,7 @@ def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word: str) -> None
     ("name", "words", "message"),
     [
         ("finetune_records", ["--lora.alpha=8"], "lora.rank is 0"),
+        ("finetune_records", ["--watch.answer_steps=5"], "needs data.dev_mixture"),
         ("finetune_records", ["--data.dev_mixture=dev"], "nothing is measured on it"),
         ("vicuna7b_stage1", ["--lora.rank=8"], "adapters belong to stage 2"),
         ("finetune_records", ["--watch.dev_steps=5", "--data.dev_mixture="], "there is no dev data"),

@@ -129,20 +129,6 @@ def test_a_language_model_with_a_window_is_not_packed(options: dict[str, Any]) -
         require_packable(SimpleNamespace(**options))
 
 
-def test_packed_conversations_do_not_see_each_other() -> None:
-    model = tiny_model().eval()
-    first = example(0, model.config)
-    sums = []
-    for others in ((), (1, 2, 3), (10, 11, 12)):
-        batch = PackedCollate(collate, 4096, 1e9)([first, *(example(k, model.config) for k in others)])
-        assert len(batch["packed_from"]) == 1
-        batch["packed_labels"][batch["packed_documents"] != 0] = -100
-        del batch["tasks"]
-        with torch.no_grad():
-            sums.append(float(answer_loss(model, batch, 1)))
-    assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
-
-
 # -- a stage in one process --------------------------------------------------------------------------------------------
 
 
@@ -349,9 +335,9 @@ def test_a_loss_that_is_no_number_stops_and_names_the_records(packing: bool, tmp
     with pytest.raises(DataError) as error:
         learn(tmp_path, stage=settings(save_steps=1), endless=21, engine=EngineConfig(packing=packing))
     message = str(error.value)
-    assert "stage2, step 3: expected a finite loss" in message
+    assert "stage2, step 3: a loss of" in message
     assert f"the last good checkpoint is {tmp_path}/checkpoint-2" in message
-    assert "record-20, record-21;" in message
+    assert "record-20, record-21 " in message
     assert "checkpoint-3" not in names(tmp_path)
     assert damage(tmp_path / "checkpoint-2") is None
 

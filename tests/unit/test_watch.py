@@ -18,7 +18,7 @@ from regiongpt.model import weights
 from regiongpt.train import watch
 from regiongpt.train.checkpoint import Checkpoints
 from regiongpt.train.dataset import TASKS, task_numbers
-from regiongpt.train.known import matmul_rate, named_peak, peak_flops
+from regiongpt.train.known import named_peak, peak_flops
 from regiongpt.train.recipe import WatchConfig
 from regiongpt.train.watch import StageCost, StepLog, Watch, read_lines
 
@@ -195,16 +195,12 @@ def test_targets_know_their_task() -> None:
 
 
 def test_micro_batches_add_up(tmp_path: Path) -> None:
-    watcher = Watch("stage1", tmp_path, Processes())
+    watcher = Watch("stage1", tmp_path, Processes(), WatchConfig(), 20)
     watcher.start(None, 0, 2)
-    watcher.add(
-        torch.tensor(0.5), torch.tensor([1.0, 2.0]), torch.tensor([0, 2]), examples=2, tokens=9, images=2
-    )  # fmt: skip
-    watcher.add(
-        torch.tensor(0.25), torch.tensor([3.0, 4.0]), torch.tensor([2, -1]), examples=1, tokens=3, images=0
-    )  # fmt: skip
+    watcher.add(torch.tensor(0.5), torch.tensor([1.0, 2.0]), torch.tensor([0, 2]), (2, 9, 2))
+    watcher.add(torch.tensor(0.25), torch.tensor([3.0, 4.0]), torch.tensor([2, -1]), (1, 3, 0))
     watcher.step(1, {"visual": 0.1}, 2.0, 1.0, 0.5)
-    watcher.add(torch.tensor(1.0), None, None, examples=1, tokens=1, images=0)
+    watcher.add(torch.tensor(1.0), None, None, (1, 1, 0))
     watcher.step(2, {"visual": 0.1}, 3.0, 1.0, 0.5)
     first, second = read_lines(tmp_path / "log.jsonl")
     assert [first[name] for name in ("loss", "examples", "tokens", "images", "targets", "grad_norm")] == [
@@ -222,18 +218,14 @@ def test_sums_go_over_all_processes_at_once(monkeypatch: pytest.MonkeyPatch, tmp
         return values * 2
 
     monkeypatch.setattr(Processes, "summed", summed)
-    watcher = Watch("stage1", tmp_path, Processes(), log_steps=10)
+    watcher = Watch("stage1", tmp_path, Processes(), WatchConfig(), 10)
     watcher.start(None, 10, 13)
     for step in (11, 12, 13):
-        watcher.add(torch.tensor(0.5), torch.tensor([1.0]), torch.tensor([1]), examples=1, tokens=7, images=0)
+        watcher.add(torch.tensor(0.5), torch.tensor([1.0]), torch.tensor([1]), (1, 7, 0))
         watcher.step(step, {"visual": 0.1}, 1.5, 1.0, 0.5)
     lines = read_lines(tmp_path / "log.jsonl")
     assert [(each["loss"], each["examples"], each["grad_norm"]) for each in lines] == [(1.0, 2, 1.5)] * 3
     assert len(asked) == 1
-
-
-def test_a_matrix_product_has_a_rate() -> None:
-    assert 1e8 < matmul_rate(torch.device("cpu"), "fp32") < 1e15
 
 
 def test_a_device_that_is_slow_in_bfloat16_is_held_to_its_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,13 @@ from tiny_checkpoint import make_checkpoint
 
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects, write_records
+from regiongpt.distributed import Processes
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
 from regiongpt.regions import Region
 from regiongpt.train.answers import Question, ask, draw, load_questions
-from regiongpt.train.recipe import DataConfig
+from regiongpt.train.loop import run_stage
+from regiongpt.train.recipe import DataConfig, EngineConfig, StageConfig
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,6 @@ def test_records_give_one_question_an_image(records: Path) -> None:
 
 
 def test_data_without_anything_to_ask_about_are_named(photographs: Path, records: Path) -> None:
-    with pytest.raises(ConfigError, match=r"watch.answer_steps: needs data.dev_mixture"):
-        load_questions(DataConfig(), 4, 0)
     with pytest.raises(DataError, match="talk: no dev data with regions to ask about"):
         load_questions(DataConfig(dev_mixture=str(photographs / "talk")), 4, 0)
 
@@ -108,3 +108,11 @@ def test_a_question_without_an_answer_does_not_end_the_training(
 def test_pictures_are_written_with_their_regions(records: Path, tmp_path: Path) -> None:
     draw(load_questions(DataConfig(dev_mixture=str(records)), 2, 0), tmp_path)
     assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == ["0.jpg", "1.jpg"]
+
+
+def test_a_model_in_shards_is_not_asked(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regiongpt.train.loop.connect", lambda: Processes(rank=0, count=2, local=0))
+    questions = load_questions(DataConfig(dev_mixture=str(records)), 1, 0)
+    sharded = EngineConfig(sharding="fsdp")
+    with pytest.raises(ConfigError, match=r"watch.answer_steps: .*--engine.sharding ddp"):
+        run_stage("stage2", None, [], None, None, StageConfig(), tmp_path, 0, engine=sharded, questions=questions)  # type: ignore[arg-type]

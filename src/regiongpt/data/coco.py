@@ -1,8 +1,4 @@
-"""Annotated images as training reads them: instances files, their image folders and human captions, as one list.
-
-A record that cannot be used is never dropped in silence: it is counted by the kind of its fault in
-:attr:`CocoData.skipped`, which the training report prints.
-"""
+"""Annotated images as one list, of instances files, image folders and captions; what is left out is counted."""
 
 import re
 from collections.abc import Iterable, Mapping

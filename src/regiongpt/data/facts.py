@@ -1,12 +1,8 @@
-"""Facts about the objects of an image that are true by construction: read off annotations and pixels, never guessed.
+"""Facts about the objects of a :class:`View` that are true by construction: read off annotations and pixels.
 
-Every fact is about a :class:`View`, the image after an optional crop and flip, so that augmentation cannot make a
-sentence false. Where a fact is not clear beyond its documented threshold, the function returns None, and no sentence
-says it.
+Where a fact is not clear beyond a threshold, there is none:
 
-Thresholds, in one place:
-
-* an object keeps its facts while at least 30 % of its box is left in the crop; below that its class is only *maybe*
+* an object keeps its facts while at least 30 % of its box is left in a crop; below that its class is only *maybe*
   present, and nothing is counted or asked about the class;
 * a colour holds at least 45 % of the sampled pixels (black and grey 60 %) and 1.6 times the second;
 * a side relation needs boxes that overlap by at most 20 % of the smaller one along that axis, and centres at least

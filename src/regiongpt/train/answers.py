@@ -14,7 +14,7 @@ from torch import nn
 
 from regiongpt.data.mixture import open_mixture
 from regiongpt.drawing import draw_regions
-from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.inference import RegionPredictor
 from regiongpt.prompts import IMAGE_TOKEN
@@ -47,14 +47,7 @@ class Question:
 
 
 def load_questions(data: DataConfig, count: int, seed: int) -> list[Question]:
-    """Pick questions from the dev records, each about another image: the same ones for the same seed.
-
-    Raises:
-        ConfigError: The recipe names no dev data.
-        DataError: The dev data cannot be read, or hold no question about regions.
-    """
-    if not data.dev_mixture:
-        raise ConfigError("watch.answer_steps: needs data.dev_mixture, whose regions are asked about")
+    """Pick questions from the dev records, each about another image: the same ones for the same seed."""
     mixture = open_mixture(data.dev_mixture, data.root if not Path(data.dev_mixture).is_dir() else "", seed)
 
     def found() -> Iterator[Question]:
@@ -103,17 +96,6 @@ def ask(model: Any, processor: Any, questions: Sequence[Question]) -> list[str]:
                 log.warning("%s: no answer: %s", each.name, why)
                 answers.append(f"(no answer: {why[:200]})")
     return answers
-
-
-def check_whole(model: nn.Module) -> None:
-    """Raise ConfigError for a model whose weights are spread over processes, which no process can ask alone."""
-    from torch.distributed.tensor import DTensor
-
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ConfigError(
-            "watch.answer_steps: a model whose weights are sharded over processes cannot be asked while it trains; "
-            "leave it out, or train with --engine.sharding ddp. `regiongpt ask --model` asks any finished stage"
-        )
 
 
 def draw(questions: Sequence[Question], folder: Path) -> None:

@@ -142,7 +142,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, proce
     if old_checkpoint.is_old(folder):
         progress, state = old_checkpoint.progress(folder), old_checkpoint.random_state(folder, processes.rank)
     else:
-        progress, state = _read_stage(folder), read_json(path, CheckpointError) if path.exists() else None
+        progress, state = _read_stage(folder), _read(path) if path.exists() else None
     try:
         if state is not None:
             version, internal, gauss = state["python"]
@@ -244,8 +244,15 @@ def _reader(files: list[Any]) -> Callable[[str, int, int], Tensor]:
     return read
 
 
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_DELETE}") from None
+
+
 def _read_stage(checkpoint: Path) -> dict[str, Any]:
-    found = read_json(checkpoint / _STAGE, CheckpointError)
+    found = _read(checkpoint / _STAGE)
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("settings", "tensors")):
         raise CheckpointError(f"{checkpoint}: its {_STAGE} is not that of a checkpoint; {_DELETE}")
     return found

@@ -1,8 +1,7 @@
-"""FLOPs and memory per image, region, token and target, found by running the network without numbers.
+"""FLOPs and memory per image, region, token and target, found by running the network's own code without numbers.
 
-The network's own code runs on tensors that have a shape and no content, so what is counted is what will be computed,
-whatever the tower and the language model. The language model is run with one and two layers, at two lengths: its layers
-are alike, and its cost is a polynomial of the length. Seconds for a model of any size.
+The language model is run with one and two layers, at two lengths: its layers are alike, and its cost is a polynomial of
+the length.
 """
 
 import copy

@@ -1,7 +1,6 @@
 """Any recipe in seconds on a laptop: ``regiongpt train RECIPE --debug``.
 
-The recipe's own code runs, in its order and with its settings, at another size: tower and language model are of the
-recipe's families with a few thousand random weights, and the pictures are drawn. Nothing is fetched.
+Tower and language model are of the recipe's families with a few thousand random weights, the pictures are drawn.
 """
 
 import shutil

@@ -104,11 +104,14 @@ def _tower(kind: str, image_size: int, patch_size: int, width: int, layers: int,
 
 def _language(kind: str, words: int, width: int, mlp: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
     shape = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return {"model_type": kind, "vocab_size": words, **shape, **more}
+    return {"model_type": kind, "vocab_size": words, "max_position_embeddings": 32768, **shape, **more}
 
 
 _CLIP: Final = {"hidden_act": "quick_gelu", "projection_dim": 768}
 _SIGLIP: Final = "siglip_vision_model"
+_LLAMA: Final = {"max_position_embeddings": 4096}
+_TINY: Final = {"num_key_value_heads": 4, "max_position_embeddings": 2048}
+_TIED: Final = {"num_key_value_heads": 2, "tie_word_embeddings": True}
 
 TOWERS: Final[dict[str, dict[str, Any]]] = {
     "openai/clip-vit-large-patch14-336": _tower("clip_vision_model", 336, 14, 1024, 24, **_CLIP),
@@ -121,20 +124,11 @@ TOWERS: Final[dict[str, dict[str, Any]]] = {
 """Vision towers by hub name, as ``AutoConfig.for_model`` takes them."""
 
 LANGUAGE_MODELS: Final[dict[str, dict[str, Any]]] = {
-    "lmsys/vicuna-7b-v1.5": _language("llama", 32000, 4096, 11008, 32, 32, max_position_embeddings=4096),
-    "lmsys/vicuna-13b-v1.5": _language("llama", 32000, 5120, 13824, 40, 40, max_position_embeddings=4096),
-    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _language(
-        "llama", 32000, 2048, 5632, 22, 32, num_key_value_heads=4, max_position_embeddings=2048
-    ),
-    "Qwen/Qwen2.5-0.5B-Instruct": _language(
-        *("qwen2", 151936, 896, 4864, 24, 14),
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-    ),
-    "Qwen/Qwen2.5-7B-Instruct": _language(
-        "qwen2", 152064, 3584, 18944, 28, 28, num_key_value_heads=4, max_position_embeddings=32768
-    ),
+    "lmsys/vicuna-7b-v1.5": _language("llama", 32000, 4096, 11008, 32, 32, **_LLAMA),
+    "lmsys/vicuna-13b-v1.5": _language("llama", 32000, 5120, 13824, 40, 40, **_LLAMA),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _language("llama", 32000, 2048, 5632, 22, 32, **_TINY),
+    "Qwen/Qwen2.5-0.5B-Instruct": _language("qwen2", 151936, 896, 4864, 24, 14, **_TIED),
+    "Qwen/Qwen2.5-7B-Instruct": _language("qwen2", 152064, 3584, 18944, 28, 28, num_key_value_heads=4),
 }
 """Language models by hub name, as they are before ``<image>`` and ``<region>`` are added to them."""
 

@@ -114,6 +114,11 @@ def run_stage(
             f"{name}.batch_size: {config.batch_size} is not a multiple of {together}, the micro_batch_size of "
             f"{config.micro_batch_size} in {processes.count} processes"
         )
+    if questions and engine.sharding == "fsdp" and processes.count > 1:
+        raise ConfigError(
+            "watch.answer_steps: a model that is sharded over processes cannot be asked while it trains; leave it out, "
+            "or train with --engine.sharding ddp"
+        )
     if processes.count == 1 and (gpus := torch.cuda.device_count()) > 1:
         log.info("%d GPUs are here and one is used; start with `torchrun --nproc-per-node N`", gpus)
     set_seed(seed)
@@ -144,16 +149,7 @@ def run_stage(
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
     watcher = Watch(
-        name,
-        folder,
-        processes,
-        log_steps=config.log_steps,
-        answer_steps=watch.answer_steps,
-        questions=questions,
-        processor=processor,
-        tensorboard=watch.tensorboard,
-        cost=cost,
-        precision=engine.precision,
+        name, folder, processes, watch, config.log_steps, questions, processor, cost, precision=engine.precision
     )
     loop = Loop(name, model, loss, dataset, collate, config, engine, watch, checkpoints, facts, watcher, dev)
     in_units = packs and not engine.compile  # compiled layers take masks, since each batch has other units
@@ -257,8 +253,7 @@ class Loop:
                 loss, each, tasks = self.module(self._moved(batch), targets)
                 (loss * self.processes.count).backward()  # processes average gradients; their sum is wanted
             losses.append(loss.detach())
-            counts = {"examples": len(batch.items), "tokens": batch.tokens, "images": batch.images}
-            self.watcher.add(losses[-1], each, tasks, **counts)
+            self.watcher.add(losses[-1], each, tasks, (len(batch.items), batch.tokens, batch.images))
         norm: Any = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # All processes have to agree that the step is sound, and whether to stop after it.

@@ -1,7 +1,6 @@
 """Reads checkpoints of releases before 0.2, running no code in them: pickles of a few known classes, and no others.
 
-Their tensors are in PyTorch's distributed format, whose index is a pickle, and their random states are pickles too.
-This module may go when no run that was begun with such a release is to be gone on from.
+This module may go when no run that was begun with such a release is to be continued.
 """
 
 import io

@@ -1,12 +1,6 @@
-"""Several conversations in one row, kept apart by attention and positions.
+"""Several conversations in one row, each attending to itself alone: loss and gradients are those of a padded batch.
 
-A padded batch is as wide as its longest conversation, and the language model computes the rest of each row for nothing.
-Packed, the conversations of a micro-batch lie end to end in as few rows as hold them. Each attends to itself alone, at
-the positions it would have in a row of its own, so that loss and gradients are those of the padded batch.
-
-A mask over a whole row still computes all pairs of tokens. On a CPU, where the kernels do not skip what is masked, the
-tokens are cut into *units* instead, a conversation or an isolated turn each, and each unit attends by itself: to its
-own tokens and, a turn, to those that all turns of its conversation see.
+On a CPU, whose kernels do not skip what a mask hides, each conversation or isolated turn (a *unit*) attends by itself.
 
 Shapes: B conversations, T tokens of the longest, P packed rows, W tokens of a row, D language model width, H heads,
 N tokens of all units, E width of a head.

@@ -298,6 +298,8 @@ class Recipe(Settings):
             raise ValueError("give model.init, or model.vision and model.language")
         if not any(map(self.runs, self.all_steps)):
             raise ValueError("steps: none of them has records; give data.pretrain_mixture or data.mixture")
+        if self.watch.answer_steps and not self.data.dev_mixture:
+            raise ValueError("watch.answer_steps: needs data.dev_mixture, whose regions are asked about")
         if self.lora.rank and not self.runs("stage2"):
             raise ValueError("lora.rank: adapters belong to stage 2, which this recipe does not run")
         return self

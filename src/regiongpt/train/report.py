@@ -1,7 +1,4 @@
-"""A run as one page that needs no other file: curves, results, answers over time, recipe, data and environment.
-
-It is made of what the run has written so far, so it can be made of one that is running, or was killed, as well.
-"""
+"""A run as one page that needs no other file, made of what the run has written so far, finished or not."""
 
 import json
 import logging
@@ -20,12 +17,12 @@ from tqdm import tqdm
 from regiongpt.data.mixture import Mixture
 from regiongpt.distributed import launched
 from regiongpt.environment import commit, machine, versions
-from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.report import Curve, line_chart, picture, short, write_page
 from regiongpt.storage import read_json, write_json, writing
 from regiongpt.train.answers import PICTURES
-from regiongpt.train.recipe import Recipe
+from regiongpt.train.recipe import Recipe, dotted
 from regiongpt.train.watch import ANSWERS, DEV, LOG, read_lines
 
 log = logging.getLogger(__name__)
@@ -56,7 +53,9 @@ def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
     }
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    notes = {"config": recipe.model_dump(mode="json"), "data": dict(data), "starts": [*starts, start]}
+    config = recipe.model_dump(mode="json")
+    unread = [name for name in dotted(config) if recipe.unused(name)]
+    notes = {"config": config, "unread": unread, "data": dict(data), "starts": [*starts, start]}
     write_json(out / RUN, json.loads(json.dumps(notes, default=str)))
 
 
@@ -111,7 +110,7 @@ def write_report(out: Path) -> Path:
         overview=[_OVERVIEW, *map(_overview, stages)],
         stages=[_shown(stage) for stage in stages],
         starts=notes.get("starts", []),
-        recipe=_recipe(notes.get("config"), {stage.name for stage in stages}),
+        recipe=_recipe(notes, {stage.name for stage in stages}),
         data=list(_data(notes.get("data") or {})),
         environment=_environment(notes.get("starts", [])),
     )
@@ -273,22 +272,14 @@ def over_time(said: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
     ]
 
 
-def _recipe(config: Mapping[str, Any] | None, stages: set[str]) -> dict[str, list[tuple[str, str]]]:
+def _recipe(notes: Mapping[str, Any], stages: set[str]) -> dict[str, list[tuple[str, str]]]:
     """The recipe, table by table, without what the run does not read and the stages that were not run."""
-    if not config:
-        return {}
-    found = _flat(config)
-    try:
-        recipe = Recipe(**config)
-        found = [(name, text) for name, text in found if not recipe.unused(name)]
-    except ConfigError:  # of another release
-        pass
     tables: dict[str, list[tuple[str, str]]] = {}
-    for name, text in found:
+    hidden = {"plan", "language", "align", "stage1", "stage2"} - stages
+    for name, text in _flat(notes.get("config") or {}):
         table, dot, field = name.partition(".")
-        table, field = (table, field) if dot else ("", name)
-        if table not in {"plan", "language", "align", "stage1", "stage2"} - stages:
-            tables.setdefault(table, []).append((field, text))
+        if table not in hidden and name not in notes.get("unread", ()):
+            tables.setdefault(table if dot else "", []).append((field or name, text))
     return tables
 
 

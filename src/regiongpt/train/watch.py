@@ -1,8 +1,7 @@
-"""What a stage does while it trains, written down: a log that survives interruptions, and answers about fixed regions.
+"""What a stage does while it trains: a log that survives interruptions, and answers about fixed regions.
 
-Nothing here changes what is learnt: losses are the same to the bit, watched or not. Reading a number from a GPU waits
-for all that it has to do, so a step only adds to a vector there; those of many steps are read, and summed over the
-processes, at once.
+Losses are the same to the bit, watched or not. Reading a number from a GPU waits for all its work, so sums stay on the
+device and are read, over all processes, once for many steps.
 """
 
 import json
@@ -26,36 +25,35 @@ from regiongpt.distributed import Processes
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model.modeling import RegionGPTForConditionalGeneration
 from regiongpt.storage import reason, write_file, writing
-from regiongpt.train.answers import Question, ask, check_whole, draw
+from regiongpt.train.answers import Question, ask, draw
 from regiongpt.train.costs import Costs, LayerCosts, language_costs, visual_costs
 from regiongpt.train.dataset import TASKS
 from regiongpt.train.known import peak_flops
-from regiongpt.train.recipe import LoraConfig
+from regiongpt.train.recipe import LoraConfig, WatchConfig
 
 log = logging.getLogger(__name__)
 
 LOG, DEV, ANSWERS, EVENTS = "log.jsonl", "dev.jsonl", "answers.jsonl", "tensorboard"
 """In a stage's folder: every step, measurements on dev data, answers about fixed regions; and TensorBoard's files."""
 
-_LOSS, _EXAMPLES, _TOKENS, _IMAGES, _TARGETS, _SUMS = range(6)
+_LOSS, _EXAMPLES, _, _, _TARGETS, _SUMS = range(6)
 _COUNTS = _SUMS + len(TASKS)
 
 
 class Watch:
     """Writes what a stage does, a line of ``log.jsonl`` a step; the same calls come in every process.
 
-    Lines are written every few steps, and before every checkpoint; a continued run first removes the lines of the steps
-    that it will do again.
+    Lines are written every few steps, and before every checkpoint; a continued run first removes the lines of the
+    steps that it will do again.
 
     Args:
         name: Name of the stage in the log.
         folder: Folder of the stage.
         processes: They train together.
+        config: What is watched.
         log_steps: Optimiser steps between two lines of the log for people, and between two writes.
-        answer_steps: Optimiser steps between the answers; 0 for none.
-        questions: What is asked then.
+        questions: What is asked now and then, with the model's ``processor``.
         processor: Processor of the model.
-        tensorboard: Whether TensorBoard's files are written too.
         cost: FLOPs of the stage, for the utilisation; None to leave it out.
         precision: Precision that it computes in.
     """
@@ -65,24 +63,21 @@ class Watch:
         name: str,
         folder: Path,
         processes: Processes,
-        *,
-        log_steps: int = 20,
-        answer_steps: int = 0,
+        config: WatchConfig,
+        log_steps: int,
         questions: Sequence[Question] = (),
         processor: Any = None,
-        tensorboard: bool = False,
         cost: "StageCost | None" = None,
         precision: str = "fp32",
     ) -> None:
-        if tensorboard and find_spec("tensorboard") is None:
+        if config.tensorboard and find_spec("tensorboard") is None:
             raise ConfigError(
                 "watch.tensorboard: TensorBoard is not installed; `pip install '.[train]'`, or leave it out: "
                 "log.jsonl holds the same numbers"
             )
-        self.name, self.folder, self.processes = name, folder, processes
-        self.log_steps, self.answer_steps = log_steps, answer_steps if questions else 0
-        self.questions, self.processor = questions, processor
-        self.tensorboard, self.cost, self.precision = tensorboard, cost, precision
+        self.name, self.folder, self.processes, self.tensorboard = name, folder, processes, config.tensorboard
+        self.log_steps, self.answer_steps = log_steps, config.answer_steps if questions else 0
+        self.questions, self.processor, self.cost, self.precision = questions, processor, cost, precision
         self._log, self._dev, self._answers = (StepLog(folder / each) for each in (LOG, DEV, ANSWERS))
         self._events: Events | None = None
         self._bar: Any = None
@@ -96,8 +91,6 @@ class Watch:
     def start(self, model: Any, step: int, steps: int) -> None:
         """Open the logs, without what lies beyond the step that is continued from; ask for the first time."""
         self.model, self.steps = model, steps
-        if self.answer_steps:
-            check_whole(model)
         if self.processes.is_first:
             for each in (self._log, self._dev, self._answers):
                 each.cut(step)
@@ -115,34 +108,22 @@ class Watch:
         if step == 0:
             self._ask(0)
 
-    def add(
-        self,
-        loss: Tensor,
-        losses_N: Tensor | None,
-        tasks_N: Tensor | None,
-        *,
-        examples: int,
-        tokens: int,
-        images: int,
-    ) -> None:
+    def add(self, loss: Tensor, losses_N: Tensor | None, tasks_N: Tensor | None, counts: tuple[int, int, int]) -> None:
         """Add a micro-batch of the step at hand; nothing is read from the device.
 
         Args:
             loss: This process's share of the step's loss.
             losses_N: (N,) cross-entropy of each target, not divided by anything; None if it is not known.
             tasks_N: (N,) place in :data:`TASKS` of each target, -1 for none.
-            examples: Number of conversations, however they are packed.
-            tokens: Number of tokens without padding.
-            images: Number of images.
+            counts: Number of conversations, of tokens without padding, and of images.
         """
         kind = torch.float32 if loss.device.type == "mps" else torch.float64
         if self._open is None:
             self._open = torch.zeros(_COUNTS + len(TASKS), dtype=kind, device=loss.device)
         row = self._open
         row[_LOSS] += loss.to(kind)
-        row[_EXAMPLES] += examples
-        row[_TOKENS] += tokens
-        row[_IMAGES] += images
+        for place, count in enumerate(counts, _EXAMPLES):
+            row[place] += count
         if losses_N is not None:
             row[_TARGETS] += len(losses_N)
         if losses_N is not None and tasks_N is not None:
@@ -212,9 +193,7 @@ class Watch:
             tasks = zip(TASKS, row[_SUMS:_COUNTS], row[_COUNTS:], strict=True)
             line["loss"] = row[_LOSS]
             line["tasks"] = {name: {"loss": total / n, "targets": round(n)} for name, total, n in tasks if n}
-            for name, place in (
-                ("examples", _EXAMPLES), ("tokens", _TOKENS), ("images", _IMAGES), ("targets", _TARGETS)
-            ):  # fmt: skip
+            for place, name in enumerate(("examples", "tokens", "images", "targets"), _EXAMPLES):
                 line[name] = round(row[place])
             if self.cost is not None:
                 line["mfu"] = self.cost.flops(line) / (line["seconds"] * self._peak)

@@ -1,0 +1,200 @@
+"""nano's steps, in order: the language model, the start, features, alignment, and the two stages of the paper."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from alignment import ClassWords, Marks, compare_at_first, stand_in_loss, visual_loss
+from conversations import ConversationSampler
+from dataset import EXTRAS, ConversationDataset
+from features import FeatureStore, build_features
+from reading import language_of, reading_of, sampler_of, texts_of, tokenizer_of
+from recipe import NanoRecipe, NanoStageConfig
+from transformers import LlamaForCausalLM, set_seed
+
+from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
+from regiongpt.data.sampling import dev_questions
+from regiongpt.errors import ConfigError
+from regiongpt.model import weights
+from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
+from regiongpt.train.answers import Question, choose_questions
+from regiongpt.train.checkpoint import resume_of
+from regiongpt.train.dataset import DataCollator
+from regiongpt.train.debug import POSITIONS, debug_folder, few_steps, make_language, small_model
+from regiongpt.train.known import language_shape, tower_shape
+from regiongpt.train.loop import run_stage
+from regiongpt.train.report import note_run
+from regiongpt.train.stages import StageData, train_stage, training
+from regiongpt.train.start import check_shape, create_start, save_whole
+from regiongpt.train.watch import StageCost
+
+log = logging.getLogger("nano")
+
+
+def train(config: NanoRecipe) -> Path:
+    """Run every step that is not yet done, and return the folder of the finished checkpoint."""
+    with training(config):
+        return _train(config)
+
+
+def _train(config: NanoRecipe) -> Path:
+    out = config.out
+    set_seed(config.seed)
+    data = load_coco(photo_sources(Path(config.data.root), config.data.split))
+    log.info("data: %s", data.report())
+    images = data.images
+    found = {"folder": config.data.root, "split": config.data.split, "found": data.report()}
+    note_run(out, config, {"photographs": found})
+    sampler = sampler_of(config, images)
+    language = Path(config.model.language) if config.model.language else out / "language"
+    if not config.model.language and not (language / "config.json").exists():
+        if not config.runs("language"):
+            raise ConfigError(f"steps: 'language' has left no result in {language}; run that step first")
+        train_language(config, images, language)
+    elif config.runs("language"):
+        log.info("language: finished before, in %s; give another --out to train anew", language)
+    later = [name for name in config.all_steps[1:] if config.runs(name)]
+    if not later:
+        return language
+    start = out / "start"
+    whole = cached_images(config) if config.features.root else images
+    set_seed(config.seed)  # whether the language model was made by this call or by an earlier one
+    measured = whole[:: max(1, len(whole) // 128)]
+    create_start(config.model, language, start, [each.path for each in measured])
+    check_shape(config.model.replace(language=str(language)), start)
+    model, processor = weights.load(start, device="cpu")
+    store = build_features(out / "features", whole, model, processor, config.features)
+    store = store.part(whole, images) if config.features.root else store
+    questions = dev_asked(config) if config.watch.answer_steps else ()
+
+    finished = start
+    for name in config.all_steps[1:]:
+        if name not in later:
+            finished = out / name / "model" if (out / name / "model").exists() else finished
+            continue
+        if name == "stage2" and finished.parent.name != "stage1" and not config.from_scratch:
+            raise ConfigError(f"stage 2 starts from {finished}; run stage 1 first, or give --from-scratch")
+
+        def prepare(model: Any, processor: Any, name: str = name) -> StageData:
+            stage: NanoStageConfig = getattr(config, name)
+            grid = model.config.image_grid
+            words = ClassWords(processor.tokenizer, sampler.statistics.boxes)
+            return StageData(
+                conversations_of(config, stage, images, store, sampler, processor, grid),
+                DataCollator(processor, EXTRAS),
+                partial(visual_loss, words, stage.alignment, name != "align"),
+                dev_conversations(config, sampler, model, processor),
+                questions,
+            )
+
+        finished = train_stage(config, name, finished, prepare, cached=True, reads=name != "align")
+    return finished
+
+
+def cached_images(config: NanoRecipe) -> Sequence[ImageAnnotations]:
+    """The images whose features are cached: those that are trained on, or more."""
+    return load_coco(photo_sources(Path(config.features.root or config.data.root), config.data.split)).images
+
+
+def conversations_of(
+    config: NanoRecipe,
+    stage: NanoStageConfig,
+    images: Sequence[ImageAnnotations],
+    store: FeatureStore,
+    sampler: ConversationSampler,
+    processor: Any,
+    grid: tuple[int, int],
+) -> ConversationDataset:
+    """The conversations of a stage, all its epochs."""
+    items = max(1, round(stage.epochs * len(images)))
+    shape = (config.features, config.seed, items, stage.micro_batch_size, config.isolated_share, grid)
+    return ConversationDataset(images, store, sampler, processor, *shape)
+
+
+def dev_conversations(
+    config: NanoRecipe, sampler: ConversationSampler, model: Any, processor: Any
+) -> ConversationDataset | None:
+    """One conversation about each of some dev images, the same ones at every measurement; None without any."""
+    if not config.data.dev_split or not config.watch.dev_steps:
+        return None
+    found = load_coco(photo_sources(Path(config.data.root), config.data.dev_split)).images
+    images = found[:: max(1, len(found) // config.watch.dev_items)][: config.watch.dev_items]
+    whole = config.features.replace(views=1)
+    store = build_features(config.out / "features-dev", images, model, processor, whole)
+    grid = model.config.image_grid
+    return ConversationDataset(images, store, sampler, processor, whole, config.seed, len(images), 1, 1.0, grid)
+
+
+def dev_asked(config: NanoRecipe) -> list[Question]:
+    """What the model is asked while it trains, by the settings of the watch."""
+    data = config.data
+    images = load_coco(photo_sources(Path(data.root), data.dev_split)).images
+
+    def found() -> Iterator[Question]:
+        number = 0
+        for place in np.random.default_rng((config.seed, 41)).permutation(len(images)).tolist():
+            path, task = images[place].path, ("describe", "classify", "caption")[number % 3]
+            if asked := dev_questions([images[place]], task):
+                # The largest region: what is said of it can be held against the picture.
+                one = max(asked, key=lambda each: each.share)
+                name, regions = f"{path.name} ({task})", tuple(one.regions)
+                yield Question(name=name, image=path, regions=regions, text=one.text, expected=one.answer)
+                number += 1
+
+    return choose_questions(found(), config.watch.answers, data.dev_split)
+
+
+def train_language(config: NanoRecipe, images: Sequence[ImageAnnotations], folder: Path) -> None:
+    """Train the tokenizer and the language model, and write them."""
+    texts = texts_of(config, images)
+    shape = config.model
+    tokenizer = tokenizer_of(texts, shape)
+    model = LlamaForCausalLM(language_of(shape, tokenizer))
+    compare_at_first(model, shape.comparing_layers, config.seed)
+    dataset = reading_of(config, texts, tokenizer)
+    told = (len(texts), dataset.tokens / 1e6, sum(p.numel() for p in model.parameters()) / 1e6)
+    log.info("language: %d texts, %.2f M tokens, %.2f M parameters", *told)
+    region, image = (tokenizer.convert_tokens_to_ids(token) for token in (REGION_TOKEN, IMAGE_TOKEN))
+    offset = weights.number_offset(tokenizer, shape.region_format) if shape.region_numbers else 0
+    run_stage(
+        "language",
+        model,
+        dataset,
+        stacked,
+        partial(stand_in_loss, ClassWords(tokenizer), Marks(region, offset, image if shape.image_marks else None)),
+        config.language,
+        folder.with_name("language-checkpoints"),
+        config.seed,
+        engine=config.engine,
+        watch=config.watch,
+        resume=resume_of(config, "language"),
+        cost=StageCost.of(model.config, trained=True, sees=False),
+    )
+    save_whole(folder, model, tokenizer)
+
+
+def stacked(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of windows."""
+    return {name: torch.stack([each[name] for each in examples]) for name in examples[0]}
+
+
+def debug_size(config: NanoRecipe, outlines: bool = False) -> NanoRecipe:
+    """The recipe at a size of seconds, on drawn pictures; as :func:`regiongpt.train.debug.debug_size`."""
+    with debug_folder(config, outlines) as made:
+        shape, language = config.model, ""
+        if shape.language:
+            language = str(make_language(language_shape(shape.language).model_type, made / "language"))
+        own = {"vocab_size": 500, "hidden_size": 32, "layers": 1, "heads": 2, "mlp_size": 32, "max_length": POSITIONS}
+        vision = tower_shape(shape.vision).model_type
+        return config.replace(
+            **few_steps(config, made, {"language": 0.2}),
+            features=config.features.replace(views=min(config.features.views, 2), root=""),
+            data=config.data.replace(root=str(made), dev_split=config.data.dev_split and "train"),
+            # What comes before the chosen steps has to be made too.
+            steps=config.steps if "language" in config.steps else (),
+            model=small_model(shape, made, vision, language=language, **own),
+        )
