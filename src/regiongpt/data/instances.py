@@ -465,13 +465,14 @@ class InstancesFile:
         """Leaves out headings, and has one id stand for a name."""
         used = {row[2] for row in self._rows}
         above = {number: entry.get("supercategory") for number, entry in self._categories.items()}
-        headings = {str(above[number]) for number, entry in self._categories.items() if above[number] != entry["name"]}
+        roots = (None, "", "none")
+        headings = {str(above[k]) for k, entry in self._categories.items() if above[k] not in (*roots, entry["name"])}
         first: dict[str, int] = {}
         self._alias: dict[int, int] = {}
         # Roboflow begins with a root category that no annotation has.
         for number in sorted(self._categories, key=lambda number: (number not in used, number)):
             name = self._categories[number]["name"]
-            is_root = above[number] in (None, "", "none") and name in headings
+            is_root = above[number] in roots and name in headings
             if name in first and number in used:
                 told = "%s: categories %s and %s are both called %r and count as one"
                 log.warning(told, self.path, self.name_of(first[name]), self.name_of(number), name)
