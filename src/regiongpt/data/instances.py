@@ -495,7 +495,7 @@ class InstancesFile:
         is_lvis = 0 < len(self._entries) == len(absent) == len(partly)
         frequency = {number: self._categories[number].get("frequency") for number in self.names}
         self.federated: dict[str, Any] | None = None
-        if is_lvis and set(frequency.values()) <= {"r", "c", "f"}:
+        if is_lvis and all(each in ("r", "c", "f") for each in frequency.values()):
             self.federated = {"absent": absent, "partly": partly, "frequency": frequency}
         finder = ImageFinder(list(self._entries.values()), self._folder, url_first or is_lvis)
         frames: dict[int, tuple[int, int, str]] = {}
