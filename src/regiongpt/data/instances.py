@@ -9,7 +9,7 @@ import math
 import os
 import re
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -373,7 +373,10 @@ class InstancesFile:
         self._categories: dict[int, dict[str, Any]] = {}
         self._entries: dict[int, dict[str, Any]] = {}  # of images
         self._left_out: set[int] = set()  # images
-        self._rows: deque[tuple[int, int, int, Corners, bool, Mask, bool, float]] = deque()
+        # Of the annotations, as columns: a million rows would take a gigabyte.
+        self._ids, self._image_ids, self._category_ids = array("q"), array("q"), array("q")
+        self._boxes, self._areas, self._boxless, self._crowd = array("d"), array("d"), array("b"), array("b")
+        self._masks: list[Mask] = []
         breaks = rejects.counts[TRUNCATED]
         readers = {"images": self._read_image, "annotations": self._read_annotation, "categories": self._read_category}
         counts = dict.fromkeys(readers, 0)
@@ -456,14 +459,21 @@ class InstancesFile:
             self._leave_out(own_id, fault, self._then if fault.kind != _THIN else "")
         if self._shapes == "box":  # of masks, only the size of RLE is held against the image's
             mask = Mask(rle={"size": mask.rle.get("size")}) if mask.rle else _NO_MASK
-        self._rows.append((own_id, row.image, row.category, row.box, row.boxless, mask, row.crowd, row.area))
+        self._ids.append(own_id)
+        self._image_ids.append(row.image)
+        self._category_ids.append(row.category)
+        self._boxes.extend(row.box)
+        self._areas.append(row.area)
+        self._boxless.append(row.boxless)
+        self._crowd.append(row.crowd)
+        self._masks.append(mask)
 
     # -----------------------------------------------------------------------------------------------------------------
     # All together
 
     def _settle_categories(self) -> None:
         """Leaves out headings, and has one id stand for a name."""
-        used = {row[2] for row in self._rows}
+        used = set(self._category_ids)
         above = {number: entry.get("supercategory") for number, entry in self._categories.items()}
         roots = (None, "", "none")
         headings = {str(above[k]) for k, entry in self._categories.items() if above[k] not in (*roots, entry["name"])}
@@ -540,8 +550,11 @@ class InstancesFile:
         ids, found_places, categories, boxes = array("q"), array("q"), array("q"), array("d")
         areas, crowds = array("d"), array("b")
         masks: list[Mask] = []
-        while self._rows:  # each goes as it is read: memory stays small
-            number, image, given, bbox, boxless, mask, crowd, area = self._rows.popleft()
+        corners = zip(*[iter(self._boxes)] * 4, strict=True)
+        columns = (self._ids, self._image_ids, self._category_ids, corners, self._boxless, self._masks)
+        for number, image, given, bbox, boxless, mask, crowd, area in zip(
+            *columns, self._crowd, self._areas, strict=True
+        ):
             repeated = number in seen
             seen.add(number)
             place, category = places.get(image, -1), self._alias.get(given, -1)
@@ -582,11 +595,12 @@ class InstancesFile:
         order = np.lexsort((np.array(ids, np.int64), np.array(found_places, np.int64)))
         if self._shapes == "mask":
             order = order[[bool(masks[k].rings or masks[k].rle) for k in order]]
-        columns = (np.array(column)[order] for column in (ids, found_places, categories, areas, crowds))
-        self.ids, self.places, self.categories, self.areas, crowd_column = columns
+        settled = (np.array(column)[order] for column in (ids, found_places, categories, areas, crowds))
+        self.ids, self.places, self.categories, self.areas, crowd_column = settled
         self.crowd = crowd_column.astype(bool)
         self.boxes = np.array(boxes).reshape(-1, 4)[order]
-        self._masks: list[Mask] = [masks[k] for k in order]
+        self._masks = [masks[k] for k in order]
+        del self._ids, self._image_ids, self._category_ids, self._boxes, self._areas, self._boxless, self._crowd
 
     def _leave_out(self, number: int, fault: Fault, then: str = "") -> None:
         self._rejects.add(
