@@ -85,7 +85,7 @@ def test_typed_regions_and_a_grid(folder, capsys):
         (["--grid", "2", "--crowds"], "--crowds goes with --proposals"),
         (["--proposals", "none.json"], "none.json"),
         (["--grid", "2", "--max-regions", "0"], "--max-regions: "),
-        (["--grid", "2", "--min-score", "0.5"], "a score of every proposal"),
+        (["--grid", "2", "--min-score", "0.5"], "no score to compare"),
         (["--sam", "none"], "SAM model at none"),
         (["--grid", "2", "--temperature", "1"], "--temperature"),
     ],
