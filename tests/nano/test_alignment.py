@@ -105,8 +105,6 @@ def test_blurred_names_depend_on_their_seed_and_stay_nearest_to_their_own():
     assert likeness(nothing, names).max() < 0.3
 
 
-
-
 def test_stand_ins_carry_their_numbers_and_texts_do_not_see_each_other(pair):
     model, processor = pair
     language, words, region = copy.deepcopy(model.language_model), ClassWords(processor.tokenizer), model.config
