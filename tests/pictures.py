@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
+
 TINY = {
     "model.image_size": 64,
     "model.image_grid": 2,
@@ -53,3 +55,12 @@ def draw_pictures(root: Path, count: int, name: str) -> list[dict[str, Any]]:
     categories = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]
     (root / name).write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return images
+
+
+def annotated(*objects: tuple, width: int = 100, height: int = 100) -> ImageAnnotations:
+    """Objects as (category, box[, more fields]) with ids from 1."""
+    made = [
+        ObjectAnnotation(id=k, category=each[0], box=tuple(map(float, each[1])), **(each[2] if len(each) > 2 else {}))
+        for k, each in enumerate(objects, 1)
+    ]
+    return ImageAnnotations(path=Path("x.jpg"), image_id=1, width=width, height=height, objects=tuple(made))

@@ -254,7 +254,7 @@ def compare_at_first(model: Any, layers: int, seed: int) -> None:
     Args:
         model: An untrained Llama with as many keys as queries; changed in place.
         layers: How many layers from the first; 0 leaves the model as it is.
-        seed: Of the projections.
+        seed: Seed of the projections.
     """
     heads, size = model.config.num_attention_heads, model.config.head_dim
     for index, layer in enumerate(model.model.layers[:layers]):

@@ -138,8 +138,8 @@ class ConversationSampler:
         Args:
             view: What the model sees.
             colours: Annotation id -> colour, as :func:`regiongpt.data.facts.colours_of` gives; ``{}`` names none.
-            seed: Of the run.
-            index: Of the image in the run's list.
+            seed: Seed of the run.
+            index: Place of the image in the run's list.
             epoch: How often the image has come before.
 
         Returns:

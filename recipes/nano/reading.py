@@ -36,7 +36,7 @@ READING_MIX = {
     "presence_each": 0.8,
     "image_caption": 0.6,
 }
-"""Turns of each task in a conversation that is read: more about several regions than in one about photographs."""
+"""Turns of each task in a conversation that is read: more about several regions than in one about images."""
 
 UNKNOWN = len(COCO_80)
 """Stands in for what shows no class: noise alone."""
@@ -57,7 +57,7 @@ IMAGED = 0.7
 
 SIGHTINGS, NAMINGS = 0.2, 0.5
 """Share of the exercises that are about an image alone, and of those that ask for names; the rest ask for numbers.
-Names are many words, where the others are two or six: with a third of each, names alone were not learnt."""
+Names are many words, where the others are two or six: with a third of each, names alone were not learned."""
 
 READ_GRID = 6
 """Most rows and columns of an image in the texts, where a cell is a token of its own."""
@@ -71,7 +71,7 @@ class Text:
     """One turn as the language model reads it.
 
     Attributes:
-        pieces: By turns what is given and what is learnt; a region is its region token, an image its image token.
+        pieces: By turns what is given and what is supervised; a region is its region token, an image its image token.
         shown: For each region in order, the index of its class.
         cells: For each cell of the image, the index of a class that it shows, or :data:`UNKNOWN`; empty without one.
     """
@@ -122,7 +122,7 @@ def exercise(
 ) -> Text:
     """Some regions, then their names in another order, each followed by the number of its region, or by 0.
 
-    The numbers alone are learnt: to look where the embedding like a word is.
+    The numbers alone are supervised: to look where the embedding like a word is.
 
     Args:
         region_format: What a region becomes.
@@ -147,7 +147,7 @@ def exercise(
 def naming(region_format: str, rng: np.random.Generator, grid: tuple[int, int] = (0, 0)) -> Text:
     """Some regions, then their numbers in another order, each followed by the name; or one region, and its name.
 
-    The names alone are learnt; arguments as for :func:`exercise`.
+    The names alone are supervised; arguments as for :func:`exercise`.
     """
     count = 1 if rng.random() < ALONE else int(rng.integers(2, _MOST_REGIONS + 1))
     classes = rng.choice(len(COCO_80), count, replace=False)
@@ -193,7 +193,7 @@ def _opening(asked: str, seen: bool, region_format: str) -> str:
 def sampler_of(
     config: NanoRecipe, images: Sequence[ImageAnnotations], mix: Mapping[str, float] | None = None
 ) -> ConversationSampler:
-    """The sampler of a recipe's conversations about photographs, or of those in another mix."""
+    """The sampler of a recipe's conversations, or of those in another mix."""
     return ConversationSampler(
         ClassStatistics.of(images),
         mix or config.data.mix or DEFAULT_MIX,

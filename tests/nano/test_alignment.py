@@ -105,27 +105,6 @@ def test_blurred_names_depend_on_their_seed_and_stay_nearest_to_their_own():
     assert likeness(nothing, names).max() < 0.3
 
 
-def test_stand_ins_take_the_place_of_the_region_token_and_teach_the_names(pair):
-    model, processor = pair
-    language, words = copy.deepcopy(model.language_model), ClassWords(processor.tokenizer)
-    ids = torch.tensor([[1, processor.region_token_id, 7, 8]])
-    batch = {
-        "input_ids": ids,
-        "labels": torch.tensor([[-100, -100, 7, 8]]),
-        "stand_ins": torch.tensor([[-1, CAT, -1, -1]]),
-        "turns": torch.tensor([[1, 1, 1, 1]]),
-        "noise_seeds": torch.tensor([3]),
-        "blurs": torch.tensor([1.0]),
-    }
-    loss = stand_in_loss(words, Marks(processor.region_token_id), language, batch, 2)
-    names = words(language.get_input_embeddings().weight)
-    embeds = language.get_input_embeddings()(ids).clone()
-    embeds[0, 1] = blur(names, torch.tensor([CAT]), torch.Generator().manual_seed(3))[0]
-    torch.testing.assert_close(loss, language(inputs_embeds=embeds, labels=batch["labels"]).loss)
-    other = {**batch, "stand_ins": torch.tensor([[-1, DOG, -1, -1]])}
-    assert stand_in_loss(words, Marks(processor.region_token_id), language, other, 2) != loss
-
-
 def test_stand_ins_carry_their_numbers_and_texts_do_not_see_each_other(pair):
     model, processor = pair
     language, words, region = copy.deepcopy(model.language_model), ClassWords(processor.tokenizer), model.config

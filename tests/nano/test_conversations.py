@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conversations import ClassStatistics, Conversation, ConversationSampler
+from pictures import annotated
 from sentences import describe, say_presence
 
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
@@ -207,18 +208,12 @@ def test_development_questions():
 
 
 def test_a_crowd_is_there():
-    crowd = ObjectAnnotation(id=1, category="person", box=(0.0, 0.0, 50.0, 50.0), iscrowd=True)
-    image = ImageAnnotations(path=Path("x.jpg"), image_id=1, width=100, height=100, objects=(crowd,))
-    assert say_presence(np.random.default_rng(0), View(image), "person").startswith("Yes")
+    view = View(annotated(("person", (0, 0, 50, 50), {"iscrowd": True})))
+    assert say_presence(np.random.default_rng(0), view, "person").startswith("Yes")
 
 
 def test_descriptions_name_the_class_and_never_a_fact_that_is_not_known():
-    boxes = {"dog": (0, 0, 30, 30), "cup": (60, 0, 80, 20), "another cup": (60, 60, 80, 80)}
-    objects = tuple(
-        ObjectAnnotation(id=k, category=name.removeprefix("another "), box=tuple(map(float, box)))
-        for k, (name, box) in enumerate(boxes.items(), 1)
-    )
-    view = View(ImageAnnotations(path=Path("x.jpg"), image_id=1, width=100, height=100, objects=objects))
+    view = View(annotated(("dog", (0, 0, 30, 30)), ("cup", (60, 0, 80, 20)), ("cup", (60, 60, 80, 80))))
     rng = np.random.default_rng(0)
     texts = {describe(rng, view, view.objects[0], {1: "brown"}, brief=k % 3 == 0) for k in range(300)}
     assert len(texts) > 100

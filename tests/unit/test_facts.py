@@ -1,11 +1,9 @@
 """Facts on hand-made views: each is checked where it is clear, and silent where it is not."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from pictures import annotated
 
-from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
 from regiongpt.data.facts import (
     View,
     clashing,
@@ -19,15 +17,6 @@ from regiongpt.data.facts import (
 )
 from regiongpt.data.wording import noun, plural, with_article
 from regiongpt.errors import DataError
-
-
-def annotated(*objects: tuple, width: int = 100, height: int = 100) -> ImageAnnotations:
-    """Objects as (category, box[, more fields]) with ids from 1."""
-    made = [
-        ObjectAnnotation(id=k, category=each[0], box=tuple(map(float, each[1])), **(each[2] if len(each) > 2 else {}))
-        for k, each in enumerate(objects, 1)
-    ]
-    return ImageAnnotations(path=Path("x.jpg"), image_id=1, width=width, height=height, objects=tuple(made))
 
 
 @pytest.mark.parametrize(

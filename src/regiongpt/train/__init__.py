@@ -1,1 +1,1 @@
-"""Training: recipes, the feature cache and the stages (paper sections 3.2 and 4)."""
+"""Training: recipes, their two stages and the loop (paper sections 3.2 and 4)."""
