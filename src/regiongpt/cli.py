@@ -595,7 +595,7 @@ def _compare(typed: argparse.Namespace, resamples: int) -> int:
 
 
 def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.train.recipe import Recipe
+    from regiongpt.train.recipe import Recipe, find_config, own_script
 
     parser.description = "Train a model from a recipe; run the same command again to continue after an interruption."
     parser.epilog = (
@@ -640,6 +640,11 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     overrides += [f"--plan.{name}={value}" for name in ("gpu", "gpus") if (value := getattr(options, name))]
     overrides += ["--from_scratch=true"] if options.from_scratch else []
     overrides += [f"--resume={options.resume}"] if options.resume is not None else []
+    if script := own_script(options.recipe):
+        if options.plan:
+            raise ConfigError(f"--plan: {options.recipe} is trained by {script}, which makes none; leave it out")
+        command = [sys.executable, str(script), "--recipe", str(find_config(options.recipe)), *overrides]
+        os.execv(sys.executable, [*command, *["--debug"] * options.debug])
     recipe = Recipe.load(options.recipe, overrides)
     if not (options.plan or options.debug):
         recipe.check_files()

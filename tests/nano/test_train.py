@@ -163,7 +163,15 @@ def test_it_is_watched_on_held_out_images(tmp_path):
     assert "stage2 is finished" in (run / "report.html").read_text()
 
 
-@pytest.mark.parametrize("words", [["nano"], [str(RECIPE)], ["finetune_records", "--stage2.alignment=1"]])
-def test_the_package_says_where_the_recipe_is(words, capsys):
-    assert regiongpt_main(["train", *words]) == 2
+@pytest.mark.parametrize("name", ["nano", "configs/nano.toml", str(RECIPE)])
+def test_the_package_runs_the_script_beside_a_recipe(name, tmp_path):
+    command = [sys.executable, "-m", "regiongpt.cli", "train", name, "--data.root", "nowhere"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("nano: error: expected COCO annotations at nowhere")
+    assert regiongpt_main(["train", name, "--plan"]) == 2
+
+
+def test_the_package_says_where_the_recipe_is(capsys):
+    assert regiongpt_main(["train", "finetune_records", "--stage2.alignment=1"]) == 2
     assert "python recipes/nano/train.py" in capsys.readouterr().err

@@ -24,7 +24,6 @@ print(json.dumps([codes, sorted({"torch", "transformers"} & set(sys.modules))]))
 MISTAKES = [
     "train",
     "train table6_non",
-    "train nano",
     "train /etc",
     "train finetune_records --resume nowhere",
     "train finetune_records --stage2.epoch 8",

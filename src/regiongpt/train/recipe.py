@@ -23,6 +23,7 @@ Step = Literal["stage1", "stage2"]
 
 _PACKAGE = Path(__file__).parents[1]
 _SHIPPED = _PACKAGE / "configs"
+_RECIPES = _PACKAGE.parents[1] / "recipes"
 _NANO = "nano's recipe is in recipes/nano of the repository: `make train-nano`, or `python recipes/nano/train.py`"
 _NANO_SETTINGS = {
     *("language", "align", "features", "isolated_share", "split", "mix", "dev_split", "outline_share", "alignment"),
@@ -31,14 +32,21 @@ _NANO_SETTINGS = {
 
 
 def find_config(path: str | Path) -> Path:
-    """A TOML file, or one of the package, such as ``table6_none`` or ``configs/data/finetune.toml``.
+    """A TOML file, or one of the package, such as ``table6_none`` or ``configs/data/finetune.toml``, or of a checkout.
 
     Returns:
-        The path as it is if it exists or no file of the package has that name.
+        The path as it is if it exists or no recipe that ships has that name.
     """
     name = Path(path).as_posix().removeprefix("configs/").removesuffix(".toml")
-    shipped = {each.relative_to(_SHIPPED).with_suffix("").as_posix(): each for each in _SHIPPED.rglob("*.toml")}
+    shipped = {each.stem: each for each in _RECIPES.glob("*/*.toml")}
+    shipped |= {each.relative_to(_SHIPPED).with_suffix("").as_posix(): each for each in _SHIPPED.rglob("*.toml")}
     return Path(path) if Path(path).is_file() else shipped.get(name, Path(path))
+
+
+def own_script(path: str | Path) -> Path | None:
+    """The script beside a recipe that has steps of its own, as nano's; None if the package trains it."""
+    script = find_config(path).parent / "train.py"
+    return script if find_config(path).is_file() and script.is_file() else None
 
 
 class DataConfig(Settings):
@@ -319,7 +327,7 @@ class Recipe(Settings):
         """
         path = find_config(path) if path is not None else None
         if path is not None and not path.is_file():
-            if path.name.removesuffix(".toml") in ("nano", "nano_stage1", "nano_stage2"):
+            if path.stem in ("nano", "nano_stage1", "nano_stage2"):
                 raise ConfigError(f"{path}: no such recipe; {_NANO}")
             known = nearest(path.stem, sorted(each.stem for each in _SHIPPED.glob("*.toml")))
             what = "a folder; give a recipe's TOML file" if path.is_dir() else f"no such recipe; {known}"
