@@ -684,7 +684,7 @@ def _per_text(regions: Any, n_texts: int) -> list[Any]:
 
 
 def _is_region(region: Any) -> bool:
-    if isinstance(region, Region):
+    if isinstance(region, Region | Mapping):
         return True
     numbers = region.tolist() if hasattr(region, "tolist") else region
     return isinstance(numbers, list | tuple) and len(numbers) == 4 and isinstance(numbers[0], Real)
