@@ -4,6 +4,7 @@ Works on Pillow, numpy and the regions' own geometry alone, so it needs no plott
 """
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ COLOURS: tuple[Colour, ...] = (
 )
 MIN_SIDE = 640  # images smaller than this are enlarged, or neither outline nor number could be read
 FILL_OPACITY = 0.15
+MOST_CELLS = 2**20  # of the grid on which a region is measured
 INK: Colour = (33, 33, 33)
 FAINT: Colour = (112, 112, 112)
 PAPER: Colour = (255, 255, 255)
@@ -152,16 +154,19 @@ class _Canvas:
         left, top = max(0, int(x0) - margin), max(0, int(y0) - margin)
         right, bottom = min(self.picture.width, int(x1) + margin + 1), min(self.picture.height, int(y1) + margin + 1)
         fine = 2 if max(right - left, bottom - top) <= 2048 else 1  # drawn larger and shrunk, edges are smooth
-        rows = np.linspace(top, bottom, (bottom - top) * fine + 1) / self.scale
-        columns = np.linspace(left, right, (right - left) * fine + 1) / self.scale
-        shares = region.coverage(rows, columns, *self.size) * (fine * self.scale) ** 2
+        width, height = (right - left) * fine, (bottom - top) * fine
+        coarse = math.ceil((width * height / MOST_CELLS) ** 0.5)  # the memory for long strokes grows with the cells
+        rows = np.linspace(top, bottom, -(-height // coarse) + 1) / self.scale
+        columns = np.linspace(left, right, -(-width // coarse) + 1) / self.scale
+        shares = region.coverage(rows, columns, *self.size) / ((rows[1] - rows[0]) * (columns[1] - columns[0]))
+        inside = Image.fromarray(np.rint(np.minimum(shares, 1) * 255).astype(np.uint8))
         return _Outline(
             number=number,
             kind=region.kind,
             area=region.area(*self.size),
             bounds=(x0, y0, x1, y1),
             window=(left, top, right, bottom),
-            inside=Image.fromarray(np.rint(np.minimum(shares, 1) * 255).astype(np.uint8)),
+            inside=inside.resize((width, height), Image.Resampling.BILINEAR),
             fine=fine,
         )
 

@@ -13,8 +13,6 @@ from typing import Any
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
 
-_CHUNK = 1 << 22
-
 
 def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]) -> None:
     """Write a file so that a kill or a full disk leaves the old one or none, never a part.
@@ -145,11 +143,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(*parts: Any) -> str:

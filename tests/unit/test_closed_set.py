@@ -153,6 +153,28 @@ def test_what_is_ready_is_kept_for_the_next_time(predictor, monkeypatch):
 # Length
 
 
+def test_classify_gives_the_shares_of_full_passes(predictor):
+    names, text = (
+        ["cat", "hot dog", "hot", "dog", "baseball bat", "a very long name"],
+        question("classify", regions=[1]),
+    )
+    regions = boxes(2)
+    expected = torch.tensor([[full_pass(predictor, text, [region], name) for name in names] for region in regions])
+    tokens = choices.closed_set(predictor.engine, question_turns((), text), 1, names).tree.lengths
+    for found, scores_BA in (
+        (predictor.classify(regions, names), expected),
+        (predictor.classify(regions, names, length_normalized=True), expected / torch.from_numpy(tokens)),
+    ):
+        for result, shares in zip(found, scores_BA.softmax(-1), strict=True):
+            assert list(result.probabilities) == names
+            torch.testing.assert_close(
+                torch.tensor(list(result.probabilities.values())), shares.float(), atol=1e-4, rtol=0
+            )
+            assert result.label == names[int(shares.argmax())]
+            assert result.probability == max(result.probabilities.values())
+    assert predictor.classify([], names) == []
+
+
 def test_calibrated_scores_are_less_those_of_a_region_of_which_nothing_is_known(predictor):
     engine, scene = predictor.engine, predictor._here()
     turns, names = question_turns((), question("classify", regions=[1])), ["cat", "hot dog", "baseball glove"]

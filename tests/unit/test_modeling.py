@@ -13,7 +13,7 @@ import regiongpt.model.modeling as modeling
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.model import EfficientNetLiteConfig, EfficientNetLiteModel, RegionGPTConfig
 from regiongpt.model.configuration import REFINEMENTS
-from regiongpt.model.modeling import CACHE, number_ids
+from regiongpt.model.modeling import number_ids
 
 LITE = {"model_type": "efficientnet_lite", "variant": "efficientnet-lite0", "image_size": 32}
 
@@ -312,25 +312,6 @@ def test_sampling_never_writes_a_placeholder() -> None:
     found = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=5.0, num_return_sequences=8)
     answers = found[:, inputs["input_ids"].shape[1] :]
     assert not ((answers == IMAGE) | (answers == REGION)).any()
-
-
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_a_question_can_follow_a_cached_image(name: str) -> None:
-    """The image's keys and values are made once; a later turn brings only its own region tokens."""
-    model = tiny_model()
-    inputs = tiny_inputs(model.config, [2, 1])
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        cache = DynamicCache(config=model.config.text_config)
-        visual = {k: inputs[k] for k in ("pixel_values", "region_weights", "region_ids")}
-        cut = int((inputs["input_ids"][0] == REGION).nonzero()[0]) + 1  # after the first region token
-        head = {**visual, "region_ids": torch.tensor([[2]])}
-        first = model(input_ids=inputs["input_ids"][:, :cut], **{name: cache}, use_cache=True, **head)
-        rest = model(input_ids=inputs["input_ids"][:, cut:], **{name: cache}, use_cache=True, **visual).logits
-        assert first[CACHE] is first.past_key_values is cache
-        # A placeholder without its image is a word, as one is that the model writes.
-        model(input_ids=torch.tensor([[REGION]]), **{name: cache})
-    torch.testing.assert_close(rest, expected[:, cut:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

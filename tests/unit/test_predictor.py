@@ -83,43 +83,6 @@ def test_stream_left_early_frees_the_batch(predictor):
     assert predictor.engine.scheduler.active == 0
 
 
-def test_describe_in_a_batch_equals_one_by_one(predictor):
-    together = predictor.describe([BOX, OTHER], max_new_tokens=8)
-    alone = [predictor.describe(region, max_new_tokens=8) for region in (BOX, OTHER)]
-    assert [answer.text for answer in together] == [answer.text for answer in alone]
-    assert predictor.describe([]) == []
-
-
-def naive_scores(predictor: RegionPredictor, photo: np.ndarray, region: Region, names: list[str]) -> list[float]:
-    """Log likelihood of each name and its end of turn, one whole conversation after the other."""
-    processor, model = predictor.engine.processor, predictor.engine.model
-    scores = []
-    for name in names:
-        turns = [
-            {"role": "user", "content": question("classify", regions=[1])},
-            {"role": "assistant", "content": name},
-        ]
-        encoded = processor.encode_conversation(turns, image=photo, regions=[region])
-        batch = processor.collate([encoded])
-        labels = batch.pop("labels")[0, 1:]
-        with torch.no_grad():
-            logits = model(**batch).logits[0, :-1].log_softmax(-1)
-        target = labels >= 0
-        scores.append(float(logits[target].gather(1, labels[target][:, None]).sum()))
-    return scores
-
-
-def test_classify_equals_scoring_every_choice_by_itself(predictor, photo):
-    names = ["cat", "hot dog", "hot", "dog", "baseball bat", "baseball glove", "a very long name of a thing"]
-    results = predictor.classify([BOX, OTHER], names)
-    for region, result in zip((BOX, OTHER), results, strict=True):
-        expected = torch.tensor(naive_scores(predictor, photo, region, names)).softmax(0)
-        assert list(result.probabilities) == names
-        torch.testing.assert_close(torch.tensor(list(result.probabilities.values())), expected, rtol=1e-3, atol=1e-6)
-        assert result.label == names[int(expected.argmax())]
-        assert result.probability == max(result.probabilities.values())
-
-
 def test_classify_defaults_to_coco(predictor, photo):
     result = predictor.classify(BOX, generate=True)
     assert tuple(result.probabilities) == COCO_80
@@ -127,15 +90,6 @@ def test_classify_defaults_to_coco(predictor, photo):
     text = question("classify", regions=[1])
     assert plain_generate(predictor, photo, text, [BOX]).startswith(result.text[:10])
     assert predictor.classify([]) == []
-
-
-def test_length_normalized_divides_by_tokens(predictor, photo):
-    names = ["cat", "baseball glove"]
-    result = predictor.classify(BOX, names, length_normalized=True)
-    tokenizer = predictor.engine.processor.tokenizer
-    lengths = torch.tensor([len(tokenizer(f" {name}")["input_ids"]) + 1.0 for name in names])
-    expected = (torch.tensor(naive_scores(predictor, photo, BOX, names)) / lengths).softmax(0)
-    torch.testing.assert_close(torch.tensor(list(result.probabilities.values())), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_locate_by_what_each_region_is_called_and_by_both(predictor):

@@ -179,7 +179,7 @@ def test_boxes_may_be_plain_numbers(processor: RegionGPTProcessor, photo: Image.
     expected = processor.encode_conversation(TWO_TURNS, photo, [LEFT, RIGHT])["region_weights"]
     assert torch.equal(processor.encode_conversation(TWO_TURNS, photo, boxes)["region_weights"], expected)
     text = processor.apply_chat_template(TWO_TURNS)
-    for regions in (boxes, [boxes], [[LEFT, boxes[1]]]):
+    for regions in (boxes, [boxes], [[LEFT, boxes[1]]], [LEFT.to_dict(), RIGHT]):
         assert torch.equal(processor(photo, text, regions)["region_weights"][0], expected)
     assert torch.equal(processor(photo, [text, text], [boxes, boxes])["region_weights"][1], expected)
 

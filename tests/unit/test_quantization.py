@@ -25,6 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_int8_is_smaller_and_nearly_the_same(checkpoint):
     plain = RegionPredictor.from_pretrained(checkpoint, device="cpu").set_image(PHOTO)
     small = RegionPredictor.from_pretrained(checkpoint, device="cpu", int8=True).set_image(PHOTO)
+    assert small.engine.decoder.shares
     assert nn.Linear not in {type(module) for module in small.engine.model.language_model.modules()}
     names, box = ["cat", "hot dog", "horse"], Region.box(4, 4, 30, 20)
     expected, found = (list(p.classify(box, names).probabilities.values()) for p in (plain, small))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
 # From its module: under the package's own name, releases up to 5.16 ask for torchvision.
@@ -307,27 +308,18 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         """
         if padding_side not in ("left", "right"):
             raise ConfigError(f"expected padding_side 'left' or 'right', got {padding_side!r}")
-        size = len(encoded)
-        longest = max(len(item["input_ids"]) for item in encoded)
-        pad_id = self.tokenizer.pad_token_id
-        columns = {"input_ids": torch.full((size, longest), self.tokenizer.eos_token_id if pad_id is None else pad_id)}
-        columns["attention_mask"] = torch.zeros((size, longest), dtype=torch.long)
-        if all("labels" in item for item in encoded):
-            columns["labels"] = torch.full((size, longest), IGNORED)
-        for row, item in enumerate(encoded):
-            length = len(item["input_ids"])
-            place = slice(0, length) if padding_side == "right" else slice(longest - length, longest)
-            columns["attention_mask"][row, place] = 1
-            for name in columns.keys() & {"input_ids", "labels"}:
-                columns[name][row, place] = item[name]
-        most_ids = max(len(item["region_ids"]) for item in encoded)
-        if most_ids:
-            most_regions = max(len(item["region_weights"]) for item in encoded)
-            columns["region_ids"] = torch.full((size, most_ids), -1)
-            columns["region_weights"] = torch.zeros((size, most_regions, *self.refined_grid))
-            for row, item in enumerate(encoded):
-                for name in ("region_ids", "region_weights"):
-                    columns[name][row, : len(item[name])] = item[name]
+        size, pad_id = len(encoded), self.tokenizer.pad_token_id
+        fill = {"input_ids": self.tokenizer.eos_token_id if pad_id is None else pad_id, "labels": IGNORED}
+        columns = {
+            name: pad_sequence([item[name] for item in encoded], True, value, padding_side)
+            for name, value in fill.items()
+            if all(name in item for item in encoded)
+        }
+        ones = [torch.ones_like(item["input_ids"]) for item in encoded]
+        columns["attention_mask"] = pad_sequence(ones, True, 0, padding_side)
+        if any(len(item["region_ids"]) for item in encoded):
+            for name, value in (("region_ids", -1), ("region_weights", 0)):
+                columns[name] = pad_sequence([item[name] for item in encoded], True, value)
         for name in ("pixel_values", "vision_features"):
             have = [item[name] for item in encoded if name in item]
             if have and len(have) != size:
@@ -684,7 +676,7 @@ def _per_text(regions: Any, n_texts: int) -> list[Any]:
 
 
 def _is_region(region: Any) -> bool:
-    if isinstance(region, Region):
+    if isinstance(region, Region | Mapping):
         return True
     numbers = region.tolist() if hasattr(region, "tolist") else region
     return isinstance(numbers, list | tuple) and len(numbers) == 4 and isinstance(numbers[0], Real)
