@@ -12,9 +12,6 @@ from regiongpt.evaluate.metrics.detection import Federated, detection_scores, ov
 from regiongpt.evaluate.metrics.labels import Labels
 from regiongpt.evaluate.tasks.pope import first_word, pope_script, yes_no_statistics
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bootstrap
-
 
 def test_a_mean_and_a_mean_of_groups() -> None:
     images, scores, groups = [1, 1, 2, 3], [1.0, 0.0, 1.0, 1.0], ["a", "a", "a", "b"]
@@ -105,10 +102,6 @@ def test_nothing_to_measure_is_no_number() -> None:
     assert np.isnan(interval(empty, 10)).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Closed lists
-
-
 def test_nothing_is_forgiven_unasked() -> None:
     labels = Labels(["dog", "hot dog", "skis"])
     assert labels.read(" dog. ").name == "dog"
@@ -143,10 +136,6 @@ def test_a_form_of_two_names_is_forgiven_for_neither() -> None:
     assert Labels(["Dog", "dog"], "case").read("DOG").name is None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Yes and no
-
-
 @pytest.mark.parametrize(
     ("text", "ours", "published"),
     [
@@ -172,10 +161,6 @@ def test_figures_of_yes_and_no_by_hand() -> None:
     assert found == pytest.approx(
         {"accuracy": 4 / 8, "precision": 2 / 3, "recall": 2 / 4, "f1": 4 / 7, "yes_ratio": 3 / 8, "unparsable": 2 / 8}
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Boxes
 
 
 def test_overlaps_by_hand() -> None:

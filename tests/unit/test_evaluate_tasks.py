@@ -60,10 +60,6 @@ def test_every_task_is_found_by_its_name() -> None:
         task_class("pop")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Classes
-
-
 def classes(folder: Path, **options: Any) -> Task:
     return task_class("coco_cls")(data=folder, split="dev", label_set="things", **options)
 
@@ -225,10 +221,6 @@ def test_lvis_names_its_images_by_their_address(tmp_path: Path) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Captions
-
-
 def line(image: int, ann: int, text: str, box: list[float] | None = None) -> str:
     return json.dumps({"image_id": image, "ann_id": ann, "bbox_xywh": box or [10, 10, 50, 40], "sent": text})
 
@@ -313,10 +305,6 @@ def test_visual_genome_by_split_and_grouping(tmp_path: Path) -> None:
         task(split="val").items()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Referring expressions
-
-
 def proposals(folder: Path, entries: list[dict[str, Any]]) -> Path:
     return dump(folder / "proposals.json", entries)
 
@@ -379,23 +367,21 @@ def test_what_each_region_is_called_is_a_protocol_of_its_own(expressions: Path, 
         read_predictions(path, task, items)
 
 
-def test_proposals_without_scores(expressions: Path) -> None:
-    proposals(expressions, [{"image_id": 1, "bbox": [0, 0, 5, 5]}, {"image_id": 1, "bbox": [0, 0, 9, 9]}])
+def test_scores_of_proposals(expressions: Path) -> None:
+    one, two = {"image_id": 1, "bbox": [0, 0, 5, 5]}, {"image_id": 1, "bbox": [0, 0, 9, 9]}
+    proposals(expressions, [one, two])
     with pytest.raises(ConfigError, match=r"no scores to choose candidates by.*--top 0"):
         rec(expressions).items()
     assert len(rec(expressions, top=0).items()[0].regions) == 3
-    proposals(expressions, [{"image_id": 1, "bbox": [0, 0, 5, 5]}, {"image_id": 1, "bbox": [0, 0, 9, 9], "score": 1}])
+    proposals(expressions, [one, {**two, "score": 1}])
     with pytest.raises(DataError, match="1 of 2 candidates have no score"):
         rec(expressions, top=0).items()
-    proposals(expressions, [{"image_id": 1, "bbox": [0, 0, 5, 5], "score": value} for value in (None, 0.5)])
+    proposals(expressions, [{**one, "score": value} for value in (None, 0.5)])
     task = rec(expressions, top=0)
     task.items()
     assert task.left_out.counts["score that is no number"] == 1
-
-
-def test_scores_below_zero_are_scores(expressions: Path) -> None:
-    those = [{"image_id": 1, "bbox": [0, 0, 5 + k, 5], "score": -1.5 - k} for k in range(4)]
-    proposals(expressions, those)
+    # Those below 0 are scores too.
+    proposals(expressions, [{"image_id": 1, "bbox": [0, 0, 5 + k, 5], "score": -1.5 - k} for k in range(4)])
     first = next(item for item in rec(expressions, top=2).items() if item.image_id == 1)
     assert {Region.box(0, 0, 5, 5), Region.box(0, 0, 6, 5)} < set(first.regions)
     assert len(first.regions) == 3
@@ -489,10 +475,6 @@ def test_expressions_written_from_annotations(tmp_path: Path) -> None:
     plain = task_class("coco_rec")(data=folder, colours=False, guided=False).items()
     assert items[0].question.startswith(plain[0].question)
     assert not plain[0].question.endswith("Region [x].")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# POPE
 
 
 def published(folder: Path) -> Path:

@@ -25,13 +25,12 @@ from regiongpt.evaluate.task import (
     Measured,
     Scored,
     Table,
-    Task,
     by_group,
     counted,
     listed,
     mean_figure,
 )
-from regiongpt.evaluate.tasks.scoring import box_area, find, given, images_of, size_name
+from regiongpt.evaluate.tasks.scoring import InstancesTask, box_area, given, images_of, size_name
 from regiongpt.prompts import LABEL_SETS, question
 from regiongpt.regions import Region
 
@@ -47,7 +46,7 @@ _RULES: Final = {
 """What each protocol counts."""
 
 
-class CocoClassification(Task):
+class CocoClassification(InstancesTask):
     """One question for each annotated object, crowds aside, about its box or its mask alone.
 
     The names are the file's categories in the order of their ids. With ``label_set`` the question names the closed
@@ -67,12 +66,6 @@ class CocoClassification(Task):
     }
     paper_source: ClassVar[str] = f"Table 3, {COCO}; the paper does not say what score its detections have"
 
-    split: str = "val2017"
-    """Split of the annotations: instances_SPLIT.json."""
-    annotations: Path | None = None
-    """The annotations file, wherever it is."""
-    images: Path | None = None
-    """Folder of the images, wherever it is."""
     region: Literal["box", "mask"] = "box"
     """What marks an object; one without a mask is not asked about by mask."""
     crowds: bool = False
@@ -88,26 +81,16 @@ class CocoClassification(Task):
     synonyms: str = ""
     """Forgive answers: case, plural, or json files of synonyms, by commas; counted, and nothing by default."""
 
-    @property
-    def split_read(self) -> str:
-        """The split of the annotations that are looked for."""
-        return self.split if self.annotations is None else ""
-
-    @property
-    def _file(self) -> Path:
-        names = [f"annotations/instances_{self.split}.json", f"instances_{self.split}.json", f"{self.split}.json"]
-        return find(self.annotations, self.data, names, "annotations", "annotations")
-
     def inputs(self) -> list[Path]:
         """The annotations, and the files of synonyms."""
         words = [word.strip() for word in self.synonyms.split(",")]
-        return [self._file, *(Path(word) for word in words if Path(word).is_file())]
+        return [self.file, *(Path(word) for word in words if Path(word).is_file())]
 
     def read_items(self) -> list[Item]:
         """One item an object, by image and annotation id."""
-        folder = find(self.images, self.data, [self.split, "images", "."], "images", "images", file=False)
+        folder = self.folder
         crowds: Literal["take", "leave out"] = "take" if self.crowds else "leave out"
-        file = InstancesFile(self._file, self.left_out, shapes=self.region, folder=folder, crowds=crowds)
+        file = InstancesFile(self.file, self.left_out, shapes=self.region, folder=folder, crowds=crowds)
         ids = sorted(file.names)
         names = [file.names[number] for number in ids]
         Labels(names, self.synonyms)

@@ -19,8 +19,8 @@ from regiongpt.data.values import image_name, plain_text
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, counted
-from regiongpt.evaluate.tasks.scoring import find, given, images_of
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, counted
+from regiongpt.evaluate.tasks.scoring import InstancesTask, given, images_of
 from regiongpt.prompts import indefinite
 
 STRATEGIES: Final = ("random", "popular", "adversarial")
@@ -52,7 +52,7 @@ class Asked(NamedTuple):
     category: str
 
 
-class Pope(Task):
+class Pope(InstancesTask):
     """Yes-or-no questions, half of them about absent classes, which are chosen in three ways.
 
     The published questions are read if they are given or in the folder (``coco_pope_random.json`` and so on), else
@@ -62,6 +62,7 @@ class Pope(Task):
     name: ClassVar[str] = "pope"
     summary: ClassVar[str] = "is there such an object? accuracy, precision, recall, F1, share of yes (Table 8)"
     item_id: ClassVar[str] = "question id"
+    wanted: ClassVar[str] = "annotations or coco_pope_<strategy>.json"
     by: ClassVar[tuple[str, ...]] = ("category",)
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         f"published script, {strategy}": {
@@ -77,10 +78,6 @@ class Pope(Task):
     """Published question files, wherever they are."""
     split: str = "val2014"
     """Split of the annotations to build questions from: instances_SPLIT.json."""
-    annotations: Path | None = None
-    """The annotations file, wherever it is."""
-    images: Path | None = None
-    """Folder of the images, wherever it is."""
     image_count: int = Field(default=500, ge=1)
     """Images to build questions for."""
     pairs: int = Field(default=3, ge=1)
@@ -108,22 +105,17 @@ class Pope(Task):
         return there if self.annotations is None and all(path.is_file() for path in there.values()) else {}
 
     @property
-    def _annotations(self) -> Path:
-        names = [f"annotations/instances_{self.split}.json", f"instances_{self.split}.json"]
-        return find(self.annotations, self.data, names, "annotations or coco_pope_<strategy>.json", "annotations")
-
-    @property
     def split_read(self) -> str:
         """The split of the annotations that questions are built from."""
-        return "" if self._published() or self.annotations is not None else self.split
+        return "" if self._published() else super().split_read
 
     def inputs(self) -> list[Path]:
         """The question files, or the annotations."""
-        return list(self._published().values()) or [self._annotations]
+        return list(self._published().values()) or [self.file]
 
     def read_items(self) -> list[Item]:
         """The questions of one strategy after the other."""
-        folder = find(self.images, self.data, [self.split, "images", "."], "images", "images", file=False)
+        folder = self.folder
         asked = {
             strategy: [(_number(each.image), each) for each in read_questions(path, self.left_out)]
             for strategy, path in self._published().items()
@@ -135,7 +127,7 @@ class Pope(Task):
         ]
 
     def _build(self, folder: Path) -> dict[str, list[tuple[int | str, Asked]]]:
-        file = InstancesFile(self._annotations, self.left_out, folder=folder, crowds="keep")  # a crowd is there too
+        file = InstancesFile(self.file, self.left_out, folder=folder, crowds="keep")  # a crowd is there too
         classes: dict[int, list[str]] = {number: [] for number in file.images.tolist()}
         for place, category in zip(file.places.tolist(), file.categories.tolist(), strict=True):
             classes[int(file.images[place])].append(file.names[category])
