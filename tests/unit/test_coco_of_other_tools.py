@@ -101,6 +101,13 @@ def test_a_file_of_crowds_alone_names_the_option_that_takes_them(
         {"coco_url": "http://host/val2017/photo.png"},
         {"file_name": "https://host/upload/photo.png"},
         {"file_name": "/data/local-files/?d=set/photo.png"},
+        {"file_name": "other/photo.png"},
+        {"file_name": "/data/upload/photo.png"},
+        {"file_name": "C:\\data\\photo.png"},
+        {"file_name": "../photo.png"},
+        {"file_name": "set//photo%2Epng"},
+        {"file_name": "photo_png.rf.0a1b2c.png"},
+        {"file_name": "copy.png", "extra": {"name": "photo.png"}},
     ],
 )
 def test_one_rule_finds_the_image_of_an_entry(tmp_path: Path, entry: dict) -> None:
@@ -113,6 +120,13 @@ def test_one_rule_finds_the_image_of_an_entry(tmp_path: Path, entry: dict) -> No
     assert asked(folder).items()[0].image.is_file()
     assert load_coco([CocoSource(instances=file, images=folder)]).images[0].path.is_file()
     assert len(proposed(folder)) == 1
+
+
+def test_accents_in_names_may_be_composed_or_not(tmp_path: Path) -> None:
+    write(tmp_path, thing(), images=[{"id": 1, "file_name": "cafe\u0301.png", "width": 40, "height": 30}])
+    (tmp_path / "photo.png").rename(tmp_path / "caf\u00e9.png")
+    assert convert(tmp_path)[0][0].image == "caf\u00e9.png"
+    assert len(proposed(tmp_path, image=tmp_path / "caf\u00e9.png")) == 1
 
 
 def test_questions_are_built_about_images_with_an_empty_address(tmp_path: Path) -> None:
@@ -207,6 +221,14 @@ def test_a_size_that_is_stated_is_held_against_the_image(tmp_path: Path) -> None
             proposed(tmp_path, **more)
 
 
+@pytest.mark.parametrize("size", [{"width": 0, "height": 0}, {"width": 40}, {"width": "x", "height": 30}])
+def test_a_size_that_is_none_is_said(tmp_path: Path, size: dict) -> None:
+    write(tmp_path, thing(), images=[{"id": 1, "file_name": "photo.png", **size}])
+    assert convert(tmp_path)[1] == {"image without size": 1, "annotation of an image left out": 1}
+    with pytest.raises(DataError, match=r"image 1: image without size"):
+        proposed(tmp_path)
+
+
 def test_a_size_that_is_not_stated_is_that_of_the_image(tmp_path: Path) -> None:
     file = write(tmp_path, thing(), images=[{"id": 1, "file_name": "photo.png"}])
     assert [(record.width, record.height) for record in convert(tmp_path)[0]] == [(40, 30)]
@@ -230,6 +252,37 @@ def test_a_box_follows_from_the_mask(tmp_path: Path, box: dict, segmentation: ob
     assert [item.regions for item in asked(tmp_path).items()] == [(Region.box(*bounds),)]
     assert load_coco([CocoSource(instances=file, images=tmp_path)]).images[0].objects[0].box == bounds
     assert [region.bounds(40, 30) for region in proposed(tmp_path)] == [bounds]
+
+
+def test_a_mask_alone_needs_no_sound_box(tmp_path: Path) -> None:
+    write(tmp_path, thing(bbox=[50, 5, 20, 10], segmentation=[RING]))
+    assert convert(tmp_path)[1] == {"box outside the image": 1}
+    assert regions(tmp_path, shapes="mask") == proposed(tmp_path) == [Region.polygon([RING])]
+    assert asked(tmp_path, region="mask").items()[0].detail["box"] == [5, 5, 20, 10]
+
+
+def test_what_looks_normalized_is_left_out(tmp_path: Path) -> None:
+    ring = [0.1, 0.1, 0.5, 0.1, 0.5, 0.5]
+    write(tmp_path, thing(1, bbox=[0.1, 0.1, 0.4, 0.4]), thing(2, segmentation=[ring]), thing(3, segmentation=[RING]))
+    assert convert(tmp_path)[1] == {"box that looks normalized": 1}
+    assert regions(tmp_path, shapes="mask") == [Region.polygon([RING])]
+    rejects = Rejects()
+    assert proposed(tmp_path, rejects=rejects) == [Region.box(5, 5, 25, 15), Region.polygon([RING])]
+    assert rejects.counts == {"box that looks normalized": 1}
+
+
+def test_corners_in_place_of_a_size_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, thing(bbox=[20, 10, 39, 29]))
+    for read in (convert, proposed):
+        read(tmp_path)
+        assert "not x0, y0, x1, y1" in caplog.text
+        caplog.clear()
+
+
+def test_a_box_in_place_of_its_mask_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, thing(segmentation={"size": [30, 40], "counts": [7]}))
+    assert proposed(tmp_path) == [Region.box(5, 5, 25, 15)]
+    assert "instances.json[0]: region: expected COCO RLE" in caplog.text
 
 
 @pytest.mark.parametrize("segmentation", [None, [], [[]], {}, "", {"size": [30, 40], "counts": [1200]}])
@@ -272,9 +325,9 @@ def test_every_way_to_write_rle(tmp_path: Path, rle: dict) -> None:
 
 
 def test_whole_numbers_as_floats_and_text_and_a_byte_order_mark(tmp_path: Path) -> None:
-    image = {"id": 1.0, "file_name": "photo.png", "width": 40.0, "height": "30"}
+    image = {"id": 1.0, "file_name": "photo.png", "width": 40.0, "height": "30.0"}
     file = write(
-        tmp_path, thing("7", image_id="1", category_id=1.0, bbox=["5", 5.0, "20", 10], iscrowd=0.0), images=[image]
+        tmp_path, thing("7", image_id="1.0", category_id=1.0, bbox=["5", 5.0, "20", 10], iscrowd=0.0), images=[image]
     )
     file.write_text("\ufeff" + file.read_text(), encoding="utf-8")
     (record,), rejects = convert(tmp_path)

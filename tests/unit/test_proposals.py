@@ -72,6 +72,14 @@ def test_one_image_of_several(tmp_path):
     assert len(read(tmp_path, boxes[:1], image="photo.jpg")) == 1
     images = [{"id": 42, "file_name": "train/photo.jpg"}, {"id": 3, "file_name": "other.jpg"}]
     assert len(read(tmp_path, {"images": images, "annotations": boxes}, image="x/photo.jpg")) == 1
+    named = [{"image_id": name, "bbox": [1, 0, 5, 5]} for name in ("frame_9.jpg", "frame_10", "x.jpg")]
+    for image, place in (("a/frame_9.jpg", 0), ("frame_10.png", 1)):
+        assert [p.place for p in read(tmp_path, named, image=image)] == [f"boxes.json[{place}]"]
+    with pytest.raises(DataError, match=r"is about x\.jpg, not frame_9\.jpg"):
+        read(tmp_path, named[2:], image="frame_9.jpg")
+    rejects = Rejects()
+    assert len(read(tmp_path, [*boxes, None, {"bbox": [1, 0, 5, 5]}], image_id=42, rejects=rejects)) == 1
+    assert rejects.counts == {"record of another format": 2}, "of whatever image they are"
     with pytest.raises(DataError, match=r"image_id 9, only of 3, 42"):
         read(tmp_path, boxes, image_id=9)
     for more in ({}, {"image": "photo.jpg"}, {"image": "photo17.jpg"}):

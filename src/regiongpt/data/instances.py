@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, NamedTuple
+from unicodedata import normalize
 from urllib.parse import unquote
 
 import numpy as np
@@ -34,6 +35,7 @@ from regiongpt.data.values import (
     is_whole,
     known_size,
     plain_text,
+    stated_size,
     whole,
 )
 from regiongpt.errors import DataError, RegionError, short
@@ -121,7 +123,7 @@ def read_annotation(entry: Any) -> Annotation:
     if crowd is None:
         raise Fault(MALFORMED, f"expected iscrowd as 0 or 1, got {short(entry)}")
     mask, box, area = read_mask(entry.get("segmentation")), read_box(entry.get("bbox")), entry.get("area")
-    boxless = box is None or not box[2] > 0 < box[3]
+    boxless = box is None or not (0 < box[2] < math.inf and 0 < box[3] < math.inf)
     if boxless and mask.sound:
         box = mask.bounds() or box
     area = area if is_number(area) and area > 0 else math.nan
@@ -139,10 +141,29 @@ def read_score(entry: Mapping[str, Any]) -> float | None:
 def read_box(value: Any) -> Corners | None:
     """The four numbers of a ``bbox``, whatever they are, or None where there are no four."""
     try:
-        x, y, width, height = map(float, value)
+        x, y, width, height = map(float, value if isinstance(value, list | tuple) else ())
     except (TypeError, ValueError, OverflowError):
         return None
     return x, y, width, height
+
+
+def annotated_box(box: Corners, width: int, height: int) -> Corners:
+    """A bbox as :func:`clipped_box` makes it; Fault too for one that is a fraction of the image's sides."""
+    if min(box[:2]) >= 0 and max(box[0] + box[2], box[1] + box[3]) <= 1 < max(width, height) and min(box[2:]) > 0:
+        raise Fault("box that looks normalized", f"expected pixels, got {short(box)}; multiply by the image's size")
+    return clipped_box(box, width, height)
+
+
+def overhangs(box: Corners, width: int, height: int) -> bool:
+    """Whether a bbox reaches far beyond its image, as x0, y0, x1, y1 would where x, y, width, height are meant."""
+    return box[0] + box[2] > 1.1 * width or box[1] + box[3] > 1.1 * height
+
+
+def warn_of_overhang(count: int, total: int, path: Path) -> None:
+    """Warn where more than a tenth of a file's boxes do so."""
+    if count > total / 10:
+        told = "%s: %s of %s reach far beyond their images: COCO's are x, y, width, height, not x0, y0, x1, y1"
+        log.warning(told, path, f"{count:,}", many(total, "box"))
 
 
 def number_of(identity: Any) -> int | None:
@@ -219,9 +240,26 @@ def _names(entry: Mapping[str, Any], url_first: bool = False) -> list[str]:
     named = []
     if isinstance(name, str) and name and "://" not in name:
         on_disk = name.partition("?d=")[2].partition("&")[0]  # of Label Studio's server
-        named.append(unquote(on_disk).lstrip("/") if on_disk else name.replace("\\", "/"))
+        name = unquote(on_disk).lstrip("/") if on_disk else name.replace("\\", "/")
+        named.append(str(PurePosixPath(name)) if "./" in name or "//" in name else name)
     address = ["/".join(ends)] if ends else []
     return [*address, *named] if url_first else [*named, *address]
+
+
+def _lasts(entry: Mapping[str, Any]) -> list[str]:
+    """What the names of an entry end in, and what its image was called before Roboflow made a copy."""
+    lasts = [name.rpartition("/")[2] for name in _names(entry)]
+    return [*lasts, *filter(None, (_original(entry, last) for last in lasts))]
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """A name as it is, with its suffix in other letters, without escapes, and with accents composed or not."""
+    stem, suffix = os.path.splitext(name)
+    yield from (name, stem + suffix.lower(), stem + suffix.upper())
+    if "%" in name:
+        yield unquote(name)
+    if not name.isascii():
+        yield from (normalize("NFC", name), normalize("NFD", name))
 
 
 class ImageFinder:
@@ -229,8 +267,9 @@ class ImageFinder:
 
     It is the file below the folder whose whole path ends in the entry's ``file_name``: ``images/1.jpg`` is found in a
     folder that holds ``images``, and in ``images`` itself; ``/`` or ``\`` part folders, and the suffix may be in other
-    letters (``1.JPG``). Where no such file is there, that which the ``coco_url`` ends in, with the last of its folders
-    or, if the file has one image of the name, without.
+    letters (``1.JPG``). Where no such file is there, that which the ``coco_url`` ends in, with the last of its folders;
+    else, if only one entry has a name or address that ends so, the file of that last part (``1.jpg``), also as it was
+    before Roboflow made a copy (``1_jpg.rf.HASH.jpg``).
 
     Args:
         entries: All of the file.
@@ -250,23 +289,24 @@ class ImageFinder:
         Raises:
             Fault: The entry has no name, or one that leaves the folder.
         """
-        names = _names(entry, self._url_first) or [""]
+        names = _names(entry, self._url_first)
+        if not names:
+            raise Fault("image outside the folder", "expected a file_name or coco_url below it, got neither")
         if self._folder is None:
             return image_name(names[0])
         for candidate in self._candidates(entry, names):
-            stem, suffix = os.path.splitext(candidate)
-            for path in (candidate, stem + suffix.lower(), stem + suffix.upper()):
-                if os.path.isfile(f"{self._folder}/{path}") and is_unicode(path) and is_below(path):
+            for path in _spellings(candidate):
+                if is_unicode(path) and is_below(path) and os.path.isfile(f"{self._folder}/{path}"):
                     return path
         return list(self._below(image_name(names[0])))[-1]
 
     def _candidates(self, entry: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
         for name in names:
             yield from self._below(name)
-        if self._alike is None:
-            self._alike = Counter(ends[-1] for ends in {tuple(_ends(each)) for each in self._entries} if ends)
-        if (ends := _ends(entry)) and self._alike[ends[-1]] == 1:
-            yield ends[-1]
+        if self._alike is None:  # by how many images a last part is borne
+            images = {tuple(_names(each)): each for each in self._entries}
+            self._alike = Counter(last for each in images.values() for last in set(_lasts(each)))
+        yield from (last for last in _lasts(entry) if self._alike[last] == 1)
 
     def _below(self, name: str) -> Iterator[str]:
         """A name as it is, and without the folders that the images' folder ends in."""
@@ -277,29 +317,26 @@ class ImageFinder:
                 yield "/".join(parts[count:])
 
 
-def entry_of(images: Sequence[Any], image: str | Path, file: str) -> Mapping[str, Any]:
+def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) -> Mapping[str, Any]:
     """The entry of an image among those of an instances file: the inverse of :class:`ImageFinder`.
 
-    It is the one whose name shares the most of the image's path from its end, at least the last part; a copy that
-    Roboflow renamed (``1_jpg.rf.HASH.jpg``) is that of ``1.jpg`` if there is but one.
+    It is the one whose name, or else address, shares the most of the image's path from its end, at least the last
+    part; a copy that Roboflow renamed (``1_jpg.rf.HASH.jpg``) is that of ``1.jpg`` if there is but one.
 
     Raises:
         DataError: None is called so, or several are; the message calls the file ``file``.
     """
     path = PurePosixPath(Path(image).absolute().as_posix())
-    found: dict[tuple[bool, int, bool, bool], list[Mapping[str, Any]]] = {}
+    found: dict[tuple[bool, bool, int, bool, bool], list[Mapping[str, Any]]] = {}
     for entry in images:
-        # A look at the text first: there may be a hundred thousand.
-        names = _names(entry) if isinstance(entry, Mapping) and path.stem in unquote(str(entry)) else []
-        if not names:
-            continue
-        own = PurePosixPath(names[0])
-        same = own.stem == path.stem and own.suffix.lower() == path.suffix.lower()
-        if same or _original(entry, own.name) == path.name:
-            pairs = zip(reversed(own.parent.parts), reversed(path.parent.parts), strict=False)
-            shared = next((k for k, (a, b) in enumerate(pairs) if a != b), len(own.parent.parts))
-            whole_name = shared == len(own.parent.parts)
-            found.setdefault((same, shared, whole_name, own.name == path.name), []).append(entry)
+        for k, name in enumerate(_names(entry)):
+            own = PurePosixPath(name)
+            same = path.name in _spellings(own.name)
+            if same or _original(entry, own.name) == path.name:
+                pairs = zip(reversed(own.parent.parts), reversed(path.parent.parts), strict=False)
+                shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(own.parent.parts))
+                whole_name = shared == len(own.parent.parts)
+                found.setdefault((same, k == 0, shared, whole_name, own.name == path.name), []).append(entry)
     best = found[max(found)] if found else []
     if len({str(entry.get("id")) for entry in best}) != 1:
         listed = ", ".join(_names(entry)[0] for entry in best[:4])
@@ -313,7 +350,7 @@ def _original(entry: Mapping[str, Any], name: str) -> str:
     extra = entry.get("extra")
     if isinstance(extra, Mapping) and isinstance(extra.get("name"), str):
         return PurePosixPath(extra["name"]).name
-    copied = re.fullmatch(r"(.+?)(?:_(\w{3,4}))?\.rf\.\w+\.(\w+)", name)
+    copied = re.fullmatch(r"(.+?)(?:_(\w{3,4}))?\.rf\.\w+\.(\w+)", name) if ".rf." in name else None
     return f"{copied[1]}.{copied[2] or copied[3]}" if copied else ""
 
 
@@ -440,7 +477,7 @@ class InstancesFile:
         if number in self._entries or number in self._known:
             raise Fault("duplicate id", f"expected each image once, got {self.name_of(number)} again")
         if self._wanted is None or number in self._wanted:
-            needed = ("width", "height", "file_name", "coco_url", *_LVIS)
+            needed = ("width", "height", "file_name", "coco_url", "extra", *_LVIS)
             self._entries[number] = {key: entry[key] for key in needed if key in entry}
 
     def _read_annotation(self, entry: Any, place: int) -> None:
@@ -524,10 +561,7 @@ class InstancesFile:
 
     def _frame(self, entry: Mapping[str, Any], finder: ImageFinder) -> tuple[int, int, str]:
         """Width, height and path of an image; Fault where it cannot be used."""
-        given = entry.get("width"), entry.get("height")
-        width, height = map(whole, given)
-        if given != (None, None) and not (width and height and max(width, height) < 1 << 31):
-            raise Fault("image without size", f"expected width and height, got {short(given)}")
+        width, height = stated_size(entry) or (None, None)
         path = finder.find(entry)
         file = None if self._folder is None else f"{self._folder}/{path}"
         if file is not None and self._check == "size":
@@ -545,6 +579,7 @@ class InstancesFile:
         places = {number: place for place, number in enumerate(self.images.tolist())}
         sizes = list(zip(self.widths.tolist(), self.heights.tolist(), strict=True))
         seen: set[int] = set()
+        overhung = 0
         self.faulty: set[int] = set()
         self.groups: list[tuple[int, int, list[float], float]] = []
         ids, found_places, categories, boxes = array("q"), array("q"), array("q"), array("d")
@@ -570,11 +605,17 @@ class InstancesFile:
                     raise Fault("unknown category", f"expected a category of the file, got {self.name_of(given)}")
                 if boxless and not fits:
                     raise Fault("RLE of another size", "expected the size of its image, or a bbox")
-                box = clipped_box(bbox, width, height)
+                try:
+                    box = annotated_box(bbox, width, height)
+                except Fault:  # a mask alone is asked about, and has a box of its own
+                    if self._shapes != "mask" or not fits or (around := mask.bounds()) is None:
+                        raise
+                    box = annotated_box(around, width, height)
             except Fault as fault:
                 self._leave_out(number, fault)
                 self.faulty.update([number] if place >= 0 else [])
                 continue
+            overhung += overhangs(bbox, width, height)
             if crowd and self._crowds == "leave out":
                 self._leave_out(number, Fault(CROWD, "expected one object, got a group; --crowds takes it"))
                 self.groups.append((image, category, list(bbox), area))
@@ -590,6 +631,7 @@ class InstancesFile:
             areas.append(area)
             crowds.append(crowd and self._crowds == "keep")
             masks.append(mask)
+        warn_of_overhang(overhung, len(ids), self.path)
         if self._shapes != "box":
             self._check_masks(ids, masks, [sizes[place] for place in found_places])
         order = np.lexsort((np.array(ids, np.int64), np.array(found_places, np.int64)))
@@ -641,6 +683,7 @@ def _clear_polygons(drawn: "Sequence[tuple[Sequence[array[float]], tuple[int, in
         polygons = shapely.polygons(shapely.linearrings(np.concatenate(first), indices=owners))
         bounds, limits = shapely.bounds(polygons), np.array([drawn[k][1] for k in chosen])
         inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2:] <= limits).all(axis=1)
+        inside &= (bounds[:, 2:] > 1).any(axis=1)  # else it looks normalized
         clear[chosen] = inside & (shapely.area(polygons) >= 2 * MIN_AREA) & shapely.is_valid(polygons)
     return clear
 

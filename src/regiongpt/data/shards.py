@@ -388,7 +388,7 @@ def require_data_extra() -> None:
 
 def many(count: int, noun: str) -> str:
     """A number with its noun: ``1 record``, ``2,000 records``, ``3 classes``."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith(("s", "x")) else "s")
 
 
 def counted(kinds: Mapping[str, int]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Self, TypeGuard
@@ -28,8 +28,8 @@ def whole(value: Any) -> int | None:
     """A whole number from 0 on, also written as ``384.0`` or ``"384"``; None for anything else."""
     if type(value) is float and value.is_integer():
         value = int(value)
-    elif isinstance(value, str) and value.isdecimal() and len(value) < 20:
-        value = int(value) if str(int(value)) == value else value
+    elif isinstance(value, str) and (digits := value.removesuffix(".0")).isdecimal() and len(digits) < 20:
+        value = int(digits) if str(int(digits)) == digits else value
     return value if is_whole(value) else None
 
 
@@ -66,6 +66,17 @@ def clipped_box(box: Sequence[Any], width: int, height: int) -> Corners:
         within = f"{MIN_AREA} px^2 within {width} x {height} pixels (W x H)"
         raise Fault("box outside the image", f"expected at least {within}, got {short(box)} (x, y, w, h)")
     return x0, y0, x1, y1
+
+
+def stated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The ``width`` and ``height`` of an image's entry in pixels, None without any; Fault for what is no size."""
+    given = entry.get("width"), entry.get("height")
+    if given == (None, None):
+        return None
+    width, height = map(whole, given)
+    if not (width and height and max(width, height) < 1 << 31):
+        raise Fault("image without size", f"expected width and height, got {short(given)}")
+    return width, height
 
 
 def plain_text(value: Any, what: str) -> str:

@@ -6,11 +6,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, NamedTuple
 
+from regiongpt.data.shards import many
 from regiongpt.data.values import is_box, is_number
 from regiongpt.errors import DataError, short
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 from regiongpt.evaluate.metrics.labels import folded
-from regiongpt.evaluate.task import Answer, Item, Task, counted, listed
+from regiongpt.evaluate.task import Answer, Item, Task, listed
 from regiongpt.prompts import region_answer
 from regiongpt.settings import nearest
 from regiongpt.storage import reason
@@ -108,9 +109,9 @@ def read_predictions(
                 raise DataError(f"{path}: {told}; give it in all or in none, or add --missing wrong")
             report.append(f"{told}; they count as wrong where {kind!r} is scored")
     if strangers:
-        report.append(f"{counted(len(strangers), 'prediction')} for no item left out ({listed(strangers, _SHOWN)})")
+        report.append(f"{many(len(strangers), 'prediction')} for no item left out ({listed(strangers, _SHOWN)})")
     if repeated:
-        report.append(f"{counted(len(repeated), 'prediction')} given more than once ({listed(repeated, _SHOWN)})")
+        report.append(f"{many(len(repeated), 'prediction')} given more than once ({listed(repeated, _SHOWN)})")
     return Predictions(answers, tuple(report))
 
 

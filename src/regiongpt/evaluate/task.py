@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from regiongpt.data.shards import Rejects
+from regiongpt.data.shards import Rejects, many
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, interval, mean_statistic
 from regiongpt.evaluate.metrics.detection import PrecisionStatistic
@@ -283,7 +283,7 @@ class Task(Settings, ABC):
             scores |= {f"{protocol}.{name}": each for name, each in scored.scores.items()}
         notes = []
         if missing := [item.id for item in items if item.id not in answers]:
-            count = f"{len(missing)} of {counted(len(items), 'item')} {'has' if len(missing) == 1 else 'have'}"
+            count = f"{len(missing)} of {many(len(items), 'item')} {'has' if len(missing) == 1 else 'have'}"
             notes.append(f"{count} no answer and count as wrong ({self.item_id}s {listed(missing)})")
         if self.left_out.counts:
             notes.append(f"annotations not asked about: {self.left_out.listed()}")
@@ -360,12 +360,6 @@ def mean_figure(items: Sequence[Item], scores: Sequence[float], places: Sequence
     """The mean score of the items at some places, without an interval."""
     statistic = mean_statistic([items[k].image_id for k in places], [scores[k] for k in places])
     return figure(statistic, len(places), 0, 0)
-
-
-def counted(number: int, noun: str) -> str:
-    """``"1 class"``, ``"2 classes"``, ``"1,000 images"``."""
-    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
-    return f"{number:,} {noun}{ending}"
 
 
 def listed(values: Sequence[object], most: int = 10) -> str:

@@ -1,5 +1,6 @@
 """Regions that nobody marked: proposals of a detector in a file, and a grid of points."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from regiongpt.data.instances import Annotation, crowd_hint, entry_of, number_of, read_annotation, read_score
-from regiongpt.data.shards import CROWD, Fault, Rejects
-from regiongpt.data.values import MALFORMED, clipped_box, whole
+from regiongpt.data.instances import (
+    Annotation,
+    annotated_box,
+    crowd_hint,
+    entry_of,
+    number_of,
+    overhangs,
+    read_annotation,
+    read_box,
+    read_score,
+    warn_of_overhang,
+)
+from regiongpt.data.shards import CROWD, Fault, Rejects, many
+from regiongpt.data.values import MALFORMED, stated_size
 from regiongpt.errors import ConfigError, DataError, RegionError, short
+from regiongpt.images import SUFFIXES
 from regiongpt.regions import KINDS, Region
 from regiongpt.storage import read_json, reason
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +77,30 @@ def read_proposals(
     """
     file = Path(path)
     rejects = Rejects() if rejects is None else rejects
-    found, reasons = [], []
+    found, reasons, spoilt, overhung = [], [], [], []
     try:
         stamp = file.stat()
     except OSError as error:
         raise DataError(f"{path}: not a readable JSON file: {reason(error)}") from None
     opened = _read(file, (stamp.st_mtime_ns, stamp.st_size))
-    for index, entry in _of_image(opened, image, image_id, (width, height)):
+    entries = _of_image(opened, image, image_id, (width, height))
+    if entries is not opened.entries:
+        for index, entry in opened.homeless:
+            rejects.add(MALFORMED, file, index, f"expected an image_id, got {short(entry)}")
+    for index, entry in entries:
         place = f"{file.name}[{index}]"
         try:
-            found.append(_proposal(entry, place, width, height, crowds))
+            proposal, passed_over = _proposal(entry, place, width, height, crowds)
+            found.append(proposal)
+            box = read_box(entry.get("bbox"))
+            overhung.append(box is not None and overhangs(box, width, height))
+            spoilt += [f"{place}: {passed_over}"] if passed_over else []
         except Fault as fault:
             reasons.append(f"{place}: {fault.reason}")
             rejects.add(fault.kind, file, index, fault.reason)
+    warn_of_overhang(sum(overhung), len(found), file)
+    if spoilt:
+        log.warning("%s cannot be used, the box is taken: %s", many(len(spoilt), "mask"), spoilt[0])
     if not found:
         why = f"no region can be used: {reasons[0]}{crowd_hint(rejects)}" if reasons else "an empty list of regions"
         raise DataError(f"{file.name}: {why}")
@@ -150,6 +176,7 @@ class _File(NamedTuple):
     path: Path
     entries: list[tuple[int, Any]]
     by_image: dict[int, list[tuple[int, Any]]]
+    homeless: list[tuple[int, Any]]  # without an image_id
     images: list[Mapping[str, Any]]
     about: str
 
@@ -164,13 +191,17 @@ def _read(path: Path, stamp: tuple[int, int]) -> _File:
             f"{path}: expected a list of regions, or an object with one as regions or annotations, got {short(data)}"
         )
     by_image: dict[int, list[tuple[int, Any]]] = {}
+    homeless: list[tuple[int, Any]] = []
     for place, entry in enumerate(listed):
         number = number_of(entry.get("image_id")) if isinstance(entry, dict) else None
-        if number is not None:
-            by_image.setdefault(number, []).append((place, entry))
+        (homeless if number is None else by_image.setdefault(number, [])).append((place, entry))
     images, about = content.get("images"), content.get("image")
     images = [each for each in images if isinstance(each, dict)] if isinstance(images, list) else []
-    return _File(path, list(enumerate(listed)), by_image, images, about if isinstance(about, str) else "")
+    about = about if isinstance(about, str) else ""
+    if not about and len(by_image) == 1:  # some results have the name of the image for its id
+        only = next(iter(by_image.values()))[0][1]["image_id"]
+        about = only if isinstance(only, str) and only.lower().endswith(SUFFIXES) else ""
+    return _File(path, list(enumerate(listed)), by_image, homeless, images, about.replace("\\", "/"))
 
 
 def _of_image(
@@ -186,15 +217,17 @@ def _of_image(
         image_id = _guess(file, image)
     wanted = number_of(image_id)
     for entry in file.images:
-        stated = whole(entry.get("width")), whole(entry.get("height"))
-        if number_of(entry.get("id")) == wanted and None not in stated and stated != size:
-            raise DataError(
-                f"{name}: image of another size: expected {stated[0]} x {stated[1]} pixels (W x H) as annotated, "
-                f"got {size[0]} x {size[1]}"
-            )
+        if number_of(entry.get("id")) == wanted:
+            try:
+                stated = stated_size(entry) or size
+            except Fault as fault:
+                raise DataError(f"{name}: image {image_id}: {fault.kind}: {fault}") from None
+            if stated != size:
+                expected = f"expected {stated[0]} x {stated[1]} pixels (W x H) as annotated"
+                raise DataError(f"{name}: image of another size: {expected}, got {size[0]} x {size[1]}")
     if wanted not in file.by_image:
         known = [str(entries[0][1]["image_id"]) for entries in islice(file.by_image.values(), 5)]
-        raise DataError(f"{file.path}: no regions of image_id {image_id}, only of {', '.join(known) or 'none at all'}")
+        raise DataError(f"{file.path}: no regions of image_id {image_id}, only of {', '.join(known) or 'no image'}")
     return file.by_image[wanted]
 
 
@@ -205,43 +238,49 @@ def _guess(file: _File, image: str | Path | None) -> Any:
         return entry_of(file.images, image, file.path.name).get("id")
     if len(file.images) == 1:
         return file.images[0].get("id")
-    # Results name no images, but those of COCO's are called by their numbers.
-    digits = re.search(r"(\d+)$", PurePath(image).stem) if image is not None else None
-    if digits and int(digits[1]) in file.by_image:
-        return int(digits[1])
+    # Results name no images, but some have the names for ids, and COCO's images are called by their numbers.
+    own = PurePath(image if image is not None else "")
+    digits = re.search(r"(\d+)$", own.stem)
+    for identity in (own.name, own.stem, int(digits[1]) if digits else None):
+        if number_of(identity) in file.by_image:
+            return identity
     raise DataError(
         f"{file.path}: which of the {max(len(file.by_image), len(file.images))} images is "
         f"{PurePath(image).name if image is not None else 'meant'}? give --image-id"
     )
 
 
-def _proposal(entry: Any, place: str, width: int, height: int, crowds: bool) -> Proposal:
+def _proposal(entry: Any, place: str, width: int, height: int, crowds: bool) -> tuple[Proposal, str]:
+    """The proposal of an entry, and what is wrong with the mask where the box beside it was taken."""
     row, score = read_annotation(entry), read_score(entry)
     if row.crowd and not crowds:
         raise Fault(CROWD, "expected one object, got a group; --crowds takes it")
     try:
-        return Proposal(region=_region(entry, row, width, height).check(width, height), score=score, place=place)
+        region, passed_over = _region(entry, row, width, height)
+        return Proposal(region=region.check(width, height), score=score, place=place), passed_over
     except RegionError as error:
         raise Fault("region that makes no sense", str(error)) from None
 
 
-def _region(entry: dict[str, Any], row: Annotation, width: int, height: int) -> Region:
+def _region(entry: dict[str, Any], row: Annotation, width: int, height: int) -> tuple[Region, str]:
     own = entry.get("region", {key: entry[key] for key in (*KINDS, "radius", "width") if key in entry})
     if isinstance(own, dict) and own.keys() & set(KINDS):
         # A width beside anything but a scribble is the image's.
-        return Region.from_dict({key: own[key] for key in own if key != "width" or "scribble" in own})
+        return Region.from_dict({key: own[key] for key in own if key != "width" or "scribble" in own}), ""
     if row.mask.rle is not None and row.mask.rle.get("size") != [height, width]:
         got = f"{width} x {height} pixels, got {short(row.mask.rle.get('size'))}"
         raise Fault("RLE of another size", f"expected the size {[height, width]} (H, W) of the image, {got}")
+    wrong = row.mask.faults[0].reason if row.mask.faults else ""
     try:
         if (region := row.mask.region()) is not None:
-            return region.check(width, height)
-    except RegionError:
+            return region.check(width, height), ""
+    except RegionError as error:
         if row.box is None or row.boxless:
             raise
+        wrong = str(error)
     if row.box is not None:
-        clipped_box(row.box, width, height)
-        return Region.from_xywh(*row.box)
+        annotated_box(row.box, width, height)
+        return Region.from_xywh(*row.box), wrong
     if row.mask.faults:
         raise row.mask.faults[0]
     wanted = f"a bbox [x, y, width, height] in numbers, a segmentation or one of {', '.join(KINDS)}"

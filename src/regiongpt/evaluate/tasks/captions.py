@@ -11,14 +11,14 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from regiongpt.data.reading import iter_array
-from regiongpt.data.shards import Rejects
+from regiongpt.data.shards import Rejects, many
 from regiongpt.data.values import is_whole
 from regiongpt.data.visual_genome import VisualGenomeConverter
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.captions import METRICS, caption_scores
 from regiongpt.evaluate.metrics.java import find_java, find_spice, scored_words
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, counted
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogTask, each_expression
 from regiongpt.evaluate.tasks.scoring import box_area, find, given, images_of, size_name
 from regiongpt.prompts import question
@@ -135,7 +135,7 @@ class CaptionTask(Task):
         return Measured(
             protocols={PROTOCOL: scored},
             pinned={**self.pinned(), "tokenizer": words, **{f"scorer {name}": SCORERS[name] for name in metrics}},
-            notes=[f"{counted(empty, 'caption')} without a word, of the score 0"] if empty else [],
+            notes=[f"{many(empty, 'caption')} without a word, of the score 0"] if empty else [],
         )
 
 

@@ -17,12 +17,13 @@ from pydantic import Field
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.facts import View, colours_of
 from regiongpt.data.sampling import LOCATED_AMONG, dev_questions
+from regiongpt.data.shards import many
 from regiongpt.data.values import known_size
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import mean_statistic
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, counted
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task
 from regiongpt.evaluate.tasks.proposals import candidates_of, read_proposals
 from regiongpt.evaluate.tasks.refcocog_files import RefCocogTask, each_expression
 from regiongpt.evaluate.tasks.scoring import box_area, find, given, images_of, size_name
@@ -196,7 +197,7 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
             protocols[f"{protocol}, {BARE}"] = replace(bare, statistics=statistics)
         candidates = sum(len(item.regions) for item in items) / len(items)
         note = (
-            f"{sum(injected)} of {counted(len(items), 'question')} had no candidate with an overlap of {ENOUGH}; "
+            f"{sum(injected)} of {many(len(items), 'question')} had no candidate with an overlap of {ENOUGH}; "
             f"{candidates:.1f} candidates a question on average"
         )
         these = f"at most {self.top} an image" if self.top else "all"

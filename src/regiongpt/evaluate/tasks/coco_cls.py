@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final, Literal
 import numpy as np
 
 from regiongpt.data.instances import InstancesFile, crowd_hint
+from regiongpt.data.shards import many
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
 from regiongpt.evaluate.metrics.detection import FREQUENCIES, DetectionScores, Federated, detection_scores
@@ -26,7 +27,6 @@ from regiongpt.evaluate.task import (
     Scored,
     Table,
     by_group,
-    counted,
     listed,
     mean_figure,
 )
@@ -216,7 +216,7 @@ class CocoClassification(InstancesTask):
         forgiven = [reading for reading in readings if reading and reading.by not in ("", "as it stands")]
         kinds = {"case": "letters' case", "plural": "the plural", "synonym": "a synonym"}
         for (by, taken), count in sorted(Counter((each.by, each.name is not None) for each in forgiven).items()):
-            what, answers = kinds.get(by, "letters' case and the plural"), counted(count, "answer")
+            what, answers = kinds.get(by, "letters' case and the plural"), many(count, "answer")
             if taken:
                 notes.append(f"{answers} taken for a name that differs by {what} (--synonyms)")
             else:
@@ -224,13 +224,13 @@ class CocoClassification(InstancesTask):
         unsure = [item.id for item, text, p in zip(items, texts, sure, strict=True) if text is not None and p is None]
         if 0 < len(unsure) < sum(text is not None for text in texts):
             notes.append(
-                f"{PROBABLE!r} is not measured: {counted(len(unsure), 'answer')} without a probability "
+                f"{PROBABLE!r} is not measured: {many(len(unsure), 'answer')} without a probability "
                 f"({self.item_id}s {listed(unsure)})"
             )
         off = Counter(text for text, reading in zip(texts, readings, strict=True) if reading and reading.name is None)
         if off:
             most = [f"{text!r} ({count})" for text, count in off.most_common(5)]
-            notes.append(f"{counted(off.total(), 'answer')} off the list, most often {', '.join(most)}")
+            notes.append(f"{many(off.total(), 'answer')} off the list, most often {', '.join(most)}")
         return notes
 
 

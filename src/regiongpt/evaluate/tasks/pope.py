@@ -14,12 +14,12 @@ from pydantic import Field
 
 from regiongpt.data.instances import InstancesFile
 from regiongpt.data.reading import iter_lines
-from regiongpt.data.shards import Fault, Rejects
+from regiongpt.data.shards import Fault, Rejects, many
 from regiongpt.data.values import image_name, plain_text
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
 from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored, counted
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored
 from regiongpt.evaluate.tasks.scoring import InstancesTask, given, images_of
 from regiongpt.prompts import indefinite
 
@@ -142,7 +142,7 @@ class Pope(InstancesTask):
         asked = {number for those in built.values() for number, _ in those}
         for number in classes.keys() - asked:
             few = len(set(classes[number])) <= self.pairs
-            kind = f"image of {counted(self.pairs, 'class')} or fewer" if few else "image not drawn"
+            kind = f"image of {many(self.pairs, 'class')} or fewer" if few else "image not drawn"
             self.left_out.add(kind, file.path, number, "not asked about")
         return built
 
@@ -179,7 +179,7 @@ class Pope(InstancesTask):
                     scores={"accuracy": right},
                 )
         source = ", ".join(path.name for path in self._published().values())
-        rule = f"built by POPE's rules from {self.split}, {counted(self.pairs, 'pair')} an image, seed {self.seed}"
+        rule = f"built by POPE's rules from {self.split}, {many(self.pairs, 'pair')} an image, seed {self.seed}"
         return Measured(
             protocols=protocols,
             pinned={
@@ -280,8 +280,8 @@ def build_questions(
     usable = [number for number, those in there.items() if len(those) > pairs and len(often) - len(those) >= pairs]
     if not usable:
         raise DataError(
-            f"no image has more than {counted(pairs, 'class')} and lacks {pairs} others, among "
-            f"{counted(len(there), 'image')} of {counted(len(often), 'class')}; give other annotations or fewer --pairs"
+            f"no image has more than {many(pairs, 'class')} and lacks {pairs} others, among "
+            f"{many(len(there), 'image')} of {many(len(often), 'class')}; give other annotations or fewer --pairs"
         )
     drawn = np.random.default_rng((seed, 0)).permutation(len(usable))[:images]
     found = []

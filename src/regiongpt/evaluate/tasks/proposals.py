@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from regiongpt.data.instances import read_annotation, read_score
+from regiongpt.data.instances import annotated_box, read_annotation, read_score
 from regiongpt.data.reading import iter_array
 from regiongpt.data.shards import Fault, Rejects, many
-from regiongpt.data.values import MALFORMED, clipped_box
+from regiongpt.data.values import MALFORMED
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 
@@ -56,7 +56,7 @@ def read_proposals(
                     wanted = "expected image_id, and a bbox of four numbers or a segmentation"
                     raise Fault(MALFORMED, f"{wanted}, got {short(entry)}")
                 if row.image in images:
-                    box = clipped_box(row.box, *(size(row.image) or (_ENDLESS, _ENDLESS)))
+                    box = annotated_box(row.box, *(size(row.image) or (_ENDLESS, _ENDLESS)))
                     found.setdefault(row.image, []).append((read_score(entry), box))
             except Fault as error:
                 fault = fault or f"[{place}]: {error}"
