@@ -30,13 +30,15 @@ def thing(number: int, name: str, **more: object) -> dict:
     return {"object_id": number, "names": [name], "synsets": [], "merged_object_ids": [], **box, **more}
 
 
+def size(number: int, **more: object) -> dict:
+    url = f"https://a.b/c/VG_100K_2/{number}.jpg"
+    return {"image_id": number, "width": WIDTH, "height": HEIGHT, "url": url, **more}
+
+
 def write(folder: Path, described: list, sizes: list | None = None, **others: list) -> VisualGenomeConverter:
     if sizes is None:
         numbers = sorted({entry["id"] for entry in described if isinstance(entry, dict) and "id" in entry})
-        sizes = [
-            {"image_id": k, "width": WIDTH, "height": HEIGHT, "url": f"https://a.b/c/VG_100K_2/{k}.jpg"}
-            for k in numbers
-        ]
+        sizes = list(map(size, numbers))
     pictures = folder / "images" / "VG_100K_2"
     pictures.mkdir(parents=True, exist_ok=True)
     for entry in sizes:
@@ -139,20 +141,10 @@ def test_objects_and_relations(tmp_path):
 
 def test_what_is_left_out(tmp_path):
     bad = [
-        region(1, 1),
-        region(1, 1),
-        region(2, 1, ""),
-        region(3, 1, None),
-        region(4, 1, x=500),
-        region(5, 1, width=0),
-        region(6, 1, height=float("nan")),
-        region(7, 1, x="3"),
-        region(8, 5),
-        region(9, 1, "see <region1>"),
-        region(10, 1, "half \ud800"),
-        "region",
-        {"phrase": "no id"},
-    ]
+        region(1, 1), region(1, 1), region(2, 1, ""), region(3, 1, None), region(4, 1, x=500), region(5, 1, width=0),
+        region(6, 1, height=float("nan")), region(7, 1, x="3"), region(8, 5), region(9, 1, "see <region1>"),
+        region(10, 1, "half \ud800"), "region", {"phrase": "no id"},
+    ]  # fmt: skip
     made = write(tmp_path, [{"id": 1, "regions": bad}, {"id": 1, "regions": []}, {"regions": []}, {"id": 2}])
     records, rejects = run(made)
     assert [len(record.turns) for record in records] == [1]
@@ -173,14 +165,9 @@ def test_what_is_left_out(tmp_path):
 
 def test_faults_of_images(tmp_path):
     sizes = [
-        {"image_id": 1, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/VG_100K/1.jpg"},
-        {"image_id": 2, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/VG_100K_2/2.jpg"},
-        {"image_id": 2, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/VG_100K_2/2.jpg"},
-        {"image_id": 3, "width": WIDTH, "height": HEIGHT + 1, "url": "https://a.b/VG_100K_2/3.jpg"},
-        {"image_id": 4, "width": 0, "height": HEIGHT, "url": "https://a.b/VG_100K_2/4.jpg"},
-        {"image_id": 6, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/../6.jpg"},
-        {"image_id": 7, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/VG_100K_2/7.jpg"},
-    ]
+        size(1, url="https://a.b/VG_100K/1.jpg"), size(2), size(2), size(3, height=HEIGHT + 1), size(4, width=0),
+        size(6, url="https://a.b/../6.jpg"), size(7),
+    ]  # fmt: skip
     made = write(tmp_path, [{"id": k, "regions": [region(k, k)]} for k in (1, 2, 3, 5, 7)], sizes)
     (tmp_path / "images" / "VG_100K_2" / "7.jpg").write_bytes(b"nothing")
     records, rejects = run(made)
@@ -199,8 +186,7 @@ def test_faults_of_images(tmp_path):
 
 
 def test_files_that_do_not_belong_together(tmp_path):
-    sizes = [{"image_id": 9, "width": WIDTH, "height": HEIGHT, "url": "https://a.b/VG_100K_2/9.jpg"}]
-    made = write(tmp_path, [{"id": 1, "regions": [region(1, 1)]}], sizes)
+    made = write(tmp_path, [{"id": 1, "regions": [region(1, 1)]}], [size(9)])
     with pytest.raises(DataError, match=r"none of its images is in .*; give two files of one release"):
         run(made)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from regiongpt import cli
 from regiongpt.data import inspection
-from regiongpt.data.inspection import as_text, plot, statistics, table_rows
+from regiongpt.data.inspection import plot, statistics, table_rows
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import MANIFEST, RecordSet, Rejects, file_identity, schema, write_records
 from regiongpt.errors import CheckpointError, ConfigError, DataError
@@ -150,31 +150,15 @@ def test_the_table_is_like_the_papers(folder: Path, run):
     assert re.search(r"^locate +1 +1 +2 +4.00$", out, re.MULTILINE)
 
 
-def test_many_categories_are_summed_up():
-    regions = [region(Region.box(0, 0, 9, 9), f"kind {k:02d}") for k in range(1, 31) for _ in range(k)]
-    text = as_text(count(record("many", regions, [classify(1, "x")])))
-    assert "kind 30" in text
-    assert "kind 10" not in text
-    assert "of 30: the rarest 1, half of them up to 16" in text
-
-
-@pytest.mark.parametrize("name", ["plot.png", "plot.svg"])
-def test_the_plot(folder: Path, tmp_path: Path, run, name: str):
-    path = tmp_path / name
-    code, out, _ = run(folder, "--plot", path)
+def test_the_plot(folder: Path, tmp_path: Path, run):
+    code, out, _ = run(folder, "--plot", tmp_path / "plot.png")
     assert code == 0
-    assert str(path) in out
-    if path.suffix == ".png":
-        with Image.open(path) as picture:
-            assert min(picture.size) > 700
-            assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 20
-    else:
-        assert "<svg" in path.read_text()
-
-
-def test_a_plot_of_records_without_regions(tmp_path: Path):
-    plot(count(RECORDS[3]), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert "plot.png" in out
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert min(picture.size) > 700
+        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 20
+    plot(count(RECORDS[3]), tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
     with pytest.raises(ConfigError, match=r"plot\.xyz"):
         plot(count(RECORDS[3]), tmp_path / "plot.xyz")
 
@@ -191,34 +175,17 @@ def put(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "region outside": ({"regions": [region(Region.box(900, 0, 990, 9)), DOG]}, "region that makes no sense"),
-    "mask of another size": (
-        {"regions": [region(Region.rle({"size": [9, 9], "counts": [40, 9, 32]})), DOG]},
-        "region that makes no sense",
-    ),
     "too few regions": ({"regions": [CAT]}, "region that makes no sense"),
     "malformed placeholder": (
         {"turns": [Turn(task="chat", question="What is <regionx>?", answer="A cat.")]},
         "region that makes no sense",
     ),
-    "placeholder in the answer": (
-        {"turns": [Turn(task="chat", question="Which?", answer="<region3>")]},
-        "region that makes no sense",
-    ),
     "no answer": ({"turns": [classify(1, " ")]}, "record without a lesson"),
     "no expression": ({"turns": [Turn(task="locate", answer="Region [1]", regions=(1, 2))]}, "record without a lesson"),
-    "unknown task": ({"turns": [Turn(task="dance", answer="x")]}, "record without a lesson"),
-    "no turns": ({"turns": []}, "record without a lesson"),
-    "no image for the regions": ({"image": "", "width": 0, "height": 0}, "record without a lesson"),
     "missing image": ({"image": "none.png"}, "image file missing"),
     "unreadable image": ({"image": "torn.png"}, "record without a lesson"),
     "image of another size": ({"height": 99}, "image of another size"),
 }
-
-
-def test_good_records_have_no_fault(folder: Path, run):
-    code, out, err = run(folder, "--check")
-    assert (code, err) == (0, "")
-    assert out == "4 records checked: every one can be taught\n"
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -425,20 +392,14 @@ def test_the_gallery_shows_faulty_records_with_the_reason(images: Path, tmp_path
     [
         (["--picture", "x.png"], ["--picture", "--record"]),
         (["--count", "3"], ["--count", "--html"]),
-        (["--count", "0", "--html", "x.html"], ["--count: "]),
         (["--count", "3", "--html", "x.html", "--record", "0"], ["--count", "--record"]),
-        (["--seed", "1"], ["--seed", "--record"]),
         (["--epoch", "1", "--check"], ["--epoch", "--record"]),
-        (["--epoch", "-1", "--record", "0"], ["--epoch", "-1"]),
-        (["--model", "nano"], ["--model", "--check"]),
         (["--images", "."], ["--images", "--check"]),
         (["--record", "99"], ["from 0 to 3", "99"]),
-        (["--record", "hand/none"], ["hand/none"]),
         (["--record", "hand/text", "--picture", "x.png"], ["hand/text", "text alone"]),
         (["--record", "0", "--picture", "nowhere/x.png"], ["nowhere/x.png", "no folder"]),
         (["--record", "0", "--picture", "x.xyz"], ["x.xyz", ".png"]),
         (["--plot", "nowhere/x.png"], ["nowhere/x.png", "no folder"]),
-        (["--html", "."], ["a folder"]),
         (["--check", "--model", "nowhere"], ["nowhere"]),
     ],
 )

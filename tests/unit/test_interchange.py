@@ -73,11 +73,6 @@ def test_coco_json_is_what_pycocotools_and_the_converter_read(tmp_path, capsys):
     assert second.image == "b/c.png"
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DataError, match="none"):
-        write_coco([], tmp_path / "none" / "a.json")
-
-
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
 @settings(max_examples=40, deadline=None)
 def test_masks_survive_png_and_rle(width, height, data):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,17 +251,6 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypat
     with pytest.raises(DataError, match="No space left"):
         save(tmp_path, some(60), records_per_shard=20)
     assert len(RecordSet(tmp_path)) == 50, "what was there before stays as it was"
-
-
-def test_a_fault_of_the_source_leaves_what_was_there(tmp_path):
-    def broken() -> Iterator[Record]:
-        yield from some(30)
-        raise DataError("the source ends here")
-
-    save(tmp_path, some(10))
-    with pytest.raises(DataError, match="ends here"):
-        save(tmp_path, broken(), records_per_shard=20)
-    assert len(RecordSet(tmp_path)) == 10
 
 
 @pytest.mark.parametrize(
