@@ -23,12 +23,11 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, 
 from regiongpt.train.dataset import DataCollator, answer_loss
 from regiongpt.train.loop import run_stage, targets_in
 from regiongpt.train.packing import PackedCollate, units_on_cpu, width_cost
-from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
+from regiongpt.train.recipe import EngineConfig, StageConfig
 from regiongpt.train.start import keep_freed_memory
 from regiongpt.train.watch import StageCost
 
@@ -86,27 +85,12 @@ class EveryOtherShort:
 
 
 def conversations(
-    recipe: NanoRecipe,
-    images: list[ImageAnnotations],
-    store: FeatureStore,
-    model: Any,
-    processor: Any,
-    group: int,
-    mixed: bool = False,
+    recipe: NanoRecipe, images: Any, store: FeatureStore, model: Any, processor: Any, group: int, mixed: bool = False
 ) -> ConversationDataset:
-    sampler = sampler_of(recipe, images)
-    return ConversationDataset(
-        images,
-        store,
-        cast(Any, EveryOtherShort(sampler)) if mixed else sampler,
-        processor,
-        recipe.features,
-        recipe.seed,
-        len(images),
-        group,
-        recipe.isolated_share,
-        model.config.image_grid,
-    )
+    sampler: Any = sampler_of(recipe, images)
+    sampler = EveryOtherShort(sampler) if mixed else sampler
+    shape = (recipe.features, recipe.seed, len(images), group, recipe.isolated_share, model.config.image_grid)
+    return ConversationDataset(images, store, sampler, processor, *shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,13 +98,7 @@ def conversations(
 
 
 def measure_packing(
-    recipe: NanoRecipe,
-    images: list[ImageAnnotations],
-    store: FeatureStore,
-    model: Any,
-    processor: Any,
-    rounds: int,
-    mixed: bool,
+    recipe: NanoRecipe, images: Any, store: FeatureStore, model: Any, processor: Any, rounds: int, mixed: bool
 ) -> dict[str, Any]:
     """Tokens a second of each way, by the fastest round of each batch; the ways take turns."""
     size = recipe.stage2.micro_batch_size
@@ -180,25 +158,23 @@ def measure_packing(
 def measure_steps(
     recipe: NanoRecipe, images: list[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, steps: int
 ) -> dict[str, Any]:
-    """Waiting and utilisation of real training, packed, from its own log but for the first step."""
+    """Waiting and utilisation of real training, packed, but for the first step."""
     stage = recipe.stage2
     dataset = conversations(recipe, images[: steps * stage.batch_size], store, model, processor, 1)
+    collate = DataCollator(processor, EXTRAS)
+    loss = partial(visual_loss, ClassWords(processor.tokenizer), stage.alignment, True)
+    config = StageConfig(batch_size=stage.batch_size, micro_batch_size=stage.micro_batch_size, log_steps=1, lr=1e-5)
+    return timed(model, dataset, collate, loss, config, EngineConfig(packing=True), 1)
+
+
+def timed(
+    model: Any, dataset: Any, collate: Any, loss: Any, config: StageConfig, engine: EngineConfig, skip: int
+) -> dict[str, Any]:
+    """Rates of a stage by its own log, without the first ``skip`` steps."""
     with tempfile.TemporaryDirectory() as out:
-        run_stage(
-            "stage2",
-            model,
-            dataset,
-            DataCollator(processor, EXTRAS),
-            partial(visual_loss, ClassWords(processor.tokenizer), stage.alignment, True),
-            StageConfig(batch_size=stage.batch_size, micro_batch_size=stage.micro_batch_size, log_steps=1, lr=1e-5),
-            Path(out),
-            0,
-            engine=EngineConfig(packing=True),
-            watch=WatchConfig(),
-            processor=processor,
-            cost=StageCost.of(model.config, trained=True, cached=True),
-        )
-        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][1:]
+        cost = StageCost.of(model.config, trained=True, cached=True)
+        run_stage("stage2", model, dataset, collate, loss, config, Path(out), 0, engine=engine, cost=cost)
+        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][skip:]
     seconds = sum(line["seconds"] for line in lines)
     return {
         "steps": len(lines),
@@ -236,30 +212,15 @@ def stacked(examples: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-@contextmanager
-def on_device(device: str) -> Iterator[None]:
-    before = torch.get_default_device()
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(before)
-
-
 def large_config(width: int, layers: int) -> RegionGPTConfig:
     """The shape of a language model of ``width`` and ``layers``; 2,048 and 16 are 1.2 billion parameters."""
+    heads = max(1, width // 64)
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     text = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 64),
-        num_key_value_heads=max(1, width // 64),
-        max_position_embeddings=4096,
+        vocab_size=32_000, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096, **shape
     )
-    vision = CLIPVisionConfig(
-        hidden_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=336, patch_size=14
-    )
+    small = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(image_size=336, patch_size=14, **small)
     return RegionGPTConfig(vision_config=vision, text_config=text, image_token_id=3, region_token_id=4)
 
 
@@ -267,31 +228,13 @@ def measure_large(width: int, layers: int, length: int, batch: int, steps: int, 
     """Utilisation of a language model in bfloat16; ``mfu`` of the training log, without the steps that warm up."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = large_config(width, layers)
-    with on_device(device):
+    with torch.device(device):
         model = RegionGPTForConditionalGeneration(config).train()
-    with tempfile.TemporaryDirectory() as out:
-        run_stage(
-            "stage2",
-            model,
-            Talk(config, length, steps * batch),
-            stacked,
-            answer_loss,
-            StageConfig(batch_size=batch, micro_batch_size=batch, log_steps=1, lr=1e-5, save_steps=10**6),
-            Path(out),
-            0,
-            engine=EngineConfig(precision="bf16", compile=compiled, workers=4 if device == "cuda" else 0),
-            cost=StageCost.of(config, trained=True, cached=True),
-        )
-        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][steps // 3 :]
-    seconds = sum(line["seconds"] for line in lines)
-    return {
-        "parameters": sum(p.numel() for p in model.language_model.parameters()),
-        "length": length,
-        "batch": batch,
-        "compiled": compiled,
-        "tokens_a_second": sum(line["tokens"] for line in lines) / seconds,
-        "utilisation": sum(line["mfu"] * line["seconds"] for line in lines) / seconds,
-    }
+    stage = StageConfig(batch_size=batch, micro_batch_size=batch, log_steps=1, lr=1e-5, save_steps=10**6)
+    engine = EngineConfig(precision="bf16", compile=compiled, workers=4 if device == "cuda" else 0)
+    rates = timed(model, Talk(config, length, steps * batch), stacked, answer_loss, stage, engine, steps // 3)
+    parameters = sum(p.numel() for p in model.language_model.parameters())
+    return {"parameters": parameters, "length": length, "batch": batch, "compiled": compiled, **rates}
 
 
 def main() -> None:

@@ -5,7 +5,10 @@ Run as a script, it is one process of a real run: the tests start it by itself, 
 
 import argparse
 import os
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +59,6 @@ class Examples(Dataset[Example]):
         isolated: Items whose turns do not see each other.
         broken: An item that cannot be made, or -1.
         endless: An item whose region's weights are infinite, or -1.
-        isolated: Items whose turns do not see each other.
     """
 
     def __init__(
@@ -105,6 +107,17 @@ def settings(**changed: Any) -> StageConfig:
     )
 
 
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Files take this many bytes, as where a disk has room for no more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def learn(
     out: Path,
     *,
@@ -122,48 +135,23 @@ def learn(
     """Trains a tiny model: the model and the trainer."""
     model = (tiny_model(text_config=text_config) if text_config else tiny_model()).train()
     model.language_model.requires_grad_(name == "stage2")
-    config = model.config
-    trainer = run_stage(
-        name,
-        model,
-        Examples(config, items, **data),
-        collate,
-        answer_loss,
-        stage or settings(),
-        out,
-        0,
-        engine=engine,
-        watch=watch,
-        dev=Examples(config, dev) if dev else None,
-        resume=resume,
-        cost=cost,
-    )
-    return model, trainer
+    given = (Examples(model.config, items, **data), collate, answer_loss, stage or settings(), out, 0)
+    held = Examples(model.config, dev) if dev else None
+    how: Any = {"engine": engine, "watch": watch, "dev": held, "resume": resume, "cost": cost}
+    return model, run_stage(name, model, *given, **how)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--items", type=int, default=32)
-    parser.add_argument("--micro", type=int, default=2)
     parser.add_argument("--sharding", default="ddp")
-    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--texts", type=int, nargs="*", default=[])
-    parser.add_argument("--dev", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=1e-2)
     given = parser.parse_args()
-    engine = EngineConfig(sharding=given.sharding, precision=given.precision, packing=given.packing)
-    watch = WatchConfig(dev_steps=2) if given.dev else WatchConfig(keep=3)
-    model, trainer = learn(
-        given.out,
-        items=given.items,
-        stage=settings(micro_batch_size=given.micro, save_steps=1, lr=given.lr),
-        engine=engine,
-        watch=watch,
-        texts=given.texts,
-        dev=given.dev,
-    )
+    engine = EngineConfig(sharding=given.sharding, packing=given.packing)
+    how: Any = {"stage": settings(save_steps=1), "engine": engine, "watch": WatchConfig(keep=3)}
+    model, trainer = learn(given.out, items=given.items, texts=given.texts, **how)
     if trainer.processes.is_first:
         torch.save(model.state_dict(), given.out / "weights.pt")
 

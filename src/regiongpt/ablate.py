@@ -9,6 +9,7 @@ Paper: Tables 1, 6 and 7; §3.1 (image tokens), §3.2 (the task-guided prompt)
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self, get_args
@@ -24,7 +25,7 @@ from regiongpt.evaluate.paper import TABLES, PaperTable
 from regiongpt.evaluate.task import RESAMPLES, RunOptions, Task
 from regiongpt.evaluate.tasks import task_class
 from regiongpt.settings import Settings, override
-from regiongpt.storage import finite, read_json, write_file, write_json, writing
+from regiongpt.storage import finite, locked, read_json, write_file, write_json, writing
 from regiongpt.train.recipe import ModelConfig, Recipe, dotted
 
 log = logging.getLogger(__name__)
@@ -229,24 +230,38 @@ class Study:
             self._shared_items()
 
     def run(self) -> str:
-        """Train and ask what is still to be trained and asked, write table, page and JSON, and return the table."""
-        from regiongpt.evaluate.run import evaluate
+        """Train and ask what is still to be trained and asked, write table, page and JSON, and return the table.
+
+        Raises:
+            ConfigError: The folder holds an ablation of another recipe, or another process is writing there.
+            DataError: The folder cannot be written.
+        """
         from regiongpt.inference.engine import pick_device
-        from regiongpt.train.debug import debug_size
-        from regiongpt.train.stages import train
         from regiongpt.train.start import check_start
 
         pick_device(self.options.device)
-        if self.options.debug:
-            with writing(self.out):
-                shutil.rmtree(self.out, ignore_errors=True)
         configs = {(variant.name, seed): self._load(variant, seed) for variant in self.variants for seed in self.seeds}
-        if self.options.debug:
-            configs = {key: debug_size(config, outlines=True) for key, config in configs.items()}
         for variant in self.variants:
             config = configs[variant.name, self.seeds[0]]
-            if not (config.out / "start" / "config.json").exists():
+            if not self.options.debug and not (config.out / "start" / "config.json").exists():
                 check_start(config)
+        with locked(self.out):
+            return self._run(configs)
+
+    def _run(self, configs: dict[tuple[str, int], Recipe]) -> str:
+        from regiongpt.evaluate.run import evaluate
+        from regiongpt.train.debug import debug_size
+        from regiongpt.train.stages import train
+
+        if self.options.debug:
+            self._clear()
+            try:
+                configs = {key: debug_size(config, outlines=True) for key, config in configs.items()}
+            except BaseException:
+                self._clear()
+                if {path.name for path in self.out.iterdir()} == {".lock"}:
+                    shutil.rmtree(self.out)
+                raise
         for variant in self.variants:
             for seed in self.seeds:
                 self._note(self._folder(variant, seed), configs[variant.name, seed])
@@ -277,6 +292,12 @@ class Study:
                 pinned.append(run.result["pinned"])
         alike = {name: text for name, text in pinned[0].items() if all(each.get(name) == text for each in pinned)}
         return self._write(summarise(measured, self.options.resamples), len(shared), alike, manifests)
+
+    def _clear(self) -> None:
+        for run in self.out.glob("*/seed-*"):
+            shutil.rmtree(run, ignore_errors=True)
+            with suppress(OSError):
+                run.parent.rmdir()
 
     def _folder(self, variant: Variant, seed: int) -> Path:
         return self.out / variant.name / f"seed-{seed}"

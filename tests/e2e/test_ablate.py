@@ -152,15 +152,13 @@ def test_towers_and_numbers_of_tokens_are_set_side_by_side(pictures, tmp_path, c
     grids = "image=2,image=1,region=2"
     assert ablate("tokens", pictures, tmp_path / "tokens", "--variants", grids, "--seeds", "0") == 0
     assert "| figure | image=2 | image=1 | region=2 |" in capsys.readouterr().out
-    cells = {
-        name: json.loads((tmp_path / "tokens" / name / "seed-0/training/stage2/model" / file).read_text())[field]
-        for name, file, field in (
-            ("image=2", "config.json", "image_grid"),
-            ("image=1", "config.json", "image_grid"),
-            ("region=2", "processor_config.json", "region_grid"),
-        )
-    }
-    assert cells == {"image=2": [2, 2], "image=1": [1, 1], "region=2": 2}
+    for name, file, field, value in (
+        ("image=2", "config.json", "image_grid", [2, 2]),
+        ("image=1", "config.json", "image_grid", [1, 1]),
+        ("region=2", "processor_config.json", "region_grid", 2),
+    ):
+        model = tmp_path / "tokens" / name / "seed-0/training/stage2/model"
+        assert json.loads((model / file).read_text())[field] == value
 
 
 def test_variants_by_name_and_by_value():
@@ -177,9 +175,6 @@ def test_variants_by_name_and_by_value():
     for words in (("refinement", "deconv"), ("refinement", "cubic,none"), ("data", "0%,5%"), ("data", None)):
         with pytest.raises(ConfigError, match="--variants"):
             choose_variants(*words, recipe)
-
-
-def test_a_checkpoint_brings_its_own_shape():
     # A recipe that describes its checkpoint is held to the description, one that does not to none.
     described = choose_variants("refinement", "none=a,deconv=b", Recipe.load(CONFIGS / "vicuna7b_stage2.toml"))
     assert described[0].recipe == {"model.init": "a", "model.refinement": "none"}
@@ -201,15 +196,12 @@ def test_the_variants_of_the_papers_tables_have_the_names_and_shapes_of_their_re
 @pytest.mark.parametrize(
     ("kind", "words", "message"),
     [
-        ("refinement", ["--seeds", "0,0"], "--seeds: give numbers"),
         ("refinement", ["--seeds", "00,0"], "--seeds: give numbers"),
         ("refinement", ["--seed", "5"], "--seed: give --seeds"),
         ("refinement", ["--resamples", "0"], "--resamples: input should be greater"),
         ("refinement", ["--eval", "3"], "--eval: name an option"),
-        ("refinement", ["--eval.limits", "3"], "did you mean 'limit'"),
         ("refinement", ["--eval.limit", "few"], "--eval.limit: "),
         ("refinement", ["--eval.guided", "maybe"], "--eval.guided: "),
-        ("refinement", ["--stage2.epoch=1"], "did you mean 'stage2.epochs'"),
         ("refinement", ["--task", "coco_clas"], "did you mean 'coco_cls'"),
         ("prompt", ["--data.suffixes=false"], "--data.suffixes: the ablation of prompt varies it"),
         ("prompt", ["--eval.guided=false"], "--eval.guided: the ablation of prompt varies it"),

@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main
 from regiongpt.data.mixture import open_mixture
-from regiongpt.errors import DataError
+from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
+from regiongpt.storage import locked
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
 from regiongpt.train.debug import debug_size
 from regiongpt.train.known import language_shape, tower_shape
@@ -99,6 +100,17 @@ def test_a_debug_run_that_cannot_be_written_leaves_nothing(tmp_path: Path, monke
     with pytest.raises(DataError, match="No space left"):
         debug_size(Recipe.load("finetune_records", [f"--out={tmp_path / 'run'}"]))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_debug_run_deletes_neither_other_files_nor_a_run_that_goes_on(tmp_path: Path) -> None:
+    recipe, other = Recipe.load("finetune_records", [f"--out={tmp_path / 'a'}"]), tmp_path / "b-debug" / "thesis.txt"
+    with locked(tmp_path / "a-debug" / "run"), pytest.raises(ConfigError, match="is writing there"):
+        debug_size(recipe)
+    other.parent.mkdir()
+    other.write_text("mine")
+    with pytest.raises(ConfigError, match="something else than a debug run"):
+        debug_size(recipe.replace(out=tmp_path / "b"))
+    assert other.read_text() == "mine"
 
 
 @pytest.mark.parametrize("grid", [1, 2])

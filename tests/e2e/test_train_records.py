@@ -4,14 +4,13 @@ import json
 import logging
 import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pictures import draw_pictures
-from tiny_checkpoint import make_checkpoint, make_parts
+from tiny_checkpoint import make_checkpoint
 
 from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main
@@ -100,32 +99,24 @@ def test_pictures_are_converted_inspected_and_trained_on(
     assert isinstance(predictor.ask("What is <region1>?", [Region.box(4, 4, 30, 40)]).text, str)
 
 
-def test_the_first_stage_leaves_the_language_model_and_the_second_goes_on_from_it(
-    pictures: Path, start: Path, tmp_path: Path
+def test_stages_one_by_one_are_both_at_once_and_a_finished_one_is_not_run_again(
+    pictures: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mixtures = (f"--data.pretrain_mixture={pictures / 'coco'}", f"--data.mixture={pictures / 'both.toml'}")
-    assert run(start, tmp_path, *mixtures, *FIRST, *SMALL) == 0
-    first, second = tensors(tmp_path / "stage1" / "model"), tensors(tmp_path / "stage2" / "model")
+    both = [f"--data.pretrain_mixture={pictures / 'coco'}", f"--data.mixture={pictures / 'both.toml'}", *FIRST, *SMALL]
+    assert run(start, tmp_path / "once", *both) == 0
+    assert run(start, tmp_path / "twice", *both, "--steps=stage1") == 0
+    assert not (tmp_path / "twice" / "stage2").exists()
+    assert run(start, tmp_path / "twice", *both, "--steps=stage2") == 0
+    first, once, twice = (tensors(tmp_path / out / "model") for out in ("once/stage1", "once/stage2", "twice/stage2"))
     assert changed(tensors(start), first) == {"refinement", "connector"}
-    assert changed(first, second) == {"refinement", "connector", "language_model"}
-
-
-def test_a_run_cut_off_goes_on_to_the_same_weights_and_a_finished_one_is_not_run_again(
-    pictures: Path, start: Path, finished: Path, tmp_path: Path
-) -> None:
-    words = (f"--data.mixture={pictures / 'both.toml'}", "--stage2.epochs=2", *SMALL)
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    written = (out / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
-    assert run(start, out, *words) == 0
-    assert (out / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns == written
-    shutil.rmtree(out / "stage2" / "model")
-    checkpoints = sorted((out / "stage2").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    shutil.rmtree(checkpoints[-1])
-    assert run(start, out, *words) == 0
-    expected, got = tensors(finished / "stage2" / "model"), tensors(out / "stage2" / "model")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert changed(first, once) == {"refinement", "connector", "language_model"}
+    assert not changed(once, twice)
+    written = (tmp_path / "once" / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
+    assert run(start, tmp_path / "once", *both, "--steps=stage2") == 0
+    assert (tmp_path / "once" / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns == written
+    texts = [f"--data.{name}={pictures / 'both.toml'}" for name in ("mixture", "pretrain_mixture")]
+    assert run(start, tmp_path / "texts", *texts) == 2
+    assert "talk: 3 of 3 records have no image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -149,15 +140,6 @@ def test_a_run_does_not_go_on_with_other_records_seed_or_adapters(
     monkeypatch.chdir(pictures)
     assert run(start, finished, "--data.mixture=both.toml", "--stage2.epochs=2", *SMALL, word) == 2
     assert f"holds a run with other {what};" in capsys.readouterr().err
-
-
-def test_texts_alone_are_for_the_second_stage(
-    pictures: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = (f"--data.pretrain_mixture={pictures / 'both.toml'}", f"--data.mixture={pictures / 'both.toml'}")
-    assert run(start, tmp_path, *words) == 2
-    assert "talk: 3 of 3 records have no image" in capsys.readouterr().err
-    assert run(start, tmp_path, f"--data.mixture={pictures / 'talk'}", *SMALL) == 0
 
 
 def test_a_record_that_cannot_be_used_is_named(
@@ -196,25 +178,6 @@ def test_what_does_not_go_together_is_said_in_one_line(
     assert message in error
 
 
-def test_the_second_stage_alone_wants_to_be_told_so(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    untrained = tmp_path / "untrained"
-    weights.create(*make_parts(tmp_path), untrained, chat_template="vicuna_v1")
-    words = [
-        "train",
-        str(RECIPE),
-        f"--model.init={untrained}",
-        f"--out={tmp_path / 'run'}",
-        f"--data.mixture={pictures / 'coco'}",
-    ]
-    assert main([*words, *SMALL]) == 2
-    assert "whose refinement and connector are untrained" in capsys.readouterr().err
-    with caplog.at_level(logging.WARNING):
-        assert main([*words, *SMALL, "--from-scratch", "--stage2.epochs=0.4"]) == 0
-    assert "are untrained" in caplog.text
-
-
 def test_the_second_stage_of_a_new_model_is_refused_before_the_model_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -248,17 +211,6 @@ def test_a_start_of_another_shape_is_refused_with_every_difference(
     error = capsys.readouterr().err
     assert "vision.hidden_size is 32 there and 1152 here" in error
     assert "region_grid" not in error
-
-
-def test_stages_one_by_one_are_both_at_once(pictures: Path, start: Path, tmp_path: Path) -> None:
-    both = [f"--data.{name}={pictures / 'coco'}" for name in ("mixture", "pretrain_mixture")] + [*FIRST, *SMALL]
-    assert run(start, tmp_path / "once", *both) == 0
-    assert run(start, tmp_path / "twice", *both, "--steps=stage1") == 0
-    assert not (tmp_path / "twice" / "stage2").exists()
-    assert run(start, tmp_path / "twice", *both, "--steps=stage2") == 0
-    once, twice = (tensors(tmp_path / out / "stage2" / "model") for out in ("once", "twice"))
-    assert not [name for name in once if not torch.equal(once[name], twice[name])]
-    assert run(start, tmp_path / "once", *both, "--steps=stage2") == 0
 
 
 @pytest.mark.slow

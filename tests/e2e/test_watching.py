@@ -126,20 +126,26 @@ def test_the_page_of_a_run_that_was_killed_is_made_of_what_there_is(
     assert "there is no such file" in page
 
 
-def test_a_folder_that_holds_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--report", str(tmp_path)]) == 2
-    assert "expected the folder of a run, with log.jsonl in the folder of a stage" in capsys.readouterr().err
-    (tmp_path / "stage2").mkdir()
-    (tmp_path / "stage2" / "log.jsonl").write_text('nonsense\n{"step": 2}\n')
-    assert main(["train", "--report", str(tmp_path)]) == 2
-    assert "line 1: expected a line of JSON" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["", '{"step": 1'])
-def test_a_run_that_has_done_no_step_has_a_page(text: str, tmp_path: Path) -> None:
-    (tmp_path / "stage1").mkdir()
-    (tmp_path / "stage1" / "log.jsonl").write_text(text)
-    assert "stage1 has not begun" in write_report(tmp_path).read_text()
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "expected the folder of a run"),
+        ('nonsense\n{"step": 2}\n', "line 1: expected a line of JSON"),
+        ('{"step": 1}\n', "not what a training wrote"),
+        ('{"step": 1, "of": 2, "loss": [], "tasks": 3}\n', "not what a training wrote"),
+        ("", ""),
+        ('{"step": 1', ""),
+    ],
+)
+def test_a_folder_that_holds_no_run_is_named_and_one_without_a_step_has_a_page(
+    text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / "stage1").mkdir()
+        (tmp_path / "stage1" / "log.jsonl").write_text(text)
+    assert main(["train", "--report", str(tmp_path)]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
+    assert said or "stage1 has not begun" in (tmp_path / "report.html").read_text()
 
 
 def test_a_loss_that_was_no_number_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -160,12 +166,3 @@ def test_equal_answers_in_a_row_are_shown_once() -> None:
     shown = over_time([(step, str(step)) for step in range(1001)])
     assert len(shown) == 8
     assert (shown[0], shown[-1]) == (("step 0", "0"), ("step 1,000", "1000"))
-
-
-def test_answers_need_dev_data(
-    records: Path, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start = runs["plain"] / "stage2" / "model"
-    words = [f"--model.init={start}", f"--out={tmp_path / 'out'}", f"--data.mixture={records}"]
-    assert main(["train", str(RECIPE), *words, *SMALL, "--watch.answer_steps=2"]) == 2
-    assert "watch.answer_steps" in capsys.readouterr().err

@@ -29,15 +29,8 @@ def nano_like(tmp_path_factory):
     """A random model of nano's kind: EfficientNet-Lite tower, plain chat template, numbered regions."""
     folder = tmp_path_factory.mktemp("language")
     save_language(folder, max_position_embeddings=512)
-    return weights.create(
-        "efficientnet-lite2",
-        folder,
-        image_size=64,
-        image_grid=[2, 2],
-        refinement_channels=16,
-        chat_template="plain",
-        region_format="[{n}]<region>",
-    )
+    shape = {"image_size": 64, "image_grid": [2, 2], "refinement_channels": 16, "region_format": "[{n}]<region>"}
+    return weights.create("efficientnet-lite2", folder, chat_template="plain", **shape)
 
 
 def messages(turns):
@@ -74,41 +67,23 @@ def test_isolated_turns_have_the_loss_of_single_turn_conversations(nano_like):
 
 def annotated(count: int) -> list[ImageAnnotations]:
     """Images with one to four objects each."""
-    return [
-        ImageAnnotations(
-            path=Path(f"{k}.jpg"),
-            image_id=k,
-            width=60,
-            height=40,
-            objects=tuple(
-                ObjectAnnotation(id=10 * k + j, category=("cat", "dog")[j % 2], box=(4.0 * j, 2.0, 4.0 * j + 20, 30.0))
-                for j in range(1 + k % 4)
-            ),
-        )
-        for k in range(count)
-    ]
+
+    def thing(k: int, j: int) -> ObjectAnnotation:
+        return ObjectAnnotation(id=10 * k + j, category=("cat", "dog")[j % 2], box=(4.0 * j, 2.0, 4.0 * j + 20, 30.0))
+
+    def image(k: int) -> ImageAnnotations:
+        objects = tuple(thing(k, j) for j in range(1 + k % 4))
+        return ImageAnnotations(path=Path(f"{k}.jpg"), image_id=k, width=60, height=40, objects=objects)
+
+    return [image(k) for k in range(count)]
 
 
 def dataset(processor, seed=0, images=23, epochs=2):
     data = annotated(images)
-    store = SimpleNamespace(
-        colours=[{}] * images,
-        row=lambda index, view: torch.full((1,), 10.0 * index + view),
-        place=lambda index: index,
-    )
-    sampler = ConversationSampler(ClassStatistics.of(data))
-    return ConversationDataset(
-        data,
-        store,
-        sampler,
-        processor,
-        FeatureConfig(views=2),
-        seed,
-        epochs * images,
-        group=4,
-        isolated_share=0.5,
-        image_grid=(2, 2),
-    )
+    rows = {"row": lambda index, view: torch.full((1,), 10.0 * index + view), "place": lambda index: index}
+    store = SimpleNamespace(colours=[{}] * images, **rows)
+    sampler, views = ConversationSampler(ClassStatistics.of(data)), FeatureConfig(views=2)
+    return ConversationDataset(data, store, sampler, processor, views, seed, epochs * images, 4, 0.5, (2, 2))
 
 
 def test_every_epoch_holds_every_image_once_and_both_views_in_turn(nano_like):
@@ -132,16 +107,11 @@ def test_an_item_is_the_same_whatever_was_drawn_before_and_differs_between_seeds
 
 
 def test_cells_show_what_fills_them_and_small_things_that_lie_in_them():
-    image = ImageAnnotations(
-        path=Path("a.jpg"),
-        image_id=1,
-        width=80,
-        height=40,
-        objects=(
-            ObjectAnnotation(id=1, category="dog", box=(0.0, 0.0, 40.0, 20.0)),
-            ObjectAnnotation(id=2, category="cup", box=(70.0, 30.0, 74.0, 34.0)),
-        ),
+    objects = (
+        ObjectAnnotation(id=1, category="dog", box=(0.0, 0.0, 40.0, 20.0)),
+        ObjectAnnotation(id=2, category="cup", box=(70.0, 30.0, 74.0, 34.0)),
     )
+    image = ImageAnnotations(path=Path("a.jpg"), image_id=1, width=80, height=40, objects=objects)
     # The photograph lies in the middle of a square of side 80: cells of the 4 x 4 grid are 20 px, rows 1 and 2 hold it.
     shown = shown_in_cells(View(image), (4, 4)).reshape(4, 4, 80)
     assert [tuple(cell) for cell in zip(*shown[..., COCO_80.index("dog")].nonzero(), strict=True)] == [(1, 0), (1, 1)]

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from features import FeatureStore, build_features
+from learning import full_disk
 from pictures import draw_pictures
 from recipe import FeatureConfig
 
@@ -114,11 +114,6 @@ def test_a_row_that_is_not_what_was_written_is_told(images: Any, tmp_path: Path)
 
 def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(images: Any, tmp_path: Path) -> None:
     expected = rows(build(tmp_path / "enough", images)[0])
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))  # as much of a file as a disk has room for
-    try:
-        with pytest.raises(DataError, match=r"cannot be written: .*; free some space or choose another place"):
-            build(tmp_path / "full", images)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(200), pytest.raises(DataError, match=r"cannot be written: .*; free some space"):
+        build(tmp_path / "full", images)
     assert rows(build(tmp_path / "full", images)[0]) == expected

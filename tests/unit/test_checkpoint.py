@@ -140,6 +140,57 @@ class Opens:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.parametrize("content", [b"", b"null", b"[]"])
+def test_an_earlier_release_without_its_progress_is_not_gone_on_from(content: bytes, run: Path) -> None:
+    former(run / "checkpoint-2")
+    (run / "checkpoint-2" / "trainer_state.json").write_bytes(content)
+    seal(run / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json"):
+        go_on(run)
+
+
+def test_the_last_weights_are_kept_where_the_best_checkpoint_is_damaged(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = json.loads((run / "checkpoint-2" / "stage.json").read_text())
+    (run / "checkpoint-2" / "stage.json").write_text(json.dumps({**stage, "best_step": 1, "best_loss": 0.0}))
+    seal(run / "checkpoint-2")
+    path = run / "checkpoint-1" / "tensors-0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    go_on(run, watch=WatchConfig(keep=9, dev_steps=2), dev=2)
+    assert "checkpoint-1: the best checkpoint is lost (tensors-0.safetensors is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("model/", lambda tensor: tensor.fill_(torch.nan), "not finite"),
+        ("model/", lambda tensor: tensor.to(torch.int32), "expected torch.float32"),
+        ("exp_avg_sq", lambda tensor: tensor.fill_(-1.0), "below zero"),
+    ],
+)
+def test_a_checkpoint_of_wrong_numbers_is_never_trained_on(run: Path, name: str, change: Any, said: str) -> None:
+    whole = tensors(run / "checkpoint-2")
+    key = next(key for key in whole if name in key and whole[key].ndim)
+    save_file({**whole, key: change(whole[key].clone())}, run / "checkpoint-2" / "tensors-0.safetensors")
+    seal(run / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=said):
+        go_on(run)
+
+
+def test_a_checkpoint_of_other_shapes_lists_them(run: Path) -> None:
+    facts = run / "checkpoint-2" / "stage.json"
+    told = json.loads(facts.read_text())
+    told["tensors"] |= {"connector.linear_1.weight": [7, 7], "extra": [1]}
+    del told["tensors"]["refinement.deconv_1.weight"]
+    facts.write_text(json.dumps(told))
+    seal(run / "checkpoint-2")
+    with pytest.raises(CheckpointError) as error:
+        go_on(run)
+    for part in ("linear_1.weight: expected [32, 32], got [7, 7]", "deconv_1.weight: expected", "extra: expected none"):
+        assert part in str(error.value)
+
+
 @pytest.mark.parametrize("file", ["tensors/.metadata", "tensors/__0_0.distcp", "random-0.pt"])
 def test_reading_a_checkpoint_runs_nothing_in_it(file: str, run: Path, tmp_path: Path) -> None:
     checkpoint = run / "checkpoint-2"
@@ -158,27 +209,25 @@ def test_reading_a_checkpoint_runs_nothing_in_it(file: str, run: Path, tmp_path:
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("stage.json", b""),
-        ("stage.json", b'{"stage": "stage2"'),
-        ("stage.json", b'{"stage": "stage2"}'),
-        ("stage.json", b"[]"),
-        ("random-0.json", b""),
-        ("random-0.json", b"{}"),
-        ("tensors-0.safetensors", b""),
-        ("tensors-0.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
+        *(("stage.json", each) for each in (b"", b'{"stage": "stage2"', b'{"stage": "stage2"}', b"[]")),
+        ("stage.json", b'{"settings": {}, "tensors": {}}'),
+        *(("random-0.json", each) for each in (None, b"", b"null", b"{}", b'{"python": [3, [1e400], null]}')),
+        *(("tensors-0.safetensors", each) for each in (b"", b"\x10\0\0\0\0\0\0\0{}")),
+        *((LIST, each) for each in (None, b"[]", b'{"a": [0, ""]}')),
     ],
 )
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_damaged_file_is_never_gone_on_from(
-    listed: bool, file: str, content: bytes, finished: Path, run: Path
+    listed: bool, file: str, content: bytes | None, finished: Path, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Found by its hash, and the checkpoint before is taken; or, listed as it is, refused in one line."""
-    (run / "checkpoint-2" / file).write_bytes(content)
-    if listed:
+    (run / "checkpoint-2" / file).unlink() if content is None else (run / "checkpoint-2" / file).write_bytes(content)
+    if listed and file != LIST:
         seal(run / "checkpoint-2")
         with pytest.raises(CheckpointError, match=r"checkpoint-2.*delete the folder"):
             go_on(run)
     else:
         go_on(run)
-        assert (run / "aside-1-checkpoint-2").is_dir()
+        assert f"{file} " in caplog.text
+        assert "aside-1-checkpoint-2, and the one before is taken" in caplog.text
         assert_equal(run / "checkpoint-4", finished / "checkpoint-4")

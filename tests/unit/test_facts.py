@@ -22,20 +22,11 @@ from regiongpt.errors import DataError
 @pytest.mark.parametrize(
     ("rgb", "name"),
     [
-        ((10, 10, 12), "black"),
-        ((245, 245, 240), "white"),
-        ((128, 130, 127), "grey"),
-        ((200, 20, 25), "red"),
-        ((245, 130, 20), "orange"),
-        ((240, 220, 40), "yellow"),
-        ((30, 140, 40), "green"),
-        ((30, 60, 200), "blue"),
-        ((120, 40, 170), "purple"),
-        ((250, 150, 170), "pink"),
-        ((110, 70, 40), "brown"),
-        ((225, 200, 165), None),
+        ((10, 10, 12), "black"), ((245, 245, 240), "white"), ((128, 130, 127), "grey"), ((200, 20, 25), "red"),
+        ((245, 130, 20), "orange"), ((240, 220, 40), "yellow"), ((30, 140, 40), "green"), ((30, 60, 200), "blue"),
+        ((120, 40, 170), "purple"), ((250, 150, 170), "pink"), ((110, 70, 40), "brown"), ((225, 200, 165), None),
     ],
-)
+)  # fmt: skip
 def test_plain_paints_have_their_names(rgb, name):
     assert colour_name(np.full((50, 3), rgb, dtype=np.uint8)) == name
 
@@ -150,24 +141,15 @@ def test_crowds_are_seen_but_neither_counted_nor_asked_about():
 
 
 def test_neighbours_are_near_clear_and_of_different_classes():
-    view = View(
-        annotated(
-            ("cup", (40, 40, 50, 50)),
-            ("bottle", (55, 40, 65, 50)),
-            ("bottle", (90, 40, 99, 50)),
-            ("cat", (40, 60, 50, 70)),
-        )
-    )
+    bottles = [("bottle", (left, 40, left + 10, 50)) for left in (55, 90)]
+    view = View(annotated(("cup", (40, 40, 50, 50)), *bottles, ("cat", (40, 60, 50, 70))))
     found = [(o.id, how) for o, how in neighbours(view, view.objects[0])]
     assert found == [(2, "to the left of"), (4, "above")]
 
 
 def test_distinctions_hold_for_one_object_alone():
-    view = View(
-        annotated(
-            ("car", (0, 40, 20, 60)), ("car", (40, 40, 60, 60)), ("car", (78, 40, 98, 62)), ("dog", (45, 80, 55, 90))
-        )
-    )
+    cars = [("car", box) for box in ((0, 40, 20, 60), (40, 40, 60, 60), (78, 40, 98, 62))]
+    view = View(annotated(*cars, ("dog", (45, 80, 55, 90))))
     first, second, third, dog = view.objects
     colours = {1: "red", 2: "green", 3: "green"}
     assert distinctions(view, dog, colours) == [("class", "")]
@@ -186,9 +168,7 @@ def test_largest_and_relation_to_a_single_anchor():
 
 
 def test_colours_that_may_pass_for_each_other_clash():
-    assert clashing("red", "orange")
-    assert clashing("red", None)
-    assert not clashing("red", "green")
+    assert [clashing("red", other) for other in ("orange", None, "green")] == [True, True, False]
 
 
 def test_nouns():

@@ -70,6 +70,7 @@ def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word: str) -> None
         ("finetune_records", ["--data.dev_mixture=dev"], "nothing is measured on it"),
         ("vicuna7b_stage1", ["--lora.rank=8"], "adapters belong to stage 2"),
         ("finetune_records", ["--watch.dev_steps=5", "--data.dev_mixture="], "there is no dev data"),
+        ("finetune_records", ["--stage2.alignment=1"], "python recipes/nano/train.py"),
         ("finetune_records", ["--stage1.lr=1"], "give data.pretrain_mixture too"),
         ("finetune_records", ["--model.refinement=none"], "the checkpoint nano brings its own shape"),
         ("finetune_records", ["--model.init="], "give model.init, or model.vision and model.language"),

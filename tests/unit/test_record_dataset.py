@@ -135,23 +135,17 @@ def as_read(text: str, family: str) -> str:
 @pytest.mark.parametrize("family", CHAT_TEMPLATES)
 def test_the_label_mask_covers_exactly_the_responses(family: str, name: str, folder: Path) -> None:
     processor, one = make_processor(family), RECORDS[name]
+    asked = []
     for times in (0, 1):
         example = dataset(processor).encode(draw(folder, one, times))
         learnt, before = pieces(processor, example)
+        asked.append(before)
         assert learnt == [RESPONSE[family].format(as_read(turn.answer, family)) for turn in one.turns]
         questions = [message["content"] for message in one.messages(0, times, 0)[::2]]
         for question, text in zip(questions, before, strict=False):
             assert as_read(question.removeprefix("<image>\n"), family) in text
         assert example["input_ids"].tolist().count(processor.image_token_id) == (4 if one.image else 0)
-
-
-def test_the_wording_changes_each_time_and_the_answer_does_not(folder: Path) -> None:
-    processor = make_processor("plain")
-    examples = [dataset(processor).encode(draw(folder, RECORDS["dialogue"], times)) for times in (0, 1, 0)]
-    assert torch.equal(examples[0]["input_ids"], examples[2]["input_ids"])
-    first, second = (pieces(processor, example) for example in examples[:2])
-    assert first[0] == second[0]
-    assert first[1] != second[1]
+    assert (asked[0] != asked[1]) or name != "dialogue"
 
 
 def test_image_and_regions_are_those_of_inference(folder: Path) -> None:
@@ -168,7 +162,8 @@ def test_image_and_regions_are_those_of_inference(folder: Path) -> None:
 def test_a_long_conversation_is_cut_where_a_turn_ends(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     processor = make_processor("vicuna_v1")
     whole = dataset(processor).encode(draw(folder, RECORDS["dialogue"]))
-    ends = [len(dataset(processor).encode(draw(folder, first(RECORDS["dialogue"], n)))["labels"]) for n in (2, 3)]
+    parts = [record(*RECORDS["dialogue"].turns[:turns]) for turns in (2, 3)]
+    ends = [len(dataset(processor).encode(draw(folder, part))["labels"]) for part in parts]
     for limit, length in ((ends[0], ends[0]), (ends[1] - 1, ends[0]), (ends[1], ends[1])):
         data = dataset(processor, limit)
         with caplog.at_level(logging.WARNING):
@@ -180,12 +175,6 @@ def test_a_long_conversation_is_cut_where_a_turn_ends(folder: Path, caplog: pyte
         assert len(caplog.records) == 1
         assert f"of {len(whole['labels'])} tokens in 10 turn(s) is longer than" in caplog.text
         caplog.clear()
-    fits = dataset(processor, len(whole["labels"])).encode(draw(folder, RECORDS["dialogue"]))
-    assert torch.equal(fits["labels"], whole["labels"])
-
-
-def first(one: Record, turns: int) -> Record:
-    return record(*one.turns[:turns])
 
 
 def test_a_long_answer_is_cut_and_a_question_that_leaves_no_room_for_one_is_refused(folder: Path) -> None:

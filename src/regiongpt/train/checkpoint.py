@@ -138,13 +138,12 @@ def save(
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> Progress:
     """Restore, in place, what :func:`save` has written; with more processes than before, the new ones draw anew."""
     _put_back(folder, _tensors(model, optimizer))
-    path = folder / f"random-{processes.rank}.json"
-    if old_checkpoint.is_old(folder):
-        progress, state = old_checkpoint.progress(folder), old_checkpoint.random_state(folder, processes.rank)
-    else:
-        progress, state = _read_stage(folder), _read(path) if path.exists() else None
+    old, written = old_checkpoint.is_old(folder), len(list(folder.glob("tensors-*.safetensors")))
+    progress = old_checkpoint.progress(folder) if old else _read_stage(folder)
     try:
-        if state is not None:
+        if processes.rank < max(written, 1):
+            path = folder / f"random-{processes.rank}.json"
+            state = old_checkpoint.random_state(folder, processes.rank) if old else _read(path)
             version, internal, gauss = state["python"]
             random.setstate((version, tuple(internal), gauss))
             kind, keys, *rest = state["numpy"]
@@ -156,7 +155,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, proce
         if found.step != _step_of(folder):
             raise ValueError(f"it is after step {found.step}, its folder says {_step_of(folder)}")
         return found
-    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ConfigError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder}: its step or its random state cannot be read: {reason(error)}; {_DELETE}"
         ) from None
@@ -253,7 +252,9 @@ def _read(path: Path) -> Any:
 
 def _read_stage(checkpoint: Path) -> dict[str, Any]:
     found = _read(checkpoint / _STAGE)
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("settings", "tensors")):
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(key), kind) for key, kind in (("stage", str), ("settings", dict), ("tensors", dict))
+    ):
         raise CheckpointError(f"{checkpoint}: its {_STAGE} is not that of a checkpoint; {_DELETE}")
     return found
 
@@ -286,12 +287,14 @@ class Checkpoints:
         def search() -> Path | None:
             for leftover in self.folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            for checkpoint in reversed(self._all()):
+            found = self._all()
+            while found:
+                checkpoint = found.pop()
                 fault = damage(checkpoint)
                 if fault is None:
                     return checkpoint
-                aside = set_aside(checkpoint)
-                log.warning("%s: %s; it is now %s, and the one before is taken", checkpoint, fault, aside.name)
+                then = "the one before is taken" if found else "none is left, so the stage begins anew"
+                log.warning("%s: %s; it is now %s, and %s", checkpoint, fault, set_aside(checkpoint).name, then)
             return None
 
         return self.processes.from_first(search)

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipImag
 
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects, require_data_extra, write_records
-from regiongpt.errors import RegionGPTError
+from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.prompts import closed_set_suffix
 from regiongpt.regions import Region
-from regiongpt.storage import write_json, writing
+from regiongpt.storage import locked, write_json, writing
 from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.recipe import ModelConfig, PlanConfig, Recipe, StageConfig
 from regiongpt.train.start import create_start, read_shape, save_whole, train_tokenizer
@@ -45,7 +45,8 @@ def debug_size(config: Recipe, outlines: bool = False) -> Recipe:
         A recipe of about three optimiser steps per stage.
 
     Raises:
-        ConfigError: The shape of the recipe's tower or language model is not known, or a library is missing.
+        ConfigError: The shape of the recipe's tower or language model is not known, a library is missing, or the folder
+            holds something else than a debug run, or one that is not finished.
         DataError: The folder cannot be written; nothing is left in it.
     """
     with debug_folder(config, outlines) as made:
@@ -66,15 +67,20 @@ def debug_size(config: Recipe, outlines: bool = False) -> Recipe:
 def debug_folder(config: Recipe, outlines: bool = False) -> Iterator[Path]:
     """A new folder ``made`` beside a debug run, with annotated pictures; it is removed if the block fails."""
     out = Path(f"{config.out}-debug")
-    try:
-        with writing(out):
+    with writing(out):
+        if out.exists() and {path.name for path in out.iterdir()} - {"made", "run", ".lock"}:
+            raise ConfigError(f"{out}: holds something else than a debug run, which would be deleted; give another out")
+    with locked(out), locked(out / "run"):
+        try:
+            with writing(out):
+                for name in ("made", "run"):
+                    shutil.rmtree(out / name, ignore_errors=True)
+                (out / "made").mkdir()
+                draw_pictures(out / "made", outlines)
+                yield out / "made"
+        except BaseException:
             shutil.rmtree(out, ignore_errors=True)
-            (out / "made").mkdir(parents=True)
-            draw_pictures(out / "made", outlines)
-            yield out / "made"
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+            raise
 
 
 def few_steps(config: Recipe, made: Path, epochs: Mapping[str, float] = {}) -> dict[str, Any]:

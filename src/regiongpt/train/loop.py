@@ -338,8 +338,8 @@ class Loop:
         best = self.progress.best_step
         if best is not None and best != self.progress.step:
             path = self.checkpoints.path(best)
-            if not self.processes.from_first(path.is_dir):
-                log.warning("%s: the best checkpoint is gone; the last weights are kept", path)
+            if fault := self.processes.from_first(lambda: checkpoint.damage(path)):
+                log.warning("%s: the best checkpoint is lost (%s); the last weights are kept", path, fault)
                 return
             if self.processes.is_first:
                 log.info("weights of step %d restored: the lowest dev loss, %.4f", best, self.progress.best_loss)

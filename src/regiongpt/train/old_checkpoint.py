@@ -37,15 +37,15 @@ def is_old(folder: Path) -> bool:
 def progress(folder: Path) -> dict[str, Any]:
     """Values of :class:`regiongpt.train.checkpoint.Progress`."""
     state = read_json(folder / "trainer_state.json", CheckpointError)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder}: its trainer_state.json is not that of a checkpoint; delete the folder")
     names = {"step": "global_step", "best_step": "best_global_step", "best_loss": "best_metric"}
     return {name: state.get(old) for name, old in names.items()}
 
 
-def random_state(folder: Path, rank: int) -> dict[str, Any] | None:
-    """The random state of a process; None where the checkpoint has none of it."""
+def random_state(folder: Path, rank: int) -> dict[str, Any]:
+    """The random state of a process; CheckpointError where the checkpoint has none."""
     path = folder / f"random-{rank}.pt"
-    if not path.exists():
-        return None
     array: Any = np.zeros(1, np.uint32)
     harmless = [array.__reduce__()[0], np.ndarray, np.dtype, type(array.dtype)]
     try:

@@ -102,18 +102,20 @@ def write_report(out: Path) -> Path:
             "give the folder that --out named"
         )
     notes = read_notes(out)
-    write_page(
-        out / PAGE,
-        "train.html",
-        title=f"Training {out.resolve().name}",
-        made=f"{out}, {stages[-1].state}; made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        overview=[_OVERVIEW, *map(_overview, stages)],
-        stages=[_shown(stage) for stage in stages],
-        starts=notes.get("starts", []),
-        recipe=_recipe(notes, {stage.name for stage in stages}),
-        data=list(_data(notes.get("data") or {})),
-        environment=_environment(notes.get("starts", [])),
-    )
+    try:
+        shown = {
+            "title": f"Training {out.resolve().name}",
+            "made": f"{out}, {stages[-1].state}; made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            "overview": [_OVERVIEW, *map(_overview, stages)],
+            "stages": [_shown(stage) for stage in stages],
+            "starts": notes.get("starts", []),
+            "recipe": _recipe(notes, {stage.name for stage in stages}),
+            "data": list(_data(notes.get("data") or {})),
+            "environment": _environment(notes.get("starts", [])),
+        }
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{out}: {RUN} or a log in it is not what a training wrote: {error!r}; delete it") from None
+    write_page(out / PAGE, "train.html", **shown)
     return out / PAGE
 
 
@@ -122,7 +124,7 @@ def report_what_there_is(out: Path) -> None:
     try:
         if any(stage.lines for stage in read_stages(out)):
             log.info("report: %s", write_report(out))
-    except (RegionGPTError, OSError, ValueError, KeyError) as error:
+    except (RegionGPTError, OSError) as error:
         log.warning("no report was made: %s", error)
 
 
