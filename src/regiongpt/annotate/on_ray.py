@@ -1,0 +1,147 @@
+"""The same stages over Ray Data: workers answer, and send back rows that this process alone writes to its store.
+
+A row never raises, since one that does ends the whole job; it carries its failures instead. Rows may come back in any
+order: what is finished is found by its key.
+"""
+
+import asyncio
+import pickle
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Final
+
+from regiongpt.annotate.captioners import open_captioner
+from regiongpt.annotate.engine import Ask, Progress, Run, Work
+from regiongpt.annotate.filters import Similarity
+from regiongpt.annotate.source import Item
+from regiongpt.annotate.store import Failure
+from regiongpt.errors import ConfigError, RegionGPTError
+
+_IMAGES: Final = 16
+"""Images in a block, which a worker answers together."""
+_ROUND: Final = 4096
+"""Images handed to Ray at a time: this bounds memory, and is what is asked again after a kill."""
+
+Pending = tuple[str, Item, list[Ask]]
+
+
+class Kept:
+    """What a worker knows and finds out about some images, in place of the store."""
+
+    def __init__(self, known: dict[bytes, dict[str, Any]], failed: dict[bytes, Failure]) -> None:
+        self.known, self.failed = known, failed
+        self.said: list[tuple[str, Any]] = []
+
+    def get(self, keys: Collection[bytes]) -> dict[bytes, dict[str, Any]]:
+        """Those that are known."""
+        return {key: self.known[key] for key in keys if key in self.known}
+
+    def failures(self, keys: Collection[bytes]) -> dict[bytes, Failure]:
+        """Those that failed."""
+        return {key: self.failed[key] for key in keys if key in self.failed}
+
+    def add(self, key: bytes, value: Mapping[str, Any], cost: float = 0.0) -> None:
+        """Send it back."""
+        self.said.append(("add", (key, dict(value), cost)))
+
+    def fail(self, key: bytes, kind: str, why: str, cost: float = 0.0) -> None:
+        """Send it back."""
+        self.said.append(("fail", (key, kind, why, cost)))
+
+    def note(self, kind: str, why: str) -> None:
+        """Send it back."""
+        self.said.append(("note", (kind, why)))
+
+
+class Worker:
+    """One process of the cluster with a captioner of its own.
+
+    Args:
+        recipe: Everything but the captioner and the scorer, as pickle bytes.
+    """
+
+    def __init__(self, recipe: bytes) -> None:
+        self.keys, self.asking, self.closeup, self.images, self.similarity = pickle.loads(recipe)
+        self.scorer = Similarity(self.similarity, self.asking.device) if self.similarity else None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Answer about some images; a row of pickle bytes for each."""
+        try:
+            said = asyncio.run(self._answer([pickle.loads(row) for row in batch["row"]]))
+        except Exception as error:  # carried home, where it ends the run with its own message
+            user = isinstance(error, RegionGPTError)
+            said = [("error", error if user else f"{type(error).__name__}: {error}")]
+        return {"said": [pickle.dumps(said)]}
+
+    async def _answer(self, images: list[tuple[Pending, Any, Any]]) -> list[tuple[str, Any]]:
+        kept = Kept({}, {})
+        captioner = open_captioner(self.asking, self.closeup, self.keys.plan.seed)
+        await captioner.open()
+        work = Work(
+            keys=self.keys, captioner=captioner, keeper=kept, closeup=self.closeup, asking=self.asking,
+            images=self.images, scorer=self.scorer, noted=kept.note,
+        )  # fmt: skip
+        for _, known, failed in images:
+            kept.known |= known
+            kept.failed |= failed
+        try:
+            outcomes = await asyncio.gather(*(work.image(*found) for found, _, _ in images), return_exceptions=True)
+        finally:
+            await captioner.close()
+        errors = [("error", each) for each in outcomes if isinstance(each, RegionGPTError)]
+        return [*kept.said, *errors[:1]]
+
+
+def on_ray(run: Run, pending: Iterator[Pending | None], workers: int | None, similarity: Any = None) -> Progress:
+    """Work through images on the cluster that ``RAY_ADDRESS`` names, or on this machine.
+
+    Args:
+        run: Counts and limits.
+        pending: What is missing.
+        workers: Processes; one for each node of the cluster where None.
+        similarity: Folder of the model that scores.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        RegionGPTError: The run cannot go on; everything finished is kept.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise ConfigError("--engine ray: Ray is not installed; install it: pip install '.[ray]'") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="error")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    work = run.work
+    recipe = pickle.dumps((work.keys, work.asking, work.closeup, work.images, similarity))
+    count = workers or max(1, sum(1 for node in ray.nodes() if node["Alive"]))
+    apply: dict[str, Callable[..., None]] = {"add": work.keeper.add, "fail": work.keeper.fail, "note": run.note}
+    for rows in _rounds(work, pending):
+        data = ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // _IMAGES)))
+        answers = data.map_batches(
+            Worker, fn_constructor_args=(recipe,), batch_size=_IMAGES, concurrency=count, batch_format="numpy"
+        )
+        for row in answers.iter_rows():
+            for what, values in pickle.loads(row["said"]):
+                if what == "error":
+                    raise values if isinstance(values, RegionGPTError) else RuntimeError(values)
+                if what == "add":
+                    work.spent += values[2]
+                apply[what](*values)
+            if run.is_over():  # what the cluster has under way is dropped, and asked again
+                return run.progress
+    return run.progress
+
+
+def _rounds(work: Work, pending: Iterator[Pending | None]) -> Iterator[list[dict[str, bytes]]]:
+    rows: list[dict[str, bytes]] = []
+    for found in pending:
+        if found is not None:
+            keys = [key for ask in found[2] for key in ask.keys]
+            known, failed = work.keeper.get(keys), work.keeper.failures(keys)
+            rows.append({"row": pickle.dumps((found, known, failed))})
+        if len(rows) == _ROUND:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
