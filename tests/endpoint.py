@@ -58,8 +58,8 @@ class Endpoint:
                     break
                 data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 extra = "".join(f"{name}: {value}\r\n" for name, value in more.items())
-                start = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n{extra}\r\n"
-                writer.write(start.encode() + data)
+                start = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+                writer.write(f"{start}{extra}\r\n".encode() + data)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -83,6 +83,9 @@ class Endpoint:
                 return 400, {"error": {"message": "this is not a multimodal model"}}, {}
             return 200, self.completion("x", "length"), {}
         self.counts[name] += 1
+        if wanted.get("keep"):
+            with (self.control.parent / "bodies.jsonl").open("a") as file:
+                file.write(f"{body.decode()}\n")
         fault = self.fault(name)
         if fault == "rate_limit":
             return 429, {"error": {"message": "slow down"}}, {"Retry-After": wanted.get("retry_after", 0.05)}
@@ -117,7 +120,7 @@ class Endpoint:
         return {
             "id": "x", "object": "chat.completion", "created": 0, "model": "mock-vlm",
             "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason, "logprobs": None}
+                {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason},
             ],
             "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
         }  # fmt: skip
@@ -129,7 +132,7 @@ class Endpoint:
 
         asked = json.loads(body)
         if choices := asked.get("structured_outputs", {}).get("choice"):
-            return choices[0]
+            return str(choices[-1])
         parts = asked["messages"][-1]["content"]
         question = " ".join(part["text"] for part in parts if part["type"] == "text")
         picture = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
@@ -159,6 +162,10 @@ class Running:
     def done(self) -> Counter[str]:
         """How often each was answered."""
         return Counter(line.split()[1] for line in self._lines() if line.startswith("done"))
+
+    def bodies(self) -> list[dict[str, Any]]:
+        """What was asked, as it came, while ``keep`` was set."""
+        return [json.loads(line) for line in (self.folder / "bodies.jsonl").read_text().splitlines()]
 
     def _lines(self) -> list[str]:
         return (self.folder / "log.txt").read_text().splitlines()

@@ -121,6 +121,10 @@ class Annotation:
         assert self.where.regions
         assert self.where.out
         source = Source(self.where.images, self.where.regions, self.where.crowds)
+        if self.plan.mode == "full" and not any(each.category for item in source for each in item.regions):
+            raise ConfigError(
+                f"--regions {source.path}: no region has a class name to tell; give names, or --mode context"
+            )
         with Store(self.where.out) as store:
             ended = asyncio.run(self._caption(source, store))
             if ended.ended == "interrupted":

@@ -341,7 +341,7 @@ class Output:
                 ("located back", _share(found.located)),
                 ("tokens", f"{found.tokens[0]:,} read, {found.tokens[1]:,} written"),
                 ("cost", f"{self.store.cost():,.4f}"),
-                ("answers a second", f"{rate:,.2f} over {seconds:,.0f} s of work"),
+                ("answers a second", f"{rate:,.2f} over {seconds:,.1f} s of work"),
             ],
             reasons=found.reasons.most_common(),
             failures=found.failures.most_common(),
@@ -392,7 +392,7 @@ def _histogram(title: str, values: list[float] | list[int], whole: bool = False)
     counts, _ = np.histogram(values, edges)
     named = [f"{low:g}–{high:g}" if whole else f"{low:.3f}" for low, high in itertools.pairwise(edges)]
     bars = [(name, [charts.Bar(value=float(count))]) for name, count in zip(named, counts.tolist(), strict=True)]
-    return charts.bar_chart(title, bars, ["captions"], unit="", reach=1.0)
+    return charts.bar_chart(title, bars, ["captions"], unit="", reach=1.1 * float(counts.max()))
 
 
 class _Writer:

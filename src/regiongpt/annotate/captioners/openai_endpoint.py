@@ -97,7 +97,7 @@ class Slots:
         self.troubles = 0
         self._saturated &= bool(self.queue)
         self._count += 1
-        if self._count >= max(self.limit, 16):
+        if self._count >= max(self.limit, 8):
             self._end_round()
 
     def trouble(self, error: Busy) -> None:
@@ -105,13 +105,16 @@ class Slots:
         if time.monotonic() < self._cut_at:
             return
         self.troubles += 1
-        self._ceiling = max(1.0, float(self.limit))
+        if error.overloaded:
+            self._ceiling, self._step = float(self.limit), 1.0
+        else:  # back to where it was in a few rounds, once there are answers again
+            self._step = 2.0
+        self._best = 0.0
         self.limit = max(1, int(self.limit * (0.9 if error.overloaded else 0.5)))
         backoff = 0.0 if error.overloaded else min(15.0, 0.1 * 2 ** min(self.troubles, 10))
         wait = max(error.wait, backoff)
         self._open_at = time.monotonic() + wait
         self._cut_at = self._open_at + (self._seconds or 0.2)
-        self._step, self._best = 1.0, 0.0
         self._begin_round()
 
     def _begin_round(self) -> None:
@@ -220,12 +223,19 @@ class Endpoint(Captioner):
 
     async def ask(self, request: Request) -> Reply:
         """Ask until there is an answer, in a slot of its own each time."""
-        before = self.slots.successes
+        seen, faults = self.slots.successes, 0
+
+        def is_at_fault(state: Any) -> bool:
+            """Whether it failed again and again while others were answered: not what an outage looks like."""
+            nonlocal seen, faults
+            faults += self.slots.successes > seen
+            seen = self.slots.successes
+            return faults >= _TRIES
+
         retrying = self._tenacity.AsyncRetrying(
             retry=self._tenacity.retry_if_exception_type(Busy),
             wait=self._tenacity.wait_random(0.0, 0.2),
-            # A request that fails again and again while others are answered is at fault itself.
-            stop=lambda state: state.attempt_number >= _TRIES and self.slots.successes - before >= _TRIES,
+            stop=is_at_fault,
             reraise=True,
         )
         try:

@@ -1,0 +1,338 @@
+"""What the caption engine stands and costs: kills, faults, its rate beside the ideal one, memory, time, and batches.
+
+    python benchmarks/annotate.py kills faults rate memory store regiongpt --out annotate.json
+
+Endpoints are mock ones on this machine (tests/endpoint.py), each in a process of its own, so that figures are about
+this side of the line. Images are noise.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from stamp import stamp, write_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from endpoint import Running, running
+
+from regiongpt.annotate.store import Store, key_of
+
+
+def draw(root: Path, images: int, regions: int, size: tuple[int, int] = (320, 240)) -> Path:
+    """Images of smooth noise with boxes of ten classes, in COCO's format."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    entries, boxes = [], []
+    for k in range(images):
+        small = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
+        small.resize(size).save(root / "images" / f"{k}.jpg", quality=85)
+        entries.append({"id": k, "file_name": f"{k}.jpg", "width": size[0], "height": size[1]})
+        corners = rng.uniform((0, 0, 20, 20), (size[0] - 120, size[1] - 120, 120, 120), (regions, 4))
+        for n, box in enumerate(corners.tolist()):
+            boxes.append({"id": len(boxes) + 1, "image_id": k, "category_id": n % 10, "bbox": box, "iscrowd": 0})
+    categories = [{"id": n, "name": f"class {n}"} for n in range(10)]
+    file = root / "instances.json"
+    file.write_text(json.dumps({"images": entries, "annotations": boxes, "categories": categories}))
+    return root
+
+
+def start(root: Path, out: Path, *more: object, before: Any = None) -> "subprocess.Popen[str]":
+    paths = ["--images", root / "images", "--regions", root / "instances.json", "--out", out, "--gallery", 0]
+    command = [sys.executable, "-m", "regiongpt.cli", "annotate", *map(str, (*paths, *more))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=before)
+
+
+def captioned(out: Path) -> int:
+    """Different regions in the table of all captions."""
+    import pyarrow.parquet as pq
+
+    ids: list[str] = []
+    for file in (out / "captions").glob("*.parquet"):
+        ids += pq.read_table(file, columns=["id"])["id"].to_pylist()
+    assert len(ids) == len(set(ids)), "a region is there twice"
+    return len(ids)
+
+
+def finish(process: "subprocess.Popen[str]") -> None:
+    out, err = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"exit code {process.returncode}: {err or out}")
+
+
+def lines(endpoint: Running, what: str) -> int:
+    log = endpoint.folder / "log.txt"
+    return int(subprocess.run(["grep", "-c", f"^{what}", log], capture_output=True, text=True).stdout or 0)
+
+
+def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """SIGKILL at random: every region once, and nothing finished asked again."""
+    images = options.regions // 10
+    root, out, slots, rng = draw(folder / "data", images, 10), folder / "out", 64, random.Random(0)
+    killed = 0
+    with running(folder / "endpoint", parse=False, latency=0.05, slots=slots) as served:
+        while True:
+            process = start(root, out, "--captioner", served.url, "--concurrency", slots)
+            log = served.folder / "log.txt"
+            left = max(0, images * 11 - (lines(served, "done") if log.exists() else 0))
+            target = (images * 11 - left) + rng.uniform(0.2, 1.8) * left / max(1, options.kills - killed + 1)
+            while process.poll() is None and (killed >= options.kills or lines(served, "done") < target):
+                time.sleep(0.05)
+            if process.poll() is not None:
+                finish(process)
+                break
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+        asked, done = served.asked(), served.done()
+    repeated = asked.total() - len(asked)
+    return {
+        "regions": options.regions, "kills": killed, "captioned": captioned(out), "requests": len(asked),
+        "answered": len(done), "asked_again": repeated, "at_most_under_way": killed * slots,
+        "most_for_one_kill": repeated / max(killed, 1),
+    }  # fmt: skip
+
+
+def faults(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A full disk, the endpoint down for a minute, and 5 % malformed answers."""
+    root, found = draw(folder / "data", 200, 10), {}
+    with running(folder / "endpoint", parse=False, latency=0.05, slots=64, malformed=0.05) as served:
+        began = time.perf_counter()
+        finish(start(root, folder / "malformed", "--captioner", served.url))
+        found["malformed"] = {
+            "captioned": captioned(folder / "malformed"), "asked": served.asked().total(),
+            "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+    with running(folder / "endpoint2", parse=False, latency=0.05, slots=64) as served:
+        process = start(root, folder / "down", "--captioner", served.url)
+        while not (served.folder / "log.txt").exists() or lines(served, "done") < 500:
+            time.sleep(0.05)
+        served.set(down="cut")
+        time.sleep(options.down)
+        served.set(latency=0.05)
+        back, before = time.perf_counter(), lines(served, "done")
+        while lines(served, "done") == before:
+            time.sleep(0.05)
+        first = time.perf_counter() - back
+        finish(process)
+        found["down"] = {
+            "seconds": options.down, "captioned": captioned(folder / "down"),
+            "asked_again": served.asked().total() - 2200, "seconds_until_the_first_answer": first,
+        }  # fmt: skip
+    with running(folder / "endpoint3", parse=False, latency=0.02, slots=64) as served:
+        # No file may grow beyond 500 kB: what SQLite then meets is what it meets on a full disk.
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))  # noqa: E731
+        process = start(root, folder / "full", "--captioner", served.url, before=limit)
+        _, err = process.communicate()
+        with Store(folder / "full", read_only=True) as store:
+            kept = store.count()
+        full = {"exit_code": process.returncode, "message": err.strip(), "kept": kept, "answered": len(served.done())}
+        finish(start(root, folder / "full", "--captioner", served.url))
+        found["full_disk"] = {**full, "captioned": captioned(folder / "full"), "asked": served.asked().total()}
+    return found
+
+
+def rate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Requests a second beside what 64 slots of 200 ms allow; processor time beside a bare loop of the client."""
+    images = options.rate_regions // 10
+    root = draw(folder / "data", images, 10)
+    requests, ideal = images * 11, 64 / 0.2
+    marks: list[tuple[float, float, int]] = []
+    with running(folder / "endpoint", parse=False, latency=0.2, slots=64) as served:
+        process = start(root, folder / "out", "--captioner", served.url, "--concurrency", 256)
+        log = served.folder / "log.txt"
+        while process.poll() is None:
+            done = lines(served, "done") if log.exists() else 0
+            marks.append((time.perf_counter(), cpu_seconds(process.pid), done))
+            time.sleep(0.25)
+        finish(process)
+    # From a tenth of the requests on, when it knows the endpoint, to nine tenths.
+    (a, cpu_a, first), (b, cpu_b, last) = (
+        [mark for mark in marks if 0.1 * requests < mark[2] < 0.9 * requests][k] for k in (0, -1)
+    )
+    own = (cpu_b - cpu_a) / (last - first)
+    bare = {}
+    with running(folder / "bare", parse=False, latency=0.2, slots=64) as served:
+        for name in ("httpx", "aiohttp"):
+            code = f"import annotate; annotate.bare({served.url!r}, {requests // 2}, 64, {name!r})"
+            ran = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+            )
+            bare[name] = json.loads(ran.stdout)
+    per_second = (last - first) / (b - a)
+    return {
+        "requests": requests, "ideal_per_second": ideal, "per_second": per_second, "share_of_ideal": per_second / ideal,
+        "cpu_ms_per_request": 1e3 * own, "bare_client": bare,
+        "times_the_bare_client": 1e3 * own / bare["httpx"]["cpu_ms_per_request"], "load_average": os.getloadavg(),
+    }  # fmt: skip
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far, in user and system mode."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def bare(url: str, requests: int, slots: int, transport: str) -> None:
+    """A loop that only asks: the same payload each time, nothing read, cut out or kept."""
+    import base64
+
+    import openai
+
+    picture = "data:image/jpeg;base64," + base64.b64encode(os.urandom(6000)).decode()
+
+    async def loop() -> None:
+        http = openai.DefaultAioHttpClient() if transport == "aiohttp" else None
+        async with openai.AsyncOpenAI(base_url=url, api_key="x", max_retries=0, http_client=http) as client:
+            numbers = iter(range(requests))
+
+            async def worker() -> None:
+                for number in numbers:
+                    content: Any = [
+                        {"type": "text", "text": f"In the context of the entire image, a thing {number},"},
+                        {"type": "image_url", "image_url": {"url": picture}},
+                        {"type": "text", "text": "describe the class in the close-up region in detail."},
+                    ]
+                    await client.chat.completions.create(
+                        model="mock-vlm", messages=[{"role": "user", "content": content}], max_tokens=512
+                    )
+
+            await asyncio.gather(*(worker() for _ in range(slots)))
+
+    began, cpu = time.perf_counter(), time.process_time()
+    asyncio.run(loop())
+    print(json.dumps({"cpu_ms_per_request": 1e3 * (time.process_time() - cpu) / requests,
+                      "per_second": requests / (time.perf_counter() - began)}))  # fmt: skip
+
+
+def memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Resident memory of a run over many regions: the last quarter beside the second."""
+    images = options.memory_regions // 100
+    root = draw(folder / "data", images, 100)
+    samples: list[tuple[int, float]] = []
+    with running(folder / "endpoint", parse=False, latency=0.0, slots=64) as served:
+        process = start(root, folder / "out", "--captioner", served.url, "--concurrency", 64)
+        log = served.folder / "log.txt"
+        while process.poll() is None:
+            done = lines(served, "done") if log.exists() else 0
+            status = Path(f"/proc/{process.pid}/statm").read_text().split()
+            if len(status) > 1 and done < images * 101:
+                samples.append((done, int(status[1]) * resource.getpagesize() / 1e6))
+            time.sleep(1)
+        finish(process)
+    total = images * 101
+    quarters = [[mb for done, mb in samples if q * total / 4 <= done < (q + 1) * total / 4] for q in range(4)]
+    means = [float(np.mean(quarter)) for quarter in quarters]
+    return {"regions": options.memory_regions, "mb_by_quarter": means, "last_over_second": means[3] / means[1]}
+
+
+def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Open a store of many finished regions, and find out what of an image is done."""
+    text = "A dog that is brown, and lies on a lawn. " * 10
+    with Store(folder / "out") as made:
+        made.begin({"mode": "full"}, {})
+        made._db.execute("BEGIN")
+        for k in range(options.store_regions):
+            value = {"text": f"{text}{k}", "version": k % 10, "model": "mock-vlm", "seed": k, "seconds": 0.2,
+                     "tokens_in": 100, "tokens_out": 120}  # fmt: skip
+            made.add(key_of(k), value)
+        made._db.execute("COMMIT")
+    code = (
+        "import json, resource, sys, time\nfrom pathlib import Path\n"
+        "from regiongpt.annotate.store import Store, key_of\n"
+        "began = time.perf_counter()\nwith Store(Path(sys.argv[1])) as store:\n"
+        "    store.begin({'mode': 'full'}, {})\n    count, cost = store.count(), store.cost()\n"
+        "    opened = time.perf_counter() - began\n    began = time.perf_counter()\n"
+        "    for start in range(0, count, 10):\n"
+        "        assert len(store.finished([key_of(k) for k in range(start, start + 10)])) == 10\n"
+        "    looked = time.perf_counter() - began\n"
+        "print(json.dumps({'regions': count, 'seconds_to_open': opened, 'seconds_to_look_all_up': looked,"
+        " 'mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, folder / "out"], capture_output=True, text=True, check=True)
+    return dict(json.loads(ran.stdout))
+
+
+def regiongpt(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The captioner of RegionGPT checkpoints beside asking region by region: same model, prompts and answers."""
+    import transformers
+
+    from regiongpt import RegionPredictor
+    from regiongpt.annotate.captioners import Asking, Request, open_captioner
+    from regiongpt.annotate.captioners.regiongpt import _question
+    from regiongpt.annotate.prompts import Closeup
+    from regiongpt.annotate.prompts import draw as drawn
+    from regiongpt.annotate.source import Source
+
+    root = draw(folder / "data", options.batch_images, 16)
+    captioner: Any = open_captioner(Asking(captioner=options.model), Closeup(), 0)
+    alone = RegionPredictor.from_pretrained(options.model, images=0)
+    transformers.utils.logging.disable_progress_bar()
+    took = {"together": 0.0, "alone": 0.0}
+    same: list[bool] = []
+    for number, item in enumerate(Source(root / "images", root / "instances.json")):
+        photo = Image.open(root / "images" / item.name).convert("RGB")
+        asks = [
+            Request(stage="region", text="", photo=photo, regions=item.regions, number=k, category=each.category,
+                    context="A photo of some things.", version=drawn(0, f"{item.name} {k}", 10))
+            for k, each in enumerate(item.regions)
+        ]  # fmt: skip
+        began = time.perf_counter()
+        together = captioner.answer(asks)
+        middle = time.perf_counter()
+        texts = []
+        for ask in asks:  # as peers do: the image is encoded anew for each region
+            text, regions = _question(ask)
+            texts.append(alone.set_image(photo).ask(text, regions, max_new_tokens=512).text.strip())
+        if number:  # the first is a warm-up
+            took["together"] += middle - began
+            took["alone"] += time.perf_counter() - middle
+            same += [reply.text == text for reply, text in zip(together, texts, strict=True)]
+    regions = 16 * (options.batch_images - 1)
+    return {
+        "regions": regions, "per_second": {name: regions / seconds for name, seconds in took.items()},
+        "times": took["alone"] / took["together"], "same_answers": sum(same) / len(same),
+    }  # fmt: skip
+
+
+PARTS = {part.__name__: part for part in (kills, faults, rate, memory, store, regiongpt)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=tuple(PARTS))
+    parser.add_argument("--regions", type=int, default=20_000, help="of kills")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--down", type=float, default=60.0, help="seconds that the endpoint is down")
+    parser.add_argument("--rate-regions", type=int, default=10_000)
+    parser.add_argument("--memory-regions", type=int, default=200_000)
+    parser.add_argument("--store-regions", type=int, default=1_000_000)
+    parser.add_argument("--batch-images", type=int, default=6)
+    parser.add_argument("--model", help="RegionGPT checkpoint (default: the model of the package)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    options = parser.parse_args()
+    found: dict[str, Any] = {"stamp": stamp(vars(options), {})}
+    for name in options.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = PARTS[name](Path(folder), options)
+        print(name, json.dumps(found[name], indent=1), flush=True)
+    if options.out:
+        write_json(found, options.out)
+
+
+if __name__ == "__main__":
+    main()
