@@ -274,12 +274,11 @@ def regiongpt(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from regiongpt import RegionPredictor
     from regiongpt.annotate.captioners import Asking, Request, open_captioner
     from regiongpt.annotate.captioners.regiongpt import _question
-    from regiongpt.annotate.prompts import Closeup
     from regiongpt.annotate.prompts import draw as drawn
     from regiongpt.annotate.source import Source
 
     root = draw(folder / "data", options.batch_images, 16)
-    captioner: Any = open_captioner(Asking(captioner=options.model), Closeup(), 0)
+    captioner: Any = open_captioner(Asking(captioner=options.model), 0)
     alone = RegionPredictor.from_pretrained(options.model, images=0)
     transformers.utils.logging.disable_progress_bar()
     took = {"together": 0.0, "alone": 0.0}

@@ -421,16 +421,15 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _annotate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.annotate.command import OPTIONS, Annotation
+    from regiongpt.annotate.command import OPTIONS, annotate
     from regiongpt.settings import add_options, read_options
 
     parser.description = "Caption regions of many images in two stages; the same command goes on after a stop."
     for title, kind in OPTIONS.items():
         add_options(parser, kind, title)
     typed = parser.parse_args(words)
-    annotation = Annotation(*(read_options(kind, typed) for kind in OPTIONS.values()))
     quiet_libraries()
-    return annotation.run()
+    return annotate(*(read_options(kind, typed) for kind in OPTIONS.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ def drawn() -> tuple[Image.Image, list[RecordRegion]]:
 
 
 def test_facts_say_what_annotations_and_pixels_prove() -> None:
-    captioner = open_captioner(Asking(captioner="facts"), Closeup(), 0)
+    captioner = open_captioner(Asking(captioner="facts"), 0)
     photo, regions = drawn()
     asks = [Request(stage="image", text="", photo=photo, regions=regions)]
     asks += [Request(stage="region", text="", photo=photo, regions=regions, number=k) for k in range(3)]
@@ -365,7 +365,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_transformers_model_answers_in_batches_as_it_does_alone(llava: Path) -> None:
-    captioner: Any = open_captioner(Asking(captioner=str(llava), max_new_tokens=40), Closeup(), 0)
+    captioner: Any = open_captioner(Asking(captioner=str(llava), max_new_tokens=40), 0)
     rng = np.random.default_rng(0)
     asks = []
     for k, (width, height) in enumerate(((40, 30), (20, 50), (64, 64), (9, 7))):
@@ -381,7 +381,7 @@ def test_a_transformers_model_answers_in_batches_as_it_does_alone(llava: Path) -
 
 
 def test_an_answer_without_an_end_is_cut_off(llava: Path) -> None:
-    captioner: Any = open_captioner(Asking(captioner=str(llava), max_new_tokens=1), Closeup(), 0)
+    captioner: Any = open_captioner(Asking(captioner=str(llava), max_new_tokens=1), 0)
     asks = [Request(stage="region", text=f"Describe {k}", picture=crop()) for k in range(12)]
     assert {each.kind for each in captioner.answer(asks) if isinstance(each, Failed)} <= {"cut off", "empty answer"}
     captioner._ends = torch.tensor([-1])
@@ -390,14 +390,14 @@ def test_an_answer_without_an_end_is_cut_off(llava: Path) -> None:
 
 def test_a_model_without_vision_or_template_is_refused(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        open_captioner(Asking(captioner=str(tmp_path)), Closeup(), 0)
+        open_captioner(Asking(captioner=str(tmp_path)), 0)
     LlamaConfig(**TOWER).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="not a vision-language model"):
-        open_captioner(Asking(captioner=str(tmp_path)), Closeup(), 0)
+        open_captioner(Asking(captioner=str(tmp_path)), 0)
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in llava.iterdir():
         if "template" not in file.name:
             (bare / file.name).write_bytes(file.read_bytes())
     with pytest.raises(CheckpointError, match="chat template"):
-        open_captioner(Asking(captioner=str(bare)), Closeup(), 0)
+        open_captioner(Asking(captioner=str(bare)), 0)

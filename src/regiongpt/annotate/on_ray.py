@@ -6,92 +6,81 @@ order: what is finished is found by its key.
 
 import asyncio
 import pickle
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 from regiongpt.annotate.captioners import open_captioner
-from regiongpt.annotate.engine import Ask, Progress, Run, Work
+from regiongpt.annotate.engine import Ask, Run, Work
 from regiongpt.annotate.filters import Similarity
 from regiongpt.annotate.source import Item
-from regiongpt.annotate.store import Failure
 from regiongpt.errors import ConfigError, RegionGPTError
 
 _IMAGES: Final = 16
 """Images in a block, which a worker answers together."""
 _ROUND: Final = 4096
-"""Images handed to Ray at a time: this bounds memory, and is what is asked again after a kill."""
-
-Pending = tuple[str, Item, list[Ask]]
+"""Images handed to Ray at a time, which bounds memory."""
 
 
-class Kept:
+class _Kept:
     """What a worker knows and finds out about some images, in place of the store."""
 
-    def __init__(self, known: dict[bytes, dict[str, Any]], failed: dict[bytes, Failure]) -> None:
-        self.known, self.failed = known, failed
+    def __init__(self) -> None:
+        self.known: dict[bytes, Any] = {}
+        self.failed: dict[bytes, Any] = {}
         self.said: list[tuple[str, Any]] = []
 
-    def get(self, keys: Collection[bytes]) -> dict[bytes, dict[str, Any]]:
-        """Those that are known."""
+    def get(self, keys: Collection[bytes]) -> dict[bytes, Any]:
         return {key: self.known[key] for key in keys if key in self.known}
 
-    def failures(self, keys: Collection[bytes]) -> dict[bytes, Failure]:
-        """Those that failed."""
+    def failures(self, keys: Collection[bytes]) -> dict[bytes, Any]:
         return {key: self.failed[key] for key in keys if key in self.failed}
 
-    def add(self, key: bytes, value: Mapping[str, Any], cost: float = 0.0) -> None:
-        """Send it back."""
-        self.said.append(("add", (key, dict(value), cost)))
+    def add(self, *values: Any) -> None:
+        self.said.append(("add", values))
 
-    def fail(self, key: bytes, kind: str, why: str, cost: float = 0.0) -> None:
-        """Send it back."""
-        self.said.append(("fail", (key, kind, why, cost)))
+    def fail(self, *values: Any) -> None:
+        self.said.append(("fail", values))
 
-    def note(self, kind: str, why: str) -> None:
-        """Send it back."""
-        self.said.append(("note", (kind, why)))
+    def note(self, *values: str) -> None:
+        self.said.append(("note", values))
 
 
-class Worker:
-    """One process of the cluster with a captioner of its own.
-
-    Args:
-        recipe: Everything but the captioner and the scorer, as pickle bytes.
-    """
+class _Worker:
+    """One process of the cluster, with a captioner of its own for each block."""
 
     def __init__(self, recipe: bytes) -> None:
-        self.keys, self.asking, self.closeup, self.images, self.similarity = pickle.loads(recipe)
-        self.scorer = Similarity(self.similarity, self.asking.device) if self.similarity else None
+        self.keys, self.asking, self.closeup, self.images, similarity = pickle.loads(recipe)
+        self.scorer = Similarity(similarity, self.asking.device) if similarity else None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Answer about some images; a row of pickle bytes for each."""
         try:
             said = asyncio.run(self._answer([pickle.loads(row) for row in batch["row"]]))
-        except Exception as error:  # carried home, where it ends the run with its own message
-            user = isinstance(error, RegionGPTError)
-            said = [("error", error if user else f"{type(error).__name__}: {error}")]
+        except Exception as error:  # ends the run at home, with its own message
+            said = [("error", error if isinstance(error, RegionGPTError) else RuntimeError(repr(error)))]
         return {"said": [pickle.dumps(said)]}
 
-    async def _answer(self, images: list[tuple[Pending, Any, Any]]) -> list[tuple[str, Any]]:
-        kept = Kept({}, {})
-        captioner = open_captioner(self.asking, self.closeup, self.keys.plan.seed)
-        await captioner.open()
-        work = Work(
-            keys=self.keys, captioner=captioner, keeper=kept, closeup=self.closeup, asking=self.asking,
-            images=self.images, scorer=self.scorer, noted=kept.note,
-        )  # fmt: skip
-        for _, known, failed in images:
-            kept.known |= known
-            kept.failed |= failed
+    async def _answer(self, images: list[Any]) -> list[tuple[str, Any]]:
+        kept = _Kept()
+        captioner = open_captioner(self.asking, self.keys.plan.seed)
         try:
+            await captioner.open()
+            work = Work(
+                keys=self.keys, captioner=captioner, keeper=kept, closeup=self.closeup, asking=self.asking,
+                images=self.images, scorer=self.scorer, noted=kept.note,
+            )  # fmt: skip
+            for _, known, failed in images:
+                kept.known |= known
+                kept.failed |= failed
             outcomes = await asyncio.gather(*(work.image(*found) for found, _, _ in images), return_exceptions=True)
         finally:
             await captioner.close()
-        errors = [("error", each) for each in outcomes if isinstance(each, RegionGPTError)]
-        return [*kept.said, *errors[:1]]
+        return [*kept.said, *(("error", each) for each in outcomes if isinstance(each, BaseException))]
 
 
-def on_ray(run: Run, pending: Iterator[Pending | None], workers: int | None, similarity: Any = None) -> Progress:
+def on_ray(
+    run: Run, pending: Iterator[tuple[str, Item, list[Ask]] | None], workers: int | None, similarity: Path | None
+) -> None:
     """Work through images on the cluster that ``RAY_ADDRESS`` names, or on this machine.
 
     Args:
@@ -117,29 +106,26 @@ def on_ray(run: Run, pending: Iterator[Pending | None], workers: int | None, sim
     count = workers or max(1, sum(1 for node in ray.nodes() if node["Alive"]))
     apply: dict[str, Callable[..., None]] = {"add": work.keeper.add, "fail": work.keeper.fail, "note": run.note}
     for rows in _rounds(work, pending):
-        data = ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // _IMAGES)))
-        answers = data.map_batches(
-            Worker, fn_constructor_args=(recipe,), batch_size=_IMAGES, concurrency=count, batch_format="numpy"
+        blocks = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _IMAGES))
+        answers = blocks.map_batches(
+            _Worker, fn_constructor_args=(recipe,), batch_size=_IMAGES, concurrency=count, batch_format="numpy"
         )
         for row in answers.iter_rows():
             for what, values in pickle.loads(row["said"]):
                 if what == "error":
-                    raise values if isinstance(values, RegionGPTError) else RuntimeError(values)
-                if what == "add":
-                    work.spent += values[2]
+                    raise values
+                work.spent += values[2] if what == "add" and len(values) > 2 else 0.0
                 apply[what](*values)
             if run.is_over():  # what the cluster has under way is dropped, and asked again
-                return run.progress
-    return run.progress
+                return
 
 
-def _rounds(work: Work, pending: Iterator[Pending | None]) -> Iterator[list[dict[str, bytes]]]:
+def _rounds(work: Work, pending: Iterator[Any]) -> Iterator[list[dict[str, bytes]]]:
     rows: list[dict[str, bytes]] = []
     for found in pending:
         if found is not None:
             keys = [key for ask in found[2] for key in ask.keys]
-            known, failed = work.keeper.get(keys), work.keeper.failures(keys)
-            rows.append({"row": pickle.dumps((found, known, failed))})
+            rows.append({"row": pickle.dumps((found, work.keeper.get(keys), work.keeper.failures(keys)))})
         if len(rows) == _ROUND:
             yield rows
             rows = []

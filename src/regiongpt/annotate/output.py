@@ -5,8 +5,7 @@ import json
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -15,32 +14,63 @@ from typing import Any, Final, Literal
 import numpy as np
 from markupsafe import Markup
 
-from regiongpt import charts
 from regiongpt.annotate.engine import Ask, Keys
 from regiongpt.annotate.filters import Decision, Filters, judge, words
 from regiongpt.annotate.prompts import MODES, Closeup
 from regiongpt.annotate.source import Item, Source
 from regiongpt.annotate.store import Store
-from regiongpt.data.convert.values import words_alone
 from regiongpt.data.records import Record, Turn, region_row
-from regiongpt.data.shards import Rejects, write_records
+from regiongpt.data.shards import Rejects, schema, write_records
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.images import load_image
-from regiongpt.report import picture, write_page
+from regiongpt.report import Bar, Curve, bar_chart, line_chart, picture, write_page
 from regiongpt.settings import Settings
 from regiongpt.storage import locked, new_folder, sha256, write_file, write_json, writing
 
-CAPTIONS, RECORDS, PAGE, CARD = "captions", "records", "index.html", "README.md"
 _ROWS: Final = 50_000  # in one file of the table
-_PAPER: Final = (
-    ("RefCOCO", "20K", "142K", 3.50),
-    ("RefCOCO+", "20K", "142K", 3.53),
-    ("RefCOCOg", "25.8K", "95K", 8.46),
-    ("Visual Genome", "82.4K", "3.8M", 5.09),
-    ("RegionGPT's paper", "213K", "1.5M", 87.14),
+_SAMPLES: Final = 1000  # in one tar file
+_TABLE_2: Final = (
+    ("Data set", "Images", "Regions", "Average words"),
+    ("RefCOCO", "20K", "142K", "3.50"),
+    ("RefCOCO+", "20K", "142K", "3.53"),
+    ("RefCOCOg", "25.8K", "95K", "8.46"),
+    ("Visual Genome", "82.4K", "3.8M", "5.09"),
+    ("RegionGPT's paper", "213K", "1.5M", "87.14"),
 )
-"""The paper's Table 2: images, regions, average words."""
+_CARD: Final = """\
+---
+task_categories: [image-to-text]
+tags: [region captions, synthetic]
+---
+# {name}
+
+Captions of image regions, written by a model and not by people: {captioned:,} of {regions:,} regions of
+{images:,} images are captioned, and {kept:,} of these are kept.
+
+{table}
+
+## How they were made
+
+First a caption of the whole image, then one of the close-up of each region, told the caption of the image and the class
+name that people gave (mode full; context leaves out the name, crop both). {asked}.
+
+## What is not kept
+
+{dropped}
+
+## What has no caption
+
+{failed}
+
+## Files
+
+- `captions/`: every caption, kept or not, a row each, with its provenance and scores
+- `records/`: those that are kept, as `regiongpt train` reads them
+- `manifest.json`: settings, counts and the hashes of all files
+
+The captions carry the errors of the model that wrote them, and the images keep the licences of their authors.
+"""
 
 
 class Export(Settings):
@@ -50,339 +80,259 @@ class Export(Settings):
     """llava (json lines of image and conversations), webdataset (tar files of images with their captions)"""
 
 
-@dataclass(kw_only=True)
-class Statistics:
-    """What the page, the card and the table say about the captions."""
-
-    images: int = 0
-    regions: int = 0
-    """Of the source."""
-    captioned: int = 0
-    kept: int = 0
-    lengths: Counter[int] = field(default_factory=Counter)
-    similarities: list[float] = field(default_factory=list)
-    located: Counter[bool] = field(default_factory=Counter)
-    named: Counter[bool] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-    failures: Counter[str] = field(default_factory=Counter)
-    growth: list[tuple[int, int]] = field(default_factory=list)
-    """Captions, and the different words in them."""
-    tokens: list[int] = field(default_factory=lambda: [0, 0])
-
-    @property
-    def mean_words(self) -> float:
-        """Words a caption, of all that are kept."""
-        return sum(words * count for words, count in self.lengths.items()) / max(self.lengths.total(), 1)
-
-
 class Output:
-    """Writes what is finished, at the end of a run or while another process goes on with it.
+    """Writes what is finished, at the end of a run or while another process goes on with it; and counts it.
 
     Args:
         store: The finished work.
         source: The regions, in the order of the output.
         keys: Of what is wanted.
-        closeup: How crops were made.
         filters: What is kept.
         export: Other layouts.
-        described: Of the run, for the manifest.
+        described: The run as the store notes it.
     """
 
     def __init__(
-        self, *, store: Store, source: Source, keys: Keys, closeup: Closeup, filters: Filters, export: Export,
-        described: Mapping[str, Any],
-    ) -> None:  # fmt: skip
-        self.store, self.source, self.keys, self.closeup = store, source, keys, closeup
-        self.filters, self.export, self.described = filters, export, dict(described)
-        self.out, self.statistics, self.vocabulary = store.folder, Statistics(), set[str]()
-        self.gallery: list[tuple[Item, Ask, dict[str, Any]]] = []
+        self, store: Store, source: Source, keys: Keys, filters: Filters, export: Export, described: Mapping[str, Any]
+    ) -> None:
+        self.store, self.source, self.keys, self.filters, self.export = store, source, keys, filters, export.export
+        self.out, self.described, self.fingerprint = store.folder, described, described["fingerprint"]
+        self.closeup = Closeup(**{name: self.fingerprint[name] for name in Closeup.model_fields})
+        self.counts: Counter[str] = Counter()  # images, regions, captioned, kept, tokens_in, tokens_out
+        self.lengths: Counter[int] = Counter()  # words of captions that are kept
+        self.truths: Counter[tuple[str, bool]] = Counter()  # named and located
+        self.reasons: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.similarities: list[float] = []
+        self._vocabulary: set[str] = set()
+        self._growth: list[tuple[int, int]] = []  # captions, and the different words in them
+        self._gallery: list[tuple[Item, dict[str, Any], dict[str, str]]] = []
+        self._rows: list[dict[str, Any]] = []
+        self._files: list[dict[str, Any]] = []
+        self.tar: tarfile.TarFile | None = None
 
-    def write(self) -> Statistics:
-        """Write everything, each folder whole or not at all.
+    def close_tar(self) -> None:
+        """End the tar file that is being written, if one is."""
+        if self.tar is not None:
+            self.tar.close()
 
-        Raises:
-            DataError: The disk is full.
-        """
+    def write(self) -> None:
+        """Write everything; what was there is replaced when all of it is whole. DataError where the disk is full."""
         decision = Decision(self.filters, self._scores())
         with locked(self.out / ".writing", wait=True), new_folder(self.out / ".new") as folder:
-            rejects = Rejects(folder / "rejects.jsonl")
-            writer = _Writer(folder / CAPTIONS)
-            (folder / RECORDS).mkdir()
+            (folder / "captions").mkdir()
+            (folder / "export").mkdir()
             manifest = write_records(
-                folder / RECORDS,
-                writer.passing(self._records(decision), self.export.export, folder, self.source.images),
-                rejects,
+                folder / "records",
+                self._records(decision, folder),
+                Rejects(),
                 source="annotate",
                 images=str(self.source.images.resolve()),
-                inputs=[self.source.path] if self.source.path.is_file() else [],
-                arguments=self.described,
+                inputs=[],
+                arguments=self.fingerprint,
                 check_regions=False,
             )
-            rejects.close()
-            described = {
-                **self.described,
-                "filters": self.filters.model_dump(mode="json"),
-                "captions": self.statistics.captioned,
-                "kept": self.statistics.kept,
-                "regions": self.statistics.regions,
-                "failures": dict(self.statistics.failures),
-                "cost": self.store.cost(),
-                "shards": writer.finish(),
-                "records": manifest.counts,
-                "regiongpt_version": version("regiongpt"),
-            }
-            write_json(folder / "manifest.json", described)
-            write_file(folder / CARD, self._card(described))
-            self._page(folder / PAGE)
-            with writing(self.out):  # from here on nothing is computed
-                for made in sorted(folder.iterdir()):
-                    there = self.out / made.name
-                    if there.is_dir():
+            self._flush(folder)
+            self.close_tar()
+            if not self.export:
+                (folder / "export").rmdir()
+            more = {"filters": self.filters.model_dump(), **self.counts, "failures": self.failures}
+            more |= {"cost": self.store.cost(), "shards": self._files, "records": manifest.counts}
+            write_json(folder / "manifest.json", {**self.described, **more, "regiongpt_version": version("regiongpt")})
+            write_file(folder / "README.md", self._card())
+            self._page(folder / "index.html")
+            with writing(self.out):
+                for made in folder.iterdir():
+                    if (there := self.out / made.name).is_dir():
                         shutil.rmtree(there)
                     made.replace(there)
-        shutil.rmtree(self.out / ".new", ignore_errors=True)
-        return self.statistics
+        (self.out / ".new").rmdir()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Captions in the order of the source
 
-    def _items(self) -> Iterator[tuple[str, Item, list[Ask], dict[bytes, dict[str, Any]]]]:
+    def _items(self) -> Iterator[tuple[str, Item, list[Ask], dict[bytes, dict[str, Any]], list[dict[str, Any]]]]:
+        """Of each image its hash, all that was asked, what is known of that, and the rows of its captions."""
         for item in self.source:
             try:
                 digest = self.store.image_digest(self.source.images / item.name, item.name)
             except OSError:
                 digest = ""
-            asks = self.keys.regions(digest, item) if digest else []
-            whole = self.keys.image(digest)
-            yield digest, item, [whole, *asks], self.store.get([key for ask in (whole, *asks) for key in ask.keys])
+            asks = [self.keys.image(digest), *self.keys.regions(digest, item)]
+            known = self.store.get([key for ask in asks for key in ask.keys])
+            yield digest, item, asks, known, [*self._captions(item, asks, known)]
 
-    def rows(
-        self, item: Item, asks: list[Ask], known: Mapping[bytes, dict[str, Any]]
-    ) -> Iterator[tuple[Ask, dict[str, Any]]]:
-        """A row of the table for each caption of an image that is finished."""
+    def _captions(self, item: Item, asks: list[Ask], known: Mapping[bytes, Any]) -> Iterator[dict[str, Any]]:
         classes = [each.category for each in item.regions]
-        for ask in asks:
-            if ask.number < 0 or ask.mode != self.keys.plan.mode or ask.key not in known:
+        for ask in asks[1:]:
+            if ask.mode != self.keys.plan.mode or ask.key not in known:
                 continue
             value, each = known[ask.key], item.regions[ask.number]
-            located = known.get(ask.locate or b"", {}).get("number")
             score = known.get(ask.score or b"", {})
-            yield (
-                ask,
-                {
-                    "id": f"{item.name}#{each.source_id or ask.number + 1}",
-                    "image": item.name,
-                    "width": item.width,
-                    "height": item.height,
-                    "region": {**region_row(each.region), "category": each.category, "source_id": each.source_id},
-                    "category": each.category,
-                    "caption": value["text"],
-                    "global_caption": known.get(asks[0].key, {}).get("text", ""),
-                    "crop": list(self.closeup.window(each.region, item.width, item.height)) if item.width else [],
-                    "mode": ask.mode,
-                    "prompt_version": value["version"],
-                    "model": value["model"],
-                    "seed": value["seed"],
-                    "seconds": value["seconds"],
-                    "tokens_in": value["tokens_in"],
-                    "tokens_out": value["tokens_out"],
-                    "cost": value["cost"],
-                    "finished": value["at"],
-                    "similarity": score.get("similarity"),
-                    "least_similarity": score.get("least"),
-                    **judge(value["text"], each.category, classes, located, ask.number + 1),
-                },
-            )
+            located = known.get(ask.locate or b"", {}).get("number")
+            yield {
+                "id": f"{item.name}#{each.source_id or ask.number + 1}",
+                "image": item.name,
+                "width": item.width,
+                "height": item.height,
+                "number": ask.number,
+                "region": {**region_row(each.region), "category": each.category, "source_id": each.source_id},
+                "category": each.category,
+                "caption": value["text"],
+                "global_caption": known.get(asks[0].key, {}).get("text", ""),
+                "crop": list(self.closeup.window(each.region, item.width, item.height)),
+                "mode": ask.mode,
+                "prompt_version": value["version"],
+                "finished": value["at"],
+                **{name: value[name] for name in ("model", "seed", "seconds", "tokens_in", "tokens_out", "cost")},
+                "similarity": score.get("similarity"),
+                "least_similarity": score.get("least"),
+                **judge(value["text"], each.category, classes, located, ask.number + 1),
+            }
 
     def _scores(self) -> dict[str, list[float]]:
         """Similarities by class, of captions that nothing else speaks against; needed for top shares alone."""
         scores: dict[str, list[float]] = {}
         if self.filters.top_share is not None:
             plain = Decision(self.filters.replace(top_share=None), {})
-            for _, item, asks, known in self._items():
-                for _, row in self.rows(item, asks, known):
+            for *_, rows in self._items():
+                for row in rows:
                     if row["similarity"] is not None and not plain.why_not(row):
                         scores.setdefault(row["category"], []).append(row["similarity"])
             if not scores:
                 raise DataError(f"{self.out}: no caption has a similarity; run with --similarity before --top-share")
         return scores
 
-    def _records(self, decision: Decision) -> Iterator[tuple[list[dict[str, Any]], Record | None]]:
-        """The rows of each image, and the record of those that are kept."""
-        found = self.statistics
-        for digest, item, asks, known in self._items():
-            found.images += 1
-            found.regions += len(item.regions)
+    def _records(self, decision: Decision, folder: Path) -> Iterator[Record]:
+        """The records of what is kept, and as they pass by the table, the exports and the counts."""
+        for digest, item, asks, known, rows in self._items():
             asked = asks if self.keys.plan.mode != "crop" else asks[1:]
             missing = [ask.key for ask in asked if ask.key not in known]
-            found.failures.update(failure.kind for failure in self.store.failures(missing).values())
-            rows, regions, turns = [], [], []
-            whole = known.get(asks[0].key, {}).get("text", "")
-            for ask, row in self.rows(item, asks, known):
+            self.failures.update(failure.kind for failure in self.store.failures(missing).values())
+            self.counts.update(images=1, regions=len(item.regions))
+            for row in rows:
                 row["reason"] = decision.why_not(row)
                 row["kept"] = not row["reason"]
-                rows.append(row)
                 self._count(row)
-                if row["kept"]:
-                    regions.append(item.regions[ask.number])
-                    answer = words_alone(row["caption"])
-                    turns.append(Turn(task="describe", answer=answer, regions=(len(regions),)))
-                if sum(other.number == ask.number for other in asks) == len(MODES):
-                    self.gallery.append((item, ask, {"row": row, **self._modes(item, asks, known, ask)}))
-            if whole and turns:
-                turns.append(Turn(task="image_caption", answer=words_alone(whole)))
+                shown = [ask for ask in asks[1:] if ask.number == row["number"]]
+                if len(shown) == len(MODES):
+                    texts: dict[str, str] = {ask.mode: known.get(ask.key, {}).get("text", "") for ask in shown}
+                    self._gallery.append((item, row, texts))
+            self._rows += rows
+            if len(self._rows) >= _ROWS:
+                self._flush(folder)
+            kept = [row for row in rows if row["kept"]]
+            if not kept:
+                continue
+            turns = [Turn(task="describe", answer=row["caption"], regions=(k,)) for k, row in enumerate(kept, 1)]
+            if whole := kept[0]["global_caption"]:
+                turns.append(Turn(task="image_caption", answer=whole))
             record = Record(
                 id=f"annotate/{digest[:16]}/{item.place}", source="annotate", image=item.name, width=item.width,
-                height=item.height, regions=tuple(regions), turns=tuple(turns),
+                height=item.height, regions=tuple(item.regions[row["number"]] for row in kept), turns=tuple(turns),
             )  # fmt: skip
-            yield rows, record if turns else None
-
-    @staticmethod
-    def _modes(item: Item, asks: list[Ask], known: Mapping[bytes, dict[str, Any]], shown: Ask) -> dict[str, str]:
-        return {ask.mode: known.get(ask.key, {}).get("text", "") for ask in asks if ask.number == shown.number}
+            for name in self.export:
+                (_add_line if name == "llava" else _add_sample)(folder / "export", record, kept, self)
+            self.counts["samples"] += 1
+            yield record
 
     def _count(self, row: Mapping[str, Any]) -> None:
-        found = self.statistics
-        found.captioned += 1
-        found.tokens[0] += row["tokens_in"]
-        found.tokens[1] += row["tokens_out"]
-        if row["names_class"] is not None:
-            found.named[row["names_class"]] += 1
-        if row["located_back"] is not None:
-            found.located[row["located_back"]] += 1
+        self.counts.update(captioned=1, tokens_in=row["tokens_in"], tokens_out=row["tokens_out"])
+        for name in ("names_class", "located_back"):
+            if row[name] is not None:
+                self.truths[name, row[name]] += 1
         if row["similarity"] is not None:
-            found.similarities.append(row["similarity"])
+            self.similarities.append(row["similarity"])
         if row["reason"]:
-            found.reasons[row["reason"]] += 1
+            self.reasons[row["reason"]] += 1
             return
-        found.kept += 1
-        found.lengths[row["words"]] += 1
-        self.vocabulary.update(words(row["caption"]))
-        if found.kept & (found.kept - 1) == 0 or found.kept % 2000 == 0:
-            found.growth.append((found.kept, len(self.vocabulary)))
+        self.counts["kept"] += 1
+        self.lengths[row["words"]] += 1
+        self._vocabulary.update(words(row["caption"]))
+        kept = self.counts["kept"]
+        if kept & (kept - 1) == 0 or kept % 2000 == 0:
+            self._growth.append((kept, len(self._vocabulary)))
+
+    def _flush(self, folder: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = folder / "captions" / f"captions-{len(self._files):05d}.parquet"
+        pq.write_table(pa.Table.from_pylist(self._rows, schema=_columns()), path, compression="zstd")
+        self._files.append({"file": f"captions/{path.name}", "rows": len(self._rows), "sha256": sha256(path)})
+        self._rows = []
 
     # -----------------------------------------------------------------------------------------------------------------
     # For people
 
-    def table(self) -> list[tuple[str, str, str, str]]:
+    def table(self) -> list[tuple[str, ...]]:
         """The paper's Table 2 with a line for this run."""
-        own = (
-            self.out.resolve().name,
-            f"{self.statistics.images:,}",
-            f"{self.statistics.kept:,}",
-            self.statistics.mean_words,
-        )
-        head = ("Data set", "Images", "Regions", "Average words")
-        return [head, *((name, images, regions, f"{mean:.2f}") for name, images, regions, mean in (*_PAPER, own))]
+        own = f"{self.counts['images']:,}", f"{self.counts['kept']:,}", f"{self._mean_words:.2f}"
+        return [*_TABLE_2, (self.out.resolve().name, *own)]
 
-    def _card(self, described: Mapping[str, Any]) -> str:
+    @property
+    def _mean_words(self) -> float:
+        return sum(length * count for length, count in self.lengths.items()) / max(self.lengths.total(), 1)
+
+    def _card(self) -> str:
         head, *body = self.table()
-        table = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *body)]
-        found, print_ = self.statistics, described["fingerprint"]
-        dropped = [f"- {count:,}: {reason}" for reason, count in found.reasons.most_common()] or ["- nothing"]
-        failed = [f"- {count:,}: {kind}" for kind, count in found.failures.most_common()] or ["- nothing"]
-        asked = "; ".join(f"{name} {value}" for name, value in print_.items())
-        return "\n".join(
-            [
-                "---",
-                "task_categories: [image-to-text]",
-                "tags: [region captions, synthetic]",
-                "---",
-                f"# {self.out.resolve().name}",
-                "",
-                f"Captions of image regions written by a model, not by people: {found.captioned:,} of "
-                f"{found.regions:,} regions of {found.images:,} images are captioned, and {found.kept:,} are kept.",
-                "",
-                *table,
-                "",
-                "## How they were made",
-                "",
-                "First a caption of the whole image, then one of the close-up of each region, told the caption of the "
-                "image and the class name that people gave (mode full; context leaves out the name, crop both). "
-                f"{asked}.",
-                "",
-                "## What is not kept",
-                "",
-                *dropped,
-                "",
-                "## What has no caption",
-                "",
-                *failed,
-                "",
-                "## Files",
-                "",
-                f"- `{CAPTIONS}/`: every caption, kept or not, a row each, with its provenance and scores",
-                f"- `{RECORDS}/`: those that are kept, as `regiongpt train` reads them",
-                "- `manifest.json`: settings, counts and the hashes of all files",
-                "",
-                "The captions carry the errors of the model that wrote them, and the images keep the licences of their "
-                "authors.",
-                "",
-            ]
-        )
+        lines = {
+            name: "\n".join(f"- {count:,}: {why}" for why, count in found.most_common()) or "- nothing"
+            for name, found in (("dropped", self.reasons), ("failed", self.failures))
+        }
+        table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *body))
+        asked = "; ".join(f"{name} {value}" for name, value in self.fingerprint.items())
+        counts = {name: self.counts[name] for name in ("captioned", "regions", "images", "kept")}
+        return _CARD.format(name=self.out.resolve().name, table=table, asked=asked, **counts, **lines)
 
     def _page(self, path: Path) -> None:
-        found, seconds = self.statistics, self.store.busy_seconds()
-        rate = self.store.count() / seconds if seconds else 0.0
+        seconds, counts = self.store.busy_seconds(), self.counts
+        lengths = [length for length, count in self.lengths.items() for _ in range(count)]
+        growth = Curve(name="different words", xs=[n for n, _ in self._growth], ys=[n for _, n in self._growth])
         write_page(
             path,
             "annotations.html",
             title=f"Captions: {self.out.resolve().name}",
-            made="; ".join(f"{name} {value}" for name, value in self.described["fingerprint"].items()),
+            made="; ".join(f"{name} {value}" for name, value in self.fingerprint.items()),
             table=self.table(),
             facts=[
-                ("images", f"{found.images:,}"),
-                ("regions", f"{found.regions:,}"),
-                ("captioned", f"{found.captioned:,}"),
-                ("kept", f"{found.kept:,}"),
-                ("words a caption", f"{found.mean_words:.2f} (RefCOCOg 8.46, the paper 87.14)"),
-                ("different words", f"{len(self.vocabulary):,}"),
-                ("name their class", _share(found.named)),
-                ("located back", _share(found.located)),
-                ("tokens", f"{found.tokens[0]:,} read, {found.tokens[1]:,} written"),
+                *((name, f"{counts[name]:,}") for name in ("images", "regions", "captioned", "kept")),
+                ("words a caption", f"{self._mean_words:.2f} (RefCOCOg 8.46, the paper 87.14)"),
+                ("different words", f"{len(self._vocabulary):,}"),
+                ("name their class", self._share("names_class")),
+                ("located back", self._share("located_back")),
+                ("tokens", f"{counts['tokens_in']:,} read, {counts['tokens_out']:,} written"),
                 ("cost", f"{self.store.cost():,.4f}"),
-                ("answers a second", f"{rate:,.2f} over {seconds:,.1f} s of work"),
+                ("regions a second", f"{counts['captioned'] / max(seconds, 1e-9):,.2f} over {seconds:,.1f} s of work"),
             ],
-            reasons=found.reasons.most_common(),
-            failures=found.failures.most_common(),
+            reasons=self.reasons.most_common(),
+            failures=self.failures.most_common(),
             charts=[
-                _histogram(
-                    "Words a caption", [n for n, count in found.lengths.items() for _ in range(count)], whole=True
-                ),
-                _histogram("Similarity of crop and caption", found.similarities),
-                charts.line_chart(
-                    "Vocabulary growth",
-                    [
-                        charts.Curve(
-                            name="different words", xs=[n for n, _ in found.growth], ys=[n for _, n in found.growth]
-                        )
-                    ],
-                    "captions",
-                ),
+                _histogram("Words a caption", lengths, whole=True),
+                _histogram("Similarity of crop and caption", self.similarities),
+                line_chart("Vocabulary growth", [growth], "captions"),
             ],
-            gallery=[shown for shown in map(self._shown, self.gallery) if shown],
+            gallery=[shown for found in self._gallery if (shown := self._shown(*found))],
             modes=MODES,
         )
 
-    def _shown(self, found: tuple[Item, Ask, dict[str, Any]]) -> dict[str, Any] | None:
-        item, ask, texts = found
-        region = item.regions[ask.number]
+    def _share(self, name: str) -> str:
+        total = self.truths[name, True] + self.truths[name, False]
+        return f"{self.truths[name, True] / total:.1%}" if total else "not asked"
+
+    def _shown(self, item: Item, row: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any] | None:
+        each = item.regions[row["number"]]
         try:
             photo = load_image(self.source.images / item.name)
-            crop = picture(self.closeup.crop(photo, region.region), f"close-up of {region.category or 'a region'}", 320)
-            whole = picture(draw_regions(photo, [region.region]), f"{item.name} with the region", 480)
+            crop = picture(self.closeup.crop(photo, each.region), f"close-up of {each.category or 'a region'}", 320)
+            whole = picture(draw_regions(photo, [each.region]), f"{item.name} with the region", 480)
         except RegionGPTError:
             return None
-        row = texts["row"]
-        return {"crop": crop, "whole": whole, "category": region.category, "name": item.name,
+        return {"crop": crop, "whole": whole, "category": each.category, "name": item.name,
                 "global": row["global_caption"], "texts": texts, "reason": row["reason"]}  # fmt: skip
 
 
-def _share(counts: Counter[bool]) -> str:
-    return f"{counts[True] / counts.total():.1%}" if counts else "not asked"
-
-
-def _histogram(title: str, values: list[float] | list[int], whole: bool = False) -> Markup:
+def _histogram(title: str, values: Sequence[float], whole: bool = False) -> Markup:
     if not values:
         return Markup("")
     edges = np.histogram_bin_edges(np.asarray(values, float), bins=12)
@@ -391,109 +341,52 @@ def _histogram(title: str, values: list[float] | list[int], whole: bool = False)
         edges = edges if len(edges) > 1 else np.array([edges[0], edges[0] + 1])
     counts, _ = np.histogram(values, edges)
     named = [f"{low:g}–{high:g}" if whole else f"{low:.3f}" for low, high in itertools.pairwise(edges)]
-    bars = [(name, [charts.Bar(value=float(count))]) for name, count in zip(named, counts.tolist(), strict=True)]
-    return charts.bar_chart(title, bars, ["captions"], unit="", reach=1.1 * float(counts.max()))
+    bars = [(name, [Bar(value=float(count))]) for name, count in zip(named, counts.tolist(), strict=True)]
+    return bar_chart(title, bars, ["captions"], unit="", reach=1.1 * float(counts.max()))
 
 
-class _Writer:
-    """Parquet files of all captions, and the exports of those that are kept, written as records pass by."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.files, self._rows = folder, list[dict[str, Any]](), list[dict[str, Any]]()
-        folder.mkdir()
-
-    def passing(
-        self,
-        found: Iterable[tuple[list[dict[str, Any]], Record | None]],
-        export: tuple[str, ...],
-        folder: Path,
-        images: Path,
-    ) -> Iterator[Record]:
-        """Hand on the records, and write the rest."""
-        (folder / "export").mkdir()
-        lines = (folder / "export" / "llava.jsonl").open("w", encoding="utf-8") if "llava" in export else None
-        tar: tarfile.TarFile | None = None
-        count = 0
-        for rows, record in found:
-            self._rows += rows
-            if len(self._rows) >= _ROWS:
-                self._flush()
-            if record is None:
-                continue
-            kept = [row for row in rows if row["kept"]]
-            if lines is not None:
-                lines.write(json.dumps(_llava(record, kept), ensure_ascii=False) + "\n")
-            if "webdataset" in export:
-                if tar is None or count % 1000 == 0:
-                    if tar is not None:
-                        tar.close()
-                    tar = tarfile.open(folder / "export" / f"captions-{count // 1000:05d}.tar", "w")  # noqa: SIM115
-                _add(tar, record, kept, images)
-            count += 1
-            yield record
-        for file in (lines, tar):
-            if file is not None:
-                file.close()
-        if not export:
-            (folder / "export").rmdir()
-
-    def finish(self) -> list[dict[str, Any]]:
-        """Name, rows and SHA-256 of every file."""
-        if self._rows or not self.files:
-            self._flush()
-        return self.files
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = self.folder / f"captions-{len(self.files):05d}.parquet"
-        table = pa.Table.from_pylist(self._rows, schema=_schema())
-        pq.write_table(table, path, compression="zstd")
-        self.files.append({"file": f"{CAPTIONS}/{path.name}", "rows": len(self._rows), "sha256": sha256(path)})
-        self._rows = []
-
-
-def _schema() -> Any:
+def _columns() -> Any:
     """The columns of the table of all captions."""
     import pyarrow as pa
 
-    from regiongpt.data.shards import schema
-
-    text, whole, real, flag = pa.string(), pa.int32(), pa.float64(), pa.bool_()
-    region = schema().field("regions").type.value_type
-    columns = {
-        "id": text, "image": text, "width": whole, "height": whole, "region": region, "category": text,
-        "caption": text, "kept": flag, "reason": text, "global_caption": text, "crop": pa.list_(whole), "mode": text,
-        "prompt_version": whole, "model": text, "seed": pa.int64(), "seconds": real, "tokens_in": whole,
-        "tokens_out": whole, "cost": real, "finished": real, "words": whole, "similarity": real,
-        "least_similarity": real, "names_class": flag, "names_other": flag, "repeated": flag, "refusing": flag,
-        "about_image": flag, "located": whole, "located_back": flag,
-    }  # fmt: skip
-    return pa.schema(list(columns.items()))
+    kinds = {
+        pa.string(): "id image category caption reason global_caption mode model",
+        pa.int32(): "width height number prompt_version tokens_in tokens_out words located",
+        pa.int64(): "seed",
+        pa.float64(): "seconds cost finished similarity least_similarity",
+        pa.bool_(): "kept names_class names_other repeated refusing about_image located_back",
+        pa.list_(pa.int32()): "crop",
+        schema().field("regions").type.value_type: "region",
+    }
+    return pa.schema([(name, kind) for kind, names in kinds.items() for name in names.split()])
 
 
-def _llava(record: Record, kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """One image as LLaVA's training reads it: a region is a box in fractions of the image's sides, written out."""
+def _add_line(folder: Path, record: Record, kept: list[dict[str, Any]], output: Output) -> None:
+    """An image as LLaVA's training reads it: a region is a box in fractions of the image's sides, written out."""
     said: list[dict[str, str]] = []
-    for row, region in zip(kept, record.regions, strict=True):
-        x0, y0, x1, y1 = region.region.bounds(record.width, record.height)
-        box = [x0 / record.width, y0 / record.height, x1 / record.width, y1 / record.height]
+    for row, each in zip(kept, record.regions, strict=True):
+        x0, y0, x1, y1 = each.region.bounds(record.width, record.height)
+        box = x0 / record.width, y0 / record.height, x1 / record.width, y1 / record.height
         where = ", ".join(f"{value:.3f}" for value in box)
-        said.append({"from": "human", "value": f"Describe the region [{where}] of the image in detail."})
-        said.append({"from": "gpt", "value": words_alone(row["caption"])})
-    said[0]["value"] = f"<image>\n{said[0]['value']}"
-    return {"id": record.id, "image": record.image, "conversations": said}
+        begin = "" if said else "<image>\n"
+        said.append({"from": "human", "value": f"{begin}Describe the region [{where}] of the image in detail."})
+        said.append({"from": "gpt", "value": row["caption"]})
+    line = json.dumps({"id": record.id, "image": record.image, "conversations": said}, ensure_ascii=False)
+    with (folder / "llava.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
-def _add(tar: tarfile.TarFile, record: Record, kept: list[dict[str, Any]], images: Path) -> None:
+def _add_sample(folder: Path, record: Record, kept: list[dict[str, Any]], output: Output) -> None:
     """An image and its captions as one sample of a WebDataset."""
-    key = record.id.replace("/", "-").replace(".", "-")
-    path = images / record.image
-    for suffix, data in (
-        (path.suffix.lower() or ".jpg", path.read_bytes()),
-        (".json", json.dumps({"record": record.row(), "captions": kept}, ensure_ascii=False).encode()),
-    ):
+    path = output.source.images / record.image
+    key = record.id.replace("/", "-")
+    whole = json.dumps({"record": record.row(), "captions": kept}, ensure_ascii=False).encode()
+    number, first = divmod(output.counts["samples"], _SAMPLES)
+    if not first:
+        output.close_tar()
+        output.tar = tarfile.open(folder / f"captions-{number:05d}.tar", "w")  # noqa: SIM115
+    assert output.tar is not None
+    for suffix, data in ((path.suffix.lower() or ".jpg", path.read_bytes()), (".json", whole)):
         member = tarfile.TarInfo(key + suffix)
         member.size = len(data)
-        tar.addfile(member, BytesIO(data))
+        output.tar.addfile(member, BytesIO(data))

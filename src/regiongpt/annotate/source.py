@@ -16,15 +16,7 @@ from regiongpt.regions import Region
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One image and its regions.
-
-    Attributes:
-        place: Among the images of its source.
-        name: Path below the images' folder.
-        width: In pixels, 0 where the source does not say.
-        height: In pixels.
-        regions: In pixels of the image, in the order of the source.
-    """
+    """One image, by its place in the source and its path below the images' folder, with its size and its regions."""
 
     place: int
     name: str
@@ -83,7 +75,7 @@ class Source:
             regions = []
             for k in range(bounds[place], bounds[place + 1]):
                 category, identity = file.names[int(file.categories[k])], str(file.name_of(int(file.ids[k])))
-                region = file.mask(k) or Region.box(*file.boxes[k].tolist())
+                region = file.mask(k) or Region.box(*file.boxes[k].tolist(), normalized=False)
                 regions.append(RecordRegion(region=region, category=category, source_id=identity))
             if regions:
                 yield Item(

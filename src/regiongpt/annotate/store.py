@@ -1,6 +1,5 @@
 """Finished captions by key in one SQLite file, which only grows: a kill at any moment loses nothing that was added."""
 
-import itertools
 import json
 import os
 import sqlite3
@@ -9,13 +8,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.storage import locked, reason
 
-FILE: Final = "captions.sqlite"
+_FILE: Final = "captions.sqlite"
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS run (value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS images (path TEXT NOT NULL, size INTEGER NOT NULL, mtime INTEGER NOT NULL,
@@ -25,7 +23,6 @@ CREATE TABLE IF NOT EXISTS failed (key BLOB NOT NULL, kind TEXT NOT NULL, reason
                                    at REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS failures ON failed (key);
 """
-_AT_ONCE: Final = 500  # keys in one query
 
 
 def key_of(*parts: Any) -> bytes:
@@ -55,33 +52,29 @@ class Store:
     """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
-        self.folder, self.path = folder, folder / FILE
-        self._stack = ExitStack()
+        self.folder, self.path = folder, folder / _FILE
         if read_only and not self.path.is_file():
-            raise ConfigError(f"{folder}: holds no captions, there is no {FILE} in it; check the path")
-        if not read_only:
-            self._stack.enter_context(locked(folder))
-        try:
+            raise ConfigError(f"{folder}: holds no captions, there is no {_FILE} in it; check the path")
+        with ExitStack() as stack:
+            if not read_only:
+                stack.enter_context(locked(folder))
             with self._one_line():
                 # Each statement is its own transaction: what is added is out of this process's hands.
                 self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-                self._stack.callback(self._db.close)
-                self._db.execute("PRAGMA synchronous=NORMAL")
-                self._db.execute("PRAGMA cache_size=-32000")
+                stack.callback(self._db.close)
                 if not read_only:
                     self._db.execute("PRAGMA journal_mode=WAL")
                     self._db.executescript(_TABLES)
-                self.count()
-        except BaseException:
-            self._stack.close()
-            raise
+                self._db.execute("PRAGMA synchronous=NORMAL")
+                self._db.execute("PRAGMA cache_size=-32000")
+                if not self.described() and read_only:
+                    raise ConfigError(f"{folder}: no run was begun there; check the path")
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def begin(self, fingerprint: Mapping[str, Any], described: Mapping[str, Any]) -> None:
@@ -95,99 +88,78 @@ class Store:
             ConfigError: The folder holds another run; the message says what differs.
         """
         noted = self.described()
-        if noted:
-            there = noted["fingerprint"]
-            differs = [
-                f"{name} is {_short(there.get(name))} there and {_short(fingerprint.get(name))} now"
-                for name in {**there, **fingerprint}
-                if there.get(name) != fingerprint.get(name)
-            ]
-            if differs:
-                raise ConfigError(f"{self.folder}: holds another run: {'; '.join(differs)}; give another --out")
+        there = noted.get("fingerprint", fingerprint)
+        differs = [
+            f"{name} is {there.get(name)!r:.60} there and {fingerprint.get(name)!r:.60} now"
+            for name in {**there, **fingerprint}
+            if there.get(name) != fingerprint.get(name)
+        ]
+        if differs:
+            raise ConfigError(f"{self.folder}: holds another run: {'; '.join(differs)}; give another --out")
         value = json.dumps({"fingerprint": fingerprint, **described}, ensure_ascii=False)
         if json.loads(value) != noted:
-            self._write("INSERT INTO run VALUES (?)", (value,))
+            self._do("INSERT INTO run VALUES (?)", (value,))
 
     def described(self) -> dict[str, Any]:
         """What :meth:`begin` noted last; empty in a new folder."""
-        rows = self._read("SELECT value FROM run ORDER BY rowid DESC LIMIT 1")
+        rows = self._do("SELECT value FROM run ORDER BY rowid DESC LIMIT 1")
         return dict(json.loads(rows[0][0])) if rows else {}
 
     def add(self, key: bytes, value: Mapping[str, Any], cost: float = 0.0) -> None:
-        """Keep finished work.
-
-        Raises:
-            DataError: It cannot be written, such as to a full disk.
-        """
+        """Keep finished work; DataError where it cannot be written, such as to a full disk."""
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        self._write("INSERT OR IGNORE INTO done VALUES (?, ?, ?, ?)", (key, text, cost, time.time()))
+        self._do("INSERT OR IGNORE INTO done VALUES (?, ?, ?, ?)", (key, text, cost, time.time()))
 
     def fail(self, key: bytes, kind: str, why: str, cost: float = 0.0) -> None:
         """Keep a try that did not give a value; as :meth:`add`."""
-        self._write("INSERT INTO failed VALUES (?, ?, ?, ?, ?)", (key, kind, why[:500], cost, time.time()))
+        self._do("INSERT INTO failed VALUES (?, ?, ?, ?, ?)", (key, kind, why, cost, time.time()))
 
     def get(self, keys: Collection[bytes]) -> dict[bytes, dict[str, Any]]:
         """The values of those keys that have one."""
-        found: dict[bytes, dict[str, Any]] = {}
-        for some in _parts(list(keys)):
-            query = f"SELECT key, value, cost, at FROM done WHERE key IN ({_marks(some)})"
-            for key, value, cost, at in self._read(query, some):
-                found[key] = {**json.loads(value), "cost": cost, "at": at}
-        return found
+        rows = self._of(keys, "SELECT key, value, cost, at FROM done WHERE key IN ({})")
+        return {key: {**json.loads(value), "cost": cost, "at": at} for key, value, cost, at in rows}
 
     def finished(self, keys: Collection[bytes]) -> set[bytes]:
         """Those keys that have a value."""
-        found: set[bytes] = set()
-        for some in _parts(list(keys)):
-            found.update(key for (key,) in self._read(f"SELECT key FROM done WHERE key IN ({_marks(some)})", some))
-        return found
+        return {key for (key,) in self._of(keys, "SELECT key FROM done WHERE key IN ({})")}
 
     def failures(self, keys: Collection[bytes]) -> dict[bytes, Failure]:
-        """The keys that were tried in vain, and have no value yet or had a failure before."""
-        found: dict[bytes, Failure] = {}
-        for some in _parts(list(keys)):
-            query = (
-                f"SELECT key, count(*), kind, reason, max(rowid) FROM failed WHERE key IN ({_marks(some)}) GROUP BY key"
-            )
-            found.update((key, Failure(tries, kind, why)) for key, tries, kind, why, _ in self._read(query, some))
-        return found
+        """The keys that were tried in vain, whether or not they have a value now."""
+        query = "SELECT key, count(*), kind, reason, max(rowid) FROM failed WHERE key IN ({}) GROUP BY key"
+        return {key: Failure(tries, kind, why) for key, tries, kind, why, _ in self._of(keys, query)}
 
     def image_digest(self, path: Path, name: str) -> str:
-        """SHA-256 of an image's bytes, read again only where its size or time of change is another.
-
-        Raises:
-            OSError: It cannot be read.
-        """
+        """SHA-256 of an image's bytes, read only where its size or time of change is new; OSError if it cannot be."""
         status = os.stat(path)
         named = (name, status.st_size, status.st_mtime_ns)
-        rows = self._read("SELECT digest FROM images WHERE path = ? AND size = ? AND mtime = ?", named)
-        if rows:
+        if rows := self._do("SELECT digest FROM images WHERE path = ? AND size = ? AND mtime = ?", named):
             return bytes(rows[0][0]).hex()
         digest = sha256(path.read_bytes()).digest()
-        self._write("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", (*named, digest))
+        self._do("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", (*named, digest))
         return digest.hex()
 
     def count(self) -> int:
         """How many keys have a value."""
-        return int(self._read("SELECT count(*) FROM done")[0][0])
+        return int(self._do("SELECT count(*) FROM done")[0][0])
 
     def cost(self) -> float:
         """What all tries cost, those in vain included."""
-        return sum(float(self._read(f"SELECT total(cost) FROM {table}")[0][0]) for table in ("done", "failed"))
+        return sum(float(self._do(f"SELECT total(cost) FROM {table}")[0][0]) for table in ("done", "failed"))
 
     def busy_seconds(self) -> float:
         """How long work was being finished, over all runs: gaps of more than a minute do not count."""
-        times = self._read("SELECT at FROM done ORDER BY rowid")
-        gaps = (float(b - a) for (a,), (b,) in itertools.pairwise(times))
-        return sum(gap for gap in gaps if 0 < gap < 60)
+        gaps = "SELECT at - lag(at) OVER (ORDER BY rowid) AS gap FROM done"
+        return float(self._do(f"SELECT total(gap) FROM ({gaps}) WHERE gap > 0 AND gap < 60")[0][0])
 
-    def _read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+    def _of(self, keys: Collection[bytes], query: str) -> Iterator[Any]:
+        listed = list(keys)
+        for start in range(0, len(listed), 500):
+            some = listed[start : start + 500]
+            yield from self._do(query.format(",".join("?" * len(some))), some)
+
+    def _do(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._one_line():
             return self._db.execute(query, values).fetchall()
-
-    def _write(self, query: str, values: Sequence[Any]) -> None:
-        with self._one_line():
-            self._db.execute(query, values)
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
@@ -195,20 +167,6 @@ class Store:
             yield
         except (sqlite3.Error, ValueError) as error:
             if isinstance(error, sqlite3.OperationalError):
-                raise DataError(
-                    f"{self.path}: cannot be read or written: {reason(error)}; free some space or check its "
-                    "permissions, and run the command again: what is finished is kept"
-                ) from None
+                told = f"cannot be read or written: {reason(error)}; free some space or check its permissions, and run "
+                raise DataError(f"{self.path}: {told}the command again: what is finished is kept") from None
             raise DataError(f"{self.path}: damaged: {reason(error)}; choose another --out") from None
-
-
-def _parts(keys: list[bytes]) -> Iterator[list[bytes]]:
-    return (keys[start : start + _AT_ONCE] for start in range(0, len(keys), _AT_ONCE))
-
-
-def _marks(keys: Sequence[bytes]) -> str:
-    return ",".join("?" * len(keys))
-
-
-def _short(value: Any) -> str:
-    return "not given" if value is None else f"{value!r:.60}"

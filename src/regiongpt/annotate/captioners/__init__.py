@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -13,7 +13,6 @@ from typing import Any, Final, Literal
 from PIL import Image
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from regiongpt.annotate.prompts import Closeup
 from regiongpt.data.records import RecordRegion
 from regiongpt.errors import CheckpointError
 from regiongpt.settings import Settings
@@ -56,22 +55,18 @@ class Asking(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One thing to ask.
+    """One thing to ask: the global caption (``image``), one region's (``region``), or which region a caption means.
 
     Attributes:
-        stage: ``image`` for the global caption, ``region`` for one region's, ``locate`` to choose a region.
-        text: What is asked, behind the picture.
-        lead: What goes before the picture, ``""`` for nothing.
+        stage: Which of these.
+        text: What is asked, behind the picture; ``lead`` goes before it, where there is one.
         picture: What :meth:`Captioner.picture` made of the image or the crop.
         photo: The whole image, where the captioner wants pixels.
-        regions: All annotated regions of the image.
-        number: Which of them it is about, from 0; -1 for the whole image.
-        category: The class that may be told, ``""`` where the mode tells none.
-        context: The global caption, where the mode tells it.
-        caption: What to find, for ``locate``.
+        regions: All annotated regions of the image; ``number`` is the one asked about, from 0.
+        category: The class that may be told, ``""`` where the mode tells none; ``context`` likewise the global caption.
+        caption: What to find, for ``locate``; ``choices`` are the only answers allowed.
         version: Of the prompt.
         seed: Of the answer.
-        choices: The only answers allowed; empty for free text.
     """
 
     stage: Literal["image", "region", "locate"]
@@ -152,7 +147,7 @@ class Captioner(ABC):
         return None
 
     @abstractmethod
-    def has_room(self, waiting: int) -> bool:
+    def has_room(self, begun: int) -> bool:
         """Whether another image should be begun, with so many begun and not done."""
 
     @abstractmethod
@@ -166,60 +161,48 @@ class Captioner(ABC):
         """
 
 
-@dataclass
-class _Waiting:
-    request: Request
-    answer: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-
 class Local(Captioner):
-    """A model on this machine: answers what is waiting in batches, in a thread.
-
-    Args:
-        batch_size: Requests at a time.
-    """
+    """A model on this machine: answers what is waiting in batches of ``batch_size``, in a thread."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[tuple[Request, asyncio.Future[Reply]]] = []
         self._thread = ThreadPoolExecutor(1)
         self._worker: asyncio.Task[None] | None = None
 
-    def has_room(self, waiting: int) -> bool:
+    def has_room(self, begun: int) -> bool:
         """As many images as fill a batch with their global captions."""
-        return waiting < self.batch_size
+        return begun < self.batch_size
 
     async def ask(self, request: Request) -> Reply:
         """Wait for a place in a batch."""
         if self.stopping:
             raise Stopped
-        own = _Waiting(request)
-        self._waiting.append(own)
+        place: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, place))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await own.answer
+        return await place
 
     async def _work(self) -> None:
         while self._waiting:
             await asyncio.sleep(0.01)  # whoever got an answer asks the next thing first
             batch, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
-            if self.stopping:
-                outcomes: Sequence[Reply | Exception] = [Stopped()] * len(batch)
-            else:
-                began = time.perf_counter()
+            requests, began = [request for request, _ in batch], time.perf_counter()
+            outcomes: Sequence[Reply | Exception] = [Stopped()] * len(batch)
+            if not self.stopping:
                 try:
-                    requests = [each.request for each in batch]
                     outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self.answer, requests)
                 except Exception as error:
                     outcomes = [error] * len(batch)
-                seconds = (time.perf_counter() - began) / len(batch)
-            for each, outcome in zip(batch, outcomes, strict=True):
-                if each.answer.done():
+            seconds = (time.perf_counter() - began) / len(batch)
+            for (_, place), outcome in zip(batch, outcomes, strict=True):
+                if place.done():
                     continue
                 if isinstance(outcome, Exception):
-                    each.answer.set_exception(outcome)
+                    place.set_exception(outcome)
                 else:
-                    each.answer.set_result(Reply(**{**outcome.__dict__, "seconds": seconds}))
+                    place.set_result(replace(outcome, seconds=seconds))
 
     async def close(self) -> None:
         """Wait for the thread."""
@@ -242,8 +225,8 @@ def weights_digest(folder: Path) -> str:
     return digest(samples)
 
 
-def open_captioner(asking: Asking, closeup: Closeup, seed: int) -> Captioner:
-    """The captioner that ``--captioner`` names.
+def open_captioner(asking: Asking, seed: int) -> Captioner:
+    """The captioner that ``--captioner`` names; ``seed`` is that of the wording of facts.
 
     Raises:
         ConfigError: A library that it needs is missing, or an option does not go with it.
@@ -259,10 +242,8 @@ def open_captioner(asking: Asking, closeup: Closeup, seed: int) -> Captioner:
 
         return Endpoint(asking)
     if name is not None and not (Path(name) / "config.json").is_file():
-        raise CheckpointError(
-            f"--captioner {name}: expected an address such as http://localhost:8000/v1, a model's folder with a "
-            "config.json in it, or facts"
-        )
+        known = "an address such as http://localhost:8000/v1, a model's folder with a config.json in it, or facts"
+        raise CheckpointError(f"--captioner {name}: expected {known}")
     if name is None or read_json(Path(name) / "config.json", CheckpointError).get("model_type") == "regiongpt":
         from regiongpt.annotate.captioners.regiongpt import RegionGPT
 

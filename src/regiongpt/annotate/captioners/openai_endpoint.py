@@ -46,6 +46,7 @@ class Slots:
         self.successes = 0
         self.last_success = time.monotonic()
         self._open_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._ceiling = float(most)
         self._best = 0.0
         self._step = 2.0
@@ -55,17 +56,15 @@ class Slots:
 
     async def acquire(self) -> None:
         """Wait for a slot."""
-        if self.queue or self.active >= self.limit or time.monotonic() < self._open_at:
-            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.queue.append(place)
-            try:
-                await place
-            except asyncio.CancelledError:
-                if place.done() and not place.cancelled():
-                    self.release()
-                raise
-        else:
-            self.active += 1
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.queue.append(place)
+        self.wake()
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self.release()
+            raise
 
     def release(self) -> None:
         """Give a slot back."""
@@ -78,11 +77,12 @@ class Slots:
         self.wake()
 
     def wake(self) -> None:
-        """Hand free slots to those that wait."""
+        """Hand free slots to those that wait, now or when the endpoint wants to be asked again."""
         wait = self._open_at - time.monotonic()
-        if wait > 0:
-            if self.queue:
-                asyncio.get_running_loop().call_later(wait + 0.001, self.wake)
+        if wait > 0 and self.queue:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_later(wait + 0.001, self.wake)
             return
         while self.queue and self.active < self.limit:
             place = self.queue.popleft()
@@ -217,9 +217,9 @@ class Endpoint(Captioner):
         image.save(data, "JPEG", quality=90)
         return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
-    def has_room(self, waiting: int) -> bool:
+    def has_room(self, begun: int) -> bool:
         """While fewer requests wait than would fill half of the slots."""
-        return len(self.slots.queue) < max(4, self.slots.limit // 2) and waiting < 2 * self.slots.limit + 8
+        return len(self.slots.queue) < max(4, self.slots.limit // 2) and begun < 2 * self.slots.limit + 8
 
     async def ask(self, request: Request) -> Reply:
         """Ask until there is an answer, in a slot of its own each time."""
@@ -228,7 +228,7 @@ class Endpoint(Captioner):
         def is_at_fault(state: Any) -> bool:
             """Whether it failed again and again while others were answered: not what an outage looks like."""
             nonlocal seen, faults
-            faults += self.slots.successes > seen
+            faults += self.slots.successes > seen and not state.outcome.exception().overloaded
             seen = self.slots.successes
             return faults >= _TRIES
 

@@ -34,13 +34,13 @@ class RegionGPT(Local):
         self.asking, self.name = asking, folder.resolve().name
         self.identity = {"captioner": "regiongpt", "model": self.name, "weights": weights_digest(folder)}
 
-    def has_room(self, waiting: int) -> bool:
+    def has_room(self, begun: int) -> bool:
         """Those whose regions fill a batch, and the next ones for their global captions."""
-        return waiting < 8
+        return begun < 8
 
     def answer(self, requests: Sequence[Request]) -> Sequence[Reply | Exception]:
         """Ask all at once, image by image."""
-        from regiongpt.inference.many import Question
+        from regiongpt.inference.predictor import Question
 
         found: dict[int, Reply | Exception] = {}
         asked: list[int] = []
