@@ -372,6 +372,7 @@ def refused(capsys: pytest.CaptureFixture[str], run: list[str], *told: str) -> N
         ({"empty": 1.0}, ("empty answer",)),
         ({"length": 1.0}, ("cut off", "--max-new-tokens")),
         ({"refused": 1.0}, ("image too large",)),
+        ({"rate_limit": 1.0, "retry_after": 9999}, ("9999 s", "--patience")),
     ],
 )
 def test_an_endpoint_that_cannot_caption_is_one_line(

@@ -30,29 +30,22 @@ class Busy(Exception):
 
 
 class Slots:
-    """How many requests may be under way, which adapts to what the endpoint can take.
+    """How many requests may be under way, at most ``most``, which adapts to what the endpoint can take.
 
     It doubles as long as that brings more answers a second, and now and then tries a few more. Too many requests (429)
-    take a tenth of it, and any other trouble half; and nothing is sent until the endpoint wants to be asked again.
-
-    Args:
-        most: Never more than this.
+    take a tenth of it, any other trouble half; and nothing is sent until the endpoint wants to be asked again.
     """
 
     def __init__(self, most: int) -> None:
         self.most, self.limit, self.active = most, min(8, most), 0
         self.queue: deque[asyncio.Future[None]] = deque()
-        self.troubles = 0  # in a row, of the endpoint as a whole
-        self.successes = 0
-        self.last_success = time.monotonic()
-        self._open_at = 0.0
+        self.successes, self.silent_since = 0, 0.0  # since the first trouble after the last answer
         self._timer: asyncio.TimerHandle | None = None
-        self._ceiling = float(most)
-        self._best = 0.0
-        self._step = 2.0
-        self._rounds = 0
-        self._cut_at = self._seconds = 0.0
-        self._begin_round()
+        self._open_at = self._settled_at = 0.0
+        self._troubles = self._rounds = self._count = 0  # in a row, since the beginning, in this round
+        self._best = self._seconds = 0.0
+        self._ceiling, self._doubling, self._saturated = most, True, True
+        self._began = time.monotonic()
 
     async def acquire(self) -> None:
         """Wait for a slot."""
@@ -93,8 +86,7 @@ class Slots:
     def success(self) -> None:
         """An answer came."""
         self.successes += 1
-        self.last_success = time.monotonic()
-        self.troubles = 0
+        self._troubles = 0
         self._saturated &= bool(self.queue)
         self._count += 1
         if self._count >= max(self.limit, 8):
@@ -102,48 +94,37 @@ class Slots:
 
     def trouble(self, error: Busy) -> None:
         """A request could not be answered; all that were under way together count once."""
-        if time.monotonic() < self._cut_at:
+        if time.monotonic() < self._settled_at:
             return
-        self.troubles += 1
+        if not self._troubles:
+            self.silent_since = time.monotonic()
+        self._troubles += 1
         if error.overloaded:
-            self._ceiling, self._step = float(self.limit), 1.0
-        else:  # back to where it was in a few rounds, once there are answers again
-            self._step = 2.0
+            self._ceiling = self.limit
+        self._doubling = not error.overloaded  # after an outage, back to where it was in a few rounds
         self._best = 0.0
         self.limit = max(1, int(self.limit * (0.9 if error.overloaded else 0.5)))
-        backoff = 0.0 if error.overloaded else min(15.0, 0.1 * 2 ** min(self.troubles, 10))
-        wait = max(error.wait, backoff)
-        self._open_at = time.monotonic() + wait
-        self._cut_at = self._open_at + (self._seconds or 0.2)
-        self._begin_round()
-
-    def _begin_round(self) -> None:
+        backoff = 0.0 if error.overloaded else min(15.0, 0.1 * 2 ** min(self._troubles, 10))
+        self._open_at = time.monotonic() + max(error.wait, backoff)
+        self._settled_at = self._open_at + (self._seconds or 0.2)
         self._began, self._count, self._saturated = time.monotonic(), 0, True
 
     def _end_round(self) -> None:
         """Compare the answers a second with those of the limit before, and choose the next limit."""
         self._seconds = max(time.monotonic() - self._began, 1e-6)
         rate, self._rounds = self._count / self._seconds, self._rounds + 1
-        if self._saturated:
-            if self._step == 2.0 and (self._best == 0 or rate > 1.15 * self._best):
-                self._best, self.limit = rate, min(self.most, self.limit * 2)
-            elif self._step == 2.0:  # twice as many brought nothing: the endpoint is full
-                self._step, self._best = 1.0, rate
-            elif self.limit + 1 <= self._ceiling or self._rounds % 8 == 0:
-                self.limit = min(self.most, self.limit + max(1, self.limit // 32))
-        self._begin_round()
+        if self._saturated and self._doubling:
+            if self._doubling := rate > 1.15 * self._best:
+                self.limit = min(self.most, self.limit * 2)
+            self._best = rate
+        elif self._saturated and (self.limit < self._ceiling or self._rounds % 8 == 0):
+            self.limit = min(self.most, self.limit + max(1, self.limit // 32))
+        self._began, self._count, self._saturated = time.monotonic(), 0, True
         self.wake()
 
 
 class Endpoint(Captioner):
-    """A model behind an address.
-
-    Args:
-        asking: Its options; retries are this class's alone, the client's are off.
-
-    Raises:
-        ConfigError: The client is not installed.
-    """
+    """A model behind an address; retries are this class's alone, the client's are off."""
 
     def __init__(self, asking: Asking) -> None:
         try:
@@ -255,13 +236,11 @@ class Endpoint(Captioner):
                 raise Stopped
             reply = await self._send(request)
         except Busy as error:
-            silent = time.monotonic() - self.slots.last_success
-            if silent > self.asking.patience:
-                raise DataError(
-                    f"{self.url}: no answer for {silent:.0f} s ({error}); what is finished is kept: run the same "
-                    "command again when it is back"
-                ) from None
             self.slots.trouble(error)
+            silent = max(error.wait, time.monotonic() - self.slots.silent_since)
+            if silent > self.asking.patience:
+                told = f"no answer for {silent:.0f} s ({error}), --patience is {self.asking.patience:g}"
+                raise DataError(f"{self.url}: {told}; what is finished is kept: run the same command again") from None
             raise
         except Failed:
             self.slots.success()
