@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from endpoint import Running, running
 
 from regiongpt.annotate.store import Store, key_of
+from regiongpt.errors import RegionGPTError
 
 
 def draw(root: Path, images: int, regions: int, size: tuple[int, int] = (320, 240)) -> Path:
@@ -222,22 +223,33 @@ def bare(url: str, requests: int, slots: int, transport: str) -> None:
 def memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Resident memory of a run over many regions: the last quarter beside the second."""
     images = options.memory_regions // 100
-    root = draw(folder / "data", images, 100)
+    root, out = draw(folder / "data", images, 100), folder / "out"
     samples: list[tuple[int, float]] = []
     with running(folder / "endpoint", parse=False, latency=0.0, slots=64) as served:
-        process = start(root, folder / "out", "--captioner", served.url, "--concurrency", 64)
-        log = served.folder / "log.txt"
+        process = start(root, out, "--captioner", "facts" if options.memory_facts else served.url)
         while process.poll() is None:
-            done = lines(served, "done") if log.exists() else 0
             status = Path(f"/proc/{process.pid}/statm").read_text().split()
-            if len(status) > 1 and done < images * 101:
+            done = finished(out)
+            if len(status) > 1 and done < images * 101:  # writing the files comes after
                 samples.append((done, int(status[1]) * resource.getpagesize() / 1e6))
-            time.sleep(1)
+            time.sleep(0.5)
         finish(process)
     total = images * 101
     quarters = [[mb for done, mb in samples if q * total / 4 <= done < (q + 1) * total / 4] for q in range(4)]
     means = [float(np.mean(quarter)) for quarter in quarters]
-    return {"regions": options.memory_regions, "mb_by_quarter": means, "last_over_second": means[3] / means[1]}
+    return {
+        "regions": options.memory_regions, "captioner": "facts" if options.memory_facts else "endpoint",
+        "mb_by_quarter": means, "last_over_second": means[3] / means[1],
+    }  # fmt: skip
+
+
+def finished(out: Path) -> int:
+    """How many answers a store holds, read while its run goes on."""
+    try:
+        with Store(out, read_only=True) as there:
+            return there.count()
+    except RegionGPTError:
+        return 0
 
 
 def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -252,7 +264,7 @@ def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             made.add(key_of(k), value)
         made._db.execute("COMMIT")
     code = (
-        "import json, resource, sys, time\nfrom pathlib import Path\n"
+        "import json, re, sys, time\nfrom pathlib import Path\n"
         "from regiongpt.annotate.store import Store, key_of\n"
         "began = time.perf_counter()\nwith Store(Path(sys.argv[1])) as store:\n"
         "    store.begin({'mode': 'full'}, {})\n    count, cost = store.count(), store.cost()\n"
@@ -261,7 +273,7 @@ def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "        assert len(store.finished([key_of(k) for k in range(start, start + 10)])) == 10\n"
         "    looked = time.perf_counter() - began\n"
         "print(json.dumps({'regions': count, 'seconds_to_open': opened, 'seconds_to_look_all_up': looked,"
-        " 'mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))\n"
+        " 'mb': int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e3}))\n"
     )
     ran = subprocess.run([sys.executable, "-c", code, folder / "out"], capture_output=True, text=True, check=True)
     return dict(json.loads(ran.stdout))
@@ -319,6 +331,7 @@ def main() -> None:
     parser.add_argument("--down", type=float, default=60.0, help="seconds that the endpoint is down")
     parser.add_argument("--rate-regions", type=int, default=10_000)
     parser.add_argument("--memory-regions", type=int, default=200_000)
+    parser.add_argument("--memory-facts", action="store_true", help="memory of a run without an endpoint")
     parser.add_argument("--store-regions", type=int, default=1_000_000)
     parser.add_argument("--batch-images", type=int, default=6)
     parser.add_argument("--model", help="RegionGPT checkpoint (default: the model of the package)")

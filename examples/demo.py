@@ -114,7 +114,7 @@ def sheet(pictures: Sequence[Image.Image], width: int = 1600) -> Image.Image:
 
 
 def caption_in_two_stages(predictor: RegionPredictor, scene: Scene) -> None:
-    """What `regiongpt annotate` does with each region: a caption of the image, then one of the region in its context."""
+    """What `regiongpt annotate` does: a caption of the image, then one of each region in its context."""
     path = photograph(scene.name)
     predictor.set_image(path)
     whole = predictor.ask(question("image_caption")).text

@@ -114,7 +114,8 @@ class Slots:
         self._seconds = max(time.monotonic() - self._began, 1e-6)
         rate, self._rounds = self._count / self._seconds, self._rounds + 1
         if self._saturated and self._doubling:
-            if self._doubling := rate > 1.15 * self._best:
+            self._doubling = rate > 1.15 * self._best
+            if self._doubling:
                 self.limit = min(self.most, self.limit * 2)
             self._best = rate
         elif self._saturated and (self.limit < self._ceiling or self._rounds % 8 == 0):
