@@ -87,6 +87,8 @@ class Endpoint:
             with (self.control.parent / "bodies.jsonl").open("a") as file:
                 file.write(f"{body.decode()}\n")
         fault = self.fault(name)
+        if wanted.get("strict") and b"structured_outputs" in body:
+            return 400, {"error": {"message": "Unrecognized request argument supplied: structured_outputs"}}, {}
         if fault == "rate_limit":
             return 429, {"error": {"message": "slow down"}}, {"Retry-After": wanted.get("retry_after", 0.05)}
         if fault == "server_error":

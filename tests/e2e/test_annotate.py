@@ -326,6 +326,11 @@ def test_regions_are_located_back_by_the_endpoint(drawn: Path, served: Running, 
     assert served.asked().total() == before  # no model is asked
     assert Counter(row["reason"] for row in captions(out)) == {"not_located": 50, "": 10}
     assert sum(len(record.regions) for record in RecordSet(out / "records")) == 10
+    # An endpoint that refuses the field is asked without it, and what it says has to be one of the numbers.
+    served.set(strict=True)
+    assert main(words(drawn, tmp_path / "b", "--captioner", served.url, "--locate-back", "--gallery", 0)) in (0, 2)
+    assert not any(row["located"] is not None and not 0 <= row["located"] <= 6 for row in captions(tmp_path / "b"))
+    assert len(captions(tmp_path / "b")) == 60
 
 
 @needs_client

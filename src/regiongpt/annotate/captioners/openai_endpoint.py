@@ -139,7 +139,7 @@ class Endpoint(Captioner):
         self.url, self.asking = str(asking.captioner), asking
         self.model = asking.served_model or ""
         self.slots = Slots(asking.concurrency)
-        self._length_option = "max_tokens"
+        self._length_option, self._structured = "max_tokens", True
 
     async def open(self) -> None:
         """Find the model, and show it a picture."""
@@ -257,7 +257,7 @@ class Endpoint(Captioner):
         lead = [{"type": "text", "text": request.lead}] if request.lead else []
         picture = {"type": "image_url", "image_url": {"url": request.picture}}
         options: dict[str, Any] = {self._length_option: most or self.asking.max_new_tokens}
-        if request.choices:
+        if request.choices and self._structured:
             options["extra_body"] = {"structured_outputs": {"choice": list(request.choices)}}
         try:
             response = await self._client.chat.completions.with_raw_response.create(
@@ -268,7 +268,11 @@ class Endpoint(Captioner):
                 **options,
             )
         except self._openai.APIStatusError as error:
-            raise self._wrong(error) from None
+            wrong = self._wrong(error)
+            if "extra_body" in options and "structured_outputs" in str(wrong):  # not vLLM: it chooses in its own words
+                self._structured = False
+                return await self._send(request)
+            raise wrong from None
         except self._openai.APIConnectionError as error:  # time-outs too
             raise Busy(f"{type(error).__name__}: {_root(error)}", overloaded=False) from None
         return _read(response.http_response.content, time.perf_counter() - began, self.asking.max_new_tokens)
