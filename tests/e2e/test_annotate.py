@@ -22,10 +22,12 @@ from endpoint import Running, running
 from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
+from regiongpt.annotate import engine
 from regiongpt.cli import main
 from regiongpt.data.records import Record
 from regiongpt.data.shards import RecordSet, Rejects, write_records
 from regiongpt.data.sources import convert, load_converter
+from regiongpt.images import load_image
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("REGIONGPT_DATA", ROOT.parent / "shared" / "data")) / "coco_photos"
@@ -75,6 +77,11 @@ def start(root: Path, out: Path, *more: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def to_records(root: Path, out: Path) -> None:
+    instances = (root / "instances.json",)
+    convert(load_converter("coco")(instances=instances, images=root / "images", label_set="mine"), out)  # type: ignore[call-arg]
+
+
 def captions(out: Path) -> list[dict[str, Any]]:
     return [row for file in sorted((out / "captions").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
 
@@ -117,24 +124,22 @@ def test_what_is_made_trains_a_model(drawn: Path, tmp_path: Path) -> None:
     assert main(["train", *recipe, f"--data.mixture={out / 'records'}", *small]) == 0
 
 
-def test_records_are_a_source_too_and_a_second_run_finds_all_done(
-    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_records_are_a_source_too_and_an_image_is_decoded_once(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert(
-        load_converter("coco")(  # type: ignore[call-arg]
-            instances=(drawn / "instances.json",), images=drawn / "images", label_set="mine"
-        ),
-        tmp_path / "records",
-    )
-    for name in ("a", "b"):
-        regions = drawn / "instances.json" if name == "a" else tmp_path / "records"
+    decoded: list[Path] = []
+    monkeypatch.setattr(engine, "load_image", lambda path: decoded.append(path) or load_image(path))
+    to_records(drawn, tmp_path / "records")
+    for name, regions in (("a", drawn / "instances.json"), ("b", tmp_path / "records")):
+        decoded.clear()
         command = ["--images", drawn / "images", "--regions", regions, "--out", tmp_path / name, "--captioner", "facts"]
         assert main(["annotate", *map(str, command)]) == 0
-        assert main(["annotate", *map(str, command)]) == 0
+        assert len(decoded) == len(set(decoded)) == 10
+        assert main(["annotate", *map(str, command)]) == 0  # all is done
+        assert len(decoded) == 10
     a, b = captions(tmp_path / "a"), captions(tmp_path / "b")
     assert [row["caption"] for row in a] == [row["caption"] for row in b]
     assert len(a) == 60
-    capsys.readouterr()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,12 +448,7 @@ def test_regions_that_cannot_be_used_are_told_and_the_rest_is_done(
 def test_a_region_without_a_class_needs_a_mode_that_tells_none(
     drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    convert(
-        load_converter("coco")(  # type: ignore[call-arg]
-            instances=(drawn / "instances.json",), images=drawn / "images", label_set="mine"
-        ),
-        tmp_path / "named",
-    )
+    to_records(drawn, tmp_path / "named")
     rows = [record.row() for record in RecordSet(tmp_path / "named")]
     for row in rows:
         for region in row["regions"]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pictures import draw_pictures
 from PIL import Image, ImageDraw
 from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -33,6 +35,7 @@ from regiongpt.annotate.captioners import Asking, Failed, Reply, Request, open_c
 from regiongpt.annotate.filters import Decision, Filters, Similarity, judge
 from regiongpt.annotate.prompts import GLOBAL, MODES, REGION, Closeup, context, draw, region_prompt
 from regiongpt.annotate.store import Store, key_of
+from regiongpt.cli import main
 from regiongpt.data.records import RecordRegion
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 
@@ -378,6 +381,16 @@ def test_a_transformers_model_answers_in_batches_as_it_does_alone(llava: Path) -
     replies = [each for each in together if isinstance(each, Reply)]
     assert replies
     assert all(each.tokens_in > 16 and each.tokens_out <= 40 and each.text for each in replies)
+
+
+def test_a_transformers_model_captions_a_folder(llava: Path, tmp_path: Path) -> None:
+    images = draw_pictures(tmp_path, 3, "instances.json")
+    paths = ["--images", tmp_path / "images", "--regions", tmp_path / "instances.json", "--out", tmp_path / "out"]
+    assert main(["annotate", *map(str, paths), "--captioner", str(llava), "--max-new-tokens", "60"]) in (0, 2)
+    rows = pq.read_table(tmp_path / "out" / "captions").to_pylist()
+    assert 0 < len(rows) <= 2 * len(images)
+    assert {row["model"] for row in rows} == {llava.name}
+    assert all(row["tokens_in"] > 16 and row["tokens_out"] for row in rows)
 
 
 def test_an_answer_without_an_end_is_cut_off(llava: Path) -> None:
