@@ -145,12 +145,12 @@ def faults(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Requests a second beside what 64 slots of 200 ms allow; processor time beside a bare loop of the client."""
+    """Requests a second beside what 64 slots allow; processor time beside a bare loop of the client."""
     images = options.rate_regions // 10
     root = draw(folder / "data", images, 10)
-    requests, ideal = images * 11, 64 / 0.2
+    requests, ideal = images * 11, 64 / options.latency
     marks: list[tuple[float, float, int]] = []
-    with running(folder / "endpoint", parse=False, latency=0.2, slots=64) as served:
+    with running(folder / "endpoint", parse=False, latency=options.latency, slots=64) as served:
         process = start(root, folder / "out", "--captioner", served.url, "--concurrency", 256)
         log = served.folder / "log.txt"
         while process.poll() is None:
@@ -164,7 +164,7 @@ def rate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     )
     own = (cpu_b - cpu_a) / (last - first)
     bare = {}
-    with running(folder / "bare", parse=False, latency=0.2, slots=64) as served:
+    with running(folder / "bare", parse=False, latency=options.latency, slots=64) as served:
         for name in ("httpx", "aiohttp"):
             code = f"import annotate; annotate.bare({served.url!r}, {requests // 2}, 64, {name!r})"
             ran = subprocess.run(
@@ -330,6 +330,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--down", type=float, default=60.0, help="seconds that the endpoint is down")
     parser.add_argument("--rate-regions", type=int, default=10_000)
+    parser.add_argument(
+        "--latency", type=float, default=0.2, help="of rate; a busy machine fills only a slower endpoint"
+    )
     parser.add_argument("--memory-regions", type=int, default=200_000)
     parser.add_argument("--memory-facts", action="store_true", help="memory of a run without an endpoint")
     parser.add_argument("--store-regions", type=int, default=1_000_000)

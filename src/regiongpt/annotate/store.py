@@ -66,7 +66,7 @@ class Store:
                     self._db.execute("PRAGMA journal_mode=WAL")
                     self._db.executescript(_TABLES)
                 self._db.execute("PRAGMA synchronous=NORMAL")
-                self._db.execute("PRAGMA cache_size=-32000")
+                self._db.execute("PRAGMA cache_size=-8000")
                 if not self.described() and read_only:
                     raise ConfigError(f"{folder}: no run was begun there; check the path")
             self._stack = stack.pop_all()
