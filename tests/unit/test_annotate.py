@@ -254,7 +254,7 @@ def test_similarity_is_what_transformers_own_clip_says(clip: Path) -> None:
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     with torch.no_grad():
         out = model(**processor(text=[caption], images=[crop()], return_tensors="pt"))
-    cosine = float(out.logits_per_image / model.logit_scale.exp())
+    cosine = float((out.logits_per_image / model.logit_scale.exp()).detach())
     assert scorer.score([crop(), crop()], [caption, "Another."])[0] == pytest.approx(
         {"similarity": cosine, "least": cosine}, abs=1e-6
     )
