@@ -270,7 +270,7 @@ def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "    store.begin({'mode': 'full'}, {})\n    count, cost = store.count(), store.cost()\n"
         "    opened = time.perf_counter() - began\n    began = time.perf_counter()\n"
         "    for start in range(0, count, 10):\n"
-        "        assert len(store.finished([key_of(k) for k in range(start, start + 10)])) == 10\n"
+        "        assert store.has([key_of(k) for k in range(start, start + 10)])\n"
         "    looked = time.perf_counter() - began\n"
         "print(json.dumps({'regions': count, 'seconds_to_open': opened, 'seconds_to_look_all_up': looked,"
         " 'mb': int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e3}))\n"
@@ -284,10 +284,9 @@ def regiongpt(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     from regiongpt import RegionPredictor
-    from regiongpt.annotate.captioners import Asking, Request, open_captioner
-    from regiongpt.annotate.captioners.regiongpt import _question
-    from regiongpt.annotate.prompts import draw as drawn
-    from regiongpt.annotate.source import Source
+    from regiongpt.annotate.captioners import Asking, Request, open_captioner, region_question
+    from regiongpt.annotate.plan import Source, context
+    from regiongpt.annotate.plan import draw as drawn
 
     root = draw(folder / "data", options.batch_images, 16)
     captioner: Any = open_captioner(Asking(captioner=options.model), 0)
@@ -299,7 +298,7 @@ def regiongpt(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         photo = Image.open(root / "images" / item.name).convert("RGB")
         asks = [
             Request(stage="region", text="", photo=photo, regions=item.regions, number=k, category=each.category,
-                    context="A photo of some things.", version=drawn(0, f"{item.name} {k}", 10))
+                    lead=context("A photo of some things."), version=drawn(0, f"{item.name} {k}", 10))
             for k, each in enumerate(item.regions)
         ]  # fmt: skip
         began = time.perf_counter()
@@ -307,7 +306,7 @@ def regiongpt(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         middle = time.perf_counter()
         texts = []
         for ask in asks:  # as peers do: the image is encoded anew for each region
-            text, regions = _question(ask)
+            text, regions = region_question(ask)
             texts.append(alone.set_image(photo).ask(text, regions, max_new_tokens=512).text.strip())
         if number:  # the first is a warm-up
             took["together"] += middle - began

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
-from regiongpt.annotate.prompts import context
+from regiongpt.annotate.plan import context
 from regiongpt.drawing import draw_regions, save_picture
 from regiongpt.errors import DataError
 from regiongpt.prompts import question

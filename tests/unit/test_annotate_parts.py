@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures import draw_pictures
-from PIL import Image, ImageDraw
+from PIL import Image
 from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -33,7 +33,7 @@ from transformers import (
 from regiongpt import Region
 from regiongpt.annotate.captioners import Asking, Failed, Reply, Request, open_captioner
 from regiongpt.annotate.filters import Decision, Filters, Similarity, judge
-from regiongpt.annotate.prompts import GLOBAL, MODES, REGION, Closeup, context, draw, region_prompt
+from regiongpt.annotate.plan import MODES, WORDING, Closeup, context, draw, region_prompt
 from regiongpt.annotate.store import Store, key_of
 from regiongpt.cli import main
 from regiongpt.data.records import RecordRegion
@@ -45,8 +45,8 @@ SNAPSHOT = Path(__file__).parent / "annotate_prompts.json"
 def test_the_prompts_are_those_that_captions_were_made_with() -> None:
     told = context("A dog runs over a lawn. It is sunny.")
     prompts = {
-        "image": list(GLOBAL),
-        **{mode: [region_prompt(k, mode, "dog") for k in range(len(REGION))] for mode in MODES},
+        "image": WORDING["image"],
+        **{mode: [region_prompt(k, mode, "dog") for k in range(10)] for mode in MODES},
         "context, and then": told,
     }
     assert prompts == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
@@ -85,13 +85,9 @@ def test_a_close_up_holds_its_region_its_margin_and_its_least_size(
         assert high - low >= min(side, max(least, b - a)) - 1e-6
 
 
-def test_a_large_picture_is_scaled_down_with_its_aspect() -> None:
-    assert Closeup(crop_most=100).shrink(Image.new("RGB", (400, 200))).size == (100, 50)
-    assert Closeup(crop_most=100).shrink(Image.new("RGB", (40, 20))).size == (40, 20)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The store
+@pytest.mark.parametrize(("size", "shown"), [((400, 200), (100, 50)), ((40, 20), (40, 20))])
+def test_a_large_picture_is_scaled_down_with_its_aspect(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    assert Closeup(crop_most=100).shrink(Image.new("RGB", size)).size == shown
 
 
 def test_what_is_added_is_there_when_the_store_is_opened_again(tmp_path: Path) -> None:
@@ -112,28 +108,15 @@ def test_what_is_added_is_there_when_the_store_is_opened_again(tmp_path: Path) -
 
 
 def test_a_second_writer_is_refused_and_told_who_holds_the_folder(tmp_path: Path) -> None:
-    with Store(tmp_path), pytest.raises(ConfigError, match=r"process \d+ is writing"):
+    with Store(tmp_path), pytest.raises(ConfigError, match=r"process \d+ "):
         Store(tmp_path)
-
-
-def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
-    with Store(tmp_path) as store:
-        store.begin({"mode": "full", "seed": 0}, {})
-        with pytest.raises(ConfigError, match="mode is 'full' there and 'crop' now") as error:
-            store.begin({"mode": "crop", "seed": 0}, {})
-    assert "seed" not in str(error.value)
-
-
-def fill(store: Store) -> None:
-    for k in range(10_000):
-        store.add(key_of(k), {"text": "word " * 50})
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store._db.execute("PRAGMA max_page_count = 40")
         with pytest.raises(DataError, match="disk is full"):
-            fill(store)
+            [store.add(key_of(k), {"text": "word " * 50}) for k in range(10_000)]
         count = store.count()
     with Store(tmp_path) as store:
         assert store.count() == count > 10
@@ -153,16 +136,11 @@ def test_an_image_is_hashed_again_only_when_it_has_changed(tmp_path: Path) -> No
     image.write_bytes(b"one")
     with Store(tmp_path) as store:
         first = store.image_digest(image, "1.png")
-        status = image.stat()
-        image.write_bytes(b"two")
+        assert first == store.image_digest(image, "1.png")
+        image.write_bytes(b"two")  # of the same size
         assert store.image_digest(image, "1.png") != first
         with sqlite3.connect(store.path) as reader:
             assert reader.execute("SELECT count(*) FROM images").fetchone() == (2,)
-        assert status.st_size == image.stat().st_size
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Filters
 
 
 @pytest.mark.parametrize(
@@ -192,25 +170,21 @@ def test_a_caption_is_judged_by_its_words(caption: str, category: str, expected:
     assert row["located_back"] is None
 
 
-def rows(*similarities: float | None, category: str = "dog") -> list[dict[str, Any]]:
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.1, 0.2, 0.3, 0.4, None]),
+        ({"min_similarity": 0.2}, [0.2, 0.3, 0.4]),
+        ({"top_share": 0.5}, [0.3, 0.4]),
+        ({"top_share": 0.75, "min_similarity": 0.3}, [0.3, 0.4]),
+        ({"top_share": 0.01}, [0.4]),
+    ],
+)
+def test_a_threshold_a_top_share_and_both_decide(options: dict[str, Any], expected: list[float | None]) -> None:
     good = judge("A dog that is brown and small.", "dog", ["dog"], 1, 1)
-    return [{**good, "category": category, "similarity": each} for each in similarities]
-
-
-def test_a_threshold_a_top_share_and_both_decide() -> None:
-    scored = rows(0.1, 0.2, 0.3, 0.4)
-    scores = {"dog": [0.1, 0.2, 0.3, 0.4]}
-
-    def kept(**options: Any) -> list[float]:
-        decision = Decision(Filters(**options), scores if "top_share" in options else {})
-        return [row["similarity"] for row in scored if not decision.why_not(row)]
-
-    assert kept() == [0.1, 0.2, 0.3, 0.4]
-    assert kept(min_similarity=0.2) == [0.2, 0.3, 0.4]
-    assert kept(top_share=0.5) == [0.3, 0.4]
-    assert kept(top_share=0.75, min_similarity=0.3) == [0.3, 0.4]
-    assert kept(top_share=0.01) == [0.4]
-    assert Decision(Filters(min_similarity=0.1), {}).why_not(rows(None)[0]) == "no similarity"
+    rows = [{**good, "category": "dog", "similarity": each} for each in (0.1, 0.2, 0.3, 0.4, None)]
+    decision = Decision(Filters(**options), {"dog": [0.1, 0.2, 0.3, 0.4]})
+    assert [row["similarity"] for row in rows if not decision.why_not(row)] == expected
 
 
 def test_each_doubt_can_reject_and_says_so() -> None:
@@ -262,9 +236,6 @@ def test_similarity_is_what_transformers_own_clip_says(clip: Path) -> None:
 
 def test_a_caption_beyond_the_window_is_scored_by_its_sentences(clip: Path) -> None:
     scorer = Similarity(clip)
-    tokens = scorer._processor.tokenizer([LONG], return_tensors="pt")
-    with pytest.raises(ValueError, match=r"77|length"):  # what the bare model says to it
-        scorer._model.get_text_features(**tokens)
     parts = scorer.parts(LONG)
     assert len(parts) == 4
     assert " ".join(parts) == LONG
@@ -312,22 +283,13 @@ def test_what_is_no_clip_is_refused(clip: Path, tmp_path: Path) -> None:
         Similarity(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Captioners of this machine
-
-
-def drawn() -> tuple[Image.Image, list[RecordRegion]]:
-    photo = Image.new("RGB", (100, 60), "white")
-    pen = ImageDraw.Draw(photo)
-    pen.rectangle((5, 20, 34, 49), fill="red")
-    pen.rectangle((65, 20, 94, 49), fill="blue")
-    boxes = [(Region.box(5, 20, 35, 50), "car"), (Region.box(65, 20, 95, 50), "bus"), (Region.box(0, 0, 9, 9), "")]
-    return photo, [RecordRegion(region=region, category=name) for region, name in boxes]
-
-
 def test_facts_say_what_annotations_and_pixels_prove() -> None:
     captioner = open_captioner(Asking(captioner="facts"), 0)
-    photo, regions = drawn()
+    photo = Image.new("RGB", (100, 60), "white")
+    photo.paste("red", (5, 20, 35, 50))
+    photo.paste("blue", (65, 20, 95, 50))
+    boxes = {"car": (5, 20, 35, 50), "bus": (65, 20, 95, 50), "": (0, 0, 9, 9)}
+    regions = [RecordRegion(region=Region.box(*box), category=name) for name, box in boxes.items()]
     asks = [Request(stage="image", text="", photo=photo, regions=regions)]
     asks += [Request(stage="region", text="", photo=photo, regions=regions, number=k) for k in range(3)]
     whole, car, bus, nameless = captioner.answer(asks)  # type: ignore[attr-defined]
@@ -389,8 +351,7 @@ def test_a_transformers_model_captions_a_folder(llava: Path, tmp_path: Path) -> 
     assert main(["annotate", *map(str, paths), "--captioner", str(llava), "--max-new-tokens", "60"]) in (0, 2)
     rows = pq.read_table(tmp_path / "out" / "captions").to_pylist()
     assert 0 < len(rows) <= 2 * len(images)
-    assert {row["model"] for row in rows} == {llava.name}
-    assert all(row["tokens_in"] > 16 and row["tokens_out"] for row in rows)
+    assert all(row["model"] == llava.name and row["tokens_in"] > 16 and row["tokens_out"] for row in rows)
 
 
 def test_an_answer_without_an_end_is_cut_off(llava: Path) -> None:

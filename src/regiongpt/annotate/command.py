@@ -3,19 +3,17 @@
 import asyncio
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from regiongpt.annotate.captioners import Asking, open_captioner
-from regiongpt.annotate.engine import Ask, Keys, Limits, Plan, Run, Work
+from regiongpt.annotate.engine import Engine, Limits
 from regiongpt.annotate.filters import Filters, Similarity
 from regiongpt.annotate.output import Export, Output
-from regiongpt.annotate.prompts import Closeup
-from regiongpt.annotate.source import Item, Source
+from regiongpt.annotate.plan import Ask, Closeup, Item, Plan, Source, Wanted, keys_of
 from regiongpt.annotate.store import Store, key_of
 from regiongpt.console import progress, tell
 from regiongpt.data.shards import CROWD, require_data_extra
@@ -56,11 +54,10 @@ class Where(Settings):
         return self
 
 
-OPTIONS: Final[dict[str, Any]] = {
+OPTIONS: Final[dict[str, Any]] = {  # by their headings in the help, in the order of the arguments of annotate()
     "data": Where, "captioner": Asking, "captions": Plan, "close-ups": Closeup, "limits": Limits, "filters": Filters,
     "exports": Export,
 }  # fmt: skip
-"""All options of the verb by their headings in its help, in the order of :func:`annotate`'s arguments."""
 
 
 def annotate(
@@ -70,17 +67,13 @@ def annotate(
 
     Returns:
         The exit code: 0; 2 where regions are left without a caption, 130 after Ctrl-C.
-
-    Raises:
-        RegionGPTError: The run cannot begin or go on; everything finished is kept.
     """
     require_data_extra()
     if where.refilter is not None:
         with Store(where.refilter, read_only=True) as store:
-            there = store.described()
-            source = Source(Path(there["images"]), Path(there["regions"]), there["crowds"])
-            _write(Output(store, source, _keys(there, source), filters, export, there), None)
-        return 0
+            noted = store.described()
+            source = Source(Path(noted["images"]), Path(noted["regions"]), noted["crowds"])
+            return _write(Output(store, source, filters, export))
     if limits.max_cost is not None and (asking.input_price is None or asking.output_price is None):
         raise ConfigError("--max-cost: give --input-price and --output-price, of a million tokens, too")
     assert where.images
@@ -90,17 +83,16 @@ def annotate(
     if plan.mode == "full" and not any(each.category for item in source for each in item.regions):
         raise ConfigError(f"--regions {source.path}: no region has a class name to tell; give names, or --mode context")
     with Store(where.out) as store:
-        run = asyncio.run(_caption(store, source, where, asking, plan, closeup, limits))
-        if run.ended == "interrupted":
+        engine = asyncio.run(_caption(store, source, where, asking, plan, closeup, limits))
+        if engine.ended == "interrupted":
             tell(f"{store.folder}: stopped; the same command goes on, and --refilter {store.folder} writes the files")
             return 130
-        there = store.described()
-        return _write(Output(store, source, _keys(there, source), filters, export, there), run)
+        return _write(Output(store, source, filters, export), engine)
 
 
 async def _caption(
     store: Store, source: Source, where: Where, asking: Asking, plan: Plan, closeup: Closeup, limits: Limits
-) -> Run:
+) -> Engine:
     captioner = await asyncio.to_thread(open_captioner, asking, plan.seed)
     try:
         await captioner.open()
@@ -111,78 +103,65 @@ async def _caption(
             **captioner.identity, "mode": plan.mode, "seed": plan.seed, "temperature": asking.temperature,
             **closeup.model_dump(), "regions": source.path.name,
         }  # fmt: skip
-        noted = {
+        described = {
             "images": str(source.images.resolve()), "regions": str(source.path.resolve()), "crowds": where.crowds,
             "plan": plan.model_dump(), "scorer": scorer.identity if scorer is not None else None,
             "max_new_tokens": asking.max_new_tokens,
         }  # fmt: skip
-        store.begin(fingerprint, noted)
-        work = Work(
-            keys=_keys(store.described(), source), captioner=captioner, keeper=store, closeup=closeup, asking=asking,
-            images=source.images, scorer=scorer, spent=store.cost(),
-        )  # fmt: skip
+        store.begin(fingerprint, described)
+        wanted = Wanted(store.described(), source.places)
         ticks = iter(progress(itertools.repeat(None), "captioning", "regions", source.count))
-        run = Run(work, limits, functools.partial(next, ticks))
-        pending = _pending(work, store, source, run)
+        tick = functools.partial(next, ticks)
+        engine = Engine(wanted, captioner, store, closeup, asking, source.images, scorer, limits, tick)
+        pending = _pending(engine, store, source)
         if where.engine == "ray":
             from regiongpt.annotate.on_ray import on_ray
 
-            on_ray(run, pending, where.workers, where.similarity)
+            on_ray(engine, pending, where.workers, where.similarity)
         else:
-            await run.go(pending)
-        return run
+            await engine.go(pending)
+        return engine
     finally:
         await captioner.close()
 
 
-def _keys(noted: Mapping[str, Any], source: Source) -> Keys:
-    """The keys of a run as it was noted."""
-    plan, fingerprint = Plan(**noted["plan"]), noted["fingerprint"]
-    rng = np.random.default_rng((plan.seed, 1))
-    places = rng.permutation(source.places)[: plan.gallery].tolist()
-    gallery = dict(zip(places, rng.integers(0, 2**31, len(places)).tolist(), strict=True))
-    # Mode and seed are in each key by themselves, and a region is the same in whatever file it stands.
-    settings = {name: value for name, value in fingerprint.items() if name not in ("mode", "seed", "regions")}
-    return Keys(plan=plan, settings=settings, scorer=noted["scorer"], gallery=gallery)
-
-
-def _pending(work: Work, store: Store, source: Source, run: Run) -> Iterator[tuple[str, Item, list[Ask]] | None]:
+def _pending(engine: Engine, store: Store, source: Source) -> Iterator[tuple[str, Item, list[Ask]] | None]:
     """The images of which something is missing, and a None now and then between them."""
     for item in source:
         try:
             digest = store.image_digest(source.images / item.name, item.name)
         except OSError as error:
             store.fail(key_of("file", item.name), "image that cannot be used", reason(error))
-            run.note("image that cannot be used", f"{item.name}: {reason(error)}")
+            engine.note("image that cannot be used", f"{item.name}: {reason(error)}")
             continue
-        asks = work.keys.wanted(digest, item)
-        keys = [key for ask in asks for key in ask.keys]
-        if len(store.finished(keys)) < len(keys):
+        asks = engine.wanted.asks(digest, item)
+        if not store.has(keys_of(asks)):
             yield digest, item, asks
             continue
         for _ in item.regions:
-            run.tick()
+            engine.tick()
         if item.place % 32 == 0:
             yield None
 
 
-def _write(output: Output, run: Run | None) -> int:
+def _write(output: Output, engine: Engine | None = None) -> int:
+    """Write the files and say what is in them, in one line on standard error what failed."""
     output.write()
-    table, out, counts = output.table(), output.out, output.counts
-    widths = [max(len(row[k]) for row in table) for k in range(4)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    table, out, counts, rejects = output.table(), output.out, output.counts, output.source.rejects
+    for name, *numbers in table:
+        print(f"{name:<20}" + "".join(f"{number:>15}" for number in numbers))
     print(f"\n{out}: {counts['captioned']:,} of {counts['regions']:,} regions captioned, {counts['kept']:,} kept")
     for why, count in output.reasons.most_common():
         print(f"not kept: {count:,} {why}")
-    if run is not None and run.ended:
-        print(f"ended by --{run.ended}; the same command goes on")
+    if engine is not None and engine.ended:
+        print(f"ended by --{engine.ended}; the same command goes on")
     print(f"see {out / 'index.html'}")
-    rejects = output.source.rejects
-    wrong = [f"{count:,} {kind}" for kind, count in rejects.counts.items() if kind != CROWD]
+    wrong = []
+    if left_out := [f"{count:,} {kind}" for kind, count in rejects.counts.items() if kind != CROWD]:
+        wrong.append(f"left out of {output.source.path}: {', '.join(left_out)}; the last: {rejects.last}")
+    if engine is not None and engine.failures:
+        failed = ", ".join(f"{count:,} {kind}" for kind, count in engine.failures.most_common())
+        wrong.append(f"failed: {failed}; the last: {engine.last}; the same command tries again")
     if wrong:
-        tell(f"regiongpt: error: {output.source.path}: left out: {', '.join(wrong)}; the last: {rejects.last}")
-    failed = [f"{count:,} {kind}" for kind, count in run.failures.most_common()] if run is not None else []
-    if run is not None and failed:
-        tell(f"regiongpt: error: failed: {', '.join(failed)}; the last: {run.last}; the same command tries again")
-    return 2 if wrong or failed else 0
+        tell(f"regiongpt: error: {'; '.join(wrong)}")
+    return 2 if wrong else 0

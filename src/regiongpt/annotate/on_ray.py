@@ -5,15 +5,16 @@ order: what is finished is found by its key.
 """
 
 import asyncio
+import itertools
 import pickle
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from regiongpt.annotate.captioners import open_captioner
-from regiongpt.annotate.engine import Ask, Run, Work
+from regiongpt.annotate.engine import Engine, Limits
 from regiongpt.annotate.filters import Similarity
-from regiongpt.annotate.source import Item
+from regiongpt.annotate.plan import Ask, Item, keys_of
 from regiongpt.errors import ConfigError, RegionGPTError
 
 _IMAGES: Final = 16
@@ -23,34 +24,30 @@ _ROUND: Final = 4096
 
 
 class _Kept:
-    """What a worker knows and finds out about some images, in place of the store."""
+    """What a worker knows about some images, in place of the store, and ``said``: calls for the process at home."""
 
-    def __init__(self) -> None:
-        self.known: dict[bytes, Any] = {}
-        self.failed: dict[bytes, Any] = {}
+    def __init__(self, rows: list[Any]) -> None:
         self.said: list[tuple[str, Any]] = []
+        known = {key: value for _, known, _ in rows for key, value in known.items()}
+        failed = {key: value for _, _, failed in rows for key, value in failed.items()}
+        self.get = lambda keys: {key: known[key] for key in keys if key in known}
+        self.failures = lambda keys: {key: failed[key] for key in keys if key in failed}
+        self.cost = float
+        self.add, self.fail, self.note = (
+            lambda *values, what=what: self.said.append((what, values)) for what in ("add", "fail", "note")
+        )
 
-    def get(self, keys: Collection[bytes]) -> dict[bytes, Any]:
-        return {key: self.known[key] for key in keys if key in self.known}
 
-    def failures(self, keys: Collection[bytes]) -> dict[bytes, Any]:
-        return {key: self.failed[key] for key in keys if key in self.failed}
-
-    def add(self, *values: Any) -> None:
-        self.said.append(("add", values))
-
-    def fail(self, *values: Any) -> None:
-        self.said.append(("fail", values))
-
-    def note(self, *values: str) -> None:
-        self.said.append(("note", values))
+class _Remote(Engine):
+    def note(self, kind: str, why: str) -> None:
+        self.keeper.note(kind, why)
 
 
 class _Worker:
     """One process of the cluster, with a captioner of its own for each block."""
 
     def __init__(self, recipe: bytes) -> None:
-        self.keys, self.asking, self.closeup, self.images, similarity = pickle.loads(recipe)
+        self.wanted, self.asking, self.closeup, self.images, similarity = pickle.loads(recipe)
         self.scorer = Similarity(similarity, self.asking.device) if similarity else None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -60,39 +57,24 @@ class _Worker:
             said = [("error", error if isinstance(error, RegionGPTError) else RuntimeError(repr(error)))]
         return {"said": [pickle.dumps(said)]}
 
-    async def _answer(self, images: list[Any]) -> list[tuple[str, Any]]:
-        kept = _Kept()
-        captioner = open_captioner(self.asking, self.keys.plan.seed)
+    async def _answer(self, rows: list[Any]) -> list[tuple[str, Any]]:
+        kept = _Kept(rows)
+        captioner = open_captioner(self.asking, self.wanted.plan.seed)
         try:
             await captioner.open()
-            work = Work(
-                keys=self.keys, captioner=captioner, keeper=kept, closeup=self.closeup, asking=self.asking,
-                images=self.images, scorer=self.scorer, noted=kept.note,
-            )  # fmt: skip
-            for _, known, failed in images:
-                kept.known |= known
-                kept.failed |= failed
-            outcomes = await asyncio.gather(*(work.image(*found) for found, _, _ in images), return_exceptions=True)
+            engine = _Remote(
+                self.wanted, captioner, kept, self.closeup, self.asking, self.images, self.scorer, Limits(), int
+            )
+            outcomes = await asyncio.gather(*(engine.image(*found) for found, _, _ in rows), return_exceptions=True)
         finally:
             await captioner.close()
         return [*kept.said, *(("error", each) for each in outcomes if isinstance(each, BaseException))]
 
 
 def on_ray(
-    run: Run, pending: Iterator[tuple[str, Item, list[Ask]] | None], workers: int | None, similarity: Path | None
+    engine: Engine, pending: Iterator[tuple[str, Item, list[Ask]] | None], workers: int | None, similarity: Path | None
 ) -> None:
-    """Work through images on the cluster that ``RAY_ADDRESS`` names, or on this machine.
-
-    Args:
-        run: Counts and limits.
-        pending: What is missing.
-        workers: Processes; one for each node of the cluster where None.
-        similarity: Folder of the model that scores.
-
-    Raises:
-        ConfigError: Ray is not installed.
-        RegionGPTError: The run cannot go on; everything finished is kept.
-    """
+    """Work through images on the cluster that ``RAY_ADDRESS`` names, or here; by default a worker for each node."""
     try:
         import ray
         import ray.data
@@ -101,11 +83,10 @@ def on_ray(
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    work = run.work
-    recipe = pickle.dumps((work.keys, work.asking, work.closeup, work.images, similarity))
+    recipe = pickle.dumps((engine.wanted, engine.asking, engine.closeup, engine.images, similarity))
     count = workers or max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-    apply: dict[str, Callable[..., None]] = {"add": work.keeper.add, "fail": work.keeper.fail, "note": run.note}
-    for rows in _rounds(work, pending):
+    apply = {"add": engine.keeper.add, "fail": engine.keeper.fail, "note": engine.note}
+    for rows in _rounds(engine.keeper, pending):
         blocks = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _IMAGES))
         answers = blocks.map_batches(
             _Worker, fn_constructor_args=(recipe,), batch_size=_IMAGES, concurrency=count, batch_format="numpy"
@@ -114,20 +95,17 @@ def on_ray(
             for what, values in pickle.loads(row["said"]):
                 if what == "error":
                     raise values
-                work.spent += values[2] if what == "add" and len(values) > 2 else 0.0
+                engine.spent += values[-1] if what != "note" and isinstance(values[-1], float) else 0.0
                 apply[what](*values)
-            if run.is_over():  # what the cluster has under way is dropped, and asked again
+            if engine.is_over():  # what the cluster has under way is dropped, and asked again
                 return
 
 
-def _rounds(work: Work, pending: Iterator[Any]) -> Iterator[list[dict[str, bytes]]]:
-    rows: list[dict[str, bytes]] = []
-    for found in pending:
-        if found is not None:
-            keys = [key for ask in found[2] for key in ask.keys]
-            rows.append({"row": pickle.dumps((found, work.keeper.get(keys), work.keeper.failures(keys)))})
-        if len(rows) == _ROUND:
-            yield rows
-            rows = []
-    if rows:
+def _rounds(keeper: Any, pending: Iterator[Any]) -> Iterator[list[dict[str, bytes]]]:
+    images = (found for found in pending if found is not None)
+    while rows := [
+        {"row": pickle.dumps((found, keeper.get(keys), keeper.failures(keys)))}
+        for found in itertools.islice(images, _ROUND)
+        for keys in [keys_of(found[2])]
+    ]:
         yield rows

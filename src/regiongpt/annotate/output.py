@@ -6,6 +6,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -14,10 +15,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from markupsafe import Markup
 
-from regiongpt.annotate.engine import Ask, Keys
 from regiongpt.annotate.filters import Decision, Filters, judge, words
-from regiongpt.annotate.prompts import MODES, Closeup
-from regiongpt.annotate.source import Item, Source
+from regiongpt.annotate.plan import MODES, Ask, Closeup, Item, Source, Wanted, keys_of
 from regiongpt.annotate.store import Store
 from regiongpt.data.records import Record, Turn, region_row
 from regiongpt.data.shards import Rejects, schema, write_records
@@ -38,39 +37,6 @@ _TABLE_2: Final = (
     ("Visual Genome", "82.4K", "3.8M", "5.09"),
     ("RegionGPT's paper", "213K", "1.5M", "87.14"),
 )
-_CARD: Final = """\
----
-task_categories: [image-to-text]
-tags: [region captions, synthetic]
----
-# {name}
-
-Captions of image regions, written by a model and not by people: {captioned:,} of {regions:,} regions of
-{images:,} images are captioned, and {kept:,} of these are kept.
-
-{table}
-
-## How they were made
-
-First a caption of the whole image, then one of the close-up of each region, told the caption of the image and the class
-name that people gave (mode full; context leaves out the name, crop both). {asked}.
-
-## What is not kept
-
-{dropped}
-
-## What has no caption
-
-{failed}
-
-## Files
-
-- `captions/`: every caption, kept or not, a row each, with its provenance and scores
-- `records/`: those that are kept, as `regiongpt train` reads them
-- `manifest.json`: settings, counts and the hashes of all files
-
-The captions carry the errors of the model that wrote them, and the images keep the licences of their authors.
-"""
 
 
 class Export(Settings):
@@ -81,23 +47,14 @@ class Export(Settings):
 
 
 class Output:
-    """Writes what is finished, at the end of a run or while another process goes on with it; and counts it.
+    """Writes what is finished, at the end of a run or while another process goes on with it, and counts it."""
 
-    Args:
-        store: The finished work.
-        source: The regions, in the order of the output.
-        keys: Of what is wanted.
-        filters: What is kept.
-        export: Other layouts.
-        described: The run as the store notes it.
-    """
-
-    def __init__(
-        self, store: Store, source: Source, keys: Keys, filters: Filters, export: Export, described: Mapping[str, Any]
-    ) -> None:
-        self.store, self.source, self.keys, self.filters, self.export = store, source, keys, filters, export.export
-        self.out, self.described, self.fingerprint = store.folder, described, described["fingerprint"]
+    def __init__(self, store: Store, source: Source, filters: Filters, export: Export) -> None:
+        self.store, self.source, self.filters, self.export = store, source, filters, export.export
+        self.out, self.noted = store.folder, store.described()
+        self.wanted, self.fingerprint = Wanted(self.noted, source.places), self.noted["fingerprint"]
         self.closeup = Closeup(**{name: self.fingerprint[name] for name in Closeup.model_fields})
+        self._asked = "; ".join(f"{name} {value}" for name, value in self.fingerprint.items())
         self.counts: Counter[str] = Counter()  # images, regions, captioned, kept, tokens_in, tokens_out
         self.lengths: Counter[int] = Counter()  # words of captions that are kept
         self.truths: Counter[tuple[str, bool]] = Counter()  # named and located
@@ -106,39 +63,26 @@ class Output:
         self.similarities: list[float] = []
         self._vocabulary: set[str] = set()
         self._growth: list[tuple[int, int]] = []  # captions, and the different words in them
-        self._gallery: list[tuple[Item, dict[str, Any], dict[str, str]]] = []
+        self._gallery: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
         self._files: list[dict[str, Any]] = []
-        self.tar: tarfile.TarFile | None = None
-
-    def close_tar(self) -> None:
-        """End the tar file that is being written, if one is."""
-        if self.tar is not None:
-            self.tar.close()
 
     def write(self) -> None:
         """Write everything; what was there is replaced when all of it is whole. DataError where the disk is full."""
         decision = Decision(self.filters, self._scores())
         with locked(self.out / ".writing", wait=True), new_folder(self.out / ".new") as folder:
             (folder / "captions").mkdir()
-            (folder / "export").mkdir()
-            manifest = write_records(
-                folder / "records",
-                self._records(decision, folder),
-                Rejects(),
-                source="annotate",
-                images=str(self.source.images.resolve()),
-                inputs=[],
-                arguments=self.fingerprint,
-                check_regions=False,
-            )
+            with _Exports(folder / "export", self.export, self.source.images) as exports:
+                told = "../captions: model, prompt version, seed, seconds, tokens and cost of each caption"
+                manifest = write_records(
+                    folder / "records", self._records(decision, folder, exports), Rejects(), source="annotate",
+                    images=str(self.source.images.resolve()), inputs=[], check_regions=False,
+                    arguments={**self.fingerprint, "provenance": told},
+                )  # fmt: skip
             self._flush(folder)
-            self.close_tar()
-            if not self.export:
-                (folder / "export").rmdir()
             more = {"filters": self.filters.model_dump(), **self.counts, "failures": self.failures}
             more |= {"cost": self.store.cost(), "shards": self._files, "records": manifest.counts}
-            write_json(folder / "manifest.json", {**self.described, **more, "regiongpt_version": version("regiongpt")})
+            write_json(folder / "manifest.json", {**self.noted, **more, "regiongpt_version": version("regiongpt")})
             write_file(folder / "README.md", self._card())
             self._page(folder / "index.html")
             with writing(self.out):
@@ -158,66 +102,54 @@ class Output:
                 digest = self.store.image_digest(self.source.images / item.name, item.name)
             except OSError:
                 digest = ""
-            asks = [self.keys.image(digest), *self.keys.regions(digest, item)]
-            known = self.store.get([key for ask in asks for key in ask.keys])
-            yield digest, item, asks, known, [*self._captions(item, asks, known)]
+            asks, mode = self.wanted.asks(digest, item), self.wanted.plan.mode
+            known = self.store.get(keys_of(asks))
+            whole = known.get(asks[0].key, {}).get("text", "") if asks[0].number < 0 else ""
+            done = [ask for ask in asks if ask.number >= 0 and ask.mode == mode and ask.key in known]
+            yield digest, item, asks, known, [self._row(ask, item, whole, known) for ask in done]
 
-    def _captions(self, item: Item, asks: list[Ask], known: Mapping[bytes, Any]) -> Iterator[dict[str, Any]]:
-        classes = [each.category for each in item.regions]
-        for ask in asks[1:]:
-            if ask.mode != self.keys.plan.mode or ask.key not in known:
-                continue
-            value, each = known[ask.key], item.regions[ask.number]
-            score = known.get(ask.score or b"", {})
-            located = known.get(ask.locate or b"", {}).get("number")
-            yield {
-                "id": f"{item.name}#{each.source_id or ask.number + 1}",
-                "image": item.name,
-                "width": item.width,
-                "height": item.height,
-                "number": ask.number,
-                "region": {**region_row(each.region), "category": each.category, "source_id": each.source_id},
-                "category": each.category,
-                "caption": value["text"],
-                "global_caption": known.get(asks[0].key, {}).get("text", ""),
-                "crop": list(self.closeup.window(each.region, item.width, item.height)),
-                "mode": ask.mode,
-                "prompt_version": value["version"],
-                "finished": value["at"],
-                **{name: value[name] for name in ("model", "seed", "seconds", "tokens_in", "tokens_out", "cost")},
-                "similarity": score.get("similarity"),
-                "least_similarity": score.get("least"),
-                **judge(value["text"], each.category, classes, located, ask.number + 1),
-            }
+    def _row(self, ask: Ask, item: Item, whole: str, known: Mapping[bytes, Any]) -> dict[str, Any]:
+        value, each = known[ask.key], item.regions[ask.number]
+        score = known.get(ask.score or b"", {})
+        located = known.get(ask.locate or b"", {}).get("number")
+        classes = [other.category for other in item.regions]
+        return {
+            "id": f"{item.name}#{each.source_id or ask.number + 1}", "image": item.name, "width": item.width,
+            "height": item.height, "number": ask.number, "category": each.category, "mode": ask.mode,
+            "region": {**region_row(each.region), "category": each.category, "source_id": each.source_id},
+            "caption": value["text"], "global_caption": whole, "prompt_version": value["version"],
+            "crop": [*self.closeup.window(each.region, item.width, item.height)], "finished": value["at"],
+            **{name: value[name] for name in ("model", "seed", "seconds", "tokens_in", "tokens_out", "cost")},
+            "similarity": score.get("similarity"), "least_similarity": score.get("least"),
+            **judge(value["text"], each.category, classes, located, ask.number + 1),
+        }  # fmt: skip
 
     def _scores(self) -> dict[str, list[float]]:
         """Similarities by class, of captions that nothing else speaks against; needed for top shares alone."""
         scores: dict[str, list[float]] = {}
         if self.filters.top_share is not None:
             plain = Decision(self.filters.replace(top_share=None), {})
-            for *_, rows in self._items():
-                for row in rows:
-                    if row["similarity"] is not None and not plain.why_not(row):
-                        scores.setdefault(row["category"], []).append(row["similarity"])
+            for row in (row for *_, rows in self._items() for row in rows):
+                if row["similarity"] is not None and not plain.why_not(row):
+                    scores.setdefault(row["category"], []).append(row["similarity"])
             if not scores:
                 raise DataError(f"{self.out}: no caption has a similarity; run with --similarity before --top-share")
         return scores
 
-    def _records(self, decision: Decision, folder: Path) -> Iterator[Record]:
+    def _records(self, decision: Decision, folder: Path, exports: "_Exports") -> Iterator[Record]:
         """The records of what is kept, and as they pass by the table, the exports and the counts."""
         for digest, item, asks, known, rows in self._items():
-            asked = asks if self.keys.plan.mode != "crop" else asks[1:]
-            missing = [ask.key for ask in asked if ask.key not in known]
+            missing = [ask.key for ask in asks if ask.key not in known]
             self.failures.update(failure.kind for failure in self.store.failures(missing).values())
             self.counts.update(images=1, regions=len(item.regions))
             for row in rows:
                 row["reason"] = decision.why_not(row)
                 row["kept"] = not row["reason"]
                 self._count(row)
-                shown = [ask for ask in asks[1:] if ask.number == row["number"]]
+                shown = [ask for ask in asks if ask.number == row["number"]]
                 if len(shown) == len(MODES):
                     texts: dict[str, str] = {ask.mode: known.get(ask.key, {}).get("text", "") for ask in shown}
-                    self._gallery.append((item, row, texts))
+                    self._gallery.append({"item": item, "row": row, "texts": texts})
             self._rows += rows
             if len(self._rows) >= _ROWS:
                 self._flush(folder)
@@ -231,16 +163,12 @@ class Output:
                 id=f"annotate/{digest[:16]}/{item.place}", source="annotate", image=item.name, width=item.width,
                 height=item.height, regions=tuple(item.regions[row["number"]] for row in kept), turns=tuple(turns),
             )  # fmt: skip
-            for name in self.export:
-                (_add_line if name == "llava" else _add_sample)(folder / "export", record, kept, self)
-            self.counts["samples"] += 1
+            exports.add(record, kept)
             yield record
 
     def _count(self, row: Mapping[str, Any]) -> None:
         self.counts.update(captioned=1, tokens_in=row["tokens_in"], tokens_out=row["tokens_out"])
-        for name in ("names_class", "located_back"):
-            if row[name] is not None:
-                self.truths[name, row[name]] += 1
+        self.truths.update((name, row[name]) for name in ("names_class", "located_back") if row[name] is not None)
         if row["similarity"] is not None:
             self.similarities.append(row["similarity"])
         if row["reason"]:
@@ -257,8 +185,18 @@ class Output:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        kinds = {
+            pa.string(): "id image category caption reason global_caption mode model",
+            pa.int32(): "width height number prompt_version tokens_in tokens_out words located",
+            pa.int64(): "seed",
+            pa.float64(): "seconds cost finished similarity least_similarity",
+            pa.bool_(): "kept names_class names_other repeated refusing about_image located_back",
+            pa.list_(pa.int32()): "crop",
+            schema().field("regions").type.value_type: "region",
+        }
+        columns = pa.schema([(name, kind) for kind, names in kinds.items() for name in names.split()])
         path = folder / "captions" / f"captions-{len(self._files):05d}.parquet"
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=_columns()), path, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(self._rows, schema=columns), path, compression="zstd")
         self._files.append({"file": f"captions/{path.name}", "rows": len(self._rows), "sha256": sha256(path)})
         self._rows = []
 
@@ -276,25 +214,23 @@ class Output:
 
     def _card(self) -> str:
         head, *body = self.table()
-        lines = {
-            name: "\n".join(f"- {count:,}: {why}" for why, count in found.most_common()) or "- nothing"
-            for name, found in (("dropped", self.reasons), ("failed", self.failures))
-        }
-        table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *body))
-        asked = "; ".join(f"{name} {value}" for name, value in self.fingerprint.items())
-        counts = {name: self.counts[name] for name in ("captioned", "regions", "images", "kept")}
-        return _CARD.format(name=self.out.resolve().name, table=table, asked=asked, **counts, **lines)
+        dropped, failed = (
+            "\n".join(f"- {count:,}: {why}" for why, count in found.most_common()) or "- nothing"
+            for found in (self.reasons, self.failures)
+        )
+        template = Path(__file__).parents[1] / "templates" / "captions_card.md"
+        return template.read_text(encoding="utf-8").format(
+            name=self.out.resolve().name, asked=self._asked,
+            table="\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *body)), dropped=dropped,
+            failed=failed, **{name: self.counts[name] for name in ("captioned", "regions", "images", "kept")},
+        )  # fmt: skip
 
     def _page(self, path: Path) -> None:
         seconds, counts = self.store.busy_seconds(), self.counts
-        lengths = [length for length, count in self.lengths.items() for _ in range(count)]
         growth = Curve(name="different words", xs=[n for n, _ in self._growth], ys=[n for _, n in self._growth])
         write_page(
-            path,
-            "annotations.html",
-            title=f"Captions: {self.out.resolve().name}",
-            made="; ".join(f"{name} {value}" for name, value in self.fingerprint.items()),
-            table=self.table(),
+            path, "annotations.html", title=f"Captions: {self.out.resolve().name}", table=self.table(), modes=MODES,
+            made=self._asked, reasons=self.reasons.most_common(), failures=self.failures.most_common(),
             facts=[
                 *((name, f"{counts[name]:,}") for name in ("images", "regions", "captioned", "kept")),
                 ("words a caption", f"{self._mean_words:.2f} (RefCOCOg 8.46, the paper 87.14)"),
@@ -305,16 +241,13 @@ class Output:
                 ("cost", f"{self.store.cost():,.4f}"),
                 ("regions a second", f"{counts['captioned'] / max(seconds, 1e-9):,.2f} over {seconds:,.1f} s of work"),
             ],
-            reasons=self.reasons.most_common(),
-            failures=self.failures.most_common(),
             charts=[
-                _histogram("Words a caption", lengths, whole=True),
+                _histogram("Words a caption", [*self.lengths.elements()], whole=True),
                 _histogram("Similarity of crop and caption", self.similarities),
                 line_chart("Vocabulary growth", [growth], "captions"),
             ],
-            gallery=[shown for found in self._gallery if (shown := self._shown(*found))],
-            modes=MODES,
-        )
+            gallery=[shown for each in self._gallery if (shown := self._shown(**each))],
+        )  # fmt: skip
 
     def _share(self, name: str) -> str:
         total = self.truths[name, True] + self.truths[name, False]
@@ -328,8 +261,7 @@ class Output:
             whole = picture(draw_regions(photo, [each.region]), f"{item.name} with the region", 480)
         except RegionGPTError:
             return None
-        return {"crop": crop, "whole": whole, "category": each.category, "name": item.name,
-                "global": row["global_caption"], "texts": texts, "reason": row["reason"]}  # fmt: skip
+        return {**row, "crop": crop, "whole": whole, "texts": texts}
 
 
 def _histogram(title: str, values: Sequence[float], whole: bool = False) -> Markup:
@@ -345,48 +277,48 @@ def _histogram(title: str, values: Sequence[float], whole: bool = False) -> Mark
     return bar_chart(title, bars, ["captions"], unit="", reach=1.1 * float(counts.max()))
 
 
-def _columns() -> Any:
-    """The columns of the table of all captions."""
-    import pyarrow as pa
+class _Exports(ExitStack):
+    """The layouts of other trainers, an image at a time."""
 
-    kinds = {
-        pa.string(): "id image category caption reason global_caption mode model",
-        pa.int32(): "width height number prompt_version tokens_in tokens_out words located",
-        pa.int64(): "seed",
-        pa.float64(): "seconds cost finished similarity least_similarity",
-        pa.bool_(): "kept names_class names_other repeated refusing about_image located_back",
-        pa.list_(pa.int32()): "crop",
-        schema().field("regions").type.value_type: "region",
-    }
-    return pa.schema([(name, kind) for kind, names in kinds.items() for name in names.split()])
+    def __init__(self, folder: Path, names: Sequence[str], images: Path) -> None:
+        super().__init__()
+        self.folder, self.names, self.images, self.count = folder, names, images, 0
+        self.tar: tarfile.TarFile | None = None
+        self.callback(self._close_tar)
+        if names:
+            folder.mkdir()
+        if "llava" in names:
+            self.lines = self.enter_context((folder / "llava.jsonl").open("w", encoding="utf-8"))
+
+    def add(self, record: Record, kept: list[dict[str, Any]]) -> None:
+        """Add an image and its captions to each layout."""
+        if "llava" in self.names:
+            self.lines.write(json.dumps(_conversations(record, kept), ensure_ascii=False) + "\n")
+        if "webdataset" in self.names:
+            number, first = divmod(self.count, _SAMPLES)
+            if self.tar is None or not first:
+                self._close_tar()
+                self.tar = tarfile.open(self.folder / f"captions-{number:05d}.tar", "w")  # noqa: SIM115
+            path = self.images / record.image
+            whole = json.dumps({"record": record.row(), "captions": kept}, ensure_ascii=False).encode()
+            for suffix, data in ((path.suffix.lower() or ".jpg", path.read_bytes()), (".json", whole)):
+                member = tarfile.TarInfo(record.id.replace("/", "-") + suffix)
+                member.size = len(data)
+                self.tar.addfile(member, BytesIO(data))
+            self.count += 1
+
+    def _close_tar(self) -> None:
+        if self.tar is not None:
+            self.tar.close()
 
 
-def _add_line(folder: Path, record: Record, kept: list[dict[str, Any]], output: Output) -> None:
+def _conversations(record: Record, kept: list[dict[str, Any]]) -> dict[str, Any]:
     """An image as LLaVA's training reads it: a region is a box in fractions of the image's sides, written out."""
     said: list[dict[str, str]] = []
     for row, each in zip(kept, record.regions, strict=True):
-        x0, y0, x1, y1 = each.region.bounds(record.width, record.height)
-        box = x0 / record.width, y0 / record.height, x1 / record.width, y1 / record.height
+        box = np.array(each.region.bounds(record.width, record.height)) / (2 * (record.width, record.height))
         where = ", ".join(f"{value:.3f}" for value in box)
         begin = "" if said else "<image>\n"
         said.append({"from": "human", "value": f"{begin}Describe the region [{where}] of the image in detail."})
         said.append({"from": "gpt", "value": row["caption"]})
-    line = json.dumps({"id": record.id, "image": record.image, "conversations": said}, ensure_ascii=False)
-    with (folder / "llava.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
-def _add_sample(folder: Path, record: Record, kept: list[dict[str, Any]], output: Output) -> None:
-    """An image and its captions as one sample of a WebDataset."""
-    path = output.source.images / record.image
-    key = record.id.replace("/", "-")
-    whole = json.dumps({"record": record.row(), "captions": kept}, ensure_ascii=False).encode()
-    number, first = divmod(output.counts["samples"], _SAMPLES)
-    if not first:
-        output.close_tar()
-        output.tar = tarfile.open(folder / f"captions-{number:05d}.tar", "w")  # noqa: SIM115
-    assert output.tar is not None
-    for suffix, data in ((path.suffix.lower() or ".jpg", path.read_bytes()), (".json", whole)):
-        member = tarfile.TarInfo(key + suffix)
-        member.size = len(data)
-        output.tar.addfile(member, BytesIO(data))
+    return {"id": record.id, "image": record.image, "conversations": said}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.storage import locked, reason
+from regiongpt.storage import digest, locked, reason
 
 _FILE: Final = "captions.sqlite"
 _TABLES: Final = """
@@ -27,8 +27,7 @@ CREATE INDEX IF NOT EXISTS failures ON failed (key);
 
 def key_of(*parts: Any) -> bytes:
     """16 bytes that stand for plain JSON values."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+    return bytes.fromhex(digest(*parts))
 
 
 class Failure(NamedTuple):
@@ -40,11 +39,7 @@ class Failure(NamedTuple):
 
 
 class Store:
-    """What a run has finished; one process writes, any number read meanwhile.
-
-    Args:
-        folder: Of the run; made if missing.
-        read_only: Only look; the folder may be in use.
+    """What a run has finished; one process writes, any number read (``read_only``) meanwhile.
 
     Raises:
         ConfigError: Another process writes here, or with ``read_only`` there is nothing to read.
@@ -63,10 +58,8 @@ class Store:
                 self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
                 stack.callback(self._db.close)
                 if not read_only:
-                    self._db.execute("PRAGMA journal_mode=WAL")
-                    self._db.executescript(_TABLES)
-                self._db.execute("PRAGMA synchronous=NORMAL")
-                self._db.execute("PRAGMA cache_size=-8000")
+                    self._db.executescript(f"PRAGMA journal_mode=WAL; {_TABLES}")
+                self._db.executescript("PRAGMA synchronous=NORMAL; PRAGMA cache_size=-8000")
                 if not self.described() and read_only:
                     raise ConfigError(f"{folder}: no run was begun there; check the path")
             self._stack = stack.pop_all()
@@ -78,14 +71,10 @@ class Store:
         self._stack.close()
 
     def begin(self, fingerprint: Mapping[str, Any], described: Mapping[str, Any]) -> None:
-        """Note what run this is, or make sure that it is the one begun here.
-
-        Args:
-            fingerprint: What decides the captions, by name; other values are refused later.
-            described: What else is worth noting; the latest counts.
+        """Note what decides the captions, and what else describes the run; the latest description counts.
 
         Raises:
-            ConfigError: The folder holds another run; the message says what differs.
+            ConfigError: The folder holds a run with another fingerprint; the message says what differs.
         """
         noted = self.described()
         there = noted.get("fingerprint", fingerprint)
@@ -119,9 +108,9 @@ class Store:
         rows = self._of(keys, "SELECT key, value, cost, at FROM done WHERE key IN ({})")
         return {key: {**json.loads(value), "cost": cost, "at": at} for key, value, cost, at in rows}
 
-    def finished(self, keys: Collection[bytes]) -> set[bytes]:
-        """Those keys that have a value."""
-        return {key for (key,) in self._of(keys, "SELECT key FROM done WHERE key IN ({})")}
+    def has(self, keys: Collection[bytes]) -> bool:
+        """Whether all keys have a value."""
+        return len([*self._of(keys, "SELECT key FROM done WHERE key IN ({})")]) == len(keys)
 
     def failures(self, keys: Collection[bytes]) -> dict[bytes, Failure]:
         """The keys that were tried in vain, whether or not they have a value now."""
@@ -134,9 +123,9 @@ class Store:
         named = (name, status.st_size, status.st_mtime_ns)
         if rows := self._do("SELECT digest FROM images WHERE path = ? AND size = ? AND mtime = ?", named):
             return bytes(rows[0][0]).hex()
-        digest = sha256(path.read_bytes()).digest()
-        self._do("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", (*named, digest))
-        return digest.hex()
+        found = sha256(path.read_bytes()).digest()
+        self._do("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", (*named, found))
+        return found.hex()
 
     def count(self) -> int:
         """How many keys have a value."""
@@ -167,6 +156,6 @@ class Store:
             yield
         except (sqlite3.Error, ValueError) as error:
             if isinstance(error, sqlite3.OperationalError):
-                told = f"cannot be read or written: {reason(error)}; free some space or check its permissions, and run "
-                raise DataError(f"{self.path}: {told}the command again: what is finished is kept") from None
+                told = f"{reason(error)}; free space or check its permissions, and go on: what is finished is kept"
+                raise DataError(f"{self.path}: cannot be read or written: {told}") from None
             raise DataError(f"{self.path}: damaged: {reason(error)}; choose another --out") from None
