@@ -12,6 +12,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
 from regiongpt.annotate import engine
+from regiongpt.annotate.plan import Source
 from regiongpt.cli import main
-from regiongpt.data.records import Record
-from regiongpt.data.shards import RecordSet, Rejects, write_records
+from regiongpt.data.shards import RecordSet
 from regiongpt.data.sources import convert, load_converter
 from regiongpt.images import load_image
 
@@ -77,11 +78,6 @@ def start(root: Path, out: Path, *more: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def to_records(root: Path, out: Path) -> None:
-    instances = (root / "instances.json",)
-    convert(load_converter("coco")(instances=instances, images=root / "images", label_set="mine"), out)  # type: ignore[call-arg]
-
-
 def captions(out: Path) -> list[dict[str, Any]]:
     return [row for file in sorted((out / "captions").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
 
@@ -125,7 +121,8 @@ def test_records_are_a_source_too_and_an_image_is_decoded_once(
 ) -> None:
     decoded: list[Path] = []
     monkeypatch.setattr(engine, "load_image", lambda path: decoded.append(path) or load_image(path))
-    to_records(drawn, tmp_path / "records")
+    paths: Any = {"instances": (drawn / "instances.json",), "images": drawn / "images", "label_set": "mine"}
+    convert(load_converter("coco")(**paths), tmp_path / "records")
     for name, regions in (("a", drawn / "instances.json"), ("b", tmp_path / "records")):
         decoded.clear()
         command = ["--images", drawn / "images", "--regions", regions, "--out", tmp_path / name, "--captioner", "facts"]
@@ -159,13 +156,11 @@ def test_each_region_is_asked_once_with_its_context_and_its_class(drawn: Path, s
     # Regions of an image come one after the other: what an engine has read of their context serves them all.
     leads = [content[0]["text"] for content in regions]
     assert sum(a != b for a, b in itertools.pairwise(leads)) < 30
-    row = rows[0]
-    assert (row["model"], row["tokens_in"], row["tokens_out"], row["cost"]) == ("mock-vlm", 100, 20, 3e-4)
+    assert [rows[0][name] for name in ("model", "tokens_in", "tokens_out", "cost")] == ["mock-vlm", 100, 20, 3e-4]
     assert json.loads((out / "manifest.json").read_text())["cost"] == pytest.approx(70 * 3e-4)
     assert len({row["prompt_version"] for row in rows}) > 5
-    # Nothing is asked again, also in other modes' folders that are refused.
     assert main(words(drawn, out, "--captioner", served.url, "--gallery", 0)) == 0
-    assert served.asked().total() == 70
+    assert served.asked().total() == 70  # nothing is asked again
 
 
 @needs_client
@@ -196,7 +191,6 @@ def test_faults_are_retried_by_their_own_rule(
     before = served.asked().total()
     served.set()
     assert main(run) == 0
-    # A global caption that failed left its regions for now.
     assert served.asked().total() - before <= 60 + 10 - len(first)
     rows = captions(out)
     assert len(rows) == len({row["id"] for row in rows}) == 60
@@ -426,19 +420,13 @@ def test_regions_that_cannot_be_used_are_told_and_the_rest_is_done(
     assert len(captions(tmp_path / "out")) == 59
 
 
-def test_a_region_without_a_class_needs_a_mode_that_tells_none(
-    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_regions_without_classes_need_a_mode_that_tells_none(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    to_records(drawn, tmp_path / "named")
-    rows = [record.row() for record in RecordSet(tmp_path / "named")]
-    for row in rows:
-        for region in row["regions"]:
-            region["category"] = ""
-    records = [Record.from_row(row) for row in rows]
-    images = str(drawn / "images")
-    write_records(tmp_path / "r", records, Rejects(), source="x", images=images, inputs=[], arguments={})
-    command = ["annotate", "--images", images, "--regions", str(tmp_path / "r"), "--out", str(tmp_path / "out")]
-    refused(capsys, [*command, "--captioner", "facts"], "no region has a class name", "--mode context")
+    nameless = [item._replace(regions=tuple(replace(each, category="") for each in item.regions))
+                for item in Source(drawn / "images", drawn / "instances.json")]  # fmt: skip
+    monkeypatch.setattr(Source, "__iter__", lambda self: iter(nameless))
+    refused(capsys, words(drawn, tmp_path / "out", "--captioner", "facts"), "class name", "--mode context")
 
 
 @needs_client

@@ -205,8 +205,8 @@ def crop() -> Image.Image:
 def ending_tokenizer() -> Any:
     """Bytes between a begin and an end token: the features of a text are those of its end."""
     tokenizer = tiny_tokenizer()
-    special = [("<s>", 1), ("</s>", 2)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    ends = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = ends
     return tokenizer
 
 

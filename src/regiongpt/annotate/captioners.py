@@ -15,7 +15,6 @@ from PIL import Image
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from regiongpt.annotate.plan import WORDING, draw
-from regiongpt.console import quiet_libraries
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
 from regiongpt.data.facts import View, ViewObject, colours_of, neighbours, place_name, size_name
 from regiongpt.data.records import RecordRegion
@@ -24,7 +23,7 @@ from regiongpt.errors import CheckpointError, ConfigError, RegionGPTError
 from regiongpt.prompts import indefinite, question
 from regiongpt.regions import Region
 from regiongpt.settings import Settings
-from regiongpt.storage import read_json
+from regiongpt.storage import read_json, reason
 
 
 class Asking(Settings):
@@ -235,11 +234,10 @@ class RegionGPT(Local):
 
     def __init__(self, asking: Asking) -> None:
         super().__init__(max(64, asking.batch_size))
-        quiet_libraries()
         from regiongpt.inference import RegionPredictor
         from regiongpt.model.weights import nano_path
 
-        folder = nano_path() if asking.captioner is None else Path(asking.captioner)
+        folder = Path(asking.captioner or nano_path())
         self.predictor = RegionPredictor.from_pretrained(folder, device=asking.device, dtype=asking.dtype, images=16)
         self.asking, self.name = asking, folder.resolve().name
         self.identity = {"captioner": "regiongpt", "model": self.name, "weights": weights_digest(folder)}
@@ -295,7 +293,6 @@ class TransformersVLM(Local):
 
     def __init__(self, asking: Asking) -> None:
         super().__init__(asking.batch_size)
-        quiet_libraries()
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -309,7 +306,7 @@ class TransformersVLM(Local):
             self._processor = AutoProcessor.from_pretrained(folder)
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            told = f"not a vision-language model that transformers loads: {first_line(error)}"
+            told = f"not a vision-language model that transformers loads: {reason(error)[:200]}"
             raise CheckpointError(f"--captioner {folder}: {told}") from None
         if not hasattr(self._processor, "image_processor"):
             raise CheckpointError(f"--captioner {folder}: takes no pictures; give a vision-language model")
@@ -364,11 +361,6 @@ def messages(request: Request, picture: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*lead, picture, {"type": "text", "text": request.text}]}]
 
 
-def first_line(error: Exception) -> str:
-    """How a library's long message begins."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
 class Facts(Local):
     """Class, colour, place, size and nearest neighbours of a region: only what annotations and pixels prove.
 
@@ -421,12 +413,11 @@ def _whole(view: View) -> str:
     """What is annotated in the image, by class."""
     if not view.objects:
         return "Nothing in the image is annotated."
-    named = [
+    *named, last = [
         with_article(noun(name)) if len(group) == 1 else f"at least {len(group)} {plural(name)}"
         for name, group in view.by_category.items()
     ]
-    listed = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
-    return f"The image shows {listed}."
+    return f"The image shows {', '.join(named)}{' and ' if named else ''}{last}."
 
 
 def _one(view: View, each: ViewObject, colour: str | None, opening: str) -> str:
@@ -436,10 +427,8 @@ def _one(view: View, each: ViewObject, colour: str | None, opening: str) -> str:
     sentences = [opening.format(a=a, A=a[0].upper() + a[1:], place=where), size]
     near = []
     for other, how in neighbours(view, each, 3):
-        same = other.category == each.category
-        named = f"another {noun(other.category)}" if same else with_article(noun(other.category))
-        if how != "around":
-            near.append(f"{'within the area of' if how == 'inside' else how} {named}")
-    if near:
-        sentences.append(f"In the image, it is {' and '.join(near[:2])}.")
+        name = noun(other.category)
+        named = f"another {name}" if other.category == each.category else with_article(name)
+        near += [f"{'within the area of' if how == 'inside' else how} {named}"] if how != "around" else []
+    sentences += [f"In the image, it is {' and '.join(near[:2])}."] if near else []
     return " ".join(sentences)

@@ -14,12 +14,11 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, NonNegativeInt
 
-from regiongpt.annotate.captioners import first_line, weights_digest
+from regiongpt.annotate.captioners import weights_digest
 from regiongpt.annotate.plan import WORDING
-from regiongpt.console import quiet_libraries
 from regiongpt.errors import CheckpointError
 from regiongpt.settings import Settings
-from regiongpt.storage import read_json
+from regiongpt.storage import read_json, reason
 
 Doubt = Literal["short", "repeated", "refusing", "about_image", "unnamed", "other_class", "not_located"]
 
@@ -140,7 +139,6 @@ class Similarity:
         kind = read_json(path / "config.json", CheckpointError).get("model_type")
         if kind not in ("clip", "siglip"):
             raise CheckpointError(f"--similarity {path}: expected a CLIP or SigLIP model, got {kind!r}")
-        quiet_libraries()
         import torch
         from transformers import AutoModel, AutoProcessor
 
@@ -151,7 +149,7 @@ class Similarity:
             self._model = AutoModel.from_pretrained(path).to(self._device).eval()
             self._processor = AutoProcessor.from_pretrained(path)
         except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"--similarity {path}: cannot be loaded: {first_line(error)}") from None
+            raise CheckpointError(f"--similarity {path}: cannot be loaded: {reason(error)[:200]}") from None
         self._torch, self._pads = torch, kind == "siglip"
         self.window = int(self._model.config.text_config.max_position_embeddings)
         self.identity: Mapping[str, Any] = {"similarity": path.resolve().name, "weights": weights_digest(path)}

@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 
 from regiongpt.annotate.filters import Decision, Filters, judge, words
-from regiongpt.annotate.plan import MODES, Ask, Closeup, Item, Source, Wanted, keys_of
+from regiongpt.annotate.plan import MODES, WORDING, Ask, Closeup, Item, Source, Wanted, keys_of
 from regiongpt.annotate.store import Store
 from regiongpt.data.records import Record, Turn, region_row
 from regiongpt.data.shards import Rejects, schema, write_records
@@ -29,14 +29,6 @@ from regiongpt.storage import locked, new_folder, sha256, write_file, write_json
 
 _ROWS: Final = 50_000  # in one file of the table
 _SAMPLES: Final = 1000  # in one tar file
-_TABLE_2: Final = (
-    ("Data set", "Images", "Regions", "Average words"),
-    ("RefCOCO", "20K", "142K", "3.50"),
-    ("RefCOCO+", "20K", "142K", "3.53"),
-    ("RefCOCOg", "25.8K", "95K", "8.46"),
-    ("Visual Genome", "82.4K", "3.8M", "5.09"),
-    ("RegionGPT's paper", "213K", "1.5M", "87.14"),
-)
 
 
 class Export(Settings):
@@ -146,9 +138,9 @@ class Output:
                 row["reason"] = decision.why_not(row)
                 row["kept"] = not row["reason"]
                 self._count(row)
-                shown = [ask for ask in asks if ask.number == row["number"]]
-                if len(shown) == len(MODES):
-                    texts: dict[str, str] = {ask.mode: known.get(ask.key, {}).get("text", "") for ask in shown}
+                own = [ask for ask in asks if ask.number == row["number"]]
+                texts: dict[str, str] = {ask.mode: known.get(ask.key, {}).get("text", "") for ask in own}
+                if len(texts) == len(MODES):
                     self._gallery.append({"item": item, "row": row, "texts": texts})
             self._rows += rows
             if len(self._rows) >= _ROWS:
@@ -177,8 +169,7 @@ class Output:
         self.counts["kept"] += 1
         self.lengths[row["words"]] += 1
         self._vocabulary.update(words(row["caption"]))
-        kept = self.counts["kept"]
-        if kept & (kept - 1) == 0 or kept % 2000 == 0:
+        if (kept := self.counts["kept"]).bit_count() == 1 or kept % 2000 == 0:
             self._growth.append((kept, len(self._vocabulary)))
 
     def _flush(self, folder: Path) -> None:
@@ -206,7 +197,7 @@ class Output:
     def table(self) -> list[tuple[str, ...]]:
         """The paper's Table 2 with a line for this run."""
         own = f"{self.counts['images']:,}", f"{self.counts['kept']:,}", f"{self._mean_words:.2f}"
-        return [*_TABLE_2, (self.out.resolve().name, *own)]
+        return [*map(tuple, WORDING["table_2"]), (self.out.resolve().name, *own)]
 
     @property
     def _mean_words(self) -> float:
