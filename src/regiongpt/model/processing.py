@@ -69,7 +69,7 @@ def prepare_tokenizer(tokenizer: Any, family: str) -> int:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"expected a fast tokenizer (it must report offsets), got {type(tokenizer).__name__}")
-    turn_tokens = CONTROL_TOKENS[family] if family in ("llama3", "chatml") else ()
+    turn_tokens = () if family == "llama2" else CONTROL_TOKENS[family]  # Llama 2 spells its marks as plain text
     added: int = tokenizer.add_tokens([IMAGE_TOKEN, REGION_TOKEN, *turn_tokens], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -98,7 +98,7 @@ class ModelConfig(Settings):
     image_marks: bool = False
     """Add the word embedding of ``<image>`` to each image token."""
     chat_template: str = ""
-    """Chat template: vicuna_v1, llama2, llama3, chatml or plain; guessed from the language model when empty."""
+    """Chat template, one that ``regiongpt weights create --help`` lists; guessed from the language model when empty."""
 
     @property
     def folder(self) -> Path:
