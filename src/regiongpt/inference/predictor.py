@@ -70,9 +70,10 @@ class _Group:
 class RegionPredictor:
     """Ask a model about regions of an image.
 
-    >>> predictor = RegionPredictor.from_pretrained()
-    >>> predictor.set_image("photo.jpg")
-    >>> predictor.ask("What is <region1> doing?", [Region.box(40, 60, 300, 280)]).text
+    Examples:
+        >>> predictor = RegionPredictor.from_pretrained()
+        >>> predictor.set_image("photo.jpg")
+        >>> predictor.ask("What is <region1> doing?", [Region.box(40, 60, 300, 280)]).text
 
     Several threads may use one predictor, each with an image of its own: a thread asks about the image that it set
     itself, or, if it never set one, about the last that any thread has set. What they ask at the same time is answered
