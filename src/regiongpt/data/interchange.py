@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.values import words_alone
 from regiongpt.errors import DataError
 from regiongpt.images import open_image
 from regiongpt.regions import Region
@@ -110,11 +111,14 @@ def regions_of_detections(detections: Any, names: Mapping[int, str] | None = Non
         given = detections.data.get("class_name")
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"expected a supervision.Detections, got {type(detections).__name__} ({error})") from None
+    for what, values in (("masks", masks), ("classes", classes), ("names", given)):
+        if values is not None and len(values) != len(boxes):
+            raise DataError(f"expected {len(boxes)} {what}, one a box, got {len(values)}")
     regions: list[RecordRegion] = []
     for number, box in enumerate(boxes.tolist()):
         mask = None if masks is None else np.asarray(masks[number])
         region = Region.box(*box) if mask is None or not mask.any() else Region.mask(mask)
-        name = "" if given is None else str(given[number])
+        name = "" if given is None or given[number] is None else words_alone(str(given[number]))
         if given is None and classes is not None and names is not None:
             if int(classes[number]) not in names:
                 raise DataError(f"detection {number}: expected a class of {sorted(names)[:8]}, got {classes[number]}")
