@@ -94,12 +94,11 @@ def read_mask_png(source: str | Path | bytes) -> Region:
 
 
 def regions_of_detections(detections: Any, names: Mapping[int, str] | None = None) -> tuple[RecordRegion, ...]:
-    """Each detection of a ``supervision.Detections`` as a region: its mask where it has one, else its box.
+    """Each detection of a ``supervision.Detections`` as a region: its mask where that has a set pixel, else its box.
 
     Args:
         detections: With ``xyxy`` (N, 4), ``mask`` (N, H, W) or None, ``class_id`` (N,) or None, and ``data``, whose
-            ``"class_name"`` is taken where it is there. A mask without a set pixel is none: supervision gives one to
-            an object that has a box alone, where others have masks.
+            ``"class_name"`` is taken where it is there.
         names: Of the classes by id, for detections without names.
 
     Raises:

@@ -57,10 +57,9 @@ def read_proposals(
 ) -> list[Proposal]:
     """Read regions of one image from a json file; an entry that cannot be used is left out and counted.
 
-    The file is a list: COCO detection results (``image_id``, ``bbox`` as x, y, width, height or ``segmentation``,
-    ``score``) or regions as :meth:`Region.to_dict` writes them, each with a ``score`` if it has one. Or it is an object
-    with such a list as its ``regions`` (what ``regiongpt ask --json`` prints) or its ``annotations`` (a COCO data set).
-    Where an entry has a mask, that is taken and not its box.
+    The file is a list of COCO detection results (``image_id``, ``bbox`` or ``segmentation``, ``score``) or of regions
+    as :meth:`Region.to_dict` writes them; or an object with such a list as its ``regions`` (what ``regiongpt ask
+    --json`` prints) or its ``annotations`` (a COCO data set). Where an entry has a mask, that is taken, not its box.
 
     Args:
         path: the file.
