@@ -1,7 +1,6 @@
-"""Files in COCO's format, as COCO and other tools write them: read here alone, whoever asks.
+"""Files in COCO's format, as COCO and other tools write them; docs/data.md says what each may do in its own way.
 
-CVAT, datumaro, Roboflow, supervision, kwcoco, Label Studio and LabelMe export COCO, each in its own way. What follows
-from the rest of an entry need not be given: a box follows from a mask, a size from the image.
+What follows from the rest of an entry need not be given: a box follows from a mask, a size from the image.
 """
 
 import logging
@@ -11,6 +10,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, NamedTuple
@@ -57,11 +57,10 @@ _AT_ONCE: Final = 20_000  # polygons that are looked at together
 
 
 def crowd_hint(rejects: Rejects) -> str:
-    """What to say to someone to whom nothing is left but crowds: tools that store masks as RLE mark each as a crowd."""
+    """What to add where nothing else is left: tools that store masks as RLE mark each as a crowd."""
     return "; --crowds takes what is marked as a crowd" if rejects.counts[CROWD] else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # One entry
 
 
@@ -75,15 +74,13 @@ class Mask(NamedTuple):
 
     def bounds(self) -> tuple[float, float, float, float] | None:
         """x, y, width, height around it; None without a mask, or where it has no area."""
+        x0 = y0 = x1 = y1 = 0.0
         if self.rings:
-            x0, y0 = min(min(ring[::2]) for ring in self.rings), min(min(ring[1::2]) for ring in self.rings)
-            x1, y1 = max(max(ring[::2]) for ring in self.rings), max(max(ring[1::2]) for ring in self.rings)
-            return x0, y0, x1 - x0, y1 - y0
-        try:
-            coded = self.region()
-            x0, y0, x1, y1 = coded.bounds(*self.rle["size"][::-1]) if coded and self.rle else (0.0,) * 4
-        except RegionError:
-            return None
+            points = np.concatenate([np.reshape(ring, (-1, 2)) for ring in self.rings])
+            (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+        elif self.rle:
+            with suppress(RegionError):
+                x0, y0, x1, y1 = Region.rle(self.rle).bounds(*self.rle["size"][::-1])
         return (x0, y0, x1 - x0, y1 - y0) if x1 > x0 else None
 
     def region(self) -> Region | None:
@@ -222,7 +219,6 @@ def read_mask(segmentation: Any) -> Mask:
     return Mask(rings if sound else (), None, faults, sound and bool(rings or not faults))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Which image an entry means
 
 
@@ -354,16 +350,15 @@ def _original(entry: Mapping[str, Any], name: str) -> str:
     return f"{copied[1]}.{copied[2] or copied[3]}" if copied else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # A whole file
 
 
 class InstancesFile:
-    """The images, objects and category names of one file; what cannot be used is left out and noted.
+    """The images, objects and category names of one file; what cannot be used is left out and noted in ``rejects``.
 
     Args:
         path: Of the json.
-        rejects: Where what is left out is noted.
+        rejects: Where that is.
         shapes: What is wanted of each object: its box, its mask or both. Without ``"box"``, an object without a sound
             mask is left out; with it, its box is kept.
         folder: Of the images; None does not look for them.
@@ -375,8 +370,8 @@ class InstancesFile:
         official: Names by category id, for a file that breaks off before its categories.
 
     Attributes:
-        names: Of the categories by id; of two ids of one name, the first that is used stands for both. What no
-            annotation has is left out where it is the background, or a root that others call their supercategory.
+        names: Of the categories by id; of two ids of one name, the first that is used stands for both. The background
+            and roots that others call their supercategory are not among them unless an annotation has them.
         images: Ids in ascending order, with ``widths``, ``heights`` and ``paths`` beside them.
         ids: Of the objects in the order of their images and then their ids; below 0 without one. Beside them are the
             ``places`` of their images in ``images``, their ``categories`` (ids), ``boxes`` (N, 4), half-open xyxy
@@ -406,6 +401,7 @@ class InstancesFile:
         self.path = path
         self._rejects, self._shapes, self._crowds = rejects, shapes, crowds
         self._folder, self._check, self._wanted, self._known = folder, check, wanted, known
+        self._then = "the object is left out" if shapes == "mask" else "its box is kept"
         self._texts: dict[int, str] = {}  # of ids that are text
         self._categories: dict[int, dict[str, Any]] = {}
         self._entries: dict[int, dict[str, Any]] = {}  # of images
@@ -448,7 +444,6 @@ class InstancesFile:
         """The rings of one of the objects, each (N, 2) x and y in pixels; none unless it has sound polygons."""
         return [np.reshape(ring, (-1, 2)) for ring in self._masks[index].rings]
 
-    # -----------------------------------------------------------------------------------------------------------------
     # Entry by entry
 
     def _number(self, entry: Any, what: str) -> int:
@@ -505,7 +500,6 @@ class InstancesFile:
         self._crowd.append(row.crowd)
         self._masks.append(mask)
 
-    # -----------------------------------------------------------------------------------------------------------------
     # All together
 
     def _settle_categories(self) -> None:
@@ -645,13 +639,8 @@ class InstancesFile:
         del self._ids, self._image_ids, self._category_ids, self._boxes, self._areas, self._boxless, self._crowd
 
     def _leave_out(self, number: int, fault: Fault, then: str = "") -> None:
-        self._rejects.add(
-            fault.kind, self.path, self.name_of(number), f"{fault.reason}; {then}" if then else fault.reason
-        )
-
-    @property
-    def _then(self) -> str:
-        return "the object is left out" if self._shapes == "mask" else "its box is kept"
+        reason = f"{fault.reason}; {then}" if then else fault.reason
+        self._rejects.add(fault.kind, self.path, self.name_of(number), reason)
 
     def _check_masks(self, ids: Sequence[int], masks: list[Mask], sizes: Sequence[tuple[int, int]]) -> None:
         """Spoils the masks that make no sense in their images, and notes objects that lack a wanted one."""
