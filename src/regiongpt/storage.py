@@ -105,7 +105,7 @@ def check_checkpoint(folder: str | Path) -> None:
     weights = ["model.safetensors"]
     if index.exists():
         try:
-            weights = sorted(set(read_json(index, CheckpointError)["weight_map"].values()))
+            weights = sorted({str(Path(name)) for name in read_json(index, CheckpointError)["weight_map"].values()})
         except (KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index}: not an index of weights; copy the whole folder again") from None
     wanted = ["config.json", *weights, "tokenizer.json", "tokenizer_config.json", "processor_config.json"]

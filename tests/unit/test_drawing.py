@@ -100,8 +100,9 @@ def test_no_line_is_wider_than_its_room():
 def test_errors():
     with pytest.raises(ConfigError, match="1 captions for 2 regions"):
         draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)] * 2, ["one"])
-    with pytest.raises(ConfigError, match="lists of texts"):
-        draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)], [5])
+    for wrong in ({"captions": [5]}, {"captions": 5}, {"dialogue": "x"}, {"dialogue": ["x"]}, {"dialogue": [("a",)]}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)], **wrong)
     with pytest.raises(RegionError, match="<region2>"):
         draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5), Region.box(50, 50, 60, 60)])
 

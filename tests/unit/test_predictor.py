@@ -249,7 +249,15 @@ def test_bad_checkpoints_devices_and_dtypes(checkpoint, tmp_path):
         RegionPredictor.from_pretrained(checkpoint, dtype="int8")
     with pytest.raises(ConfigError, match="images: "):  # before anything is loaded
         RegionPredictor.from_pretrained(tmp_path / "nowhere", images=-1)
-    for wrong in ({"path": 5}, {"device": []}, {"dtype": 5}, {"images": "x"}, {"rows": 0}):
+    for wrong in (
+        {"path": 5},
+        {"device": []},
+        {"dtype": 5},
+        {"images": "x"},
+        {"rows": 0},
+        {"int8": 1},
+        {"untrained": "no"},
+    ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             RegionPredictor.from_pretrained(**{"path": checkpoint, **wrong})
 

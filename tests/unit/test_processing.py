@@ -10,7 +10,7 @@ from tiny import trained_bpe
 from tokenizers import Tokenizer, models
 from transformers import AutoProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.errors import ConfigError, DataError, RegionError, RegionGPTError
 from regiongpt.images import SquareFrame
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
 from regiongpt.prompts import CHAT_TEMPLATES
@@ -190,7 +190,7 @@ def test_what_is_no_region_is_named(processor: RegionGPTProcessor, photo: Image.
         processor.encode_conversation(TWO_TURNS, photo, [LEFT, wrong])
 
 
-@pytest.mark.parametrize("wrong", [LEFT, "box", 3, [LEFT, RIGHT]])
+@pytest.mark.parametrize("wrong", [LEFT, "box", 3, [LEFT, RIGHT], {"box": [0, 0, 9, 9]}, {1, 2}])
 def test_regions_that_are_no_list_a_text(processor: RegionGPTProcessor, photo: Image.Image, wrong: Any) -> None:
     with pytest.raises(DataError, match="expected a list of regions"):
         processor(photo, ["a <image>", "b <image>"], wrong)
@@ -217,6 +217,19 @@ def test_regions_that_are_no_list_a_text(processor: RegionGPTProcessor, photo: I
 def test_bad_conversations(processor: RegionGPTProcessor, messages: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         processor.encode_conversation(messages, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"conversation": 5}, "conversation"),
+        ({"chat_template": 5}, "chat_template"),
+        ({"processor_kwargs": [1]}, "processor_kwargs"),
+    ],
+)
+def test_bad_arguments_of_the_chat_template(processor: RegionGPTProcessor, wrong: Any, message: str) -> None:
+    with pytest.raises(RegionGPTError, match=message):
+        processor.apply_chat_template(**{"conversation": chat("Hello"), "tokenize": True, **wrong})
 
 
 def test_regions_without_an_image_size(processor: RegionGPTProcessor) -> None:
@@ -364,6 +377,7 @@ def test_one_image_for_many_texts(processor: RegionGPTProcessor, photo: Image.Im
         ({"text": "a", "return_tensors": "tf"}, ConfigError, "return_tensors"),
         ({"text": ["a", "b"], "padding": False}, ConfigError, "padding=True"),
         ({"text": "<region1>", "regions": [LEFT]}, DataError, "regions need the size"),
+        ({"text": "<region1>", "regions": [LEFT], "image_sizes": (40, 30)}, DataError, "image_sizes"),
     ],
 )
 def test_bad_calls(processor: RegionGPTProcessor, photo: Image.Image, arguments: Any, error: Any, message: str) -> None:

@@ -334,6 +334,12 @@ def tensors(edit: Any) -> Any:
     return lambda folder: change(folder, edit)
 
 
+def index(*names: Any) -> Any:
+    """Name the files of the weights."""
+    text = json.dumps({"weight_map": dict(enumerate(names))})
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
 def more_tokens(folder: Path) -> None:
     processor = RegionGPTProcessor.from_pretrained(folder)
     processor.tokenizer.add_tokens(["another", "word"])
@@ -368,6 +374,9 @@ BIAS = "connector.linear_1.bias"
         (edit("config.json", refinement="cubic"), ["cannot read the configuration of", "refinement must be one of"]),
         (edit("config.json", vision_config=5), ["cannot read the configuration of"]),
         (edit("processor_config.json", refined_grid=[8, 8]), ["refined_grid is [8, 8]"]),
+        (edit("config.json", text_config={"model_type": "llama", "hidden_size": 1e300}), ["'hidden_size'"]),
+        (index("a.safetensors"), ["lacks a.safetensors"]),
+        (index(5), ["not an index of weights"]),
         (more_tokens, ["the tokenizer has", "vocabulary of"]),
     ],
 )

@@ -415,8 +415,9 @@ def reading(what: str) -> Iterator[None]:
         yield
     # A damaged file makes the libraries below raise nearly anything, AttributeError and their own kinds included.
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"cannot read {what}: {first.strip()}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise CheckpointError(f"cannot read {what}: {first}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
