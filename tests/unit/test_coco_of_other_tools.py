@@ -176,11 +176,6 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: object) 
         asked(tmp_path, images=folder).items()
 
 
-def test_a_whole_path_into_the_folder_is_taken(tmp_path: Path) -> None:
-    write(tmp_path, thing(), images=[{"id": 1, "file_name": str(tmp_path / "photo.png"), "width": 40, "height": 30}])
-    assert convert(tmp_path)[0][0].image == "photo.png"
-
-
 @pytest.mark.parametrize("name", ["frame_10.jpg", "000000000010.jpg", "other/photo.png.jpg"])
 def test_an_image_is_not_guessed_where_the_file_has_names(tmp_path: Path, name: str) -> None:
     images = [{"id": k, "file_name": f"shop/{k}_a.jpg", "width": 40, "height": 30} for k in (10, 11)]

@@ -146,7 +146,8 @@ def read_box(value: Any) -> Corners | None:
 
 def annotated_box(box: Corners, width: int, height: int) -> Corners:
     """A bbox as :func:`clipped_box` makes it; Fault too for one that is a fraction of the image's sides."""
-    if min(box[:2]) >= 0 and max(box[0] + box[2], box[1] + box[3]) <= 1 < max(width, height) and min(box[2:]) > 0:
+    x, y, w, h = box
+    if x + w <= 1 and y + h <= 1 < max(width, height) and min(x, y) >= 0 < min(w, h):
         raise Fault("box that looks normalized", f"expected pixels, got {short(box)}; multiply by the image's size")
     return clipped_box(box, width, height)
 

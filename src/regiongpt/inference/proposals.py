@@ -101,7 +101,8 @@ def read_proposals(
     if spoilt:
         log.warning("%s cannot be used, the box is taken: %s", many(len(spoilt), "mask"), spoilt[0])
     if not found:
-        why = f"no region can be used: {reasons[0]}{crowd_hint(rejects)}" if reasons else "an empty list of regions"
+        hint = crowd_hint(rejects) if reasons and "--crowds" not in reasons[0] else ""
+        why = f"no region can be used: {reasons[0]}{hint}" if reasons else "an empty list of regions"
         raise DataError(f"{file.name}: {why}")
     return found
 
