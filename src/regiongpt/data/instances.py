@@ -271,7 +271,7 @@ class ImageFinder:
     Args:
         entries: All of the file.
         folder: Of the images; None takes the likeliest name without a look.
-        url_first: The address is likelier than the file name, as with LVIS.
+        url_first: The address comes before the file name, as in LVIS' own files, whose names are of another split.
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]], folder: Path | None, url_first: bool = False) -> None:
@@ -364,7 +364,6 @@ class InstancesFile:
             mask is left out; with it, its box is kept.
         folder: Of the images; None does not look for them.
         check: Leave out images that are missing (``"missing"``), or those of another size too (``"size"``).
-        url_first: As for :class:`ImageFinder`.
         crowds: ``"leave out"`` groups of objects, ``"take"`` them for objects, or ``"keep"`` them apart by ``crowd``.
         wanted: Ids of the images whose objects are read; None for all.
         known: Ids of images to take for duplicates: those of the files before.
@@ -393,7 +392,6 @@ class InstancesFile:
         shapes: Shapes = "box",
         folder: Path | None = None,
         check: Literal["", "missing", "size"] = "",
-        url_first: bool = False,
         crowds: Literal["leave out", "take", "keep"] = "leave out",
         wanted: Set[int] | None = None,
         known: Set[int] = frozenset(),
@@ -426,7 +424,7 @@ class InstancesFile:
             log.warning("%s: breaks off before its categories; the official ids are taken", path)
             self._categories = {number: {"name": name} for number, name in official.items()}
         self._settle_categories()
-        self._settle_images(url_first)
+        self._settle_images()
         self._settle_objects()
 
     def name_of(self, number: int) -> int | str:
@@ -524,7 +522,7 @@ class InstancesFile:
             number: entry["name"] for number, entry in self._categories.items() if self._alias.get(number) == number
         }
 
-    def _settle_images(self, url_first: bool) -> None:
+    def _settle_images(self) -> None:
         """Finds the images' files, and leaves out images that cannot be used."""
         absent, partly = (
             {
@@ -539,7 +537,7 @@ class InstancesFile:
         self.federated: dict[str, Any] | None = None
         if is_lvis and all(each in ("r", "c", "f") for each in frequency.values()):
             self.federated = {"absent": absent, "partly": partly, "frequency": frequency}
-        finder = ImageFinder(list(self._entries.values()), self._folder, url_first or is_lvis)
+        finder = ImageFinder(list(self._entries.values()), self._folder, is_lvis)
         frames: dict[int, tuple[int, int, str]] = {}
         for number, entry in self._entries.items():
             try:
