@@ -70,7 +70,7 @@ def photo_sources(root: Path, split: str) -> list[CocoSource]:
         root / name for name in (f"instances_{split}.json", f"captions_{split}.json", f"instances_{split}_small.json")
     )
     if not instances.is_file():
-        raise DataError(f"found no COCO annotations at {instances}; give the folder that holds them")
+        raise DataError(f"expected COCO annotations at {instances}, found none; give the folder that holds them")
     whole = CocoSource(instances=instances, images=root / "images", captions=captions if captions.is_file() else None)
     return [whole, *([CocoSource(instances=small, images=root / "images_small")] if small.is_file() else [])]
 
