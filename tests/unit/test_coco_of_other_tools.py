@@ -122,6 +122,17 @@ def test_one_rule_finds_the_image_of_an_entry(tmp_path: Path, entry: dict) -> No
     assert len(proposed(folder)) == 1
 
 
+@pytest.mark.parametrize("name", ["a/photo.png", "photo.png"])
+def test_what_is_found_by_the_last_part_of_its_name_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    write(tmp_path, thing(), images=[{"id": 1, "file_name": name, "width": 40, "height": 30}])
+    for read in (convert, proposed):
+        read(tmp_path)
+        assert ("by the last part of the name alone" in caplog.text) == (name != "photo.png")
+        caplog.clear()
+
+
 def test_accents_in_names_may_be_composed_or_not(tmp_path: Path) -> None:
     write(tmp_path, thing(), images=[{"id": 1, "file_name": "cafe\u0301.png", "width": 40, "height": 30}])
     (tmp_path / "photo.png").rename(tmp_path / "caf\u00e9.png")

@@ -279,6 +279,7 @@ class ImageFinder:
         self._folder = None if folder is None else str(folder)
         self._parts = () if folder is None else folder.resolve().parts
         self._alike: Counter[str] | None = None
+        self.by_last_part: list[str] = []  # names of which no more than that was found
 
     def find(self, entry: Mapping[str, Any]) -> str:
         """The path below the folder, the likeliest name where no such file is there.
@@ -291,19 +292,24 @@ class ImageFinder:
             raise Fault("image outside the folder", "expected a file_name or coco_url below it, got neither")
         if self._folder is None:
             return image_name(names[0])
-        for candidate in self._candidates(entry, names):
-            for path in _spellings(candidate):
-                if is_unicode(path) and is_below(path) and os.path.isfile(f"{self._folder}/{path}"):
-                    return path
+        for path in (path for name in names for candidate in self._below(name) for path in _spellings(candidate)):
+            if self._is_there(path):
+                return path
+        for path in (path for last in self._own_lasts(entry) for path in _spellings(last)):
+            if self._is_there(path):
+                self.by_last_part.append(names[0])
+                return path
         return list(self._below(image_name(names[0])))[-1]
 
-    def _candidates(self, entry: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
-        for name in names:
-            yield from self._below(name)
+    def _is_there(self, path: str) -> bool:
+        return is_unicode(path) and is_below(path) and os.path.isfile(f"{self._folder}/{path}")
+
+    def _own_lasts(self, entry: Mapping[str, Any]) -> list[str]:
+        """What an entry's names end in, where those of no other entry do."""
         if self._alike is None:  # by how many images a last part is borne
             images = {tuple(_names(each)): each for each in self._entries}
             self._alike = Counter(last for each in images.values() for last in set(_lasts(each)))
-        yield from (last for last in _lasts(entry) if self._alike[last] == 1)
+        return [last for last in _lasts(entry) if self._alike[last] == 1]
 
     def _below(self, name: str) -> Iterator[str]:
         """A name as it is, and without the folders that the images' folder ends in."""
@@ -335,10 +341,13 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
                 whole_name = shared == len(own.parent.parts)
                 found.setdefault((same, k == 0, shared, whole_name, own.name == path.name), []).append(entry)
     best = found[max(found)] if found else []
+    is_whole_name = bool(found) and max(found)[3]
     if len({str(entry.get("id")) for entry in best}) != 1:
         listed = ", ".join(_names(entry)[0] for entry in best[:4])
         several = f"{len(best)} images that may be {path.name}: {listed}" if best else f"no image called {path.name}"
         raise DataError(f"{file} has {several}; give --image-id")
+    if not is_whole_name:
+        log.warning("%s: %s is taken for %s, by the last part of the name alone", file, _names(best[0])[0], image)
     return best[0]
 
 
@@ -545,6 +554,11 @@ class InstancesFile:
             except Fault as fault:
                 self._left_out.add(number)
                 self._rejects.add(fault.kind, self.path, f"image {self.name_of(number)}", fault.reason)
+        if finder.by_last_part:
+            told = (
+                "%s: %s found by the last part of the name alone, such as %s; check that --images is the right folder"
+            )
+            log.warning(told, self.path, many(len(finder.by_last_part), "image"), finder.by_last_part[0])
         self._entries.clear()
         self.images: NDArray[np.int64] = np.array(sorted(frames), np.int64)
         ordered = [frames[number] for number in self.images.tolist()]
