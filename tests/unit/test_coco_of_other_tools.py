@@ -307,6 +307,7 @@ def test_an_empty_mask_beside_a_sound_box_is_none(tmp_path: Path, segmentation: 
         [[5, 5], [25, 5], [25, 15], [5, 15]],
         [list(map(str, RING))],
         [list(map(float, RING)), [1, 1]],
+        [{"exterior": [[5, 5], [25, 5], [25, 15], [5, 15]], "interiors": []}],
     ],
 )
 def test_every_way_to_write_a_polygon(tmp_path: Path, segmentation: object) -> None:

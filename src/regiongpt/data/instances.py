@@ -182,6 +182,8 @@ def read_mask(segmentation: Any) -> Mask:
     if not segmentation:
         return _NO_MASK
     listed = segmentation if isinstance(segmentation, list) else [segmentation]
+    if all(isinstance(each, dict) and "exterior" in each and not each.get("interiors") for each in listed):
+        listed = [each["exterior"] for each in listed]  # kwcoco's; with holes, they are no rings of COCO
     if isinstance(listed[0], dict) and len(listed) == 1:
         if listed[0].keys().isdisjoint(("size", "counts")):
             wrong = Fault("segmentation of another form", f"expected polygons or RLE, got {short(segmentation)}")
