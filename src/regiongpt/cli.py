@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import sys
 import time
 import warnings
@@ -643,8 +644,9 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if script := own_script(options.recipe):
         if options.plan:
             raise ConfigError(f"--plan: {options.recipe} is trained by {script}, which makes none; leave it out")
-        command = [sys.executable, str(script), "--recipe", str(find_config(options.recipe)), *overrides]
-        os.execv(sys.executable, [*command, *["--debug"] * options.debug])
+        sys.argv = [str(script), "--recipe", str(find_config(options.recipe)), *overrides, *["--debug"] * options.debug]
+        sys.path.insert(0, str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")  # ends with its own exit code
     recipe = Recipe.load(options.recipe, overrides)
     if not (options.plan or options.debug):
         recipe.check_files()

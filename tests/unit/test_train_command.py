@@ -32,6 +32,8 @@ MISTAKES = [
     "train finetune_records --schema",
     "train finetune_records --data.mixture nowhere",
     "train finetune_records --data.mixture . --model.init nowhere",
+    "train finetune_records --data.mixture nowhere.toml --data.root .",
+    "train finetune_records --model.init nowhere --data.mixture .",
     "train vicuna7b_stage2 --data.root .",
     "ablate",
     "ablate nothing nano --out x",
