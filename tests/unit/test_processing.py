@@ -161,8 +161,9 @@ def test_an_endless_panorama_needs_little_memory(processor: RegionGPTProcessor) 
 def test_placeholder_without_its_region(processor: RegionGPTProcessor) -> None:
     with pytest.raises(RegionError, match="<region2>"):
         processor.encode_conversation(chat("What is <region2>?", "A cat"), None, [LEFT], image_size=(40, 30))
-    with pytest.raises(RegionError, match="<region2>"):
-        processor(text="<image>\nWhat is <region2>?", regions=[LEFT], image_sizes=[(40, 30)])
+    for sizes in ([(40, 30)], torch.tensor([[40, 30]])):
+        with pytest.raises(RegionError, match="<region2>"):
+            processor(text="<image>\nWhat is <region2>?", regions=[LEFT], image_sizes=sizes)
 
 
 def test_region_never_mentioned(processor: RegionGPTProcessor, photo: Image.Image) -> None:
