@@ -664,6 +664,7 @@ def _pictures(images: Any, image_sizes: Any, n_texts: int) -> tuple[list[Any], S
     if pictures and len(pictures) not in (1, n_texts):
         raise DataError(f"expected one image a text, or one for all, got {len(pictures)} images, {n_texts} texts")
     sizes = [picture.size for picture in pictures]
+    image_sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
     if image_sizes is not None and not (
         isinstance(image_sizes, list | tuple)
         and len(image_sizes) == n_texts

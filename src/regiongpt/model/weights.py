@@ -63,10 +63,11 @@ def load(
         CheckpointError: a file is missing, torn or of the wrong kind, or the weights are not exactly the finite
             floating-point numbers that ``config.json`` describes.
     """
-    folder = nano_path() if path is None else Path(path)
-    if not folder.is_dir() and path is None:
+    folder = nano_path() if path is None else path
+    if path is None and not nano_path().is_dir():
         raise CheckpointError(f"the package lacks its trained model, {folder}; reinstall it or give another")
     check_checkpoint(folder)
+    folder = Path(folder)
     with reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
