@@ -624,8 +624,10 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     )
     instead.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe, and stop")
     options, overrides = parser.parse_known_args(words)
-    if (options.schema or options.report) and (options.recipe is not None or overrides):
-        raise ConfigError("--schema and --report go without a recipe; leave it out")
+    if (options.schema or options.report) and (options.recipe is not None or overrides or options.plan):
+        raise ConfigError("--schema and --report go without a recipe and --plan; leave these out")
+    if options.report and not options.report.is_dir():
+        raise ConfigError(f"--report {options.report}: no such folder; give the folder that --out named")
     if options.schema:
         _print_json(Recipe.model_json_schema())
         return 0

@@ -30,6 +30,8 @@ MISTAKES = [
     "train finetune_records --stage2.lr 1e30",
     "train finetune_records --gpus 8",
     "train finetune_records --schema",
+    "train --schema --plan",
+    "train --report nowhere",
     "train finetune_records --data.mixture nowhere",
     "train finetune_records --data.mixture . --model.init nowhere",
     "train finetune_records --data.mixture nowhere.toml --data.root .",
