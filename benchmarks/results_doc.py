@@ -20,15 +20,21 @@ from regiongpt.evaluate.tasks import task_class
 from regiongpt.storage import read_json
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+NOT_SHOWN = ("AP50", "AP75")  # with given boxes they are AP to a few tenths
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
 
 def task_section(run: TaskRun) -> str:
     """One benchmark: every protocol, beside the paper's figures in their own column."""
     parts = [f"### {run.name}", "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items()) + "."]
+    same: dict[str, list[tuple[str, list[list[str]]]]] = {}  # protocols of the same results in one table
     for protocol, cells in tables(run):
+        same.setdefault(str([row[:4] for row in cells[1:]]), []).append((protocol, cells))
+    for each in same.values():
+        cells = max((cells for _, cells in each), key=lambda cells: len(cells[0]))  # the one with the paper's
         head = ["figure", "measured", "95 %", "items", "paper, on other data"][: len(cells[0])]
-        parts.append(f"**{protocol}**\n\n{markdown([head, *cells[1:]])}")
+        body = [row for row in cells[1:] if row[0] not in NOT_SHOWN]
+        parts.append(f"**{'; '.join(protocol for protocol, _ in each)}**\n\n{markdown([head, *body])}")
     if paper := task_class(run.name).paper_source:
         parts.append(f"Paper: {paper}. Another data set is another test.")
     parts += [f"- {note}" for note in run.result["notes"]]
@@ -54,18 +60,20 @@ def ablation_section(folder: Path) -> str:
     parts = [
         f"### Ablation: {found['ablation']}",
         f"{found['task']}, {found['items']:,} items; seeds {', '.join(map(str, found['seeds']))}; in brackets 95 % of "
-        f"the resamples; behind the comma the difference from {names[0]}.",
+        f"the resamples; behind the comma the difference from {names[0]}; rows of an earlier protocol left out.",
     ]
+    seen = []
     for protocol, figures in found["protocols"].items():
-        head = ["figure", *names]
-        body = [[figure, *(cell(cells[name]) for name in names)] for figure, cells in figures.items()]
-        parts.append(f"**{protocol}**\n\n{markdown([head, *body])}")
+        rows = [[figure, *(cell(cells[name]) for name in names)] for figure, cells in figures.items()]
+        body = [row for row in rows if row not in seen and row[0] not in NOT_SHOWN]
+        seen += rows
+        parts.append(f"**{protocol}**\n\n{markdown([['figure', *names], *body])}")
     printed = TABLES.get(found["ablation"])
     if printed is not None:
         body = [[name, *("–" if x is None else f"{x:.1f}" for x in values)] for name, values in printed.rows.items()]
         shown = markdown([["variant", *printed.columns], *body])
         parts.append(f"The paper's {printed.number}, on {printed.data}:\n\n{shown}")
-    parts += [f"- {line}" for line in found["orders"]]
+    parts += [f"- {line}" for line in found["orders"] if line.partition(":")[0].endswith(("AP", "accuracy"))]
     first = next(iter(found["manifests"].values()))[0]
     return "\n\n".join([*parts, origin(first)])
 

@@ -206,7 +206,7 @@ class Study:
         if both := sorted(varied & {*(f"--{name}" for name in dotted(given)), *(f"--eval.{name}" for name in asked)}):
             raise ConfigError(f"{both[0]}: the ablation of {kind} varies it; leave it out")
         self.out, self.seeds = options.out, tuple(map(int, options.seeds.split(",")))
-        asked = {"data": base.data.root, **asked}
+        asked = ({"data": base.data.root} if base.data.root else {}) | asked
         if options.debug:
             self.out, self.seeds = Path(f"{self.out}-debug"), self.seeds[:1]
             made = self._folder(self.variants[0], self.seeds[0]) / "training-debug" / "made"

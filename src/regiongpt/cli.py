@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import sys
 import time
 import warnings
@@ -639,8 +640,10 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     )
     instead.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe, and stop")
     options, overrides = parser.parse_known_args(words)
-    if (options.schema or options.report) and (options.recipe is not None or overrides):
-        raise ConfigError("--schema and --report go without a recipe; leave it out")
+    if (options.schema or options.report) and (options.recipe is not None or overrides or options.plan):
+        raise ConfigError("--schema and --report go without a recipe and --plan; leave these out")
+    if options.report and not options.report.is_dir():
+        raise ConfigError(f"--report {options.report}: no such folder; give the folder that --out named")
     if options.schema:
         _print_json(Recipe.model_json_schema())
         return 0
@@ -659,8 +662,9 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if script := own_script(options.recipe):
         if options.plan:
             raise ConfigError(f"--plan: {options.recipe} is trained by {script}, which makes none; leave it out")
-        command = [sys.executable, str(script), "--recipe", str(find_config(options.recipe)), *overrides]
-        os.execv(sys.executable, [*command, *["--debug"] * options.debug])
+        sys.argv = [str(script), "--recipe", str(find_config(options.recipe)), *overrides, *["--debug"] * options.debug]
+        sys.path.insert(0, str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")  # ends with its own exit code
     recipe = Recipe.load(options.recipe, overrides)
     if not (options.plan or options.debug):
         recipe.check_files()

@@ -651,7 +651,7 @@ def decode_rle(counts: str | Sequence[int], height: int, width: int) -> Bools:
         runs -= np.where(codes[last] & 16, 1, 0) << 5 * lengths  # the top bit of the last five is the sign
         runs[1::2] = np.cumsum(runs[1::2])
         runs[2::2] = np.cumsum(runs[2::2])
-    elif not all(isinstance(count, int | float | np.number) and count % 1 == 0 for count in counts):
+    elif not all(isinstance(count, int | float | np.integer | np.floating) and count % 1 == 0 for count in counts):
         raise ValueError("its counts are not whole numbers")
     elif any(count < 0 or count > cells for count in counts):
         raise ValueError(f"a run is not within 0..{cells}")

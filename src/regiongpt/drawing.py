@@ -8,14 +8,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.images import ImageSource, load_image
 from regiongpt.regions import Region
 from regiongpt.storage import check_writable, reason, write_file
@@ -65,9 +64,10 @@ def draw_regions(
         ConfigError: Captions or dialogue are no texts, or not one a region.
     """
     photo, regions = load_image(image), Region.list_of(regions)
-    texts = [*(caption for caption in captions or () if caption is not None), *chain.from_iterable(dialogue)]
-    if isinstance(captions, str) or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"expected captions and dialogue as lists of texts, got {[captions, dialogue]!r:.80}")
+    listed = isinstance(captions, list | tuple | None) and all(isinstance(text, str | None) for text in captions or ())
+    if not listed or not isinstance(dialogue, list | tuple) or not all(map(_is_turn, dialogue)):
+        got = short(captions if not listed else dialogue)
+        raise ConfigError(f"expected captions as a list of texts and dialogue as a list of pairs of texts, got {got}")
     if captions is not None and len(captions) != len(regions):
         raise ConfigError(f"expected one caption a region, got {len(captions)} captions for {len(regions)} regions")
     canvas = _Canvas.of(photo)
@@ -103,6 +103,10 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
         raise
     except Exception as error:  # each format has its own limits and its own exceptions for them
         raise DataError(f"{path}: cannot be written: {reason(error)}; try .png") from None
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
 @dataclass(frozen=True, kw_only=True)

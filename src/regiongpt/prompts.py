@@ -158,7 +158,7 @@ def template_family(tokenizer_or_name: Any) -> str:
 
 def chat_template(family: str) -> str:
     """The jinja template of ``family``; raises ConfigError where there is none."""
-    if family not in CHAT_TEMPLATES:
+    if not isinstance(family, str) or family not in CHAT_TEMPLATES:
         raise ConfigError(f"expected a chat template among {', '.join(CHAT_TEMPLATES)}, got {family!r}")
     return CHAT_TEMPLATES[family]
 
@@ -427,7 +427,7 @@ def question(
     if len(regions) < needs or (task == "relation" and len(regions) != 2):
         raise DataError(f"a {task!r} question needs {needs} region number(s), got {list(regions)}")
     for slot, value in (("expression", expression), ("category", category)):
-        if f"{{{slot}}}" in text and not value.strip():
+        if f"{{{slot}}}" in text and not (isinstance(value, str) and value.strip()):
             raise DataError(f"a {task!r} question needs {slot}=..., got {value!r}")
     text = text.format(
         regions=region_list(regions) if regions else "",

@@ -72,7 +72,7 @@ class Region(ABC):
             if isinstance(array, Image.Image) or (array.dtype == np.bool_ and array.ndim == 2):
                 return Region.mask(array)
             if array.shape == (4,):
-                return Region.box(*value)
+                return Region.box(*(array.tolist() if hasattr(value, "dtype") else value))
         except RegionError as error:
             raise RegionError(str(error).replace("region:", f"{name}:", 1)) from None
         raise RegionError(
@@ -82,12 +82,15 @@ class Region(ABC):
     @staticmethod
     def list_of(values: Any) -> "list[Region]":
         """One region, or a sequence of regions, as a list; each may be anything that :meth:`of` takes."""
+        if hasattr(values, "dtype"):
+            values = _array(values)
+            values = [values] if values.ndim == 0 or (values.ndim == 2 and values.dtype == np.bool_) else values
         if isinstance(values, Region | Mapping | Image.Image):
             values = [values]
         if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
             raise RegionError(f"regions: expected a list of regions, got {_short(values)}")
         values = list(values)
-        if values and (isinstance(values[0], int | float) or getattr(values[0], "ndim", 1) == 0):
+        if len(values) > 1 and (isinstance(values[0], int | float) or getattr(values[0], "ndim", 1) == 0):
             values = [values]
         return [Region.of(value, f"<region{number}>") for number, value in enumerate(values, 1)]
 
@@ -107,6 +110,8 @@ class Region(ABC):
             RegionError: a coordinate is not a number, or normalized ones are far outside 0..1.
         """
         x0, y0, x1, y1 = _numbers((x0, y0, x1, y1), "x0, y0, x1, y1")
+        if not isinstance(normalized, bool | np.bool_ | None):
+            raise RegionError(f"region: expected normalized as true or false, got {_short(normalized)}")
         if normalized and not (min(x0, y0, x1, y1) >= -1 and max(x0, y0, x1, y1) <= 2):
             raise RegionError(f"region: expected normalized numbers within 0..1, got {_short([x0, y0, x1, y1])}")
         return _Box(x0, y0, x1, y1, bool(normalized), normalized is not None)
@@ -224,8 +229,6 @@ class Region(ABC):
         extra = data.get(option) if option else None
         try:
             if kind == "box":
-                if extra not in (None, True, False):
-                    raise RegionError(f"region: expected normalized as true or false, got {_short(extra)}")
                 return Region.box(*_numbers(value, "x0, y0, x1, y1"), normalized=extra)
             if kind == "point":
                 x, y = _numbers(value, "x, y")
@@ -334,6 +337,7 @@ class Region(ABC):
         return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": self.area(width, height), "segmentation": segmentation}
 
     def _checked(self, width: int, height: int, name: str) -> Shape:
+        _check_size(width, height, name)
         numbers = self._coordinates()
         if max(width, height) > 1 and len(numbers) and min(numbers) >= 0 and 0 < max(numbers) <= 1:
             raise RegionError(
@@ -343,9 +347,7 @@ class Region(ABC):
         return self._resolve(width, height, name)
 
     def _resolve(self, width: int, height: int, name: str = "region") -> Shape:
-        if not (_is_whole(width) and _is_whole(height)):
-            got = " and ".join(map(_short, (width, height)))
-            raise RegionError(f"{name}: expected width and height of the image as whole numbers, got {got}")
+        _check_size(width, height, name)
         shape = self._shape(width, height, name or "region")
         known_to_reach = isinstance(shape, RingsShape | StrokeShape)
         if not known_to_reach and not shape.area >= MIN_AREA:
@@ -377,6 +379,7 @@ class _Box(Region):
         return {"box": list(self._edges()), **({"normalized": True} if self.normalized else {})}
 
     def scaled(self, width: int, height: int) -> Region:
+        _check_size(width, height)
         return _Box(self.x0 * width, self.y0 * height, self.x1 * width, self.y1 * height, certain=True)
 
     def _coordinates(self) -> Any:
@@ -476,6 +479,7 @@ class _Vector(Region):
         return {"scribble": rings[0], "width": self.size}
 
     def scaled(self, width: int, height: int) -> Region:
+        _check_size(width, height)
         return replace(self, rings=tuple(ring * (width, height) for ring in self.rings), certain=True)
 
     def _coordinates(self) -> Any:
@@ -530,15 +534,21 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and value % 1 == 0
 
 
+def _check_size(width: Any, height: Any, name: str = "region") -> None:
+    if not (_is_whole(width) and _is_whole(height) and max(width, height) <= MAX_COORDINATE):
+        got = " and ".join(map(_short, (width, height)))
+        raise RegionError(f"{name}: expected width and height of the image as whole numbers, got {got}")
+
+
 def _array(values: Any) -> NDArray[Any]:
     """Lists, arrays and torch's tensors, wherever they lie, as an array."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = values.float() if "bfloat16" in str(values.dtype) else values
     try:
+        if hasattr(values, "detach"):
+            values = values.detach().cpu()
+            values = values.float() if "bfloat16" in str(values.dtype) else values
         return np.asarray(values)
-    except ValueError:
-        raise RegionError(f"region: expected lists of one length, got {_short(values)}") from None
+    except (ValueError, TypeError, RuntimeError):  # lists of several lengths, sparse tensors, those without data
+        raise RegionError(f"region: expected an array or lists of one length, got {_short(values)}") from None
 
 
 def _lines(values: ArrayLike, name: str) -> NDArray[np.float64]:
@@ -573,6 +583,8 @@ def _as_number(value: Any, name: str) -> float:
 def _points(values: Any, what: str) -> NDArray[np.float64]:
     """Points (N, 2) from [[x, y], ...] or [x, y, x, y, ...], in an array of their own."""
     expected = f"region: expected a {what} as [[x, y], ...] or [x, y, x, y, ...] in numbers"
+    if not _is_list(values):
+        raise RegionError(f"{expected}, got {_short(values)}")
     array = _array(values)
     if array.size == 0:
         raise RegionError(f"{expected}, got none; give its points")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError, short
 
 
 def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]) -> None:
@@ -98,14 +98,14 @@ def check_writable(path: str | Path) -> None:
 
 def check_checkpoint(folder: str | Path) -> None:
     """Raise CheckpointError for a folder that lacks a file of a checkpoint, without torch."""
-    folder = Path(folder)
+    folder = _as_path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a checkpoint folder; there is none at this path")
     index = folder / "model.safetensors.index.json"
     weights = ["model.safetensors"]
     if index.exists():
         try:
-            weights = sorted(set(read_json(index, CheckpointError)["weight_map"].values()))
+            weights = sorted({str(Path(name)) for name in read_json(index, CheckpointError)["weight_map"].values()})
         except (KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index}: not an index of weights; copy the whole folder again") from None
     wanted = ["config.json", *weights, "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
@@ -113,13 +113,19 @@ def check_checkpoint(folder: str | Path) -> None:
         raise CheckpointError(f"the checkpoint {folder} lacks {', '.join(missing)}; copy the whole folder again")
 
 
+def _as_path(folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike):
+        raise ConfigError(f"expected the path of a folder, got {short(folder)}")
+    return Path(folder)
+
+
 def check_new(folder: str | Path | None) -> None:
     """Raise ConfigError for a folder to write that has something in it, or cannot be there."""
     if folder is None:
         return
-    if not str(folder):
+    if folder == "":
         raise ConfigError("out: expected a folder, got an empty path")
-    folder = Path(folder)
+    folder = _as_path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: expected a new or an empty folder, but it has something in it; choose another")
 

@@ -113,6 +113,12 @@ def test_a_debug_run_deletes_neither_other_files_nor_a_run_that_goes_on(tmp_path
     assert other.read_text() == "mine"
 
 
+def test_debug_runs_start_from_the_same_bytes(tmp_path: Path) -> None:
+    starts = [debug_size(Recipe.load("finetune_records", [f"--out={tmp_path / name}"])).model.folder for name in "ab"]
+    one, two = ((start / "model.safetensors").read_bytes() for start in starts)
+    assert one == two
+
+
 @pytest.mark.parametrize("grid", [1, 2])
 def test_a_region_takes_as_many_tokens_as_its_grid_has_cells(grid: int, tmp_path: Path) -> None:
     words = [f"--out={tmp_path / 'run'}", f"--model.region_grid={grid}"]

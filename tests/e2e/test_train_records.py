@@ -152,32 +152,6 @@ def test_a_record_that_cannot_be_used_is_named(
     assert re.search(r"coco, record coco/\d+.*: .*there is no such file", error)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--data.mixture=none.toml"], "none.toml: no such folder of records or mixture"),
-        (["--data.mixture=both.toml", "--data.root=nowhere"], "expected its parts below the folder nowhere"),
-        (["--data.mixture=images"], "images: no finished records"),
-        (["--data.mixture=coco", "--data.root=."], "coco is one folder of records; leave it out"),
-        (["--data.mixture=coco", "--model.init=nowhere"], "model.init: nowhere: no checkpoint there"),
-    ],
-)
-def test_what_does_not_go_together_is_said_in_one_line(
-    words: list[str],
-    message: str,
-    pictures: Path,
-    start: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(pictures)
-    assert run(start, tmp_path, *words) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("regiongpt: error:")
-    assert message in error
-
-
 def test_the_second_stage_of_a_new_model_is_refused_before_the_model_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -36,9 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(mask).save(folder / "mask.png")
     Image.fromarray(mask[:20]).save(folder / "mask_small.png")
     (folder / "rle.json").write_text(json.dumps({"size": [40, 60], "counts": [100, 200, 2100]}))
-    (folder / "rle_keys.json").write_text(json.dumps({"counts": "x"}))
     (folder / "rle_broken.json").write_text("{")
-    (folder / "rle_deep.json").write_text("[" * 100_000)
     return folder
 
 
@@ -141,14 +139,6 @@ def test_a_question_that_begins_with_a_dash_goes_behind_two(ask):
     assert ask("--box", "5,5,30,30", "photo.jpg", "--", "-what is <region1>?")[0] == 0
 
 
-def test_picture(ask, tmp_path):
-    path = tmp_path / "out.png"
-    assert ask("photo.jpg", QUESTION, "--box", "5,5,30,30", "--picture", str(path))[0] == 0
-    with Image.open(path) as picture:
-        assert picture.width == 640
-        assert picture.height > 640 * 40 // 60
-
-
 def test_a_region_never_mentioned_is_a_warning(ask):
     code, out, err = ask("photo.jpg", "What is <region2>?", "--box", "5,5,30,30", "--point", "9,9")
     assert code == 0
@@ -170,8 +160,6 @@ BOX = ["--box", "5,5,30,30"]
         (["text.jpg", QUESTION, *BOX], ["text.jpg", "expected an image"]),
         # boxes, polygons, points, scribbles
         (["photo.jpg", QUESTION, "--box", "30,30,5,5"], ["<region1>", "--box", "inverted"]),
-        (["photo.jpg", QUESTION, "--box", "nan,5,30,30"], ["<region1>", "finite", "nan"]),
-        (["photo.jpg", QUESTION, "--box", "100,100,200,200"], ["<region1>", "60 x 40"]),
         (["photo.jpg", QUESTION, "--box", "a,b,c,d"], ["<region1> (--box)", "X0,Y0,X1,Y1", "'a,b,c,d'"]),
         (["photo.jpg", QUESTION, "--box"], ["--box", "expected one argument"]),
         (["photo.jpg", QUESTION, *BOX, "--polygon", "1,1,9,9"], ["<region2>", "at least 3 points", "got 2"]),
@@ -184,8 +172,6 @@ BOX = ["--box", "5,5,30,30"]
         (["photo.jpg", QUESTION, "--mask", "text.jpg"], ["<region1>", "text.jpg", "expected an image"]),
         (["photo.jpg", QUESTION, "--box", "0.1,0.1,0.5,0.5"], ["<region1>", "--normalized"]),
         (["photo.jpg", QUESTION, "--xywh", "5,5,0,9"], ["<region1>", "width and height above 0"]),
-        (["photo.jpg", QUESTION, "--rle", "rle_deep.json"], ["rle_deep.json", "nested too deeply"]),
-        (["photo.jpg", QUESTION, "--rle", "rle_keys.json"], ["<region1>", "size"]),
         (["photo.jpg", QUESTION, "--rle", "rle_broken.json"], ["JSON", "rle_broken.json"]),
         # questions
         (["photo.jpg", "What is <region2>?", *BOX], ["<region2>", "1 region was given"]),
@@ -195,8 +181,6 @@ BOX = ["--box", "5,5,30,30"]
         (["photo.jpg", QUESTION, *BOX, "--temperature", "-1"], ["temperature", "-1"]),
         (["photo.jpg", QUESTION, *BOX, "--seed", "x"], ["--seed", "'x'"]),
         (["photo.jpg", QUESTION, *BOX, "--picture", "out.xyz"], ["out.xyz", ".png"]),
-        (["photo.jpg", QUESTION, *BOX, "--picture", "nowhere/out.png"], ["nowhere/out.png", "no folder"]),
-        (["photo.jpg"], ["question"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(ask, arguments, parts):

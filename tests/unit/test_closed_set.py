@@ -1,33 +1,26 @@
 """Scores of whole sets of answers against one full forward pass an answer."""
 
-import numpy as np
 import pytest
 import torch
-from asking import tiny_parts
+from asking import boxes, photograph, tiny_parts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import make_checkpoint
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.inference import RegionPredictor, choices
-from regiongpt.inference.choices import ChoiceTree, answer_scores, content_free, log_likelihoods
+from regiongpt.inference.choices import answer_scores, content_free, log_likelihoods
 from regiongpt.inference.engine import Engine, question_turns
 from regiongpt.prompts import CHAT_TEMPLATES, COCO_80, NO_MATCH, question, region_answer
 from regiongpt.regions import Region
 
-PHOTO = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-PATHS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=7), min_size=1, max_size=30)
+PHOTO = photograph()
 
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory: pytest.TempPathFactory) -> RegionPredictor:
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("tiny"), context=1024)
     return RegionPredictor.from_pretrained(checkpoint, device="cpu").set_image(PHOTO)
-
-
-def boxes(count: int, seed: int = 0) -> list[Region]:
-    corners = np.random.default_rng(seed).uniform([0, 0, 2, 2], [40, 25, 20, 15], (count, 4))
-    return [Region.box(x, y, x + w, y + h) for x, y, w, h in corners.tolist()]
 
 
 def full_pass(predictor: RegionPredictor, text: str, regions: list[Region], answer: str) -> float:
@@ -46,33 +39,6 @@ def scores(predictor: RegionPredictor, text: str, sets: list[list[Region]], answ
     engine, scene = predictor.engine, predictor._here()
     closed = choices.closed_set(engine, question_turns((), text), len(sets[0]), answers)
     return log_likelihoods(engine, scene, closed, [engine.pool(scene, regions) for regions in sets])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tree
-
-
-@settings(max_examples=50, deadline=None)
-@given(paths=PATHS, size=st.integers(1, 9))
-def test_each_entry_is_predicted_once_behind_its_own_beginning(paths, size):
-    tree = ChoiceTree(paths)
-
-    def path(entry: int) -> list[int]:
-        return [*path(int(tree.parents[entry])), int(tree.tokens[entry])] if entry >= 0 else []
-
-    assert [path(leaf) for leaf in tree.leaves] == paths
-    assert len({tuple(path(entry)) for entry in range(len(tree.tokens))}) == len(tree.tokens)
-    deepest = max(map(len, paths))
-    for pieces in (tree.pieces(size), tree.chains()):
-        predicted = list(tree.first)
-        for piece in pieces:
-            assert len(piece.tokens) <= max(size, deepest) + deepest
-            for row, entry in zip(piece.rows, piece.entries, strict=True):
-                assert row >= piece.known
-                assert [*piece.tokens[piece.visible[row]], tree.tokens[entry]] == path(entry)
-            predicted += list(piece.entries)
-        assert set(predicted) == set(range(len(tree.tokens)))
-    assert sum(len(piece.entries) for piece in tree.pieces(size)) + len(tree.first) == len(tree.tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,18 +65,17 @@ def test_scores_equal_a_full_pass_an_answer(predictor, names, seed, count, size)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
-def test_answers_to_a_question_about_several_regions(predictor):
-    regions = boxes(3)
-    text = question("locate", regions=[1, 2, 3], expression="the red cup")
-    answers = [*map(region_answer, (1, 2, 3)), NO_MATCH]
+@pytest.mark.parametrize(
+    ("text", "count", "answers"),
+    [
+        (question("locate", regions=[1, 2, 3], expression="the cup"), 3, [*map(region_answer, (1, 2, 3)), NO_MATCH]),
+        ("Is there a cat?", 0, ["Yes.", "No."]),
+    ],
+)
+def test_answers_to_a_question_about_several_regions_or_none(predictor, text, count, answers):
+    regions = boxes(count)
     found = scores(predictor, text, [regions], answers)[0]
     expected = [full_pass(predictor, text, regions, answer) for answer in answers]
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
-
-
-def test_a_question_without_a_region(predictor):
-    found = scores(predictor, "Is there a cat?", [[]], ["Yes.", "No."])[0]
-    expected = [full_pass(predictor, "Is there a cat?", [], answer) for answer in ("Yes.", "No.")]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
@@ -137,16 +102,6 @@ def test_a_set_is_tokenized_as_the_processor_does(template):
         encoded = engine.encode_text([*turns, {"role": "assistant", "content": name}], 1, answered=True)
         ids, last = encoded["input_ids"].tolist(), int((encoded["labels"] >= 0).nonzero()[-1])
         assert [*closed.ids, *path] == ids[: last + 1]
-
-
-def test_what_is_ready_is_kept_for_the_next_time(predictor, monkeypatch):
-    engine, turns = predictor.engine, question_turns((), "What is <region1>?")
-    first = choices.closed_set(engine, turns, 1, ["cat", "dog"])
-    assert choices.closed_set(engine, turns, 1, ("cat", "dog")) is first
-    assert choices.closed_set(engine, turns, 1, ["dog", "cat"]) is not first
-    for number in range(choices.KEPT):
-        choices.closed_set(engine, turns, 1, [f"name {number}"])
-    assert choices.closed_set(engine, turns, 1, ["cat", "dog"]) is not first
 
 
 # ---------------------------------------------------------------------------------------------------------------------

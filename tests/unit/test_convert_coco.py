@@ -7,13 +7,11 @@ import pytest
 from converting import DATA, annotation, run, write_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from regiongpt.data import reading
 from regiongpt.data.closed_sets import CocoConverter, LvisConverter
 from regiongpt.data.reading import iter_array, iter_arrays
 from regiongpt.data.shards import Rejects
-from regiongpt.data.values import check_image
 from regiongpt.errors import DataError
 from regiongpt.regions import Region
 
@@ -97,7 +95,7 @@ def test_a_byte_that_is_not_utf_8_costs_no_more_than_its_text(tmp_path):
         (b'{"a": null}', "a", "found no array 'a'"),
         (b'{"b": [1', "a", "breaks before"),
         (b"\xff\xfe[\0", None, "0xff, which is not UTF-8"),
-        (b"\x1f\x8b\x08", None, r"'\\x1f'"),
+        (b"\x1f\x8b\x08", None, "gzip"),
     ],
 )
 def test_a_file_of_another_format_is_named(tmp_path, content, key, message):
@@ -106,13 +104,6 @@ def test_a_file_of_another_format_is_named(tmp_path, content, key, message):
     with pytest.raises(DataError, match=message) as caught:
         list(iter_array(path, key, Rejects()))
     assert "a.json" in str(caught.value)
-
-
-def test_an_image_on_its_side_has_the_size_that_training_sees(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert check_image(tmp_path / "a.jpg") == (20, 40)
 
 
 def test_objects_of_an_image_are_one_conversation_in_a_fixed_order(tmp_path):
@@ -420,13 +411,3 @@ def test_lvis():
     assert records[0].turns[0].text(0).endswith("Answer the question using LVIS category names.")
     names = {category["name"] for category in json.loads(path.read_text())["categories"]}
     assert {turn.answer for record in records for turn in record.turns} <= names
-
-
-def test_lvis_takes_the_image_from_its_address(tmp_path):
-    image = {"id": 1, "width": 40, "height": 20, "coco_url": "http://x.org/train2017/1.png", "file_name": "old.png"}
-    write_coco(tmp_path, [annotation(1, [0, 0, 4, 4])], [image, {"id": 2, "width": 40, "height": 20, "coco_url": None}])
-    (tmp_path / "train2017").mkdir()
-    Image.new("RGB", (40, 20)).save(tmp_path / "train2017" / "1.png")
-    (record,), rejects = run(LvisConverter(images=tmp_path, instances=(tmp_path / "instances.json",)))
-    assert (record.id, record.image) == ("lvis/1", "train2017/1.png")
-    assert rejects == {"image outside the folder": 1}

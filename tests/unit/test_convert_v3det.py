@@ -8,7 +8,6 @@ import pytest
 from converting import DATA, annotation, run
 
 from regiongpt.data.closed_sets import V3DetConverter
-from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 
 NAMES = ["ashtray", "cash machine", "popper"]
@@ -41,13 +40,6 @@ def test_the_papers_caps_are_exact(tmp_path):
     assert counts(V3DetConverter(**options)) == dict.fromkeys(NAMES, 100)
     assert counts(V3DetConverter(**options, boxes_per_category=10)) == dict.fromkeys(NAMES, 10)
     assert counts(V3DetConverter(**options, boxes_per_category=0)) == dict.fromkeys(NAMES, 150)
-
-
-def test_the_question_names_the_closed_set(tmp_path):
-    converter = V3DetConverter(images=tmp_path, instances=(write(tmp_path, NAMES, 2),), check_images=False)
-    record = next(converter.records(Rejects()))
-    assert (record.id, record.image) == ("v3det/1", "images/n01/1.jpg")
-    assert record.turns[0].text(0).endswith("Answer the question using V3Det category names.")
 
 
 def test_a_list_of_other_names_does_not_belong(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regiongpt.drawing import COLOURS, _font, _wrap, check_picture, draw_regions, save_picture
+from regiongpt.drawing import COLOURS, check_picture, draw_regions, save_picture
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.regions import Region
 
@@ -89,19 +89,12 @@ def test_captions_and_dialogue_stand_beneath():
     assert np.asarray(panel)[:, -6:].min() == 255
 
 
-def test_no_line_is_wider_than_its_room():
-    font = _font(20)
-    for text in ("one two three four five six seven", "x" * 90, "a " + "b" * 50 + " c", ""):
-        lines = _wrap(text, font, 120)
-        assert all(font.getlength(line) <= 120 for line in lines)
-        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-
-
 def test_errors():
     with pytest.raises(ConfigError, match="1 captions for 2 regions"):
         draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)] * 2, ["one"])
-    with pytest.raises(ConfigError, match="lists of texts"):
-        draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)], [5])
+    for wrong in ({"captions": [5]}, {"captions": 5}, {"dialogue": "x"}, {"dialogue": ["x"]}, {"dialogue": [("a",)]}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)], **wrong)
     with pytest.raises(RegionError, match="<region2>"):
         draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5), Region.box(50, 50, 60, 60)])
 

@@ -15,7 +15,6 @@ from tiny_checkpoint import make_checkpoint, make_parts
 
 from regiongpt import ConfigError, DataError
 from regiongpt.cli import main
-from regiongpt.distributed import Processes
 from regiongpt.evaluate import run as running
 from regiongpt.evaluate.answering import answer_image
 from regiongpt.evaluate.compare import changes
@@ -297,13 +296,6 @@ def test_a_damaged_run_is_one_line(run, tmp_path, capsys, name, content, message
     assert message in capsys.readouterr().err
 
 
-def test_a_damaged_store_is_one_line(run, data, checkpoint, tmp_path, capsys):
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "answers" / "00000.sqlite").write_bytes(b"no data base " * 1000)
-    assert evaluate(data, checkpoint, tmp_path / "run") == 2
-    assert "00000.sqlite: damaged: file is not a database; delete it" in capsys.readouterr().err
-
-
 def test_runs_with_other_settings_are_not_compared(run, data, checkpoint, tmp_path, capsys):
     assert evaluate(data, checkpoint, tmp_path, "--wording", "Name <region1>.") == 0
     assert main(["evaluate", "--compare", str(run), str(tmp_path)]) == 2
@@ -343,14 +335,6 @@ def test_the_page_needs_no_other_file_and_shows_everything(run):
     for part in ("80.61", "Confusions", "by size", "by category", "the worst mistakes", "data:image/jpeg", "split"):
         assert part in text, part
     assert "prefers-color-scheme: dark" in text
-
-
-def test_work_is_shared_whole_disjoint_and_evenly():
-    work = [[0] * size for size in (5, 1, 1, 1, 1, 1, 4, 2)]
-    parts = [Processes(rank=rank, count=3).share(list(range(8)), lambda k: len(work[k])) for rank in range(3)]
-    assert sorted(k for part in parts for k in part) == list(range(8))
-    sizes = [sum(len(work[k]) for k in part) for part in parts]
-    assert max(sizes) - min(sizes) <= 2
 
 
 def test_a_broken_image_or_a_region_outside_is_counted_and_does_not_end_the_run(data, checkpoint, tmp_path):

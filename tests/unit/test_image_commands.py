@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from tiny_checkpoint import make_checkpoint
 
-from regiongpt import cli, console
+from regiongpt import cli
 from regiongpt.inference import RegionPredictor
 
 
@@ -287,10 +287,3 @@ def test_an_image_without_regions_among_many_has_an_empty_answer(folder, capsys)
     printed = capsys.readouterr()
     assert [json.loads(line)["regions"] for line in printed.out.splitlines()] == [[], []]
     assert printed.err.count("left out 2 of 2 regions") == 2
-
-
-def test_progress_off_a_terminal_is_lines(folder, capsys, monkeypatch):
-    monkeypatch.setattr(console, "LOG_SECONDS", 0.0)
-    assert run(folder, "ask", str(folder / "images"), "What?", "--max-new-tokens", "1") == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("images: ") and "/4" in line for line in lines)

@@ -134,6 +134,11 @@ def test_detections_become_regions():
     assert boxed.region == Region.box(0, 0, 5, 5)
     with pytest.raises(DataError, match="detection 1: expected a class of"):
         regions_of_detections(detections(), {0: "dog"})
+    for short, message in (({"mask": masks[:1]}, "2 masks"), ({"data": {"class_name": ["a"]}}, "2 names")):
+        with pytest.raises(DataError, match=f"expected {message}, one a box, got 1"):
+            regions_of_detections(detections(**short))
+    with pytest.raises(DataError, match="words alone"):
+        regions_of_detections(detections(data={"class_name": ["a", "<region1>"]}))
     with pytest.raises(DataError, match=r"supervision\.Detections, got list"):
         regions_of_detections([])
 

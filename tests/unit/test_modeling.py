@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import IMAGE, REGION, TOWERS, assert_same, text_config, tiny_config, tiny_inputs, tiny_model
+from tiny import IMAGE, REGION, assert_same, text_config, tiny_config, tiny_inputs, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, DynamicCache
 
 import regiongpt.model.modeling as modeling
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.model import EfficientNetLiteConfig, EfficientNetLiteModel, RegionGPTConfig
 from regiongpt.model.configuration import REFINEMENTS
-from regiongpt.model.modeling import number_ids
 
 LITE = {"model_type": "efficientnet_lite", "variant": "efficientnet-lite0", "image_size": 32}
 
@@ -48,6 +47,12 @@ def joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         ({"image_size": 0}, "image_size must be a positive multiple"),
         ({"image_grid": [17, 4]}, r"image_grid must be two numbers up to refined grid \[16, 16\].*\[17, 4\]"),
         ({"image_grid": [4]}, "image_grid must be two numbers"),
+        ({"refinement": ["deconv"]}, "refinement must be one of"),
+        ({"image_marks": "no"}, "image_marks must be true or false"),
+        ({"image_token_id": "9"}, "image_token_id must be a whole number"),
+        ({"vision_feature_layer": None}, "vision_feature_layer must be a whole number"),
+        ({"vision_config": 5}, "vision_config must be a configuration"),
+        ({"text_config": [1]}, "text_config must be a configuration"),
         ({"image_grid": [0, 4]}, "image_grid must be two numbers"),
         ({"refinement": "none", "image_grid": [5, 5]}, r"refined grid \[4, 4\]"),
         ({"refinement_channels": 0}, "refinement_channels must be positive"),
@@ -70,11 +75,6 @@ def test_the_papers_grids(refinement: str, scale: int) -> None:
     assert config.tower_grid == (24, 24)
     assert config.refined_grid == (24 * scale, 24 * scale)
     assert config.num_image_tokens == 576
-
-
-def test_a_whole_clip_configuration_gives_its_vision_half() -> None:
-    whole = AutoConfig.for_model("clip", vision_config=TOWERS["clip_vision_model"])
-    assert tiny_config(vision_config=whole).vision_config.model_type == "clip_vision_model"
 
 
 # -- the frozen tower --------------------------------------------------------------------------------------------------
@@ -367,13 +367,3 @@ def test_efficientnet_lite_model_and_tower_load_through_the_auto_classes(tmp_pat
     assert isinstance(tower, EfficientNetLiteModel)
     assert isinstance(tower.config, EfficientNetLiteConfig)
     assert torch.equal(tower.mean, model.vision_tower.mean)
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_number_of_a_region_is_the_token_that_stands_before_it():
-    region = 4
-    ids = torch.tensor([[9, 11, 5, region, 12, 5, region, region], [13, 5, region, 7, 7, 14, 5, region]])
-    assert number_ids(ids, region, 2).tolist() == [11, 12, 12, 13, 14]
-    assert number_ids(ids[0], region, 1).tolist() == [5, 5, 5]

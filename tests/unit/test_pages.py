@@ -89,12 +89,6 @@ def paths(chart: str) -> list[np.ndarray]:
     return [np.array(re.findall(r"[ML] (\S+) (\S+)", each), float) for each in found]
 
 
-def test_a_curve_is_where_its_values_are() -> None:
-    (points,) = paths(line_chart("Loss", [Curve(name="n", xs=[0, 5, 10], ys=[4.0, 2.0, 0.0])]))
-    assert np.diff(points, axis=0)[0] == pytest.approx(np.diff(points, axis=0)[1], abs=1e-3)
-    assert (np.diff(points, axis=0) > 0).all()
-
-
 def test_noisy_curves_are_averaged_and_schedules_are_not() -> None:
     xs = list(range(2000))
     raw, smooth = paths(line_chart("t", [Curve(name="n", xs=xs, ys=[2 + (-1) ** x for x in xs])]))

@@ -10,7 +10,7 @@ from tiny import trained_bpe
 from tokenizers import Tokenizer, models
 from transformers import AutoProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.errors import ConfigError, DataError, RegionError, RegionGPTError
 from regiongpt.images import SquareFrame
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
 from regiongpt.prompts import CHAT_TEMPLATES
@@ -159,10 +159,11 @@ def test_an_endless_panorama_needs_little_memory(processor: RegionGPTProcessor) 
 
 
 def test_placeholder_without_its_region(processor: RegionGPTProcessor) -> None:
-    with pytest.raises(RegionError, match="<region2> stands for region 2, but 1 region was given"):
-        processor.encode_conversation(chat("What is <region2>?", "A cat"), None, [LEFT], image_size=(40, 30))
     with pytest.raises(RegionError, match="<region2>"):
-        processor(text="<image>\nWhat is <region2>?", regions=[LEFT], image_sizes=[(40, 30)])
+        processor.encode_conversation(chat("What is <region2>?", "A cat"), None, [LEFT], image_size=(40, 30))
+    for sizes in ([(40, 30)], torch.tensor([[40, 30]])):
+        with pytest.raises(RegionError, match="<region2>"):
+            processor(text="<image>\nWhat is <region2>?", regions=[LEFT], image_sizes=sizes)
 
 
 def test_region_never_mentioned(processor: RegionGPTProcessor, photo: Image.Image) -> None:
@@ -184,13 +185,7 @@ def test_boxes_may_be_plain_numbers(processor: RegionGPTProcessor, photo: Image.
     assert torch.equal(processor(photo, [text, text], [boxes, boxes])["region_weights"][1], expected)
 
 
-@pytest.mark.parametrize("wrong", ["a box", [0, 0, 20], [0, 0, 20, "30"], np.ones((3, 4), bool), {"box": [0, 0, 1, 1]}])
-def test_what_is_no_region_is_named(processor: RegionGPTProcessor, photo: Image.Image, wrong: Any) -> None:
-    with pytest.raises(RegionError, match="<region2>: "):
-        processor.encode_conversation(TWO_TURNS, photo, [LEFT, wrong])
-
-
-@pytest.mark.parametrize("wrong", [LEFT, "box", 3, [LEFT, RIGHT]])
+@pytest.mark.parametrize("wrong", [LEFT, "box", 3, [LEFT, RIGHT], {"box": [0, 0, 9, 9]}, {1, 2}])
 def test_regions_that_are_no_list_a_text(processor: RegionGPTProcessor, photo: Image.Image, wrong: Any) -> None:
     with pytest.raises(DataError, match="expected a list of regions"):
         processor(photo, ["a <image>", "b <image>"], wrong)
@@ -219,9 +214,17 @@ def test_bad_conversations(processor: RegionGPTProcessor, messages: Any, message
         processor.encode_conversation(messages, add_generation_prompt=True)
 
 
-def test_regions_without_an_image_size(processor: RegionGPTProcessor) -> None:
-    with pytest.raises(DataError, match="regions need the size of their image"):
-        processor.encode_conversation(TWO_TURNS, None, [LEFT, RIGHT])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"conversation": 5}, "conversation"),
+        ({"chat_template": 5}, "chat_template"),
+        ({"processor_kwargs": [1]}, "processor_kwargs"),
+    ],
+)
+def test_bad_arguments_of_the_chat_template(processor: RegionGPTProcessor, wrong: Any, message: str) -> None:
+    with pytest.raises(RegionGPTError, match=message):
+        processor.apply_chat_template(**{"conversation": chat("Hello"), "tokenize": True, **wrong})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -364,6 +367,7 @@ def test_one_image_for_many_texts(processor: RegionGPTProcessor, photo: Image.Im
         ({"text": "a", "return_tensors": "tf"}, ConfigError, "return_tensors"),
         ({"text": ["a", "b"], "padding": False}, ConfigError, "padding=True"),
         ({"text": "<region1>", "regions": [LEFT]}, DataError, "regions need the size"),
+        ({"text": "<region1>", "regions": [LEFT], "image_sizes": (40, 30)}, DataError, "image_sizes"),
     ],
 )
 def test_bad_calls(processor: RegionGPTProcessor, photo: Image.Image, arguments: Any, error: Any, message: str) -> None:

@@ -53,6 +53,7 @@ def test_regions_of_this_project(tmp_path):
         Region.point(5, 5, 3),
         Region.scribble([1, 1, 30, 30], 4),
         Region.polygon([0, 0, 9, 0, 9, 9]),
+        Region.box(0.1, 0.1, 0.5, 0.5, normalized=True),
         MASK,
     ]
     entries = [region.to_dict() for region in regions]
@@ -75,8 +76,15 @@ def test_one_image_of_several(tmp_path):
     named = [{"image_id": name, "bbox": [1, 0, 5, 5]} for name in ("frame_9.jpg", "frame_10", "x.jpg")]
     for image, place in (("a/frame_9.jpg", 0), ("frame_10.png", 1)):
         assert [p.place for p in read(tmp_path, named, image=image)] == [f"boxes.json[{place}]"]
-    with pytest.raises(DataError, match=r"is about x\.jpg, not frame_9\.jpg"):
+    with pytest.raises(DataError, match="which of the 1 images is frame_9"):
+        read(tmp_path, named[1:2], image="frame_9.jpg")
+    with pytest.raises(DataError, match=r"no image called frame_9\.jpg"):
         read(tmp_path, named[2:], image="frame_9.jpg")
+    own_names = [{"file_name": f"{folder}/1.jpg", "bbox": [1, 0, 5, 5]} for folder in "ab"]
+    assert [p.place for p in read(tmp_path, own_names, image="b/1.jpg")] == ["boxes.json[1]"]
+    twice = [{"id": 3, "file_name": "a.jpg"}, {"id": 3, "file_name": "b.jpg"}]
+    with pytest.raises(DataError, match=r"no image called b\.jpg"):
+        read(tmp_path, {"images": twice, "annotations": boxes}, image="b.jpg")
     rejects = Rejects()
     assert len(read(tmp_path, [*boxes, None, {"bbox": [1, 0, 5, 5]}], image_id=42, rejects=rejects)) == 1
     assert rejects.counts == {"record of another format": 2}, "of whatever image they are"

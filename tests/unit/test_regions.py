@@ -370,6 +370,14 @@ def test_wrong_regions_are_named_in_one_line(region, says):
         lambda: Region.mask(np.array([[0, 1, 2]])),
         lambda: Region.mask(np.array([[0, -1]])),
         lambda: Region.mask(np.array([[0.0, 300.0, np.nan]])),
+        lambda: Region.mask(torch.ones(4, 4, device="meta")),
+        lambda: Region.of(torch.ones(4).to_sparse()),
+        lambda: Region.scribble(None),
+        lambda: Region.box(0.1, 0.1, 0.5, 0.5, normalized="no"),
+        lambda: Region.from_dict({"box": [0.1, 0.1, 0.5, 0.5], "normalized": 2}),
+        lambda: Region.box(1, 2, 3, 4).check(None, 24),
+        lambda: Region.box(1, 2, 3, 4).area(10**400, 24),
+        lambda: Region.box(0.1, 0.2, 0.3, 0.4).scaled("40", 24),
     ],
 )
 def test_what_cannot_be_a_region_is_refused_at_once(make):
@@ -473,7 +481,9 @@ def test_values_that_stand_for_regions():
     for value in (box, [1, 2, 3, 4], (1.0, 2, 3, 4), np.array([1, 2, 3, 4]), tensor, {"box": [1, 2, 3, 4]}):
         assert Region.of(value) == box
         assert Region.list_of([value]) == [box]
-    assert Region.list_of([1, 2, 3, 4]) == Region.list_of(box) == [box]
+    for values in ([1, 2, 3, 4], box, tensor, tensor[None], torch.tensor([1.0, 2, 3, 4], requires_grad=True)):
+        assert Region.list_of(values) == [box]
+    assert Region.list_of(np.stack([L_SHAPE] * 2)) == 2 * Region.list_of(L_SHAPE) == [Region.mask(L_SHAPE)] * 2
     assert Region.of(torch.tensor(L_SHAPE)) == Region.of(L_SHAPE) == Region.mask(L_SHAPE)
     assert Region.polygon(torch.tensor([[0, 0], [4, 0], [0, 4]])) == Region.polygon([0, 0, 4, 0, 0, 4])
     assert Region.from_xywh(1, 2, 2, 2) == box

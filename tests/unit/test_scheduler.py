@@ -100,7 +100,6 @@ def test_answers_come_as_they_finish_and_may_be_left(predictor):
         (Question(text="<region2>?", regions=BOXES[:1]), RegionError, "question 3: .*<region2>"),
         (Question(text="?", regions=[Region.box(90, 90, 99, 99)]), RegionError, "question 3: <region1>"),
         (Question(text="?", image="no/such/file.png"), DataError, "question 3: no/such/file.png"),
-        (Question(text="?", temperature=-1.0), ConfigError, "question 3: temperature: "),
         (Question(text="?", stop=[""]), ConfigError, "question 3: stop: "),
         ("What?", ConfigError, "question 3: expected a Question"),
     ],

@@ -386,6 +386,7 @@ def test_sigterm_saves_first_and_the_run_goes_on(
 
 def test_a_finished_stage_is_held_to_its_settings(tmp_path: Path) -> None:
     learn(tmp_path, items=16, stage=settings(lr=1e-2))
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-2-backup")
     require_finished_with(tmp_path, decisive_settings(settings(lr=1e-2, save_steps=7)))
     with pytest.raises(ConfigError, match=r"lr = 0\.02, it has 0\.01"):
         require_finished_with(tmp_path, decisive_settings(settings(lr=2e-2)))

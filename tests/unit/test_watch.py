@@ -11,15 +11,13 @@ import torch
 from learning import full_disk, learn, settings
 from transformers import AutoConfig
 
-from regiongpt.distributed import Processes
 from regiongpt.errors import ConfigError
 from regiongpt.model import weights
 from regiongpt.train import watch
-from regiongpt.train.checkpoint import Checkpoints
 from regiongpt.train.dataset import TASKS, task_numbers
 from regiongpt.train.known import named_peak
 from regiongpt.train.recipe import WatchConfig
-from regiongpt.train.watch import StageCost, StepLog, Watch, read_lines
+from regiongpt.train.watch import StageCost, StepLog, read_lines
 
 
 class Tenfold:
@@ -48,19 +46,6 @@ def test_every_step_has_its_line(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert [text.split(",")[0] for text in told] == [f"stage2: step {step} of 6" for step in (1, 3, 6)]
     assert "examples a second" in told[2]
     assert told[2].endswith("00:00 left")
-
-
-def test_lines_are_there_before_the_checkpoint_that_needs_them(tmp_path: Path, monkeypatch: Any) -> None:
-    seen: dict[int, int] = {}
-    write = Checkpoints.write
-
-    def look(self: Checkpoints, step: int, *given: Any) -> bool:
-        seen[step] = len(read_lines(tmp_path / "log.jsonl"))
-        return write(self, step, *given)
-
-    monkeypatch.setattr(Checkpoints, "write", look)
-    learn(tmp_path, stage=settings(log_steps=100, save_steps=2))
-    assert seen == {2: 2, 4: 4}
 
 
 def test_tensorboard_has_the_same_numbers_once(tmp_path: Path) -> None:
@@ -154,22 +139,6 @@ def test_targets_know_their_task() -> None:
     assert task_numbers(labels[:5], ["caption", "presence"]).tolist() == [-1, -1, caption, caption, -1]
     assert task_numbers(torch.full((3,), -100), ["caption"]).tolist() == [-1, -1, -1]
     assert task_numbers(labels, ["caption"]).tolist()[2:6] == [caption, caption, -1, -1]
-
-
-def test_micro_batches_add_up(tmp_path: Path) -> None:
-    watcher = Watch("stage1", tmp_path, Processes(), WatchConfig(), 20)
-    watcher.start(None, 0, 2)
-    watcher.add(torch.tensor(0.5), torch.tensor([1.0, 2.0]), torch.tensor([0, 2]), (2, 9, 2))
-    watcher.add(torch.tensor(0.25), torch.tensor([3.0, 4.0]), torch.tensor([2, -1]), (1, 3, 0))
-    watcher.step(1, {"visual": 0.1}, 2.0, 1.0, 0.5)
-    watcher.add(torch.tensor(1.0), None, None, (1, 1, 0))
-    watcher.step(2, {"visual": 0.1}, 3.0, 1.0, 0.5)
-    first, second = read_lines(tmp_path / "log.jsonl")
-    assert [first[name] for name in ("loss", "examples", "tokens", "images", "targets", "grad_norm")] == [
-        0.75, 3, 12, 2, 4, 2.0
-    ]  # fmt: skip
-    assert first["tasks"] == {TASKS[0]: {"loss": 1.0, "targets": 1}, TASKS[2]: {"loss": 2.5, "targets": 2}}
-    assert (second["loss"], second["tasks"], second["grad_norm"]) == (1.0, {}, 3.0)
 
 
 def test_known_gpus_have_their_makers_peak() -> None:

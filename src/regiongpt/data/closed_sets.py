@@ -30,7 +30,6 @@ class InstancesConverter(Converter):
     """
 
     sound_regions: ClassVar[bool] = True
-    url_first: ClassVar[bool] = False
 
     instances: Annotated[tuple[Path, ...], Field(min_length=1)]
     """Instances files; an image in two of them is taken from the first."""
@@ -88,7 +87,6 @@ class InstancesConverter(Converter):
                 shapes=self.shapes,
                 folder=self.images if self.check_images else None,
                 check="size" if self.check_images else "",
-                url_first=self.url_first,
                 crowds="take" if self.crowds else "leave out",
                 known=known,
                 official=self.official(),
@@ -177,7 +175,6 @@ class LvisConverter(InstancesConverter):
 
     name: ClassVar[str] = "lvis"
     summary: ClassVar[str] = "LVIS: the class of boxes or masks among its long list of names"
-    url_first: ClassVar[bool] = True
 
     label_set: Words = "LVIS"
     """Name of the closed set, as the question shall name it."""

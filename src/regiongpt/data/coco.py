@@ -10,26 +10,17 @@ from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 
 Box = tuple[float, float, float, float]
-Ring = tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectAnnotation:
-    """One annotated object, or one crowd of objects, of an image.
-
-    Args:
-        id: Annotation id of the file.
-        category: Category name, for example ``"dog"``.
-        box: Half-open xyxy in pixels of the image, clipped to it.
-        polygons: Rings as flat ``(x0, y0, x1, y1, ...)`` in pixels, or None when the object has a box or RLE.
-        iscrowd: Whether the annotation covers a group whose members were not told apart.
-    """
+    """One annotated object, or one crowd of objects, of an image."""
 
     id: int
     category: str
-    box: Box
-    polygons: tuple[Ring, ...] | None = None
-    iscrowd: bool = False
+    box: Box  # half-open xyxy in pixels of the image, clipped to it
+    polygons: tuple[tuple[float, ...], ...] | None = None  # flat rings (x0, y0, x1, y1, ...), None for a box or RLE
+    iscrowd: bool = False  # a group whose members were not told apart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,19 +66,13 @@ def photo_sources(root: Path, split: str) -> list[CocoSource]:
     ``instances_<split>_small.json`` with ``images_small/``.
     """
     root = Path(root)
-    instances = root / f"instances_{split}.json"
+    instances, captions, small = (
+        root / name for name in (f"instances_{split}.json", f"captions_{split}.json", f"instances_{split}_small.json")
+    )
     if not instances.is_file():
-        raise DataError(
-            f"expected COCO annotations at {instances}, found no such file; give the folder that holds them"
-        )
-    captions = root / f"captions_{split}.json"
-    sources = [
-        CocoSource(instances=instances, images=root / "images", captions=captions if captions.is_file() else None)
-    ]
-    small = root / f"instances_{split}_small.json"
-    if small.is_file():
-        sources.append(CocoSource(instances=small, images=root / "images_small"))
-    return sources
+        raise DataError(f"expected COCO annotations at {instances}, found none; give the folder that holds them")
+    whole = CocoSource(instances=instances, images=root / "images", captions=captions if captions.is_file() else None)
+    return [whole, *([CocoSource(instances=small, images=root / "images_small")] if small.is_file() else [])]
 
 
 def load_coco(sources: Iterable[CocoSource]) -> CocoData:

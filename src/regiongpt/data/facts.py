@@ -269,13 +269,9 @@ def place_name(box: Box, width: float, height: float) -> str | None:
         return "across most"
     column, row = _third(u), _third(v)
     if wide:
-        return (
-            {-1: "across the top", 0: "across the middle", 1: "across the bottom"}.get(row) if row is not None else None
-        )
+        return None if row is None else ("across the middle", "across the bottom", "across the top")[row]
     if tall:
-        return (
-            {-1: "on the left side", 0: "in the middle", 1: "on the right side"}[column] if column is not None else None
-        )
+        return None if column is None else ("in the middle", "on the right side", "on the left side")[column]
     if column is not None and row is not None:
         return _CELLS[row + 1][column + 1]
     if row is not None and row != 0:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from regiongpt.model.processing import RegionGPTProcessor
 
-MOST_TURNS_DRAWN: Final = 12
-MOST_CAPTIONS_DRAWN: Final = 12
+MOST_DRAWN: Final = 12
+"""Turns beneath a picture, and names on it."""
 MOST_CATEGORIES: Final = 20
 PAGE_RECORDS: Final = 24
 SHARES: Final = {1e-4: "under 0.01 %", 1e-3: "0.01 to 0.1 %", 1e-2: "0.1 to 1 %", 0.1: "1 to 10 %", 2.0: "10 to 100 %"}
@@ -45,7 +45,6 @@ _BAR: Final = 40
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 
@@ -188,7 +187,6 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         raise ConfigError(f"--plot: {path}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What a model is taught
 
 
@@ -263,11 +261,6 @@ def pieces(encoded: Mapping[str, Any], processor: "RegionGPTProcessor") -> list[
     return found
 
 
-def target_count(shown: Sequence[Piece]) -> tuple[int, int]:
-    """How many tokens there are, and how many of them are supervised."""
-    return sum(piece.tokens for piece in shown), sum(piece.tokens for piece in shown if piece.target)
-
-
 def terminal(shown: Sequence[Piece], colour: bool) -> str:
     """The tokens as text, what is supervised in bold green, or between ``⟦`` and ``⟧`` without colour."""
     parts: list[str] = []
@@ -307,12 +300,10 @@ def draw_record(
             f"{path}: expected {record.width} x {record.height} pixels (W x H) for {record.id}, "
             f"got {image.width} x {image.height}; give the folder of the images that were converted"
         )
-    shown = list(dialogue[:MOST_TURNS_DRAWN])
+    shown = list(dialogue[:MOST_DRAWN])
     if len(dialogue) > len(shown):
         shown.append((f"... and {many(len(dialogue) - len(shown), 'more turn')}", ""))
-    captions = [each.category for each in record.regions] if names else []
-    if len(captions) > MOST_CAPTIONS_DRAWN:
-        captions = []
+    captions = [each.category for each in record.regions] if names and len(record.regions) <= MOST_DRAWN else []
     return draw_regions(image, [each.region for each in record.regions], captions or None, dialogue=shown)
 
 
@@ -364,7 +355,6 @@ def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed:
     return card
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Faults
 
 
@@ -404,7 +394,6 @@ def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple
             yield name, fault_of(error)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The verb
 
 
@@ -497,7 +486,8 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
     processor: Any = load_processor(options.model) if record or options.html or options.check else None
     if index is not None and record is not None:
         shown = pieces(encode(record, processor, seed, epoch, index), processor)
-        total, supervised = target_count(shown)
+        total = sum(piece.tokens for piece in shown)
+        supervised = sum(piece.tokens for piece in shown if piece.target)
         found["record"] = {
             "index": index,
             **record.row(),
@@ -522,12 +512,8 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
             tell(f"{name}: {fault.kind}: {fault.reason}")
         kinds = Counter(fault["kind"] for fault in faults)
         faulty = len({fault["record"] for fault in faults})
-        found["check"] = {
-            "records": len(records),
-            "faulty": faulty,
-            "kinds": dict(kinds.most_common()),
-            "faults": faults,
-        }
+        counts_of = {"records": len(records), "faulty": faulty, "kinds": dict(kinds.most_common())}
+        found["check"] = {**counts_of, "faults": faults}
         result = f"{faulty:,} faulty" if faulty else "every one can be taught"
         tell(f"{many(len(records), 'record')} checked: {result}", *counted(kinds))
     if as_json:

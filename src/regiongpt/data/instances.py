@@ -1,7 +1,6 @@
-"""Files in COCO's format, as COCO and other tools write them: read here alone, whoever asks.
+"""Files in COCO's format, as COCO and other tools write them; docs/data.md says what each may do in its own way.
 
-CVAT, datumaro, Roboflow, supervision, kwcoco, Label Studio and LabelMe export COCO, each in its own way. What follows
-from the rest of an entry need not be given: a box follows from a mask, a size from the image.
+What follows from the rest of an entry need not be given: a box follows from a mask, a size from the image.
 """
 
 import logging
@@ -11,6 +10,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, NamedTuple
@@ -57,11 +57,10 @@ _AT_ONCE: Final = 20_000  # polygons that are looked at together
 
 
 def crowd_hint(rejects: Rejects) -> str:
-    """What to say to someone to whom nothing is left but crowds: tools that store masks as RLE mark each as a crowd."""
+    """What to add where nothing else is left: tools that store masks as RLE mark each as a crowd."""
     return "; --crowds takes what is marked as a crowd" if rejects.counts[CROWD] else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # One entry
 
 
@@ -75,15 +74,13 @@ class Mask(NamedTuple):
 
     def bounds(self) -> tuple[float, float, float, float] | None:
         """x, y, width, height around it; None without a mask, or where it has no area."""
+        x0 = y0 = x1 = y1 = 0.0
         if self.rings:
-            x0, y0 = min(min(ring[::2]) for ring in self.rings), min(min(ring[1::2]) for ring in self.rings)
-            x1, y1 = max(max(ring[::2]) for ring in self.rings), max(max(ring[1::2]) for ring in self.rings)
-            return x0, y0, x1 - x0, y1 - y0
-        try:
-            coded = self.region()
-            x0, y0, x1, y1 = coded.bounds(*self.rle["size"][::-1]) if coded and self.rle else (0.0,) * 4
-        except RegionError:
-            return None
+            points = np.concatenate([np.reshape(ring, (-1, 2)) for ring in self.rings])
+            (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+        elif self.rle:
+            with suppress(RegionError):
+                x0, y0, x1, y1 = Region.rle(self.rle).bounds(*self.rle["size"][::-1])
         return (x0, y0, x1 - x0, y1 - y0) if x1 > x0 else None
 
     def region(self) -> Region | None:
@@ -149,7 +146,8 @@ def read_box(value: Any) -> Corners | None:
 
 def annotated_box(box: Corners, width: int, height: int) -> Corners:
     """A bbox as :func:`clipped_box` makes it; Fault too for one that is a fraction of the image's sides."""
-    if min(box[:2]) >= 0 and max(box[0] + box[2], box[1] + box[3]) <= 1 < max(width, height) and min(box[2:]) > 0:
+    x, y, w, h = box
+    if x + w <= 1 and y + h <= 1 < max(width, height) and min(x, y) >= 0 < min(w, h):
         raise Fault("box that looks normalized", f"expected pixels, got {short(box)}; multiply by the image's size")
     return clipped_box(box, width, height)
 
@@ -184,6 +182,8 @@ def read_mask(segmentation: Any) -> Mask:
     if not segmentation:
         return _NO_MASK
     listed = segmentation if isinstance(segmentation, list) else [segmentation]
+    if all(isinstance(each, dict) and "exterior" in each and not each.get("interiors") for each in listed):
+        listed = [each["exterior"] for each in listed]  # kwcoco's; with holes, they are no rings of COCO
     if isinstance(listed[0], dict) and len(listed) == 1:
         if listed[0].keys().isdisjoint(("size", "counts")):
             wrong = Fault("segmentation of another form", f"expected polygons or RLE, got {short(segmentation)}")
@@ -222,7 +222,6 @@ def read_mask(segmentation: Any) -> Mask:
     return Mask(rings if sound else (), None, faults, sound and bool(rings or not faults))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Which image an entry means
 
 
@@ -274,7 +273,7 @@ class ImageFinder:
     Args:
         entries: All of the file.
         folder: Of the images; None takes the likeliest name without a look.
-        url_first: The address is likelier than the file name, as with LVIS.
+        url_first: The address comes before the file name, as in LVIS' own files, whose names are of another split.
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]], folder: Path | None, url_first: bool = False) -> None:
@@ -282,6 +281,7 @@ class ImageFinder:
         self._folder = None if folder is None else str(folder)
         self._parts = () if folder is None else folder.resolve().parts
         self._alike: Counter[str] | None = None
+        self.by_last_part: list[str] = []  # names of which no more than that was found
 
     def find(self, entry: Mapping[str, Any]) -> str:
         """The path below the folder, the likeliest name where no such file is there.
@@ -294,19 +294,24 @@ class ImageFinder:
             raise Fault("image outside the folder", "expected a file_name or coco_url below it, got neither")
         if self._folder is None:
             return image_name(names[0])
-        for candidate in self._candidates(entry, names):
-            for path in _spellings(candidate):
-                if is_unicode(path) and is_below(path) and os.path.isfile(f"{self._folder}/{path}"):
-                    return path
+        for path in (path for name in names for candidate in self._below(name) for path in _spellings(candidate)):
+            if self._is_there(path):
+                return path
+        for path in (path for last in self._own_lasts(entry) for path in _spellings(last)):
+            if self._is_there(path):
+                self.by_last_part.append(names[0])
+                return path
         return list(self._below(image_name(names[0])))[-1]
 
-    def _candidates(self, entry: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
-        for name in names:
-            yield from self._below(name)
+    def _is_there(self, path: str) -> bool:
+        return is_unicode(path) and is_below(path) and os.path.isfile(f"{self._folder}/{path}")
+
+    def _own_lasts(self, entry: Mapping[str, Any]) -> list[str]:
+        """What an entry's names end in, where those of no other entry do."""
         if self._alike is None:  # by how many images a last part is borne
             images = {tuple(_names(each)): each for each in self._entries}
             self._alike = Counter(last for each in images.values() for last in set(_lasts(each)))
-        yield from (last for last in _lasts(entry) if self._alike[last] == 1)
+        return [last for last in _lasts(entry) if self._alike[last] == 1]
 
     def _below(self, name: str) -> Iterator[str]:
         """A name as it is, and without the folders that the images' folder ends in."""
@@ -338,10 +343,13 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
                 whole_name = shared == len(own.parent.parts)
                 found.setdefault((same, k == 0, shared, whole_name, own.name == path.name), []).append(entry)
     best = found[max(found)] if found else []
+    is_whole_name = bool(found) and max(found)[3]
     if len({str(entry.get("id")) for entry in best}) != 1:
         listed = ", ".join(_names(entry)[0] for entry in best[:4])
         several = f"{len(best)} images that may be {path.name}: {listed}" if best else f"no image called {path.name}"
         raise DataError(f"{file} has {several}; give --image-id")
+    if not is_whole_name:
+        log.warning("%s: %s is taken for %s, by the last part of the name alone", file, _names(best[0])[0], image)
     return best[0]
 
 
@@ -354,29 +362,27 @@ def _original(entry: Mapping[str, Any], name: str) -> str:
     return f"{copied[1]}.{copied[2] or copied[3]}" if copied else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # A whole file
 
 
 class InstancesFile:
-    """The images, objects and category names of one file; what cannot be used is left out and noted.
+    """The images, objects and category names of one file; what cannot be used is left out and noted in ``rejects``.
 
     Args:
         path: Of the json.
-        rejects: Where what is left out is noted.
+        rejects: Where that is.
         shapes: What is wanted of each object: its box, its mask or both. Without ``"box"``, an object without a sound
             mask is left out; with it, its box is kept.
         folder: Of the images; None does not look for them.
         check: Leave out images that are missing (``"missing"``), or those of another size too (``"size"``).
-        url_first: As for :class:`ImageFinder`.
         crowds: ``"leave out"`` groups of objects, ``"take"`` them for objects, or ``"keep"`` them apart by ``crowd``.
         wanted: Ids of the images whose objects are read; None for all.
         known: Ids of images to take for duplicates: those of the files before.
         official: Names by category id, for a file that breaks off before its categories.
 
     Attributes:
-        names: Of the categories by id; of two ids of one name, the first that is used stands for both. What no
-            annotation has is left out where it is the background, or a root that others call their supercategory.
+        names: Of the categories by id; of two ids of one name, the first that is used stands for both. The background
+            and roots that others call their supercategory are not among them unless an annotation has them.
         images: Ids in ascending order, with ``widths``, ``heights`` and ``paths`` beside them.
         ids: Of the objects in the order of their images and then their ids; below 0 without one. Beside them are the
             ``places`` of their images in ``images``, their ``categories`` (ids), ``boxes`` (N, 4), half-open xyxy
@@ -397,7 +403,6 @@ class InstancesFile:
         shapes: Shapes = "box",
         folder: Path | None = None,
         check: Literal["", "missing", "size"] = "",
-        url_first: bool = False,
         crowds: Literal["leave out", "take", "keep"] = "leave out",
         wanted: Set[int] | None = None,
         known: Set[int] = frozenset(),
@@ -406,6 +411,7 @@ class InstancesFile:
         self.path = path
         self._rejects, self._shapes, self._crowds = rejects, shapes, crowds
         self._folder, self._check, self._wanted, self._known = folder, check, wanted, known
+        self._then = "the object is left out" if shapes == "mask" else "its box is kept"
         self._texts: dict[int, str] = {}  # of ids that are text
         self._categories: dict[int, dict[str, Any]] = {}
         self._entries: dict[int, dict[str, Any]] = {}  # of images
@@ -429,7 +435,7 @@ class InstancesFile:
             log.warning("%s: breaks off before its categories; the official ids are taken", path)
             self._categories = {number: {"name": name} for number, name in official.items()}
         self._settle_categories()
-        self._settle_images(url_first)
+        self._settle_images()
         self._settle_objects()
 
     def name_of(self, number: int) -> int | str:
@@ -448,7 +454,6 @@ class InstancesFile:
         """The rings of one of the objects, each (N, 2) x and y in pixels; none unless it has sound polygons."""
         return [np.reshape(ring, (-1, 2)) for ring in self._masks[index].rings]
 
-    # -----------------------------------------------------------------------------------------------------------------
     # Entry by entry
 
     def _number(self, entry: Any, what: str) -> int:
@@ -505,7 +510,6 @@ class InstancesFile:
         self._crowd.append(row.crowd)
         self._masks.append(mask)
 
-    # -----------------------------------------------------------------------------------------------------------------
     # All together
 
     def _settle_categories(self) -> None:
@@ -529,7 +533,7 @@ class InstancesFile:
             number: entry["name"] for number, entry in self._categories.items() if self._alias.get(number) == number
         }
 
-    def _settle_images(self, url_first: bool) -> None:
+    def _settle_images(self) -> None:
         """Finds the images' files, and leaves out images that cannot be used."""
         absent, partly = (
             {
@@ -544,7 +548,7 @@ class InstancesFile:
         self.federated: dict[str, Any] | None = None
         if is_lvis and all(each in ("r", "c", "f") for each in frequency.values()):
             self.federated = {"absent": absent, "partly": partly, "frequency": frequency}
-        finder = ImageFinder(list(self._entries.values()), self._folder, url_first or is_lvis)
+        finder = ImageFinder(list(self._entries.values()), self._folder, is_lvis)
         frames: dict[int, tuple[int, int, str]] = {}
         for number, entry in self._entries.items():
             try:
@@ -552,6 +556,11 @@ class InstancesFile:
             except Fault as fault:
                 self._left_out.add(number)
                 self._rejects.add(fault.kind, self.path, f"image {self.name_of(number)}", fault.reason)
+        if finder.by_last_part:
+            told = (
+                "%s: %s found by the last part of the name alone, such as %s; check that --images is the right folder"
+            )
+            log.warning(told, self.path, many(len(finder.by_last_part), "image"), finder.by_last_part[0])
         self._entries.clear()
         self.images: NDArray[np.int64] = np.array(sorted(frames), np.int64)
         ordered = [frames[number] for number in self.images.tolist()]
@@ -645,13 +654,8 @@ class InstancesFile:
         del self._ids, self._image_ids, self._category_ids, self._boxes, self._areas, self._boxless, self._crowd
 
     def _leave_out(self, number: int, fault: Fault, then: str = "") -> None:
-        self._rejects.add(
-            fault.kind, self.path, self.name_of(number), f"{fault.reason}; {then}" if then else fault.reason
-        )
-
-    @property
-    def _then(self) -> str:
-        return "the object is left out" if self._shapes == "mask" else "its box is kept"
+        reason = f"{fault.reason}; {then}" if then else fault.reason
+        self._rejects.add(fault.kind, self.path, self.name_of(number), reason)
 
     def _check_masks(self, ids: Sequence[int], masks: list[Mask], sizes: Sequence[tuple[int, int]]) -> None:
         """Spoils the masks that make no sense in their images, and notes objects that lack a wanted one."""

@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.values import words_alone
 from regiongpt.errors import DataError
 from regiongpt.images import open_image
 from regiongpt.regions import Region
@@ -93,12 +94,11 @@ def read_mask_png(source: str | Path | bytes) -> Region:
 
 
 def regions_of_detections(detections: Any, names: Mapping[int, str] | None = None) -> tuple[RecordRegion, ...]:
-    """Each detection of a ``supervision.Detections`` as a region: its mask where it has one, else its box.
+    """Each detection of a ``supervision.Detections`` as a region: its mask where that has a set pixel, else its box.
 
     Args:
         detections: With ``xyxy`` (N, 4), ``mask`` (N, H, W) or None, ``class_id`` (N,) or None, and ``data``, whose
-            ``"class_name"`` is taken where it is there. A mask without a set pixel is none: supervision gives one to
-            an object that has a box alone, where others have masks.
+            ``"class_name"`` is taken where it is there.
         names: Of the classes by id, for detections without names.
 
     Raises:
@@ -110,11 +110,14 @@ def regions_of_detections(detections: Any, names: Mapping[int, str] | None = Non
         given = detections.data.get("class_name")
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"expected a supervision.Detections, got {type(detections).__name__} ({error})") from None
+    for what, values in (("masks", masks), ("classes", classes), ("names", given)):
+        if values is not None and len(values) != len(boxes):
+            raise DataError(f"expected {len(boxes)} {what}, one a box, got {len(values)}")
     regions: list[RecordRegion] = []
     for number, box in enumerate(boxes.tolist()):
         mask = None if masks is None else np.asarray(masks[number])
         region = Region.box(*box) if mask is None or not mask.any() else Region.mask(mask)
-        name = "" if given is None else str(given[number])
+        name = "" if given is None or given[number] is None else words_alone(str(given[number]))
         if given is None and classes is not None and names is not None:
             if int(classes[number]) not in names:
                 raise DataError(f"detection {number}: expected a class of {sorted(names)[:8]}, got {classes[number]}")

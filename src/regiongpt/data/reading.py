@@ -90,6 +90,8 @@ class _Text:
     def next_shown(self) -> str:
         if self.at >= len(self.held):
             return "the end of the file"
+        if self.held[self.at] == "\x1f":
+            return "a gzip file, which must be unpacked first"
         byte = ord(self.held[self.at]) - 0xDC00
         return f"the byte 0x{byte:02x}, which is not UTF-8" if 0x80 <= byte <= 0xFF else repr(self.held[self.at])
 

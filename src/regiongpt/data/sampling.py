@@ -19,29 +19,17 @@ LOCATED_AMONG = 5
 
 @dataclass(frozen=True, kw_only=True)
 class DevQuestion:
-    """One question with one right answer about a whole image.
-
-    Args:
-        image: The image.
-        task: A key of :data:`regiongpt.prompts.QUESTIONS`.
-        text: The question, without ``<image>``.
-        regions: What its placeholders stand for, in pixels of the image.
-        answer: The class name, ``Region [n]``, ``yes`` or ``no``; for a description the class name it must contain.
-        category: Class of the object asked about.
-        share: Area of the object's box as a share of the image, 0 where there is none.
-        kind: What the answer rests on: the kind of expression, or of negative.
-        expression: What to find, for ``locate``.
-    """
+    """One question with one right answer about a whole image."""
 
     image: ImageAnnotations
-    task: str
-    text: str
-    regions: list[Region]
-    answer: str
-    category: str
-    share: float = 0.0
-    kind: str = ""
-    expression: str = ""
+    task: str  # a key of prompts.QUESTIONS
+    text: str  # without <image>
+    regions: list[Region]  # what its placeholders stand for, in pixels of the image
+    answer: str  # class name or "Region [n]"; for a description the class name it must contain
+    category: str  # of the object asked about
+    share: float = 0.0  # area of the object's box as a share of the image
+    kind: str = ""  # of expression that the answer rests on
+    expression: str = ""  # what to find, for "locate"
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any, Unpack, overload
 
 import torch
 
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError, short
 from regiongpt.images import ImageSource, load_image
 from regiongpt.inference.choices import Classified, Located, classify_regions, locate_expressions
 from regiongpt.inference.conversation import Conversation
@@ -70,9 +70,10 @@ class _Group:
 class RegionPredictor:
     """Ask a model about regions of an image.
 
-    >>> predictor = RegionPredictor.from_pretrained()
-    >>> predictor.set_image("photo.jpg")
-    >>> predictor.ask("What is <region1> doing?", [Region.box(40, 60, 300, 280)]).text
+    Examples:
+        >>> predictor = RegionPredictor.from_pretrained()
+        >>> predictor.set_image("photo.jpg")
+        >>> predictor.ask("What is <region1> doing?", [Region.box(40, 60, 300, 280)]).text
 
     Several threads may use one predictor, each with an image of its own: a thread asks about the image that it set
     itself, or, if it never set one, about the last that any thread has set. What they ask at the same time is answered
@@ -129,6 +130,9 @@ class RegionPredictor:
         """
         if path is not None and not isinstance(path, str | Path):
             raise ConfigError(f"expected path as a checkpoint folder, got {path!r:.80}")
+        for name, flag in (("int8", int8), ("untrained", untrained)):
+            if not isinstance(flag, bool):
+                raise ConfigError(f"expected {name} as True or False, got {short(flag)}")
         memory = Memory(images=images, token_budget=token_budget, rows=rows)
         chosen = pick_device(device)
         model, processor = weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen))
@@ -405,7 +409,7 @@ class RegionPredictor:
             check_text(each, "an expression such as 'the red cup'")
             check_placeholders(each, len(listed))
         if not isinstance(by, str) or by not in WAYS:
-            raise ConfigError(f"by: expected one of {', '.join(WAYS)}, got {by!r}")
+            raise ConfigError(f"by: expected one of {', '.join(WAYS)}, got {short(by)}")
         if not listed:
             raise RegionError("expected at least one region to choose from, got none")
         pooled = self.engine.pool_each(scene, listed)

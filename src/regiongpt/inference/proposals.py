@@ -25,7 +25,7 @@ from regiongpt.data.instances import (
     warn_of_overhang,
 )
 from regiongpt.data.shards import CROWD, Fault, Rejects, many
-from regiongpt.data.values import MALFORMED, stated_size
+from regiongpt.data.values import MALFORMED, stated_size, whole
 from regiongpt.errors import ConfigError, DataError, RegionError, short
 from regiongpt.images import SUFFIXES
 from regiongpt.regions import KINDS, Region
@@ -57,10 +57,9 @@ def read_proposals(
 ) -> list[Proposal]:
     """Read regions of one image from a json file; an entry that cannot be used is left out and counted.
 
-    The file is a list: COCO detection results (``image_id``, ``bbox`` as x, y, width, height or ``segmentation``,
-    ``score``) or regions as :meth:`Region.to_dict` writes them, each with a ``score`` if it has one. Or it is an object
-    with such a list as its ``regions`` (what ``regiongpt ask --json`` prints) or its ``annotations`` (a COCO data set).
-    Where an entry has a mask, that is taken and not its box.
+    The file is a list of COCO detection results (``image_id``, ``bbox`` or ``segmentation``, ``score``) or of regions
+    as :meth:`Region.to_dict` writes them; or an object with such a list as its ``regions`` (what ``regiongpt ask
+    --json`` prints) or its ``annotations`` (a COCO data set). Where an entry has a mask, that is taken, not its box.
 
     Args:
         path: the file.
@@ -102,7 +101,8 @@ def read_proposals(
     if spoilt:
         log.warning("%s cannot be used, the box is taken: %s", many(len(spoilt), "mask"), spoilt[0])
     if not found:
-        why = f"no region can be used: {reasons[0]}{crowd_hint(rejects)}" if reasons else "an empty list of regions"
+        hint = crowd_hint(rejects) if reasons and "--crowds" not in reasons[0] else ""
+        why = f"no region can be used: {reasons[0]}{hint}" if reasons else "an empty list of regions"
         raise DataError(f"{file.name}: {why}")
     return found
 
@@ -176,6 +176,7 @@ class _File(NamedTuple):
     path: Path
     entries: list[tuple[int, Any]]
     by_image: dict[int, list[tuple[int, Any]]]
+    ids: dict[int, Any]  # of images, as the entries have them
     homeless: list[tuple[int, Any]]  # without an image_id
     images: list[Mapping[str, Any]]
     about: str
@@ -191,17 +192,25 @@ def _read(path: Path, stamp: tuple[int, int]) -> _File:
             f"{path}: expected a list of regions, or an object with one as regions or annotations, got {short(data)}"
         )
     by_image: dict[int, list[tuple[int, Any]]] = {}
+    ids: dict[int, Any] = {}
     homeless: list[tuple[int, Any]] = []
     for place, entry in enumerate(listed):
-        number = number_of(entry.get("image_id")) if isinstance(entry, dict) else None
-        (homeless if number is None else by_image.setdefault(number, [])).append((place, entry))
+        given = [entry.get(key) for key in ("image_id", "file_name", "image")] if isinstance(entry, dict) else []
+        identity = next((each for each in given if number_of(each) is not None), None)
+        number = number_of(identity)
+        if number is None:
+            homeless.append((place, entry))
+        else:
+            by_image.setdefault(number, []).append((place, entry))
+            ids[number] = identity
     images, about = content.get("images"), content.get("image")
     images = [each for each in images if isinstance(each, dict)] if isinstance(images, list) else []
-    about = about if isinstance(about, str) else ""
-    if not about and len(by_image) == 1:  # some results have the name of the image for its id
-        only = next(iter(by_image.values()))[0][1]["image_id"]
-        about = only if isinstance(only, str) and only.lower().endswith(SUFFIXES) else ""
-    return _File(path, list(enumerate(listed)), by_image, homeless, images, about.replace("\\", "/"))
+    if not images:  # some results have the name of the image for its id
+        named = [each for each in ids.values() if isinstance(each, str) and each.lower().endswith(SUFFIXES)]
+        images = [{"id": name, "file_name": name} for name in named]
+    first = {number_of(each.get("id")): each for each in reversed(images)}
+    about = about.replace("\\", "/") if isinstance(about, str) else ""
+    return _File(path, list(enumerate(listed)), by_image, ids, homeless, list(first.values())[::-1], about)
 
 
 def _of_image(
@@ -212,7 +221,8 @@ def _of_image(
     if image_id is None:
         if file.about and image is not None and PurePath(file.about).name != PurePath(image).name:
             raise DataError(f"{name} is about {file.about}, not {image}; give a file with its list of regions alone")
-        if not file.images and len(file.by_image) <= 1:
+        is_called_by_number = all(number >> 62 == 0 for number in file.by_image)
+        if not file.images and len(file.by_image) <= 1 and (is_called_by_number or image is None):
             return file.entries
         image_id = _guess(file, image)
     wanted = number_of(image_id)
@@ -226,24 +236,25 @@ def _of_image(
                 expected = f"expected {stated[0]} x {stated[1]} pixels (W x H) as annotated"
                 raise DataError(f"{name}: image of another size: {expected}, got {size[0]} x {size[1]}")
     if wanted not in file.by_image:
-        known = [str(entries[0][1]["image_id"]) for entries in islice(file.by_image.values(), 5)]
-        raise DataError(f"{file.path}: no regions of image_id {image_id}, only of {', '.join(known) or 'no image'}")
+        known = ", ".join(map(str, islice(file.ids.values(), 5)))
+        raise DataError(f"{file.path}: no regions of image_id {image_id}, only of {known or 'no image'}")
     return file.by_image[wanted]
 
 
 def _guess(file: _File, image: str | Path | None) -> Any:
     """Which of a file's images is the one in the file ``image``."""
+    own = PurePath(image if image is not None else "")
+    if own.stem and number_of(own.stem) in file.by_image and whole(own.stem) is None:
+        return own.stem  # some results have that for an id
     named = any(isinstance(each.get("file_name") or each.get("coco_url"), str) for each in file.images)
     if image is not None and named:
         return entry_of(file.images, image, file.path.name).get("id")
     if len(file.images) == 1:
         return file.images[0].get("id")
-    # Results name no images, but some have the names for ids, and COCO's images are called by their numbers.
-    own = PurePath(image if image is not None else "")
+    # Results name no images, but those of COCO's are called by their numbers.
     digits = re.search(r"(\d+)$", own.stem)
-    for identity in (own.name, own.stem, int(digits[1]) if digits else None):
-        if number_of(identity) in file.by_image:
-            return identity
+    if digits and int(digits[1]) in file.by_image:
+        return int(digits[1])
     raise DataError(
         f"{file.path}: which of the {max(len(file.by_image), len(file.images))} images is "
         f"{PurePath(image).name if image is not None else 'meant'}? give --image-id"
@@ -263,7 +274,7 @@ def _proposal(entry: Any, place: str, width: int, height: int, crowds: bool) -> 
 
 
 def _region(entry: dict[str, Any], row: Annotation, width: int, height: int) -> tuple[Region, str]:
-    own = entry.get("region", {key: entry[key] for key in (*KINDS, "radius", "width") if key in entry})
+    own = entry.get("region", {key: entry[key] for key in (*KINDS, "radius", "width", "normalized") if key in entry})
     if isinstance(own, dict) and own.keys() & set(KINDS):
         # A width beside anything but a scribble is the image's.
         return Region.from_dict({key: own[key] for key in own if key != "width" or "scribble" in own}), ""

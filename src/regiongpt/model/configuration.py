@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from regiongpt.errors import ConfigError
+from regiongpt.errors import ConfigError, short
 
 REFINEMENTS: dict[str, int] = {"deconv": 4, "bilinear": 16, "deconv_bilinear": 16, "none": 1}
 """How many times finer than the tower's grid each refinement's grid is, on each axis. Paper: Tab. 6."""
@@ -121,19 +121,23 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the two inner configurations, fill in what was left open, and check the whole."""
-        self.vision_config = _sub_config(self.vision_config, "clip_vision_model", _CLIP_L_336)
+        self.vision_config = _sub_config("vision_config", self.vision_config, "clip_vision_model", _CLIP_L_336)
         # A complete CLIP or SigLIP configuration carries its vision half; only that half is a tower.
         self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
-        self.text_config = _sub_config(self.text_config, "llama", {})
+        self.text_config = _sub_config("text_config", self.text_config, "llama", {})
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.vision_config.model_type not in VISION_TOWERS:
             raise ConfigError(
                 f"vision_config must be one of {', '.join(VISION_TOWERS)}; got {self.vision_config.model_type!r}"
             )
-        sizes = ("image_size", "vision_feature_layer", "refinement_channels", "connector_size", "region_number_offset")
-        for name in sizes:
-            if (value := getattr(self, name)) is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ConfigError(f"{name} must be a whole number; got {value!r}")
+        needed = ("vision_feature_layer", "region_number_offset")
+        sizes = ("image_size", "refinement_channels", "connector_size", "image_token_id", "region_token_id")
+        for name in (*needed, *sizes):
+            value = getattr(self, name)
+            if (value is not None or name in needed) and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(f"{name} must be a whole number; got {short(value)}")
+        if not isinstance(self.image_marks, bool):
+            raise ConfigError(f"image_marks must be true or false; got {short(self.image_marks)}")
         if self.image_size is None:
             self.image_size = native_image_size(self.vision_config)
         if self.image_grid is None:
@@ -146,8 +150,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         self._check()
 
     def _check(self) -> None:
-        if self.refinement not in REFINEMENTS:
-            raise ConfigError(f"refinement must be one of {', '.join(REFINEMENTS)}; got {self.refinement!r}")
+        if not isinstance(self.refinement, str) or self.refinement not in REFINEMENTS:
+            raise ConfigError(f"refinement must be one of {', '.join(REFINEMENTS)}; got {short(self.refinement)}")
         patch = self.vision_config.patch_size
         if self.image_size <= 0 or self.image_size % patch:
             raise ConfigError(
@@ -208,12 +212,14 @@ def native_image_size(vision_config: Any) -> int:
     return (int(size) // patch if size is not None else int(vision_config.num_patches**0.5)) * patch
 
 
-def _sub_config(value: Any, default_type: str, defaults: dict[str, Any]) -> Any:
+def _sub_config(name: str, value: Any, default_type: str, defaults: dict[str, Any]) -> Any:
     if value is None:
         return AutoConfig.for_model(default_type, **defaults)
     if isinstance(value, dict):
         fields = dict(value)
         return AutoConfig.for_model(fields.pop("model_type", default_type), **fields)
+    if not isinstance(value, PreTrainedConfig):
+        raise ConfigError(f"{name} must be a configuration or a dictionary; got {short(value)}")
     return value
 
 

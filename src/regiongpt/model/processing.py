@@ -26,7 +26,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.errors import ConfigError, DataError, RegionError, short
 from regiongpt.images import SquareFrame, load_image
 from regiongpt.model.refinement import split_weights
 from regiongpt.prompts import (
@@ -69,7 +69,7 @@ def prepare_tokenizer(tokenizer: Any, family: str) -> int:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"expected a fast tokenizer (it must report offsets), got {type(tokenizer).__name__}")
-    turn_tokens = CONTROL_TOKENS[family] if family in ("llama3", "chatml") else ()
+    turn_tokens = () if family == "llama2" else CONTROL_TOKENS[family]  # Llama 2 spells its marks as plain text
     added: int = tokenizer.add_tokens([IMAGE_TOKEN, REGION_TOKEN, *turn_tokens], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -373,7 +373,11 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             Text with ``<image>`` and ``<regionN>`` in place, for the processor (a list for a batch); or, if
             ``tokenize``, a BatchFeature as :meth:`collate` makes it.
         """
-        more = processor_kwargs or {}
+        more = {} if processor_kwargs is None else processor_kwargs
+        if not isinstance(more, Mapping):
+            raise ConfigError(f"expected processor_kwargs as a dictionary, got {short(more)}")
+        if not isinstance(conversation, Sequence):
+            raise DataError(f"expected a conversation as a list of messages, got {short(conversation)}")
         images, regions = more.get("images", images), more.get("regions", regions)
         image_sizes, padding_side = more.get("image_sizes", image_sizes), more.get("padding_side", padding_side)
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
@@ -490,6 +494,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         """Apply the chat template; returns the text and the character spans of responses and ends of turn."""
         if add_generation_prompt and turns[-1]["role"] != "user":
             raise DataError("expected a question as the last message before an answer, got the assistant's")
+        if not isinstance(chat_template, str | None):
+            raise ConfigError(f"expected chat_template as a text, got {short(chat_template)}")
         template = CHAT_TEMPLATES.get(chat_template or "", chat_template) or self.chat_template
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ConfigError("the chat template marks no responses; put them between {% generation %} and its end tag")
@@ -658,6 +664,13 @@ def _pictures(images: Any, image_sizes: Any, n_texts: int) -> tuple[list[Any], S
     if pictures and len(pictures) not in (1, n_texts):
         raise DataError(f"expected one image a text, or one for all, got {len(pictures)} images, {n_texts} texts")
     sizes = [picture.size for picture in pictures]
+    image_sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
+    if image_sizes is not None and not (
+        isinstance(image_sizes, list | tuple)
+        and len(image_sizes) == n_texts
+        and all(isinstance(size, list | tuple) and len(size) == 2 for size in image_sizes)
+    ):
+        raise DataError(f"expected image_sizes as a (width, height) for each of {n_texts}, got {short(image_sizes)}")
     return pictures, sizes * n_texts if len(sizes) == 1 else sizes or image_sizes or [None] * n_texts
 
 
@@ -665,7 +678,7 @@ def _per_text(regions: Any, n_texts: int) -> list[Any]:
     """The regions of each text; a single text may come with its list itself."""
     if regions is None:
         return [()] * n_texts
-    if isinstance(regions, str | Region) or not hasattr(regions, "__len__"):
+    if isinstance(regions, str | Region | Mapping) or not hasattr(regions, "__getitem__"):
         raise DataError(f"regions: expected a list of regions a text, got {type(regions).__name__}")
     nested = len(regions) == 1 and not isinstance(regions[0], str) and hasattr(regions[0], "__len__")
     if n_texts == 1 and not (nested and not _is_region(regions[0])):

@@ -63,10 +63,11 @@ def load(
         CheckpointError: a file is missing, torn or of the wrong kind, or the weights are not exactly the finite
             floating-point numbers that ``config.json`` describes.
     """
-    folder = nano_path() if path is None else Path(path)
-    if not folder.is_dir() and path is None:
+    folder = nano_path() if path is None else path
+    if path is None and not nano_path().is_dir():
         raise CheckpointError(f"the package lacks its trained model, {folder}; reinstall it or give another")
     check_checkpoint(folder)
+    folder = Path(folder)
     with reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
@@ -415,8 +416,9 @@ def reading(what: str) -> Iterator[None]:
         yield
     # A damaged file makes the libraries below raise nearly anything, AttributeError and their own kinds included.
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"cannot read {what}: {first.strip()}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise CheckpointError(f"cannot read {what}: {first}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 

@@ -29,21 +29,13 @@ PICTURES: Final = "answers"
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question about a dev image that is asked again and again.
+    """A question about a dev image that is asked again and again."""
 
-    Attributes:
-        name: Names the record or the image.
-        image: File.
-        regions: What its placeholders stand for, in pixels.
-        text: Without ``<image>``.
-        expected: The answer of the data, or the class of the region that is to be described.
-    """
-
-    name: str
+    name: str  # of the record or the image
     image: Path
-    regions: tuple[Region, ...]
-    text: str
-    expected: str
+    regions: tuple[Region, ...]  # what its placeholders stand for, in pixels
+    text: str  # without <image>
+    expected: str  # the answer of the data, or the class of the region that is to be described
 
 
 def load_questions(data: DataConfig, count: int, seed: int) -> list[Question]:

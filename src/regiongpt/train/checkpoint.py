@@ -95,9 +95,9 @@ def require_same(checkpoint: Path, facts: Mapping[str, Any]) -> None:
 
 def require_finished_with(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError if a finished stage was trained with other decisive settings."""
-    written = [path for path in folder.glob(f"{_PREFIX}[0-9]*") if (path / _STAGE).is_file()]
+    written = [path for path in _written(folder) if (path / _STAGE).is_file()]
     if written:
-        last = max(written, key=_step_of)
+        last = written[-1]
         theirs = _read_stage(last)["settings"]
         _require_settings(last, settings, {name: theirs[name] for name in settings if name in theirs})
 
@@ -287,7 +287,7 @@ class Checkpoints:
         def search() -> Path | None:
             for leftover in self.folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            found = self._all()
+            found = _written(self.folder)
             while found:
                 checkpoint = found.pop()
                 fault = damage(checkpoint)
@@ -308,13 +308,13 @@ class Checkpoints:
 
         def check() -> Path:
             fault = damage(path) if path.is_dir() else "there is no such folder"
-            if fault is None and not path.name.removeprefix(_PREFIX).isdigit():
+            if fault is None and not path.name.removeprefix(_PREFIX).isdecimal():
                 fault = "that is no checkpoint's name"
             if fault is not None:
                 raise CheckpointError(
                     f"{path}: expected the folder of a checkpoint, such as stage1/{_PREFIX}200; {fault}"
                 )
-            for newer in self._all():
+            for newer in _written(self.folder):
                 if _step_of(newer) > _step_of(path):
                     log.info("%s is newer than %s and is now %s", newer, path, set_aside(newer).name)
             return path
@@ -361,11 +361,11 @@ class Checkpoints:
                         "%s could not be written (%s); the run goes on, and the newest checkpoint is %s",
                         self.path(step),
                         fault,
-                        next(reversed(self._all()), "none"),
+                        next(reversed(_written(self.folder)), "none"),
                     )
                 return False
         if first:
-            for checkpoint in self._all()[: -self.keep]:
+            for checkpoint in _written(self.folder)[: -self.keep]:
                 if _step_of(checkpoint) != best:
                     # A kill in the middle of this must not leave what looks like a checkpoint.
                     gone = self.folder / f"{_UNFINISHED}{_step_of(checkpoint)}"
@@ -373,10 +373,11 @@ class Checkpoints:
                     shutil.rmtree(gone, ignore_errors=True)
         return True
 
-    def _all(self) -> list[Path]:
-        """Oldest first."""
-        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-        return sorted(found, key=_step_of)
+
+def _written(folder: Path) -> list[Path]:
+    """The checkpoints in a stage's folder, oldest first."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
+    return sorted(found, key=_step_of)
 
 
 def damage(checkpoint: Path) -> str | None:

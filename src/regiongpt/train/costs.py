@@ -60,34 +60,18 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Bytes that the forward pass saves for the backward pass.
+    """Bytes that the forward pass saves for the backward pass."""
 
-    Attributes:
-        layer: Per layer, whatever the tokens: copies of its weights in another precision.
-        layer_token: Per token and layer.
-        outside: Like ``layer``, outside the layers.
-        outside_token: Per token, outside the layers.
-        between: Per token between two layers: all that gradient checkpointing saves of a layer.
-        target: Per target, in the head.
-        layers: Number of layers.
-    """
-
-    layer: float
-    layer_token: float
-    outside: float
-    outside_token: float
-    between: float
-    target: float
+    layer: float  # per layer, whatever the tokens: copies of its weights in another precision
+    layer_token: float  # per token and layer
+    outside: float  # like ``layer``, outside the layers
+    outside_token: float  # per token, outside the layers
+    between: float  # per token between two layers: all that gradient checkpointing saves of a layer
+    target: float  # per target, in the head
     layers: int
 
     def language(self, tokens: float, checkpointing: bool, sharded: bool) -> float:
-        """Bytes at the end of the forward pass.
-
-        Args:
-            tokens: Tokens of all rows together.
-            checkpointing: Whether one layer at a time is saved whole.
-            sharded: Whether copies of weights are gathered for a layer and given up again.
-        """
+        """Bytes at the end of the forward pass of all rows together; sharded copies of weights are given up again."""
         one = self.layer_token * tokens + (0.0 if sharded else self.layer)
         outside = self.outside_token * tokens + self.outside
         return outside + (self.layers * self.between * tokens + one if checkpointing else self.layers * one)

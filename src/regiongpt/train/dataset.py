@@ -144,11 +144,7 @@ class DataCollator:
         extras: What else to pad; nothing for a trainer that knows the model's inputs alone.
     """
 
-    def __init__(
-        self,
-        processor: "RegionGPTProcessor",
-        extras: Sequence[str] = ("tasks",),
-    ) -> None:
+    def __init__(self, processor: "RegionGPTProcessor", extras: Sequence[str] = ("tasks",)) -> None:
         self.processor, self.extras = processor, extras
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:

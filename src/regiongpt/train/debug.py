@@ -202,7 +202,9 @@ def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
     template = shape.chat_template or _TEMPLATES.get(language, "plain")
     small: ModelConfig = small_model(shape, made, vision, language=model, chat_template=template, init="")
     if shape.init:
-        create_start(small, model, made / "start")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            create_start(small, model, made / "start")
         small = small.replace(init=str(made / "start"))
     return small
 

@@ -12,21 +12,13 @@ from regiongpt.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One kind of GPU.
+    """One kind of GPU."""
 
-    Attributes:
-        bf16: Peak of dense matrix products in bfloat16 that are summed in float32, in TFLOP/s.
-        fp32: The same in float32, without TF32.
-        memory: GiB.
-        utilisation: Share of the peak that a well-run training reaches; assumed, not measured here.
-        driver: Words in its driver's name for it.
-    """
-
-    bf16: float
-    fp32: float
-    memory: float
-    utilisation: float = 0.4
-    driver: tuple[str, ...] = ()
+    bf16: float  # peak of dense matrix products in bfloat16 that are summed in float32, in TFLOP/s
+    fp32: float  # the same in float32, without TF32
+    memory: float  # GiB
+    utilisation: float = 0.4  # share of the peak that a well-run training reaches; assumed, not measured here
+    driver: tuple[str, ...] = ()  # words in its driver's name for it
 
     def peak(self, precision: str) -> float:
         """FLOP/s in ``bf16`` or ``fp32``."""

@@ -386,21 +386,15 @@ class StepBatches(Sequence[list[int]]):
 class Batch:
     """A micro-batch of one process.
 
-    Attributes:
-        inputs: Arguments of the loss.
-        items: Numbers of its conversations in the data set.
-        targets: Number of target tokens.
-        tokens: Number of tokens without padding.
-        images: Number of conversations with an image.
-        fault: What was wrong with a record, raised in the training process: an error raised in a loading process would
-            arrive with that process's stack in its message.
+    A record's ``fault`` is raised in the training process: an error raised in a loading process would arrive with that
+    process's stack in its message.
     """
 
-    inputs: dict[str, Any]
-    items: tuple[int, ...]
+    inputs: dict[str, Any]  # arguments of the loss
+    items: tuple[int, ...]  # numbers of its conversations in the data set
     targets: int = 0
-    tokens: int = 0
-    images: int = 0
+    tokens: int = 0  # without padding
+    images: int = 0  # conversations with one
     fault: RegionGPTError | None = None
 
     def pin_memory(self) -> "Batch":
@@ -446,10 +440,7 @@ def targets_in(inputs: dict[str, Any]) -> int:
 class StageModule(nn.Module):
     """A model with its loss as one module: whatever wraps it sees all that is computed.
 
-    Args:
-        model: The model.
-        loss: Its loss.
-        precision: ``torch.bfloat16`` to multiply matrices in it; weights, sums and the loss stay float32.
+    In bfloat16 matrices are multiplied; weights, sums and the loss stay float32.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, precision: torch.dtype = torch.float32) -> None:

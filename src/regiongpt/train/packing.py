@@ -29,8 +29,7 @@ ATTENTION = "regiongpt_units"
 
 PACKED = ("packed_from", "packed_labels", "packed_positions", "packed_documents", "packed_turns")
 """What a packed batch has in place of labels, mask and positions: for each place in a row the token (B T) it holds, or
--1; its label; its position; its conversation, or -1; its turn, as :func:`turn_numbers` counts
-them."""
+-1; its label; its position; its conversation, or -1; its turn, as :func:`turn_numbers` counts them."""
 
 
 class PackedCollate:
@@ -194,17 +193,11 @@ def packed_output(model: Any, batch: dict[str, Any], **options: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """What attends by itself, in the order of the tokens.
+    """What attends by itself, in the order of the tokens."""
 
-    Attributes:
-        sizes: Tokens of each unit; their sum is N.
-        heads: For each unit the number of the one that it sees besides itself, -1 for none.
-        masks: For each unit that sees another one, bool (size, size of that one + size); None for the others.
-    """
-
-    sizes: list[int]
-    heads: list[int]
-    masks: list[Tensor | None]
+    sizes: list[int]  # tokens of each unit; their sum is N
+    heads: list[int]  # for each unit the number of the one that it sees besides itself, -1 for none
+    masks: list[Tensor | None]  # where a unit sees another one: bool (size, size of that one + size)
 
     @classmethod
     def of(cls, documents_N: Tensor, turns_N: Tensor) -> "Units":
@@ -238,19 +231,7 @@ def unit_attention(
 ) -> tuple[Tensor, Any]:
     """Attention of one layer, as transformers calls it: in units if there are any, else its ``sdpa``.
 
-    Args:
-        module: The attention layer.
-        query: (1, H, N, E).
-        key: (1, H', N, E), where H' divides H.
-        value: (1, H', N, E).
-        attention_mask: Ignored if there are units.
-        dropout: Dropout of the weights.
-        scaling: Scale of the scores.
-        units: What attends by itself.
-        **options: Options of ``sdpa``.
-
-    Returns:
-        (1, N, H, E) and None.
+    Takes queries (1, H, N, E), keys and values (1, H', N, E) where H' divides H; returns (1, N, H, E) and None.
     """
     if units is None:
         result: tuple[Tensor, Any] = sdpa_attention_forward(

@@ -7,7 +7,6 @@ than ``plan.sample``. FLOPs include padding. Time is FLOPs divided by an assumed
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,27 +70,16 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Size of a stage's data.
+    """Size of a stage's data."""
 
-    Attributes:
-        items: Number of conversations.
-        how: What the numbers rest on, in words.
-        tokens: Tokens of all conversations.
-        targets: Supervised tokens.
-        rows: Rows that go through the language model, by width: (number of rows, tokens in each).
-        images: Images that go through the tower; a text among images takes a blank one along.
-        regions: Region embeddings.
-        widest: Tokens with padding, images and targets of the largest micro-batch.
-    """
-
-    items: int
-    how: str
+    items: int  # conversations
+    how: str  # what the numbers rest on, in words
     tokens: float
-    targets: float
-    rows: tuple[tuple[float, float], ...]
-    images: float
-    regions: float
-    widest: tuple[float, float, float]
+    targets: float  # supervised tokens
+    rows: tuple[tuple[float, float], ...]  # of the language model's input: (number of rows, tokens in each)
+    images: float  # that go through the tower; a text among images takes a blank one along
+    regions: float  # region embeddings
+    widest: tuple[float, float, float]  # tokens with padding, images and targets of the largest micro-batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +204,7 @@ def _stages(config: Recipe) -> list[StagePlan]:
         elif size.records and size.answer_tokens:
             each = Item(shape.num_image_tokens + size.text_tokens, size.answer_tokens, 1)
             items = max(1, round(stage.epochs * size.records))
-            reading = _read(items, micro, partial(_same, each), micro, *packing)
+            reading = _read(items, micro, lambda _, each=each: each, micro, *packing)  # type: ignore[misc]
             reading = replace(reading, how="supposed, see [plan]")
         else:
             raise ConfigError(
@@ -225,10 +213,6 @@ def _stages(config: Recipe) -> list[StagePlan]:
             )
         plans.append(_plan_stage(config, name, stage, shape, reading))
     return plans
-
-
-def _same(item: Item, _: int) -> Item:
-    return item
 
 
 def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:

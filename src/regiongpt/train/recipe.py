@@ -98,7 +98,7 @@ class ModelConfig(Settings):
     image_marks: bool = False
     """Add the word embedding of ``<image>`` to each image token."""
     chat_template: str = ""
-    """Chat template: vicuna_v1, llama2, llama3, chatml or plain; guessed from the language model when empty."""
+    """Chat template, one that ``regiongpt weights create --help`` lists; guessed from the language model when empty."""
 
     @property
     def folder(self) -> Path:
@@ -286,19 +286,20 @@ class Recipe(Settings):
     stage2: StageConfig = StageConfig()
     """Refinement, connector and language model."""
 
-    @field_validator("out")
-    @classmethod
-    def _check_out(cls, value: Path) -> Path:
-        if "\0" in str(value):
-            raise ValueError("a path cannot hold a NUL character")
-        return value
-
     @field_validator("steps")
     @classmethod
     def _check_steps(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) < len(value):
             raise ValueError("give each step once")
         return value
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> Self:
+        for name, value in dotted(self.model_dump()).items():
+            text = str(value) if isinstance(value, str | Path) else ""
+            if "\0" in text or text != text.encode(errors="replace").decode():
+                raise ValueError(f"{name}: {text!r} is not plain UTF-8, which the libraries that open it want")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:

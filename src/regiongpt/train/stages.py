@@ -238,7 +238,8 @@ def _require_same(note: Path, identity: dict[str, Any], begun: bool) -> None:
                     note.read_bytes(), object_hook=lambda each: {k: each[k] for k in each if k not in _RETIRED}
                 )
                 odd = [name for name in {**known, **identity} if known.get(name) != identity.get(name)]
-                if "mixtures" in odd and _unseeded(known["mixtures"]) == _unseeded(identity["mixtures"]):
+                theirs, ours = ([each["parts"] for each in of.get("mixtures", ())] for of in (known, identity))
+                if "mixtures" in odd and theirs == ours:
                     odd[odd.index("mixtures")] = "seed"
             except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
                 odd = ["record of what it was made of"]
@@ -252,10 +253,6 @@ def _require_same(note: Path, identity: dict[str, Any], begun: bool) -> None:
         write_file(note, json.dumps(identity, indent=1))
 
     Processes().from_first(compare)
-
-
-def _unseeded(mixtures: list[dict[str, Any]]) -> list[Any]:
-    return [mixture["parts"] for mixture in mixtures]
 
 
 def _create_start(config: Recipe, folder: Path, mixture: Mixture) -> None:
