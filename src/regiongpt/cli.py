@@ -418,22 +418,6 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# annotate
-
-
-def _annotate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from regiongpt.annotate.command import OPTIONS, annotate
-    from regiongpt.settings import add_options, read_options
-
-    parser.description = "Caption regions of many images in two stages; the same command goes on after a stop."
-    for title, kind in OPTIONS.items():
-        add_options(parser, kind, title)
-    typed = parser.parse_args(words)
-    quiet_libraries()
-    return annotate(*(read_options(kind, typed) for kind in OPTIONS.values()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # weights
 
 
@@ -733,7 +717,6 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], i
     "classify": ("choose the class of regions from a closed set", _classify),
     "locate": ("choose the region that an expression refers to", _locate),
     "convert": ("make training records of a data set's files", _convert),
-    "annotate": ("caption regions of many images in two stages", _annotate),
     "inspect": ("show what training records hold, and check them", _inspect),
     "weights": ("make checkpoint folders", _weights),
     "train": ("train a model in the paper's two stages", _train),
