@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stamp import Progress, stamp, write_json
+from stamp import Progress, stamp
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.sampling import DevQuestion, dev_questions
@@ -28,6 +28,7 @@ from regiongpt.inference.quantization import to_int8
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80, question
 from regiongpt.regions import Region
+from regiongpt.storage import finite, write_json
 
 WORDS = ("N/A", "region", "thing")
 """Words that say nothing, in a region's stead."""
@@ -136,7 +137,9 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.out:
         files = {"model": options.model or weights.nano_path()}
-        write_json({"benchmark": "closed_set_dev", "results": results, **stamp(vars(options), files)}, options.out)
+        write_json(
+            options.out, finite({"benchmark": "closed_set_dev", "results": results, **stamp(vars(options), files)})
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stamp import Progress, stamp, write_json
+from stamp import Progress, stamp
+
+from regiongpt.storage import finite, write_json
 
 COCO_IMAGES, COCO_OBJECTS, COCO_CROWDS = 118_287, 860_001, 10_000
 VG_IMAGES, VG_REGIONS = 108_077, 5_408_689
@@ -265,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shutil.rmtree(work, ignore_errors=True)
     print(table(figures))
     if options.out:
-        write_json({**stamp(vars(options), {}), "figures": figures}, options.out)
+        write_json(options.out, finite({**stamp(vars(options), {}), "figures": figures}))
     return 0
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import shapely
-from stamp import stamp, write_json
+from stamp import stamp
 
 from regiongpt.images import SquareFrame
 from regiongpt.regions import Region
+from regiongpt.storage import finite, write_json
 
 WIDTH, HEIGHT, GRID = 1000, 800, 96
 CASES = [("ring", 30), ("ring", 100), ("ring", 200), ("ring", 3000), ("ring", 10_000),
@@ -75,7 +76,7 @@ def main() -> None:
         print(f"{kind:12s} {points:10,d} {found['seconds']:7.3f} {found['megabytes']:7.0f}", end="")
         print(f" {more[0]:11.2f} {more[1]:7.1f} {more[2]:9.1e}", flush=True)
     if options.out:
-        write_json({"results": rows, **stamp({}, {})}, options.out)
+        write_json(options.out, finite({"results": rows, **stamp({}, {})}))
 
 
 if __name__ == "__main__":

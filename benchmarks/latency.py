@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stamp import Progress, stamp, write_json
+from stamp import Progress, stamp
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
 from regiongpt.model import weights
+from regiongpt.storage import finite, write_json
 
 CHELSEA_BOX = "120,15,440,290"
 
@@ -148,7 +149,7 @@ def run(options: argparse.Namespace) -> None:
             print(f"{name:<24}{figure['first']:>9.3f}{figure['median']:>9.3f}{figure['largest']:>9.3f}")
     if options.out:
         files = {"model": options.model or weights.nano_path(), "image": options.image}
-        write_json({"benchmark": "latency", "results": results, **stamp(vars(options), files)}, options.out)
+        write_json(options.out, finite({"benchmark": "latency", "results": results, **stamp(vars(options), files)}))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from stamp import Progress, stamp, write_json
+from stamp import Progress, stamp
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -48,6 +48,7 @@ from regiongpt.inference.scheduler import Scheduler
 from regiongpt.model import weights
 from regiongpt.model.modeling import CACHE
 from regiongpt.prompts import COCO_80, question
+from regiongpt.storage import finite, write_json
 
 CLIP_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
           "image_size": 224, "patch_size": 16}  # fmt: skip
@@ -470,7 +471,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.plot:
         plot(results, options.plot)
     if options.out:
-        write_json(report, options.out)
+        write_json(options.out, finite(report))
     return report
 
 

@@ -26,7 +26,7 @@ from nano_metrics import (
     naming_scores,
     presence_scores,
 )
-from stamp import Progress, stamp, write_json
+from stamp import Progress, stamp
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.facts import View, colours_of
@@ -38,6 +38,7 @@ from regiongpt.inference.engine import Engine, Prompt, Scene, pick_device, pick_
 from regiongpt.inference.options import WAYS, By, Options
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
+from regiongpt.storage import finite, write_json
 from regiongpt.train.start import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "nano"))
@@ -343,7 +344,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(tables(results))
     print(f"\n{len(images)} of {len(data.images)} images in {seconds['all']:.0f} s")
     if options.out:
-        write_json(report, options.out)
+        write_json(options.out, finite(report))
     if options.answers:
         write_answers(options.answers, questions, rows)
     return report

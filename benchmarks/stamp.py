@@ -1,17 +1,16 @@
 """What every measurement here records beside its figures: code, machine, packages, date, arguments and file hashes."""
 
-import json
-import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from regiongpt.environment import machine, versions
+from regiongpt.storage import sha256
 
 PACKAGES = (
     "regiongpt", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "shapely",
@@ -39,16 +38,9 @@ def stamp(arguments: Mapping[str, Any], files: Mapping[str, Path | None]) -> dic
         "command": Path(sys.argv[0]).name,
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
         "machine": _machine(),
-        "packages": {"python": platform.python_version(), **_versions()},
+        "packages": {"python": platform.python_version(), **versions(PACKAGES)},
         "files": {name: _hashes(path) for name, path in files.items() if path is not None},
     }
-
-
-def write_json(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 class Progress:
@@ -104,45 +96,10 @@ def _git(root: Path, *words: str) -> str:
 def _machine() -> dict[str, Any]:
     import torch
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": _cpu_model(),
-        "cores": usable,
-        "torch_threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _cpu_model() -> str:
-    """The processor's own name; platform knows it on few systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {**machine(), "torch_threads": torch.get_num_threads()}
 
 
 def _hashes(path: Path) -> str | dict[str, str]:
     if path.is_dir():
-        return {each.name: _sha256(each) for each in sorted(path.iterdir()) if each.is_file()}
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return {each.name: sha256(each) for each in sorted(path.iterdir()) if each.is_file()}
+    return sha256(path)

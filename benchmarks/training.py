@@ -31,12 +31,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from stamp import Progress, stamp, write_json
+from stamp import Progress, stamp
 from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, weights
+from regiongpt.storage import finite, write_json
 from regiongpt.train.dataset import DataCollator, answer_loss
 from regiongpt.train.loop import run_stage, targets_in
 from regiongpt.train.packing import PackedCollate, units_on_cpu, width_cost
@@ -288,7 +289,7 @@ def main() -> None:
             for name, value in result["training"].items():
                 print(f"{name}: {value:.4g}")
     if options.out:
-        write_json(result, options.out)
+        write_json(options.out, finite(result))
 
 
 if __name__ == "__main__":

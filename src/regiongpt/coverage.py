@@ -15,7 +15,6 @@ Paper: §3.1 (mask pooling); the weights of the pooling come from here.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -215,27 +214,28 @@ class RingsShape(_Measured):
 
     def _stretches(self) -> Iterator[tuple[slice, Floats, Floats]]:
         """For a few edges at a time: where the weight may change, (M,), and the weights between, (M + 1,)."""
+        ends = np.append(self.firsts, len(self.start))
+        here = -1
         for rows, breaks, others in _crossings(self.start, self.end, self.firsts):
-            here = np.searchsorted(self.firsts, rows.start, side="right") - 1
-            if rows.start == self.firsts[here]:
-                # At the top of a ring its inside lies between its two edges.
-                top, behind = self.start[rows.start], np.append(self.firsts, len(self.start))[here + 1] - 1
-                (ax, ay), (bx, by) = self.end[rows.start] - top, self.start[behind] - top
-                sign = 1.0 if ax * by < bx * ay else -1.0
-                inside = self._around(here)
-            weights = sign * np.cumprod(np.append(1.0, np.where(others == here, -1.0, 1.0)))
-            sign = weights[-1]
-            if len(self.firsts) > 1:
-                change = np.zeros(len(breaks) + 1, np.int64)
-                toggles = np.flatnonzero(others != here)
-                toggles = toggles[np.argsort(others[toggles], kind="stable")]
-                which, begins, counts = np.unique(others[toggles], return_index=True, return_counts=True)
-                turn = np.arange(len(toggles)) - np.repeat(begins, counts)
-                change[toggles + 1] = np.where(inside[others[toggles]] == (turn % 2 == 0), -1, 1)
-                change[0] = inside.sum()
-                inside[which[counts % 2 == 1]] ^= True
-                weights[np.cumsum(change) > 0] = 0
-            yield rows, breaks, weights
+            places: list[Floats] = []
+            values: list[Floats] = []
+            for ring in range(max(here, 0), int(np.searchsorted(self.firsts, rows.stop))):
+                begin, stop = ends[ring : ring + 2] - rows.start
+                if ring > here:
+                    here, sign, inside = ring, self._sign(ends[ring], ends[ring + 1] - 1), self._around(ring)
+                some = slice(*np.searchsorted(breaks, (begin, stop)))
+                weights = sign * np.cumprod(np.append(1.0, np.where(others[some] == ring, -1.0, 1.0)))
+                sign = weights[-1]
+                if len(self.firsts) > 1:
+                    weights[_covered_by_others(others[some], ring, inside)] = 0
+                places += [np.array([float(begin)]), breaks[some]]
+                values.append(weights)
+            yield rows, np.concatenate(places)[1:], np.concatenate(values)
+
+    def _sign(self, first: int, last: int) -> float:
+        """The weight of a ring's first edge: at the top of a ring its inside lies between its two edges."""
+        (ax, ay), (bx, by) = self.end[first] - self.start[first], self.start[last] - self.start[first]
+        return 1.0 if ax * by < bx * ay else -1.0
 
     def _around(self, ring: int) -> Bools:
         """Which other rings the first point of a ring lies in, (R,)."""
@@ -245,6 +245,25 @@ class RingsShape(_Measured):
         inside = np.add.reduceat(left, self.firsts, dtype=np.int64) % 2 == 1
         inside[ring] = False
         return np.asarray(inside)
+
+
+def _covered_by_others(others: Ints, ring: int, inside: Bools) -> Bools:
+    """Along a ring, where any other ring covers it: before, between and behind its crossings with ``others``, (M + 1,).
+
+    Args:
+        others: (M,) the ring crossed at each of them.
+        ring: The ring walked along.
+        inside: (R,) which rings cover it before the first crossing; left as it is behind the last.
+    """
+    change = np.zeros(len(others) + 1, np.int64)
+    toggles = np.flatnonzero(others != ring)
+    toggles = toggles[np.argsort(others[toggles], kind="stable")]
+    which, begins, counts = np.unique(others[toggles], return_index=True, return_counts=True)
+    turn = np.arange(len(toggles)) - np.repeat(begins, counts)
+    change[toggles + 1] = np.where(inside[others[toggles]] == (turn % 2 == 0), -1, 1)
+    change[0] = inside.sum()
+    inside[which[counts % 2 == 1]] ^= True
+    return np.cumsum(change) > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,11 +357,11 @@ def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
     if (apart and shapely.is_valid(polygons).all()) or not _tangled(rings):
         return _clipped(_polygons_only(shapely.make_valid(polygons)), width, height)
     # Moved by a hair, no edge passes through a corner and no two lie on one line: every crossing is a plain one.
-    points, firsts = np.concatenate(rings), np.cumsum([0, *map(len, rings[:-1])])
+    points, _, firsts = _edges(rings)
     hairs = np.random.default_rng(0).uniform(-_HAIR, _HAIR, points.shape)
     points += hairs * np.maximum(np.abs(points).max(axis=1, keepdims=True), max(width, height))
     rings = [np.roll(ring, -ring[:, 1].argmin(), axis=0) for ring in np.split(points, firsts[1:])]
-    start, end = np.concatenate(rings), np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
+    start, end, firsts = _edges(rings)
     reaches = shapely.intersects(shapely.linestrings(np.stack((start, end), axis=1)), shapely.box(0, 0, width, height))
     if reaches.any() and _pairs(start, end) <= MOST_PAIRS:
         return RingsShape(width, height, start, end, firsts)
@@ -394,11 +413,17 @@ def _polygons_only(geometry: Any) -> Any:
     return parts[0] if len(parts) == 1 else shapely.union_all(parts, grid_size=_PRECISION)
 
 
+def _edges(rings: Sequence[Floats]) -> tuple[Floats, Floats, Ints]:
+    """Both ends, (N, 2) xy, of the edges of rings from top to bottom, and (R,) the first edge of each ring."""
+    rings = sorted(rings, key=lambda ring: float(ring[:, 1].min()))  # few are near those of a block
+    ends = [np.roll(ring, -1, axis=0) for ring in rings]
+    return np.concatenate(rings), np.concatenate(ends), np.cumsum([0, *map(len, rings[:-1])])
+
+
 def _tangled(rings: Sequence[Floats]) -> bool:
     """Whether edges of rings cross more often than shapely can bear, but for neighbours at their common point."""
-    start, end = np.concatenate(rings), np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
     count = 0
-    for _, breaks, _ in _crossings(start, end, np.cumsum([0, *map(len, rings[:-1])])):
+    for _, breaks, _ in _crossings(*_edges(rings)):
         count += len(breaks)
         if count > 2 * MANY_CROSSINGS:
             return True
@@ -406,7 +431,7 @@ def _tangled(rings: Sequence[Floats]) -> bool:
 
 
 def _crossings(start: Floats, end: Floats, firsts: Ints) -> Iterator[tuple[slice, Floats, Ints]]:
-    """Find where edges cross others, but for neighbours at their common point, for a few edges of one ring at a time.
+    """Find where edges cross others, but for neighbours at their common point, for a few edges at a time.
 
     Args:
         start: (N, 2) xy.
@@ -426,26 +451,29 @@ def _crossings(start: Floats, end: Floats, firsts: Ints) -> Iterator[tuple[slice
     lines = np.column_stack((-dy, dx, dy * x - dx * y))
     low, high = np.minimum(start, end), np.maximum(start, end)
     start, end = np.insert(start, 2, 1, axis=1), np.insert(end, 2, 1, axis=1)
+    lines_T, start_T, end_T = (np.ascontiguousarray(each.T) for each in (lines, start, end))
     block = max(1, min(24, 2_000_000 // len(start)))  # products this small are left to one thread
-    scratch = np.empty((3, (block + 1) * len(start)))  # new memory for each block would cost a fifth of the time
-    for begin in np.concatenate([np.arange(*stretch, block) for stretch in pairwise(ends)]).tolist():
-        rows = slice(begin, min(begin + block, int(last[begin])))
+    scratch = np.empty((3, 2 * block * len(start)))  # new memory for each block would cost a fifth of the time
+    for begin in range(0, len(start), block):
+        rows = slice(begin, min(begin + block, len(start)))
         near = np.flatnonzero(((low <= high[rows].max(axis=0)) & (high >= low[rows].min(axis=0))).all(axis=1))
-        points = np.append(start[rows], end[rows][-1:], axis=0)
+        # The end of an edge is the start of the next, within a ring.
+        points = np.append(start[rows], end[rows] if len(firsts) > 1 else end[rows][-1:], axis=0)
+        after_start = len(points) - len(lines[rows])
         of_points, start_from, end_from = (
-            np.matmul(some, others[near].T, out=space[: len(some) * len(near)].reshape(-1, len(near)))
+            np.matmul(some, np.take(others, near, axis=1), out=space[: len(some) * len(near)].reshape(-1, len(near)))
             for some, others, space in zip(
-                (points, lines[rows], lines[rows]), (lines, start, end), scratch, strict=True
+                (points, lines[rows], lines[rows]), (lines_T, start_T, end_T), scratch, strict=True
             )
         )
         side = of_points < 0
-        cut = (side[1:] != side[:-1]) & ((start_from < 0) != (end_from < 0))
+        cut = (side[: len(start_from)] != side[after_start:]) & ((start_from < 0) != (end_from < 0))
         for neighbour in (edge[rows], after[rows], before[rows]):
             cut[np.arange(len(cut)), np.searchsorted(near, neighbour)] = False
         found = np.flatnonzero(cut)
         counts = np.diff(np.searchsorted(found, np.arange(len(cut) + 1) * len(near)))
         shares = of_points.ravel()[found]
-        shares /= shares - of_points.ravel()[found + len(near)]
+        shares /= shares - of_points.ravel()[found + after_start * len(near)]
         breaks = np.repeat(np.arange(float(len(cut))), counts) + shares
         if len(firsts) == 1:
             for part in np.split(breaks, np.cumsum(counts)):
@@ -565,7 +593,7 @@ def _integrals(owner: Ints, share: Floats, breaks: Floats, weights: Floats) -> t
     np.cumsum(changes, out=sums[0, 1:])
     np.cumsum(changes * part, out=sums[1, 1:])
     # The end of an edge is not yet the beginning of the next one.
-    place = np.searchsorted(breaks, owner + np.minimum(share, 1 - 1e-9))
+    place = np.searchsorted(breaks, owner + np.minimum(share, 1 - 1e-9), side="right")
     weight, (once, twice) = weights[place], sums[:, place]
     return np.diff(weight * share - once), np.diff(weight * share**2 - twice)
 

@@ -16,10 +16,10 @@ PACKAGES: Final = (
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Of the packages that figures may depend on."""
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """The versions of packages that results may depend on."""
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

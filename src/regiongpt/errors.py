@@ -5,6 +5,8 @@ line and exits with code 2; library callers catch :class:`RegionGPTError` for al
 """
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -34,6 +36,15 @@ class DataError(RegionGPTError):
 
 class CheckpointError(RegionGPTError):
     """A checkpoint folder lacks a file, or holds one that does not fit the others."""
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Begin the message of any such error with the place that it is about."""
+    try:
+        yield
+    except RegionGPTError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 _SHORT = reprlib.Repr()

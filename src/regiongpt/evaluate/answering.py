@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from regiongpt.errors import DataError, RegionError, RegionGPTError
+from regiongpt.errors import DataError, RegionError, naming
 from regiongpt.evaluate.task import Answer, Item
 from regiongpt.images import load_image
 
@@ -38,7 +38,7 @@ def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[di
             found.append({"refused": questions.refused[place]})
             continue
         scores, text = likelihoods.get(place), texts.get(place)
-        with _naming(item):
+        with naming(_name(item)):
             answer = Answer(
                 text=text,
                 probability=None if text is None else questions.probability(place, text, scores),
@@ -142,15 +142,11 @@ class _Questions:
         from regiongpt.inference.engine import TooLong
 
         try:
-            with _naming(self.items[places[0]]):
+            with naming(_name(self.items[places[0]])):
                 yield
         except TooLong as error:
             self.refused |= dict.fromkeys(places, str(error))
 
 
-@contextmanager
-def _naming(item: Item) -> Iterator[None]:
-    try:
-        yield
-    except RegionGPTError as error:
-        raise type(error)(f"{item.image.name}, item {item.id}: {error}") from error
+def _name(item: Item) -> str:
+    return f"{item.image.name}, item {item.id}"

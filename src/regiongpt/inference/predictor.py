@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Unpack, overload
 
 import torch
 
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError, short
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, naming, short
 from regiongpt.images import ImageSource, load_image
 from regiongpt.inference.choices import Classified, Located, classify_regions, locate_expressions
 from regiongpt.inference.conversation import Conversation
@@ -264,7 +263,7 @@ class RegionPredictor:
         known: dict[Any, Prompt] = {}
         nothing = self.engine.model.connector.mean.new_empty(0)
         for place, question in enumerate(questions):
-            with _naming(place):
+            with naming(f"question {place + 1}"):
                 if not isinstance(question, Question):
                     raise ConfigError(f"expected a Question(text=..., regions=[...]), got {type(question).__name__}")
                 if question.image is None and here is None:
@@ -285,13 +284,13 @@ class RegionPredictor:
         for group in groups.values():
             size = (here.width, here.height) if here else (0, 0)
             if group.source is not None:
-                with _naming(group.members[0][0]):
+                with naming(f"question {group.members[0][0] + 1}"):
                     photo = load_image(group.source)
                 size = photo.size
                 if not isinstance(group.source, str | Path):  # a stream cannot be read twice
                     group.source = photo
             for place, regions, *_ in group.members:
-                with _naming(place):
+                with naming(f"question {place + 1}"):
                     check_regions(regions, *size)
         return list(groups.values())
 
@@ -438,12 +437,3 @@ class RegionPredictor:
         turns, listed = question_turns(history, question), Region.list_of(regions)
         pooled = self.engine.pool(scene, listed)
         return self.engine.prompt(turns, pooled, len(listed), options.max_new_tokens, notes(listed))
-
-
-@contextmanager
-def _naming(place: int) -> Iterator[None]:
-    """Say which question it was that something is wrong with."""
-    try:
-        yield
-    except RegionGPTError as error:
-        raise type(error)(f"question {place + 1}: {error}") from error
