@@ -284,7 +284,7 @@ class StrokeShape(_Measured):
             np.unique(np.clip(np.append(edges, np.linspace(0, size, 97)), edges[0], edges[-1]))
             for edges, size in ((y_edges, self.height), (x_edges, self.width))
         )
-        points = self.points @ (1, 1j)  # complex numbers: a product with one of length 1 turns
+        points = self.points[:, 0] + 1j * self.points[:, 1]  # a product with a number of length 1 turns
         start, length = points[:-1], np.abs(np.diff(points))
         along = np.diff(points) / length
         finest = max(self.width, self.height) / 768

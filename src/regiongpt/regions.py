@@ -514,7 +514,8 @@ class _Vector(Region):
                     f"{name}: expected a polygon of at least 3 points, got {len(ring)}{where}; use a box or a scribble"
                 )
         shape = polygon_shape(self.rings, width, height)
-        if np.linalg.matrix_rank(points - points[0], tol=1e-3) < 2 and shape.area < MIN_AREA:
+        flat = not isinstance(shape, RingsShape) and shape.area < MIN_AREA
+        if flat and np.linalg.matrix_rank(points - points[0], tol=1e-3) < 2:
             raise RegionError(
                 f"{name}: expected a polygon that encloses an area, got {self} on one line; use a scribble"
             )
