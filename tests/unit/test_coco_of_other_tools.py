@@ -11,8 +11,7 @@ from PIL import Image
 
 from regiongpt.cli import main
 from regiongpt.data.closed_sets import CocoConverter, LvisConverter
-from regiongpt.data.coco import CocoSource, load_coco
-from regiongpt.data.instances import entry_of
+from regiongpt.data.coco import CocoSource, entry_of, load_coco
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 from regiongpt.evaluate.tasks.coco_cls import CocoClassification

@@ -1,10 +1,17 @@
 """Reading COCO files: what is kept, what is left out and counted, and in which order."""
 
+import numpy as np
 import pytest
 from converting import annotation, write_coco
+from pycocotools.coco import COCO
 
+from regiongpt.data import coco
+from regiongpt.data.closed_sets import CocoConverter
 from regiongpt.data.coco import load_coco, normalise_caption, photo_sources
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
+from regiongpt.regions import Region
 
 
 def test_objects_and_crowds_in_a_fixed_order(tmp_path):
@@ -45,3 +52,52 @@ def test_a_missing_split_says_which_file_was_expected(tmp_path):
 )
 def test_captions_become_one_sentence(raw, clean):
     assert normalise_caption(raw) == clean
+
+
+def record(image: str, *regions: tuple[Region, str, str], width: int = 40, height: int = 20) -> Record:
+    return Record(
+        id=f"test/{image}",
+        source="test",
+        image=image,
+        width=width,
+        height=height,
+        regions=tuple(RecordRegion(region=r, category=c, source_id=s) for r, c, s in regions),
+        turns=(Turn(task="image_caption", answer="A dog."),),
+    )
+
+
+def test_coco_json_is_what_pycocotools_and_the_converter_read(tmp_path, capsys):
+    box, polygon = Region.box(1, 2, 11, 8), Region.polygon([[1, 1, 9, 1, 9, 8], [20, 1, 30, 1, 30, 9]])
+    pixels = np.zeros((20, 40), bool)
+    pixels[3:9, 5:12] = True
+    records = [
+        record("a.png", (box, "dog", "1"), (polygon, "cat", "2"), (Region.mask(pixels), "", "3")),
+        record("b/c.png", (Region.point(20, 10, 4), "dog", "")),
+        record("a.png", (box, "dog", "1"), (box, "cat", "1")),
+        Record(id="t", source="s", image="", width=0, height=0, regions=(), turns=(Turn(task="chat", answer="a"),)),
+    ]
+    path = tmp_path / "instances.json"
+    assert coco.write_coco(records, path) == {"images": 2, "annotations": 5, "categories": 3}
+    assert [each.name for each in tmp_path.iterdir()] == ["instances.json"]
+
+    read = COCO(str(path))
+    capsys.readouterr()
+    assert [each["file_name"] for each in read.loadImgs(read.getImgIds())] == ["a.png", "b/c.png"]
+    assert read.anns[1]["bbox"] == [1, 2, 10, 6]
+    assert [read.cats[read.anns[k]["category_id"]]["name"] for k in range(1, 6)] == [
+        "dog",
+        "cat",
+        "region",
+        "dog",
+        "cat",
+    ]
+    assert np.array_equal(read.annToMask(read.anns[3]).astype(bool), pixels)
+    disk = Region.point(20, 10, 4).to_mask(40, 20)
+    assert np.array_equal(read.annToMask(read.anns[4]).astype(bool), disk)
+    assert read.anns[2]["area"] == pytest.approx(28 + 40)
+
+    options = {"images": tmp_path, "instances": (path,), "label_set": "MINE", "check_images": False}
+    (first, second) = CocoConverter(**options, shapes="both").records(Rejects(strict=True))
+    assert [each.region for each in first.regions[:3]] == [box, Region.box(1, 1, 30, 9), polygon]
+    assert first.regions[4].region == Region.rle(Region.mask(pixels).to_coco(40, 20)["segmentation"])
+    assert second.image == "b/c.png"

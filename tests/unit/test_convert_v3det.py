@@ -1,4 +1,4 @@
-"""V3Det: names of the closed set, caps by category, and a list of names that must fit."""
+"""V3Det: names of the closed set, and caps by category."""
 
 import json
 from collections import Counter
@@ -8,7 +8,6 @@ import pytest
 from converting import DATA, annotation, run
 
 from regiongpt.data.closed_sets import V3DetConverter
-from regiongpt.errors import DataError
 
 NAMES = ["ashtray", "cash machine", "popper"]
 
@@ -42,20 +41,6 @@ def test_the_papers_caps_are_exact(tmp_path):
     assert counts(V3DetConverter(**options, boxes_per_category=0)) == dict.fromkeys(NAMES, 150)
 
 
-def test_a_list_of_other_names_does_not_belong(tmp_path):
-    (tmp_path / "names.txt").write_text("ashtray\ncash machine\n")
-    path = write(tmp_path, NAMES, 2)
-    options = {"images": tmp_path, "instances": (path,), "check_images": False, "names": tmp_path / "names.txt"}
-    with pytest.raises(DataError, match=r"'popper' is not in names\.txt"):
-        counts(V3DetConverter(**options))
-    with pytest.raises(DataError, match=r"none\.txt"):
-        counts(V3DetConverter(**{**options, "names": tmp_path / "none.txt"}))
-    (tmp_path / "names.txt").write_text("\n".join([*NAMES, "compass"]))
-    converter = V3DetConverter(**options)
-    assert counts(converter) == dict.fromkeys(NAMES, 2)
-    assert converter.inputs() == [path, tmp_path / "names.txt"]
-
-
 def test_the_released_names(tmp_path):
     names = DATA / "fixtures" / "v3det" / "category_name_13204_v3det_2023_v1.txt"
     if not names.is_file():
@@ -63,5 +48,5 @@ def test_the_released_names(tmp_path):
     listed = names.read_text().splitlines()
     assert len(listed) == 13204
     path = write(tmp_path, listed, 1)
-    found = counts(V3DetConverter(images=tmp_path, instances=(path,), check_images=False, names=names))
+    found = counts(V3DetConverter(images=tmp_path, instances=(path,), check_images=False))
     assert found == dict.fromkeys((" ".join(name.split()) for name in listed), 1)  # one has two blanks in a row

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from regiongpt.data import reading
+from regiongpt.data.reading import clipped_box
 from regiongpt.data.shards import Fault, Rejects
-from regiongpt.data.values import clipped_box
 from regiongpt.data.visual_genome import VisualGenomeConverter
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.regions import MIN_AREA, Region

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from regiongpt import cli
 from regiongpt.data import inspection
-from regiongpt.data.inspection import plot, statistics, table_rows
+from regiongpt.data.inspection import statistics, table_rows
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import MANIFEST, RecordSet, Rejects, file_identity, schema, write_records
-from regiongpt.errors import CheckpointError, ConfigError, DataError
+from regiongpt.errors import CheckpointError, DataError
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
 from regiongpt.prompts import CHAT_TEMPLATES, NO_MATCH
 from regiongpt.regions import Region
@@ -150,19 +150,6 @@ def test_the_table_is_like_the_papers(folder: Path, run):
     assert re.search(r"^locate +1 +1 +2 +4.00$", out, re.MULTILINE)
 
 
-def test_the_plot(folder: Path, tmp_path: Path, run):
-    code, out, _ = run(folder, "--plot", tmp_path / "plot.png")
-    assert code == 0
-    assert "plot.png" in out
-    with Image.open(tmp_path / "plot.png") as picture:
-        assert min(picture.size) > 700
-        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 20
-    plot(count(RECORDS[3]), tmp_path / "plot.svg")
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
-    with pytest.raises(ConfigError, match=r"plot\.xyz"):
-        plot(count(RECORDS[3]), tmp_path / "plot.xyz")
-
-
 def put(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Replaces the rows of a folder behind the back of the checks that writing makes."""
     path = folder / "records-00000.parquet"
@@ -266,22 +253,6 @@ def test_a_record_is_found_by_place_and_by_id(folder: Path):
     for which in ("4", "hand/nobody"):
         with pytest.raises(DataError, match=which):
             inspection.find(records, which)
-
-
-def test_a_record_is_drawn_on_its_image(folder: Path, images: Path, tmp_path: Path, run):
-    code, out, _ = run(folder, "--record", "hand/two", "--picture", tmp_path / "out.png")
-    assert code == 0
-    assert "out.png" in out
-    with Image.open(tmp_path / "out.png") as picture:
-        assert picture.width == 640
-        assert picture.height > 320, "beneath the photograph stand categories and the dialogue"
-    with pytest.raises(DataError, match="image"):
-        inspection.draw_record(RECORDS[3], None)
-    with pytest.raises(DataError, match="100 x 100"):
-        inspection.draw_record(replace(RECORDS[0], width=100), images / "a.png")
-    many = [("What is this?", "A cat.")] * 40
-    tall = inspection.draw_record(RECORDS[0], images / "a.png", many)
-    assert tall.height < 320 + 40 * 40, "not every one of forty turns is written"
 
 
 def metaspace(family: str) -> RegionGPTProcessor:
@@ -389,16 +360,12 @@ def test_the_gallery_shows_faulty_records_with_the_reason(images: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--picture", "x.png"], ["--picture", "--record"]),
         (["--count", "3"], ["--count", "--html"]),
         (["--count", "3", "--html", "x.html", "--record", "0"], ["--count", "--record"]),
         (["--epoch", "1", "--check"], ["--epoch", "--record"]),
         (["--images", "."], ["--images", "--check"]),
         (["--record", "99"], ["from 0 to 3", "99"]),
-        (["--record", "hand/text", "--picture", "x.png"], ["hand/text", "text alone"]),
-        (["--record", "0", "--picture", "nowhere/x.png"], ["nowhere/x.png", "no folder"]),
-        (["--record", "0", "--picture", "x.xyz"], ["x.xyz", ".png"]),
-        (["--plot", "nowhere/x.png"], ["nowhere/x.png", "no folder"]),
+        (["--html", "nowhere/x.html"], ["nowhere/x.html", "no folder"]),
         (["--check", "--model", "nowhere"], ["nowhere"]),
     ],
 )

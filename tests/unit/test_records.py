@@ -230,14 +230,13 @@ def test_a_killed_run_leaves_nothing_that_is_read_and_the_next_completes_it(tmp_
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
-    real = pq.write_table
-
-    def full(table: object, path: Path, **options: object) -> None:
-        real(table, path, **options)
-        if Path(path).name.startswith("records-00001"):
+    def full(writer: pq.ParquetWriter, table: object) -> None:
+        real(writer, table)
+        if Path(writer.where).name.startswith("records-00001"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(pq, "write_table", full)
+    real = pq.ParquetWriter.write_table
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(DataError, match=r"No space left on device; free some space"):
         save(tmp_path, some(50), records_per_shard=20)
     assert list(tmp_path.iterdir()) == []
@@ -247,7 +246,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypat
     monkeypatch.undo()
     save(tmp_path, some(50), records_per_shard=20)
     assert len(RecordSet(tmp_path)) == 50
-    monkeypatch.setattr(pq, "write_table", full)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(DataError, match="No space left"):
         save(tmp_path, some(60), records_per_shard=20)
     assert len(RecordSet(tmp_path)) == 50, "what was there before stays as it was"

@@ -11,11 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from regiongpt.data.reading import iter_array, iter_lines, noting_line
-from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Fault, Rejects
-from regiongpt.data.sources import Converter
-from regiongpt.data.values import (
+from regiongpt.data.reading import (
     MALFORMED,
     Caption,
     Identity,
@@ -24,8 +20,14 @@ from regiongpt.data.values import (
     Side,
     check_image,
     image_name,
+    iter_array,
+    iter_lines,
+    noting_line,
     words_alone,
 )
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Fault, Rejects
+from regiongpt.data.sources import Converter
 from regiongpt.errors import short
 from regiongpt.prompts import (
     IMAGE_TOKEN,

@@ -3,7 +3,7 @@
 Paper: §3.2 and Table 1 (the closed-set prompt), §4 (boxes a category)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -13,21 +13,18 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from regiongpt.console import progress
-from regiongpt.data.instances import Indices, InstancesFile, Shapes, read_captions
+from regiongpt.data.coco import Indices, InstancesFile, Shapes, read_captions
+from regiongpt.data.reading import Words
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects, many
 from regiongpt.data.sources import Converter
-from regiongpt.data.values import Words
 from regiongpt.errors import DataError, short
-from regiongpt.prompts import COCO_80, COCO_IDS, LABEL_SETS
+from regiongpt.prompts import LABEL_SETS
 from regiongpt.regions import Region
 
 
 class InstancesConverter(Converter):
-    """The questions about an image are one conversation, or several where there are many.
-
-    Crowds are not asked about: no single class stands in such a box alone.
-    """
+    """The questions about an image are one conversation, or several where there are many."""
 
     sound_regions: ClassVar[bool] = True
 
@@ -46,18 +43,6 @@ class InstancesConverter(Converter):
     check_images: bool = True
     """Leave out images that are missing or of another size."""
 
-    def official(self) -> Mapping[int, str]:
-        """The names by id for a file that breaks off before its categories; none unless they are known."""
-        return {}
-
-    def check_names(self, file: InstancesFile) -> None:
-        """Raises DataError where a file's categories are not those of the closed set."""
-        known = LABEL_SETS.get(self.label_set)
-        if known and (foreign := sorted(set(file.names.values()) - set(known))):
-            raise DataError(
-                f"{file.path}: {_some(foreign)} not of {self.label_set}; name the closed set with --label-set"
-            )
-
     def captions_of(self, images: set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
         """Captions of whole images with their ids, by image; none unless a subclass has some."""
         return {}
@@ -72,11 +57,11 @@ class InstancesConverter(Converter):
             yield from self._conversations(file, place, objects)
             for number, text in captions.get(int(file.images[place]), ()):
                 turn = Turn(task="image_caption", answer=text)
-                key, size = f"{file.name_of(int(file.images[place]))}/caption/{number}", file.size(place)
-                yield self.record(key, file.paths[place], size, [], [turn])
+                key = f"{file.name_of(int(file.images[place]))}/caption/{number}"
+                yield self.record(key, file.paths[place], file.size(place), [], [turn])
 
     def _files(self, rejects: Rejects) -> list[InstancesFile]:
-        """The files; DataError where one cannot be used, or two name their categories differently."""
+        """The files; DataError where one has names outside the closed set, or two name their categories differently."""
         files: list[InstancesFile] = []
         names: dict[int, str] = {}
         known: set[int] = set()
@@ -89,9 +74,11 @@ class InstancesConverter(Converter):
                 check="size" if self.check_images else "",
                 crowds="take" if self.crowds else "leave out",
                 known=known,
-                official=self.official(),
             )
-            self.check_names(file)
+            if foreign := sorted(set(file.names.values()) - set(LABEL_SETS.get(self.label_set, file.names.values()))):
+                others = f" and {many(len(foreign) - 1, 'other')} are" if len(foreign) > 1 else " is"
+                wrong = f"{short(foreign[0])}{others} not of {self.label_set}"
+                raise DataError(f"{path}: {wrong}; name the closed set with --label-set")
             for number, name in file.names.items():
                 if names.setdefault(number, name) != name:
                     raise DataError(
@@ -107,13 +94,11 @@ class InstancesConverter(Converter):
         if not self.boxes_per_category:
             return [np.arange(len(file.ids)) for file in files]
         categories = np.concatenate([file.categories for file in files])
-        order = np.argsort(categories, kind="stable")
         kept = np.zeros(len(categories), bool)
-        numbers = sorted({number for file in files for number in file.names})
-        starts, ends = (np.searchsorted(categories[order], numbers, side) for side in ("left", "right"))
-        for category, begin, end in zip(numbers, starts, ends, strict=True):
-            drawn = np.random.default_rng((self.seed, category)).permutation(end - begin)[: self.boxes_per_category]
-            kept[order[begin + drawn]] = True
+        order = np.argsort(categories, kind="stable")
+        for objects in np.split(order, np.flatnonzero(np.diff(categories[order])) + 1) if len(order) else ():
+            rng = np.random.default_rng((self.seed, int(categories[objects[0]])))
+            kept[objects[rng.permutation(len(objects))[: self.boxes_per_category]]] = True
         bounds = np.cumsum([0, *(len(file.ids) for file in files)]).tolist()
         return [np.flatnonzero(kept[a:b]) for a, b in pairwise(bounds)]
 
@@ -152,10 +137,6 @@ class CocoConverter(InstancesConverter):
     captions_per_image: NonNegativeInt = 1
     """Most captions of an image, drawn by the seed; 0 for all."""
 
-    def official(self) -> Mapping[int, str]:
-        """COCO's own numbers."""
-        return dict(zip(COCO_IDS, COCO_80, strict=True)) if self.label_set == "COCO-80" else {}
-
     def captions_of(self, images: set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
         """Those that are wanted, in the order of their ids."""
         captions = read_captions(self.captions, images, rejects)
@@ -168,10 +149,7 @@ class CocoConverter(InstancesConverter):
 
 
 class LvisConverter(InstancesConverter):
-    """LVIS v0.5 or v1. Its images are COCO's of 2017: ``images`` is the folder with ``train2017`` and ``val2017``.
-
-    An image's file is what its address ends in; the file name, where there is one, is that of another split.
-    """
+    """LVIS v0.5 or v1. Its images are COCO's of 2017: ``images`` is the folder with ``train2017`` and ``val2017``."""
 
     name: ClassVar[str] = "lvis"
     summary: ClassVar[str] = "LVIS: the class of boxes or masks among its long list of names"
@@ -190,26 +168,6 @@ class V3DetConverter(InstancesConverter):
     """Name of the closed set, as the question shall name it."""
     boxes_per_category: NonNegativeInt = 100
     """Most objects of a category, drawn by the seed: 100 to pre-train and 10 to fine-tune in the paper; 0 for all."""
-    names: Path | None = None
-    """category_name_13204_v3det_2023_v1.txt, to hold the names against."""
-
-    def check_names(self, file: InstancesFile) -> None:
-        """Raises DataError where a file's categories are not in the list of names."""
-        super().check_names(file)
-        if self.names is None:
-            return
-        try:
-            lines = self.names.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{self.names}: not a readable list of category names: {error}; check the path") from None
-        listed = {" ".join(line.split()) for line in lines}
-        if foreign := [name for name in file.names.values() if name not in listed]:
-            raise DataError(f"{file.path}: {_some(foreign)} not in {self.names.name}; give two files of one release")
-
-
-def _some(foreign: list[str]) -> str:
-    """``'popper' and 2 others are``."""
-    return short(foreign[0]) + (f" and {many(len(foreign) - 1, 'other')} are" if len(foreign) > 1 else " is")
 
 
 @lru_cache(maxsize=1 << 17)

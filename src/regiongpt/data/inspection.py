@@ -4,7 +4,6 @@ Paper: Table 2 (images, regions, average words), §3.2 (only the response is sup
 """
 
 import json
-import math
 import os
 import re
 import sys
@@ -20,36 +19,164 @@ from pydantic import Field, model_validator
 from regiongpt.console import progress
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Fault, RecordSet, counted, fault_of, many, require_data_extra
-from regiongpt.drawing import COLOURS, check_picture, draw_regions, save_picture
-from regiongpt.errors import ConfigError, DataError, RegionError, RegionGPTError
+from regiongpt.drawing import draw_regions
+from regiongpt.errors import DataError, RegionError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
 from regiongpt.report import picture, write_page
 from regiongpt.settings import Settings
-from regiongpt.storage import check_checkpoint, check_writable, sha256, write_file
+from regiongpt.storage import check_checkpoint, check_writable, sha256
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from regiongpt.model.processing import RegionGPTProcessor
 
-MOST_DRAWN: Final = 12
-"""Turns beneath a picture, and names on it."""
-MOST_CATEGORIES: Final = 20
-PAGE_RECORDS: Final = 24
 SHARES: Final = {1e-4: "under 0.01 %", 1e-3: "0.01 to 0.1 %", 1e-2: "0.1 to 1 %", 0.1: "1 to 10 %", 2.0: "10 to 100 %"}
-"""Classes of the share of its image that a region covers, each by the share that it ends below."""
+"""Classes of the share of its image that a region covers, each by its upper bound."""
 SIZES: Final = {32: "small, under 32² px", 96: "medium, under 96² px", 1 << 40: "large, from 96² px"}
-"""Classes of regions as COCO counts them, each by the side of the square that it ends below."""
+"""COCO's classes of regions, each by the side of the square that bounds it."""
+_MOST_CATEGORIES: Final = 20
 _BAR: Final = 40
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+class Inspection(Settings):
+    """What to show of records: statistics, unless a record or a check is asked for."""
+
+    images: Path | None = None
+    """folder of the images, where it has moved"""
+    check: bool = False
+    """look for faults in every record; exit code 1 if there are any"""
+    record: str | None = Field(None, min_length=1)
+    """show one record, by its place from 0 or its id"""
+    html: Path | None = None
+    """write a page that shows records as they are taught"""
+    count: int | None = Field(None, ge=1)
+    """with --html: how many records (default: 24)"""
+    model: Path | None = None
+    """checkpoint folder whose tokenizer and template are used (default: the package's model)"""
+    seed: int | None = Field(None, ge=0)
+    """of the wording, and of the page's choice of records (default: 0)"""
+    epoch: int | None = Field(None, ge=0)
+    """of the wording (default: 0)"""
+
+    @model_validator(mode="after")
+    def _refuse_idle(self) -> "Inspection":
+        for name, needed in (
+            ("count", ("html",)),
+            ("epoch", ("record", "html")),
+            ("seed", ("record", "html")),
+            ("model", ("record", "html", "check")),
+            ("images", ("html", "check")),
+        ):
+            if getattr(self, name) is not None and not any(getattr(self, other) for other in needed):
+                listed = " or ".join(f"--{other}" for other in needed)
+                raise ValueError(f"--{name} goes with {listed}; add one of them or leave it out")
+        if self.count is not None and self.record:
+            raise ValueError("--count and --record exclude each other; leave one of them out")
+        return self
+
+
+def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
+    """Print and write what was asked of a folder of records, as text or one JSON object.
+
+    Returns:
+        Whether a check has found a fault.
+
+    Raises:
+        RegionGPTError: A file cannot be read or written, or there is no such record.
+    """
+    require_data_extra()
+    if options.html is not None:
+        check_writable(options.html)
+    seed, epoch = options.seed or 0, options.epoch or 0
+    records = RecordSet(folder, options.images)
+    index = find(records, options.record) if options.record else None
+    processor: Any = load_processor(options.model) if options.record or options.html or options.check else None
+    found: dict[str, Any] = {}
+    texts: list[str] = []
+    if not options.record and (options.html or not options.check):
+        rows = progress(records.rows(), "statistics", "records", len(records))
+        counts = statistics(records.manifest.source, map(Record.from_row, rows), records.manifest.rejects)
+        if not options.check:
+            found["statistics"] = counts
+            texts.append(as_text(counts))
+    if index is not None:
+        record = records[index]
+        shown = pieces(encode(record, processor, seed, epoch, index), processor)
+        found["record"] = {
+            "index": index,
+            **record.row(),
+            "messages": record.messages(seed, epoch, index),
+            "tokens": [{"text": piece.text, "count": piece.tokens, "learnt": piece.target} for piece in shown],
+        }
+        colour = bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
+        total, supervised = (sum(piece.tokens for piece in some) for some in (shown, [p for p in shown if p.target]))
+        texts += [_described(record, index), f"\n{total:,} tokens, {supervised:,} of them supervised:\n"]
+        texts.append(terminal(shown, colour and not os.environ.get("NO_COLOR")))
+    if options.html:
+        chosen = [index or 0]
+        if index is None:
+            count = min(len(records), options.count or 24)
+            chosen = sorted(np.random.default_rng(seed).choice(len(records), count, replace=False).tolist())
+        write_gallery(
+            options.html, records, chosen, processor, counts if index is None else None, seed=seed, epoch=epoch
+        )
+        written = f"page of {many(len(chosen), 'record')} written to {options.html}"
+        print(written, file=sys.stderr) if as_json else texts.append(written)
+    if options.check:
+        faults = [
+            {"record": name, "kind": fault.kind, "reason": fault.reason} for name, fault in check(records, processor)
+        ]
+        kinds = Counter(fault["kind"] for fault in faults)
+        faulty = len({fault["record"] for fault in faults})
+        found["check"] = {
+            "records": len(records),
+            "faulty": faulty,
+            "kinds": dict(kinds.most_common()),
+            "faults": faults,
+        }
+        texts += [f"{fault['record']}: {fault['kind']}: {fault['reason']}" for fault in faults]
+        result = f"{faulty:,} faulty" if faulty else "every one can be taught"
+        texts += [f"{many(len(records), 'record')} checked: {result}", *counted(kinds)]
+    print(json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1) if as_json else "\n".join(texts))
+    return bool(options.check and faulty)
+
+
+def find(records: RecordSet, which: str) -> int:
+    """The place of a record given by its place, from 0, or by its id; DataError if there is none."""
+    if which.isdecimal():
+        if int(which) < len(records):
+            return int(which)
+        raise DataError(f"{records.folder}: give a record from 0 to {len(records) - 1}, got {which}")
+    import pyarrow.compute as pc
+
+    place: int = pc.index(records.table.data.column("id"), which).as_py()
+    if place < 0:
+        raise DataError(f"{records.folder}: found no record '{which}'; its first is '{records[0].id}'")
+    return place
+
+
+def _described(record: Record, index: int) -> str:
+    where = f"{record.image}, {record.width} x {record.height} (W x H)" if record.image else "no image"
+    lines = [f"record {index}, {record.id}, from {record.source}", f"image   {where}"]
+    for number, each in enumerate(record.regions, 1):
+        bounds = ", ".join(f"{side:g}" for side in np.round(each.region.bounds(record.width, record.height), 1))
+        share = each.region.area(record.width, record.height) / (record.width * record.height)
+        lines.append(
+            f"[{number}]     {each.region.kind} within {bounds}, {100 * share:.3g} % of the image  {each.category}"
+        )
+    for number, turn in enumerate(record.turns, 1):
+        traits = [turn.task, *(["guided"] if turn.guided else []), *([turn.label_set] if turn.label_set else [])]
+        lines.append(f"turn {number}  {', '.join(traits)}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 
 def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int]) -> dict[str, Any]:
-    """Counts over records as JSON writes them, with the rejects of their conversion.
+    """Counts over records as plain values, with the rejects of their conversion.
 
     ``regions`` of a task are those that its questions are about; ``words``, how many answers have so many words.
     """
@@ -107,11 +234,10 @@ def table_rows(found: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
 
     def shared(name: str, counts: Mapping[str, int]) -> list[list[str]]:
         rows = [[name, "regions", ""]]
-        for part, count in list(counts.items())[:MOST_CATEGORIES]:
+        for part, count in list(counts.items())[:_MOST_CATEGORIES]:
             share = count / max(1, found["regions"])
-            whole, eighths = divmod(round(share * _BAR * 8), 8)
-            rows.append([part, f"{count:,}", f"{100 * share:5.1f} %  {'█' * whole}{' ▏▎▍▌▋▊▉'[eighths]}".rstrip()])
-        if len(counts) > MOST_CATEGORIES:
+            rows.append([part, f"{count:,}", f"{100 * share:5.1f} %  {'█' * round(share * _BAR)}".rstrip()])
+        if len(counts) > _MOST_CATEGORIES:
             rest = sorted(counts.values())
             spread = f"of {len(rest):,}: the rarest {rest[0]:,}, half of them up to {rest[len(rest) // 2]:,}"
             rows.append(["...", "", spread])
@@ -144,54 +270,15 @@ def as_text(found: Mapping[str, Any]) -> str:
                 cells.append(f"{cell:>{width}}" if title else cell)
             lines.append("   ".join(cells).rstrip())
         blocks.append("\n".join(lines))
-    if not found["rejects"]:
-        blocks.append("The conversion left nothing out.")
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *([] if found["rejects"] else ["The conversion left nothing out."])])
 
 
-def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Write the statistics as a picture of four panels, in the format of the file's ending."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise ConfigError("expected matplotlib for --plot, found none; pip install '.[data]'") from None
-    lengths = Counter[int]()
-    for task in found["tasks"].values():
-        lengths.update(task["words"])
-    width = max(1, math.ceil((max(lengths, default=0) + 1) / 20))
-    words = Counter[str]()
-    for length in sorted(lengths):
-        first = length // width * width
-        words[str(first) if width == 1 else f"{first} to {first + width - 1}"] += lengths[length]
-    common = dict(list(found["categories"].items())[:MOST_CATEGORIES])
-    some = f"the {len(common)} most frequent of {len(found['categories']):,} categories"
-    panels = {
-        "regions by their share of the image": found["shares"],
-        "answers by their words": words,
-        "turns by task": {name: task["turns"] for name, task in found["tasks"].items()},
-        some if len(common) < len(found["categories"]) else "regions by category": common,
-    }
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    listed = ", ".join(many(found[f"{name}s"], name) for name in ("record", "image", "region", "turn"))
-    figure.suptitle(f"{found['source']}: {listed}, {found['average_words']:.2f} words an answer")
-    for axis, colour, (title, counts) in zip(figure.subplots(2, 2).flat, COLOURS, panels.items(), strict=False):
-        axis.barh(list(counts), list(counts.values()), color=[level / 255 for level in colour])
-        axis.set_title(title)
-        axis.invert_yaxis()
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axis.spines[["top", "right"]].set_visible(False)
-    try:
-        write_file(path, lambda unfinished: figure.savefig(unfinished, dpi=120))
-    except ValueError as error:
-        raise ConfigError(f"--plot: {path}: {error}") from None
-
-
+# ---------------------------------------------------------------------------------------------------------------------
 # What a model is taught
 
 
 def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
-    """The processor of a checkpoint folder; of the package's model by default. CheckpointError if there is none."""
+    """The processor of a checkpoint folder, by default the package's model; CheckpointError if there is none."""
     from regiongpt.model import weights
     from regiongpt.model.processing import RegionGPTProcessor
 
@@ -203,7 +290,7 @@ def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
 
 
 def encode(record: Record, processor: "RegionGPTProcessor", seed: int, epoch: int, index: int) -> dict[str, Any]:
-    """The tokens and targets of a record, as training makes them; image and regions are left out."""
+    """The tokens and targets of a record, as training makes them, without the image and the regions' pixels."""
     return processor.encode_conversation(
         record.messages(seed, epoch, index),
         region_weights=np.zeros((len(record.regions) * processor.tokens_per_region, 1, 1), np.float32),
@@ -219,7 +306,7 @@ def said(record: Record, seed: int, epoch: int, index: int) -> list[tuple[str, s
 
 
 class Piece(NamedTuple):
-    """What one token stands for, or a few that spell one character together."""
+    """The text of one token, or of a few that spell one character together."""
 
     text: str
     target: bool  # supervised
@@ -252,7 +339,7 @@ def pieces(encoded: Mapping[str, Any], processor: "RegionGPTProcessor") -> list[
             waiting.append(token)
             text = tokenizer.decode(before + waiting)[len(tokenizer.decode(before)) :]
             last = place + 1 == len(ids) or (labels[place + 1] == ids[place + 1]) != target
-            # A letter that no token spells whole is spelt by its bytes: up to four tokens for one.
+            # A letter outside the vocabulary is spelt by its bytes: up to four tokens for one.
             if text.endswith("\ufffd") and len(waiting) < 4 and not last:
                 continue
             found.append(Piece(text, target, tuple(waiting), tokens=len(waiting)))
@@ -266,14 +353,12 @@ def terminal(shown: Sequence[Piece], colour: bool) -> str:
     parts: list[str] = []
     taught = False
     for piece in shown:
-        # Control characters could do anything to a terminal.
-        text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", piece.text)
+        text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", piece.text)  # lest data steer the terminal
         if piece.kind == "image" and piece.tokens > 1:
             text = f"{text}×{piece.tokens}"
-        if taught and not piece.target:  # a turn has ended: the next begins a line of its own
+        if taught and not piece.target:  # a turn has ended: the next begins on its own line
             text = text if text.startswith("\n") else f"\n{text}"
-        if colour:
-            # Bold green, faint or cyan, line by line: a pager colours each on its own.
+        if colour:  # line by line, as pagers want it: bold green, faint or cyan
             style = "1;32" if piece.target else "2" if piece.kind == "text" else "36"
             text = "\n".join(f"\x1b[{style}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
         elif piece.target != taught:
@@ -281,30 +366,6 @@ def terminal(shown: Sequence[Piece], colour: bool) -> str:
         taught = piece.target
         parts.append(text)
     return "".join(parts) + ("⟧" if taught and not colour else "")
-
-
-def draw_record(
-    record: Record, path: Path | None, dialogue: Sequence[tuple[str, str]] = (), *, names: bool = True
-) -> "Image":
-    """A record's image with its regions numbered, a few with their names, and the first turns of a dialogue beneath.
-
-    Raises:
-        DataError: The record has no image, or it cannot be read, or it is of another size.
-        RegionError: A region makes no sense in it.
-    """
-    if path is None:
-        raise DataError(f"{record.id}: text alone, there is no image to draw")
-    image = load_image(path)
-    if image.size != (record.width, record.height):
-        raise DataError(
-            f"{path}: expected {record.width} x {record.height} pixels (W x H) for {record.id}, "
-            f"got {image.width} x {image.height}; give the folder of the images that were converted"
-        )
-    shown = list(dialogue[:MOST_DRAWN])
-    if len(dialogue) > len(shown):
-        shown.append((f"... and {many(len(dialogue) - len(shown), 'more turn')}", ""))
-    captions = [each.category for each in record.regions] if names and len(record.regions) <= MOST_DRAWN else []
-    return draw_regions(image, [each.region for each in record.regions], captions or None, dialogue=shown)
 
 
 def write_gallery(
@@ -331,30 +392,34 @@ def write_gallery(
 
 
 def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed: int, epoch: int) -> dict[str, Any]:
-    """One record for the page; whatever cannot be shown of a faulty one gives way to the reason."""
+    """One record for the page; what cannot be shown of a faulty one gives way to the reason."""
     card: dict[str, Any] = {"index": index, "record": None, "dialogue": None, "picture": None, "tokens": None}
     faults = card["faults"] = []
 
-    def attempt(key: str, make: Callable[[Record], Any]) -> None:
+    def attempt(key: str, make: Callable[[], Any]) -> bool:
         try:
-            card[key] = make(records[index])
-        except (DataError, ConfigError, RegionError) as error:
+            card[key] = make()
+        except RegionGPTError as error:
             faults.append(str(error))
+            return False
+        return True
 
-    def drawn(record: Record) -> Any:
-        image = draw_record(record, records.image_path(record), names=False)
-        return picture(image, f"{record.image} with {many(len(record.regions), 'numbered region')}")
+    def drawn() -> Any:
+        image = load_image(records.images / record.image)
+        _check_size(image.size, record)
+        alt = f"{record.image} with {many(len(record.regions), 'numbered region')}"
+        return picture(draw_regions(image, [each.region for each in record.regions]), alt)
 
-    attempt("record", lambda record: record)
-    if card["record"] is not None:
-        attempt("dialogue", lambda record: said(record, seed, epoch, index))
-    if card["dialogue"] is not None:
-        if card["record"].image:
-            attempt("picture", drawn)
-        attempt("tokens", lambda record: pieces(encode(record, processor, seed, epoch, index), processor))
+    if attempt("record", lambda: records[index]):
+        record: Record = card["record"]
+        if attempt("dialogue", lambda: said(record, seed, epoch, index)):
+            if record.image:
+                attempt("picture", drawn)
+            attempt("tokens", lambda: pieces(encode(record, processor, seed, epoch, index), processor))
     return card
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Faults
 
 
@@ -382,9 +447,7 @@ def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple
             if path := records.image_path(record):
                 if not path.is_file():
                     raise Fault("image file missing", f"expected an image at {path}, found none")
-                if (size := size_of(path)) != (record.width, record.height):
-                    expected = f"expected {record.width} x {record.height} pixels (W x H)"
-                    raise Fault("image of another size", f"{path}: {expected}, got {size[0]} x {size[1]}")
+                _check_size(size_of(path), record)
             labels = encode(record, processor, 0, 0, index)["labels"].tolist()
             # The end of the turn is a target of every answer; a model that learns it alone learns to say nothing.
             words = [label for label in labels if label >= 0 and label not in processor.stop_token_ids]
@@ -394,157 +457,7 @@ def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple
             yield name, fault_of(error)
 
 
-# The verb
-
-
-class Inspection(Settings):
-    """What to show of records: statistics, unless a record or a check is asked for."""
-
-    images: Path | None = None
-    """folder of the images, where it has moved"""
-    plot: Path | None = None
-    """write the statistics as a picture: .png, .svg, .pdf"""
-    check: bool = False
-    """look for faults in every record; exit code 1 if there are any"""
-    record: str | None = Field(None, min_length=1)
-    """show one record, by its place from 0 or its id"""
-    picture: Path | None = None
-    """with --record: write its image with the regions numbered"""
-    html: Path | None = None
-    """write a page that shows records as they are taught"""
-    count: int | None = Field(None, ge=1)
-    """with --html: how many records (default: 24)"""
-    model: Path | None = None
-    """checkpoint folder whose tokenizer and template are used (default: the package's model)"""
-    seed: int | None = Field(None, ge=0)
-    """of the wording, and of the page's choice of records (default: 0)"""
-    epoch: int | None = Field(None, ge=0)
-    """of the wording (default: 0)"""
-
-    @model_validator(mode="after")
-    def _refuse_idle(self) -> "Inspection":
-        for name, needed in (
-            ("picture", ("record",)),
-            ("count", ("html",)),
-            ("epoch", ("record", "html")),
-            ("seed", ("record", "html")),
-            ("model", ("record", "html", "check")),
-            ("images", ("picture", "html", "check")),
-        ):
-            if getattr(self, name) is not None and not any(getattr(self, other) for other in needed):
-                listed = " or ".join(f"--{other}" for other in needed)
-                raise ValueError(f"--{name} goes with {listed}; add one of them or leave it out")
-        if self.count is not None and self.record:
-            raise ValueError("--count and --record exclude each other; leave one of them out")
-        return self
-
-
-def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
-    """Print and write what was asked of a folder of records, as text or one JSON object.
-
-    Returns:
-        Whether a check has found a fault.
-
-    Raises:
-        RegionGPTError: A file cannot be read or written, or there is no such record.
-    """
-    require_data_extra()
-    for path in (options.plot, options.html):
-        if path is not None:
-            check_writable(path)
-    if options.picture is not None:
-        check_picture(options.picture)
-    seed, epoch = options.seed or 0, options.epoch or 0
-    found: dict[str, Any] = {}
-
-    def tell(*texts: str) -> None:
-        if not as_json:
-            print(*texts, sep="\n")
-
-    def written(what: str, path: Path) -> None:
-        print(f"{what} written to {path}", file=sys.stderr if as_json else sys.stdout)
-
-    records = RecordSet(folder, options.images)
-
-    @cache
-    def count_all() -> dict[str, Any]:
-        rows = progress(records.rows(), "statistics", "records", len(records))
-        return statistics(records.manifest.source, map(Record.from_row, rows), records.manifest.rejects)
-
-    if options.plot or not (options.record or options.check):
-        found["statistics"] = count_all()
-    if not (options.record or options.check):
-        tell(as_text(count_all()))
-    if options.plot:
-        plot(count_all(), options.plot)
-        written("plot", options.plot)
-    index = find(records, options.record) if options.record else None
-    record = records[index] if index is not None else None
-    if index is not None and record is not None and options.picture:  # before the processor: its faults are common
-        save_picture(draw_record(record, records.image_path(record), said(record, seed, epoch, index)), options.picture)
-        written("picture", options.picture)
-    processor: Any = load_processor(options.model) if record or options.html or options.check else None
-    if index is not None and record is not None:
-        shown = pieces(encode(record, processor, seed, epoch, index), processor)
-        total = sum(piece.tokens for piece in shown)
-        supervised = sum(piece.tokens for piece in shown if piece.target)
-        found["record"] = {
-            "index": index,
-            **record.row(),
-            "messages": record.messages(seed, epoch, index),
-            "tokens": [{"text": piece.text, "count": piece.tokens, "learnt": piece.target} for piece in shown],
-        }
-        colour = bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
-        coloured = terminal(shown, colour and not os.environ.get("NO_COLOR"))
-        tell(_described(record, index), f"\n{total:,} tokens, {supervised:,} of them supervised:\n", coloured)
-    if options.html:
-        chosen = [index or 0]
-        if index is None:
-            count = min(len(records), options.count or PAGE_RECORDS)
-            chosen = sorted(np.random.default_rng(seed).choice(len(records), count, replace=False).tolist())
-        counts = count_all() if index is None else None
-        write_gallery(options.html, records, chosen, processor, counts, seed=seed, epoch=epoch)
-        written(f"page of {many(len(chosen), 'record')}", options.html)
-    if options.check:
-        faults = []
-        for name, fault in check(records, processor):
-            faults.append({"record": name, "kind": fault.kind, "reason": fault.reason})
-            tell(f"{name}: {fault.kind}: {fault.reason}")
-        kinds = Counter(fault["kind"] for fault in faults)
-        faulty = len({fault["record"] for fault in faults})
-        counts_of = {"records": len(records), "faulty": faulty, "kinds": dict(kinds.most_common())}
-        found["check"] = {**counts_of, "faults": faults}
-        result = f"{faulty:,} faulty" if faulty else "every one can be taught"
-        tell(f"{many(len(records), 'record')} checked: {result}", *counted(kinds))
-    if as_json:
-        print(json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1))
-    return bool(found.get("check", {}).get("faulty"))
-
-
-def find(records: RecordSet, which: str) -> int:
-    """The place of a record given by its place, from 0, or by its id; DataError if there is none."""
-    if which.isdecimal():
-        if int(which) < len(records):
-            return int(which)
-        raise DataError(f"{records.folder}: give a record from 0 to {len(records) - 1}, got {which}")
-    import pyarrow.compute as pc
-
-    place: int = pc.index(records.table.data.column("id"), which).as_py()
-    if place < 0:
-        raise DataError(f"{records.folder}: found no record '{which}'; its first is '{records[0].id}'")
-    return place
-
-
-def _described(record: Record, index: int) -> str:
-    where = f"{record.image}, {record.width} x {record.height} (W x H)" if record.image else "no image"
-    lines = [f"record {index}, {record.id}, from {record.source}", f"image   {where}"]
-    for number, each in enumerate(record.regions, 1):
-        bounds = ", ".join(f"{side:g}" for side in np.round(each.region.bounds(record.width, record.height), 1))
-        share = each.region.area(record.width, record.height) / (record.width * record.height)
-        lines.append(
-            f"[{number}]     {each.region.kind} within {bounds}, {100 * share:.3g} % of the image  {each.category}"
-        )
-    for number, turn in enumerate(record.turns, 1):
-        traits = [turn.task, *(["guided"] if turn.guided else []), *([turn.label_set] if turn.label_set else [])]
-        lines.append(f"turn {number}  {', '.join(traits)}")
-    return "\n".join(line.rstrip() for line in lines)
+def _check_size(size: tuple[int, int], record: Record) -> None:
+    if size != (record.width, record.height):
+        expected = f"expected {record.width} x {record.height} pixels (W x H) as converted"
+        raise Fault("image of another size", f"{record.image}: {expected}, got {size[0]} x {size[1]}")

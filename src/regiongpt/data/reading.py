@@ -1,24 +1,226 @@
-"""Source files, entry by entry: arrays of JSON larger than memory, JSON lines, and pickles of plain data."""
+"""Source files entry by entry, and the checks of what they hold. What cannot be used raises ``Fault``."""
 
 import json
+import os
 import pickle
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Annotated, Any, Final, Self, TextIO, TypeGuard
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from regiongpt.console import progress
+from regiongpt.data.records import is_below
 from regiongpt.data.shards import Fault, Rejects, fault_of
-from regiongpt.data.values import MALFORMED, unicode_text
 from regiongpt.errors import DataError, RegionGPTError, short
+from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
+from regiongpt.regions import MIN_AREA
+from regiongpt.settings import explain
 from regiongpt.storage import reason
 
+Corners = tuple[float, float, float, float]
+MALFORMED: Final = "record of another format"
+APART: Final = "files that do not belong together"
 TRUNCATED: Final = "truncated json"
-"""The kind of fault of a file that breaks off."""
 BLOCK: Final = 1 << 20
-"""Characters read at a time; memory stays at a few blocks, or at a few times the largest element."""
-_LONGEST_WORD: Final = 16  # characters of the longest word of json, '-Infinity', or escape, with some to spare
+"""Characters read at a time; memory stays at a few blocks, or a few times the largest element."""
+_LONGEST_WORD: Final = 16  # characters of the longest word of JSON, '-Infinity', or escape, with some to spare
 _DECODE = json.JSONDecoder().raw_decode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+def whole(value: Any) -> int | None:
+    """A whole number from 0 on, also written as ``384.0`` or ``"384"``; None for anything else."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    elif isinstance(value, str) and (digits := value.removesuffix(".0")).isdecimal() and len(digits) < 20:
+        value = int(digits) if str(int(digits)) == digits else value
+    return value if is_whole(value) else None
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether a value is a whole number from 0 on, such as an id; ``True`` is not."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a number that fits a finite float; ``True`` is not."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_box(value: Any) -> TypeGuard[list[float]]:
+    """Whether a value is a list of four such numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def clipped_box(box: Sequence[Any], width: int, height: int) -> Corners:
+    """A box (x, y, width, height) as half-open xyxy within its image, all in pixels.
+
+    Raises:
+        Fault: It is not a box, or has no area in the image.
+    """
+    if not all(map(is_number, box)):
+        kind = "finite" if all(type(value) in (int, float) for value in box) else "four numbers"
+        raise Fault(f"box that is not {kind}", f"expected x, y, width, height as finite pixels, got {short(box)}")
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        raise Fault("box without size", f"expected a width and height above 0, got {short(box)} (x, y, w, h)")
+    x0, y0 = max(float(x), 0.0), max(float(y), 0.0)
+    x1, y1 = min(float(x + w), float(width)), min(float(y + h), float(height))
+    if x1 <= x0 or y1 <= y0 or (x1 - x0) * (y1 - y0) < MIN_AREA:
+        within = f"{MIN_AREA} px^2 within {width} x {height} pixels (W x H)"
+        raise Fault("box outside the image", f"expected at least {within}, got {short(box)} (x, y, w, h)")
+    return x0, y0, x1, y1
+
+
+def stated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The ``width`` and ``height`` of an image's entry in pixels, None if it has neither; Fault for anything else."""
+    given = entry.get("width"), entry.get("height")
+    if given == (None, None):
+        return None
+    width, height = map(whole, given)
+    if not (width and height and max(width, height) < 1 << 31):
+        raise Fault("image without size", f"expected width and height, got {short(given)}")
+    return width, height
+
+
+def plain_text(value: Any, what: str) -> str:
+    """One line of text without placeholders and repeated blanks; ``what`` is its name in faults."""
+    if not isinstance(value, str):
+        raise Fault(f"{what} that is not text", f"expected text, got {short(value)}")
+    text = " ".join(value.split())
+    if not text:
+        raise Fault(f"{what} empty", "expected words, got none")
+    return words_alone(text)
+
+
+def words_alone(text: str) -> str:
+    """The text; Fault if it holds ``<image>`` or ``<region1>``, or is not Unicode."""
+    if "<" in text and (IMAGE_TOKEN in text or PLACEHOLDER.search(text)):
+        raise Fault("placeholder in the text", f"expected words alone, got {short(text)}")
+    return unicode_text(text)
+
+
+def unicode_text(text: str) -> str:
+    """The text; Fault for half of a surrogate pair, which JSON can spell but no file can hold."""
+    if not is_unicode(text):
+        raise Fault("text that is not Unicode", f"expected whole characters, got half of a pair in {short(text)}")
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def image_name(name: Any) -> str:
+    """The path of an image below the images' folder; Fault for any other."""
+    if isinstance(name, str) and name and is_unicode(name) and is_below(name):
+        return name
+    wanted = "expected a path below the folder of images, with forward slashes"
+    raise Fault("image outside the folder", f"{wanted}, got {short(name)}")
+
+
+def check_image(path: str | Path, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+    """Width and height in pixels of an image as training loads it, from its header, after EXIF orientation.
+
+    Raises:
+        Fault: It is missing, cannot be read, or is not of the stated width and height.
+    """
+    found = _measured(os.fspath(path))  # text is many times as fast to look up as a Path
+    if width is not None and height is not None and found != (width, height):
+        expected = f"expected {width} x {height} pixels (W x H) as annotated"
+        raise Fault("image of another size", f"{expected}, got {found[0]} x {found[1]} in {path}")
+    return found
+
+
+def known_size(path: str | Path) -> tuple[int, int] | None:
+    """Width and height of an image, None where it cannot be read."""
+    try:
+        return check_image(path)
+    except Fault:
+        return None
+
+
+@lru_cache(maxsize=1 << 16)  # errors are not cached: a missing image may come to be there
+def _measured(path: str) -> tuple[int, int]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            # Asking every image for EXIF would decode those without it whole.
+            tagged = image.format == "TIFF" or not image.info.keys().isdisjoint(("exif", "xmp"))
+            sideways = tagged and image.getexif().get(0x0112) in (5, 6, 7, 8)
+            return (height, width) if sideways else (width, height)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Fault("image file missing", f"expected an image at {path}, found none") from None
+    except Exception as error:  # header parsers raise nearly every built-in exception on broken data
+        raise Fault("unreadable image", f"{path}: PIL cannot open it ({reason(error)})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Typed rows
+
+
+class Row(BaseModel):
+    """One entry of a file, with the types of the keys that are read; other keys are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    @classmethod
+    def read(cls, entry: Any, where: str = "") -> Self:
+        """The entry as a row; ``where`` begins the reason of a fault.
+
+        Raises:
+            Fault: It is not an object, or a value is missing or of another type.
+        """
+        if not isinstance(entry, dict):
+            raise Fault(MALFORMED, f"{where}expected an object, got {short(entry)}")
+        try:
+            return cls.model_validate(entry)
+        except ValidationError as error:
+            unknown = any(each["type"] == "extra_forbidden" for each in error.errors(include_url=False))
+            raise Fault("unknown key" if unknown else MALFORMED, f"{where}{explain(cls, error)}") from None
+
+
+def _setting(text: str) -> str:
+    try:
+        return plain_text(text, "text") and text
+    except Fault as fault:
+        raise ValueError(fault.reason) from None
+
+
+def _identity(value: Any) -> str:
+    if type(value) not in (str, int) or value == "":
+        raise Fault(MALFORMED, f"id: expected text or a whole number, got {short(value)}")
+    return unicode_text(str(value))
+
+
+Words = Annotated[str, AfterValidator(_setting)]
+"""A setting that becomes part of questions."""
+Identity = Annotated[str, BeforeValidator(_identity)]
+Whole = Annotated[int, Field(ge=0, lt=1 << 63)]
+Side = Annotated[
+    int, BeforeValidator(lambda value: value if whole(value) is None else whole(value)), Field(gt=0, lt=1 << 31)
+]
+ImageName = Annotated[str, BeforeValidator(image_name)]
+Expression = Annotated[str, BeforeValidator(lambda value: plain_text(value, "expression"))]
+Caption = Annotated[str, BeforeValidator(lambda value: plain_text(value, "caption"))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
 
 
 def iter_array(path: Path, key: str | None, rejects: Rejects) -> Iterator[Any]:
@@ -29,23 +231,22 @@ def iter_array(path: Path, key: str | None, rejects: Rejects) -> Iterator[Any]:
 def iter_arrays(path: Path, keys: Sequence[str] | None, rejects: Rejects) -> Iterator[tuple[str, Any]]:
     """The elements of several top-level arrays of a JSON file, in one pass and in the order of the file.
 
-    The standard library decodes each element: it is as fast as the streaming parsers and, unlike them, reads the
-    ``NaN`` and ``Infinity`` that Python and NumPy write. Of a file that breaks off, or goes wrong, inside the arrays,
-    what is whole before the break is yielded, and the break is a reject.
+    The standard library decodes each element: it is as fast as streaming parsers and reads the ``NaN`` that Python
+    writes. From a file that breaks off inside the arrays, the whole elements are yielded and the break is a reject.
 
     Args:
-        path: Of the file.
-        keys: Of the arrays; None where the file is itself an array, whose key is ``""``.
+        path: The file.
+        keys: Names of the arrays; None where the file is itself an array, whose key is ``""``.
         rejects: Where a break is noted.
 
     Raises:
-        DataError: The file cannot be read, is not JSON, or has none of the arrays; or it is whole and lacks one.
+        DataError: The file cannot be read, is not JSON, or lacks one of the arrays.
     """
     wanted = "an array" if keys is None else f"an object with an array {', '.join(map(repr, keys))}"
     found: set[str] = set()
     place = ""
     try:
-        # A byte that is not UTF-8 costs the text that it is in, and not the file.
+        # A byte that is not UTF-8 spoils the text that it is in, not the file.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             text = _Text(file, Path(path))
             if text.peek() != ("[" if keys is None else "{"):
@@ -57,8 +258,8 @@ def iter_arrays(path: Path, keys: Sequence[str] | None, rejects: Rejects) -> Ite
                     continue
                 found.add(key)
                 place = f"{key}[0]"
-                for number, element in enumerate(text.elements(), 1):
-                    yield key, element
+                for number, _ in enumerate(text.items("[]"), 1):
+                    yield key, text.value()
                     place = f"{key}[{number}]"
             if text.peek():
                 raise text.error("expected the end of the file")
@@ -74,11 +275,11 @@ def iter_arrays(path: Path, keys: Sequence[str] | None, rejects: Rejects) -> Ite
 
 
 class _BreakError(Exception):
-    """The text stops being JSON at a character of the file."""
+    """The text stops being JSON at some character of the file."""
 
 
 class _Text:
-    """A JSON file as text that is decoded value by value, of which a few blocks are held."""
+    """A JSON file decoded value by value, with a few blocks of it in memory."""
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self.held, self.at, self.before = "", 0, 0  # the next character is held[at], with `before` before held
@@ -99,6 +300,14 @@ class _Text:
         self.at = self.at if at is None else at
         return _BreakError(f"{message}, got {self.next_shown} at character {self.before + self.at}")
 
+    def more(self) -> bool:
+        """Read on; false at the end."""
+        block = next(self.blocks, "")
+        if block:
+            self.before += self.at
+            self.held, self.at = self.held[self.at :] + block, 0
+        return bool(block)
+
     def peek(self) -> str:
         """The next character that is not blank, ``""`` at the end."""
         while True:
@@ -110,7 +319,7 @@ class _Text:
                 return ""
 
     def take(self, expected: str) -> str:
-        """Moves past the next character, which must be one of ``expected``."""
+        """Move past the next character, which must be one of ``expected``."""
         character = self.peek()
         if not character or character not in expected:
             raise self.error(f"expected {' or '.join(map(repr, expected))}")
@@ -118,7 +327,7 @@ class _Text:
         return character
 
     def value(self) -> Any:
-        """Moves past one whole value and returns it."""
+        """Move past one whole value and return it."""
         self.peek()
         while True:
             try:
@@ -139,40 +348,28 @@ class _Text:
             self.at = end
             return value
 
-    def more(self) -> bool:
-        """Reads on; false at the end."""
-        block = next(self.blocks, "")
-        if block:
-            self.before += self.at
-            self.held, self.at = self.held[self.at :] + block, 0
-        return bool(block)
+    def items(self, brackets: str) -> Iterator[None]:
+        """Stop before each element of an array or object; the caller moves past it."""
+        self.take(brackets[0])
+        while self.peek() != brackets[1]:
+            yield
+            if self.take(f",{brackets[1]}") == brackets[1]:
+                return
+        self.take(brackets[1])
 
     def keys(self) -> Iterator[str]:
-        """The keys of an object, with the text at the value of each; the caller moves past the value."""
-        self.take("{")
-        while self.peek() != "}":
+        """The keys of an object; the caller moves past the value of each."""
+        for _ in self.items("{}"):
             if self.peek() != '"':
                 self.take('"')
             key = self.value()
             self.take(":")
             yield key
-            if self.take(",}") == "}":
-                return
-        self.take("}")
-
-    def elements(self) -> Iterator[Any]:
-        """The elements of an array."""
-        self.take("[")
-        while self.peek() != "]":
-            yield self.value()
-            if self.take(",]") == "]":
-                return
-        self.take("]")
 
 
 @contextmanager
 def noting_line(path: Path, number: int, rejects: Rejects) -> Iterator[None]:
-    """Count a line that cannot be used, whatever is wrong with it, and go on behind it."""
+    """Count a line that cannot be used, whatever is wrong with it, and go on."""
     with rejects.noting(path, number):
         try:
             yield
@@ -181,10 +378,10 @@ def noting_line(path: Path, number: int, rejects: Rejects) -> Iterator[None]:
 
 
 def iter_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file of JSON lines with the numbers of their lines; other lines are rejects, blank ones none.
+    """The objects of a file of JSON lines with their line numbers; other lines are rejects, blank ones skipped.
 
     Raises:
-        DataError: The file cannot be read, or has lines of which none is a json object.
+        DataError: The file cannot be read, or none of its lines is a JSON object.
     """
     found = number = 0
     try:
@@ -210,7 +407,7 @@ def _decoded(line: bytes, number: int) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise Fault("text that is not Unicode", f"expected UTF-8, got the byte 0x{line[error.start]:02x}") from None
     except (ValueError, RecursionError) as error:
-        # A line that is not ended is the last one, and was being written.
+        # A line without an end is the last one, and was being written.
         kind = "line that is not json" if line.endswith(b"\n") else TRUNCATED
         raise Fault(kind, f"expected a json object: {reason(error)}") from None
     if not isinstance(entry, dict):
@@ -218,17 +415,18 @@ def _decoded(line: bytes, number: int) -> dict[str, Any]:
     return entry
 
 
-_SETS = {"builtins": (set, frozenset), "__builtin__": (set, frozenset)}  # old protocols have no opcode for sets
+# ---------------------------------------------------------------------------------------------------------------------
+# Pickles
 
 
 def load_plain_pickle(path: Path) -> Any:
     """The content of a pickle of dicts, lists, tuples, sets, strings, bytes, numbers, booleans and None.
 
-    A pickle is a program, and a download is a stranger's: whatever asks for an import is refused before it is looked
-    up. Strings of Python 2 are read as Latin-1.
+    A pickle is a program, and a download may be anybody's: whatever asks for an import is refused. Strings of Python 2
+    are read as Latin-1.
 
     Raises:
-        DataError: The file cannot be read, is truncated or no pickle, or asks for anything but plain data.
+        DataError: The file cannot be read, is not a whole pickle, or asks for anything but plain data.
     """
     try:
         with open(path, "rb") as file:
@@ -237,15 +435,15 @@ def load_plain_pickle(path: Path) -> Any:
         raise DataError(f"{path}: {error}") from None
     except OSError as error:
         raise DataError(f"expected a pickle at {path}, got {error.strerror}; check the path") from None
-    except Exception as error:  # bytes that are no pickle, or half of one, raise nearly every built-in exception
+    except Exception as error:  # broken pickles raise nearly every built-in exception
         raise DataError(f"{path}: not a whole pickle of plain data: {reason(error)}; fetch the file again") from None
 
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        for admitted in _SETS.get(module, ()):
-            if name == admitted.__name__:
-                return admitted
+        # Old protocols have no opcode for sets.
+        if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
+            return {"set": set, "frozenset": frozenset}[name]
         raise DataError(
             f"not plain data: it asks for {ascii(module)[1:-1]}.{ascii(name)[1:-1]}, which reading it would import and "
             "could run; do not use this file, fetch the original"

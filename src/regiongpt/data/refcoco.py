@@ -14,12 +14,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from regiongpt.console import progress
-from regiongpt.data.instances import InstancesFile, is_crowd, read_box
-from regiongpt.data.reading import iter_arrays, load_plain_pickle
-from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Fault, Rejects, many
-from regiongpt.data.sources import Converter
-from regiongpt.data.values import (
+from regiongpt.data.coco import InstancesFile, is_crowd, read_box
+from regiongpt.data.reading import (
     APART,
     MALFORMED,
     Corners,
@@ -31,8 +27,13 @@ from regiongpt.data.values import (
     check_image,
     clipped_box,
     is_whole,
+    iter_arrays,
+    load_plain_pickle,
     plain_text,
 )
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Fault, Rejects, many
+from regiongpt.data.sources import Converter
 from regiongpt.errors import DataError, short
 from regiongpt.prompts import NO_MATCH, region_answer
 from regiongpt.regions import Region

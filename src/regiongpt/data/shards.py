@@ -3,17 +3,14 @@
 The manifest comes last, and a folder without it is not read: a kill at any moment leaves nothing half-written.
 """
 
-import errno
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -29,6 +26,7 @@ REJECTS: Final = "rejects.jsonl"
 CROWD: Final = "crowd"
 """The kind of what is left out on purpose: a group of objects that nobody told apart. It does not end a strict run."""
 RECORDS_PER_SHARD: Final = 20_000
+_BATCH: Final = 1000  # records of a row group, and in memory
 
 
 def schema() -> Any:
@@ -85,8 +83,8 @@ class Rejects:
 
     @contextmanager
     def writing_to(self, path: Path) -> Iterator[None]:
-        """Inside the block, what is added becomes a line of JSON in a file: its kind, file, record and reason."""
-        # Half of a surrogate pair is written as json's escape for it.
+        """Inside the block, each addition becomes a line of JSON in a file: its kind, file, record and reason."""
+        # Half of a surrogate pair is written as JSON's escape for it.
         with path.open("w", encoding="utf-8", errors="backslashreplace") as self._file:
             yield
         self._file = None
@@ -104,7 +102,7 @@ class Rejects:
 
     @contextmanager
     def noting(self, file: str | Path, record: object) -> Iterator[None]:
-        """Count what a :class:`Fault` inside the block is about, and go on behind it."""
+        """Count a :class:`Fault` inside the block, and go on behind it."""
         try:
             yield
         except Fault as fault:
@@ -187,45 +185,49 @@ def write_records(
         out: The folder; records that it holds are replaced when the new ones are whole.
         records: In their order. One that no model could learn from is left out and counted.
         rejects: Where such records are noted; written to ``rejects.jsonl``.
-        source: Its name, for the manifest.
+        source: Name for the manifest.
         images: Folder of the images, for the manifest.
         inputs: Files that were read, for the manifest.
-        arguments: Of the conversion, for the manifest.
+        arguments: Options of the conversion, for the manifest.
         records_per_shard: Most records in a shard.
         check_regions: Hold every region against its image, where that has not been done.
 
     Raises:
         DataError: The disk is full or the folder not writable; in strict mode, a record is wrong.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     counts: Counter[str] = Counter()
     seen_images: set[str] = set()
     seen_ids: set[str] = set()
+
+    def sound() -> Iterator[dict[str, Any]]:
+        for record in records:
+            try:
+                record.check(regions=check_regions)
+                if record.id in seen_ids:
+                    raise Fault("duplicate id", "expected ids to be unique, got one twice")
+            except RegionGPTError as error:
+                rejects.add(fault_of(error).kind, source, record.id, str(error))
+                continue
+            seen_ids.add(record.id)
+            seen_images.update([record.image] if record.image else [])
+            counts.update(records=1, regions=len(record.regions), turns=len(record.turns))
+            counts.update(f"task:{turn.task}" for turn in record.turns)
+            yield record.row()
+
+    shards: list[Shard] = []
     with writing(out), _filling(Path(out)) as folder, rejects.writing_to(folder / REJECTS):
-        writer = _ShardWriter(folder)
-        try:
-            gathered: list[Record] = []
-            for record in records:
-                try:
-                    record.check(regions=check_regions)
-                    if record.id in seen_ids:
-                        raise Fault("duplicate id", "expected ids to be unique, got one twice")
-                except RegionGPTError as error:
-                    rejects.add(fault_of(error).kind, source, record.id, str(error))
-                    continue
-                seen_ids.add(record.id)
-                if record.image:
-                    seen_images.add(record.image)
-                counts.update(records=1, regions=len(record.regions), turns=len(record.turns))
-                counts.update(f"task:{turn.task}" for turn in record.turns)
-                gathered.append(record)
-                if len(gathered) == records_per_shard:
-                    writer.write(gathered)
-                    gathered = []
-            if gathered:
-                writer.write(gathered)
-            writer.settle()
-        finally:
-            writer.stop()
+        rows = sound()
+        while batch := list(islice(rows, min(_BATCH, records_per_shard))):
+            path, written = folder / f"records-{len(shards):05d}.parquet", 0
+            with pq.ParquetWriter(path, schema(), compression="zstd") as writer:
+                while batch:
+                    writer.write_table(pa.Table.from_pylist(batch, schema=schema()))
+                    written += len(batch)
+                    batch = list(islice(rows, min(_BATCH, records_per_shard - written)))
+            shards.append({"file": path.name, "records": written, "sha256": sha256(path)})
         counts["images"] = len(seen_images)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -235,7 +237,7 @@ def write_records(
             images=images,
             counts=dict(sorted(counts.items())),
             rejects=dict(sorted(rejects.counts.items())),
-            shards=writer.shards,
+            shards=shards,
             regiongpt_version=version("regiongpt"),
         )
         write_json(folder / MANIFEST, manifest.model_dump())
@@ -264,64 +266,11 @@ def _filling(out: Path) -> Iterator[Path]:
     unfinished.rmdir()
 
 
-class _ShardWriter:
-    """Writes shards in order, on Linux each in a fork of this process while the next is gathered."""
-
-    def __init__(self, folder: Path) -> None:
-        self.shards: list[Shard] = []
-        self._folder = folder
-        self._process: Any = None
-
-    def write(self, records: Sequence[Record]) -> None:
-        """Begins the next shard, once the one before is whole."""
-        self.settle()
-        path = self._folder / f"records-{len(self.shards):05d}.parquet"
-        self.shards.append({"file": path.name, "records": len(records), "sha256": ""})
-        if sys.platform != "linux":
-            _write_shard(path, records)
-            return
-        context = multiprocessing.get_context("fork")
-        self._process = context.Process(target=_write_and_leave, args=(path, records), daemon=True)
-        self._process.start()
-
-    def settle(self) -> None:
-        """Waits for the last shard."""
-        if self._process is not None:
-            self._process.join()
-            code, self._process = self._process.exitcode, None
-            if code:
-                raise OSError(code, os.strerror(code) if code > 1 else f"the process that wrote it ended with {code}")
-        if self.shards:
-            self.shards[-1]["sha256"] = sha256(self._folder / self.shards[-1]["file"])
-
-    def stop(self) -> None:
-        """Ends the process that still writes."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-
-
-def _write_and_leave(path: Path, records: Sequence[Record]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the one that waits decides
-    try:
-        _write_shard(path, records)
-    except OSError as error:
-        os._exit(error.errno or errno.EIO)
-
-
-def _write_shard(path: Path, records: Sequence[Record]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist([record.row() for record in records], schema=schema())
-    pq.write_table(table, path, compression="zstd", row_group_size=1000)
-
-
 class RecordSet:
     """A folder of records as an indexable list, mapped into memory.
 
     Args:
-        folder: That `regiongpt convert` wrote.
+        folder: Written by `regiongpt convert`.
         images: Folder of the images, where it is not the one that the manifest names.
 
     Raises:
@@ -370,7 +319,7 @@ class RecordSet:
             yield from table.to_pylist()
 
     def image_path(self, record: Record) -> Path | None:
-        """Where the record's image lies, None without one; DataError for a path that leaves the images' folder."""
+        """Path of the record's image, None without one; DataError for a path that leaves the images' folder."""
         if not is_below(record.image):
             raise DataError(
                 f"{self.folder}: record {record.id}: its image {record.image!a} is outside of the images' folder"
@@ -379,7 +328,7 @@ class RecordSet:
 
 
 def require_data_extra() -> None:
-    """Raises ConfigError unless the libraries that read and write records are installed."""
+    """Raise ConfigError unless the libraries that read and write records are installed."""
     from importlib.util import find_spec
 
     if missing := [name for name in ("pyarrow", "datasets") if find_spec(name) is None]:
@@ -392,6 +341,6 @@ def many(count: int, noun: str) -> str:
 
 
 def counted(kinds: Mapping[str, int]) -> list[str]:
-    """A line a kind, the most frequent first."""
+    """A line for each kind, the most frequent first."""
     width = max((len(f"{count:,}") for count in kinds.values()), default=0)
     return [f"  {count:>{width},}  {kind}" for kind, count in sorted(kinds.items(), key=lambda item: -item[1])]

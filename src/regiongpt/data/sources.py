@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 
 from pydantic import NonNegativeInt
 
+from regiongpt.data.reading import is_unicode
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import (
     CROWD,
@@ -23,7 +24,6 @@ from regiongpt.data.shards import (
     require_data_extra,
     write_records,
 )
-from regiongpt.data.values import is_unicode
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.settings import Settings
 
@@ -39,7 +39,7 @@ CONVERTERS: Final[dict[str, str]] = {
     "region_captions": "chat:RegionCaptionsConverter",
     "jsonl": "chat:JsonlConverter",
 }
-"""Each converter's name with its module and class, imported when it is asked for."""
+"""Module and class of each converter, imported when it is asked for."""
 
 
 class Converter(Settings, ABC):
@@ -55,10 +55,13 @@ class Converter(Settings, ABC):
     seed: NonNegativeInt = 0
     """Of every random choice."""
 
-    def inputs(self) -> list[Path]:
-        """The files that are read, for the manifest; images are not among them."""
-        given = [value if isinstance(value, tuple) else (value,) for name, value in self if name != "images"]
-        return [path for paths in given for path in paths if isinstance(path, Path)]
+    @abstractmethod
+    def records(self, rejects: Rejects) -> Iterator[Record]:
+        """The records in an order that the files and the options alone decide; what cannot be used goes to ``rejects``.
+
+        Raises:
+            DataError: A whole file is missing or of another format, or files do not belong together.
+        """
 
     def record(
         self, key: str, image: str, size: tuple[int, int], regions: Iterable[RecordRegion], turns: Iterable[Turn]
@@ -74,17 +77,21 @@ class Converter(Settings, ABC):
             turns=tuple(turns),
         )
 
-    @abstractmethod
-    def records(self, rejects: Rejects) -> Iterator[Record]:
-        """The records in an order that the files and the options alone decide; what cannot be used goes to ``rejects``.
-
-        Raises:
-            DataError: A whole file is missing, truncated or of another format, or files do not belong together.
-        """
+    def inputs(self) -> list[Path]:
+        """The files that are read, without the images."""
+        given = [value if isinstance(value, tuple) else (value,) for name, value in self if name != "images"]
+        return [path for paths in given for path in paths if isinstance(path, Path)]
 
     def arguments(self) -> dict[str, Any]:
-        """The options as the manifest states them; of paths the last part alone, so that a moved folder is the same."""
+        """The options as the manifest states them."""
         return {name: _stated(value) for name, value in self}
+
+
+def _stated(value: Any) -> Any:
+    """An option in the manifest: the last part of paths, so that moved files are the same."""
+    if isinstance(value, Path):
+        return value.name
+    return [_stated(each) for each in value] if isinstance(value, tuple) else value
 
 
 class Output(Settings):
@@ -99,11 +106,7 @@ class Output(Settings):
 
 
 def load_converter(name: str) -> type[Converter]:
-    """The converter class of a name.
-
-    Raises:
-        ConfigError: There is no converter of that name.
-    """
+    """The converter class of a name; ConfigError if there is none."""
     if name not in CONVERTERS:
         raise ConfigError(f"expected a source among {', '.join(CONVERTERS)}, got {name!r}")
     module, _, attribute = CONVERTERS[name].partition(":")
@@ -161,27 +164,22 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
             gc.enable()
 
 
-def _stated(value: Any) -> Any:
-    if isinstance(value, Path):
-        return value.name
-    return [_stated(each) for each in value] if isinstance(value, tuple) else value
-
-
 def summary(manifest: Manifest, out: Path, seconds: float | None) -> str:
     """What a conversion has made, as text; ``seconds`` is None if the records were there before."""
-    counts = manifest.counts
+    counts, rejects = manifest.counts, manifest.rejects
     size = sum((out / shard["file"]).stat().st_size for shard in manifest.shards)
     listed = ", ".join(many(counts.get(f"{name}s", 0), name) for name in ("record", "image", "region", "turn"))
     time = "already converted, nothing to do" if seconds is None else f"{seconds:,.1f} s"
-    shards = f"{many(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB"
-    lines = [f"{manifest.source}: {listed}", f"{out}: {shards}; {time}"]
-    tasks = {name.removeprefix("task:"): count for name, count in counts.items() if name.startswith("task:")}
-    if len(tasks) > 1:
-        lines.append("turns: " + ", ".join(f"{count:,} {name}" for name, count in sorted(tasks.items())))
-    if not manifest.rejects:
-        return "\n".join([*lines, "nothing left out"])
-    lines.append(f"{sum(manifest.rejects.values()):,} left out, each with its reason in {out / REJECTS}:")
-    lines += counted(manifest.rejects)
-    if manifest.rejects.get(CROWD) and not counts.get("regions"):
+    lines = [
+        f"{manifest.source}: {listed}",
+        f"{out}: {many(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB; {time}",
+    ]
+    tasks = [f"{count:,} {name[5:]}" for name, count in sorted(counts.items()) if name.startswith("task:")]
+    lines += [f"turns: {', '.join(tasks)}"] if len(tasks) > 1 else []
+    if rejects:
+        lines += [f"{sum(rejects.values()):,} left out, each with its reason in {out / REJECTS}:", *counted(rejects)]
+    else:
+        lines.append("nothing left out")
+    if rejects.get(CROWD) and not counts.get("regions"):
         lines.append("every object is marked as a crowd, as some tools mark every mask; --crowds takes them")
     return "\n".join(lines)

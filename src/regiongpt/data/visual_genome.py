@@ -14,11 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from pydantic import AliasChoices, Field, NonNegativeInt
 
-from regiongpt.data.reading import iter_array
-from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Fault, Rejects
-from regiongpt.data.sources import Converter
-from regiongpt.data.values import (
+from regiongpt.data.reading import (
     APART,
     MALFORMED,
     Corners,
@@ -29,8 +25,12 @@ from regiongpt.data.values import (
     check_image,
     clipped_box,
     image_name,
+    iter_array,
     plain_text,
 )
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Fault, Rejects
+from regiongpt.data.sources import Converter
 from regiongpt.errors import DataError, short
 from regiongpt.prompts import region_answer
 from regiongpt.regions import Region

@@ -6,8 +6,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, NamedTuple
 
+from regiongpt.data.reading import is_box, is_number
 from regiongpt.data.shards import many
-from regiongpt.data.values import is_box, is_number
 from regiongpt.errors import DataError, short
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 from regiongpt.evaluate.metrics.labels import folded

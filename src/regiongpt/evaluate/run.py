@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import regiongpt
 from regiongpt import legacy
 from regiongpt.console import progress
-from regiongpt.data.reading import TRUNCATED
+from regiongpt.data.reading import TRUNCATED, known_size
 from regiongpt.data.shards import file_identity
-from regiongpt.data.values import known_size
 from regiongpt.distributed import Processes, connect, launched
 from regiongpt.environment import commit, machine, versions
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError

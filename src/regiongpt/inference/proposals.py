@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from regiongpt.data.instances import (
+from regiongpt.data.coco import (
     Annotation,
     annotated_box,
     crowd_hint,
@@ -24,8 +24,8 @@ from regiongpt.data.instances import (
     read_score,
     warn_of_overhang,
 )
+from regiongpt.data.reading import MALFORMED, stated_size, whole
 from regiongpt.data.shards import CROWD, Fault, Rejects, many
-from regiongpt.data.values import MALFORMED, stated_size, whole
 from regiongpt.errors import ConfigError, DataError, RegionError, short
 from regiongpt.images import SUFFIXES
 from regiongpt.regions import KINDS, Region
@@ -66,7 +66,7 @@ def read_proposals(
         width: of the image in pixels, as is ``height``.
         height: see ``width``.
         image: the image's file. It is looked up in a file about several: among the names of a COCO data set
-            (:func:`regiongpt.data.instances.entry_of`), or by the number that it ends in where the file has no names.
+            (:func:`regiongpt.data.coco.entry_of`), or by the number that it ends in where the file has no names.
         image_id: take the entries with this ``image_id``, whatever the file's name.
         crowds: take what is marked as a crowd too.
         rejects: where entries that are left out are counted.

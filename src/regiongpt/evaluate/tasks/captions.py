@@ -10,9 +10,8 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
-from regiongpt.data.reading import iter_array
+from regiongpt.data.reading import is_whole, iter_array
 from regiongpt.data.shards import Rejects, many
-from regiongpt.data.values import is_whole
 from regiongpt.data.visual_genome import VisualGenomeConverter
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.captions import METRICS, caption_scores

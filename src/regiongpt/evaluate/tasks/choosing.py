@@ -16,9 +16,9 @@ from pydantic import Field
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.facts import View, colours_of
+from regiongpt.data.reading import known_size
 from regiongpt.data.sampling import LOCATED_AMONG, dev_questions
 from regiongpt.data.shards import many
-from regiongpt.data.values import known_size
 from regiongpt.errors import DataError
 from regiongpt.evaluate.metrics.bootstrap import mean_statistic
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 
-from regiongpt.data.instances import InstancesFile, crowd_hint
+from regiongpt.data.coco import InstancesFile, crowd_hint
 from regiongpt.data.shards import many
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic

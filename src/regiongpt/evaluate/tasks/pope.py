@@ -12,10 +12,9 @@ from typing import ClassVar, Final, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from regiongpt.data.instances import InstancesFile
-from regiongpt.data.reading import iter_lines
+from regiongpt.data.coco import InstancesFile
+from regiongpt.data.reading import image_name, iter_lines, plain_text
 from regiongpt.data.shards import Fault, Rejects, many
-from regiongpt.data.values import image_name, plain_text
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
 from regiongpt.evaluate.paper import TABLES

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from regiongpt.data.instances import annotated_box, read_annotation, read_score
-from regiongpt.data.reading import iter_array
+from regiongpt.data.coco import annotated_box, read_annotation, read_score
+from regiongpt.data.reading import MALFORMED, iter_array
 from regiongpt.data.shards import Fault, Rejects, many
-from regiongpt.data.values import MALFORMED
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
 

@@ -4,10 +4,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regiongpt.data.reading import iter_lines
+from regiongpt.data.reading import (
+    APART,
+    Corners,
+    Expression,
+    Row,
+    Whole,
+    clipped_box,
+    image_name,
+    is_box,
+    iter_lines,
+    known_size,
+)
 from regiongpt.data.refcoco import Scene, read_instances, read_json, read_pickle
 from regiongpt.data.shards import Fault, Rejects
-from regiongpt.data.values import APART, Corners, Expression, Row, Whole, clipped_box, image_name, is_box, known_size
 from regiongpt.errors import DataError, short
 from regiongpt.evaluate.task import Task
 from regiongpt.evaluate.tasks.scoring import find
