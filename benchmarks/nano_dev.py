@@ -39,7 +39,7 @@ from regiongpt.inference.options import WAYS, By, Options
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
 from regiongpt.storage import finite, write_json
-from regiongpt.train.start import keep_freed_memory
+from regiongpt.train.stages import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "nano"))
 

@@ -42,7 +42,7 @@ from regiongpt.train.dataset import DataCollator, answer_loss
 from regiongpt.train.loop import run_stage, targets_in
 from regiongpt.train.packing import PackedCollate, units_on_cpu, width_cost
 from regiongpt.train.recipe import EngineConfig, StageConfig
-from regiongpt.train.start import keep_freed_memory
+from regiongpt.train.stages import keep_freed_memory
 from regiongpt.train.watch import StageCost
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "nano"))

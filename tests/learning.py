@@ -128,7 +128,7 @@ def learn(
     name: str = "stage2",
     resume: str = "auto",
     dev: int = 0,
-    cost: Any = None,
+    utilisation: Any = None,
     text_config: Any = None,
     **data: Any,
 ) -> tuple[Any, Loop]:
@@ -137,7 +137,7 @@ def learn(
     model.language_model.requires_grad_(name == "stage2")
     given = (Examples(model.config, items, **data), collate, answer_loss, stage or settings(), out, 0)
     held = Examples(model.config, dev) if dev else None
-    how: Any = {"engine": engine, "watch": watch, "dev": held, "resume": resume, "cost": cost}
+    how: Any = {"engine": engine, "watch": watch, "dev": held, "resume": resume, "utilisation": utilisation}
     return model, run_stage(name, model, *given, **how)
 
 

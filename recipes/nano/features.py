@@ -26,7 +26,7 @@ from regiongpt.data.facts import View, colours_of
 from regiongpt.errors import DataError
 from regiongpt.images import load_image
 from regiongpt.storage import read_json, reason, write_json, writing
-from regiongpt.train.start import keep_freed_memory
+from regiongpt.train.stages import keep_freed_memory
 
 log = logging.getLogger(__name__)
 

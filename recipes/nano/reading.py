@@ -22,7 +22,7 @@ from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View
 from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, replace_placeholders
-from regiongpt.train.start import train_tokenizer
+from regiongpt.train.stages import train_tokenizer
 
 READING_MIX = {
     "classify": 4.0,

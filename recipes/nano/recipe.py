@@ -134,8 +134,6 @@ class NanoRecipe(Recipe):
     def _check(self) -> Self:
         if not self.align.alignment:
             raise ValueError("align.alignment: give a number above 0; the step learns nothing else")
-        if self.watch.answer_steps and not self.data.dev_split:
-            raise ValueError("watch.answer_steps: needs data.dev_split, whose regions are asked about")
         if self.lora.rank and not self.runs("stage2"):
             raise ValueError("lora.rank: adapters belong to stage 2, which this recipe does not run")
         return self
@@ -172,9 +170,9 @@ class NanoRecipe(Recipe):
             return "lora.rank is 0; give lora.rank too"
         if name == "model.chat_template" and not self.model.language:
             return "the recipe's own language model has the plain template; give model.language too"
-        dev, measured = self.data.dev_split, self.watch.dev_steps or self.watch.answer_steps
-        if name == "data.dev_split" and dev and not measured:
-            return "nothing is measured on it; give watch.dev_steps or watch.answer_steps too"
+        dev = self.data.dev_split
+        if name == "data.dev_split" and dev and not self.watch.dev_steps:
+            return "nothing is measured on it; give watch.dev_steps too"
         if name in ("watch.dev_steps", "watch.dev_items") and self.watch.dev_steps and not dev:
             return "there is no dev data; give data.dev_split too"
         return ""

@@ -1,12 +1,11 @@
 """nano's steps, in order: the language model, the start, features, alignment, and the two stages of the paper."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from alignment import ClassWords, Marks, compare_at_first, stand_in_loss, visual_loss
 from conversations import ConversationSampler
@@ -17,20 +16,16 @@ from recipe import NanoRecipe, NanoStageConfig
 from transformers import LlamaForCausalLM, set_seed
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.sampling import dev_questions
 from regiongpt.errors import ConfigError
 from regiongpt.model import weights
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
-from regiongpt.train.answers import Question, choose_questions
 from regiongpt.train.checkpoint import resume_of
 from regiongpt.train.dataset import DataCollator
 from regiongpt.train.debug import POSITIONS, debug_folder, few_steps, make_language, small_model
 from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.loop import run_stage
-from regiongpt.train.report import note_run
-from regiongpt.train.stages import StageData, train_stage, training
-from regiongpt.train.start import check_shape, create_start, save_whole
-from regiongpt.train.watch import StageCost
+from regiongpt.train.stages import StageData, check_shape, create_start, save_whole, train_stage, training
+from regiongpt.train.watch import note_run
 
 log = logging.getLogger("nano")
 
@@ -69,7 +64,6 @@ def _train(config: NanoRecipe) -> Path:
     model, processor = weights.load(start, device="cpu")
     store = build_features(out / "features", whole, model, processor, config.features)
     store = store.part(whole, images) if config.features.root else store
-    questions = dev_asked(config) if config.watch.answer_steps else ()
 
     finished = start
     for name in config.all_steps[1:]:
@@ -88,10 +82,9 @@ def _train(config: NanoRecipe) -> Path:
                 DataCollator(processor, EXTRAS),
                 partial(visual_loss, words, stage.alignment, name != "align"),
                 dev_conversations(config, sampler, model, processor),
-                questions,
             )
 
-        finished = train_stage(config, name, finished, prepare, cached=True, reads=name != "align")
+        finished = train_stage(config, name, finished, prepare, whole=False)
     return finished
 
 
@@ -129,25 +122,6 @@ def dev_conversations(
     return ConversationDataset(images, store, sampler, processor, whole, config.seed, len(images), 1, 1.0, grid)
 
 
-def dev_asked(config: NanoRecipe) -> list[Question]:
-    """What the model is asked while it trains, by the settings of the watch."""
-    data = config.data
-    images = load_coco(photo_sources(Path(data.root), data.dev_split)).images
-
-    def found() -> Iterator[Question]:
-        number = 0
-        for place in np.random.default_rng((config.seed, 41)).permutation(len(images)).tolist():
-            path, task = images[place].path, ("describe", "classify", "caption")[number % 3]
-            if asked := dev_questions([images[place]], task):
-                # The largest region: what is said of it can be held against the picture.
-                one = max(asked, key=lambda each: each.share)
-                name, regions = f"{path.name} ({task})", tuple(one.regions)
-                yield Question(name=name, image=path, regions=regions, text=one.text, expected=one.answer)
-                number += 1
-
-    return choose_questions(found(), config.watch.answers, data.dev_split)
-
-
 def train_language(config: NanoRecipe, images: Sequence[ImageAnnotations], folder: Path) -> None:
     """Train the tokenizer and the language model, and write them."""
     texts = texts_of(config, images)
@@ -172,7 +146,6 @@ def train_language(config: NanoRecipe, images: Sequence[ImageAnnotations], folde
         engine=config.engine,
         watch=config.watch,
         resume=resume_of(config, "language"),
-        cost=StageCost.of(model.config, trained=True, sees=False),
     )
     save_whole(folder, model, tokenizer)
 

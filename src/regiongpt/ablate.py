@@ -237,7 +237,7 @@ class Study:
             DataError: The folder cannot be written.
         """
         from regiongpt.inference.engine import pick_device
-        from regiongpt.train.start import check_start
+        from regiongpt.train.stages import check_start
 
         pick_device(self.options.device)
         configs = {(variant.name, seed): self._load(variant, seed) for variant in self.variants for seed in self.seeds}

@@ -632,7 +632,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         _print_json(Recipe.model_json_schema())
         return 0
     if options.report:
-        from regiongpt.train.report import write_report
+        from regiongpt.train.watch import write_report
 
         print(write_report(options.report))
         return 0

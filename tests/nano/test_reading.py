@@ -20,7 +20,7 @@ from test_dataset import annotated
 
 from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN
-from regiongpt.train.start import train_tokenizer
+from regiongpt.train.stages import train_tokenizer
 
 FORM = "[{n}]<region>"
 

@@ -34,7 +34,6 @@ def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word):
         (["--data.mixture=m"], "goes with a recipe on records"),
         (["--plan.gpus=2"], "goes with a recipe on records"),
         (["--lora.alpha=8"], "lora.rank is 0"),
-        (["--watch.answer_steps=5"], "needs data.dev_split"),
         (["--steps=align", "--lora.rank=8"], "adapters belong to stage 2"),
         (["--data.dev_split=dev"], "nothing is measured on it"),
         (["--watch.dev_steps=5"], "there is no dev data"),

@@ -126,12 +126,9 @@ def test_the_language_model_alone_makes_no_features_and_the_steps_make_the_whole
 
 def test_it_is_watched_on_held_out_images(tmp_path):
     words = ["--debug", f"--out={tmp_path / 'run'}", "--data.dev_split=dev", "--watch.dev_steps=2"]
-    assert main([*words, "--watch.answer_steps=2", "--watch.answers=3"]) == 0
+    assert main(words) == 0
     run = tmp_path / "run-debug" / "run"
     assert [json.loads(line)["step"] for line in (run / "stage2" / "dev.jsonl").read_text().splitlines()] == [2, 3]
-    asked = json.loads((run / "stage2" / "answers.jsonl").read_text().splitlines()[-1])["answers"]
-    assert [each["name"].partition(" ")[2] for each in asked] == ["(describe)", "(classify)"]
-    assert {each["expected"] for each in asked} <= {"cat", "dog"}
     assert "stage2 is finished" in (run / "report.html").read_text()
 
 

@@ -7,8 +7,8 @@ import torch
 from tiny import text_config, tiny_inputs, tiny_model
 
 from regiongpt.model import RegionGPTForConditionalGeneration
-from regiongpt.train.lora import add_adapters, merge_adapters
 from regiongpt.train.recipe import LoraConfig
+from regiongpt.train.stages import add_adapters, merge_adapters
 
 
 @pytest.mark.parametrize("targets", [(), ("q_proj",), ("q_proj", "lm_head"), ("lm_head",)])

@@ -36,7 +36,7 @@ NEW = [
         *("seed=99999999999", "steps=stage3", "steps=stage2,stage2", "out=", "out=a\0b", "out=a\udcff", "resume="),
         *("data.mixture=a\udcff", "data.root=a\0b"),
         *("engine.precision=fp8", "engine.sharding=none"),
-        *("engine.pack_length=-1", "engine.workers=-1", "engine.compile=perhaps", "watch.keep=0", "watch.answers=0"),
+        *("engine.pack_length=-1", "engine.workers=-1", "engine.compile=perhaps", "watch.keep=0"),
         *("model.image_grid=-1", "model.image_size=-32", "model.refinement=cubic"),
         *(
             "model.region_grid=0",
@@ -67,11 +67,10 @@ def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word: str) -> None
     ("name", "words", "message"),
     [
         ("finetune_records", ["--lora.alpha=8"], "lora.rank is 0"),
-        ("finetune_records", ["--watch.answer_steps=5"], "needs data.dev_mixture"),
         ("finetune_records", ["--data.dev_mixture=dev"], "nothing is measured on it"),
         ("vicuna7b_stage1", ["--lora.rank=8"], "adapters belong to stage 2"),
         ("finetune_records", ["--watch.dev_steps=5", "--data.dev_mixture="], "there is no dev data"),
-        ("finetune_records", ["--stage2.alignment=1"], "python recipes/nano/train.py"),
+        ("finetune_records", ["--stage2.alignment=1"], "unknown setting 'stage2.alignment'"),
         ("finetune_records", ["--stage1.lr=1"], "give data.pretrain_mixture too"),
         ("finetune_records", ["--model.refinement=none"], "the checkpoint nano brings its own shape"),
         ("finetune_records", ["--model.init="], "give model.init, or model.vision and model.language"),

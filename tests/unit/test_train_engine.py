@@ -292,12 +292,6 @@ def test_a_record_that_cannot_be_used_is_told_in_its_own_words(workers: int, tmp
         learn(tmp_path, items=8, broken=3, engine=EngineConfig(workers=workers))
 
 
-def test_sharding_that_accelerate_would_do_again_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match=r"--engine.sharding fsdp"):
-        learn(tmp_path, items=8)
-
-
 # -- real processes ----------------------------------------------------------------------------------------------------
 
 

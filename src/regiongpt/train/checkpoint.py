@@ -33,13 +33,11 @@ from regiongpt.distributed import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.settings import Settings
 from regiongpt.storage import read_json, reason, sha256
-from regiongpt.train import old_checkpoint
 from regiongpt.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 LIST = "files.json"
-AUTO, NEVER = "auto", "never"
 
 _STAGE, _MOMENTS = "stage.json", ("step", "exp_avg", "exp_avg_sq")
 _PREFIX, _UNFINISHED, _ASIDE = "checkpoint-", ".unfinished-", "aside-"
@@ -58,14 +56,9 @@ class Progress(Settings):
 
 
 def facts_of(name: str, settings: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What a run must share with the one that it continues: stage, decisive settings, shapes of tensors."""
+    """What a run must share with the one that it resumes: stage, decisive settings, shapes of tensors."""
     shapes = {tensor: list(each.shape) for tensor, each in _trained(model).items()}
     return {"stage": name, "settings": dict(settings), "tensors": shapes}
-
-
-def stage_of(checkpoint: Path) -> str:
-    """The stage that a checkpoint belongs to; CheckpointError if it does not say."""
-    return str(_read_stage(checkpoint)["stage"])
 
 
 def require_same(checkpoint: Path, facts: Mapping[str, Any]) -> None:
@@ -90,26 +83,23 @@ def require_same(checkpoint: Path, facts: Mapping[str, Any]) -> None:
             f"{checkpoint}: its tensors are not those of this model: {'; '.join(odd[:12])}{more}; give the recipe that "
             "it was made with, or begin anew with --resume never"
         )
-    _require_settings(checkpoint, facts["settings"], {**dict.fromkeys(facts["settings"]), **found["settings"]})
+    _require_settings(checkpoint, facts["settings"], found["settings"])
 
 
 def require_finished_with(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError if a finished stage was trained with other decisive settings."""
-    written = [path for path in _written(folder) if (path / _STAGE).is_file()]
-    if written:
-        last = written[-1]
-        theirs = _read_stage(last)["settings"]
-        _require_settings(last, settings, {name: theirs[name] for name in settings if name in theirs})
+    if written := [path for path in _written(folder) if (path / _STAGE).is_file()]:
+        found = _read_stage(written[-1])["settings"]
+        _require_settings(written[-1], settings, {name: found.get(name) for name in settings})
 
 
 def _require_settings(checkpoint: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    # Checkpoints of releases before 0.3 have settings of nano's recipe too, at zero.
-    theirs = {name: value for name, value in theirs.items() if name in ours or value}
-    odd = [f"{name} = {ours.get(name)}, it has {theirs[name]}" for name in theirs if ours.get(name) != theirs[name]]
-    if odd:
+    names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+    if names:
+        odd = "; ".join(f"{name} = {ours.get(name)}, it has {theirs.get(name)}" for name in names)
         raise ConfigError(
-            f"{checkpoint}: it was made with other settings, and a run that goes on from it would be neither: "
-            f"{'; '.join(sorted(odd))}; give those again, or begin anew with --resume never"
+            f"{checkpoint}: it was made with other settings, and a run that goes on from it would be neither: {odd}; "
+            "give those again, or begin anew with --resume never"
         )
 
 
@@ -129,7 +119,12 @@ def save(
         elif processes.is_first:
             mine[name] = tensor.contiguous()
     save_file(mine, folder / f"tensors-{processes.rank}.safetensors")
-    (folder / f"random-{processes.rank}.json").write_text(json.dumps(_random_state()), encoding="utf-8")
+    kind, keys, *rest = cast(Any, np.random.get_state())
+    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    state["torch"] = torch.get_rng_state().tolist()
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
+    (folder / f"random-{processes.rank}.json").write_text(json.dumps(state), encoding="utf-8")
     if processes.is_first:
         text = json.dumps({**facts, **progress.model_dump()}, indent=1)
         (folder / _STAGE).write_text(text, encoding="utf-8")
@@ -138,20 +133,18 @@ def save(
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> Progress:
     """Restore, in place, what :func:`save` has written; with more processes than before, the new ones draw anew."""
     _put_back(folder, _tensors(model, optimizer))
-    old, written = old_checkpoint.is_old(folder), len(list(folder.glob("tensors-*.safetensors")))
-    progress = old_checkpoint.progress(folder) if old else _read_stage(folder)
+    stage = _read_stage(folder)
     try:
-        if processes.rank < max(written, 1):
-            path = folder / f"random-{processes.rank}.json"
-            state = old_checkpoint.random_state(folder, processes.rank) if old else _read(path)
+        if processes.rank < len(list(folder.glob("tensors-*.safetensors"))):
+            state = _read(folder / f"random-{processes.rank}.json")
             version, internal, gauss = state["python"]
             random.setstate((version, tuple(internal), gauss))
             kind, keys, *rest = state["numpy"]
             np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-            torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
+            torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
             if torch.cuda.is_available() and "cuda" in state:
-                torch.cuda.set_rng_state(torch.as_tensor(state["cuda"], dtype=torch.uint8))
-        found = Progress(**{name: progress[name] for name in Progress.model_fields})
+                torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+        found = Progress(**{name: stage[name] for name in Progress.model_fields})
         if found.step != _step_of(folder):
             raise ValueError(f"it is after step {found.step}, its folder says {_step_of(folder)}")
         return found
@@ -169,16 +162,6 @@ def load_model(folder: Path, model: nn.Module) -> None:
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that a stage trains, by name; the memory is the model's own."""
     return {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = cast(Any, np.random.get_state())
-    state = {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state().tolist()} if torch.cuda.is_available() else {})
 
 
 @torch.no_grad()
@@ -200,19 +183,16 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 def _put_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         with ExitStack() as stack:
-            if old_checkpoint.is_old(folder):
-                read = old_checkpoint.tensors(folder)
-            else:
-                count = len(list(folder.glob("tensors-*.safetensors")))
-                paths = [folder / f"tensors-{rank}.safetensors" for rank in range(count)]
-                read = _reader([stack.enter_context(safe_open(path, "pt")) for path in paths])
+            paths = (folder / f"tensors-{rank}.safetensors" for rank in range(len(list(folder.glob("tensors-*")))))
+            files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+            parts = [(file, set(file.keys())) for file in files]
             for name, tensor in tensors.items():
                 begin, end = 0, len(tensor) if tensor.ndim else 0
                 if isinstance(tensor, DTensor):
                     size = -(-end // tensor.device_mesh.size())
                     begin, tensor = min(tensor.device_mesh.get_local_rank() * size, end), tensor.to_local()
                     end = begin + len(tensor)
-                value = read(name, begin, end)
+                value = _rows([file for file, names in parts if name in names], name, begin, end)
                 if value.shape != tensor.shape:
                     raise ValueError(f"{name}: expected {list(tensor.shape)}, got {list(value.shape)}")
                 if value.dtype != tensor.dtype:
@@ -224,23 +204,17 @@ def _put_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{folder}: its tensors cannot be read: {reason(error)}; {_DELETE}") from None
 
 
-def _reader(files: list[Any]) -> Callable[[str, int, int], Tensor]:
-    """What reads some rows of a tensor that lies in the files one part after the other."""
-    names = [set(file.keys()) for file in files]
-
-    def read(name: str, begin: int, end: int) -> Tensor:
-        pieces, at = [], 0
-        for file in (file for file, known in zip(files, names, strict=True) if name in known):
-            part = file.get_slice(name)
-            if not part.get_shape():
-                return cast(Tensor, file.get_tensor(name))
-            rows = part.get_shape()[0]
-            first, last = (min(max(place - at, 0), rows) for place in (begin, end))
-            pieces.append(part[first:last])
-            at += rows
-        return torch.cat(pieces)
-
-    return read
+def _rows(files: list[Any], name: str, begin: int, end: int) -> Tensor:
+    """Some rows of a tensor that lies in the files one part after the other."""
+    pieces, at = [], 0
+    for part in (file.get_slice(name) for file in files):
+        if not part.get_shape():
+            return cast(Tensor, files[0].get_tensor(name))
+        rows = part.get_shape()[0]
+        first, last = (min(max(place - at, 0), rows) for place in (begin, end))
+        pieces.append(part[first:last])
+        at += rows
+    return torch.cat(pieces)
 
 
 def _read(path: Path) -> Any:
@@ -294,7 +268,7 @@ class Checkpoints:
                 if fault is None:
                     return checkpoint
                 then = "the one before is taken" if found else "none is left, so the stage begins anew"
-                log.warning("%s: %s; it is now %s, and %s", checkpoint, fault, set_aside(checkpoint).name, then)
+                log.warning("%s: %s; it is now %s, and %s", checkpoint, fault, _set_aside(checkpoint).name, then)
             return None
 
         return self.processes.from_first(search)
@@ -307,16 +281,11 @@ class Checkpoints:
         """
 
         def check() -> Path:
-            fault = damage(path) if path.is_dir() else "there is no such folder"
-            if fault is None and not path.name.removeprefix(_PREFIX).isdecimal():
-                fault = "that is no checkpoint's name"
-            if fault is not None:
-                raise CheckpointError(
-                    f"{path}: expected the folder of a checkpoint, such as stage1/{_PREFIX}200; {fault}"
-                )
+            if fault := damage(path):
+                raise CheckpointError(f"{path}: not a checkpoint's folder, such as stage1/{_PREFIX}200: {fault}")
             for newer in _written(self.folder):
                 if _step_of(newer) > _step_of(path):
-                    log.info("%s is newer than %s and is now %s", newer, path, set_aside(newer).name)
+                    log.info("%s is newer than %s and is now %s", newer, path, _set_aside(newer).name)
             return path
 
         return self.processes.from_first(check)
@@ -357,12 +326,9 @@ class Checkpoints:
             if fault:
                 if first:
                     shutil.rmtree(unfinished, ignore_errors=True)
-                    log.warning(
-                        "%s could not be written (%s); the run goes on, and the newest checkpoint is %s",
-                        self.path(step),
-                        fault,
-                        next(reversed(_written(self.folder)), "none"),
-                    )
+                    newest = next(reversed(_written(self.folder)), "none")
+                    told = "%s could not be written (%s); the run goes on, and the newest checkpoint is %s"
+                    log.warning(told, self.path(step), fault, newest)
                 return False
         if first:
             for checkpoint in _written(self.folder)[: -self.keep]:
@@ -380,8 +346,16 @@ def _written(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if they are as they were written."""
+    """What is wrong with a checkpoint's folder; None if it is as it was written."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    if not checkpoint.name.removeprefix(_PREFIX).isdecimal():
+        return "that is no checkpoint's name"
     try:
         listed = {name: (size, digest) for name, (size, digest) in read_json(checkpoint / LIST).items()}
     except (DataError, ValueError, AttributeError, TypeError):
@@ -400,7 +374,7 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def set_aside(path: Path) -> Path:
+def _set_aside(path: Path) -> Path:
     """Rename a folder to ``aside-N-...`` beside it; CheckpointError if it cannot be renamed."""
     number = 1
     while (aside := path.with_name(f"{_ASIDE}{number}-{path.name}")).exists():
@@ -411,14 +385,10 @@ def set_aside(path: Path) -> Path:
         raise CheckpointError(f"{path}: cannot be renamed to {aside.name}: {reason(error)}") from None
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(_PREFIX))
-
-
 def _seal(folder: Path) -> None:
     """Flush all files to the disk, and list them with their sizes and hashes."""
     listed = {}
-    for path in sorted(path for path in folder.iterdir()):
+    for path in sorted(folder.iterdir()):
         _sync(path)
         listed[path.name] = (path.stat().st_size, sha256(path))
     (folder / LIST).write_text(json.dumps(listed, indent=1), encoding="utf-8")
@@ -447,33 +417,29 @@ def prepare_resuming(config: Recipe) -> None:
         CheckpointError: The checkpoint named is none or damaged, or results cannot be renamed.
         ConfigError: It belongs to a stage that the recipe does not run, or that is finished.
     """
-    if config.resume != AUTO:
-        Processes().from_first(lambda: _begin_anew(config) if config.resume == NEVER else _check(config))
 
+    def begin_anew() -> None:
+        names = [step for step in config.all_steps if config.runs(step)]
+        names += ["language-checkpoints", "start"] if "language" in names else []
+        for folder in (config.out / name for name in names):
+            if folder.exists():
+                log.info("%s is now %s, and is made anew", folder, _set_aside(folder).name)
 
-def _begin_anew(config: Recipe) -> None:
-    names = [step for step in config.all_steps if config.runs(step)]
-    names += ["language-checkpoints", "start"] if "language" in names else []
-    for folder in (config.out / name for name in names):
-        if folder.exists():
-            log.info("%s is now %s, and is made anew", folder, set_aside(folder).name)
+    def check() -> None:
+        checkpoint = Path(config.resume)
+        if (fault := damage(checkpoint)) is not None:
+            raise CheckpointError(f"{checkpoint}: {fault}; --resume auto takes the newest whole one")
+        stage = str(_read_stage(checkpoint)["stage"])
+        if not config.runs(stage):
+            raise ConfigError(f"resume: {checkpoint} is of {stage}, which this recipe does not run")
+        if (finished := config.out / stage / "model").exists():
+            raise ConfigError(f"resume: {stage} is finished: {finished}; move that folder away to go on from a step")
 
-
-def _check(config: Recipe) -> None:
-    checkpoint = Path(config.resume)
-    if (fault := damage(checkpoint)) is not None:
-        raise CheckpointError(f"{checkpoint}: {fault}; --resume auto takes the newest whole one")
-    stage = stage_of(checkpoint)
-    if not config.runs(stage):
-        raise ConfigError(f"resume: {checkpoint} is of {stage}, which this recipe does not run")
-    finished = config.out / stage / "model"
-    if finished.exists():
-        raise ConfigError(
-            f"resume: {checkpoint} is of {stage}, which is finished: {finished}; move that folder away to go on from it"
-        )
+    if config.resume != "auto":
+        Processes().from_first(begin_anew if config.resume == "never" else check)
 
 
 def resume_of(config: Recipe, stage: str) -> str:
     """``resume`` for one stage, which a checkpoint of another stage does not concern."""
-    chosen = config.resume not in (AUTO, NEVER) and stage_of(Path(config.resume)) == stage
-    return config.resume if chosen else AUTO
+    chosen = config.resume not in ("auto", "never") and _read_stage(Path(config.resume))["stage"] == stage
+    return config.resume if chosen else "auto"

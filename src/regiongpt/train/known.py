@@ -1,24 +1,23 @@
-"""Known GPUs, towers and language models, so that a recipe can be planned where none of them is."""
+"""Known GPUs, towers and language models, to plan a recipe where none of them is; and the FLOPs of a model."""
 
 import re
-import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from regiongpt.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Gpu:
     """One kind of GPU."""
 
     bf16: float  # peak of dense matrix products in bfloat16 that are summed in float32, in TFLOP/s
     fp32: float  # the same in float32, without TF32
     memory: float  # GiB
+    driver: str = "-"  # pattern of its driver's name for it
     utilisation: float = 0.4  # share of the peak that a well-run training reaches; assumed, not measured here
-    driver: tuple[str, ...] = ()  # words in its driver's name for it
 
     def peak(self, precision: str) -> float:
         """FLOP/s in ``bf16`` or ``fp32``."""
@@ -26,70 +25,34 @@ class Gpu:
 
 
 GPUS: Final[dict[str, Gpu]] = {
-    "a100-40gb": Gpu(bf16=312, fp32=19.5, memory=40, driver=("A100", "40GB")),
-    "a100-80gb": Gpu(bf16=312, fp32=19.5, memory=80, driver=("A100", "80GB")),
-    "h100-pcie": Gpu(bf16=756, fp32=51, memory=80, utilisation=0.35, driver=("H100", "PCIe")),
-    "h100-sxm": Gpu(bf16=989, fp32=67, memory=80, utilisation=0.35, driver=("H100", "HBM3")),
-    "h200": Gpu(bf16=989, fp32=67, memory=141, utilisation=0.35, driver=("H200",)),
-    "b200": Gpu(bf16=2250, fp32=75, memory=180, utilisation=0.35, driver=("B200",)),
-    "l40s": Gpu(bf16=362, fp32=91.6, memory=48, driver=("L40S",)),
-    "l4": Gpu(bf16=121, fp32=30.3, memory=24, driver=("L4",)),
-    "a10": Gpu(bf16=125, fp32=31.2, memory=24, driver=("A10",)),
-    "a6000": Gpu(bf16=155, fp32=38.7, memory=48, driver=("RTX A6000",)),
-    "rtx3090": Gpu(bf16=71, fp32=35.6, memory=24, driver=("RTX 3090",)),
-    "rtx4090": Gpu(bf16=165, fp32=82.6, memory=24, driver=("RTX 4090",)),
-    "mi300x": Gpu(bf16=1307, fp32=163.4, memory=192, utilisation=0.3, driver=("MI300X",)),
-    "laptop": Gpu(bf16=0.1, fp32=0.1, memory=16),
+    "a100-40gb": Gpu(312, 19.5, 40, r"\bA100\b.*\b40GB\b"),
+    "a100-80gb": Gpu(312, 19.5, 80, r"\bA100\b.*\b80GB\b"),
+    "h100-pcie": Gpu(756, 51, 80, r"\bH100 PCIe\b", 0.35),
+    "h100-sxm": Gpu(989, 67, 80, r"\bH100\b.*\bHBM3\b", 0.35),
+    "h200": Gpu(989, 67, 141, r"\bH200\b", 0.35),
+    "b200": Gpu(2250, 75, 180, r"\bB200\b", 0.35),
+    "l40s": Gpu(362, 91.6, 48, r"\bL40S\b"),
+    "l4": Gpu(121, 30.3, 24, r"\bL4\b"),
+    "a10": Gpu(125, 31.2, 24, r"\bA10\b"),
+    "a6000": Gpu(155, 38.7, 48, r"\bRTX A6000\b"),
+    "rtx3090": Gpu(71, 35.6, 24, r"\bRTX 3090\b"),
+    "rtx4090": Gpu(165, 82.6, 24, r"\bRTX 4090\b"),
+    "mi300x": Gpu(1307, 163.4, 192, r"\bMI300X\b", 0.3),
+    "laptop": Gpu(0.1, 0.1, 16),
 }
 """By the name that ``--gpu`` takes. ``laptop`` is no GPU: two cores of a CPU, for the small recipes."""
 
 
-def peak_flops(device: Any, precision: str) -> float:
-    """FLOP/s of one device: its maker's if it is known, else the measured rate of a large matrix product.
-
-    A device that is slower in bfloat16, as most CPUs are, is measured in float32.
-    """
-    import torch
-
-    known = named_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else 0.0
-    return known or max(matmul_rate(device, each) for each in {precision, "fp32"})
-
-
 def named_peak(name: str, precision: str) -> float:
     """FLOP/s of a GPU by its driver's name for it, 0 if it is not known."""
-    for gpu in GPUS.values():
-        if gpu.driver and all(re.search(rf"\b{word}\b", name) for word in gpu.driver):
-            return gpu.peak(precision)
-    return 0.0
+    return next((gpu.peak(precision) for gpu in GPUS.values() if re.search(gpu.driver, name)), 0.0)
 
 
-@cache
-def matmul_rate(device: Any, precision: str) -> float:
-    """FLOP/s of a large matrix product, the best of three measurements of a tenth of a second."""
-    import torch
-
-    side = {"cpu": 1024, "cuda": 8192}.get(device.type, 2048)
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    left, right = (torch.ones(side, side, dtype=kind, device=device) for _ in range(2))
-    best = 0.0
-    for _ in range(3):
-        began, count = time.perf_counter(), 0
-        while not count or time.perf_counter() - began < 0.1:
-            left @ right
-            count += 1
-            if device.type != "cpu" and count % 8 == 0:  # a GPU takes orders faster than it carries them out
-                torch.accelerator.synchronize()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        best = max(best, 2 * side**3 * count / (time.perf_counter() - began))
-        if count == 1:  # a single product took all the time there is
-            break
-    return best
+# -- towers and language models ----------------------------------------------------------------------------------------
 
 
 def _tower(kind: str, image_size: int, patch_size: int, width: int, layers: int, **more: Any) -> dict[str, Any]:
-    mlp = more.pop("mlp", 4 * width)
-    shape = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     shape |= {"num_attention_heads": width // 64, "image_size": image_size, "patch_size": patch_size}
     return {"model_type": kind, **shape, **more}
 
@@ -100,17 +63,17 @@ def _language(kind: str, words: int, width: int, mlp: int, layers: int, heads: i
 
 
 _CLIP: Final = {"hidden_act": "quick_gelu", "projection_dim": 768}
-_SIGLIP: Final = "siglip_vision_model"
 _LLAMA: Final = {"max_position_embeddings": 4096}
 _TINY: Final = {"num_key_value_heads": 4, "max_position_embeddings": 2048}
 _TIED: Final = {"num_key_value_heads": 2, "tie_word_embeddings": True}
+_SO400M: Final = {"intermediate_size": 4304, "num_attention_heads": 16}
 
 TOWERS: Final[dict[str, dict[str, Any]]] = {
     "openai/clip-vit-large-patch14-336": _tower("clip_vision_model", 336, 14, 1024, 24, **_CLIP),
     "openai/clip-vit-large-patch14": _tower("clip_vision_model", 224, 14, 1024, 24, **_CLIP),
-    "google/siglip-base-patch16-512": _tower(_SIGLIP, 512, 16, 768, 12),
-    "google/siglip-large-patch16-384": _tower(_SIGLIP, 384, 16, 1024, 24),
-    "google/siglip-so400m-patch14-384": _tower(_SIGLIP, 384, 14, 1152, 27, mlp=4304, num_attention_heads=16),
+    "google/siglip-base-patch16-512": _tower("siglip_vision_model", 512, 16, 768, 12),
+    "google/siglip-large-patch16-384": _tower("siglip_vision_model", 384, 16, 1024, 24),
+    "google/siglip-so400m-patch14-384": _tower("siglip_vision_model", 384, 14, 1152, 27, **_SO400M),
     "facebook/dinov2-large": _tower("dinov2", 518, 14, 1024, 24, mlp_ratio=4),
 }
 """Vision towers by hub name, as ``AutoConfig.for_model`` takes them."""
@@ -162,3 +125,73 @@ def _shape(name: str, known: dict[str, dict[str, Any]], field: str) -> Any:
             f"{field}: the shape of '{name}' is not known here, a {kind} that could not be read; give a folder with "
             f"config.json, or one of {', '.join(known)}"
         ) from error
+
+
+# -- FLOPs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """FLOPs of training a model, forward and backward, for one of each.
+
+    A row of T tokens of the language model takes ``token * T + square * T**2``; the ``forward`` pair is the part that
+    gradient checkpointing repeats.
+    """
+
+    tower: float
+    image: float
+    region: float
+    token: float
+    square: float
+    forward_token: float
+    forward_square: float
+    target: float
+
+    @classmethod
+    def of(cls, model: Any) -> "Costs":
+        """Costs of a RegionGPT model whose parameters already have or have no gradients; it may be on ``meta``."""
+        import torch
+
+        from regiongpt.model import RegionGPTForConditionalGeneration
+
+        config, text = model.config, model.config.text_config
+        with torch.device("meta"):
+            copy: Any = RegionGPTForConditionalGeneration(config)
+            pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+            features = torch.zeros(1, config.vision_config.hidden_size, *config.tower_grid)
+            weights = torch.zeros(1, 1, *config.refined_grid)
+        refined = copy.refine(features).detach().requires_grad_()
+        forward = both = 0.0
+        for name, part in model.language_model.named_modules():
+            if isinstance(part, torch.nn.Linear) and ".layers." in name:
+                size = 2.0 * part.in_features * part.out_features
+                forward += size
+                # Backward once for the input, and once more for the weight if that is trained.
+                both += size * (3 if part.weight.requires_grad else 2)
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        square = 4.0 * text.num_hidden_layers * text.num_attention_heads * width  # query by key, and by value
+        trained = model.get_output_embeddings().weight.requires_grad
+        return cls(
+            tower=_count(lambda: copy.encode_image(pixels)),
+            image=_count(lambda: copy.image_features(copy.refine(features)).sum().backward()),
+            region=_count(lambda: copy.region_features(refined, weights).sum().backward()),
+            token=both,
+            square=3 * square,
+            forward_token=forward,
+            forward_square=square,
+            target=2.0 * text.hidden_size * text.vocab_size * (3 if trained else 2),
+        )
+
+    def step(self, line: Mapping[str, Any]) -> float:
+        """FLOPs of a step by its line of the log, without padding, repeats and regions (each little)."""
+        images, tokens, rows = line["images"], line["tokens"], max(1, line["examples"])
+        language = tokens * (self.token + self.square * tokens / rows)
+        return float(images * (self.tower + self.image) + language + line["targets"] * self.target)
+
+
+def _count(run: Callable[[], Any]) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())

@@ -6,10 +6,9 @@ step divided by their number, and every trained parameter has a gradient in ever
 
 import logging
 import math
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,33 +21,28 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from transformers import set_seed
 
-from regiongpt.distributed import Processes, connect
+from regiongpt.distributed import connect
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.model.processing import IGNORED
 from regiongpt.storage import writing
 from regiongpt.train import checkpoint
-from regiongpt.train.answers import Question
 from regiongpt.train.checkpoint import Checkpoints, Progress
 from regiongpt.train.packing import Collate, Example, PackedCollate, require_packable, units_on_cpu, width_cost
 from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
-from regiongpt.train.watch import StageCost, Watch
+from regiongpt.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
 STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
 """Exit code of a run that was asked to stop and has saved first."""
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 Loss = Callable[[Any, dict[str, Any], Any], Tensor]
 """Takes a model, a batch, and the number of target tokens in the whole optimiser step."""
-
-_FREE = ("micro_batch_size", "save_steps", "log_steps")
 
 
 def decisive_settings(config: StageConfig) -> dict[str, Any]:
     """The settings of a stage that decide what is learnt in which step, and may not change on resuming."""
-    return {key: value for key, value in config.model_dump().items() if key not in _FREE}
+    return config.model_dump(exclude={"micro_batch_size", "save_steps", "log_steps"})
 
 
 def run_stage(
@@ -65,9 +59,7 @@ def run_stage(
     watch: WatchConfig | None = None,
     dev: Dataset[Example] | None = None,
     resume: str = "auto",
-    processor: Any = None,
-    questions: Sequence[Question] = (),
-    cost: StageCost | None = None,
+    utilisation: Callable[[Mapping[str, Any]], float] | None = None,
 ) -> "Loop":
     """Train the parameters that require gradients, in as many processes as were started together.
 
@@ -85,11 +77,9 @@ def run_stage(
         engine: How it is computed.
         watch: How many checkpoints are kept, and how often the dev loss is measured.
         dev: Dev data. The weights with the lowest dev loss are restored at the end.
-        resume: ``auto`` continues from the newest whole checkpoint in the folder, ``never`` begins anew; anything else
-            is the folder of the checkpoint to continue from.
-        processor: Processor of the model, to ask it with.
-        questions: Asked now and then.
-        cost: FLOPs of the stage, to report its utilisation.
+        resume: ``auto`` resumes from the newest whole checkpoint in the folder, ``never`` begins anew; anything else
+            is the folder of the checkpoint to resume from.
+        utilisation: Share of the hardware's peak that a step has reached, from its line of the log.
 
     Returns:
         The finished loop.
@@ -102,22 +92,12 @@ def run_stage(
         SystemExit: 143, after SIGTERM: the last step is in a checkpoint.
     """
     engine, watch = engine or EngineConfig(), watch or WatchConfig()
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ConfigError(
-            "engine.sharding: accelerate's configuration asks for FSDP, which is not read; give --engine.sharding fsdp "
-            "and start with torchrun or a plain `accelerate launch`"
-        )
     processes = connect()
     together = config.micro_batch_size * processes.count
     if config.batch_size % together:
         raise ConfigError(
             f"{name}.batch_size: {config.batch_size} is not a multiple of {together}, the micro_batch_size of "
             f"{config.micro_batch_size} in {processes.count} processes"
-        )
-    if questions and engine.sharding == "fsdp" and processes.count > 1:
-        raise ConfigError(
-            "watch.answer_steps: a model that is sharded over processes cannot be asked while it trains; leave it out, "
-            "or train with --engine.sharding ddp"
         )
     if processes.count == 1 and (gpus := torch.cuda.device_count()) > 1:
         log.info("%d GPUs are here and one is used; start with `torchrun --nproc-per-node N`", gpus)
@@ -148,13 +128,11 @@ def run_stage(
     if engine.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
-    watcher = Watch(
-        name, folder, processes, watch, config.log_steps, questions, processor, cost, precision=engine.precision
-    )
+    watcher = Watch(name, folder, processes, watch, config.log_steps, utilisation)
     loop = Loop(name, model, loss, dataset, collate, config, engine, watch, checkpoints, facts, watcher, dev)
     in_units = packs and not engine.compile  # compiled layers take masks, since each batch has other units
     units = units_on_cpu(cast(Any, model).language_model, loop.device) if in_units else nullcontext()
-    with _stops_on_sigterm(loop), closing(watcher), units:
+    with loop.stops_on_sigterm(), closing(watcher), units:
         loop.train(begin)
     if loop.stopped:
         if processes.is_first:
@@ -166,6 +144,7 @@ def run_stage(
     return loop
 
 
+@dataclass(eq=False)
 class Loop:
     """The steps of one stage, as :func:`run_stage` sets it up.
 
@@ -174,36 +153,37 @@ class Loop:
         stopped: Whether training ended because it was asked to.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        loss: Loss,
-        dataset: Dataset[Example],
-        collate: Collate,
-        config: StageConfig,
-        engine: EngineConfig,
-        watch: WatchConfig,
-        checkpoints: Checkpoints,
-        facts: dict[str, Any],
-        watcher: Watch,
-        dev: Dataset[Example] | None,
-    ) -> None:
-        self.name, self.model, self.config, self.engine, self.watch = name, model, config, engine, watch
-        self.dataset, self.collate, self.dev = dataset, collate, dev if watch.dev_steps else None
-        self.checkpoints, self.facts, self.watcher = checkpoints, facts, watcher
-        self.processes = checkpoints.processes
-        self.device = _device(self.processes)
-        self.sharded = engine.sharding == "fsdp" and self.processes.count > 1
-        self.module: Any = StageModule(model, loss, PRECISIONS[engine.precision])
+    name: str
+    model: nn.Module
+    loss: Loss
+    dataset: Dataset[Example]
+    collate: Collate
+    config: StageConfig
+    engine: EngineConfig
+    watch: WatchConfig
+    checkpoints: Checkpoints
+    facts: dict[str, Any]
+    watcher: Watch
+    dev: Dataset[Example] | None
+
+    def __post_init__(self) -> None:
+        self.processes = self.checkpoints.processes
+        several = self.processes.count > 1
+        kind = torch.accelerator.current_accelerator()
+        if kind is None or (several and kind.type != "cuda"):  # several processes share the CPU
+            self.device = torch.device("cpu")
+        else:
+            self.device = torch.device(kind.type, torch.accelerator.current_device_index())
+        self.sharded = self.engine.sharding == "fsdp" and several
+        self.module: Any = StageModule(self.model, self.loss, self.engine.precision == "bf16")
         if self.sharded:
             shard(self.module)
         else:
             self.module.to(self.device)
-            if self.processes.count > 1:
+            if several:
                 self.module = DistributedDataParallel(self.module)
-        self.optimizer = make_optimizer(model, config)
-        self.steps = math.ceil(len(cast(Any, dataset)) / config.batch_size)
+        self.optimizer = make_optimizer(self.model, self.config)
+        self.steps = math.ceil(len(cast(Any, self.dataset)) / self.config.batch_size)
         self.progress = Progress()
         self.asked_to_stop = self.stopped = False
 
@@ -216,7 +196,7 @@ class Loop:
         generator = None if begin is None else torch.Generator()
         skip, workers = self.progress.step * rounds, self.engine.workers
         batches = iter(self._batches(self.dataset, self.config.batch_size, skip, workers, generator))
-        self.watcher.start(self.model, self.progress.step, self.steps)
+        self.watcher.start(self.progress.step, self.steps)
         while self.progress.step < self.steps and not self.stopped:
             began = time.perf_counter()
             step = list(islice(batches, rounds))
@@ -228,16 +208,13 @@ class Loop:
             saves = last or self.stopped or at % self.config.save_steps == 0
             rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
             self.watcher.step(at, rates, norm, time.perf_counter() - began, waited, saves=saves)
-            if self.dev is not None and (last or at % self.watch.dev_steps == 0):
+            if self.dev is not None and self.watch.dev_steps and (last or at % self.watch.dev_steps == 0):
                 saves |= self._measure()
             if saves:
                 self.checkpoints.write(at, self._fill, self.progress.best_step)
 
     def _step(self, step: Sequence["Batch"]) -> float:
         """Forward and backward passes of the micro-batches of one step, then the optimiser's; the gradient's norm."""
-        for batch in step:
-            if batch.fault is not None:
-                raise batch.fault
         targets = torch.tensor(sum(batch.targets for batch in step), device=self.device)
         if self.processes.count > 1:
             self.processes.summed(targets)
@@ -250,8 +227,8 @@ class Loop:
                 self.module.set_requires_gradient_sync(number == len(step))
             waits = number < len(step) and isinstance(self.module, DistributedDataParallel)
             with self.module.no_sync() if waits else nullcontext():
-                loss, each, tasks = self.module(self._moved(batch), targets)
-                (loss * self.processes.count).backward()  # processes average gradients; their sum is wanted
+                loss, each, tasks = self._forward(batch, targets)
+                torch.autograd.backward(loss * self.processes.count)  # processes average gradients; their sum is wanted
             losses.append(loss.detach())
             self.watcher.add(losses[-1], each, tasks, (len(batch.items), batch.tokens, batch.images))
         norm: Any = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
@@ -299,11 +276,15 @@ class Loop:
             generator=generator,
         )
 
-    def _moved(self, batch: "Batch") -> dict[str, Any]:
-        return {
+    def _forward(self, batch: "Batch", targets: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if batch.fault is not None:
+            raise batch.fault
+        inputs = {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in batch.inputs.items()
         }
+        found: tuple[Tensor, Tensor | None, Tensor | None] = self.module(inputs, targets)
+        return found
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -313,9 +294,7 @@ class Loop:
         sums = torch.zeros(2, dtype=torch.float64)
         together = self.config.micro_batch_size * self.processes.count
         for batch in self._batches(self.dev, together, 0, 0, torch.Generator()):
-            if batch.fault is not None:
-                raise batch.fault
-            loss, losses, _tasks = self.module(self._moved(batch), 1)
+            loss, losses, _tasks = self._forward(batch, 1)
             sums += torch.tensor([float(loss if losses is None else losses.sum()), batch.targets])
         self.module.train()
         total, targets = self.processes.summed(sums.float().to(self.device)).tolist()
@@ -344,6 +323,23 @@ class Loop:
             if self.processes.is_first:
                 log.info("weights of step %d restored: the lowest dev loss, %.4f", best, self.progress.best_loss)
             checkpoint.load_model(path, self.model)
+
+    @contextmanager
+    def stops_on_sigterm(self) -> Iterator[None]:
+        """SIGTERM ends training after the step at hand, with a checkpoint; outside the main thread, at once."""
+
+        def ask(*_: Any) -> None:
+            self.asked_to_stop = True
+
+        try:
+            before = signal.signal(signal.SIGTERM, ask)
+        except ValueError:  # not the main thread
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -440,12 +436,12 @@ def targets_in(inputs: dict[str, Any]) -> int:
 class StageModule(nn.Module):
     """A model with its loss as one module: whatever wraps it sees all that is computed.
 
-    In bfloat16 matrices are multiplied; weights, sums and the loss stay float32.
+    With ``half`` matrices are multiplied in bfloat16; weights, sums and the loss stay float32.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, precision: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, half: bool = False) -> None:
         super().__init__()
-        self.model, self.loss, self.precision = model, loss, precision
+        self.model, self.loss, self.half_products = model, loss, half
 
     def forward(self, inputs: dict[str, Any], items: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss; and where the model tells them, that of each target token and the task it belongs to."""
@@ -455,7 +451,7 @@ class StageModule(nn.Module):
         outputs: list[Any] = []
         handle = self.model.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
-            with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.half_products):
                 loss = self.loss(self.model, inputs, items)
         finally:
             handle.remove()
@@ -470,7 +466,8 @@ def shard(module: StageModule) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # Weights of regions are exact areas, and stay float32; autocast decides on the rest.
-    policy = MixedPrecisionPolicy(param_dtype=module.precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    kind = torch.bfloat16 if module.half_products else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in (*decoder_layers(module.model), module):
         fully_shard(layer, mp_policy=policy)
 
@@ -532,29 +529,3 @@ def rate_at(step: int, steps: int, warmup_ratio: float) -> float:
     if step < warm:
         return step / max(1, warm)
     return max(0.0, 0.5 * (1 + math.cos(math.pi * ((step - warm) / max(1, steps - warm)))))
-
-
-def _device(processes: Processes) -> torch.device:
-    """The accelerator of this process; on a machine without GPUs, several processes share the CPU."""
-    kind = torch.accelerator.current_accelerator()
-    if kind is None or (processes.count > 1 and kind.type != "cuda"):
-        return torch.device("cpu")
-    return torch.device(kind.type, torch.accelerator.current_device_index())
-
-
-@contextmanager
-def _stops_on_sigterm(loop: Loop) -> Iterator[None]:
-    """SIGTERM ends training after the step at hand, with a checkpoint; outside the main thread, at once."""
-
-    def ask(*_: Any) -> None:
-        loop.asked_to_stop = True
-
-    try:
-        before = signal.signal(signal.SIGTERM, ask)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -7,10 +7,10 @@ than ``plan.sample``. FLOPs include padding. Time is FLOPs divided by an assumed
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, SiglipImageProcessorPil
 
 from regiongpt.data.mixture import open_mixture
@@ -18,45 +18,15 @@ from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor, weights
 from regiongpt.model.processing import IGNORED, prepare_tokenizer
 from regiongpt.prompts import template_family
-from regiongpt.train.costs import Costs, kept_by_image, kept_bytes, language_costs, visual_costs
 from regiongpt.train.dataset import RecordDataset
-from regiongpt.train.known import GPUS, LANGUAGE_MODELS, PADDED_TOKENS, language_shape, tower_shape
-from regiongpt.train.lora import choose_learners
+from regiongpt.train.known import GPUS, LANGUAGE_MODELS, PADDED_TOKENS, Costs, language_shape, tower_shape
 from regiongpt.train.packing import plan_rows, width_cost
-from regiongpt.train.recipe import ModelConfig, Recipe, StageConfig
-from regiongpt.train.start import check_shape, new_shape, read_shape
+from regiongpt.train.recipe import DataSize, ModelConfig, Recipe, StageConfig
+from regiongpt.train.stages import check_shape, choose_learners, new_shape, read_shape
 
 GIB = 2**30
 _PARTS = ("vision_tower", "refinement", "connector", "language_model")
 _ADDED_TOKENS = 2  # <image> and <region>
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Parameters of one part of the model, ``adapters`` for those of LoRA, and how many of them are trained."""
-
-    name: str
-    parameters: int
-    trained: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on each GPU.
-
-    Weights, gradients and both moments of AdamW are in float32; with FSDP they are a share, and what is gathered at a
-    time. Activations are what the forward pass of the largest counted micro-batch saves.
-    """
-
-    weights: float
-    gradients: float
-    optimiser: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.weights + self.gradients + self.optimiser + self.activations
 
 
 class Item(NamedTuple):
@@ -69,17 +39,18 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Size of a stage's data."""
+class Data:
+    """Size of a stage's data; sums over all its items."""
 
     items: int  # conversations
     how: str  # what the numbers rest on, in words
     tokens: float
     targets: float  # supervised tokens
-    rows: tuple[tuple[float, float], ...]  # of the language model's input: (number of rows, tokens in each)
+    widths: float  # tokens of the language model's rows, with padding
+    squares: float  # the sum of the squares of these rows' lengths
     images: float  # that go through the tower; a text among images takes a blank one along
     regions: float  # region embeddings
-    widest: tuple[float, float, float]  # tokens with padding, images and targets of the largest micro-batch
+    widest: tuple[int, int, int, int]  # of the largest micro-batch: tokens with padding, of a row; images; targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +58,12 @@ class StagePlan:
     """What one stage takes; among ``flops``, ``again`` is what gradient checkpointing repeats."""
 
     name: str
-    parts: tuple[Part, ...]
-    reading: Reading
+    parameters: dict[str, tuple[int, int]]  # by part of the model: all, and trained
+    data: Data
     steps: int
     batch: str
     flops: dict[str, float]
-    memory: Memory
+    memory: dict[str, float]  # bytes on each GPU
     seconds: float
 
 
@@ -115,35 +86,35 @@ class Plan:
 
     def text(self) -> str:
         """The plan in words."""
-        lines = [line for stage in self.stages for line in self._stage(stage)]
         seconds = sum(stage.seconds for stage in self.stages)
-        lines += [
-            f"in all: {_time(seconds)} on {self.gpus} x {self.gpu}, {_time(seconds * self.gpus)} of one GPU, at "
-            f"{self.utilisation:.0%} (assumed) of its {self.peak / 1e12:g} TFLOP/s in {self.precision}"
-        ]
-        return "\n".join(lines)
+        return "\n".join(
+            [
+                *(line for stage in self.stages for line in self._stage(stage)),
+                f"in all: {_time(seconds)} on {self.gpus} x {self.gpu}, {_time(seconds * self.gpus)} of one GPU, at "
+                f"{self.utilisation:.0%} (assumed) of its {self.peak / 1e12:g} TFLOP/s in {self.precision}",
+            ]
+        )
 
     def _stage(self, stage: StagePlan) -> list[str]:
-        reading, memory = stage.reading, stage.memory
+        data, memory = stage.data, sum(stage.memory.values())
         parts = [
-            f"{part.name.replace('_', ' ')} {_short(part.parameters)} "
-            + ("trained" if part.trained == part.parameters else "frozen" if not part.trained else "in part")
-            for part in stage.parts
+            f"{name.replace('_', ' ')} {_short(total)} "
+            + ("trained" if trained == total else "frozen" if not trained else "in part")
+            for name, (total, trained) in stage.parameters.items()
         ]
-        trained = sum(part.trained for part in stage.parts)
+        learning = sum(trained for _, trained in stage.parameters.values())
         flops = [f"{name} {_flops(value)}" for name, value in stage.flops.items() if value]
-        fits = "" if memory.total <= self.capacity else ": more than it has"
+        fits = "" if memory <= self.capacity else ": more than it has"
         spread = self.sharding if self.gpus > 1 else "one GPU"
-        told = [f"{name} {_bytes(value)}" for name, value in asdict(memory).items()]
         return [
             stage.name,
-            f"  parameters  {', '.join(parts)}; {_short(trained)} trained",
-            f"  data        {reading.items:,} items, {_short(reading.tokens)} tokens, {_short(reading.targets)} "
-            f"of them targets ({reading.how})",
+            f"  parameters  {', '.join(parts)}; {_short(learning)} trained",
+            f"  data        {data.items:,} items, {_short(data.tokens)} tokens, {_short(data.targets)} of them targets "
+            f"({data.how})",
             f"  steps       {stage.steps:,} of {stage.batch}",
             f"  arithmetic  {_flops(sum(stage.flops.values()))}: {', '.join(flops)}",
-            f"  memory      {_bytes(memory.total)} of {self.capacity / GIB:g} GiB on each GPU ({spread}){fits}: "
-            + ", ".join(told),
+            f"  memory      {_bytes(memory)} of {self.capacity / GIB:g} GiB on each GPU ({spread}){fits}: "
+            + ", ".join(f"{name} {_bytes(value)}" for name, value in stage.memory.items()),
             f"  time        {_time(stage.seconds)}",
             "",
         ]
@@ -158,61 +129,27 @@ def make_plan(config: Recipe) -> Plan:
         CheckpointError: The checkpoint that the recipe continues from is not what the recipe says.
         DataError: Records cannot be used.
     """
-    gpu = GPUS[config.plan.gpu]
+    gpu, plan, data = GPUS[config.plan.gpu], config.plan, config.data
+    shape, processor = _find_shape(config.model)
+    utilisation, peak = plan.utilisation or gpu.utilisation, gpu.peak(config.engine.precision)
+    stages = [
+        _plan_stage(config, name, shape, _size_data(config, name, path, size, shape, processor), utilisation * peak)
+        for name, path, size in (
+            ("stage1", data.pretrain_mixture, plan.stage1),
+            ("stage2", data.mixture, plan.stage2),
+        )
+        if config.runs(name)
+    ]
     return Plan(
-        stages=tuple(_stages(config)),
-        gpu=config.plan.gpu,
-        gpus=config.plan.gpus,
+        stages=tuple(stages),
+        gpu=plan.gpu,
+        gpus=plan.gpus,
         sharding=config.engine.sharding,
         precision=config.engine.precision,
-        utilisation=config.plan.utilisation or gpu.utilisation,
-        peak=gpu.peak(config.engine.precision),
+        utilisation=utilisation,
+        peak=peak,
         capacity=gpu.memory * GIB,
     )
-
-
-def _stages(config: Recipe) -> list[StagePlan]:
-    shape, processor = _find_shape(config.model)
-    text, engine = shape.text_config, config.engine
-    context = getattr(text, "max_position_embeddings", None)
-    packing = (engine.pack_length or int(context or 4096), width_cost(text)) if engine.packing else (0, 0.0)
-    plans = []
-    for name, stage, path, size in (
-        ("stage1", config.stage1, config.data.pretrain_mixture, config.plan.stage1),
-        ("stage2", config.stage2, config.data.mixture, config.plan.stage2),
-    ):
-        if not config.runs(name):
-            continue
-        mixture, micro = None, stage.micro_batch_size
-        try:
-            mixture = open_mixture(path, config.data.root, config.seed) if processor else None
-        except (ConfigError, DataError):
-            if not size.records:
-                raise
-        if mixture and processor:
-            items = max(1, round(stage.epochs * len(mixture)))
-            dataset = RecordDataset(mixture, processor, items, context, config.data.suffixes)
-
-            def count(number: int, dataset: RecordDataset = dataset) -> Item:
-                """A record, tokenized and cut as in training, its image not opened."""
-                record, example = dataset.words(dataset.mixture.draw(number))
-                regions = len(record.regions) * dataset.processor.tokens_per_region
-                targets = int((example["labels"] != IGNORED).sum())
-                return Item(len(example["input_ids"]), targets, regions, bool(record.image))
-
-            reading = _read(items, micro, count, config.plan.sample, *packing)
-        elif size.records and size.answer_tokens:
-            each = Item(shape.num_image_tokens + size.text_tokens, size.answer_tokens, 1)
-            items = max(1, round(stage.epochs * size.records))
-            reading = _read(items, micro, lambda _, each=each: each, micro, *packing)  # type: ignore[misc]
-            reading = replace(reading, how="supposed, see [plan]")
-        else:
-            raise ConfigError(
-                f"--plan: the data of {name} cannot be read here; give its folder, or --plan.{name}.records, "
-                f"--plan.{name}.text_tokens and --plan.{name}.answer_tokens"
-            )
-        plans.append(_plan_stage(config, name, stage, shape, reading))
-    return plans
 
 
 def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
@@ -228,7 +165,6 @@ def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor
             "rest of [model]"
         )
     text = language_shape(model.language)
-    known = not Path(model.language).is_dir() and model.language in LANGUAGE_MODELS
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.language, local_files_only=True)
     # Nothing in the cache, a hub that cannot be reached, a folder without one: each has an exception of its own.
@@ -238,6 +174,7 @@ def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor
     if tokenizer:
         prepare_tokenizer(tokenizer, template)
     tokens = PADDED_TOKENS.get(model.language, text.vocab_size) + _ADDED_TOKENS
+    known = model.language in LANGUAGE_MODELS
     text.vocab_size = max(int(text.vocab_size), len(tokenizer) if tokenizer and not known else tokens)
     shape = new_shape(model, tower_shape(model.vision), text)
     if not tokenizer:
@@ -255,114 +192,172 @@ def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor
     return shape, processor
 
 
-def _read(items: int, micro: int, item: Callable[[int], Item], sample: int, packing: int, cost: float) -> Reading:
+def _size_data(
+    config: Recipe, name: str, path: str, size: DataSize, shape: RegionGPTConfig, processor: RegionGPTProcessor | None
+) -> Data:
+    """Count a stage's records, tokenized and cut as in training, or take the recipe's word for them."""
+    stage: StageConfig = getattr(config, name)
+    context = getattr(shape.text_config, "max_position_embeddings", None)
+    row = (config.engine.pack_length or int(context or 4096)) if config.engine.packing else 0
+    cost, micro = width_cost(shape.text_config), stage.micro_batch_size
+    if processor:
+        try:
+            mixture = open_mixture(path, config.data.root, config.seed)
+            items = max(1, round(stage.epochs * len(mixture)))
+            dataset = RecordDataset(mixture, processor, items, context, config.data.suffixes)
+
+            def count(number: int) -> Item:
+                record, example = dataset.words(mixture.draw(number))
+                targets = int((example["labels"] != IGNORED).sum())
+                regions = len(record.regions) * processor.tokens_per_region
+                return Item(len(example["input_ids"]), targets, regions, bool(record.image))
+
+            return _read(items, micro, count, config.plan.sample, row, cost)
+        except (ConfigError, DataError):
+            if not size.records:
+                raise
+    if not (size.records and size.answer_tokens):
+        raise ConfigError(
+            f"--plan: the data of {name} cannot be read here; give its folder, or --plan.{name}.records, "
+            f"--plan.{name}.text_tokens and --plan.{name}.answer_tokens"
+        )
+    each = Item(shape.num_image_tokens + size.text_tokens, size.answer_tokens, 1)
+    items = max(1, round(stage.epochs * size.records))
+    return replace(_read(items, micro, lambda _: each, micro, row, cost), how="supposed, see [plan]")
+
+
+def _read(items: int, micro: int, item: Callable[[int], Item], sample: int, packing: int, cost: float) -> Data:
     """Count micro-batches of at most ``sample`` conversations, in rows of ``packing`` tokens or padded (0)."""
     batches = -(-items // micro)
     counted = min(batches, max(1, sample // micro))
-    numbers = [n * batches // counted for n in range(counted)]
-    found = [[item(i) for i in range(n * micro, min((n + 1) * micro, items))] for n in numbers]
-    seen = sum(len(batch) for batch in found)
-    scale = items / seen
-    rows: list[tuple[float, float]] = []
-    images = regions = 0.0
-    widest = (0.0, 0.0, 0.0)
-    for batch in found:
+    tokens = targets = widths = squares = images = regions = seen = 0
+    widest = (0, 0, 0, 0)
+    for number in (n * batches // counted for n in range(counted)):
+        batch = [item(i) for i in range(number * micro, min((number + 1) * micro, items))]
         lengths = [each.tokens for each in batch]
-        packed = plan_rows(lengths, packing, cost) if packing else [[k] for k in range(len(batch))]
-        width = max(sum(lengths[k] for k in row) for row in packed)
-        rows.append((scale * len(packed), float(width)))
-        shown = len(batch) if any(each.image for each in batch) else 0
-        images += scale * shown
-        regions += scale * len(batch) * max(each.regions for each in batch)
-        widest = max(widest, (len(packed) * width, shown, sum(each.targets for each in batch)))
-    every = [each for batch in found for each in batch]
-    return Reading(
+        rows = plan_rows(lengths, packing, cost) if packing else [[k] for k in range(len(batch))]
+        width = max(sum(lengths[k] for k in row) for row in rows)
+        shown, answered = len(batch) * any(each.image for each in batch), sum(each.targets for each in batch)
+        widest = max(widest, (len(rows) * width, width, shown, answered))
+        seen, tokens, targets = seen + len(batch), tokens + sum(lengths), targets + answered
+        widths, squares = widths + len(rows) * width, squares + len(rows) * width**2
+        images, regions = images + shown, regions + len(batch) * max(each.regions for each in batch)
+    scale = items / seen
+    return Data(
         items=items,
         how="counted on all" if seen == items else f"counted on {seen:,} of them",
-        tokens=scale * sum(each.tokens for each in every),
-        targets=scale * sum(each.targets for each in every),
-        rows=tuple(rows),
-        images=images,
-        regions=regions,
+        tokens=scale * tokens,
+        targets=scale * targets,
+        widths=scale * widths,
+        squares=scale * squares,
+        images=scale * images,
+        regions=scale * regions,
         widest=widest,
     )
 
 
-def _plan_stage(config: Recipe, name: str, stage: StageConfig, shape: Any, reading: Reading) -> StagePlan:
-    engine, plan, gpu = config.engine, config.plan, GPUS[config.plan.gpu]
-    accumulation, rest = divmod(stage.batch_size, stage.micro_batch_size * plan.gpus)
+def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig, data: Data, speed: float) -> StagePlan:
+    stage: StageConfig = getattr(config, name)
+    engine, gpus = config.engine, config.plan.gpus
+    accumulation, rest = divmod(stage.batch_size, stage.micro_batch_size * gpus)
     if rest:
         raise ConfigError(
-            f"{name}.batch_size: expected a multiple of micro_batch_size={stage.micro_batch_size} times {plan.gpus} "
+            f"{name}.batch_size: expected a multiple of micro_batch_size={stage.micro_batch_size} times {gpus} "
             f"GPUs, got {stage.batch_size}; give another --{name}.micro_batch_size or --gpus"
         )
     with torch.device("meta"):
-        model = RegionGPTForConditionalGeneration(shape)
+        model: Any = RegionGPTForConditionalGeneration(shape)
         choose_learners(name, model, config.lora)
-    parts = tuple(_parts(model))
-    trained = name == "stage2"
-    lora = config.lora if trained else None
-    layers, head = language_costs(shape.text_config, trained, lora)
-    costs = Costs(**visual_costs(model, with_tower=True), layers=layers, head=head)
-    twice = engine.gradient_checkpointing
+    parameters = {}
+    for part in _PARTS:
+        own = list(getattr(model, part).named_parameters())  # a tied one comes once
+        for title, adapters in ((part, False), ("adapters", True)):
+            tensors = [tensor for key, tensor in own if ("lora_" in key) == adapters]
+            if tensors:
+                sizes = [(tensor.numel(), tensor.numel() * tensor.requires_grad) for tensor in tensors]
+                parameters[title] = (sum(total for total, _ in sizes), sum(trained for _, trained in sizes))
+    costs = Costs.of(model)
     flops = {
-        "tower": reading.images * costs.tower,
-        "visual": reading.images * costs.image + reading.regions * costs.region,
-        "language": sum(rows * layers.row(width) for rows, width in reading.rows),
-        "head": reading.targets * costs.head,
-        "again": sum(rows * (layers.row(width, twice) - layers.row(width)) for rows, width in reading.rows),
+        "tower": data.images * costs.tower,
+        "visual": data.images * costs.image + data.regions * costs.region,
+        "language": data.widths * costs.token + data.squares * costs.square,
+        "head": data.targets * costs.target,
     }
-    sharded = engine.sharding == "fsdp" and plan.gpus > 1
-    tokens, images, targets = reading.widest
-    kept = kept_bytes(shape.text_config, trained, engine.precision, lora)
-    activations = images * kept_by_image(shape, engine.precision)
-    activations += kept.language(tokens, twice, sharded) + kept.target * targets
-    utilisation = plan.utilisation or gpu.utilisation
+    if engine.gradient_checkpointing:
+        flops["again"] = data.widths * costs.forward_token + data.squares * costs.forward_square
     return StagePlan(
         name=name,
-        parts=parts,
-        reading=reading,
-        steps=math.ceil(reading.items / stage.batch_size),
-        batch=f"{stage.batch_size} conversations: {plan.gpus} GPU(s) x {stage.micro_batch_size} x {accumulation}",
+        parameters=parameters,
+        data=data,
+        steps=math.ceil(data.items / stage.batch_size),
+        batch=f"{stage.batch_size} conversations: {gpus} GPU(s) x {stage.micro_batch_size} x {accumulation}",
         flops=flops,
-        memory=replace(_states(parts, model, config, sharded, accumulation), activations=activations),
-        seconds=sum(flops.values()) / (plan.gpus * utilisation * gpu.peak(engine.precision)),
+        memory=_memory(config, model, data.widest, accumulation),
+        seconds=sum(flops.values()) / (gpus * speed),
     )
 
 
-def _parts(model: Any) -> list[Part]:
-    """The model's parameters by part; a tied one counts once."""
-    found = []
-    for name in _PARTS:
-        own = dict(getattr(model, name).named_parameters())
-        adapters = {key: value for key, value in own.items() if "lora_" in key}
-        plain = [value for key, value in own.items() if key not in adapters]
-        for part, tensors in ((name, plain), ("adapters", list(adapters.values()))):
-            if tensors:
-                learning = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
-                total = sum(tensor.numel() for tensor in tensors)
-                found.append(Part(name=part, parameters=total, trained=learning))
-    return found
+def _memory(config: Recipe, model: Any, widest: tuple[int, int, int, int], accumulation: int) -> dict[str, float]:
+    """Bytes on one GPU: weights, gradients and both moments of AdamW in float32, and what the forward pass saves.
 
-
-def _states(parts: tuple[Part, ...], model: Any, config: Recipe, sharded: bool, accumulation: int) -> Memory:
-    """Weights, gradients and optimiser on one GPU."""
-    gpus = config.plan.gpus
-    total, trained = sum(part.parameters for part in parts), sum(part.trained for part in parts)
-    held, gradients = 4.0 * total, 4.0 * trained
+    With FSDP each GPU has a share, and what is gathered at a time.
+    """
+    gpus, half = config.plan.gpus, 2 if config.engine.precision == "bf16" else 4
+    sharded = config.engine.sharding == "fsdp" and gpus > 1
+    total = sum(each.numel() for each in model.parameters())
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    text, language = model.config.text_config, model.language_model
+    count = text.num_hidden_layers
+    layer = sum(p.numel() for name, p in language.named_parameters() if ".layers." in name) / count
+    held, gradients, optimiser = 4.0 * total, 4.0 * trained, 8.0 * trained
     if sharded:
-        wide = 2 if config.engine.precision == "bf16" else 4
-        language = model.language_model
-        layers = sum(p.numel() for name, p in language.named_parameters() if ".layers." in name)
-        count = max(1, language.config.num_hidden_layers)
         # All but the layers is gathered for the whole pass; of the layers one, while the next is fetched.
-        held = held / gpus + wide * (total - layers + 2 * layers / count)
+        held = held / gpus + half * (total - (count - 2) * layer)
         # Gradients are summed over the GPUs once per step; until then each holds them whole.
-        gradients = gradients / gpus + (gradients if accumulation > 1 else wide * 2 * layers / count)
+        gradients = gradients / gpus + (gradients if accumulation > 1 else half * 2 * layer)
+        optimiser /= gpus
     elif gpus > 1:
         gradients *= 2  # DDP's buckets
-    return Memory(
-        weights=held, gradients=gradients, optimiser=8.0 * trained / (gpus if sharded else 1), activations=0.0
+    tokens, width, images, targets = widest
+    activations: float = tokens * _kept_of_layer(language, width, half)
+    if half == 2 and not sharded:
+        activations += 2 * layer  # its weights in bfloat16
+    if config.engine.gradient_checkpointing:
+        activations += count * tokens * 4 * text.hidden_size
+    else:
+        activations *= count
+    activations += tokens * 4 * 4 * text.hidden_size  # word embeddings, what is seen in their place, the last norm
+    activations += targets * 3 * 4 * text.vocab_size  # the logits' logarithms and gradients
+    return {
+        "weights": held,
+        "gradients": gradients,
+        "optimiser": optimiser,
+        "activations": activations + images * _kept_of_image(model),
+    }
+
+
+def _kept_of_layer(language: Any, width: int, half: int) -> float:
+    """Bytes that a layer saves per token for its backward pass: what comes into norms, products and attention."""
+    text = language.config.get_text_config()
+    layer = [(name, part) for name, part in language.named_modules() if ".layers.0." in name]
+    linear = {name: part for name, part in layer if isinstance(part, nn.Linear) and part.weight.requires_grad}
+    whole = language.get_input_embeddings().weight.requires_grad
+    norms = 2 * 4 * text.hidden_size * (2 if whole else 1)
+    # In bfloat16 each product has a copy of its input, as adapters have; in float32 those of the same input share it.
+    shared = whole and half == 4
+    inputs = 3 * text.hidden_size + text.intermediate_size if shared else sum(x.in_features for x in linear.values())
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = 4 * text.num_attention_heads * head + width  # query, key, value, result; a row of the mask
+    return float(norms + half * (inputs + attention + 3 * text.intermediate_size))
+
+
+def _kept_of_image(model: Any) -> float:
+    """Bytes that refinement and connector save for an image: what comes into norms, products and activations."""
+    config, connector = model.config, model.connector
+    cells = math.prod(config.tower_grid) * config.feature_channels
+    refined = 16 * cells * 2.75 if model.refinement.deconvolves else cells
+    return float(
+        4 * (refined + config.num_image_tokens * (config.feature_channels + 2 * connector.linear_1.out_features))
     )
 
 

@@ -1,6 +1,5 @@
 """Training recipes: TOML files and command-line overrides, checked before anything is computed."""
 
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,11 +23,6 @@ Step = Literal["stage1", "stage2"]
 _PACKAGE = Path(__file__).parents[1]
 _SHIPPED = _PACKAGE / "configs"
 _RECIPES = _PACKAGE.parents[1] / "recipes"
-_NANO = "nano's recipe is in recipes/nano of the repository: `make train-nano`, or `python recipes/nano/train.py`"
-_NANO_SETTINGS = {
-    *("language", "align", "features", "isolated_share", "split", "mix", "dev_split", "outline_share", "alignment"),
-    *("vocab_size", "hidden_size", "layers", "heads", "comparing_layers", "mlp_size", "max_length"),
-}
 
 
 def find_config(path: str | Path) -> Path:
@@ -176,10 +170,6 @@ class WatchConfig(Settings):
     """Optimiser steps between measurements of the dev loss; 0 for none."""
     dev_items: Count = 64
     """Conversations in a measurement."""
-    answer_steps: Limit = 0
-    """Optimiser steps between answers on a few fixed dev regions; 0 for none."""
-    answers: int = Field(4, ge=1, le=1000)
-    """Number of these regions."""
     tensorboard: bool = False
     """Write a TensorBoard log beside the JSON lines."""
     report: bool = True
@@ -307,8 +297,6 @@ class Recipe(Settings):
             raise ValueError("give model.init, or model.vision and model.language")
         if not any(map(self.runs, self.all_steps)):
             raise ValueError("steps: none of them has records; give data.pretrain_mixture or data.mixture")
-        if self.watch.answer_steps and not self.data.dev_mixture:
-            raise ValueError("watch.answer_steps: needs data.dev_mixture, whose regions are asked about")
         if self.lora.rank and not self.runs("stage2"):
             raise ValueError("lora.rank: adapters belong to stage 2, which this recipe does not run")
         return self
@@ -328,18 +316,14 @@ class Recipe(Settings):
         """
         path = find_config(path) if path is not None else None
         if path is not None and not path.is_file():
-            if path.stem in ("nano", "nano_stage1", "nano_stage2"):
-                raise ConfigError(f"{path}: no such recipe; {_NANO}")
+            if path.stem == "nano":
+                raise ConfigError(f"{path}: nano's recipe is recipes/nano/nano.toml of the repository")
             known = nearest(path.stem, sorted(each.stem for each in _SHIPPED.glob("*.toml")))
             what = "a folder; give a recipe's TOML file" if path.is_dir() else f"no such recipe; {known}"
             raise ConfigError(f"{path}: {what}")
-        try:
-            recipe = super().load(path, overrides)
-        except ConfigError as error:
-            unknown = re.match(r"(unknown setting '(?:\w+\.)*(\w+)')", str(error))
-            if cls is Recipe and unknown and unknown[2] in _NANO_SETTINGS:
-                raise ConfigError(f"{unknown[1]}; {_NANO}") from None
-            raise
+        if cls is Recipe and path is not None and (script := own_script(path)):
+            raise ConfigError(f"{path}: has steps of its own; run python {script}")
+        recipe = super().load(path, overrides)
         own = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
         own.pop("extends", None)
         for name in dotted(override(own, overrides)):
@@ -409,9 +393,9 @@ class Recipe(Settings):
             return (
                 f"the checkpoint {self.model.init} brings its own shape; give a new model's parts instead of model.init"
             )
-        dev, measured = self.data.dev_mixture, self.watch.dev_steps or self.watch.answer_steps
-        if name == "data.dev_mixture" and dev and not measured:
-            return "nothing is measured on it; give watch.dev_steps or watch.answer_steps too"
+        dev = self.data.dev_mixture
+        if name == "data.dev_mixture" and dev and not self.watch.dev_steps:
+            return "nothing is measured on it; give watch.dev_steps too"
         if name in ("watch.dev_steps", "watch.dev_items") and self.watch.dev_steps and not dev:
             return "there is no dev data; give data.dev_mixture too"
         return ""

@@ -1,53 +1,75 @@
 """A recipe, from records to a model that answers (paper §3.2): stage 1, then stage 2.
 
 Stage 1 trains refinement and connector, stage 2 the language model too. A finished stage is skipped, an interrupted
-one continues.
+one resumes.
 """
 
+import ctypes
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import set_seed
+from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
 from regiongpt.data.mixture import Mixture, open_mixture
 from regiongpt.distributed import Processes, connect
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import CheckpointError, ConfigError, DataError
+from regiongpt.images import load_image
 from regiongpt.model import weights
-from regiongpt.storage import locked, write_file, writing
-from regiongpt.train import report
-from regiongpt.train.answers import Question, load_questions
+from regiongpt.model.configuration import RegionGPTConfig
+from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, chat_template, closed_set_suffix
+from regiongpt.storage import locked, new_folder, write_json, writing
 from regiongpt.train.checkpoint import prepare_resuming, require_finished_with, resume_of
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
-from regiongpt.train.known import tower_shape
+from regiongpt.train.known import Costs, language_shape, named_peak, tower_shape
 from regiongpt.train.loop import Loss, decisive_settings, run_stage
-from regiongpt.train.lora import choose_learners, merge_adapters
-from regiongpt.train.recipe import Recipe
-from regiongpt.train.start import check_shape, create_start, keep_freed_memory, save_whole
-from regiongpt.train.watch import StageCost
+from regiongpt.train.recipe import LoraConfig, ModelConfig, Recipe
+from regiongpt.train.watch import data_of, note_run, report_what_there_is
 
 log = logging.getLogger(__name__)
 
+_OF_PARTS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+
 
 class StageData(NamedTuple):
-    """What a stage learns from: its data sets, their collate function, its loss, and what it is asked meanwhile."""
+    """What a stage learns from: its data sets, their collate function and its loss."""
 
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], dict[str, Any]]
     loss: Loss
     dev: Dataset[Any] | None = None
-    questions: Sequence[Question] = ()
+
+
+def train(config: Recipe) -> Path:
+    """Run every stage of a recipe that is not yet done.
+
+    Returns:
+        Folder of the finished checkpoint, which ``--model`` and ``from_pretrained`` take.
+
+    Raises:
+        ConfigError: The run's folder holds a run on other records, or another process is training there.
+        DataError: A record cannot be used; the folder cannot be written.
+        CheckpointError: The checkpoint to continue from cannot be used.
+
+    Paper: §3.2, §4
+    """
+    with training(config):
+        return _train(config.with_start())
 
 
 @contextmanager
 def training(config: Recipe) -> Iterator[None]:
-    """Hold the run's folder while it trains, after checking that it can continue; write the report at the end.
+    """Hold the run's folder while it trains, after checking that it can resume; write the report at the end.
 
     Raises:
         ConfigError: Another process trains there, or what is finished there was made with other settings.
@@ -55,10 +77,9 @@ def training(config: Recipe) -> Iterator[None]:
         DataError: Data is missing, or the folder cannot be written.
     """
     config.check_files()
-    connect()
-    first = Processes().is_first
+    processes = connect()
     with ExitStack() as stack:
-        Processes().from_first(lambda: stack.enter_context(locked(config.out)))
+        processes.from_first(lambda: stack.enter_context(locked(config.out)))
         prepare_resuming(config)
         for name in config.all_steps:
             if config.runs(name) and (config.out / name / "model" / "config.json").exists():
@@ -67,18 +88,68 @@ def training(config: Recipe) -> Iterator[None]:
         try:
             yield
         finally:
-            if config.watch.report and first:
-                report.report_what_there_is(config.out)
+            if config.watch.report and processes.is_first:
+                report_what_there_is(config.out)
+
+
+def _train(config: Recipe) -> Path:
+    data, processes = config.data, Processes()
+    mixtures = {
+        name: open_mixture(mixture, data.root, config.seed)
+        for name, mixture in (("stage1", data.pretrain_mixture), ("stage2", data.mixture))
+        # A finished stage is known by what it was trained on, whether or not it is to be run now.
+        if mixture and (config.runs(name) or (config.out / name / "model").exists())
+    }
+    dev = open_mixture(data.dev_mixture, data.root, config.seed) if data.dev_mixture else None
+    shape = config.model.model_dump(exclude={"init"})
+    seen: list[Any] = []
+    for name, mixture in mixtures.items():
+        log.info("%s: %s", name, mixture.report())
+        for part in mixture.parts if name == "stage1" else ():
+            if count := part.without_image():
+                raise DataError(
+                    f"{part.records.folder}: {count} of {len(part.records)} records have no image, from which stage 1 "
+                    "learns nothing, since the language model is frozen; leave the part to stage 2"
+                )
+        seen.append(mixture.identity())
+        identity: dict[str, Any] = {"init": config.model.init or shape, "mixtures": seen}
+        identity |= {} if data.suffixes else {"suffixes": False}
+        identity |= {"lora": config.lora.model_dump()} if config.lora.rank and name == "stage2" else {}
+        folder = config.out / name
+        begun = (folder / "model").exists() or any(folder.glob("checkpoint-*"))
+        if begun or config.runs(name):
+            _require_same(folder / "records.json", identity, begun)
+    set_seed(config.seed)
+    finished = config.model.folder if config.model.init else config.out / "start"
+    if config.model.init:
+        processes.from_first(lambda: check_shape(config.model, finished))
+    else:
+        _require_same(config.out / "start.json", {**shape, "seed": config.seed}, finished.exists())
+        first = next(iter(mixtures.values()))
+        processes.from_first(lambda: create_start(config.model, config.model.language, finished, _images_of(first)))
+    if processes.is_first:
+        read = mixtures | ({"dev": dev} if dev is not None else {})
+        note_run(config.out, config, {name: data_of(mixture) for name, mixture in read.items()})
+
+    for name, mixture in mixtures.items():
+
+        def prepare(model: Any, processor: Any, name: str = name, mixture: Mixture = mixture) -> StageData:
+            longest = getattr(model.config.text_config, "max_position_embeddings", None)
+            of = partial(RecordDataset, processor=processor, longest=longest, suffixes=data.suffixes)
+            return StageData(
+                of(mixture, items=max(1, round(getattr(config, name).epochs * len(mixture)))),
+                DataCollator(processor),
+                answer_loss,
+                of(dev, items=min(config.watch.dev_items, len(dev))) if dev else None,
+            )
+
+        runs = config.runs(name)
+        finished = train_stage(config, name, finished, prepare) if runs else config.out / name / "model"
+    return finished
 
 
 def train_stage(
-    config: Recipe,
-    name: str,
-    start: Path,
-    prepare: Callable[[Any, Any], StageData],
-    *,
-    cached: bool = False,
-    reads: bool = True,
+    config: Recipe, name: str, start: Path, prepare: Callable[[Any, Any], StageData], *, whole: bool = True
 ) -> Path:
     """Train a checkpoint for one stage, unless that has been done.
 
@@ -87,8 +158,7 @@ def train_stage(
         name: Of the stage; in ``stage2`` the language model learns too.
         start: Folder of the checkpoint to begin with.
         prepare: Makes the data of the model and its processor.
-        cached: Whether the tower has been run beforehand.
-        reads: Whether the language model runs.
+        whole: Whether every part of the model runs in each step, so that the utilisation is known.
 
     Returns:
         Folder of the finished checkpoint.
@@ -115,8 +185,6 @@ def train_stage(
     items: Any = data.dataset
     log.info("%s: %d conversations, %.2f M trainable parameters", name, len(items), learning / 1e6)
     processes = Processes()
-    options: Any = {"trained": name == "stage2", "reads": reads, "cached": cached}
-    options["lora"] = config.lora if adapts else None
     run_stage(
         name,
         model,
@@ -130,9 +198,7 @@ def train_stage(
         watch=config.watch,
         dev=data.dev,
         resume=resume_of(config, name),
-        processor=processor,
-        questions=data.questions,
-        cost=StageCost.of(model.config, **options) if processes.is_first else None,
+        utilisation=_utilisation(model, config.engine.precision, processes) if whole else None,
     )
     if processes.is_first:
         if adapts:
@@ -142,101 +208,23 @@ def train_stage(
     return finished
 
 
-def train(config: Recipe) -> Path:
-    """Run every stage of a recipe that is not yet done.
-
-    Returns:
-        Folder of the finished checkpoint, which ``--model`` and ``from_pretrained`` take.
-
-    Raises:
-        ConfigError: The run's folder holds a run on other records, or another process is training there.
-        DataError: A record cannot be used; the folder cannot be written.
-        CheckpointError: The checkpoint to continue from cannot be used.
-
-    Paper: §3.2, §4
-    """
-    with training(config):
-        return _train(config.with_start())
-
-
-def _train(config: Recipe) -> Path:
-    data = config.data
-    mixtures = {
-        name: open_mixture(mixture, data.root, config.seed)
-        for name, mixture in (("stage1", data.pretrain_mixture), ("stage2", data.mixture))
-        # A finished stage is known by what it was trained on, whether or not it is to be run now.
-        if mixture and (config.runs(name) or (config.out / name / "model").exists())
-    }
-    processes = Processes()
-    shape = config.model.model_dump(exclude={"init"})
-    seen: list[Any] = []
-    for name, mixture in mixtures.items():
-        log.info("%s: %s", name, mixture.report())
-        if name == "stage1":
-            _require_images(mixture)
-        seen.append(mixture.identity())
-        identity: dict[str, Any] = {"init": config.model.init or shape, "mixtures": seen}
-        identity |= {} if data.suffixes else {"suffixes": False}
-        identity |= {"lora": config.lora.model_dump()} if config.lora.rank and name == "stage2" else {}
-        folder = config.out / name
-        begun = (folder / "model").exists() or any(folder.glob("checkpoint-*"))
-        if begun or config.runs(name):
-            _require_same(folder / "records.json", identity, begun)
-    set_seed(config.seed)
-    start = config.model.folder if config.model.init else config.out / "start"
-    if config.model.init:
-        processes.from_first(lambda: check_shape(config.model, start))
-    else:
-        _require_same(config.out / "start.json", {**shape, "seed": config.seed}, start.exists())
-        processes.from_first(lambda: _create_start(config, start, next(iter(mixtures.values()))))
-    dev = open_mixture(data.dev_mixture, data.root, config.seed) if data.dev_mixture else None
-    if processes.is_first:
-        read = mixtures | ({"dev": dev} if dev is not None else {})
-        report.note_run(config.out, config, {name: report.data_of(mixture) for name, mixture in read.items()})
-
-    finished = start
-    for name, mixture in mixtures.items():
-
-        def prepare(model: Any, processor: Any, name: str = name, mixture: Mixture = mixture) -> StageData:
-            longest = getattr(model.config.text_config, "max_position_embeddings", None)
-            of = partial(RecordDataset, processor=processor, longest=longest, suffixes=data.suffixes)
-            return StageData(
-                of(mixture, items=max(1, round(getattr(config, name).epochs * len(mixture)))),
-                DataCollator(processor),
-                answer_loss,
-                of(dev, items=min(config.watch.dev_items, len(dev))) if dev else None,
-                load_questions(data, config.watch.answers, config.seed) if config.watch.answer_steps else (),
-            )
-
-        runs = config.runs(name)
-        finished = train_stage(config, name, finished, prepare) if runs else config.out / name / "model"
-    return finished
-
-
-def _require_images(mixture: Mixture) -> None:
-    """Raise DataError for records without an image, from which stage 1 learns nothing."""
-    for part in mixture.parts:
-        if count := part.without_image():
-            raise DataError(
-                f"{part.records.folder}: {count} of {len(part.records)} records have no image, from which stage 1 "
-                "learns nothing, since the language model is frozen; leave the part to stage 2"
-            )
-
-
-_RETIRED = {"vocab_size", "hidden_size", "layers", "heads", "comparing_layers", "mlp_size", "max_length"}
-_NAMES = {"init": "start", "mixtures": "records", "suffixes": "data.suffixes", "lora": "lora settings"}
+def _utilisation(model: Any, precision: str, processes: Processes) -> Callable[[Mapping[str, Any]], float] | None:
+    """Share of the peak of all GPUs that a step reaches, from its line of the log; None where the peak is not known."""
+    peak = named_peak(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else 0.0
+    if not peak:
+        return None
+    costs = Costs.of(model)
+    return lambda line: costs.step(line) / (line["seconds"] * peak * processes.count)
 
 
 def _require_same(note: Path, identity: dict[str, Any], begun: bool) -> None:
     """Raise ConfigError if what is in the folder was made of something else, or note what it will be made of."""
+    names = {"init": "start", "mixtures": "records", "suffixes": "data.suffixes", "lora": "lora settings"}
 
     def compare() -> None:
         if begun:
             try:
-                # Releases before 0.3 noted settings of nano's language model too.
-                known = json.loads(
-                    note.read_bytes(), object_hook=lambda each: {k: each[k] for k in each if k not in _RETIRED}
-                )
+                known = json.loads(note.read_bytes())
                 odd = [name for name in {**known, **identity} if known.get(name) != identity.get(name)]
                 theirs, ours = ([each["parts"] for each in of.get("mixtures", ())] for of in (known, identity))
                 if "mixtures" in odd and theirs == ours:
@@ -244,21 +232,266 @@ def _require_same(note: Path, identity: dict[str, Any], begun: bool) -> None:
             except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
                 odd = ["record of what it was made of"]
             if odd:
-                what = ", ".join(_NAMES.get(name, name) for name in odd)
+                what = ", ".join(names.get(name, name) for name in odd)
                 raise ConfigError(
                     f"{note.parent}: holds a run with other {what}; give another --out, or delete the folder"
                 )
         with writing(note):
             note.parent.mkdir(parents=True, exist_ok=True)
-        write_file(note, json.dumps(identity, indent=1))
+        write_json(note, identity)
 
     Processes().from_first(compare)
 
 
-def _create_start(config: Recipe, folder: Path, mixture: Mixture) -> None:
-    images: list[Path] = []
-    if tower_shape(config.model.vision).model_type == "efficientnet_lite":  # its channels differ much in scale
-        drawn = (mixture.draw(item) for item in range(min(128, len(mixture))))
-        paths = (each.records.image_path(each.record()) for each in drawn)
-        images = [path for path in paths if path is not None]
-    create_start(config.model, config.model.language, folder, images)
+# -- what a stage starts from ------------------------------------------------------------------------------------------
+
+
+def save_whole(folder: Path, model: Any, processor: Any) -> None:
+    """Write a checkpoint, so that a folder of this name is always whole."""
+    with new_folder(folder) as beside:
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+
+
+def create_start(shape: ModelConfig, language: str | Path, folder: Path, images: Iterable[Path] = ()) -> None:
+    """Join a tower and a language model by an untrained refinement and connector, unless that has been done.
+
+    Args:
+        shape: Shape of the model.
+        language: Folder or hub name of the language model.
+        folder: Where to write the checkpoint.
+        images: Training images to measure the channels of an EfficientNet-Lite tower on, which differ much in scale.
+    """
+    if (folder / "config.json").exists():
+        return
+    model, processor = weights.create(
+        shape.vision,
+        language,
+        **_shape_options(shape),
+        # A language model that the recipe has trained itself knows the plain template.
+        chat_template=(shape.chat_template or None) if shape.language else "plain",
+        region_format=shape.region_format,
+        region_grid=shape.region_grid,
+        region_numbers=shape.region_numbers,
+        image_marks=shape.image_marks,
+    )
+    if model.config.vision_config.model_type == "efficientnet_lite" and (paths := list(images)):
+        _calibrate(model, processor, paths)
+    save_whole(folder, model, processor)
+
+
+def new_shape(shape: ModelConfig, vision: Any, language: Any = None) -> RegionGPTConfig:
+    """Configuration of the model that :func:`create_start` makes, by the configurations of its parts."""
+    return RegionGPTConfig(vision_config=vision, text_config=language, **_shape_options(shape))
+
+
+def _shape_options(shape: ModelConfig) -> dict[str, Any]:
+    return {
+        "image_size": shape.image_size or None,
+        "refinement": shape.refinement,
+        "refinement_channels": shape.refinement_channels or None,
+        "connector_size": shape.connector_size or None,
+        "image_grid": [shape.image_grid] * 2 if shape.image_grid else None,
+    }
+
+
+def check_start(config: Recipe) -> None:
+    """Check that a recipe can start, without making anything; raises a RegionGPTError if not."""
+    config.check_files()
+    if config.with_start().model.init:
+        read_shape(config.model.folder)
+        check_shape(config.model, config.model.folder)
+        return
+    tower, _ = weights.load_tower(config.model.vision, config.model.image_size or None)
+    new_shape(config.model, tower.config)
+
+
+def check_shape(shape: ModelConfig, folder: Path) -> None:
+    """Check that a checkpoint is what the recipe's [model] describes, if that names a language model.
+
+    Raises:
+        CheckpointError: The folder is no RegionGPT checkpoint, or differs; the message lists every difference.
+    """
+    if not shape.language:
+        return
+    config = read_shape(folder)
+    grid = [shape.image_grid] * 2 if shape.image_grid else config.image_grid
+    pairs: dict[str, tuple[Any, Any]] = {
+        "refinement": (config.refinement, shape.refinement),
+        "refinement_channels": (config.refinement_channels, shape.refinement_channels or None),
+        "connector_size": (config.connector_size, shape.connector_size or None),
+        "image_size": (config.image_size, shape.image_size or config.image_size),
+        "image_grid": (list(config.image_grid), grid),
+        "region_numbers": (bool(config.region_number_offset), shape.region_numbers),
+        "image_marks": (config.image_marks, shape.image_marks),
+    }
+    try:
+        described = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+        # The first releases did not write the paper's values.
+        pairs["region_grid"] = described.get("region_grid", 1), shape.region_grid
+        pairs["region_format"] = described.get("region_format", "<region>"), shape.region_format
+    except (OSError, ValueError, AttributeError):
+        pass  # reported where the checkpoint is loaded
+    parts = (
+        ("vision", config.vision_config, tower_shape(shape.vision)),
+        ("language", config.text_config, language_shape(shape.language)),
+    )
+    for part, ours, theirs in parts:
+        for name in _OF_PARTS:
+            pairs[f"{part}.{name}"] = getattr(ours, name, None), getattr(theirs, name, None)
+    wrong = [f"{name} is {got} there and {wanted} here" for name, (got, wanted) in pairs.items() if got != wanted]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: not the checkpoint that the recipe describes: {'; '.join(wrong)}; correct model.init or the "
+            "recipe's [model], or give another --out"
+        )
+
+
+def read_shape(folder: Path) -> RegionGPTConfig:
+    """Configuration of a checkpoint folder, without its weights; CheckpointError if it has none."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no checkpoint there")
+    with weights.reading(f"the configuration of {folder}"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not isinstance(config, RegionGPTConfig):
+        raise CheckpointError(
+            f"expected a RegionGPT checkpoint in {folder}; its config.json says model_type {config.model_type!r}"
+        )
+    return config
+
+
+def _images_of(mixture: Mixture) -> Iterator[Path]:
+    for drawn in (mixture.draw(item) for item in range(min(128, len(mixture)))):
+        path = drawn.records.image_path(drawn.record())
+        if path is not None:
+            yield path
+
+
+@torch.no_grad()
+def _calibrate(model: Any, processor: Any, images: Sequence[Path]) -> None:
+    """Measure on some images the mean and spread of what goes into the refinement and into the connector, in place.
+
+    The connector's output layer is scaled so that what it writes begins with the length of a word.
+    """
+
+    def standardise(module: Any, samples: Sequence[Tensor]) -> None:
+        values = torch.cat(list(samples)).double()  # (N, C), not yet standardised
+        module.mean.copy_(values.mean(0))
+        module.std.copy_(values.std(0).clamp_min(1e-3))
+
+    pixels = [processor.pixels_of(load_image(each)) for each in images]
+    tower = model.vision_tower
+    standardise(tower, [model.encode_image(each)[0, : len(tower.mean)].flatten(1).T for each in pixels])
+    pooled = [model.refinement.pool_image(model.refine(model.encode_image(each)))[0] for each in pixels]
+    standardise(model.connector, pooled)
+    written = model.connector(torch.cat(pooled))
+    words = model.get_input_embeddings().weight
+    model.connector.linear_2.weight.mul_(words.norm(dim=-1).mean() / written.norm(dim=-1).mean())
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of so many tokens in which digits stand alone, and the closed-set suffix is a token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        special_tokens=["<pad>", "<s>", "</s>", IMAGE_TOKEN, REGION_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([" " + closed_set_suffix()])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=[IMAGE_TOKEN, REGION_TOKEN],
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = chat_template("plain")
+    return fast
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of giving it back: on a CPU the tower then runs twice as fast.
+
+    Activations of tens of megabytes are otherwise mapped anew for every layer, and zeroing fresh pages costs more than
+    the convolutions.
+    """
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+# -- what learns -------------------------------------------------------------------------------------------------------
+
+
+def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
+    """Choose what learns: refinement and connector always, the language model or adapters on it in ``stage2``.
+
+    Returns:
+        Whether there are adapters, to be merged when the stage is done.
+    """
+    model.language_model.requires_grad_(stage == "stage2")
+    if stage != "stage2" or not config.rank:
+        return False
+    add_adapters(model.language_model, config)
+    return True
+
+
+def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:
+    """Put adapters beside linear layers of the language model, in place; they alone require gradients afterwards.
+
+    Raises:
+        ConfigError: peft is not installed, or a target is no linear layer of the model.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft import inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError("lora: peft is not installed; run: pip install '.[train]'") from error
+    linear = {name.rpartition(".")[2] for name, each in language_model.named_modules() if isinstance(each, nn.Linear)}
+    if wrong := [name for name in config.targets if name not in linear]:
+        known = ", ".join(sorted(linear))
+        raise ConfigError(f"lora.targets: the language model has no linear layers '{wrong[0]}'; known: {known}")
+    adapters = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets) or "all-linear",
+    )
+    language_model.requires_grad_(False)
+    inject_adapter_in_model(adapters, language_model)
+    for name, parameter in language_model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def merge_adapters(language_model: Any) -> None:
+    """Add the adapters to the weights beside them, and take them out: the checkpoint is then like any other.
+
+    A head that shares its weight with the word embeddings gets a weight of its own: adding to the shared one would
+    change the embeddings too.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(name, each) for name, each in language_model.named_modules() if isinstance(each, BaseTunerLayer)]
+    uses = Counter(id(each) for _, each in language_model.named_parameters(remove_duplicate=False))
+    for name, layer in adapted:
+        base: Any = layer.get_base_layer()
+        if uses[id(base.weight)] > 1:
+            base.weight = nn.Parameter(base.weight.detach().clone())
+            language_model.config.tie_word_embeddings = False
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(language_model.get_submodule(parent), child, base)
+    # What peft notes on the model would be taken for adapters that are still there.
+    for note in ("peft_config", "_hf_peft_config_loaded"):
+        if note in vars(language_model):
+            delattr(language_model, note)

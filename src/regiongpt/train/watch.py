@@ -1,4 +1,4 @@
-"""What a stage does while it trains: a log that survives interruptions, and answers about fixed regions.
+"""What a stage does while it trains, written so that interruptions lose nothing; and a whole run as one page.
 
 Losses are the same to the bit, watched or not. Reading a number from a GPU waits for all its work, so sums stay on the
 device and are read, over all processes, once for many steps.
@@ -6,35 +6,40 @@ device and are read, over all processes, once for many steps.
 
 import json
 import logging
+import math
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Final
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from regiongpt.distributed import Processes
-from regiongpt.errors import ConfigError, DataError
-from regiongpt.model.modeling import RegionGPTForConditionalGeneration
-from regiongpt.storage import reason, write_file, writing
-from regiongpt.train.answers import Question, ask, draw
-from regiongpt.train.costs import Costs, LayerCosts, language_costs, visual_costs
+from regiongpt.data.mixture import Mixture
+from regiongpt.distributed import Processes, launched
+from regiongpt.environment import commit, machine, versions
+from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.report import Curve, line_chart, short, write_page
+from regiongpt.storage import read_json, reason, write_file, write_json, writing
 from regiongpt.train.dataset import TASKS
-from regiongpt.train.known import peak_flops
-from regiongpt.train.recipe import LoraConfig, WatchConfig
+from regiongpt.train.recipe import Recipe, WatchConfig
 
 log = logging.getLogger(__name__)
 
-LOG, DEV, ANSWERS, EVENTS = "log.jsonl", "dev.jsonl", "answers.jsonl", "tensorboard"
-"""In a stage's folder: every step, measurements on dev data, answers about fixed regions; and TensorBoard's files."""
+LOG, DEV, EVENTS = "log.jsonl", "dev.jsonl", "tensorboard"
+"""In a stage's folder: every step, measurements on dev data; and TensorBoard's files."""
+PAGE, RUN = "report.html", "run.json"
+"""In a run's folder: its page; its recipe, data and starts."""
 
 _LOSS, _EXAMPLES, _, _, _TARGETS, _SUMS = range(6)
 _COUNTS = _SUMS + len(TASKS)
@@ -43,8 +48,8 @@ _COUNTS = _SUMS + len(TASKS)
 class Watch:
     """Writes what a stage does, a line of ``log.jsonl`` a step; the same calls come in every process.
 
-    Lines are written every few steps, and before every checkpoint; a continued run first removes the lines of the
-    steps that it will do again.
+    Lines are written every few steps, and before every checkpoint; a resumed run first removes the lines of the steps
+    that it will do again.
 
     Args:
         name: Name of the stage in the log.
@@ -52,10 +57,7 @@ class Watch:
         processes: They train together.
         config: What is watched.
         log_steps: Optimiser steps between two lines of the log for people, and between two writes.
-        questions: What is asked now and then, with the model's ``processor``.
-        processor: Processor of the model.
-        cost: FLOPs of the stage, for the utilisation; None to leave it out.
-        precision: Precision that it computes in.
+        utilisation: Share of the hardware's peak that a step has reached, from its line.
     """
 
     def __init__(
@@ -65,10 +67,7 @@ class Watch:
         processes: Processes,
         config: WatchConfig,
         log_steps: int,
-        questions: Sequence[Question] = (),
-        processor: Any = None,
-        cost: "StageCost | None" = None,
-        precision: str = "fp32",
+        utilisation: Callable[[Mapping[str, Any]], float] | None = None,
     ) -> None:
         if config.tensorboard and find_spec("tensorboard") is None:
             raise ConfigError(
@@ -76,37 +75,32 @@ class Watch:
                 "log.jsonl holds the same numbers"
             )
         self.name, self.folder, self.processes, self.tensorboard = name, folder, processes, config.tensorboard
-        self.log_steps, self.answer_steps = log_steps, config.answer_steps if questions else 0
-        self.questions, self.processor, self.cost, self.precision = questions, processor, cost, precision
-        self._log, self._dev, self._answers = (StepLog(folder / each) for each in (LOG, DEV, ANSWERS))
+        self.log_steps, self.utilisation = log_steps, utilisation
+        self._log, self._dev = StepLog(folder / LOG), StepLog(folder / DEV)
         self._events: Events | None = None
         self._bar: Any = None
         self._stack = ExitStack()
-        self._peak = 0.0
         self._sums: list[Tensor] = []
         self._open: Tensor | None = None
         self._lines: list[dict[str, Any]] = []
         self._untold: list[dict[str, Any]] = []
 
-    def start(self, model: Any, step: int, steps: int) -> None:
-        """Open the logs, without what lies beyond the step that is continued from; ask for the first time."""
-        self.model, self.steps = model, steps
-        if self.processes.is_first:
-            for each in (self._log, self._dev, self._answers):
-                each.cut(step)
-            if self.tensorboard:
-                self._events = Events(self.folder / EVENTS, step)
-            if self.answer_steps:
-                with writing(self.folder):
-                    draw(self.questions, self.folder)
-            if self.cost is not None:
-                self._peak = self.processes.count * peak_flops(next(model.parameters()).device, self.precision)
-            if sys.stderr.isatty():
-                shown: Any = {"unit": " steps", "leave": False, "dynamic_ncols": True}
-                self._bar = self._stack.enter_context(tqdm(desc=self.name, total=steps, initial=step, **shown))
-                self._stack.enter_context(logging_redirect_tqdm())
-        if step == 0:
-            self._ask(0)
+    def start(self, step: int, steps: int) -> None:
+        """Open the logs, without what lies beyond the step that is continued from."""
+        self.steps = steps
+        if not self.processes.is_first:
+            return
+        kept, measured = self._log.cut(step), self._dev.cut(step)
+        if self.tensorboard:
+            self._events = Events(self.folder / EVENTS)
+            for line in kept:
+                self._events.write(line["step"], _scalars(line))
+            for line in measured:
+                self._events.write(line["step"], {"dev/loss": line["loss"]})
+        if sys.stderr.isatty():
+            shown: Any = {"unit": " steps", "leave": False, "dynamic_ncols": True}
+            self._bar = self._stack.enter_context(tqdm(desc=self.name, total=steps, initial=step, **shown))
+            self._stack.enter_context(logging_redirect_tqdm())
 
     def add(self, loss: Tensor, losses_N: Tensor | None, tasks_N: Tensor | None, counts: tuple[int, int, int]) -> None:
         """Add a micro-batch of the step at hand; nothing is read from the device.
@@ -135,7 +129,7 @@ class Watch:
     def step(
         self, step: int, rates: Mapping[str, float], norm: float, seconds: float, wait: float, *, saves: bool = False
     ) -> None:
-        """End a step; write and ask, when it is time to.
+        """End a step, and write when it is time to.
 
         Args:
             step: Optimiser steps done, this one included.
@@ -163,8 +157,6 @@ class Watch:
                 left = (self.steps - step) * sum(each["seconds"] for each in lines) / len(lines)
                 time_left = tqdm.format_interval(left)
                 log.info("%s: step %d of %d, %s, %s left", self.name, step, self.steps, summary(lines), time_left)
-        if self.answer_steps and (step % self.answer_steps == 0 or step == self.steps):
-            self._ask(step)
 
     def measured(self, step: int, loss: float) -> None:
         """Write the dev loss, and the lines before it: a checkpoint may follow at once."""
@@ -195,36 +187,12 @@ class Watch:
             line["tasks"] = {name: {"loss": total / n, "targets": round(n)} for name, total, n in tasks if n}
             for place, name in enumerate(("examples", "tokens", "images", "targets"), _EXAMPLES):
                 line[name] = round(row[place])
-            if self.cost is not None:
-                line["mfu"] = self.cost.flops(line) / (line["seconds"] * self._peak)
+            if self.utilisation is not None:
+                line["mfu"] = self.utilisation(line)
+            if self._events is not None:
+                self._events.write(line["step"], _scalars(line))
         self._log.write(lines)
         self._untold += lines
-        if self._events is None:
-            return
-        for line in lines:
-            found = {f"loss/{name}": each["loss"] for name, each in line["tasks"].items()}
-            found |= {f"lr/{name}": value for name, value in line["lr"].items()}
-            found |= {"loss/all": line["loss"], "gradient/norm": line["grad_norm"]}
-            found |= {f"speed/{name}_a_second": line[name] / line["seconds"] for name in ("tokens", "examples")}
-            found["speed/wait_share"] = line["wait"] / line["seconds"]
-            found |= {"speed/model_flops_utilisation": line["mfu"]} if "mfu" in line else {}
-            self._events.write(line["step"], found)
-
-    def _ask(self, step: int) -> None:
-        """The first process asks; the others wait for it, lest they wait in the next step until time runs out."""
-        if not self.answer_steps:
-            return
-        if self.processes.is_first and step > self._answers.last:
-            answers = ask(self.model, self.processor, self.questions)
-            asked = [
-                {"name": each.name, "question": each.text, "expected": each.expected, "answer": answer}
-                for each, answer in zip(self.questions, answers, strict=True)
-            ]
-            self._answers.write([{"step": step, "answers": asked}])
-            if self._events is not None:
-                texts = {f"answer/{n}": f"{each['question']}\n\n{each['answer']}" for n, each in enumerate(asked)}
-                self._events.write(step, texts)
-        self.processes.wait()
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -247,25 +215,21 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 class StepLog:
-    """A file of JSON lines, each of a step, of which ``last`` is the last one, -1 if there is none."""
+    """A file of JSON lines, each of a step."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.last = path, -1
+        self.path = path
         self._waiting: list[str] = []
         self._told = False
 
-    def cut(self, step: int) -> None:
-        """Remove what lies beyond a step, which will be done again, and a torn last line."""
+    def cut(self, step: int) -> list[dict[str, Any]]:
+        """Remove what lies beyond a step, which will be done again, and a torn last line; returns what is kept."""
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        self.last = max((line["step"] for line in kept), default=-1)
         write_file(self.path, "".join(map(_line, kept)))
+        return kept
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append lines, all or none; what a full disk does not take is written with the next ones."""
-        lines = list(lines)
-        if not lines:
-            return
-        self.last = max([self.last, *(line["step"] for line in lines)])
         self._waiting += map(_line, lines)
         data = "".join(self._waiting).encode()
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -290,26 +254,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         DataError: It cannot be read, or a line before the last is not what was written.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {reason(error)}") from None
     found = []
-    lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip("\0 \r"):
             continue
         try:
             values = json.loads(line)
-            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+            if not isinstance(values["step"], int):
                 raise ValueError("no step")
-        except (ValueError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines):  # no line break behind it
                 break
-            raise DataError(
-                f"{path}, line {number}: expected a line of JSON with its step, got {line[:60]!r}; mend or delete it"
-            ) from None
+            raise DataError(f"{path}, line {number}: not a step's line: {line[:60]!r}; mend or delete it") from None
         found.append(values)
     return found
 
@@ -324,29 +285,25 @@ def _line(values: Mapping[str, Any]) -> str:
 
 
 class Events:
-    """TensorBoard's file; it hides what an interrupted run has written beyond a step.
+    """A new file for TensorBoard. Its own writer has a thread, in which a full disk ends with a traceback."""
 
-    TensorBoard's own writer has a thread, in which a full disk ends with a traceback.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog
+    def __init__(self, folder: Path) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._path = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
+        shutil.rmtree(folder, ignore_errors=True)
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True)
             self._writer: Any = RecordWriter(self._path.open("wb"))
         self._add(file_version="brain.Event:2")
-        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Write numbers and texts of a step by their names; after an error nothing more is written."""
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write numbers of a step by their names; after an error nothing more is written."""
         from torch.utils.tensorboard import summary
 
-        make: Any = summary
+        make: Any = summary.scalar
         for name, value in values.items():
-            self._add(step=step, summary=make.text(name, value) if isinstance(value, str) else make.scalar(name, value))
+            self._add(step=step, summary=make(name, float(value)))
 
     def _add(self, **values: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -360,46 +317,197 @@ class Events:
                 self._writer = None
 
 
-# -- utilisation -------------------------------------------------------------------------------------------------------
+def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """A line of the log by TensorBoard's names."""
+    found = {f"loss/{name}": each["loss"] for name, each in line["tasks"].items()}
+    found |= {f"lr/{name}": value for name, value in line["lr"].items()}
+    found |= {"loss/all": line["loss"], "gradient/norm": line["grad_norm"]}
+    found |= {f"speed/{name}_a_second": line[name] / line["seconds"] for name in ("tokens", "examples")}
+    found["speed/wait_share"] = line["wait"] / line["seconds"]
+    return found | ({"speed/model_flops_utilisation": line["mfu"]} if "mfu" in line else {})
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageCost:
-    """FLOPs of a stage's steps, without padding, repeats, and regions (each a thousandth of its image)."""
+# -- a run as a page ---------------------------------------------------------------------------------------------------
 
-    costs: Costs
+_ORDER: Final = ("language-checkpoints", "align", "stage1", "stage2")
+_OVERVIEW: Final = ("stage", "steps", "loss", "examples", "tokens", "time", "tokens/s", "waiting", "utilisation")
+_COUNTED: Final = ("images", "regions", "turns")
 
-    @classmethod
-    def of(
-        cls,
-        config: Any,
-        *,
-        trained: bool,
-        reads: bool = True,
-        sees: bool = True,
-        cached: bool = False,
-        lora: LoraConfig | None = None,
-    ) -> "StageCost":
-        """FLOPs of a stage.
 
-        Args:
-            config: Configuration of RegionGPT, or of a language model that sees nothing.
-            trained: Whether the language model learns.
-            reads: Whether it runs.
-            sees: Whether refinement and connector run.
-            cached: Whether the tower has been run beforehand.
-            lora: The adapters, where they learn in place of the language model.
-        """
-        visual: dict[str, float] = {}
-        if sees:
-            with torch.device("meta"):
-                visual = visual_costs(RegionGPTForConditionalGeneration(config), with_tower=not cached)
-        text = config.text_config if sees else config
-        layers, head = language_costs(text, trained, lora) if reads else (LayerCosts(), 0.0)
-        return cls(costs=Costs(**visual, layers=layers, head=head))
+def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
+    """Add a start to ``run.json``: recipe, machine, versions, and what each stage learns from, as plain values."""
+    try:
+        starts = list(_read_notes(out).get("starts", []))
+    except DataError:  # torn, and worth less than the run
+        starts = []
+    start = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "processes": launched(),
+        "machine": machine(),
+        "packages": {"python": sys.version.split()[0], **versions()},
+        "commit": commit(),
+    }
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    notes = {"config": recipe.model_dump(mode="json"), "data": data, "starts": [*starts, start]}
+    write_json(out / RUN, json.loads(json.dumps(notes, default=str)))
 
-    def flops(self, step: Mapping[str, Any]) -> float:
-        """FLOPs of a step by its line of the log, forward and backward, over all processes."""
-        visual = step["images"] * (self.costs.tower + self.costs.image)
-        rows = step["examples"] * self.costs.layers.row(step["tokens"] / step["examples"]) if step["examples"] else 0.0
-        return float(visual + rows + step["targets"] * self.costs.head)
+
+def data_of(mixture: Mixture) -> dict[str, Any]:
+    """Contents of a mixture: the manifest of each part, and how many of its records make an epoch."""
+    parts = [
+        {
+            "folder": str(part.records.folder),
+            "records an epoch": part.per_epoch,
+            **part.records.manifest.model_dump(mode="json"),
+        }
+        for part in mixture.parts
+    ]
+    return {"records an epoch": len(mixture), "seed": mixture.seed, "parts": parts}
+
+
+def write_report(out: Path) -> Path:
+    """Write ``report.html`` into the folder of a run, finished or not, and name it.
+
+    Raises:
+        DataError: The folder holds no log of a run, or one that cannot be read; the page cannot be written.
+    """
+    stages = sorted((path.parent for path in out.glob(f"*/{LOG}")), key=lambda each: each.name)
+    stages.sort(key=lambda each: _ORDER.index(each.name) if each.name in _ORDER else len(_ORDER))
+    if not stages:
+        raise DataError(f"{out}: not the folder of a run: no stage in it has a {LOG}; give what --out named")
+    logs = {folder.name.removesuffix("-checkpoints"): read_lines(folder / LOG) for folder in stages}
+    notes = _read_notes(out)
+    try:
+        states = {name: _state(name, lines) for name, lines in logs.items()}
+        shown = {
+            "title": f"Training {out.resolve().name}",
+            "made": f"{out}, {list(states.values())[-1]}; made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            "overview": [_OVERVIEW, *(_overview(name, lines) for name, lines in logs.items())],
+            "stages": [
+                {"name": name, "described": states[name], "charts": list(_charts(logs[name], read_lines(folder / DEV)))}
+                for name, folder in zip(logs, stages, strict=True)
+            ],
+            "starts": notes.get("starts", []),
+            "recipe": _recipe(notes.get("config", {}), set(logs)),
+            "data": [_data(name, values) for name, values in notes.get("data", {}).items()],
+            "environment": _environment(notes.get("starts", [])),
+        }
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{out}: {RUN} or a log in it is not what a training wrote: {error!r}; delete it") from None
+    write_page(out / PAGE, "train.html", **shown)
+    return out / PAGE
+
+
+def report_what_there_is(out: Path) -> None:
+    """Write the report at the end of a run, however it ends; log what cannot be reported."""
+    try:
+        if any(read_lines(path) for path in out.glob(f"*/{LOG}")):
+            log.info("report: %s", write_report(out))
+    except (RegionGPTError, OSError) as error:
+        log.warning("no report was made: %s", error)
+
+
+def _read_notes(out: Path) -> dict[str, Any]:
+    notes = read_json(out / RUN) if (out / RUN).exists() else {}
+    if not isinstance(notes, dict):
+        raise DataError(f"{out / RUN}: expected the notes of a run, got {type(notes).__name__}; delete the file")
+    return notes
+
+
+def _state(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    if not lines:
+        return f"{name} has not begun"
+    done, steps = lines[-1]["step"], lines[-1]["of"]
+    state = f"{name} is finished" if done >= steps else f"{name} has done step {done:,} of {steps:,}"
+    bad = [line["step"] for line in lines if not math.isfinite(float(line["loss"]))]
+    return f"{state}; the loss was no finite number at step {bad[0]:,}" if bad else state
+
+
+def _overview(name: str, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not lines:
+        return [name, "0", *[""] * (len(_OVERVIEW) - 2)]
+    last = [float(line["loss"]) for line in lines[-max(1, round(0.05 * len(lines))) :]]
+    seconds = sum(line["seconds"] for line in lines)
+    used = [line["mfu"] for line in lines if "mfu" in line]
+    return [
+        name,
+        f"{len(lines):,} of {lines[-1]['of']:,}",
+        f"{sum(last) / len(last):.4f}",
+        f"{sum(line['examples'] for line in lines):,}",
+        short(sum(line["tokens"] for line in lines)),
+        tqdm.format_interval(seconds),
+        short(median(line["tokens"] / line["seconds"] for line in lines)),
+        f"{sum(line['wait'] for line in lines) / seconds:.1%}",
+        f"{median(used):.1%}" if used else "",
+    ]
+
+
+def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
+    def curve(name: str, values: Iterable[Any], of: Sequence[Mapping[str, Any]] = lines, exact: bool = False) -> Curve:
+        points = [(line["step"], float(each)) for line, each in zip(of, values, strict=True) if each is not None]
+        return Curve(name=name, xs=[x for x, _ in points], ys=[y for _, y in points], exact=exact)
+
+    def column(name: str, of: Sequence[Mapping[str, Any]] = lines) -> list[Any]:
+        return [line.get(name) for line in of]
+
+    tasks = sorted({name for line in lines for name in line["tasks"]})
+    rates = sorted({name for line in lines for name in line["lr"]})
+    yield line_chart("Loss", [curve("training", column("loss")), curve("dev", column("loss", dev), dev)])
+    by_task = {name: [each.get(name, {}).get("loss") for each in column("tasks")] for name in tasks}
+    yield line_chart("Loss by task", [curve(name, losses) for name, losses in by_task.items()])
+    by_group = {name: [each.get(name) for each in column("lr")] for name in rates}
+    yield line_chart("Learning rate", [curve(name, rates, exact=True) for name, rates in by_group.items()])
+    yield line_chart("Gradient norm, before clipping", [curve("norm", column("grad_norm"))], logarithmic=True)
+    speeds = [line["tokens"] / line["seconds"] for line in lines]
+    yield line_chart("Tokens a second", [curve("tokens", speeds)])
+    waits = [line["wait"] / line["seconds"] for line in lines]
+    shares = [curve("waiting for data", waits), curve("model FLOPs utilisation", column("mfu"))]
+    yield line_chart("Shares of the time and of the peak", shares)
+
+
+def _recipe(config: Mapping[str, Any], stages: set[str]) -> dict[str, list[tuple[str, str]]]:
+    """The recipe, table by table, without those of stages that were not run."""
+    tables: dict[str, list[tuple[str, str]]] = {}
+    for name, text in _flat(config):
+        table, dot, field = name.partition(".")
+        if table not in {"plan", "language", "align", "stage1", "stage2"} - stages:
+            tables.setdefault(table if dot else "", []).append((field or name, text))
+    return tables
+
+
+def _data(name: str, values: Mapping[str, Any]) -> tuple[str, list[list[str]], list[tuple[str, str]]]:
+    """A stage's data: a title and a table, or plain values where they are of no mixture."""
+    if "parts" not in values:
+        return name, [], _flat(values)
+    rows = [["folder", "source", "records", "an epoch", *_COUNTED, "left out", "SHA-256"]]
+    for part in values["parts"]:
+        counts, shards = part["counts"], [shard["sha256"][:12] for shard in part["shards"]]
+        numbers = [counts.get("records", 0), part["records an epoch"], *(counts.get(kind, 0) for kind in _COUNTED)]
+        hashes = ", ".join(shards[:4]) + ("..." if len(shards) > 4 else "")
+        left_out = sum(part["rejects"].values())
+        rows.append([part["folder"], part["source"], *(f"{each:,}" for each in (*numbers, left_out)), hashes])
+    return f"{name}: {values['records an epoch']:,} records an epoch, seed {values['seed']}", rows, []
+
+
+def _environment(starts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    if not starts:
+        return []
+    last = starts[-1]
+    pairs = [*_flat(last["machine"]), ("processes", str(last["processes"])), *last["packages"].items()]
+    if checkout := last.get("commit"):
+        pairs.append(("commit", f"{checkout['hash']}{', with changes' if checkout.get('changed') else ''}"))
+    return pairs + [(f"start {n}", f"{each['date']}  {each['command']}") for n, each in enumerate(starts, 1)]
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """Nested values as dotted names with texts; what is empty is left out."""
+    found: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{above}.{key}" if above else str(key)
+        if isinstance(value, Mapping):
+            found += _flat(value, name)
+        elif value not in ("", None, [], ()):
+            found.append((name, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)))
+    return found
