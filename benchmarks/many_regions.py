@@ -41,9 +41,8 @@ from transformers import (
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
 from regiongpt.inference.choices import classify_regions
-from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns
+from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns, to_int8
 from regiongpt.inference.options import ClassifyOptions, Options
-from regiongpt.inference.quantization import to_int8
 from regiongpt.inference.scheduler import Scheduler
 from regiongpt.model import weights
 from regiongpt.model.modeling import CACHE
@@ -175,7 +174,7 @@ class Bench:
         with self._watched(engine):
             written = [len(job.tokens) for job in scheduler.run(jobs)]
         assert written == [self.tokens] * len(regions), written
-        self.cache_bytes += scene.shared.nbytes
+        self.cache_bytes += scene.nbytes
 
     @contextmanager
     def _watched(self, engine: Engine) -> Iterator[None]:

@@ -22,8 +22,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import regiongpt
 from regiongpt.console import progress_shown, quiet_libraries, tell
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
-from regiongpt.inference.options import REGION_OPTIONS, WAYS, ClassifyOptions, Length, Options, Sources
+from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.inference.options import (
+    REGION_OPTIONS,
+    ChoiceOptions,
+    DescribeOptions,
+    LocateOptions,
+    Options,
+    Sources,
+)
 from regiongpt.prompts import CHAT_TEMPLATES, check_choices, check_placeholders, check_text, placeholders
 from regiongpt.settings import Settings, add_options, read_options
 from regiongpt.storage import check_checkpoint, check_new, check_writable, finite, reason
@@ -31,7 +38,7 @@ from regiongpt.storage import check_checkpoint, check_new, check_writable, finit
 if TYPE_CHECKING:
     from regiongpt.evaluate.task import Task
     from regiongpt.inference import RegionPredictor
-    from regiongpt.inference.over_images import Reply, View
+    from regiongpt.inference.over_images import View
 
 EXIT_SKIPPED = 1
 """Some of several images could not be read."""
@@ -122,58 +129,97 @@ def _top() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------------------------------
 # ask, describe, classify, locate, chat
 
-
-def _ask(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-
-    parser.description = "Ask one question about regions of an image, or of each of several."
-    _image_options(parser, "QUESTION")
-    add_options(parser, Options, "answer")
-    options = _parse_images(parser, words, "a question such as 'What is <region1>?'")
-    generation = read_options(Options, options)
-
-    return _over_images(options, lambda over, model, view: over.ask(model, view, options.text, generation), 0)
-
-
-def _describe(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-
-    parser.description = "Describe each of many regions of an image, or of each of several."
-    _image_options(parser)
-    parser.add_argument("--brief", action="store_true", help="a caption of a few words a region")
-    add_options(parser, Length, "answer")
-    options = _parse_images(parser, words)
-    length = read_options(Length, options).max_new_tokens
-
-    return _over_images(options, lambda over, model, view: over.describe(model, view, options.brief, length))
+# What each does; what stands behind the images, by its name and as messages call it; its options; least regions.
+_ABOUT_IMAGES: dict[str, tuple[str, str, str, type[Settings], int]] = {
+    "ask": (
+        "Ask one question about regions of an image, or of each of several.",
+        *("QUESTION", "a question such as 'What is <region1>?'", Options, 0),
+    ),
+    "describe": ("Describe each of many regions of an image, or of each of several.", "", "", DescribeOptions, 1),
+    "classify": ("Choose the class of each region from a closed set.", "", "", ChoiceOptions, 1),
+    "locate": (
+        "Choose the region that an expression such as 'the red cup' refers to, or none.",
+        *("EXPRESSION", "an expression such as 'the red cup'", LocateOptions, 1),
+    ),
+}
 
 
-def _classify(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    parser.description, last, meaning, kind, least = _ABOUT_IMAGES[verb]
+    parser.usage = f"{parser.prog} IMAGE... {last + ' ' if last else ''}[options]"
+    behind = f"; behind them the {last.lower()}, after -- if it begins with a dash" if last else ""
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"images, or folders of images{behind}")
+    _region_options(parser)
+    add_options(parser, Sources, "proposals (where regions come from, beside those typed)")
+    add_options(parser, kind, "answer")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print JSON; of several images, a line each")
+    group.add_argument("--out", type=Path, metavar="FILE", help="write .jsonl (json lines) or .json (COCO)")
+    group.add_argument("--overwrite", action="store_true", help="with --out: replace a file that is there")
+    group.add_argument("--picture", metavar="FILE", help="write the image with its regions and what was answered")
+    _model_options(parser)
+    options = parser.parse_intermixed_args(_bind_coordinates(words))
+    _check_model(options)
+    settings, sources, text = read_options(kind, options), read_options(Sources, options), ""
+    if len(options.images) <= bool(last):
+        parser.error(f"expected an image and {meaning}" if last else "expected an image")
+    if last:
+        text = options.images.pop()
+        check_text(text, meaning)
+        placeholders(text)
+        if not sources.given:  # every image has the regions typed and no other
+            check_placeholders(text, len(options.regions))
+    if least and not (options.regions or sources.given):
+        raise ConfigError("expected regions from --proposals, --grid, --sam, --box or another option, got none")
+    if options.overwrite and not options.out:
+        raise ConfigError("--overwrite goes with --out; leave it out")
+    if options.out and options.json:
+        raise ConfigError("--json prints and --out writes the answers; leave one of them out")
+    categories: Sequence[str] = ()
+    if isinstance(settings, ChoiceOptions):
+        names = settings.choices.split(",") if settings.choices is not None else None
+        categories = check_choices(names, settings.label_set)
+    from regiongpt.drawing import check_picture
+    from regiongpt.inference import over_images
 
-    parser.description = "Choose the class of each region from a closed set."
-    _image_options(parser)
-    parser.add_argument("--choices", metavar="A,B,...", help="the names (default: those of the label set)")
-    add_options(parser, ClassifyOptions, "classes")
-    options = _parse_images(parser, words)
-    settings = read_options(ClassifyOptions, options)
-    choices = check_choices(options.choices.split(",") if options.choices is not None else None, settings.label_set)
+    typed = over_images.read_regions(options.regions, options.normalized)
+    images = over_images.find_images(options.images)
+    for option, given in (("picture", options.picture), ("image-id", sources.image_id)):
+        if given is not None and len(images) > 1:
+            raise ConfigError(f"--{option} goes with a single image, got {len(images)}; leave it out")
+    if options.picture:
+        check_picture(options.picture)
+        for each in (*images, *(value for option, value in options.regions if option == "--mask")):
+            if os.path.exists(each) and os.path.exists(options.picture) and os.path.samefile(each, options.picture):
+                raise ConfigError(f"--picture {options.picture} would replace what is asked about; give another name")
+    out = over_images.Results(options.out, options.overwrite, categories) if options.out else None
 
-    return _over_images(
-        options, lambda over, model, view: over.classify(model, view, choices, settings), categories=choices
+    @cache
+    def segmenter() -> Any:
+        quiet_libraries()
+        from regiongpt.inference.proposals import Segmenter
+
+        return Segmenter(sources.sam or "", options.device)
+
+    def view(path: str) -> "View":
+        seen = over_images.view_of(path, typed, sources, lambda photo: segmenter().propose(photo, sources.grid or 32))
+        if last:
+            check_placeholders(text, len(seen.proposals))
+        # Of several images, describe and classify say nothing about one without regions.
+        if least and not seen.proposals and (len(images) == 1 or last):
+            raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
+        return seen
+
+    skipped = over_images.over_images(
+        images,
+        view,
+        lambda: _predictor(options),
+        lambda model, seen: getattr(over_images, verb)(model, seen, text, settings),
+        out=out,
+        json=options.json,
+        picture=options.picture,
     )
-
-
-def _locate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-
-    parser.description = "Choose the region that an expression such as 'the red cup' refers to, or none."
-    _image_options(parser, "EXPRESSION")
-    parser.add_argument(
-        "--by",
-        choices=WAYS,
-        default="both",
-        help="the answer to one question about all regions, the words for each, or both",
-    )
-    options = _parse_images(parser, words, "an expression such as 'the red cup'")
-
-    return _over_images(options, lambda over, model, view: over.locate(model, view, options.text, options.by))
+    return EXIT_SKIPPED if skipped else 0
 
 
 def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
@@ -190,9 +236,7 @@ def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.inference.over_images import read_regions
 
     photo = load_image(options.image)
-    regions = [
-        make(*photo.size).check(*photo.size, name) for name, make in read_regions(options.regions, options.normalized)
-    ]
+    regions = [each.region for each in read_regions(options.regions, options.normalized).on(*photo.size)]
     conversation = _predictor(options).set_image(photo).conversation(regions)
     typed, failed = sys.stdin.isatty(), False
     if typed:
@@ -255,21 +299,6 @@ def _bind_coordinates(arguments: Sequence[str]) -> list[str]:
     return bound
 
 
-def _image_options(parser: argparse.ArgumentParser, last: str = "") -> None:
-    """What ``ask``, ``describe``, ``classify`` and ``locate`` share."""
-    parser.usage = f"{parser.prog} IMAGE... {last + ' ' if last else ''}[options]"
-    behind = f"; behind them the {last.lower()}, after -- if it begins with a dash" if last else ""
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"images, or folders of images{behind}")
-    _region_options(parser)
-    add_options(parser, Sources, "proposals (where regions come from, beside those typed)")
-    group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="print JSON; of several images, a line each")
-    group.add_argument("--out", type=Path, metavar="FILE", help="write .jsonl (json lines), .csv, or .json (COCO)")
-    group.add_argument("--overwrite", action="store_true", help="with --out: replace a file that is there")
-    group.add_argument("--picture", metavar="FILE", help="write the image with its regions and what was answered")
-    _model_options(parser)
-
-
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="PATH", help="checkpoint folder (default: the model of this package)")
@@ -287,85 +316,6 @@ def _check_model(options: argparse.Namespace) -> None:
         raise ConfigError("--int8 goes with float32 on the CPU alone; leave --dtype and --device out")
     if options.model is not None:
         check_checkpoint(options.model)
-
-
-def _parse_images(parser: argparse.ArgumentParser, words: Sequence[str], last: str = "") -> argparse.Namespace:
-    """Parse what was typed; ``last`` says what stands behind the images and becomes ``text``."""
-    options = parser.parse_intermixed_args(_bind_coordinates(words))
-    _check_model(options)
-    options.text = None
-    if last:
-        if len(options.images) < 2:
-            parser.error(f"expected an image and {last}")
-
-        options.text = options.images.pop()
-        check_text(options.text, last)
-        placeholders(options.text)
-    elif not options.images:
-        parser.error("expected an image")
-    return options
-
-
-def _over_images(
-    options: argparse.Namespace,
-    answer: "Callable[[Any, RegionPredictor, View], Reply]",
-    least: int = 1,
-    categories: Sequence[str] = (),
-) -> int:
-    """Answer about the images that were typed, each with ``least`` regions or more.
-
-    ``answer`` is handed the module of the verbs, which is imported only once the cheap mistakes are out.
-    """
-    sources = read_options(Sources, options)
-    if least and not (options.regions or sources.given):
-        raise ConfigError("expected regions from --proposals, --grid, --sam, --box or another option, got none")
-    if options.text is not None and not sources.given:  # every image has the regions typed and no other
-        check_placeholders(options.text, len(options.regions))
-    if options.overwrite and not options.out:
-        raise ConfigError("--overwrite goes with --out; leave it out")
-    if options.out and options.json:
-        raise ConfigError("--json prints and --out writes the answers; leave one of them out")
-    from regiongpt.drawing import check_picture
-    from regiongpt.inference import over_images
-
-    typed = over_images.read_regions(options.regions, options.normalized)
-    images = over_images.find_images(options.images)
-    for option, given in (("picture", options.picture), ("image-id", sources.image_id)):
-        if given is not None and len(images) > 1:
-            raise ConfigError(f"--{option} goes with a single image, got {len(images)}; leave it out")
-    if options.picture:
-        check_picture(options.picture)
-        for each in (*images, *(text for option, text in options.regions if option == "--mask")):
-            if os.path.exists(each) and os.path.exists(options.picture) and os.path.samefile(each, options.picture):
-                raise ConfigError(f"--picture {options.picture} would replace what is asked about; give another name")
-    out = over_images.Results(options.out, options.overwrite, categories) if options.out else None
-
-    @cache
-    def segmenter() -> Any:
-        quiet_libraries()
-        from regiongpt.inference.segment import Segmenter
-
-        return Segmenter(sources.sam or "", options.device)
-
-    def view(path: str) -> "View":
-        seen = over_images.view_of(path, typed, sources, lambda photo: segmenter().propose(photo, sources.grid or 32))
-        if options.text is not None:
-            check_placeholders(options.text, len(seen.proposals))
-        # Of several images, describe and classify say nothing about one without regions.
-        if least and not seen.proposals and (len(images) == 1 or options.text is not None):
-            raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
-        return seen
-
-    skipped = over_images.over_images(
-        images,
-        view,
-        lambda: _predictor(options),
-        partial(answer, over_images),
-        out=out,
-        json=options.json,
-        picture=options.picture,
-    )
-    return EXIT_SKIPPED if skipped else 0
 
 
 def _predictor(options: argparse.Namespace) -> "RegionPredictor":
@@ -455,9 +405,6 @@ def _create_weights(options: argparse.Namespace) -> None:
     if not options.llava and not (options.vision and options.language):
         missing = ", ".join(f"--{name}" for name in ("vision", "language") if not getattr(options, name))
         raise ConfigError(f"expected --vision and --language, or --llava; missing: {missing}")
-    for name in filter(os.path.isdir, filter(None, (options.vision, options.language, options.llava))):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            raise CheckpointError(f"{name}: there is no config.json in this folder; give one with a model in it")
     quiet_libraries(progress=True)  # a download takes its time
     from regiongpt.model import weights
 
@@ -711,11 +658,11 @@ def _log() -> None:
 
 
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]]] = {
-    "ask": ("ask one question about regions of images", _ask),
+    "ask": ("ask one question about regions of images", partial(_about_images, "ask")),
     "chat": ("hold a conversation about regions of an image", _chat),
-    "describe": ("describe many regions of images at once", _describe),
-    "classify": ("choose the class of regions from a closed set", _classify),
-    "locate": ("choose the region that an expression refers to", _locate),
+    "describe": ("describe many regions of images at once", partial(_about_images, "describe")),
+    "classify": ("choose the class of regions from a closed set", partial(_about_images, "classify")),
+    "locate": ("choose the region that an expression refers to", partial(_about_images, "locate")),
     "convert": ("make training records of a data set's files", _convert),
     "inspect": ("show what training records hold, and check them", _inspect),
     "weights": ("make checkpoint folders", _weights),

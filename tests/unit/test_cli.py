@@ -113,9 +113,7 @@ def test_boxes_by_their_size_and_in_fractions_of_the_image(ask):
         ask("photo.jpg", QUESTION, *words)
         for words in (
             ["--box", "6,10,30,30"],
-            ["--xywh", "6,10,24,20"],
             ["--normalized", "--box", "0.1,0.25,0.5,0.75"],
-            ["--xywh", "0.1,0.25,0.4,0.5", "--normalized"],
         )
     ]
     assert len(set(answers)) == 1
@@ -171,7 +169,6 @@ BOX = ["--box", "5,5,30,30"]
         (["photo.jpg", QUESTION, "--mask", "mask_small.png"], ["<region1>", "60 x 40", "60 x 20"]),
         (["photo.jpg", QUESTION, "--mask", "text.jpg"], ["<region1>", "text.jpg", "expected an image"]),
         (["photo.jpg", QUESTION, "--box", "0.1,0.1,0.5,0.5"], ["<region1>", "--normalized"]),
-        (["photo.jpg", QUESTION, "--xywh", "5,5,0,9"], ["<region1>", "width and height above 0"]),
         (["photo.jpg", QUESTION, "--rle", "rle_broken.json"], ["JSON", "rle_broken.json"]),
         # questions
         (["photo.jpg", "What is <region2>?", *BOX], ["<region2>", "1 region was given"]),

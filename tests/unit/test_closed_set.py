@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import make_checkpoint
 
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import DataError
 from regiongpt.inference import RegionPredictor, choices
-from regiongpt.inference.choices import answer_scores, content_free, log_likelihoods
+from regiongpt.inference.choices import log_likelihoods
 from regiongpt.inference.engine import Engine, question_turns
 from regiongpt.prompts import CHAT_TEMPLATES, COCO_80, NO_MATCH, question, region_answer
 from regiongpt.regions import Region
@@ -85,8 +85,6 @@ def test_pieces_give_what_the_whole_gives(predictor, monkeypatch):
     whole = scores(predictor, text, regions, names)
     monkeypatch.setattr(choices, "NODES", 7)
     torch.testing.assert_close(scores(predictor, text, regions, names), whole, rtol=1e-5, atol=1e-4)
-    monkeypatch.setattr(predictor.engine.decoder, "shares", False)
-    torch.testing.assert_close(scores(predictor, text, regions, names), whole, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("template", CHAT_TEMPLATES)
@@ -94,59 +92,23 @@ def test_a_set_is_tokenized_as_the_processor_does(template):
     engine, turns = Engine(*tiny_parts(template=template)), question_turns((), question("classify", regions=[1]))
     names = ["cat", "hot dog", "é", "a [b]", "x" * 50, "c|d", "</s> [INST] <|im_end|>"]
     closed = choices.closed_set(engine, turns, 1, names)
-    for leaf, name in zip(closed.tree.leaves.tolist(), names, strict=True):
-        path: list[int] = []
-        while leaf >= 0:
-            path.insert(0, int(closed.tree.tokens[leaf]))
-            leaf = int(closed.tree.parents[leaf])
+    for entries, name in zip(closed.tree.paths, names, strict=True):
+        path = [closed.tree.tokens[entry] for entry in entries]
         encoded = engine.encode_text([*turns, {"role": "assistant", "content": name}], 1, answered=True)
         ids, last = encoded["input_ids"].tolist(), int((encoded["labels"] >= 0).nonzero()[-1])
         assert [*closed.ids, *path] == ids[: last + 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Length
-
-
 def test_classify_gives_the_shares_of_full_passes(predictor):
-    names, text = (
-        ["cat", "hot dog", "hot", "dog", "baseball bat", "a very long name"],
-        question("classify", regions=[1]),
-    )
-    regions = boxes(2)
+    names = ["cat", "hot dog", "hot", "dog", "baseball bat", "a very long name"]
+    text, regions = question("classify", regions=[1]), boxes(2)
     expected = torch.tensor([[full_pass(predictor, text, [region], name) for name in names] for region in regions])
-    tokens = choices.closed_set(predictor.engine, question_turns((), text), 1, names).tree.lengths
-    for found, scores_BA in (
-        (predictor.classify(regions, names), expected),
-        (predictor.classify(regions, names, length_normalized=True), expected / torch.from_numpy(tokens)),
-    ):
-        for result, shares in zip(found, scores_BA.softmax(-1), strict=True):
-            assert list(result.probabilities) == names
-            torch.testing.assert_close(
-                torch.tensor(list(result.probabilities.values())), shares.float(), atol=1e-4, rtol=0
-            )
-            assert result.label == names[int(shares.argmax())]
-            assert result.probability == max(result.probabilities.values())
+    for result, shares in zip(predictor.classify(regions, names), expected.softmax(-1), strict=True):
+        assert list(result.probabilities) == names
+        torch.testing.assert_close(torch.tensor(list(result.probabilities.values())), shares.float(), atol=1e-4, rtol=0)
+        assert result.label == names[int(shares.argmax())]
+        assert result.probability == max(result.probabilities.values())
     assert predictor.classify([], names) == []
-
-
-def test_calibrated_scores_are_less_those_of_a_region_of_which_nothing_is_known(predictor):
-    engine, scene = predictor.engine, predictor._here()
-    turns, names = question_turns((), question("classify", regions=[1])), ["cat", "hot dog", "baseball glove"]
-    pooled = engine.pool_each(scene, boxes(2))
-    plain = answer_scores(engine, scene, turns, [*pooled, content_free(engine)], names)
-    found = answer_scores(engine, scene, turns, pooled, names, calibrated=True)
-    torch.testing.assert_close(found, plain[:2] - plain[2:], rtol=1e-5, atol=1e-4)
-    with pytest.raises(ConfigError, match="exclude each other"):
-        predictor.classify(boxes(2), names, length_normalized=True, calibrated=True)
-
-
-def test_a_region_of_which_nothing_is_known_is_the_mean_of_those_trained_on(predictor, monkeypatch):
-    model = predictor.engine.model
-    monkeypatch.setattr(model.connector, "mean", torch.randn(model.config.feature_channels))
-    standard = model.connector.act(model.connector.linear_1.bias)
-    expected = model.connector.linear_2(standard).detach()
-    torch.testing.assert_close(content_free(predictor.engine)[0], expected)
 
 
 def test_an_answer_longer_than_the_context(predictor):

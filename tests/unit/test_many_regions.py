@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from regiongpt.images import load_image
 from regiongpt.inference.engine import Engine, question_turns
 from regiongpt.inference.options import Options
+from regiongpt.inference.shared_prefix import PrefixCache, RereadingDecoder
 from regiongpt.model.configuration import REFINEMENTS
 from regiongpt.prompts import CHAT_TEMPLATES, question
 
@@ -48,7 +49,7 @@ def assert_exact(engine: Engine, most: int = 5) -> None:
     prefix, embeds = engine.begin(scene, prompt.ids, prompt.rows, prompt.pooled)
     assert prefix is not None
     assert prefix.length >= engine.processor.num_image_tokens
-    cache = engine.decoder.cache()
+    cache = PrefixCache()
     count = len(embeds)
     logits = engine.decoder.forward(cache, embeds, [cache.add(prefix)], [count], logits=range(count))
     encoded = engine.processor.encode_conversation(messages, image=photo, regions=own, add_generation_prompt=True)
@@ -73,7 +74,7 @@ def test_with_other_language_models(kind):
 
     engine = Engine(*tiny_parts(language=language))
     engine.model.language_model.set_attn_implementation("eager")  # the one that caps Gemma's scores in every release
-    assert engine.decoder.shares == (kind != "bloom")
+    assert isinstance(engine.decoder, RereadingDecoder) == (kind == "bloom")
     assert_exact(engine)
     photo, turns = photograph(), question_turns((), BRIEF)
     found = engine.answer_each(engine.encode_image(load_image(photo)), BRIEF, boxes(3), Options(max_new_tokens=4))
@@ -137,12 +138,10 @@ def test_what_a_question_says_before_its_region_is_read_once(engine, monkeypatch
         plain = [plain_tokens(engine, photo, question_turns((), text), [region], 4) for region in regions]
         assert [answer.text for answer in answers] == [spelt(engine, tokens) for tokens in plain]
         # The words stand behind the image in one piece of memory, and take that of the last question's.
-        (image,), ((_, prefix),) = scene.shared.prefixes.values(), scene.shared.questions.values()
-        assert prefix.length == first
-        assert image.keys[0].data_ptr() == prefix.keys[0].data_ptr()
-        assert scene.shared.nbytes == prefix.nbytes
+        (shared,) = scene.shared.kept.values()
+        assert shared.whole.length == first
+        assert shared.image.keys[0].data_ptr() == shared.whole.keys[0].data_ptr()
+        assert scene.nbytes == shared.whole.nbytes
     read.clear()
     engine.answer_each(scene, DESCRIBE, regions, Options(max_new_tokens=1))
     assert read == [(5, 5 * (len(ids) - first))]
-    scene.shared.clear()
-    assert scene.shared.nbytes == 0

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from regiongpt.errors import ConfigError
-from regiongpt.inference.decoder import Decoder, PlainDecoder, decoder_for
-from regiongpt.inference.prefix import Prefix
+from regiongpt.inference.shared_prefix import Decoder, Prefix, PrefixCache, RereadingDecoder, decoder_for
 
 WORDS = 90
 SHAPE = {
@@ -42,13 +40,14 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**GROUPED, "num_local_experts": 4}),
     "gpt_oss, sinks": ("gpt_oss", {**WINDOW, "num_local_experts": 4}),
 }
-COPYING: dict[str, tuple[str, dict[str, Any]]] = {
+REREADING: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe, a window in its mask alone": ("phimoe", {**GROUPED, "sliding_window": 8, "num_local_experts": 4}),
     "bloom, a bias of its own": ("bloom", {"n_layer": 2, "n_head": 4}),
     "llama4, chunks of 8": (
         "llama4_text",
         {**GROUPED, "head_dim": 8, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
     ),
+    "mamba, no attention": ("mamba", {"state_size": 4, "expand": 2}),
     "deepseek_v3, compressed keys": (
         "deepseek_v3",
         {
@@ -107,7 +106,7 @@ def walk(decoder: Decoder) -> None:
     long, short = (decoder.read(each) for each in beginnings)
     more = words(5)
     longer = decoder.read(more, parent=long)
-    cache = decoder.cache()
+    cache = PrefixCache()
     prefixes: list[Prefix | None] = [long, short, longer, None, long]
     before = [*beginnings, torch.cat([beginnings[0], more]), words(0), beginnings[0]]
     suffixes = [words(count) for count in (3, 11, 1, 6, 11)]
@@ -125,52 +124,34 @@ def walk(decoder: Decoder) -> None:
     some = [words(2), words(4)]
     expected = [torch.cat([texts[1], some[0]]), torch.cat([texts[3], some[1]])]
     assert_alike(model, expected, decoder.forward(cache, torch.cat(some), [1, 3], [2, 4], keep=False))
-    kept = cache.keep(2, onto=long)
-    assert kept is not None
-    assert kept.length == len(texts[2])
-    for prefix, length in ((kept, kept.length), (kept.crop(15), 15)):
-        if prefix is None:  # a cache with a window cannot be cut
-            assert not decoder.shares
-            continue
-        again, new = decoder.cache(), words(3)
+    for prefix, length in ((longer.joined(), 18), (longer.joined().crop(15), 15), (longer.crop(9), 9)):
+        again, new = PrefixCache(), words(3)
         row = again.add(prefix)
-        text = torch.cat([texts[2][:length], new])
+        text = torch.cat([before[2][:length], new])
         assert_alike(model, [text], decoder.forward(again, new, [row], [3]))
 
 
 @pytest.mark.parametrize("name", SHARING)
 def test_a_shared_prefix_gives_the_logits_of_plain_passes(name):
     decoder = decoder_for(language_model(*SHARING[name]))
-    assert decoder.shares
+    assert type(decoder) is Decoder
     walk(decoder)
 
 
-@pytest.mark.parametrize("name", COPYING)
-def test_a_model_that_cannot_share_gets_copies(name, caplog):
-    decoder = decoder_for(language_model(*COPYING[name]))
-    if name.startswith("deepseek") and decoder.shares:  # before transformers 5.13 its cache holds plain keys
-        walk(decoder)
-        return
-    assert isinstance(decoder, PlainDecoder)
-    assert "gets a copy" in caplog.text
+@pytest.mark.parametrize("name", REREADING)
+def test_a_model_that_cannot_share_reads_again(name, caplog):
+    decoder = decoder_for(language_model(*REREADING[name]))
+    assert isinstance(decoder, RereadingDecoder) or name.startswith("deepseek")  # which shares before transformers 5.13
+    assert isinstance(decoder, RereadingDecoder) == ("is slow" in caplog.text)
     walk(decoder)
 
 
-def test_a_model_without_a_cache_is_refused():
-    model = language_model("llama", {})
-    decoder = PlainDecoder(model)
-    model.forward = lambda **_: {"logits": torch.zeros(1, 1, WORDS)}
-    cache = decoder.cache()
-    with pytest.raises(ConfigError, match="returns no cache"):
-        decoder.forward(cache, torch.zeros(1, 32), [cache.add()], [1])
-
-
-@pytest.mark.parametrize("name", ["llama", "llama, grouped", "gemma2, capped scores", "mistral, window of 8"])
+@pytest.mark.parametrize("name", ["llama", "llama, grouped", "gemma2, capped scores", "mistral, window of 8", "bloom"])
 def test_trees_of_tokens(name):
-    model = language_model(*SHARING[name])
-    decoder, words = Decoder(model), Words(model)
+    model = language_model(*(REREADING["bloom, a bias of its own"] if name == "bloom" else SHARING[name]))
+    decoder, words = decoder_for(model), Words(model)
     beginning, suffixes = words(13), [words(4), words(9), words(1)]
-    prefix, cache = decoder.read(beginning), decoder.cache()
+    prefix, cache = decoder.read(beginning), PrefixCache()
     rows = [cache.add(prefix) for _ in suffixes]
     decoder.forward(cache, torch.cat(suffixes), rows, [len(s) for s in suffixes])
     parents = [None, 0, 1, 1, 0, None, 5]
@@ -198,7 +179,7 @@ def test_the_prefix_is_stored_once(llama):
     prefix = llama.read(words(200))
     sizes = []
     for count in (2, 20):
-        cache = llama.cache()
+        cache = PrefixCache()
         rows = [cache.add(prefix) for _ in range(count)]
         llama.forward(cache, words(count * 3), rows, [3] * count)
         assert all(other is prefix for other in cache.prefixes)

@@ -134,32 +134,6 @@ def test_encoded_images_are_found_by_their_pixels_and_forgotten_by_age(parts, en
         RegionPredictor(*parts, images=-1)
 
 
-def test_a_conversation_reads_only_what_is_new(predictor, monkeypatch):
-    read, decoder = [], predictor.engine.decoder
-    forward = decoder.forward
-
-    def counted(cache, embeds, rows, counts, **options):
-        read.append(sum(counts))
-        return forward(cache, embeds, rows, counts, **options)
-
-    conversation = predictor.conversation(BOXES[:2])
-    history: list[dict[str, str]] = []
-    for turn in range(4):
-        text = f"And <region{1 + turn % 2}>, what of that one?"
-        expected = predictor.ask(text, BOXES[:2], history=history, max_new_tokens=5).text
-        with monkeypatch.context() as patch:
-            patch.setattr(decoder, "forward", counted)
-            read.clear()
-            answer = conversation.ask(text, max_new_tokens=5)
-        assert answer.text == expected
-        # The question and the end of the turn before; not the image, nor the turns before that.
-        assert sum(read) < 60
-        history = list(conversation.messages)
-    assert conversation.prefix is not None
-    assert len(conversation.prefix.chain) == 2  # the image's part stays shared
-    assert conversation.prefix.chain[0] in conversation.scene.shared.prefixes.values()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Threads
 

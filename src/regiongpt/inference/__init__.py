@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "Answer": "engine",
     "Classified": "choices",
-    "Conversation": "conversation",
+    "Conversation": "predictor",
     "Located": "choices",
     "Question": "predictor",
     "RegionPredictor": "predictor",
@@ -18,10 +18,10 @@ __all__ = list(_HOMES)
 if TYPE_CHECKING:
     from regiongpt.inference.choices import Classified as Classified
     from regiongpt.inference.choices import Located as Located
-    from regiongpt.inference.conversation import Conversation as Conversation
     from regiongpt.inference.engine import Answer as Answer
     from regiongpt.inference.engine import pick_device as pick_device
     from regiongpt.inference.engine import pick_dtype as pick_dtype
+    from regiongpt.inference.predictor import Conversation as Conversation
     from regiongpt.inference.predictor import Question as Question
     from regiongpt.inference.predictor import RegionPredictor as RegionPredictor
 

@@ -1,28 +1,30 @@
-"""Answers from a closed set, with scores: the likelihood of every choice behind one prompt.
+"""Answers from a closed set: the likelihood of every choice behind one prompt.
 
-The prompt goes through the language model once, and behind its cached keys and values all answers go together, as the
-tree of their common beginnings. A large tree goes in pieces, each with the ancestors that it needs, so memory does not
-grow with the number of answers.
+The prompt goes through the language model once, and behind it all answers as the tree of their common beginnings. A
+large tree goes in pieces, each with the ancestors that it needs, so memory does not grow with the number of answers.
 
-Shapes: B questions, R regions of a question, K tokens of a region, T prompt tokens, E entries of the tree, A answers,
-M nodes of a piece, P predictions of a piece, D model width, V vocabulary.
+Shapes: B questions, R regions, K tokens of a region, E entries of the tree, A answers, L tokens of the longest answer,
+M nodes of a piece, D model width, V vocabulary.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from regiongpt.errors import ConfigError
-from regiongpt.inference.engine import LEAST_ROOM, Engine, Scene, TooLong, Turn, question_turns, shared_tokens
+from regiongpt.inference.engine import (
+    LEAST_ROOM,
+    Engine,
+    Scene,
+    TooLong,
+    Turn,
+    question_turns,
+    shared_tokens,
+)
 from regiongpt.inference.options import By, ClassifyOptions, Options
+from regiongpt.inference.shared_prefix import PrefixCache
 from regiongpt.model.processing import expand_regions
 from regiongpt.prompts import NO_MATCH, question, region_answer
 from regiongpt.regions import Region
@@ -33,15 +35,10 @@ NODES = 512
 """Nodes of a piece of the tree: a pass compares all pairs of them for every question."""
 LOGITS = 2**26
 """Logits of one forward pass: 256 MiB in float32."""
-KEPT = 8
-"""Closed sets, made ready for a question, that are kept for the next time."""
 _MARK = "Xanthochroid"
 """Stands for an answer in a rendered conversation; no question has it."""
 _TOGETHER = 1024
 """Conversations that are tokenized at a time."""
-
-Ints = NDArray[np.int64]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tree of answers
@@ -51,104 +48,63 @@ Ints = NDArray[np.int64]
 class Piece:
     """Some nodes of a tree with all their ancestors, for one forward pass behind the prompt."""
 
-    tokens: Ints  # (M,) an ancestor always before what continues it
-    visible: NDArray[np.bool_]  # (M, M) row for column: each node sees its ancestors and itself
+    tokens: list[int]  # M, an ancestor always before what continues it
+    visible_MM: Tensor  # row for column: each node sees its ancestors and itself
     known: int  # how many of the nodes, the first, are ancestors from an earlier piece
-    rows: Ints  # (P,) which node's logits predict an entry; each entry is predicted in one piece alone
-    entries: Ints  # (P,) the entry that it predicts
+    rows: list[int]  # which new node's logits predict an entry
+    entries: list[int]  # the entry that it predicts
 
 
 class ChoiceTree:
     """Answers as token paths of at least one token, merged where they begin alike.
 
-    An entry is one token behind one beginning. Entries stand in preorder: right behind an entry comes all that
-    continues it. So who may attend to whom is a comparison of two numbers an entry, never a table of all pairs, and a
-    run of entries cut out anywhere needs nothing of the rest but the ancestors of its first.
+    An entry is one token behind one beginning. Entries stand in preorder, so a run of entries cut out anywhere needs
+    nothing of the rest but the ancestors of its first.
 
     Attributes:
-        tokens: (E,) the id of each entry.
-        parents: (E,) the entry before it, -1 for what the prompt's last token predicts.
-        depths: (E,) how many entries lead to it.
-        leaves: (A,) the entry that ends each answer.
-        lengths: (A,) tokens of each answer.
-        nodes: the entries that something follows, which are all that a model has to read.
+        tokens: (E) the id of each entry.
+        parents: (E) the entry before it, -1 for what the prompt's last token predicts.
+        paths: the entries of each answer.
     """
 
-    def __init__(self, paths: Sequence[Sequence[int]]) -> None:
-        assert paths
-        assert all(paths)
-        tokens: list[int] = []
-        parents: list[int] = []
-        leaves = [0] * len(paths)
-        above: list[int] = []  # the entries of the last path
-        before: Sequence[int] = ()
-        for answer in sorted(range(len(paths)), key=lambda answer: list(paths[answer])):
-            path = paths[answer]
-            alike = common_length(before, path)
-            del above[alike:]
-            for token in path[alike:]:
-                parents.append(above[-1] if above else -1)
-                above.append(len(tokens))
-                tokens.append(token)
-            leaves[answer] = above[-1]
-            before = path
-        self.tokens: Ints = np.array(tokens)
-        self.parents: Ints = np.array(parents)
-        self.leaves: Ints = np.array(leaves)
-        self.lengths: Ints = np.array([len(path) for path in paths])
-        self.depths: Ints = np.zeros(len(tokens), np.int64)
-        for entry, parent in enumerate(parents):
-            if parent >= 0:
-                self.depths[entry] = self.depths[parent] + 1
-        self.nodes: Ints = np.unique(self.parents[self.parents >= 0])
-        sizes = np.ones(len(tokens), np.int64)
-        for entry in range(len(sizes) - 1, -1, -1):
-            if parents[entry] >= 0:
-                sizes[parents[entry]] += sizes[entry]
-        self._ends = np.arange(len(sizes)) + sizes  # one past the last entry below each
-
-    @property
-    def first(self) -> Ints:
+    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
+        found: dict[tuple[int, int], int] = {}  # the entry of a token behind a parent
+        self.paths: list[list[int]] = [[] for _ in answers]
+        for answer in sorted(range(len(answers)), key=lambda answer: list(answers[answer])):
+            entry = -1
+            for token in answers[answer]:
+                entry = found.setdefault((entry, token), len(found))
+                self.paths[answer].append(entry)
+        self.parents = [parent for parent, _ in found]
+        self.tokens = [token for _, token in found]
+        self._children: dict[int, list[int]] = {}
+        for entry, parent in enumerate(self.parents):
+            self._children.setdefault(parent, []).append(entry)
+        self.first = self._children.pop(-1)
         """The entries that the prompt's own last token predicts."""
-        return np.flatnonzero(self.parents < 0)
+        self.nodes = sorted(self._children)
+        """The entries that something follows, which are all that a model has to read."""
 
     def pieces(self, size: int) -> Iterator[Piece]:
         """Cut the tree into pieces of ``size`` new nodes, at least 1, and the ancestors that these need."""
-        order = np.argsort(self.parents, kind="stable")
-        sorted_parents = self.parents[order]
         for start in range(0, len(self.nodes), size):
             new = self.nodes[start : start + size]
-            # In preorder whoever comes from before the piece lies above its first node too.
-            kept = np.concatenate([self._ancestors(int(new[0])), new])
-            visible = (kept[None, :] <= kept[:, None]) & (kept[:, None] < self._ends[kept][None, :])
-            low, high = np.searchsorted(sorted_parents, new, "left"), np.searchsorted(sorted_parents, new, "right")
-            counts = high - low
-            entries = order[np.repeat(high - counts.cumsum(), counts) + np.arange(counts.sum())]
-            known = len(kept) - len(new)
-            rows = np.repeat(np.arange(known, len(kept)), counts)
-            yield Piece(tokens=self.tokens[kept], visible=visible, known=known, rows=rows, entries=entries)
-
-    def chains(self) -> Iterator[Piece]:
-        """One piece an answer, for models that cannot be shown a tree; each predicts all entries of its answer."""
-        for leaf in np.unique(self.leaves):
-            path = np.concatenate([self._ancestors(int(leaf)), [leaf]])
-            nodes = path[:-1]
-            if count := len(nodes):
-                visible = np.tri(count, dtype=bool)
-                yield Piece(
-                    tokens=self.tokens[nodes], visible=visible, known=0, rows=np.arange(count), entries=path[1:]
-                )
-
-    def _ancestors(self, entry: int) -> Ints:
-        found: list[int] = []
-        while (entry := int(self.parents[entry])) >= 0:
-            found.append(entry)
-        return np.array(found[::-1], np.int64)
-
-
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            kept: list[int] = []
+            above = self.parents[new[0]]  # in preorder whoever comes from before the piece lies above its first node
+            while above >= 0:
+                kept.insert(0, above)
+                above = self.parents[above]
+            known = len(kept)
+            kept += new
+            place = {node: row for row, node in enumerate(kept)}
+            visible_MM = torch.eye(len(kept), dtype=torch.bool)
+            for row, node in enumerate(kept):
+                if (parent := self.parents[node]) >= 0:
+                    visible_MM[row] |= visible_MM[place[parent]]
+            predicted = [(row, entry) for row, node in enumerate(new) for entry in self._children[node]]
+            rows, entries = (list(each) for each in zip(*predicted, strict=True))
+            tokens = [self.tokens[node] for node in kept]
+            yield Piece(tokens=tokens, visible_MM=visible_MM, known=known, rows=rows, entries=entries)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,10 +120,6 @@ class ClosedSet:
     tree: ChoiceTree  # the answers from there on, their ends included
 
 
-_READY: "WeakKeyDictionary[Engine, OrderedDict[Any, ClosedSet]]" = WeakKeyDictionary()
-_LOCK = threading.Lock()
-
-
 def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> ClosedSet:
     """Make the answers to a question ready to be scored; what was ready lately is not made again.
 
@@ -175,30 +127,25 @@ def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers
         TooLong: the question and its longest answer do not fit the model's context.
         ConfigError: the chat template does not write an answer as it is behind its question.
     """
+
+    def make() -> ClosedSet:
+        prompt = engine.encode_text(messages, n_regions)
+        ids, rows = prompt["input_ids"].tolist(), prompt["region_ids"].tolist()
+        # A tokenizer may join the prompt's last letters with the answer's first: score from where they begin to differ.
+        shared, wholes = len(ids), list(_wholes(engine, messages, n_regions, answers))
+        for whole in wholes:
+            pairs = enumerate(zip(ids[:shared], whole, strict=False))
+            shared = next((k for k, (a, b) in pairs if a != b), min(shared, len(whole)))
+        if not shared:
+            raise ConfigError("the chat template changes the question when it writes an answer behind it")
+        paths = [whole[shared:] for whole in wholes]
+        longest = max(map(len, paths))
+        if engine.room(shared, longest) < longest:
+            raise TooLong(f"question and answer too long: {shared + longest} tokens; shorten them")
+        return ClosedSet(ids=ids[:shared], rows=rows, tree=ChoiceTree(paths))
+
     turns = tuple((turn["role"], turn["content"]) for turn in messages)
-    key = (turns, n_regions, engine.processor.chat_template, tuple(answers))
-    with _LOCK:
-        ready = _READY.setdefault(engine, OrderedDict())
-        if key in ready:
-            ready.move_to_end(key)
-            return ready[key]
-    prompt = engine.encode_text(messages, n_regions)
-    ids, rows = prompt["input_ids"].tolist(), prompt["region_ids"].tolist()
-    # A tokenizer may join the prompt's last letters with the answer's first: score from where they begin to differ.
-    shared, wholes = len(ids), list(_wholes(engine, messages, n_regions, answers))
-    for whole in wholes:
-        shared = min(shared, common_length(ids, whole))
-    if not shared:
-        raise ConfigError("the chat template changes the question when it writes an answer behind it")
-    paths = [whole[shared:] for whole in wholes]
-    longest = max(map(len, paths))
-    if engine.room(shared, longest) < longest:
-        raise TooLong(f"question and answer too long: {shared + longest} tokens; shorten them")
-    made = ClosedSet(ids=ids[:shared], rows=rows, tree=ChoiceTree(paths))
-    with _LOCK:
-        ready[key] = made
-        while len(ready) > KEPT:
-            ready.popitem(last=False)
+    made: ClosedSet = engine.closed_sets.get((turns, n_regions, engine.processor.chat_template, tuple(answers)), make)
     return made
 
 
@@ -228,7 +175,7 @@ def log_likelihoods(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Seq
     budget = max(1, min(TOKENS, LOGITS // engine.model.config.get_text_config().vocab_size))
     size = max(1, min(NODES, len(tree.nodes), budget))
     batch = max(1, budget // size)
-    rows = [torch.empty((0, len(tree.leaves)))]
+    rows = [torch.empty((0, len(tree.paths)))]
     for start in range(0, len(pooled), batch):
         rows.append(_score(engine, scene, closed, pooled[start : start + batch], size))
     scores_BA = torch.cat(rows)
@@ -243,81 +190,50 @@ def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Ten
     shared = shared_tokens(closed.ids, engine.model.config.region_token_id) if count > 1 else 0
     prompts = [engine.begin(scene, closed.ids, closed.rows, features, shared) for features in pooled]
     own = [embeds_ND for _, embeds_ND in prompts]
-    cache = decoder.cache()
+    cache = PrefixCache()
     rows = [cache.add(prefix) for prefix, _ in prompts]
-    steps_BE = torch.zeros((count, len(tree.tokens)))
+    steps_BE = torch.zeros((count, len(tree.tokens) + 1), dtype=torch.float64)  # the last one pads the paths
+
+    def fill(logits_BMV: Tensor, rows: list[int], entries: list[int]) -> None:
+        """Write the log probabilities of entries that are predicted at ``rows`` of the logits."""
+        normal_BM = torch.stack([logits.float().logsumexp(-1) for logits in logits_BMV])
+        tokens = [tree.tokens[entry] for entry in entries]
+        steps_BE[:, entries] = (logits_BMV[:, rows, tokens].float() - normal_BM[:, rows]).double().cpu()
+
     first = decoder.forward(cache, torch.cat(own), rows, [len(embeds) for embeds in own])
-    _fill(steps_BE, first[:, None], tree, tree.first, torch.zeros(len(tree.first), dtype=torch.long))
+    fill(first[:, None], [0] * len(tree.first), tree.first)
     embed = engine.model.get_input_embeddings()
-    for piece in tree.pieces(size) if decoder.shares else tree.chains():
+    for piece in tree.pieces(size):
         nodes = len(piece.tokens)
-        tokens_M = torch.from_numpy(piece.tokens).to(engine.device)
-        wanted = torch.arange(count)[:, None] * nodes + torch.arange(piece.known, nodes)
         logits = decoder.forward(
             cache,
-            embed(tokens_M).repeat(count, 1),
+            embed(torch.tensor(piece.tokens, device=engine.device)).repeat(count, 1),
             rows,
             [nodes] * count,
-            tree=torch.from_numpy(piece.visible) if decoder.shares else None,
+            tree=piece.visible_MM,
             keep=False,
-            logits=wanted.flatten(),
-        ).view(count, nodes - piece.known, -1)
-        _fill(steps_BE, logits, tree, piece.entries, torch.from_numpy(piece.rows - piece.known))
-    sums_BE = steps_BE.double()
-    for depth in range(1, int(tree.depths.max()) + 1):
-        entries = torch.from_numpy((tree.depths == depth).nonzero()[0])
-        sums_BE[:, entries] += sums_BE[:, torch.from_numpy(tree.parents)[entries]]
-    return sums_BE[:, torch.from_numpy(tree.leaves)].float()
-
-
-def _fill(steps_BE: Tensor, logits_BMV: Tensor, tree: ChoiceTree, entries: Any, rows: Tensor) -> None:
-    """Write the log probabilities of entries that are predicted at ``rows`` of the logits."""
-    normal_BM = torch.stack([logits.float().logsumexp(-1) for logits in logits_BMV])
-    tokens = torch.from_numpy(tree.tokens[entries]).to(logits_BMV.device)
-    rows = rows.to(logits_BMV.device)
-    steps_BE[:, torch.from_numpy(entries)] = (logits_BMV[:, rows, tokens].float() - normal_BM[:, rows]).cpu()
-
-
-def content_free(engine: Engine) -> Tensor:
-    """Features (K, D) of a region of which nothing is known: what the connector makes of the mean that it subtracts."""
-    connector = engine.model.connector
-    with torch.inference_mode():
-        blank_1D = connector(connector.mean[None].to(connector.linear_1.weight.dtype))
-    features: Tensor = blank_1D.repeat(engine.processor.tokens_per_region, 1)
-    return features
+            logits=(torch.arange(count)[:, None] * nodes + torch.arange(piece.known, nodes)).flatten(),
+        )
+        fill(logits.view(count, nodes - piece.known, -1), piece.rows, piece.entries)
+    longest = max(map(len, tree.paths))
+    paths_AL = torch.tensor([path + [len(tree.tokens)] * (longest - len(path)) for path in tree.paths])
+    return torch.stack([steps_E[paths_AL].sum(-1) for steps_E in steps_BE]).float()
 
 
 def answer_scores(
-    engine: Engine,
-    scene: Scene,
-    messages: Sequence[Turn],
-    pooled: Sequence[Tensor],
-    answers: Sequence[str],
-    *,
-    length_normalized: bool = False,
-    calibrated: bool = False,
+    engine: Engine, scene: Scene, messages: Sequence[Turn], pooled: Sequence[Tensor], answers: Sequence[str]
 ) -> Tensor:
-    """Scores (B, A) of the answers to one question for each of B sets of region features (R * K, D), on the CPU.
+    """Log likelihoods (B, A) of the answers to one question for each of B sets of region features (R * K, D).
 
-    ``length_normalized`` divides each log likelihood by the answer's number of tokens; ``calibrated`` subtracts that of
-    the same answer about regions of which nothing is known. The softmax of the scores are probabilities.
+    Their softmax are the probabilities, given that the answer is one of these.
 
     Raises:
         TooLong: the question and its longest answer do not fit the model's context.
     """
-    asked = list(pooled)
-    if not asked:
+    if not pooled:
         return torch.empty((0, len(answers)))
-    closed = closed_set(engine, messages, len(asked[0]) // engine.processor.tokens_per_region, answers)
-    if calibrated:
-        blank_KD = content_free(engine)
-        asked.append(blank_KD.repeat(len(asked[0]) // len(blank_KD), 1))
-    scores_BA = log_likelihoods(engine, scene, closed, asked)
-    if calibrated:
-        scores_BA = scores_BA[:-1] - scores_BA[-1:]
-    if length_normalized:
-        scores_BA = scores_BA / torch.from_numpy(closed.tree.lengths)
-    return scores_BA.float()
+    closed = closed_set(engine, messages, len(pooled[0]) // engine.processor.tokens_per_region, answers)
+    return log_likelihoods(engine, scene, closed, pooled)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,10 +245,10 @@ class Classified:
     """The class of one region, chosen from a closed set.
 
     Attributes:
-        label: the likeliest choice.
+        label: the most probable choice.
         probability: of that choice, given that the answer is one of the choices.
-        probabilities: of every choice, in the order given, summing to 1; or with ``top_k`` of the likeliest alone, the
-            likeliest first.
+        probabilities: of every choice, in the order given, summing to 1; or with ``top_k`` of the most probable alone,
+            best first.
         text: the answer as generated freely; None unless it was asked for.
     """
 
@@ -342,7 +258,7 @@ class Classified:
     text: str | None = None
 
     def top(self, k: int) -> list[tuple[str, float]]:
-        """The ``k`` likeliest choices with their probabilities, the likeliest first."""
+        """The ``k`` most probable choices with their probabilities, best first."""
         return sorted(self.probabilities.items(), key=lambda choice: -choice[1])[: max(0, k)]
 
 
@@ -351,15 +267,7 @@ def classify_regions(
 ) -> list[Classified]:
     """What :meth:`RegionPredictor.classify` does, with checked names."""
     text = question("classify", regions=[1], label_set=options.label_set)
-    scores_BA = answer_scores(
-        engine,
-        scene,
-        question_turns((), text),
-        engine.pool_each(scene, regions),
-        names,
-        length_normalized=options.length_normalized,
-        calibrated=options.calibrated,
-    )
+    scores_BA = answer_scores(engine, scene, question_turns((), text), engine.pool_each(scene, regions), names)
     short = Options(max_new_tokens=LEAST_ROOM)
     free = engine.answer_each(scene, text, regions, short) if options.generate else []
     results = []

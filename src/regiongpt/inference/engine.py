@@ -6,29 +6,45 @@ Shapes: R regions, K tokens of a region, T prompt tokens, N tokens behind the sh
 import re
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.inference.decoder import Decoder, decoder_for
 from regiongpt.inference.options import ROWS, Options
-from regiongpt.inference.prefix import Prefix
 from regiongpt.inference.scheduler import Job, Scheduler, TextReader
+from regiongpt.inference.shared_prefix import Prefix, decoder_for
 from regiongpt.prompts import check_text
 from regiongpt.regions import Region
 
+T = TypeVar("T")
 Turn = dict[str, str]
 LEAST_ROOM = 32
 """Tokens that an answer must have room for in the model's context, unless fewer are asked for."""
 POOLED = 128
 """Regions whose weights are made and pooled at a time."""
+
+
+class Latest(Generic[T]):
+    """The values last asked for, by key; threads take turns."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.kept, self.lock = most, dict[Hashable, T](), threading.RLock()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of a key, made now unless it is kept; the one longest not asked for makes room."""
+        with self.lock:
+            value = self.kept.pop(key) if key in self.kept else make()
+            self.kept[key] = value
+            while len(self.kept) > self.most:
+                del self.kept[next(iter(self.kept))]
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,30 +68,13 @@ class Answer:
     tokens: int = 0
 
 
-class SharedPrefixes:
-    """The shared prefixes of one image, the latest few."""
+@dataclass(kw_only=True)
+class Shared:
+    """What questions about an image begin with: the system text and the image, and the words that stood behind last."""
 
-    MOST = 4
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        # The system text and the image, by their tokens. There is one, unless system texts differ.
-        self.prefixes: dict[tuple[int, ...], Prefix] = {}
-        # By the same tokens, the first words of the question last asked about many regions, and the prefix with them,
-        # whose memory the prefix above then shares.
-        self.questions: dict[tuple[int, ...], tuple[tuple[int, ...], Prefix]] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the keys and values."""
-        longest = [self.questions[key][1] if key in self.questions else self.prefixes[key] for key in self.prefixes]
-        return sum(prefix.nbytes for prefix in longest)
-
-    def clear(self) -> None:
-        """Free their memory, unless an answer that is being written still needs it."""
-        with self.lock:
-            self.prefixes.clear()
-            self.questions.clear()
+    image: Prefix | None = None
+    words: tuple[int, ...] = ()
+    whole: Prefix | None = None  # with the words; in the same memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,14 @@ class Scene:
     height: int
     map_1Chw: Tensor  # the refined map that regions are pooled from
     image_ND: Tensor  # the image's tokens for the language model
-    shared: SharedPrefixes = field(default_factory=SharedPrefixes, repr=False, compare=False)
+    # By the tokens up to the image; there is one, unless system texts differ.
+    shared: Latest[Shared] = field(default_factory=lambda: Latest(4), repr=False, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values kept for the image."""
+        longest = [shared.whole or shared.image for shared in self.shared.kept.values()]
+        return sum(prefix.nbytes for prefix in longest if prefix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +127,8 @@ class Engine:
     def __init__(self, model: Any, processor: Any, token_budget: int | None = None, rows: int = ROWS) -> None:
         self.model = model.eval()
         self.processor = processor
-        self.decoder: Decoder = decoder_for(model.language_model)
+        self.decoder = decoder_for(model.language_model)
+        self.closed_sets: Latest[Any] = Latest(8)
         never = [token for token in (model.config.image_token_id, model.config.region_token_id) if token is not None]
         self.scheduler = Scheduler(
             self.decoder, model.get_input_embeddings(), processor.stop_token_ids, never, token_budget, rows
@@ -211,34 +218,24 @@ class Engine:
 
         At least the image is shared, and by ``shared`` so many of the first tokens, none of them a region's.
         """
-        prefix = self._prefix(scene, ids, shared)
-        return prefix, self.embed(scene, ids, rows, pooled, start=prefix.length if prefix else 0)
-
-    def _prefix(self, scene: Scene, ids: Sequence[int], count: int) -> Prefix | None:
-        """The system text and the image as a prefix, and what stands behind them up to token ``count``."""
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
         end = len(ids) - list(reversed(ids)).index(image) if image in ids else 0
         if region in ids[:end]:
             end = list(ids).index(region)
-        if not 0 < end < len(ids):
-            return None
-        key, words = tuple(ids[:end]), tuple(ids[end:count]) if self.decoder.shares else ()
-        shared = scene.shared
-        with shared.lock:
-            root, known = shared.prefixes.pop(key, None), shared.questions.get(key)
-            if words and (known is None or known[0] != words):
-                behind = self.embed(scene, ids[:count], (), scene.image_ND[:0], start=end if root else 0)
-                known = shared.questions[key] = words, self.decoder.read(behind, parent=root).joined()
-                root = known[1].crop(end)  # one memory for both
-            elif root is None:
-                root = self.decoder.read(self.embed(scene, key, (), scene.image_ND[:0]))
-            assert root is not None
-            shared.prefixes[key] = root  # the latest last
-            while len(shared.prefixes) > SharedPrefixes.MOST:
-                oldest = next(iter(shared.prefixes))
-                del shared.prefixes[oldest]
-                shared.questions.pop(oldest, None)
-            return known[1] if words and known else root
+        prefix = None
+        if 0 < end < len(ids):
+            with scene.shared.lock:
+                known = scene.shared.get(tuple(ids[:end]), Shared)
+                words = tuple(ids[end:shared])
+                if words and known.words != words:
+                    start = end if known.image else 0
+                    behind = self.embed(scene, ids[:shared], (), scene.image_ND[:0], start)
+                    known.words, known.whole = words, self.decoder.read(behind, parent=known.image).joined()
+                    known.image = known.whole.crop(end)
+                elif known.image is None:
+                    known.image = self.decoder.read(self.embed(scene, ids[:end], (), scene.image_ND[:0]))
+                prefix = known.whole if words else known.image
+        return prefix, self.embed(scene, ids, rows, pooled, start=prefix.length if prefix else 0)
 
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """A prompt as the scheduler takes it."""
@@ -263,6 +260,17 @@ class Engine:
             complete=stopped or end is not None,
             tokens=len(job.tokens) if end is None else end + 1,
         )
+
+    def answer(self, scene: Scene, prompt: Prompt, options: Options, began: float) -> Answer:
+        """Write one answer, with those that other threads ask for; ``began`` is of ``time.perf_counter``."""
+        job = self.job(scene, prompt, options)
+        for _ in self.scheduler.run([job]):
+            pass
+        return self.finish(job, prompt, began)
+
+    def stream(self, scene: Scene, prompt: Prompt, options: Options) -> Iterator[str]:
+        """Write one answer and yield it in pieces. Leaving the iteration ends it."""
+        yield from self.scheduler.stream(self.job(scene, prompt, options, streams=True))
 
     def answers(
         self, asked: Iterable[tuple[Scene, Prompt, Options]], began: float | None = None
@@ -299,28 +307,20 @@ class Engine:
 
 
 class Scenes:
-    """The latest encoded images, found again by their pixels; threads take turns.
+    """The latest encoded images, found again by their pixels.
 
     An image takes its refined map (37 MiB in float32 for CLIP ViT-L/14 at 336 pixels) and the keys and values of its
     tokens (300 MiB in half precision for 576 tokens of a 7B Llama).
     """
 
     def __init__(self, engine: Engine, most: int) -> None:
-        self._engine, self._most = engine, most
-        self._kept: OrderedDict[bytes, Scene] = OrderedDict()
-        self._lock = threading.Lock()
+        self._engine, self._kept = engine, Latest[Scene](most)
 
     def get(self, photo: Image.Image) -> Scene:
         """The scene of an RGB image, encoded now unless it is kept."""
         digest = blake2b(f"{photo.mode} {photo.size} ".encode(), digest_size=16)
         digest.update(photo.tobytes())
-        key = digest.digest()
-        with self._lock:
-            scene = self._kept.pop(key, None) or self._engine.encode_image(photo)
-            self._kept[key] = scene
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        return scene
+        return self._kept.get(digest.digest(), lambda: self._engine.encode_image(photo))
 
 
 # "Region [2]" as the paper has it, and the placeholder itself, which a model may repeat from the question.
@@ -381,3 +381,32 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     if name not in known:
         raise ConfigError(f"expected dtype float32, bfloat16 or float16, got {name!r}")
     return known[name]
+
+
+def to_int8(model: Any) -> Any:
+    """Keep the linear layers of the language model in int8, in place, by PyTorch's dynamic quantization.
+
+    Weights have one scale an output channel, inputs one a call, so an answer may depend a little on what else is in its
+    batch. Everything else stays in float32. The model can then answer, but be neither trained nor saved.
+
+    Raises:
+        ConfigError: the model is not in float32 on the CPU, has no linear layers, or this PyTorch cannot do it.
+    """
+    if model.device.type != "cpu":
+        raise ConfigError(f"expected device cpu with int8 weights, got {model.device}; use bfloat16 on an accelerator")
+    if model.dtype != torch.float32:
+        raise ConfigError(f"expected dtype float32 with int8 weights, got {str(model.dtype)[6:]}; leave dtype out")
+    if not any(type(module) is nn.Linear for module in model.language_model.modules()):
+        raise ConfigError(f"{type(model.language_model).__name__} has no linear layers for int8; leave int8 out")
+    from torch.ao import quantization
+
+    kernels = torch.backends.quantized.engine
+    if kernels in ("none", None):
+        raise ConfigError("this build of PyTorch has no int8 kernels for this processor; leave int8 out")
+    # The kernels for ARM know one scale a layer alone.
+    per_channel = kernels in ("x86", "fbgemm", "onednn")
+    config = quantization.per_channel_dynamic_qconfig if per_channel else quantization.default_dynamic_qconfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # announces torchao, whose int8 is slower than float32 on a CPU
+        quantization.quantize_dynamic(model.language_model, {nn.Linear: config}, inplace=True)  # type: ignore[no-untyped-call]
+    return model

@@ -17,7 +17,6 @@ ROWS = 64
 
 REGION_OPTIONS = {
     "--box": ("X0,Y0,X1,Y1", "a box, in pixels from the image's top left corner"),
-    "--xywh": ("X,Y,W,H", "a box by its left and top edge, width and height"),
     "--mask": ("FILE", "an image of the same size, white (or opaque) inside the region"),
     "--polygon": ("X,Y,X,Y,X,Y,...", "the corners of a polygon, at least three"),
     "--rle": ("FILE", "a JSON file with a COCO run-length mask: size [height, width] and counts"),
@@ -59,9 +58,9 @@ class Options(Length):
     """How to generate an answer; see :meth:`RegionPredictor.ask`."""
 
     temperature: float = Field(0.0, ge=0)
-    """0 takes the likeliest token each time; above, tokens are drawn"""
+    """0 takes the most probable token each time; above, tokens are drawn"""
     top_p: float = Field(1.0, gt=0, le=1)
-    """with a temperature: draw from the likeliest tokens of this joint probability"""
+    """with a temperature: draw from the most probable tokens of this joint probability"""
     seed: int | None = Field(None, ge=0, lt=2**63)
     """with a temperature: makes the answer repeatable"""
     stop: str | Sequence[str] = ()
@@ -76,14 +75,18 @@ class Options(Length):
         return stops
 
 
-class Classification(TypedDict, total=False):
-    """The fields of :class:`ClassifyOptions` as keyword arguments."""
+class DescribeOptions(Length):
+    """How to describe regions on the command line."""
 
-    label_set: str
-    generate: bool
-    length_normalized: bool
-    calibrated: bool
-    top_k: int | None
+    brief: bool = False
+    """a caption of a few words a region"""
+
+
+class LocateOptions(Arguments):
+    """How to choose the region that an expression refers to; see :meth:`RegionPredictor.locate`."""
+
+    by: By = "both"
+    """by the answer to one question about all regions, by the words for each, or both"""
 
 
 class ClassifyOptions(Arguments):
@@ -93,12 +96,8 @@ class ClassifyOptions(Arguments):
     """the set named in the question, and chosen from unless there are choices"""
     generate: bool = False
     """also generate the answer freely"""
-    length_normalized: bool = False
-    """divide each score by its number of tokens"""
-    calibrated: bool = False
-    """subtract each name's score about a region of which nothing is known"""
     top_k: int | None = Field(None, ge=1)
-    """keep only the likeliest choices"""
+    """keep only the most probable choices"""
 
     @field_validator("label_set")
     @classmethod
@@ -107,11 +106,12 @@ class ClassifyOptions(Arguments):
         plain = {re.sub(r"\W|_", "", known).lower(): known for known in LABEL_SETS}
         return plain.get(re.sub(r"\W|_", "", name).lower(), name)
 
-    @model_validator(mode="after")
-    def _check_scores(self) -> "ClassifyOptions":
-        if self.calibrated and self.length_normalized:
-            raise ValueError("calibrated and length_normalized exclude each other; leave one of them out")
-        return self
+
+class ChoiceOptions(ClassifyOptions):
+    """How to classify regions on the command line."""
+
+    choices: str | None = None
+    """the names, with commas between them (default: those of the label set)"""
 
 
 class Sources(Settings):

@@ -3,13 +3,11 @@
 torch and transformers are not imported here, so that a mistake costs a fraction of a second.
 """
 
-import csv
-import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,18 +17,15 @@ from regiongpt.data.shards import Rejects
 from regiongpt.drawing import draw_regions, save_picture
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import SUFFIXES, load_image, open_image
-from regiongpt.inference.options import REGION_OPTIONS, By, ClassifyOptions, Options, Sources
+from regiongpt.inference.options import REGION_OPTIONS, ChoiceOptions, DescribeOptions, LocateOptions, Options, Sources
 from regiongpt.inference.proposals import Proposal, choose, grid_points, read_proposals
 from regiongpt.regions import Region
-from regiongpt.storage import check_writable, read_json, write_file, write_json, writing
+from regiongpt.storage import check_writable, read_json, write_json, writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from regiongpt.inference import RegionPredictor
-
-Typed = Sequence[tuple[str, Callable[[int, int], Region]]]
-"""Regions typed for every image, each behind what messages call it: what makes it for a width and height."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +55,7 @@ class View:
 class Reply:
     """What was answered about an image."""
 
-    record: dict[str, Any]  # for JSON and csv
+    record: dict[str, Any]  # for JSON
     lines: list[str]  # as text
     notes: list[dict[str, Any]]  # of each region, for COCO
     captions: list[str] = field(default_factory=list)  # of each region, for a picture
@@ -75,16 +70,15 @@ class Reply:
 def ask(predictor: "RegionPredictor", view: View, question: str, options: Options) -> Reply:
     """Ask one question about all regions."""
     answer = predictor.ask(question, view.regions, **dict(options))
+    said = {
+        "answer": answer.text,
+        "cited": list(answer.cited),
+        "warnings": list(answer.warnings),
+        "complete": answer.complete,
+        "seconds": round(answer.seconds, 3),
+    }
     return Reply(
-        record={
-            "question": question,
-            "regions": [region.to_dict() for region in view.regions],
-            "answer": answer.text,
-            "cited": list(answer.cited),
-            "warnings": list(answer.warnings),
-            "complete": answer.complete,
-            "seconds": round(answer.seconds, 3),
-        },
+        record={"question": question, "regions": [region.to_dict() for region in view.regions], **said},
         lines=[answer.text],
         notes=[{"caption": answer.text} for _ in view.proposals],
         dialogue=[(question, answer.text)],
@@ -92,12 +86,10 @@ def ask(predictor: "RegionPredictor", view: View, question: str, options: Option
     )
 
 
-def describe(predictor: "RegionPredictor", view: View, brief: bool, max_new_tokens: int) -> Reply:
+def describe(predictor: "RegionPredictor", view: View, _: str, options: DescribeOptions) -> Reply:
     """Describe each region."""
-    answers = predictor.describe(view.regions, brief=brief, max_new_tokens=max_new_tokens)
-    said = [
-        {"answer": answer.text, "complete": answer.complete, "warnings": list(answer.warnings)} for answer in answers
-    ]
+    answers = predictor.describe(view.regions, **dict(options))
+    said = [{"answer": each.text, "complete": each.complete, "warnings": list(each.warnings)} for each in answers]
     texts = [answer.text for answer in answers]
     return Reply(
         record={"regions": view.entries(said)},
@@ -108,11 +100,10 @@ def describe(predictor: "RegionPredictor", view: View, brief: bool, max_new_toke
     )
 
 
-def classify(
-    predictor: "RegionPredictor", view: View, choices: Sequence[str] | None, options: ClassifyOptions
-) -> Reply:
+def classify(predictor: "RegionPredictor", view: View, _: str, options: ChoiceOptions) -> Reply:
     """Choose the class of each region."""
-    found = predictor.classify(view.regions, choices, **dict(options))
+    choices = options.choices.split(",") if options.choices is not None else None
+    found = predictor.classify(view.regions, choices, **options.model_dump(exclude={"choices"}))
     said = [
         {"label": each.label, "probability": each.probability, "probabilities": each.probabilities}
         | ({} if each.text is None else {"text": each.text})
@@ -128,23 +119,22 @@ def classify(
     )
 
 
-def locate(predictor: "RegionPredictor", view: View, expression: str, by: By) -> Reply:
+def locate(predictor: "RegionPredictor", view: View, expression: str, options: LocateOptions) -> Reply:
     """Choose the region that an expression refers to."""
-    found = predictor.locate(expression, view.regions, by=by)
-    shares = found.probabilities[:-1]
+    found = predictor.locate(expression, view.regions, by=options.by)
+    shares, line = found.probabilities[:-1], f"{found.text} {found.probability:.3f}"
+    said = {"number": found.number, "answer": found.text, "probability": found.probability}
     return Reply(
         record={
             "expression": expression,
             "regions": [region.to_dict() for region in view.regions],
-            "number": found.number,
-            "answer": found.text,
-            "probability": found.probability,
+            **said,
             "probabilities": list(found.probabilities),
         },
-        lines=[f"{found.text} {found.probability:.3f}"],
+        lines=[line],
         notes=[{"caption": expression, "score": share} for share in shares],
         captions=[f"{share:.3f}" for share in shares],
-        dialogue=[(expression, f"{found.text} {found.probability:.3f}")],
+        dialogue=[(expression, line)],
     )
 
 
@@ -152,8 +142,24 @@ def locate(predictor: "RegionPredictor", view: View, expression: str, by: By) ->
 # Images and regions
 
 
+@dataclass(frozen=True, kw_only=True)
+class Typed:
+    """Regions typed for every image, behind what messages call them."""
+
+    regions: list[tuple[str, Region]]
+    normalized: bool  # their numbers are fractions of the image's sides
+
+    def on(self, width: int, height: int) -> list[Proposal]:
+        """The regions of an image of this size; RegionError where one does not fit it."""
+        found = []
+        for name, region in self.regions:
+            region = region.scaled(width, height) if self.normalized else region
+            found.append(Proposal(region=region.check(width, height, name), place=name))
+        return found
+
+
 def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> Typed:
-    """Read the regions that were typed, as option and value, with numbers in fractions of the image if ``normalized``.
+    """Read the regions that were typed, as option and value.
 
     Raises:
         RegionError: one is malformed.
@@ -161,8 +167,8 @@ def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> 
         ConfigError: ``normalized`` without numbers.
     """
     if normalized and not any(option not in ("--mask", "--rle") for option, _ in typed):
-        raise ConfigError("--normalized goes with --box, --xywh, --polygon, --point and --scribble; leave it out")
-    regions: list[tuple[str, Callable[[int, int], Region]]] = []
+        raise ConfigError("--normalized goes with --box, --polygon, --point and --scribble; leave it out")
+    regions = []
     for number, (option, text) in enumerate(typed, 1):
         where = f"<region{number}> ({option})"
         try:
@@ -176,12 +182,8 @@ def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> 
         if region.note:  # said here, once, and in no answer again
             tell(f"regiongpt: warning: {where}: {region.note}")
             region = replace(cast(Any, region), note="")
-        regions.append((where, region.scaled if normalized else _as_it_is(region)))
-    return regions
-
-
-def _as_it_is(region: Region) -> Callable[[int, int], Region]:
-    return lambda width, height: region
+        regions.append((where, region))
+    return Typed(regions=regions, normalized=normalized)
 
 
 def _read_region(option: str, text: str, normalized: bool) -> Region:
@@ -192,10 +194,6 @@ def _read_region(option: str, text: str, normalized: bool) -> Region:
     values = [float(value) for value in text.split(",")]
     if normalized and not all(-1 <= value <= 2 for value in values):
         raise RegionError(f"region: expected normalized numbers within 0..1, got {text}; leave --normalized out")
-    if option in ("--box", "--xywh"):
-        make = Region.box if option == "--box" else Region.from_xywh
-        x, y, right, bottom = values  # or width and height; another count is a ValueError
-        return make(x, y, right, bottom)
     return Region.from_dict({option.removeprefix("--"): values})
 
 
@@ -213,11 +211,11 @@ def find_images(words: Sequence[str]) -> list[str]:
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
 
 
-def view_of(path: str, typed: Typed, sources: Sources, segment: Any = None) -> View:
+def view_of(path: str, typed: Typed, sources: Sources, segment: "Callable[[Image], list[Proposal]]") -> View:
     """Read an image and gather its regions: those typed, then those of ``sources``; ``segment`` asks its SAM model."""
     photo = load_image(path)
     size = photo.size
-    found = [Proposal(region=make(*size).check(*size, name), place=name) for name, make in typed]
+    found = typed.on(*size)
     dropped, unusable = 0, ""
     if sources.proposals:
         rejects = Rejects()
@@ -259,7 +257,7 @@ def over_images(
         load: loads the model, once the first image has been read.
         answer: asks about an image.
         out: takes the records; None to print them.
-        json: print records rather than text, each on a line of its own where there are several images.
+        json: print records rather than text.
         picture: file for the image with its regions and answers; of a single image.
     """
     predictor: RegionPredictor | None = None
@@ -308,73 +306,54 @@ def over_images(
 class Results:
     """The answers in a file, one record an image; the suffix is the format.
 
-    ``.jsonl`` holds each record from the moment it is added, so a run that is killed leaves those before. ``.csv``, a
-    row a region, and ``.json``, a COCO data set with ``categories``, are written whole by :meth:`close`.
+    ``.jsonl`` holds each record from the moment it is added, so a run that is killed leaves those before. ``.json``, a
+    COCO data set with ``categories``, is written whole by :meth:`close`.
     """
 
     def __init__(self, path: Path, overwrite: bool = False, categories: Sequence[str] = ()) -> None:
-        self.path, self.suffix = path, path.suffix.lower()
-        if self.suffix not in (".jsonl", ".csv", ".json"):
-            raise ConfigError(f"{path}: end the name in .jsonl (json lines), .csv or .json (COCO)")
+        self.path, self.is_coco = path, path.suffix.lower() == ".json"
+        if path.suffix.lower() not in (".jsonl", ".json"):
+            raise ConfigError(f"{path}: end the name in .jsonl (json lines) or .json (COCO)")
         check_writable(path)
         if path.exists() and not overwrite:
             raise ConfigError(f"{path}: there already; give --overwrite to replace it, or another name")
         self._categories = {name: number for number, name in enumerate(categories or ["region"], 1)}
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
-        self._rows: list[dict[str, Any]] = []
         self._file: Any = None
 
     def add(
         self, record: dict[str, Any], size: tuple[int, int], regions: Sequence[Region], notes: Sequence[dict[str, Any]]
     ) -> None:
         """Add the answers about an image; ``notes`` are further keys of each region's COCO annotation."""
-        if self.suffix == ".jsonl":
+        if not self.is_coco:
             with writing(self.path):
                 self._file = self._file or self.path.open("w", encoding="utf-8", errors="backslashreplace")
                 self._file.write(_as_json(record) + "\n")
                 self._file.flush()
-        elif self.suffix == ".csv":
-            self._rows += _rows(record)
-        else:
-            image = {"id": len(self._images) + 1, "file_name": record["image"], "width": size[0], "height": size[1]}
-            self._images.append(image)
-            for region, note in zip(regions, notes, strict=True):
-                given = {"category": "region", **note}
-                head = {"id": len(self._annotations) + 1, "image_id": image["id"], "iscrowd": 0}
-                head["category_id"] = self._categories[given.pop("category")]
-                self._annotations.append({**head, **region.to_coco(*size), **given})
+            return
+        image = {"id": len(self._images) + 1, "file_name": record["image"], "width": size[0], "height": size[1]}
+        self._images.append(image)
+        for region, note in zip(regions, notes, strict=True):
+            given = {"category": "region", **note}
+            head = {"id": len(self._annotations) + 1, "image_id": image["id"], "iscrowd": 0}
+            head["category_id"] = self._categories[given.pop("category")]
+            self._annotations.append({**head, **region.to_coco(*size), **given})
 
     def close(self) -> None:
         """Write what is not yet in the file."""
-        if self.suffix == ".jsonl":
+        if not self.is_coco:
             with writing(self.path):
                 (self._file or self.path.open("w", encoding="utf-8")).close()
-        elif self.suffix == ".csv":
-            text = io.StringIO()
-            table = csv.DictWriter(text, list(dict.fromkeys(key for row in self._rows for key in row)))
-            table.writeheader()
-            table.writerows(self._rows)
-            write_file(self.path, text.getvalue())
-        else:
-            places = [str(Path(image["file_name"]).absolute().parent) for image in self._images]
-            folder = os.path.commonpath(places or ["."])
-            for image in self._images:
-                image["file_name"] = Path(os.path.relpath(image["file_name"], folder)).as_posix()
-            categories = [{"id": number, "name": name} for name, number in self._categories.items()]
-            found = {"images": self._images, "annotations": self._annotations, "categories": categories}
-            write_json(self.path, found, indent=None)
+            return
+        places = [str(Path(image["file_name"]).absolute().parent) for image in self._images]
+        folder = os.path.commonpath(places or ["."])
+        for image in self._images:
+            image["file_name"] = Path(os.path.relpath(image["file_name"], folder)).as_posix()
+        categories = [{"id": number, "name": name} for name, number in self._categories.items()]
+        found = {"images": self._images, "annotations": self._annotations, "categories": categories}
+        write_json(self.path, found, indent=None)
 
 
 def _as_json(record: Any, indent: int | None = None) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=indent)
-
-
-def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A record as rows of a table, one a region where each region has an answer of its own; lists become JSON."""
-    own = [{"number": number, **entry} for number, entry in enumerate(record["regions"], 1) if "region" in entry]
-    for each in own or [{"regions": record["regions"]}]:
-        row: dict[str, Any] = {}
-        for key, value in record.items():
-            row |= each if key == "regions" else {key: value}
-        yield {key: _as_json(value) if isinstance(value, list | dict) else value for key, value in row.items()}

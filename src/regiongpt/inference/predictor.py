@@ -9,30 +9,36 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 import torch
+from torch import Tensor
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, naming, short
 from regiongpt.images import ImageSource, load_image
 from regiongpt.inference.choices import Classified, Located, classify_regions, locate_expressions
-from regiongpt.inference.conversation import Conversation
 from regiongpt.inference.engine import (
     Answer,
     Engine,
     Prompt,
     Scene,
     Scenes,
+    TooLong,
     Turn,
     check_regions,
+    citation_warnings,
     notes,
     pick_device,
     pick_dtype,
     question_turns,
+    to_int8,
 )
-from regiongpt.inference.options import ROWS, WAYS, By, Classification, ClassifyOptions, Generation, Memory, Options
-from regiongpt.inference.quantization import to_int8
+from regiongpt.inference.options import ROWS, WAYS, By, ClassifyOptions, Generation, Memory, Options
 from regiongpt.model import weights
 from regiongpt.prompts import check_choices, check_placeholders, check_text
 from regiongpt.prompts import question as task_question
 from regiongpt.regions import Region
+
+Regions = Region | Sequence[Region]
+_Member = tuple[int, list[Region], Prompt, Options]
+"""A question of many: its place, regions, prompt without features, and options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,7 @@ class Question:
     """
 
     text: str
-    regions: Region | Sequence[Region] = ()
+    regions: Regions = ()
     image: ImageSource | None = None
     history: Sequence[Turn] = ()
     max_new_tokens: int | None = None
@@ -56,14 +62,6 @@ class Question:
     top_p: float | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
-
-
-@dataclass(kw_only=True)
-class _Group:
-    """The questions about one image: the place, regions, prompt without features, and options of each."""
-
-    source: ImageSource | None
-    members: list[tuple[int, list[Region], Prompt, Options]] = field(default_factory=list)
 
 
 class RegionPredictor:
@@ -74,17 +72,16 @@ class RegionPredictor:
         >>> predictor.set_image("photo.jpg")
         >>> predictor.ask("What is <region1> doing?", [Region.box(40, 60, 300, 280)]).text
 
-    Several threads may use one predictor, each with an image of its own: a thread asks about the image that it set
-    itself, or, if it never set one, about the last that any thread has set. What they ask at the same time is answered
-    in one batch. While a predictor is at work, nobody else may call its language model.
+    Several threads may use one predictor: a thread asks about the image that it set itself, or, if it never set one,
+    about the last that any thread has set. What they ask at the same time is answered in one batch. While a predictor
+    is at work, nobody else may call its language model.
 
     Args:
         model: a :class:`RegionGPTForConditionalGeneration`, already on its device.
         processor: the :class:`RegionGPTProcessor` that belongs to it.
         images: encoded images to keep, found again by their pixels; 0 keeps none but those set.
-        token_budget: bounds the memory of the answers being written: the longest question with its answer, in tokens
-            without the shared beginning, times their number. By default 1 GiB on a CPU and half of the free memory on
-            a CUDA device.
+        token_budget: bounds the memory of the answers being written: tokens of the longest question and answer times
+            their number. By default 1 GiB on a CPU and half of the free memory on a CUDA device.
         rows: answers written at a time, unless the budget allows fewer.
     """
 
@@ -119,9 +116,9 @@ class RegionPredictor:
                 float32.
             int8: keep the language model's weights in int8, on the CPU in float32 alone; answers change a little.
             untrained: load a checkpoint that has not been trained, too; its answers mean nothing.
-            images: as above, and so are ``token_budget`` and ``rows``.
-            token_budget: see above.
-            rows: see above.
+            images: as above.
+            token_budget: as above.
+            rows: as above.
 
         Raises:
             CheckpointError: a file is missing, damaged, or does not fit the others, or the model is untrained.
@@ -167,7 +164,7 @@ class RegionPredictor:
     def ask(
         self,
         question: str,
-        regions: Region | Sequence[Region] = (),
+        regions: Regions = (),
         *,
         history: Sequence[Turn] = (),
         **generation: Unpack[Generation],
@@ -178,10 +175,7 @@ class RegionPredictor:
             question: text in which ``<regionN>`` stands for the N-th region (from 1), any number of times.
             regions: in pixels of the image; the same list for the whole conversation.
             history: earlier turns, ``{"role": "user" | "assistant", "content": ...}``, the oldest first.
-            **generation: any of ``max_new_tokens`` (128); ``temperature`` (0), which takes the likeliest token each
-                time, and above 0 draws; with it ``top_p`` (1), which draws from the likeliest tokens of this joint
-                probability, and ``seed``, which makes the answer repeatable; ``stop``, one text or several that end the
-                answer and are not part of it.
+            **generation: the fields of :class:`~regiongpt.inference.options.Options`.
 
         Raises:
             RegionError: a region does not fit the image, or a placeholder stands for none.
@@ -190,15 +184,12 @@ class RegionPredictor:
         """
         began, options, scene = time.perf_counter(), Options(**generation), self._here()
         prompt = self._prompt(scene, question, regions, history, options)
-        job = self.engine.job(scene, prompt, options)
-        for _ in self.engine.scheduler.run([job]):
-            pass
-        return self.engine.finish(job, prompt, began)
+        return self.engine.answer(scene, prompt, options, began)
 
     def stream(
         self,
         question: str,
-        regions: Region | Sequence[Region] = (),
+        regions: Regions = (),
         *,
         history: Sequence[Turn] = (),
         **generation: Unpack[Generation],
@@ -208,23 +199,17 @@ class RegionPredictor:
         Leaving the iteration early ends the generation.
         """
         options, scene = Options(**generation), self._here()
-        prompt = self._prompt(scene, question, regions, history, options)
-
-        def pieces() -> Iterator[str]:
-            yield from self.engine.scheduler.stream(self.engine.job(scene, prompt, options, streams=True))
-
-        return pieces()
+        return self.engine.stream(scene, self._prompt(scene, question, regions, history, options), options)
 
     def ask_many(self, questions: Iterable[Question], **generation: Unpack[Generation]) -> list[Answer]:
-        """Ask many questions at once, each with regions of its own, about one image or several.
+        """Ask many questions in one batch, each with regions of its own, about one image or several.
 
-        Each image is encoded once and its tokens are stored once. Everything that can be wrong with a question is found
-        before the first is answered.
+        A mistake in any question is found before the first is answered.
 
         Args:
             questions: any number. One that names no image is about the image set.
-            **generation: as for :meth:`ask`; a question's own come first. With a ``seed`` each question draws by
-                itself: an answer depends on the seed and the question's place, not on the others.
+            **generation: as for :meth:`ask`; a question's own come first. With a ``seed`` an answer depends on the seed
+                and the question's place, not on the others.
 
         Returns:
             The answers, in the order of the questions.
@@ -243,31 +228,31 @@ class RegionPredictor:
         order: list[int] = []
 
         def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
-            for group in groups:
-                scene = here if group.source is None else self._scenes.get(load_image(group.source))
+            for image, members in groups:
+                scene = here if image is None else self._scenes.get(load_image(image))
                 assert scene is not None
-                pooled = self.engine.pool(scene, [region for _, regions, *_ in group.members for region in regions])
-                sizes = [len(regions) * self.engine.processor.tokens_per_region for _, regions, *_ in group.members]
-                alike = len({id(prompt.ids) for *_, prompt, _ in group.members}) == 1 < len(group.members)
-                for (place, _, prompt, own), features in zip(group.members, torch.split(pooled, sizes), strict=True):
-                    if alike:
-                        prompt = prompt.for_many(self.engine.model.config.region_token_id)
+                pooled = self.engine.pool(scene, [region for _, regions, *_ in members for region in regions])
+                sizes = [len(regions) * self.engine.processor.tokens_per_region for _, regions, *_ in members]
+                alike = len({id(prompt.ids) for *_, prompt, _ in members}) == 1 < len(members)
+                for (place, _, prompt, own), features in zip(members, torch.split(pooled, sizes), strict=True):
                     order.append(place)
+                    prompt = prompt.for_many(self.engine.model.config.region_token_id) if alike else prompt
                     yield scene, replace(prompt, pooled=features), own
 
         return ((order[place], answer) for place, answer in self.engine.answers(asked(), began))
 
-    def _checked(self, questions: Iterable[Question], options: Options, here: Scene | None) -> list[_Group]:
+    def _checked(
+        self, questions: Iterable[Question], options: Options, here: Scene | None
+    ) -> list[tuple[ImageSource | None, list[_Member]]]:
         """The questions by image, the images in the order of their first question."""
-        groups: dict[Any, _Group] = {}
+        groups: dict[Any, tuple[ImageSource | None, list[_Member]]] = {}
         known: dict[Any, Prompt] = {}
+        sizes: dict[Any, tuple[int, int]] = {}
         nothing = self.engine.model.connector.mean.new_empty(0)
         for place, question in enumerate(questions):
             with naming(f"question {place + 1}"):
                 if not isinstance(question, Question):
                     raise ConfigError(f"expected a Question(text=..., regions=[...]), got {type(question).__name__}")
-                if question.image is None and here is None:
-                    raise ConfigError("expected an image; call set_image(...) first, or give the question its own")
                 own = {name: value for name in Options.model_fields if (value := getattr(question, name)) is not None}
                 if "seed" not in own and options.seed is not None:
                     digest = blake2b(f"{options.seed} {place}".encode(), digest_size=8).digest()
@@ -277,24 +262,21 @@ class RegionPredictor:
                 same = (repr(turns), len(regions), settings.max_new_tokens)
                 if same not in known:
                     known[same] = self.engine.prompt(turns, nothing, len(regions), settings.max_new_tokens)
+                image = question.image
+                key = str(image) if isinstance(image, str | Path) else id(image)
+                if key not in groups:
+                    photo = None if image is None else load_image(image)
+                    if photo is None and here is None:
+                        raise ConfigError("expected an image; call set_image(...) first, or give the question its own")
+                    sizes[key] = photo.size if photo else (here.width, here.height)  # type: ignore[union-attr]
+                    # Files are read again when it is their turn; a stream can not be.
+                    groups[key] = image if isinstance(image, str | Path) else photo, []
+                check_regions(regions, *sizes[key])
             prompt = replace(known[same], warnings=(*notes(regions), *known[same].warnings))
-            source = question.image
-            key = str(source) if isinstance(source, str | Path) else id(source)
-            groups.setdefault(key, _Group(source=source)).members.append((place, regions, prompt, settings))
-        for group in groups.values():
-            size = (here.width, here.height) if here else (0, 0)
-            if group.source is not None:
-                with naming(f"question {group.members[0][0] + 1}"):
-                    photo = load_image(group.source)
-                size = photo.size
-                if not isinstance(group.source, str | Path):  # a stream cannot be read twice
-                    group.source = photo
-            for place, regions, *_ in group.members:
-                with naming(f"question {place + 1}"):
-                    check_regions(regions, *size)
+            groups[key][1].append((place, regions, prompt, settings))
         return list(groups.values())
 
-    def conversation(self, regions: Region | Sequence[Region] = ()) -> "Conversation":
+    def conversation(self, regions: Regions = ()) -> "Conversation":
         """Begin a conversation about the image set now, whose turns all speak of the same regions."""
         scene, listed = self._here(), Region.list_of(regions)
         pooled = self.engine.pool(scene, listed)
@@ -309,9 +291,7 @@ class RegionPredictor:
     @overload
     def describe(self, regions: Sequence[Region], *, brief: bool = ..., max_new_tokens: int = ...) -> list[Answer]: ...
 
-    def describe(
-        self, regions: Region | Sequence[Region], *, brief: bool = False, max_new_tokens: int = 128
-    ) -> Answer | list[Answer]:
+    def describe(self, regions: Regions, *, brief: bool = False, max_new_tokens: int = 128) -> Answer | list[Answer]:
         """Describe regions, each on its own, in one batch; ``brief`` asks for a caption of a few words.
 
         Returns:
@@ -329,34 +309,27 @@ class RegionPredictor:
         return found[0] if isinstance(regions, Region) else found
 
     @overload
-    def classify(
-        self, regions: Region, choices: Sequence[str] | None = ..., **options: Unpack[Classification]
-    ) -> Classified: ...
+    def classify(self, regions: Region, choices: Sequence[str] | None = ..., **options: Any) -> Classified: ...
 
     @overload
     def classify(
-        self, regions: Sequence[Region], choices: Sequence[str] | None = ..., **options: Unpack[Classification]
+        self, regions: Sequence[Region], choices: Sequence[str] | None = ..., **options: Any
     ) -> list[Classified]: ...
 
     def classify(
-        self,
-        regions: Region | Sequence[Region],
-        choices: Sequence[str] | None = None,
-        **options: Unpack[Classification],
+        self, regions: Regions, choices: Sequence[str] | None = None, **options: Any
     ) -> Classified | list[Classified]:
         """Choose the class of each region from a closed set; nothing off the list can come out.
 
-        A choice's score is the log likelihood of all its tokens and of the end of the answer, so the scores, divided
-        by their sum, are the probability of each answer given that it is on the list.
+        A choice's score is the log likelihood of all its tokens and of the end of the answer; their softmax is the
+        probability of each answer given that it is on the list.
 
         Args:
             regions: one region or several, each classified on its own.
             choices: at least one name, none twice. Default: the names of ``label_set``.
             **options: any of ``label_set`` ("COCO-80"), the set named in the question; ``generate``: also generate the
-                answer freely, as the paper's exact-match protocol does; ``length_normalized``: divide each score by its
-                number of tokens; ``calibrated``: subtract the score of the same answer about a region of which nothing
-                is known (https://arxiv.org/abs/2102.09690), which does harm with the model that ships
-                (``docs/performance.md``); ``top_k``: keep only so many of the likeliest choices in the result.
+                answer freely, as the paper's exact-match protocol does; ``top_k``: keep only so many of the most
+                probable choices in the result.
 
         Returns:
             A result for a region, a list of them for a list.
@@ -373,15 +346,13 @@ class RegionPredictor:
         return found[0] if isinstance(regions, Region) else found
 
     @overload
-    def locate(self, expression: str, regions: Region | Sequence[Region], *, by: By = ...) -> Located: ...
+    def locate(self, expression: str, regions: Regions, *, by: By = ...) -> Located: ...
 
     @overload
-    def locate(
-        self, expression: list[str] | tuple[str, ...], regions: Region | Sequence[Region], *, by: By = ...
-    ) -> list[Located]: ...
+    def locate(self, expression: list[str] | tuple[str, ...], regions: Regions, *, by: By = ...) -> list[Located]: ...
 
     def locate(
-        self, expression: str | list[str] | tuple[str, ...], regions: Region | Sequence[Region], *, by: By = "both"
+        self, expression: str | list[str] | tuple[str, ...], regions: Regions, *, by: By = "both"
     ) -> Located | list[Located]:
         """Choose the region that an expression, or each of several, refers to, or none.
 
@@ -389,9 +360,8 @@ class RegionPredictor:
             expression: such as ``"the red cup"``, or several of them.
             regions: at least one region to choose from.
             by: ``"answer"``, the paper's way: one question about all regions, with ``Region [N]`` and the no-match
-                sentence scored as :meth:`classify` scores choices; ``"words"``: how likely the model is to call each
-                region, by itself, by the expression, which always chooses a region; or ``"both"``: by the answer
-                whether any of them fits, and by the words which.
+                sentence as choices; ``"words"``: how probable the expression is as the name of each region, which
+                always chooses one; or ``"both"``: by the answer whether any of them fits, and by the words which.
 
         Raises:
             RegionError: a region does not fit the image, or none was given.
@@ -427,13 +397,84 @@ class RegionPredictor:
         return scene
 
     def _prompt(
-        self,
-        scene: Scene,
-        question: str,
-        regions: Region | Sequence[Region],
-        history: Sequence[Turn],
-        options: Options,
+        self, scene: Scene, question: str, regions: Regions, history: Sequence[Turn], options: Options
     ) -> Prompt:
         turns, listed = question_turns(history, question), Region.list_of(regions)
         pooled = self.engine.pool(scene, listed)
         return self.engine.prompt(turns, pooled, len(listed), options.max_new_tokens, notes(listed))
+
+
+@dataclass(kw_only=True)
+class Conversation:
+    """Several turns about one image and one list of regions; made by :meth:`RegionPredictor.conversation`.
+
+    It stays with the image it was begun on. Answers are those of :meth:`RegionPredictor.ask` with the turns so far as
+    history. One thread at a time may use it.
+
+    Attributes:
+        messages: the turns so far, the oldest first, as transformers writes them.
+        warnings: of the last turn, such as that the oldest turns had to be forgotten.
+    """
+
+    engine: Engine
+    scene: Scene = field(repr=False)
+    regions: tuple[Region, ...]
+    pooled: Tensor = field(repr=False)
+    messages: list[Turn] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
+
+    def ask(self, question: str, **generation: Unpack[Generation]) -> Answer:
+        """Ask the next question; it may mention every region of the conversation.
+
+        A question that fails leaves the conversation as it was. Where the model's context is full, the oldest turns are
+        forgotten, with a warning.
+
+        Raises:
+            RegionError: a placeholder stands for no region.
+            DataError: the question is empty, or by itself longer than the model can read.
+            ConfigError: an option is out of its range.
+        """
+        began, options = time.perf_counter(), Options(**generation)
+        prompt = self._prepare(question, options)
+        answer = self.engine.answer(self.scene, prompt, options, began)
+        self._remember(question, answer.text)
+        return answer
+
+    def stream(self, question: str, **generation: Unpack[Generation]) -> Iterator[str]:
+        """Ask as :meth:`ask` does, which checks at once, and yield the answer in pieces."""
+        options = Options(**generation)
+        prompt = self._prepare(question, options)
+
+        def pieces() -> Iterator[str]:
+            said = ""
+            try:
+                for piece in self.engine.stream(self.scene, prompt, options):
+                    said += piece
+                    yield piece
+            finally:
+                self._remember(question, said)
+
+        return pieces()
+
+    def _prepare(self, question: str, options: Options) -> Prompt:
+        kept = list(self.messages)
+        while True:
+            try:
+                turns = question_turns(kept, question)
+                prompt = self.engine.prompt(turns, self.pooled, len(self.regions), options.max_new_tokens)
+                break
+            except TooLong:
+                if not kept:
+                    raise
+                del kept[:2]
+        # A region not spoken of yet may be in the next turn, so nothing is said about it here.
+        self.warnings = () if self.messages else notes(self.regions)
+        if forgotten := (len(self.messages) - len(kept)) // 2:
+            self.warnings = (f"the model's context is full; forgot the oldest turns: {forgotten}",)
+        self.messages = kept
+        return replace(prompt, warnings=self.warnings)
+
+    def _remember(self, question: str, answer: str) -> None:
+        self.warnings += tuple(citation_warnings(answer, len(self.regions)))
+        if answer.strip():  # silence is not a turn that a template could write
+            self.messages = [*question_turns(self.messages, question), {"role": "assistant", "content": answer.strip()}]

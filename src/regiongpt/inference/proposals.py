@@ -1,4 +1,4 @@
-"""Regions that nobody marked: proposals of a detector in a file, and a grid of points."""
+"""Regions that nobody marked: a detector's in a file, a grid of points, masks of a Segment Anything model."""
 
 import logging
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -26,12 +26,21 @@ from regiongpt.data.coco import (
 )
 from regiongpt.data.reading import MALFORMED, stated_size, whole
 from regiongpt.data.shards import CROWD, Fault, Rejects, many
-from regiongpt.errors import ConfigError, DataError, RegionError, short
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, short
 from regiongpt.images import SUFFIXES
 from regiongpt.regions import KINDS, Region
 from regiongpt.storage import read_json, reason
 
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
 log = logging.getLogger(__name__)
+
+QUALITY = 0.88
+"""The least overlap with the true object that a SAM model itself must expect of a mask; Segment Anything's setting."""
+STABILITY = 0.95
+"""The least overlap of a mask drawn a little larger with the same drawn a little smaller, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +48,8 @@ class Proposal:
     """A region that something other than a person marked, in pixels of the image."""
 
     region: Region
-    score: float | None = None
-    """How sure its maker was of it; None where it did not say."""
-    place: str = ""
-    """Where it came from, as messages name it: ``boxes.json[3]``."""
+    score: float | None = None  # of its maker, where it has one
+    place: str = ""  # where it came from, as messages name it: ``boxes.json[3]``
 
 
 def read_proposals(
@@ -63,10 +70,9 @@ def read_proposals(
 
     Args:
         path: the file.
-        width: of the image in pixels, as is ``height``.
-        height: see ``width``.
-        image: the image's file. It is looked up in a file about several: among the names of a COCO data set
-            (:func:`regiongpt.data.coco.entry_of`), or by the number that it ends in where the file has no names.
+        width: of the image in pixels.
+        height: of the image in pixels.
+        image: the image's file, looked up in a file about several by its name, or by the number that it ends in.
         image_id: take the entries with this ``image_id``, whatever the file's name.
         crowds: take what is marked as a crowd too.
         rejects: where entries that are left out are counted.
@@ -136,11 +142,11 @@ def choose(
 
     Args:
         proposals: in any order, which the result keeps.
-        width: of the image in pixels, as is ``height``.
-        height: see ``width``.
+        width: of the image in pixels.
+        height: of the image in pixels.
         most: how many to keep, the best; None for all.
-        iou: leave out what overlaps something better by more than this, as intersection over union in 0 to 1; None to
-            keep all. Boxes are compared exactly, other kinds by their pixels.
+        iou: leave out what overlaps something better by more than this, in 0 to 1; None to keep all. Boxes are compared
+            exactly, other kinds by their pixels.
         min_score: leave out scores under this; None to keep all.
 
     Raises:
@@ -148,8 +154,10 @@ def choose(
         RegionError: a proposal is no region of the image.
     """
     if min_score is not None:
-        if without := [each.place for each in proposals if each.score is None]:
-            raise ConfigError(f"{without[0]}: no score to compare with {min_score}; leave --min-score out")
+        scores = [each.score for each in proposals]
+        if None in scores:
+            place = proposals[scores.index(None)].place
+            raise ConfigError(f"{place}: no score to compare with {min_score}; leave --min-score out")
         proposals = [each for each in proposals if (each.score or 0.0) >= min_score]
     ranked = sorted(range(len(proposals)), key=lambda k: (proposals[k].score is None, -(proposals[k].score or 0.0)))
     if iou is not None:
@@ -162,12 +170,72 @@ def choose(
             masks = [region.to_mask(width, height) for region in regions]
             coded = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
         apart: list[int] = []
-        for k in range(len(ranked)):
+        for k, one in enumerate(coded):
             others = [coded[other] for other in apart]
-            if not others or np.max(coco_mask.iou([coded[k]], others, [0] * len(others))) <= iou:
+            if not others or np.max(coco_mask.iou([one], others, [0] * len(others))) <= iou:
                 apart.append(k)
         ranked = [ranked[k] for k in apart]
     return [proposals[k] for k in sorted(ranked[:most])]
+
+
+class Segmenter:
+    """A Segment Anything model in transformers' format, from a hub name or folder, ready to look at images.
+
+    transformers' own pipeline for it needs torchvision.
+
+    Raises:
+        CheckpointError: the model cannot be read, or is of another kind.
+    """
+
+    def __init__(self, path: str | Path, device: "str | torch.device | None" = None) -> None:
+        from transformers import AutoConfig, SamModel
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        try:
+            kind = AutoConfig.from_pretrained(path).model_type
+            if kind == "sam":
+                self.processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+                self.model = SamModel.from_pretrained(path).eval().to(device or "cpu")
+        except (OSError, ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"expected a SAM model at {path}, which cannot be read: {why}") from None
+        if kind != "sam":
+            raise CheckpointError(f"expected a SAM model at {path}, got the model_type {kind!r}")
+
+    def propose(
+        self, photo: "Image", side: int = 32, *, min_quality: float = QUALITY, min_stability: float = STABILITY
+    ) -> list[Proposal]:
+        """Masks of the objects at ``side`` x ``side`` points, with the model's own opinion of each as its score.
+
+        Several points lie on one object, and each is answered by masks of a part, the object and what it belongs to:
+        :func:`choose` leaves out what is there twice.
+        """
+        import torch
+
+        cells = (torch.arange(side) + 0.5) / side
+        inputs = self.processor(photo, return_tensors="pt")
+        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        points_P2 = torch.cartesian_prod(cells, cells).flip(1) * sizes[1][0].flip(0)
+        found: list[Proposal] = []
+        with torch.inference_mode():
+            features = self.model.get_image_embeddings(inputs["pixel_values"].to(self.model.device))
+            for asked_P2 in points_P2.to(features).split(64):
+                output = self.model(image_embeddings=features, input_points=asked_P2[None, :, None])
+                masks_NHW, quality_N = output.pred_masks[0].flatten(0, 1), output.iou_scores[0].flatten()
+                inner, outer = ((masks_NHW > offset).flatten(1).sum(1) for offset in (1.0, -1.0))
+                good = (quality_N >= min_quality) & (inner / outer.clamp_min(1) >= min_stability)
+                # Only what is good is drawn at the image's size, and a few at a time: that is where the memory goes.
+                for quality, mask_HW in zip(quality_N[good].tolist(), masks_NHW[good], strict=True):
+                    (drawn,) = self.processor.post_process_masks([mask_HW[None, None]], *sizes)
+                    pixels = drawn[0, 0].cpu().numpy()
+                    if pixels.any():
+                        place = f"mask {len(found) + 1} of the SAM model"
+                        found.append(Proposal(region=Region.mask(pixels), score=float(quality), place=place))
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 class _File(NamedTuple):

@@ -5,9 +5,9 @@ There is no thread of its own: whoever waits for an answer moves the whole batch
 Shapes: R sequences, V vocabulary, D model width, T tokens.
 """
 
+import itertools
 import random
 import re
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from regiongpt.errors import ConfigError
-from regiongpt.inference.decoder import Decoder
 from regiongpt.inference.options import ROWS, Options
-from regiongpt.inference.prefix import Prefix
+from regiongpt.inference.shared_prefix import Decoder, Prefix, PrefixCache
 
 PREFILL = 2048
 """Tokens of entering questions that go through the language model in one pass, unless a single one has more."""
@@ -37,10 +36,7 @@ class Job:
     options: Options
     room: int  # most tokens to write, at least 1
     reader: "TextReader | None" = None  # decodes along the way, to stream and for stop strings
-    keep: bool = False  # keep question and answer as a prefix for the next turn,
-    onto: Prefix | None = None  # of which this stays shared
     tokens: list[int] = field(default_factory=list)  # those written, including the one that ended the answer
-    kept: Prefix | None = None  # all tokens but the last one written
     finished: bool = False
     complete: bool = False  # it ended by itself, not for want of room
     cancelled: bool = False
@@ -49,8 +45,7 @@ class Job:
 
     def __post_init__(self) -> None:
         # A generator of its own: what is drawn for an answer does not depend on what else is in the batch.
-        seed = secrets.randbits(63) if self.options.seed is None else self.options.seed
-        self.draws = random.Random(seed)
+        self.draws = random.Random(self.options.seed)
 
     @property
     def reserve(self) -> int:
@@ -79,14 +74,12 @@ class Scheduler:
         token_budget: int | None = None,
         rows: int = ROWS,
     ) -> None:
-        self.decoder, self.rows = decoder, rows
-        self.token_budget = token_budget
+        self.decoder, self.rows, self.token_budget = decoder, rows, token_budget
         self._embed, self._stop_ids, self._never = embed, frozenset(stop_ids), list(never)
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []  # in the order of the cache's rows
-        self._cache = decoder.cache()
-        self._device = torch.device("cpu")
+        self._cache = PrefixCache()
 
     @property
     def active(self) -> int:
@@ -99,27 +92,22 @@ class Scheduler:
         Jobs are taken from the iterable as there is room for them. Leaving the iteration ends those begun. What a pass
         through the language model raises comes out here.
         """
-        source: Iterator[Job] | None = iter(jobs)
+        source = iter(jobs)
         mine: list[Job] = []
         try:
             while True:
-                while source is not None and sum(not job.admitted for job in mine) < self.rows:
-                    job = next(source, None)
-                    if job is None:
-                        source = None
-                    else:
-                        self._submit(job)
-                        mine.append(job)
+                for job in itertools.islice(source, self.rows - sum(not job.admitted for job in mine)):
+                    self._submit(job)
+                    mine.append(job)
+                if not mine:
+                    return
+                self._advance(mine)
                 done = [job for job in mine if job.finished]
                 mine = [job for job in mine if not job.finished]
                 for job in done:
                     if job.error is not None:
                         raise job.error
                     yield job
-                if not mine and source is None:
-                    return
-                if not done:
-                    self._advance(mine)
         finally:
             self._cancel(mine)
 
@@ -129,16 +117,13 @@ class Scheduler:
         self._submit(job)
         begun = False
         try:
-            while True:
-                finished = job.finished
-                piece = job.reader.take(final=finished)
+            while not job.finished:
+                self._advance([job])
+                piece = job.reader.take(final=job.finished)
                 piece = piece if begun else piece.lstrip()
                 if piece:
                     begun = True
                     yield piece
-                if finished:
-                    break
-                self._advance([job])
         finally:
             self._cancel([job])
         if job.error is not None:
@@ -162,12 +147,12 @@ class Scheduler:
                 self._step()
             except BaseException as error:
                 # The pass was for all of them; whoever waits for one raises it.
-                ours = isinstance(error, Exception)
+                interrupted = not isinstance(error, Exception)
                 for job in self._running:
-                    job.error = error if ours else RuntimeError("the pass through the model was interrupted")
+                    job.error = RuntimeError("the pass through the model was interrupted") if interrupted else error
                     job.finished = True
-                self._running, self._cache = [], self.decoder.cache()
-                if not ours:
+                self._running, self._cache = [], PrefixCache()
+                if interrupted:
                     raise
 
     def _cancel(self, jobs: Iterable[Job]) -> None:
@@ -196,7 +181,7 @@ class Scheduler:
         # Questions that enter and answers that go on share the pass: the weights are read once for both.
         embeds = [job.embeds for job in entering]
         if going:
-            last = torch.tensor([job.tokens[-1] for job in going], device=self._device)
+            last = torch.tensor([job.tokens[-1] for job in going], device=going[0].embeds.device)
             embeds = [self._embed(last), *embeds]
         counts = [1] * len(going) + [len(job.embeds) for job in entering]
         rows = list(range(len(counts)))
@@ -234,15 +219,12 @@ class Scheduler:
             self._cache.add(job.prefix)
             self._running.append(job)
             entering.append(job)
-            self._device = job.embeds.device
         return entering
 
     def _leave(self, row: int) -> None:
         job = self._running[row]
         if job.reader is not None:
             job.reader.finish()
-        if job.keep and not job.cancelled:
-            job.kept = self._cache.keep(row, onto=job.onto)
         self._cache.remove(row)
         last = self._running.pop()
         if last is not job:
@@ -252,14 +234,12 @@ class Scheduler:
     def _budget(self, job: Job) -> int:
         """The token budget; by default as many as there is memory for, at least one longest question's."""
         if self.token_budget is None:
+            if job.prefix is None:  # no tokens to measure yet
+                return ROWS * job.reserve
             device = job.embeds.device
             memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CACHE_BYTES
             context = int(getattr(self.decoder.model.config, "max_position_embeddings", None) or 0)
-            per_token = 0
-            if job.prefix is not None and job.prefix.chain[0].own:
-                root = job.prefix.chain[0]
-                per_token = root.nbytes // root.own
-            fits = memory // per_token if per_token else ROWS * job.reserve
+            fits = memory * job.prefix.own // job.prefix.nbytes
             self.token_budget = max(context, job.reserve, fits)
         return self.token_budget
 
@@ -313,11 +293,13 @@ class TextReader:
         self._advance(final=True)
 
     def take(self, final: bool = False) -> str:
-        """What is new since the last call, up to the last word that is surely whole; all of it at the end."""
+        """The text since the last call, up to the last word that is surely whole; all of it at the end."""
         end = len(self.text)
         if not (final or self.stopped):
-            end = max((match.end() for match in _BOUNDARY.finditer(self.text, self._given)), default=self._given)
-            end = max(self._given, min(end, len(self.text) - self._pending()))
+            begun = [n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+            safe = end - max(begun, default=0)  # what may begin a stop string has to wait
+            word = max((match.end() for match in _BOUNDARY.finditer(self.text, self._given)), default=self._given)
+            end = max(self._given, min(word, safe))
         piece, self._given = self.text[self._given : end], max(self._given, end)
         return piece
 
@@ -329,22 +311,11 @@ class TextReader:
         after = self._decode(self._from, len(self._ids))
         if len(after) <= len(before) or (after.endswith("\ufffd") and not final):
             return
-        known = len(self.text)
         self.text += after[len(before) :]
         self._from, self._read = self._read, len(self._ids)
-        reach = max(map(len, self._stop), default=0)
-        found = [place for stop in self._stop if (place := self.text.find(stop, max(0, known - reach))) >= 0]
+        found = [place for stop in self._stop if (place := self.text.find(stop)) >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True
 
     def _decode(self, start: int, end: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
-        return text
-
-    def _pending(self) -> int:
-        """How many of the last characters may be the beginning of a stop string."""
-        longest = max(map(len, self._stop), default=1) - 1
-        for size in range(min(longest, len(self.text)), 0, -1):
-            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
-                return size
-        return 0
+        return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))

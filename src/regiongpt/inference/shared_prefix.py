@@ -1,0 +1,622 @@
+"""Runs a language model over many sequences behind shared beginnings, whose keys and values are stored once.
+
+New tokens attend to the prefixes and to their own sequence apart; the two are merged by their log-sum-exp.
+
+Shapes: R sequences, N new tokens of all sequences one behind the other, n new tokens of one sequence, P tokens of a
+prefix, S tokens of the longest sequence, C room for tokens, H query heads, K key heads, E width of a head, D model
+width, V vocabulary, L logits wanted.
+"""
+
+import logging
+import threading
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from regiongpt.model.modeling import cache_argument
+
+_LOG = logging.getLogger(__name__)
+ATTENTION = "regiongpt_shared_prefix"
+_LAYERS = {"full_attention", "sliding_attention"}  # the kinds that the shared attention computes
+_GROWTH = 64  # room for tokens grows by this many at a time
+# The CPU's fused attention with its log-sum-exp, which the public function keeps to itself.
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is stored
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prefix:
+    """Keys and values, (K, P, E) for each layer, of tokens that any number of sequences begin with.
+
+    Attributes:
+        parent: the tokens before these, stored separately; None at the start of the text.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    parent: "Prefix | None" = None
+
+    @property
+    def own(self) -> int:
+        """Tokens stored here."""
+        return self.keys[0].shape[1]
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens from the start of the text."""
+        return sum(part.own for part in self.chain)
+
+    @property
+    def chain(self) -> tuple["Prefix", ...]:
+        """The parents, first tokens first, and this prefix."""
+        return (*self.parent.chain, self) if self.parent else (self,)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tokens stored here."""
+        return sum(part.nbytes for part in (*self.keys, *self.values))
+
+    def joined(self) -> "Prefix":
+        """The same tokens without a parent: every piece of a chain costs an attention of its own."""
+        if self.parent is None:
+            return self
+        keys = zip(*(part.keys for part in self.chain), strict=True)
+        values = zip(*(part.values for part in self.chain), strict=True)
+        return Prefix(
+            keys=tuple(torch.cat(parts, dim=1) for parts in keys),
+            values=tuple(torch.cat(parts, dim=1) for parts in values),
+        )
+
+    def crop(self, length: int) -> "Prefix | None":
+        """The first ``length`` tokens, in the same memory; None for none."""
+        before = self.length - self.own
+        if length <= before:
+            return self.parent.crop(length) if self.parent else None
+        if length >= self.length:
+            return self
+        keys, values = (tuple(part[:, : length - before] for part in parts) for parts in (self.keys, self.values))
+        return Prefix(keys=keys, values=values, parent=self.parent)
+
+
+class SuffixLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
+    """The sequences' own tokens in one layer: ``keys`` and ``values`` (R, K, C, E)."""
+
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start with no rows and no room."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros((0, key_states.shape[1], 0, key_states.shape[3]))
+        self.values = value_states.new_zeros((0, value_states.shape[1], 0, value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new tokens (1, K, N, E) where the current step puts them, and return them."""
+        step = STEP.get()
+        if step is None:
+            raise RuntimeError("a PrefixCache is filled by Decoder.forward alone, not by a plain call of the model")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        size = len(step.cache.lengths), step.cache.room
+        self.keys, self.values = _grown(self.keys, *size), _grown(self.values, *size)
+        slots, places = step.places
+        self.keys[slots, :, places] = key_states[0].transpose(0, 1)
+        self.values[slots, :, places] = value_states[0].transpose(0, 1)
+        step.written = (self, key_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As many keys as queries: the shared attention makes its own masks."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Room for tokens of a sequence."""
+        return self.keys.shape[2] if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """No bound."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
+
+
+class PrefixCache(Cache):  # type: ignore[misc]
+    """The keys and values of a batch of sequences, each behind a shared :class:`Prefix` or none.
+
+    ``lengths`` are the tokens that each sequence has of its own, ``room`` those that it has memory for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=SuffixLayer)
+        self.prefixes: list[Prefix | None] = []
+        self.lengths: list[int] = []
+        self.room = 0
+
+    def add(self, prefix: Prefix | None = None) -> int:
+        """Begin a sequence behind a prefix and return its row, the last one."""
+        self.prefixes.append(prefix)
+        self.lengths.append(0)
+        return len(self.lengths) - 1
+
+    @torch.inference_mode()
+    def remove(self, row: int) -> None:
+        """End a sequence. The last one takes its row."""
+        last = len(self.lengths) - 1
+        for layer in self.layers:
+            if row != last and layer.is_initialized and last < len(layer.keys):
+                used = self.lengths[last]
+                layer.keys[row, :, :used] = layer.keys[last, :, :used]
+                layer.values[row, :, :used] = layer.values[last, :, :used]
+        self.prefixes[row], self.lengths[row] = self.prefixes[last], self.lengths[last]
+        del self.prefixes[last], self.lengths[last]
+        if not self.lengths:  # the next batch may need less room
+            self.room = 0
+            self.layers.clear()
+
+    def total(self, row: int) -> int:
+        """Tokens of a sequence with its prefix: the position of its next one."""
+        prefix = self.prefixes[row]
+        return self.lengths[row] + (prefix.length if prefix else 0)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the longest sequence with its prefix."""
+        return max((self.total(row) for row in range(len(self.lengths))), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the sequences' own keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+
+
+def _grown(part: Tensor, rows: int, room: int) -> Tensor:
+    """(R, K, C, E) grown to at least this size with zeros: what is masked must still be a number."""
+    if part.shape[0] >= rows and part.shape[2] >= room:
+        return part
+    grown = part.new_zeros((max(rows, part.shape[0]), part.shape[1], max(room, part.shape[2]), part.shape[3]))
+    grown[: part.shape[0], :, : part.shape[2]] = part
+    return grown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One pass
+
+
+class Decoder:
+    """Runs a language model over the sequences of a :class:`PrefixCache`.
+
+    Threads take turns. While a pass runs, the language model's configuration names this package's attention: nobody
+    else may call the model then.
+    """
+
+    def __init__(self, language_model: Any) -> None:
+        self.model = language_model
+        self.cache_argument = cache_argument(language_model)
+        self.lock = threading.RLock()
+        configs = {id(m.config): m.config for m in language_model.modules() if hasattr(m, "config")}
+        self._configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+
+    def read(self, embeds_PD: Tensor, parent: Prefix | None = None) -> Prefix:
+        """Compute the keys and values of a beginning, at least one token, behind ``parent``."""
+        cache, count = PrefixCache(), len(embeds_PD)
+        self.forward(cache, embeds_PD, [cache.add(parent)], [count])
+        keys = tuple(layer.keys[0, :, :count].clone() for layer in cache.layers)
+        values = tuple(layer.values[0, :, :count].clone() for layer in cache.layers)
+        return Prefix(keys=keys, values=values, parent=parent)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        cache: PrefixCache,
+        embeds_ND: Tensor,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        *,
+        tree: Tensor | None = None,
+        keep: bool = True,
+        logits: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Run new tokens of some of a cache's sequences; returns logits (L, V).
+
+        Args:
+            cache: what the sequences have read so far.
+            embeds_ND: embeddings of the new tokens, those of the first row first, without padding.
+            rows: rows of the cache, ascending.
+            counts: how many new tokens each of them has, at least 1.
+            tree: bool (n, n): which new tokens of a sequence token i attends to, itself and its ancestors, besides all
+                that the cache holds of the sequence; its position is its depth. All counts are n. By default each
+                token attends to all before it.
+            keep: False leaves the sequences as they were.
+            logits: which of the N tokens to compute the head at; by default the last of each row.
+        """
+        if logits is None:
+            logits = torch.tensor(counts).cumsum(0) - 1
+        with self.lock:
+            longest = max(cache.lengths[row] + count for row, count in zip(rows, counts, strict=True))
+            if longest > cache.room:
+                cache.room = -(-longest // _GROWTH) * _GROWTH
+            step = _Step(cache, rows, counts, tree, embeds_ND.device)
+            token = STEP.set(step)
+            try:
+                found = self._run(step, embeds_ND, torch.as_tensor(logits, device=embeds_ND.device))
+            finally:
+                STEP.reset(token)
+        if keep:  # only now: what an interrupted pass wrote is written over by the next
+            for row, count in zip(rows, counts, strict=True):
+                cache.lengths[row] += count
+        return found
+
+    def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
+        before = [config._attn_implementation for config in self._configs]
+        try:
+            for config in self._configs:
+                config._attn_implementation = ATTENTION
+            output = self.model(
+                inputs_embeds=embeds_ND[None],
+                position_ids=step.position_N[None],
+                use_cache=True,
+                logits_to_keep=wanted_L,
+                **{self.cache_argument: step.cache},
+            )
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation = name
+        found: Tensor = output.logits[0]
+        return found
+
+
+class RereadingDecoder(Decoder):
+    """For language models that attend in a way of their own: caches embeddings alone and reads every text again."""
+
+    def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
+        cache, found = step.cache, []
+        cache.update(embeds_ND[None, None], embeds_ND[None, None, :, :0], 0)  # as the keys of a single layer
+        for row, new_nD in zip(step.rows, torch.split(embeds_ND, list(step.counts)), strict=True):
+            prefix = cache.prefixes[row]
+            before = [part.keys[0][0] for part in prefix.chain] if prefix else []
+            before.append(cache.layers[0].keys[row, 0, : cache.lengths[row]])
+            texts = [new_nD] if step.tree is None else [new_nD[seen] for seen in step.tree.to(embeds_ND.device)]
+            last = len(new_nD) if step.tree is None else 1
+            for text in texts:
+                whole = torch.cat([*before, text])[None]
+                found.append(self.model(inputs_embeds=whole, use_cache=False).logits[0, -last:])
+        return torch.cat(found)[wanted_L]
+
+
+def decoder_for(language_model: Any) -> Decoder:
+    """A decoder that shares prefixes if a trial on a few tokens says that the model can, else one that does not."""
+    kinds = set(getattr(language_model.config.get_text_config(), "layer_types", None) or ())
+    if getattr(language_model, "_supports_attention_backend", False) and kinds <= _LAYERS:
+        decoder = Decoder(language_model)
+        if _shares(decoder):
+            return decoder
+    _LOG.warning(
+        "%s does not attend through transformers' AttentionInterface: every answer is read again at each token, which "
+        "is slow",
+        type(language_model).__name__,
+    )
+    return RereadingDecoder(language_model)
+
+
+@torch.inference_mode()
+def _shares(decoder: Decoder) -> bool:
+    """Whether tokens behind a prefix get the logits that they have in a plain pass."""
+    model = decoder.model
+    embeds_ND = model.get_input_embeddings()(torch.arange(6, device=next(model.parameters()).device))
+    expected_V = model(inputs_embeds=embeds_ND[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    try:
+        cache = PrefixCache()
+        row = cache.add(decoder.read(embeds_ND[:3]))
+        found_V = decoder.forward(cache, embeds_ND[3:], [row], [3])[0].float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an architecture does that the shared way does not know
+        _LOG.info("%s cannot share prefixes: %s", type(model).__name__, error)
+        return False
+    # Half precision rounds; another attention than the model's own is off by as much as the logits vary.
+    return bool((found_V - expected_V).abs().max() <= 0.2 * expected_V.std().clamp_min(1e-6))
+
+
+class _Step:
+    """One pass of new tokens through the language model, as its layers need to know it; see :meth:`Decoder.forward`.
+
+    Attributes:
+        written: the layer that was filled last, and with which keys.
+        places: row and place in the cache of each new token, as index tensors; as a slice and a number where one new
+            token of each of a run of rows goes to the same place, which is quicker to write.
+        position_N: of each new token in the text.
+        reach: tokens of the longest text.
+        segments: each stored piece of the prefixes: where it begins, and the tokens behind it (None for all).
+        groups: sequences whose attention to their own tokens is computed together.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        tree: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.cache, self.rows, self.counts, self.tree, self.device = cache, list(rows), counts, tree, device
+        self.written: tuple[SuffixLayer, Tensor] | None = None
+        starts = [cache.lengths[row] for row in rows]
+        counts_R, before_R = torch.tensor(counts), torch.tensor([cache.total(row) for row in rows])
+        owner_N = torch.repeat_interleave(torch.arange(len(rows)), counts_R)
+        column_N = torch.arange(len(owner_N)) - (counts_R.cumsum(0) - counts_R)[owner_N]
+        self.places: tuple[slice, int] | tuple[Tensor, Tensor]
+        if max(counts) == 1 and len(set(starts)) == 1 and isinstance(run := _run_of(self.rows, device), slice):
+            self.places = run, starts[0]
+        else:
+            places_N = torch.tensor(starts)[owner_N] + column_N
+            self.places = torch.tensor(self.rows)[owner_N].to(device), places_N.to(device)
+        depth_N = column_N if tree is None else (tree.sum(1).cpu() - 1)[column_N]
+        self.position_N = (before_R[owner_N] + depth_N).to(device)
+        self.reach = int(before_R.max()) + max(counts)
+        self.segments = _segments([cache.prefixes[row] for row in rows], owner_N, device)
+        # Sequences that go on by one token beside others that begin: padded to the same length they would cost as much.
+        single = [place for place, count in enumerate(counts) if count == 1]
+        several = [place for place, count in enumerate(counts) if count > 1]
+        mixed = tree is None and bool(single) and bool(several)
+        self.groups = [
+            _Group(
+                [self.rows[place] for place in places],
+                [counts[place] for place in places],
+                [starts[place] for place in places],
+                tree,
+                torch.isin(owner_N, torch.tensor(places)).nonzero()[:, 0].to(device) if mixed else None,
+                device,
+            )
+            for places in ([single, several] if mixed else [range(len(rows))])
+        ]
+        self._masks: dict[Any, Tensor] = {}
+
+    def prefix_mask(self, index: int, dtype: torch.dtype, window: int) -> Tensor:
+        """What is added to the scores of a segment's keys under a sliding window: (1, 1, N, P)."""
+        key = (index, dtype, window)
+        if key not in self._masks:
+            segment, begin, tokens = self.segments[index]
+            position_N = self.position_N if tokens is None else self.position_N[tokens]
+            hidden = begin + torch.arange(segment.own, device=self.device) <= position_N[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
+            self._masks[key] = mask.masked_fill_(hidden, float("-inf"))[None, None]
+        return self._masks[key]
+
+
+STEP: ContextVar[_Step | None] = ContextVar("regiongpt_step", default=None)
+"""The step of this thread, for the cache's layers and the attention."""
+
+
+class _Group:
+    """Sequences of a step whose attention to their own tokens is computed together.
+
+    Attributes:
+        tokens: their new tokens among the step's; None for all of them.
+        widest: most new tokens of a sequence.
+        longest: tokens of the longest sequence, the new ones included.
+        even: all have as many new tokens.
+        fresh: none has any before these, so a plain causal attention will do.
+        chosen: their rows in the cache.
+        padded: sequence and place of each new token, where they are not even.
+    """
+
+    def __init__(
+        self,
+        rows: list[int],
+        counts: list[int],
+        starts: list[int],
+        tree: Tensor | None,
+        tokens: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.tokens, self.device, self.size, self.widest = tokens, device, len(rows), max(counts)
+        self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
+        self.even, self.level = min(counts) == self.widest, min(starts) == max(starts)
+        self.fresh = not any(starts) and tree is None
+        self.starts_R = torch.tensor(starts).to(device)
+        self.tree = None if tree is None else tree.to(device)
+        self.chosen = _run_of(rows, device)
+        if not self.even:
+            columns = [(row, column) for row, count in enumerate(counts) for column in range(count)]
+            owner_N, column_N = torch.tensor(columns).to(device).unbind(1)
+            self.padded = (owner_N, column_N)
+        self._masks: dict[Any, Tensor] = {}
+
+    def mask(self, dtype: torch.dtype, window: int | None) -> Tensor | None:
+        """What is added to the scores of the sequences' own keys: (R, 1, n, S); None where all may be seen."""
+        if self.widest == 1 and self.level and window is None:
+            return None
+        key = (dtype, window)
+        if key not in self._masks:
+            triangle = torch.ones((self.widest, self.widest), dtype=torch.bool, device=self.device).tril()
+            tree_nn = triangle if self.tree is None else self.tree
+            depth_n = tree_nn.sum(1) - 1
+            new_RS = torch.arange(self.longest, device=self.device) - self.starts_R[:, None]  # below 0 for known tokens
+            node_RS = new_RS.clamp(0, self.widest - 1)
+            seen = (new_RS < 0)[:, None] | (tree_nn[:, node_RS].transpose(0, 1) & (new_RS < self.widest)[:, None])
+            if window is not None:
+                key_RS = torch.where(new_RS < 0, new_RS, depth_n[node_RS])
+                seen &= key_RS[:, None] > depth_n[:, None] - window
+            mask = torch.zeros(seen.shape, dtype=dtype, device=self.device)
+            self._masks[key] = mask.masked_fill_(~seen, float("-inf"))[:, None]
+        return self._masks[key]
+
+
+def _run_of(rows: list[int], device: torch.device) -> slice | Tensor:
+    """Rows of a cache as an index, a slice where they follow each other."""
+    run = range(rows[0], rows[0] + len(rows))
+    return slice(run.start, run.stop) if rows == list(run) else torch.tensor(rows).to(device)
+
+
+def _segments(
+    prefixes: Sequence[Prefix | None], owner_N: Tensor, device: torch.device
+) -> list[tuple[Prefix, int, Tensor | None]]:
+    rows: dict[Prefix | None, list[int]] = {}
+    for row, prefix in enumerate(prefixes):
+        rows.setdefault(prefix, []).append(row)
+    behind: dict[Prefix, tuple[int, list[int]]] = {}
+    for prefix, mine in rows.items():  # a prefix at a time: hundreds of sequences have few
+        begin = 0
+        for segment in prefix.chain if prefix else ():
+            behind.setdefault(segment, (begin, []))[1].extend(mine)
+            begin += segment.own
+    result: list[tuple[Prefix, int, Tensor | None]] = []
+    for segment, (begin, mine) in behind.items():
+        everyone = len(mine) == len(prefixes)
+        tokens = None if everyone else torch.isin(owner_N, torch.tensor(mine)).nonzero()[:, 0].to(device)
+        result.append((segment, begin, tokens))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def shared_prefix_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer as transformers calls it, (1, H, N, E) to (1, N, H, E); the step says who sees whom.
+
+    Raises:
+        NotImplementedError: the architecture changes keys between cache and attention, adds a bias of its own, or has
+            a sliding window that it does not hand over; ``decoder_for`` tries it first.
+    """
+    step = STEP.get()
+    if step is None or step.written is None or step.written[1] is not key or position_bias is not None:
+        raise NotImplementedError(f"{type(module).__name__} does not hand keys from its cache to its attention")
+    if sliding_window is None and _has_window(module):
+        raise NotImplementedError(f"{type(module).__name__} has a window and tells its mask alone of it")
+    layer = step.written[0]
+    index = step.cache.layers.index(layer)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    window = sliding_window if sliding_window is not None and step.reach > sliding_window else None
+    query_HNE = query[0]
+    out_HNE, lse_HN = _own(step, query_HNE, layer, scale, softcap, window)
+    heads, key_heads = query_HNE.shape[0], layer.keys.shape[1]
+    for number, (segment, _begin, tokens) in enumerate(step.segments):
+        asked = query_HNE if tokens is None else query_HNE[:, tokens]
+        folded = asked.reshape(1, key_heads, -1, asked.shape[-1])
+        mask = None
+        if window is not None:
+            mask = step.prefix_mask(number, query.dtype, window).repeat(1, 1, heads // key_heads, 1)
+        keys, values = segment.keys[index][None], segment.values[index][None]
+        out, lse = attend(folded, keys, values, scale, mask=mask, softcap=softcap, blind=window is not None)
+        out, lse = out.reshape(*asked.shape[:2], -1), lse.reshape(asked.shape[:2])
+        if tokens is None:
+            out_HNE, lse_HN = _merge(out_HNE, lse_HN, out, lse)
+        else:
+            out_HNE[:, tokens], lse_HN[:, tokens] = _merge(out_HNE[:, tokens], lse_HN[:, tokens], out, lse)
+    if s_aux is not None:
+        sink_H1 = s_aux.to(lse_HN.dtype)[:, None]
+        out_HNE = out_HNE * torch.sigmoid(lse_HN - sink_H1)[..., None].to(out_HNE.dtype)
+    return out_HNE.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(ATTENTION, shared_prefix_attention)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    blind: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention (B, K, n, E) over (B, K, S, E), and the log-sum-exp of its scores (B, K, n), in float32.
+
+    ``mask`` (B, 1, n, S) is added to the scores; ``causal`` lets query i see the keys up to i; ``softcap`` bends the
+    scores to within it; ``blind`` says that the mask may hide every key from a query, whose log-sum-exp is then -inf.
+    """
+    # One query a sequence is quicker without the fused kernel, and it promises nothing where a query sees no key.
+    fusable = query.device.type == "cpu" and query.shape[2] > 1 and key.shape[-1] == value.shape[-1]
+    if _FLASH is not None and fusable and softcap is None and not blind:
+        out, lse = _FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        return out, lse
+    scores = torch.matmul(query * scale, key.transpose(-1, -2)).float()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        n, s = scores.shape[-2:]
+        scores = scores.masked_fill(torch.ones((n, s), dtype=torch.bool, device=query.device).triu(1), float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    most = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    weights = torch.exp(scores - most)
+    total = weights.sum(-1, keepdim=True)
+    out = torch.matmul((weights / total.clamp_min(1e-38)).to(value.dtype), value)
+    return out, (most + total.log())[..., 0]
+
+
+def _has_window(module: Any) -> bool:
+    """Whether this layer's configuration says that it sees a window."""
+    config = getattr(module, "config", None)
+    if kinds := getattr(config, "layer_types", None):
+        return bool(kinds[module.layer_idx] == "sliding_attention")
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
+def _own(
+    step: _Step, query_HNE: Tensor, layer: SuffixLayer, scale: float, softcap: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of the new tokens to their own sequences: (H, N, E) and (H, N)."""
+    if step.groups[0].tokens is None:
+        return _own_of(step.groups[0], query_HNE, layer, scale, softcap, window)
+    out_HNE = query_HNE.new_empty((*query_HNE.shape[:2], layer.values.shape[-1]))
+    lse_HN = query_HNE.new_empty(query_HNE.shape[:2], dtype=torch.float32)
+    for group in step.groups:
+        tokens = group.tokens
+        out_HNE[:, tokens], lse_HN[:, tokens] = _own_of(group, query_HNE[:, tokens], layer, scale, softcap, window)
+    return out_HNE, lse_HN
+
+
+def _own_of(
+    group: _Group, query_HNE: Tensor, layer: SuffixLayer, scale: float, softcap: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    heads, tokens, _ = query_HNE.shape
+    key_heads = layer.keys.shape[1]
+    shared, rows, widest = heads // key_heads, group.size, group.widest
+    keys = layer.keys[group.chosen][:, :, : group.longest]
+    values = layer.values[group.chosen][:, :, : group.longest]
+    if group.even:
+        query_RHnE = query_HNE.reshape(heads, rows, widest, -1).transpose(0, 1)
+    else:
+        query_RHnE = query_HNE.new_zeros((rows, heads, widest, query_HNE.shape[-1]))
+        query_RHnE[group.padded[0], :, group.padded[1]] = query_HNE.transpose(0, 1)
+    causal = group.fresh and shared == 1 and window is None and widest > 1
+    mask = None if causal else group.mask(query_HNE.dtype, window)
+    if mask is not None and shared > 1 and widest > 1:
+        mask = mask.repeat(1, 1, shared, 1)
+    folded = query_RHnE.reshape(rows, key_heads, shared * widest, -1)
+    out, lse = attend(folded, keys, values, scale, mask=mask, causal=causal, softcap=softcap)
+    out_RHnE, lse_RHn = out.reshape(rows, heads, widest, -1), lse.reshape(rows, heads, widest)
+    if group.even:
+        return out_RHnE.transpose(0, 1).reshape(heads, tokens, -1), lse_RHn.transpose(0, 1).reshape(heads, tokens)
+    out_NHE, lse_NH = out_RHnE[group.padded[0], :, group.padded[1]], lse_RHn[group.padded[0], :, group.padded[1]]
+    return out_NHE.transpose(0, 1), lse_NH.transpose(0, 1)
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two attentions over different keys as the one over all of them."""
+    share = torch.sigmoid(other_lse - lse)[..., None].to(out.dtype)
+    return torch.lerp(out, other, share), torch.logaddexp(lse, other_lse)
