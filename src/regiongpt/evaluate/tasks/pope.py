@@ -16,10 +16,8 @@ from regiongpt.data.coco import InstancesFile
 from regiongpt.data.reading import image_name, iter_lines, plain_text
 from regiongpt.data.shards import Fault, Rejects, many
 from regiongpt.errors import ConfigError, DataError, short
-from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
-from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored
-from regiongpt.evaluate.tasks.scoring import InstancesTask, given, images_of
+from regiongpt.evaluate.bootstrap import Floats, Statistic, ratio, sum_statistic
+from regiongpt.evaluate.task import Answer, InstancesTask, Item, Measured, Scored, given, images_of, printed
 from regiongpt.prompts import indefinite
 
 STRATEGIES: Final = ("random", "popular", "adversarial")
@@ -37,8 +35,7 @@ FORMULAS: Final[dict[str, Callable[[Floats], Floats]]] = {
     "yes_ratio": lambda s: ratio(s[:, 0] + s[:, 1], s[:, 5]),
     "unparsable": lambda s: ratio(s[:, 4], s[:, 5]),
 }
-"""Figures of counts: yes to yes, yes to no, not yes to yes, no to no, neither, all."""
-_COLUMNS: Final = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1", "yes_ratio": "Yes"}
+"""Results of counts: yes to yes, yes to no, not yes to yes, no to no, neither, all."""
 
 
 class Asked(NamedTuple):
@@ -64,9 +61,9 @@ class Pope(InstancesTask):
     wanted: ClassVar[str] = "annotations or coco_pope_<strategy>.json"
     by: ClassVar[tuple[str, ...]] = ("category",)
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
-        f"published script, {strategy}": {
-            name: TABLES[f"pope_{strategy}"].figure(column) / 100 for name, column in _COLUMNS.items()
-        }
+        f"published script, {strategy}": printed(
+            f"pope_{strategy}", accuracy="Accuracy", precision="Precision", recall="Recall", f1="F1", yes_ratio="Yes"
+        )
         for strategy in STRATEGIES
     }
     paper_source: ClassVar[str] = "Table 8, the published questions on 500 images of COCO val2014"
@@ -162,20 +159,18 @@ class Pope(InstancesTask):
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """Each strategy by itself, under both readings of the answers."""
         texts = given(items, answers, "text")
+        kinds = [item.groups["strategy"] for item in items]
         protocols = {}
         for reading, read in (("first word", first_word), ("published script", pope_script)):
             said: list[Said] = [read(text) if text is not None else None for text in texts]
-            for strategy in dict.fromkeys(item.groups["strategy"] for item in items):
-                places = [k for k, item in enumerate(items) if item.groups["strategy"] == strategy]
+            right = [float(each == item.truth) for each, item in zip(said, items, strict=True)]
+            for strategy in dict.fromkeys(kinds):
+                places = [k for k, kind in enumerate(kinds) if kind == strategy]
                 own = [items[k] for k in places]
-                right: list[float | None] = [None] * len(items)
-                for k in places:
-                    right[k] = float(said[k] == items[k].truth)
+                truth = [item.truth for item in own]
                 protocols[f"{reading}, {strategy}"] = Scored(
-                    statistics=yes_no_statistics(
-                        images_of(own), [item.truth for item in own], [said[k] for k in places]
-                    ),
-                    scores={"accuracy": right},
+                    statistics=yes_no_statistics(images_of(own), truth, [said[k] for k in places]),
+                    scores={"accuracy": [each if kinds[k] == strategy else None for k, each in enumerate(right)]},
                 )
         source = ", ".join(path.name for path in self._published().values())
         rule = f"built by POPE's rules from {self.split}, {many(self.pairs, 'pair')} an image, seed {self.seed}"
@@ -209,7 +204,7 @@ def pope_script(text: str) -> Said:
 
 
 def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: Sequence[Said]) -> dict[str, Statistic]:
-    """The figures of :data:`FORMULAS`, yes being the positive answer; an answer that is neither is wrong.
+    """The results of :data:`FORMULAS`, yes being the positive answer; an answer that is neither is wrong.
 
     Args:
         clusters: Image of each question.
