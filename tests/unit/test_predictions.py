@@ -67,15 +67,6 @@ def test_duplicates_must_be_alike(tmp_path: Path) -> None:
         read_predictions(write(tmp_path, [*whole(), {"id": 1, "text": "dog"}]), TASK, ITEMS)
 
 
-def test_another_split_is_noticed(tmp_path: Path) -> None:
-    class Split(Drawn):
-        split: str = "val"
-
-    path = write(tmp_path, whole(split="test"))
-    with pytest.raises(DataError, match=r":1: a prediction for the split 'test', not 'val'"):
-        read_predictions(path, Split(data=Path("nowhere")), ITEMS)
-
-
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

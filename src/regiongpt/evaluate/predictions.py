@@ -50,8 +50,8 @@ def read_predictions(
         missing: For items without a prediction, or without what other items have: fail, or count them as wrong.
 
     Raises:
-        DataError: The file is missing or of another form; predictions are of another split, of other regions, for no
-            item, missing, or twice and different.
+        DataError: The file is missing or of another form; predictions are of other regions, for no item, missing, or
+            twice and different.
     """
     by_id = {item.id: item for item in items}
     answers: dict[str, Answer] = {}
@@ -59,9 +59,6 @@ def read_predictions(
     repeated: list[str] = []
     for where, entry in _entries(path):
         with naming(where):
-            split = entry.get("split")
-            if split is not None and task.split_read and str(split) != task.split_read:
-                raise DataError(f"a prediction for the split {split!r}, not {task.split_read!r}")
             number = _id(entry, task)
             if number not in by_id:
                 strangers.append(number)

@@ -13,22 +13,20 @@ from regiongpt.data.shards import file_identity
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.evaluate.bootstrap import TOO_FEW, Paired, paired
-from regiongpt.evaluate.task import OURS, RESAMPLES, TABLES, Answer, Item, PaperTable, Result, Task
+from regiongpt.evaluate.task import OURS, RESAMPLES, TABLES, Answer, Item, PaperTable, Result, Rows, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
 from regiongpt.report import Bar, bar_chart, picture, write_page
 from regiongpt.storage import finite, read_json, reason
 
 T = TypeVar("T")
-Rows = list[list[str]]
-"""A table of text, its header first."""
 
 RESULT, MANIFEST, PAGE = "result.json", "manifest.json", "index.html"
 ITEMS, PREDICTIONS = "items.jsonl", "predictions.jsonl"
 NOTHING: Final = "–"
 _FEW: Final = 12
 """Most groups of which every protocol has a bar of its own, and most columns of a table that is not folded away."""
-_COLUMN: Final = 30
-"""Most bars in a chart."""
+_MOST: Final = 100
+"""Most groups in a chart: the largest."""
 _ALIKE: Final = 3
 """Most mistakes of one truth, and of one image."""
 
@@ -193,10 +191,6 @@ def write_report(run: TaskRun, rows: Sequence[Mapping[str, Any]], mistakes: int)
         tables=tables(run),
         printed=[(table, printed_rows(table)) for table in TABLES.values() if table.task == run.name],
         charts=list(_charts(run.result["breakdowns"])),
-        extra=[
-            (each["title"], [list(each["columns"]), *([_cell(value) for value in row] for row in each["rows"])])
-            for each in run.result["tables"]
-        ],
         few=_FEW,
         origin=[
             (f"{part}: {name}" if name else part, value if isinstance(value, str) else json.dumps(value))
@@ -210,15 +204,11 @@ def write_report(run: TaskRun, rows: Sequence[Mapping[str, Any]], mistakes: int)
     )
 
 
-def _cell(value: float | str | None) -> str:
-    return NOTHING if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
 def _charts(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> Iterator[Markup]:
     """A chart for each way of dividing the items, of the first result of each protocol."""
     for by in dict.fromkeys(by for parts in found.values() for by in parts):
         protocols = [protocol for protocol, parts in found.items() if by in parts]
-        groups = list(dict.fromkeys(group for protocol in protocols for group in found[protocol][by]))
+        groups = list(dict.fromkeys(group for protocol in protocols for group in found[protocol][by]))[:_MOST]
         protocols = protocols[:1] if len(groups) > _FEW else protocols
         names = {each: next(iter(next(iter(found[each][by].values())))) for each in protocols}
         bars = [
@@ -227,10 +217,8 @@ def _charts(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) 
         if len(groups) > _FEW:
             bars.sort(key=lambda pair: -(pair[1][0].value or 0.0))
         series = [f"{protocol}: {name}" for protocol, name in names.items()]
-        for start in range(0, len(bars), _COLUMN):
-            part = f", {start + 1} to {min(len(bars), start + _COLUMN)}" if len(bars) > _COLUMN else ""
-            title = f"by {by}{part}" + (f" ({series[0]})" if len(series) == 1 else "")
-            yield bar_chart(title, bars[start : start + _COLUMN], series, reach=100.0)
+        title = f"by {by}" + (f" ({series[0]})" if len(series) == 1 else "")
+        yield bar_chart(title, bars, series, reach=100.0)
 
 
 def _bar(figure: Mapping[str, Any] | None) -> Bar:

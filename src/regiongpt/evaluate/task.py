@@ -1,6 +1,5 @@
 """What a benchmark is: questions about images, and how answers to them are scored; neither needs a model."""
 
-import dataclasses
 import math
 import tomllib
 from abc import ABC, abstractmethod
@@ -26,6 +25,8 @@ SIZES: Final = (("small", 32.0**2), ("medium", 96.0**2), ("large", float("inf"))
 """COCO's object sizes: name, and the area in px^2 below which it applies."""
 OURS: Final = "RegionGPT-7B"
 """The paper's model in its tables."""
+Rows = list[list[str]]
+"""A table of text, its header first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,15 +122,6 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table for the page of results, such as a confusion matrix."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str | int | float | None, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Scored:
     """What a protocol makes of the answers.
 
@@ -153,7 +145,7 @@ class Measured:
     protocols: Mapping[str, Scored]
     pinned: Mapping[str, str]
     notes: Sequence[str] = ()
-    tables: Sequence[Table] = ()
+    tables: Mapping[str, Rows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +158,7 @@ class Result:
         protocols: Results by protocol and name.
         breakdowns: By protocol, then ``"size"``, ``"category"``, ..., then group: results by name.
         paper: Where the paper's results are, and what they were measured on.
-        tables: For the page of results.
+        tables: For the page of results, such as a confusion matrix, by their titles.
         notes: Sentences that belong beside the results, such as how many answers were missing.
         rows: One JSON object per item, its ``scores`` under ``"protocol.result"``.
         statistics: By protocol and result, for bootstrap intervals and comparisons.
@@ -177,7 +169,7 @@ class Result:
     protocols: Mapping[str, Mapping[str, Figure]]
     breakdowns: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Figure]]]] = field(default_factory=dict)
     paper: str = ""
-    tables: tuple[Table, ...] = ()
+    tables: Mapping[str, Rows] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     rows: tuple[dict[str, Any], ...] = ()
     statistics: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
@@ -190,8 +182,8 @@ class Result:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, Figure | Table):
-        return dataclasses.asdict(value)
+    if isinstance(value, Figure):
+        return vars(value)
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
@@ -259,7 +251,7 @@ class Task(Settings, ABC):
             seed: Of the bootstrap.
 
         Raises:
-            DataError: As :meth:`measure` does.
+            DataError: An answer does not fit its item.
         """
         measured = self.measure(items, answers)
         protocols, breakdowns = {}, {}
@@ -292,16 +284,11 @@ class Task(Settings, ABC):
             protocols=protocols,
             breakdowns=breakdowns,
             paper=self.paper_source,
-            tables=tuple(measured.tables),
+            tables=measured.tables,
             notes=(*notes, *measured.notes),
             rows=tuple(_row(item, answers.get(item.id), scores, place) for place, item in enumerate(items)),
             statistics={name: scored.statistics for name, scored in measured.protocols.items()},
         )
-
-    @property
-    def split_read(self) -> str:
-        """The split that the options name; empty where they name the files themselves."""
-        return str(getattr(self, "split", ""))
 
     @cached_property
     def left_out(self) -> Rejects:
@@ -399,11 +386,6 @@ class InstancesTask(Task):
     """The annotations file, wherever it is."""
     images: Path | None = None
     """Folder of the images, wherever it is."""
-
-    @property
-    def split_read(self) -> str:
-        """The split of the annotations that are looked for."""
-        return self.split if self.annotations is None else ""
 
     @property
     def file(self) -> Path:

@@ -146,7 +146,7 @@ class RefCocogCaption(RefCocogTask, CaptionTask):
 
     def pinned(self) -> dict[str, str]:
         """Partition, split and grouping."""
-        split = self.split_read or self.inputs()[0].name
+        split = self.split if self._refs.suffix == ".p" else self._refs.name
         return {"split": f"RefCOCOg {self.partition} {split}", "references": _GROUPED[self.grouping]}
 
     def regions_described(self) -> list[Described]:
@@ -185,11 +185,6 @@ class VisualGenomeCaption(CaptionTask):
     """Folder with VG_100K and VG_100K_2, wherever it is."""
     grouping: Literal["region", "box"] = "region"
     """How references are grouped: each region by itself, or regions with the same box together."""
-
-    @property
-    def split_read(self) -> str:
-        """The split, if there is a file of splits."""
-        return self.split if self.splits is not None else ""
 
     def inputs(self) -> list[Path]:
         """Regions, images' sizes and splits."""

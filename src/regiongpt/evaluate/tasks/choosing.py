@@ -188,11 +188,6 @@ class RefCocogTask(Task):
         """Who divided the data set, as far as the file's name says it."""
         return next((name for name in ("umd", "google") if name in self._refs.name.lower()), "as in the file")
 
-    @property
-    def split_read(self) -> str:
-        """The split where the file holds several, and it is chosen by name."""
-        return self.split if self._refs.suffix == ".p" else ""
-
     def objects(self) -> list[Referred]:
         """The objects of the split, in the order of the file; DataError if there are none."""
         path, *instances = RefCocogTask.inputs(self)
@@ -273,8 +268,6 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
     """Json array of detections: image_id, bbox (x, y, w, h), score."""
     top: int = Field(default=20, ge=0)
     """Most proposals an image, the best by score; 0 for all."""
-    min_score: float = 0.0
-    """Least score of a proposal; 0 for all."""
 
     @property
     def _proposals(self) -> Path:
@@ -289,7 +282,7 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
         """One item an expression, in the order of the file."""
         objects = self.objects()
         images = {each.image_id: self.folder / each.file for each in objects}
-        proposed = read_proposals(self._proposals, images, self.top, self.min_score, self.left_out)
+        proposed = read_proposals(self._proposals, images, self.top, self.left_out)
         items = []
         for each, (number, text) in [(one, said) for one in objects for said in one.expressions]:
             seed = (self.seed, each.image_id, number)
@@ -331,7 +324,6 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
             protocols[f"{protocol}, {BARE}"] = replace(bare, statistics=without)
         candidates = sum(len(item.regions) for item in items) / len(items)
         these = f"at most {self.top} an image" if self.top else "all"
-        these += f" of a score of {self.min_score:g} or more" if self.min_score else ""
         return Measured(
             protocols=protocols,
             pinned={
@@ -349,21 +341,18 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
         )
 
 
-def read_proposals(
-    path: Path, images: Mapping[int, Path], top: int, least: float, rejects: Rejects
-) -> dict[int, list[Corners]]:
+def read_proposals(path: Path, images: Mapping[int, Path], top: int, rejects: Rejects) -> dict[int, list[Corners]]:
     """Candidate boxes (xyxy in pixels) by image id, the best score first, from a json array of detection results.
 
     Args:
         path: The file, with a ``score`` in all entries or in none.
         images: The images that are asked about; a candidate is clipped to its image if that can be read.
         top: Most candidates an image, by score; 0 for all.
-        least: Least score; 0 for all, those of scores below 0 too.
         rejects: Where unusable entries are noted.
 
     Raises:
         DataError: The file has scores for some entries alone, or nothing for any image.
-        ConfigError: ``top`` or ``least`` is asked for, and there are no scores.
+        ConfigError: ``top`` is asked for, and there are no scores.
     """
     found: dict[int, list[tuple[float | None, Corners]]] = {}
     before = rejects.counts.total()
@@ -383,16 +372,10 @@ def read_proposals(
     lacking = [score is None for those in found.values() for score, _ in those]
     if any(lacking) and not all(lacking):
         raise DataError(f"{path}: {sum(lacking):,} of {len(lacking):,} candidates have no score; give all one, or none")
-    if all(lacking) and (top or least):
-        raise ConfigError(
-            f"{path}: there are no scores to choose candidates by; give a file with scores, or take all candidates "
-            "with --top 0 --min-score 0"
-        )
-    kept = {}
-    for image_id, those in found.items():
-        best = sorted(those, key=lambda each: -(each[0] or 0.0))
-        kept[image_id] = [box for score, box in best if not least or (score or 0.0) >= least][: top or None]
-    return kept
+    if all(lacking) and top:
+        raise ConfigError(f"{path}: no scores to choose candidates by; give a file with scores, or --top 0 to take all")
+    ranked = {number: sorted(those, key=lambda each: -(each[0] or 0.0)) for number, those in found.items()}
+    return {number: [box for _, box in those[: top or None]] for number, those in ranked.items()}
 
 
 def candidates_of(truth: Corners, proposed: Sequence[Corners], seed: tuple[int, ...]) -> tuple[list[Corners], bool]:

@@ -21,8 +21,8 @@ from regiongpt.evaluate.task import (
     InstancesTask,
     Item,
     Measured,
+    Rows,
     Scored,
-    Table,
     box_area,
     given,
     images_of,
@@ -184,7 +184,9 @@ class CocoClassification(InstancesTask):
         return Measured(
             protocols=protocols,
             pinned=self._pinned(len(names), federated is not None),
-            tables=[_confusions(items, chosen[name], name) for name in chosen if name != PROBABLE],
+            tables={
+                f"Confusion matrix, {name}": _confusions(items, chosen[name]) for name in chosen if name != PROBABLE
+            },
             notes=notes,
         )
 
@@ -260,14 +262,13 @@ def _counts(items: Sequence[Item], ids: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-def _confusions(items: Sequence[Item], said: Sequence[str | None], protocol: str) -> Table:
+def _confusions(items: Sequence[Item], said: Sequence[str | None]) -> Rows:
     """How often each category was taken for each other: a row a category that occurs, a column a name that was said."""
     counts = Counter((item.truth, name) for item, name in zip(items, said, strict=True))
     down, across = (
         [name for name in items[0].detail["ids"] if name in those] for those in map(set, zip(*counts, strict=True))
     )
-    return Table(
-        title=f"Confusion matrix, {protocol}",
-        columns=("category", *across, "off the list"),
-        rows=tuple((name, *(counts[name, other] for other in (*across, None))) for name in down),
-    )
+    return [
+        ["category", *across, "off the list"],
+        *([name, *(str(counts[name, other]) for other in (*across, None))] for name in down),
+    ]
