@@ -1,9 +1,9 @@
-"""Writes the measured figures of docs/results.md from folders that ``regiongpt evaluate`` and ``ablate`` have written.
+"""Writes the measured results of docs/results.md from folders that ``regiongpt evaluate`` and ``ablate`` have written.
 
     python benchmarks/results_doc.py --runs runs/eval --ablations runs/ablate/refinement runs/ablate/prompt
 
 What stands between the two marks in the document is replaced; the rest is left as it is. Every table carries the
-commit, checkpoint and annotations that its figures come from, so that the document can be made again and compared.
+commit, checkpoint and annotations that its numbers come from, so that the document can be made again and compared.
 """
 
 import argparse
@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from regiongpt.errors import DataError, RegionGPTError
-from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.report import markdown, tables
-from regiongpt.evaluate.run import TaskRun, read_run
-from regiongpt.evaluate.tasks import task_class
+from regiongpt.evaluate.report import TaskRun, markdown, printed_rows, read_run, tables
+from regiongpt.evaluate.task import TABLES
 from regiongpt.storage import read_json
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -25,17 +23,17 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
 
 def task_section(run: TaskRun) -> str:
-    """One benchmark: every protocol, beside the paper's figures in their own column."""
+    """One benchmark: every protocol, beside the paper's results in their own column."""
     parts = [f"### {run.name}", "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items()) + "."]
     same: dict[str, list[tuple[str, list[list[str]]]]] = {}  # protocols of the same results in one table
     for protocol, cells in tables(run):
         same.setdefault(str([row[:4] for row in cells[1:]]), []).append((protocol, cells))
     for each in same.values():
         cells = max((cells for _, cells in each), key=lambda cells: len(cells[0]))  # the one with the paper's
-        head = ["figure", "measured", "95 %", "items", "paper, on other data"][: len(cells[0])]
+        head = ["result", "measured", "95 %", "items", "paper, on other data"][: len(cells[0])]
         body = [row for row in cells[1:] if row[0] not in NOT_SHOWN]
         parts.append(f"**{'; '.join(protocol for protocol, _ in each)}**\n\n{markdown([head, *body])}")
-    if paper := task_class(run.name).paper_source:
+    if paper := run.result.get("paper"):
         parts.append(f"Paper: {paper}. Another data set is another test.")
     parts += [f"- {note}" for note in run.result["notes"]]
     return "\n\n".join([*parts, origin(run.manifest)])
@@ -52,7 +50,7 @@ def origin(manifest: dict[str, Any]) -> str:
 
 
 def ablation_section(folder: Path) -> str:
-    """One ablation: means over the seeds, differences from the first variant, and the paper's order."""
+    """One ablation: means over the seeds, and differences from the first variant."""
     found = read_json(folder / "result.json")
     if "ablation" not in found:
         raise DataError(f"{folder}: expected the folder of `regiongpt ablate`, found another result.json")
@@ -67,13 +65,10 @@ def ablation_section(folder: Path) -> str:
         rows = [[figure, *(cell(cells[name]) for name in names)] for figure, cells in figures.items()]
         body = [row for row in rows if row not in seen and row[0] not in NOT_SHOWN]
         seen += rows
-        parts.append(f"**{protocol}**\n\n{markdown([['figure', *names], *body])}")
+        parts.append(f"**{protocol}**\n\n{markdown([['result', *names], *body])}")
     printed = TABLES.get(found["ablation"])
     if printed is not None:
-        body = [[name, *("–" if x is None else f"{x:.1f}" for x in values)] for name, values in printed.rows.items()]
-        shown = markdown([["variant", *printed.columns], *body])
-        parts.append(f"The paper's {printed.number}, on {printed.data}:\n\n{shown}")
-    parts += [f"- {line}" for line in found["orders"] if line.partition(":")[0].endswith(("AP", "accuracy"))]
+        parts.append(f"The paper's {printed.number}, on {printed.data}:\n\n{markdown(printed_rows(printed))}")
     first = next(iter(found["manifests"].values()))[0]
     return "\n\n".join([*parts, origin(first)])
 
@@ -91,7 +86,7 @@ def cell(values: dict[str, Any]) -> str:
 
 
 def document(text: str, sections: Sequence[str]) -> str:
-    """The document with other figures between its marks."""
+    """The document with other results between its marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -1,4 +1,4 @@
-"""A small benchmark for tests of what runs benchmarks: the class of every box of drawn pictures."""
+"""A small benchmark for tests of what runs benchmarks, and Java for those that score captions."""
 
 import json
 import sys
@@ -10,10 +10,11 @@ from typing import ClassVar
 import pytest
 
 from regiongpt import Region
+from regiongpt.errors import ConfigError
 from regiongpt.evaluate import tasks
-from regiongpt.evaluate.metrics.bootstrap import mean_statistic
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Table, Task
-from regiongpt.evaluate.tasks.scoring import images_of
+from regiongpt.evaluate.bootstrap import mean_statistic
+from regiongpt.evaluate.caption_metrics import find_java, find_package
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, images_of
 
 CHOICES = ("cat", "dog", "bird")
 
@@ -68,8 +69,7 @@ class Drawn(Task):
             right = [float(name == item.truth) for name, item in zip(chosen, items, strict=True)]
             statistics = {"accuracy": mean_statistic(images_of(items), right)}
             protocols[protocol] = Scored(statistics=statistics, scores={"accuracy": right})
-        table = Table(title="Confusions", columns=("truth", *CHOICES), rows=(("cat", 1, 2, None),))
-        return Measured(protocols=protocols, pinned={"split": "dev"}, tables=[table])
+        return Measured(protocols=protocols, pinned={"split": "dev"}, tables={"Confusions": [["truth"], ["cat"]]})
 
 
 def register(patch: pytest.MonkeyPatch) -> None:
@@ -78,3 +78,12 @@ def register(patch: pytest.MonkeyPatch) -> None:
     module.Drawn = Drawn  # type: ignore[attr-defined]
     patch.setitem(sys.modules, module.__name__, module)
     patch.setitem(tasks.TASKS, "drawn", "drawn:Drawn")  # type: ignore[arg-type]
+
+
+def need_java() -> None:
+    """Skip the test where captions cannot be scored."""
+    try:
+        find_package()
+        find_java()
+    except ConfigError as error:
+        pytest.skip(str(error))

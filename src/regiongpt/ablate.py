@@ -8,9 +8,8 @@ Paper: Tables 1, 6 and 7; §3.1 (image tokens), §3.2 (the task-guided prompt)
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self, get_args
 
@@ -19,10 +18,9 @@ from pydantic import Field, field_validator, model_validator
 
 from regiongpt.distributed import launched
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate.metrics import bootstrap
-from regiongpt.evaluate.metrics.bootstrap import FEWEST_IMAGES, TOO_FEW, Statistic, too_few
-from regiongpt.evaluate.paper import TABLES, PaperTable
-from regiongpt.evaluate.task import RESAMPLES, RunOptions, Task
+from regiongpt.evaluate import bootstrap
+from regiongpt.evaluate.bootstrap import FEWEST_IMAGES, TOO_FEW, Statistic, too_few
+from regiongpt.evaluate.task import RESAMPLES, TABLES, RunOptions, Task
 from regiongpt.evaluate.tasks import task_class
 from regiongpt.settings import Settings, override
 from regiongpt.storage import finite, locked, read_json, write_file, write_json, writing
@@ -133,9 +131,8 @@ def choose_variants(kind: str, text: str | None, recipe: Recipe) -> tuple[Varian
             raise ConfigError(f"--variants: unknown variant {word!r}; known: {', '.join(known)}")
     if len(found) < 2 or len({variant.name for variant in found}) < len(found):
         raise ConfigError(f"--variants: give at least two different ones, got {text!r}; such as {', '.join(known)}")
-    for variant in found:
-        if variant.name in ("", ".", "..") or "/" in variant.name:
-            raise ConfigError(f"--variants: {variant.name!r} cannot be the name of a folder; give another")
+    if odd := [variant.name for variant in found if variant.name in ("", ".", "..") or "/" in variant.name]:
+        raise ConfigError(f"--variants: {odd[0]!r} cannot be the name of a folder; give another")
     return tuple(found)
 
 
@@ -334,38 +331,47 @@ class Study:
     def _write(
         self, found: "Summary", items: int, pinned: Mapping[str, str], manifests: Mapping[str, Sequence[object]]
     ) -> str:
-        from regiongpt.evaluate.report import PAGE, markdown, printed_rows
-        from regiongpt.evaluate.run import RESULT
+        from regiongpt.evaluate.report import PAGE, RESULT, markdown, printed_rows
         from regiongpt.report import Bar, bar_chart, write_page
 
-        title, printed, task = f"Ablation: {self.kind}", TABLES.get(self.kind), self.options.task
-        said, rows, made = orders(found, printed), tables(found), "means over the seeds, times 100, with 95 % intervals"
+        title, task = f"Ablation: {self.kind}", self.options.task
         about = [
             " ".join([f"{KINDS[self.kind].summary}; recipe {self.recipe}", *self.overrides]),
             f"{task}, {items:,} items. Means over the seeds {', '.join(map(str, self.seeds))}, times 100; in brackets "
             "the range of 95 % of the resamples, which draw images and seeds anew. With fewer than "
             f"{FEWEST_SEEDS} seeds, {FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
         ]
-        paper = []
-        if printed is not None:
-            note = f"Measured on {printed.data}: another data set, so that only the order can be compared."
-            paper.append((f"The paper's {printed.number}", printed_rows(printed), note, said))
+        rows = tables(found)
+        if paper := TABLES.get(self.kind):
+            rows.append((f"The paper's {paper.number}, measured on {paper.data}", printed_rows(paper)))
         conditions = "\n".join(f"- {name}: {text}" for name, text in pinned.items())
         parts = [f"# {title}", *about, conditions, *(f"## {name}\n\n{markdown(each)}" for name, each in rows)]
-        for name, each, note, lines in paper:
-            parts += [f"## {name}\n\n{note}\n\n{markdown(each)}", *(f"- {line}" for line in lines)]
         text = "\n\n".join(parts) + "\n"
-        charts, protocols = [], dict[str, Any]()
-        for protocol, figures in found.items():
-            for figure, cells in figures.items():
-                means = {name: each.mean if each.mean == each.mean else None for name, each in cells.items()}
-                bars = [(name, [Bar(value=means[name], interval=each.interval)]) for name, each in cells.items()]
-                charts.append(bar_chart(f"{protocol}: {figure}", bars, [figure]))
-                protocols.setdefault(protocol, {})[figure] = {name: cell._asdict() for name, cell in cells.items()}
+        charts = [
+            bar_chart(
+                f"{protocol}: {figure}",
+                [(name, [Bar(value=finite(each.mean), interval=each.interval)]) for name, each in cells.items()],
+                [figure],
+            )
+            for protocol, figures in found.items()
+            for figure, cells in figures.items()
+        ]
         write_file(self.out / "table.md", text)
-        shown = {"about": about, "pinned": pinned, "tables": rows, "paper": paper, "charts": charts}
-        write_page(self.out / PAGE, "ablation.html", title=title, made=made, **shown)
-        result = {
+        write_page(
+            self.out / PAGE,
+            "ablation.html",
+            title=title,
+            made="means over the seeds, times 100, with 95 % intervals",
+            about=about,
+            pinned=pinned,
+            tables=rows,
+            charts=charts,
+        )
+        protocols = {
+            protocol: {figure: {name: cell._asdict() for name, cell in cells.items()} for figure, cells in each.items()}
+            for protocol, each in found.items()
+        }
+        result: dict[str, Any] = {
             "ablation": self.kind,
             "task": task,
             "items": items,
@@ -373,7 +379,6 @@ class Study:
             "variants": [variant._asdict() for variant in self.variants],
             "pinned": pinned,
             "protocols": finite(protocols),
-            "orders": said,
             "manifests": manifests,
         }
         write_json(self.out / RESULT, result)
@@ -383,11 +388,11 @@ class Study:
 # ---------------------------------------------------------------------------------------------------------------------
 # Side by side
 
-Measured = Mapping[str, Mapping[str, Statistic]]  # by protocol and figure
+Measured = Mapping[str, Mapping[str, Statistic]]  # by protocol and result
 
 
 class Cell(NamedTuple):
-    """One figure of one variant, times 100; no interval where there are too few seeds or images to tell."""
+    """One result of one variant, times 100; no interval where there are too few seeds or images to tell."""
 
     mean: float
     seeds: tuple[float, ...]
@@ -397,11 +402,11 @@ class Cell(NamedTuple):
     too_few: bool = False
 
 
-Summary = dict[str, dict[str, dict[str, Cell]]]  # by protocol, figure and variant
+Summary = dict[str, dict[str, dict[str, Cell]]]  # by protocol, result and variant
 
 
 def summarise(measured: Mapping[str, Sequence[Measured]], resamples: int, seed: int = 0) -> Summary:
-    """Means, intervals and differences of all figures that every variant has, from the statistics of its seeds."""
+    """Means, intervals and differences of all results that every variant has, from the statistics of its seeds."""
     summary: Summary = {}
     for protocol, figures in next(iter(measured.values()))[0].items():
         for figure in figures:
@@ -434,53 +439,12 @@ def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) ->
     return cells
 
 
-def orders(summary: Summary, printed: PaperTable | None) -> list[str]:
-    """For each figure that the paper has too, its order of the variants beside the one found here."""
-    lines = []
-    columns = {_plain(column): column for column in printed.columns} if printed else {}
-    for protocol, figures in summary.items():
-        for figure, cells in figures.items():
-            both = {n: c for n, c in cells.items() if printed and n in printed.rows and c.mean == c.mean}
-            if printed is None or _plain(figure) not in columns or len(both) < 2:
-                continue
-            theirs = _ranked({name: printed.figure(columns[_plain(figure)], name) for name in both})
-            if any(cell.too_few for cell in both.values()):
-                lines.append(f"{protocol}, {figure}: here {TOO_FEW}; paper {theirs}")
-                continue
-            ours = _ranked({name: cell.mean for name, cell in both.items()})
-            verdict = "the same order" if ours == theirs else "another order"
-            told = [f"{protocol}, {figure}: here {ours}; paper {theirs}: {verdict}", *_beyond(both)]
-            lines.append("; ".join(told))
-    return lines
-
-
-def _ranked(values: Mapping[str, float]) -> str:
-    """``a > b = c``, the largest first."""
-    first, *names = sorted(values, key=lambda name: -values[name])
-    signs = [" = " if values[a] == values[b] else " > " for a, b in pairwise([first, *names])]
-    return first + "".join(map(str.__add__, signs, names))
-
-
-def _beyond(cells: Mapping[str, Cell]) -> Iterator[str]:
-    """Which variants differ from the first by more than the resamples do."""
-    others = {name: cell.gain_interval for name, cell in cells.items() if cell.gain_interval is not None}
-    apart = [f"'{name}'" for name, (low, high) in others.items() if low > 0 or high < 0]
-    for first in [name for name, cell in cells.items() if cell.gain is None and others]:
-        who = f"{' and '.join(apart)} differ" if len(apart) > 1 else f"{apart[0] if apart else 'no other'} differs"
-        yield f"beyond chance {who} from '{first}'"
-
-
-def _plain(name: str) -> str:
-    plain = name.lower().replace("_", "").replace(" ", "")
-    return {"apsmall": "aps", "apmedium": "apm", "aplarge": "apl"}.get(plain, plain)
-
-
 def tables(summary: Summary) -> list[tuple[str, list[list[str]]]]:
-    """For each protocol its name and a row of text per figure, the header first; then the differences likewise."""
+    """For each protocol its name and a row of text per result, the header first; then the differences likewise."""
     found = []
     for protocol, figures in summary.items():
         variants = list(next(iter(figures.values())))
-        means, gains = [["figure", *variants]], [["figure", *variants[1:]]]
+        means, gains = [["result", *variants]], [["result", *variants[1:]]]
         for name, cells in figures.items():
             means.append([name, *(_text(cell.mean, cell.interval) for cell in cells.values())])
             _, *others = cells.values()

@@ -465,14 +465,14 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if typed.compare:
         return _compare(typed, options.resamples)
     if typed.html is not None:
-        raise ConfigError("--html goes with --compare; a run writes index.html into --out")
+        raise ConfigError("--html goes with --compare; a run writes OUT/TASK/index.html")
     if not names:
         raise ConfigError(f"give a task: {', '.join(TASKS)}; see `{parser.prog} --help`")
     if options.out is None:
         raise ConfigError("give --out DIR, the folder of the results")
     tasks = [_read_task(name, kind, typed) for name, kind in zip(names, kinds, strict=True)]
     quiet_libraries()
-    from regiongpt.evaluate.report import PAGE, as_text
+    from regiongpt.evaluate.report import as_text
     from regiongpt.evaluate.run import evaluate
 
     runs = evaluate(tasks, options)
@@ -480,7 +480,7 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         _print_json([{**run.result, "manifest": run.manifest} for run in runs])
     elif runs:
         print("\n\n".join(map(as_text, runs)))
-        print(f"\nresults written to {options.out}; see {options.out / PAGE}")
+        print(f"\nresults written to {', '.join(str(run.folder / 'index.html') for run in runs)}")
     return 0
 
 
@@ -514,7 +514,7 @@ def _read_task(name: str, kind: "type[Task]", typed: argparse.Namespace) -> "Tas
 
 
 def _compare(typed: argparse.Namespace, resamples: int) -> int:
-    from regiongpt.evaluate.compare import compare_runs
+    from regiongpt.evaluate.report import compare_runs
     from regiongpt.evaluate.task import RunOptions
     from regiongpt.evaluate.tasks import task_class
     from regiongpt.report import write_page

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pictures import draw_pictures
 
-from regiongpt.evaluate.run import read_run
+from regiongpt.evaluate.report import read_run
 from regiongpt.store import Store
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))

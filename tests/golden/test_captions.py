@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from java import need_java
+from evaluating import need_java
 
-from regiongpt.evaluate.metrics.captions import caption_scores, tokenized
+from regiongpt.evaluate.caption_metrics import caption_scores, tokenized
 
 DATA = Path(os.environ.get("REGIONGPT_DATA", Path(__file__).parents[3] / "shared" / "data")) / "fixtures"
 FILE = DATA / "golden_captions" / "refcocog_umd_val_first1000_hyp_is_expr0.json"

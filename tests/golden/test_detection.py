@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from regiongpt.evaluate.metrics.detection import Federated, detection_scores
+from regiongpt.evaluate.detection import Federated, detection_scores
 
 FIXTURES = Path(os.environ.get("REGIONGPT_DATA", Path(__file__).parents[3] / "shared" / "data")) / "fixtures"
 DATA = FIXTURES / "cocoapi"

@@ -1,15 +1,12 @@
 """Bootstrap, closed lists, yes and no, overlap, detections."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate.metrics.bootstrap import SumStatistic, interval, mean_statistic, paired, sum_statistic
-from regiongpt.evaluate.metrics.detection import Federated, detection_scores, overlaps
-from regiongpt.evaluate.metrics.labels import Labels
+from regiongpt.errors import DataError
+from regiongpt.evaluate.bootstrap import SumStatistic, interval, mean_statistic, paired, sum_statistic
+from regiongpt.evaluate.detection import Federated, detection_scores, overlaps
+from regiongpt.evaluate.tasks.coco_cls import read_name
 from regiongpt.evaluate.tasks.pope import first_word, pope_script, yes_no_statistics
 
 
@@ -102,38 +99,19 @@ def test_nothing_to_measure_is_no_number() -> None:
     assert np.isnan(interval(empty, 10)).all()
 
 
-def test_nothing_is_forgiven_unasked() -> None:
-    labels = Labels(["dog", "hot dog", "skis"])
-    assert labels.read(" dog. ").name == "dog"
-    for text, by in (("Dog", "case"), ("dogs", "plural"), ("Hot Dogs", "case,plural"), ("cat", ""), ("", "")):
-        assert (labels.read(text).name, labels.read(text).by) == (None, by)
-
-
-def test_what_is_asked_for_is_forgiven_and_said(tmp_path: Path) -> None:
-    assert Labels(["dog"], "case").read("DOG").name == "dog"
-    assert Labels(["dog"], "case").read("dogs").name is None
-    assert Labels(["dog"], "case,plural").read("Dogs").name == "dog"
-    file = tmp_path / "more.json"
-    file.write_text(json.dumps({"puppy": "dog"}))
-    assert Labels(["dog"], str(file)).read("puppy").by == "synonym"
-    file.write_text(json.dumps({"puppy": "wolf"}))
-    with pytest.raises(DataError, match="'wolf', for 'puppy', is no category"):
-        Labels(["dog"], str(file))
-    with pytest.raises(ConfigError, match="'plurals' is no file, nor one of case, plural"):
-        Labels(["dog"], "plurals")
-    with pytest.raises(ConfigError, match="categories of the same name: dog"):
-        Labels(["dog", "dog"])
-
-
-def test_names_as_a_file_has_them() -> None:
-    labels = Labels(["mazama temama", "Mr. X."])
-    for text in ("mazama  temama", " mazama temama.", "Mr. X.", "Mr. X.."):
-        assert labels.read(text).by == "as it stands", text
-    assert labels.read("Mr. X").name is None
-
-
-def test_a_form_of_two_names_is_forgiven_for_neither() -> None:
-    assert Labels(["Dog", "dog"], "case").read("DOG").name is None
+def test_a_class_is_the_whole_answer_as_the_file_names_it() -> None:
+    names = dict.fromkeys(["dog", "hot dog", "mazama temama", "Mr. X."])
+    for text, name in (
+        (" dog. ", "dog"),
+        ("mazama  temama", "mazama temama"),
+        ("Mr. X.", "Mr. X."),
+        ("Mr. X..", "Mr. X."),
+        ("Mr. X", None),
+        ("Dog", None),
+        ("dogs", None),
+        ("", None),
+    ):
+        assert read_name(text, names) == name, text
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,8 @@ from tiny_checkpoint import make_checkpoint, make_parts
 from regiongpt import ConfigError, DataError
 from regiongpt.cli import main
 from regiongpt.evaluate import run as running
-from regiongpt.evaluate.answering import answer_image
-from regiongpt.evaluate.compare import changes
-from regiongpt.evaluate.report import PAGE, worst
-from regiongpt.evaluate.run import TaskRun, load_items, make_manifest, read_run
+from regiongpt.evaluate.report import PAGE, TaskRun, changes, read_run, worst
+from regiongpt.evaluate.run import answer_image, load_items, make_manifest
 from regiongpt.evaluate.task import Answer, Result, RunOptions
 from regiongpt.model import weights
 from regiongpt.storage import locked
@@ -114,16 +112,6 @@ def test_a_run_that_was_stopped_asks_the_rest_alone_and_ends_alike(run, data, ch
         assert (tmp_path / "drawn" / name).read_bytes() == (run / "drawn" / name).read_bytes()
 
 
-def test_answers_that_version_0_1_kept_are_not_asked_again(run, data, checkpoint, monkeypatch, tmp_path):
-    kept = Store(run / "answers")
-    lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in kept.get(kept.keys()).items()]
-    (tmp_path / "answers").mkdir()
-    (tmp_path / "answers" / "00000.jsonl").write_text("".join(lines))
-    asked = counted(monkeypatch)
-    assert evaluate(data, checkpoint, tmp_path) == 0
-    assert asked == []
-
-
 def test_a_folder_that_another_run_writes_to_is_refused(data, checkpoint, tmp_path, capsys):
     with locked(tmp_path):
         assert evaluate(data, checkpoint, tmp_path) == 2
@@ -155,7 +143,7 @@ def test_questions_of_an_image_share_one_look_at_it(data, checkpoint, monkeypatc
     (found,) = read_run(tmp_path)
     assert found.result["protocols"]["choices"]["accuracy"]["interval"] is None
     assert found.result["pinned"]["part"] == "the first 2 images alone (--limit)"
-    assert (tmp_path / "drawn" / "mistakes.html").read_text() == ""
+    assert "worst mistakes" not in (tmp_path / "drawn" / PAGE).read_text()
 
 
 @pytest.mark.parametrize("grid", [1, 2])
@@ -320,7 +308,7 @@ def test_a_data_set_that_moved_is_found_by_data(run, data, tmp_path, capsys):
 
 def test_options_come_back_as_they_were(data):
     task = Drawn(data=data, limit=3, wording="Name <region1>.")
-    manifest = json.loads(json.dumps(make_manifest(task, None, {})))
+    manifest = json.loads(json.dumps(make_manifest(task, None, RunOptions())))
     run = TaskRun(folder=Path("run"), result={"task": "drawn"}, manifest=manifest)
     assert run.task() == task.replace(limit=0)
     assert run.task(Path("/elsewhere")).data == Path("/elsewhere")
@@ -330,9 +318,9 @@ def test_options_come_back_as_they_were(data):
 
 
 def test_the_page_needs_no_other_file_and_shows_everything(run):
-    text = (run / PAGE).read_text()
+    text = (run / "drawn" / PAGE).read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', text)
-    for part in ("80.61", "Confusions", "by size", "by category", "the worst mistakes", "data:image/jpeg", "split"):
+    for part in ("80.61", "Confusions", "by size", "by category", "The worst mistakes", "data:image/jpeg", "split"):
         assert part in text, part
     assert "prefers-color-scheme: dark" in text
 
@@ -393,8 +381,8 @@ def test_changes_and_mistakes_go_by_a_figure_that_each_item_has():
 
     a = result({"random.accuracy": 1.0}, {"popular.accuracy": 1.0})
     b = result({"random.accuracy": 1.0}, {"popular.accuracy": 0.0})
-    assert worst(a, {}, 5) == []
-    assert [row["id"] for row in worst(b, {}, 5)] == ["1"]
+    assert worst(a.rows, {}, 5) == []
+    assert [row["id"] for row in worst(b.rows, {}, 5)] == ["1"]
     figure, gained, lost, reworded = changes(a, b)
-    assert (figure, gained, [each.id for each in lost], reworded) == ("random.accuracy, popular.accuracy", (), ["1"], 0)
-    assert changes(a, result({"choices": 0.0}, {"choices": 0.0})) == ("no figure that both have", (), (), 0)
+    assert (figure, gained, [each.id for each in lost], reworded) == ("random.accuracy, popular.accuracy", [], ["1"], 0)
+    assert changes(a, result({"choices": 0.0}, {"choices": 0.0})) == ("no result that both have", [], [], 0)

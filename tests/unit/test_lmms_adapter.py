@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from regiongpt import ConfigError, DataError
+from regiongpt import DataError
 from regiongpt.evaluate import lmms_adapter
-from regiongpt.evaluate.lmms_adapter import Answering
+from regiongpt.evaluate.lmms_adapter import answer
 
 
 @dataclass
@@ -41,75 +41,59 @@ def visuals(document):
     return [drawn]
 
 
-def test_a_region_goes_in_as_a_region_and_not_as_a_drawn_box():
-    predictor = Predictor("a cup")
-    assert Answering(predictor).answer("refcocog_bbox_val", SHORT, DOCUMENT, visuals, {}) == "a cup"
-    text, regions, options = predictor.asked[0]
-    assert text == "Provide a short description for <region1>."
-    assert regions == [{"box": [4.0, 5.0, 14.0, 13.0]}]
-    assert predictor.image.getpixel((0, 0)) == (255, 255, 255)
-    assert options == {"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0}
-
-
-def test_an_outline_is_a_polygon_and_the_prompt_may_be_the_trained_one():
-    predictor = Predictor("a cup")
-    Answering(predictor, prompt="trained").answer("refcoco+_seg_testA", SHORT, DOCUMENT, visuals, {})
-    text, regions, _ = predictor.asked[0]
-    assert text == "Describe <region1> briefly."
-    assert regions == [{"polygon": [[[4.0, 5.0], [14.0, 5.0], [14.0, 13.0]]]}]
+def ask(predictor, task, context, row=DOCUMENT, options=None, trained=False, shown=visuals):
+    return answer(predictor, (context, options or {}, shown, row, task), trained)
 
 
 @pytest.mark.parametrize(
-    ("says", "yes_no", "handed"),
+    ("task", "trained", "asked", "region"),
     [
-        ("Yes, there are two.", "first_word", "yes"),
-        ("no", "first_word", "no"),
-        ("Nothing.", "first_word", "Nothing."),
-        ("Yes, there are two.", "verbatim", "Yes, there are two."),
+        ("refcocog_bbox_val", False, "Provide a short description for <region1>.", {"box": [4.0, 5.0, 14.0, 13.0]}),
+        (
+            "refcoco+_seg_testA",
+            True,
+            "Describe <region1> briefly.",
+            {"polygon": [[[4.0, 5.0], [14.0, 5.0], [14.0, 13.0]]]},
+        ),
     ],
 )
-def test_pope_gets_the_leading_yes_or_no(says, yes_no, handed):
+def test_a_region_goes_in_as_a_region_and_not_as_a_drawn_box(task, trained, asked, region):
+    predictor = Predictor("a cup")
+    assert ask(predictor, task, SHORT, trained=trained) == "a cup"
+    assert predictor.asked == [(asked, [region], {"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0})]
+    assert predictor.image.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("says", "handed"), [("Yes, there are two.", "yes"), ("no", "no"), ("Nothing. ", "Nothing.")])
+def test_pope_gets_the_leading_yes_or_no(says, handed):
     predictor = Predictor(says)
     options = {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0}
-    assert (
-        Answering(predictor, yes_no=yes_no).answer("pope_adv", "Is there a cup?", DOCUMENT, visuals, options) == handed
-    )
-    assert predictor.asked[0][:2] == ("Is there a cup?", [])
+    asked = "Is there a cup?\nAnswer the question using a single word or phrase."
+    assert ask(predictor, "pope_adv", asked, options=options) == handed
     assert predictor.image.getpixel((0, 0)) == (255, 0, 0)
     assert predictor.asked[0][2]["max_new_tokens"] == 16
-
-
-def test_pope_is_asked_in_the_trained_words():
-    predictor = Predictor("no")
-    asked = "Is there a cup?\nAnswer the question using a single word or phrase."
-    Answering(predictor).answer("pope", asked, DOCUMENT, visuals, {})
-    Answering(predictor, prompt="trained").answer("pope", asked, DOCUMENT, visuals, {})
+    ask(predictor, "pope", asked, trained=True)
     assert [text for text, *_ in predictor.asked] == [asked, "Is there a cup?"]
 
 
 @pytest.mark.parametrize("row", [{"bbox": None}, {"bbox": [1, 2, 3]}, {}])
 def test_a_row_without_a_region_is_said(row):
     with pytest.raises(DataError, match="bbox: give x, y, width, height, got"):
-        Answering(Predictor("")).answer("refcocog_bbox_val", SHORT, {"image": PICTURE, **row}, visuals, {})
-    odd = {"image": PICTURE, "segmentation": [1, 2, 3]}
+        ask(Predictor(""), "refcocog_bbox_val", SHORT, {"image": PICTURE, **row})
     with pytest.raises(DataError, match="segmentation: give x, y"):
-        Answering(Predictor("")).answer("refcocog_seg_val", SHORT, odd, visuals, {})
+        ask(Predictor(""), "refcocog_seg_val", SHORT, {"image": PICTURE, "segmentation": [1, 2, 3]})
 
 
 def test_an_answer_ends_where_the_task_says():
-    predictor = Predictor("a cup\nASSISTANT: more")
     options = {"until": ["ASSISTANT:", "\n\n"]}
-    assert Answering(predictor).answer("refcocog_seg_val", SHORT, DOCUMENT, visuals, options) == "a cup"
+    assert ask(Predictor("a cup\nASSISTANT: more"), "refcocog_seg_val", SHORT, options=options) == "a cup"
 
 
 def test_what_a_model_of_regions_cannot_do_is_said():
-    answering = Answering(Predictor("a cup"))
     with pytest.raises(DataError, match="coordinates"):
-        answering.answer("refcocog_bbox_rec_val", "Provide the bounding box", DOCUMENT, visuals, {})
+        ask(Predictor("a cup"), "refcocog_bbox_rec_val", "Provide the bounding box")
     with pytest.raises(DataError, match="2 images in a question"):
-        answering.answer("muirbench", "Which?", DOCUMENT, lambda document: [PICTURE, PICTURE], {})
-    with pytest.raises(ConfigError, match="prompt: give task or trained"):
-        Answering(Predictor(""), prompt="mine")
+        ask(Predictor("a cup"), "muirbench", "Which?", shown=lambda row: [PICTURE, PICTURE])
 
 
 def test_lmms_eval_finds_the_model(monkeypatch):

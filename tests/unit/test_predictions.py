@@ -47,12 +47,10 @@ def test_lines_and_arrays_are_taken(tmp_path: Path, array: bool) -> None:
     assert found.report == ()
 
 
-def test_unknown_ids_are_refused_or_left_out(tmp_path: Path) -> None:
+def test_unknown_ids_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, [*whole(), {"id": 8, "text": "cat"}, {"id": 9, "text": "cat"}])
-    with pytest.raises(DataError, match=r"2 predictions are for no item: annotation ids 8, 9; .*--unknown ignore"):
-        read_predictions(path, TASK, ITEMS)
-    found = read_predictions(path, TASK, ITEMS, unknown="ignore")
-    assert found.report == ("2 predictions for no item left out (8, 9)",)
+    with pytest.raises(DataError, match=r"2 predictions for no item: annotation ids 8, 9, where .* 1, 2, 3; take them"):
+        read_predictions(path, TASK, ITEMS, missing="wrong")
 
 
 def test_missing_ids_are_listed_and_refused_or_counted(tmp_path: Path) -> None:
@@ -67,18 +65,6 @@ def test_duplicates_must_be_alike(tmp_path: Path) -> None:
     assert found.report == ("1 prediction given more than once (1)",)
     with pytest.raises(DataError, match=r":4: another prediction for annotation id 1 that differs; keep one"):
         read_predictions(write(tmp_path, [*whole(), {"id": 1, "text": "dog"}]), TASK, ITEMS)
-
-
-def test_another_split_is_noticed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="are they of another split, or of another task"):
-        read_predictions(write(tmp_path, [{"id": 70, "text": "cat"}]), TASK, ITEMS, unknown="ignore", missing="wrong")
-
-    class Split(Drawn):
-        split: str = "val"
-
-    path = write(tmp_path, whole(split="test"))
-    with pytest.raises(DataError, match=r":1: a prediction for the split 'test', not 'val'"):
-        read_predictions(path, Split(data=Path("nowhere")), ITEMS)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +113,7 @@ def test_what_some_items_have_all_must_have(tmp_path: Path) -> None:
 
 def test_a_label_is_an_answer_where_classes_are_asked_for_alone(tmp_path: Path) -> None:
     path = write(tmp_path, [{"ann_id": 1, "label": "cat"}])
-    asked = [replace(ITEMS[0], detail={"names": ["cat", "dog"]})]
+    asked = [replace(ITEMS[0], detail={"ids": {"cat": 1, "dog": 2}})]
     assert read_predictions(path, TASK, asked).answers == {"1": Answer(text="cat")}
 
 

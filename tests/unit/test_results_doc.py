@@ -46,7 +46,6 @@ def ablation(tmp_path, run) -> Path:
         "seeds": [0, 1],
         "variants": [{"name": "none"}, {"name": "deconv"}],
         "protocols": {"choices": {"AP": {"none": CELL, "deconv": {**CELL, "mean": 20.0, "gain": 7.66}}}},
-        "orders": ["choices, AP: here deconv > none; paper deconv > none: the same order"],
         "manifests": {"none": [manifest]},
     }
     (folder / "result.json").write_text(json.dumps(found))
@@ -64,7 +63,7 @@ def test_figures_go_between_the_marks_and_the_rest_stays(run, ablation, tmp_path
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| accuracy | 50.0 | 50.0 to 50.0 | 4 | 80.61 |" in text
-    assert "| figure | none | deconv |" in text
+    assert "| result | none | deconv |" in text
     assert "(10.0 to 15.0) | 20.0 (10.0 to 15.0), +7.7 |" in text
     assert "The paper's Table 6" in text
     assert "instances_dev.json" in text

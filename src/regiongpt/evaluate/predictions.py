@@ -8,47 +8,39 @@ from typing import Any, Final, Literal, NamedTuple
 
 from regiongpt.data.reading import is_box, is_number
 from regiongpt.data.shards import many
-from regiongpt.errors import DataError, short
-from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
-from regiongpt.evaluate.metrics.labels import folded
+from regiongpt.errors import DataError, naming, short
+from regiongpt.evaluate.detection import ENOUGH, overlaps
 from regiongpt.evaluate.task import Answer, Item, Task, listed
 from regiongpt.prompts import region_answer
 from regiongpt.settings import nearest
 from regiongpt.storage import reason
 
-ID_KEYS: Final = ("id", "question_id")
-"""Names of any item's id."""
-OWN_KEYS: Final = {
+ID_KEYS: Final = {
     "annotation id": ("ann_id", "annotation_id"),
     "sentence id": ("sent_id",),
     "region id": ("region_id",),
 }
-"""Further names of it, by what the task's ids are."""
+"""Names of an item's id besides ``id`` and ``question_id``, by what the task's ids are."""
 TEXT_KEYS: Final = ("text", "answer", "caption", "prediction", "label")
 """Names of the answer; ``label`` where it is the name of a class, for elsewhere it is the truth."""
 _SHOWN: Final = 5
 
 
 class Predictions(NamedTuple):
-    """Answers by item id, and sentences on what was left out, repeated or missing."""
+    """Answers by item id, and sentences on what was repeated or missing."""
 
     answers: Mapping[str, Answer]
     report: tuple[str, ...]
 
 
 def read_predictions(
-    path: Path,
-    task: Task,
-    items: Sequence[Item],
-    *,
-    missing: Literal["refuse", "wrong"] = "refuse",
-    unknown: Literal["refuse", "ignore"] = "refuse",
+    path: Path, task: Task, items: Sequence[Item], *, missing: Literal["refuse", "wrong"] = "refuse"
 ) -> Predictions:
     """Read predictions and match them with the items.
 
     The file holds JSON objects, one a line or in one array: the item's id, and at least one of the answer's ``text``
-    (with its ``probability``), ``scores`` of the choices, and ``called``. What one item has, all must have. For the
-    number of a region ``bbox`` may stand (x, y, width, height), which means the region that it overlaps most.
+    (with its ``probability``), ``scores`` of the choices, and ``called``. What one item has, all must have. Instead of
+    the number of a region ``bbox`` may be given (x, y, width, height): the region that it overlaps most.
     ``docs/evaluation.md`` has the details.
 
     Args:
@@ -56,43 +48,34 @@ def read_predictions(
         task: The benchmark.
         items: Its items.
         missing: For items without a prediction, or without what other items have: fail, or count them as wrong.
-        unknown: For predictions of no item: fail, or leave them out.
 
     Raises:
-        DataError: The file is missing or of another form; predictions are of another split, of other regions, for no
-            item, missing, or twice and different.
+        DataError: The file is missing or of another form; predictions are of other regions, for no item, missing, or
+            twice and different.
     """
     by_id = {item.id: item for item in items}
     answers: dict[str, Answer] = {}
     strangers: list[str] = []
     repeated: list[str] = []
     for where, entry in _entries(path):
-        split = entry.get("split")
-        if split is not None and task.split_read and str(split) != task.split_read:
-            raise DataError(f"{where}: a prediction for the split {split!r}, not {task.split_read!r}")
-        number = _id(entry, where, task)
-        if number not in by_id:
-            strangers.append(number)
-            continue
-        answer = _answer(entry, by_id[number], where, task)
-        if number in answers:
-            repeated.append(number)
-            if answers[number] != answer:
-                raise DataError(f"{where}: another prediction for {task.item_id} {number} that differs; keep one")
-        answers[number] = answer
+        with naming(where):
+            number = _id(entry, task)
+            if number not in by_id:
+                strangers.append(number)
+                continue
+            answer = _answer(entry, by_id[number], task)
+            if answers.setdefault(number, answer) is not answer:
+                repeated.append(number)
+                if answers[number] != answer:
+                    raise DataError(f"another prediction for {task.item_id} {number} that differs; keep one")
 
     def ids(values: Sequence[str]) -> str:
         return f"{task.item_id}s {listed(values, _SHOWN)}"
 
-    if strangers and not answers:
+    if strangers:
         raise DataError(
-            f"{path}: predictions for {ids(strangers)}, where the benchmark has {listed(list(by_id), _SHOWN)}; are "
-            "they of another split, or of another task?"
-        )
-    if strangers and unknown == "refuse":
-        raise DataError(
-            f"{path}: {len(strangers)} predictions are for no item: {ids(strangers)}; take them out, or leave them "
-            "aside with --unknown ignore"
+            f"{path}: {many(len(strangers), 'prediction')} for no item: {ids(strangers)}, where the benchmark has "
+            f"{listed(list(by_id), _SHOWN)}; take them out, or give those of this split and task"
         )
     lacking = [item.id for item in items if item.id not in answers]
     if lacking and missing == "refuse":
@@ -108,8 +91,6 @@ def read_predictions(
             if missing == "refuse":
                 raise DataError(f"{path}: {told}; give it in all or in none, or add --missing wrong")
             report.append(f"{told}; they count as wrong where {kind!r} is scored")
-    if strangers:
-        report.append(f"{many(len(strangers), 'prediction')} for no item left out ({listed(strangers, _SHOWN)})")
     if repeated:
         report.append(f"{many(len(repeated), 'prediction')} given more than once ({listed(repeated, _SHOWN)})")
     return Predictions(answers, tuple(report))
@@ -141,83 +122,80 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, entry
 
 
-def _one_of(entry: Mapping[str, Any], names: Sequence[str], what: str, where: str, kind: type | UnionType) -> Any:
+def _one_of(entry: Mapping[str, Any], names: Sequence[str], what: str, kind: type | UnionType) -> Any:
     """The value that stands under any of some names; None where there is none."""
     given = {key: entry[key] for key in names if entry.get(key) is not None}
     for key, value in given.items():
         if isinstance(value, bool) or not isinstance(value, kind):
-            wanted = "text" if kind is str else "a whole number or text"
-            raise DataError(f"{where}: {key}: give {wanted}, got {short(value)}")
-    if len({str(value) for value in given.values()}) > 1:
+            raise DataError(f"{key}: give {'text' if kind is str else 'a whole number or text'}, got {short(value)}")
+    if len(set(map(str, given.values()))) > 1:
         pairs = ", ".join(f"{key} {short(value)}" for key, value in given.items())
-        raise DataError(f"{where}: more than one {what}, {pairs}; keep the one that is meant")
+        raise DataError(f"more than one {what}, {pairs}; keep the one that is meant")
     return next(iter(given.values()), None)
 
 
-def _id(entry: Mapping[str, Any], where: str, task: Task) -> str:
-    names = (*ID_KEYS, *OWN_KEYS.get(task.item_id, ()))
-    found = _one_of(entry, names, task.item_id, where, int | str)
+def _id(entry: Mapping[str, Any], task: Task) -> str:
+    names = ("id", "question_id", *ID_KEYS.get(task.item_id, ()))
+    found = _one_of(entry, names, task.item_id, int | str)
     if found is None:
-        raise DataError(f"{where}: no {task.item_id}; give one of {', '.join(names)}, found keys: {', '.join(entry)}")
+        raise DataError(f"no {task.item_id}; give one of {', '.join(names)}, found keys: {', '.join(entry)}")
     return str(found)
 
 
-def _answer(entry: Mapping[str, Any], item: Item, where: str, task: Task) -> Answer:
+def _answer(entry: Mapping[str, Any], item: Item, task: Task) -> Answer:
     regions = entry.get("regions")
     if regions is not None and regions not in (item.regions_key, [region.to_dict() for region in item.regions]):
         raise DataError(
-            f"{where}: an answer about other regions than the {len(item.regions)} of this question, or in another "
-            "order; give the --seed, --proposals and other options that the answers were made with"
+            f"an answer about other regions than the {len(item.regions)} of this question, or in another order; give "
+            "the --seed, --proposals and other options that the answers were made with"
         )
-    text = _text(entry, item, where)
-    probability, scores, called = (entry.get(key) for key in ("probability", "scores", "called"))
-    read = {"text": text, "scores": scores, "called": called}
-    if all(read[kind] is None for kind in task.reads):
-        raise DataError(f"{where}: no answer; give {' or '.join(task.reads)}, found keys: {', '.join(entry)}")
+    found = {"text": _text(entry, item), **{key: entry.get(key) for key in ("scores", "called")}}
+    if all(found[kind] is None for kind in task.reads):
+        raise DataError(f"no answer; give {' or '.join(task.reads)}, found keys: {', '.join(entry)}")
+    probability, scores = entry.get("probability"), found["scores"]
     if probability is not None and not is_number(probability):
-        raise DataError(f"{where}: probability: give a number from 0 to 1, got {short(probability)}")
-    choices = item.choices or tuple(item.detail.get("names", ()))
+        raise DataError(f"probability: give a number from 0 to 1, got {short(probability)}")
+    choices = item.choices or tuple(item.detail.get("ids", ()))
     if isinstance(scores, dict):
-        named = {folded(name): value for name, value in scores.items()}
+        named = {" ".join(name.split()): value for name, value in scores.items()}
         if strange := [name for name in named if name not in choices]:
-            raise DataError(f"{where}: scores: {strange[0]!r} is no choice; {nearest(strange[0], choices)}")
+            raise DataError(f"scores: {strange[0]!r} is no choice; {nearest(strange[0], choices)}")
         if lacking := [name for name in choices if name not in named]:
-            raise DataError(f"{where}: scores: none for {listed(lacking, _SHOWN)}")
+            raise DataError(f"scores: none for {listed(lacking, _SHOWN)}")
         scores = [named[name] for name in choices]
-    try:
-        return Answer(
-            text=text,
-            probability=None if probability is None else float(probability),
-            scores=None if scores is None else _numbers(scores, len(choices), "scores", "choices", where),
-            called=None if called is None else _numbers(called, len(item.regions), "called", "regions", where),
-        )
-    except DataError as error:
-        raise DataError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+    return Answer(
+        text=found["text"],
+        probability=None if probability is None else float(probability),
+        scores=_numbers(scores, len(choices), "scores", "choices"),
+        called=_numbers(found["called"], len(item.regions), "called", "regions"),
+    )
 
 
-def _text(entry: Mapping[str, Any], item: Item, where: str) -> str | None:
+def _text(entry: Mapping[str, Any], item: Item) -> str | None:
     """The answer in words; of a box, the words for the region that it means."""
-    names = TEXT_KEYS if "names" in item.detail else TEXT_KEYS[:-1]
-    text: str | None = _one_of(entry, names, "answer", where, str)
+    names = TEXT_KEYS if "ids" in item.detail else TEXT_KEYS[:-1]
+    text: str | None = _one_of(entry, names, "answer", str)
     if text is not None and text.strip() == item.question.strip():
-        raise DataError(f"{where}: the question itself in the place of an answer, {short(text)}")
+        raise DataError(f"the question itself in the place of an answer, {short(text)}")
     box = entry.get("bbox")
     if box is None or len(item.regions) < 2:
         return text
     if text is not None:
-        raise DataError(f"{where}: a text and a bbox as the answer; keep one")
+        raise DataError("a text and a bbox as the answer; keep one")
     if not is_box(box) or box[2] <= 0 or box[3] <= 0:
-        raise DataError(f"{where}: bbox: give x, y, width, height in pixels, got {short(box)}")
+        raise DataError(f"bbox: give x, y, width, height in pixels, got {short(box)}")
     x, y, width, height = map(float, box)
     agreement = overlaps((x, y, x + width, y + height), [region.to_dict()["box"] for region in item.regions])
     best = int(agreement.argmax())
     return region_answer(best + 1) if agreement[best] >= ENOUGH else f"a box at {short(box)}"
 
 
-def _numbers(given: Any, count: int, key: str, of: str, where: str) -> tuple[float, ...]:
+def _numbers(given: Any, count: int, key: str, of: str) -> tuple[float, ...] | None:
+    if given is None:
+        return None
     if not isinstance(given, list) or len(given) != count:
         got = len(given) if isinstance(given, list) else short(given)
-        raise DataError(f"{where}: {key}: give a number for each of {count} {of}, got {got}")
+        raise DataError(f"{key}: give a number for each of {count} {of}, got {got}")
     if wrong := [value for value in given if not is_number(value)]:
-        raise DataError(f"{where}: {key}: give finite numbers, got {short(wrong[0])}")
+        raise DataError(f"{key}: give finite numbers, got {short(wrong[0])}")
     return tuple(map(float, given))

@@ -1,61 +1,136 @@
-"""Results as tables of text and as one page: beside the paper's, broken down, with the worst mistakes."""
+"""Results of finished runs: read, as text, as a page, and two runs compared by the paired bootstrap."""
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
 
 from markupsafe import Markup
 
+from regiongpt.data.shards import file_identity
 from regiongpt.drawing import draw_regions
-from regiongpt.errors import RegionGPTError
-from regiongpt.evaluate.paper import OF_TASK, OURS, TABLES, PaperTable
-from regiongpt.evaluate.task import Answer, Item, Result
-from regiongpt.evaluate.tasks import task_class
-from regiongpt.report import Bar, bar_chart, picture, render, write_page
+from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.evaluate.bootstrap import TOO_FEW, Paired, paired
+from regiongpt.evaluate.task import OURS, RESAMPLES, TABLES, Answer, Item, PaperTable, Result, Rows, Task
+from regiongpt.evaluate.tasks import TASKS, task_class
+from regiongpt.report import Bar, bar_chart, picture, write_page
+from regiongpt.storage import finite, read_json, reason
 
-if TYPE_CHECKING:
-    from regiongpt.evaluate.run import TaskRun
+T = TypeVar("T")
 
-PAGE: Final = "index.html"
+RESULT, MANIFEST, PAGE = "result.json", "manifest.json", "index.html"
+ITEMS, PREDICTIONS = "items.jsonl", "predictions.jsonl"
 NOTHING: Final = "–"
 _FEW: Final = 12
 """Most groups of which every protocol has a bar of its own, and most columns of a table that is not folded away."""
-_COLUMN: Final = 30
-"""Most bars in a chart."""
+_MOST: Final = 100
+"""Most groups in a chart: the largest."""
 _ALIKE: Final = 3
 """Most mistakes of one truth, and of one image."""
 
-Rows = list[list[str]]
-"""A table of text, its header first."""
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """A scored task of a run: its folder ``DIR/TASK``, and what is in there.
+
+    Attributes:
+        items: What was asked; empty if the run was read from its folder.
+        answers: By item id; likewise.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+    manifest: dict[str, Any]
+    items: Sequence[Item] = ()
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the task."""
+        return str(self.result["task"])
+
+    def task(self, data: Path | None = None) -> Task:
+        """The task with the options that it was run with, and all images; its files are below ``data`` if they moved.
+
+        Raises:
+            ConfigError: This version has no such task or option.
+        """
+        try:
+            found = task_class(self.name)(**{**self.manifest["options"], "limit": 0})
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"{self.folder}: a run of another version: {error}; evaluate again") from None
+
+        def moved(path: Path) -> Path:
+            return data / path.relative_to(found.data) if data and path.is_relative_to(found.data) else path
+
+        return found.replace(**map_paths(found, moved))
+
+
+def map_paths(task: Task, change: Callable[[Path], Any]) -> dict[str, Any]:
+    """The options of a task, each path in them changed."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [changed(each) for each in value]
+        return change(value) if isinstance(value, Path) else value
+
+    return {name: changed(getattr(task, name)) for name in type(task).model_fields}
+
+
+def read_run(out: Path) -> list[TaskRun]:
+    """The finished tasks in the folder of a run, in the order of the paper's tables.
+
+    Raises:
+        DataError: A file of a task is broken, or there is none.
+    """
+    folders = [out / name for name in TASKS if (out / name / MANIFEST).is_file()]
+    if not folders:
+        raise DataError(f"{out}: no finished task of `regiongpt evaluate` in this folder")
+    results, manifests = ("task", "pinned", "protocols", "breakdowns", "tables", "notes"), ("options", "inputs", "code")
+    return [
+        TaskRun(
+            folder=folder,
+            result=read_object(folder / RESULT, results),
+            manifest=read_object(folder / MANIFEST, manifests),
+        )
+        for folder in folders
+    ]
+
+
+def read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A JSON object with some keys; DataError where the file holds none."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        raise DataError(f"{path}: not as a run writes it, with {', '.join(keys)}; evaluate again")
+    return found
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
 
-def tables(run: "TaskRun") -> list[tuple[str, Rows]]:
+def tables(run: TaskRun) -> list[tuple[str, Rows]]:
     """A table for each protocol: its name, and its rows; numbers are times 100, as the paper prints them."""
-    paper = task_class(run.name).paper
     found = []
     for protocol, figures in run.result["protocols"].items():
-        printed = paper.get(protocol, {})
-        rows = [["figure", "value", "95 %", "items", "paper"]]
-        for name, figure in figures.items():
-            value, interval = times_100(figure)
-            row = [name, number(value), f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else ""]
-            rows.append([*row, f"{figure['of']:,}", number(100 * printed[name], 2) if name in printed else NOTHING])
-        has_paper = any(row[-1] != NOTHING for row in rows[1:])
-        found.append((protocol, rows if has_paper else [row[:-1] for row in rows]))
+        paper = any(each.get("paper") is not None for each in figures.values())
+        rows = [["result", "value", "95 %", "items", *["paper"] * paper]]
+        for name, each in figures.items():
+            ends = times_100(each)[1]
+            row = [name, number(each["value"]), f"{ends[0]:.1f} to {ends[1]:.1f}" if ends else "", f"{each['of']:,}"]
+            rows.append([*row, *[number(each.get("paper"), 2)] * paper])
+        found.append((protocol, rows))
     return found
 
 
-def as_text(run: "TaskRun") -> str:
+def as_text(run: TaskRun) -> str:
     """A task's results for a terminal."""
     lines = [run.name, "  " + "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items())]
     for protocol, rows in tables(run):
         lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(rows))]
-    if paper := task_class(run.name).paper_source:
+    if paper := run.result.get("paper"):
         lines += ["", f"  paper: {paper}; another data set is another test"]
     return "\n".join([*lines, *(f"  note: {note}" for note in run.result["notes"])])
 
@@ -73,84 +148,77 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]])
 
 
-def number(value: float | None, digits: int = 1) -> str:
-    """A value, already times 100."""
-    return NOTHING if value is None else f"{value:.{digits}f}"
+def number(share: float | None, digits: int = 1, sign: str = "") -> str:
+    """A share of 1 times 100; what rounds to nothing has no sign of its own."""
+    return NOTHING if share is None or share != share else f"{round(100 * share, digits) + 0.0:{sign}.{digits}f}"
 
 
 def times_100(figure: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
-    """Value and interval of a figure as it was written, times 100."""
+    """Value and interval of a result as it was written, times 100."""
     value, ends = figure["value"], figure["interval"]
     interval = None if ends is None or None in ends else (100 * ends[0], 100 * ends[1])
     return None if value is None else 100 * value, interval
 
 
-def printed_rows(printed: PaperTable) -> Rows:
+def printed_rows(table: PaperTable) -> Rows:
     """A table of the paper as rows of text."""
     body = [
-        [f"{name} (the paper's)" if name == OURS else name, *(number(value, 2) for value in values)]
-        for name, values in printed.rows.items()
+        [
+            f"{name} (the paper's)" if name == OURS else name,
+            *(NOTHING if value is None else f"{value:.2f}" for value in values),
+        ]
+        for name, values in table.rows.items()
     ]
-    return [["method", *printed.columns], *body]
+    return [["method", *table.columns], *body]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
 
-def write_report(out: Path, runs: Sequence["TaskRun"]) -> None:
-    """Write ``index.html`` of a run with some tasks; DataError where it cannot be written."""
-    summary = [["task, protocol", "figure", "value", "95 %", "items", "paper"]]
-    for run in runs:
-        for protocol, rows in tables(run):
-            summary += [[f"{run.name}, {protocol}", *row, NOTHING][:6] for row in rows[1:2]]
+def write_report(run: TaskRun, rows: Sequence[Mapping[str, Any]], mistakes: int) -> None:
+    """Write ``index.html`` of a task that was just scored; DataError where it cannot be written."""
+    model, predictions = run.manifest.get("model"), run.manifest.get("predictions")
+    name = f"predictions {predictions['name']}" if predictions else f"model {model['name']}" if model else "unknown"
+    commit = (run.manifest["code"].get("commit") or {}).get("hash", "")
+    asked = {item.id: item for item in run.items}
     write_page(
-        out / PAGE,
+        run.folder / PAGE,
         "evaluation.html",
-        title="Evaluation",
-        made="; ".join(sorted({_origin(run.manifest) for run in runs})),
-        summary=summary,
-        tasks=[
-            {
-                "name": run.name,
-                **{name: run.result[name] for name in ("pinned", "notes")},
-                "tables": tables(run),
-                "printed": [(TABLES[name], printed_rows(TABLES[name])) for name in OF_TASK.get(run.name, ())],
-                "paper_source": task_class(run.name).paper_source,
-                "charts": list(_charts(run.result["breakdowns"])),
-                "extra": [_extra(table) for table in run.result["tables"]],
-                "origin": list(_facts(run.manifest)),
-                "mistakes": Markup(run.mistakes),
-            }
-            for run in runs
+        title=f"Evaluation: {run.name}",
+        made=f"{name}, regiongpt {run.manifest['packages']['regiongpt']}{f' at {commit[:10]}' if commit else ''}",
+        result=run.result,
+        tables=tables(run),
+        printed=[(table, printed_rows(table)) for table in TABLES.values() if table.task == run.name],
+        charts=list(_charts(run.result["breakdowns"])),
+        few=_FEW,
+        origin=[
+            (f"{part}: {name}" if name else part, value if isinstance(value, str) else json.dumps(value))
+            for part, values in run.manifest.items()
+            for name, value in (values.items() if isinstance(values, Mapping) else [("", values)])
+            if part != "options" and value is not None
+        ],
+        mistakes=[
+            _card(asked[row["id"]], run.answers.get(row["id"], Answer())) for row in worst(rows, run.answers, mistakes)
         ],
     )
 
 
-def _origin(manifest: Mapping[str, Any]) -> str:
-    model, predictions = manifest.get("model"), manifest.get("predictions")
-    name = f"predictions {predictions['name']}" if predictions else f"model {model['name']}" if model else "unknown"
-    commit = (manifest["code"].get("commit") or {}).get("hash")
-    return f"{name}, regiongpt {manifest['packages']['regiongpt']}{f' at {commit[:10]}' if commit else ''}"
-
-
 def _charts(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> Iterator[Markup]:
-    """A chart for each way of dividing the items, of the first figure of each protocol."""
+    """A chart for each way of dividing the items, of the first result of each protocol."""
     for by in dict.fromkeys(by for parts in found.values() for by in parts):
         protocols = [protocol for protocol, parts in found.items() if by in parts]
-        groups = list(dict.fromkeys(group for protocol in protocols for group in found[protocol][by]))
+        groups = list(dict.fromkeys(group for protocol in protocols for group in found[protocol][by]))[:_MOST]
         protocols = protocols[:1] if len(groups) > _FEW else protocols
         names = {each: next(iter(next(iter(found[each][by].values())))) for each in protocols}
-        listed = [
+        bars = [
             (group, [_bar(found[each][by].get(group, {}).get(names[each])) for each in protocols]) for group in groups
         ]
         if len(groups) > _FEW:
-            listed.sort(key=lambda pair: -(pair[1][0].value or 0.0))
+            bars.sort(key=lambda pair: -(pair[1][0].value or 0.0))
         series = [f"{protocol}: {name}" for protocol, name in names.items()]
-        for start in range(0, len(listed), _COLUMN):
-            part = f", {start + 1} to {min(len(listed), start + _COLUMN)}" if len(listed) > _COLUMN else ""
-            title = f"by {by}{part}" + (f" ({series[0]})" if len(series) == 1 else "")
-            yield bar_chart(title, listed[start : start + _COLUMN], series, reach=100.0)
+        title = f"by {by}" + (f" ({series[0]})" if len(series) == 1 else "")
+        yield bar_chart(title, bars, series, reach=100.0)
 
 
 def _bar(figure: Mapping[str, Any] | None) -> Bar:
@@ -160,29 +228,8 @@ def _bar(figure: Mapping[str, Any] | None) -> Bar:
     return Bar(value=value, interval=interval, of=figure["of"])
 
 
-def _extra(found: Mapping[str, Any]) -> tuple[str, Rows, bool]:
-    """A table of the task's own, and whether it is to be folded away."""
-    body = [
-        [NOTHING if value is None else f"{value:.3f}" if isinstance(value, float) else str(value) for value in row]
-        for row in found["rows"]
-    ]
-    return found["title"], [list(found["columns"]), *body], len(found["columns"]) > _FEW or len(body) > 2 * _FEW
-
-
-def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for part, values in manifest.items():
-        for name, value in values.items() if isinstance(values, Mapping) else [("", values)]:
-            if part != "options" and value is not None:
-                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-                yield f"{part}: {name}" if name else part, text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mistakes
-
-
-def worst(result: Result, answers: Mapping[str, Answer], count: int) -> list[dict[str, Any]]:
-    """The ``count`` rows with the lowest scores, by the first figure of each; among equals the most confident first.
+def worst(rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], count: int) -> list[Mapping[str, Any]]:
+    """The ``count`` rows with the lowest scores, by the first result of each; among equals the most confident first.
 
     At most three are of one truth, and of one image.
     """
@@ -191,10 +238,10 @@ def worst(result: Result, answers: Mapping[str, Answer], count: int) -> list[dic
         answer = answers.get(name, Answer())
         return max(answer.scores) if answer.scores else answer.probability or 0.0
 
-    first = {row["id"]: next(iter(row["scores"].values()), 1.0) for row in result.rows}
-    wrong = [row for row in result.rows if not row["missing"] and first[row["id"]] < 1.0]
+    first = {row["id"]: next(iter(row["scores"].values()), 1.0) for row in rows}
+    wrong = [row for row in rows if not row["missing"] and first[row["id"]] < 1.0]
     wrong.sort(key=lambda row: (first[row["id"]], -confidence(row["id"]), str(row["id"])))
-    chosen: list[dict[str, Any]] = []
+    chosen: list[Mapping[str, Any]] = []
     seen: Counter[tuple[str, Any]] = Counter()
     for row in wrong:
         marks = [("truth", row["truth"]), ("image", row["image_id"])]
@@ -204,30 +251,193 @@ def worst(result: Result, answers: Mapping[str, Answer], count: int) -> list[dic
     return chosen
 
 
-def draw_mistakes(rows: Sequence[Mapping[str, Any]], items: Sequence[Item], answers: Mapping[str, Answer]) -> str:
-    """Cards of HTML, each with the image, its regions, the question, the answer and the truth."""
-    asked = {item.id: item for item in items}
-    cards = []
-    for row in rows:
-        item, answer = asked[row["id"]], answers.get(row["id"], Answer())
-        shown: Markup | None = None
-        fault = ""
-        try:
-            drawn = draw_regions(item.image, item.regions)
-            shown = picture(drawn, f"{item.image.name} with the regions asked about", 640)
-        except RegionGPTError as error:
-            fault = str(error)
-        ranked = sorted(zip(item.choices, answer.scores or (), strict=False), key=lambda pair: -pair[1])
-        groups = [f"{name} {value}" for name, value in item.groups.items()]
-        cards.append(
-            {
-                "item": item,
-                "about": " · ".join([item.image.name, *([", ".join(groups)] if groups else [])]),
-                "answer": "no answer" if row["answer"] is None else str(row["answer"]),
-                "probability": answer.probability,
-                "scores": ranked[:3],
-                "picture": shown,
-                "fault": fault,
-            }
+def _card(item: Item, answer: Answer) -> dict[str, Any]:
+    """What the page shows of a mistake: the image with its regions, the question, the answer and the truth."""
+    shown: Markup | None = None
+    fault = ""
+    try:
+        shown = picture(draw_regions(item.image, item.regions), f"{item.image.name} with the regions asked about", 640)
+    except RegionGPTError as error:
+        fault = str(error)
+    ranked = sorted(zip(item.choices, answer.scores or (), strict=False), key=lambda pair: -pair[1])
+    return {"item": item, "answer": answer, "scores": ranked[:3], "picture": shown, "fault": fault}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two runs compared
+
+
+class Change(NamedTuple):
+    """An item that one of the runs answered better: both answers, and how much the score rose from A to B."""
+
+    id: str
+    truth: str
+    a: str
+    b: str
+    by: float
+
+
+class Comparison(NamedTuple):
+    """One task of two runs.
+
+    Attributes:
+        task: Its name.
+        items: How many both have answered.
+        figures: By protocol and result.
+        figure: By which items changed, as ``"protocol.result"``.
+        gained: Items that the second run scores higher, the largest change first.
+        lost: Items that it scores lower.
+        reworded: Number of items whose text alone differs.
+    """
+
+    task: str
+    items: int
+    figures: Mapping[str, Mapping[str, Paired]]
+    figure: str
+    gained: list[Change]
+    lost: list[Change]
+    reworded: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON; what cannot be measured is null."""
+        changed = {name: [each._asdict() for each in getattr(self, name)] for name in ("gained", "lost")}
+        figures = {protocol: {name: vars(each) for name, each in own.items()} for protocol, own in self.figures.items()}
+        return {
+            "task": self.task,
+            "items": self.items,
+            "figures": finite(figures),
+            "changed": {"by": self.figure, **changed, "reworded": self.reworded},
+        }
+
+    def summary(self) -> str:
+        """How many items changed."""
+        return f"{len(self.gained):,} items better, {len(self.lost):,} worse, {self.reworded:,} reworded"
+
+    def tables(self) -> list[tuple[str, Rows]]:
+        """A table for each protocol: its name, and its rows."""
+        head = ["result", "A", "B", "B - A", "95 %", "p"]
+        return [
+            (protocol, [head, *(_row(name, each) for name, each in figures.items())])
+            for protocol, figures in self.figures.items()
+            if figures
+        ]
+
+    def changed(self) -> list[tuple[str, Rows]]:
+        """The items that changed as tables."""
+        head = ["item", "truth", "A", "B", "score"]
+        return [
+            (title, [head, *([c.id, c.truth, _short(c.a), _short(c.b), f"{c.by:+.2f}"] for c in changes)])
+            for title, changes in (("better", self.gained), ("worse", self.lost))
+            if changes
+        ]
+
+    def as_text(self) -> str:
+        """For a terminal, with at most 20 items of each kind."""
+        lines = [f"{self.task}: {self.items:,} items"]
+        for protocol, rows in self.tables():
+            lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(rows))]
+        lines += ["", f"  by {self.figure}: {self.summary()}"]
+        for title, rows in self.changed():
+            lines += [f"  {title}:", *(f"    {line}" for line in aligned(rows[:21]))]
+        return "\n".join(lines)
+
+
+def compare_runs(
+    a: Path, b: Path, data: Path | None = None, names: Sequence[str] = (), resamples: int = RESAMPLES
+) -> list[Comparison]:
+    """Compare every task that two runs have in common.
+
+    Args:
+        a: Folder of the first run.
+        b: Folder of the second; differences are B less A.
+        data: Where the data set is now, if it has moved.
+        names: Only these tasks.
+        resamples: Of the bootstrap.
+
+    Raises:
+        ConfigError: The runs are of other settings, or have no task in common.
+        DataError: A run cannot be read, its data set is not what it was, or the two have no item in common.
+    """
+    first, second = ({run.name: run for run in read_run(folder)} for folder in (a, b))
+    for folder, found in ((a, first), (b, second)):
+        if lacking := [name for name in names if name not in found]:
+            raise ConfigError(f"{folder}: no finished {lacking[0]!r}, only {', '.join(found)}")
+    shared = [name for name in first if name in second and (not names or name in names)]
+    if not shared:
+        raise ConfigError(f"no task in common: {', '.join(first)} in {a}, {', '.join(second)} in {b}")
+    return [_compare(first[name], second[name], data, resamples) for name in shared]
+
+
+def _compare(a: TaskRun, b: TaskRun, data: Path | None, resamples: int) -> Comparison:
+    task = a.task(data)
+    ours, theirs = ({**map_paths(run.task(), lambda path: path.name), "data": ""} for run in (a, b))
+    differing = [f"--{name}: {ours[name]!r} and {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]
+    differing += ["the annotation files"] if a.manifest["inputs"] != b.manifest["inputs"] else []
+    if differing:
+        raise ConfigError(f"{a.folder} and {b.folder}: runs of other settings or files ({'; '.join(differing)})")
+    if [file_identity(path) for path in task.inputs()] != a.manifest["inputs"]:
+        raise DataError(
+            f"{task.data}: not the annotation files that {a.folder} was evaluated on; give their folder with --data"
         )
-    return render("mistakes.html", cards=cards)
+    asked = [set(_read_lines(run.folder / ITEMS, lambda row: str(row["id"]))) for run in (a, b)]
+    items = [item for item in task.items() if item.id in asked[0] & asked[1]]
+    if not items:
+        raise DataError(f"{a.folder} and {b.folder}: no item that both were asked about")
+    ids = {item.id for item in items}
+    results = []
+    for run in (a, b):
+        read = _read_lines(run.folder / PREDICTIONS, lambda row: (str(row["id"]), Answer.from_dict(row)))
+        results.append(task.score(items, {name: answer for name, answer in read if name in ids}, resamples=0))
+    theirs_by_protocol = results[1].statistics
+    figures = {
+        protocol: {
+            name: paired(statistic, theirs_by_protocol[protocol][name], resamples)
+            for name, statistic in found.items()
+            if name in theirs_by_protocol.get(protocol, {})
+        }
+        for protocol, found in results[0].statistics.items()
+    }
+    return Comparison(a.name, len(items), figures, *changes(*results))
+
+
+def changes(a: Result, b: Result) -> tuple[str, list[Change], list[Change], int]:
+    """The items by how the first result has changed that both runs have a score of: better, worse, and reworded."""
+    found: list[Change] = []
+    reworded = 0
+    by_figure: dict[str, None] = {}
+    for ours, theirs in zip(a.rows, b.rows, strict=True):
+        figure = next((name for name in ours["scores"] if name in theirs["scores"]), None)
+        if figure is None:
+            continue
+        by_figure[figure] = None
+        by = theirs["scores"][figure] - ours["scores"][figure]
+        said, other = (str(row["answer"]) if row["answer"] is not None else NOTHING for row in (ours, theirs))
+        if by:
+            found.append(Change(ours["id"], ours["truth"], said, other, by))
+        else:
+            reworded += said != other
+    found.sort(key=lambda change: -abs(change.by))
+    gained, lost = ([each for each in found if (each.by > 0) == up] for up in (True, False))
+    return ", ".join(by_figure) or "no result that both have", gained, lost, reworded
+
+
+def _row(name: str, each: Paired) -> list[str]:
+    ends = " to ".join(number(end, sign="+") for end in each.interval) if each.interval else ""
+    p = TOO_FEW if each.too_few else NOTHING if each.p is None else f"{each.p:.3f}"
+    return [name, number(each.a), number(each.b), number(each.difference, sign="+"), ends, p]
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"{line[:59]}…"
+
+
+def _read_lines(path: Path, made: Callable[[dict[str, Any]], T]) -> list[T]:
+    found: list[T] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                found.append(made(dict(json.loads(line))))
+        return found
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, DataError) as error:
+        raise DataError(f"{path}:{len(found) + 1}: not as a run writes it: {reason(error)}; evaluate again") from None

@@ -2,99 +2,58 @@
 
 import dataclasses
 import json
+import math
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import regiongpt
-from regiongpt import legacy
 from regiongpt.console import progress
 from regiongpt.data.reading import TRUNCATED, known_size
 from regiongpt.data.shards import file_identity
 from regiongpt.distributed import Processes, connect, launched
 from regiongpt.environment import commit, machine, versions
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
-from regiongpt.evaluate.answering import answer_image
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError, naming
 from regiongpt.evaluate.predictions import read_predictions
-from regiongpt.evaluate.report import draw_mistakes, worst, write_report
+from regiongpt.evaluate.report import (
+    ITEMS,
+    MANIFEST,
+    PREDICTIONS,
+    RESULT,
+    TaskRun,
+    map_paths,
+    read_object,
+    write_report,
+)
 from regiongpt.evaluate.task import Answer, Item, RunOptions, Task
-from regiongpt.evaluate.tasks import TASKS, task_class
-from regiongpt.storage import digest, locked, read_json, reason, sha256, write_file, write_json, writing
+from regiongpt.images import load_image
+from regiongpt.storage import digest, locked, reason, sha256, write_file, write_json, writing
 from regiongpt.store import Store
 
 if TYPE_CHECKING:
-    from regiongpt.inference import RegionPredictor
+    from torch import Tensor
 
-RESULT, MANIFEST = "result.json", "manifest.json"
-ITEMS, PREDICTIONS, MISTAKES = "items.jsonl", "predictions.jsonl", "mistakes.html"
+    from regiongpt.inference import RegionPredictor
 
 ANSWERING: Final = ("inference", "model", "prompts.py", "regions.py", "coverage.py", "images.py")
 """The part of this package that turns an image and a question into an answer."""
+SHORT: Final = 16
+"""Longest answer, in tokens, whose probability is computed when it is none of the choices; that takes another pass."""
 _DECIDING: Final = ("settings", "inputs", "model", "predictions", "scoring")
 """Parts of a manifest that have to be equal before results are replaced, but for the values in ``_NOTED``."""
 _NOTED: Final = ("data", "name", "device", "key")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskRun:
-    """A scored task of a run: its folder ``DIR/TASK``, and what is in there.
-
-    Attributes:
-        mistakes: The worst mistakes, as HTML.
-        items: What was asked; empty if the run was read from its folder.
-        answers: By item id; likewise.
-    """
-
-    folder: Path
-    result: dict[str, Any]
-    manifest: dict[str, Any]
-    mistakes: str = ""
-    items: Sequence[Item] = ()
-    answers: Mapping[str, Answer] = dataclasses.field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Name of the task."""
-        return str(self.result["task"])
-
-    def task(self, data: Path | None = None) -> Task:
-        """The task with the options that it was run with, and all images; its files are below ``data`` if they moved.
-
-        Raises:
-            ConfigError: This version has no such task or option.
-        """
-        try:
-            found = task_class(self.name)(**{**self.manifest["options"], "limit": 0})
-        except (ConfigError, TypeError) as error:
-            raise ConfigError(f"{self.folder}: a run of another version: {error}; evaluate again") from None
-
-        def moved(path: Path) -> Path:
-            return data / path.relative_to(found.data) if data and path.is_relative_to(found.data) else path
-
-        return found.replace(**map_paths(found, moved))
-
-
-def map_paths(task: Task, change: Callable[[Path], Any]) -> dict[str, Any]:
-    """The options of a task, each path in them changed."""
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [changed(each) for each in value]
-        return change(value) if isinstance(value, Path) else value
-
-    return {name: changed(value) for name, value in task.options().items()}
-
-
 def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
     """Ask a model what it has not been asked yet, or read someone's predictions, then score and write the results.
 
-    A task that cannot be scored does not keep the others from being run.
+    A task that cannot be scored does not keep the others from being scored.
 
     Returns:
         The tasks as written; of several processes, in the first alone.
@@ -112,11 +71,7 @@ def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
     listed = [load_items(task) for task in tasks]
     processes = Processes() if given else connect(on_cpu=options.device == "cpu")
     model, load = (None, None) if given else _find_model(options, processes)
-    scoring: dict[str, Any] = {"resamples": options.resamples}
-    scoring |= {"missing": options.missing, "unknown": options.unknown} if given else {}
-    manifests = [make_manifest(task, model, scoring) for task in tasks]
-    if given:
-        manifests[0]["predictions"] = file_identity(given)
+    manifests = [make_manifest(task, model, options) for task in tasks]
     if not options.overwrite:
         for task, manifest in zip(tasks, manifests, strict=True):
             _refuse_other(out / task.name, manifest)
@@ -124,23 +79,20 @@ def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
     failure: RegionGPTError | None = None
     with locked(out) if processes.is_first else nullcontext():
         if given:
-            found = read_predictions(given, tasks[0], listed[0], missing=options.missing, unknown=options.unknown)
-            answered: Iterable[tuple[Mapping[str, Answer], Sequence[str]]] = [(found.answers, found.report)]
+            found = read_predictions(given, tasks[0], listed[0], missing=options.missing)
+            answered: list[tuple[Mapping[str, Answer], Sequence[str]]] = [(found.answers, found.report)]
         else:
             assert model is not None
             answered = _ask(tasks, listed, model["key"], load, Store(out / "answers", processes.rank), processes)
+        if not processes.is_first:
+            return []
         for task, items, manifest, (answers, notes) in zip(tasks, listed, manifests, answered, strict=True):
-            if not processes.is_first:
-                continue
             try:
                 runs.append(_finish(out / task.name, task, items, answers, manifest, notes, options))
             except RegionGPTError as error:
                 told = type(error)("; ".join([f"{task.name}: {error}", *notes]))
                 print(told, file=sys.stderr, flush=True)
                 failure = failure or told
-        if runs:
-            earlier = read_run(out, but=[run.name for run in runs])
-            write_report(out, sorted([*runs, *earlier], key=lambda run: list(TASKS).index(run.name)))
     if failure:
         raise failure
     return runs
@@ -159,8 +111,7 @@ def load_items(task: Task) -> list[Item]:
         raise DataError(f"{task.name}: a file is truncated, so its benchmark is another one; fetch again: {files}")
     if not items:
         raise DataError(f"{task.name}: nothing to ask about in {task.data}")
-    repeated = [name for name, count in Counter(item.id for item in items).items() if count > 1]
-    if repeated:
+    if repeated := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
         raise DataError(f"{task.name}: {task.item_id} {repeated[0]!r} comes more than once")
     images = {item.image: item.size for item in items}
     if missing := [path for path in images if not path.is_file()]:
@@ -198,7 +149,6 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
         device = pick_device(f"cuda:{processes.local}")
     dtype = pick_dtype(options.dtype, device)
 
-    @cache
     def load() -> RegionPredictor:
         logging.disable_progress_bar()
         return RegionPredictor.from_pretrained(path, device=device, dtype=dtype, untrained=options.untrained)
@@ -208,47 +158,39 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
 
 def _ask(
     tasks: Sequence[Task], listed: Sequence[list[Item]], model: str, load: Any, store: Store, processes: Processes
-) -> Iterator[tuple[dict[str, Answer], list[str]]]:
-    """The answers of one task after the other, with notes on questions that could not be asked.
-
-    What has to be asked is settled before anything is, so all processes share the work out in the same way.
-    """
+) -> list[tuple[Mapping[str, Answer], Sequence[str]]]:
+    """The answers of each task, with notes on questions that could not be asked; nothing but in the first process."""
     hashes = _hash_images({item.image: None for items in listed for item in items})
     keys = [[question_key(model, hashes[item.image], item) for item in items] for items in listed]
-    if processes.is_first and any(store.folder.glob("*.jsonl")) and not store.keys():
-        with store:
-            store.add(legacy.read_answers(store.folder))
-    processes.wait()
-    known = store.get({key for own in keys for key in own})
-    processes.wait()  # all have read the same answers before the first writes another
-    kept = set(known)
-    planned = set(kept)
+    wanted = {key for own in keys for key in own}
+    known = store.get(wanted)
+    processes.wait()  # all have read the same answers before one writes another, and share the rest out alike
+    by_image: dict[Path, dict[str, Item]] = {}  # of all tasks, so that each image is encoded once
     for task, items, own in zip(tasks, listed, keys, strict=True):
-        by_image: dict[Path, dict[str, Item]] = {}
-        for key, item in zip(own, items, strict=True):
-            if key not in planned:
-                by_image.setdefault(item.image, {})[key] = item
-                planned.add(key)
-        mine = processes.share(list(by_image.values()), len)
-        count = sum(map(len, mine))
         if processes.is_first:
-            share = f", {count:,} of them in this process" if processes.count > 1 else ""
-            told = f"{len(items):,} questions, {sum(key in kept for key in own):,} answered before{share}"
+            told = f"{len(items):,} questions, {sum(key in known for key in own):,} answered before"
             print(f"{task.name}: {told}", file=sys.stderr, flush=True)
-        if mine:
-            name = task.name + (f", process 1 of {processes.count}" if processes.count > 1 else "")
-            with store:
-                known.update(progress(_answers(load(), mine, store), name, "answers", count))
-        processes.wait()
-        if processes.count > 1 and processes.is_first:
-            known = store.get({key for own in keys for key in own})
-        processes.wait()  # none writes on before the first has read
-        if processes.is_first and (lost := sum(key not in known for key in own)):
-            raise DataError(
-                f"{store.folder}: {lost} answers of other processes are not there; let all of them write to the same "
-                "folder, then run the same command again"
-            )
-        yield _usable({item.id: known[key] for key, item in zip(own, items, strict=True) if key in known})
+        for key, item in zip(own, items, strict=True):
+            if key not in known:
+                by_image.setdefault(item.image, {})[key] = item
+    if mine := processes.share(list(by_image.values()), len):
+        name = "asking" + (f", process 1 of {processes.count}" if processes.count > 1 else "")
+        with store:
+            known.update(progress(_answers(load(), mine, store), name, "answers", sum(map(len, mine))))
+    processes.wait()
+    if not processes.is_first:
+        return []
+    if processes.count > 1:
+        known = store.get(wanted)
+    if lost := sum(key not in known for key in wanted):
+        raise DataError(
+            f"{store.folder}: {lost} answers of other processes are not there; let all of them write to the same "
+            "folder, then run the same command again"
+        )
+    return [
+        _usable({item.id: known[key] for key, item in zip(own, items, strict=True)})
+        for own, items in zip(keys, listed, strict=True)
+    ]
 
 
 def _answers(
@@ -269,6 +211,97 @@ def _usable(answers: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Answer], l
     ]
 
 
+def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[dict[str, Any]]:
+    """Answer the items of one image, which is encoded once; their questions run as a batch behind it.
+
+    Returns:
+        Each answer as plain JSON; ``{"refused": why}`` where the image cannot be read, a region lies outside it, or the
+        question does not fit the model's context.
+    """
+    import torch
+
+    from regiongpt.inference.choices import answer_scores, called
+    from regiongpt.inference.engine import TooLong, check_regions, question_turns
+    from regiongpt.inference.options import Options
+
+    try:
+        photo = load_image(items[0].image)
+    except DataError as error:
+        return [{"refused": str(error)} for _ in items]
+    refused: dict[int, str] = {}
+    for place, item in enumerate(items):
+        try:
+            check_regions(item.regions, *photo.size)
+        except RegionError as error:
+            refused[place] = str(error)
+    engine = predictor.engine
+    scene, rows = engine.encode_image(photo), engine.processor.tokens_per_region
+    kept = [() if place in refused else item.regions for place, item in enumerate(items)]
+    pooled = torch.split(
+        engine.pool(scene, [region for regions in kept for region in regions]),
+        [rows * len(regions) for regions in kept],
+    )
+
+    @contextmanager
+    def asking(places: Sequence[int]) -> Iterator[None]:
+        try:
+            with naming(f"{items[places[0]].image.name}, item {items[places[0]].id}"):
+                yield
+        except TooLong as error:
+            refused.update(dict.fromkeys(places, str(error)))
+
+    def likelihoods(places: Sequence[int], answers: Sequence[str]) -> "Iterable[tuple[int, Tensor]]":
+        """Log likelihoods (A,) of answers to items with the same question; none where it is too long."""
+        turns = question_turns((), items[places[0]].question)
+        with asking(places):
+            scores = answer_scores(engine, scene, turns, [pooled[place] for place in places], answers)
+            return zip(places, scores, strict=True)
+        return ()
+
+    together: dict[Any, list[int]] = {}  # items with the same question and choices run together
+    for place, item in enumerate(items):
+        if item.choices and place not in refused:
+            together.setdefault((item.question, item.choices, len(item.regions)), []).append(place)
+    scores = {place: found for key, places in together.items() for place, found in likelihoods(places, key[1])}
+
+    prompts: dict[Any, Any] = {}
+    asked = []
+    for place, item in enumerate(items):
+        key = (item.question, len(item.regions), item.max_new_tokens)
+        if key not in prompts and place not in refused:
+            with asking([place]):
+                prompts[key] = engine.prompt(question_turns((), item.question), pooled[place], *key[1:])
+        if place not in refused:
+            prompt = dataclasses.replace(prompts[key], pooled=pooled[place])
+            asked.append((place, (scene, prompt, Options(max_new_tokens=item.max_new_tokens))))
+    texts = {asked[number][0]: answer.text for number, answer in engine.answers([each for _, each in asked])}
+
+    found: list[dict[str, Any]] = []
+    for place, item in enumerate(items):
+        log: Tensor | None = None
+        calls: tuple[float, ...] | None = None
+        text = texts.get(place, "")
+        if place not in refused and item.expression:
+            with asking([place]):
+                calls = tuple(called(engine, scene, torch.split(pooled[place], rows), [item.expression])[0].tolist())
+        if place not in refused and place in scores and text in item.choices:
+            log = scores[place][item.choices.index(text)]
+        elif place not in refused and text and item.max_new_tokens <= SHORT:
+            log = next((likely[0] for _, likely in likelihoods([place], (text,))), None)
+        if place in refused:
+            found.append({"refused": refused[place]})
+            continue
+        with naming(f"{item.image.name}, item {item.id}"):
+            answer = Answer(
+                text=text,
+                probability=None if log is None else min(1.0, math.exp(float(log))),
+                scores=tuple(scores[place].softmax(-1).tolist()) if place in scores else None,
+                called=calls,
+            )
+        found.append(answer.to_dict())
+    return found
+
+
 def _hash_images(images: Collection[Path]) -> dict[Path, str]:
     found = {}
     for path in progress(images, "reading", "images", len(images)):
@@ -282,7 +315,7 @@ def _hash_images(images: Collection[Path]) -> dict[Path, str]:
 def question_key(model: str, image: str, item: Item) -> str:
     """Key of an answer: a hash of all that determines it: the model's key, the image's SHA-256, the question."""
     regions = [region.to_dict() for region in item.regions]
-    asked = [item.question, regions, list(item.choices), item.max_new_tokens if item.generate else None]
+    asked = [item.question, regions, list(item.choices), item.max_new_tokens]
     asked += [item.expression] if item.expression else []
     return digest(model, image, asked)
 
@@ -324,22 +357,24 @@ def code_hash() -> str:
 # The folder
 
 
-def make_manifest(task: Task, model: Mapping[str, Any] | None, scoring: Mapping[str, Any]) -> dict[str, Any]:
+def make_manifest(task: Task, model: Mapping[str, Any] | None, options: RunOptions) -> dict[str, Any]:
     """Where the results of a task come from; ``model`` is None where predictions are scored.
 
     Raises:
-        DataError: A file of the benchmark cannot be read.
+        DataError: A file of the benchmark, or of predictions, cannot be read.
     """
+    given = options.predictions
     return {
         "settings": map_paths(task, lambda path: path.name),
         "inputs": [file_identity(path) for path in task.inputs()],
         "model": dict(model) if model is not None else None,
+        **({"predictions": file_identity(given)} if given else {}),
         "code": {"commit": commit(), "answering": code_hash()},
         "packages": {"python": platform.python_version(), **versions()},
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "options": map_paths(task, lambda path: str(path.absolute())),
-        "scoring": dict(scoring),
+        "scoring": {"resamples": options.resamples, **({"missing": options.missing} if given else {})},
     }
 
 
@@ -347,7 +382,7 @@ def _refuse_other(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise ConfigError if a folder holds results of another model, other settings or other files."""
     if not (folder / MANIFEST).exists():
         return
-    there, now = _read_object(folder / MANIFEST, ()), json.loads(json.dumps(manifest))
+    there, now = read_object(folder / MANIFEST, ()), json.loads(json.dumps(manifest))
 
     def deciding(part: Any) -> Any:
         return {name: value for name, value in part.items() if name not in _NOTED} if isinstance(part, dict) else part
@@ -371,28 +406,17 @@ def _finish(
     result = task.score(items, answers, resamples=options.resamples)
     part = {"part": f"the first {task.limit:,} images alone (--limit)"} if task.limit else {}
     result = dataclasses.replace(result, notes=(*notes, *result.notes), pinned={**result.pinned, **part})
-    run = TaskRun(
-        folder=folder,
-        result=result.to_dict(),
-        manifest=manifest,
-        mistakes=draw_mistakes(worst(result, answers, options.gallery), items, answers),
-        items=items,
-        answers=answers,
-    )
-    asked = {item.id: item for item in items}
+    run = TaskRun(folder=folder, result=result.to_dict(), manifest=manifest, items=items, answers=answers)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
-    _write_lines(
-        folder / ITEMS,
-        ({**row, "question": asked[row["id"]].question, "image": asked[row["id"]].image.name} for row in result.rows),
-    )
+    _write_lines(folder / ITEMS, result.rows)
     # Which regions the number in an answer is about, for whoever reads it again.
-    marks = {name: {"regions": item.regions_key} if item.regions_key else {} for name, item in asked.items()}
+    marks = {item.id: {"regions": item.regions_key} if item.regions_key else {} for item in items}
     _write_lines(
         folder / PREDICTIONS, ({"id": name, **answer.to_dict(), **marks[name]} for name, answer in answers.items())
     )
-    write_file(folder / MISTAKES, run.mistakes)
+    write_report(run, result.rows, options.gallery)
     write_json(folder / RESULT, run.result)
     write_json(folder / MANIFEST, manifest)
     return run
@@ -404,29 +428,3 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
     write_file(path, write)
-
-
-def read_run(out: Path, but: Collection[str] = ()) -> list[TaskRun]:
-    """The finished tasks in the folder of a run, except ``but``, in the order of the paper's tables.
-
-    Raises:
-        DataError: A file of a task is broken; or there is none, and ``but`` is empty.
-    """
-    folders = [out / name for name in TASKS if name not in but and (out / name / MANIFEST).is_file()]
-    if not folders and not but:
-        raise DataError(f"{out}: no finished task of `regiongpt evaluate` in this folder")
-    found = []
-    for folder in folders:
-        result = _read_object(folder / RESULT, ("task", "pinned", "protocols", "breakdowns", "tables", "notes"))
-        manifest = _read_object(folder / MANIFEST, ("options", "inputs", "code", "packages"))
-        page = folder / MISTAKES
-        mistakes = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
-        found.append(TaskRun(folder=folder, result=result, manifest=manifest, mistakes=mistakes))
-    return found
-
-
-def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict) or not set(keys) <= found.keys():
-        raise DataError(f"{path}: not as a run writes it, with {', '.join(keys)}; evaluate again")
-    return found

@@ -1,31 +1,32 @@
 """What a benchmark is: questions about images, and how answers to them are scored; neither needs a model."""
 
-import dataclasses
 import math
+import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from regiongpt.data.shards import Rejects, many
 from regiongpt.errors import DataError
-from regiongpt.evaluate.metrics.bootstrap import Statistic, interval, mean_statistic
-from regiongpt.evaluate.metrics.detection import PrecisionStatistic
+from regiongpt.evaluate.bootstrap import Statistic, interval
 from regiongpt.regions import Region
 from regiongpt.settings import Settings
 from regiongpt.storage import digest
 
 RESAMPLES: Final = 1000
 """Bootstrap resamples behind an interval, by default."""
-MOST_PRECISIONS: Final = 200
-"""Most resamples of an average precision, each of which costs as much as matching a whole set."""
 SIZES: Final = (("small", 32.0**2), ("medium", 96.0**2), ("large", float("inf")))
-"""COCO's sizes of objects: name, and the area in px^2 below which it applies."""
+"""COCO's object sizes: name, and the area in px^2 below which it applies."""
+OURS: Final = "RegionGPT-7B"
+"""The paper's model in its tables."""
+Rows = list[list[str]]
+"""A table of text, its header first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,12 @@ class Item:
         image: Image file.
         image_id: Items of one image are resampled together.
         question: The user's text with ``<regionN>``, without ``<image>``.
-        size: Width and height in pixels that the annotations state; items of images of another size are left out.
+        size: Annotated width and height in pixels; items of images of another size are left out.
         regions: What the placeholders stand for, in pixels of the image.
         choices: Answers to score by likelihood, in this order.
         expression: Score how likely the model calls each region by it; empty for no such score.
-        generate: Whether a free answer is wanted.
         max_new_tokens: Longest free answer, in tokens.
-        truth: The right answer as a person would say it: a class name, ``Region [2]``, ``yes``; the first reference.
+        truth: The right answer in words: a class name, ``Region [2]``, ``yes``; the first reference.
         groups: What results are broken down by: ``{"category": "dog", "size": "small"}``.
         detail: What the task itself needs for scoring, as plain JSON.
     """
@@ -56,7 +56,6 @@ class Item:
     regions: tuple[Region, ...] = ()
     choices: tuple[str, ...] = ()
     expression: str = ""
-    generate: bool = True
     max_new_tokens: int = 32
     truth: str = ""
     groups: Mapping[str, str] = field(default_factory=dict)
@@ -92,7 +91,7 @@ class Answer:
             raise DataError(f"probability: {self.probability} is not between 0 and 1")
         for score in (*(self.scores or ()), *(self.called or ())):
             if not math.isfinite(score):
-                raise DataError(f"scores: {score} is no finite number")
+                raise DataError(f"scores: {score} is not a finite number")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON, without what is not known."""
@@ -113,61 +112,13 @@ class Figure:
         value: In [0, 1], CIDEr in [0, 10]; None where there is nothing to measure.
         of: How many items it is about.
         interval: 95 % of the bootstrap resamples of the images; None where none was drawn.
+        paper: The paper's result in the same unit, on its own data.
     """
 
     value: float | None
     of: int
     interval: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table for the page of results, such as a confusion matrix."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str | int | float | None, ...], ...]
-
-
-Figures = Mapping[str, Figure]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The scores of one task.
-
-    Attributes:
-        task: Its name.
-        pinned: What has to be equal for two results to be comparable, by name: split, grouping, scorer, ...
-        protocols: Figures by protocol and name.
-        breakdowns: By protocol, then ``"size"``, ``"category"``, ..., then group: figures by name.
-        rows: One JSON object per item, its ``scores`` under ``"protocol.figure"``.
-        tables: For the page of results.
-        notes: Sentences that belong beside the results, such as how many answers were missing.
-        statistics: By protocol and figure, for bootstrap intervals and comparisons.
-    """
-
-    task: str
-    pinned: Mapping[str, str]
-    protocols: Mapping[str, Figures]
-    breakdowns: Mapping[str, Mapping[str, Mapping[str, Figures]]] = field(default_factory=dict)
-    rows: tuple[dict[str, Any], ...] = ()
-    tables: tuple[Table, ...] = ()
-    notes: tuple[str, ...] = ()
-    statistics: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON, without rows and statistics."""
-        names = ("task", "pinned", "protocols", "breakdowns", "tables", "notes")
-        return {name: _plain(getattr(self, name)) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, Figure | Table):
-        return dataclasses.asdict(value)
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+    paper: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,16 +126,16 @@ class Scored:
     """What a protocol makes of the answers.
 
     Attributes:
-        statistics: By figure.
-        scores: By figure, a number for each item; None where the protocol says nothing about it.
-        of: How many items a figure is about, by its name; all that have a score by default.
-        breakdowns: Besides those that the task's ``by`` gives.
+        statistics: By result.
+        scores: By result, a number for each item; None where the protocol says nothing about it.
+        of: How many items a result is about, where that is not all that have a score.
+        by_group: Results of groups besides the mean scores: by kind of group, group and result.
     """
 
     statistics: Mapping[str, Statistic]
     scores: Mapping[str, Sequence[float | None]]
-    of: Callable[[str], int] | None = None
-    breakdowns: Mapping[str, Mapping[str, Figures]] = field(default_factory=dict)
+    of: Mapping[str, int] = field(default_factory=dict)
+    by_group: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +145,46 @@ class Measured:
     protocols: Mapping[str, Scored]
     pinned: Mapping[str, str]
     notes: Sequence[str] = ()
-    tables: Sequence[Table] = ()
+    tables: Mapping[str, Rows] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The scores of one task.
+
+    Attributes:
+        task: Its name.
+        pinned: What has to be equal for two results to be comparable, by name: split, grouping, scorer, ...
+        protocols: Results by protocol and name.
+        breakdowns: By protocol, then ``"size"``, ``"category"``, ..., then group: results by name.
+        paper: Where the paper's results are, and what they were measured on.
+        tables: For the page of results, such as a confusion matrix, by their titles.
+        notes: Sentences that belong beside the results, such as how many answers were missing.
+        rows: One JSON object per item, its ``scores`` under ``"protocol.result"``.
+        statistics: By protocol and result, for bootstrap intervals and comparisons.
+    """
+
+    task: str
+    pinned: Mapping[str, str]
+    protocols: Mapping[str, Mapping[str, Figure]]
+    breakdowns: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Figure]]]] = field(default_factory=dict)
+    paper: str = ""
+    tables: Mapping[str, Rows] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    rows: tuple[dict[str, Any], ...] = ()
+    statistics: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON, without rows and statistics."""
+        return {name: _plain(value) for name, value in vars(self).items() if name not in ("rows", "statistics")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, Figure):
+        return vars(value)
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 class Task(Settings, ABC):
@@ -206,7 +196,7 @@ class Task(Settings, ABC):
         item_id: What an item's id is, for messages: ``"annotation id"``.
         reads: What is scored of an :class:`Answer`, any of ``text``, ``scores``, ``called``.
         by: Groups of the items that mean scores are broken down by.
-        paper: The paper's results by protocol and figure, in the unit of :class:`Figure`.
+        paper: The paper's results by protocol and name, in the unit of :class:`Figure`.
         paper_source: Where in the paper they are, and what they were measured on.
     """
 
@@ -240,11 +230,7 @@ class Task(Settings, ABC):
 
     @abstractmethod
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
-        """What is to be said of answers.
-
-        Raises:
-            DataError: An answer does not fit its item, such as scores for another number of choices.
-        """
+        """Score answers; DataError where one does not fit its item, such as scores for another number of choices."""
 
     def items(self) -> list[Item]:
         """The items of the first ``limit`` images; raises as :meth:`read_items` does."""
@@ -261,25 +247,30 @@ class Task(Settings, ABC):
         Args:
             items: What :meth:`items` gave, or some of them.
             answers: By item id; an item without one counts as wrong, and is noted.
-            resamples: Of the bootstrap; 0 for no intervals. What chance would give has none.
+            resamples: Of the bootstrap; 0 for no intervals.
             seed: Of the bootstrap.
 
         Raises:
-            DataError: As :meth:`measure` does.
+            DataError: An answer does not fit its item.
         """
         measured = self.measure(items, answers)
-        figures, breakdowns = {}, {}
+        protocols, breakdowns = {}, {}
         scores: dict[str, Sequence[float | None]] = {}
         for protocol, scored in measured.protocols.items():
             places = [k for k in range(len(items)) if any(each[k] is not None for each in scored.scores.values())]
-            figures[protocol] = {
-                name: figure(each, scored.of(name) if scored.of else len(places), resamples * (name != "chance"), seed)
-                for name, each in scored.statistics.items()
+            printed = self.paper.get(protocol, {})
+            protocols[protocol] = {
+                name: _figure(
+                    statistic,
+                    scored.of.get(name, len(places)),
+                    resamples if name != "chance" else 0,  # known, not measured
+                    seed,
+                    printed.get(name),
+                )
+                for name, statistic in scored.statistics.items()
             }
-            own = [items[k] for k in places]
-            values = {name: [each[k] or 0.0 for k in places] for name, each in scored.scores.items()}
-            means = {key: by_group(own, key, partial(_means, own, values)) for key in self.by}
-            breakdowns[protocol] = {key: each for key, each in {**means, **scored.breakdowns}.items() if each}
+            found = {key: _breakdown([(items[k], k) for k in places], key, scored) for key in self.by}
+            breakdowns[protocol] = {key: groups for key, groups in found.items() if groups}
             scores |= {f"{protocol}.{name}": each for name, each in scored.scores.items()}
         notes = []
         if missing := [item.id for item in items if item.id not in answers]:
@@ -290,76 +281,155 @@ class Task(Settings, ABC):
         return Result(
             task=self.name,
             pinned=measured.pinned,
-            protocols=figures,
+            protocols=protocols,
             breakdowns=breakdowns,
-            rows=tuple(_row(item, answers, scores, place) for place, item in enumerate(items)),
-            tables=tuple(measured.tables),
+            paper=self.paper_source,
+            tables=measured.tables,
             notes=(*notes, *measured.notes),
+            rows=tuple(_row(item, answers.get(item.id), scores, place) for place, item in enumerate(items)),
             statistics={name: scored.statistics for name, scored in measured.protocols.items()},
         )
-
-    @property
-    def split_read(self) -> str:
-        """The split that the options name; empty where they name the files themselves."""
-        return str(getattr(self, "split", ""))
 
     @cached_property
     def left_out(self) -> Rejects:
         """What :meth:`items` could not use, counted by kind."""
         return Rejects()
 
-    def options(self) -> dict[str, Any]:
-        """The options by name."""
-        return {name: getattr(self, name) for name in type(self).model_fields}
 
-
-def _row(
-    item: Item, answers: Mapping[str, Answer], scores: Mapping[str, Sequence[float | None]], place: int
-) -> dict[str, Any]:
+def _row(item: Item, answer: Answer | None, scores: Mapping[str, Sequence[float | None]], place: int) -> dict[str, Any]:
     return {
         "id": item.id,
         "image_id": item.image_id,
+        "image": item.image.name,
+        "question": item.question,
         "truth": item.truth,
-        "answer": answers[item.id].text if item.id in answers else None,
+        "answer": answer.text if answer else None,
         "groups": dict(item.groups),
-        "missing": item.id not in answers,
+        "missing": answer is None,
         # The number of a region means something only beside the regions.
         **({"regions": [region.to_dict() for region in item.regions]} if len(item.regions) > 1 else {}),
         "scores": {name: values[place] for name, values in scores.items() if values[place] is not None},
     }
 
 
-def figure(statistic: Statistic, of: int, resamples: int, seed: int) -> Figure:
-    """A figure, without a value where there is nothing to measure, with its interval unless ``resamples`` is 0."""
+def _figure(statistic: Statistic, of: int, resamples: int, seed: int, paper: float | None) -> Figure:
     value = statistic.value() if statistic.clusters else float("nan")
     if np.isnan(value):
-        return Figure(value=None, of=of)
-    count = min(resamples, MOST_PRECISIONS) if isinstance(statistic, PrecisionStatistic) else resamples
+        return Figure(value=None, of=of, paper=paper)
+    count = min(resamples, statistic.most_resamples)
     ends = interval(statistic, count, seed) if count and len(statistic.clusters) > 1 else None
-    return Figure(value=value, of=of, interval=None if ends is None or np.isnan(ends).any() else ends)
+    return Figure(value=value, of=of, interval=None if ends is None or np.isnan(ends).any() else ends, paper=paper)
 
 
-def by_group(
-    items: Sequence[Item], key: str, measure: Callable[[list[int]], Mapping[str, Figure]]
-) -> dict[str, Mapping[str, Figure]]:
-    """Figures of the items of each group, by their places: sizes in their order, other groups the largest first."""
-    places: dict[str, list[int]] = {}
-    for place, item in enumerate(items):
+def _breakdown(rows: Sequence[tuple[Item, int]], key: str, scored: Scored) -> dict[str, Mapping[str, Figure]]:
+    """Mean scores of the items of each group: sizes in their order, other groups the largest first."""
+    groups: dict[str, list[int]] = {}
+    for item, place in rows:
         if key in item.groups:
-            places.setdefault(item.groups[key], []).append(place)
+            groups.setdefault(item.groups[key], []).append(place)
     order = [name for name, _ in SIZES]
-    names = sorted(places, key=lambda name: (order.index(name) if name in order else len(order), -len(places[name])))
-    return {name: measure(places[name]) for name in names}
+    found: dict[str, Mapping[str, Figure]] = {}
+    for group in sorted(groups, key=lambda name: (order.index(name) if name in order else 3, -len(groups[name]))):
+        places = groups[group]
+        values = {name: float(np.mean([each[k] or 0.0 for k in places])) for name, each in scored.scores.items()}
+        more = scored.by_group.get(key, {}).get(group, {})
+        found[group] = {name: Figure(value=value, of=len(places)) for name, value in {**values, **more}.items()}
+    return found
 
 
-def _means(items: Sequence[Item], scores: Mapping[str, Sequence[float]], places: Sequence[int]) -> dict[str, Figure]:
-    return {name: mean_figure(items, values, places) for name, values in scores.items()}
+# ---------------------------------------------------------------------------------------------------------------------
+# What the paper prints
 
 
-def mean_figure(items: Sequence[Item], scores: Sequence[float], places: Sequence[int]) -> Figure:
-    """The mean score of the items at some places, without an interval."""
-    statistic = mean_statistic([items[k].image_id for k in places], [scores[k] for k in places])
-    return figure(statistic, len(places), 0, 0)
+class PaperTable(NamedTuple):
+    """One of the paper's tables, or the part about one data set; None stands for a dash."""
+
+    number: str
+    title: str
+    data: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[float | None, ...]]
+    note: str = ""
+    task: str = ""
+
+
+def _read_tables() -> dict[str, PaperTable]:
+    found = {}
+    for name, values in tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8")).items():
+        rows = {row: tuple(None if x != x else x for x in those) for row, those in values.pop("rows").items()}
+        found[name] = PaperTable(rows=rows, **values)
+    return found
+
+
+TABLES: Final = _read_tables()
+"""Tables 3-8, from ``paper.toml``."""
+
+
+def printed(table: str, **columns: str) -> dict[str, float]:
+    """The paper's own results, as shares of 1, by the name that they have here."""
+    found = dict(zip(TABLES[table].columns, TABLES[table].rows[OURS], strict=True))
+    return {name: value / 100 for name, column in columns.items() if (value := found[column]) is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What tasks share
+
+
+class InstancesTask(Task):
+    """A benchmark on an instances file in COCO's format."""
+
+    wanted: ClassVar[str] = "annotations"
+
+    split: str = "val2017"
+    """Split of the annotations: instances_SPLIT.json."""
+    annotations: Path | None = None
+    """The annotations file, wherever it is."""
+    images: Path | None = None
+    """Folder of the images, wherever it is."""
+
+    @property
+    def file(self) -> Path:
+        """The annotations."""
+        names = [f"annotations/instances_{self.split}.json", f"instances_{self.split}.json", f"{self.split}.json"]
+        return find(self.annotations, self.data, names, self.wanted, "annotations")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the images."""
+        return find(self.images, self.data, [self.split, "images", "."], "images", "images", file=False)
+
+
+def find(given: Path | None, folder: Path, names: Iterable[str], what: str, flag: str, *, file: bool = True) -> Path:
+    """The path given, or the first of the names in the folder.
+
+    Raises:
+        DataError: There is none; the message calls it ``what``, and names the option ``flag``.
+    """
+    tried = [given] if given is not None else [folder / name for name in names]
+    for path in tried:
+        if path.is_file() if file else path.is_dir():
+            return path
+    raise DataError(f"found no {what} at {' or '.join(map(str, tried))}; check the path, or give --{flag}")
+
+
+def given(items: Sequence[Item], answers: Mapping[str, Answer], kind: str) -> list[Any]:
+    """The ``text``, ``probability``, ``scores`` or ``called`` of each item's answer; None where there is none."""
+    return [getattr(answers.get(item.id), kind, None) for item in items]
+
+
+def images_of(items: Sequence[Item]) -> list[Hashable]:
+    """The image of each item, as statistics take them."""
+    return [item.image_id for item in items]
+
+
+def box_area(box: Sequence[float]) -> float:
+    """The area of an xyxy box."""
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def size_name(area: float) -> str:
+    """COCO's word for an object of an area in px^2."""
+    return next(name for name, above in SIZES if area < above)
 
 
 def listed(values: Sequence[object], most: int = 10) -> str:
@@ -372,7 +442,7 @@ class RunOptions(Settings):
     """How benchmarks are run, whatever the tasks."""
 
     out: Path | None = None
-    """Folder of the results; the same command again goes on there."""
+    """Folder of the results; the same command again resumes there."""
     model: Path | None = None
     """Checkpoint folder; otherwise the package's own model."""
     device: str | None = None
@@ -385,8 +455,6 @@ class RunOptions(Settings):
     """Score these answers; no model is run."""
     missing: Literal["refuse", "wrong"] = "refuse"
     """With --predictions: what to do with items that have none."""
-    unknown: Literal["refuse", "ignore"] = "refuse"
-    """With --predictions: what to do with those for no item."""
     resamples: int = Field(default=RESAMPLES, ge=0, le=1_000_000)
     """Resamples of the bootstrap; 0 for no intervals."""
     gallery: int = Field(default=24, ge=0)
@@ -396,9 +464,9 @@ class RunOptions(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = self.predictions is not None
-        for name in ("model", "device", "dtype", "untrained") if given else ("missing", "unknown"):
+        without = self.predictions is None
+        for name in ("missing",) if without else ("model", "device", "dtype", "untrained"):
             if name in self.model_fields_set:
-                why = "no model is run for --predictions" if given else "it goes with --predictions"
+                why = "it goes with --predictions" if without else "no model is run for --predictions"
                 raise ValueError(f"--{name}: {why}; leave it out")
         return self

@@ -8,34 +8,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from regiongpt.data.reading import is_whole, iter_array
 from regiongpt.data.shards import Rejects, many
 from regiongpt.data.visual_genome import VisualGenomeConverter
 from regiongpt.errors import DataError
-from regiongpt.evaluate.metrics.captions import METRICS, caption_scores
-from regiongpt.evaluate.metrics.java import find_java, find_spice, scored_words
-from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task
-from regiongpt.evaluate.tasks.refcocog_files import RefCocogTask, each_expression
-from regiongpt.evaluate.tasks.scoring import box_area, find, given, images_of, size_name
+from regiongpt.evaluate.caption_metrics import Metric, caption_scores, find_java, scored_words
+from regiongpt.evaluate.task import (
+    Answer,
+    Item,
+    Measured,
+    Scored,
+    Task,
+    box_area,
+    find,
+    given,
+    images_of,
+    printed,
+    size_name,
+)
+from regiongpt.evaluate.tasks.choosing import RefCocogTask
 from regiongpt.prompts import question
 from regiongpt.regions import Region
 
-PROTOCOL = "generate"
-SCORERS = {
+PROTOCOL: Final = "generate"
+SCORERS: Final = {
     "CIDEr": "CIDEr of pycocoevalcap 1.2 (mean of n-grams 1 to 4, sigma 6, document frequencies of these references)",
     "METEOR": "METEOR 1.5 (-l en -norm), summed over the set",
     "ROUGE_L": "ROUGE-L of pycocoevalcap 1.2 (beta 1.2)",
     "BLEU": "BLEU of pycocoevalcap 1.2 (closest reference length)",
-    "SPICE": "SPICE 1.0",
 }
-_OBJECTS: Final = {
+_GROUPED: Final = {
     "object": "all expressions of an object are the references of its one caption",
     "expression": "each expression is an item of its own, with itself as its only reference",
-}
-_REGIONS: Final = {
     "region": "each region is an item of its own, with its one phrase as the only reference",
     "box": "regions of one image with the same box are one item, with all their phrases as references",
 }
@@ -58,22 +64,10 @@ class CaptionTask(Task):
 
     by: ClassVar[tuple[str, ...]] = ("size", "category")
 
-    metrics: str = "METEOR,CIDEr,ROUGE_L,BLEU"
-    """Joined by commas: CIDEr, METEOR, ROUGE_L, BLEU, SPICE."""
+    metrics: tuple[Metric, ...] = Field(default=("METEOR", "CIDEr", "ROUGE_L", "BLEU"), min_length=1)
+    """Which metrics to compute: METEOR, CIDEr, ROUGE_L, BLEU."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest caption, in tokens."""
-
-    @field_validator("metrics")
-    @classmethod
-    def _check_metrics(cls, value: str) -> str:
-        names = [name.strip() for name in value.split(",") if name.strip()]
-        if not names or not set(names) <= set(METRICS):
-            raise ValueError(f"give some of {', '.join(METRICS)}, joined by commas")
-        return value
-
-    @property
-    def _metrics(self) -> list[str]:
-        return [name.strip() for name in self.metrics.split(",") if name.strip()]
 
     @abstractmethod
     def regions_described(self) -> list[Described]:
@@ -85,10 +79,7 @@ class CaptionTask(Task):
 
     def read_items(self) -> list[Item]:
         """One item a region, except those of which no reference has a word."""
-        # What is missing is better said now than after all the answers.
-        find_java()
-        if "SPICE" in self._metrics:
-            find_spice()
+        find_java()  # what is missing is better said now than after all the answers
         described = self.regions_described()
         words = iter(scored_words([text for each in described for text in each.references]))
         items = []
@@ -101,7 +92,6 @@ class CaptionTask(Task):
                     self.left_out.add("reference without words", self.inputs()[0], each.id, f"no word in {text!r}")
             if not worded:
                 continue
-            size = size_name(box_area(each.box))
             items.append(
                 Item(
                     id=each.id,
@@ -112,7 +102,10 @@ class CaptionTask(Task):
                     regions=(Region.box(*each.box),),
                     max_new_tokens=self.max_new_tokens,
                     truth=worded[0],
-                    groups={"size": size, **({"category": each.category} if each.category else {})},
+                    groups={
+                        "size": size_name(box_area(each.box)),
+                        **({"category": each.category} if each.category else {}),
+                    },
                     detail={"references": worded},
                 )
             )
@@ -121,9 +114,8 @@ class CaptionTask(Task):
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """The metrics over all items; one without an answer is the empty caption."""
         texts = [text or "" for text in given(items, answers, "text")]
-        metrics = self._metrics
         references = [list(item.detail["references"]) for item in items]
-        found = caption_scores(texts, references, metrics=metrics, clusters=images_of(items))
+        found = caption_scores(texts, references, metrics=self.metrics, clusters=images_of(items))
         empty = sum(not any(map(str.isalnum, text)) for text in texts)
         # METEOR and BLEU of a set are no means of the items' scores, and differ a little.
         scored = Scored(
@@ -133,22 +125,20 @@ class CaptionTask(Task):
         words = "Penn Treebank tokenizer of CoreNLP 3.4.1, lower case, punctuation dropped"
         return Measured(
             protocols={PROTOCOL: scored},
-            pinned={**self.pinned(), "tokenizer": words, **{f"scorer {name}": SCORERS[name] for name in metrics}},
+            pinned={**self.pinned(), "tokenizer": words, **{f"scorer {name}": SCORERS[name] for name in self.metrics}},
             notes=[f"{many(empty, 'caption')} without a word, of the score 0"] if empty else [],
         )
 
 
-def _printed(table: str) -> dict[str, dict[str, float]]:
-    return {PROTOCOL: {name: TABLES[table].figure(name) / 100 for name in ("METEOR", "CIDEr")}}
-
-
 class RefCocogCaption(RefCocogTask, CaptionTask):
-    """One caption an object, or one for each of its expressions; published figures use both and seldom say which."""
+    """One caption an object, or one for each of its expressions; published results use both and seldom say which."""
 
     name: ClassVar[str] = "refcocog_caption"
     summary: ClassVar[str] = "captions of RefCOCOg's objects: METEOR and CIDEr (Table 4)"
     item_id: ClassVar[str] = "annotation id"
-    paper: ClassVar[Mapping[str, Mapping[str, float]]] = _printed("refcocog_caption")
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        PROTOCOL: printed("refcocog_caption", METEOR="METEOR", CIDEr="CIDEr")
+    }
     paper_source: ClassVar[str] = "Table 4, RefCOCOg; the paper names neither split nor grouping of the references"
 
     grouping: Literal["object", "expression"] = "object"
@@ -156,19 +146,19 @@ class RefCocogCaption(RefCocogTask, CaptionTask):
 
     def pinned(self) -> dict[str, str]:
         """Partition, split and grouping."""
-        split = self.split_read or self.inputs()[0].name
-        return {"split": f"RefCOCOg {self.partition} {split}", "references": _OBJECTS[self.grouping]}
+        split = self.split if self._refs.suffix == ".p" else self._refs.name
+        return {"split": f"RefCOCOg {self.partition} {split}", "references": _GROUPED[self.grouping]}
 
     def regions_described(self) -> list[Described]:
         """One an object or an expression, in the order of the file."""
-        objects, folder = self.objects(), self.folder
-        if self.grouping == "object":
-            asked = [(str(each.ann_id), each, [text for _, text in each.expressions]) for each in objects]
-        else:
-            asked = [(str(number), each, [text]) for each, number, text in each_expression(objects)]
         return [
-            Described(number, folder / each.file, each.image_id, each.size, each.box, said, each.category)
-            for number, each, said in asked
+            Described(number, self.folder / each.file, each.image_id, each.size, each.box, said, each.category)
+            for each in self.objects()
+            for number, said in (
+                [(str(each.ann_id), [text for _, text in each.expressions])]
+                if self.grouping == "object"
+                else [(str(number), [text]) for number, text in each.expressions]
+            )
         ]
 
 
@@ -178,7 +168,9 @@ class VisualGenomeCaption(CaptionTask):
     name: ClassVar[str] = "vg_caption"
     summary: ClassVar[str] = "captions of Visual Genome's regions: METEOR and CIDEr (Table 4)"
     item_id: ClassVar[str] = "region id"
-    paper: ClassVar[Mapping[str, Mapping[str, float]]] = _printed("vg_caption")
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        PROTOCOL: printed("vg_caption", METEOR="METEOR", CIDEr="CIDEr")
+    }
     paper_source: ClassVar[str] = "Table 4, Visual Genome; the paper names neither split nor number of regions"
 
     split: str = "test"
@@ -194,11 +186,6 @@ class VisualGenomeCaption(CaptionTask):
     grouping: Literal["region", "box"] = "region"
     """How references are grouped: each region by itself, or regions with the same box together."""
 
-    @property
-    def split_read(self) -> str:
-        """The split, if there is a file of splits."""
-        return self.split if self.splits is not None else ""
-
     def inputs(self) -> list[Path]:
         """Regions, images' sizes and splits."""
         found = [
@@ -210,7 +197,7 @@ class VisualGenomeCaption(CaptionTask):
     def pinned(self) -> dict[str, str]:
         """Split and grouping."""
         split = f"{self.split} of {self.splits.name}" if self.splits is not None else "all images of the file"
-        return {"split": f"Visual Genome, {split}", "references": _REGIONS[self.grouping]}
+        return {"split": f"Visual Genome, {split}", "references": _GROUPED[self.grouping]}
 
     def regions_described(self) -> list[Described]:
         """One a region or a box, by image and region id."""
@@ -246,7 +233,7 @@ def _split_of(path: Path, split: str) -> set[int]:
     try:
         numbers = list(iter_array(path, split, rejects))
     except DataError as error:
-        raise DataError(f"{error}; the file of splits is to have a list of image ids by split") from None
+        raise DataError(f"{error}; the file of splits needs a list of image ids by split") from None
     if rejects.counts or not numbers or not all(is_whole(number) for number in numbers):
         raise DataError(f"{path}: {split!r} is no list of image ids as whole numbers; give another file")
     return set(numbers)

@@ -6,42 +6,74 @@ Paper: §4.3, Table 5
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
+from regiongpt.data.coco import (
+    ImageAnnotations,
+    annotated_box,
+    load_coco,
+    photo_sources,
+    read_annotation,
+    read_score,
+)
 from regiongpt.data.facts import View, colours_of
-from regiongpt.data.reading import known_size
+from regiongpt.data.reading import (
+    APART,
+    MALFORMED,
+    Corners,
+    Expression,
+    Row,
+    Whole,
+    clipped_box,
+    image_name,
+    is_box,
+    iter_array,
+    iter_lines,
+    known_size,
+)
+from regiongpt.data.refcoco import Scene, read_instances, read_json, read_pickle
 from regiongpt.data.sampling import LOCATED_AMONG, dev_questions
-from regiongpt.data.shards import many
-from regiongpt.errors import DataError
-from regiongpt.evaluate.metrics.bootstrap import mean_statistic
-from regiongpt.evaluate.metrics.detection import ENOUGH, overlaps
-from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task
-from regiongpt.evaluate.tasks.proposals import candidates_of, read_proposals
-from regiongpt.evaluate.tasks.refcocog_files import RefCocogTask, each_expression
-from regiongpt.evaluate.tasks.scoring import box_area, find, given, images_of, size_name
+from regiongpt.data.shards import Fault, Rejects, many
+from regiongpt.errors import ConfigError, DataError, short
+from regiongpt.evaluate.bootstrap import mean_statistic
+from regiongpt.evaluate.detection import ENOUGH, overlaps
+from regiongpt.evaluate.task import (
+    Answer,
+    Item,
+    Measured,
+    Scored,
+    Task,
+    box_area,
+    find,
+    given,
+    images_of,
+    printed,
+    size_name,
+)
 from regiongpt.images import load_image
 from regiongpt.prompts import NO_MATCH, parse_region_answer, question, region_answer
-from regiongpt.regions import Region
+from regiongpt.regions import MAX_COORDINATE, Region
 
 GENERATED: Final = "generate"
 SCORED: Final = "score all choices"
 CALLED: Final = "call each region"
 RULES: Final = {
     GENERATED: "the generated answer must be Region [x] of a candidate; other answers, and that none fits, are wrong",
-    SCORED: "the likeliest of Region [x] for every candidate and the sentence that none fits",
-    CALLED: "the candidate that the model is likeliest to call by the expression, each asked about by itself",
+    SCORED: "the most probable of Region [x] for every candidate and the sentence that none fits",
+    CALLED: "the candidate whose name, asked for by itself, is most probably the expression",
 }
-
 INJECTED: Final = "ground truth injected"
 BARE: Final = "without injection"
+_REFS: Final = ("refcocog/refs(umd).p", "refs(umd).p", "refcocog/refs(google).p", "refs(google).p")
+_INSTANCES: Final = ("refcocog/instances.json", "instances.json")
+_FOLDERS: Final = ("train2014", "images/mscoco/images/train2014", "coco/train2014", "images", ".")
+_ENDLESS = int(MAX_COORDINATE)  # pixels of an image whose size is unknown
 
 
 class ChoosingTask(Task):
@@ -55,7 +87,7 @@ class ChoosingTask(Task):
     choices: bool = True
     """Score all candidates too."""
     calls: bool = True
-    """Ask of each candidate by itself, too, how likely it is called so."""
+    """Ask of each candidate by itself, too, how probable it is to be called so."""
 
     def item(self, regions: Sequence[Region], expression: str, **values: Any) -> Item:
         """A question about regions."""
@@ -73,35 +105,27 @@ def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, li
         DataError: There is no answer, or an answer's scores are not as many as the choices.
     """
     found: dict[str, list[int | str | None]] = {}
-    for protocol, kind, read in ((GENERATED, "text", _read), (SCORED, "scores", _best), (CALLED, "called", _likeliest)):
+    for protocol, kind in ((GENERATED, "text"), (SCORED, "scores"), (CALLED, "called")):
         said = given(items, answers, kind)
         if any(each is not None for each in said):
             found[protocol] = [
-                None if each is None else read(each, item) for each, item in zip(said, items, strict=True)
+                None if each is None else _choice(each, item, none=kind == "scores")
+                for each, item in zip(said, items, strict=True)
             ]
     if not found:
         raise DataError("no item has an answer with a text or with scores")
     return found
 
 
-def _read(text: str, item: Item) -> int | str:
-    number = parse_region_answer(text)
-    if number is None:
-        return "none"
-    return number if isinstance(number, int) and number <= len(item.regions) else "invalid"
-
-
-def _best(scores: Sequence[float], item: Item) -> int | str:
-    if len(scores) != len(item.regions) + 1:
-        raise DataError(f"item {item.id}: {len(scores)} scores for {len(item.regions)} regions and none of them")
-    best = int(np.argmax(scores))
-    return best + 1 if best < len(item.regions) else "none"
-
-
-def _likeliest(called: Sequence[float], item: Item) -> int | str:
-    if len(called) != len(item.regions):
-        raise DataError(f"item {item.id}: {len(called)} likelihoods for {len(item.regions)} regions")
-    return int(np.argmax(called)) + 1
+def _choice(said: str | Sequence[float], item: Item, none: bool) -> int | str:
+    count = len(item.regions)
+    if isinstance(said, str):
+        number = parse_region_answer(said)
+        return "none" if number is None else number if isinstance(number, int) and number <= count else "invalid"
+    if len(said) != count + none:
+        raise DataError(f"item {item.id}: {len(said)} scores for {count} regions{' and none of them' if none else ''}")
+    best = int(np.argmax(said))
+    return best + 1 if best < count else "none"
 
 
 def scored(items: Sequence[Item], picked: Sequence[int | str | None], right: Sequence[bool]) -> Scored:
@@ -116,6 +140,116 @@ def scored(items: Sequence[Item], picked: Sequence[int | str | None], right: Seq
     return Scored(statistics=statistics, scores={"accuracy": shares["accuracy"]})
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# RefCOCOg
+
+
+class Referred(NamedTuple):
+    """One object with the expressions that refer to it."""
+
+    image_id: int
+    file: str
+    size: tuple[int, int] | None
+    ann_id: int
+    box: Corners
+    category: str
+    expressions: tuple[tuple[int, str], ...]
+
+
+class RefCocogTask(Task):
+    """A benchmark on the files of RefCOCOg."""
+
+    split: str = "val"
+    """Split of a refs(...).p; a json holds one split, which this names."""
+    refs: Path | None = None
+    """refs(umd).p, a json in COCO's layout or json lines, wherever it is."""
+    instances: Path | None = None
+    """instances.json of the data set, wherever it is; only refs(...).p needs it."""
+    images: Path | None = None
+    """Folder of the images, wherever it is."""
+
+    def inputs(self) -> list[Path]:
+        """Expressions and objects."""
+        if self._refs.suffix != ".p" and self.instances is None:
+            return [self._refs]
+        return [self._refs, find(self.instances, self.data, _INSTANCES, "objects", "instances")]
+
+    @property
+    def _refs(self) -> Path:
+        return find(self.refs, self.data, _REFS, "expressions", "refs")
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the images."""
+        return find(self.images, self.data, _FOLDERS, "images", "images", file=False)
+
+    @property
+    def partition(self) -> str:
+        """Who divided the data set, as far as the file's name says it."""
+        return next((name for name in ("umd", "google") if name in self._refs.name.lower()), "as in the file")
+
+    def objects(self) -> list[Referred]:
+        """The objects of the split, in the order of the file; DataError if there are none."""
+        path, *instances = RefCocogTask.inputs(self)
+        rejects = self.left_out
+        if path.suffix == ".jsonl":
+            return _read_lines(path, self.folder, rejects)
+        scenes: dict[int, Scene] = {}
+        if path.suffix == ".p":
+            refs = read_pickle(path, self.split, rejects)
+        else:
+            refs, scenes = read_json(path, "refcocog", rejects)
+        if instances:
+            scenes = read_instances(instances[0], set(refs), rejects)
+        found: list[Referred] = []
+        for image_id, ref in ((image_id, ref) for image_id, those in refs.items() for ref in those):
+            scene = scenes.get(image_id)
+            if scene is None or ref.ann_id not in scene.objects:
+                rejects.add(APART, path, ref.ann_id, "expected the object in the instances, found none")
+                continue
+            each, size = scene.objects[ref.ann_id], (scene.width, scene.height)
+            said = tuple(ref.expressions)
+            found.append(Referred(image_id, scene.path, size, ref.ann_id, each.box, each.category, said))
+        if not found:
+            raise DataError(f"{path}: no objects of the split {self.split!r}; {rejects.summary()}")
+        return found
+
+
+class _Line(Row):
+    image_id: Whole
+    ann_id: Whole
+    sent_id: Whole | None = None
+    sent: Expression
+    bbox: Any = None
+    bbox_xywh: Any = None
+    file_name: str = ""
+    category: Any = ""
+
+
+def _read_lines(path: Path, folder: Path, rejects: Rejects) -> list[Referred]:
+    """``{"image_id", "ann_id", "bbox_xywh", "sent"}`` a line; further: ``sent_id``, ``file_name``, ``category``."""
+    found: dict[int, Referred] = {}
+    seen: set[int] = set()
+    for number, entry in iter_lines(path, rejects):
+        with rejects.noting(path, number):
+            line = _Line.read(entry)
+            box = line.bbox_xywh or line.bbox
+            if not is_box(box):
+                raise Fault("box that is not four numbers", f"expected bbox_xywh as four numbers, got {short(box)}")
+            name = image_name(line.file_name or f"COCO_train2014_{line.image_id:012d}.jpg")
+            corners = clipped_box(box, *(known_size(folder / name) or (_ENDLESS, _ENDLESS)))
+            if line.sent_id in seen:
+                raise Fault("duplicate id", f"expected each sent_id once, got {line.sent_id} again")
+            said = (number if line.sent_id is None else line.sent_id, line.sent)
+            seen.add(said[0])
+            new = Referred(line.image_id, name, None, line.ann_id, corners, str(line.category), ())
+            kept = found.setdefault(line.ann_id, new)
+            if (kept.image_id, kept.box) != (line.image_id, corners):
+                raise Fault(APART, f"expected one image and box of ann_id {line.ann_id}, got another")
+            found[line.ann_id] = kept._replace(expressions=(*kept.expressions, said))
+    return list(found.values())
+
+
 class RefCocogRec(RefCocogTask, ChoosingTask):
     """One question an expression, among the proposals for its image.
 
@@ -127,17 +261,13 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
     summary: ClassVar[str] = "the box that an expression means, among proposals (Table 5)"
     item_id: ClassVar[str] = "sentence id"
     by: ClassVar[tuple[str, ...]] = ("size", "injected")
-    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
-        f"generate, {INJECTED}": {"accuracy": TABLES["rec"].figure("val") / 100}
-    }
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {f"{GENERATED}, {INJECTED}": printed("rec", accuracy="val")}
     paper_source: ClassVar[str] = "Table 5, RefCOCOg val (test: 86.96), ground truth injected; proposals not published"
 
     proposals: Path | None = None
     """Json array of detections: image_id, bbox (x, y, w, h), score."""
     top: int = Field(default=20, ge=0)
     """Most proposals an image, the best by score; 0 for all."""
-    min_score: float = 0.0
-    """Least score of a proposal; 0 for all."""
 
     @property
     def _proposals(self) -> Path:
@@ -150,14 +280,13 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
 
     def read_items(self) -> list[Item]:
         """One item an expression, in the order of the file."""
-        objects, folder = self.objects(), self.folder
-        images = {each.image_id: folder / each.file for each in objects}
-        size = cache(lambda number: known_size(images[number]))
-        found = read_proposals(self._proposals, set(images), self.top, self.min_score, self.left_out, size)
+        objects = self.objects()
+        images = {each.image_id: self.folder / each.file for each in objects}
+        proposed = read_proposals(self._proposals, images, self.top, self.left_out)
         items = []
-        for each, number, text in each_expression(objects):
-            proposed = found.boxes.get(each.image_id, ())
-            boxes, lacking = candidates_of(each.box, proposed, True, (self.seed, each.image_id, number))
+        for each, (number, text) in [(one, said) for one in objects for said in one.expressions]:
+            seed = (self.seed, each.image_id, number)
+            boxes, lacking = candidates_of(each.box, proposed.get(each.image_id, ()), seed)
             agreement = overlaps(each.box, boxes)
             right = [k for k, overlap in enumerate(agreement.tolist(), 1) if overlap >= ENOUGH]
             numbers = range(1, len(boxes) + 1)
@@ -171,10 +300,7 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
                     size=each.size,
                     question=question("locate", 0, regions=numbers, expression=text, guided=self.guided),
                     truth=region_answer(int(agreement.argmax()) + 1),
-                    groups={
-                        "size": size_name(box_area(each.box)),
-                        "injected": "yes" if lacking else "no",
-                    },
+                    groups={"size": size_name(box_area(each.box)), "injected": "yes" if lacking else "no"},
                     detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes), "expression": text},
                 )
             )
@@ -189,20 +315,15 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
         protocols = {}
         for protocol, picked in chosen(items, answers).items():
             right = [number in item.detail["right"] for item, number in zip(items, picked, strict=True)]
-            with_object = scored(items, picked, right)
+            whole = scored(items, picked, right)
             bare = scored(items, picked, [ok and not own for ok, own in zip(right, injected, strict=True)])
-            statistics = {**with_object.statistics, "injected_share": share}
-            protocols[f"{protocol}, {INJECTED}"] = replace(with_object, statistics=statistics)
-            statistics = {name: each for name, each in bare.statistics.items() if name != "chance"}
-            protocols[f"{protocol}, {BARE}"] = replace(bare, statistics=statistics)
+            protocols[f"{protocol}, {INJECTED}"] = replace(
+                whole, statistics={**whole.statistics, "injected_share": share}
+            )
+            without = {name: each for name, each in bare.statistics.items() if name != "chance"}
+            protocols[f"{protocol}, {BARE}"] = replace(bare, statistics=without)
         candidates = sum(len(item.regions) for item in items) / len(items)
-        note = (
-            f"{sum(injected)} of {many(len(items), 'question')} had no candidate with an overlap of {ENOUGH}; "
-            f"{candidates:.1f} candidates a question on average"
-        )
         these = f"at most {self.top} an image" if self.top else "all"
-        if self.min_score:
-            these += f" of a score of {self.min_score:g} or more"
         return Measured(
             protocols=protocols,
             pinned={
@@ -213,8 +334,66 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
                 f"variant {INJECTED}": "the object's box is added where no candidate overlaps it enough",
                 f"variant {BARE}": "the same questions, of which those count as wrong",
             },
-            notes=[note],
+            notes=[
+                f"{sum(injected)} of {many(len(items), 'question')} had no candidate with an overlap of {ENOUGH}; "
+                f"{candidates:.1f} candidates a question on average"
+            ],
         )
+
+
+def read_proposals(path: Path, images: Mapping[int, Path], top: int, rejects: Rejects) -> dict[int, list[Corners]]:
+    """Candidate boxes (xyxy in pixels) by image id, the best score first, from a json array of detection results.
+
+    Args:
+        path: The file, with a ``score`` in all entries or in none.
+        images: The images that are asked about; a candidate is clipped to its image if that can be read.
+        top: Most candidates an image, by score; 0 for all.
+        rejects: Where unusable entries are noted.
+
+    Raises:
+        DataError: The file has scores for some entries alone, or nothing for any image.
+        ConfigError: ``top`` is asked for, and there are no scores.
+    """
+    found: dict[int, list[tuple[float | None, Corners]]] = {}
+    before = rejects.counts.total()
+    for place, entry in enumerate(iter_array(path, None, rejects)):
+        with rejects.noting(path, place):
+            row = read_annotation(entry)
+            if row.image is None or row.box is None:
+                wanted = "expected image_id, and a bbox of four numbers or a segmentation"
+                raise Fault(MALFORMED, f"{wanted}, got {short(entry)}")
+            if row.image in images:
+                box = annotated_box(row.box, *(known_size(images[row.image]) or (_ENDLESS, _ENDLESS)))
+                found.setdefault(row.image, []).append((read_score(entry), box))
+    if not found:
+        why = rejects.last if rejects.counts.total() > before else "is the file of another split?"
+        asked = f"the {many(len(images), 'image')} that are asked about"
+        raise DataError(f"{path}: no candidates of {asked}; {rejects.summary()}; {why}")
+    lacking = [score is None for those in found.values() for score, _ in those]
+    if any(lacking) and not all(lacking):
+        raise DataError(f"{path}: {sum(lacking):,} of {len(lacking):,} candidates have no score; give all one, or none")
+    if all(lacking) and top:
+        raise ConfigError(f"{path}: no scores to choose candidates by; give a file with scores, or --top 0 to take all")
+    ranked = {number: sorted(those, key=lambda each: -(each[0] or 0.0)) for number, those in found.items()}
+    return {number: [box for _, box in those[: top or None]] for number, those in ranked.items()}
+
+
+def candidates_of(truth: Corners, proposed: Sequence[Corners], seed: tuple[int, ...]) -> tuple[list[Corners], bool]:
+    """The boxes to choose among, in an order drawn by the seed, since a detector's order says which is likely.
+
+    Returns:
+        The boxes, and whether none overlaps the truth by 0.5, which was then added.
+
+    Paper: §4.3
+    """
+    lacking = not proposed or bool(overlaps(truth, proposed).max() < ENOUGH)
+    boxes = [*proposed, truth] if lacking else list(proposed)
+    order = np.random.default_rng(seed).permutation(len(boxes)).tolist()
+    return [boxes[k] for k in order], lacking
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COCO
 
 
 class CocoRec(ChoosingTask):
@@ -242,7 +421,7 @@ class CocoRec(ChoosingTask):
             usable = (place for place, image in enumerate(images, 1) if len(View(image).askable) >= LOCATED_AMONG)
             images = images[: max(islice(usable, self.limit), default=0)]
         colours = {k: v for image in images if self.colours for k, v in _colours(image).items()}
-        guide = _guide()
+        plain, guided = (question("locate", 0, regions=[1], expression="x", guided=each) for each in (False, True))
         items = []
         turn: Counter[int] = Counter()
         for each in dev_questions(images, "locate", self.seed, colours):
@@ -256,7 +435,7 @@ class CocoRec(ChoosingTask):
                     image=image.path,
                     image_id=image.image_id,
                     size=(image.width, image.height),
-                    question=each.text if self.guided else each.text.removesuffix(guide),
+                    question=each.text if self.guided else each.text.removesuffix(guided.removeprefix(plain)),
                     truth=each.answer,
                     groups={"kind": each.kind, "category": each.category},
                     detail={"right": parse_region_answer(each.answer), "chance": 1 / len(each.regions)},
@@ -289,9 +468,3 @@ def _colours(image: ImageAnnotations) -> dict[int, str]:
     except DataError:  # noted when it is asked about
         return {}
     return colours_of(image, photo) if photo.size == (image.width, image.height) else {}
-
-
-def _guide() -> str:
-    """The suffix that fixes the form of an answer."""
-    plain, guided = (question("locate", 0, regions=[1], expression="x", guided=each) for each in (False, True))
-    return guided.removeprefix(plain)

@@ -14,23 +14,22 @@ import numpy as np
 from regiongpt.data.coco import InstancesFile, crowd_hint
 from regiongpt.data.shards import many
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate.metrics.bootstrap import Statistic, mean_statistic
-from regiongpt.evaluate.metrics.detection import FREQUENCIES, DetectionScores, Federated, detection_scores
-from regiongpt.evaluate.metrics.labels import Labels, Reading
-from regiongpt.evaluate.paper import COCO, TABLES
+from regiongpt.evaluate.bootstrap import Statistic, mean_statistic
+from regiongpt.evaluate.detection import FREQUENCIES, MOST_RESAMPLES, Federated, detection_scores
 from regiongpt.evaluate.task import (
-    MOST_PRECISIONS,
     Answer,
-    Figure,
+    InstancesTask,
     Item,
     Measured,
+    Rows,
     Scored,
-    Table,
-    by_group,
+    box_area,
+    given,
+    images_of,
     listed,
-    mean_figure,
+    printed,
+    size_name,
 )
-from regiongpt.evaluate.tasks.scoring import InstancesTask, box_area, given, images_of, size_name
 from regiongpt.prompts import LABEL_SETS, question
 from regiongpt.regions import Region
 
@@ -57,14 +56,11 @@ class CocoClassification(InstancesTask):
     summary: ClassVar[str] = "classes of ground-truth regions: accuracy and AP under three protocols (Table 3)"
     item_id: ClassVar[str] = "annotation id"
     reads: ClassVar[tuple[str, ...]] = ("text", "scores")
-    by: ClassVar[tuple[str, ...]] = ("size",)
-    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
-        MATCH: {
-            "AP": TABLES["classification"].figure("mAP") / 100,
-            "accuracy": TABLES["classification"].figure("Acc") / 100,
-        }
-    }
-    paper_source: ClassVar[str] = f"Table 3, {COCO}; the paper does not say what score its detections have"
+    by: ClassVar[tuple[str, ...]] = ("size", "category")
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {MATCH: printed("classification", AP="mAP", accuracy="Acc")}
+    paper_source: ClassVar[str] = (
+        "Table 3, COCO val2017, ground-truth boxes; the paper does not say what score its detections have"
+    )
 
     region: Literal["box", "mask"] = "box"
     """What marks an object; one without a mask is not asked about by mask."""
@@ -76,15 +72,12 @@ class CocoClassification(InstancesTask):
     """End the question by naming the closed set."""
     choices: bool = True
     """Score all names too; of a long list this takes most of the time."""
-    rules: Literal["auto", "coco", "lvis"] = "auto"
+    rules: Literal["auto", "coco"] = "auto"
     """Rules of AP; auto takes LVIS' where the annotations have what these need."""
-    synonyms: str = ""
-    """Forgive answers: case, plural, or json files of synonyms, by commas; counted, and nothing by default."""
 
     def inputs(self) -> list[Path]:
-        """The annotations, and the files of synonyms."""
-        words = [word.strip() for word in self.synonyms.split(",")]
-        return [self.file, *(Path(word) for word in words if Path(word).is_file())]
+        """The annotations."""
+        return [self.file]
 
     def read_items(self) -> list[Item]:
         """One item an object, by image and annotation id."""
@@ -93,24 +86,22 @@ class CocoClassification(InstancesTask):
         file = InstancesFile(self.file, self.left_out, shapes=self.region, folder=folder, crowds=crowds)
         ids = sorted(file.names)
         names = [file.names[number] for number in ids]
-        Labels(names, self.synonyms)
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ConfigError(f"{file.path}: categories of the same name: {', '.join(repeated)}; rename them")
         known = LABEL_SETS.get(self.label_set)
         if self.guided and known and (foreign := sorted(set(names) - set(known))):
             raise ConfigError(
                 f"{file.path}: {self.label_set} has no category {listed(foreign, 3)}; name the closed set with "
                 "--label-set"
             )
-        federated = file.federated if self.rules != "coco" else None
-        if self.rules == "lvis" and federated is None:
-            raise DataError(
-                f"{file.path}: LVIS' rules need neg_category_ids and not_exhaustive_category_ids of every image and "
-                "the frequency of every category; leave out --rules lvis"
-            )
         groups: dict[int, list[dict[str, Any]]] = {}
         for image, category, box, area in file.groups:
             group = {"bbox": box, "category_id": category, "area": box[2] * box[3] if isnan(area) else area}
             groups.setdefault(image, []).append(group)
-        shared = {"names": names, "ids": ids, **({"federated": federated} if federated is not None else {})}
+        shared = {
+            "ids": dict(zip(names, ids, strict=True)),
+            "federated": file.federated if self.rules != "coco" else None,
+        }
         text = question("classify", 0, regions=[1], label_set=self.label_set, guided=self.guided)
         items = []
         columns = (file.ids, file.places, file.categories, file.boxes, file.areas)
@@ -145,26 +136,23 @@ class CocoClassification(InstancesTask):
 
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """All protocols that the answers allow: without probabilities and scores, the first alone."""
-        names: list[str] = items[0].detail["names"]
-        ids = _category_ids(items)
-        labels = Labels(names, self.synonyms)
+        ids: dict[str, int] = items[0].detail["ids"]
+        names = list(ids)
         texts, sure, rated = (given(items, answers, kind) for kind in ("text", "probability", "scores"))
         for item, scores in zip(items, rated, strict=True):
             if scores is not None and len(scores) != len(names):
                 raise DataError(f"item {item.id}: {len(scores)} scores for {len(names)} names")
-        readings = [labels.read(text) if text is not None else None for text in texts]
-        said = [reading.name if reading else None for reading in readings]
+        said = [read_name(text or "", ids) for text in texts]
+        unsure = [item.id for item, text, p in zip(items, texts, sure, strict=True) if text is not None and p is None]
         chosen: dict[str, list[str | None]] = {}
         detections: dict[str, list[dict[str, Any]]] = {}
         if any(text is not None for text in texts):
-            chosen[MATCH] = said
             named = [(item, ids[name], p) for item, name, p in zip(items, said, sure, strict=True) if name]
-            detections[MATCH] = [_detection(item, number, 1.0) for item, number, _ in named]
-            if all(p is not None for text, p in zip(texts, sure, strict=True) if text is not None):
-                chosen[PROBABLE] = said
-                detections[PROBABLE] = [_detection(*each) for each in named]
+            chosen[MATCH], detections[MATCH] = said, [_detection(item, number, 1.0) for item, number, _ in named]
+            if not unsure:
+                chosen[PROBABLE], detections[PROBABLE] = said, [_detection(*each) for each in named]
         if any(scores is not None for scores in rated):
-            chosen[SCORED] = [names[max(range(len(names)), key=s.__getitem__)] if s else None for s in rated]
+            chosen[SCORED] = [names[int(np.argmax(scores))] if scores else None for scores in rated]
             detections[SCORED] = [
                 _detection(item, number, score)
                 for item, scores in zip(items, rated, strict=True)
@@ -172,24 +160,34 @@ class CocoClassification(InstancesTask):
             ]
         if not chosen:
             raise DataError("no item has an answer with a text or with scores")
-        truth, federated = _truth(items), _federated(items)
-        protocols, tables = {}, []
+        truth, federated, of = _truth(items, ids), _federated(items), _counts(items, ids)
+        protocols = {}
         for protocol, answered in chosen.items():
             right = [float(name == item.truth) for name, item in zip(answered, items, strict=True)]
             found = detection_scores(truth, detections[protocol], federated=federated)
             protocols[protocol] = Scored(
-                statistics=_statistics(items, right, answered, found),
+                statistics={**_accuracies(items, right, answered), **found.statistics},
                 scores={"accuracy": right},
-                of=lambda name: _count(items, name),
-                breakdowns={"category": _by_category(items, right, found)},
+                of=of,
+                by_group={"category": {name: {"AP": found.by_category.get(ids[name])} for name in names}},
             )
-            if protocol != PROBABLE:
-                tables.append(_confusions(items, answered, f"Confusion matrix, {protocol}"))
+        notes = []
+        if 0 < len(unsure) < sum(text is not None for text in texts):
+            count = many(len(unsure), "answer")
+            notes.append(
+                f"{PROBABLE!r} is not measured: {count} without a probability ({self.item_id}s {listed(unsure)})"
+            )
+        off = Counter(text for text, name in zip(texts, said, strict=True) if text is not None and name is None)
+        if off:
+            most = ", ".join(f"{text!r} ({count})" for text, count in off.most_common(5))
+            notes.append(f"{many(off.total(), 'answer')} off the list, most often {most}")
         return Measured(
             protocols=protocols,
             pinned=self._pinned(len(names), federated is not None),
-            tables=tables,
-            notes=self._notes(items, texts, sure, readings),
+            tables={
+                f"Confusion matrix, {name}": _confusions(items, chosen[name]) for name in chosen if name != PROBABLE
+            },
+            notes=notes,
         )
 
     def _pinned(self, names: int, lvis: bool) -> dict[str, str]:
@@ -200,42 +198,21 @@ class CocoClassification(InstancesTask):
             f"{'among them' if self.crowds else 'aside'}",
             "prompt": f"guided, {self.label_set}" if self.guided else "not guided",
             "closed set": f"{names} categories of the annotations",
-            "matching": f"as it stands{f', forgiving {self.synonyms}' if self.synonyms else ''}",
-            "scorer": f"{rules} on the boxes; at most {MOST_PRECISIONS} resamples for its intervals",
+            "matching": "as it stands",
+            "scorer": f"{rules} on the boxes; at most {MOST_RESAMPLES} resamples for its intervals",
             **{f"protocol {name}": rule for name, rule in _RULES.items()},
         }
 
-    def _notes(
-        self,
-        items: Sequence[Item],
-        texts: Sequence[str | None],
-        sure: Sequence[float | None],
-        readings: Sequence[Reading | None],
-    ) -> list[str]:
-        notes = []
-        forgiven = [reading for reading in readings if reading and reading.by not in ("", "as it stands")]
-        kinds = {"case": "letters' case", "plural": "the plural", "synonym": "a synonym"}
-        for (by, taken), count in sorted(Counter((each.by, each.name is not None) for each in forgiven).items()):
-            what, answers = kinds.get(by, "letters' case and the plural"), many(count, "answer")
-            if taken:
-                notes.append(f"{answers} taken for a name that differs by {what} (--synonyms)")
-            else:
-                notes.append(f"{answers} off the list but for {what}; --synonyms {by} accepts that")
-        unsure = [item.id for item, text, p in zip(items, texts, sure, strict=True) if text is not None and p is None]
-        if 0 < len(unsure) < sum(text is not None for text in texts):
-            notes.append(
-                f"{PROBABLE!r} is not measured: {many(len(unsure), 'answer')} without a probability "
-                f"({self.item_id}s {listed(unsure)})"
-            )
-        off = Counter(text for text, reading in zip(texts, readings, strict=True) if reading and reading.name is None)
-        if off:
-            most = [f"{text!r} ({count})" for text, count in off.most_common(5)]
-            notes.append(f"{many(off.total(), 'answer')} off the list, most often {', '.join(most)}")
-        return notes
+
+def read_name(text: str, names: Mapping[str, object]) -> str | None:
+    """The name that an answer gives, blanks and one final full stop aside; None where it is off the list."""
+    answer = " ".join(text.split())
+    # A name may end in a full stop of its own.
+    return next((form for form in (answer, answer.removesuffix(".").strip()) if form in names), None)
 
 
 def _federated(items: Sequence[Item]) -> Federated | None:
-    known = items[0].detail.get("federated")
+    known = items[0].detail["federated"]
     if known is None:
         return None
     asked = {item.image_id for item in items}
@@ -243,46 +220,30 @@ def _federated(items: Sequence[Item]) -> Federated | None:
     return Federated(absent=absent, partly=partly, frequency=known["frequency"])
 
 
-def _category_ids(items: Sequence[Item]) -> dict[str, int]:
-    """Category id of every name of the closed set."""
-    return dict(zip(items[0].detail["names"], items[0].detail["ids"], strict=True))
-
-
 def _detection(item: Item, category: int, score: float) -> dict[str, Any]:
     return {"image_id": item.image_id, "category_id": category, "bbox": item.detail["box"], "score": score}
 
 
-def _truth(items: Sequence[Item]) -> dict[str, Any]:
+def _truth(items: Sequence[Item], ids: Mapping[str, int]) -> dict[str, Any]:
     """The objects asked about, and the crowds of their images, as the COCO API takes them."""
-    ids = _category_ids(items)
     annotations = [
-        {
-            "image_id": item.image_id,
-            "category_id": ids[item.truth],
-            "bbox": item.detail["box"],
-            "area": item.detail["area"],
-            "iscrowd": 0,
-        }
-        for item in items
+        {**_detection(item, ids[item.truth], 1.0), "area": item.detail["area"], "iscrowd": 0} for item in items
     ]
     for image_id, crowds in {item.image_id: item.detail["crowds"] for item in items}.items():
         annotations += [{**crowd, "image_id": image_id, "iscrowd": 1} for crowd in crowds]
     return {
-        "images": [{"id": image_id} for image_id in dict.fromkeys(item.image_id for item in items)],
+        "images": [{"id": image_id} for image_id in dict.fromkeys(images_of(items))],
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for name, number in ids.items()],
     }
 
 
-def _statistics(
-    items: Sequence[Item], right: Sequence[float], answered: Sequence[str | None], found: DetectionScores
-) -> dict[str, Statistic]:
+def _accuracies(items: Sequence[Item], right: Sequence[float], answered: Sequence[str | None]) -> dict[str, Statistic]:
     images = images_of(items)
     result: dict[str, Statistic] = {
         "accuracy": mean_statistic(images, right),
         "class_average": mean_statistic(images, right, [item.truth for item in items]),
         "valid_answers": mean_statistic(images, [float(name is not None) for name in answered]),
-        **found.statistics,
     }
     others = [k for k, item in enumerate(items) if item.truth != "person"]
     if 0 < len(others) < len(items):
@@ -290,45 +251,24 @@ def _statistics(
     return result
 
 
-def _count(items: Sequence[Item], name: str) -> int:
-    """How many items a figure is about."""
-    if name == "without_person":
-        return sum(item.truth != "person" for item in items)
-    if not name.startswith("AP_"):
-        return len(items)
-    if name in FREQUENCIES.values():
-        often = items[0].detail["federated"]["frequency"]
-        ids = _category_ids(items)
-        return sum(FREQUENCIES[often[ids[item.truth]]] == name for item in items)
-    return sum(item.groups["size"] == name.removeprefix("AP_") for item in items)
+def _counts(items: Sequence[Item], ids: Mapping[str, int]) -> dict[str, int]:
+    """How many items a result is about, where that is not all."""
+    found = Counter(f"AP_{item.groups['size']}" for item in items)
+    found["without_person"] = sum(item.truth != "person" for item in items)
+    if (known := items[0].detail["federated"]) is not None:
+        found.update(FREQUENCIES[known["frequency"][ids[item.truth]]] for item in items)
+    return {
+        name: found[name] for name in ("AP_small", "AP_medium", "AP_large", "without_person", *FREQUENCIES.values())
+    }
 
 
-def _by_category(
-    items: Sequence[Item], right: Sequence[float], found: DetectionScores
-) -> dict[str, Mapping[str, Figure]]:
-    ids = _category_ids(items)
-
-    def measure(places: list[int]) -> dict[str, Figure]:
-        precision = found.by_category.get(ids[items[places[0]].truth])
-        return {
-            "accuracy": mean_figure(items, right, places),
-            "AP": Figure(value=precision, of=len(places)),
-        }
-
-    return by_group(items, "category", measure)
-
-
-def _confusions(items: Sequence[Item], said: Sequence[str | None], title: str) -> Table:
+def _confusions(items: Sequence[Item], said: Sequence[str | None]) -> Rows:
     """How often each category was taken for each other: a row a category that occurs, a column a name that was said."""
-    names = items[0].detail["names"]
-    place = {name: k for k, name in enumerate(names)}
-    counts = np.zeros((len(names), len(names) + 1), np.int64)
-    for item, answer in zip(items, said, strict=True):
-        counts[place[item.truth], len(names) if answer is None else place[answer]] += 1
-    across = np.flatnonzero(counts[:, :-1].any(axis=0)).tolist()
-    down = np.flatnonzero(counts.any(axis=1)).tolist()
-    return Table(
-        title=title,
-        columns=("category", *(names[k] for k in across), "off the list"),
-        rows=tuple((names[k], *counts[k, [*across, -1]].tolist()) for k in down),
+    counts = Counter((item.truth, name) for item, name in zip(items, said, strict=True))
+    down, across = (
+        [name for name in items[0].detail["ids"] if name in those] for those in map(set, zip(*counts, strict=True))
     )
+    return [
+        ["category", *across, "off the list"],
+        *([name, *(str(counts[name, other]) for other in (*across, None))] for name in down),
+    ]

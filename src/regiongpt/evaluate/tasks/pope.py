@@ -15,15 +15,15 @@ from pydantic import Field
 from regiongpt.data.coco import InstancesFile
 from regiongpt.data.reading import image_name, iter_lines, plain_text
 from regiongpt.data.shards import Fault, Rejects, many
-from regiongpt.errors import ConfigError, DataError, short
-from regiongpt.evaluate.metrics.bootstrap import Floats, Statistic, ratio, sum_statistic
-from regiongpt.evaluate.paper import TABLES
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored
-from regiongpt.evaluate.tasks.scoring import InstancesTask, given, images_of
+from regiongpt.errors import DataError, short
+from regiongpt.evaluate.bootstrap import Floats, Statistic, ratio, sum_statistic
+from regiongpt.evaluate.task import Answer, InstancesTask, Item, Measured, Scored, given, images_of, printed
 from regiongpt.prompts import indefinite
 
 STRATEGIES: Final = ("random", "popular", "adversarial")
 """How absent classes are chosen: any; the commonest of the set; the ones that come most often with the one there."""
+PAIRS: Final = 3
+"""Questions of either answer for an image, when building."""
 READINGS: Final = {
     "first word": "an answer is its first word, yes or no; any other is unparsable and wrong, and no yes",
     "published script": "an answer is no if its first sentence has the word no or not, and yes whatever else it says",
@@ -37,8 +37,7 @@ FORMULAS: Final[dict[str, Callable[[Floats], Floats]]] = {
     "yes_ratio": lambda s: ratio(s[:, 0] + s[:, 1], s[:, 5]),
     "unparsable": lambda s: ratio(s[:, 4], s[:, 5]),
 }
-"""Figures of counts: yes to yes, yes to no, not yes to yes, no to no, neither, all."""
-_COLUMNS: Final = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1", "yes_ratio": "Yes"}
+"""Results of counts: yes to yes, yes to no, not yes to yes, no to no, neither, all."""
 
 
 class Asked(NamedTuple):
@@ -46,16 +45,17 @@ class Asked(NamedTuple):
 
     number: str
     image: str
+    image_id: int | str
     text: str
     label: str
-    category: str
+    category: str = ""
 
 
 class Pope(InstancesTask):
     """Yes-or-no questions, half of them about absent classes, which are chosen in three ways.
 
-    The published questions are read if they are given or in the folder (``coco_pope_random.json`` and so on), else
-    they are built by the same rules from the annotations.
+    The published questions are read if they are in the folder (``coco_pope_random.json`` and so on), else they are
+    built by the same rules from the annotations.
     """
 
     name: ClassVar[str] = "pope"
@@ -64,23 +64,19 @@ class Pope(InstancesTask):
     wanted: ClassVar[str] = "annotations or coco_pope_<strategy>.json"
     by: ClassVar[tuple[str, ...]] = ("category",)
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
-        f"published script, {strategy}": {
-            name: TABLES[f"pope_{strategy}"].figure(column) / 100 for name, column in _COLUMNS.items()
-        }
+        f"published script, {strategy}": printed(
+            f"pope_{strategy}", accuracy="Accuracy", precision="Precision", recall="Recall", f1="F1", yes_ratio="Yes"
+        )
         for strategy in STRATEGIES
     }
     paper_source: ClassVar[str] = "Table 8, the published questions on 500 images of COCO val2014"
 
     strategy: Literal["random", "popular", "adversarial", "all"] = "all"
     """How absent classes are chosen."""
-    questions: tuple[Path, ...] = ()
-    """Published question files, wherever they are."""
     split: str = "val2014"
     """Split of the annotations to build questions from: instances_SPLIT.json."""
     image_count: int = Field(default=500, ge=1)
     """Images to build questions for."""
-    pairs: int = Field(default=3, ge=1)
-    """Questions of either answer for an image, when building."""
     suffix: str = ""
     """Text to end every question with, such as 'Answer yes or no.'."""
 
@@ -88,97 +84,70 @@ class Pope(InstancesTask):
     def _strategies(self) -> tuple[str, ...]:
         return STRATEGIES if self.strategy == "all" else (self.strategy,)
 
-    def _published(self) -> dict[str, Path]:
-        """The question files by strategy; none where questions are to be built."""
-        if self.questions:
-            found = {next((s for s in STRATEGIES if s in path.name), path.stem): path for path in self.questions}
-            if len(found) < len(self.questions):
-                raise DataError(f"questions: two files of one strategy, among {', '.join(found)}; give one of each")
-            if self.strategy != "all" and set(found) != {self.strategy}:
-                raise ConfigError(
-                    f"questions: files of {', '.join(found)} for the strategy {self.strategy!r}; leave out --strategy "
-                    "or give its file alone"
-                )
-            return found
-        there = {strategy: self.data / f"coco_pope_{strategy}.json" for strategy in self._strategies}
-        return there if self.annotations is None and all(path.is_file() for path in there.values()) else {}
-
-    @property
-    def split_read(self) -> str:
-        """The split of the annotations that questions are built from."""
-        return "" if self._published() else super().split_read
+    def _published(self) -> list[Path]:
+        """The question files; none where questions are to be built."""
+        there = [self.data / f"coco_pope_{strategy}.json" for strategy in self._strategies]
+        return there if self.annotations is None and all(path.is_file() for path in there) else []
 
     def inputs(self) -> list[Path]:
         """The question files, or the annotations."""
-        return list(self._published().values()) or [self.file]
+        return self._published() or [self.file]
 
     def read_items(self) -> list[Item]:
         """The questions of one strategy after the other."""
         folder = self.folder
-        asked = {
-            strategy: [(_number(each.image), each) for each in read_questions(path, self.left_out)]
-            for strategy, path in self._published().items()
-        } or self._build(folder)
+        asked = [read_questions(path, self.left_out) for path in self._published()] or self._build(folder)
         return [
-            self._item(strategy, number, each, folder, several=len(asked) > 1)
-            for strategy, those in asked.items()
-            for number, each in those
+            Item(
+                id=f"{strategy}-{each.number}" if len(asked) > 1 else each.number,
+                image=_image_file(folder, each.image),
+                image_id=each.image_id,
+                question=f"{each.text} {self.suffix}".strip(),
+                max_new_tokens=8,
+                truth=each.label,
+                groups={"strategy": strategy, **({"category": each.category} if each.category else {})},
+            )
+            for strategy, those in zip(self._strategies, asked, strict=True)
+            for each in those
         ]
 
-    def _build(self, folder: Path) -> dict[str, list[tuple[int | str, Asked]]]:
+    def _build(self, folder: Path) -> list[list[Asked]]:
         file = InstancesFile(self.file, self.left_out, folder=folder, crowds="keep")  # a crowd is there too
         classes: dict[int, list[str]] = {number: [] for number in file.images.tolist()}
         for place, category in zip(file.places.tolist(), file.categories.tolist(), strict=True):
             classes[int(file.images[place])].append(file.names[category])
         names = dict(zip(file.images.tolist(), file.paths, strict=True))
-        limits = {"images": self.image_count, "pairs": self.pairs, "seed": self.seed}
         try:
-            built: dict[str, list[tuple[int | str, Asked]]] = {
-                each: [*build_questions(classes, names, each, **limits)] for each in self._strategies
-            }
+            built = [
+                build_questions(classes, names, each, images=self.image_count, seed=self.seed)
+                for each in self._strategies
+            ]
         except DataError as error:
             raise DataError(f"{file.path}: {error}; {self.left_out.summary()}") from None
-        asked = {number for those in built.values() for number, _ in those}
-        for number in classes.keys() - asked:
-            few = len(set(classes[number])) <= self.pairs
-            kind = f"image of {many(self.pairs, 'class')} or fewer" if few else "image not drawn"
+        for number in classes.keys() - {each.image_id for those in built for each in those}:
+            few = len(set(classes[number])) <= PAIRS
+            kind = f"image of {PAIRS} classes or fewer" if few else "image not drawn"
             self.left_out.add(kind, file.path, number, "not asked about")
         return built
-
-    def _item(self, strategy: str, number: int | str, asked: Asked, folder: Path, several: bool) -> Item:
-        path = folder / asked.image
-        if not path.is_file() and (bare := re.search(r"(\d+\.\w+)$", asked.image)) and (folder / bare[1]).is_file():
-            path = folder / bare[1]  # the images of 2017 are called by their numbers alone
-        return Item(
-            id=f"{strategy}-{asked.number}" if several else asked.number,
-            image=path,
-            image_id=number,
-            question=f"{asked.text} {self.suffix}".strip(),
-            max_new_tokens=8,
-            truth=asked.label,
-            groups={"strategy": strategy, **({"category": asked.category} if asked.category else {})},
-        )
 
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """Each strategy by itself, under both readings of the answers."""
         texts = given(items, answers, "text")
+        kinds = [item.groups["strategy"] for item in items]
         protocols = {}
         for reading, read in (("first word", first_word), ("published script", pope_script)):
             said: list[Said] = [read(text) if text is not None else None for text in texts]
-            for strategy in dict.fromkeys(item.groups["strategy"] for item in items):
-                places = [k for k, item in enumerate(items) if item.groups["strategy"] == strategy]
+            right = [float(each == item.truth) for each, item in zip(said, items, strict=True)]
+            for strategy in dict.fromkeys(kinds):
+                places = [k for k, kind in enumerate(kinds) if kind == strategy]
                 own = [items[k] for k in places]
-                right: list[float | None] = [None] * len(items)
-                for k in places:
-                    right[k] = float(said[k] == items[k].truth)
+                truth = [item.truth for item in own]
                 protocols[f"{reading}, {strategy}"] = Scored(
-                    statistics=yes_no_statistics(
-                        images_of(own), [item.truth for item in own], [said[k] for k in places]
-                    ),
-                    scores={"accuracy": right},
+                    statistics=yes_no_statistics(images_of(own), truth, [said[k] for k in places]),
+                    scores={"accuracy": [each if kinds[k] == strategy else None for k, each in enumerate(right)]},
                 )
-        source = ", ".join(path.name for path in self._published().values())
-        rule = f"built by POPE's rules from {self.split}, {many(self.pairs, 'pair')} an image, seed {self.seed}"
+        source = ", ".join(path.name for path in self._published())
+        rule = f"built by POPE's rules from {self.split}, {PAIRS} pairs an image, seed {self.seed}"
         return Measured(
             protocols=protocols,
             pinned={
@@ -190,10 +159,10 @@ class Pope(InstancesTask):
         )
 
 
-def _number(image: str) -> int | str:
-    """The image id that a file name ends in, or the name."""
-    found = re.search(r"(\d+)\.\w+$", image)
-    return int(found[1]) if found else image
+def _image_file(folder: Path, name: str) -> Path:
+    """The image; those of 2017 are called by their numbers alone."""
+    path, bare = folder / name, folder / name.rpartition("_")[2]
+    return bare if bare.is_file() and not path.is_file() else path
 
 
 def first_word(text: str) -> Said:
@@ -209,15 +178,14 @@ def pope_script(text: str) -> Said:
 
 
 def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: Sequence[Said]) -> dict[str, Statistic]:
-    """The figures of :data:`FORMULAS`, yes being the positive answer; an answer that is neither is wrong.
+    """The results of :data:`FORMULAS`, yes being the positive answer; an answer that is neither is wrong.
 
     Args:
         clusters: Image of each question.
         truth: ``"yes"`` or ``"no"``.
         said: What each answer was read as.
     """
-    asked = np.array([each == "yes" for each in truth], bool)
-    yes = np.array([each == "yes" for each in said], bool)
+    asked, yes = (np.array([each == "yes" for each in those], bool) for those in (truth, said))
     no = np.array([each == "no" for each in said], bool)
     counts = np.column_stack((asked & yes, ~asked & yes, asked & ~yes, ~asked & no, ~yes & ~no, np.ones(len(asked))))
     return {name: sum_statistic(clusters, counts.astype(np.float64), each) for name, each in FORMULAS.items()}
@@ -228,14 +196,16 @@ def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
     found: dict[str, Asked] = {}
     for number, entry in iter_lines(path, rejects):
         with rejects.noting(path, number):
-            key, image, label = str(entry.get("question_id", number)), entry.get("image"), entry.get("label")
-            label = label.lower() if isinstance(label, str) else label
-            if not isinstance(entry.get("question_id", number), int | str) or label not in ("yes", "no"):
+            key, label = entry.get("question_id", number), str(entry.get("label")).lower()
+            if not isinstance(key, int | str) or label not in ("yes", "no"):
                 wanted = "question_id, image, text and the label yes or no"
                 raise Fault("question of another form", f"expected {wanted}, got {short(entry)}")
-            if key in found:
+            if str(key) in found:
                 raise Fault("duplicate id", f"expected each question_id once, got {key} again")
-            found[key] = Asked(key, image_name(image), plain_text(entry.get("text"), "question"), label, "")
+            image = image_name(entry.get("image"))
+            ends = re.search(r"(\d+)\.\w+$", image)  # in the image's id
+            image_id = int(ends[1]) if ends else image
+            found[str(key)] = Asked(str(key), image, image_id, plain_text(entry.get("text"), "question"), label)
     if not found:
         raise DataError(f"{path}: no questions with image, text and label; {rejects.summary()}")
     return list(found.values())
@@ -247,9 +217,9 @@ def build_questions(
     strategy: str,
     *,
     images: int = 500,
-    pairs: int = 3,
+    pairs: int = PAIRS,
     seed: int = 0,
-) -> list[tuple[int, Asked]]:
+) -> list[Asked]:
     """Questions by POPE's rules: as many with the answer yes as with no, for images of more than ``pairs`` classes.
 
     For each of an image's ``pairs`` classes that are there, one that is not: by ``random`` any; by ``popular`` the one
@@ -264,9 +234,6 @@ def build_questions(
         pairs: Questions of either answer for an image.
         seed: Of every choice.
 
-    Returns:
-        Image ids with their questions, by image id.
-
     Raises:
         DataError: No image has enough classes, or the set has too few.
     """
@@ -280,7 +247,7 @@ def build_questions(
     if not usable:
         raise DataError(
             f"no image has more than {many(pairs, 'class')} and lacks {pairs} others, among "
-            f"{many(len(there), 'image')} of {many(len(often), 'class')}; give other annotations or fewer --pairs"
+            f"{many(len(there), 'image')} of {many(len(often), 'class')}; give other annotations"
         )
     drawn = np.random.default_rng((seed, 0)).permutation(len(usable))[:images]
     found = []
@@ -297,5 +264,5 @@ def build_questions(
             absent.remove(no)
             for half, (name, label) in enumerate(((own[k], "yes"), (no, "no")), 2 * turn + 1):
                 text = f"Is there {indefinite(name)} in the image?"
-                found.append((number, Asked(f"{number}-{half}", names[number], text, label, name)))
+                found.append(Asked(f"{number}-{half}", names[number], number, text, label, name))
     return found

@@ -1,4 +1,4 @@
-"""How sure a figure is, and whether two systems differ: bootstrap over images, whose items are not independent."""
+"""How sure a result is, and whether two systems differ: bootstrap over images, whose items are not independent."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
@@ -18,38 +18,40 @@ _AT_ONCE = 1 << 22  # multiplicities held at a time
 
 
 class Statistic(ABC):
-    """A figure as a function of how often each image is counted.
+    """A result as a function of how often each image is counted.
 
     Attributes:
         clusters: The images, each once.
         most: The largest value that it can have; the smallest is 0.
+        most_resamples: Fewer where each resample is expensive.
     """
 
     clusters: tuple[Hashable, ...]
     most: float = 1.0
+    most_resamples: int = 1_000_000
 
     @abstractmethod
     def values(self, times: Floats) -> Floats:
-        """The figure (N,) for weightings (N, C) of the C images; NaN where nothing is left to measure."""
+        """The result (N,) for weightings (N, C) of the C images; NaN where nothing is left to measure."""
 
     @abstractmethod
     def parts(self) -> list[Hashable]:
         """What each image contributes, equal for two systems that answer alike; None for an image without a part."""
 
     def value(self) -> float:
-        """The figure itself; NaN where there is nothing to measure."""
+        """The result itself; NaN where there is nothing to measure."""
         return float(self.values(np.ones((1, len(self.clusters))))[0])
 
 
 @dataclass(frozen=True)
 class SumStatistic(Statistic):
-    """A figure computed from sums over items: shares, averages over classes, F1, METEOR, BLEU.
+    """A result computed from sums over items: shares, averages over classes, F1, METEOR, BLEU.
 
     Args:
         clusters: The images.
         sums: (C, K) what each image adds to each of K sums.
-        combine: From (N, K) sums to (N,) figures; a division by 0 gives NaN.
-        most: The largest value of the figure.
+        combine: From (N, K) sums to (N,) results; a division by 0 gives NaN.
+        most: The largest value of the result.
     """
 
     clusters: tuple[Hashable, ...]
@@ -87,12 +89,13 @@ def mean_statistic(
         scores: Score of each item.
         groups: Group of each item. One that a resample lacks is left out of that resample's mean.
     """
-    column = {name: k for k, name in enumerate(dict.fromkeys(groups if groups is not None else (None,)))}
+    names = list(groups) if groups is not None else [None] * len(scores)
+    column = {name: k for k, name in enumerate(dict.fromkeys(names or [None]))}
     width = len(column)
+    own, rows = np.array([column[name] for name in names], np.intp), np.arange(len(scores))
     sums = np.zeros((len(scores), 2 * width))
-    own = np.array([column[name] for name in groups], np.intp) if groups is not None else np.zeros(len(scores), np.intp)
-    sums[np.arange(len(scores)), own] = np.asarray(scores, np.float64)
-    sums[np.arange(len(scores)), own + width] = 1.0
+    sums[rows, own] = np.asarray(scores, np.float64)
+    sums[rows, own + width] = 1.0
 
     def combine(totals: Floats) -> Floats:
         means = ratio(totals[:, :width], totals[:, width:])
@@ -116,10 +119,10 @@ def resample(count: int, resamples: int, seed: int) -> Floats:
 
 
 def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a figure, images drawn with replacement; NaN where nothing can be measured.
+    """The 95 % bootstrap interval of a result, images drawn with replacement; NaN where nothing can be measured.
 
     An average over classes, such as a mean AP, is biased in resamples, since rare classes fall out of some. Where that
-    bias is more than chance, the resampled figures are moved until their mean is the figure.
+    bias is more than chance, the resampled values are moved until their mean is the result.
     """
     return around(_resampled((statistic,), resamples, seed)[0], statistic.value(), statistic.most)
 
@@ -136,12 +139,9 @@ def too_few(a: Statistic, b: Statistic) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """Two systems on the same items.
+    """Two systems on the same items; ``difference`` is ``b - a``.
 
     Attributes:
-        a: Result of the first.
-        b: Result of the second.
-        difference: ``b - a``.
         interval: 95 % of the resampled differences, as in :func:`interval`; None where nothing can be told.
         p: Two-sided: twice the share of resamples in which the difference has the other sign or is 0, from
             ``1 / (resamples + 1)`` to 1; None where nothing can be told.
@@ -185,32 +185,30 @@ def _resampled(statistics: Sequence[Statistic], resamples: int, seed: int) -> li
     if not count:
         return [np.full(resamples, np.nan) for _ in statistics]
     size = max(1, _AT_ONCE // count)
-    parts: list[list[Floats]] = [[] for _ in statistics]
+    parts: list[list[Floats]] = []
     for part, start in enumerate(range(0, resamples, size)):
         times = resample(count, min(size, resamples - start), seed + part * 1_000_003)
-        for found, statistic in zip(parts, statistics, strict=True):
-            found.append(statistic.values(times))
-    return [np.concatenate(found) for found in parts]
+        parts.append([statistic.values(times) for statistic in statistics])
+    return [np.concatenate(found) for found in zip(*parts, strict=True)]
 
 
-def centred(values: Floats, figure: float) -> Floats:
-    """Resampled figures, moved so that their mean is the figure where it differs by more than chance."""
+def centred(values: Floats, result: float) -> Floats:
+    """Resampled values, moved so that their mean is the result where it differs by more than chance."""
     there = values[~np.isnan(values)]
     if len(there) < 2:
         return values
-    bias = float(there.mean()) - figure
+    bias = float(there.mean()) - result
     return values if abs(bias) <= 3 * float(there.std()) / len(there) ** 0.5 else values - bias
 
 
-def around(values: Floats, figure: float, most: float) -> tuple[float, float]:
-    """The interval of a figure by its resampled values, within 0 and ``most``."""
-    return ends(np.clip(centred(values, figure), 0.0, most))
+def around(values: Floats, result: float, most: float) -> tuple[float, float]:
+    """The interval of a result by its resampled values, within 0 and ``most``."""
+    return ends(np.clip(centred(values, result), 0.0, most))
 
 
 def ends(values: Floats) -> tuple[float, float]:
     """Where the middle 95 % of the values lie; NaN where none is a number."""
-    there = values[~np.isnan(values)]
-    if not len(there):
+    if np.isnan(values).all():
         return float("nan"), float("nan")
-    low, high = np.percentile(there, (50 * (1 - 0.95), 50 * (1 + 0.95)))
+    low, high = np.nanpercentile(values, (2.5, 97.5))
     return float(low), float(high)
