@@ -126,7 +126,6 @@ def learn(
     engine: EngineConfig | None = None,
     watch: WatchConfig | None = None,
     name: str = "stage2",
-    resume: str = "auto",
     dev: int = 0,
     utilisation: Any = None,
     text_config: Any = None,
@@ -137,7 +136,7 @@ def learn(
     model.language_model.requires_grad_(name == "stage2")
     given = (Examples(model.config, items, **data), collate, answer_loss, stage or settings(), out, 0)
     held = Examples(model.config, dev) if dev else None
-    how: Any = {"engine": engine, "watch": watch, "dev": held, "resume": resume, "utilisation": utilisation}
+    how: Any = {"engine": engine, "watch": watch, "dev": held, "utilisation": utilisation}
     return model, run_stage(name, model, *given, **how)
 
 

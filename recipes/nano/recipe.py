@@ -146,7 +146,6 @@ class NanoRecipe(Recipe):
             DataError: Annotations are missing.
             CheckpointError: The checkpoint to continue from is missing.
         """
-        self.check_resume()
         if launched() > 1:
             raise ConfigError("nano's recipe runs in one process")
         if not self.data.root:

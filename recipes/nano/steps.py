@@ -19,7 +19,6 @@ from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.errors import ConfigError
 from regiongpt.model import weights
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
-from regiongpt.train.checkpoint import resume_of
 from regiongpt.train.dataset import DataCollator
 from regiongpt.train.debug import POSITIONS, debug_folder, few_steps, make_language, small_model
 from regiongpt.train.known import language_shape, tower_shape
@@ -145,7 +144,6 @@ def train_language(config: NanoRecipe, images: Sequence[ImageAnnotations], folde
         config.seed,
         engine=config.engine,
         watch=config.watch,
-        resume=resume_of(config, "language"),
     )
     save_whole(folder, model, tokenizer)
 

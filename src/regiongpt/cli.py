@@ -559,12 +559,6 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     parser.add_argument(
         "--from-scratch", action="store_true", help="let stage 2 start from an untrained refinement and connector"
     )
-    parser.add_argument(
-        "--resume",
-        metavar="auto|never|DIR",
-        help="continue from the newest checkpoint (auto, the default), set the run aside and start over (never), or "
-        "continue from a checkpoint such as runs/nano/stage2/checkpoint-200",
-    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--report", metavar="RUN", type=Path, help="write the report of a run, finished or not, and stop"
@@ -589,7 +583,6 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         raise ConfigError("--gpu, --gpus and --json go with --plan; give it too, or leave them out")
     overrides += [f"--plan.{name}={value}" for name in ("gpu", "gpus") if (value := getattr(options, name))]
     overrides += ["--from_scratch=true"] if options.from_scratch else []
-    overrides += [f"--resume={options.resume}"] if options.resume is not None else []
     if script := own_script(options.recipe):
         if options.plan:
             raise ConfigError(f"--plan: {options.recipe} is trained by {script}, which makes none; leave it out")

@@ -33,7 +33,7 @@ NEW = [
         *("stage2.epochs=0", "stage2.epochs=1e99", "stage2.weight_decay=-0.1", "stage2.max_grad_norm=0"),
         *("stage1.batch_size=9", "stage1.batch_size=0", "stage1.micro_batch_size=0", "stage1.warmup_ratio=1"),
         *("stage1.save_steps=0", "stage1.log_steps=0", "seed=-1", "seed=1.5", "seed.a=1"),
-        *("seed=99999999999", "steps=stage3", "steps=stage2,stage2", "out=", "out=a\0b", "out=a\udcff", "resume="),
+        *("seed=99999999999", "steps=stage3", "steps=stage2,stage2", "out=", "out=a\0b", "out=a\udcff"),
         *("data.mixture=a\udcff", "data.root=a\0b"),
         *("engine.precision=fp8", "engine.sharding=none"),
         *("engine.pack_length=-1", "engine.workers=-1", "engine.compile=perhaps", "watch.keep=0"),

@@ -25,7 +25,6 @@ MISTAKES = [
     "train",
     "train table6_non",
     "train /etc",
-    "train finetune_records --resume nowhere",
     "train finetune_records --stage2.epoch 8",
     "train finetune_records --stage2.lr 1e30",
     "train finetune_records --gpus 8",

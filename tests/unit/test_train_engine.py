@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from regiongpt.distributed import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
-from regiongpt.train.checkpoint import Checkpoints, damage, require_finished_with
+from regiongpt.train.checkpoint import Checkpoints, damage, require_settings
 from regiongpt.train.dataset import answer_loss
 from regiongpt.train.loop import StepBatches, decisive_settings, targets_in
 from regiongpt.train.packing import (
@@ -208,7 +208,7 @@ def test_the_weights_with_the_lowest_dev_loss_are_taken_and_kept(tmp_path: Path)
 def put(folder: Path, step: int, keep: int = 5, best: int | None = None) -> bool:
     def fill(path: Path) -> None:
         (path / "a").write_text(f"weights {step}")
-        (path / "stage.json").write_text('{"stage": "stage2"}')
+        (path / "stage.json").write_text('{"settings": {}}')
 
     return Checkpoints(folder, keep, Processes()).write(step, fill, best)
 
@@ -259,16 +259,12 @@ def test_going_on_is_as_if_it_had_not_stopped_and_other_settings_are_refused(
         assert f"going on from {out}/checkpoint-{step}" in caplog.text
         assert_close(weights_of(model), weights_of(expected), 0)
         assert losses(out) == losses(tmp_path / "whole")
-    chosen = tmp_path / "whole" / "checkpoint-2"
-    model, _ = learn(tmp_path / "whole", stage=stage, watch=WatchConfig(keep=9), texts=(4, 5), resume=str(chosen))
-    assert_close(weights_of(model), weights_of(expected), 0)
-    assert "aside-1-checkpoint-4" in names(tmp_path / "whole")
-    with pytest.raises(ConfigError, match=r"other settings.*lr = 0.02, it has 0.01.*--resume never"):
+    with pytest.raises(ConfigError, match=r"other settings: lr = 0.02, it has 0.01; give those again"):
         learn(tmp_path / "whole", stage=settings(lr=0.02))
-    with pytest.raises(ConfigError, match="expected a checkpoint of stage1, got one of stage2"):
-        learn(tmp_path / "whole", name="stage1")
-    with pytest.raises(CheckpointError, match="there is no such folder"):
-        learn(tmp_path / "whole", resume=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"items = 40, it has 32"):
+        learn(tmp_path / "whole", stage=stage, items=40)
+    with pytest.raises(CheckpointError, match=r"linear_1.weight: expected \[64, 32\], got"):
+        learn(tmp_path / "whole", stage=stage, text_config=text_config(hidden_size=64))
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -381,6 +377,6 @@ def test_sigterm_saves_first_and_the_run_goes_on(
 def test_a_finished_stage_is_held_to_its_settings(tmp_path: Path) -> None:
     learn(tmp_path, items=16, stage=settings(lr=1e-2))
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-2-backup")
-    require_finished_with(tmp_path, decisive_settings(settings(lr=1e-2, save_steps=7)))
-    with pytest.raises(ConfigError, match=r"lr = 0\.02, it has 0\.01"):
-        require_finished_with(tmp_path, decisive_settings(settings(lr=2e-2)))
+    require_settings(tmp_path, decisive_settings(settings(lr=1e-2, save_steps=7)))
+    with pytest.raises(ConfigError, match=r"lr = 0\.02, it has 0\.01; .*other records"):
+        require_settings(tmp_path, {**decisive_settings(settings(lr=2e-2)), "records": ["a"]})

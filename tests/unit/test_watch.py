@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def test_tensorboard_has_the_same_numbers_once(tmp_path: Path) -> None:
 
     options: dict[str, Any] = {"watch": WatchConfig(tensorboard=True, keep=9, dev_steps=2), "dev": 3}
     learn(tmp_path, **options)
-    learn(tmp_path, resume=str(tmp_path / "checkpoint-2"), **options)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    learn(tmp_path, **options)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     lines = read_lines(tmp_path / "log.jsonl")
     assert [event.step for event in events.Scalars("loss/all")] == [1, 2, 3, 4]

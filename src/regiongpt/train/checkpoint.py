@@ -2,7 +2,7 @@
 
 A folder ``checkpoint-N``, N the optimiser steps done, holds:
 
-- ``stage.json``: the stage, its decisive settings, the shapes of what is trained, and how far it is;
+- ``stage.json``: the settings that decide what is learnt, and how far the stage is;
 - ``tensors-R.safetensors``: trained tensors and AdamW's moments, as process R has them. A sharded tensor is the rows
   of all processes one after the other, any other is in the first file;
 - ``random-R.json``: the random state of process R;
@@ -17,7 +17,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +33,6 @@ from regiongpt.distributed import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.settings import Settings
 from regiongpt.storage import read_json, reason, sha256
-from regiongpt.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -55,51 +54,27 @@ class Progress(Settings):
 # -- what a checkpoint holds -------------------------------------------------------------------------------------------
 
 
-def facts_of(name: str, settings: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What a run must share with the one that it resumes: stage, decisive settings, shapes of tensors."""
-    shapes = {tensor: list(each.shape) for tensor, each in _trained(model).items()}
-    return {"stage": name, "settings": dict(settings), "tensors": shapes}
-
-
-def require_same(checkpoint: Path, facts: Mapping[str, Any]) -> None:
-    """Check that a run can continue from a checkpoint.
+def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that a stage's folder holds no checkpoint that was made with other settings; each is named.
 
     Raises:
-        ConfigError: A decisive setting differs; each is named.
-        CheckpointError: The checkpoint holds other tensors; they are listed.
+        ConfigError: A setting differs.
     """
-    found = _read_stage(checkpoint)
-    if found["stage"] != facts["stage"]:
-        raise ConfigError(f"{checkpoint}: expected a checkpoint of {facts['stage']}, got one of {found['stage']}")
-    ours, theirs = facts["tensors"], found["tensors"]
-    odd = [
-        f"{name}: expected {ours.get(name, 'none')}, got {theirs.get(name, 'none')}"
-        for name in {**ours, **theirs}
-        if ours.get(name) != theirs.get(name)
-    ]
+    for checkpoint in reversed(_written(folder)):
+        with suppress(CheckpointError):  # a damaged one is not gone on from
+            found = _read_stage(checkpoint)["settings"]
+            break
+    else:
+        return
+    odd = []
+    for name in (name for name in settings if settings[name] != found.get(name)):
+        ours, theirs = settings[name], found.get(name)
+        plain = isinstance(ours, int | float | str) and isinstance(theirs, int | float | str)
+        odd.append(f"{name} = {ours}, it has {theirs}" if plain else f"other {name}")
     if odd:
-        more = f" and {len(odd) - 12} more" if len(odd) > 12 else ""
-        raise CheckpointError(
-            f"{checkpoint}: its tensors are not those of this model: {'; '.join(odd[:12])}{more}; give the recipe that "
-            "it was made with, or begin anew with --resume never"
-        )
-    _require_settings(checkpoint, facts["settings"], found["settings"])
-
-
-def require_finished_with(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a finished stage was trained with other decisive settings."""
-    if written := [path for path in _written(folder) if (path / _STAGE).is_file()]:
-        found = _read_stage(written[-1])["settings"]
-        _require_settings(written[-1], settings, {name: found.get(name) for name in settings})
-
-
-def _require_settings(checkpoint: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
-    if names:
-        odd = "; ".join(f"{name} = {ours.get(name)}, it has {theirs.get(name)}" for name in names)
         raise ConfigError(
-            f"{checkpoint}: it was made with other settings, and a run that goes on from it would be neither: {odd}; "
-            "give those again, or begin anew with --resume never"
+            f"{checkpoint}: it was made with other settings: {'; '.join(odd)}; give those again or another --out, or "
+            f"delete {folder}"
         )
 
 
@@ -107,7 +82,7 @@ def save(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
     progress: Progress,
     processes: Processes,
 ) -> None:
@@ -126,7 +101,7 @@ def save(
         state["cuda"] = torch.cuda.get_rng_state().tolist()
     (folder / f"random-{processes.rank}.json").write_text(json.dumps(state), encoding="utf-8")
     if processes.is_first:
-        text = json.dumps({**facts, **progress.model_dump()}, indent=1)
+        text = json.dumps({"settings": dict(settings), **progress.model_dump()}, indent=1)
         (folder / _STAGE).write_text(text, encoding="utf-8")
 
 
@@ -156,12 +131,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, proce
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Restore, in place, the trained tensors alone."""
-    _put_back(folder, {f"model/{name}": each for name, each in _trained(model).items()})
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a stage trains, by name; the memory is the model's own."""
-    return {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
+    _put_back(folder, {f"model/{name}": each.detach() for name, each in model.named_parameters() if each.requires_grad})
 
 
 @torch.no_grad()
@@ -226,9 +196,7 @@ def _read(path: Path) -> Any:
 
 def _read_stage(checkpoint: Path) -> dict[str, Any]:
     found = _read(checkpoint / _STAGE)
-    if not isinstance(found, dict) or not all(
-        isinstance(found.get(key), kind) for key, kind in (("stage", str), ("settings", dict), ("tensors", dict))
-    ):
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise CheckpointError(f"{checkpoint}: its {_STAGE} is not that of a checkpoint; {_DELETE}")
     return found
 
@@ -272,23 +240,6 @@ class Checkpoints:
             return None
 
         return self.processes.from_first(search)
-
-    def chosen(self, path: Path) -> Path:
-        """A checkpoint that a person has chosen; those of this stage that are newer are renamed.
-
-        Raises:
-            CheckpointError: It is not a whole checkpoint.
-        """
-
-        def check() -> Path:
-            if fault := damage(path):
-                raise CheckpointError(f"{path}: not a checkpoint's folder, such as stage1/{_PREFIX}200: {fault}")
-            for newer in _written(self.folder):
-                if _step_of(newer) > _step_of(path):
-                    log.info("%s is newer than %s and is now %s", newer, path, _set_aside(newer).name)
-            return path
-
-        return self.processes.from_first(check)
 
     def write(self, step: int, fill: Callable[[Path], None], best: int | None = None) -> bool:
         """Write a checkpoint whole, then remove those that are not kept.
@@ -352,10 +303,6 @@ def _step_of(checkpoint: Path) -> int:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's folder; None if it is as it was written."""
-    if not checkpoint.is_dir():
-        return "there is no such folder"
-    if not checkpoint.name.removeprefix(_PREFIX).isdecimal():
-        return "that is no checkpoint's name"
     try:
         listed = {name: (size, digest) for name, (size, digest) in read_json(checkpoint / LIST).items()}
     except (DataError, ValueError, AttributeError, TypeError):
@@ -402,44 +349,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# -- what --resume asks for --------------------------------------------------------------------------------------------
-
-
-def prepare_resuming(config: Recipe) -> None:
-    """Do what ``resume`` asks for, before anything of the run is read.
-
-    ``auto`` leaves the folder as it is, ``never`` renames the results of the recipe's steps to ``aside-...``, a
-    checkpoint's folder must be one that the run can continue from.
-
-    Raises:
-        CheckpointError: The checkpoint named is none or damaged, or results cannot be renamed.
-        ConfigError: It belongs to a stage that the recipe does not run, or that is finished.
-    """
-
-    def begin_anew() -> None:
-        names = [step for step in config.all_steps if config.runs(step)]
-        names += ["language-checkpoints", "start"] if "language" in names else []
-        for folder in (config.out / name for name in names):
-            if folder.exists():
-                log.info("%s is now %s, and is made anew", folder, _set_aside(folder).name)
-
-    def check() -> None:
-        checkpoint = Path(config.resume)
-        if (fault := damage(checkpoint)) is not None:
-            raise CheckpointError(f"{checkpoint}: {fault}; --resume auto takes the newest whole one")
-        stage = str(_read_stage(checkpoint)["stage"])
-        if not config.runs(stage):
-            raise ConfigError(f"resume: {checkpoint} is of {stage}, which this recipe does not run")
-        if (finished := config.out / stage / "model").exists():
-            raise ConfigError(f"resume: {stage} is finished: {finished}; move that folder away to go on from a step")
-
-    if config.resume != "auto":
-        Processes().from_first(begin_anew if config.resume == "never" else check)
-
-
-def resume_of(config: Recipe, stage: str) -> str:
-    """``resume`` for one stage, which a checkpoint of another stage does not concern."""
-    chosen = config.resume not in ("auto", "never") and _read_stage(Path(config.resume))["stage"] == stage
-    return config.resume if chosen else "auto"

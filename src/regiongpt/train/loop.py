@@ -58,7 +58,7 @@ def run_stage(
     engine: EngineConfig | None = None,
     watch: WatchConfig | None = None,
     dev: Dataset[Example] | None = None,
-    resume: str = "auto",
+    made_of: Mapping[str, Any] | None = None,
     utilisation: Callable[[Mapping[str, Any]], float] | None = None,
 ) -> "Loop":
     """Train the parameters that require gradients, in as many processes as were started together.
@@ -77,8 +77,7 @@ def run_stage(
         engine: How it is computed.
         watch: How many checkpoints are kept, and how often the dev loss is measured.
         dev: Dev data. The weights with the lowest dev loss are restored at the end.
-        resume: ``auto`` resumes from the newest whole checkpoint in the folder, ``never`` begins anew; anything else
-            is the folder of the checkpoint to resume from.
+        made_of: What else a checkpoint in the folder must share for the stage to resume from it, as plain values.
         utilisation: Share of the hardware's peak that a step has reached, from its line of the log.
 
     Returns:
@@ -86,7 +85,7 @@ def run_stage(
 
     Raises:
         ConfigError: Options do not go with each other, with the number of processes, or with the checkpoint.
-        CheckpointError: The checkpoint given is none, or one of other tensors.
+        CheckpointError: A checkpoint in the folder is of another model.
         DataError: A record cannot be used, a loss is not finite (training has stopped before that step), or the folder
             cannot be written.
         SystemExit: 143, after SIGTERM: the last step is in a checkpoint.
@@ -105,13 +104,10 @@ def run_stage(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder, watch.keep, processes)
-    settings = {**decisive_settings(config), "items": len(cast(Any, dataset)), "seed": seed}
-    facts = checkpoint.facts_of(name, settings, model)
-    begin = None
-    if resume != "never":
-        begin = checkpoints.newest() if resume == "auto" else checkpoints.chosen(Path(resume))
+    settings = {**decisive_settings(config), "items": len(cast(Any, dataset)), "seed": seed, **(made_of or {})}
+    begin = checkpoints.newest()
     if begin is not None:
-        checkpoint.require_same(begin, facts)
+        checkpoint.require_settings(folder, settings)
         if processes.is_first:
             log.info("%s: going on from %s", name, begin)
     packs = engine.packing and hasattr(model, "embed")  # text in windows of one length is full already
@@ -129,7 +125,7 @@ def run_stage(
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
     watcher = Watch(name, folder, processes, watch, config.log_steps, utilisation)
-    loop = Loop(name, model, loss, dataset, collate, config, engine, watch, checkpoints, facts, watcher, dev)
+    loop = Loop(name, model, loss, dataset, collate, config, engine, watch, checkpoints, settings, watcher, dev)
     in_units = packs and not engine.compile  # compiled layers take masks, since each batch has other units
     units = units_on_cpu(cast(Any, model).language_model, loop.device) if in_units else nullcontext()
     with loop.stops_on_sigterm(), closing(watcher), units:
@@ -162,7 +158,7 @@ class Loop:
     engine: EngineConfig
     watch: WatchConfig
     checkpoints: Checkpoints
-    facts: dict[str, Any]
+    settings: dict[str, Any]
     watcher: Watch
     dev: Dataset[Example] | None
 
@@ -310,7 +306,7 @@ class Loop:
         return best
 
     def _fill(self, folder: Path) -> None:
-        checkpoint.save(folder, self.model, self.optimizer, self.facts, self.progress, self.processes)
+        checkpoint.save(folder, self.model, self.optimizer, self.settings, self.progress, self.processes)
 
     def load_best(self) -> None:
         """Restore the weights with the lowest dev loss."""

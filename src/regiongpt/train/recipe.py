@@ -262,9 +262,6 @@ class Recipe(Settings):
     """Steps to run; all that have data when empty. The result of a step that is left out must be in ``out`` already."""
     from_scratch: bool = False
     """Let stage 2 start from an untrained refinement and connector."""
-    resume: str = Field("auto", min_length=1)
-    """``auto`` continues the run in ``out``, ``never`` sets it aside and starts over, the folder of a checkpoint
-    continues from it."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
@@ -282,14 +279,6 @@ class Recipe(Settings):
         if len(set(value)) < len(value):
             raise ValueError("give each step once")
         return value
-
-    @model_validator(mode="after")
-    def _check_texts(self) -> Self:
-        for name, value in dotted(self.model_dump()).items():
-            text = str(value) if isinstance(value, str | Path) else ""
-            if "\0" in text or text != text.encode(errors="replace").decode():
-                raise ValueError(f"{name}: {text!r} is not plain UTF-8, which the libraries that open it want")
-        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -341,16 +330,10 @@ class Recipe(Settings):
         """
         from regiongpt.data.mixture import find_parts
 
-        self.check_resume()
         for mixture in filter(None, (self.data.pretrain_mixture, self.data.mixture, self.data.dev_mixture)):
             find_parts(mixture, self.data.root)
         if self.with_start().model.init and not (self.model.folder / "config.json").is_file():
             raise CheckpointError(f"model.init: {self.model.init}: no checkpoint there; give another, or nano")
-
-    def check_resume(self) -> None:
-        """Raise CheckpointError if ``resume`` names a folder that is missing."""
-        if self.resume not in ("auto", "never") and not Path(self.resume).is_dir():
-            raise CheckpointError(f"resume: {self.resume}: no such checkpoint folder; give one, or auto or never")
 
     def with_start(self) -> Self:
         """The recipe with ``model.init`` left out if stage 2 is to start from a new, untrained model.

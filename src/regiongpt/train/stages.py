@@ -8,6 +8,7 @@ import ctypes
 import json
 import logging
 import platform
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,8 +29,8 @@ from regiongpt.images import load_image
 from regiongpt.model import weights
 from regiongpt.model.configuration import RegionGPTConfig
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, chat_template, closed_set_suffix
-from regiongpt.storage import locked, new_folder, write_json, writing
-from regiongpt.train.checkpoint import prepare_resuming, require_finished_with, resume_of
+from regiongpt.storage import locked, new_folder
+from regiongpt.train.checkpoint import require_settings
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
 from regiongpt.train.known import Costs, language_shape, named_peak, tower_shape
 from regiongpt.train.loop import Loss, decisive_settings, run_stage
@@ -80,10 +81,9 @@ def training(config: Recipe) -> Iterator[None]:
     processes = connect()
     with ExitStack() as stack:
         processes.from_first(lambda: stack.enter_context(locked(config.out)))
-        prepare_resuming(config)
         for name in config.all_steps:
             if config.runs(name) and (config.out / name / "model" / "config.json").exists():
-                require_finished_with(config.out / name, decisive_settings(getattr(config, name)))
+                require_settings(config.out / name, decisive_settings(getattr(config, name)))
         keep_freed_memory()
         try:
             yield
@@ -101,8 +101,8 @@ def _train(config: Recipe) -> Path:
         if mixture and (config.runs(name) or (config.out / name / "model").exists())
     }
     dev = open_mixture(data.dev_mixture, data.root, config.seed) if data.dev_mixture else None
-    shape = config.model.model_dump(exclude={"init"})
-    seen: list[Any] = []
+    made_of: dict[str, dict[str, Any]] = {}
+    records: list[Any] = []
     for name, mixture in mixtures.items():
         log.info("%s: %s", name, mixture.report())
         for part in mixture.parts if name == "stage1" else ():
@@ -111,22 +111,25 @@ def _train(config: Recipe) -> Path:
                     f"{part.records.folder}: {count} of {len(part.records)} records have no image, from which stage 1 "
                     "learns nothing, since the language model is frozen; leave the part to stage 2"
                 )
-        seen.append(mixture.identity())
-        identity: dict[str, Any] = {"init": config.model.init or shape, "mixtures": seen}
-        identity |= {} if data.suffixes else {"suffixes": False}
-        identity |= {"lora": config.lora.model_dump()} if config.lora.rank and name == "stage2" else {}
-        folder = config.out / name
-        begun = (folder / "model").exists() or any(folder.glob("checkpoint-*"))
-        if begun or config.runs(name):
-            _require_same(folder / "records.json", identity, begun)
+        records = [*records, mixture.identity()["parts"]]
+        start = config.model.init or config.model.model_dump(mode="json", exclude={"init"})
+        made_of[name] = {"start": start, "records": records, "suffixes": data.suffixes}
+        made_of[name]["lora"] = config.lora.model_dump(mode="json") if config.lora.rank and name == "stage2" else None
+        require_settings(config.out / name, {"seed": config.seed, **made_of[name]})
     set_seed(config.seed)
     finished = config.model.folder if config.model.init else config.out / "start"
     if config.model.init:
         processes.from_first(lambda: check_shape(config.model, finished))
     else:
-        _require_same(config.out / "start.json", {**shape, "seed": config.seed}, finished.exists())
         first = next(iter(mixtures.values()))
-        processes.from_first(lambda: create_start(config.model, config.model.language, finished, _images_of(first)))
+        begun = any(any((config.out / name).glob("checkpoint-*")) for name in mixtures)
+
+        def create() -> None:
+            if not begun:  # it may be of another seed or shape
+                shutil.rmtree(finished, ignore_errors=True)
+            create_start(config.model, config.model.language, finished, _images_of(first))
+
+        processes.from_first(create)
     if processes.is_first:
         read = mixtures | ({"dev": dev} if dev is not None else {})
         note_run(config.out, config, {name: data_of(mixture) for name, mixture in read.items()})
@@ -143,13 +146,21 @@ def _train(config: Recipe) -> Path:
                 of(dev, items=min(config.watch.dev_items, len(dev))) if dev else None,
             )
 
-        runs = config.runs(name)
-        finished = train_stage(config, name, finished, prepare) if runs else config.out / name / "model"
+        if config.runs(name):
+            finished = train_stage(config, name, finished, prepare, made_of=made_of[name])
+        else:
+            finished = config.out / name / "model"
     return finished
 
 
 def train_stage(
-    config: Recipe, name: str, start: Path, prepare: Callable[[Any, Any], StageData], *, whole: bool = True
+    config: Recipe,
+    name: str,
+    start: Path,
+    prepare: Callable[[Any, Any], StageData],
+    *,
+    made_of: Mapping[str, Any] | None = None,
+    whole: bool = True,
 ) -> Path:
     """Train a checkpoint for one stage, unless that has been done.
 
@@ -158,6 +169,7 @@ def train_stage(
         name: Of the stage; in ``stage2`` the language model learns too.
         start: Folder of the checkpoint to begin with.
         prepare: Makes the data of the model and its processor.
+        made_of: As for :func:`run_stage`.
         whole: Whether every part of the model runs in each step, so that the utilisation is known.
 
     Returns:
@@ -197,7 +209,7 @@ def train_stage(
         engine=config.engine,
         watch=config.watch,
         dev=data.dev,
-        resume=resume_of(config, name),
+        made_of=made_of,
         utilisation=_utilisation(model, config.engine.precision, processes) if whole else None,
     )
     if processes.is_first:
@@ -215,32 +227,6 @@ def _utilisation(model: Any, precision: str, processes: Processes) -> Callable[[
         return None
     costs = Costs.of(model)
     return lambda line: costs.step(line) / (line["seconds"] * peak * processes.count)
-
-
-def _require_same(note: Path, identity: dict[str, Any], begun: bool) -> None:
-    """Raise ConfigError if what is in the folder was made of something else, or note what it will be made of."""
-    names = {"init": "start", "mixtures": "records", "suffixes": "data.suffixes", "lora": "lora settings"}
-
-    def compare() -> None:
-        if begun:
-            try:
-                known = json.loads(note.read_bytes())
-                odd = [name for name in {**known, **identity} if known.get(name) != identity.get(name)]
-                theirs, ours = ([each["parts"] for each in of.get("mixtures", ())] for of in (known, identity))
-                if "mixtures" in odd and theirs == ours:
-                    odd[odd.index("mixtures")] = "seed"
-            except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
-                odd = ["record of what it was made of"]
-            if odd:
-                what = ", ".join(names.get(name, name) for name in odd)
-                raise ConfigError(
-                    f"{note.parent}: holds a run with other {what}; give another --out, or delete the folder"
-                )
-        with writing(note):
-            note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, identity)
-
-    Processes().from_first(compare)
 
 
 # -- what a stage starts from ------------------------------------------------------------------------------------------
@@ -315,30 +301,22 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     if not shape.language:
         return
     config = read_shape(folder)
-    grid = [shape.image_grid] * 2 if shape.image_grid else config.image_grid
-    pairs: dict[str, tuple[Any, Any]] = {
-        "refinement": (config.refinement, shape.refinement),
-        "refinement_channels": (config.refinement_channels, shape.refinement_channels or None),
-        "connector_size": (config.connector_size, shape.connector_size or None),
-        "image_size": (config.image_size, shape.image_size or config.image_size),
-        "image_grid": (list(config.image_grid), grid),
-        "region_numbers": (bool(config.region_number_offset), shape.region_numbers),
-        "image_marks": (config.image_marks, shape.image_marks),
-    }
+    wanted = new_shape(shape, tower_shape(shape.vision), language_shape(shape.language))
+    names = ["refinement", "refinement_channels", "connector_size"]
+    names += ["image_size"] if shape.image_size else []
+    names += ["image_grid"] if shape.image_grid else []
+    pairs = {name: (getattr(config, name), getattr(wanted, name)) for name in names}
+    pairs["image_marks"] = config.image_marks, shape.image_marks
+    pairs["region_numbers"] = bool(config.region_number_offset), shape.region_numbers
     try:
         described = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-        # The first releases did not write the paper's values.
-        pairs["region_grid"] = described.get("region_grid", 1), shape.region_grid
-        pairs["region_format"] = described.get("region_format", "<region>"), shape.region_format
-    except (OSError, ValueError, AttributeError):
+        pairs |= {name: (described[name], getattr(shape, name)) for name in ("region_grid", "region_format")}
+    except (OSError, ValueError, LookupError, TypeError):
         pass  # reported where the checkpoint is loaded
-    parts = (
-        ("vision", config.vision_config, tower_shape(shape.vision)),
-        ("language", config.text_config, language_shape(shape.language)),
-    )
-    for part, ours, theirs in parts:
+    for part, kind in (("vision", "vision_config"), ("language", "text_config")):
         for name in _OF_PARTS:
-            pairs[f"{part}.{name}"] = getattr(ours, name, None), getattr(theirs, name, None)
+            ours, theirs = (getattr(getattr(each, kind), name, None) for each in (config, wanted))
+            pairs[f"{part}.{name}"] = ours, theirs
     wrong = [f"{name} is {got} there and {wanted} here" for name, (got, wanted) in pairs.items() if got != wanted]
     if wrong:
         raise CheckpointError(
