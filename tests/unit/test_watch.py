@@ -71,7 +71,7 @@ def test_tensorboard_has_the_same_numbers_once(tmp_path: Path) -> None:
 
 def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(watch, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install '\.\[train\]'"):
+    with pytest.raises(ConfigError, match="not installed"):
         learn(tmp_path, watch=WatchConfig(tensorboard=True))
 
 
@@ -95,7 +95,7 @@ def test_a_log_is_cut_to_the_step_that_is_gone_on_from(tail: str, tmp_path: Path
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n' + tail)
     log = StepLog(path)
     assert len(log.cut(3)) == 3
-    log.write([{"step": 4, "loss": float("nan")}])
+    log.write({"step": 4, "loss": float("nan")})
     assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "loss": "nan"}]
     log.cut(2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
@@ -104,14 +104,14 @@ def test_a_log_is_cut_to_the_step_that_is_gone_on_from(tail: str, tmp_path: Path
 def test_a_full_disk_loses_no_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "log.jsonl"
     log = StepLog(path)
-    log.write([{"step": 1}])
+    log.write({"step": 1})
     with full_disk(path.stat().st_size + 5):
-        log.write([{"step": 2}])
-        log.write([{"step": 3}])
+        log.write({"step": 2})
+        log.write({"step": 3})
     (told,) = caplog.messages
     assert "tried again" in told
     assert [line["step"] for line in read_lines(path)] == [1]
-    log.write([{"step": 4}])
+    log.write({"step": 4})
     assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 4]
 
 

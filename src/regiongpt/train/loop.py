@@ -29,7 +29,7 @@ from regiongpt.train import checkpoint
 from regiongpt.train.checkpoint import Checkpoints, Progress
 from regiongpt.train.packing import Collate, Example, PackedCollate, require_packable, units_on_cpu, width_cost
 from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
-from regiongpt.train.watch import Watch
+from regiongpt.train.watch import Watch, read_tally, tally
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def run_stage(
     if engine.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
-    watcher = Watch(name, folder, processes, watch, config.log_steps, utilisation)
+    watcher = Watch(name, folder, watch, config.log_steps, utilisation)
     loop = Loop(name, model, loss, dataset, collate, config, engine, watch, checkpoints, settings, watcher, dev)
     in_units = packs and not engine.compile  # compiled layers take masks, since each batch has other units
     units = units_on_cpu(cast(Any, model).language_model, loop.device) if in_units else nullcontext()
@@ -192,31 +192,33 @@ class Loop:
         generator = None if begin is None else torch.Generator()
         skip, workers = self.progress.step * rounds, self.engine.workers
         batches = iter(self._batches(self.dataset, self.config.batch_size, skip, workers, generator))
-        self.watcher.start(self.progress.step, self.steps)
+        first = self.processes.is_first
+        if first:
+            self.watcher.start(self.progress.step, self.steps)
         while self.progress.step < self.steps and not self.stopped:
             began = time.perf_counter()
             step = list(islice(batches, rounds))
             waited = time.perf_counter() - began
-            norm = self._step(step)
+            found = self._step(step)
             self.progress = self.progress.model_copy(update={"step": self.progress.step + 1})
             at, last = self.progress.step, self.progress.step == self.steps
             self.stopped = self.asked_to_stop and not last
+            if first:
+                line = {"step": at, "of": self.steps, "epoch": at / self.steps, **found}
+                self.watcher.step({**line, "seconds": time.perf_counter() - began, "wait": waited})
             saves = last or self.stopped or at % self.config.save_steps == 0
-            rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-            self.watcher.step(at, rates, norm, time.perf_counter() - began, waited, saves=saves)
             if self.dev is not None and self.watch.dev_steps and (last or at % self.watch.dev_steps == 0):
                 saves |= self._measure()
             if saves:
                 self.checkpoints.write(at, self._fill, self.progress.best_step)
 
-    def _step(self, step: Sequence["Batch"]) -> float:
-        """Forward and backward passes of the micro-batches of one step, then the optimiser's; the gradient's norm."""
+    def _step(self, step: Sequence["Batch"]) -> dict[str, Any]:
+        """Forward and backward passes of the micro-batches of one step, then the optimiser's; its line of the log."""
         targets = torch.tensor(sum(batch.targets for batch in step), device=self.device)
-        if self.processes.count > 1:
-            self.processes.summed(targets)
-        targets.clamp_(min=1)
+        self.processes.summed(targets).clamp_(min=1)
         self.module.train()
         losses: list[Tensor] = []
+        rows: list[Tensor] = []
         for number, batch in enumerate(step, 1):
             # Gradients are summed over the processes at the end of the step, not in each micro-batch.
             if self.sharded:
@@ -226,13 +228,14 @@ class Loop:
                 loss, each, tasks = self._forward(batch, targets)
                 torch.autograd.backward(loss * self.processes.count)  # processes average gradients; their sum is wanted
             losses.append(loss.detach())
-            self.watcher.add(losses[-1], each, tasks, (len(batch.items), batch.tokens, batch.images))
+            rows.append(tally(losses[-1], each, tasks, (len(batch.items), batch.tokens, batch.images)))
         norm: Any = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # All processes have to agree that the step is sound, and whether to stop after it.
         sound = torch.stack(losses).isfinite().all() & norm.isfinite()
-        flags = torch.stack([(~sound).float(), torch.tensor(float(self.asked_to_stop), device=sound.device)])
-        failed, asked = self.processes.summed(flags).tolist()
+        row = torch.stack(rows).sum(0)
+        flags = torch.stack([~sound, torch.tensor(self.asked_to_stop, device=sound.device)]).to(row)
+        *values, failed, asked = self.processes.summed(torch.cat([row, flags])).tolist()
         self.asked_to_stop = asked > 0
         if failed:
             self._refuse(step, losses, float(norm))
@@ -241,7 +244,8 @@ class Loop:
             group["lr"] = group["peak"] * rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        return {**read_tally(values), "lr": rates, "grad_norm": float(norm)}
 
     def _refuse(self, step: Sequence["Batch"], losses: Sequence[Tensor], norm: float) -> None:
         """Raise DataError for a step whose loss or gradient is not finite, with the names of its records."""
@@ -299,7 +303,8 @@ class Loop:
     def _measure(self) -> bool:
         """Whether the dev loss is the lowest so far."""
         found = self.evaluate()
-        self.watcher.measured(self.progress.step, found)
+        if self.processes.is_first:
+            self.watcher.measured(self.progress.step, found)
         best = math.isfinite(found) and (self.progress.best_loss is None or found < self.progress.best_loss)
         if best:
             self.progress = Progress(step=self.progress.step, best_step=self.progress.step, best_loss=found)

@@ -86,15 +86,9 @@ def width_cost(text_config: Any) -> float:
 
 
 def plan_rows(lengths: Sequence[int], longest: int, cost: float) -> list[list[int]]:
-    """Which conversations go into which row, so that the whole costs least.
+    """The numbers of the conversations in each row, so that the whole costs least by :func:`width_cost`.
 
-    Args:
-        lengths: Tokens of each conversation; at least one conversation.
-        longest: Most tokens in a row, but for a conversation that is longer by itself.
-        cost: See :func:`width_cost`.
-
-    Returns:
-        For each row the numbers of its conversations, all of them once.
+    A row has at most ``longest`` tokens, but for a conversation that is longer by itself.
     """
     limit = max(longest, *lengths)
     order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
@@ -113,14 +107,11 @@ def plan_rows(lengths: Sequence[int], longest: int, cost: float) -> list[list[in
 
 
 def attention_mask(documents_PW: Tensor, turns_PW: Tensor) -> Tensor:
-    """True where attention is allowed: within a conversation, to what came before, and between turns as isolated.
+    """Boolean (P, 1, W, W), True where attention is allowed: within a conversation, to what came before.
 
     Args:
         documents_PW: Conversation of each token, -1 in the padding, which sees itself.
-        turns_PW: Turn of each token; 0 for what all turns of the conversation see.
-
-    Returns:
-        Boolean (P, 1, W, W).
+        turns_PW: Turn of each token, which sees that turn and turn 0 alone.
     """
     width = documents_PW.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=documents_PW.device).tril()
@@ -132,11 +123,9 @@ def attention_mask(documents_PW: Tensor, turns_PW: Tensor) -> Tensor:
 
 
 def isolate_turns(turns_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention mask (B, 1, T, T), True where attention is allowed, and positions (B, T) of padded conversations.
+    """Attention mask (B, 1, T, T) and positions (B, T) of padded conversations by their :func:`turn_numbers`.
 
-    Args:
-        turns_BT: From :func:`turn_numbers`; all 0 for a conversation whose turns see the earlier ones, -1 in the
-            padding.
+    Turns are all 0 for a conversation whose turns see the earlier ones, and -1 in the padding.
     """
     mask = attention_mask(turns_BT.clamp_max(0), turns_BT)
     # How many tokens a token sees is the place it stands at.
@@ -144,15 +133,10 @@ def isolate_turns(turns_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def turn_numbers(example: Example, image_token_id: int) -> Tensor:
-    """Which turn each token belongs to, (T,) int64: 0 for what comes before the first question, then 1, 2, ...
+    """Turn of each token of an example that begins with an image, (T,) int64: 0 before the first question, then 1, ...
 
-    A conversation of ten turns about one image trains ten answers for one image's tokens, but what an earlier turn said
-    of a region answers a later one. Isolated turns see the image and themselves alone, at the positions they would have
-    as the only turn.
-
-    Args:
-        example: ``input_ids`` and ``labels``, each (T,), with the image first.
-        image_token_id: Id of ``<image>``.
+    Ten turns about one image train ten answers for one image's tokens, but what an earlier turn said of a region
+    answers a later one. Isolated turns see the image and themselves alone, at the positions of an only turn.
     """
     ids, is_target = example["input_ids"], example["labels"] != IGNORED
     # The line break after the image belongs to no turn: each question follows it, as the first one does.
@@ -229,10 +213,7 @@ def unit_attention(
     units: Units | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """Attention of one layer, as transformers calls it: in units if there are any, else its ``sdpa``.
-
-    Takes queries (1, H, N, E), keys and values (1, H', N, E) where H' divides H; returns (1, N, H, E) and None.
-    """
+    """Attention of one layer, as transformers calls it: (1, H, N, E) in units if there are any, else its ``sdpa``."""
     if units is None:
         result: tuple[Tensor, Any] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options

@@ -1,8 +1,4 @@
-"""What a stage does while it trains, written so that interruptions lose nothing; and a whole run as one page.
-
-Losses are the same to the bit, watched or not. Reading a number from a GPU waits for all its work, so sums stay on the
-device and are read, over all processes, once for many steps.
-"""
+"""What a stage does while it trains, written so that interruptions lose nothing; and a whole run as one page."""
 
 import json
 import logging
@@ -12,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from regiongpt.data.mixture import Mixture
-from regiongpt.distributed import Processes, launched
+from regiongpt.distributed import launched
 from regiongpt.environment import commit, machine, versions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.report import Curve, line_chart, short, write_page
@@ -41,22 +37,44 @@ LOG, DEV, EVENTS = "log.jsonl", "dev.jsonl", "tensorboard"
 PAGE, RUN = "report.html", "run.json"
 """In a run's folder: its page; its recipe, data and starts."""
 
-_LOSS, _EXAMPLES, _, _, _TARGETS, _SUMS = range(6)
-_COUNTS = _SUMS + len(TASKS)
+_PLAIN: Final = ("loss", "examples", "tokens", "images", "targets")
+
+
+def tally(loss: Tensor, losses_N: Tensor | None, tasks_N: Tensor | None, counts: tuple[int, int, int]) -> Tensor:
+    """What a micro-batch adds to the line of its step, on the loss's device: :func:`read_tally` reads the sum.
+
+    Args:
+        loss: Its share of the step's loss.
+        losses_N: (N,) cross-entropy of each target, not divided by anything; None if it is not known.
+        tasks_N: (N,) place in :data:`TASKS` of each target, -1 for none.
+        counts: Number of conversations, of tokens without padding, and of images.
+    """
+    kind = torch.float32 if loss.device.type == "mps" else torch.float64
+    row = torch.zeros(len(_PLAIN) + 2 * len(TASKS), dtype=kind, device=loss.device)
+    row[0] = loss.to(kind)
+    row[1:5] = row.new_tensor([*counts, 0 if losses_N is None else len(losses_N)])
+    if losses_N is not None and tasks_N is not None:
+        # A product, for scattered sums on a GPU come out a little different each time.
+        chosen = tasks_N.to(loss.device)[None] == torch.arange(len(TASKS), device=loss.device)[:, None]
+        row[5:] = torch.cat([chosen.to(kind) @ losses_N.to(kind), chosen.sum(1)])
+    return row
+
+
+def read_tally(row: Sequence[float]) -> dict[str, Any]:
+    """The part of a step's line that :func:`tally` counts."""
+    sums = zip(TASKS, row[len(_PLAIN) :], row[len(_PLAIN) + len(TASKS) :], strict=False)
+    tasks = {name: {"loss": total / n, "targets": round(n)} for name, total, n in sums if n}
+    return {"loss": row[0], "tasks": tasks, **{name: round(row[place]) for place, name in enumerate(_PLAIN) if place}}
 
 
 class Watch:
-    """Writes what a stage does, a line of ``log.jsonl`` a step; the same calls come in every process.
-
-    Lines are written every few steps, and before every checkpoint; a resumed run first removes the lines of the steps
-    that it will do again.
+    """Writes what a stage does: a line of ``log.jsonl`` a step, and now and then one for people.
 
     Args:
         name: Name of the stage in the log.
         folder: Folder of the stage.
-        processes: They train together.
         config: What is watched.
-        log_steps: Optimiser steps between two lines of the log for people, and between two writes.
+        log_steps: Optimiser steps between two lines for people.
         utilisation: Share of the hardware's peak that a step has reached, from its line.
     """
 
@@ -64,32 +82,24 @@ class Watch:
         self,
         name: str,
         folder: Path,
-        processes: Processes,
         config: WatchConfig,
         log_steps: int,
         utilisation: Callable[[Mapping[str, Any]], float] | None = None,
     ) -> None:
         if config.tensorboard and find_spec("tensorboard") is None:
             raise ConfigError(
-                "watch.tensorboard: TensorBoard is not installed; `pip install '.[train]'`, or leave it out: "
-                "log.jsonl holds the same numbers"
+                "watch.tensorboard: TensorBoard is not installed; `pip install '.[train]'`, or leave it out"
             )
-        self.name, self.folder, self.processes, self.tensorboard = name, folder, processes, config.tensorboard
+        self.name, self.folder, self.tensorboard = name, folder, config.tensorboard
         self.log_steps, self.utilisation = log_steps, utilisation
         self._log, self._dev = StepLog(folder / LOG), StepLog(folder / DEV)
         self._events: Events | None = None
         self._bar: Any = None
         self._stack = ExitStack()
-        self._sums: list[Tensor] = []
-        self._open: Tensor | None = None
-        self._lines: list[dict[str, Any]] = []
         self._untold: list[dict[str, Any]] = []
 
     def start(self, step: int, steps: int) -> None:
-        """Open the logs, without what lies beyond the step that is continued from."""
-        self.steps = steps
-        if not self.processes.is_first:
-            return
+        """Open the logs, without what lies beyond the step that is resumed from, which will be done again."""
         kept, measured = self._log.cut(step), self._dev.cut(step)
         if self.tensorboard:
             self._events = Events(self.folder / EVENTS)
@@ -102,97 +112,34 @@ class Watch:
             self._bar = self._stack.enter_context(tqdm(desc=self.name, total=steps, initial=step, **shown))
             self._stack.enter_context(logging_redirect_tqdm())
 
-    def add(self, loss: Tensor, losses_N: Tensor | None, tasks_N: Tensor | None, counts: tuple[int, int, int]) -> None:
-        """Add a micro-batch of the step at hand; nothing is read from the device.
-
-        Args:
-            loss: This process's share of the step's loss.
-            losses_N: (N,) cross-entropy of each target, not divided by anything; None if it is not known.
-            tasks_N: (N,) place in :data:`TASKS` of each target, -1 for none.
-            counts: Number of conversations, of tokens without padding, and of images.
-        """
-        kind = torch.float32 if loss.device.type == "mps" else torch.float64
-        if self._open is None:
-            self._open = torch.zeros(_COUNTS + len(TASKS), dtype=kind, device=loss.device)
-        row = self._open
-        row[_LOSS] += loss.to(kind)
-        for place, count in enumerate(counts, _EXAMPLES):
-            row[place] += count
-        if losses_N is not None:
-            row[_TARGETS] += len(losses_N)
-        if losses_N is not None and tasks_N is not None:
-            # A product, for scattered sums on a GPU come out a little different each time.
-            chosen = tasks_N.to(loss.device)[None] == torch.arange(len(TASKS), device=loss.device)[:, None]
-            row[_SUMS:_COUNTS] += chosen.to(kind) @ losses_N.to(kind)
-            row[_COUNTS:] += chosen.sum(1)
-
-    def step(
-        self, step: int, rates: Mapping[str, float], norm: float, seconds: float, wait: float, *, saves: bool = False
-    ) -> None:
-        """End a step, and write when it is time to.
-
-        Args:
-            step: Optimiser steps done, this one included.
-            rates: Learning rates by the names of their groups.
-            norm: Norm of the gradient before clipping.
-            seconds: Time of the step.
-            wait: How much of it passed until its data had come.
-            saves: Whether a checkpoint follows, or the end.
-        """
-        assert self._open is not None
-        self._sums.append(self._open)
-        self._open = None
-        line = {"step": step, "of": self.steps, "epoch": step / self.steps, "lr": dict(rates)}
-        self._lines.append({**line, "seconds": seconds, "wait": wait, "grad_norm": norm})
-        tells = step in (1, self.steps) or step % self.log_steps == 0
-        if tells or saves:
-            self._flush()
+    def step(self, line: dict[str, Any]) -> None:
+        """Write the line of a step."""
+        if self.utilisation is not None:
+            line["mfu"] = self.utilisation(line)
+        self._log.write(line)
+        if self._events is not None:
+            self._events.write(line["step"], _scalars(line))
+        self._untold.append(line)
+        step, steps = line["step"], line["of"]
         if self._bar is not None:
             self._bar.update()
-        if tells and self._untold:
+        if step in (1, steps) or step % self.log_steps == 0:
             lines, self._untold = self._untold, []
             if self._bar is not None:
                 self._bar.set_postfix_str(summary(lines))
             else:
-                left = (self.steps - step) * sum(each["seconds"] for each in lines) / len(lines)
-                time_left = tqdm.format_interval(left)
-                log.info("%s: step %d of %d, %s, %s left", self.name, step, self.steps, summary(lines), time_left)
+                left = tqdm.format_interval((steps - step) * sum(each["seconds"] for each in lines) / len(lines))
+                log.info("%s: step %d of %d, %s, %s left", self.name, step, steps, summary(lines), left)
 
     def measured(self, step: int, loss: float) -> None:
-        """Write the dev loss, and the lines before it: a checkpoint may follow at once."""
-        self._flush()
-        if self.processes.is_first:
-            self._dev.write([{"step": step, "loss": loss}])
-            if self._events is not None:
-                self._events.write(step, {"dev/loss": loss})
+        """Write the dev loss after a step."""
+        self._dev.write({"step": step, "loss": loss})
+        if self._events is not None:
+            self._events.write(step, {"dev/loss": loss})
 
     def close(self) -> None:
-        """Close everything; after an error, what is not yet written is, if it can be."""
-        if self._lines and self.processes.count == 1:  # of several, the others may never come to the sum
-            with suppress(RuntimeError):
-                self._flush()
+        """Leave the terminal as it was."""
         self._stack.close()
-
-    def _flush(self) -> None:
-        """Write the lines of the steps since the last time; every process takes part in the sums."""
-        lines, self._lines = self._lines, []
-        if not lines:
-            return
-        rows, self._sums = self.processes.summed(torch.stack(self._sums)).tolist(), []
-        if not self.processes.is_first:
-            return
-        for line, row in zip(lines, rows, strict=True):
-            tasks = zip(TASKS, row[_SUMS:_COUNTS], row[_COUNTS:], strict=True)
-            line["loss"] = row[_LOSS]
-            line["tasks"] = {name: {"loss": total / n, "targets": round(n)} for name, total, n in tasks if n}
-            for place, name in enumerate(("examples", "tokens", "images", "targets"), _EXAMPLES):
-                line[name] = round(row[place])
-            if self.utilisation is not None:
-                line["mfu"] = self.utilisation(line)
-            if self._events is not None:
-                self._events.write(line["step"], _scalars(line))
-        self._log.write(lines)
-        self._untold += lines
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -228,9 +175,9 @@ class StepLog:
         write_file(self.path, "".join(map(_line, kept)))
         return kept
 
-    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Append lines, all or none; what a full disk does not take is written with the next ones."""
-        self._waiting += map(_line, lines)
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line whole; what a full disk does not take is written with the next one."""
+        self._waiting.append(_line(line))
         data = "".join(self._waiting).encode()
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -331,7 +278,6 @@ def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 _ORDER: Final = ("language-checkpoints", "align", "stage1", "stage2")
 _OVERVIEW: Final = ("stage", "steps", "loss", "examples", "tokens", "time", "tokens/s", "waiting", "utilisation")
-_COUNTED: Final = ("images", "regions", "turns")
 
 
 def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
@@ -390,9 +336,8 @@ def write_report(out: Path) -> Path:
                 for name, folder in zip(logs, stages, strict=True)
             ],
             "starts": notes.get("starts", []),
-            "recipe": _recipe(notes.get("config", {}), set(logs)),
-            "data": [_data(name, values) for name, values in notes.get("data", {}).items()],
-            "environment": _environment(notes.get("starts", [])),
+            "recipe": _tables(notes.get("config", {}), set(logs)),
+            "data": notes.get("data", {}),
         }
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{out}: {RUN} or a log in it is not what a training wrote: {error!r}; delete it") from None
@@ -467,47 +412,13 @@ def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]
     yield line_chart("Shares of the time and of the peak", shares)
 
 
-def _recipe(config: Mapping[str, Any], stages: set[str]) -> dict[str, list[tuple[str, str]]]:
+def _tables(config: Mapping[str, Any], stages: set[str]) -> dict[str, dict[str, Any]]:
     """The recipe, table by table, without those of stages that were not run."""
-    tables: dict[str, list[tuple[str, str]]] = {}
-    for name, text in _flat(config):
-        table, dot, field = name.partition(".")
-        if table not in {"plan", "language", "align", "stage1", "stage2"} - stages:
-            tables.setdefault(table if dot else "", []).append((field or name, text))
+    hidden = {"plan", "language", "align", "stage1", "stage2"} - stages
+    tables: dict[str, dict[str, Any]] = {"": {}}
+    for name, value in config.items():
+        if not isinstance(value, Mapping):
+            tables[""][name] = value
+        elif name not in hidden:
+            tables[name] = dict(value)
     return tables
-
-
-def _data(name: str, values: Mapping[str, Any]) -> tuple[str, list[list[str]], list[tuple[str, str]]]:
-    """A stage's data: a title and a table, or plain values where they are of no mixture."""
-    if "parts" not in values:
-        return name, [], _flat(values)
-    rows = [["folder", "source", "records", "an epoch", *_COUNTED, "left out", "SHA-256"]]
-    for part in values["parts"]:
-        counts, shards = part["counts"], [shard["sha256"][:12] for shard in part["shards"]]
-        numbers = [counts.get("records", 0), part["records an epoch"], *(counts.get(kind, 0) for kind in _COUNTED)]
-        hashes = ", ".join(shards[:4]) + ("..." if len(shards) > 4 else "")
-        left_out = sum(part["rejects"].values())
-        rows.append([part["folder"], part["source"], *(f"{each:,}" for each in (*numbers, left_out)), hashes])
-    return f"{name}: {values['records an epoch']:,} records an epoch, seed {values['seed']}", rows, []
-
-
-def _environment(starts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    if not starts:
-        return []
-    last = starts[-1]
-    pairs = [*_flat(last["machine"]), ("processes", str(last["processes"])), *last["packages"].items()]
-    if checkout := last.get("commit"):
-        pairs.append(("commit", f"{checkout['hash']}{', with changes' if checkout.get('changed') else ''}"))
-    return pairs + [(f"start {n}", f"{each['date']}  {each['command']}") for n, each in enumerate(starts, 1)]
-
-
-def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
-    """Nested values as dotted names with texts; what is empty is left out."""
-    found: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = f"{above}.{key}" if above else str(key)
-        if isinstance(value, Mapping):
-            found += _flat(value, name)
-        elif value not in ("", None, [], ()):
-            found.append((name, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)))
-    return found
