@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from regiongpt import DataError, legacy
+from regiongpt import DataError
 from regiongpt.storage import digest
 from regiongpt.store import Store
 
@@ -96,14 +96,6 @@ def test_a_full_disk_is_one_line_and_nothing_counts_as_kept(tmp_path: Path) -> N
 def test_no_value_is_invalid_json(tmp_path: Path) -> None:
     with Store(tmp_path) as store, pytest.raises(ValueError, match="not JSON compliant"):
         store.add({"a": float("nan")})
-
-
-def test_answers_of_version_0_1_are_read_without_their_torn_lines(tmp_path: Path) -> None:
-    (tmp_path / "00000.jsonl").write_bytes(
-        b'{"key": "a", "answer": {"text": "one"}}\n[]\n{"key": 1}\n\xff\n{"key": "b", "answer": {}}'
-    )
-    (tmp_path / "00001.jsonl").write_bytes(b'{"key": "c", "answer": {"text": "two"}}\n')
-    assert legacy.read_answers(tmp_path) == {"a": {"text": "one"}, "c": {"text": "two"}}
 
 
 def test_a_digest_is_of_values_and_not_of_their_order() -> None:
