@@ -1,9 +1,9 @@
 """The verb ``regiongpt ablate``: variants of one part of a model trained alike, asked alike, and set side by side.
 
 OUT/VARIANT/seed-N/  recipe.json (a run of another recipe is refused), training/, evaluation/
-OUT/                 table.md, result.json, index.html
+OUT/                 table.md, result.json
 
-Paper: Tables 1, 6 and 7; §3.1 (image tokens), §3.2 (the task-guided prompt)
+Paper: Tables 1, 6 and 7; §3.2 (the task-guided prompt)
 """
 
 import logging
@@ -51,11 +51,6 @@ def _tower(name: str, vision: str, size: int | str = "") -> Variant:
     return Variant(name, {"model.vision": vision} | ({"model.image_size": str(size)} if size else {}))
 
 
-def _tokens(name: str) -> Variant:
-    what, _, side = name.partition("=")
-    return Variant(name, {f"model.{what}_grid": side})
-
-
 KINDS: Final = {
     "refinement": Kind(
         "the module that refines the feature map (Table 6)",
@@ -83,11 +78,6 @@ KINDS: Final = {
             Variant("without", {"data.suffixes": "false"}, {"guided": "false"}),
             Variant("asked-without", asked={"guided": "false"}),
         ),
-    ),
-    "tokens": Kind(
-        "number of tokens per image and region; --variants image=SIDE,region=SIDE,...",
-        tuple(map(_tokens, ("image=6", "image=3", "image=1", "image=9", "region=2"))),
-        "model.init",
     ),
     "data": Kind(
         "the records: boxes against masks, or any others (--variants boxes=RECORDS,masks=RECORDS)",
@@ -125,8 +115,6 @@ def choose_variants(kind: str, text: str | None, recipe: Recipe) -> tuple[Varian
         elif kind == "tower":
             tower, _, size = word.rpartition("@") if word.rpartition("@")[2].isdecimal() else (word, "", "")
             found.append(_tower(Path(tower).name + (f"-{size}" if size else ""), tower, size))
-        elif kind == "tokens" and name in ("image", "region") and value.isdecimal():
-            found.append(_tokens(word))
         else:
             raise ConfigError(f"--variants: unknown variant {word!r}; known: {', '.join(known)}")
     if len(found) < 2 or len({variant.name for variant in found}) < len(found):
@@ -331,49 +319,29 @@ class Study:
     def _write(
         self, found: "Summary", items: int, pinned: Mapping[str, str], manifests: Mapping[str, Sequence[object]]
     ) -> str:
-        from regiongpt.evaluate.report import PAGE, RESULT, markdown, printed_rows
-        from regiongpt.report import Bar, bar_chart, write_page
+        from regiongpt.evaluate.report import RESULT, markdown, printed_rows
 
-        title, task = f"Ablation: {self.kind}", self.options.task
-        about = [
-            " ".join([f"{KINDS[self.kind].summary}; recipe {self.recipe}", *self.overrides]),
-            f"{task}, {items:,} items. Means over the seeds {', '.join(map(str, self.seeds))}, times 100; in brackets "
-            "the range of 95 % of the resamples, which draw images and seeds anew. With fewer than "
-            f"{FEWEST_SEEDS} seeds, {FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
-        ]
         rows = tables(found)
         if paper := TABLES.get(self.kind):
             rows.append((f"The paper's {paper.number}, measured on {paper.data}", printed_rows(paper)))
-        conditions = "\n".join(f"- {name}: {text}" for name, text in pinned.items())
-        parts = [f"# {title}", *about, conditions, *(f"## {name}\n\n{markdown(each)}" for name, each in rows)]
-        text = "\n\n".join(parts) + "\n"
-        charts = [
-            bar_chart(
-                f"{protocol}: {figure}",
-                [(name, [Bar(value=finite(each.mean), interval=each.interval)]) for name, each in cells.items()],
-                [figure],
-            )
-            for protocol, figures in found.items()
-            for figure, cells in figures.items()
+        parts = [
+            f"# Ablation: {self.kind}",
+            " ".join([f"{KINDS[self.kind].summary}; recipe {self.recipe}", *self.overrides]),
+            f"{self.options.task}, {items:,} items. Means over the seeds {self.options.seeds}, times 100; in brackets "
+            "the range of 95 % of the resamples, which draw images and seeds anew. With fewer than "
+            f"{FEWEST_SEEDS} seeds, {FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
+            "\n".join(f"- {name}: {text}" for name, text in pinned.items()),
+            *(f"## {name}\n\n{markdown(each)}" for name, each in rows),
         ]
+        text = "\n\n".join(parts) + "\n"
         write_file(self.out / "table.md", text)
-        write_page(
-            self.out / PAGE,
-            "ablation.html",
-            title=title,
-            made="means over the seeds, times 100, with 95 % intervals",
-            about=about,
-            pinned=pinned,
-            tables=rows,
-            charts=charts,
-        )
         protocols = {
             protocol: {figure: {name: cell._asdict() for name, cell in cells.items()} for figure, cells in each.items()}
             for protocol, each in found.items()
         }
         result: dict[str, Any] = {
             "ablation": self.kind,
-            "task": task,
+            "task": self.options.task,
             "items": items,
             "seeds": list(self.seeds),
             "variants": [variant._asdict() for variant in self.variants],
@@ -382,7 +350,7 @@ class Study:
             "manifests": manifests,
         }
         write_json(self.out / RESULT, result)
-        return text + f"\nwritten to {self.out / 'table.md'}, {self.out / RESULT} and {self.out / PAGE}"
+        return text + f"\nwritten to {self.out / 'table.md'} and {self.out / RESULT}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

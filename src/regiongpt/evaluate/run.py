@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import cache
@@ -160,7 +160,8 @@ def _ask(
     tasks: Sequence[Task], listed: Sequence[list[Item]], model: str, load: Any, store: Store, processes: Processes
 ) -> list[tuple[Mapping[str, Answer], Sequence[str]]]:
     """The answers of each task, with notes on questions that could not be asked; nothing but in the first process."""
-    hashes = _hash_images({item.image: None for items in listed for item in items})
+    images = list(dict.fromkeys(item.image for items in listed for item in items))
+    hashes = {path: file_identity(path)["sha256"] for path in progress(images, "reading", "images", len(images))}
     keys = [[question_key(model, hashes[item.image], item) for item in items] for items in listed]
     wanted = {key for own in keys for key in own}
     known = store.get(wanted)
@@ -299,16 +300,6 @@ def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[di
                 called=calls,
             )
         found.append(answer.to_dict())
-    return found
-
-
-def _hash_images(images: Collection[Path]) -> dict[Path, str]:
-    found = {}
-    for path in progress(images, "reading", "images", len(images)):
-        try:
-            found[path] = sha256(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {reason(error)}") from None
     return found
 
 
