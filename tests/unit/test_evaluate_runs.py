@@ -373,8 +373,8 @@ def test_why_nothing_could_be_asked_is_said(data, checkpoint, tmp_path, monkeypa
 def test_changes_and_mistakes_go_by_a_figure_that_each_item_has():
     def result(*scores):
         row = {"truth": "yes", "answer": "no", "groups": {}, "missing": False}
-        rows = tuple({**row, "id": str(k), "image_id": k, "scores": each} for k, each in enumerate(scores))
-        return Result(task="t", pinned={}, protocols={}, rows=rows)
+        rows = [{**row, "id": str(k), "image_id": k, "scores": each} for k, each in enumerate(scores)]
+        return Result({}, rows, {})
 
     a = result({"random.accuracy": 1.0}, {"popular.accuracy": 1.0})
     b = result({"random.accuracy": 1.0}, {"popular.accuracy": 0.0})

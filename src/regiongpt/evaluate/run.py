@@ -396,8 +396,8 @@ def _finish(
     """Score a task and write its folder, the manifest last; each file is whole or not there."""
     result = task.score(items, answers, resamples=options.resamples)
     part = {"part": f"the first {task.limit:,} images alone (--limit)"} if task.limit else {}
-    result = dataclasses.replace(result, notes=(*notes, *result.notes), pinned={**result.pinned, **part})
-    run = TaskRun(folder=folder, result=result.to_dict(), manifest=manifest, items=items, answers=answers)
+    data = {**result.data, "notes": [*notes, *result.data["notes"]], "pinned": {**result.data["pinned"], **part}}
+    run = TaskRun(folder=folder, result=data, manifest=manifest, items=items, answers=answers)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)

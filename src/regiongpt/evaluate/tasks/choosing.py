@@ -5,7 +5,6 @@ Paper: §4.3, Table 5
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -310,11 +309,10 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
             right = [number in item.detail["right"] for item, number in zip(items, picked, strict=True)]
             whole = scored(items, picked, right)
             bare = scored(items, picked, [ok and not own for ok, own in zip(right, injected, strict=True)])
-            protocols[f"{protocol}, {INJECTED}"] = replace(
-                whole, statistics={**whole.statistics, "injected_share": share}
-            )
+            with_share = {**whole.statistics, "injected_share": share}
+            protocols[f"{protocol}, {INJECTED}"] = whole._replace(statistics=with_share)
             without = {name: each for name, each in bare.statistics.items() if name != "chance"}
-            protocols[f"{protocol}, {BARE}"] = replace(bare, statistics=without)
+            protocols[f"{protocol}, {BARE}"] = bare._replace(statistics=without)
         candidates = sum(len(item.regions) for item in items) / len(items)
         these = f"at most {self.top} an image" if self.top else "all"
         return Measured(
