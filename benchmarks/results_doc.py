@@ -17,14 +17,18 @@ from regiongpt.evaluate.report import TaskRun, markdown, printed_rows, read_run,
 from regiongpt.evaluate.task import TABLES
 from regiongpt.storage import read_json
 
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOT_SHOWN = ("AP50", "AP75")  # with given boxes they are AP to a few tenths
+NOT_COMPARED = (*NOT_SHOWN, "class_average", "without_person")
+CHANCE = "generate and match"  # whose AP by size is left to chance, every detection having the score 1
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
 
 def task_section(run: TaskRun) -> str:
     """One benchmark: every protocol, beside the paper's results in their own column."""
-    parts = [f"### {run.name}", "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items()) + "."]
+    # The protocols' rules are in docs/evaluation.md.
+    conditions = "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items() if "protocol" not in name)
+    parts = [f"### {run.name}", conditions + "."]
     same: dict[str, list[tuple[str, list[list[str]]]]] = {}  # protocols of the same results in one table
     for protocol, cells in tables(run):
         same.setdefault(str([row[:4] for row in cells[1:]]), []).append((protocol, cells))
@@ -63,7 +67,11 @@ def ablation_section(folder: Path) -> str:
     seen = []
     for protocol, figures in found["protocols"].items():
         rows = [[figure, *(cell(cells[name]) for name in names)] for figure, cells in figures.items()]
-        body = [row for row in rows if row not in seen and row[0] not in NOT_SHOWN]
+        body = [
+            row
+            for row in rows
+            if row not in seen and row[0] not in NOT_COMPARED and not (protocol == CHANCE and row[0].startswith("AP_"))
+        ]
         seen += rows
         parts.append(f"**{protocol}**\n\n{markdown([['result', *names], *body])}")
     printed = TABLES.get(found["ablation"])

@@ -1,17 +1,16 @@
 """The verb ``regiongpt ablate``: variants of one part of a model trained alike, asked alike, and set side by side.
 
-OUT/VARIANT/seed-N/  recipe.json (a run of another recipe is refused), training/, evaluation/
-OUT/                 table.md, result.json, index.html
+OUT/VARIANT/seed-N/  training/, evaluation/
+OUT/                 table.md, result.json
 
-Paper: Tables 1, 6 and 7; §3.1 (image tokens), §3.2 (the task-guided prompt)
+Paper: Tables 1, 6 and 7; §3.2 (the task-guided prompt)
 """
 
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self, get_args
+from typing import Any, Final, NamedTuple, Self, TypedDict, get_args
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -20,10 +19,10 @@ from regiongpt.distributed import launched
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate import bootstrap
 from regiongpt.evaluate.bootstrap import FEWEST_IMAGES, TOO_FEW, Statistic, too_few
-from regiongpt.evaluate.task import RESAMPLES, TABLES, RunOptions, Task
+from regiongpt.evaluate.task import RESAMPLES, TABLES, Rows, RunOptions, Task
 from regiongpt.evaluate.tasks import task_class
 from regiongpt.settings import Settings, override
-from regiongpt.storage import finite, locked, read_json, write_file, write_json, writing
+from regiongpt.storage import finite, locked, write_file, write_json
 from regiongpt.train.recipe import ModelConfig, Recipe, dotted
 
 log = logging.getLogger(__name__)
@@ -49,11 +48,6 @@ class Kind(NamedTuple):
 
 def _tower(name: str, vision: str, size: int | str = "") -> Variant:
     return Variant(name, {"model.vision": vision} | ({"model.image_size": str(size)} if size else {}))
-
-
-def _tokens(name: str) -> Variant:
-    what, _, side = name.partition("=")
-    return Variant(name, {f"model.{what}_grid": side})
 
 
 KINDS: Final = {
@@ -83,11 +77,6 @@ KINDS: Final = {
             Variant("without", {"data.suffixes": "false"}, {"guided": "false"}),
             Variant("asked-without", asked={"guided": "false"}),
         ),
-    ),
-    "tokens": Kind(
-        "number of tokens per image and region; --variants image=SIDE,region=SIDE,...",
-        tuple(map(_tokens, ("image=6", "image=3", "image=1", "image=9", "region=2"))),
-        "model.init",
     ),
     "data": Kind(
         "the records: boxes against masks, or any others (--variants boxes=RECORDS,masks=RECORDS)",
@@ -125,8 +114,6 @@ def choose_variants(kind: str, text: str | None, recipe: Recipe) -> tuple[Varian
         elif kind == "tower":
             tower, _, size = word.rpartition("@") if word.rpartition("@")[2].isdecimal() else (word, "", "")
             found.append(_tower(Path(tower).name + (f"-{size}" if size else ""), tower, size))
-        elif kind == "tokens" and name in ("image", "region") and value.isdecimal():
-            found.append(_tokens(word))
         else:
             raise ConfigError(f"--variants: unknown variant {word!r}; known: {', '.join(known)}")
     if len(found) < 2 or len({variant.name for variant in found}) < len(found):
@@ -203,11 +190,12 @@ class Study:
         if both := sorted(varied & {*(f"--{name}" for name in dotted(given)), *(f"--eval.{name}" for name in asked)}):
             raise ConfigError(f"{both[0]}: the ablation of {kind} varies it; leave it out")
         self.out, self.seeds = options.out, tuple(map(int, options.seeds.split(",")))
-        asked = ({"data": base.data.root} if base.data.root else {}) | asked
         if options.debug:
             self.out, self.seeds = Path(f"{self.out}-debug"), self.seeds[:1]
             made = self._folder(self.variants[0], self.seeds[0]) / "training-debug" / "made"
             asked |= {"data": str(made), "split": "train"}
+        elif base.data.root:
+            asked = {"data": base.data.root, **asked}
         self.tasks: dict[str, Task] = {}
         task = task_class(options.task)
         for variant in self.variants:
@@ -227,13 +215,14 @@ class Study:
             self._shared_items()
 
     def run(self) -> str:
-        """Train and ask what is still to be trained and asked, write table, page and JSON, and return the table.
+        """Train and ask what is still to be trained and asked, write the table and JSON, and return the table.
 
         Raises:
             ConfigError: The folder holds an ablation of another recipe, or another process is writing there.
             DataError: The folder cannot be written.
         """
         from regiongpt.inference.engine import pick_device
+        from regiongpt.train.debug import debug_size
         from regiongpt.train.stages import check_start
 
         pick_device(self.options.device)
@@ -243,25 +232,16 @@ class Study:
             if not self.options.debug and not (config.out / "start" / "config.json").exists():
                 check_start(config)
         with locked(self.out):
+            if self.options.debug:
+                for run in self.out.glob("*/seed-*"):
+                    shutil.rmtree(run, ignore_errors=True)
+                configs = {key: debug_size(config, outlines=True) for key, config in configs.items()}
             return self._run(configs)
 
-    def _run(self, configs: dict[tuple[str, int], Recipe]) -> str:
+    def _run(self, configs: Mapping[tuple[str, int], Recipe]) -> str:
         from regiongpt.evaluate.run import evaluate
-        from regiongpt.train.debug import debug_size
         from regiongpt.train.stages import train
 
-        if self.options.debug:
-            self._clear()
-            try:
-                configs = {key: debug_size(config, outlines=True) for key, config in configs.items()}
-            except BaseException:
-                self._clear()
-                if {path.name for path in self.out.iterdir()} == {".lock"}:
-                    shutil.rmtree(self.out)
-                raise
-        for variant in self.variants:
-            for seed in self.seeds:
-                self._note(self._folder(variant, seed), configs[variant.name, seed])
         shared = self._shared_items()
         measured: dict[str, list[Measured]] = {variant.name: [] for variant in self.variants}
         manifests: dict[str, list[object]] = {variant.name: [] for variant in self.variants}
@@ -278,7 +258,7 @@ class Study:
                     device=self.options.device,
                     resamples=self.options.resamples,
                     untrained=True,  # after a few steps of a trial it looks so
-                    overwrite=True,  # of the same model, as the noted recipe has it; its answers are kept
+                    overwrite=True,  # of the same model; its answers are kept
                 )
                 task = self.tasks[variant.name]
                 (run,) = evaluate([task], options)
@@ -290,12 +270,6 @@ class Study:
         alike = {name: text for name, text in pinned[0].items() if all(each.get(name) == text for each in pinned)}
         return self._write(summarise(measured, self.options.resamples), len(shared), alike, manifests)
 
-    def _clear(self) -> None:
-        for run in self.out.glob("*/seed-*"):
-            shutil.rmtree(run, ignore_errors=True)
-            with suppress(OSError):
-                run.parent.rmdir()
-
     def _folder(self, variant: Variant, seed: int) -> Path:
         return self.out / variant.name / f"seed-{seed}"
 
@@ -303,21 +277,6 @@ class Study:
         words = [*self.overrides, *(f"--{name}={value}" for name, value in variant.recipe.items())]
         out = self._folder(variant, seed) / "training"
         return Recipe.load(self.recipe, [*words, f"--seed={seed}", f"--out={out}"])
-
-    def _note(self, folder: Path, config: Recipe) -> None:
-        """Raise ConfigError if the folder holds a run of another recipe, whose model would pass for this one's."""
-        plain, path = config.model_dump(mode="json", exclude={"out"}), folder / "recipe.json"
-        there = read_json(path) if path.exists() else plain
-        if not isinstance(there, dict):
-            raise DataError(f"{path}: not a JSON object; delete the file")
-        if differing := [part for part in {**there, **plain} if plain.get(part) != there.get(part)]:
-            raise ConfigError(
-                f"{folder}: holds a run of another recipe ({', '.join(differing)} differ); give another --out, or "
-                "delete the folder"
-            )
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, plain)
 
     def _shared_items(self) -> set[str]:
         """Ids of the items that every variant is asked about."""
@@ -331,58 +290,34 @@ class Study:
     def _write(
         self, found: "Summary", items: int, pinned: Mapping[str, str], manifests: Mapping[str, Sequence[object]]
     ) -> str:
-        from regiongpt.evaluate.report import PAGE, RESULT, markdown, printed_rows
-        from regiongpt.report import Bar, bar_chart, write_page
+        from regiongpt.evaluate.report import RESULT, markdown, printed_rows
 
-        title, task = f"Ablation: {self.kind}", self.options.task
-        about = [
-            " ".join([f"{KINDS[self.kind].summary}; recipe {self.recipe}", *self.overrides]),
-            f"{task}, {items:,} items. Means over the seeds {', '.join(map(str, self.seeds))}, times 100; in brackets "
-            "the range of 95 % of the resamples, which draw images and seeds anew. With fewer than "
-            f"{FEWEST_SEEDS} seeds, {FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
-        ]
         rows = tables(found)
         if paper := TABLES.get(self.kind):
             rows.append((f"The paper's {paper.number}, measured on {paper.data}", printed_rows(paper)))
-        conditions = "\n".join(f"- {name}: {text}" for name, text in pinned.items())
-        parts = [f"# {title}", *about, conditions, *(f"## {name}\n\n{markdown(each)}" for name, each in rows)]
-        text = "\n\n".join(parts) + "\n"
-        charts = [
-            bar_chart(
-                f"{protocol}: {figure}",
-                [(name, [Bar(value=finite(each.mean), interval=each.interval)]) for name, each in cells.items()],
-                [figure],
-            )
-            for protocol, figures in found.items()
-            for figure, cells in figures.items()
+        parts = [
+            f"# Ablation: {self.kind}",
+            " ".join([f"{KINDS[self.kind].summary}; recipe {self.recipe}", *self.overrides]),
+            f"{self.options.task}, {items:,} items. Means over the seeds {self.options.seeds}, times 100; in brackets "
+            "the range of 95 % of the resamples, which draw images and seeds anew. With fewer than "
+            f"{FEWEST_SEEDS} seeds, {FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
+            "\n".join(f"- {name}: {text}" for name, text in pinned.items()),
+            *(f"## {name}\n\n{markdown(each)}" for name, each in rows),
         ]
-        write_file(self.out / "table.md", text)
-        write_page(
-            self.out / PAGE,
-            "ablation.html",
-            title=title,
-            made="means over the seeds, times 100, with 95 % intervals",
-            about=about,
-            pinned=pinned,
-            tables=rows,
-            charts=charts,
-        )
-        protocols = {
-            protocol: {figure: {name: cell._asdict() for name, cell in cells.items()} for figure, cells in each.items()}
-            for protocol, each in found.items()
-        }
         result: dict[str, Any] = {
             "ablation": self.kind,
-            "task": task,
+            "task": self.options.task,
             "items": items,
             "seeds": list(self.seeds),
             "variants": [variant._asdict() for variant in self.variants],
             "pinned": pinned,
-            "protocols": finite(protocols),
+            "protocols": finite(found),
             "manifests": manifests,
         }
+        text = "\n\n".join(parts) + "\n"
+        write_file(self.out / "table.md", text)
         write_json(self.out / RESULT, result)
-        return text + f"\nwritten to {self.out / 'table.md'}, {self.out / RESULT} and {self.out / PAGE}"
+        return text + f"\nwritten to {self.out / 'table.md'} and {self.out / RESULT}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,15 +326,15 @@ class Study:
 Measured = Mapping[str, Mapping[str, Statistic]]  # by protocol and result
 
 
-class Cell(NamedTuple):
+class Cell(TypedDict):
     """One result of one variant, times 100; no interval where there are too few seeds or images to tell."""
 
     mean: float
-    seeds: tuple[float, ...]
-    interval: tuple[float, float] | None = None  # 95 % of the resamples, each of which draws images and seeds anew
-    gain: float | None = None  # difference from the first variant
-    gain_interval: tuple[float, float] | None = None  # resampled with the same images
-    too_few: bool = False
+    seeds: list[float]
+    interval: tuple[float, float] | None  # 95 % of the resamples, each of which draws images and seeds anew
+    gain: float | None  # difference from the first variant
+    gain_interval: tuple[float, float] | None  # resampled with the same images
+    too_few: bool
 
 
 Summary = dict[str, dict[str, dict[str, Cell]]]  # by protocol, result and variant
@@ -417,9 +352,11 @@ def summarise(measured: Mapping[str, Sequence[Measured]], resamples: int, seed: 
 
 
 def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) -> dict[str, Cell]:
-    first, cells, drawn = next(iter(own)), {}, {}
+    cells: dict[str, Cell] = {}
+    drawn = {}
+    first = next(iter(own))
     for place, (name, statistics) in enumerate(own.items()):
-        values = tuple(100 * each.value() for each in statistics)
+        values = [100 * each.value() for each in statistics]
         mean = float(np.mean(values))
         # Each resample draws the same images for all variants, and each variant's own seeds.
         times = bootstrap.resample(len(statistics[0].clusters), resamples, seed)
@@ -428,34 +365,36 @@ def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) ->
         drawn[name] = np.take_along_axis(each_seed, picks, axis=0).mean(axis=0)
         few = len(statistics) < FEWEST_SEEDS or len(statistics[0].clusters) < FEWEST_IMAGES
         interval = None if few else bootstrap.around(drawn[name], mean, 100 * statistics[0].most)
-        if name == first:
-            cells[name] = Cell(mean=mean, seeds=values, interval=interval, too_few=few)
-            continue
-        gain = mean - cells[first].mean
-        alike = statistics[0].clusters == own[first][0].clusters
-        unsure = few or (alike and any(map(too_few, own[first], statistics)))
-        ends = bootstrap.ends(bootstrap.centred(drawn[name] - drawn[first], gain)) if alike and not unsure else None
-        cells[name] = Cell(mean=mean, seeds=values, interval=interval, gain=gain, gain_interval=ends, too_few=unsure)
+        gain = gain_interval = None
+        if name != first:
+            gain = mean - cells[first]["mean"]
+            alike = statistics[0].clusters == own[first][0].clusters
+            few = few or (alike and any(map(too_few, own[first], statistics)))
+            if alike and not few:
+                gain_interval = bootstrap.ends(bootstrap.centred(drawn[name] - drawn[first], gain))
+        cells[name] = Cell(
+            mean=mean, seeds=values, interval=interval, gain=gain, gain_interval=gain_interval, too_few=few
+        )
     return cells
 
 
-def tables(summary: Summary) -> list[tuple[str, list[list[str]]]]:
+def tables(summary: Summary) -> list[tuple[str, Rows]]:
     """For each protocol its name and a row of text per result, the header first; then the differences likewise."""
     found = []
     for protocol, figures in summary.items():
         variants = list(next(iter(figures.values())))
         means, gains = [["result", *variants]], [["result", *variants[1:]]]
         for name, cells in figures.items():
-            means.append([name, *(_text(cell.mean, cell.interval) for cell in cells.values())])
-            _, *others = cells.values()
-            gains.append([name, *(_text(cell.gain, cell.gain_interval, "+", cell.too_few) for cell in others)])
+            means.append([name, *(_text(cell["mean"], cell["interval"]) for cell in cells.values())])
+            others = list(cells.values())[1:]
+            gains.append(
+                [name, *(TOO_FEW if c["too_few"] else _text(c["gain"], c["gain_interval"], "+") for c in others)]
+            )
         found += [(protocol, means), (f"{protocol}, difference from {variants[0]}", gains)]
     return found
 
 
-def _text(value: float | None, ends: tuple[float, float] | None, sign: str = "", too_few: bool = False) -> str:
+def _text(value: float | None, ends: tuple[float, float] | None, sign: str = "") -> str:
     if value is None or value != value:
         return "–"
-    if too_few:
-        return TOO_FEW
     return f"{value:{sign}.1f}" + (f" ({ends[0]:{sign}.1f} to {ends[1]:{sign}.1f})" if ends else "")

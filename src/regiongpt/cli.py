@@ -452,7 +452,6 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     add_options(parser, RunOptions, "options of the run")
     group = parser.add_argument_group("comparing")
     group.add_argument("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), help="two folders of --out")
-    group.add_argument("--html", type=Path, metavar="FILE", help="with --compare: write it as a page")
     if not names:
         text = "with --compare: where the data set is now"
         group.add_argument("--data", default=argparse.SUPPRESS, metavar="DIR", help=text)
@@ -464,8 +463,6 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     options = read_options(RunOptions, typed)
     if typed.compare:
         return _compare(typed, options.resamples)
-    if typed.html is not None:
-        raise ConfigError("--html goes with --compare; a run writes OUT/TASK/index.html")
     if not names:
         raise ConfigError(f"give a task: {', '.join(TASKS)}; see `{parser.prog} --help`")
     if options.out is None:
@@ -516,22 +513,17 @@ def _read_task(name: str, kind: "type[Task]", typed: argparse.Namespace) -> "Tas
 def _compare(typed: argparse.Namespace, resamples: int) -> int:
     from regiongpt.evaluate.report import compare_runs
     from regiongpt.evaluate.task import RunOptions
-    from regiongpt.evaluate.tasks import task_class
-    from regiongpt.report import write_page
 
-    fields = {each for name in typed.tasks for each in task_class(name).model_fields} - {"data"}
-    names = {*RunOptions.model_fields} - {"resamples"} | fields
-    if extra := sorted(dest for dest in vars(typed) if dest.rpartition(".")[2] in names):
-        raise ConfigError(f"--{extra[0].replace('_', '-')}: two runs are compared as they were made; leave it out")
+    given = [
+        *typed.tasks,
+        *(f"--{name}" for name in sorted({*RunOptions.model_fields} & {*vars(typed)} - {"resamples"})),
+    ]
+    if given:
+        raise ConfigError(f"{given[0].replace('_', '-')}: two runs are compared as they were made; leave it out")
     if resamples == 0:
         raise ConfigError("--resamples: a comparison needs at least 1")
     a, b = typed.compare
-    data = Path(typed.data) if hasattr(typed, "data") else None
-    found = compare_runs(a, b, data, typed.tasks, resamples)
-    if typed.html is not None:
-        made = f"A: {a}; B: {b}; differences are B less A, times 100"
-        write_page(typed.html, "comparison.html", title="Two runs compared", made=made, comparisons=found)
-        print(f"page written to {typed.html}", file=sys.stderr)
+    found = compare_runs(a, b, Path(typed.data) if hasattr(typed, "data") else None, resamples)
     if typed.json:
         _print_json([each.to_dict() for each in found])
     else:

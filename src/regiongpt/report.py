@@ -123,15 +123,6 @@ class Curve:
     exact: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """A bar: its value from 0 on, the ends of its whisker, and the number of items that is written behind it."""
-
-    value: float | None
-    interval: tuple[float, float] | None = None
-    of: int = 0
-
-
 def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, logarithmic: bool = False) -> Markup:
     """Curves over one axis as a ``<figure>``; empty where there is nothing to draw, or no matplotlib.
 
@@ -172,50 +163,6 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
         axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for _, xs, _ in drawn for x in xs))
         axes.grid(axis="y")
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.25), ncols=2, borderpad=0)
-    return parts[0]
-
-
-def bar_chart(
-    title: str, groups: Sequence[tuple[str, Sequence[Bar]]], series: Sequence[str], unit: str = "%", reach: float = 1.0
-) -> Markup:
-    """Groups of horizontal bars as a ``<figure>``; empty without groups, or without matplotlib.
-
-    Args:
-        title: Title of the chart.
-        groups: Each a label with a bar for every series.
-        series: Names, for the legend where there are several.
-        unit: Behind the numbers of the axis.
-        reach: The axis goes at least this far.
-    """
-    if not groups or find_spec("matplotlib") is None:
-        return Markup("")
-    size = 0.8 / len(series)
-    names = [name if len(name) < 24 else f"{name[:23]}…" for name, _ in groups]
-    legend = 0.16 * len(series) if len(series) > 1 else 0.0
-    inside, left = 0.15 * (len(groups) + 0.2) * (len(series) + 0.5), 0.15 + 0.072 * max(map(len, names))  # inches
-    with _figure(title, left + 4, inside + legend + 0.4, (left, 0.35 + legend, 0.75, 0.05)) as (axes, parts):
-        for number in range(len(series)):
-            bars = [own[number] for _, own in groups]
-            places = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * size
-            values = [bar.value or 0.0 for bar in bars]
-            axes.barh(places, values, 0.9 * size, color=_COLOURS[number % len(_COLOURS)], label=series[number])
-            for place, bar in zip(places, bars, strict=True):
-                if bar.interval is not None:
-                    axes.plot(bar.interval, (place, place), color=_INK, linewidth=0.9, marker="|", markersize=4)
-                end = max(bar.value or 0.0, bar.interval[1] if bar.interval else 0.0)
-                shown = "–" if bar.value is None else f"{bar.value:.1f}" + (f" ({bar.of:,})" if bar.of else "")
-                axes.annotate(
-                    shown, (end, place), (4, 0), textcoords="offset points", va="center", size=7.5, color=_FAINT
-                )
-        axes.set_yticks(range(len(groups)), names)
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
-        axes.set_ylim(len(groups) - 0.4, -0.6)
-        axes.set_xlim(0, max([reach, *(end for _, own in groups for bar in own for end in (bar.interval or ()))]))
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}{unit}")
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
-        if len(series) > 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.25 / inside), borderpad=0)
     return parts[0]
 
 

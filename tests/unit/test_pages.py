@@ -12,7 +12,7 @@ from PIL import Image
 
 from regiongpt import report
 from regiongpt.errors import DataError
-from regiongpt.report import Bar, Curve, bar_chart, line_chart
+from regiongpt.report import Curve, line_chart
 
 
 class Nesting(HTMLParser):
@@ -48,7 +48,6 @@ def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) 
             parts.turn("Is <region1> <b>?", "no <region2"),  # type: ignore[attr-defined]
             report.picture(Image.new("RGBA", (2000, 1000), "red"), '"alt"'),
             line_chart("<t>", [Curve(name="<c>", xs=[1, 2], ys=[1.0, 2.0])]),
-            bar_chart("<t>", [("<g>", [Bar(value=1.0)])], ["<s>"]),
         ]
     )
     report.write_page(tmp_path / "page.html", "base.html", title="<title>", made="<made>", body=body)
@@ -63,7 +62,6 @@ def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) 
         "<b>",
         "<region2",
         "<c>",
-        "<g>",
         "<title>",
         "<made>",
     ):
@@ -79,7 +77,6 @@ def test_a_page_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     monkeypatch.setitem(report._environment().globals, "has_charts", False)
     assert line_chart("t", [Curve(name="n", xs=[1], ys=[1.0])]) == ""
-    assert bar_chart("t", [("g", [Bar(value=1.0)])], ["s"]) == ""
     assert "need matplotlib" in report.render("base.html", title="t", made="m", body="")
 
 
@@ -105,14 +102,3 @@ def test_any_values_can_be_drawn(ys: list[float], logarithmic: bool) -> None:
     chart = line_chart("t", [Curve(name="n", xs=list(range(len(ys))), ys=ys)], logarithmic=logarithmic)
     assert bool(chart) == any(math.isfinite(y) and (y > 0 or not logarithmic) for y in ys)
     Nesting(chart)
-
-
-def test_bars_have_their_values_intervals_and_numbers_of_items() -> None:
-    groups = [
-        ("small", [Bar(value=50.0, interval=(40.0, 60.0), of=1200), Bar(value=None)]),
-        ("large", [Bar(value=0.0)] * 2),
-    ]
-    chart = bar_chart("by size", groups, ["a", "b"], reach=100)
-    for text in ("small", "large", "50.0 (1,200)", "–", "0.0", "100%", "by size"):
-        assert f">{text}<" in chart, text
-    assert bar_chart("t", [], ["a"]) == ""

@@ -133,22 +133,6 @@ def test_answers_by_number_are_held_against_the_regions_they_number(tmp_path: Pa
         read_predictions(write(tmp_path, [listed]), TASK, asked(1, 0))
 
 
-@pytest.mark.parametrize(
-    ("box", "said"),
-    [([21, 0, 10, 10], "Region [2]"), ([0, 0, 10, 6], "Region [1]"), ([10, 0, 10, 10], "a box at [10, 0, 10, 10]")],
-)
-def test_a_box_stands_for_the_region_it_overlaps(tmp_path: Path, box: list[float], said: str) -> None:
-    regions = (Region.box(0, 0, 10, 10), Region.box(20, 0, 30, 10))
-    items = [Item(id="1", image=Path("x.jpg"), image_id=1, question="?", regions=regions)]
-    assert read_predictions(write(tmp_path, [{"id": 1, "bbox": box}]), TASK, items).answers["1"].text == said
-    for wrong, message in (
-        ({"bbox": [1, 2, 0, 4]}, "bbox: give x, y, width, height"),
-        ({"bbox": box, "text": "x"}, "a text and a bbox"),
-    ):
-        with pytest.raises(DataError, match=message):
-            read_predictions(write(tmp_path, [{"id": 1, **wrong}]), TASK, items)
-
-
 def test_separators_of_lines_within_a_text_are_text(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     lines = [json.dumps({"id": k, "text": "a\u2028b\x85c"}, ensure_ascii=False) for k in (1, 2, 3)]

@@ -6,12 +6,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, NamedTuple
 
-from regiongpt.data.reading import is_box, is_number
+from regiongpt.data.reading import is_number
 from regiongpt.data.shards import many
 from regiongpt.errors import DataError, naming, short
-from regiongpt.evaluate.detection import ENOUGH, overlaps
 from regiongpt.evaluate.task import Answer, Item, Task, listed
-from regiongpt.prompts import region_answer
 from regiongpt.settings import nearest
 from regiongpt.storage import reason
 
@@ -39,8 +37,7 @@ def read_predictions(
     """Read predictions and match them with the items.
 
     The file holds JSON objects, one a line or in one array: the item's id, and at least one of the answer's ``text``
-    (with its ``probability``), ``scores`` of the choices, and ``called``. What one item has, all must have. Instead of
-    the number of a region ``bbox`` may be given (x, y, width, height): the region that it overlaps most.
+    (with its ``probability``), ``scores`` of the choices, and ``called``. What one item has, all must have.
     ``docs/evaluation.md`` has the details.
 
     Args:
@@ -149,7 +146,10 @@ def _answer(entry: Mapping[str, Any], item: Item, task: Task) -> Answer:
             f"an answer about other regions than the {len(item.regions)} of this question, or in another order; give "
             "the --seed, --proposals and other options that the answers were made with"
         )
-    found = {"text": _text(entry, item), **{key: entry.get(key) for key in ("scores", "called")}}
+    text = _one_of(entry, TEXT_KEYS if "ids" in item.detail else TEXT_KEYS[:-1], "answer", str)
+    if text is not None and text.strip() == item.question.strip():
+        raise DataError(f"the question itself in the place of an answer, {short(text)}")
+    found = {"text": text, **{key: entry.get(key) for key in ("scores", "called")}}
     if all(found[kind] is None for kind in task.reads):
         raise DataError(f"no answer; give {' or '.join(task.reads)}, found keys: {', '.join(entry)}")
     probability, scores = entry.get("probability"), found["scores"]
@@ -164,30 +164,11 @@ def _answer(entry: Mapping[str, Any], item: Item, task: Task) -> Answer:
             raise DataError(f"scores: none for {listed(lacking, _SHOWN)}")
         scores = [named[name] for name in choices]
     return Answer(
-        text=found["text"],
+        text=text,
         probability=None if probability is None else float(probability),
         scores=_numbers(scores, len(choices), "scores", "choices"),
         called=_numbers(found["called"], len(item.regions), "called", "regions"),
     )
-
-
-def _text(entry: Mapping[str, Any], item: Item) -> str | None:
-    """The answer in words; of a box, the words for the region that it means."""
-    names = TEXT_KEYS if "ids" in item.detail else TEXT_KEYS[:-1]
-    text: str | None = _one_of(entry, names, "answer", str)
-    if text is not None and text.strip() == item.question.strip():
-        raise DataError(f"the question itself in the place of an answer, {short(text)}")
-    box = entry.get("bbox")
-    if box is None or len(item.regions) < 2:
-        return text
-    if text is not None:
-        raise DataError("a text and a bbox as the answer; keep one")
-    if not is_box(box) or box[2] <= 0 or box[3] <= 0:
-        raise DataError(f"bbox: give x, y, width, height in pixels, got {short(box)}")
-    x, y, width, height = map(float, box)
-    agreement = overlaps((x, y, x + width, y + height), [region.to_dict()["box"] for region in item.regions])
-    best = int(agreement.argmax())
-    return region_answer(best + 1) if agreement[best] >= ENOUGH else f"a box at {short(box)}"
 
 
 def _numbers(given: Any, count: int, key: str, of: str) -> tuple[float, ...] | None:

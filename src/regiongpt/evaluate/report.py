@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
@@ -15,7 +15,7 @@ from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.evaluate.bootstrap import TOO_FEW, Paired, paired
 from regiongpt.evaluate.task import OURS, RESAMPLES, TABLES, Answer, Item, PaperTable, Result, Rows, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
-from regiongpt.report import Bar, bar_chart, picture, write_page
+from regiongpt.report import picture, write_page
 from regiongpt.storage import finite, read_json, reason
 
 T = TypeVar("T")
@@ -23,12 +23,8 @@ T = TypeVar("T")
 RESULT, MANIFEST, PAGE = "result.json", "manifest.json", "index.html"
 ITEMS, PREDICTIONS = "items.jsonl", "predictions.jsonl"
 NOTHING: Final = "–"
-_FEW: Final = 12
-"""Most groups of which every protocol has a bar of its own, and most columns of a table that is not folded away."""
-_MOST: Final = 100
-"""Most groups in a chart: the largest."""
-_ALIKE: Final = 3
-"""Most mistakes of one truth, and of one image."""
+_FEW: Final = 12  # most columns of a table that is not folded away
+_ALIKE: Final = 3  # most mistakes of one truth, and of one image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +114,7 @@ def tables(run: TaskRun) -> list[tuple[str, Rows]]:
         paper = any(each.get("paper") is not None for each in figures.values())
         rows = [["result", "value", "95 %", "items", *["paper"] * paper]]
         for name, each in figures.items():
-            ends = times_100(each)[1]
-            row = [name, number(each["value"]), f"{ends[0]:.1f} to {ends[1]:.1f}" if ends else "", f"{each['of']:,}"]
+            row = [name, number(each["value"]), " to ".join(map(number, each["interval"] or ())), f"{each['of']:,}"]
             rows.append([*row, *[number(each.get("paper"), 2)] * paper])
         found.append((protocol, rows))
     return found
@@ -153,13 +148,6 @@ def number(share: float | None, digits: int = 1, sign: str = "") -> str:
     return NOTHING if share is None or share != share else f"{round(100 * share, digits) + 0.0:{sign}.{digits}f}"
 
 
-def times_100(figure: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
-    """Value and interval of a result as it was written, times 100."""
-    value, ends = figure["value"], figure["interval"]
-    interval = None if ends is None or None in ends else (100 * ends[0], 100 * ends[1])
-    return None if value is None else 100 * value, interval
-
-
 def printed_rows(table: PaperTable) -> Rows:
     """A table of the paper as rows of text."""
     body = [
@@ -190,7 +178,6 @@ def write_report(run: TaskRun, rows: Sequence[Mapping[str, Any]], mistakes: int)
         result=run.result,
         tables=tables(run),
         printed=[(table, printed_rows(table)) for table in TABLES.values() if table.task == run.name],
-        charts=list(_charts(run.result["breakdowns"])),
         few=_FEW,
         origin=[
             (f"{part}: {name}" if name else part, value if isinstance(value, str) else json.dumps(value))
@@ -202,30 +189,6 @@ def write_report(run: TaskRun, rows: Sequence[Mapping[str, Any]], mistakes: int)
             _card(asked[row["id"]], run.answers.get(row["id"], Answer())) for row in worst(rows, run.answers, mistakes)
         ],
     )
-
-
-def _charts(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> Iterator[Markup]:
-    """A chart for each way of dividing the items, of the first result of each protocol."""
-    for by in dict.fromkeys(by for parts in found.values() for by in parts):
-        protocols = [protocol for protocol, parts in found.items() if by in parts]
-        groups = list(dict.fromkeys(group for protocol in protocols for group in found[protocol][by]))[:_MOST]
-        protocols = protocols[:1] if len(groups) > _FEW else protocols
-        names = {each: next(iter(next(iter(found[each][by].values())))) for each in protocols}
-        bars = [
-            (group, [_bar(found[each][by].get(group, {}).get(names[each])) for each in protocols]) for group in groups
-        ]
-        if len(groups) > _FEW:
-            bars.sort(key=lambda pair: -(pair[1][0].value or 0.0))
-        series = [f"{protocol}: {name}" for protocol, name in names.items()]
-        title = f"by {by}" + (f" ({series[0]})" if len(series) == 1 else "")
-        yield bar_chart(title, bars, series, reach=100.0)
-
-
-def _bar(figure: Mapping[str, Any] | None) -> Bar:
-    if figure is None:
-        return Bar(value=None)
-    value, interval = times_100(figure)
-    return Bar(value=value, interval=interval, of=figure["of"])
 
 
 def worst(rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], count: int) -> list[Mapping[str, Any]]:
@@ -253,14 +216,13 @@ def worst(rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], coun
 
 def _card(item: Item, answer: Answer) -> dict[str, Any]:
     """What the page shows of a mistake: the image with its regions, the question, the answer and the truth."""
-    shown: Markup | None = None
-    fault = ""
     try:
-        shown = picture(draw_regions(item.image, item.regions), f"{item.image.name} with the regions asked about", 640)
+        alt = f"{item.image.name} with the regions asked about"
+        shown: Markup | str = picture(draw_regions(item.image, item.regions), alt, 640)
     except RegionGPTError as error:
-        fault = str(error)
+        shown = str(error)
     ranked = sorted(zip(item.choices, answer.scores or (), strict=False), key=lambda pair: -pair[1])
-    return {"item": item, "answer": answer, "scores": ranked[:3], "picture": shown, "fault": fault}
+    return {"item": item, "answer": answer, "scores": ranked[:3], "picture": shown}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +246,7 @@ class Comparison(NamedTuple):
         task: Its name.
         items: How many both have answered.
         figures: By protocol and result.
-        figure: By which items changed, as ``"protocol.result"``.
+        by: Results by which items changed, as ``"protocol.result"``.
         gained: Items that the second run scores higher, the largest change first.
         lost: Items that it scores lower.
         reworded: Number of items whose text alone differs.
@@ -293,7 +255,7 @@ class Comparison(NamedTuple):
     task: str
     items: int
     figures: Mapping[str, Mapping[str, Paired]]
-    figure: str
+    by: str
     gained: list[Change]
     lost: list[Change]
     reworded: int
@@ -302,56 +264,32 @@ class Comparison(NamedTuple):
         """As plain JSON; what cannot be measured is null."""
         changed = {name: [each._asdict() for each in getattr(self, name)] for name in ("gained", "lost")}
         figures = {protocol: {name: vars(each) for name, each in own.items()} for protocol, own in self.figures.items()}
-        return {
-            "task": self.task,
-            "items": self.items,
-            "figures": finite(figures),
-            "changed": {"by": self.figure, **changed, "reworded": self.reworded},
-        }
-
-    def summary(self) -> str:
-        """How many items changed."""
-        return f"{len(self.gained):,} items better, {len(self.lost):,} worse, {self.reworded:,} reworded"
-
-    def tables(self) -> list[tuple[str, Rows]]:
-        """A table for each protocol: its name, and its rows."""
-        head = ["result", "A", "B", "B - A", "95 %", "p"]
-        return [
-            (protocol, [head, *(_row(name, each) for name, each in figures.items())])
-            for protocol, figures in self.figures.items()
-            if figures
-        ]
-
-    def changed(self) -> list[tuple[str, Rows]]:
-        """The items that changed as tables."""
-        head = ["item", "truth", "A", "B", "score"]
-        return [
-            (title, [head, *([c.id, c.truth, _short(c.a), _short(c.b), f"{c.by:+.2f}"] for c in changes)])
-            for title, changes in (("better", self.gained), ("worse", self.lost))
-            if changes
-        ]
+        changes = {"by": self.by, **changed, "reworded": self.reworded}
+        return {"task": self.task, "items": self.items, "figures": finite(figures), "changed": changes}
 
     def as_text(self) -> str:
         """For a terminal, with at most 20 items of each kind."""
         lines = [f"{self.task}: {self.items:,} items"]
-        for protocol, rows in self.tables():
+        for protocol, figures in self.figures.items():
+            rows = [["result", "A", "B", "B - A", "95 %", "p"], *(_row(name, each) for name, each in figures.items())]
             lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(rows))]
-        lines += ["", f"  by {self.figure}: {self.summary()}"]
-        for title, rows in self.changed():
-            lines += [f"  {title}:", *(f"    {line}" for line in aligned(rows[:21]))]
+        counts = f"{len(self.gained):,} items better, {len(self.lost):,} worse, {self.reworded:,} reworded"
+        lines += ["", f"  by {self.by}: {counts}"]
+        for title, those in (("better", self.gained), ("worse", self.lost)):
+            rows = [[c.id, c.truth, _short(c.a), _short(c.b), f"{c.by:+.2f}"] for c in those[:20]]
+            if rows:
+                head = ["item", "truth", "A", "B", "score"]
+                lines += [f"  {title}:", *(f"    {line}" for line in aligned([head, *rows]))]
         return "\n".join(lines)
 
 
-def compare_runs(
-    a: Path, b: Path, data: Path | None = None, names: Sequence[str] = (), resamples: int = RESAMPLES
-) -> list[Comparison]:
+def compare_runs(a: Path, b: Path, data: Path | None = None, resamples: int = RESAMPLES) -> list[Comparison]:
     """Compare every task that two runs have in common.
 
     Args:
         a: Folder of the first run.
         b: Folder of the second; differences are B less A.
         data: Where the data set is now, if it has moved.
-        names: Only these tasks.
         resamples: Of the bootstrap.
 
     Raises:
@@ -359,10 +297,7 @@ def compare_runs(
         DataError: A run cannot be read, its data set is not what it was, or the two have no item in common.
     """
     first, second = ({run.name: run for run in read_run(folder)} for folder in (a, b))
-    for folder, found in ((a, first), (b, second)):
-        if lacking := [name for name in names if name not in found]:
-            raise ConfigError(f"{folder}: no finished {lacking[0]!r}, only {', '.join(found)}")
-    shared = [name for name in first if name in second and (not names or name in names)]
+    shared = [name for name in first if name in second]
     if not shared:
         raise ConfigError(f"no task in common: {', '.join(first)} in {a}, {', '.join(second)} in {b}")
     return [_compare(first[name], second[name], data, resamples) for name in shared]
@@ -388,14 +323,15 @@ def _compare(a: TaskRun, b: TaskRun, data: Path | None, resamples: int) -> Compa
     for run in (a, b):
         read = _read_lines(run.folder / PREDICTIONS, lambda row: (str(row["id"]), Answer.from_dict(row)))
         results.append(task.score(items, {name: answer for name, answer in read if name in ids}, resamples=0))
-    theirs_by_protocol = results[1].statistics
+    other = results[1].statistics
     figures = {
         protocol: {
-            name: paired(statistic, theirs_by_protocol[protocol][name], resamples)
-            for name, statistic in found.items()
-            if name in theirs_by_protocol.get(protocol, {})
+            name: paired(each, other[protocol][name], resamples)
+            for name, each in found.items()
+            if name in other[protocol]
         }
         for protocol, found in results[0].statistics.items()
+        if protocol in other
     }
     return Comparison(a.name, len(items), figures, *changes(*results))
 

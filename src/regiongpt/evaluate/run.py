@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import cache
@@ -160,7 +160,8 @@ def _ask(
     tasks: Sequence[Task], listed: Sequence[list[Item]], model: str, load: Any, store: Store, processes: Processes
 ) -> list[tuple[Mapping[str, Answer], Sequence[str]]]:
     """The answers of each task, with notes on questions that could not be asked; nothing but in the first process."""
-    hashes = _hash_images({item.image: None for items in listed for item in items})
+    images = list(dict.fromkeys(item.image for items in listed for item in items))
+    hashes = {path: file_identity(path)["sha256"] for path in progress(images, "reading", "images", len(images))}
     keys = [[question_key(model, hashes[item.image], item) for item in items] for items in listed]
     wanted = {key for own in keys for key in own}
     known = store.get(wanted)
@@ -302,16 +303,6 @@ def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[di
     return found
 
 
-def _hash_images(images: Collection[Path]) -> dict[Path, str]:
-    found = {}
-    for path in progress(images, "reading", "images", len(images)):
-        try:
-            found[path] = sha256(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {reason(error)}") from None
-    return found
-
-
 def question_key(model: str, image: str, item: Item) -> str:
     """Key of an answer: a hash of all that determines it: the model's key, the image's SHA-256, the question."""
     regions = [region.to_dict() for region in item.regions]
@@ -405,8 +396,8 @@ def _finish(
     """Score a task and write its folder, the manifest last; each file is whole or not there."""
     result = task.score(items, answers, resamples=options.resamples)
     part = {"part": f"the first {task.limit:,} images alone (--limit)"} if task.limit else {}
-    result = dataclasses.replace(result, notes=(*notes, *result.notes), pinned={**result.pinned, **part})
-    run = TaskRun(folder=folder, result=result.to_dict(), manifest=manifest, items=items, answers=answers)
+    data = {**result.data, "notes": [*notes, *result.data["notes"]], "pinned": {**result.data["pinned"], **part}}
+    run = TaskRun(folder=folder, result=data, manifest=manifest, items=items, answers=answers)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)

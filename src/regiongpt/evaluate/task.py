@@ -104,29 +104,11 @@ class Answer:
         return cls(text=values.get("text"), probability=values.get("probability"), **lists)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One number of a result.
-
-    Attributes:
-        value: In [0, 1], CIDEr in [0, 10]; None where there is nothing to measure.
-        of: How many items it is about.
-        interval: 95 % of the bootstrap resamples of the images; None where none was drawn.
-        paper: The paper's result in the same unit, on its own data.
-    """
-
-    value: float | None
-    of: int
-    interval: tuple[float, float] | None = None
-    paper: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
+class Scored(NamedTuple):
     """What a protocol makes of the answers.
 
     Attributes:
-        statistics: By result.
+        statistics: By result, such as ``"accuracy"``.
         scores: By result, a number for each item; None where the protocol says nothing about it.
         of: How many items a result is about, where that is not all that have a score.
         by_group: Results of groups besides the mean scores: by kind of group, group and result.
@@ -134,57 +116,41 @@ class Scored:
 
     statistics: Mapping[str, Statistic]
     scores: Mapping[str, Sequence[float | None]]
-    of: Mapping[str, int] = field(default_factory=dict)
-    by_group: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+    of: Mapping[str, int] = {}
+    by_group: Mapping[str, Mapping[str, Mapping[str, float | None]]] = {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What a task makes of the answers: see :class:`Result`."""
+class Measured(NamedTuple):
+    """What a task makes of the answers.
+
+    Attributes:
+        protocols: By name.
+        pinned: What has to be equal for two results to be comparable, by name: split, grouping, scorer, ...
+        notes: Sentences that belong beside the results.
+        tables: For the page of results, such as a confusion matrix, by their titles.
+    """
 
     protocols: Mapping[str, Scored]
     pinned: Mapping[str, str]
     notes: Sequence[str] = ()
-    tables: Mapping[str, Rows] = field(default_factory=dict)
+    tables: Mapping[str, Rows] = {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(NamedTuple):
     """The scores of one task.
 
     Attributes:
-        task: Its name.
-        pinned: What has to be equal for two results to be comparable, by name: split, grouping, scorer, ...
-        protocols: Results by protocol and name.
-        breakdowns: By protocol, then ``"size"``, ``"category"``, ..., then group: results by name.
-        paper: Where the paper's results are, and what they were measured on.
-        tables: For the page of results, such as a confusion matrix, by their titles.
-        notes: Sentences that belong beside the results, such as how many answers were missing.
+        data: As plain JSON: ``task``, ``pinned``, ``protocols`` (by protocol and result the ``value`` in [0, 1], CIDEr
+            in [0, 10], None where there is nothing to measure; ``of`` how many items; the ``interval`` or None; the
+            ``paper``'s result or None), ``breakdowns`` (by protocol, kind of group, group and result), ``paper`` (where
+            its results are), ``notes`` and ``tables``.
         rows: One JSON object per item, its ``scores`` under ``"protocol.result"``.
-        statistics: By protocol and result, for bootstrap intervals and comparisons.
+        statistics: By protocol and result, for comparisons.
     """
 
-    task: str
-    pinned: Mapping[str, str]
-    protocols: Mapping[str, Mapping[str, Figure]]
-    breakdowns: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Figure]]]] = field(default_factory=dict)
-    paper: str = ""
-    tables: Mapping[str, Rows] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    rows: tuple[dict[str, Any], ...] = ()
-    statistics: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON, without rows and statistics."""
-        return {name: _plain(value) for name, value in vars(self).items() if name not in ("rows", "statistics")}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, Figure):
-        return vars(value)
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+    data: dict[str, Any]
+    rows: list[dict[str, Any]]
+    statistics: Mapping[str, Mapping[str, Statistic]]
 
 
 class Task(Settings, ABC):
@@ -196,7 +162,7 @@ class Task(Settings, ABC):
         item_id: What an item's id is, for messages: ``"annotation id"``.
         reads: What is scored of an :class:`Answer`, any of ``text``, ``scores``, ``called``.
         by: Groups of the items that mean scores are broken down by.
-        paper: The paper's results by protocol and name, in the unit of :class:`Figure`.
+        paper: The paper's results by protocol and name, as shares of 1.
         paper_source: Where in the paper they are, and what they were measured on.
     """
 
@@ -254,13 +220,14 @@ class Task(Settings, ABC):
             DataError: An answer does not fit its item.
         """
         measured = self.measure(items, answers)
-        protocols, breakdowns = {}, {}
+        protocols: dict[str, Any] = {}
+        breakdowns: dict[str, Any] = {}
         scores: dict[str, Sequence[float | None]] = {}
         for protocol, scored in measured.protocols.items():
             places = [k for k in range(len(items)) if any(each[k] is not None for each in scored.scores.values())]
             printed = self.paper.get(protocol, {})
             protocols[protocol] = {
-                name: _figure(
+                name: _value(
                     statistic,
                     scored.of.get(name, len(places)),
                     resamples if name != "chance" else 0,  # known, not measured
@@ -278,17 +245,17 @@ class Task(Settings, ABC):
             notes.append(f"{count} no answer and count as wrong ({self.item_id}s {listed(missing)})")
         if self.left_out.counts:
             notes.append(f"annotations not asked about: {self.left_out.listed()}")
-        return Result(
-            task=self.name,
-            pinned=measured.pinned,
-            protocols=protocols,
-            breakdowns=breakdowns,
-            paper=self.paper_source,
-            tables=measured.tables,
-            notes=(*notes, *measured.notes),
-            rows=tuple(_row(item, answers.get(item.id), scores, place) for place, item in enumerate(items)),
-            statistics={name: scored.statistics for name, scored in measured.protocols.items()},
-        )
+        data = {
+            "task": self.name,
+            "pinned": dict(measured.pinned),
+            "protocols": protocols,
+            "breakdowns": breakdowns,
+            "paper": self.paper_source,
+            "notes": [*notes, *measured.notes],
+            "tables": dict(measured.tables),
+        }
+        rows = [_row(item, answers.get(item.id), scores, place) for place, item in enumerate(items)]
+        return Result(data, rows, {name: scored.statistics for name, scored in measured.protocols.items()})
 
     @cached_property
     def left_out(self) -> Rejects:
@@ -312,28 +279,27 @@ def _row(item: Item, answer: Answer | None, scores: Mapping[str, Sequence[float 
     }
 
 
-def _figure(statistic: Statistic, of: int, resamples: int, seed: int, paper: float | None) -> Figure:
+def _value(statistic: Statistic, of: int, resamples: int, seed: int, paper: float | None) -> dict[str, Any]:
     value = statistic.value() if statistic.clusters else float("nan")
-    if np.isnan(value):
-        return Figure(value=None, of=of, paper=paper)
-    count = min(resamples, statistic.most_resamples)
-    ends = interval(statistic, count, seed) if count and len(statistic.clusters) > 1 else None
-    return Figure(value=value, of=of, interval=None if ends is None or np.isnan(ends).any() else ends, paper=paper)
+    ends = None
+    if value == value and resamples and len(statistic.clusters) > 1:
+        low, high = interval(statistic, min(resamples, statistic.most_resamples), seed)
+        ends = [low, high] if low == low else None
+    return {"value": value if value == value else None, "of": of, "interval": ends, "paper": paper}
 
 
-def _breakdown(rows: Sequence[tuple[Item, int]], key: str, scored: Scored) -> dict[str, Mapping[str, Figure]]:
+def _breakdown(rows: Sequence[tuple[Item, int]], key: str, scored: Scored) -> dict[str, dict[str, Any]]:
     """Mean scores of the items of each group: sizes in their order, other groups the largest first."""
     groups: dict[str, list[int]] = {}
     for item, place in rows:
         if key in item.groups:
             groups.setdefault(item.groups[key], []).append(place)
     order = [name for name, _ in SIZES]
-    found: dict[str, Mapping[str, Figure]] = {}
+    found = {}
     for group in sorted(groups, key=lambda name: (order.index(name) if name in order else 3, -len(groups[name]))):
         places = groups[group]
         values = {name: float(np.mean([each[k] or 0.0 for k in places])) for name, each in scored.scores.items()}
-        more = scored.by_group.get(key, {}).get(group, {})
-        found[group] = {name: Figure(value=value, of=len(places)) for name, value in {**values, **more}.items()}
+        found[group] = {**values, **scored.by_group.get(key, {}).get(group, {}), "items": len(places)}
     return found
 
 

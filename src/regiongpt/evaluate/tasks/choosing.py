@@ -5,7 +5,6 @@ Paper: §4.3, Table 5
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -82,17 +81,10 @@ class ChoosingTask(Task):
     item_id: ClassVar[str] = "question id"
     reads: ClassVar[tuple[str, ...]] = ("text", "scores", "called")
 
-    guided: bool = True
-    """End the question with the template of the answer."""
-    choices: bool = True
-    """Score all candidates too."""
-    calls: bool = True
-    """Ask of each candidate by itself, too, how probable it is to be called so."""
-
-    def item(self, regions: Sequence[Region], expression: str, **values: Any) -> Item:
+    def item(self, regions: Sequence[Region], **values: Any) -> Item:
         """A question about regions."""
-        choices = (*map(region_answer, range(1, len(regions) + 1)), NO_MATCH) if self.choices else ()
-        return Item(regions=tuple(regions), choices=choices, expression=expression if self.calls else "", **values)
+        choices = (*map(region_answer, range(1, len(regions) + 1)), NO_MATCH)
+        return Item(regions=tuple(regions), choices=choices, **values)
 
 
 def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, list[int | str | None]]:
@@ -293,15 +285,15 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
             items.append(
                 self.item(
                     [Region.box(*box) for box in boxes],
-                    text,
+                    expression=text,
                     id=str(number),
                     image=images[each.image_id],
                     image_id=each.image_id,
                     size=each.size,
-                    question=question("locate", 0, regions=numbers, expression=text, guided=self.guided),
+                    question=question("locate", 0, regions=numbers, expression=text),
                     truth=region_answer(int(agreement.argmax()) + 1),
                     groups={"size": size_name(box_area(each.box)), "injected": "yes" if lacking else "no"},
-                    detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes), "expression": text},
+                    detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes)},
                 )
             )
         if not items:
@@ -317,11 +309,10 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
             right = [number in item.detail["right"] for item, number in zip(items, picked, strict=True)]
             whole = scored(items, picked, right)
             bare = scored(items, picked, [ok and not own for ok, own in zip(right, injected, strict=True)])
-            protocols[f"{protocol}, {INJECTED}"] = replace(
-                whole, statistics={**whole.statistics, "injected_share": share}
-            )
+            with_share = {**whole.statistics, "injected_share": share}
+            protocols[f"{protocol}, {INJECTED}"] = whole._replace(statistics=with_share)
             without = {name: each for name, each in bare.statistics.items() if name != "chance"}
-            protocols[f"{protocol}, {BARE}"] = replace(bare, statistics=without)
+            protocols[f"{protocol}, {BARE}"] = bare._replace(statistics=without)
         candidates = sum(len(item.regions) for item in items) / len(items)
         these = f"at most {self.top} an image" if self.top else "all"
         return Measured(
@@ -405,8 +396,6 @@ class CocoRec(ChoosingTask):
 
     split: str = "dev"
     """instances_SPLIT.json in the folder, with images/."""
-    colours: bool = True
-    """Let expressions name a colour, found in the pixels."""
 
     def inputs(self) -> list[Path]:
         """The annotations."""
@@ -420,8 +409,7 @@ class CocoRec(ChoosingTask):
         if self.limit:  # up to the last that is asked about; its questions follow from its place among all
             usable = (place for place, image in enumerate(images, 1) if len(View(image).askable) >= LOCATED_AMONG)
             images = images[: max(islice(usable, self.limit), default=0)]
-        colours = {k: v for image in images if self.colours for k, v in _colours(image).items()}
-        plain, guided = (question("locate", 0, regions=[1], expression="x", guided=each) for each in (False, True))
+        colours = {k: v for image in images for k, v in _colours(image).items()}
         items = []
         turn: Counter[int] = Counter()
         for each in dev_questions(images, "locate", self.seed, colours):
@@ -430,12 +418,12 @@ class CocoRec(ChoosingTask):
             items.append(
                 self.item(
                     each.regions,
-                    each.expression,
+                    expression=each.expression,
                     id=f"{image.image_id}-{turn[image.image_id]}",
                     image=image.path,
                     image_id=image.image_id,
                     size=(image.width, image.height),
-                    question=each.text if self.guided else each.text.removesuffix(guided.removeprefix(plain)),
+                    question=each.text,
                     truth=each.answer,
                     groups={"kind": each.kind, "category": each.category},
                     detail={"right": parse_region_answer(each.answer), "chance": 1 / len(each.regions)},
@@ -455,7 +443,7 @@ class CocoRec(ChoosingTask):
             protocols=protocols,
             pinned={
                 "split": self.split,
-                "expressions": f"of annotations, seed {self.seed}, {'with' if self.colours else 'no'} colours",
+                "expressions": f"of annotations, seed {self.seed}, with colours",
                 "candidates": "five objects of the image, drawn by the seed, crowds aside",
                 **{f"protocol {name}": RULES[name] for name in protocols},
             },
