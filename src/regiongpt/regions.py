@@ -187,12 +187,16 @@ class Region(ABC):
     @staticmethod
     def point(x: float, y: float, radius: float | None = None) -> "Region":
         """A disk around a point, by default of radius 1.5 % of the image's longer side, at least one pixel."""
-        return _Vector("point", (np.array([_numbers((x, y), "x, y")]),), _as_size(radius, "radius"))
+        return _Vector(
+            "point", (np.array([_numbers((x, y), "x, y")]),), None if radius is None else _as_number(radius, "radius")
+        )
 
     @staticmethod
     def scribble(points: Any, width: float | None = None) -> "Region":
         """A stroke of a round brush along [[x, y], ...] or [x, y, x, y, ...]; its default width is a point's radius."""
-        return _Vector("scribble", (_points(points, "scribble"),), _as_size(width, "width"))
+        return _Vector(
+            "scribble", (_points(points, "scribble"),), None if width is None else _as_number(width, "width")
+        )
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], name: str = "region") -> "Region":
@@ -280,8 +284,8 @@ class Region(ABC):
             width: Of the image in pixels, as is ``height``.
             height: See ``width``.
         """
-        shape = self._resolve(width, height)
-        return shape.coverage(_lines(y_edges, "y_edges"), _lines(x_edges, "x_edges")).astype(np.float32)
+        rows, columns = (np.asarray(edges, np.float64) for edges in (y_edges, x_edges))
+        return self._resolve(width, height).coverage(rows, columns).astype(np.float32)
 
     def pool_weights(self, frame: SquareFrame, grid_h: int, grid_w: int, name: str = "") -> NDArray[np.float32]:
         """How much each cell of a feature grid over the padded image counts for the region. Paper: §3.1 (mask pooling).
@@ -404,13 +408,6 @@ class _Pixels(Region):
     def __str__(self) -> str:
         return f"{self.kind} of {self.width} x {self.height} pixels"
 
-    def __repr__(self) -> str:
-        try:
-            pixels = self.pixels()
-        except RegionError:
-            return f"<malformed {self}>"
-        return f"<{self}, {pixels.area:.0f} inside, within ({', '.join(map(_number, pixels.bounds))})>"
-
     def to_dict(self) -> dict[str, Any]:
         return {self.kind: _encoded(self.pixels().pixels(self.width, self.height))}
 
@@ -444,14 +441,6 @@ class _Vector(Region):
             return f"point ({', '.join(map(_number, self.rings[0][0]))}){size}"
         rings = f" in {len(self.rings)} rings" if len(self.rings) > 1 else ""
         return f"{self.kind} of {sum(map(len, self.rings))} points{rings}"
-
-    def __repr__(self) -> str:
-        if self.kind == "point":
-            return f"<{self}>"
-        points = np.concatenate(self.rings)
-        listed = ", ".join(f"({_number(x)}, {_number(y)})" for x, y in points[:8])
-        width = "" if self.size is None else f", width {_number(self.size)}"
-        return f"<{self}: {listed}{', ...' * (len(points) > 8)}{width}>"
 
     def to_dict(self) -> dict[str, Any]:
         rings = [ring.tolist() for ring in self.rings]
@@ -544,13 +533,6 @@ def _array(values: Any) -> NDArray[Any]:
         raise RegionError(f"region: expected an array or lists of one length, got {_short(values)}") from None
 
 
-def _lines(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    lines = _array(values)
-    if lines.ndim != 1 or len(lines) < 2 or lines.dtype.kind not in "iuf":
-        raise RegionError(f"region: expected {name} as a list of ascending lines in pixels, got {_short(values)}")
-    return lines.astype(float)
-
-
 def _numbers(values: Any, names: str) -> list[Any]:
     """As many numbers as there are names."""
     listed, wanted = list(values) if _is_list(values) else [], names.split(", ")
@@ -558,10 +540,6 @@ def _numbers(values: Any, names: str) -> list[Any]:
         got = f"{len(listed)}: {_short(values)}" if listed else _short(values)
         raise RegionError(f"region: expected {len(wanted)} numbers {names}, got {got}")
     return list(map(_as_number, listed, wanted))
-
-
-def _as_size(value: Any, name: str) -> float | None:
-    return None if value is None else _as_number(value, name)
 
 
 def _as_number(value: Any, name: str) -> float:

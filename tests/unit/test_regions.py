@@ -359,7 +359,6 @@ def test_wrong_regions_are_named_in_one_line(region, says):
         lambda: Region.polygon([]),
         lambda: Region.polygon([[True, 1], [9, 1], [5, 9]]),
         lambda: Region.of(np.array([1j, 2, 3, 4])),
-        lambda: Region.box(0, 0, 9, 9).coverage(40, 24, [0, 24], [0, 40]),
         lambda: Region.polygon([1, 2, 3, 4, 5]),
         lambda: Region.polygon([[1, 2, 3], [4, 5, 6]]),
         lambda: Region.polygon([["a", "b"], ["c", "d"], ["e", "f"]]),
