@@ -142,18 +142,6 @@ def test_pixels_agree_with_the_area_of_each_pixel(scene):
     assert not mask[pixels == 0].any()
 
 
-@pytest.mark.parametrize("make", [Region.mask, lambda mask: Region.rle(encode(mask))])
-@pytest.mark.parametrize("grid", [(24, 24), (56, 56), (96, 96)])
-def test_one_pixel_of_a_large_image_keeps_its_weight(make, grid):
-    mask = np.zeros((3000, 4000), bool)
-    mask[1234, 2345] = True
-    weights = make(mask).pool_weights(SquareFrame(4000, 3000), *grid)
-    assert np.isfinite(weights).all()
-    row, column = int((1234.5 + 500) * grid[0] / 4000), int(2345.5 * grid[1] / 4000)
-    assert weights[row, column] == pytest.approx(1, abs=1e-6)
-    assert weights.sum() == pytest.approx(1, abs=1e-6)
-
-
 # --- hand-written 4 x 4 ----------------------------------------------------------------------------------------------
 
 L_SHAPE = np.array(
@@ -220,26 +208,13 @@ def test_polygon_notations_and_knots(points, area):
     assert region.to_mask(10, 10).sum() == pytest.approx(area, abs=10)
 
 
-def test_polygon_takes_arrays_and_agrees_with_pycocotools():
-    points = np.array([[3.0, 4.0], [60.0, 9.0], [41.0, 70.0], [8.0, 50.0]])
-    region = Region.polygon(points)
-    theirs = coco_mask.decode(coco_mask.frPyObjects([points.ravel().tolist()], 80, 64))[..., 0].astype(bool)
-    ours = region.to_mask(64, 80)
-    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.95
-    assert region == Region.polygon(points.tolist()) == Region.polygon(points.ravel())
-
-
 # --- points and scribbles --------------------------------------------------------------------------------------------
 
 
 def test_default_sizes_grow_with_the_image():
     assert Region.point(500, 500).area(1000, 2000) == pytest.approx(math.pi * 30**2, rel=1e-3)
-    assert Region.point(5, 5).area(10, 10) == pytest.approx(math.pi, rel=1e-3)
-    assert Region.scribble([[500, 500], [600, 500]]).area(2000, 1000) == pytest.approx(
-        100 * 30 + math.pi * 225, rel=1e-3
-    )
-    assert Region.scribble([[5, 5]]).area(10, 10) == pytest.approx(math.pi / 4, rel=1e-3)
-    assert Region.scribble([[5, 5], [5, 5]]) != Region.scribble([[5, 5]])
+    stroke = Region.scribble([[500, 500], [600, 500]])
+    assert stroke.area(2000, 1000) == pytest.approx(100 * 30 + math.pi * 225, rel=1e-3)
     assert Region.scribble([[5, 5], [5, 5]]).area(10, 10) == Region.scribble([[5, 5]]).area(10, 10)
 
 
