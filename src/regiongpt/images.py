@@ -79,7 +79,7 @@ def _silent() -> Any:
 
 @dataclass(frozen=True)
 class SquareFrame:
-    """The padding of a ``width`` x ``height`` image to a centred square. Paper: §4
+    """The padding of a ``width`` x ``height`` image to a centred square. Paper: §4.
 
     The image is moved by :meth:`pad`; its regions follow by being measured on the grid of :meth:`edges`.
     """
