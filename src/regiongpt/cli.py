@@ -361,10 +361,9 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     parser.description = "Show what training records hold: statistics, or what one of the options asks for."
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of records, made by `regiongpt convert`")
     add_options(parser, Inspection)
-    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
     quiet_libraries()
-    return EXIT_FAULTS if inspect(options.folder, read_options(Inspection, options), options.json) else 0
+    return EXIT_FAULTS if inspect(options.folder, read_options(Inspection, options)) else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

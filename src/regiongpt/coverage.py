@@ -1,16 +1,11 @@
-"""Areas: how many square pixels of a shape lie in each cell of a grid.
+"""Areas: how many square pixels of a shape lie in each cell of a grid, in float64 and without sampling pixels.
 
-Five shapes cover every kind of region: an axis-aligned box, a set of pixels, a set of polygons, rings that cross
-themselves or each other very often, and long strokes. Each is clipped to its image, and all answer the same questions
-in float64 and without sampling pixels, so that a shape thinner than a cell, or smaller than a pixel, is neither lost
-nor blurred. The last two are there because the time that shapely takes for them grows with the third power of their
-points.
+A shape thinner than a cell, or smaller than a pixel, is neither lost nor blurred. Tangled rings and long strokes have
+shapes of their own, since shapely's time for them grows with the third power of their points.
 
 Coordinates are pixels of the original image, x to the right and y down; pixel (row, column) is the unit square from
 (column, row) to (column + 1, row + 1). Grids are given by the ascending lines between their cells, ``y_edges``
-(H + 1,) and ``x_edges`` (W + 1,), which need neither be evenly spaced nor lie within the image.
-
-Paper: §3.1 (mask pooling); the weights of the pooling come from here.
+(H + 1,) and ``x_edges`` (W + 1,), which need neither be evenly spaced nor lie within the image. Paper: §3.1
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,9 +22,9 @@ Ints = NDArray[np.int64]
 Bounds = tuple[float, float, float, float]
 
 MANY_CROSSINGS = 256
-"""Crossings up to which shapely draws polygons; beyond, its time grows with about the third power of the points."""
+"""Crossings of a ring with itself up to which shapely draws it."""
 MOST_PAIRS = 12_000_000
-"""Pairs of edges at one height, up to which rings are measured exactly (4,000 random points); beyond, by sampling."""
+"""Pairs of edges at one height up to which a ring is measured exactly (4,000 random points); beyond, by sampling."""
 MANY_POINTS, MOST_POINTS = 200, 400
 """Points up to which shapely draws a stroke, and a hair-thin one in pieces: whole, it takes a hundred times as long."""
 _CIRCLE = 32  # segments a quarter circle: the disk's area is 0.04 % short
@@ -57,13 +52,8 @@ class BoxShape:
         """The smallest box around the shape, xyxy."""
         return self.x0, self.y0, self.x1, self.y1
 
-    @property
-    def geometry(self) -> Any:
-        """The shape as shapely has it; None where only pixels are known."""
-        return shapely.box(*self.bounds)
-
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
-        """Square pixels in each cell, (H, W): overlap lengths down times overlap lengths across."""
+        """Square pixels in each cell, (H, W)."""
         return np.outer(np.diff(np.clip(y_edges, self.y0, self.y1)), np.diff(np.clip(x_edges, self.x0, self.x1)))
 
     def pixels(self, width: int, height: int) -> Bools:
@@ -81,8 +71,6 @@ class PixelShape:
     top: int
     left: int
     step: tuple[float, float] = (1.0, 1.0)  # height and width of a cell, in pixels of the image
-
-    geometry = None
 
     @staticmethod
     def of(mask: Bools, step: tuple[float, float] = (1.0, 1.0)) -> "PixelShape":
@@ -146,7 +134,7 @@ class PolygonShape:
 
     def pixels(self, width: int, height: int) -> Bools:
         """Pixels whose centre is inside."""
-        return _odd(*self._segments(), np.zeros(1, np.int64), width, height)
+        return _surrounded(*self._segments(), width, height)
 
     def _segments(self) -> tuple[Floats, Floats]:
         """Both ends, (N, 2) xy, of every straight piece of the boundary, with the inside always on the same hand."""
@@ -166,8 +154,6 @@ class _Measured:
 
     width: int  # of the image
     height: int
-
-    geometry = None
 
     @property
     def area(self) -> float:
@@ -192,78 +178,32 @@ class _Measured:
 
 
 @dataclass(frozen=True, eq=False)
-class RingsShape(_Measured):
-    """The union of rings that cross themselves or each other often; even-odd counts within each.
+class TangledShape(_Measured):
+    """The inside of a ring that crosses itself often, by the even-odd rule.
 
-    Each ring is walked once: the area beside an edge counts as +1 or -1, changing wherever the ring crosses itself, for
-    there the inside changes sides, and as 0 where another ring covers it.
+    The ring is walked once: the area beside an edge counts as +1 or -1, changing wherever the ring crosses itself.
     """
 
-    start: Floats  # (N, 2) xy of the edges, ring after ring, each from its topmost point on
-    end: Floats
-    firsts: Ints  # (R,) the first edge of each ring
+    ring: Floats  # (N, 2) xy from its topmost point on
 
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
         """Square pixels in each cell, (H, W)."""
         y_edges, x_edges = np.clip(y_edges, 0, self.height), np.clip(x_edges, 0, self.width)
-        return _signed_areas(self.start, self.end, y_edges, x_edges, self._stretches())
+        return _signed_areas(self.ring, np.roll(self.ring, -1, axis=0), y_edges, x_edges, self._stretches())
 
     def pixels(self, width: int, height: int) -> Bools:
         """Pixels whose centre is inside."""
-        return _odd(self.start, self.end, self.firsts, width, height)
+        return _odd([self.ring], width, height)
 
     def _stretches(self) -> Iterator[tuple[slice, Floats, Floats]]:
-        """For a few edges at a time: where the weight may change, (M,), and the weights between, (M + 1,)."""
-        ends = np.append(self.firsts, len(self.start))
-        here = -1
-        for rows, breaks, others in _crossings(self.start, self.end, self.firsts):
-            places: list[Floats] = []
-            values: list[Floats] = []
-            for ring in range(max(here, 0), int(np.searchsorted(self.firsts, rows.stop))):
-                begin, stop = ends[ring : ring + 2] - rows.start
-                if ring > here:
-                    here, sign, inside = ring, self._sign(ends[ring], ends[ring + 1] - 1), self._around(ring)
-                some = slice(*np.searchsorted(breaks, (begin, stop)))
-                weights = sign * np.cumprod(np.append(1.0, np.where(others[some] == ring, -1.0, 1.0)))
-                sign = weights[-1]
-                if len(self.firsts) > 1:
-                    weights[_covered_by_others(others[some], ring, inside)] = 0
-                places += [np.array([float(begin)]), breaks[some]]
-                values.append(weights)
-            yield rows, np.concatenate(places)[1:], np.concatenate(values)
-
-    def _sign(self, first: int, last: int) -> float:
-        """The weight of a ring's first edge: at the top of a ring its inside lies between its two edges."""
-        (ax, ay), (bx, by) = self.end[first] - self.start[first], self.start[last] - self.start[first]
-        return 1.0 if ax * by < bx * ay else -1.0
-
-    def _around(self, ring: int) -> Bools:
-        """Which other rings the first point of a ring lies in, (R,)."""
-        x, y = self.start[self.firsts[ring]]
-        (x0, y0), (x1, y1) = self.start.T, self.end.T
-        left = ((y0 > y) != (y1 > y)) & (x0 + (y - y0) * (x1 - x0) / (y1 - y0) < x)
-        inside = np.add.reduceat(left, self.firsts, dtype=np.int64) % 2 == 1
-        inside[ring] = False
-        return np.asarray(inside)
-
-
-def _covered_by_others(others: Ints, ring: int, inside: Bools) -> Bools:
-    """Along a ring, where any other ring covers it: before, between and behind its crossings with ``others``, (M + 1,).
-
-    Args:
-        others: (M,) the ring crossed at each of them.
-        ring: The ring walked along.
-        inside: (R,) which rings cover it before the first crossing; left as it is behind the last.
-    """
-    change = np.zeros(len(others) + 1, np.int64)
-    toggles = np.flatnonzero(others != ring)
-    toggles = toggles[np.argsort(others[toggles], kind="stable")]
-    which, begins, counts = np.unique(others[toggles], return_index=True, return_counts=True)
-    turn = np.arange(len(toggles)) - np.repeat(begins, counts)
-    change[toggles + 1] = np.where(inside[others[toggles]] == (turn % 2 == 0), -1, 1)
-    change[0] = inside.sum()
-    inside[which[counts % 2 == 1]] ^= True
-    return np.cumsum(change) > 0
+        """For a few edges at a time: where the weight changes, (M,), and the weights between, (M + 1,)."""
+        # At the top of a ring its inside lies between its two edges.
+        (ax, ay), (bx, by) = self.ring[1] - self.ring[0], self.ring[-1] - self.ring[0]
+        sign = 1.0 if ax * by < bx * ay else -1.0
+        for rows, breaks in _crossings(self.ring):
+            weights = sign * np.where(np.arange(len(breaks) + 1) % 2, -1.0, 1.0)
+            sign = weights[-1]
+            yield rows, breaks, weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,7 +278,7 @@ class StrokeShape(_Measured):
         return piece[pair], row[pair] * (len(x) - 1) + column
 
 
-Shape = BoxShape | PixelShape | PolygonShape | RingsShape | StrokeShape
+Shape = BoxShape | PixelShape | PolygonShape | TangledShape | StrokeShape
 
 
 def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
@@ -346,28 +286,27 @@ def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
 
     Args:
         rings: (N, 2) xy each, N >= 3.
-        width: of the image, pixels.
-        height: of the image, pixels.
+        width: Of the image in pixels, as is ``height``.
+        height: See ``width``.
     """
     # Coordinates a hair apart, and only those, break the intersections that make_valid works out.
     rings = [_once(np.round(ring / _PRECISION) * _PRECISION) for ring in rings]
     polygons = shapely.polygons([shapely.linearrings(np.append(ring, ring[:1], axis=0)) for ring in rings])
-    low, high = np.split(shapely.bounds(polygons), 2, axis=1)
-    apart = np.count_nonzero(((low[:, None] <= high) & (high[:, None] >= low)).all(axis=2)) == len(rings)
-    if (apart and shapely.is_valid(polygons).all()) or not _tangled(rings):
+    if not any(_is_tangled(rings[k]) for k in np.flatnonzero(~shapely.is_valid(polygons))):
         return _clipped(_polygons_only(shapely.make_valid(polygons)), width, height)
-    # Moved by a hair, no edge passes through a corner and no two lie on one line: every crossing is a plain one.
-    points, _, firsts = _edges(rings)
-    hairs = np.random.default_rng(0).uniform(-_HAIR, _HAIR, points.shape)
-    points += hairs * np.maximum(np.abs(points).max(axis=1, keepdims=True), max(width, height))
-    rings = [np.roll(ring, -ring[:, 1].argmin(), axis=0) for ring in np.split(points, firsts[1:])]
-    start, end, firsts = _edges(rings)
-    reaches = shapely.intersects(shapely.linestrings(np.stack((start, end), axis=1)), shapely.box(0, 0, width, height))
-    if reaches.any() and _pairs(start, end) <= MOST_PAIRS:
-        return RingsShape(width, height, start, end, firsts)
+    if len(rings) == 1:
+        # Moved by a hair, no edge passes through a corner and no two lie on one line: every crossing is a plain one.
+        hairs = np.random.default_rng(0).uniform(-_HAIR, _HAIR, rings[0].shape)
+        ring = rings[0] + hairs * np.maximum(np.abs(rings[0]).max(axis=1, keepdims=True), max(width, height))
+        ring = np.roll(ring, -ring[:, 1].argmin(), axis=0)
+        low, high = np.sort(np.stack((ring[:, 1], np.roll(ring[:, 1], -1))), axis=0)
+        pairs = np.sum(np.searchsorted(np.sort(low), high, side="right") - np.searchsorted(np.sort(high), low))
+        line = shapely.linearrings(ring)
+        if pairs <= MOST_PAIRS and shapely.intersects(line, shapely.box(0, 0, width, height)):
+            return TangledShape(width, height, ring)
     rows, columns = (max(1, round(3072 * size / max(width, height))) for size in (height, width))
     step = np.array((width / columns, height / rows))
-    return PixelShape.of(_odd(start / step, end / step, firsts, columns, rows), (height / rows, width / columns))
+    return PixelShape.of(_odd([ring / step for ring in rings], columns, rows), (height / rows, width / columns))
 
 
 def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shape:
@@ -413,81 +352,41 @@ def _polygons_only(geometry: Any) -> Any:
     return parts[0] if len(parts) == 1 else shapely.union_all(parts, grid_size=_PRECISION)
 
 
-def _edges(rings: Sequence[Floats]) -> tuple[Floats, Floats, Ints]:
-    """Both ends, (N, 2) xy, of the edges of rings from top to bottom, and (R,) the first edge of each ring."""
-    rings = sorted(rings, key=lambda ring: float(ring[:, 1].min()))  # few are near those of a block
-    ends = [np.roll(ring, -1, axis=0) for ring in rings]
-    return np.concatenate(rings), np.concatenate(ends), np.cumsum([0, *map(len, rings[:-1])])
-
-
-def _tangled(rings: Sequence[Floats]) -> bool:
-    """Whether edges of rings cross more often than shapely can bear, but for neighbours at their common point."""
-    count = 0
-    for _, breaks, _ in _crossings(*_edges(rings)):
-        count += len(breaks)
-        if count > 2 * MANY_CROSSINGS:
+def _is_tangled(ring: Floats) -> bool:
+    """Whether a ring crosses itself more often than shapely can bear."""
+    edges = shapely.linestrings(np.stack((ring, np.roll(ring, -1, axis=0)), axis=1))
+    tree, found = shapely.STRtree(edges), 0
+    for some in np.array_split(edges, len(edges) // 8 + 1):
+        found += tree.query(some, predicate="crosses").shape[1]
+        if found > 2 * MANY_CROSSINGS:  # each is found from both edges
             return True
     return False
 
 
-def _crossings(start: Floats, end: Floats, firsts: Ints) -> Iterator[tuple[slice, Floats, Ints]]:
-    """Find where edges cross others, but for neighbours at their common point, for a few edges at a time.
-
-    Args:
-        start: (N, 2) xy.
-        end: (N, 2) xy.
-        firsts: (R,) the first edge of each ring.
+def _crossings(ring: Floats) -> Iterator[tuple[slice, Floats]]:
+    """Find where the edges of a ring cross others, but for neighbours at their common point, a few edges at a time.
 
     Yields:
-        The edges; (M,) the crossings on them, in order, each as the place of its edge among these plus the share of it
-        that lies before; and (M,) the ring of the other edge of each.
+        The edges, and (M,) the crossings on them in order, each as the place of its edge among these plus the share of
+        it that lies before.
     """
-    edge, ends = np.arange(len(start)), np.append(firsts, len(start))
-    ring = np.searchsorted(firsts, edge, side="right") - 1
-    first, last = ends[ring], ends[ring + 1]
-    after, before = np.where(edge + 1 == last, first, edge + 1), np.where(edge == first, last - 1, edge - 1)
-    (dx, dy), (x, y) = (end - start).T, start.T
+    count = len(ring)
+    after = np.roll(ring, -1, axis=0)
+    low, high = np.minimum(ring, after), np.maximum(ring, after)
+    (x, y), (dx, dy) = ring.T, (after - ring).T
     # Times a point (x, y, 1) above 0 on one side of the edge, below on the other. A cross product is less precise.
-    lines = np.column_stack((-dy, dx, dy * x - dx * y))
-    low, high = np.minimum(start, end), np.maximum(start, end)
-    start, end = np.insert(start, 2, 1, axis=1), np.insert(end, 2, 1, axis=1)
-    lines_T, start_T, end_T = (np.ascontiguousarray(each.T) for each in (lines, start, end))
-    block = max(1, min(24, 2_000_000 // len(start)))  # products this small are left to one thread
-    scratch = np.empty((3, 2 * block * len(start)))  # new memory for each block would cost a fifth of the time
-    for begin in range(0, len(start), block):
-        rows = slice(begin, min(begin + block, len(start)))
-        near = np.flatnonzero(((low <= high[rows].max(axis=0)) & (high >= low[rows].min(axis=0))).all(axis=1))
-        # The end of an edge is the start of the next, within a ring.
-        points = np.append(start[rows], end[rows] if len(firsts) > 1 else end[rows][-1:], axis=0)
-        after_start = len(points) - len(lines[rows])
-        of_points, start_from, end_from = (
-            np.matmul(some, np.take(others, near, axis=1), out=space[: len(some) * len(near)].reshape(-1, len(near)))
-            for some, others, space in zip(
-                (points, lines[rows], lines[rows]), (lines_T, start_T, end_T), scratch, strict=True
-            )
-        )
-        side = of_points < 0
-        cut = (side[: len(start_from)] != side[after_start:]) & ((start_from < 0) != (end_from < 0))
-        for neighbour in (edge[rows], after[rows], before[rows]):
+    lines, points = np.stack((-dy, dx, dy * x - dx * y)), np.stack((x, y, np.ones(count)))
+    for begin in range(0, count, 24):  # products this small are left to one thread
+        edges = np.arange(begin, min(begin + 24, count))
+        near = np.flatnonzero(((low <= high[edges].max(axis=0)) & (high >= low[edges].min(axis=0))).all(axis=1))
+        of_ends = points[:, np.append(edges, (edges[-1] + 1) % count)].T @ lines[:, near]
+        of_starts, of_afters = (lines[:, edges].T @ points[:, each] for each in (near, (near + 1) % count))
+        cut = ((of_starts < 0) != (of_afters < 0)) & ((of_ends[:-1] < 0) != (of_ends[1:] < 0))
+        for neighbour in (edges, (edges + 1) % count, (edges - 1) % count):
             cut[np.arange(len(cut)), np.searchsorted(near, neighbour)] = False
         found = np.flatnonzero(cut)
-        counts = np.diff(np.searchsorted(found, np.arange(len(cut) + 1) * len(near)))
-        shares = of_points.ravel()[found]
-        shares /= shares - of_points.ravel()[found + after_start * len(near)]
-        breaks = np.repeat(np.arange(float(len(cut))), counts) + shares
-        if len(firsts) == 1:
-            for part in np.split(breaks, np.cumsum(counts)):
-                part.sort()  # a third of the time of one long sort
-            yield rows, breaks, np.zeros(len(breaks), np.int64)
-        else:
-            order = np.argsort(breaks)
-            yield rows, breaks[order], ring[near[found[order] % len(near)]]
-
-
-def _pairs(start: Floats, end: Floats) -> int:
-    """How many pairs of edges share a height."""
-    low, high = np.sort([start[:, 1], end[:, 1]], axis=0)
-    return int(np.sum(np.searchsorted(np.sort(low), high, side="right") - np.searchsorted(np.sort(high), low)))
+        before, behind = of_ends.ravel()[found], of_ends.ravel()[found + len(near)]
+        yield slice(begin, edges[-1] + 1), np.sort(found // len(near) + before / (before - behind))
 
 
 def _covered(square: Ints, normal: NDArray[Any], distance: Floats, radius: float, half: Floats) -> Floats:
@@ -520,21 +419,28 @@ def _covered(square: Ints, normal: NDArray[Any], distance: Floats, radius: float
     return covered
 
 
-def _odd(start: Floats, end: Floats, firsts: Ints, width: int, height: int) -> Bools:
-    """Pixels (height, width) whose centre any of several outlines surrounds: an odd number of its edges lie left."""
+def _odd(rings: Sequence[Floats], width: int, height: int) -> Bools:
+    """Pixels (height, width) whose centre any of several rings surrounds: an odd number of its edges lie left."""
     inside = np.zeros((height, width), bool)
-    for edges in np.split(np.arange(len(start)), firsts[1:]):
-        left, right = _first_centre(np.array([start[edges, 0].min(), start[edges, 0].max()]), width)
-        low, high = (_first_centre(ends, height) for ends in np.sort((start[edges, 1], end[edges, 1]), axis=0))
-        passed = np.zeros((high.max() - low.min(), right - left + 1), np.uint8)
-        for some in np.split(np.arange(len(edges)), np.arange(1024, len(edges), 1024)):
-            edge, row = _ranges(low[some], high[some])
-            (x, y), (dx, dy) = start[edges[some[edge]]].T, (end - start)[edges[some[edge]]].T
-            column = np.clip(_first_centre(x + (row + 0.5 - y) * dx / dy, width), left, right) - left
-            # One index and a number of the same type: 30 times as fast as any other form.
-            np.add.at(passed.ravel(), (row - low.min()) * passed.shape[1] + column, np.uint8(1))
-        surrounded = np.cumsum(passed, axis=1, dtype=np.uint8)[:, :-1] % 2 == 1
-        inside[low.min() : high.max(), left:right] |= surrounded
+    for ring in rings:
+        inside |= _surrounded(ring, np.roll(ring, -1, axis=0), width, height)
+    return inside
+
+
+def _surrounded(start: Floats, end: Floats, width: int, height: int) -> Bools:
+    """Pixels (height, width) whose centre has an odd number of edges on its left."""
+    left, right = _first_centre(np.array([start[:, 0].min(), start[:, 0].max()]), width)
+    low, high = (_first_centre(ends, height) for ends in np.sort((start[:, 1], end[:, 1]), axis=0))
+    passed = np.zeros((high.max() - low.min(), right - left + 1), np.uint8)
+    for begin in range(0, len(start), 1024):
+        some = slice(begin, begin + 1024)
+        edge, row = _ranges(low[some], high[some])
+        (x, y), (dx, dy) = start[some][edge].T, (end - start)[some][edge].T
+        column = np.clip(_first_centre(x + (row + 0.5 - y) * dx / dy, width), left, right) - left
+        # One index and a number of the same type: 30 times as fast as any other form.
+        np.add.at(passed.ravel(), (row - low.min()) * passed.shape[1] + column, np.uint8(1))
+    inside = np.zeros((height, width), bool)
+    inside[low.min() : high.max(), left:right] = np.cumsum(passed, axis=1, dtype=np.uint8)[:, :-1] % 2 == 1
     return inside
 
 
@@ -556,7 +462,7 @@ def _signed_areas(
         end: (N, 2) xy.
         y_edges: (H + 1,)
         x_edges: (W + 1,)
-        stretches: some edges at a time, and what their areas are multiplied by: see RingsShape. None stands for 1.
+        stretches: Some edges at a time, and what their areas are multiplied by, see TangledShape; None stands for 1.
     """
     rows, columns = len(y_edges) - 1, len(x_edges) - 1
     # Row and column 0 of these tables lie before the grid, the last ones behind it.

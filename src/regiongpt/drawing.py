@@ -1,7 +1,4 @@
-"""Pictures of what was asked: regions outlined, numbered and captioned on their image.
-
-Works on Pillow, numpy and the regions' own geometry alone, so it needs no plotting library and no font files.
-"""
+"""Pictures of what was asked: regions outlined, numbered and captioned on their image, by Pillow and numpy alone."""
 
 import io
 import math
@@ -20,6 +17,7 @@ from regiongpt.regions import Region
 from regiongpt.storage import check_writable, reason, write_file
 
 Colour = tuple[int, int, int]
+Box = tuple[float, float, float, float]
 
 # Okabe and Ito's palette, which people with every kind of colour vision can tell apart, in the order that keeps
 # neighbours furthest apart. Numbers, not colours, carry the meaning: from the eighth region on, colours repeat.
@@ -49,8 +47,8 @@ def draw_regions(
 ) -> Image.Image:
     """Draw numbered regions on their image, with captions on a white panel beneath it.
 
-    Every region gets a translucent fill, an outline with a dark rim that shows on any background, and a tag with its
-    1-based number, the N of its ``<regionN>``. An image whose longer side is under 640 pixels is enlarged to that.
+    Every region gets a translucent fill, an outline with a dark rim, and a tag with its number, the N of its
+    ``<regionN>``. An image whose longer side is under 640 pixels is enlarged to that.
 
     Args:
         image: What :func:`regiongpt.load_image` takes.
@@ -70,19 +68,25 @@ def draw_regions(
         raise ConfigError(f"expected captions as a list of texts and dialogue as a list of pairs of texts, got {got}")
     if captions is not None and len(captions) != len(regions):
         raise ConfigError(f"expected one caption a region, got {len(captions)} captions for {len(regions)} regions")
-    canvas = _Canvas.of(photo)
-    drawn = [canvas.measure(region, number) for number, region in enumerate(regions, 1)]
+    scale = max(1.0, MIN_SIDE / max(photo.size))
+    size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+    picture = photo.resize(size, Image.Resampling.BICUBIC) if scale > 1 else photo.copy()
+    stroke = max(3, round(max(size) / 260))  # thickness of an outline
+    drawn = [_measure(region, k, photo.size, picture.size, scale, stroke) for k, region in enumerate(regions, 1)]
     # Large regions first, and every fill before the first line: nothing hides the outline of anything smaller, and
     # nothing at all hides a number.
     order = sorted(drawn, key=lambda each: -each.area)
     for each in order:
-        canvas.paint(each, fill=True)
+        _paint(picture, each, [(each.inside, each.colour, FILL_OPACITY)])
     for each in order:
-        canvas.paint(each, fill=False)
+        reach = stroke * each.fine // 2
+        rim = _band(each.inside, reach + 3 * each.fine // 2)
+        _paint(picture, each, [(rim, INK, 0.55), (_band(each.inside, reach), each.colour, 1.0)])
+    taken: list[Box] = []
     for each in drawn:
-        canvas.tag(each)
+        _tag(picture, each, taken)
     entries = [(number, text) for number, text in enumerate(captions or (), 1) if text]
-    return _with_panel(canvas.picture, entries, dialogue) if entries or dialogue else canvas.picture
+    return _with_panel(picture, entries, dialogue) if entries or dialogue else picture
 
 
 def check_picture(path: str | Path) -> None:
@@ -96,7 +100,7 @@ def check_picture(path: str | Path) -> None:
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write a picture in the format that its name says, whole or not at all; DataError where that fails."""
+    """Write a picture in the format of its name, whole or not at all; DataError where that fails."""
     try:
         write_file(path, picture.save)
     except DataError:
@@ -111,12 +115,12 @@ def _is_turn(turn: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Outline:
-    """A region on the canvas."""
+    """A region on the picture."""
 
     number: int
     kind: str
     area: float
-    bounds: tuple[float, float, float, float]
+    bounds: Box
     window: tuple[int, int, int, int]  # around it, with room for its outline
     inside: Image.Image  # of the window, each pixel split into ``fine`` a side
     fine: int
@@ -125,88 +129,78 @@ class _Outline:
     def colour(self) -> Colour:
         return COLOURS[(self.number - 1) % len(COLOURS)]
 
-    def extremes(self) -> list[tuple[float, float]]:
-        """The topmost, bottommost, leftmost and rightmost point (x, y)."""
-        rows, columns = np.nonzero(np.asarray(self.inside) > 127)
+
+def _measure(
+    region: Region, number: int, size: tuple[int, int], drawn: tuple[int, int], scale: float, stroke: int
+) -> _Outline:
+    """Cover the pixels of a region's window, exactly; sizes are (W, H) of the image and of the picture."""
+    region.check(*size, f"<region{number}>")
+    x0, y0, x1, y1 = (value * scale for value in region.bounds(*size))
+    margin = 2 * stroke + 2
+    left, top = max(0, int(x0) - margin), max(0, int(y0) - margin)
+    right, bottom = min(drawn[0], int(x1) + margin + 1), min(drawn[1], int(y1) + margin + 1)
+    fine = 2 if max(right - left, bottom - top) <= 2048 else 1  # drawn larger and shrunk, edges are smooth
+    width, height = (right - left) * fine, (bottom - top) * fine
+    coarse = math.ceil((width * height / MOST_CELLS) ** 0.5)  # the memory for long strokes grows with the cells
+    rows = np.linspace(top, bottom, -(-height // coarse) + 1) / scale
+    columns = np.linspace(left, right, -(-width // coarse) + 1) / scale
+    shares = region.coverage(rows, columns, *size) / ((rows[1] - rows[0]) * (columns[1] - columns[0]))
+    inside = Image.fromarray(np.rint(np.minimum(shares, 1) * 255).astype(np.uint8))
+    return _Outline(
+        number=number,
+        kind=region.kind,
+        area=region.area(*size),
+        bounds=(x0, y0, x1, y1),
+        window=(left, top, right, bottom),
+        inside=inside.resize((width, height), Image.Resampling.BILINEAR),
+        fine=fine,
+    )
+
+
+def _paint(picture: Image.Image, region: _Outline, layers: Sequence[tuple[Image.Image, Colour, float]]) -> None:
+    """Lay masks of a region's window over the picture, each in its colour and opacity."""
+    patch = picture.crop(region.window)
+    for layer, colour, opacity in layers:
+        alpha = layer.reduce(region.fine).point([round(value * opacity) for value in range(256)])
+        patch.paste(colour, (0, 0, *patch.size), alpha)
+    picture.paste(patch, region.window[:2])
+
+
+def _band(inside: Image.Image, reach: int) -> Image.Image:
+    """The pixels within ``reach`` of the edge of a mask, which is closed at the border, as an image of 0 and 255."""
+    solid = ImageOps.expand(inside.point([0] * 128 + [255] * 128), reach)
+    near = solid.filter(ImageFilter.BoxBlur(reach)).point([0] + [255] * 254 + [0])
+    return ImageOps.crop(near, reach)
+
+
+def _tag(picture: Image.Image, region: _Outline, taken: list[Box]) -> None:
+    """Put the region's number at its edge, at the first of some places that no other number has taken."""
+    x0, y0, x1, y1 = region.bounds
+    font = _font(max(14, round(max(picture.size) / 36)))
+    width, height = _tag_size(font, region.number)
+    if x1 - x0 < 2 * width or y1 - y0 < 2 * height:  # beside a small region, lest the tag hide it
+        places = [(x0 - width, y0 - height), (x1, y0 - height), (x0 - width, y1), (x1, y1)]
+    elif region.kind == "box":
+        places = [(x0, y0), (x1 - width, y0), (x0, y1 - height), (x1 - width, y1 - height)]
+    else:  # the corners of the bounds may be far from the region: its topmost, bottommost, left- and rightmost point
+        rows, columns = np.nonzero(np.asarray(region.inside) > 127)
         picks = {rows.argmin(), rows.argmax(), columns.argmin(), columns.argmax()} if rows.size else ()
-        left, top = self.window[:2]
-        return [(left + (columns[k] + 0.5) / self.fine, top + (rows[k] + 0.5) / self.fine) for k in sorted(picks)]
+        ends = [
+            (region.window[0] + (columns[k] + 0.5) / region.fine, region.window[1] + (rows[k] + 0.5) / region.fine)
+            for k in sorted(picks)
+        ]
+        places = [(x - width / 2, y - height / 2) for x, y in ends]
+    places.append(((x0 + x1 - width) / 2, (y0 + y1 - height) / 2))
+    room_x, room_y = max(0.0, picture.width - width), max(0.0, picture.height - height)
+    within = [(min(max(0.0, x), room_x), min(max(0.0, y), room_y)) for x, y in places]
+    boxes = [(x, y, x + width, y + height) for x, y in within]
+    place = next((box for box in boxes if not any(_overlap(box, other) for other in taken)), boxes[0])
+    taken.append(place)
+    _draw_tag(ImageDraw.Draw(picture), place[:2], region.number, font)
 
 
-@dataclass(kw_only=True)
-class _Canvas:
-    """An image being drawn on, at ``scale`` times its own size."""
-
-    picture: Image.Image
-    size: tuple[int, int]  # (width, height) of the image itself
-    scale: float
-    stroke: int  # thickness of an outline, in canvas pixels
-    taken: list[tuple[float, float, float, float]]  # where tags already are
-
-    @classmethod
-    def of(cls, photo: Image.Image) -> "_Canvas":
-        scale = max(1.0, MIN_SIDE / max(photo.size))
-        size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
-        picture = photo.resize(size, Image.Resampling.BICUBIC) if scale > 1 else photo.copy()
-        return cls(picture=picture, size=photo.size, scale=scale, stroke=max(3, round(max(size) / 260)), taken=[])
-
-    def measure(self, region: Region, number: int) -> _Outline:
-        """Cover the pixels of a region's window, exactly."""
-        region.check(*self.size, f"<region{number}>")
-        x0, y0, x1, y1 = (value * self.scale for value in region.bounds(*self.size))
-        margin = 2 * self.stroke + 2
-        left, top = max(0, int(x0) - margin), max(0, int(y0) - margin)
-        right, bottom = min(self.picture.width, int(x1) + margin + 1), min(self.picture.height, int(y1) + margin + 1)
-        fine = 2 if max(right - left, bottom - top) <= 2048 else 1  # drawn larger and shrunk, edges are smooth
-        width, height = (right - left) * fine, (bottom - top) * fine
-        coarse = math.ceil((width * height / MOST_CELLS) ** 0.5)  # the memory for long strokes grows with the cells
-        rows = np.linspace(top, bottom, -(-height // coarse) + 1) / self.scale
-        columns = np.linspace(left, right, -(-width // coarse) + 1) / self.scale
-        shares = region.coverage(rows, columns, *self.size) / ((rows[1] - rows[0]) * (columns[1] - columns[0]))
-        inside = Image.fromarray(np.rint(np.minimum(shares, 1) * 255).astype(np.uint8))
-        return _Outline(
-            number=number,
-            kind=region.kind,
-            area=region.area(*self.size),
-            bounds=(x0, y0, x1, y1),
-            window=(left, top, right, bottom),
-            inside=inside.resize((width, height), Image.Resampling.BILINEAR),
-            fine=fine,
-        )
-
-    def paint(self, region: _Outline, fill: bool) -> None:
-        """Draw the translucent fill of a region, or its line on a dark rim."""
-        inside, reach = region.inside, self.stroke * region.fine // 2
-        paints = [(inside, region.colour, FILL_OPACITY)]
-        if not fill:
-            rim = _band(inside, reach + 3 * region.fine // 2)
-            paints = [(rim, INK, 0.55), (_band(inside, reach), region.colour, 1.0)]
-        patch = self.picture.crop(region.window)
-        for layer, paint, opacity in paints:
-            alpha = layer.reduce(region.fine).point([round(value * opacity) for value in range(256)])
-            patch.paste(paint, (0, 0, *patch.size), alpha)
-        self.picture.paste(patch, region.window[:2])
-
-    def tag(self, region: _Outline) -> None:
-        """Put the region's number at its edge, at the first of some places where no other number stands yet."""
-        x0, y0, x1, y1 = region.bounds
-        font = _font(max(14, round(max(self.picture.size) / 36)))
-        width, height = _tag_size(font, region.number)
-        if x1 - x0 < 2 * width or y1 - y0 < 2 * height:  # beside a small region, lest the tag hide it
-            places = [(x0 - width, y0 - height), (x1, y0 - height), (x0 - width, y1), (x1, y1)]
-        elif region.kind == "box":
-            places = [(x0, y0), (x1 - width, y0), (x0, y1 - height), (x1 - width, y1 - height)]
-        else:  # the corners of the bounds may be far from the region
-            places = [(x - width / 2, y - height / 2) for x, y in region.extremes()]
-        places.append(((x0 + x1 - width) / 2, (y0 + y1 - height) / 2))
-        room_x, room_y = max(0.0, self.picture.width - width), max(0.0, self.picture.height - height)
-        boxes = []
-        for x, y in places:
-            x, y = min(max(0.0, x), room_x), min(max(0.0, y), room_y)
-            boxes.append((x, y, x + width, y + height))
-        place = next((box for box in boxes if not any(_overlap(box, other) for other in self.taken)), boxes[0])
-        self.taken.append(place)
-        _draw_tag(ImageDraw.Draw(self.picture), (place[0], place[1]), region.number, font)
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _with_panel(
@@ -214,7 +208,7 @@ def _with_panel(
 ) -> Image.Image:
     """The picture with a white panel of wrapped text beneath it: numbered captions, then questions and answers."""
     font = _font(max(16, round(picture.width / 40)))
-    leading, pad = round(_height(font) * 1.35), round(_height(font) * 0.7)
+    leading, pad = round(font.size * 1.35), round(font.size * 0.7)
     indent = max((_tag_size(font, number)[0] for number, _ in entries), default=0) + pad
     room = picture.width - 2 * pad
     rows: list[tuple[int | None, int, str, Colour, int]] = []  # tag or none, indent, text, colour, gap above
@@ -233,8 +227,8 @@ def _with_panel(
     for tag, shift, line, colour, gap in rows:
         y += gap
         if tag is not None:
-            _draw_tag(draw, (pad, y - _tag_size(font, tag)[1] / 2 + _height(font) / 2), tag, font)
-        draw.text((pad + shift, y + _height(font) / 2), line, fill=colour, font=font, anchor="lm")
+            _draw_tag(draw, (pad, y - _tag_size(font, tag)[1] / 2 + font.size / 2), tag, font)
+        draw.text((pad + shift, y + font.size / 2), line, fill=colour, font=font, anchor="lm")
         y += leading
     return sheet
 
@@ -262,32 +256,17 @@ def _draw_tag(draw: ImageDraw.ImageDraw, place: tuple[float, float], number: int
     x, y = place
     width, height = _tag_size(font, number)
     colour = COLOURS[(number - 1) % len(COLOURS)]
-    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
     box = (x, y, x + width - 1, y + height - 1)
     draw.rounded_rectangle(box, radius=height / 5, fill=colour, outline=INK, width=max(1, height // 20))
+    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
     ink = INK if bright > 110 else PAPER
     draw.text((x + width / 2, y + height / 2), str(number), fill=ink, font=font, anchor="mm")
 
 
 def _tag_size(font: Any, number: int) -> tuple[int, int]:
-    height = round(_height(font) * 1.3)
-    return max(height, round(font.getlength(str(number)) + 0.7 * _height(font))), height
+    height = round(font.size * 1.3)
+    return max(height, round(font.getlength(str(number)) + 0.7 * font.size)), height
 
 
 def _font(size: int) -> Any:
     return ImageFont.load_default(size)
-
-
-def _height(font: Any) -> float:
-    return float(getattr(font, "size", 11))
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _band(inside: Image.Image, reach: int) -> Image.Image:
-    """The pixels within ``reach`` of the edge of a mask, which is closed at the border, as an image of 0 and 255."""
-    solid = ImageOps.expand(inside.point([0] * 128 + [255] * 128), reach)
-    near = solid.filter(ImageFilter.BoxBlur(reach)).point([0] + [255] * 254 + [0])
-    return ImageOps.crop(near, reach)

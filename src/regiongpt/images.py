@@ -28,21 +28,20 @@ ImageSource = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.generic]
 def load_image(source: ImageSource) -> Image.Image:
     """Read an image of any usual kind as upright 8-bit RGB.
 
-    The EXIF orientation is applied, so that boxes count in the pixels a person sees. Transparent images are laid on
-    white. 16-bit greyscale is scaled to 8 bits. Of an animation the first frame is taken.
+    The EXIF orientation is applied, transparent images are laid on white, 16-bit greyscale is scaled to 8 bits, and of
+    an animation the first frame is taken.
 
     Args:
-        source: a path, the bytes of an image file, a binary file object, a PIL image, or an array of dtype uint8 or
+        source: A path, the bytes of an image file, a binary file object, a PIL image, or an array of dtype uint8 or
             uint16 and shape (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA, or a torch tensor of such, whose
             channels may come first.
 
     Raises:
-        DataError: the source is missing, not an image, truncated, empty, of more than :data:`MAX_PIXELS` pixels, or
-            of a pixel type whose range of brightness nobody can know (floats, 32-bit integers).
+        DataError: The source is missing, not an image, truncated, empty, of more than :data:`MAX_PIXELS` pixels, or
+            of a pixel type without a known range (floats, 32-bit integers).
     """
     name, image = open_image(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _silent():
         try:
             image = ImageOps.exif_transpose(image)
         except Exception:  # damaged EXIF says nothing about orientation, and the pixels are good
@@ -52,7 +51,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
 def open_image(source: ImageSource) -> tuple[str, Image.Image]:
     """Read an image with the pixels that are stored, of any mode, and what messages call it; see :func:`load_image`."""
-    if hasattr(source, "permute"):  # a tensor, told without importing torch
+    if hasattr(source, "permute"):  # a tensor, recognized without importing torch
         tensor: Any = source
         first = tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4) and tensor.shape[2] not in (1, 3, 4)
         source = (tensor.permute(1, 2, 0) if first else tensor).detach().cpu().numpy()
@@ -63,8 +62,7 @@ def open_image(source: ImageSource) -> tuple[str, Image.Image]:
     else:
         name, image = _open(source)
     _check_size(image.width, image.height, name)
-    with warnings.catch_warnings():  # what can be read is read, what cannot be is an error: no third voice
-        warnings.simplefilter("ignore")
+    with _silent():
         try:
             image.load()
         except Exception as error:  # decoders raise nearly every built-in exception on broken data
@@ -74,9 +72,14 @@ def open_image(source: ImageSource) -> tuple[str, Image.Image]:
     return name, image
 
 
+def _silent() -> Any:
+    """Keep PIL's warnings out: what can be read is read, what cannot be is an error."""
+    return warnings.catch_warnings(action="ignore")
+
+
 @dataclass(frozen=True)
 class SquareFrame:
-    """The padding of a ``width`` x ``height`` image to a centred square, as one transform. Paper: §4.
+    """The padding of a ``width`` x ``height`` image to a centred square. Paper: §4.
 
     The image is moved by :meth:`pad`; its regions follow by being measured on the grid of :meth:`edges`.
     """
@@ -94,14 +97,9 @@ class SquareFrame:
         return max(self.width, self.height)
 
     @property
-    def offset_x(self) -> int:
-        """Column of the padded square at which the image begins."""
-        return (self.side - self.width) // 2
-
-    @property
-    def offset_y(self) -> int:
-        """Row of the padded square at which the image begins."""
-        return (self.side - self.height) // 2
+    def offset(self) -> tuple[int, int]:
+        """Column and row of the padded square at which the image begins."""
+        return (self.side - self.width) // 2, (self.side - self.height) // 2
 
     def pad(self, image: Image.Image, fill: tuple[int, int, int] = (127, 127, 127)) -> Image.Image:
         """Lay the image in the middle of a ``side`` x ``side`` square of colour ``fill``."""
@@ -110,7 +108,7 @@ class SquareFrame:
         if self.width == self.height:
             return image
         square = Image.new("RGB", (self.side, self.side), fill)
-        square.paste(image, (self.offset_x, self.offset_y))
+        square.paste(image, self.offset)
         return square
 
     def edges(self, grid_h: int, grid_w: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -120,8 +118,8 @@ class SquareFrame:
             ``y_edges`` (grid_h + 1,) and ``x_edges`` (grid_w + 1,), in pixels of the original image; negative or
             beyond the image where the grid lies on padding.
         """
-        y_edges = np.linspace(0.0, self.side, grid_h + 1) - self.offset_y
-        x_edges = np.linspace(0.0, self.side, grid_w + 1) - self.offset_x
+        y_edges = np.linspace(0.0, self.side, grid_h + 1) - self.offset[1]
+        x_edges = np.linspace(0.0, self.side, grid_w + 1) - self.offset[0]
         return y_edges, x_edges
 
 
@@ -150,8 +148,7 @@ def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
     if not data:
         raise DataError(f"{name}: expected an image, got an empty file")
     try:
-        with warnings.catch_warnings():  # PIL warns from half our limit on; we have a limit of our own
-            warnings.simplefilter("ignore")
+        with _silent():
             return name, Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise DataError(

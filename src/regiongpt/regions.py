@@ -1,12 +1,13 @@
 """Regions of an image, in every form people mark them: box, mask, polygon, RLE, point, scribble.
 
-A :class:`Region` is immutable and holds what was given, in pixels of the original image: x to the right, y down,
-(0, 0) the top left corner of the top left pixel. It is clipped to its image when it is used. Paper: §3.1.
+A region holds what was given, in pixels of the original image: x to the right, y down, from the top left corner. It is
+clipped to its image when it is used. Paper: §3.1
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -20,9 +21,9 @@ from regiongpt.coverage import (
     Bounds,
     BoxShape,
     PixelShape,
-    RingsShape,
     Shape,
     StrokeShape,
+    TangledShape,
     decode_rle,
     polygon_shape,
     stroke_shape,
@@ -40,41 +41,39 @@ MAX_COORDINATE = 1e9
 
 
 class Region(ABC):
-    """A part of an image, made by :meth:`box`, :meth:`mask`, :meth:`polygon`, :meth:`rle`, :meth:`point` and others.
+    """An immutable part of an image, made by :meth:`box`, :meth:`mask`, :meth:`polygon`, :meth:`rle` and others.
 
-    Every method that takes a width and height, those of the image in pixels, raises RegionError where the region makes
-    no sense in such an image. Regions compare equal when they are of one kind and hold the same numbers or pixels.
+    Every method that takes the width and height of the image in pixels raises RegionError where the region makes no
+    sense in it. Regions compare equal when they are of one kind and hold the same numbers or pixels.
     """
 
     kind: str
     """One of :data:`KINDS`."""
     note: str = ""
-    """What the person should know about how the region was read, such as that a mask had soft edges; else empty."""
+    """What to tell the user about how the region was read, such as that a mask had soft edges; else empty."""
 
     @staticmethod
     def of(value: Any, name: str = "region") -> "Region":
         """The region that a value stands for.
 
         Args:
-            value: a Region; a box as four numbers x0, y0, x1, y1 in pixels (list, tuple, array or tensor); an object
-                as :meth:`from_dict` takes; a PIL image or bool array (H, W) as :meth:`mask` takes.
-            name: what messages call the region.
+            value: A Region; a box as four numbers x0, y0, x1, y1 in pixels (list, tuple, array or tensor); a mapping
+                for :meth:`from_dict`; a PIL image or bool array (H, W) for :meth:`mask`.
+            name: What messages call the region.
 
         Raises:
-            RegionError: it is none of these.
+            RegionError: It is none of these.
         """
         if isinstance(value, Region):
             return value
         if isinstance(value, Mapping):
             return Region.from_dict(value, name)
-        try:
+        with _called(name):
             array = value if isinstance(value, Image.Image) else _array(value)
             if isinstance(array, Image.Image) or (array.dtype == np.bool_ and array.ndim == 2):
                 return Region.mask(array)
             if array.shape == (4,):
                 return Region.box(*(array.tolist() if hasattr(value, "dtype") else value))
-        except RegionError as error:
-            raise RegionError(str(error).replace("region:", f"{name}:", 1)) from None
         raise RegionError(
             f"{name}: expected a Region such as Region.box(x0, y0, x1, y1), or [x0, y0, x1, y1], got {_short(value)}"
         )
@@ -96,18 +95,18 @@ class Region(ABC):
 
     @staticmethod
     def box(x0: float, y0: float, x1: float, y1: float, *, normalized: bool | None = None) -> "Region":
-        """The box from its left and top edge to its right and bottom edge, half open, fractions allowed.
+        """The half-open box from its left and top edge to its right and bottom edge, fractions allowed.
 
         Args:
-            x0: left edge.
-            y0: top edge.
-            x1: right edge.
-            y1: bottom edge.
+            x0: Left edge.
+            y0: Top edge.
+            x1: Right edge.
+            y1: Bottom edge.
             normalized: True: the numbers are fractions of the image's width and height. False: they are pixels. By
-                default they are pixels, but :meth:`check` refuses a box with all four within 0..1.
+                default they are pixels, but :meth:`check` refuses a box within 0..1.
 
         Raises:
-            RegionError: a coordinate is not a number, or normalized ones are far outside 0..1.
+            RegionError: A coordinate is not a number, or normalized ones are far outside 0..1.
         """
         x0, y0, x1, y1 = _numbers((x0, y0, x1, y1), "x0, y0, x1, y1")
         if not isinstance(normalized, bool | np.bool_ | None):
@@ -117,28 +116,19 @@ class Region(ABC):
         return _Box(x0, y0, x1, y1, bool(normalized), normalized is not None)
 
     @staticmethod
-    def from_xywh(x: float, y: float, width: float, height: float, *, normalized: bool | None = None) -> "Region":
-        """The box given by its left and top edge, its width and its height, as COCO has them; see :meth:`box`."""
-        x, y, width, height = _numbers((x, y, width, height), "x, y, width, height")
-        if width <= 0 or height <= 0:
-            raise RegionError(f"region: expected a width and height above 0, got {_number(width)} x {_number(height)}")
-        return Region.box(x, y, x + width, y + height, normalized=normalized)
-
-    @staticmethod
     def mask(mask: "ArrayLike | Image.Image") -> "Region":
         """The pixels inside a mask.
 
-        Of masks with only two values, the larger one is inside. Of masks with more values (soft edges, JPEG,
-        probabilities), inside is from half on: 128 of 255, 32768 of 65535, 0.5 of 1; :attr:`note` says so. Of an image
-        with colours, the brightest channel counts; of one with transparency, only its alpha channel, unless that is
-        the same everywhere.
+        Of two values, the larger is inside. Of more (soft edges, JPEG, probabilities), inside is from half on: 128 of
+        255, 32768 of 65535, 0.5 of 1; :attr:`note` says so. In a colour image the brightest channel counts; in one with
+        transparency only the alpha channel, unless that is the same everywhere.
 
         Args:
-            mask: of the whole original image: an array or tensor (H, W) of bool, integers 0..255 or 0..65535, or floats
-                0..1 or 0..255; uint8 (H, W, 3) RGB or (H, W, 4) RGBA; or a PIL image of any mode.
+            mask: An array or tensor (H, W) as large as the image, of bool, integers 0..255 or 0..65535, or floats 0..1
+                or 0..255; uint8 (H, W, 3) RGB or (H, W, 4) RGBA; or a PIL image of any mode.
 
         Raises:
-            RegionError: it is of another shape, or holds other values, or several values that are all below half.
+            RegionError: It has another shape or other values, or several values that are all below half.
         """
         array: NDArray[Any] = np.empty(0)
         if not isinstance(mask, Image.Image):
@@ -157,8 +147,8 @@ class Region(ABC):
         """The inside of one or several rings; several are united. Where a ring crosses itself, even-odd counts.
 
         Args:
-            points: [[x, y], ...], or flat [x, y, x, y, ...] as COCO writes it, or a list of several such rings; in
-                pixels. A ring closes itself.
+            points: [[x, y], ...], or flat [x, y, x, y, ...] as in COCO, or a list of such rings, which close
+                themselves.
         """
         if not _is_list(points):
             raise RegionError(
@@ -173,8 +163,8 @@ class Region(ABC):
         """A mask in COCO's run-length encoding.
 
         Args:
-            rle: ``size`` [H, W] of the original image, and ``counts``: compressed (str or bytes) or a list of runs.
-                Runs that do not decode are found by :meth:`check`.
+            rle: ``size`` [H, W] of the image, and ``counts``: compressed (str or bytes) or a list of runs, which
+                :meth:`check` decodes.
         """
         expected = 'expected RLE like {"size": [H, W], "counts": "..."}'
         if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
@@ -196,29 +186,30 @@ class Region(ABC):
 
     @staticmethod
     def point(x: float, y: float, radius: float | None = None) -> "Region":
-        """A disk about a point; its radius is by default 1.5 % of the longer side of the image, at least one pixel."""
-        return _Vector("point", (np.array([_numbers((x, y), "x, y")]),), _as_size(radius, "radius"))
+        """A disk around a point, by default of radius 1.5 % of the image's longer side, at least one pixel."""
+        return _Vector(
+            "point", (np.array([_numbers((x, y), "x, y")]),), None if radius is None else _as_number(radius, "radius")
+        )
 
     @staticmethod
     def scribble(points: Any, width: float | None = None) -> "Region":
-        """A stroke of a round brush along a line [[x, y], ...] or [x, y, x, y, ...]; a single point gives a dot.
-
-        Its width is by default 1.5 % of the longer side of the image, and at least one pixel.
-        """
-        return _Vector("scribble", (_points(points, "scribble"),), _as_size(width, "width"))
+        """A stroke of a round brush along [[x, y], ...] or [x, y, x, y, ...]; its default width is a point's radius."""
+        return _Vector(
+            "scribble", (_points(points, "scribble"),), None if width is None else _as_number(width, "width")
+        )
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], name: str = "region") -> "Region":
         """The inverse of :meth:`to_dict`.
 
         Args:
-            data: one of ``{"box": [x0, y0, x1, y1]}``, ``{"mask": rle}``, ``{"polygon": rings}``, ``{"rle": rle}``,
-                ``{"point": [x, y], "radius": r}``, ``{"scribble": points, "width": w}``; radius and width may be
-                missing or null. A box may have ``"normalized": true`` or ``false``, as for :meth:`box`.
-            name: what messages call the region.
+            data: One of ``{"box": [x0, y0, x1, y1]}``, ``{"mask": rle}``, ``{"polygon": rings}``, ``{"rle": rle}``,
+                ``{"point": [x, y], "radius": r}``, ``{"scribble": points, "width": w}``; radius and width are optional.
+                A box may be ``"normalized"``, as in :meth:`box`.
+            name: What messages call the region.
 
         Raises:
-            RegionError: it is none of these.
+            RegionError: It is none of these.
         """
         kinds = [kind for kind in KINDS if isinstance(data, Mapping) and kind in data]
         option = {"box": "normalized", "point": "radius", "scribble": "width"}.get(kinds[0]) if kinds else None
@@ -227,7 +218,7 @@ class Region(ABC):
             raise RegionError(f"{name}: expected an object with one of the keys {', '.join(KINDS)}, got {got}")
         kind, value = kinds[0], data[kinds[0]]
         extra = data.get(option) if option else None
-        try:
+        with _called(name):
             if kind == "box":
                 return Region.box(*_numbers(value, "x0, y0, x1, y1"), normalized=extra)
             if kind == "point":
@@ -240,8 +231,6 @@ class Region(ABC):
             coded = Region.rle(value)
             assert isinstance(coded, _Pixels)
             return coded if kind == "rle" else replace(coded, kind="mask", source=coded.pixels())
-        except RegionError as error:
-            raise RegionError(str(error).replace("region:", f"{name}:", 1)) from None
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -271,11 +260,9 @@ class Region(ABC):
     def check(self, width: int, height: int, name: str = "region") -> "Region":
         """Make sure that the region makes sense in an image, and return it; one partly outside is fine.
 
-        ``name`` is what messages call the region, such as ``<region1>``.
-
         Raises:
-            RegionError: it is empty, inverted, not finite, malformed, wholly outside, of another size, or a box that
-                looks normalized.
+            RegionError: It is empty, inverted, not finite, malformed, wholly outside, of another size, or looks
+                normalized; the message calls it ``name``.
         """
         self._checked(width, height, name)
         return self
@@ -294,11 +281,11 @@ class Region(ABC):
         Args:
             y_edges: (H + 1,) ascending lines between the rows of the grid, in pixels of the image.
             x_edges: (W + 1,) ascending lines between its columns.
-            width: of the image, in pixels.
-            height: of the image, in pixels.
+            width: Of the image in pixels, as is ``height``.
+            height: See ``width``.
         """
-        shape = self._resolve(width, height)
-        return shape.coverage(_lines(y_edges, "y_edges"), _lines(x_edges, "x_edges")).astype(np.float32)
+        rows, columns = (np.asarray(edges, np.float64) for edges in (y_edges, x_edges))
+        return self._resolve(width, height).coverage(rows, columns).astype(np.float32)
 
     def pool_weights(self, frame: SquareFrame, grid_h: int, grid_w: int, name: str = "") -> NDArray[np.float32]:
         """How much each cell of a feature grid over the padded image counts for the region. Paper: §3.1 (mask pooling).
@@ -349,7 +336,7 @@ class Region(ABC):
     def _resolve(self, width: int, height: int, name: str = "region") -> Shape:
         _check_size(width, height, name)
         shape = self._shape(width, height, name or "region")
-        known_to_reach = isinstance(shape, RingsShape | StrokeShape)
+        known_to_reach = isinstance(shape, TangledShape | StrokeShape)
         if not known_to_reach and not shape.area >= MIN_AREA:
             raise RegionError(
                 f"{name or 'region'}: {self} covers nothing of the image of {width} x {height} pixels (W x H)"
@@ -421,13 +408,6 @@ class _Pixels(Region):
     def __str__(self) -> str:
         return f"{self.kind} of {self.width} x {self.height} pixels"
 
-    def __repr__(self) -> str:
-        try:
-            pixels = self.pixels()
-        except RegionError:
-            return f"<malformed {self}>"
-        return f"<{self}, {pixels.area:.0f} inside, within ({', '.join(map(_number, pixels.bounds))})>"
-
     def to_dict(self) -> dict[str, Any]:
         return {self.kind: _encoded(self.pixels().pixels(self.width, self.height))}
 
@@ -461,14 +441,6 @@ class _Vector(Region):
             return f"point ({', '.join(map(_number, self.rings[0][0]))}){size}"
         rings = f" in {len(self.rings)} rings" if len(self.rings) > 1 else ""
         return f"{self.kind} of {sum(map(len, self.rings))} points{rings}"
-
-    def __repr__(self) -> str:
-        if self.kind == "point":
-            return f"<{self}>"
-        points = np.concatenate(self.rings)
-        listed = ", ".join(f"({_number(x)}, {_number(y)})" for x, y in points[:8])
-        width = "" if self.size is None else f", width {_number(self.size)}"
-        return f"<{self}: {listed}{', ...' * (len(points) > 8)}{width}>"
 
     def to_dict(self) -> dict[str, Any]:
         rings = [ring.tolist() for ring in self.rings]
@@ -514,12 +486,21 @@ class _Vector(Region):
                     f"{name}: expected a polygon of at least 3 points, got {len(ring)}{where}; use a box or a scribble"
                 )
         shape = polygon_shape(self.rings, width, height)
-        flat = not isinstance(shape, RingsShape) and shape.area < MIN_AREA
+        flat = not isinstance(shape, TangledShape) and shape.area < MIN_AREA
         if flat and np.linalg.matrix_rank(points - points[0], tol=1e-3) < 2:
             raise RegionError(
                 f"{name}: expected a polygon that encloses an area, got {self} on one line; use a scribble"
             )
         return shape
+
+
+@contextmanager
+def _called(name: str) -> Iterator[None]:
+    """Put a region's own name into messages."""
+    try:
+        yield
+    except RegionError as error:
+        raise RegionError(str(error).replace("region:", f"{name}:", 1)) from None
 
 
 def _encoded(mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -552,13 +533,6 @@ def _array(values: Any) -> NDArray[Any]:
         raise RegionError(f"region: expected an array or lists of one length, got {_short(values)}") from None
 
 
-def _lines(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    lines = _array(values)
-    if lines.ndim != 1 or len(lines) < 2 or lines.dtype.kind not in "iuf":
-        raise RegionError(f"region: expected {name} as a list of ascending lines in pixels, got {_short(values)}")
-    return lines.astype(float)
-
-
 def _numbers(values: Any, names: str) -> list[Any]:
     """As many numbers as there are names."""
     listed, wanted = list(values) if _is_list(values) else [], names.split(", ")
@@ -566,10 +540,6 @@ def _numbers(values: Any, names: str) -> list[Any]:
         got = f"{len(listed)}: {_short(values)}" if listed else _short(values)
         raise RegionError(f"region: expected {len(wanted)} numbers {names}, got {got}")
     return list(map(_as_number, listed, wanted))
-
-
-def _as_size(value: Any, name: str) -> float | None:
-    return None if value is None else _as_number(value, name)
 
 
 def _as_number(value: Any, name: str) -> float:

@@ -108,7 +108,7 @@ def test_a_mask_with_soft_edges_is_said_once(ask, files):
     assert Region.from_dict(json.loads(out)["regions"][0]) == Region.mask(soft >= 128)
 
 
-def test_boxes_by_their_size_and_in_fractions_of_the_image(ask):
+def test_boxes_in_fractions_of_the_image(ask):
     answers = [
         ask("photo.jpg", QUESTION, *words)
         for words in (

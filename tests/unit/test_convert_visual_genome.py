@@ -191,18 +191,6 @@ def test_files_that_do_not_belong_together(tmp_path):
         run(made)
 
 
-def test_a_file_that_breaks_off(tmp_path):
-    made = write(tmp_path, [{"id": k, "regions": [region(k, k)]} for k in (1, 2, 3)])
-    whole = made.regions.read_text()
-    made.regions.write_text(whole[:-20])
-    records, rejects = run(made)
-    assert [record.id for record in records] == ["vg/1", "vg/2"]
-    assert rejects == {"truncated json": 1}
-    made.regions.write_text("<html>")
-    with pytest.raises(DataError, match=r"region_descriptions\.json"):
-        run(made)
-
-
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "BLOCK", 1 << 14)
 

@@ -116,7 +116,8 @@ def test_coverage_on_uneven_and_partial_grids(scene, data):
 @given(scenes(), st.integers(1, 5), st.integers(1, 5))
 def test_every_cell_agrees_with_shapely(scene, grid_h, grid_w):
     region, width, height = scene
-    geometry = region._resolve(width, height).geometry
+    shape = region._resolve(width, height)
+    geometry = shapely.box(*shape.bounds) if region.kind == "box" else getattr(shape, "geometry", None)
     if geometry is None:
         pixels = region.to_mask(width, height)
         geometry = shapely.union_all([shapely.box(x, y, x + 1, y + 1) for y, x in np.argwhere(pixels)])
@@ -139,18 +140,6 @@ def test_pixels_agree_with_the_area_of_each_pixel(scene):
     assert mask.any()
     assert mask[pixels > 1 - 1e-5].all()
     assert not mask[pixels == 0].any()
-
-
-@pytest.mark.parametrize("make", [Region.mask, lambda mask: Region.rle(encode(mask))])
-@pytest.mark.parametrize("grid", [(24, 24), (56, 56), (96, 96)])
-def test_one_pixel_of_a_large_image_keeps_its_weight(make, grid):
-    mask = np.zeros((3000, 4000), bool)
-    mask[1234, 2345] = True
-    weights = make(mask).pool_weights(SquareFrame(4000, 3000), *grid)
-    assert np.isfinite(weights).all()
-    row, column = int((1234.5 + 500) * grid[0] / 4000), int(2345.5 * grid[1] / 4000)
-    assert weights[row, column] == pytest.approx(1, abs=1e-6)
-    assert weights.sum() == pytest.approx(1, abs=1e-6)
 
 
 # --- hand-written 4 x 4 ----------------------------------------------------------------------------------------------
@@ -219,26 +208,13 @@ def test_polygon_notations_and_knots(points, area):
     assert region.to_mask(10, 10).sum() == pytest.approx(area, abs=10)
 
 
-def test_polygon_takes_arrays_and_agrees_with_pycocotools():
-    points = np.array([[3.0, 4.0], [60.0, 9.0], [41.0, 70.0], [8.0, 50.0]])
-    region = Region.polygon(points)
-    theirs = coco_mask.decode(coco_mask.frPyObjects([points.ravel().tolist()], 80, 64))[..., 0].astype(bool)
-    ours = region.to_mask(64, 80)
-    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.95
-    assert region == Region.polygon(points.tolist()) == Region.polygon(points.ravel())
-
-
 # --- points and scribbles --------------------------------------------------------------------------------------------
 
 
 def test_default_sizes_grow_with_the_image():
     assert Region.point(500, 500).area(1000, 2000) == pytest.approx(math.pi * 30**2, rel=1e-3)
-    assert Region.point(5, 5).area(10, 10) == pytest.approx(math.pi, rel=1e-3)
-    assert Region.scribble([[500, 500], [600, 500]]).area(2000, 1000) == pytest.approx(
-        100 * 30 + math.pi * 225, rel=1e-3
-    )
-    assert Region.scribble([[5, 5]]).area(10, 10) == pytest.approx(math.pi / 4, rel=1e-3)
-    assert Region.scribble([[5, 5], [5, 5]]) != Region.scribble([[5, 5]])
+    stroke = Region.scribble([[500, 500], [600, 500]])
+    assert stroke.area(2000, 1000) == pytest.approx(100 * 30 + math.pi * 225, rel=1e-3)
     assert Region.scribble([[5, 5], [5, 5]]).area(10, 10) == Region.scribble([[5, 5]]).area(10, 10)
 
 
@@ -358,7 +334,6 @@ def test_wrong_regions_are_named_in_one_line(region, says):
         lambda: Region.polygon([]),
         lambda: Region.polygon([[True, 1], [9, 1], [5, 9]]),
         lambda: Region.of(np.array([1j, 2, 3, 4])),
-        lambda: Region.box(0, 0, 9, 9).coverage(40, 24, [0, 24], [0, 40]),
         lambda: Region.polygon([1, 2, 3, 4, 5]),
         lambda: Region.polygon([[1, 2, 3], [4, 5, 6]]),
         lambda: Region.polygon([["a", "b"], ["c", "d"], ["e", "f"]]),
@@ -486,7 +461,6 @@ def test_values_that_stand_for_regions():
     assert Region.list_of(np.stack([L_SHAPE] * 2)) == 2 * Region.list_of(L_SHAPE) == [Region.mask(L_SHAPE)] * 2
     assert Region.of(torch.tensor(L_SHAPE)) == Region.of(L_SHAPE) == Region.mask(L_SHAPE)
     assert Region.polygon(torch.tensor([[0, 0], [4, 0], [0, 4]])) == Region.polygon([0, 0, 4, 0, 0, 4])
-    assert Region.from_xywh(1, 2, 2, 2) == box
 
 
 @pytest.mark.parametrize(
@@ -510,8 +484,6 @@ def test_normalized_boxes():
     Region.box(0, 0, 1, 1, normalized=False).check(40, 30)
     with pytest.raises(RegionError, match="normalized"):
         Region.box(10, 20, 30, 40, normalized=True)
-    with pytest.raises(RegionError, match="above 0"):
-        Region.from_xywh(5, 5, -3, 2)
 
 
 # --- tangled outlines and long strokes -------------------------------------------------------------------------------
@@ -538,14 +510,13 @@ def tangle(seed, points, width=80, height=60):
 
 
 @repeatable
-@given(st.lists(st.integers(4, 14), min_size=1, max_size=3), st.integers(0, 999))
-def test_walking_along_rings_agrees_with_shapely(sizes, seed):
-    """The way that only tangled rings go, on rings that shapely can draw."""
-    rings = [tangle(seed + k, size) for k, size in enumerate(sizes)]
+@given(st.integers(16, 40), st.integers(0, 999))
+def test_walking_along_a_ring_agrees_with_shapely(size, seed):
+    """Only tangled rings are walked along; here it is rings that shapely can draw."""
+    ring = tangle(seed, size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coverage, "MANY_CROSSINGS", -1)
-        patch.setattr(coverage, "_once", lambda ring: ring)
-        assert_covers(Region.polygon(rings), drawn(*rings), 80, 60)
+        assert_covers(Region.polygon(ring), drawn(ring), 80, 60)
 
 
 def test_tangled_rings():
@@ -553,7 +524,7 @@ def test_tangled_rings():
     star = np.column_stack((40 + 35 * np.cos(turn), 30 + 28 * np.sin(turn)))
     for ring in (tangle(0, 61), star, np.tile(star, (2, 1))):
         region = Region.polygon(ring)
-        assert region._resolve(80, 60).geometry is None
+        assert isinstance(region._resolve(80, 60), coverage.TangledShape)
         assert_covers(region, drawn(ring[: len(star)]), 80, 60)
         pixels = region.coverage(np.arange(61), np.arange(81), 80, 60)
         mask = region.to_mask(80, 60)
@@ -563,14 +534,15 @@ def test_tangled_rings():
         assert region.coverage([y0, y1], [x0, x1], 80, 60)[0, 0] == pytest.approx(region.area(80, 60), rel=1e-5)
 
 
-def test_rings_of_millions_of_crossings_are_sampled(monkeypatch):
-    ring = tangle(1, 60)
-    monkeypatch.setattr(coverage, "MOST_PAIRS", 100)
+def test_what_is_too_tangled_is_sampled(monkeypatch):
+    ring, other = tangle(1, 60), tangle(2, 60)
     y_edges, x_edges = SquareFrame(80, 60).edges(24, 24)
+    exact = Region.polygon(ring).coverage(y_edges, x_edges, 80, 60)
+    united = shapely.area(drawn(ring, other).intersection(shapely.box(0, 0, 80, 60)))
+    assert Region.polygon([ring, other]).area(80, 60) == pytest.approx(united, rel=1e-3)
+    monkeypatch.setattr(coverage, "MOST_PAIRS", 100)
     sampled = Region.polygon(ring).coverage(y_edges, x_edges, 80, 60)
-    monkeypatch.setattr(coverage, "MOST_PAIRS", 10_000)
-    walked = Region.polygon(ring).coverage(y_edges, x_edges, 80, 60)
-    np.testing.assert_allclose(sampled, walked, atol=0.02 * (80 / 24) ** 2)
+    np.testing.assert_allclose(sampled, exact, atol=0.02 * (80 / 24) ** 2)
 
 
 @pytest.mark.parametrize(("most", "width"), [(0, 0.1), (1000, 0.1), (0, 0.5), (0, 4), (0, 20)])

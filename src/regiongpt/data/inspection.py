@@ -3,7 +3,6 @@
 Paper: Table 2 (images, regions, average words), §3.2 (only the response is supervised), §4 (boxes a category)
 """
 
-import json
 import os
 import re
 import sys
@@ -76,8 +75,8 @@ class Inspection(Settings):
         return self
 
 
-def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
-    """Print and write what was asked of a folder of records, as text or one JSON object.
+def inspect(folder: Path, options: Inspection) -> bool:
+    """Print and write what was asked of a folder of records.
 
     Returns:
         Whether a check has found a fault.
@@ -92,54 +91,43 @@ def inspect(folder: Path, options: Inspection, as_json: bool) -> bool:
     records = RecordSet(folder, options.images)
     index = find(records, options.record) if options.record else None
     processor: Any = load_processor(options.model) if options.record or options.html or options.check else None
-    found: dict[str, Any] = {}
-    texts: list[str] = []
-    if not options.record and (options.html or not options.check):
-        rows = progress(records.rows(), "statistics", "records", len(records))
-        counts = statistics(records.manifest.source, map(Record.from_row, rows), records.manifest.rejects)
-        if not options.check:
-            found["statistics"] = counts
-            texts.append(as_text(counts))
+    counts = None
     if index is not None:
         record = records[index]
         shown = pieces(encode(record, processor, seed, epoch, index), processor)
-        found["record"] = {
-            "index": index,
-            **record.row(),
-            "messages": record.messages(seed, epoch, index),
-            "tokens": [{"text": piece.text, "count": piece.tokens, "learnt": piece.target} for piece in shown],
-        }
         colour = bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
         total, supervised = (sum(piece.tokens for piece in some) for some in (shown, [p for p in shown if p.target]))
-        texts += [_described(record, index), f"\n{total:,} tokens, {supervised:,} of them supervised:\n"]
-        texts.append(terminal(shown, colour and not os.environ.get("NO_COLOR")))
+        print(
+            _described(record, index), f"{total:,} tokens, {supervised:,} of them supervised:", sep="\n\n", end="\n\n"
+        )
+        print(terminal(shown, colour and not os.environ.get("NO_COLOR")))
+    elif options.html or not options.check:
+        rows = progress(records.rows(), "statistics", "records", len(records))
+        counts = statistics(records.manifest.source, map(Record.from_row, rows), records.manifest.rejects)
+        if not options.check:
+            print(
+                as_text(counts)
+                if records.manifest.rejects
+                else f"{as_text(counts)}\n\nThe conversion left nothing out."
+            )
     if options.html:
         chosen = [index or 0]
         if index is None:
             count = min(len(records), options.count or 24)
             chosen = sorted(np.random.default_rng(seed).choice(len(records), count, replace=False).tolist())
-        write_gallery(
-            options.html, records, chosen, processor, counts if index is None else None, seed=seed, epoch=epoch
-        )
-        written = f"page of {many(len(chosen), 'record')} written to {options.html}"
-        print(written, file=sys.stderr) if as_json else texts.append(written)
-    if options.check:
-        faults = [
-            {"record": name, "kind": fault.kind, "reason": fault.reason} for name, fault in check(records, processor)
-        ]
-        kinds = Counter(fault["kind"] for fault in faults)
-        faulty = len({fault["record"] for fault in faults})
-        found["check"] = {
-            "records": len(records),
-            "faulty": faulty,
-            "kinds": dict(kinds.most_common()),
-            "faults": faults,
-        }
-        texts += [f"{fault['record']}: {fault['kind']}: {fault['reason']}" for fault in faults]
-        result = f"{faulty:,} faulty" if faulty else "every one can be taught"
-        texts += [f"{many(len(records), 'record')} checked: {result}", *counted(kinds)]
-    print(json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1) if as_json else "\n".join(texts))
-    return bool(options.check and faulty)
+        write_gallery(options.html, records, chosen, processor, counts, seed=seed, epoch=epoch)
+        print(f"page of {many(len(chosen), 'record')} written to {options.html}")
+    if not options.check:
+        return False
+    faulty: set[str] = set()
+    kinds = Counter[str]()
+    for name, fault in check(records, processor):
+        faulty.add(name)
+        kinds[fault.kind] += 1
+        print(f"{name}: {fault.kind}: {fault.reason}")
+    result = f"{len(faulty):,} faulty" if faulty else "every one can be taught"
+    print(f"{many(len(records), 'record')} checked: {result}", *counted(kinds), sep="\n")
+    return bool(faulty)
 
 
 def find(records: RecordSet, which: str) -> int:
@@ -175,19 +163,24 @@ def _described(record: Record, index: int) -> str:
 # Statistics
 
 
-def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int]) -> dict[str, Any]:
-    """Counts over records as plain values, with the rejects of their conversion.
+Tables = list[tuple[str, list[list[str]]]]
 
-    ``regions`` of a task are those that its questions are about; ``words``, how many answers have so many words.
+
+def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int]) -> Tables:
+    """Counts over records, with the rejects of their conversion, as titled tables of text.
+
+    The first row of a table is its header; empty tables are left out. ``regions`` of a task are those that its
+    questions are about.
     """
     images: set[str] = set()
-    counts, kinds, categories = Counter[str](), Counter[str](), Counter[str]()
+    n_records = n_regions = 0
+    kinds, categories = Counter[str](), Counter[str]()
     shares, sizes = Counter(dict.fromkeys(SHARES.values(), 0)), Counter(dict.fromkeys(SIZES.values(), 0))
     tasks: dict[str, Counter[str]] = {}
-    words: dict[str, Counter[int]] = {}
     for record in records:
-        images.add(record.image)
-        counts.update(records=1, regions=len(record.regions), turns=len(record.turns))
+        images.update([record.image] if record.image else [])
+        n_records += 1
+        n_regions += len(record.regions)
         for each in record.regions:
             kinds[each.region.kind] += 1
             categories.update([each.category] if each.category else [])
@@ -201,67 +194,47 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
             sizes[next(name for side, name in SIZES.items() if area < side**2)] += 1
         for turn in record.turns:
             asked = len(turn.regions or set(PLACEHOLDER.findall(turn.question)))
-            tasks.setdefault(turn.task, Counter()).update(turns=1, guided=int(turn.guided), regions=asked)
-            words.setdefault(turn.task, Counter())[len(turn.answer.split())] += 1
+            found = {"turns": 1, "guided": int(turn.guided), "regions": asked, "words": len(turn.answer.split())}
+            tasks.setdefault(turn.task, Counter()).update(found)
+    total = sum(tasks.values(), Counter[str]())
 
-    def average(lengths: Counter[int]) -> float:
-        return round(sum(length * count for length, count in lengths.items()) / max(1, lengths.total()), 3)
+    def average(counts: Counter[str]) -> str:
+        return f"{counts['words'] / max(1, counts['turns']):.2f}"
 
-    return {
-        "source": source,
-        "images": len(images - {""}),
-        "regions": counts["regions"],
-        "average_words": average(sum(words.values(), Counter())),
-        "records": counts["records"],
-        "turns": counts["turns"],
-        "tasks": {
-            name: {**tasks[name], "average_words": average(words[name]), "words": dict(sorted(words[name].items()))}
-            for name in sorted(tasks)
-        },
-        "shares": dict(shares),
-        "sizes": dict(sizes),
-        "kinds": dict(kinds.most_common()),
-        "categories": dict(categories.most_common()),
-        "rejects": dict(sorted(rejects.items())),
-    }
-
-
-def table_rows(found: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """The statistics as titled tables of strings, each with its header first; what is empty is left out."""
-
-    def number(value: float) -> str:
-        return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
-
-    def shared(name: str, counts: Mapping[str, int]) -> list[list[str]]:
+    def shared(name: str, counts: Iterable[tuple[str, int]]) -> list[list[str]]:
+        listed = list(counts)
         rows = [[name, "regions", ""]]
-        for part, count in list(counts.items())[:_MOST_CATEGORIES]:
-            share = count / max(1, found["regions"])
+        for part, count in listed[:_MOST_CATEGORIES]:
+            share = count / max(1, n_regions)
             rows.append([part, f"{count:,}", f"{100 * share:5.1f} %  {'█' * round(share * _BAR)}".rstrip()])
-        if len(counts) > _MOST_CATEGORIES:
-            rest = sorted(counts.values())
+        if len(listed) > _MOST_CATEGORIES:
+            rest = sorted(count for _, count in listed)
             spread = f"of {len(rest):,}: the rarest {rest[0]:,}, half of them up to {rest[len(rest) // 2]:,}"
             rows.append(["...", "", spread])
         return rows
 
+    numbers = len(images), n_regions, average(total), len(categories), n_records, total["turns"]
     header = ["data set", "images", "regions", "average words", "categories", "records", "turns"]
-    total = {**found, "average words": found["average_words"], "categories": len(found["categories"])}
-    tasks = [[name, *map(number, list(task.values())[:4])] for name, task in found["tasks"].items()]
+    by_task = [
+        [name, *(f"{each[key]:,}" for key in ("turns", "guided", "regions")), average(each)]
+        for name, each in sorted(tasks.items())
+    ]
     tables = [
-        ("", [header, [found["source"], *(number(total[name]) for name in header[1:])]]),
-        ("Turns", [["task", "turns", "guided", "regions", "average words"], *tasks]),
-        ("Area of the regions", shared("share of the image", found["shares"])),
-        ("", shared("size as COCO counts", found["sizes"])),
-        ("", shared("kind of region", found["kinds"])),
-        ("Categories", shared("category", found["categories"])),
-        ("Rejects", [["left out by the conversion", "times"], *([k, f"{n:,}"] for k, n in found["rejects"].items())]),
+        ("", [header, [source, *(n if isinstance(n, str) else f"{n:,}" for n in numbers)]]),
+        ("Turns", [["task", "turns", "guided", "regions", "average words"], *by_task]),
+        ("Area of the regions", shared("share of the image", shares.items())),
+        ("", shared("size as COCO counts", sizes.items())),
+        ("", shared("kind of region", kinds.most_common())),
+        ("Categories", shared("category", categories.most_common())),
+        ("Rejects", [["left out by the conversion", "times"], *([k, f"{n:,}"] for k, n in sorted(rejects.items()))]),
     ]
     return [(title, table) for title, table in tables if len(table) > 1]
 
 
-def as_text(found: Mapping[str, Any]) -> str:
-    """The statistics as tables for a terminal: words to the left and numbers to the right."""
+def as_text(tables: Tables) -> str:
+    """Tables for a terminal: words to the left and numbers to the right."""
     blocks = []
-    for _, table in table_rows(found):
+    for _, table in tables:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = []
         for row in table:
@@ -270,7 +243,7 @@ def as_text(found: Mapping[str, Any]) -> str:
                 cells.append(f"{cell:>{width}}" if title else cell)
             lines.append("   ".join(cells).rstrip())
         blocks.append("\n".join(lines))
-    return "\n\n".join([*blocks, *([] if found["rejects"] else ["The conversion left nothing out."])])
+    return "\n\n".join(blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,7 +346,7 @@ def write_gallery(
     records: RecordSet,
     indices: Sequence[int],
     processor: "RegionGPTProcessor",
-    found: Mapping[str, Any] | None = None,
+    tables: Tables | None = None,
     *,
     seed: int = 0,
     epoch: int = 0,
@@ -385,7 +358,7 @@ def write_gallery(
         title=f"{records.manifest.source}: {many(len(records), 'record')}",
         made=f"{records.folder}, converted by regiongpt {records.manifest.regiongpt_version}; "
         f"questions as worded with seed {seed} in epoch {epoch}",
-        tables=table_rows(found) if found is not None else [],
+        tables=tables or [],
         records=len(records),
         cards=[_card(records, index, processor, seed, epoch) for index in indices],
     )

@@ -1,7 +1,7 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: expressions that single out one object of an image.
 
-Read from the original ``refs(...).p`` with its ``instances.json``, or from the JSON files in COCO's layout that later
-work made of them. Paper: §3.2, Table 1
+Read from the original ``refs(...).p`` with its ``instances.json``, or from JSON files in COCO's layout. Paper: §3.2,
+Table 1
 """
 
 import re
@@ -39,11 +39,8 @@ from regiongpt.prompts import NO_MATCH, region_answer
 from regiongpt.regions import Region
 
 PARTITIONS: Final = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google")}
-"""Who divided each data set into splits, the one in common use first.
-
-An image may be in ``train`` of one and in ``val`` of another, so a conversion reads one partition, and its name is part
-of every record's id.
-"""
+"""Who divided each data set into splits, the one in common use first. An image may be in ``train`` of one and in
+``val`` of another, so a conversion reads one partition, and its name is part of every record's id."""
 SAME_OBJECT: Final = 0.9
 """Intersection over union from which two boxes count as one object annotated twice."""
 
@@ -136,7 +133,7 @@ def read_pickle(path: Path, split: str, rejects: Rejects) -> dict[int, list[Ref]
 
 
 def read_json(path: Path, dataset: str, rejects: Rejects) -> tuple[dict[int, list[Ref]], dict[int, Scene]]:
-    """The objects that a JSON file in COCO's layout refers to, by image, and what the file itself says of the images.
+    """The objects that a JSON file in COCO's layout refers to, by image, and what the file says of the images.
 
     Each of its ``images`` is one expression, its ``caption``; the image's id is ``original_id``. Its annotation is the
     object, whose id in COCO is ``original_id`` too. DataError if the file is of another layout or data set.
@@ -204,11 +201,10 @@ def read_instances(path: Path, wanted: set[int], rejects: Rejects) -> dict[int, 
 class RefCocoConverter(Converter):
     """One split of one of the three data sets.
 
-    ``caption`` asks for an expression of each object: a dialogue an image, in which every object comes once; objects
-    with further expressions get a second and third dialogue. ``locate`` asks which of several regions an expression
-    means: a record an expression, whose regions are the object and others of its image in an order drawn by the seed.
-    Among the others there is never a crowd, nor what the expression might mean as well: an object that was annotated
-    twice, or one that somebody referred to by the same words.
+    ``caption`` asks for an expression of each object: a dialogue an image, with a second and third for the further
+    expressions. ``locate`` asks which of several regions an expression means: a record an expression, whose regions are
+    the object and others of its image in a random order. Among the others there is never a crowd, nor what the
+    expression might mean as well: an object annotated twice, or one that somebody referred to by the same words.
     """
 
     name: ClassVar[str] = "refcoco"
@@ -319,25 +315,22 @@ class RefCocoConverter(Converter):
             ]
             for sent_id, text in ref.expressions:
                 others = [each for each in apart if each not in meant[text.lower()]]
-                if others:
-                    yield self._choice(number, scene, ref.ann_id, sent_id, text, others)
-                else:
+                if not others:
                     reason = f"expected another object in image {number} beside {ref.ann_id}, found none"
                     rejects.add("no other region to choose", self.refs, sent_id, reason)
-
-    def _choice(self, number: int, scene: Scene, ann_id: int, sent_id: int, text: str, others: list[int]) -> Record:
-        rng = np.random.default_rng((self.seed, number, ann_id, sent_id))
-        matches = bool(rng.random() >= self.no_match_share)
-        drawn = rng.permutation(others).tolist()[: self.candidates - matches]
-        options = rng.permutation([ann_id, *drawn] if matches else drawn).tolist()
-        turn = Turn(
-            task="locate",
-            answer=region_answer(options.index(ann_id) + 1) if matches else NO_MATCH,
-            regions=tuple(range(1, len(options) + 1)),
-            expression=text,
-            guided=True,
-        )
-        return self._record(f"{sent_id}/locate", scene, options, [turn])
+                    continue
+                rng = np.random.default_rng((self.seed, number, ref.ann_id, sent_id))
+                matches = bool(rng.random() >= self.no_match_share)
+                drawn = rng.permutation(others).tolist()[: self.candidates - matches]
+                options = rng.permutation([ref.ann_id, *drawn] if matches else drawn).tolist()
+                turn = Turn(
+                    task="locate",
+                    answer=region_answer(options.index(ref.ann_id) + 1) if matches else NO_MATCH,
+                    regions=tuple(range(1, len(options) + 1)),
+                    expression=text,
+                    guided=True,
+                )
+                yield self._record(f"{sent_id}/locate", scene, options, [turn])
 
     def _record(self, key: str, scene: Scene, ann_ids: list[int], turns: list[Turn]) -> Record:
         regions = []

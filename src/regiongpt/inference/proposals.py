@@ -359,7 +359,8 @@ def _region(entry: dict[str, Any], row: Annotation, width: int, height: int) -> 
         wrong = str(error)
     if row.box is not None:
         annotated_box(row.box, width, height)
-        return Region.from_xywh(*row.box), wrong
+        x, y, w, h = row.box
+        return Region.box(x, y, x + w, y + h), wrong
     if row.mask.faults:
         raise row.mask.faults[0]
     wanted = f"a bbox [x, y, width, height] in numbers, a segmentation or one of {', '.join(KINDS)}"
