@@ -132,7 +132,7 @@ def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers
         prompt = engine.encode_text(messages, n_regions)
         ids, rows = prompt["input_ids"].tolist(), prompt["region_ids"].tolist()
         # A tokenizer may join the prompt's last letters with the answer's first: score from where they begin to differ.
-        shared, wholes = len(ids), list(_wholes(engine, messages, n_regions, answers))
+        shared, wholes = len(ids), list(_wholes(engine, messages, answers))
         for whole in wholes:
             pairs = enumerate(zip(ids[:shared], whole, strict=False))
             shared = next((k for k, (a, b) in pairs if a != b), min(shared, len(whole)))
@@ -149,11 +149,11 @@ def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers
     return made
 
 
-def _wholes(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> Iterator[list[int]]:
+def _wholes(engine: Engine, messages: Sequence[Turn], answers: Sequence[str]) -> Iterator[list[int]]:
     """Tokens of the conversation with each answer, to its end of turn; it is rendered once."""
     processor = engine.processor
     rendered = processor.apply_chat_template([*messages, {"role": "assistant", "content": _MARK}], tokenize=False)
-    text, _, _ = expand_regions(rendered, [], processor.region_format, n_regions)
+    text, _ = expand_regions(rendered, processor.region_format)
     head, *tails = text.split(_MARK)
     if len(tails) != 1:
         raise ConfigError("the chat template has to write an answer once and as it is, to score a closed set with it")
