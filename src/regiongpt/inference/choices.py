@@ -191,7 +191,8 @@ def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Ten
     prompts = [engine.begin(scene, closed.ids, closed.rows, features, shared) for features in pooled]
     own = [embeds_ND for _, embeds_ND in prompts]
     cache = PrefixCache()
-    rows = [cache.add(prefix) for prefix, _ in prompts]
+    for prefix, _ in prompts:
+        cache.add(prefix)
     steps_BE = torch.zeros((count, len(tree.tokens) + 1), dtype=torch.float64)  # the last one pads the paths
 
     def fill(logits_BMV: Tensor, rows: list[int], entries: list[int]) -> None:
@@ -200,7 +201,7 @@ def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Ten
         tokens = [tree.tokens[entry] for entry in entries]
         steps_BE[:, entries] = (logits_BMV[:, rows, tokens].float() - normal_BM[:, rows]).double().cpu()
 
-    first = decoder.forward(cache, torch.cat(own), rows, [len(embeds) for embeds in own])
+    first = decoder.forward(cache, torch.cat(own), [len(embeds) for embeds in own])
     fill(first[:, None], [0] * len(tree.first), tree.first)
     embed = engine.model.get_input_embeddings()
     for piece in tree.pieces(size):
@@ -208,7 +209,6 @@ def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Ten
         logits = decoder.forward(
             cache,
             embed(torch.tensor(piece.tokens, device=engine.device)).repeat(count, 1),
-            rows,
             [nodes] * count,
             tree=piece.visible_MM,
             keep=False,
