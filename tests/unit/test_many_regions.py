@@ -50,8 +50,8 @@ def assert_exact(engine: Engine, most: int = 5) -> None:
     assert prefix is not None
     assert prefix.length >= engine.processor.num_image_tokens
     cache = PrefixCache()
-    count = len(embeds)
-    logits = engine.decoder.forward(cache, embeds, [cache.add(prefix)], [count], logits=range(count))
+    cache.add(prefix)
+    logits = engine.decoder.forward(cache, embeds, [len(embeds)], logits=range(len(embeds)))
     encoded = engine.processor.encode_conversation(messages, image=photo, regions=own, add_generation_prompt=True)
     with torch.inference_mode():
         plain = engine.model(**engine.processor.collate([encoded])).logits[0, prefix.length :]
@@ -124,9 +124,9 @@ def test_what_a_question_says_before_its_region_is_read_once(engine, monkeypatch
     scene = engine.encode_image(load_image(photo))
     read, forward = [], engine.decoder.forward
 
-    def watched(cache, embeds, rows, counts, **options):
-        read.append((len(rows), len(embeds)))
-        return forward(cache, embeds, rows, counts, **options)
+    def watched(cache, embeds, counts, **options):
+        read.append((len(counts), len(embeds)))
+        return forward(cache, embeds, counts, **options)
 
     monkeypatch.setattr(engine.decoder, "forward", watched)
     for text in (DESCRIBE, BRIEF, DESCRIBE):

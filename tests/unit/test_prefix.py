@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from regiongpt.inference.shared_prefix import Decoder, Prefix, PrefixCache, RereadingDecoder, decoder_for
+from regiongpt.inference.shared_prefix import Decoder, PrefixCache, RereadingDecoder, decoder_for
 
 WORDS = 90
 SHAPE = {
@@ -100,35 +100,34 @@ def assert_alike(model: Any, texts: Sequence[Tensor], last_RV: Tensor) -> None:
 
 
 def walk(decoder: Decoder) -> None:
-    """Prefixes of several kinds, suffixes of several lengths, steps, a sequence that leaves, one that is kept."""
+    """Prefixes of several kinds, suffixes of several lengths, steps, a sequence that leaves and one that enters."""
     model, words = decoder.model, Words(decoder.model)
-    beginnings = [words(13), words(7)]
-    long, short = (decoder.read(each) for each in beginnings)
+    long_text, short_text = words(13), words(7)
+    long, short = decoder.read(long_text), decoder.read(short_text)
     more = words(5)
-    longer = decoder.read(more, parent=long)
+    longer, longer_text = decoder.read(more, long), torch.cat([long_text, more])
+    assert longer.length == 18
     cache = PrefixCache()
-    prefixes: list[Prefix | None] = [long, short, longer, None, long]
-    before = [*beginnings, torch.cat([beginnings[0], more]), words(0), beginnings[0]]
-    suffixes = [words(count) for count in (3, 11, 1, 6, 11)]
-    rows = [cache.add(prefix) for prefix in prefixes]
+    before = [long_text, short_text, longer_text, words(0), long_text, longer_text[:9]]
+    suffixes = [words(count) for count in (3, 11, 1, 6, 11, 2)]
+    for prefix in (long, short, longer, None, long, longer.crop(9)):
+        cache.add(prefix)
     texts = [torch.cat(pair) for pair in zip(before, suffixes, strict=True)]
-    assert_alike(model, texts, decoder.forward(cache, torch.cat(suffixes), rows, [len(s) for s in suffixes]))
+    assert_alike(model, texts, decoder.forward(cache, torch.cat(suffixes), [len(s) for s in suffixes]))
     for step in range(3):
-        new = words(len(rows))
-        texts = [torch.cat([text, word[None]]) for text, word in zip(texts, new, strict=True)]
-        assert_alike(model, texts, decoder.forward(cache, new, rows, [1] * len(rows)))
+        new = [words(1 + 3 * (step == 2 and row == 5)) for row in range(len(texts))]
+        texts = [torch.cat(pair) for pair in zip(texts, new, strict=True)]
+        assert_alike(model, texts, decoder.forward(cache, torch.cat(new), [len(each) for each in new]))
         if step == 1:
             cache.remove(1)
             texts[1] = texts.pop()
-            rows.pop()
-    some = [words(2), words(4)]
-    expected = [torch.cat([texts[1], some[0]]), torch.cat([texts[3], some[1]])]
-    assert_alike(model, expected, decoder.forward(cache, torch.cat(some), [1, 3], [2, 4], keep=False))
-    for prefix, length in ((longer.joined(), 18), (longer.joined().crop(15), 15), (longer.crop(9), 9)):
-        again, new = PrefixCache(), words(3)
-        row = again.add(prefix)
-        text = torch.cat([before[2][:length], new])
-        assert_alike(model, [text], decoder.forward(again, new, [row], [3]))
+            cache.add(short)
+            texts.append(short_text)
+    some = [words(count) for count in (2, 1, 1, 4, 1, 2)]
+    expected = [torch.cat(pair) for pair in zip(texts, some, strict=True)]
+    for _ in range(2):  # what is not kept leaves nothing behind
+        found = decoder.forward(cache, torch.cat(some), [len(each) for each in some], keep=False)
+        assert_alike(model, expected, found)
 
 
 @pytest.mark.parametrize("name", SHARING)
@@ -152,8 +151,9 @@ def test_trees_of_tokens(name):
     decoder, words = decoder_for(model), Words(model)
     beginning, suffixes = words(13), [words(4), words(9), words(1)]
     prefix, cache = decoder.read(beginning), PrefixCache()
-    rows = [cache.add(prefix) for _ in suffixes]
-    decoder.forward(cache, torch.cat(suffixes), rows, [len(s) for s in suffixes])
+    for _ in suffixes:
+        cache.add(prefix)
+    decoder.forward(cache, torch.cat(suffixes), [len(s) for s in suffixes])
     parents = [None, 0, 1, 1, 0, None, 5]
     nodes, tree = words(len(parents)), torch.eye(len(parents), dtype=torch.bool)
     for node, parent in enumerate(parents):
@@ -161,7 +161,7 @@ def test_trees_of_tokens(name):
             tree[node] |= tree[parent]
     for _ in range(2):  # a tree leaves nothing behind
         logits = decoder.forward(
-            cache, nodes.repeat(3, 1), rows, [len(nodes)] * 3, tree=tree, keep=False, logits=range(3 * len(nodes))
+            cache, nodes.repeat(3, 1), [len(nodes)] * 3, tree=tree, keep=False, logits=range(3 * len(nodes))
         ).view(3, len(nodes), -1)
         for suffix, found in zip(suffixes, logits, strict=True):
             for node in range(len(nodes)):
@@ -180,8 +180,9 @@ def test_the_prefix_is_stored_once(llama):
     sizes = []
     for count in (2, 20):
         cache = PrefixCache()
-        rows = [cache.add(prefix) for _ in range(count)]
-        llama.forward(cache, words(count * 3), rows, [3] * count)
+        for _ in range(count):
+            cache.add(prefix)
+        llama.forward(cache, words(count * 3), [3] * count)
         assert all(other is prefix for other in cache.prefixes)
         sizes.append(cache.nbytes)
     assert sizes[1] == 10 * sizes[0]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regiongpt.model.configuration import REFINEMENTS
-from regiongpt.model.refinement import Refinement, mask_pool
+from regiongpt.model.modeling import Refinement, mask_pool
 
 
 def make(refinement: str, **options: object) -> Refinement:

@@ -132,7 +132,7 @@ def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers
         prompt = engine.encode_text(messages, n_regions)
         ids, rows = prompt["input_ids"].tolist(), prompt["region_ids"].tolist()
         # A tokenizer may join the prompt's last letters with the answer's first: score from where they begin to differ.
-        shared, wholes = len(ids), list(_wholes(engine, messages, n_regions, answers))
+        shared, wholes = len(ids), list(_wholes(engine, messages, answers))
         for whole in wholes:
             pairs = enumerate(zip(ids[:shared], whole, strict=False))
             shared = next((k for k, (a, b) in pairs if a != b), min(shared, len(whole)))
@@ -149,11 +149,11 @@ def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers
     return made
 
 
-def _wholes(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> Iterator[list[int]]:
+def _wholes(engine: Engine, messages: Sequence[Turn], answers: Sequence[str]) -> Iterator[list[int]]:
     """Tokens of the conversation with each answer, to its end of turn; it is rendered once."""
     processor = engine.processor
     rendered = processor.apply_chat_template([*messages, {"role": "assistant", "content": _MARK}], tokenize=False)
-    text, _, _ = expand_regions(rendered, [], processor.region_format, n_regions)
+    text, _ = expand_regions(rendered, processor.region_format)
     head, *tails = text.split(_MARK)
     if len(tails) != 1:
         raise ConfigError("the chat template has to write an answer once and as it is, to score a closed set with it")
@@ -191,7 +191,8 @@ def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Ten
     prompts = [engine.begin(scene, closed.ids, closed.rows, features, shared) for features in pooled]
     own = [embeds_ND for _, embeds_ND in prompts]
     cache = PrefixCache()
-    rows = [cache.add(prefix) for prefix, _ in prompts]
+    for prefix, _ in prompts:
+        cache.add(prefix)
     steps_BE = torch.zeros((count, len(tree.tokens) + 1), dtype=torch.float64)  # the last one pads the paths
 
     def fill(logits_BMV: Tensor, rows: list[int], entries: list[int]) -> None:
@@ -200,7 +201,7 @@ def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Ten
         tokens = [tree.tokens[entry] for entry in entries]
         steps_BE[:, entries] = (logits_BMV[:, rows, tokens].float() - normal_BM[:, rows]).double().cpu()
 
-    first = decoder.forward(cache, torch.cat(own), rows, [len(embeds) for embeds in own])
+    first = decoder.forward(cache, torch.cat(own), [len(embeds) for embeds in own])
     fill(first[:, None], [0] * len(tree.first), tree.first)
     embed = engine.model.get_input_embeddings()
     for piece in tree.pieces(size):
@@ -208,7 +209,6 @@ def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Ten
         logits = decoder.forward(
             cache,
             embed(torch.tensor(piece.tokens, device=engine.device)).repeat(count, 1),
-            rows,
             [nodes] * count,
             tree=piece.visible_MM,
             keep=False,

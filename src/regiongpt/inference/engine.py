@@ -230,7 +230,7 @@ class Engine:
                 if words and known.words != words:
                     start = end if known.image else 0
                     behind = self.embed(scene, ids[:shared], (), scene.image_ND[:0], start)
-                    known.words, known.whole = words, self.decoder.read(behind, parent=known.image).joined()
+                    known.words, known.whole = words, self.decoder.read(behind, known.image)
                     known.image = known.whole.crop(end)
                 elif known.image is None:
                     known.image = self.decoder.read(self.embed(scene, ids[:end], (), scene.image_ND[:0]))

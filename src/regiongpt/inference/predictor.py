@@ -37,8 +37,6 @@ from regiongpt.prompts import question as task_question
 from regiongpt.regions import Region
 
 Regions = Region | Sequence[Region]
-_Member = tuple[int, list[Region], Prompt, Options]
-"""A question of many: its place, regions, prompt without features, and options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,31 +222,25 @@ class RegionPredictor:
         began, options, here = time.perf_counter(), Options(**generation), self._scene
         if isinstance(questions, Question) or not isinstance(questions, Iterable):
             raise ConfigError(f"expected questions as a list of Question, got {type(questions).__name__}")
-        groups = self._checked(questions, options, here)
-        order: list[int] = []
+        checked = self._checked(questions, options, here)
 
         def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
-            for image, members in groups:
+            for image, regions, prompt, own in checked:
                 scene = here if image is None else self._scenes.get(load_image(image))
                 assert scene is not None
-                pooled = self.engine.pool(scene, [region for _, regions, *_ in members for region in regions])
-                sizes = [len(regions) * self.engine.processor.tokens_per_region for _, regions, *_ in members]
-                alike = len({id(prompt.ids) for *_, prompt, _ in members}) == 1 < len(members)
-                for (place, _, prompt, own), features in zip(members, torch.split(pooled, sizes), strict=True):
-                    order.append(place)
-                    prompt = prompt.for_many(self.engine.model.config.region_token_id) if alike else prompt
-                    yield scene, replace(prompt, pooled=features), own
+                yield scene, replace(prompt, pooled=self.engine.pool(scene, regions)), own
 
-        return ((order[place], answer) for place, answer in self.engine.answers(asked(), began))
+        return self.engine.answers(asked(), began)
 
     def _checked(
         self, questions: Iterable[Question], options: Options, here: Scene | None
-    ) -> list[tuple[ImageSource | None, list[_Member]]]:
-        """The questions by image, the images in the order of their first question."""
-        groups: dict[Any, tuple[ImageSource | None, list[_Member]]] = {}
-        known: dict[Any, Prompt] = {}
-        sizes: dict[Any, tuple[int, int]] = {}
+    ) -> list[tuple[ImageSource | None, list[Region], Prompt, Options]]:
+        """Image, regions, prompt without features, and options of each question."""
+        prompts: dict[Any, Prompt] = {}
+        images: dict[Any, tuple[ImageSource | None, tuple[int, int]]] = {}  # each with its size
+        alike: dict[Any, list[Prompt]] = {}  # the prompts about an image
         nothing = self.engine.model.connector.mean.new_empty(0)
+        checked = []
         for place, question in enumerate(questions):
             with naming(f"question {place + 1}"):
                 if not isinstance(question, Question):
@@ -260,21 +252,29 @@ class RegionPredictor:
                 settings = options.replace(**own)
                 turns, regions = question_turns(question.history, question.text), Region.list_of(question.regions)
                 same = (repr(turns), len(regions), settings.max_new_tokens)
-                if same not in known:
-                    known[same] = self.engine.prompt(turns, nothing, len(regions), settings.max_new_tokens)
-                image = question.image
-                key = str(image) if isinstance(image, str | Path) else id(image)
-                if key not in groups:
-                    photo = None if image is None else load_image(image)
-                    if photo is None and here is None:
+                if same not in prompts:
+                    prompts[same] = self.engine.prompt(turns, nothing, len(regions), settings.max_new_tokens)
+                is_file = isinstance(question.image, str | Path)
+                key = str(question.image) if is_file else id(question.image)
+                if key not in images and question.image is not None:
+                    photo = load_image(question.image)  # a file is read again when it is its turn
+                    images[key] = question.image if is_file else photo, photo.size
+                elif key not in images:
+                    if here is None:
                         raise ConfigError("expected an image; call set_image(...) first, or give the question its own")
-                    sizes[key] = photo.size if photo else (here.width, here.height)  # type: ignore[union-attr]
-                    # Files are read again when it is their turn; a stream can not be.
-                    groups[key] = image if isinstance(image, str | Path) else photo, []
-                check_regions(regions, *sizes[key])
-            prompt = replace(known[same], warnings=(*notes(regions), *known[same].warnings))
-            groups[key][1].append((place, regions, prompt, settings))
-        return list(groups.values())
+                    images[key] = None, (here.width, here.height)
+                image, size = images[key]
+                check_regions(regions, *size)
+            alike.setdefault(key, []).append(prompts[same])
+            checked.append((key, image, regions, prompts[same], settings))
+        region = self.engine.model.config.region_token_id
+        result = []
+        for key, image, regions, prompt, settings in checked:
+            if len(alike[key]) > 1 and all(each is prompt for each in alike[key]):
+                prompt = prompt.for_many(region)
+            prompt = replace(prompt, warnings=(*notes(regions), *prompt.warnings))
+            result.append((image, regions, prompt, settings))
+        return result
 
     def conversation(self, regions: Regions = ()) -> "Conversation":
         """Begin a conversation about the image set now, whose turns all speak of the same regions."""

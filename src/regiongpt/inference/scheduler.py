@@ -184,8 +184,7 @@ class Scheduler:
             last = torch.tensor([job.tokens[-1] for job in going], device=going[0].embeds.device)
             embeds = [self._embed(last), *embeds]
         counts = [1] * len(going) + [len(job.embeds) for job in entering]
-        rows = list(range(len(counts)))
-        logits_RV = self.decoder.forward(self._cache, torch.cat(embeds), rows, counts)
+        logits_RV = self.decoder.forward(self._cache, torch.cat(embeds), counts)
         chosen = choose(logits_RV, list(self._running), self._never)
         for row, token in reversed(list(enumerate(chosen))):
             job = self._running[row]
@@ -239,7 +238,7 @@ class Scheduler:
             device = job.embeds.device
             memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CACHE_BYTES
             context = int(getattr(self.decoder.model.config, "max_position_embeddings", None) or 0)
-            fits = memory * job.prefix.own // job.prefix.nbytes
+            fits = memory * job.prefix.length // job.prefix.nbytes
             self.token_budget = max(context, job.reserve, fits)
         return self.token_budget
 

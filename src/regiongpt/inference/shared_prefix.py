@@ -12,7 +12,6 @@ import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,56 +34,25 @@ _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefix:
-    """Keys and values, (K, P, E) for each layer, of tokens that any number of sequences begin with.
-
-    Attributes:
-        parent: the tokens before these, stored separately; None at the start of the text.
-    """
+    """Keys and values, (K, P, E) for each layer, of tokens that any number of sequences begin with."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    parent: "Prefix | None" = None
 
     @property
-    def own(self) -> int:
-        """Tokens stored here."""
-        return self.keys[0].shape[1]
-
-    @cached_property
     def length(self) -> int:
-        """Tokens from the start of the text."""
-        return sum(part.own for part in self.chain)
-
-    @property
-    def chain(self) -> tuple["Prefix", ...]:
-        """The parents, first tokens first, and this prefix."""
-        return (*self.parent.chain, self) if self.parent else (self,)
+        """Tokens stored."""
+        return self.keys[0].shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tokens stored here."""
+        """Memory of the tokens."""
         return sum(part.nbytes for part in (*self.keys, *self.values))
 
-    def joined(self) -> "Prefix":
-        """The same tokens without a parent: every piece of a chain costs an attention of its own."""
-        if self.parent is None:
-            return self
-        keys = zip(*(part.keys for part in self.chain), strict=True)
-        values = zip(*(part.values for part in self.chain), strict=True)
-        return Prefix(
-            keys=tuple(torch.cat(parts, dim=1) for parts in keys),
-            values=tuple(torch.cat(parts, dim=1) for parts in values),
-        )
-
-    def crop(self, length: int) -> "Prefix | None":
-        """The first ``length`` tokens, in the same memory; None for none."""
-        before = self.length - self.own
-        if length <= before:
-            return self.parent.crop(length) if self.parent else None
-        if length >= self.length:
-            return self
-        keys, values = (tuple(part[:, : length - before] for part in parts) for parts in (self.keys, self.values))
-        return Prefix(keys=keys, values=values, parent=self.parent)
+    def crop(self, length: int) -> "Prefix":
+        """The first ``length`` tokens, in the same memory."""
+        keys, values = (tuple(part[:, :length] for part in parts) for parts in (self.keys, self.values))
+        return Prefix(keys=keys, values=values)
 
 
 class SuffixLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
@@ -204,33 +172,37 @@ class Decoder:
         configs = {id(m.config): m.config for m in language_model.modules() if hasattr(m, "config")}
         self._configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
 
-    def read(self, embeds_PD: Tensor, parent: Prefix | None = None) -> Prefix:
-        """Compute the keys and values of a beginning, at least one token, behind ``parent``."""
+    @torch.inference_mode()
+    def read(self, embeds_PD: Tensor, behind: Prefix | None = None) -> Prefix:
+        """Compute the keys and values of a beginning, at least one token; those of ``behind`` come first."""
         cache, count = PrefixCache(), len(embeds_PD)
-        self.forward(cache, embeds_PD, [cache.add(parent)], [count])
-        keys = tuple(layer.keys[0, :, :count].clone() for layer in cache.layers)
-        values = tuple(layer.values[0, :, :count].clone() for layer in cache.layers)
-        return Prefix(keys=keys, values=values, parent=parent)
+        cache.add(behind)
+        self.forward(cache, embeds_PD, [count])
+
+        def stored(name: str, before: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            own = [getattr(layer, name)[0, :, :count] for layer in cache.layers]
+            return tuple(torch.cat(parts, dim=1) for parts in (zip(before, own, strict=True) if before else zip(own)))
+
+        keys, values = (behind.keys, behind.values) if behind else ((), ())
+        return Prefix(keys=stored("keys", keys), values=stored("values", values))
 
     @torch.inference_mode()
     def forward(
         self,
         cache: PrefixCache,
         embeds_ND: Tensor,
-        rows: Sequence[int],
         counts: Sequence[int],
         *,
         tree: Tensor | None = None,
         keep: bool = True,
         logits: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """Run new tokens of some of a cache's sequences; returns logits (L, V).
+        """Run new tokens of all of a cache's sequences; returns logits (L, V).
 
         Args:
             cache: what the sequences have read so far.
             embeds_ND: embeddings of the new tokens, those of the first row first, without padding.
-            rows: rows of the cache, ascending.
-            counts: how many new tokens each of them has, at least 1.
+            counts: how many new tokens each row has, at least 1.
             tree: bool (n, n): which new tokens of a sequence token i attends to, itself and its ancestors, besides all
                 that the cache holds of the sequence; its position is its depth. All counts are n. By default each
                 token attends to all before it.
@@ -240,18 +212,17 @@ class Decoder:
         if logits is None:
             logits = torch.tensor(counts).cumsum(0) - 1
         with self.lock:
-            longest = max(cache.lengths[row] + count for row, count in zip(rows, counts, strict=True))
+            longest = max(known + count for known, count in zip(cache.lengths, counts, strict=True))
             if longest > cache.room:
                 cache.room = -(-longest // _GROWTH) * _GROWTH
-            step = _Step(cache, rows, counts, tree, embeds_ND.device)
+            step = _Step(cache, counts, tree, embeds_ND.device)
             token = STEP.set(step)
             try:
                 found = self._run(step, embeds_ND, torch.as_tensor(logits, device=embeds_ND.device))
             finally:
                 STEP.reset(token)
         if keep:  # only now: what an interrupted pass wrote is written over by the next
-            for row, count in zip(rows, counts, strict=True):
-                cache.lengths[row] += count
+            cache.lengths = [known + count for known, count in zip(cache.lengths, counts, strict=True)]
         return found
 
     def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
@@ -279,9 +250,9 @@ class RereadingDecoder(Decoder):
     def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
         cache, found = step.cache, []
         cache.update(embeds_ND[None, None], embeds_ND[None, None, :, :0], 0)  # as the keys of a single layer
-        for row, new_nD in zip(step.rows, torch.split(embeds_ND, list(step.counts)), strict=True):
+        for row, new_nD in enumerate(torch.split(embeds_ND, list(step.counts))):
             prefix = cache.prefixes[row]
-            before = [part.keys[0][0] for part in prefix.chain] if prefix else []
+            before = [prefix.keys[0][0]] if prefix else []
             before.append(cache.layers[0].keys[row, 0, : cache.lengths[row]])
             texts = [new_nD] if step.tree is None else [new_nD[seen] for seen in step.tree.to(embeds_ND.device)]
             last = len(new_nD) if step.tree is None else 1
@@ -314,8 +285,8 @@ def _shares(decoder: Decoder) -> bool:
     expected_V = model(inputs_embeds=embeds_ND[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
     try:
         cache = PrefixCache()
-        row = cache.add(decoder.read(embeds_ND[:3]))
-        found_V = decoder.forward(cache, embeds_ND[3:], [row], [3])[0].float()
+        cache.add(decoder.read(embeds_ND[:3]))
+        found_V = decoder.forward(cache, embeds_ND[3:], [3])[0].float()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an architecture does that the shared way does not know
@@ -334,58 +305,51 @@ class _Step:
             token of each of a run of rows goes to the same place, which is quicker to write.
         position_N: of each new token in the text.
         reach: tokens of the longest text.
-        segments: each stored piece of the prefixes: where it begins, and the tokens behind it (None for all).
+        prefixes: each with the tokens behind it, None for all.
         groups: sequences whose attention to their own tokens is computed together.
     """
 
-    def __init__(
-        self,
-        cache: PrefixCache,
-        rows: Sequence[int],
-        counts: Sequence[int],
-        tree: Tensor | None,
-        device: torch.device,
-    ) -> None:
-        self.cache, self.rows, self.counts, self.tree, self.device = cache, list(rows), counts, tree, device
+    def __init__(self, cache: PrefixCache, counts: Sequence[int], tree: Tensor | None, device: torch.device) -> None:
+        self.cache, self.counts, self.tree, self.device = cache, list(counts), tree, device
         self.written: tuple[SuffixLayer, Tensor] | None = None
-        starts = [cache.lengths[row] for row in rows]
-        counts_R, before_R = torch.tensor(counts), torch.tensor([cache.total(row) for row in rows])
-        owner_N = torch.repeat_interleave(torch.arange(len(rows)), counts_R)
+        starts, size = cache.lengths, len(counts)
+        counts_R, before_R = torch.tensor(counts), torch.tensor([cache.total(row) for row in range(size)])
+        owner_N = torch.repeat_interleave(torch.arange(size), counts_R)
         column_N = torch.arange(len(owner_N)) - (counts_R.cumsum(0) - counts_R)[owner_N]
+
+        def tokens_of(rows: Sequence[int]) -> Tensor | None:
+            if len(rows) == size:
+                return None
+            return torch.isin(owner_N, torch.tensor(rows)).nonzero()[:, 0].to(device)
+
         self.places: tuple[slice, int] | tuple[Tensor, Tensor]
-        if max(counts) == 1 and len(set(starts)) == 1 and isinstance(run := _run_of(self.rows, device), slice):
-            self.places = run, starts[0]
+        if max(counts) == 1 and len(set(starts)) == 1:
+            self.places = slice(0, size), starts[0]
         else:
-            places_N = torch.tensor(starts)[owner_N] + column_N
-            self.places = torch.tensor(self.rows)[owner_N].to(device), places_N.to(device)
+            self.places = owner_N.to(device), (torch.tensor(starts)[owner_N] + column_N).to(device)
         depth_N = column_N if tree is None else (tree.sum(1).cpu() - 1)[column_N]
         self.position_N = (before_R[owner_N] + depth_N).to(device)
         self.reach = int(before_R.max()) + max(counts)
-        self.segments = _segments([cache.prefixes[row] for row in rows], owner_N, device)
+        behind: dict[Prefix, list[int]] = {}
+        for row, prefix in enumerate(cache.prefixes):
+            if prefix is not None:
+                behind.setdefault(prefix, []).append(row)
+        self.prefixes = [(prefix, tokens_of(rows)) for prefix, rows in behind.items()]
         # Sequences that go on by one token beside others that begin: padded to the same length they would cost as much.
-        single = [place for place, count in enumerate(counts) if count == 1]
-        several = [place for place, count in enumerate(counts) if count > 1]
+        single = [row for row, count in enumerate(counts) if count == 1]
+        several = [row for row, count in enumerate(counts) if count > 1]
         mixed = tree is None and bool(single) and bool(several)
-        self.groups = [
-            _Group(
-                [self.rows[place] for place in places],
-                [counts[place] for place in places],
-                [starts[place] for place in places],
-                tree,
-                torch.isin(owner_N, torch.tensor(places)).nonzero()[:, 0].to(device) if mixed else None,
-                device,
-            )
-            for places in ([single, several] if mixed else [range(len(rows))])
-        ]
+        groups = [single, several] if mixed else [list(range(size))]
+        self.groups = [_Group(rows, self.counts, starts, tree, tokens_of(rows), device) for rows in groups]
         self._masks: dict[Any, Tensor] = {}
 
     def prefix_mask(self, index: int, dtype: torch.dtype, window: int) -> Tensor:
-        """What is added to the scores of a segment's keys under a sliding window: (1, 1, N, P)."""
+        """What is added to the scores of a prefix's keys under a sliding window: (1, 1, N, P)."""
         key = (index, dtype, window)
         if key not in self._masks:
-            segment, begin, tokens = self.segments[index]
+            prefix, tokens = self.prefixes[index]
             position_N = self.position_N if tokens is None else self.position_N[tokens]
-            hidden = begin + torch.arange(segment.own, device=self.device) <= position_N[:, None] - window
+            hidden = torch.arange(prefix.length, device=self.device) <= position_N[:, None] - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
             self._masks[key] = mask.masked_fill_(hidden, float("-inf"))[None, None]
         return self._masks[key]
@@ -417,13 +381,15 @@ class _Group:
         tokens: Tensor | None,
         device: torch.device,
     ) -> None:
+        counts, starts = [counts[row] for row in rows], [starts[row] for row in rows]
         self.tokens, self.device, self.size, self.widest = tokens, device, len(rows), max(counts)
         self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
         self.even, self.level = min(counts) == self.widest, min(starts) == max(starts)
         self.fresh = not any(starts) and tree is None
         self.starts_R = torch.tensor(starts).to(device)
         self.tree = None if tree is None else tree.to(device)
-        self.chosen = _run_of(rows, device)
+        run = range(rows[0], rows[0] + len(rows))
+        self.chosen = slice(run.start, run.stop) if rows == list(run) else torch.tensor(rows).to(device)
         if not self.even:
             columns = [(row, column) for row, count in enumerate(counts) for column in range(count)]
             owner_N, column_N = torch.tensor(columns).to(device).unbind(1)
@@ -448,32 +414,6 @@ class _Group:
             mask = torch.zeros(seen.shape, dtype=dtype, device=self.device)
             self._masks[key] = mask.masked_fill_(~seen, float("-inf"))[:, None]
         return self._masks[key]
-
-
-def _run_of(rows: list[int], device: torch.device) -> slice | Tensor:
-    """Rows of a cache as an index, a slice where they follow each other."""
-    run = range(rows[0], rows[0] + len(rows))
-    return slice(run.start, run.stop) if rows == list(run) else torch.tensor(rows).to(device)
-
-
-def _segments(
-    prefixes: Sequence[Prefix | None], owner_N: Tensor, device: torch.device
-) -> list[tuple[Prefix, int, Tensor | None]]:
-    rows: dict[Prefix | None, list[int]] = {}
-    for row, prefix in enumerate(prefixes):
-        rows.setdefault(prefix, []).append(row)
-    behind: dict[Prefix, tuple[int, list[int]]] = {}
-    for prefix, mine in rows.items():  # a prefix at a time: hundreds of sequences have few
-        begin = 0
-        for segment in prefix.chain if prefix else ():
-            behind.setdefault(segment, (begin, []))[1].extend(mine)
-            begin += segment.own
-    result: list[tuple[Prefix, int, Tensor | None]] = []
-    for segment, (begin, mine) in behind.items():
-        everyone = len(mine) == len(prefixes)
-        tokens = None if everyone else torch.isin(owner_N, torch.tensor(mine)).nonzero()[:, 0].to(device)
-        result.append((segment, begin, tokens))
-    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,13 +451,13 @@ def shared_prefix_attention(
     query_HNE = query[0]
     out_HNE, lse_HN = _own(step, query_HNE, layer, scale, softcap, window)
     heads, key_heads = query_HNE.shape[0], layer.keys.shape[1]
-    for number, (segment, _begin, tokens) in enumerate(step.segments):
+    for number, (prefix, tokens) in enumerate(step.prefixes):
         asked = query_HNE if tokens is None else query_HNE[:, tokens]
         folded = asked.reshape(1, key_heads, -1, asked.shape[-1])
         mask = None
         if window is not None:
             mask = step.prefix_mask(number, query.dtype, window).repeat(1, 1, heads // key_heads, 1)
-        keys, values = segment.keys[index][None], segment.values[index][None]
+        keys, values = prefix.keys[index][None], prefix.values[index][None]
         out, lse = attend(folded, keys, values, scale, mask=mask, softcap=softcap, blind=window is not None)
         out, lse = out.reshape(*asked.shape[:2], -1), lse.reshape(asked.shape[:2])
         if tokens is None:

@@ -3,12 +3,13 @@
 Paper: §3.1.
 
 Shapes: B batch, R regions, K ``<region>`` tokens of one sequence, N image tokens, C channels, H and W rows and columns
-of a feature grid, T text tokens, D language model width, S image side in pixels.
+of a feature grid, h and w those before a bilinear upsampling, T text tokens, D language model width, S image side.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -21,8 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from regiongpt.errors import DataError, RegionError
-from regiongpt.model.configuration import RegionGPTConfig
-from regiongpt.model.refinement import Deconvolution, Refinement
+from regiongpt.model.configuration import REFINEMENTS, RegionGPTConfig
 from regiongpt.model.towers import tower_features
 
 IGNORE = -100
@@ -32,6 +32,88 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 """What the installed transformers calls a cache; ``past_key_values`` became ``cache`` in 5.24."""
 
 _VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_ids")
+
+
+class Deconvolution(nn.ConvTranspose2d):
+    """A 2x2 deconvolution of stride 2, computed as the matrix product that it is.
+
+    On a CPU this trains nearly twice as fast as the library's kernel for the general case.
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Refine (B, C, H, W) to (B, C, 2H, 2W), channels last in memory."""
+        batch, channels, rows, columns = input.shape
+        weight = self.weight.permute(0, 2, 3, 1).reshape(channels, -1)
+        cells = input.permute(0, 2, 3, 1).reshape(-1, channels) @ weight
+        cells = cells.view(batch, rows, columns, 2, 2, -1).transpose(2, 3).reshape(batch, 2 * rows, 2 * columns, -1)
+        return (cells + self.bias).permute(0, 3, 1, 2)  # type: ignore[operator, unused-ignore]
+
+
+class Refinement(nn.Module):
+    """Refine a tower's feature map, and pool regions and image tokens from it. Paper: §3.1; Tab. 6 for the variants.
+
+    A bilinear upsampling U is linear, and so are both poolings, so the upsampled map is never built: a region's weights
+    W become U_h^T W U_w on the small grid, and the adaptive average P becomes P U.
+    """
+
+    def __init__(self, config: RegionGPTConfig) -> None:
+        super().__init__()
+        tower, channels = config.vision_config.hidden_size, config.feature_channels
+        self.reduce = nn.Conv2d(tower, channels, 1) if config.refinement_channels else nn.Identity()
+        self.deconvolves = config.refinement.startswith("deconv")
+        if self.deconvolves:
+            self.deconv_1 = Deconvolution(channels, channels, 2, stride=2)
+            self.norm = nn.LayerNorm(channels)
+            self.deconv_2 = Deconvolution(channels, channels, 2, stride=2)
+        self.bilinear_scale = REFINEMENTS[config.refinement] // (4 if self.deconvolves else 1)
+        self.image_grid = (config.image_grid[0], config.image_grid[1])
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Apply the learned part: (B, C, H, W) to the refined map, or to the map of which that is an upsampling."""
+        x = self.reduce(features_BCHW.contiguous(memory_format=torch.channels_last))
+        if self.deconvolves:
+            x = self.deconv_1(x)
+            x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            x = F.gelu(self.deconv_2(F.gelu(x)))
+        return x  # type: ignore[no-any-return]
+
+    def pool_regions(self, map_BChw: Tensor, weights_BRHW: Tensor) -> Tensor:
+        """Average what ``forward`` returned over each region: (B, R, C). Paper: §3.1, mask pooling.
+
+        Weights (B, R, H, W) on the refined grid sum to 1 for each region; rows of zeros give zeros.
+        """
+        if self.bilinear_scale > 1:
+            up_Hh, up_Ww = (upsampling_matrix(n, self.bilinear_scale, map_BChw.device) for n in map_BChw.shape[-2:])
+            weights_BRHW = up_Hh.T @ weights_BRHW.to(up_Hh.dtype) @ up_Ww
+        return mask_pool(map_BChw, weights_BRHW)
+
+    def pool_image(self, map_BChw: Tensor) -> Tensor:
+        """Average what ``forward`` returned down to the image grid (H, W): (B, H * W, C). Paper: §3.1, AdaPool."""
+        if self.bilinear_scale == 1:
+            pooled = F.adaptive_avg_pool2d(map_BChw, self.image_grid)
+            return pooled.flatten(2).transpose(1, 2)
+        rows, columns = (
+            _as_matrix(partial(F.adaptive_avg_pool1d, output_size=cells), n * self.bilinear_scale, map_BChw.device)
+            @ upsampling_matrix(n, self.bilinear_scale, map_BChw.device)
+            for n, cells in zip(map_BChw.shape[-2:], self.image_grid, strict=True)
+        )
+        pooled = rows.to(map_BChw.dtype) @ map_BChw @ columns.to(map_BChw.dtype).T
+        return pooled.flatten(2).transpose(1, 2)
+
+
+def mask_pool(map_BCHW: Tensor, weights_BRHW: Tensor) -> Tensor:
+    """Average a map over regions given as weights on its grid, of any float dtype: (B, R, C) in the map's dtype."""
+    return weights_BRHW.to(map_BCHW.dtype).flatten(2) @ map_BCHW.flatten(2).transpose(1, 2)
+
+
+def upsampling_matrix(cells: int, scale: int, device: torch.device | None = None) -> Tensor:
+    """Bilinear upsampling of ``cells`` cells along one axis, as ``F.interpolate`` does it: (cells * scale, cells)."""
+    return _as_matrix(lambda x: F.interpolate(x, scale_factor=scale, mode="linear", align_corners=False), cells, device)
+
+
+def _as_matrix(linear: Callable[[Tensor], Tensor], cells: int, device: torch.device | None) -> Tensor:
+    """Matrix of a linear map of a sequence, read off from what it does to the unit vectors."""
+    return linear(torch.eye(cells, device=device, dtype=torch.float32)[None])[0].T
 
 
 class Connector(nn.Module):
@@ -293,10 +375,10 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         else:
             output = self.language_model(**call, return_dict=True)
             logits, target_logits = output.logits, output.logits[is_target]
-            if isinstance(logits_to_keep, Tensor):
-                logits = logits[:, logits_to_keep]
-            elif logits_to_keep:
-                logits = logits[:, -logits_to_keep:]
+            if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+                logits = logits[
+                    :, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+                ]
         items = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
         if isinstance(items, Tensor):
             items = items.to(target_logits.device)

@@ -7,16 +7,15 @@ Shapes: B batch, T tokens, R regions, K region placeholders in a text, S side of
 import json
 import re
 import warnings
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast
@@ -28,7 +27,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from regiongpt.errors import ConfigError, DataError, RegionError, short
 from regiongpt.images import SquareFrame, load_image
-from regiongpt.model.refinement import split_weights
 from regiongpt.prompts import (
     CHAT_TEMPLATES,
     CONTROL_TOKENS,
@@ -110,7 +108,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     Paper: §3.1, §3.2
     """
 
-    # Parameters are not keyword-only because transformers' from_pretrained reads the positional ones.
+    # Not keyword-only: transformers' from_pretrained reads the positional parameters.
     def __init__(
         self,
         image_processor: Any = None,
@@ -231,7 +229,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             name = f"<region{row + first}>"
             weights[row] = Region.of(region, name).pool_weights(frame, rows, columns, name)
         if self.region_grid > 1 and len(weights):
-            weights = np.concatenate([split_weights(each, self.region_grid) for each in weights])
+            weights = np.concatenate([_split_weights(each, self.region_grid) for each in weights])
         return torch.from_numpy(weights)
 
     def encode_conversation(
@@ -243,9 +241,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         image_size: tuple[int, int] | None = None,
         region_weights: torch.Tensor | np.ndarray | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
         with_image: bool = True,
-        chat_template: str | None = None,
         **variables: Any,
     ) -> dict[str, Any]:
         """Encode one conversation, for training or to be continued by the model. Paper: §3.2.
@@ -259,15 +255,13 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             region_weights: (R, gh, gw), in place of ``regions``, as :meth:`region_inputs` makes them.
             add_generation_prompt: end where the assistant's answer begins. Unknown placeholders in earlier *answers*
                 are then plain text: the model wrote them.
-            continue_final_message: end inside the last message, which is the assistant's, to have it continued.
             with_image: False for text without an image.
-            chat_template: overrides the processor's own.
-            **variables: further ones for the template.
+            **variables: of the chat template.
 
         Returns:
-            ``input_ids`` (T,); ``labels`` (T,), -100 outside of responses and their ends of turn (absent when the
-            conversation is to be continued); ``region_ids`` (K,); ``region_weights`` (R, gh, gw); ``pixel_values``
-            (3, S, S) if ``image`` was given; ``warnings``, a line for each region never mentioned.
+            ``input_ids`` (T,); ``labels`` (T,), -100 outside of responses and their ends of turn (absent with
+            ``add_generation_prompt``); ``region_ids`` (K,); ``region_weights`` (R, gh, gw); ``pixel_values`` (3, S, S)
+            if ``image`` was given; ``warnings``, a line for each region never mentioned.
 
         Raises:
             DataError: a question is empty, roles are out of order, or no token is a target of training.
@@ -277,13 +271,16 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             image = load_image(image)
             image_size = image.size
         weights = self._weights(regions, image_size) if region_weights is None else torch.as_tensor(region_weights)
-        generating = add_generation_prompt or continue_final_message
         n_regions = len(weights) // self.tokens_per_region
-        turns = _check_turns(messages, self._control, with_image, n_regions if generating else None)
+        turns = _check_turns(messages, self._control, with_image, n_regions if add_generation_prompt else None)
         notes = check_placeholders([turn["content"] for turn in turns], n_regions)
-        text, spans = self._render(turns, add_generation_prompt, continue_final_message, chat_template, **variables)
-        encoded = self._encode(text, spans, weights.float()) | {"warnings": notes}
-        if generating:
+        region_ids: list[int] = []
+        for turn in turns:
+            turn["content"], named = expand_regions(turn["content"], self.region_format)
+            region_ids += named
+        text, spans = self._render(turns, add_generation_prompt, **variables)
+        encoded = self._encode(text, spans, region_ids) | {"region_weights": weights.float(), "warnings": notes}
+        if add_generation_prompt:
             del encoded["labels"]
         elif bool((encoded["labels"] == IGNORED).all()):
             raise DataError("the conversation has no answer to learn from; add one, or set add_generation_prompt")
@@ -330,79 +327,57 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     # -- the transformers way ------------------------------------------------------------------------------------------
 
-    def apply_chat_template(  # noqa: D417 - template_variables need no line of their own
+    def apply_chat_template(
         self,
         conversation: Messages | Sequence[Messages],
-        chat_template: str | None = None,
         *,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
-        return_tensors: str | None = "pt",
-        return_assistant_tokens_mask: bool = False,
-        return_labels: bool = False,
+        return_tensors: str = "pt",
         images: Any = None,
         regions: Any = None,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
         with_image: bool = True,
-        padding_side: str | None = None,
-        processor_kwargs: Mapping[str, Any] | None = None,
-        **template_variables: Any,
+        **variables: Any,
     ) -> Any:
         """Render one conversation or a batch of them, and encode it if ``tokenize``.
 
         Args:
             conversation: messages as for :meth:`encode_conversation`, or a list of such conversations.
-            chat_template: as for :meth:`encode_conversation`, and so are the next two and ``with_image``.
-            add_generation_prompt: see there.
-            continue_final_message: see there.
+            add_generation_prompt: as there, and so are ``with_image`` and the template's variables.
             tokenize: return tensors rather than text.
             return_dict: return all of the model's inputs rather than ``input_ids`` alone.
-            return_tensors: ``"pt"`` or ``"np"``.
-            return_assistant_tokens_mask: add ``assistant_masks`` (B, T), 1 on responses and their ends of turn.
-            return_labels: add ``labels`` (B, T).
+            return_tensors: ``"pt"``, all there is.
             images: one a conversation, or one for all; by default those found in the messages' content lists.
             regions: a list of regions a conversation (for a single conversation, simply its list).
-            image_sizes: (width, height) a conversation, where there are regions but no images.
             with_image: see above.
-            padding_side: by default ``"left"`` for prompts and ``"right"`` for whole conversations.
-            processor_kwargs: more of the arguments above, as transformers' pipelines pass them.
+            **variables: see above.
 
         Returns:
             Text with ``<image>`` and ``<regionN>`` in place, for the processor (a list for a batch); or, if
-            ``tokenize``, a BatchFeature as :meth:`collate` makes it.
+            ``tokenize``, the model's inputs, padded on the left for prompts and on the right for whole conversations.
         """
-        more = {} if processor_kwargs is None else processor_kwargs
-        if not isinstance(more, Mapping):
-            raise ConfigError(f"expected processor_kwargs as a dictionary, got {short(more)}")
         if not isinstance(conversation, Sequence):
             raise DataError(f"expected a conversation as a list of messages, got {short(conversation)}")
-        images, regions = more.get("images", images), more.get("regions", regions)
-        image_sizes, padding_side = more.get("image_sizes", image_sizes), more.get("padding_side", padding_side)
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations: list[Any] = list(conversation) if batched else [conversation]
-        generating = add_generation_prompt or continue_final_message
-        how = {"chat_template": chat_template, **template_variables}
-        how |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if not tokenize:
             turns = [_check_turns(messages, self._control, with_image) for messages in conversations]
-            texts = [self._render(each, **how)[0] for each in turns]
+            texts = [self._render(each, add_generation_prompt, **variables)[0] for each in turns]
             return texts if batched else texts[0]
         if images is None:
             contents = [message.get("content") for messages in conversations for message in messages]
             images = [image for each in contents for image in _content(each, "content")[1] if image is not None]
-        pictures, sizes = _pictures(images, image_sizes, len(conversations))
+        pictures = _pictures(images, len(conversations))
+        how = {"add_generation_prompt": add_generation_prompt, "with_image": with_image, **variables}
         items = [
-            self.encode_conversation(messages, None, own, image_size=size, with_image=with_image, **how)
-            for messages, own, size in zip(conversations, _per_text(regions, len(conversations)), sizes, strict=True)
+            self.encode_conversation(messages, None, own, image_size=picture and picture.size, **how)
+            for messages, own, picture in zip(
+                conversations, _per_text(regions, len(conversations), batched), pictures, strict=True
+            )
         ]
-        batch = self._batch(items, pictures, padding_side or ("left" if generating else "right"))
-        if return_assistant_tokens_mask:
-            batch["assistant_masks"] = (batch["labels"] != IGNORED).long()
-        if not return_labels:
-            batch.pop("labels", None)
-        batch = _as(batch, return_tensors)
+        batch = self._batch(items, pictures, "left" if add_generation_prompt else "right", return_tensors)
+        batch.pop("labels", None)
         return batch if return_dict else batch["input_ids"]
 
     def __call__(
@@ -411,8 +386,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         text: str | Sequence[str] | None = None,
         regions: Any = None,
         *,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
-        return_tensors: str | None = "pt",
+        return_tensors: str = "pt",
         padding: bool | str = True,
         padding_side: str = "left",
         add_special_tokens: bool = True,
@@ -423,8 +397,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             images: one image a text, or one for all of them; None where features are supplied to the model directly.
             text: one text or several, with ``<image>`` and ``<regionN>`` placeholders. None to process images only.
             regions: a list of regions a text (for a single text, simply its list).
-            image_sizes: (width, height) a text, where there are regions but no images.
-            return_tensors: ``"pt"`` or ``"np"``.
+            return_tensors: ``"pt"``, all there is.
             padding: anything true; the tensors are as long as the longest text.
             padding_side: ``"left"``, to generate, or ``"right"``.
             add_special_tokens: begin a text with the begin token where it lacks it.
@@ -433,36 +406,46 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             The model's inputs as :meth:`collate` makes them; only ``pixel_values`` where there is no text.
         """
         if text is None:
-            if images is None:
+            pixels = [self.pixels_of(picture) for picture in _pictures(images, None) if picture is not None]
+            if not pixels:
                 raise DataError("expected images, text or both, got neither")
-            pixels = [self.image_inputs(image)["pixel_values"] for image in _flat(images)]
-            return _as(BatchFeature({"pixel_values": torch.cat(pixels)}), return_tensors)
+            return BatchFeature({"pixel_values": torch.cat(pixels)})
+        if not padding:
+            raise ConfigError(f"expected padding=True, got {padding!r}")
         texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else [None]
         for one in texts:
             check_text(one, "text as a string or a list of strings")
-        if not padding and len(texts) > 1:
-            raise ConfigError(f"expected padding=True for a batch of {len(texts)} texts, got {padding!r}")
         begin = (self.tokenizer.bos_token or "") if add_special_tokens else ""
-        pictures, sizes = _pictures(images, image_sizes, len(texts))
+        pictures = _pictures(images, len(texts))
         items = []
-        for one, own, size in zip(texts, _per_text(regions, len(texts)), sizes, strict=True):
-            if pictures and one.count(IMAGE_TOKEN) != 1:
+        for one, own, picture in zip(
+            texts, _per_text(regions, len(texts), not isinstance(text, str)), pictures, strict=True
+        ):
+            if picture is not None and one.count(IMAGE_TOKEN) != 1:
                 raise DataError(f"expected {IMAGE_TOKEN} once in a text with an image, got {one.count(IMAGE_TOKEN)}")
-            item = self._encode(one if one.startswith(begin) else begin + one, [], self._weights(own, size))
+            notes = check_placeholders(one, len(own))
+            expanded, region_ids = expand_regions(one, self.region_format)
+            item = self._encode(expanded if one.startswith(begin) else begin + expanded, [], region_ids)
             del item["labels"]
-            items.append(item | {"warnings": check_placeholders(one, len(own))})
-        return _as(self._batch(items, pictures, padding_side), return_tensors)
+            items.append(item | {"region_weights": self._weights(own, picture and picture.size), "warnings": notes})
+        return self._batch(items, pictures, padding_side, return_tensors)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _batch(self, items: list[dict[str, Any]], pictures: list[Any], padding_side: str) -> BatchFeature:
-        """Collate what was encoded, with one image an item, or one for all of them."""
-        for item in items:
+    def _batch(
+        self, items: list[dict[str, Any]], pictures: list[Any], padding_side: str, return_tensors: str
+    ) -> BatchFeature:
+        """Collate what was encoded, with the image of each."""
+        if return_tensors != "pt":
+            raise ConfigError(f"return_tensors: expected 'pt', got {return_tensors!r}")
+        pixels: dict[int, torch.Tensor] = {}  # of one picture for all items once
+        for item, picture in zip(items, pictures, strict=True):
             for note in item["warnings"]:
                 warnings.warn(note, stacklevel=3)
-        pixels = [self.pixels_of(picture)[0] for picture in pictures]
-        for row, item in enumerate(items if pixels else ()):
-            item["pixel_values"] = pixels[row % len(pixels)]
+            if picture is not None:
+                if id(picture) not in pixels:
+                    pixels[id(picture)] = self.pixels_of(picture)[0]
+                item["pixel_values"] = pixels[id(picture)]
         return self.collate(items, padding_side)
 
     def _weights(self, regions: Sequence[Any] | None, size: tuple[int, int] | None) -> torch.Tensor:
@@ -483,36 +466,23 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         flags = re.IGNORECASE if any(token.normalized for token in special) else 0
         return re.compile("|".join(map(re.escape, breakable)), flags)
 
-    def _render(
-        self,
-        turns: list[dict[str, str]],
-        add_generation_prompt: bool,
-        continue_final_message: bool = False,
-        chat_template: str | None = None,
-        **variables: Any,
-    ) -> tuple[str, Spans]:
+    def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool, **variables: Any) -> tuple[str, Spans]:
         """Apply the chat template; returns the text and the character spans of responses and ends of turn."""
         if add_generation_prompt and turns[-1]["role"] != "user":
             raise DataError("expected a question as the last message before an answer, got the assistant's")
-        if not isinstance(chat_template, str | None):
-            raise ConfigError(f"expected chat_template as a text, got {short(chat_template)}")
-        template = CHAT_TEMPLATES.get(chat_template or "", chat_template) or self.chat_template
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
             raise ConfigError("the chat template marks no responses; put them between {% generation %} and its end tag")
         texts, spans = render_jinja_template(
             [turns],
-            chat_template=template,
+            chat_template=self.chat_template,
             add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **variables},
         )
         return texts[0], spans[0]
 
-    def _encode(self, text: str, spans: Spans, weights: torch.Tensor) -> dict[str, Any]:
-        """Expand placeholders and tokenize; tokens within the spans are labels."""
-        n_regions = len(weights) // self.tokens_per_region
-        text, spans, region_ids = expand_regions(text, spans, self.region_format, n_regions)
+    def _encode(self, text: str, spans: Spans, region_ids: list[int]) -> dict[str, Any]:
+        """Tokenize a text with expanded placeholders; tokens within the spans are labels."""
         begun, rest = self.split_begin(text)
         encoding = self.tokenizer(rest, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = begun + encoding["input_ids"]
@@ -537,8 +507,28 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
             "region_ids": torch.tensor(region_rows, dtype=torch.long),
-            "region_weights": weights,
         }
+
+
+def _split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
+    """Divide a region's weights among the cells of a square grid over the rows and columns it touches.
+
+    Returns:
+        (parts * parts, H, W), row by row, each summing to 1; the whole region's weights where it leaves a part empty.
+    """
+    overlaps = []
+    for axis in (1, 0):
+        touched = np.flatnonzero(weights_HW.any(axis=axis))
+        edges = np.linspace(touched[0], touched[-1] + 1, parts + 1)
+        cells = np.arange(weights_HW.shape[1 - axis])
+        covered = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+        overlaps.append(covered.clip(0, 1))
+    rows, columns = overlaps
+    split = weights_HW * rows[:, None, :, None] * columns[None, :, None, :]
+    split = split.reshape(parts * parts, *weights_HW.shape)
+    sums = split.sum((1, 2), keepdims=True)
+    split = np.where(sums > 0, split / np.where(sums > 0, sums, 1), weights_HW)
+    return split.astype(np.float32)
 
 
 # -- conversations as text ---------------------------------------------------------------------------------------------
@@ -596,30 +586,16 @@ def _broken_up(text: str, control: re.Pattern[str]) -> str:
     return text
 
 
-def expand_regions(text: str, spans: Spans, region_format: str, n_regions: int) -> tuple[str, Spans, list[int]]:
-    """Write each ``<regionN>`` of a rendered conversation as ``region_format`` says.
-
-    Returns:
-        The text, the character spans moved along with it, and the 0-based region of each placeholder in order.
-    """
-    pieces: list[str] = []
+def expand_regions(text: str, region_format: str) -> tuple[str, list[int]]:
+    """Write each ``<regionN>`` as ``region_format`` says; returns the text, and the 0-based region of each in order."""
     region_ids: list[int] = []
-    ends, gains = [0], [0]  # where each placeholder ends in the old text, and characters gained up to there
-    for match in PLACEHOLDER.finditer(text):
+
+    def written(match: re.Match[str]) -> str:
         number = placeholder_number(match)
-        if number > n_regions:
-            check_placeholders(match[0], n_regions)
-        written = region_format.replace("{n}", str(number))
-        pieces += text[ends[-1] : match.start()], written
-        gains.append(gains[-1] + len(written) - len(match[0]))
-        ends.append(match.end())
         region_ids.append(number - 1)
-    pieces.append(text[ends[-1] :])
+        return region_format.replace("{n}", str(number))
 
-    def moved(place: int) -> int:
-        return place + gains[bisect_right(ends, place) - 1]
-
-    return "".join(pieces), [(moved(start), moved(end)) for start, end in spans], region_ids
+    return PLACEHOLDER.sub(written, text), region_ids
 
 
 def _forgiven(match: re.Match[str], n_regions: int) -> str:
@@ -649,56 +625,25 @@ def _content(content: Any, where: str) -> tuple[str, list[Any]]:
 # -- arguments as people give them -------------------------------------------------------------------------------------
 
 
-def _flat(images: Any) -> list[Any]:
-    """One image, a list of images, or transformers' list of lists, as a list."""
-    if images is None:
-        return []
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [image for entry in images for image in (entry if isinstance(entry, list | tuple) else [entry])]
-
-
-def _pictures(images: Any, image_sizes: Any, n_texts: int) -> tuple[list[Any], Sequence[Any]]:
-    """The images, read: none, one, or as many as there are texts; and each text's (width, height), where known."""
-    pictures = [load_image(image) for image in _flat(images)]
-    if pictures and len(pictures) not in (1, n_texts):
+def _pictures(images: Any, n_texts: int | None) -> list[Any]:
+    """The image of each text, read; None without images. Lists of lists are transformers'."""
+    listed = images if isinstance(images, list | tuple) else [] if images is None else [images]
+    flat = [image for entry in listed for image in (entry if isinstance(entry, list | tuple) else [entry])]
+    pictures: list[Any] = [load_image(image) for image in flat]
+    if n_texts is None or len(pictures) == n_texts:
+        return pictures
+    if len(pictures) > 1:
         raise DataError(f"expected one image a text, or one for all, got {len(pictures)} images, {n_texts} texts")
-    sizes = [picture.size for picture in pictures]
-    image_sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
-    if image_sizes is not None and not (
-        isinstance(image_sizes, list | tuple)
-        and len(image_sizes) == n_texts
-        and all(isinstance(size, list | tuple) and len(size) == 2 for size in image_sizes)
-    ):
-        raise DataError(f"expected image_sizes as a (width, height) for each of {n_texts}, got {short(image_sizes)}")
-    return pictures, sizes * n_texts if len(sizes) == 1 else sizes or image_sizes or [None] * n_texts
+    return (pictures or [None]) * n_texts
 
 
-def _per_text(regions: Any, n_texts: int) -> list[Any]:
-    """The regions of each text; a single text may come with its list itself."""
+def _per_text(regions: Any, n_texts: int, batched: bool) -> list[list[Region]]:
+    """The regions of each text; those of a single text are not in a list of lists."""
     if regions is None:
-        return [()] * n_texts
-    if isinstance(regions, str | Region | Mapping) or not hasattr(regions, "__getitem__"):
-        raise DataError(f"regions: expected a list of regions a text, got {type(regions).__name__}")
-    nested = len(regions) == 1 and not isinstance(regions[0], str) and hasattr(regions[0], "__len__")
-    if n_texts == 1 and not (nested and not _is_region(regions[0])):
-        return [regions]
-    if len(regions) != n_texts or any(_is_region(row) for row in regions):
-        raise DataError(f"expected a list of regions for each of {n_texts} text(s), got {len(regions)} entries")
-    return list(regions)
-
-
-def _is_region(region: Any) -> bool:
-    if isinstance(region, Region | Mapping):
-        return True
-    numbers = region.tolist() if hasattr(region, "tolist") else region
-    return isinstance(numbers, list | tuple) and len(numbers) == 4 and isinstance(numbers[0], Real)
-
-
-def _as(batch: BatchFeature, kind: str | None) -> BatchFeature:
-    """Tensors of the kind asked for."""
-    if kind in ("pt", None, "auto"):
-        return batch
-    if kind == "np":
-        return BatchFeature({name: value.numpy() for name, value in batch.items()})
-    raise ConfigError(f"expected return_tensors 'pt' or 'np', got {kind!r}")
+        return [[]] * n_texts
+    if not batched:
+        return [Region.list_of(regions)]
+    listed = list(regions) if hasattr(regions, "__getitem__") and not isinstance(regions, str | Mapping) else []
+    if len(listed) != n_texts or any(isinstance(each, Region | Mapping) for each in listed):
+        raise DataError(f"expected a list of regions for each of {n_texts} texts, got {short(regions)}")
+    return [Region.list_of(each) for each in listed]

@@ -33,9 +33,8 @@ from regiongpt.model.configuration import (
     RegionGPTConfig,
     native_image_size,
 )
-from regiongpt.model.modeling import Connector, RegionGPTForConditionalGeneration
+from regiongpt.model.modeling import Connector, Refinement, RegionGPTForConditionalGeneration
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
-from regiongpt.model.refinement import Refinement
 from regiongpt.model.towers import EfficientNetLiteModel
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, template_family
 from regiongpt.prompts import chat_template as known_template
