@@ -20,7 +20,7 @@ from learning import Examples, collate, example, full_disk, learn, settings
 from tiny import text_config, tiny_model
 from transformers import LlamaConfig
 
-from regiongpt.distributed import Processes
+from regiongpt.environment import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.train.checkpoint import Checkpoints, damage, require_settings
 from regiongpt.train.dataset import answer_loss

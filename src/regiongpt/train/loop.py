@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from transformers import set_seed
 
-from regiongpt.distributed import connect
+from regiongpt.environment import connect
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.model.processing import IGNORED
 from regiongpt.storage import writing
