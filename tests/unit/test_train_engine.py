@@ -277,7 +277,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_records(packing: bool, tmp
     message = str(error.value)
     assert "stage2, step 3: a loss of" in message
     assert f"the last good checkpoint is {tmp_path}/checkpoint-2" in message
-    assert "record-20, record-21 " in message
+    assert "record-20, record-21," in message
     assert "checkpoint-3" not in names(tmp_path)
     assert damage(tmp_path / "checkpoint-2") is None
 
