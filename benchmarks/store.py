@@ -7,8 +7,7 @@ import argparse
 import tempfile
 import time
 
-from regiongpt.storage import digest
-from regiongpt.store import Store
+from regiongpt.storage import Store, digest
 
 
 def main() -> None:

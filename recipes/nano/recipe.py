@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from regiongpt.data.coco import photo_sources
-from regiongpt.distributed import launched
+from regiongpt.environment import launched
 from regiongpt.errors import ConfigError
 from regiongpt.prompts import QUESTIONS
 from regiongpt.settings import Settings, nearest

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, Self, TypedDict, get_args
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from regiongpt.distributed import launched
+from regiongpt.environment import launched
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate import bootstrap
 from regiongpt.evaluate.bootstrap import FEWEST_IMAGES, TOO_FEW, Statistic, too_few

@@ -586,7 +586,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     _log()
     quiet_libraries()
-    from regiongpt.distributed import Processes, connect
+    from regiongpt.environment import Processes, connect
     from regiongpt.train.debug import debug_size
     from regiongpt.train.plan import make_plan
     from regiongpt.train.stages import train

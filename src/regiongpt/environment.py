@@ -1,22 +1,150 @@
-"""What a program runs on and with: versions, the commit of a checkout, the machine."""
+"""What a program runs on and with: the processes started together, versions, the commit of a checkout, the machine.
 
+``torchrun`` or ``accelerate launch`` starts several processes to train or evaluate together. One is the ordinary case:
+nothing is connected, and nothing here imports PyTorch.
+"""
+
+import atexit
 import os
 import platform
 import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-PACKAGES: Final = (
-    "regiongpt", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "numpy", "pillow", "pycocotools",
-    "shapely",
-)  # fmt: skip
-"""Whose versions are noted."""
+from regiongpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+PATIENCE: Final = timedelta(days=7)
+"""How long processes wait for the slowest; PyTorch's minutes would end a run whose shares of the work differ."""
+
+_FAREWELL: Final = 0.1  # seconds
+
+
+def launched() -> int:
+    """How many processes were started together, connected by now or not."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among those that work together, connected or not; ``local`` is its number on its machine."""
+
+    rank: int = field(default_factory=lambda: _torch().get_rank() if _connected() else 0)
+    count: int = field(default_factory=lambda: _torch().get_world_size() if _connected() else 1)
+    local: int = field(default_factory=lambda: int(os.environ.get("LOCAL_RANK") or 0))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that reports, and writes what is written once."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when all have come here."""
+        if self.count > 1:
+            _torch().barrier()
+
+    def gathered(self, mine: T) -> list[T]:
+        """What each has, by rank; anything that can be pickled."""
+        if self.count == 1:
+            return [mine]
+        everyones: list[Any] = [None] * self.count
+        _torch().all_gather_object(everyones, mine)
+        return cast(list[T], everyones)
+
+    def from_first(self, find: Callable[[], T]) -> T:
+        """What the first process finds, or raises, in all of them."""
+        if self.count == 1:
+            return find()
+        told: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                told[0] = find()
+            except Exception as error:
+                told[1] = error
+        _torch().broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise told[1]
+        return cast(T, told[0])
+
+    def summed(self, values: "Tensor") -> "Tensor":
+        """The sum over all processes, in place."""
+        if self.count > 1:
+            _torch().all_reduce(values)
+        return values
+
+    def share(self, work: Sequence[T], size: Callable[[T], int]) -> list[T]:
+        """The part of the work that falls to this process: disjoint, together everything, about equal in size."""
+        loads = [0] * self.count
+        mine: list[T] = []
+        for piece in work:
+            least = loads.index(min(loads))
+            loads[least] += size(piece)
+            if least == self.rank:
+                mine.append(piece)
+        return mine
+
+
+def connect(on_cpu: bool = False) -> Processes:
+    """Connect this process to those started with it, each with an accelerator of its own unless ``on_cpu``.
+
+    Raises:
+        ConfigError: Several were started that cannot be connected.
+    """
+    if launched() > 1 and not _connected():
+        import torch
+
+        gpu = torch.cuda.is_available() and not on_cpu
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+        try:
+            _torch().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"the {launched()} processes that WORLD_SIZE speaks of cannot be connected "
+                f"({str(error).splitlines()[0][:200]}); start them with torchrun or `accelerate launch`"
+            ) from None
+        atexit.register(disconnect)
+    return Processes()
+
+
+def disconnect() -> None:
+    """Close the connection; a process that ends with it open may be taken for one that failed."""
+    if _connected():
+        _torch().destroy_process_group()
+        # A thread of gloo's lets go of the last message's tensor after the one that waited for it has gone on, and
+        # needs the interpreter's lock for that; where there is no interpreter any more, it aborts the process.
+        time.sleep(_FAREWELL)
+
+
+def _torch() -> Any:
+    import torch.distributed
+
+    return torch.distributed
+
+
+def _connected() -> bool:
+    return "torch" in sys.modules and bool(_torch().is_available() and _torch().is_initialized())
+
+
+# -- versions and the machine ------------------------------------------------------------------------------------------
+
+_PACKAGES: Final = "regiongpt torch transformers tokenizers safetensors accelerate numpy pillow pycocotools shapely"
 
 
 @cache
-def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+def versions(packages: tuple[str, ...] = tuple(_PACKAGES.split())) -> dict[str, str]:
     """The versions of packages that results may depend on."""
     found = {}
     for name in packages:
@@ -33,33 +161,26 @@ def commit() -> dict[str, Any] | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / "pyproject.toml").is_file():  # installed: a repository around it would be someone else's
         return None
+
+    def git(*words: str) -> list[str]:
+        run = subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True)
+        return run.stdout.splitlines()
+
     try:
-        head = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--", "src")
+        (head,), changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "src")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"hash": head, "changed": [line[3:] for line in changed.split("\n") if line]}
-
-
-def _git(root: Path, *words: str) -> str:
-    return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout.rstrip()
+    return {"hash": head, "changed": [line[3:] for line in changed]}
 
 
 def machine() -> dict[str, Any]:
     """Processor, cores and accelerator."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": _cpu(), "cores": usable, "gpu": _gpu(), "system": f"{platform.system()} {platform.machine()}"}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _gpu() -> str | None:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": cores, "gpu": gpu, "system": f"{platform.system()} {platform.machine()}"}

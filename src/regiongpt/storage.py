@@ -1,15 +1,17 @@
-"""Files: written whole or not at all, read with one-line errors, hashed, and locked against a second writer."""
+"""Files: written whole or not at all, read with one-line errors, hashed, locked; and finished work by key."""
 
 import hashlib
 import json
 import math
 import os
 import shutil
+import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError, short
 
@@ -98,7 +100,7 @@ def check_writable(path: str | Path) -> None:
 
 def check_checkpoint(folder: str | Path) -> None:
     """Raise CheckpointError for a folder that lacks a file of a checkpoint, without torch."""
-    folder = _as_path(folder)
+    folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a checkpoint folder; there is none at this path")
     index = folder / "model.safetensors.index.json"
@@ -113,19 +115,13 @@ def check_checkpoint(folder: str | Path) -> None:
         raise CheckpointError(f"the checkpoint {folder} lacks {', '.join(missing)}; copy the whole folder again")
 
 
-def _as_path(folder: Any) -> Path:
-    if not isinstance(folder, str | os.PathLike):
-        raise ConfigError(f"expected the path of a folder, got {short(folder)}")
-    return Path(folder)
-
-
 def check_new(folder: str | Path | None) -> None:
     """Raise ConfigError for a folder to write that has something in it, or cannot be there."""
     if folder is None:
         return
-    if folder == "":
-        raise ConfigError("out: expected a folder, got an empty path")
-    folder = _as_path(folder)
+    if not isinstance(folder, str | os.PathLike) or not str(folder):
+        raise ConfigError(f"out: expected the path of a folder, got {short(folder)}")
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: expected a new or an empty folder, but it has something in it; choose another")
 
@@ -199,3 +195,84 @@ def reason(error: BaseException) -> str:
         return f"byte {error.start} is not UTF-8"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__
+
+
+# -- finished work by key ----------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Finished work: JSON values by key in a folder, kept as they come; a kill at any moment loses nothing added.
+
+    Each process adds to a SQLite file of its own and reads the files of all, so processes never wait for each other
+    and may run on several machines.
+
+    Args:
+        folder: Made when the first value is added.
+        writer: Number of this process, from 0.
+    """
+
+    def __init__(self, folder: str | Path, writer: int = 0) -> None:
+        self.folder = Path(folder)
+        self._file = self.folder / f"{writer:05d}.sqlite"
+        self._open: sqlite3.Connection | None = None
+
+    def __enter__(self) -> Self:
+        """Open this process's file for adding; DataError where it cannot be written, or is damaged."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with _one_line(self._file):
+            self._open = _connect(self._file)
+            self._open.execute("PRAGMA journal_mode=WAL")
+            self._open.execute("PRAGMA synchronous=NORMAL")
+            self._open.execute("CREATE TABLE IF NOT EXISTS done (key TEXT NOT NULL, value TEXT NOT NULL)")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._open is not None
+        self._open.close()
+        self._open = None
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Write values, all or none of them; a kill after it returns loses none. DataError on a full disk."""
+        assert self._open is not None, "add() inside the store's with block"
+        rows = [(key, json.dumps(value, allow_nan=False)) for key, value in values.items()]
+        with _one_line(self._file), self._open as transaction:
+            transaction.execute("BEGIN")
+            transaction.executemany("INSERT INTO done VALUES (?, ?)", rows)
+
+    def keys(self) -> set[str]:
+        """The keys that any process has added; DataError where a file is damaged."""
+        return {key for (key,) in self._rows("SELECT key FROM done")}
+
+    def get(self, keys: Collection[str]) -> dict[str, Any]:
+        """The values of those keys that any process has added; DataError where a file is damaged."""
+        wanted = set(keys)
+        found: dict[str, Any] = {}
+        rows = (row for row in self._rows("SELECT key, value FROM done") if row[0] in wanted)
+        with _one_line(self.folder):
+            while some := list(islice(rows, 1000)):  # parsed together, which takes half the time
+                names, texts = zip(*some, strict=True)
+                found.update(zip(names, json.loads(f"[{','.join(texts)}]"), strict=True))
+        return found
+
+    def _rows(self, query: str) -> Iterator[tuple[str, ...]]:
+        for path in sorted(self.folder.glob("*.sqlite")):
+            with _one_line(path), closing(_connect(path)) as connection:
+                if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'done'").fetchone():
+                    yield from connection.execute(query)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=60, isolation_level=None)
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, ValueError) as error:
+        if isinstance(error, sqlite3.OperationalError) and "UTF-8" not in str(error):
+            told = "cannot be read or written: {}; free some space or check its permissions"
+        else:
+            told = "damaged: {}; delete it, and its part is done again"
+        raise DataError(f"{path}: {told.format(reason(error))}") from None

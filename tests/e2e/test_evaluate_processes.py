@@ -13,7 +13,7 @@ import pytest
 from pictures import draw_pictures
 
 from regiongpt.evaluate.report import read_run
-from regiongpt.store import Store
+from regiongpt.storage import Store
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from tiny_checkpoint import make_checkpoint

@@ -1,8 +1,6 @@
 """Converted records train a checkpoint: drawn pictures from end to end, stages, interruptions, and what is refused."""
 
-import json
 import logging
-import os
 import re
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from regiongpt.train.recipe import Recipe
 ROOT = Path(__file__).parents[2]
 TOWER = "google/siglip-so400m-patch14-384"
 RECIPE = ROOT / "configs" / "finetune_records.toml"
-DATA = Path(os.environ.get("REGIONGPT_DATA", ROOT.parent / "shared" / "data"))
 SMALL = ["--stage2.batch_size=4", "--stage2.micro_batch_size=2", "--stage2.save_steps=1", "--stage2.log_steps=1"]
 FIRST = [word.replace("stage2", "stage1") for word in SMALL]
 
@@ -185,30 +182,3 @@ def test_a_start_of_another_shape_is_refused_with_every_difference(
     error = capsys.readouterr().err
     assert "vision.hidden_size is 32 there and 1152 here" in error
     assert "region_grid" not in error
-
-
-@pytest.mark.slow
-def test_real_photographs_take_the_small_model_further(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    photos = DATA / "coco_photos"
-    if not photos.is_dir():
-        pytest.skip(f"needs the annotated photographs, which are not at {photos}")
-    whole = json.loads((photos / "instances_train.json").read_text())
-    whole["images"] = whole["images"][:24]
-    chosen = {image["id"] for image in whole["images"]}
-    whole["annotations"] = [each for each in whole["annotations"] if each["image_id"] in chosen]
-    (tmp_path / "instances.json").write_text(json.dumps(whole))
-    convert_coco(tmp_path / "instances.json", photos / "images", tmp_path / "records")
-    records = RecordSet(tmp_path / "records")
-    assert 20 <= len({record.image for record in records}) <= 24
-    assert list(check(records, load_processor())) == []
-    with caplog.at_level(logging.INFO):
-        words = ["--stage2.batch_size=8", "--stage2.save_steps=10", "--stage2.log_steps=1"]
-        assert run(Path("nano"), tmp_path / "run", f"--data.mixture={tmp_path / 'records'}", *words) == 0
-    losses = [float(loss) for loss in re.findall(r"stage2: step \d+ of \d+, loss ([0-9.]+)", caplog.text)]
-    assert len(losses) == -(-len(records) // 8)
-    assert all(0 < loss < 10 for loss in losses)
-    assert changed(tensors(weights.nano_path()), tensors(tmp_path / "run" / "stage2" / "model")) == {
-        "refinement",
-        "connector",
-        "language_model",
-    }

@@ -85,14 +85,6 @@ def test_the_page_tells_of_the_run_and_needs_no_other_file(runs: dict[str, Path]
         assert f"<dt>{field}</dt>" in page
 
 
-def test_the_recipe_of_another_release_is_shown_as_it_is(runs: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(runs["plain"], tmp_path / "run")
-    notes = json.loads((tmp_path / "run" / "run.json").read_text())
-    notes["config"]["engine"]["turbo"] = "on"
-    (tmp_path / "run" / "run.json").write_text(json.dumps(notes))
-    assert "<dt>turbo</dt><dd>on</dd>" in write_report(tmp_path / "run").read_text()
-
-
 def test_the_page_of_a_run_that_was_killed_is_made_of_what_there_is(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,8 +20,7 @@ from regiongpt.evaluate.report import PAGE, TaskRun, changes, read_run, worst
 from regiongpt.evaluate.run import answer_image, load_items, make_manifest
 from regiongpt.evaluate.task import Answer, Result, RunOptions
 from regiongpt.model import weights
-from regiongpt.storage import locked
-from regiongpt.store import Store
+from regiongpt.storage import Store, locked
 
 
 def read_lines(path: Path) -> list[dict]:

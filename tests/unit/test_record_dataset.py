@@ -173,7 +173,7 @@ def test_a_long_conversation_is_cut_where_a_turn_ends(folder: Path, caplog: pyte
         assert torch.equal(example["labels"], whole["labels"][:length])
         assert int((example["input_ids"] == processor.region_token_id).sum()) == len(example["region_ids"])
         assert len(caplog.records) == 1
-        assert f"of {len(whole['labels'])} tokens in 10 turn(s) is longer than" in caplog.text
+        assert f"{len(whole['labels'])} tokens in 10 turn(s)" in caplog.text
         caplog.clear()
 
 
@@ -185,7 +185,7 @@ def test_a_long_answer_is_cut_and_a_question_that_leaves_no_room_for_one_is_refu
     assert torch.equal(example["input_ids"], whole["input_ids"][:90])
     assert torch.equal(example["labels"], whole["labels"][:90])
     assert example["region_ids"].tolist() == [0, 0]
-    with pytest.raises(DataError, match="record a: expected a question that leaves room for an answer in the 12"):
+    with pytest.raises(DataError, match="record a: a question leaves no room for an answer in the language model's 12"):
         dataset(processor, 12).encode(draw(folder, one))
 
 
@@ -197,7 +197,7 @@ def test_a_long_answer_is_cut_and_a_question_that_leaves_no_room_for_one_is_refu
         (record(chat("What is it?", "<region9>")), "<region9> stands for region 9"),
         (record(chat("What?", "A cat"), image="none.png"), "there is no such file"),
         (record(chat("What?", "A cat"), image="text.png"), "that PIL cannot read"),
-        (record(chat("What?", "A cat"), image="wide.png"), r"expected an image of 40 x 30 .*got 41 x 30"),
+        (record(chat("What?", "A cat"), image="wide.png"), "expected an image of 40 x 30 pixels, got 41 x 30"),
     ],
 )
 def test_a_record_from_which_nothing_can_be_learnt_is_refused_by_its_name(

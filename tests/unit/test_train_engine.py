@@ -20,7 +20,7 @@ from learning import Examples, collate, example, full_disk, learn, settings
 from tiny import text_config, tiny_model
 from transformers import LlamaConfig
 
-from regiongpt.distributed import Processes
+from regiongpt.environment import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.train.checkpoint import Checkpoints, damage, require_settings
 from regiongpt.train.dataset import answer_loss
@@ -277,7 +277,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_records(packing: bool, tmp
     message = str(error.value)
     assert "stage2, step 3: a loss of" in message
     assert f"the last good checkpoint is {tmp_path}/checkpoint-2" in message
-    assert "record-20, record-21 " in message
+    assert "record-20, record-21," in message
     assert "checkpoint-3" not in names(tmp_path)
     assert damage(tmp_path / "checkpoint-2") is None
 

@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from regiongpt.console import progress, progress_shown
-from regiongpt.distributed import launched
+from regiongpt.environment import launched
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.images import load_image
 from regiongpt.prompts import question

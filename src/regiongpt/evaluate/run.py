@@ -17,8 +17,7 @@ import regiongpt
 from regiongpt.console import progress
 from regiongpt.data.reading import TRUNCATED, known_size
 from regiongpt.data.shards import file_identity
-from regiongpt.distributed import Processes, connect, launched
-from regiongpt.environment import commit, machine, versions
+from regiongpt.environment import Processes, commit, connect, launched, machine, versions
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError, naming
 from regiongpt.evaluate.predictions import read_predictions
 from regiongpt.evaluate.report import (
@@ -33,8 +32,7 @@ from regiongpt.evaluate.report import (
 )
 from regiongpt.evaluate.task import Answer, Item, RunOptions, Task
 from regiongpt.images import load_image
-from regiongpt.storage import digest, locked, reason, sha256, write_file, write_json, writing
-from regiongpt.store import Store
+from regiongpt.storage import Store, digest, locked, reason, sha256, write_file, write_json, writing
 
 if TYPE_CHECKING:
     from torch import Tensor

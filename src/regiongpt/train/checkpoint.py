@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from regiongpt.distributed import Processes
+from regiongpt.environment import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.settings import Settings
 from regiongpt.storage import read_json, reason, sha256

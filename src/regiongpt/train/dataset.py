@@ -52,43 +52,40 @@ class RecordDataset(Dataset[Example]):
         longest: int | None = None,
         suffixes: bool = True,
     ) -> None:
-        self.mixture, self.processor, self.items, self.longest = mixture, processor, items, longest
-        self.suffixes = suffixes
-        self._told = False
+        self.mixture, self.processor, self.items = mixture, processor, items
+        self.longest, self.suffixes, self._told = longest, suffixes, False
 
     def __len__(self) -> int:
         return self.items
 
     def __getitem__(self, item: int) -> Example:
-        """One example: what ``processor.encode_conversation`` makes, and ``tasks``.
-
-        Raises:
-            DataError: The image is missing, not readable or of another size; a region makes no sense in it; a
-                placeholder has no region; there is nothing to learn.
-        """
+        """One example; raises as :meth:`encode` does."""
         return self.encode(self.mixture.draw(item))
 
     def name_of(self, item: int) -> str:
         """Folder and id of an item's record."""
         drawn = self.mixture.draw(item)
-        return f"{drawn.records.folder}:{drawn.records[drawn.index].id}"
+        return f"{drawn.records.folder}:{drawn.record().id}"
 
     def encode(self, drawn: Drawn) -> Example:
-        """The example of one record; raises as :meth:`__getitem__` does."""
+        """The example of a record: what ``processor.encode_conversation`` makes, and ``tasks``.
+
+        Raises:
+            DataError: The image is missing, not readable or of another size; a region makes no sense in it; a
+                placeholder has no region; there is nothing to learn.
+        """
         record = drawn.records[drawn.index]
         where = f"{drawn.records.folder}, record {record.id}"
         try:
             path = drawn.records.image_path(record)
             if path is None:
-                return self._encode_turns(record, drawn, None, where)
+                return self._encode_turns(record, drawn, None)
             image = load_image(path)
             if image.size != (record.width, record.height):
-                raise DataError(
-                    f"expected an image of {record.width} x {record.height} (W x H), the size its regions are "
-                    f"given in, got {image.width} x {image.height}: {path}"
-                )
+                size = f"{record.width} x {record.height}"
+                raise DataError(f"expected an image of {size} pixels, got {image.width} x {image.height}: {path}")
             weights = self.processor.region_inputs([each.region for each in record.regions], *image.size)
-            example = self._encode_turns(record, drawn, weights, where)
+            example = self._encode_turns(record, drawn, weights)
             example["pixel_values"] = self.processor.pixels_of(image)[0]
         except (DataError, RegionError) as error:
             raise DataError(f"{where}: {error}; `regiongpt inspect` checks all records of a folder") from error
@@ -98,9 +95,9 @@ class RecordDataset(Dataset[Example]):
         """A record and its tokens and targets; its image is not read."""
         record = drawn.records[drawn.index]
         weights = torch.zeros(len(record.regions) * self.processor.tokens_per_region, 1, 1)
-        return record, self._encode_turns(record, drawn, weights, f"{drawn.records.folder}, record {record.id}")
+        return record, self._encode_turns(record, drawn, weights)
 
-    def _encode_turns(self, record: Record, drawn: Drawn, weights: Tensor | None, where: str) -> Example:
+    def _encode_turns(self, record: Record, drawn: Drawn, weights: Tensor | None) -> Example:
         messages = record.messages(self.mixture.seed, drawn.times, drawn.index, self.suffixes)
 
         def encode(count: int) -> Example:
@@ -117,20 +114,13 @@ class RecordDataset(Dataset[Example]):
             ids, labels = example["input_ids"][: self.longest], example["labels"][: self.longest]
             if bool((labels == IGNORED).all()):
                 raise DataError(
-                    f"expected a question that leaves room for an answer in the {self.longest} tokens that the "
-                    "language model reads, got one that does not"
+                    f"a question leaves no room for an answer in the language model's {self.longest} tokens"
                 )
             regions = int((ids == self.processor.region_token_id).sum())
             example |= {"input_ids": ids, "labels": labels, "region_ids": example["region_ids"][:regions]}
             if not self._told:
-                log.warning(
-                    "%s: a conversation of %d tokens in %d turn(s) is longer than the language model's %d; what does "
-                    "not fit is left out, here and in others like it",
-                    where,
-                    tokens,
-                    turns,
-                    self.longest,
-                )
+                told = "%s: %d tokens in %d turn(s) are more than the model's %d; the rest is cut, here and elsewhere"
+                log.warning(told, record.id, tokens, turns, self.longest)
                 self._told = True
         example["tasks"] = task_numbers(example["labels"], [turn.task for turn in record.turns])
         return example

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from transformers import set_seed
 
-from regiongpt.distributed import connect
+from regiongpt.environment import connect
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.model.processing import IGNORED
 from regiongpt.storage import writing
@@ -64,11 +64,9 @@ def run_stage(
     """Train the parameters that require gradients, in as many processes as were started together.
 
     Args:
-        name: Name of the stage in the log and in its checkpoints.
-        model: Trained in place. If it is sharded, the first process has it whole afterwards, the others without
-            content.
-        dataset: As long as the whole run: one pass over it is the stage. If it has ``name_of(item)``, a bad step is
-            reported by those names.
+        name: Name of the stage in the log.
+        model: Trained in place. If it is sharded, the first process alone has it afterwards.
+        dataset: The whole run; one pass over it is the stage. ``name_of(item)``, if it has that, names bad records.
         collate: Makes a padded batch.
         loss: A sum over targets, divided by the number of them in the whole optimiser step.
         config: Hyper-parameters.
@@ -79,9 +77,6 @@ def run_stage(
         dev: Dev data. The weights with the lowest dev loss are restored at the end.
         made_of: What else a checkpoint in the folder must share for the stage to resume from it, as plain values.
         utilisation: Share of the hardware's peak that a step has reached, from its line of the log.
-
-    Returns:
-        The finished loop.
 
     Raises:
         ConfigError: Options do not go with each other, with the number of processes, or with the checkpoint.
@@ -256,9 +251,8 @@ class Loop:
         name = getattr(self.dataset, "name_of", lambda item: f"item {item}")
         raise DataError(
             f"{self.name}, step {self.progress.step + 1}: a loss of {', '.join(f'{loss:g}' for _, loss in wrong[:4])} "
-            f"and a gradient of {norm:g} are not finite; nothing of the step was kept, and the last good checkpoint is "
-            f"{self.checkpoints.newest() or 'the one that the stage began with'}; inspect the records "
-            f"{', '.join(map(name, items))} with `regiongpt inspect`, or lower the learning rate"
+            f"and a gradient of {norm:g} are not finite; the last good checkpoint is {self.checkpoints.newest()}; "
+            f"inspect the records {', '.join(map(name, items))}, or lower the learning rate"
         )
 
     def _batches(
@@ -352,13 +346,6 @@ class StepBatches(Sequence[list[int]]):
     Optimiser step k takes the items from ``k * batch_size`` on. Where the last step has too few items for all
     processes, one that is left without gets the step's first, as ``-1 - item``: that item without targets, which takes
     part in all that is computed together, and adds nothing.
-
-    Args:
-        items: Length of the data set.
-        batch_size: Items of an optimiser step, over all processes.
-        micro_batch_size: Items of a micro-batch; micro-batches of all processes together divide ``batch_size``.
-        rank: Number of this process.
-        processes: Number of processes.
     """
 
     def __init__(self, items: int, batch_size: int, micro_batch_size: int, rank: int = 0, processes: int = 1) -> None:
@@ -381,18 +368,14 @@ class StepBatches(Sequence[list[int]]):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A micro-batch of one process.
-
-    A record's ``fault`` is raised in the training process: an error raised in a loading process would arrive with that
-    process's stack in its message.
-    """
+    """A micro-batch of one process."""
 
     inputs: dict[str, Any]  # arguments of the loss
     items: tuple[int, ...]  # numbers of its conversations in the data set
     targets: int = 0
     tokens: int = 0  # without padding
     images: int = 0  # conversations with one
-    fault: RegionGPTError | None = None
+    fault: RegionGPTError | None = None  # raised in the training process: here its message would hold a stack
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory; PyTorch's loader asks for it by this name."""
@@ -400,11 +383,13 @@ class Batch:
         return replace(self, inputs=pinned)
 
 
+@dataclass
 class _MicroBatches(Dataset[Batch]):
     """Micro-batches by their number."""
 
-    def __init__(self, dataset: Dataset[Example], collate: Collate, plan: StepBatches) -> None:
-        self.dataset, self.collate, self.plan = dataset, collate, plan
+    dataset: Dataset[Example]
+    collate: Collate
+    plan: StepBatches
 
     def __getitem__(self, number: int) -> Batch:
         numbers = self.plan[number]
@@ -503,25 +488,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
     """AdamW, whose groups differ in part of the model, learning rate and weight decay; matrices alone decay."""
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            visual = name.startswith(("refinement.", "connector."))
+            visual, decays = name.startswith(("refinement.", "connector.")), parameter.ndim > 1
             part = "visual" if visual else "lora" if "lora_" in name else "language"
-            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "name": part,
-                "peak": (config.visual_lr or config.lr) if part == "visual" else config.lr,
-                "weight_decay": config.weight_decay if decays else 0.0,
-            }
-            for (part, decays), parameters in groups.items()
-        ],
-        betas=(0.9, 0.98),
-        eps=1e-8,
-    )
+            rate = (config.visual_lr or config.lr) if visual else config.lr
+            group = {"params": [], "name": part, "peak": rate, "weight_decay": config.weight_decay if decays else 0.0}
+            groups.setdefault((part, decays), group)["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), eps=1e-8)
 
 
 def rate_at(step: int, steps: int, warmup_ratio: float) -> float:

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
 from regiongpt.data.mixture import Mixture, open_mixture
-from regiongpt.distributed import Processes, connect
+from regiongpt.environment import Processes, connect
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.images import load_image
 from regiongpt.model import weights

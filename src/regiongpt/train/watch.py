@@ -22,8 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from regiongpt.data.mixture import Mixture
-from regiongpt.distributed import launched
-from regiongpt.environment import commit, machine, versions
+from regiongpt.environment import commit, launched, machine, versions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.report import Curve, line_chart, short, write_page
 from regiongpt.storage import read_json, reason, write_file, write_json, writing
