@@ -220,7 +220,7 @@ def judged_view() -> tuple[View, dict[int, str]]:
         ("relation", "Region [1] is left of Region [3].", [False]),
         ("presence", "No.", [False]),
         ("presence", "Yes, there are two dogs in the image.", [True, True]),
-        ("presence", "Yes, the photo shows a cat.", [False, False]),
+        ("presence", "Yes, the photo shows a cat.", [False]),
         ("presence", "Yes, there are three people in the image.", [True, None]),
         ("presence", "No, there is no bus in the image.", [True]),
     ],
@@ -296,7 +296,7 @@ def test_the_share_of_true_claims_stands_beside_what_a_constant_would_reach(fact
     half = {"true": (0.5, 2), "constant": (0.5, 2), "undecided": (0.0, 2)}
     assert found["claims, class"] == found["claims, place"] == found["claims, relation"] == half
     assert found["claims, colour"] == {"true": (1.0, 1), "constant": (1.0, 1), "undecided": (0.5, 2)}
-    assert found["claims, count"]["true"] == (2 / 3, 3)
+    assert found["claims, count"]["true"] == (0.5, 2)
     assert found["claims, presence"]["true"] == (0.5, 2)
     assert "claims, size" not in found
     assert any("1 sentence not read, so not judged: 'I see none.' (1)" in note for note in result.notes)
@@ -304,6 +304,13 @@ def test_the_share_of_true_claims_stands_beside_what_a_constant_would_reach(fact
     (rows,) = result.tables.values()
     assert ["colour", "blue", "1", "0", "0", "1", "0.0"] in rows
     assert ["class", "dog", "2", "1", "1", "0", "50.0"] in rows
+
+
+def test_a_question_without_an_answer_claims_nothing(facts):
+    task, items = facts
+    result = task.score(items, {"classify-1-7": Answer(text="dog")}, resamples=0)
+    assert result.protocols["claims, all"]["true"].of == 1
+    assert any("question ids" in note for note in result.notes)
 
 
 def test_answers_about_one_region_agree_or_not(facts):

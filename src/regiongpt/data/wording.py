@@ -250,8 +250,8 @@ def _meant(found: Mapping[str, str]) -> Iterator[Claim]:
         elif slot == "some":
             number, _, rest = words.partition(" ")
             yield Claim("presence", "yes", _named(words), region=0)
-            if number in NUMBERS or number in ("a", "an"):
-                yield Claim("count", number if number in NUMBERS else "one", _named(rest), region=0)
+            if number in NUMBERS:
+                yield Claim("count", number, _named(rest), region=0)
 
 
 def _named(words: str) -> str:

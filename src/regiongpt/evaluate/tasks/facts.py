@@ -44,6 +44,7 @@ class Facts(Task):
 
     name: ClassVar[str] = "facts"
     summary: ClassVar[str] = "are the claims in a model's answers true? needs COCO annotations alone"
+    item_id: ClassVar[str] = "question id"
     by: ClassVar[tuple[str, ...]] = ("question",)
 
     split: str = "dev"
