@@ -52,6 +52,7 @@ def tiny_parts(
         image_size=config.image_size,
         num_image_tokens=config.num_image_tokens,
         refined_grid=config.refined_grid,
+        region_boxes=bool(config.region_position),
         chat_template=template,
     )
     return model, processor

@@ -15,8 +15,7 @@ from sentences import describe, relate, say_presence
 
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import COLOURS, MIN_AREA, View, ViewObject, clashing, distinctions, relation
-from regiongpt.data.sampling import fitting_expression
-from regiongpt.data.wording import express, noun, pick, with_article
+from regiongpt.data.wording import CALLED, express, fitting_expression, noun, pick, with_article
 from regiongpt.errors import ConfigError, RegionError
 from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
 from regiongpt.regions import Region
@@ -183,7 +182,7 @@ class ConversationSampler:
 
     def _classify(self, rng: np.random.Generator, each: ViewObject) -> _Plan:
         wording, guided = int(rng.integers(10)), rng.random() >= FREE_SHARE
-        answer = each.category if guided else f"It is {with_article(noun(each.category))}."
+        answer = each.category if guided else CALLED.format(a=with_article(noun(each.category)))
 
         def write(numbers: list[int]) -> tuple[str, str]:
             suffix = guided and self.suffixes

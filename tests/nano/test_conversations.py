@@ -13,8 +13,8 @@ from pictures import annotated
 from sentences import describe, say_presence
 
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
-from regiongpt.data.facts import View
-from regiongpt.data.sampling import dev_questions
+from regiongpt.data.facts import COLOURS, View, ViewObject, holds
+from regiongpt.data.wording import dev_questions, read
 from regiongpt.errors import ConfigError
 from regiongpt.prompts import (
     COCO_80,
@@ -64,7 +64,11 @@ def test_conversations_are_well_formed_and_the_same_for_the_same_arguments(flip)
 
 def owner(view: View, bounds: tuple) -> str:
     """Class of the object whose box is closest to a region's."""
-    return min(view.objects, key=lambda o: float(np.abs(np.subtract(o.box, bounds)).max())).category
+    return closest(view, bounds).category
+
+
+def closest(view: View, bounds: tuple) -> ViewObject:
+    return min(view.objects, key=lambda o: float(np.abs(np.subtract(o.box, bounds)).max()))
 
 
 def turns_of(sampler: ConversationSampler) -> Iterator[tuple[View, Conversation, str, str, str]]:
@@ -180,6 +184,32 @@ def test_development_questions():
 
     with pytest.raises(ConfigError, match="'sing'"):
         dev_questions(IMAGES, "sing")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_every_sentence_is_read_back_and_none_of_its_claims_is_false(flip):
+    mix = {"classify": 4, "describe": 8, "caption": 4, "relation": 6, "presence": 8}
+    sampler = ConversationSampler(ClassStatistics.of(IMAGES), mix)
+    kinds: Counter[str] = Counter()
+    for index, image in enumerate(IMAGES):
+        view = View(image, (20, 10, 180, 110), flip)
+        colours = {each.id: COLOURS[each.id % 11] for each in image.objects if each.id % 3}
+        for epoch in range(3):
+            talk = sampler.sample(view, colours, 0, index, epoch)
+            for asked, said, task in zip(talk.messages[::2], talk.messages[1::2], talk.tasks, strict=True):
+                claims, unread = read("describe" if task == "caption" else task, said["content"])
+                assert not unread
+                assert claims
+                kinds.update(claim.kind for claim in claims)
+                numbers = placeholders(asked["content"])
+                about = [closest(view, talk.regions[number - 1].bounds(160, 100)) for number in numbers]
+                if task == "relation":  # regions are cited by the numbers of the conversation
+                    about = [closest(view, region.bounds(160, 100)) for region in talk.regions]
+                    names = [about[number - 1] for number in numbers]
+                    about = about if "Region" in said["content"] else names
+                wanted = max((c for c in COCO_80 if re.search(rf"\b{c}\b", asked["content"])), key=len, default="")
+                assert not any(holds(claim, view, about, colours, wanted) is False for claim in claims), said
+    assert set(kinds) == {"class", "colour", "size", "place", "count", "relation", "presence"}
 
 
 def test_a_crowd_is_there():

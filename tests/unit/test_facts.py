@@ -1,22 +1,30 @@
 """Facts on hand-made views: each is checked where it is clear, and silent where it is not."""
 
+import json
+from collections import Counter
+
 import numpy as np
 import pytest
 from pictures import annotated
+from PIL import Image
 
 from regiongpt.data.facts import (
+    Claim,
     View,
     clashing,
     colour_name,
     colours_of,
     distinctions,
+    holds,
     neighbours,
     place_name,
     relation,
     size_name,
 )
-from regiongpt.data.wording import noun, plural, with_article
+from regiongpt.data.wording import noun, plural, read, with_article
 from regiongpt.errors import DataError
+from regiongpt.evaluate.task import Answer, Item, Result
+from regiongpt.evaluate.tasks.facts import Facts
 
 
 @pytest.mark.parametrize(
@@ -177,3 +185,140 @@ def test_nouns():
     ]  # fmt: skip
     assert with_article(noun("skis", "small", "black")) == "a pair of small black skis"
     assert with_article(noun("orange")) == "an orange"
+
+
+@pytest.fixture(scope="module")
+def judged_view() -> tuple[View, dict[int, str]]:
+    """Two dogs, the left one brown, on the left and in the lower right; a cup in the centre; a crowd of people."""
+    view = View(
+        annotated(
+            ("dog", (2, 40, 22, 60)), ("dog", (78, 78, 98, 98)), ("cup", (47, 47, 53, 53)),
+            ("person", (40, 0, 60, 10), {"iscrowd": True}),
+        )
+    )  # fmt: skip
+    return view, {1: "brown"}
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "true"),
+    [
+        ("classify", "dog", [True]),
+        ("classify", "It is a cat.", [False]),
+        ("describe", "A brown dog on the left of the image.", [True, True, True]),
+        ("describe", "A green dog in the lower left.", [True, False, False]),
+        ("describe", "This is a black dog at the top of the photo.", [True, None, False]),
+        ("describe", "A large dog. It is one of two dogs in the image.", [True, False, True]),
+        ("describe", "A medium-sized dog. It takes up a fair part of the image.", [True, True]),
+        ("describe", "There is a dog in the left half. It is tiny in the image.", [True, True, False]),
+        ("describe", "A dog to the left of the cup. It is the only dog in the picture.", [True, True, False]),
+        ("describe", "This is a dog, above another dog.", [True, False]),
+        ("describe", "A dog. The cup is right of it.", [True, True]),
+        ("describe", "A cat. It is the only cat in the image.", [False, False]),
+        ("describe", "A dog around a bus.", [True, False]),
+        ("relation", "The dog in Region [1] is left of the cup in Region [2].", [True, True, True]),
+        ("relation", "Both are cups; Region [2] is above Region [1].", [True, False, False]),
+        ("relation", "Region [1] is left of Region [3].", [False]),
+        ("presence", "No.", [False]),
+        ("presence", "Yes, there are two dogs in the image.", [True, True]),
+        ("presence", "Yes, the photo shows a cat.", [False]),
+        ("presence", "Yes, there are three people in the image.", [True, None]),
+        ("presence", "No, there is no bus in the image.", [True]),
+    ],
+)
+def test_claims_are_read_and_held_against_the_view(judged_view, task, text, true):
+    view, colours = judged_view
+    claims, unread = read(task, text)
+    assert not unread
+    regions = [view.objects[0]] if task in ("classify", "describe") else [view.objects[0], view.objects[2]]
+    assert [holds(claim, view, regions, colours, "dog") for claim in claims] == true
+
+
+def test_what_no_template_writes_is_not_read():
+    assert read("describe", "A dog. It barks. Dog?")[1] == ["It barks.", "Dog?"]
+    assert read("presence", "Maybe.") == ([], ["Maybe."])
+
+
+def test_a_place_and_its_name_agree():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        x, y = np.sort(rng.uniform(0, 100, (2, 2)), axis=1)
+        view = View(annotated(("cup", (x[0], y[0], x[1], y[1]))))
+        place = place_name(view.objects[0].box, 100, 100)
+        assert place is None or holds(Claim("place", place), view, view.objects, {})
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory) -> tuple[Facts, list[Item]]:
+    """A brown dog on the left, and a cup in the centre, of one image."""
+    root = tmp_path_factory.mktemp("facts")
+    (root / "images").mkdir()
+    pixels = np.full((100, 200, 3), (225, 200, 165), np.uint8)
+    pixels[30:70, 5:45] = (110, 70, 40)
+    Image.fromarray(pixels).save(root / "images" / "1.png")
+    boxes = {7: ("dog", [5, 30, 40, 40]), 8: ("cup", [90, 40, 20, 20])}
+    names = {"dog": 18, "cup": 47}
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 200, "height": 100}],
+        "annotations": [
+            {"id": k, "image_id": 1, "category_id": names[name], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            for k, (name, box) in boxes.items()
+        ],
+        "categories": [{"id": number, "name": name} for name, number in names.items()],
+    }
+    (root / "instances_dev.json").write_text(json.dumps(content))
+    task = Facts(data=root)
+    return task, task.items()
+
+
+def scores(facts: tuple[Facts, list[Item]], said: dict[str, str]) -> Result:
+    task, items = facts
+    return task.score(items, {item.id: Answer(text=said.get(item.id, "")) for item in items}, resamples=0)
+
+
+def test_every_object_some_pairs_and_as_many_classes_as_are_not_there_are_asked_about(facts):
+    _, items = facts
+    asked = Counter(item.groups["question"] for item in items)
+    assert asked == {"describe": 2, "brief": 2, "classify": 2, "ask": 2, "relation": 2, "presence": 4}
+    assert [item.truth for item in items if item.groups["question"] == "presence"][:2] == ["cup", "dog"]
+
+
+def test_the_share_of_true_claims_stands_beside_what_a_constant_would_reach(facts):
+    said = {
+        "describe-1-7": "A brown dog on the left of the image. It is the only dog in the image.",
+        "describe-1-8": "A blue dog on the left of the image. The dog is the only dog in the image.",
+        "relation-1-7-8": "Region [1] is left of Region [2].",
+        "relation-1-8-7": "Region [1] is left of Region [2].",
+        "presence-1-dog": "Yes, there is a dog in the image.",
+        "presence-1-cup": "No. I see none.",
+    }
+    result = scores(facts, said)
+    found = {name: {k: (v.value, v.of) for k, v in each.items()} for name, each in result.protocols.items()}
+    half = {"true": (0.5, 2), "constant": (0.5, 2), "undecided": (0.0, 2)}
+    assert found["claims, class"] == found["claims, place"] == found["claims, relation"] == half
+    assert found["claims, colour"] == {"true": (1.0, 1), "constant": (1.0, 1), "undecided": (0.5, 2)}
+    assert found["claims, count"]["true"] == (0.5, 2)
+    assert found["claims, presence"]["true"] == (0.5, 2)
+    assert "claims, size" not in found
+    assert any("1 sentence not read, so not judged: 'I see none.' (1)" in note for note in result.notes)
+    assert any("4.00 claims a description; 2 distinct descriptions of 2" in note for note in result.notes)
+    (rows,) = result.tables.values()
+    assert ["colour", "blue", "1", "0", "0", "1", "0.0"] in rows
+    assert ["class", "dog", "2", "1", "1", "0", "50.0"] in rows
+
+
+def test_a_question_without_an_answer_claims_nothing(facts):
+    task, items = facts
+    result = task.score(items, {"classify-1-7": Answer(text="dog")}, resamples=0)
+    assert result.protocols["claims, all"]["true"].of == 1
+    assert any("question ids" in note for note in result.notes)
+
+
+def test_answers_about_one_region_agree_or_not(facts):
+    said = {
+        "classify-1-7": "dog", "describe-1-7": "A dog.", "brief-1-7": "A cat.", "ask-1-7": "It is a dog.",
+        "classify-1-8": "cup", "describe-1-8": "A cup.", "ask-1-8": "Cup!",
+        "presence-1-dog": "Yes.", "presence-1-cup": "No.",
+    }  # fmt: skip
+    figures = scores(facts, said).protocols["agreement"]
+    shares = {name.split()[0]: (each.value, each.of) for name, each in figures.items()}
+    assert shares == {"describe": (1.0, 2), "brief": (0.0, 2), "ask": (0.5, 2), "presence": (0.5, 2)}

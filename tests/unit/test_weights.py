@@ -149,6 +149,22 @@ def test_cells_may_carry_the_mark_of_an_image(tower: Path, language: Path, tmp_p
     assert weights.load(tmp_path)[0].config.image_marks
 
 
+def test_regions_may_carry_a_code_of_their_place(tower: Path, language: Path, tmp_path: Path) -> None:
+    plain, _ = weights.create(tower, language, region_grid=2)
+    model, coding = weights.create(tower, language, out=tmp_path, region_grid=2, region_position=3.0)
+    model.load_state_dict(plain.state_dict())
+    inputs = _visual(ask(coding))
+    after, is_region = model.embed(**inputs), inputs["input_ids"] == model.config.region_token_id
+    before = plain.embed(**{**inputs, "region_weights": inputs["region_weights"][:, :, :-1]})
+    assert torch.equal(before[~is_region], after[~is_region])
+    code = (after - before)[is_region].unflatten(0, (-1, 4))
+    torch.testing.assert_close(code.norm(dim=-1), torch.full(code.shape[:2], 3.0))
+    torch.testing.assert_close(code, code[:, :1].expand_as(code))  # each of a region's tokens says the same
+    boxes = coding.region_inputs([Region.box(5, 6, 20, 30), Region.box(40, 0, 99, 15)], 50, 30)[:, -1, :4]
+    torch.testing.assert_close(boxes[[0, 4]], torch.tensor([[0.1, 0.2, 0.4, 1.0], [0.8, 0.0, 1.0, 0.5]]))
+    assert weights.load(tmp_path)[0].config.region_position == 3
+
+
 def _visual(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: inputs[name] for name in ("input_ids", "pixel_values", "region_weights", "region_ids")}
 
@@ -372,6 +388,7 @@ BIAS = "connector.linear_1.bias"
         (edit("config.json", refinement="cubic"), ["cannot read the configuration of", "refinement must be one of"]),
         (edit("config.json", vision_config=5), ["cannot read the configuration of"]),
         (edit("processor_config.json", refined_grid=[8, 8]), ["refined_grid is [8, 8]"]),
+        (edit("config.json", region_position=1.0), ["region_boxes", "region_position"]),
         (edit("config.json", text_config={"model_type": "llama", "hidden_size": 1e300}), ["'hidden_size'"]),
         (index(5), ["not an index of weights"]),
         (more_tokens, ["the tokenizer has", "vocabulary of"]),

@@ -1,4 +1,4 @@
-"""Facts about the objects of a :class:`View` that are true by construction: read off annotations and pixels.
+"""Facts about the objects of annotated images, and whether a claim about them is true.
 
 Where a fact is not clear beyond a threshold, there is none:
 
@@ -21,6 +21,7 @@ from PIL import Image
 
 from regiongpt.data.coco import Box, ImageAnnotations, ObjectAnnotation
 from regiongpt.errors import DataError
+from regiongpt.images import load_image
 
 MIN_VISIBLE = 0.3
 MIN_AREA = 4.0
@@ -48,6 +49,10 @@ SEE_THROUGH = frozenset(
 SIZES = ((0.004, "tiny"), (0.03, "small"), (0.13, "medium-sized"), (0.4, "large"), (1.01, "huge"))
 
 
+LIMITS = {-1: (-np.inf, 0.31), 0: (0.37, 0.63), 1: (0.69, np.inf), -0.5: (-np.inf, 0.42), 0.5: (0.58, np.inf)}
+"""Where a centre clearly lies in a third (-1, 0, 1) or a half of a side, as shares of it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewObject:
     """One object as a view shows it: ``box`` is clipped, in the view's pixels; ``visible`` is the share of box left."""
@@ -66,16 +71,9 @@ class ViewObject:
 
 
 class View:
-    """An annotated image after an optional crop and then an optional horizontal flip.
-
-    Args:
-        annotations: The whole image's.
-        crop: Half-open xyxy in pixels of the original image, or None for all of it.
-        flip: Mirror left and right, after the crop.
+    """An annotated image after an optional crop (half-open xyxy in its pixels), then an optional horizontal flip.
 
     Attributes:
-        width: Width of the view in pixels of the original's scale.
-        height: Its height.
         objects: What is left in sight, crowds included, in annotation order.
         maybe: Classes of which a piece too small to judge is left; neither present nor absent.
     """
@@ -149,12 +147,9 @@ class View:
 
 
 def colour_name(pixels_N3: NDArray[np.uint8]) -> str | None:
-    """The one colour that clearly dominates, of :data:`COLOURS`, or None.
+    """The one of :data:`COLOURS` that clearly dominates uint8 RGB pixels (N, 3), or None.
 
-    Pixels between two names (beige, teal, dark red) belong to none and count against all.
-
-    Args:
-        pixels_N3: uint8 RGB, shape (N, 3).
+    Pixels between two names (beige, teal, dark red) count against all.
     """
     if len(pixels_N3) == 0:
         return None
@@ -192,15 +187,10 @@ def colour_name(pixels_N3: NDArray[np.uint8]) -> str | None:
 
 
 def colours_of(annotations: ImageAnnotations, image: Image.Image | NDArray[np.uint8]) -> dict[int, str]:
-    """Names the colours of an image's objects by annotation id; objects without a clear colour are not in it.
+    """The clear colours of an image's objects, by annotation id.
 
-    Looks at the pixels inside the polygon, or inside the central ellipse of the box (0.7 of its sides), less those
-    inside smaller boxes that lie over it. Objects under 64 px^2, people, and box-only objects one can see through have
-    no colour.
-
-    Args:
-        annotations: Frame of the boxes.
-        image: The same image, RGB, at the annotations' size.
+    Looks at the pixels inside the polygon, or inside the central ellipse of the box (0.7 of its sides), less those of
+    smaller boxes over it. People, objects under 64 px^2 and box-only objects one can see through have no colour.
 
     Raises:
         DataError: The image has another size than the annotations.
@@ -238,8 +228,17 @@ def colours_of(annotations: ImageAnnotations, image: Image.Image | NDArray[np.ui
     return colours
 
 
+def read_colours(annotations: ImageAnnotations) -> dict[int, str]:
+    """:func:`colours_of` an image's file; none where that cannot be read or has another size."""
+    try:
+        image = load_image(annotations.path)
+    except DataError:
+        return {}
+    return colours_of(annotations, image) if image.size == (annotations.width, annotations.height) else {}
+
+
 def _inside(xs: NDArray[Any], ys: NDArray[Any], rings: Sequence[Sequence[float]]) -> NDArray[np.bool_]:
-    """Which points lie in any of the rings, by the even-odd rule; self-crossing rings are no trouble to it."""
+    """Which points lie in any of the rings, by the even-odd rule."""
     found = np.zeros(len(xs), dtype=bool)
     for flat in rings:
         px, py = np.asarray(flat).reshape(-1, 2).T
@@ -260,8 +259,8 @@ def size_name(box: Box, width: float, height: float) -> str:
 def place_name(box: Box, width: float, height: float) -> str | None:
     """Where in the image a box lies, as coarsely as it must be to be clearly true; ``"of the image"`` can follow.
 
-    The centre falls in one cell of a 3x3 grid with gaps between the cells (below 0.31, 0.37 to 0.63, above 0.69 of the
-    side). In a gap only the other axis is named, or the half; a box spanning three quarters of a side is 'across' it.
+    The centre falls in one cell of a 3x3 grid with gaps between the cells. In a gap only the other axis is named, or
+    the half; a box spanning three quarters of a side is 'across' it.
     """
     u, v = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
     wide, tall = box[2] - box[0] > 0.75 * width, box[3] - box[1] > 0.75 * height
@@ -290,19 +289,30 @@ _CELLS = (
     ("on the left", "in the centre", "on the right"),
     ("in the lower left", "at the bottom", "in the lower right"),
 )
+# What a phrase claims of the centre's column and row (keys of LIMITS, None for nothing).
+PLACES: Mapping[str, tuple[float | None, float | None]] = {
+    "in the upper left": (-1, -1), "at the top": (None, -1), "in the upper right": (1, -1),
+    "on the left": (-1, None), "in the centre": (0, 0), "on the right": (1, None),
+    "in the lower left": (-1, 1), "at the bottom": (None, 1), "in the lower right": (1, 1),
+    "on the left side": (-1, None), "in the middle": (0, 0), "on the right side": (1, None),
+    "in the upper part": (None, -1), "in the lower part": (None, 1),
+    "in the upper half": (None, -0.5), "in the lower half": (None, 0.5),
+    "in the left half": (-0.5, None), "in the right half": (0.5, None),
+    "across the top": (None, -1), "across the middle": (None, 0), "across the bottom": (None, 1),
+    "across most": (None, None),
+}  # fmt: skip
 
 
 def _third(share: float) -> int | None:
-    return -1 if share < 0.31 else 1 if share > 0.69 else 0 if 0.37 < share < 0.63 else None
+    return next((k for k in (-1, 0, 1) if LIMITS[k][0] < share < LIMITS[k][1]), None)
 
 
 def relation(a: Box, b: Box) -> str | None:
-    """How ``a`` lies to ``b`` in the image plane, or None when that is not clear.
+    """How ``a`` lies to ``b`` in the image plane, a key of :data:`RELATIONS`, or None when that is not clear.
 
-    Returns:
-        ``"to the left of"``, ``"to the right of"``, ``"above"``, ``"below"``; two of these joined by ``" and "`` when
-        the boxes are apart along both axes; ``"inside"`` (90 % of ``a`` in ``b``, at most 60 % of its size),
-        ``"around"`` (the reverse) or ``"overlapping"`` (a quarter of the smaller box shared).
+    A vertical and a horizontal one are joined by ``" and "`` when the boxes are apart along both axes. ``"inside"`` is
+    90 % of ``a`` in ``b`` and at most 60 % of its size, ``"around"`` the reverse, ``"overlapping"`` a quarter of the
+    smaller box shared.
     """
     aw, ah, bw, bh = a[2] - a[0], a[3] - a[1], b[2] - b[0], b[3] - b[1]
     across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
@@ -354,9 +364,7 @@ def distinctions(view: View, each: ViewObject, colours: Mapping[int, str]) -> li
     """All facts that single out an object among everything in the image.
 
     Returns:
-        (kind, value) pairs: ``("class", "")`` the only one of its class; ``("colour", name)``; ``("place", phrase)``;
-        ``("most", "left" | "right" | "top" | "bottom" | "large" | "small")``; and ``("relation", "<how>|<class>")`` to
-        the only object of another class. Empty when a crowd or a cut piece of the class makes all of them unsure.
+        (kind, value) pairs that :func:`express` takes; none when a crowd or a cut piece of the class leaves it open.
     """
     count = view.count(each.category)
     if count is None or each.iscrowd:
@@ -391,10 +399,9 @@ _EXACT_PLACES = frozenset(name for row in _CELLS for name in row)
 def _elsewhere(place: str, other: ViewObject, view: View) -> bool:
     """Whether a rival is clearly out of a cell: its centre at least 8 % of a side beyond the cell's limits."""
     row, column = next((r, c) for r, names in enumerate(_CELLS) for c, name in enumerate(names) if name == place)
-    limits = ((-1.0, 0.31), (0.37, 0.63), (0.69, 2.0))
     centre = ((other.box[0] + other.box[2]) / 2 / view.width, (other.box[1] + other.box[3]) / 2 / view.height)
     return any(
-        share < limits[k][0] - 0.08 or share > limits[k][1] + 0.08
+        share < LIMITS[k - 1][0] - 0.08 or share > LIMITS[k - 1][1] + 0.08
         for share, k in zip(centre, (column, row), strict=True)
     )
 
@@ -413,3 +420,89 @@ def _superlatives(view: View, each: ViewObject, rivals: Sequence[ViewObject]) ->
     if all(1.6 * each.area <= o.area for o in rivals):
         found.append("small")
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims
+
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "many")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that a sentence says.
+
+    Attributes:
+        kind: ``class``, ``colour``, ``size``, ``place``, ``count``, ``relation`` or ``presence``.
+        value: Such as ``"dog"``, ``"red"``, ``"large"``, ``"at the top"``, ``"one"``, ``"above"``, ``"yes"``.
+        about: The class that is counted, related to or said to be there; of presence, empty for the one asked about.
+        region: Number of the region it is about, 0 for the whole image.
+        to: Number of the region that a relation is to, 0 where that is any object of the class.
+    """
+
+    kind: str
+    value: str
+    about: str = ""
+    region: int = 1
+    to: int = 0
+
+
+def holds(
+    claim: Claim, view: View, regions: Sequence[ViewObject], colours: Mapping[int, str], asked: str = ""
+) -> bool | None:
+    """Whether a claim is true, or None where annotations and pixels do not decide that.
+
+    A side, half or relation is undecided in the gaps between clear cases, a count where there is a crowd, and a colour
+    where none is clear or the two could pass for each other.
+
+    Args:
+        claim: What was said.
+        view: Of what.
+        regions: Objects that region 1, region 2, ... stand for.
+        colours: As :func:`colours_of` gives.
+        asked: The class that a question about presence asked for.
+    """
+    if max(claim.region, claim.to) > len(regions):
+        return False
+    name, each = claim.about or asked, regions[claim.region - 1] if claim.region else None
+    if claim.kind == "presence":
+        return None if name in view.maybe else (name in view.by_category) == (claim.value == "yes")
+    if claim.kind == "count":
+        if each is not None and each.category != name:
+            return False
+        count = view.count(name)
+        return None if count is None else NUMBERS[min(count, len(NUMBERS) - 1)] == claim.value
+    assert each is not None
+    if claim.kind == "class":
+        return each.category == claim.value
+    if claim.kind == "colour":
+        known = colours.get(each.id)
+        return True if known == claim.value else None if clashing(known, claim.value) else False
+    if claim.kind == "size":
+        return size_name(each.box, view.width, view.height) == claim.value
+    if claim.kind == "place":
+        return _lies(claim.value, each.box, view.width, view.height)
+    others = [o for o in view.objects if o.id != each.id and o.category == name]
+    found = [_relates(claim.value, each.box, o.box) for o in ([regions[claim.to - 1]] if claim.to else others)]
+    return True if True in found else None if None in found or name in view.maybe else False
+
+
+def _lies(place: str, box: Box, width: float, height: float) -> bool | None:
+    spans = (box[2] - box[0] > 0.75 * width, box[3] - box[1] > 0.75 * height)
+    if place.startswith("across") and not (all(spans) if place == "across most" else spans[0]):
+        return False
+    centre = ((box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height)
+    found: list[bool | None] = []
+    for part, share in zip(PLACES[place], centre, strict=True):
+        if part is not None:
+            (low, high), gap = LIMITS[part], 0.06 if part in (-1, 0, 1) else 0.16
+            found.append(True if low < share < high else None if low - gap <= share <= high + gap else False)
+    return False if False in found else None if None in found else True
+
+
+def _relates(how: str, a: Box, b: Box) -> bool | None:
+    found = relation(a, b)
+    if found is None:
+        return None
+    return set(how.split(" and ")) <= {*found.split(" and "), *(["overlapping"] if found in _VAGUE else [])}

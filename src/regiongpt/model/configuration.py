@@ -93,6 +93,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         region_number_offset: how many tokens before a region its number stands in the text, whose word embedding is
             added to the region's own; 0 adds none.
         image_marks: whether the word embedding of ``<image>`` is added to each image token's own.
+        region_position: length of a code of the region's place and size in the image that is added to its embedding;
+            0 adds none, as in the paper.
         initializer_range: standard deviation of freshly initialised weights.
 
     Raises:
@@ -116,6 +118,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     region_token_id: int | None = None
     region_number_offset: int = 0
     image_marks: bool = False
+    region_position: float = 0.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -138,6 +141,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
                 raise ConfigError(f"{name} must be a whole number; got {short(value)}")
         if not isinstance(self.image_marks, bool):
             raise ConfigError(f"image_marks must be true or false; got {short(self.image_marks)}")
+        if not isinstance(self.region_position, int | float) or not 0 <= self.region_position < float("inf"):
+            raise ConfigError(f"region_position must be a number of at least 0; got {short(self.region_position)}")
         if self.image_size is None:
             self.image_size = native_image_size(self.vision_config)
         if self.image_grid is None:
@@ -166,6 +171,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
             raise ConfigError(
                 f"image_grid must be two numbers up to refined grid {list(self.refined_grid)}; got {self.image_grid}"
             )
+        if self.region_position and self.refined_grid[1] < 4:
+            raise ConfigError(f"region_position needs a refined grid of 4 columns; got {self.refined_grid[1]}")
         layers = getattr(self.vision_config, "num_hidden_layers", None)
         if layers is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
             raise ConfigError(
@@ -184,6 +191,12 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         rows, columns = self.tower_grid
         scale = REFINEMENTS[self.refinement]
         return rows * scale, columns * scale
+
+    @property
+    def weights_grid(self) -> tuple[int, int]:
+        """Rows and columns of region weights: the refined grid, and a row for the box if its position is coded."""
+        rows, columns = self.refined_grid
+        return rows + bool(self.region_position), columns
 
     @property
     def feature_channels(self) -> int:

@@ -7,6 +7,7 @@ of a feature grid, h and w those before a bilinear upsampling, T text tokens, D 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -161,8 +162,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """How many ``<image>`` tokens one image takes."""
         self.features_shape = (int(config.vision_config.hidden_size), *config.tower_grid)
         """C, H, W of what ``encode_image`` returns."""
-        self.refined_grid = config.refined_grid
-        """Rows and columns of the grid on which region weights are given."""
+        self.weights_grid = config.weights_grid
+        """Rows and columns of region weights."""
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.refinement = Refinement(config)
         self.connector = Connector(config)
@@ -223,14 +224,20 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     def region_features(self, refined: Tensor, region_weights: Tensor) -> Tensor:
         """Embed regions (B, R, D) from what ``refine`` returned. Paper: §3.1, ``H_r = h(Z_r)``.
 
-        ``region_weights`` (B, R, H, W) lie on ``config.refined_grid``, or RegionError; each region's sum to 1.
+        ``region_weights`` (B, R, H, W) lie on ``config.weights_grid``, or RegionError; each region's sum to 1. Where
+        positions are coded, a last row begins with the region's box as the processor writes it.
         """
-        if tuple(region_weights.shape[-2:]) != self.refined_grid:
+        if tuple(region_weights.shape[-2:]) != self.weights_grid:
             raise RegionError(
-                f"region_weights must lie on the refined grid {self.refined_grid}; got {tuple(region_weights.shape)}"
+                f"region_weights must lie on the refined grid {self.weights_grid}; got {tuple(region_weights.shape)}"
             )
-        pooled = self.refinement.pool_regions(refined, region_weights.to(refined.device))
-        return self.connector(pooled)  # type: ignore[no-any-return]
+        region_weights = region_weights.to(refined.device)
+        rows = self.config.refined_grid[0]
+        embeds: Tensor = self.connector(self.refinement.pool_regions(refined, region_weights[..., :rows, :]))
+        if self.config.region_position:
+            code = position_code(region_weights[..., rows, :4].float(), embeds.shape[-1])
+            embeds = embeds + self.config.region_position * code.to(embeds)
+        return embeds
 
     def image_features(self, refined: Tensor) -> Tensor:
         """Embed the whole image from what ``refine`` returned: (B, N, D), row by row. Paper: §3.1, ``H_v = h(Z_v)``."""
@@ -326,7 +333,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             attention_mask: (B, T), 0 where padded.
             pixel_values: (B, 3, S, S).
             vision_features: (B, C, H, W) from ``encode_image``, in place of ``pixel_values``.
-            region_weights: (B, R, H, W) on ``config.refined_grid``, each region's summing to 1; rows of zeros pad.
+            region_weights: (B, R, H, W) on ``config.weights_grid``, each region's summing to 1; rows of zeros pad.
             region_ids: (B, K), for each ``<region>`` token the row of ``region_weights``; -1 pads at the end.
             labels: (B, T), -100 where not a target.
             inputs_embeds: (B, T, D) from ``embed``, in place of ``input_ids`` and all visual inputs.
@@ -412,6 +419,21 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         if placeholders and getattr(kwargs.get("generation_config"), "suppress_tokens", None) is None:
             kwargs.setdefault("suppress_tokens", placeholders)
         return super().generate(*args, **kwargs)
+
+
+def position_code(boxes: Tensor, width: int) -> Tensor:
+    """A code (..., width) of length 1 for boxes (..., 4): x0, y0, x1, y1 as shares of the image's width and height.
+
+    Sines and cosines, at wavelengths 2, 1, 1/2 and 1/4, of the centre, width, height and the logarithm of the area,
+    over and over: averaged pooled features do not tell where in the image they were.
+    """
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    area = 1 + ((x1 - x0) * (y1 - y0)).clamp_min(1e-4).log() / math.log(1e4)
+    values = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0, area], -1)
+    phases = math.pi * 2.0 ** torch.arange(4, device=boxes.device) * values[..., None]
+    waves = torch.cat([phases.sin(), phases.cos()], -1).flatten(-2)
+    repeats = [1] * (waves.dim() - 1) + [-(-width // waves.shape[-1])]
+    return F.normalize(waves.repeat(repeats)[..., :width], dim=-1)
 
 
 def cache_argument(language_model: Any) -> str:

@@ -101,6 +101,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         chat_template: a key of :data:`regiongpt.prompts.CHAT_TEMPLATES`, or jinja with ``generation`` blocks. By
             default that of the tokenizer's family.
         region_grid: side of the square grid of embeddings that a region becomes; 1 in the paper.
+        region_boxes: put each region's box below its weights, for a model with ``region_position``.
 
     Raises:
         ConfigError: the tokenizer is slow or lacks a token, or ``region_format`` is wrong.
@@ -120,6 +121,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         pad_fill: Sequence[int] | None = None,
         chat_template: str | None = None,
         region_grid: int = 1,
+        region_boxes: bool = False,
     ):
         if not isinstance(region_format, str) or region_format.count(REGION_TOKEN) != 1:
             raise ConfigError(f"expected region_format with {REGION_TOKEN} once, got {region_format!r}")
@@ -137,6 +139,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         self.refined_grid = [int(cells) for cells in refined_grid]
         self.region_format = region_format
         self.region_grid = int(region_grid)
+        self.region_boxes = bool(region_boxes)
         mean = getattr(image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
         fill = [round(255 * level) for level in mean] if pad_fill is None else pad_fill
         self.pad_fill = [int(level) for level in fill]
@@ -218,18 +221,24 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             first: number of the first region, for messages.
 
         Returns:
-            (R, gh, gw) float32, as many rows a region as it takes tokens, each summing to 1.
+            (R, gh, gw) float32, as many rows a region as it takes tokens, each summing to 1. With ``region_boxes`` one
+            row more, which begins with the box: x0, y0, x1, y1 as shares of the image's width and height.
 
         Raises:
             RegionError: a region is empty, wholly outside the image, or otherwise wrong; it is named ``<regionN>``.
         """
         frame, (rows, columns) = SquareFrame(width, height), self.refined_grid
-        weights = np.zeros((len(regions), rows, columns), np.float32)
+        weights, boxes = (np.zeros((len(regions), each, columns), np.float32) for each in (rows, 1))
         for row, region in enumerate(regions):
             name = f"<region{row + first}>"
-            weights[row] = Region.of(region, name).pool_weights(frame, rows, columns, name)
+            found = Region.of(region, name)
+            weights[row] = found.pool_weights(frame, rows, columns, name)
+            if self.region_boxes:
+                boxes[row, 0, :4] = np.divide(found.bounds(width, height), (width, height) * 2)
         if self.region_grid > 1 and len(weights):
             weights = np.concatenate([_split_weights(each, self.region_grid) for each in weights])
+        if self.region_boxes:
+            weights = np.concatenate([weights, boxes.repeat(self.tokens_per_region, 0)], 1)
         return torch.from_numpy(weights)
 
     def encode_conversation(
@@ -450,7 +459,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     def _weights(self, regions: Sequence[Any] | None, size: tuple[int, int] | None) -> torch.Tensor:
         if regions is None or len(regions) == 0:
-            return torch.zeros((0, *self.refined_grid))
+            return self.region_inputs((), 1, 1)
         if size is None:
             raise DataError("regions need the size of their image; give the image, or image_size(s) as (width, height)")
         return self.region_inputs(regions, *size)

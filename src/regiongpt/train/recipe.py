@@ -91,6 +91,8 @@ class ModelConfig(Settings):
     """Add the word embedding of a region's number to the region's embedding."""
     image_marks: bool = False
     """Add the word embedding of ``<image>`` to each image token."""
+    region_position: float = Field(0.0, ge=0, le=100)
+    """Length of the code of a region's place and size that is added to its embedding; 0 adds none."""
     chat_template: str = ""
     """Chat template, one that ``regiongpt weights create --help`` lists; guessed from the language model when empty."""
 

@@ -15,6 +15,7 @@ TASKS: Final[Mapping[str, str]] = {
     "refcocog_rec": "choosing:RefCocogRec",
     "coco_rec": "choosing:CocoRec",
     "pope": "pope:Pope",
+    "facts": "facts:Facts",
 }
 """Where each task is, by its name on the command line, in the order of the paper's tables."""
 

@@ -21,7 +21,7 @@ from regiongpt.data.coco import (
     read_annotation,
     read_score,
 )
-from regiongpt.data.facts import View, colours_of
+from regiongpt.data.facts import View, read_colours
 from regiongpt.data.reading import (
     APART,
     MALFORMED,
@@ -37,8 +37,8 @@ from regiongpt.data.reading import (
     known_size,
 )
 from regiongpt.data.refcoco import Scene, read_instances, read_json, read_pickle
-from regiongpt.data.sampling import LOCATED_AMONG, dev_questions
 from regiongpt.data.shards import Fault, Rejects, many
+from regiongpt.data.wording import LOCATED_AMONG, dev_questions
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.bootstrap import mean_statistic
 from regiongpt.evaluate.detection import ENOUGH, overlaps
@@ -55,7 +55,6 @@ from regiongpt.evaluate.task import (
     printed,
     size_name,
 )
-from regiongpt.images import load_image
 from regiongpt.prompts import NO_MATCH, parse_region_answer, question, region_answer
 from regiongpt.regions import MAX_COORDINATE, Region
 
@@ -409,7 +408,7 @@ class CocoRec(ChoosingTask):
         if self.limit:  # up to the last that is asked about; its questions follow from its place among all
             usable = (place for place, image in enumerate(images, 1) if len(View(image).askable) >= LOCATED_AMONG)
             images = images[: max(islice(usable, self.limit), default=0)]
-        colours = {k: v for image in images for k, v in _colours(image).items()}
+        colours = {k: v for image in images for k, v in read_colours(image).items()}
         items = []
         turn: Counter[int] = Counter()
         for each in dev_questions(images, "locate", self.seed, colours):
@@ -448,11 +447,3 @@ class CocoRec(ChoosingTask):
                 **{f"protocol {name}": RULES[name] for name in protocols},
             },
         )
-
-
-def _colours(image: ImageAnnotations) -> dict[int, str]:
-    try:
-        photo = load_image(image.path)
-    except DataError:  # noted when it is asked about
-        return {}
-    return colours_of(image, photo) if photo.size == (image.width, image.height) else {}

@@ -1,0 +1,215 @@
+"""Is what a model says true? Each claim of an answer is read by the grammar that writes the training text, and judged.
+
+The judges are annotations and pixels; what these do not decide is counted apart.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
+from regiongpt.data.facts import Claim, View, ViewObject, holds, read_colours, relation
+from regiongpt.data.shards import many
+from regiongpt.data.wording import read
+from regiongpt.errors import DataError
+from regiongpt.evaluate.bootstrap import Statistic, mean_statistic, ratio, sum_statistic
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, given, images_of, listed
+from regiongpt.prompts import COCO_80, question
+from regiongpt.regions import Region
+
+KINDS: Final = ("class", "colour", "size", "place", "count", "relation", "presence")
+RELATED: Final = 3
+"""Most pairs of regions asked about in an image."""
+_GRAMMARS: Final = {"ask": "classify", "brief": "describe"}
+_ROOM: Final = {"classify": 16, "ask": 64, "describe": 64, "brief": 40, "relation": 48, "presence": 24}
+_SHOWN: Final = 8  # values of a kind, and sentences that were not read
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim of the answer to one item, and whether it is true; None where that cannot be told."""
+
+    item: int
+    claim: Claim
+    true: bool | None
+
+
+class Facts(Task):
+    """Describes and names every object, relates some pairs, and asks for classes that are there and that are not."""
+
+    name: ClassVar[str] = "facts"
+    summary: ClassVar[str] = "are the claims in a model's answers true? needs COCO annotations alone"
+    item_id: ClassVar[str] = "question id"
+    by: ClassVar[tuple[str, ...]] = ("question",)
+
+    split: str = "dev"
+    """instances_SPLIT.json in the folder, with images/."""
+
+    def inputs(self) -> list[Path]:
+        """The annotations."""
+        return [source.instances for source in photo_sources(self.data, self.split)]
+
+    @cached_property
+    def _seen(self) -> dict[int, tuple[View, dict[int, str]]]:
+        return {}
+
+    @cached_property
+    def _images(self) -> dict[int, ImageAnnotations]:
+        data = load_coco(photo_sources(self.data, self.split))
+        self.left_out.counts.update(data.skipped)
+        return {image.image_id: image for image in data.images}
+
+    def read_items(self) -> list[Item]:
+        """Items by image: of each object, of pairs of objects that clearly relate, of classes."""
+        items = [item for image in self._images.values() for item in self._asked(image)]
+        if not items:
+            raise DataError(f"{self.data}: no annotated objects of COCO's 80 classes to ask about")
+        return items
+
+    def _asked(self, image: ImageAnnotations) -> Iterator[Item]:
+        view, rng = View(image), np.random.default_rng((self.seed, image.image_id))
+        known = [each for each in view.askable if each.category in COCO_80]
+
+        def item(kind: str, number: str, text: str, objects: Sequence[ViewObject], **more: Any) -> Item:
+            return Item(
+                id=f"{kind}-{image.image_id}-{number}",
+                image=image.path,
+                image_id=image.image_id,
+                size=(image.width, image.height),
+                question=text,
+                regions=tuple(Region.box(*each.box) for each in objects),
+                max_new_tokens=_ROOM[kind],
+                groups={"question": kind},
+                detail={"objects": [each.id for each in objects], **more},
+                truth=more.get("asked") or ", ".join(each.category for each in objects),
+            )
+
+        for each in known:
+            for kind, task in (("describe", "describe"), ("brief", "caption"), ("classify", "classify")):
+                yield item(kind, str(each.id), question(task, 0, regions=[1]), [each])
+            yield item("ask", str(each.id), "What is <region1>?", [each])
+        pairs = [(a, b) for a in known for b in known if a is not b and relation(a.box, b.box)]
+        for k in rng.permutation(len(pairs))[:RELATED]:
+            a, b = pairs[k]
+            yield item("relation", f"{a.id}-{b.id}", question("relation", 0, regions=[1, 2]), pairs[k])
+        here = sorted(set(view.by_category) & set(COCO_80))
+        absent = [name for name in COCO_80 if name not in view.by_category]
+        for name in (*here, *(absent[k] for k in rng.permutation(len(absent))[: len(here)])):
+            yield item("presence", name, question("presence", 0, category=name), [], asked=name)
+
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
+        """The share of true claims by kind, and of regions on which two questions are answered alike."""
+        judged: list[Judged] = []
+        unread = Counter[str]()
+        texts = given(items, answers, "text")
+        for place, text in enumerate(texts):
+            task = items[place].groups["question"]
+            claims, rest = read(_GRAMMARS.get(task, task), text) if text else ([], [])
+            unread.update(rest)
+            judged += [Judged(place, claim, self._true(items[place], claim)) for claim in claims]
+        protocols = {}
+        rows = [["kind", "says", "claims", "true", "false", "undecided", "true if always said, %"]]
+        for kind in ("all", *KINDS):
+            own = [each for each in judged if kind in ("all", each.claim.kind)]
+            if not own:
+                continue
+            statistics = {"true": _true_share(items, own)}
+            if kind != "all":
+                said = Counter(each.claim.value for each in own)
+                always = {value: self._always(items, own, value) for value, _ in said.most_common(_SHOWN)}
+                statistics["constant"] = max(always.values(), key=lambda share: share.value())
+                rows += [_row(kind, value, own, share.value()) for value, share in always.items()]
+            statistics["undecided"] = mean_statistic(
+                [items[each.item].image_id for each in own], [float(each.true is None) for each in own]
+            )
+            counts = {"undecided": len(own), "true": sum(each.true is not None for each in own)}
+            counts["constant"] = counts["true"]
+            protocols[f"claims, {kind}"] = Scored(
+                statistics=statistics, scores={"true": _scores(len(items), own)}, of=counts
+            )
+        protocols["agreement"] = _agreement(items, judged)
+        notes = []
+        if unread:
+            shown = listed([f"{sentence!r} ({count})" for sentence, count in unread.most_common()], _SHOWN)
+            notes.append(f"{many(unread.total(), 'sentence')} not read, so not judged: {shown}")
+        if described := [k for k, item in enumerate(items) if item.groups["question"] == "describe" and texts[k]]:
+            claims_in = sum(items[each.item].groups["question"] == "describe" for each in judged) / len(described)
+            distinct = len({texts[k] for k in described})
+            notes.append(f"{claims_in:.2f} claims a description; {distinct} distinct descriptions of {len(described)}")
+        return Measured(
+            protocols=protocols,
+            pinned={
+                "split": self.split,
+                "questions": f"each object described, named and asked about, {RELATED} relations an image, the classes "
+                f"there and as many absent ones, seed {self.seed}",
+                "true": "by annotations and pixels, of the claims that these decide",
+                "constant": "the value that is true most often, said in every claim of the kind",
+            },
+            notes=notes,
+            tables={"What is said": rows},
+        )
+
+    def _true(self, item: Item, claim: Claim) -> bool | None:
+        number = int(item.image_id)
+        if number not in self._seen:
+            self._seen[number] = (View(self._images[number]), read_colours(self._images[number]))
+        view, colours = self._seen[number]
+        objects = {each.id: each for each in view.objects}
+        about = [objects[each] for each in item.detail["objects"]]
+        return holds(claim, view, about, colours, item.detail.get("asked", ""))
+
+    def _always(self, items: Sequence[Item], judged: Sequence[Judged], value: str) -> Statistic:
+        """The share of true claims if each said this value, of those that were decided."""
+        said = [(each.item, replace(each.claim, value=value)) for each in judged if each.true is not None]
+        return _true_share(items, [Judged(place, claim, self._true(items[place], claim)) for place, claim in said])
+
+
+def _true_share(items: Sequence[Item], judged: Sequence[Judged]) -> Statistic:
+    sums = [(float(each.true is True), float(each.true is not None)) for each in judged]
+    return sum_statistic([items[each.item].image_id for each in judged], sums, lambda s: ratio(s[:, 0], s[:, 1]))
+
+
+def _scores(count: int, judged: Sequence[Judged]) -> list[float | None]:
+    """The share of true claims of each item."""
+    decided: dict[int, list[bool]] = {}
+    for each in judged:
+        if each.true is not None:
+            decided.setdefault(each.item, []).append(each.true)
+    return [sum(decided[k]) / len(decided[k]) if k in decided else None for k in range(count)]
+
+
+def _row(kind: str, value: str, judged: Sequence[Judged], always: float) -> list[str]:
+    found = [each.true for each in judged if each.claim.value == value]
+    counts = (len(found), *(found.count(true) for true in (True, False, None)))
+    return [kind, value, *map(str, counts), f"{100 * always:.1f}"]
+
+
+def _agreement(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
+    """How many of the classes that ``classify`` names the other answers name too, and presence admits."""
+    said: dict[tuple[str, Any, Any], str] = {}
+    for each in judged:
+        item, claim = items[each.item], each.claim
+        if claim.kind in ("class", "presence") and claim.region < 2:
+            about = item.detail.get("asked") or item.detail["objects"][0]
+            said.setdefault((item.groups["question"], item.image_id, about), claim.value)
+    pairs: dict[str, list[float | None]] = {"describe": [], "brief": [], "ask": [], "presence": []}
+    for item in items:
+        image, objects = item.image_id, item.detail["objects"]
+        name = said.get(("classify", image, objects[0])) if item.groups["question"] == "classify" else None
+        for task, found in pairs.items():
+            other = said.get((task, image, name if task == "presence" else objects[0])) if name else None
+            wanted = "yes" if task == "presence" else name
+            found.append(None if name is None or (task == "presence" and other is None) else float(other == wanted))
+    scores = {f"{task} and classify": found for task, found in pairs.items() if any(each is not None for each in found)}
+    places = {name: [k for k, each in enumerate(found) if each is not None] for name, found in scores.items()}
+    images = images_of(items)
+    statistics = {
+        name: mean_statistic([images[k] for k in places[name]], [found[k] or 0.0 for k in places[name]])
+        for name, found in scores.items()
+    }
+    return Scored(statistics=statistics, scores=scores, of={name: len(those) for name, those in places.items()})
