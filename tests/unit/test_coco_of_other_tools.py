@@ -400,8 +400,10 @@ def test_placeholders_in_names_and_captions_are_rejected(tmp_path: Path, text: s
 def test_absurd_json_is_one_line(tmp_path: Path, inside: str) -> None:
     file = write(tmp_path, thing())
     file.write_text(file.read_text().replace('"id": 1', f'"id": {inside}', 1))
-    _, rejects = convert(tmp_path, label_set="COCO-80")
-    assert sum(rejects.values()) == 1
-    if inside != "1e999":
+    if inside == "1e999":
+        _, rejects = convert(tmp_path, label_set="COCO-80")
+        assert sum(rejects.values()) == 1
+        return
+    for read in convert, proposed:
         with pytest.raises(DataError, match=r"instances\.json: breaks off"):
-            proposed(tmp_path)
+            read(tmp_path)
