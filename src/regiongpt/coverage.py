@@ -1,7 +1,7 @@
 """Areas: how many square pixels of a shape lie in each cell of a grid, in float64 and without sampling pixels.
 
-A shape thinner than a cell, or smaller than a pixel, is neither lost nor blurred. Tangled rings and long strokes have
-shapes of their own, since shapely's time for them grows with the third power of their points.
+A shape thinner than a cell, or smaller than a pixel, is neither lost nor blurred. A ring that crosses itself very often
+is walked along, since shapely's time for it grows with the third power of its points; other tangles are sampled.
 
 Coordinates are pixels of the original image, x to the right and y down; pixel (row, column) is the unit square from
 (column, row) to (column + 1, row + 1). Grids are given by the ascending lines between their cells, ``y_edges``
@@ -22,11 +22,13 @@ Ints = NDArray[np.int64]
 Bounds = tuple[float, float, float, float]
 
 MANY_CROSSINGS = 256
-"""Crossings of a ring with itself up to which shapely draws it."""
+"""Crossings of a ring or stroke with itself up to which shapely draws it."""
 MOST_PAIRS = 12_000_000
 """Pairs of edges at one height up to which a ring is measured exactly (4,000 random points); beyond, by sampling."""
-MANY_POINTS, MOST_POINTS = 200, 400
-"""Points up to which shapely draws a stroke, and a hair-thin one in pieces: whole, it takes a hundred times as long."""
+MANY_POINTS = 200
+"""Points up to which shapely draws a stroke however often it crosses itself."""
+SAMPLES = 3072
+"""Samples along the longer side of the image where tangles are sampled."""
 _CIRCLE = 32  # segments a quarter circle: the disk's area is 0.04 % short
 _HAIR = 2.0**-28  # of the larger of a point's coordinates and the image's sides
 _PRECISION = 2.0**-20
@@ -134,7 +136,7 @@ class PolygonShape:
 
     def pixels(self, width: int, height: int) -> Bools:
         """Pixels whose centre is inside."""
-        return _surrounded(*self._segments(), width, height)
+        return np.asarray(_windings(*self._segments(), width, height) % 2 == 1)
 
     def _segments(self) -> tuple[Floats, Floats]:
         """Both ends, (N, 2) xy, of every straight piece of the boundary, with the inside always on the same hand."""
@@ -149,11 +151,15 @@ class PolygonShape:
 
 
 @dataclass(frozen=True, eq=False)
-class _Measured:
-    """A shape that is known by how it covers grids."""
+class TangledShape:
+    """The inside of a ring that crosses itself often, by the even-odd rule.
+
+    The ring is walked once: the area beside an edge counts as +1 or -1, changing wherever the ring crosses itself.
+    """
 
     width: int  # of the image
     height: int
+    ring: Floats  # (N, 2) xy from its topmost point on
 
     @property
     def area(self) -> float:
@@ -170,30 +176,12 @@ class _Measured:
 
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
         """Square pixels in each cell, (H, W)."""
-        raise NotImplementedError
-
-    def pixels(self, width: int, height: int) -> Bools:
-        """Pixels of which at least half is inside."""
-        return self.coverage(np.arange(height + 1.0), np.arange(width + 1.0)) >= 0.5
-
-
-@dataclass(frozen=True, eq=False)
-class TangledShape(_Measured):
-    """The inside of a ring that crosses itself often, by the even-odd rule.
-
-    The ring is walked once: the area beside an edge counts as +1 or -1, changing wherever the ring crosses itself.
-    """
-
-    ring: Floats  # (N, 2) xy from its topmost point on
-
-    def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
-        """Square pixels in each cell, (H, W)."""
         y_edges, x_edges = np.clip(y_edges, 0, self.height), np.clip(x_edges, 0, self.width)
         return _signed_areas(self.ring, np.roll(self.ring, -1, axis=0), y_edges, x_edges, self._stretches())
 
     def pixels(self, width: int, height: int) -> Bools:
         """Pixels whose centre is inside."""
-        return _odd([self.ring], width, height)
+        return np.asarray(_windings(self.ring, np.roll(self.ring, -1, axis=0), width, height) % 2 == 1)
 
     def _stretches(self) -> Iterator[tuple[slice, Floats, Floats]]:
         """For a few edges at a time: where the weight changes, (M,), and the weights between, (M + 1,)."""
@@ -206,79 +194,7 @@ class TangledShape(_Measured):
             yield rows, breaks, weights
 
 
-@dataclass(frozen=True, eq=False)
-class StrokeShape(_Measured):
-    """What a round brush covers along a line of many points."""
-
-    points: Floats  # (N, 2) xy, no two alike in a row
-    radius: float
-
-    def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
-        """Square pixels in each cell, (H, W).
-
-        Cells are split in four for as long as the rim of the stroke may run through the parts, to 1/768 of the longer
-        side of the image, or finer if the stroke is narrow and not too long. There, its pieces have straight rims.
-        """
-        y_edges, x_edges = np.clip(y_edges, 0, self.height), np.clip(x_edges, 0, self.width)
-        y, x = (
-            np.unique(np.clip(np.append(edges, np.linspace(0, size, 97)), edges[0], edges[-1]))
-            for edges, size in ((y_edges, self.height), (x_edges, self.width))
-        )
-        points = self.points[:, 0] + 1j * self.points[:, 1]  # a product with a number of length 1 turns
-        start, length = points[:-1], np.abs(np.diff(points))
-        along = np.diff(points) / length
-        finest = max(self.width, self.height) / 768
-        if 0.7 * self.radius < finest:
-            finest = max(0.7 * self.radius, 2e-6 * length.sum())
-        piece, square = self._near(y, x)
-        centre = np.add.outer((y[1:] + y[:-1]) / 2 * 1j, (x[1:] + x[:-1]) / 2).ravel()
-        half = np.stack(np.broadcast_arrays(np.diff(x) / 2, np.diff(y)[:, None] / 2)).reshape(2, -1)
-        cell, areas = np.arange(len(centre)), np.zeros(len(centre))
-        while len(square):
-            turned = (centre[square] - start[piece]) * along.conj()[piece]
-            away = turned - np.clip(turned.real, 0, length[piece])
-            distance = np.abs(away)
-            reach = np.hypot(*half)[square]
-            beside = np.minimum(turned.real, length[piece] - turned.real) >= reach
-            wide = np.abs(along.imag)[piece] * half[0, square] + np.abs(along.real)[piece] * half[1, square]
-            reach = np.where(beside, wide, reach)
-            covered = np.zeros(len(centre))
-            covered[square[distance <= self.radius - reach]] = 1
-            rim = np.flatnonzero((distance < self.radius + reach) & (covered[square] == 0))
-            last = 2 * half.max() <= finest
-            if last and len(rim):
-                rim = rim[np.argsort(square[rim], kind="stable")]
-                bend = np.where(beside, 0, wide**2 / self.radius / 8)[rim]  # the rim about an end is a circle
-                normal = np.where(distance > 1e-9, away / np.maximum(distance, 1e-9), 1j)[rim] * along[piece[rim]]
-                covered += _covered(square[rim], normal, distance[rim] + bend, self.radius, half)
-            areas += np.bincount(cell, 4 * covered * half[0] * half[1], len(areas))
-            if last:
-                break
-            split = np.unique(square[rim])
-            square = np.searchsorted(split, square[rim]) + np.arange(4)[:, None] * len(split)
-            square, piece = square.ravel(), np.tile(piece[rim], 4)
-            half = np.tile(half[:, split] / 2, 4)
-            right, down = np.repeat([(-1, 1, -1, 1), (-1, -1, 1, 1)], len(split), axis=1) * half
-            centre = np.tile(centre[split], 4) + right + 1j * down
-            cell = np.tile(cell[split], 4)
-        sums = np.zeros((len(y), len(x)))
-        sums[1:, 1:] = areas.reshape(len(y) - 1, len(x) - 1).cumsum(axis=0).cumsum(axis=1)
-        corners = sums[np.ix_(np.searchsorted(y, y_edges), np.searchsorted(x, x_edges))]
-        return np.maximum(np.diff(np.diff(corners, axis=0), axis=1), 0)
-
-    def _near(self, y: Floats, x: Floats) -> tuple[Ints, Ints]:
-        """Pairs of a piece of the line and a cell, by the number of each, that may touch."""
-        start, step = self.points[:-1], np.diff(self.points, axis=0)
-        step = np.where(step == 0, 1e-300, step)
-        low, high = np.minimum(start, self.points[1:]) - self.radius, np.maximum(start, self.points[1:]) + self.radius
-        piece, row = _ranges(*_lines(y, low[:, 1], high[:, 1]))
-        ends = np.stack((y[row] - self.radius, y[row + 1] + self.radius))
-        ends = start[piece, 0] + np.clip((ends - start[piece, 1]) / step[piece, 1], 0, 1) * step[piece, 0]
-        pair, column = _ranges(*_lines(x, ends.min(axis=0) - self.radius, ends.max(axis=0) + self.radius))
-        return piece[pair], row[pair] * (len(x) - 1) + column
-
-
-Shape = BoxShape | PixelShape | PolygonShape | TangledShape | StrokeShape
+Shape = BoxShape | PixelShape | PolygonShape | TangledShape
 
 
 def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
@@ -292,7 +208,8 @@ def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
     # Coordinates a hair apart, and only those, break the intersections that make_valid works out.
     rings = [_once(np.round(ring / _PRECISION) * _PRECISION) for ring in rings]
     polygons = shapely.polygons([shapely.linearrings(np.append(ring, ring[:1], axis=0)) for ring in rings])
-    if not any(_is_tangled(rings[k]) for k in np.flatnonzero(~shapely.is_valid(polygons))):
+    knotted = (rings[k] for k in np.flatnonzero(~shapely.is_valid(polygons)))
+    if not any(_is_tangled(np.append(ring, ring[:1], axis=0)) for ring in knotted):
         return _clipped(_polygons_only(shapely.make_valid(polygons)), width, height)
     if len(rings) == 1:
         # Moved by a hair, no edge passes through a corner and no two lie on one line: every crossing is a plain one.
@@ -304,9 +221,7 @@ def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
         line = shapely.linearrings(ring)
         if pairs <= MOST_PAIRS and shapely.intersects(line, shapely.box(0, 0, width, height)):
             return TangledShape(width, height, ring)
-    rows, columns = (max(1, round(3072 * size / max(width, height))) for size in (height, width))
-    step = np.array((width / columns, height / rows))
-    return PixelShape.of(_odd([ring / step for ring in rings], columns, rows), (height / rows, width / columns))
+    return _sampled([(ring, np.roll(ring, -1, axis=0)) for ring in rings], width, height, even_odd=True)
 
 
 def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shape:
@@ -314,21 +229,34 @@ def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shap
 
     Args:
         points: (N, 2) xy of the line, N >= 1.
-        radius: of the brush, pixels.
-        width: of the image, pixels.
-        height: of the image, pixels.
+        radius: Of the brush in pixels.
+        width: Of the image in pixels, as is ``height``.
+        height: See ``width``.
     """
     points = points[np.append(True, np.any(points[1:] != points[:-1], axis=1))]
-    line = shapely.LineString(points) if len(points) > 1 else shapely.Point(*points[0])
-    thin = 2 * radius < max(width, height) / 500
-    if (
-        len(points) > (MOST_POINTS if thin else MANY_POINTS)
-        and shapely.distance(line, shapely.box(0, 0, width, height)) < radius
-    ):
-        return StrokeShape(width, height, points, radius)
-    if len(points) > MANY_POINTS:
-        line = [shapely.LineString(points[begin : begin + 17]) for begin in range(0, len(points) - 1, 16)]
-    return _clipped(_polygons_only(shapely.buffer(line, radius, quad_segs=_CIRCLE)), width, height)
+    if len(points) <= MANY_POINTS or not _is_tangled(points):
+        line = shapely.LineString(points) if len(points) > 1 else shapely.Point(*points[0])
+        return _clipped(_polygons_only(shapely.buffer(line, radius, quad_segs=_CIRCLE)), width, height)
+    radius = max(radius, 0.75 * max(width, height) / SAMPLES)  # lest it fall between samples
+    along = np.diff(points, axis=0)
+    side = along[:, ::-1] * (1, -1) * (radius / np.hypot(*along.T))[:, None]
+    sides = np.stack((points[:-1] + side, points[:-1] - side, points[1:] - side, points[1:] + side), axis=1)
+    turn = np.linspace(0, -2 * np.pi, 65)[:-1]
+    disks = points[:, None] + radius * np.column_stack((np.cos(turn), np.sin(turn)))
+    edges = [(ring.reshape(-1, 2), np.roll(ring, -1, axis=1).reshape(-1, 2)) for ring in (sides, disks)]
+    start, end = (np.concatenate(ends) for ends in zip(*edges, strict=True))
+    return _sampled([(start, end)], width, height, even_odd=False)
+
+
+def _sampled(outlines: Sequence[tuple[Floats, Floats]], width: int, height: int, even_odd: bool) -> PixelShape:
+    """The union of what outlines, given by both ends of their edges, surround: an odd number of times, or at all."""
+    rows, columns = (max(1, round(SAMPLES * size / max(width, height))) for size in (height, width))
+    step = np.array((width / columns, height / rows))
+    inside = np.zeros((rows, columns), bool)
+    for start, end in outlines:
+        windings = _windings(start / step, end / step, columns, rows)
+        inside |= windings % 2 == 1 if even_odd else windings != 0
+    return PixelShape.of(inside, (height / rows, width / columns))
 
 
 def _once(ring: Floats) -> Floats:
@@ -352,9 +280,9 @@ def _polygons_only(geometry: Any) -> Any:
     return parts[0] if len(parts) == 1 else shapely.union_all(parts, grid_size=_PRECISION)
 
 
-def _is_tangled(ring: Floats) -> bool:
-    """Whether a ring crosses itself more often than shapely can bear."""
-    edges = shapely.linestrings(np.stack((ring, np.roll(ring, -1, axis=0)), axis=1))
+def _is_tangled(line: Floats) -> bool:
+    """Whether a line crosses itself more often than shapely can bear."""
+    edges = shapely.linestrings(np.stack((line[:-1], line[1:]), axis=1))
     tree, found = shapely.STRtree(edges), 0
     for some in np.array_split(edges, len(edges) // 8 + 1):
         found += tree.query(some, predicate="crosses").shape[1]
@@ -389,59 +317,22 @@ def _crossings(ring: Floats) -> Iterator[tuple[slice, Floats]]:
         yield slice(begin, edges[-1] + 1), np.sort(found // len(near) + before / (before - behind))
 
 
-def _covered(square: Ints, normal: NDArray[Any], distance: Floats, radius: float, half: Floats) -> Floats:
-    """Share of squares that straight strokes cover, from eight lines through each square.
-
-    Args:
-        square: (P,) the square that each piece of a stroke may reach into, ascending.
-        normal: (P,) complex, of length 1, from the piece to the centre of the square.
-        distance: (P,) between the two.
-        radius: half the width of the strokes.
-        half: (2, S) half the width and height of each square.
-    """
-    narrow = 2 * half.max() > radius
-    upright = np.bincount(square, np.abs(normal.real) - np.abs(normal.imag), half.shape[1])[square] >= 0
-    slope, shift = normal.real * half[0, square], normal.imag * half[1, square]
-    slope, shift = np.where(upright, slope, shift), np.where(upright, shift, slope)
-    slope = np.where(np.abs(slope) < 1e-9, 1e-9, slope)
-    lines = np.multiply.outer(shift, np.arange(-7, 8, 2) / 8) + distance[:, None]
-    ends = (np.clip((side - lines) / slope[:, None], -1, 1) for side in (radius, -radius))
-    low, high = np.sort(list(ends), axis=0)
-    begins = np.flatnonzero(np.diff(square, prepend=-1))
-    if narrow:
-        free = np.multiply.reduceat(1 - (high - low) / 2, begins).mean(axis=1)
-    else:
-        free = np.minimum.reduceat(np.where((high == 1) & (low > -1), low, 1), begins)
-        free -= np.maximum.reduceat(np.where(low == -1, high, -1), begins)
-        free = np.maximum(free, 0).mean(axis=1) / 2
-    covered = np.zeros(half.shape[1])
-    covered[square[begins]] = 1 - free
-    return covered
-
-
-def _odd(rings: Sequence[Floats], width: int, height: int) -> Bools:
-    """Pixels (height, width) whose centre any of several rings surrounds: an odd number of its edges lie left."""
-    inside = np.zeros((height, width), bool)
-    for ring in rings:
-        inside |= _surrounded(ring, np.roll(ring, -1, axis=0), width, height)
-    return inside
-
-
-def _surrounded(start: Floats, end: Floats, width: int, height: int) -> Bools:
-    """Pixels (height, width) whose centre has an odd number of edges on its left."""
+def _windings(start: Floats, end: Floats, width: int, height: int) -> NDArray[np.int16]:
+    """How often outlines wind around the centre of each pixel, (height, width)."""
     left, right = _first_centre(np.array([start[:, 0].min(), start[:, 0].max()]), width)
     low, high = (_first_centre(ends, height) for ends in np.sort((start[:, 1], end[:, 1]), axis=0))
-    passed = np.zeros((high.max() - low.min(), right - left + 1), np.uint8)
+    passed = np.zeros((high.max() - low.min(), right - left + 1), np.int16)
+    down = np.where(end[:, 1] > start[:, 1], 1, -1).astype(np.int16)
     for begin in range(0, len(start), 1024):
         some = slice(begin, begin + 1024)
         edge, row = _ranges(low[some], high[some])
         (x, y), (dx, dy) = start[some][edge].T, (end - start)[some][edge].T
         column = np.clip(_first_centre(x + (row + 0.5 - y) * dx / dy, width), left, right) - left
-        # One index and a number of the same type: 30 times as fast as any other form.
-        np.add.at(passed.ravel(), (row - low.min()) * passed.shape[1] + column, np.uint8(1))
-    inside = np.zeros((height, width), bool)
-    inside[low.min() : high.max(), left:right] = np.cumsum(passed, axis=1, dtype=np.uint8)[:, :-1] % 2 == 1
-    return inside
+        # One index and numbers of the same type: 30 times as fast as any other form.
+        np.add.at(passed.ravel(), (row - low.min()) * passed.shape[1] + column, down[some][edge])
+    windings = np.zeros((height, width), np.int16)
+    np.cumsum(passed[:, :-1], axis=1, dtype=np.int16, out=windings[low.min() : high.max(), left:right])
+    return windings
 
 
 def _signed_areas(
@@ -526,12 +417,6 @@ def _ranges(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[
     counts = np.maximum(last - first, 0)
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts - first)[owner]
-
-
-def _lines(lines: Floats, low: Floats, high: Floats) -> tuple[Ints, Ints]:
-    """The first and the last but one of the cells between lines that reach from low to high."""
-    last = np.searchsorted(lines, high, side="left")
-    return np.maximum(np.searchsorted(lines, low, side="right") - 1, 0), np.minimum(last, len(lines) - 1)
 
 
 def _first_centre(position: Floats, size: int) -> NDArray[np.int64]:

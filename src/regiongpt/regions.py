@@ -22,7 +22,6 @@ from regiongpt.coverage import (
     BoxShape,
     PixelShape,
     Shape,
-    StrokeShape,
     TangledShape,
     decode_rle,
     polygon_shape,
@@ -336,7 +335,7 @@ class Region(ABC):
     def _resolve(self, width: int, height: int, name: str = "region") -> Shape:
         _check_size(width, height, name)
         shape = self._shape(width, height, name or "region")
-        known_to_reach = isinstance(shape, TangledShape | StrokeShape)
+        known_to_reach = isinstance(shape, TangledShape)
         if not known_to_reach and not shape.area >= MIN_AREA:
             raise RegionError(
                 f"{name or 'region'}: {self} covers nothing of the image of {width} x {height} pixels (W x H)"

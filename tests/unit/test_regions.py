@@ -545,13 +545,15 @@ def test_what_is_too_tangled_is_sampled(monkeypatch):
     np.testing.assert_allclose(sampled, exact, atol=0.02 * (80 / 24) ** 2)
 
 
-@pytest.mark.parametrize(("most", "width"), [(0, 0.1), (1000, 0.1), (0, 0.5), (0, 4), (0, 20)])
-def test_long_strokes(monkeypatch, most, width):
-    monkeypatch.setattr(coverage, "MANY_POINTS", 4)
-    monkeypatch.setattr(coverage, "MOST_POINTS", most)
+@pytest.mark.parametrize("width", [0.1, 0.5, 4, 20])
+def test_tangled_strokes_are_sampled(monkeypatch, width):
     line = np.vstack([tangle(2, 12), [[20, 20]] * 3, [[20, 40], [60, 40]]])
-    region = Region.scribble(line, width=width)
-    drawn = shapely.LineString(line).buffer(width / 2, quad_segs=32 if most else 512)  # shapely's circles are polygons
-    assert_covers(region, drawn, 80, 60, grid=96)
+    exact = Region.scribble(line, width=width)
+    monkeypatch.setattr(coverage, "MANY_POINTS", 4)
+    monkeypatch.setattr(coverage, "MANY_CROSSINGS", -1)
+    sampled = Region.scribble(line, width=width)
+    y_edges, x_edges = SquareFrame(80, 60).edges(24, 24)
+    areas = [region.coverage(y_edges, x_edges, 80, 60) for region in (exact, sampled)]
+    np.testing.assert_allclose(areas[1], areas[0], atol=0.01 * (80 / 24) ** 2)
     with pytest.raises(RegionError, match="covers nothing"):
         Region.scribble(line + np.array([500, 0]), width=width).check(80, 60)
