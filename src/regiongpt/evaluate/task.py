@@ -3,7 +3,7 @@
 import math
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -256,6 +256,11 @@ class Task(Settings, ABC):
         }
         rows = [_row(item, answers.get(item.id), scores, place) for place, item in enumerate(items)]
         return Result(data, rows, {name: scored.statistics for name, scored in measured.protocols.items()})
+
+    def options(self, change: Callable[[Path], object]) -> dict[str, Any]:
+        """The options, each path in them changed."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: change(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @cached_property
     def left_out(self) -> Rejects:
