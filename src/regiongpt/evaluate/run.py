@@ -298,14 +298,10 @@ def question_key(model: str, image: str, item: Item) -> str:
 
 
 def model_identity(path: Path, dtype: str, device: str) -> dict[str, Any]:
-    """A checkpoint by the content of its files, and what else its answers depend on.
+    """A checkpoint by the SHA-256 of its files, and what else its answers depend on.
 
-    Returns:
-        ``name``, ``files`` (SHA-256 by name), ``dtype``, ``device``, and ``key``: a digest of files, dtype, the code
-        that answers, torch and transformers, but not of the device: others differ by rounding alone.
-
-    Raises:
-        CheckpointError: The folder is no checkpoint, or a file cannot be read.
+    Its ``key`` is a digest of files, dtype, the code that answers, torch and transformers, but not of the device, which
+    changes rounding alone. CheckpointError where the folder is no checkpoint, or a file cannot be read.
     """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no checkpoint folder, it has no config.json; check --model")
@@ -335,11 +331,7 @@ def code_hash() -> str:
 
 
 def make_manifest(task: Task, model: Mapping[str, Any] | None, options: RunOptions) -> dict[str, Any]:
-    """Where the results of a task come from; ``model`` is None where predictions are scored.
-
-    Raises:
-        DataError: A file of the benchmark, or of predictions, cannot be read.
-    """
+    """Where the results of a task come from; ``model`` is None where predictions are scored."""
     given = options.predictions
     return {
         "settings": task.options(lambda path: path.name),
