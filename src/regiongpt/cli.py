@@ -510,7 +510,7 @@ def _read_task(name: str, kind: "type[Task]", typed: argparse.Namespace) -> "Tas
 
 
 def _compare(typed: argparse.Namespace, resamples: int) -> int:
-    from regiongpt.evaluate.report import compare_runs
+    from regiongpt.evaluate.report import compare_runs, comparison_as_text
     from regiongpt.evaluate.task import RunOptions
 
     given = [
@@ -524,9 +524,9 @@ def _compare(typed: argparse.Namespace, resamples: int) -> int:
     a, b = typed.compare
     found = compare_runs(a, b, Path(typed.data) if hasattr(typed, "data") else None, resamples)
     if typed.json:
-        _print_json([each.to_dict() for each in found])
+        _print_json(found)
     else:
-        print(f"A: {a}\nB: {b}\n\n" + "\n\n".join(each.as_text() for each in found))
+        print(f"A: {a}\nB: {b}\n\n" + "\n\n".join(map(comparison_as_text, found)))
     return 0
 
 

@@ -8,8 +8,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -136,11 +135,18 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
             drawn.append((curve, xs[kept], ys[kept]))
     if not drawn or find_spec("matplotlib") is None:
         return Markup("")
-    to, back = (np.log, np.exp) if logarithmic else (np.asarray, np.asarray)
-    legend = 0.2 * -(-len(drawn) // 2)  # inches
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with _figure(title, 4.6, 2.5 + legend, (0.6, 0.55 + legend, 0.1, 0.2)) as (axes, parts):
+    to, back = (np.log, np.exp) if logarithmic else (np.asarray, np.asarray)
+    legend = 0.2 * -(-len(drawn) // 2)  # inches, as all sizes
+    width, height, below = 4.6, 2.5 + legend, 0.55 + legend
+    with rc_context(_SETTINGS):
+        figure = Figure((width, height))
+        axes = figure.add_subplot()
+        # To have matplotlib find the margins would draw all twice.
+        axes.set_position((0.6 / width, below / height, 1 - 0.7 / width, 1 - (below + 0.2) / height))
         for number, (curve, xs, ys) in enumerate(drawn):
             colour, scaled = _COLOURS[number % len(_COLOURS)], to(ys)
             if not curve.exact and len(ys) >= _SMOOTHED_FROM:
@@ -163,42 +169,13 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
         axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for _, xs, _ in drawn for x in xs))
         axes.grid(axis="y")
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.25), ncols=2, borderpad=0)
-    return parts[0]
-
-
-def short(value: float) -> str:
-    """A number in few characters: ``1.23k``, ``0.034``, ``2e-05``."""
-    for least, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if least <= abs(value) < math.inf:
-            return f"{value / least:.3g}{prefix}"
-    return f"{value:.3g}"
-
-
-@contextmanager
-def _figure(
-    title: str, width: float, height: float, margins: tuple[float, float, float, float]
-) -> Iterator[tuple[Any, list[Markup]]]:
-    """Axes to draw on, and a list that holds the chart when the block ends.
-
-    Sizes are in inches, the margins left, below, right and above: to have matplotlib find them would draw all twice.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    parts: list[Markup] = []
-    with rc_context(_SETTINGS):
-        figure = Figure((width, height))
-        axes = figure.add_subplot()
-        left, below, right, above = margins
-        axes.set_position((left / width, below / height, 1 - (left + right) / width, 1 - (below + above) / height))
-        yield axes, parts
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = drawn.getvalue()
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"#0000\d\d", lambda match: f"var(--{_VARIABLES[match[0]]})", svg)
     svg = svg.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(title), 1)
-    parts.append(Markup('<figure class="chart"><figcaption>{}</figcaption>{}</figure>').format(title, Markup(svg)))
+    return Markup('<figure class="chart"><figcaption>{}</figcaption>{}</figure>').format(title, Markup(svg))
 
 
 def _thinned(xs: Any, ys: Any, back: Callable[[Any], Any]) -> tuple[Any, Any]:
@@ -208,3 +185,11 @@ def _thinned(xs: Any, ys: Any, back: Callable[[Any], Any]) -> tuple[Any, Any]:
         counts = np.diff([*starts, len(xs)])
         xs, ys = (np.append(np.add.reduceat(each, starts) / counts, each[-1]) for each in (xs, ys))
     return xs, back(ys)
+
+
+def short(value: float) -> str:
+    """A number in few characters: ``1.23k``, ``0.034``, ``2e-05``."""
+    for least, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if least <= abs(value) < math.inf:
+            return f"{value / least:.3g}{prefix}"
+    return f"{value:.3g}"

@@ -18,7 +18,7 @@ from regiongpt.cli import main
 from regiongpt.evaluate import run as running
 from regiongpt.evaluate.report import PAGE, TaskRun, changes, read_run, worst
 from regiongpt.evaluate.run import answer_image, load_items, make_manifest
-from regiongpt.evaluate.task import Answer, Result, RunOptions
+from regiongpt.evaluate.task import Answer, RunOptions
 from regiongpt.model import weights
 from regiongpt.storage import Store, locked
 
@@ -370,15 +370,15 @@ def test_why_nothing_could_be_asked_is_said(data, checkpoint, tmp_path, monkeypa
 
 
 def test_changes_and_mistakes_go_by_a_figure_that_each_item_has():
-    def result(*scores):
+    def rows(*scores):
         row = {"truth": "yes", "answer": "no", "groups": {}, "missing": False}
-        rows = [{**row, "id": str(k), "image_id": k, "scores": each} for k, each in enumerate(scores)]
-        return Result({}, rows, {})
+        return [{**row, "id": str(k), "image_id": k, "scores": each} for k, each in enumerate(scores)]
 
-    a = result({"random.accuracy": 1.0}, {"popular.accuracy": 1.0})
-    b = result({"random.accuracy": 1.0}, {"popular.accuracy": 0.0})
-    assert worst(a.rows, {}, 5) == []
-    assert [row["id"] for row in worst(b.rows, {}, 5)] == ["1"]
-    figure, gained, lost, reworded = changes(a, b)
-    assert (figure, gained, [each.id for each in lost], reworded) == ("random.accuracy, popular.accuracy", [], ["1"], 0)
-    assert changes(a, result({"choices": 0.0}, {"choices": 0.0})) == ("no result that both have", [], [], 0)
+    a = rows({"random.accuracy": 1.0}, {"popular.accuracy": 1.0})
+    b = rows({"random.accuracy": 1.0}, {"popular.accuracy": 0.0})
+    assert worst(a, {}, 5) == []
+    assert [row["id"] for row in worst(b, {}, 5)] == ["1"]
+    found = changes(a, b)
+    assert (found["by"], found["gained"], found["reworded"]) == ("random.accuracy, popular.accuracy", [], 0)
+    assert [each["id"] for each in found["lost"]] == ["1"]
+    assert changes(a, rows({"choices": 0.0}, {"choices": 0.0}))["by"] == "no result that both have"

@@ -292,16 +292,18 @@ def test_the_share_of_true_claims_stands_beside_what_a_constant_would_reach(fact
         "presence-1-cup": "No. I see none.",
     }
     result = scores(facts, said)
-    found = {name: {k: (v.value, v.of) for k, v in each.items()} for name, each in result.protocols.items()}
+    found = {
+        name: {k: (v["value"], v["of"]) for k, v in each.items()} for name, each in result.data["protocols"].items()
+    }
     half = {"true": (0.5, 2), "constant": (0.5, 2), "undecided": (0.0, 2)}
     assert found["claims, class"] == found["claims, place"] == found["claims, relation"] == half
     assert found["claims, colour"] == {"true": (1.0, 1), "constant": (1.0, 1), "undecided": (0.5, 2)}
     assert found["claims, count"]["true"] == (0.5, 2)
     assert found["claims, presence"]["true"] == (0.5, 2)
     assert "claims, size" not in found
-    assert any("1 sentence not read, so not judged: 'I see none.' (1)" in note for note in result.notes)
-    assert any("4.00 claims a description; 2 distinct descriptions of 2" in note for note in result.notes)
-    (rows,) = result.tables.values()
+    assert any("1 sentence not read, so not judged: 'I see none.' (1)" in note for note in result.data["notes"])
+    assert any("4.00 claims a description; 2 distinct descriptions of 2" in note for note in result.data["notes"])
+    (rows,) = result.data["tables"].values()
     assert ["colour", "blue", "1", "0", "0", "1", "0.0"] in rows
     assert ["class", "dog", "2", "1", "1", "0", "50.0"] in rows
 
@@ -309,8 +311,8 @@ def test_the_share_of_true_claims_stands_beside_what_a_constant_would_reach(fact
 def test_a_question_without_an_answer_claims_nothing(facts):
     task, items = facts
     result = task.score(items, {"classify-1-7": Answer(text="dog")}, resamples=0)
-    assert result.protocols["claims, all"]["true"].of == 1
-    assert any("question ids" in note for note in result.notes)
+    assert result.data["protocols"]["claims, all"]["true"]["of"] == 1
+    assert any("question ids" in note for note in result.data["notes"])
 
 
 def test_answers_about_one_region_agree_or_not(facts):
@@ -319,6 +321,6 @@ def test_answers_about_one_region_agree_or_not(facts):
         "classify-1-8": "cup", "describe-1-8": "A cup.", "ask-1-8": "Cup!",
         "presence-1-dog": "Yes.", "presence-1-cup": "No.",
     }  # fmt: skip
-    figures = scores(facts, said).protocols["agreement"]
-    shares = {name.split()[0]: (each.value, each.of) for name, each in figures.items()}
+    figures = scores(facts, said).data["protocols"]["agreement"]
+    shares = {name.split()[0]: (each["value"], each["of"]) for name, each in figures.items()}
     assert shares == {"describe": (1.0, 2), "brief": (0.0, 2), "ask": (0.5, 2), "presence": (0.5, 2)}

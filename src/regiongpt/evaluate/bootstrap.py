@@ -18,17 +18,11 @@ _AT_ONCE = 1 << 22  # multiplicities held at a time
 
 
 class Statistic(ABC):
-    """A result as a function of how often each image is counted.
+    """A result as a function of how often each image is counted."""
 
-    Attributes:
-        clusters: The images, each once.
-        most: The largest value that it can have; the smallest is 0.
-        most_resamples: Fewer where each resample is expensive.
-    """
-
-    clusters: tuple[Hashable, ...]
-    most: float = 1.0
-    most_resamples: int = 1_000_000
+    clusters: tuple[Hashable, ...]  # the images, each once
+    most: float = 1.0  # the largest value that it can have; the smallest is 0
+    most_resamples: int = 1_000_000  # fewer where each is expensive
 
     @abstractmethod
     def values(self, times: Floats) -> Floats:
@@ -45,18 +39,11 @@ class Statistic(ABC):
 
 @dataclass(frozen=True)
 class SumStatistic(Statistic):
-    """A result computed from sums over items: shares, averages over classes, F1, METEOR, BLEU.
-
-    Args:
-        clusters: The images.
-        sums: (C, K) what each image adds to each of K sums.
-        combine: From (N, K) sums to (N,) results; a division by 0 gives NaN.
-        most: The largest value of the result.
-    """
+    """A result computed from sums over items: shares, averages over classes, F1, METEOR, BLEU."""
 
     clusters: tuple[Hashable, ...]
-    sums: Floats
-    combine: Callable[[Floats], Floats]
+    sums: Floats  # (C, K) what each image adds to each of K sums
+    combine: Callable[[Floats], Floats]  # from (N, K) sums to (N,) results; a division by 0 gives NaN
     most: float = 1.0
 
     def values(self, times: Floats) -> Floats:
@@ -139,19 +126,16 @@ def too_few(a: Statistic, b: Statistic) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """Two systems on the same items; ``difference`` is ``b - a``.
+    """Two systems on the same items; interval and p are None where nothing can be told.
 
-    Attributes:
-        interval: 95 % of the resampled differences, as in :func:`interval`; None where nothing can be told.
-        p: Two-sided: twice the share of resamples in which the difference has the other sign or is 0, from
-            ``1 / (resamples + 1)`` to 1; None where nothing can be told.
-        too_few: See :func:`too_few`.
+    The two-sided p is twice the share of resamples in which the difference has the other sign or is 0, from
+    ``1 / (resamples + 1)`` to 1.
     """
 
     a: float
     b: float
-    difference: float
-    interval: tuple[float, float] | None = None
+    difference: float  # b - a
+    interval: tuple[float, float] | None = None  # 95 % of the resampled differences, as in interval()
     p: float | None = None
     too_few: bool = False
 

@@ -68,7 +68,7 @@ def caption_scores(
         ``BLEU_4`` (in [0, 1]).
 
     Raises:
-        ConfigError: pycocoevalcap or Java is missing.
+        ConfigError: pycocoevalcap or Java is missing, or a program fails.
         DataError: Nothing to score, or an item has no reference with words.
     """
     if not captions or len(captions) != len(references):
@@ -141,11 +141,7 @@ def _best_counts(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats
 
 
 def meteor_counts(captions: Sequence[str], references: Sequence[str]) -> Floats:
-    """What METEOR counts (n, 23) for the scored words of n captions, each against a reference.
-
-    Raises:
-        ConfigError: Java or pycocoevalcap is missing, or the program fails.
-    """
+    """What METEOR counts (n, 23) for the scored words of n captions, each against a reference."""
     words = [[text.split() for text in texts] for texts in (captions, references)]
     with tempfile.TemporaryDirectory() as place:
         files = [
@@ -207,9 +203,6 @@ def scored_words(captions: Sequence[str]) -> list[str]:
 
     The tokenizer reads captions as lines of one file: one that ends in an abbreviation is read with the beginning of
     the next, so the same list gives the same words.
-
-    Raises:
-        ConfigError: Java or pycocoevalcap is missing, or the program fails.
     """
     lines = [_OPEN.sub(r"\g<0> ", _NO_TEXT.sub(" ", caption)) for caption in captions]
     jar = find_package() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
@@ -252,11 +245,7 @@ def _pycocoevalcap(module: str) -> Any:
 
 
 def _run_java(name: str, words: Sequence[str], size: int) -> str:
-    """What a Java program prints, run to its end; ``size`` is the number of words it reads, by which it is given time.
-
-    Raises:
-        ConfigError: There is no Java; it fails, or takes far too long.
-    """
+    """What a Java program prints, run to its end; ``size`` is the number of words it reads, for its time limit."""
     java, seconds = find_java(), SECONDS + SECONDS_PER_WORD * size
     command = [java, "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *words]
     try:

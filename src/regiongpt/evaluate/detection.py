@@ -41,33 +41,22 @@ def overlaps(box: Sequence[float], others: Sequence[Sequence[float]] | Floats) -
 
 @dataclass(frozen=True, kw_only=True)
 class Federated:
-    """What LVIS' annotations say of images in which not everything was looked for.
+    """What LVIS' annotations say of images in which not everything was looked for."""
 
-    Attributes:
-        absent: By image, categories known not to be there. Detections of categories that are neither annotated nor in
-            this list do not count.
-        partly: By image, categories of which only some objects were annotated: unmatched detections do not count.
-        frequency: By category, ``r``, ``c`` or ``f``.
-    """
-
+    # By image, categories known not to be there: detections of those neither annotated nor in here do not count.
     absent: Mapping[int, Collection[int]]
+    # By image, categories of which only some objects were annotated: unmatched detections do not count.
     partly: Mapping[int, Collection[int]]
-    frequency: Mapping[int, str]
+    frequency: Mapping[int, str]  # by category, "r", "c" or "f"
 
 
 class DetectionScores(NamedTuple):
-    """What COCOeval says of detections.
+    """What COCOeval says of detections."""
 
-    Attributes:
-        figures: :data:`FIGURES`, or by LVIS' rules the six precisions and those of :data:`FREQUENCIES`; in [0, 1], NaN
-            where there is nothing to find.
-        statistics: Of the precisions.
-        by_category: AP of each category that has objects, by its id.
-    """
-
+    # FIGURES, or by LVIS' rules the six precisions and those of FREQUENCIES; NaN where there is nothing to find.
     figures: Mapping[str, float]
-    statistics: Mapping[str, Statistic]
-    by_category: Mapping[int, float]
+    statistics: Mapping[str, Statistic]  # of the precisions
+    by_category: Mapping[int, float]  # AP of each category that has objects, by its id
 
 
 def detection_scores(

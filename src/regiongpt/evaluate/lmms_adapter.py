@@ -17,28 +17,21 @@ if TYPE_CHECKING:
 
 
 def manifest() -> Any:
-    """What lmms-eval registers: its entry point ``lmms_eval.models`` calls this."""
+    """What lmms-eval registers; its entry point ``lmms_eval.models`` calls this."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="regiongpt", simple_class_path=f"{__name__}.RegionGPT")
 
 
-def answer(
-    predictor: "RegionPredictor",
-    request: tuple[str, Mapping[str, Any], Callable[[Any], Sequence[Any]], Mapping[str, Any], str],
-    trained: bool = False,
-) -> str:
-    """The answer to one question of lmms-eval.
+Request = tuple[str, Mapping[str, Any], Callable[[Any], Sequence[Any]], Mapping[str, Any], str]
+"""The question as the task words it, options, what makes the images of a row, the row of the data set, the task."""
 
-    Args:
-        predictor: The model.
-        request: The question as the task words it, options of generation, what makes the images of a row of the data
-            set, the row, and the task's name. A task about a region has ``image`` and ``bbox`` (xywh) or
-            ``segmentation`` (a flat polygon) in the row.
-        trained: Ask in the words that the model was trained on, not in the benchmark's.
 
-    Raises:
-        DataError: The task shows several images or none, or asks for coordinates.
+def answer(predictor: "RegionPredictor", request: Request, trained: bool = False) -> str:
+    """The answer to one question, about ``bbox`` (xywh) or ``segmentation`` of the row where the task has a region.
+
+    ``trained`` asks in the words that the model was trained on. DataError where the task shows several images or none,
+    or asks for coordinates.
     """
     context, options, visuals, document, task = request
     if re.match(r"refcoco(\+|g)?_bbox_rec|refcoco_grounding", task):

@@ -5,15 +5,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from markupsafe import Markup
 
 from regiongpt.data.shards import file_identity
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
-from regiongpt.evaluate.bootstrap import TOO_FEW, Paired, paired
-from regiongpt.evaluate.task import OURS, RESAMPLES, TABLES, Answer, Item, PaperTable, Result, Rows, Task
+from regiongpt.evaluate.bootstrap import TOO_FEW, paired
+from regiongpt.evaluate.task import OURS, RESAMPLES, TABLES, Answer, Item, PaperTable, Rows, Task
 from regiongpt.evaluate.tasks import TASKS, task_class
 from regiongpt.report import picture, write_page
 from regiongpt.storage import finite, read_json, reason
@@ -61,18 +61,7 @@ class TaskRun:
         def moved(path: Path) -> Path:
             return data / path.relative_to(found.data) if data and path.is_relative_to(found.data) else path
 
-        return found.replace(**map_paths(found, moved))
-
-
-def map_paths(task: Task, change: Callable[[Path], Any]) -> dict[str, Any]:
-    """The options of a task, each path in them changed."""
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [changed(each) for each in value]
-        return change(value) if isinstance(value, Path) else value
-
-    return {name: changed(getattr(task, name)) for name in type(task).model_fields}
+        return found.replace(**found.options(moved))
 
 
 def read_run(out: Path) -> list[TaskRun]:
@@ -229,61 +218,7 @@ def _card(item: Item, answer: Answer) -> dict[str, Any]:
 # Two runs compared
 
 
-class Change(NamedTuple):
-    """An item that one of the runs answered better: both answers, and how much the score rose from A to B."""
-
-    id: str
-    truth: str
-    a: str
-    b: str
-    by: float
-
-
-class Comparison(NamedTuple):
-    """One task of two runs.
-
-    Attributes:
-        task: Its name.
-        items: How many both have answered.
-        figures: By protocol and result.
-        by: Results by which items changed, as ``"protocol.result"``.
-        gained: Items that the second run scores higher, the largest change first.
-        lost: Items that it scores lower.
-        reworded: Number of items whose text alone differs.
-    """
-
-    task: str
-    items: int
-    figures: Mapping[str, Mapping[str, Paired]]
-    by: str
-    gained: list[Change]
-    lost: list[Change]
-    reworded: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON; what cannot be measured is null."""
-        changed = {name: [each._asdict() for each in getattr(self, name)] for name in ("gained", "lost")}
-        figures = {protocol: {name: vars(each) for name, each in own.items()} for protocol, own in self.figures.items()}
-        changes = {"by": self.by, **changed, "reworded": self.reworded}
-        return {"task": self.task, "items": self.items, "figures": finite(figures), "changed": changes}
-
-    def as_text(self) -> str:
-        """For a terminal, with at most 20 items of each kind."""
-        lines = [f"{self.task}: {self.items:,} items"]
-        for protocol, figures in self.figures.items():
-            rows = [["result", "A", "B", "B - A", "95 %", "p"], *(_row(name, each) for name, each in figures.items())]
-            lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(rows))]
-        counts = f"{len(self.gained):,} items better, {len(self.lost):,} worse, {self.reworded:,} reworded"
-        lines += ["", f"  by {self.by}: {counts}"]
-        for title, those in (("better", self.gained), ("worse", self.lost)):
-            rows = [[c.id, c.truth, _short(c.a), _short(c.b), f"{c.by:+.2f}"] for c in those[:20]]
-            if rows:
-                head = ["item", "truth", "A", "B", "score"]
-                lines += [f"  {title}:", *(f"    {line}" for line in aligned([head, *rows]))]
-        return "\n".join(lines)
-
-
-def compare_runs(a: Path, b: Path, data: Path | None = None, resamples: int = RESAMPLES) -> list[Comparison]:
+def compare_runs(a: Path, b: Path, data: Path | None = None, resamples: int = RESAMPLES) -> list[dict[str, Any]]:
     """Compare every task that two runs have in common.
 
     Args:
@@ -291,6 +226,11 @@ def compare_runs(a: Path, b: Path, data: Path | None = None, resamples: int = RE
         b: Folder of the second; differences are B less A.
         data: Where the data set is now, if it has moved.
         resamples: Of the bootstrap.
+
+    Returns:
+        Plain JSON for each: ``task``, ``items`` (how many both have answered), ``figures`` (by protocol and result, see
+        :class:`Paired`), and what ``changed``: ``by`` which results, the items ``gained`` and ``lost`` with both
+        answers and the change of their score, and how many were ``reworded``, only their text being different.
 
     Raises:
         ConfigError: The runs are of other settings, or have no task in common.
@@ -303,9 +243,9 @@ def compare_runs(a: Path, b: Path, data: Path | None = None, resamples: int = RE
     return [_compare(first[name], second[name], data, resamples) for name in shared]
 
 
-def _compare(a: TaskRun, b: TaskRun, data: Path | None, resamples: int) -> Comparison:
+def _compare(a: TaskRun, b: TaskRun, data: Path | None, resamples: int) -> dict[str, Any]:
     task = a.task(data)
-    ours, theirs = ({**map_paths(run.task(), lambda path: path.name), "data": ""} for run in (a, b))
+    ours, theirs = ({**run.task().options(lambda path: path.name), "data": ""} for run in (a, b))
     differing = [f"--{name}: {ours[name]!r} and {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]
     differing += ["the annotation files"] if a.manifest["inputs"] != b.manifest["inputs"] else []
     if differing:
@@ -326,41 +266,63 @@ def _compare(a: TaskRun, b: TaskRun, data: Path | None, resamples: int) -> Compa
     other = results[1].statistics
     figures = {
         protocol: {
-            name: paired(each, other[protocol][name], resamples)
+            name: vars(paired(each, other[protocol][name], resamples))
             for name, each in found.items()
             if name in other[protocol]
         }
         for protocol, found in results[0].statistics.items()
         if protocol in other
     }
-    return Comparison(a.name, len(items), figures, *changes(*results))
+    changed = changes(results[0].rows, results[1].rows)
+    return {"task": a.name, "items": len(items), "figures": finite(figures), "changed": changed}
 
 
-def changes(a: Result, b: Result) -> tuple[str, list[Change], list[Change], int]:
+def changes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The items by how the first result has changed that both runs have a score of: better, worse, and reworded."""
-    found: list[Change] = []
+    found: list[dict[str, Any]] = []
     reworded = 0
     by_figure: dict[str, None] = {}
-    for ours, theirs in zip(a.rows, b.rows, strict=True):
+    for ours, theirs in zip(a, b, strict=True):
         figure = next((name for name in ours["scores"] if name in theirs["scores"]), None)
         if figure is None:
             continue
         by_figure[figure] = None
         by = theirs["scores"][figure] - ours["scores"][figure]
-        said, other = (str(row["answer"]) if row["answer"] is not None else NOTHING for row in (ours, theirs))
+        said, other = (row["answer"] if row["answer"] is not None else NOTHING for row in (ours, theirs))
         if by:
-            found.append(Change(ours["id"], ours["truth"], said, other, by))
+            found.append({"id": ours["id"], "truth": ours["truth"], "a": said, "b": other, "by": by})
         else:
             reworded += said != other
-    found.sort(key=lambda change: -abs(change.by))
-    gained, lost = ([each for each in found if (each.by > 0) == up] for up in (True, False))
-    return ", ".join(by_figure) or "no result that both have", gained, lost, reworded
+    found.sort(key=lambda change: -abs(change["by"]))
+    return {
+        "by": ", ".join(by_figure) or "no result that both have",
+        "gained": [each for each in found if each["by"] > 0],
+        "lost": [each for each in found if each["by"] < 0],
+        "reworded": reworded,
+    }
 
 
-def _row(name: str, each: Paired) -> list[str]:
-    ends = " to ".join(number(end, sign="+") for end in each.interval) if each.interval else ""
-    p = TOO_FEW if each.too_few else NOTHING if each.p is None else f"{each.p:.3f}"
-    return [name, number(each.a), number(each.b), number(each.difference, sign="+"), ends, p]
+def comparison_as_text(found: Mapping[str, Any]) -> str:
+    """A task of two runs for a terminal, with at most 20 items of each kind."""
+    lines = [f"{found['task']}: {found['items']:,} items"]
+    for protocol, figures in found["figures"].items():
+        rows = [["result", "A", "B", "B - A", "95 %", "p"]]
+        for name, each in figures.items():
+            ends = " to ".join(number(end, sign="+") for end in each["interval"] or ())
+            p = TOO_FEW if each["too_few"] else NOTHING if each["p"] is None else f"{each['p']:.3f}"
+            rows.append([name, number(each["a"]), number(each["b"]), number(each["difference"], sign="+"), ends, p])
+        lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(rows))]
+    changed = found["changed"]
+    better, worse, reworded = len(changed["gained"]), len(changed["lost"]), changed["reworded"]
+    lines += ["", f"  by {changed['by']}: {better:,} items better, {worse:,} worse, {reworded:,} reworded"]
+    for title, those in (("better", changed["gained"]), ("worse", changed["lost"])):
+        rows = [[c["id"], c["truth"], _short(c["a"]), _short(c["b"]), f"{c['by']:+.2f}"] for c in those[:20]]
+        if rows:
+            lines += [
+                f"  {title}:",
+                *(f"    {line}" for line in aligned([["item", "truth", "A", "B", "score"], *rows])),
+            ]
+    return "\n".join(lines)
 
 
 def _short(text: str) -> str:

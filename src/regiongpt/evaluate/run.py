@@ -26,7 +26,6 @@ from regiongpt.evaluate.report import (
     PREDICTIONS,
     RESULT,
     TaskRun,
-    map_paths,
     read_object,
     write_report,
 )
@@ -173,9 +172,12 @@ def _ask(
             if key not in known:
                 by_image.setdefault(item.image, {})[key] = item
     if mine := processes.share(list(by_image.values()), len):
-        name = "asking" + (f", process 1 of {processes.count}" if processes.count > 1 else "")
+        predictor, name = load(), "asking" + (f", process 1 of {processes.count}" if processes.count > 1 else "")
         with store:
-            known.update(progress(_answers(load(), mine, store), name, "answers", sum(map(len, mine))))
+            for asked in progress(mine, name, "images", len(mine)):
+                answers = dict(zip(asked, answer_image(predictor, list(asked.values())), strict=True))
+                store.add(answers)
+                known |= answers
     processes.wait()
     if not processes.is_first:
         return []
@@ -186,28 +188,14 @@ def _ask(
             f"{store.folder}: {lost} answers of other processes are not there; let all of them write to the same "
             "folder, then run the same command again"
         )
-    return [
-        _usable({item.id: known[key] for key, item in zip(own, items, strict=True)})
-        for own, items in zip(keys, listed, strict=True)
-    ]
-
-
-def _answers(
-    predictor: "RegionPredictor", work: Sequence[Mapping[str, Item]], store: Store
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for asked in work:
-        answers = dict(zip(asked, answer_image(predictor, list(asked.values())), strict=True))
-        store.add(answers)
-        yield from answers.items()
-
-
-def _usable(answers: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Answer], list[str]]:
-    found = {name: Answer.from_dict(values) for name, values in answers.items() if "refused" not in values}
-    refused = [(name, values["refused"]) for name, values in answers.items() if "refused" in values]
-    return found, [
-        f"{len(refused)} of {len(answers)} questions could not be asked and count as wrong, such as item {name}: {why}"
-        for name, why in refused[:1]
-    ]
+    found: list[tuple[Mapping[str, Answer], Sequence[str]]] = []
+    for own, items in zip(keys, listed, strict=True):
+        said = {item.id: known[key] for key, item in zip(own, items, strict=True)}
+        refused = [(name, values["refused"]) for name, values in said.items() if "refused" in values]
+        count = f"{len(refused)} of {len(said)} questions could not be asked and count as wrong"
+        notes = [f"{count}, such as item {name}: {why}" for name, why in refused[:1]]
+        found.append(({n: Answer.from_dict(each) for n, each in said.items() if "refused" not in each}, notes))
+    return found
 
 
 def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -310,14 +298,10 @@ def question_key(model: str, image: str, item: Item) -> str:
 
 
 def model_identity(path: Path, dtype: str, device: str) -> dict[str, Any]:
-    """A checkpoint by the content of its files, and what else its answers depend on.
+    """A checkpoint by the SHA-256 of its files, and what else its answers depend on.
 
-    Returns:
-        ``name``, ``files`` (SHA-256 by name), ``dtype``, ``device``, and ``key``: a digest of files, dtype, the code
-        that answers, torch and transformers, but not of the device: others differ by rounding alone.
-
-    Raises:
-        CheckpointError: The folder is no checkpoint, or a file cannot be read.
+    Its ``key`` is a digest of files, dtype, the code that answers, torch and transformers, but not of the device, which
+    changes rounding alone. CheckpointError where the folder is no checkpoint, or a file cannot be read.
     """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no checkpoint folder, it has no config.json; check --model")
@@ -347,14 +331,10 @@ def code_hash() -> str:
 
 
 def make_manifest(task: Task, model: Mapping[str, Any] | None, options: RunOptions) -> dict[str, Any]:
-    """Where the results of a task come from; ``model`` is None where predictions are scored.
-
-    Raises:
-        DataError: A file of the benchmark, or of predictions, cannot be read.
-    """
+    """Where the results of a task come from; ``model`` is None where predictions are scored."""
     given = options.predictions
     return {
-        "settings": map_paths(task, lambda path: path.name),
+        "settings": task.options(lambda path: path.name),
         "inputs": [file_identity(path) for path in task.inputs()],
         "model": dict(model) if model is not None else None,
         **({"predictions": file_identity(given)} if given else {}),
@@ -362,7 +342,7 @@ def make_manifest(task: Task, model: Mapping[str, Any] | None, options: RunOptio
         "packages": {"python": platform.python_version(), **versions()},
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "options": map_paths(task, lambda path: str(path.absolute())),
+        "options": task.options(lambda path: str(path.absolute())),
         "scoring": {"resamples": options.resamples, **({"missing": options.missing} if given else {})},
     }
 

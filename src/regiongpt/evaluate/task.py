@@ -3,7 +3,7 @@
 import math
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -71,20 +71,14 @@ class Item:
 class Answer:
     """The answer to an item; what was not asked for, or is not known, is None.
 
-    Args:
-        text: The free answer.
-        probability: Of that text and its end, in [0, 1].
-        scores: Of the item's choices, in their order; larger is better.
-        called: Log likelihood that each of the item's regions is called by the item's expression.
-
     Raises:
         DataError: A number is not finite, or the probability lies outside [0, 1].
     """
 
     text: str | None = None
-    probability: float | None = None
-    scores: tuple[float, ...] | None = None
-    called: tuple[float, ...] | None = None
+    probability: float | None = None  # of that text and its end
+    scores: tuple[float, ...] | None = None  # of the item's choices, in their order; larger is better
+    called: tuple[float, ...] | None = None  # log likelihood that each region is called by the item's expression
 
     def __post_init__(self) -> None:
         if self.probability is not None and not 0 <= self.probability <= 1:
@@ -105,35 +99,21 @@ class Answer:
 
 
 class Scored(NamedTuple):
-    """What a protocol makes of the answers.
+    """What a protocol makes of the answers."""
 
-    Attributes:
-        statistics: By result, such as ``"accuracy"``.
-        scores: By result, a number for each item; None where the protocol says nothing about it.
-        of: How many items a result is about, where that is not all that have a score.
-        by_group: Results of groups besides the mean scores: by kind of group, group and result.
-    """
-
-    statistics: Mapping[str, Statistic]
-    scores: Mapping[str, Sequence[float | None]]
-    of: Mapping[str, int] = {}
-    by_group: Mapping[str, Mapping[str, Mapping[str, float | None]]] = {}
+    statistics: Mapping[str, Statistic]  # by result, such as "accuracy"
+    scores: Mapping[str, Sequence[float | None]]  # by result, of each item; None where there is nothing to say of it
+    of: Mapping[str, int] = {}  # how many items a result is about, where that is not all that have a score
+    by_group: Mapping[str, Mapping[str, Mapping[str, float | None]]] = {}  # besides mean scores, by kind and group
 
 
 class Measured(NamedTuple):
-    """What a task makes of the answers.
-
-    Attributes:
-        protocols: By name.
-        pinned: What has to be equal for two results to be comparable, by name: split, grouping, scorer, ...
-        notes: Sentences that belong beside the results.
-        tables: For the page of results, such as a confusion matrix, by their titles.
-    """
+    """What a task makes of the answers."""
 
     protocols: Mapping[str, Scored]
-    pinned: Mapping[str, str]
-    notes: Sequence[str] = ()
-    tables: Mapping[str, Rows] = {}
+    pinned: Mapping[str, str]  # what has to be equal for two results to be comparable: split, grouping, scorer, ...
+    notes: Sequence[str] = ()  # sentences that belong beside the results
+    tables: Mapping[str, Rows] = {}  # for the page of results, such as a confusion matrix, by their titles
 
 
 class Result(NamedTuple):
@@ -154,25 +134,15 @@ class Result(NamedTuple):
 
 
 class Task(Settings, ABC):
-    """One benchmark; its fields are the options of the command.
-
-    Attributes:
-        name: On the command line.
-        summary: One line of help.
-        item_id: What an item's id is, for messages: ``"annotation id"``.
-        reads: What is scored of an :class:`Answer`, any of ``text``, ``scores``, ``called``.
-        by: Groups of the items that mean scores are broken down by.
-        paper: The paper's results by protocol and name, as shares of 1.
-        paper_source: Where in the paper they are, and what they were measured on.
-    """
+    """One benchmark; its fields are the options of the command."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    item_id: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]] = ("text",)
-    by: ClassVar[tuple[str, ...]] = ()
-    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}
-    paper_source: ClassVar[str] = ""
+    item_id: ClassVar[str]  # what an item's id is, for messages: "annotation id"
+    reads: ClassVar[tuple[str, ...]] = ("text",)  # what is scored of an answer, any of text, scores, called
+    by: ClassVar[tuple[str, ...]] = ()  # groups of the items that mean scores are broken down by
+    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}  # its results by protocol and name, as shares of 1
+    paper_source: ClassVar[str] = ""  # where in the paper they are, and what they were measured on
 
     data: Path
     """Folder of the data set; the files below are looked for in it."""
@@ -187,12 +157,7 @@ class Task(Settings, ABC):
 
     @abstractmethod
     def read_items(self) -> list[Item]:
-        """All items, in an order that files and options alone decide.
-
-        Raises:
-            DataError: A file is missing or of another format, or has nothing to ask about.
-            ConfigError: An option does not fit the files, or what scoring needs is not installed.
-        """
+        """All items, in an order that files and options alone decide."""
 
     @abstractmethod
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
@@ -236,7 +201,7 @@ class Task(Settings, ABC):
                 )
                 for name, statistic in scored.statistics.items()
             }
-            found = {key: _breakdown([(items[k], k) for k in places], key, scored) for key in self.by}
+            found = {key: _breakdown(items, places, key, scored) for key in self.by}
             breakdowns[protocol] = {key: groups for key, groups in found.items() if groups}
             scores |= {f"{protocol}.{name}": each for name, each in scored.scores.items()}
         notes = []
@@ -256,6 +221,11 @@ class Task(Settings, ABC):
         }
         rows = [_row(item, answers.get(item.id), scores, place) for place, item in enumerate(items)]
         return Result(data, rows, {name: scored.statistics for name, scored in measured.protocols.items()})
+
+    def options(self, change: Callable[[Path], object]) -> dict[str, Any]:
+        """The options, each path in them changed."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: change(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @cached_property
     def left_out(self) -> Rejects:
@@ -288,18 +258,20 @@ def _value(statistic: Statistic, of: int, resamples: int, seed: int, paper: floa
     return {"value": value if value == value else None, "of": of, "interval": ends, "paper": paper}
 
 
-def _breakdown(rows: Sequence[tuple[Item, int]], key: str, scored: Scored) -> dict[str, dict[str, Any]]:
+def _breakdown(items: Sequence[Item], places: Sequence[int], key: str, scored: Scored) -> dict[str, dict[str, Any]]:
     """Mean scores of the items of each group: sizes in their order, other groups the largest first."""
     groups: dict[str, list[int]] = {}
-    for item, place in rows:
-        if key in item.groups:
-            groups.setdefault(item.groups[key], []).append(place)
+    for k in places:
+        if key in items[k].groups:
+            groups.setdefault(items[k].groups[key], []).append(k)
     order = [name for name, _ in SIZES]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for group in sorted(groups, key=lambda name: (order.index(name) if name in order else 3, -len(groups[name]))):
-        places = groups[group]
-        values = {name: float(np.mean([each[k] or 0.0 for k in places])) for name, each in scored.scores.items()}
-        found[group] = {**values, **scored.by_group.get(key, {}).get(group, {}), "items": len(places)}
+        found[group] = {}
+        for name, each in scored.scores.items():
+            own = [value for k in groups[group] if (value := each[k]) is not None]
+            found[group][name] = float(np.mean(own)) if own else None
+        found[group] |= {**scored.by_group.get(key, {}).get(group, {}), "items": len(groups[group])}
     return found
 
 

@@ -87,14 +87,7 @@ class ChoosingTask(Task):
 
 
 def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, list[int | str | None]]:
-    """The regions that were chosen, for each protocol that the answers allow.
-
-    Returns:
-        By protocol, for each item the number of the region from 1, ``"none"``, ``"invalid"``, or None without answer.
-
-    Raises:
-        DataError: There is no answer, or an answer's scores are not as many as the choices.
-    """
+    """By protocol, for each item the region chosen: its number from 1, "none", "invalid", or None without answer."""
     found: dict[str, list[int | str | None]] = {}
     for protocol, kind in ((GENERATED, "text"), (SCORED, "scores"), (CALLED, "called")):
         said = given(items, answers, kind)
@@ -339,10 +332,6 @@ def read_proposals(path: Path, images: Mapping[int, Path], top: int, rejects: Re
         images: The images that are asked about; a candidate is clipped to its image if that can be read.
         top: Most candidates an image, by score; 0 for all.
         rejects: Where unusable entries are noted.
-
-    Raises:
-        DataError: The file has scores for some entries alone, or nothing for any image.
-        ConfigError: ``top`` is asked for, and there are no scores.
     """
     found: dict[int, list[tuple[float | None, Corners]]] = {}
     before = rejects.counts.total()
@@ -369,10 +358,7 @@ def read_proposals(path: Path, images: Mapping[int, Path], top: int, rejects: Re
 
 
 def candidates_of(truth: Corners, proposed: Sequence[Corners], seed: tuple[int, ...]) -> tuple[list[Corners], bool]:
-    """The boxes to choose among, in an order drawn by the seed, since a detector's order says which is likely.
-
-    Returns:
-        The boxes, and whether none overlaps the truth by 0.5, which was then added.
+    """The boxes to choose among, in drawn order, and whether none overlapped the truth by 0.5, which was then added.
 
     Paper: §4.3
     """

@@ -178,13 +178,7 @@ def pope_script(text: str) -> Said:
 
 
 def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: Sequence[Said]) -> dict[str, Statistic]:
-    """The results of :data:`FORMULAS`, yes being the positive answer; an answer that is neither is wrong.
-
-    Args:
-        clusters: Image of each question.
-        truth: ``"yes"`` or ``"no"``.
-        said: What each answer was read as.
-    """
+    """The results of :data:`FORMULAS`, yes being the positive answer; an answer that is neither is wrong."""
     asked, yes = (np.array([each == "yes" for each in those], bool) for those in (truth, said))
     no = np.array([each == "no" for each in said], bool)
     counts = np.column_stack((asked & yes, ~asked & yes, asked & ~yes, ~asked & no, ~yes & ~no, np.ones(len(asked))))
@@ -233,9 +227,6 @@ def build_questions(
         images: Most images that are asked about, drawn by the seed.
         pairs: Questions of either answer for an image.
         seed: Of every choice.
-
-    Raises:
-        DataError: No image has enough classes, or the set has too few.
     """
     there = {number: sorted(set(those)) for number, those in sorted(classes.items())}
     often = Counter(name for those in there.values() for name in those)
