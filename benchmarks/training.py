@@ -39,11 +39,11 @@ from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, weights
 from regiongpt.storage import finite, write_json
 from regiongpt.train.dataset import DataCollator, answer_loss
+from regiongpt.train.known import Costs
 from regiongpt.train.loop import run_stage, targets_in
 from regiongpt.train.packing import PackedCollate, units_on_cpu, width_cost
 from regiongpt.train.recipe import EngineConfig, StageConfig
 from regiongpt.train.stages import keep_freed_memory
-from regiongpt.train.watch import StageCost
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "nano"))
 
@@ -173,17 +173,33 @@ def timed(
 ) -> dict[str, Any]:
     """Rates of a stage by its own log, without the first ``skip`` steps."""
     with tempfile.TemporaryDirectory() as out:
-        cost = StageCost.of(model.config, trained=True, cached=True)
-        run_stage("stage2", model, dataset, collate, loss, config, Path(out), 0, engine=engine, cost=cost)
+        run_stage("stage2", model, dataset, collate, loss, config, Path(out), 0, engine=engine)
         lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][skip:]
     seconds = sum(line["seconds"] for line in lines)
+    costs = replace(Costs.of(model), tower=0.0)  # its features are made up
+    peak = matmul_rate(next(model.parameters()).device, engine.precision)
     return {
         "steps": len(lines),
         "seconds_a_step": seconds / len(lines),
         "tokens_a_second": sum(line["tokens"] for line in lines) / seconds,
         "waiting_for_data": sum(line["wait"] for line in lines) / seconds,
-        "utilisation": sum(line["mfu"] * line["seconds"] for line in lines) / seconds,
+        "utilisation": sum(map(costs.step, lines)) / (seconds * peak),
     }
+
+
+def matmul_rate(device: Any, precision: str) -> float:
+    """FLOP/s of a large matrix product, the best of ten."""
+    side = 8192 if device.type == "cuda" else 1024
+    kind = torch.bfloat16 if precision == "bf16" and device.type == "cuda" else torch.float32
+    left, right = (torch.ones(side, side, dtype=kind, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +242,7 @@ def large_config(width: int, layers: int) -> RegionGPTConfig:
 
 
 def measure_large(width: int, layers: int, length: int, batch: int, steps: int, compiled: bool) -> dict[str, Any]:
-    """Utilisation of a language model in bfloat16; ``mfu`` of the training log, without the steps that warm up."""
+    """Utilisation of a language model in bfloat16, without the steps that warm up."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = large_config(width, layers)
     with torch.device(device):

@@ -50,7 +50,7 @@ NEW = [
             f"model.region_format={text}"
             for text in ("{<region>", "<region>}", "{{n}}<region>", "{0}<region>", "<region>{n}")
         ),
-        *("plan.gpu=a100", "plan.gpus=0", "plan.utilisation=1.5", "plan.sample=0", "plan.stage1.answer_tokens=5"),
+        *("plan.gpu=a100", "plan.gpus=0", "plan.stage1.answer_tokens=5"),
         *("lora.rank=-1", "lora.alpha=0", "lora.dropout=1", "watch.tensorboard=2"),
     ],
 )

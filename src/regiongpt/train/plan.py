@@ -1,7 +1,7 @@
 """What a recipe takes, before anything is spent: ``regiongpt train RECIPE --plan --gpu a100-80gb --gpus 8``.
 
 No weights are loaded and nothing is fetched. Parameters are exact; tokens too if the data is at hand and not larger
-than ``plan.sample``. FLOPs include padding. Time is FLOPs divided by an assumed share of the GPU's peak.
+than 256 records. FLOPs include padding. Time is FLOPs divided by an assumed share of the GPU's peak.
 """
 
 import math
@@ -25,6 +25,8 @@ from regiongpt.train.recipe import DataSize, ModelConfig, Recipe, StageConfig
 from regiongpt.train.stages import check_shape, choose_learners, new_shape, read_shape
 
 GIB = 2**30
+SAMPLE = 256
+"""Most records to count tokens on."""
 _PARTS = ("vision_tower", "refinement", "connector", "language_model")
 _ADDED_TOKENS = 2  # <image> and <region>
 
@@ -131,9 +133,9 @@ def make_plan(config: Recipe) -> Plan:
     """
     gpu, plan, data = GPUS[config.plan.gpu], config.plan, config.data
     shape, processor = _find_shape(config.model)
-    utilisation, peak = plan.utilisation or gpu.utilisation, gpu.peak(config.engine.precision)
+    peak = gpu.peak(config.engine.precision)
     stages = [
-        _plan_stage(config, name, shape, _size_data(config, name, path, size, shape, processor), utilisation * peak)
+        _plan_stage(config, name, shape, _size_data(config, name, path, size, shape, processor), gpu.utilisation * peak)
         for name, path, size in (
             ("stage1", data.pretrain_mixture, plan.stage1),
             ("stage2", data.mixture, plan.stage2),
@@ -146,7 +148,7 @@ def make_plan(config: Recipe) -> Plan:
         gpus=plan.gpus,
         sharding=config.engine.sharding,
         precision=config.engine.precision,
-        utilisation=utilisation,
+        utilisation=gpu.utilisation,
         peak=peak,
         capacity=gpu.memory * GIB,
     )
@@ -212,7 +214,7 @@ def _size_data(
                 regions = len(record.regions) * processor.tokens_per_region
                 return Item(len(example["input_ids"]), targets, regions, bool(record.image))
 
-            return _read(items, micro, count, config.plan.sample, row, cost)
+            return _read(items, micro, count, SAMPLE, row, cost)
         except (ConfigError, DataError):
             if not size.records:
                 raise

@@ -202,10 +202,6 @@ class PlanConfig(Settings):
     """A name from the table in :mod:`regiongpt.train.known`."""
     gpus: Count = 1
     """Number of GPUs."""
-    utilisation: Share = 0.0
-    """Share of the GPU's peak FLOP/s that is reached; 0 for the table's."""
-    sample: Count = 256
-    """Most records to count tokens on."""
     stage1: DataSize = DataSize()
     stage2: DataSize = DataSize()
 
