@@ -405,5 +405,5 @@ def test_absurd_json_is_one_line(tmp_path: Path, inside: str) -> None:
         assert sum(rejects.values()) == 1
         return
     for read in convert, proposed:
-        with pytest.raises(DataError, match=r"instances\.json: breaks off"):
+        with pytest.raises(DataError, match=r"instances\.json: (breaks off|not a readable)"):
             read(tmp_path)
