@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Manifest, RecordSet, require_data_extra
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import ConfigError, DataError, naming
 from regiongpt.settings import Settings, read_toml
 
 
@@ -26,8 +26,7 @@ class Part(Settings):
     records: Annotated[str, Field(min_length=1)]
     """The folder, relative to the mixture's root."""
     images: str = ""
-    """Folder of its images, relative to the mixture's root, where they are no longer where they were when the records
-    were made."""
+    """Folder of its images, relative to the mixture's root, where they have moved."""
     weight: PositiveFloat = 1.0
     """Passes over the records in one epoch: 1 for each record once, 0.5 for every other one, 2 for twice."""
     cap: NonNegativeInt = 0
@@ -52,10 +51,8 @@ class MixtureConfig(Settings):
 def read_mixture(path: str | Path) -> MixtureConfig:
     """Read a mixture's TOML file; ConfigError if it cannot be used."""
     values = read_toml(Path(path))
-    try:
+    with naming(str(path)):
         return MixtureConfig(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path | None, Part]]:
@@ -63,11 +60,11 @@ def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path
 
     Args:
         path: A mixture's file, or one folder of records.
-        root: Folder that the file's paths are relative to; the one that the file lies in by default.
+        root: Folder that the file's paths are relative to; by default the one that the file lies in.
 
     Raises:
-        ConfigError: As :func:`read_mixture` does; or a root is given with a folder of records.
-        DataError: A part is no folder of finished records.
+        ConfigError: The file cannot be used, or a root is given with a folder of records.
+        DataError: A part is not a folder of finished records.
     """
     require_data_extra()
     path = Path(path)
@@ -82,14 +79,10 @@ def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path
     base = Path(root) if root else path.parent
     if not base.is_dir():
         raise DataError(f"{path}: expected its parts below the folder {base}, found none; check the root")
-    parts = []
     for number, part in enumerate(config.parts, 1):
-        try:
+        with naming(f"{path}: parts[{number}]"):
             Manifest.read(base / part.records)
-        except DataError as error:
-            raise DataError(f"{path}: parts[{number}]: {error}") from None
-        parts.append((base / part.records, base / part.images if part.images else None, part))
-    return parts
+    return [(base / part.records, base / part.images if part.images else None, part) for part in config.parts]
 
 
 def open_mixture(path: str | Path, root: str | Path = "", seed: int = 0) -> "Mixture":
@@ -110,13 +103,9 @@ class MixturePart:
 
     def __init__(self, records: RecordSet, weight: float = 1.0, cap: int = 0) -> None:
         self.records = records
+        self.name = records.folder.name
         passes = max(1, round(weight * len(records)))
         self.per_epoch = min(passes, cap) if cap else passes
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return self.records.folder.name
 
     def without_image(self) -> int:
         """How many of its records have no image."""
@@ -134,7 +123,7 @@ class Drawn:
     times: int
 
     def record(self) -> Record:
-        """Reads it."""
+        """Read it."""
         return self.records[self.index]
 
 
@@ -147,9 +136,8 @@ class Mixture:
     def __init__(self, parts: Sequence[MixturePart], seed: int) -> None:
         self.parts, self.seed = list(parts), seed
         self._starts = np.cumsum([0] + [part.per_epoch for part in self.parts])
-        self._order = lru_cache(maxsize=2)(self._make_order)
         # An epoch of a part may end one pass and begin the next.
-        self._pass = lru_cache(maxsize=2 * len(self.parts))(self._make_pass)
+        self._shuffled = lru_cache(maxsize=2 + 2 * len(self.parts))(self._shuffle)
 
     def __len__(self) -> int:
         """Records in one epoch."""
@@ -158,14 +146,18 @@ class Mixture:
     def draw(self, item: int) -> Drawn:
         """The record at one place: places from ``epoch * len(self)`` on are those of that epoch."""
         epoch, place = divmod(item, len(self))
-        slot = int(self._order(epoch)[place])
+        slot = int(self._shuffled(len(self), 31, epoch)[place])
         number = int(np.searchsorted(self._starts, slot, side="right")) - 1
         part = self.parts[number]
         times, offset = divmod(epoch * part.per_epoch + slot - int(self._starts[number]), len(part.records))
-        return Drawn(records=part.records, index=int(self._pass(number, times)[offset]), times=times)
+        index = int(self._shuffled(len(part.records), 37, number, times)[offset])
+        return Drawn(records=part.records, index=index, times=times)
+
+    def _shuffle(self, count: int, *key: int) -> NDArray[np.int64]:
+        return np.random.default_rng((self.seed, *key)).permutation(count)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the order and the records: to know a mixture by, wherever its folders lie."""
+        """What decides the order and the records, wherever the folders lie."""
         parts = [(part.per_epoch, part.records.manifest.shards) for part in self.parts]
         listed = [{"records_per_epoch": n, "shards": [shard["sha256"] for shard in shards]} for n, shards in parts]
         return {"seed": self.seed, "parts": listed}
@@ -174,9 +166,3 @@ class Mixture:
         """One line: what an epoch holds."""
         listed = ", ".join(f"{part.name} {part.per_epoch:,} of {len(part.records):,}" for part in self.parts)
         return f"{len(self):,} records an epoch: {listed}"
-
-    def _make_order(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng((self.seed, 31, epoch)).permutation(len(self))
-
-    def _make_pass(self, number: int, times: int) -> NDArray[np.int64]:
-        return np.random.default_rng((self.seed, 37, number, times)).permutation(len(self.parts[number].records))

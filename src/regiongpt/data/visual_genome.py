@@ -49,7 +49,7 @@ class _Image(_Entry):
 
     @property
     def path(self) -> str:
-        """The two folders of the release are the last but one part of its addresses: .../VG_100K_2/1.jpg."""
+        """The end of the address, since the release has two folders: VG_100K_2/1.jpg."""
         return "/".join(self.url.split("/")[-2:])
 
 
@@ -78,7 +78,7 @@ class _Part(NamedTuple):
 
     key: str
     box: Corners
-    name: str
+    name: str = ""
 
 
 class _Topic(NamedTuple):
@@ -92,9 +92,9 @@ class _Topic(NamedTuple):
 class VisualGenomeConverter(Converter):
     """Region descriptions of Visual Genome, each image's sample as one dialogue.
 
-    Each turn asks for the short caption of a box. With ``objects``, the name of an object in a box is a topic too
-    (``classify`` without a closed set: the names are free); with ``relationships``, how two objects relate, answered as
-    ``Region [1] on Region [2]``. The topics of an image are drawn evenly until its boxes are used up.
+    Each turn asks for the short caption of a box. With ``objects``, the name of an object is a topic too (``classify``
+    without a closed set); with ``relationships``, how two objects relate, answered as ``Region [1] on Region [2]``. The
+    topics of an image are drawn evenly until its boxes are used up.
     """
 
     name: ClassVar[str] = "vg"
@@ -126,7 +126,7 @@ class VisualGenomeConverter(Converter):
         if not images:
             raise DataError(f"{self.image_data}: no image can be used; {rejects.summary()}: {rejects.last}")
         try:
-            # A database of no name is a temporary file that goes with its connection.
+            # A database without a name is a temporary file that goes with its connection.
             with closing(sqlite3.connect("")) as store:
                 for table in ("objects", "relationships"):
                     store.execute(f"CREATE TABLE {table} (image INTEGER PRIMARY KEY, content TEXT)")
@@ -179,21 +179,25 @@ class VisualGenomeConverter(Converter):
                 if (key := f"r{row.region_id}") in captions:
                     raise Fault("duplicate id", f"expected each region once, got {row.region_id} again")
                 box = clipped_box((row.x, row.y, row.width, row.height), image.width, image.height)
-                captions[key] = _Topic("caption", (_Part(key, box, ""),), row.phrase)
+                captions[key] = _Topic("caption", (_Part(key, box),), row.phrase)
             except Fault as fault:
                 rejects.add(fault.kind, self.regions, f"{image.image_id}[{place}]", fault.reason)
         objects: dict[str, _Part] = {}
-        for name, entry in _kept(store, "objects", image):
-            with rejects.noting(self.objects or "", name):
-                part = _object(entry, image)
-                if part.key in objects:
-                    raise Fault("duplicate id", f"expected each object once, got {part.key[1:]} again")
-                objects[part.key] = part
-        topics = [*captions.values(), *(_Topic("classify", (part,), part.name) for part in objects.values())]
-        for name, entry in _kept(store, "relationships", image):
-            with rejects.noting(self.relationships or "", name):
-                topics.append(_relation(entry, image, objects))
-        if topics:
+        relations: list[_Topic] = []
+        for table in ("objects", "relationships"):
+            query = f"SELECT content FROM {table} WHERE image = ?"
+            found = store.execute(query, (image.image_id,)).fetchone()
+            for place, entry in enumerate(json.loads(found[0]) if found else []):
+                with rejects.noting(getattr(self, table), f"{image.image_id}[{place}]"):
+                    if table == "relationships":
+                        relations.append(_relation(entry, image, objects))
+                        continue
+                    part = _object(entry, image)
+                    if part.key in objects:
+                        raise Fault("duplicate id", f"expected each object once, got {part.key[1:]} again")
+                    objects[part.key] = part
+        named = [_Topic("classify", (part,), part.name) for part in objects.values()]
+        if topics := [*captions.values(), *named, *relations]:
             yield self._drawn(image, topics)
 
     def _drawn(self, image: _Image, topics: Sequence[_Topic]) -> Record:
@@ -239,10 +243,3 @@ def _relation(entry: Any, image: _Image, objects: dict[str, _Part]) -> _Topic:
     if parts[0].key == parts[1].key:
         raise Fault("relation of an object to itself", f"expected two objects, got {parts[0].key[1:]} twice")
     return _Topic("relation", tuple(parts), predicate.lower())
-
-
-def _kept(store: sqlite3.Connection, table: str, image: _Image) -> Iterator[tuple[str, Any]]:
-    """What one of the further files says of an image, with its place."""
-    found = store.execute(f"SELECT content FROM {table} WHERE image = ?", (image.image_id,)).fetchone()
-    for place, entry in enumerate(json.loads(found[0]) if found else []):
-        yield f"{image.image_id}[{place}]", entry
