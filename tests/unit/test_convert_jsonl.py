@@ -157,9 +157,6 @@ def test_files_that_are_no_json_lines(tmp_path):
     made = write(tmp_path, ["<html>", "</html>"])
     with pytest.raises(DataError, match=r"own\.jsonl: no line is a json object"):
         run(made)
-    made.data.unlink()
-    with pytest.raises(DataError, match=r"own\.jsonl: not a readable file of json lines: No such file"):
-        run(made)
 
 
 def described(**more: object) -> dict:
@@ -190,17 +187,9 @@ def test_faults_of_region_captions(tmp_path):
     bad = {
         "duplicate id": [described(id="good")],
         "caption empty": [described(caption=" ")],
-        "caption that is not text": [described(caption=None)],
         "placeholder in the text": [described(caption="See <region2>.")],
         "region that makes no sense": [described(region={"box": [50, 2, 60, 9]}), described(region={})],
-        "record of another format": [
-            described(id=None),
-            described(width="wide"),
-            described(category=3),
-            described(height=0),
-            [1],
-        ],
-        "image file missing": [described(image="b.png")],
+        "record of another format": [described(id=None), described(width="wide"), described(category=3), [1]],
         "image outside the folder": [described(image="/a.png"), described(image=None)],
         "image of another size": [described(width=80)],
         "line that is not json": ["{'id': 1}"],

@@ -22,20 +22,8 @@ CATEGORIES = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]
 
 
 def ref(number: int, ann: int, image: int, *texts: object, split: str = "train") -> dict:
-    sentences = [
-        {"sent": text, "raw": str(text), "tokens": str(text).split(), "sent_id": 10 * number + k}
-        for k, text in enumerate(texts)
-    ]
-    return {
-        "ref_id": number,
-        "ann_id": ann,
-        "image_id": image,
-        "category_id": 18,
-        "split": split,
-        "sentences": sentences,
-        "sent_ids": [each["sent_id"] for each in sentences],
-        "file_name": NAME.format(image)[:-4] + "_0.jpg",
-    }
+    sentences = [{"sent": text, "sent_id": 10 * number + k} for k, text in enumerate(texts)]
+    return {"ref_id": number, "ann_id": ann, "image_id": image, "split": split, "sentences": sentences}
 
 
 def annotation(number: int, image: int, box: object = None, category: int = 18, **more: object) -> dict:
@@ -44,23 +32,19 @@ def annotation(number: int, image: int, box: object = None, category: int = 18, 
 
 
 def write(
-    folder: Path,
-    refs: list,
-    annotations: list,
-    images: list | None = None,
-    name: str = "refs(umd).p",
-    protocol: int = 2,
+    folder: Path, refs: list, annotations: list, images: list | None = None, protocol: int = 2
 ) -> RefCocoConverter:
     if images is None:
         numbers = sorted({each["image_id"] for each in annotations})
         images = [{"id": k, "file_name": NAME.format(k), "width": WIDTH, "height": HEIGHT} for k in numbers]
     (folder / "train2014").mkdir(exist_ok=True)
     for each in images:
-        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "train2014" / Path(each["file_name"]).name)
-    (folder / name).write_bytes(pickle.dumps(refs, protocol=protocol))
-    content = {"info": {}, "images": images, "annotations": annotations, "categories": CATEGORIES}
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "train2014" / each["file_name"])
+    path = folder / "refs(umd).p"
+    path.write_bytes(pickle.dumps(refs, protocol=protocol))
+    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
     (folder / "instances.json").write_text(json.dumps(content))
-    return RefCocoConverter(images=folder / "train2014", refs=folder / name, instances=folder / "instances.json")
+    return RefCocoConverter(images=folder / "train2014", refs=path, instances=folder / "instances.json")
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4])
@@ -149,36 +133,25 @@ def test_what_is_left_out(tmp_path):
         ref(5, 106, 5, "of no category"),
         {**ref(6, 101, 5, "a dog"), "ann_id": None},
         {**ref(7, 101, 5), "sentences": ["a dog"]},
-        {"split": "train"},
         {"split": None},
         "ref",
     ]
     annotations = [
-        annotation(101, 5),
-        annotation(102, 5),
-        annotation(102, 5),
-        annotation(103, 5, [500, 0, 5, 5]),
-        annotation(104, 5, [1, 2, 3]),
-        annotation(105, 5, [1, 2, 0, 3]),
+        annotation(101, 5), annotation(102, 5), annotation(102, 5), annotation(105, 5, [1, 2, 0, 3]),
         annotation(106, 5, category=3),
-        annotation(107, 5, [1, 2, float("nan"), 3]),
-        annotation(None, 5, [1, 2, 3, 3]),
-    ]
-    images = [{"id": 5, "file_name": NAME.format(5), "width": WIDTH, "height": HEIGHT}] * 2
-    made = write(tmp_path, refs, annotations, images)
+    ]  # fmt: skip
+    made = write(tmp_path, refs, annotations)
     records, rejects = run(made)
     assert [record.id.split("train/")[1] for record in records] == ["5-1/caption", "10/locate"]
     assert rejects == {
         "expression empty": 1,
         "expression that is not text": 1,
         "placeholder in the text": 1,
-        "duplicate id": 3,
+        "duplicate id": 2,
         "files that do not belong together": 2,
         "expression of an unusable annotation": 2,
-        "record of another format": 6,
-        "box outside the image": 1,
+        "record of another format": 4,
         "box without size": 1,
-        "box that is not finite": 1,
         "unknown category": 1,
     }
     elsewhere = made.replace(images=tmp_path)
@@ -201,10 +174,7 @@ def test_options_that_do_not_fit(tmp_path):
     made = write(tmp_path, [ref(1, 101, 5, "a dog")], [annotation(101, 5)])
     for options, message in [
         ({"dataset": "refcoco"}, "partition: refcoco has unc and google, got umd"),
-        ({"dataset": "coco"}, "dataset: .*'refcoco', 'refcoco\\+' or 'refcocog'"),
-        ({"task": "all"}, "task: .*got 'all'"),
         ({"candidates": 1}, "candidates: "),
-        ({"no_match_share": 1.5}, "no_match_share"),
         ({"instances": None}, "instances: give the instances.json that belongs to"),
         ({"refs": tmp_path / "refs.p"}, r"got none \(file refs.p\); give --dataset, or --partition"),
         ({"refs": tmp_path / "finetune_refcocog_val.json"}, "split: .*holds val, got train"),
@@ -272,18 +242,10 @@ def test_faults_of_the_json_layout(tmp_path):
     assert run(made.replace(refs=path, instances=None))[1]["truncated json"] == 1
 
 
-def test_plain_data_survives(tmp_path):
-    content = {
-        "list": [1, -(10**30), 2.5, True, None, "é"],
-        "tuple": ((), (1, 2)),
-        5: {"bytes": b"\x00"},
-        "set": {1, 2},
-    }
+def test_plain_data_and_strings_of_python_2(tmp_path):
+    content = {"list": [1, -(10**30), 2.5, True, None, "é"], "tuple": ((), (1, 2)), 5: {"b": b"\x00"}, "set": {1, 2}}
     (tmp_path / "a.p").write_bytes(pickle.dumps(content))
     assert load_plain_pickle(tmp_path / "a.p") == content
-
-
-def test_strings_of_python_2(tmp_path):
     # {'sent': 'caf\xe9', u'raw': u'caf\xe9', 'long': 5L} as Python 2 writes it with protocol 2.
     raw = b"\x80\x02}q\x00(U\x04sentq\x01U\x04caf\xe9q\x02"
     raw += b"X\x03\x00\x00\x00rawq\x03X\x05\x00\x00\x00caf\xc3\xa9q\x04U\x04longq\x05\x8a\x01\x05u."

@@ -266,12 +266,10 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 class ImageFinder:
-    r"""The file that an entry of an instances file means, never one of equal name in another folder.
+    """The file that an entry of an instances file means, never one of equal name in another folder.
 
-    It is the file whose path below the folder ends in the entry's ``file_name``, whether the folder holds ``images`` or
-    is ``images`` itself; ``/`` or ``\`` separate folders, and the suffix may be in other letters. Then that of the end
-    of the ``coco_url``; else, if only one entry has it, the file of the last part of a name, or of the name before
-    Roboflow made a copy.
+    It is the file of the ``file_name`` below the folder, then that of the end of the ``coco_url``; else, if
+    only one entry has it, the file of the last part of a name, or of the name before Roboflow made a copy.
 
     Args:
         entries: All of the file.
@@ -365,8 +363,7 @@ class InstancesFile:
     Args:
         path: The JSON file.
         rejects: Where faults are noted.
-        shapes: What is wanted of each object: its box, its mask or both. Without ``"box"``, an object without a sound
-            mask is left out; with it, its box is kept.
+        shapes: What is wanted of each object. Without ``"box"``, an object without a sound mask is left out.
         folder: Of the images; None does not look for them.
         check: Leave out images that are missing (``"missing"``), or those of another size too (``"size"``).
         crowds: ``"leave out"`` groups of objects, ``"take"`` them for objects, or ``"keep"`` them apart by ``crowd``.
@@ -374,12 +371,10 @@ class InstancesFile:
         known: Ids of images that earlier files had.
 
     Attributes:
-        names: Categories by id; of two ids of one name, the first that is used stands for both. Unused background and
-            root categories are left out.
+        names: Categories by id; of two ids of one name, the first that is used stands for both.
         images: Ids in ascending order, with ``widths``, ``heights`` and ``paths`` beside them.
-        ids: Objects in the order of their images and then their ids; below 0 without one. Beside them are the
-            ``places`` of their images in ``images``, their ``categories`` (ids), ``boxes`` (N, 4), half-open xyxy
-            within the image, ``areas`` in px^2, NaN where the file gives none, and ``crowd``.
+        ids: Objects in the order of their images and ids, below 0 without one; beside them the ``places`` of their
+            images, ``categories`` (ids), ``boxes`` (N, 4), xyxy in the image, ``areas`` (NaN if unknown), ``crowd``.
         groups: Image, category, box as given (x, y, width, height) and area of each crowd that is left out.
         faulty: Ids of annotations that cannot be used.
         federated: What LVIS' rules go by, None where not every image and category has it.
@@ -723,8 +718,7 @@ class ImageAnnotations:
     captions: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CocoSource:
+class CocoSource(NamedTuple):
     """One instances file, the folder of its images, and optionally one file of captions."""
 
     instances: Path
