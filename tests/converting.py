@@ -6,12 +6,28 @@ from pathlib import Path
 
 from PIL import Image
 
-from regiongpt.data.records import Record
+from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
 from regiongpt.data.sources import Converter
+from regiongpt.regions import Region
 
 DATA = Path(os.environ.get("REGIONGPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CATEGORIES = [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 18, "name": "dog"}]
+
+
+def record(name: str, *regions: Region | tuple[Region, str], image: str = "a.png", size: tuple[int, int] = (40, 20),
+           turns: tuple[Turn, ...] | None = None, source: str = "test") -> Record:  # fmt: skip
+    """A record of regions with their categories; by default, one turn that captions the image."""
+    pairs = [each if isinstance(each, tuple) else (each, "") for each in regions]
+    return Record(
+        id=f"{source}/{name}",
+        source=source,
+        image=image,
+        width=size[0] if image else 0,
+        height=size[1] if image else 0,
+        regions=tuple(RecordRegion(region=region, category=category) for region, category in pairs),
+        turns=(Turn(task="image_caption", answer="A dog."),) if turns is None else turns,
+    )
 
 
 def run(made: Converter) -> tuple[list[Record], dict[str, int]]:

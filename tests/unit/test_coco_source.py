@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
-from converting import annotation, write_coco
+from converting import annotation, record, write_coco
 from pycocotools.coco import COCO
 
 from regiongpt.data import coco
 from regiongpt.data.closed_sets import CocoConverter
 from regiongpt.data.coco import load_coco, normalise_caption, photo_sources
-from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
 from regiongpt.regions import Region
@@ -54,27 +53,15 @@ def test_captions_become_one_sentence(raw, clean):
     assert normalise_caption(raw) == clean
 
 
-def record(image: str, *regions: tuple[Region, str, str], width: int = 40, height: int = 20) -> Record:
-    return Record(
-        id=f"test/{image}",
-        source="test",
-        image=image,
-        width=width,
-        height=height,
-        regions=tuple(RecordRegion(region=r, category=c, source_id=s) for r, c, s in regions),
-        turns=(Turn(task="image_caption", answer="A dog."),),
-    )
-
-
 def test_coco_json_is_what_pycocotools_and_the_converter_read(tmp_path, capsys):
     box, polygon = Region.box(1, 2, 11, 8), Region.polygon([[1, 1, 9, 1, 9, 8], [20, 1, 30, 1, 30, 9]])
     pixels = np.zeros((20, 40), bool)
     pixels[3:9, 5:12] = True
     records = [
-        record("a.png", (box, "dog", "1"), (polygon, "cat", "2"), (Region.mask(pixels), "", "3")),
-        record("b/c.png", (Region.point(20, 10, 4), "dog", "")),
-        record("a.png", (box, "dog", "1"), (box, "cat", "1")),
-        Record(id="t", source="s", image="", width=0, height=0, regions=(), turns=(Turn(task="chat", answer="a"),)),
+        record("1", (box, "dog"), (polygon, "cat"), Region.mask(pixels)),
+        record("2", (Region.point(20, 10, 4), "dog"), image="b/c.png"),
+        record("3", (box, "dog"), (box, "cat")),
+        record("4", image=""),
     ]
     path = tmp_path / "instances.json"
     assert coco.write_coco(records, path) == {"images": 2, "annotations": 5, "categories": 3}

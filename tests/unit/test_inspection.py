@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from converting import record
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
@@ -28,39 +29,27 @@ from regiongpt.regions import Region
 WIDTH, HEIGHT = 200, 100
 
 
-def region(shape: Region, category: str = "") -> RecordRegion:
-    return RecordRegion(region=shape, category=category)
-
-
-def record(name: str, regions: list[RecordRegion], turns: list[Turn], image: str = "a.png") -> Record:
-    size = (WIDTH, HEIGHT) if image else (0, 0)
-    return Record(
-        id=f"hand/{name}",
-        source="hand",
-        image=image,
-        width=size[0],
-        height=size[1],
-        regions=tuple(regions),
-        turns=tuple(turns),
-    )
+def made(
+    name: str, regions: list, turns: list[Turn], image: str = "a.png", size: tuple[int, int] = (WIDTH, HEIGHT)
+) -> Record:
+    return record(name, *regions, image=image, size=size, turns=tuple(turns), source="hand")
 
 
 def classify(number: int, answer: str) -> Turn:
     return Turn(task="classify", answer=answer, regions=(number,), label_set="COCO-80", guided=True)
 
 
-CAT, DOG = region(Region.box(0, 0, 20, 10), "cat"), region(Region.box(100, 0, 200, 100), "dog")
-MASK = region(Region.rle({"size": [HEIGHT, WIDTH], "counts": [0, 50, HEIGHT * WIDTH - 50]}), "dog")
+CAT, DOG = (Region.box(0, 0, 20, 10), "cat"), (Region.box(100, 0, 200, 100), "dog")
+MASK = (Region.rle({"size": [HEIGHT, WIDTH], "counts": [0, 50, HEIGHT * WIDTH - 50]}), "dog")
 TALK = Turn(
     task="chat", question="How does <region1> relate to <region2>?", answer="It is left of it.\n\nNaïve 日本 🙂."
 )
+WHICH = Turn(task="locate", answer=NO_MATCH, regions=(1, 2), expression="a bird", guided=True)
 RECORDS = [
-    record("two", [CAT, DOG], [classify(1, "cat"), classify(2, "dog")]),
-    record("talk", [CAT, MASK], [TALK], image="b.png"),
-    record(
-        "which", [CAT, DOG], [Turn(task="locate", answer=NO_MATCH, regions=(1, 2), expression="a bird", guided=True)]
-    ),
-    record("text", [], [Turn(task="chat", question="Hi?", answer="A \x1b[31m<b>red</b> day.")], image=""),
+    made("two", [CAT, DOG], [classify(1, "cat"), classify(2, "dog")]),
+    made("talk", [CAT, MASK], [TALK], image="b.png"),
+    made("which", [CAT, DOG], [WHICH]),
+    made("text", [], [Turn(task="chat", question="Hi?", answer="A \x1b[31m<b>red</b> day.")], image=""),
 ]
 
 
@@ -127,8 +116,8 @@ def test_the_statistics_are_those_counted_by_hand():
 def test_areas_at_the_bounds_of_the_classes_and_outside():
     shapes = [(0, 0, 1, 1), (0, 0, 10, 10), (0, 0, 1000, 1000), (-9, -9, 1, 1), (9000, 0, 9999, 9)]
     turn = Turn(task="image_caption", answer="x")
-    boxes = [region(Region.box(*shape)) for shape in shapes]
-    tables = statistics("hand", [replace(record("areas", boxes, [turn]), width=1000, height=1000)], {})
+    boxes = [Region.box(*shape) for shape in shapes]
+    tables = statistics("hand", [made("areas", boxes, [turn], size=(1000, 1000))], {})
     assert [row[0] for row in rows_of(tables, "share of the image").values()] == ["2", "1", "0", "0", "1", "1"]
 
 
@@ -150,8 +139,8 @@ def put(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "region outside": ({"regions": [region(Region.box(900, 0, 990, 9)), DOG]}, "region that makes no sense"),
-    "too few regions": ({"regions": [CAT]}, "region that makes no sense"),
+    "region outside": ({"regions": [RecordRegion(region=Region.box(900, 0, 990, 9))]}, "region that makes no sense"),
+    "too few regions": ({"regions": []}, "region that makes no sense"),
     "malformed placeholder": (
         {"turns": [Turn(task="chat", question="What is <regionx>?", answer="A cat.")]},
         "region that makes no sense",
@@ -169,10 +158,10 @@ def test_every_fault_is_told_by_id_and_kind(name: str, images: Path, tmp_path: P
     changes, kind = BROKEN[name]
     whole = (images / "a.png").read_bytes()
     (images / "torn.png").write_bytes(whole[: len(whole) // 2])
-    made = write(tmp_path / "records", RECORDS, images)
+    folder_of = write(tmp_path / "records", RECORDS, images)
     bad = replace(RECORDS[0], id="hand/bad", **{key: _tuple(value) for key, value in changes.items()})
-    put(made, [each.row() for each in (RECORDS[0], bad, *RECORDS[1:])])
-    faults = list(inspection.check(RecordSet(made), processor))
+    put(folder_of, [each.row() for each in (RECORDS[0], bad, *RECORDS[1:])])
+    faults = list(inspection.check(RecordSet(folder_of), processor))
     assert [(record, fault.kind) for record, fault in faults] == [("hand/bad", kind)]
     assert faults[0][1].reason
 
@@ -182,11 +171,11 @@ def _tuple(value: Any) -> Any:
 
 
 def test_a_row_that_is_no_record_and_one_that_comes_twice(images: Path, tmp_path: Path, run):
-    made = write(tmp_path / "records", RECORDS, images)
+    folder_of = write(tmp_path / "records", RECORDS, images)
     odd = RECORDS[0].row() | {"id": "hand/odd"}
     odd["regions"] = [{**odd["regions"][0], "kind": "blob"}]
-    put(made, [RECORDS[0].row(), odd, RECORDS[1].row(), RECORDS[1].row()])
-    code, out, _ = run(made, "--check")
+    put(folder_of, [RECORDS[0].row(), odd, RECORDS[1].row(), RECORDS[1].row()])
+    code, out, _ = run(folder_of, "--check")
     assert code == 1
     lines = out.splitlines()
     assert lines[0].startswith("hand/odd: record without a lesson: ")
@@ -195,19 +184,19 @@ def test_a_row_that_is_no_record_and_one_that_comes_twice(images: Path, tmp_path
 
 
 def test_a_shard_that_was_changed_is_a_fault(images: Path, tmp_path: Path, processor: RegionGPTProcessor):
-    made = write(tmp_path / "records", RECORDS, images)
-    manifest = (made / MANIFEST).read_text()
-    put(made, [each.row() for each in RECORDS])
-    (made / MANIFEST).write_text(manifest.replace('"sha256": "', '"sha256": "0'))
-    ((record, fault),) = inspection.check(RecordSet(made), processor)
+    folder_of = write(tmp_path / "records", RECORDS, images)
+    manifest = (folder_of / MANIFEST).read_text()
+    put(folder_of, [each.row() for each in RECORDS])
+    (folder_of / MANIFEST).write_text(manifest.replace('"sha256": "', '"sha256": "0'))
+    ((record, fault),) = inspection.check(RecordSet(folder_of), processor)
     assert (record, fault.kind) == ("records-00000.parquet", "shard of other content")
 
 
 def test_an_answer_without_a_word_leaves_no_target(images: Path, tmp_path: Path):
     silent = replace(RECORDS[0], turns=(Turn(task="chat", question="Which of them?", answer="<region1>"),))
-    made = write(tmp_path / "records", [silent], images)
+    folder_of = write(tmp_path / "records", [silent], images)
     # Where a region is read as its embedding alone, nothing but the end of the turn is left to be learnt.
-    ((record, fault),) = inspection.check(RecordSet(made), metaspace("vicuna_v1"))
+    ((record, fault),) = inspection.check(RecordSet(folder_of), metaspace("vicuna_v1"))
     assert (record, fault.kind) == ("hand/two", "no target")
 
 
@@ -319,14 +308,14 @@ def test_the_gallery_needs_no_other_file(folder: Path, tmp_path: Path, run):
 
 
 def test_the_gallery_shows_faulty_records_with_the_reason(images: Path, tmp_path: Path, processor: RegionGPTProcessor):
-    made = write(tmp_path / "records", RECORDS, images)
+    folder_of = write(tmp_path / "records", RECORDS, images)
     odd = RECORDS[0].row()
     odd["regions"] = [{**odd["regions"][0], "kind": "blob"}]
     lost = replace(RECORDS[0], image="none.png")
     silent = replace(RECORDS[0], turns=(classify(1, ""),))
     unworded = replace(RECORDS[0], turns=(Turn(task="locate", answer="Region [1]", regions=(1,)),))
-    put(made, [odd, *(each.row() for each in (lost, silent, unworded))])
-    inspection.write_gallery(tmp_path / "page.html", RecordSet(made), range(4), processor)
+    put(folder_of, [odd, *(each.row() for each in (lost, silent, unworded))])
+    inspection.write_gallery(tmp_path / "page.html", RecordSet(folder_of), range(4), processor)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count('class="fault"') == 4
     assert "blob" in page

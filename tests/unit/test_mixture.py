@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from converting import record
 
 from regiongpt.data.mixture import Mixture, MixturePart, open_mixture, read_mixture
-from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.records import Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
 from regiongpt.data.sources import load_converter
 from regiongpt.errors import ConfigError, DataError
@@ -19,22 +20,11 @@ ROOT = Path(__file__).parents[2]
 
 def write(folder: Path, count: int, image: str = "a.png") -> Path:
     """A folder of ``count`` records of one turn."""
-    regions = (RecordRegion(region=Region.box(0, 0, 5, 5)),) if image else ()
     turn = (
         Turn(task="caption", answer="a cat", regions=(1,)) if image else Turn(task="chat", question="Hi", answer="Yo")
     )
-    records = [
-        Record(
-            id=f"{folder.name}/{number}",
-            source="jsonl",
-            image=image,
-            width=10 if image else 0,
-            height=10 if image else 0,
-            regions=regions,
-            turns=(turn,),
-        )
-        for number in range(count)
-    ]
+    regions = [Region.box(0, 0, 5, 5)] if image else []
+    records = [record(str(k), *regions, image=image, turns=(turn,), source=folder.name) for k in range(count)]
     write_records(folder, records, Rejects(), source="jsonl", images="images", inputs=[], arguments={})
     return folder
 
