@@ -13,18 +13,14 @@ from regiongpt.data.records import Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
 from regiongpt.data.sources import load_converter
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.regions import Region
 
 ROOT = Path(__file__).parents[2]
 
 
 def write(folder: Path, count: int, image: str = "a.png") -> Path:
     """A folder of ``count`` records of one turn."""
-    turn = (
-        Turn(task="caption", answer="a cat", regions=(1,)) if image else Turn(task="chat", question="Hi", answer="Yo")
-    )
-    regions = [Region.box(0, 0, 5, 5)] if image else []
-    records = [record(str(k), *regions, image=image, turns=(turn,), source=folder.name) for k in range(count)]
+    turns = (Turn(task="chat", question="Hi", answer="Yo"),)
+    records = [record(str(k), image=image, turns=turns, source=folder.name) for k in range(count)]
     write_records(folder, records, Rejects(), source="jsonl", images="images", inputs=[], arguments={})
     return folder
 
