@@ -10,26 +10,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 from tiny_checkpoint import make_checkpoint, make_parts
 
 from regiongpt import cli
+from regiongpt.inference import RegionPredictor
+from regiongpt.regions import Region
 
 QUESTION = "What is <region1>?"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+BOX = ["--box", "5,5,30,30"]
+TWO = [*BOX, "--box", "30,5,50,35"]
+SHORT = ["--max-new-tokens", "4"]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind of photograph and region file, good and bad."""
+    """A checkpoint, and every kind of image and region file, good and bad."""
     folder = tmp_path_factory.mktemp("files")
-    (folder / "empty").mkdir()
+    make_checkpoint(folder)
+    for name in ("empty", "images"):
+        (folder / name).mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    photo = Image.fromarray(pixels)
-    photo.save(folder / "photo.jpg")
+    for name in ("photo.png", "images/a.png", "images/b.jpg", "images/c.webp"):
+        Image.fromarray(np.roll(pixels, len(name), axis=1)).save(folder / name)
+    (folder / "images" / "broken.jpg").write_bytes((folder / "images" / "b.jpg").read_bytes()[:400])
+    (folder / "images" / "notes.txt").write_text("no image")
     (folder / "text.jpg").write_text("no image at all")
     mask = np.zeros((40, 60), np.uint8)
     mask[10:30, 20:40] = 255
@@ -37,6 +42,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(mask[:20]).save(folder / "mask_small.png")
     (folder / "rle.json").write_text(json.dumps({"size": [40, 60], "counts": [100, 200, 2100]}))
     (folder / "rle_broken.json").write_text("{")
+    boxes = [{"bbox": [2, 2, 20, 20], "score": 0.4}, {"bbox": [30, 5, 20, 30], "score": 0.9}]
+    (folder / "boxes.json").write_text(json.dumps([{"image_id": 5, **box} for box in boxes]))
     return folder
 
 
@@ -45,49 +52,37 @@ def run(capsys: pytest.CaptureFixture[str], files: Path, monkeypatch: pytest.Mon
     """Runs one command line in the folder of the files; returns exit code, standard output and standard error."""
     monkeypatch.chdir(files)
 
-    def call(*arguments: str) -> tuple[int, str, str]:
+    def call(*arguments: str, model: str | None = "checkpoint") -> tuple[int, str, str]:
         capsys.readouterr()
-        code = cli.main(list(arguments))
+        code = cli.main([*arguments, *(["--model", model, "--device", "cpu"] if model else [])])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return call
 
 
-@pytest.fixture
-def ask(run, checkpoint: Path):
-    model = ["--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "4"]
-    return lambda *arguments: run("ask", *model, *arguments)
-
-
 def is_one_line(err: str) -> bool:
     return err.startswith("regiongpt: error: ") and err.endswith("\n") and err.count("\n") == 1
 
 
-def test_ask_prints_the_answer_alone(ask):
-    code, out, err = ask("photo.jpg", QUESTION, "--box", "5,5,30,30")
+# ---------------------------------------------------------------------------------------------------------------------
+# One image
+
+
+def test_ask_prints_the_answer_alone(run):
+    code, out, err = run("ask", "photo.png", QUESTION, *BOX, *SHORT)
     assert (code, err) == (0, "")
     assert out.strip()
+    assert run("ask", *BOX, *SHORT, "photo.png", model="checkpoint")[0] == 2
+    assert cli.main(["ask", *BOX, *SHORT, "--model", "checkpoint", "photo.png", "--", "-what is <region1>?"]) == 0
 
 
-def test_regions_are_numbered_as_typed_across_kinds(ask):
-    code, out, err = ask(
-        "photo.jpg",
-        "--point",
-        "9,9",
-        "--box",
-        "-5,-5.5,30,30",
+def test_regions_are_numbered_as_typed_across_kinds(run):
+    code, out, err = run(
+        *("ask", "photo.png", "--point", "9,9", "--box", "-5,-5.5,30,30"),
         "Compare <region1>, <region2>, <region3>, <region4>, <region5>, <region6> and <region7>.",
-        "--mask",
-        "mask.png",
-        "--json",
-        "--polygon",
-        "-1,5,20,5,20,30",
-        "--rle",
-        "rle.json",
-        "--box=1,2,3,4",
-        "--scribble",
-        "5,5,30,30",
+        *("--mask", "mask.png", "--json", "--polygon", "-1,5,20,5,20,30", "--rle", "rle.json"),
+        *("--box=1,2,3,4", "--scribble", "5,5,30,30", *SHORT),
     )
     assert (code, err) == (0, "")
     record = json.loads(out)
@@ -97,48 +92,32 @@ def test_regions_are_numbered_as_typed_across_kinds(ask):
     assert set(record) >= {"image", "question", "answer", "cited", "warnings", "seconds"}
 
 
-def test_a_mask_with_soft_edges_is_said_once(ask, files):
+def test_a_mask_with_soft_edges_is_said_once(run, files):
     soft = np.tile(np.arange(60, dtype=np.uint8) * 4, (40, 1))
     Image.fromarray(soft).save(files / "mask_soft.png")
-    code, out, err = ask("photo.jpg", QUESTION, "--mask", "mask_soft.png", "--json")
+    code, out, err = run("ask", "photo.png", QUESTION, "--mask", "mask_soft.png", "--json", *SHORT)
     assert code == 0
     assert err.count("more than two values") == err.count("\n") == 1
-    from regiongpt.regions import Region
-
     assert Region.from_dict(json.loads(out)["regions"][0]) == Region.mask(soft >= 128)
-
-
-def test_boxes_in_fractions_of_the_image(ask):
-    answers = [
-        ask("photo.jpg", QUESTION, *words)
-        for words in (
-            ["--box", "6,10,30,30"],
-            ["--normalized", "--box", "0.1,0.25,0.5,0.75"],
-        )
-    ]
-    assert len(set(answers)) == 1
-    assert answers[0][0] == 0
 
 
 @pytest.mark.parametrize(
     ("option", "pixels", "fractions"),
     [
+        ("--box", "6,10,30,30", "0.1,0.25,0.5,0.75"),
         ("--polygon", "6,10,30,10,30,30", "0.1,0.25,0.5,0.25,0.5,0.75"),
         ("--point", "30,20", "0.5,0.5"),
         ("--scribble", "6,10,30,30", "0.1,0.25,0.5,0.75"),
     ],
 )
-def test_fractions_of_the_image_for_every_kind_with_numbers(ask, option, pixels, fractions):
-    expected = json.loads(ask("photo.jpg", QUESTION, option, pixels, "--json")[1])["regions"]
-    assert json.loads(ask("photo.jpg", QUESTION, option, fractions, "--normalized", "--json")[1])["regions"] == expected
+def test_fractions_of_the_image(run, option, pixels, fractions):
+    words = ["ask", "photo.png", QUESTION, *SHORT, "--json", option]
+    expected = json.loads(run(*words, pixels)[1])["regions"]
+    assert json.loads(run(*words, fractions, "--normalized")[1])["regions"] == expected
 
 
-def test_a_question_that_begins_with_a_dash_goes_behind_two(ask):
-    assert ask("--box", "5,5,30,30", "photo.jpg", "--", "-what is <region1>?")[0] == 0
-
-
-def test_a_region_never_mentioned_is_a_warning(ask):
-    code, out, err = ask("photo.jpg", "What is <region2>?", "--box", "5,5,30,30", "--point", "9,9")
+def test_a_region_never_mentioned_is_a_warning(run):
+    code, out, err = run("ask", "photo.png", "What is <region2>?", *BOX, "--point", "9,9", *SHORT)
     assert code == 0
     assert out.strip()
     assert err.startswith("regiongpt: warning: ")
@@ -146,56 +125,231 @@ def test_a_region_never_mentioned_is_a_warning(ask):
     assert err.count("\n") == 1
 
 
-BOX = ["--box", "5,5,30,30"]
+def test_describe_proposals_as_text_json_and_picture(run, files):
+    words = ["describe", "photo.png", "--proposals", "boxes.json", *SHORT]
+    code, out, _ = run(*words, "--picture", "out.png")
+    assert (code, [line[:4] for line in out.splitlines()]) == (0, ["[1] ", "[2] "])
+    assert Image.open(files / "out.png").width >= 640
+    code, out, err = run(*words, "--json", "--max-regions", "1", "--brief")
+    assert code == 0
+    record = json.loads(out)
+    assert [entry["region"] for entry in record["regions"]] == [{"box": [30, 5, 50, 35]}]
+    assert (record["regions"][0]["score"], record["left_out"]) == (0.9, 1)
+    assert "left out 1 of 2" in err
+    (files / "again.json").write_text(out)
+    assert run("describe", "photo.png", "--proposals", "again.json", "--int8", *SHORT)[1].count("\n") == 1
+    record = json.loads(run("describe", "photo.png", "--grid", "2", *BOX, "--json", *SHORT)[1])
+    assert [next(iter(entry["region"])) for entry in record["regions"]] == ["box", *["point"] * 4]
+
+
+def test_a_bad_entry_of_a_data_set_is_left_out_and_said(run, files):
+    entries = [{"id": k, "image_id": 1, "bbox": [5, 5, 20 * k, 9], "iscrowd": int(k == 2)} for k in (0, 1, 2)]
+    data = {"images": [{"id": 1, "file_name": "set\\photo.png", "width": 60, "height": 40}], "annotations": entries}
+    (files / "set.json").write_text(json.dumps(data))
+    words = ["describe", "photo.png", "--proposals", "set.json", *SHORT]
+    code, out, err = run(*words, "--json")
+    assert (code, json.loads(out)["left_out"]) == (0, 2)
+    assert "left out 2 of 3 regions (unusable: 1 box without size, 1 crowd)" in err
+    assert run(*words, "--crowds")[1].count("\n") == 2
+
+
+def test_classify_prints_a_class_a_region(run):
+    words = ["classify", "photo.png", *TWO, "--choices", "cat, dog,a cup"]
+    lines = run(*words)[1].splitlines()
+    found = json.loads(run(*words, "--json")[1])["regions"]
+    assert lines == [f"[{n}] {each['label']} {each['probability']:.3f}" for n, each in enumerate(found, 1)]
+    assert set(found[0]["probabilities"]) == {"cat", "dog", "a cup"}
+    code, out, _ = run("classify", "photo.png", *BOX, "--label-set", "coco80", "--top-k", "2", "--generate")
+    assert (code, out.count(", ")) == (0, 1)
+
+
+def test_locate_prints_a_region_or_none(run):
+    words = ["locate", "photo.png", "the red cup", *TWO, "--by", "words"]
+    record = json.loads(run(*words, "--json")[1])
+    assert run(*words)[1] == f"Region [{record['number']}] {record['probability']:.3f}\n"
+    assert len(record["probabilities"]) == 3
+
+
+ASK = ["ask", "photo.png", QUESTION]
+DESCRIBE = ["describe", "photo.png"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        # photographs
-        (["nowhere.jpg", QUESTION, *BOX], ["nowhere.jpg", "no such file"]),
-        (["empty", QUESTION, *BOX], ["empty", "no image"]),
-        (["text.jpg", QUESTION, *BOX], ["text.jpg", "expected an image"]),
-        # boxes, polygons, points, scribbles
-        (["photo.jpg", QUESTION, "--box", "30,30,5,5"], ["<region1>", "--box", "inverted"]),
-        (["photo.jpg", QUESTION, "--box", "a,b,c,d"], ["<region1> (--box)", "X0,Y0,X1,Y1", "'a,b,c,d'"]),
-        (["photo.jpg", QUESTION, "--box"], ["--box", "expected one argument"]),
-        (["photo.jpg", QUESTION, *BOX, "--polygon", "1,1,9,9"], ["<region2>", "at least 3 points", "got 2"]),
-        (["photo.jpg", QUESTION, "--point", "5"], ["<region1>", "2 numbers", "got 1"]),
-        (["photo.jpg", QUESTION, "--box", "5,5,30,30", "--normalized"], ["<region1> (--box)", "normalized"]),
-        (["photo.jpg", QUESTION, "--point", "5,5", "--normalized"], ["<region1> (--point)", "normalized"]),
-        (["photo.jpg", QUESTION, "--mask", "mask.png", "--normalized"], ["--normalized"]),
-        # masks and run lengths
-        (["photo.jpg", QUESTION, "--mask", "mask_small.png"], ["<region1>", "60 x 40", "60 x 20"]),
-        (["photo.jpg", QUESTION, "--mask", "text.jpg"], ["<region1>", "text.jpg", "expected an image"]),
-        (["photo.jpg", QUESTION, "--box", "0.1,0.1,0.5,0.5"], ["<region1>", "--normalized"]),
-        (["photo.jpg", QUESTION, "--rle", "rle_broken.json"], ["JSON", "rle_broken.json"]),
-        # questions
-        (["photo.jpg", "What is <region2>?", *BOX], ["<region2>", "1 region was given"]),
-        (["photo.jpg", "What is <regionx>?", *BOX], ["<regionx>"]),
-        (["photo.jpg", "", *BOX], ["question", "''"]),
+        # images
+        (["ask", "nowhere.jpg", QUESTION, *BOX], ["nowhere.jpg", "no such file"]),
+        (["ask", "empty", QUESTION, *BOX], ["empty", "no image"]),
+        (["ask", "text.jpg", QUESTION, *BOX], ["text.jpg", "expected an image"]),
+        (["ask", "x" * 5000, "What?"], ["File name too long"]),
+        (["classify", *BOX], ["expected an image"]),
+        # regions
+        ([*ASK, "--box", "30,30,5,5"], ["<region1>", "--box", "inverted"]),
+        ([*ASK, "--box", "a,b,c,d"], ["<region1> (--box)", "X0,Y0,X1,Y1", "'a,b,c,d'"]),
+        ([*ASK, "--box"], ["--box", "expected one argument"]),
+        ([*ASK, *BOX, "--polygon", "1,1,9,9"], ["<region2>", "at least 3 points", "got 2"]),
+        ([*ASK, "--point", "5"], ["<region1>", "2 numbers", "got 1"]),
+        ([*ASK, "--box", "5,5,30,30", "--normalized"], ["<region1> (--box)", "normalized"]),
+        ([*ASK, "--mask", "mask.png", "--normalized"], ["--normalized"]),
+        ([*ASK, "--mask", "mask_small.png"], ["<region1>", "60 x 40", "60 x 20"]),
+        ([*ASK, "--mask", "text.jpg"], ["<region1>", "text.jpg", "expected an image"]),
+        ([*ASK, "--box", "0.1,0.1,0.5,0.5"], ["<region1>", "--normalized"]),
+        ([*ASK, "--rle", "rle_broken.json"], ["JSON", "rle_broken.json"]),
+        # questions, expressions, choices
+        (["ask", "photo.png", "What is <region2>?", *BOX], ["<region2>", "1 region was given"]),
+        (["ask", "photo.png", "other.png", "What is <region2>?", *BOX], ["<region2>"]),
+        (["ask", "photo.png", "What is <regionx>?", *BOX], ["<regionx>"]),
+        (["ask", "photo.png", "", *BOX], ["question", "''"]),
+        (["ask", "photo.png", "caf\udce9?"], ["UTF-8"]),
+        (["classify", "photo.png", *BOX, "--choices", "cat,cat"], ["'cat' more than once"]),
+        (["classify", "photo.png", *BOX, "--choices", "<region1>"], ["<region1>"]),
+        (["classify", "photo.png", *BOX, "--label-set", "LVIS"], ["COCO-80"]),
+        (["locate", "photo.png", *BOX], ["an image and an expression"]),
+        (["locate", "photo.png", "a cup"], ["expected regions"]),
+        (["locate", "photo.png", "a cup", "--box", "90,90,99,99"], ["60 x 40"]),
+        (["locate", "photo.png", "<region2>", *BOX], ["<region2>"]),
+        # proposals
+        (DESCRIBE, ["--proposals, --grid, --sam, --box"]),
+        ([*DESCRIBE, "--grid", "0"], ["--grid: "]),
+        ([*DESCRIBE, "--grid", "2", "--proposals", "boxes.json"], ["not several"]),
+        ([*DESCRIBE, "--grid", "2", "--image-id", "3"], ["--image-id goes with --proposals"]),
+        ([*DESCRIBE, "--grid", "2", "--crowds"], ["--crowds goes with --proposals"]),
+        ([*DESCRIBE, "--proposals", "none.json"], ["none.json"]),
+        ([*DESCRIBE, "--proposals", "boxes.json", "--min-score", "0.95"], ["no region is left"]),
+        ([*DESCRIBE, "other.png", "--proposals", "boxes.json", "--image-id", "5"], ["single image"]),
+        ([*DESCRIBE, "--grid", "2", "--max-regions", "0"], ["--max-regions: "]),
+        ([*DESCRIBE, "--grid", "2", "--min-score", "0.5"], ["no score to compare"]),
+        ([*DESCRIBE, "--sam", "none"], ["SAM model at none"]),
         # options
-        (["photo.jpg", QUESTION, *BOX, "--temperature", "-1"], ["temperature", "-1"]),
-        (["photo.jpg", QUESTION, *BOX, "--seed", "x"], ["--seed", "'x'"]),
-        (["photo.jpg", QUESTION, *BOX, "--picture", "out.xyz"], ["out.xyz", ".png"]),
+        ([*ASK, *BOX, "--temperature", "-1"], ["temperature", "-1"]),
+        ([*DESCRIBE, "--grid", "2", "--temperature", "1"], ["--temperature"]),
+        ([*ASK, *BOX, "--seed", "x"], ["--seed", "'x'"]),
+        (["classify", "photo.png", *BOX, "--top-k", "0"], ["--top-k"]),
+        (["locate", "photo.png", "a cup", *BOX, "--by", "luck"], ["--by"]),
+        ([*ASK, *BOX, "--picture", "out.xyz"], ["out.xyz", ".png"]),
+        ([*ASK, *BOX, "--picture", "photo.png"], ["would replace what is asked about"]),
+        ([*ASK, *BOX, "--picture", ""], ["--picture: give a path"]),
+        (["ask", "photo.png", "other.png", "What?", "--picture", "out.png"], ["single image"]),
+        ([*ASK, *BOX, "--out", "out.txt"], [".jsonl"]),
+        ([*ASK, *BOX, "--out", "out.json", "--json"], ["leave one of them out"]),
+        ([*ASK, *BOX, "--overwrite"], ["--overwrite goes with --out"]),
+        ([*ASK, *BOX, "--model", "nowhere"], ["nowhere: not a checkpoint folder"]),
+        ([*ASK, *BOX, "--int8", "--dtype", "bfloat16"], ["float32"]),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(ask, arguments, parts):
-    code, out, err = ask(*arguments)
-    assert code == 2
-    assert out == ""
+def test_mistakes_are_one_line_before_a_model_is_loaded(run, monkeypatch, arguments, parts):
+    monkeypatch.setattr(RegionPredictor, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    code, out, err = run(*arguments, model=None)
+    assert (code, out) == (2, "")
     assert is_one_line(err), err
-    assert "Traceback" not in err
     for part in parts:
         assert part in err, err
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Many images
+
+
+def test_an_image_that_cannot_be_read_among_many_is_skipped_and_counted(run):
+    code, out, err = run("ask", "images", "images/none.png", QUESTION, *BOX, *SHORT)
+    assert code == 1
+    assert [line.split(": ")[0] for line in out.splitlines()] == ["images/a.png", "images/b.jpg", "images/c.webp"]
+    errors = err.splitlines()
+    assert ["broken.jpg" in errors[0], "none.png" in errors[1]] == [True, True]
+    assert errors[2].endswith("2 of 5 images were skipped")
+
+
+def test_a_region_that_does_not_fit_one_of_many_images(run, tmp_path):
+    Image.new("RGB", (10, 10)).save(tmp_path / "small.png")
+    words = ["photo.png", str(tmp_path / "small.png"), "--box", "30,5,50,35", "--choices", "cat,dog", "--json"]
+    code, out, err = run("classify", *words)
+    assert (code, json.loads(out)["image"]) == (1, "photo.png")
+    assert "small.png: <region1> (--box)" in err
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("ask", [QUESTION, *SHORT]),
+        ("describe", SHORT),
+        ("classify", ["--choices", "cat,dog"]),
+        ("locate", ["a cup"]),
+    ],
+)
+def test_results_as_json_lines_and_coco(run, tmp_path, verb, words):
+    for name in ("out.jsonl", "out.json"):
+        assert run(verb, "images/a.png", "images/b.jpg", *words, *TWO, "--out", str(tmp_path / name))[0] == 0
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [Path(record["image"]).name for record in records] == ["a.png", "b.jpg"]
+    assert all(len(record["regions"]) == 2 for record in records)
+    coco = COCO(tmp_path / "out.json")
+    assert [image["file_name"] for image in coco.loadImgs(coco.getImgIds())] == ["a.png", "b.jpg"]
+    first, second, *_ = coco.loadAnns(coco.getAnnIds())
+    assert (first["bbox"], second["bbox"]) == ([5, 5, 25, 25], [30, 5, 20, 30])
+    names = {each["id"]: each["name"] for each in coco.loadCats(coco.getCatIds())}
+    if verb == "classify":
+        assert names == {1: "cat", 2: "dog"}
+        assert names[first["category_id"]] == records[0]["regions"][0]["label"]
+        assert first["score"] == pytest.approx(records[0]["regions"][0]["probability"])
+    else:
+        assert first["caption"] in (records[0].get("answer"), "a cup", records[0]["regions"][0].get("answer"))
+    # What was written tells the next run which regions each image has.
+    again = ["describe", "images/b.jpg", "--proposals", str(tmp_path / "out.json"), "--json", *SHORT]
+    assert len(json.loads(run(*again)[1])["regions"]) == 2
+
+
+def test_results_replace_nothing_unless_told(run, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine")
+    words = ["ask", "photo.png", "What?", *SHORT, "--out", str(out)]
+    code, _, err = run(*words)
+    assert (code, out.read_text()) == (2, "mine")
+    assert "--overwrite" in err
+    assert run(*words, "--overwrite")[0] == 0
+    assert json.loads(out.read_text())["question"] == "What?"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_run_that_is_stopped_leaves_whole_lines_or_nothing(run, monkeypatch, tmp_path, suffix):
+    out, ask, asked = tmp_path / f"out{suffix}", RegionPredictor.ask, []
+
+    def stopped(*arguments, **options):
+        asked.append(1)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        return ask(*arguments, **options)
+
+    monkeypatch.setattr(RegionPredictor, "ask", stopped)
+    assert run("ask", "images", "What?", *SHORT, "--out", str(out))[0] == 130
+    if suffix == ".jsonl":
+        assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["What?"]
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(run, tmp_path):
+    (tmp_path / "out.jsonl").symlink_to("/dev/full")
+    code, _, err = run("ask", "photo.png", "What?", *SHORT, "--out", str(tmp_path / "out.jsonl"), "--overwrite")
+    assert code == 2
+    assert "out.jsonl: cannot be written: No space left" in err
+
+
+def test_an_image_without_regions_among_many_has_an_empty_answer(run):
+    words = ["--proposals", "boxes.json", "--min-score", "0.95", "--json"]
+    _, out, err = run("describe", "images/a.png", "images/b.jpg", *words)
+    assert [json.loads(line)["regions"] for line in out.splitlines()] == [[], []]
+    assert err.count("left out 2 of 2 regions") == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chat, weights, and what all commands share
+
+
 @pytest.fixture
-def chat(run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def chat(run, monkeypatch: pytest.MonkeyPatch):
     def call(lines: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        model = ["--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "4"]
-        return run("chat", "photo.jpg", *arguments, *model)
+        return run("chat", "photo.png", *arguments, *SHORT)
 
     return call
 
@@ -215,28 +369,22 @@ def test_an_error_does_not_end_a_chat(chat):
 
 
 def test_weights_create_then_ask(run, tmp_path):
-    vision, language = make_parts(tmp_path)
-    out = tmp_path / "made"
-    parts = ["--vision", str(vision), "--language", str(language)]
-    assert run("weights", "create", *parts, "--out", str(out), "--refinement", "bilinear")[0] == 0
-    ask = ("ask", "photo.jpg", QUESTION, *BOX, "--model", str(out), "--max-new-tokens", "2")
-    code, _, err = run(*ask)
+    vision, language = map(str, make_parts(tmp_path))
+    out, parts = str(tmp_path / "made"), ["--vision", vision, "--language", language]
+    assert run("weights", "create", *parts, "--out", out, "--refinement", "bilinear", model=None)[0] == 0
+    code, _, err = run(*ASK, *BOX, *SHORT, model=out)
     assert code == 2
     assert "untrained" in err
-    code, answer, _ = run(*ask, "--untrained")
-    assert code == 0
-    assert answer
-    code, _, err = run("weights", "create", *parts, "--out", str(out))
-    assert code == 2
-    assert "empty folder" in err
+    assert run(*ASK, *BOX, *SHORT, "--untrained", model=out)[1].strip()
     for arguments, part in (
+        ([*parts, "--out", out], "empty folder"),
         ([*parts, "--refinement", "cubic"], "cubic"),
         ([*parts, "--chat-template", "alpaca"], "alpaca"),
-        (["--vision", str(vision)], "--language"),
-        ([*parts, "--llava", str(vision)], "--llava"),
-        (["--vision", str(tmp_path / "nowhere"), "--language", str(language)], "nowhere"),
+        (["--vision", vision], "--language"),
+        ([*parts, "--llava", vision], "--llava"),
+        (["--vision", str(tmp_path / "nowhere"), "--language", language], "nowhere"),
     ):
-        code, _, err = run("weights", "create", *arguments, "--out", str(tmp_path / "new"))
+        code, _, err = run("weights", "create", "--out", str(tmp_path / "new"), *arguments, model=None)
         assert code == 2
         assert is_one_line(err), err
         assert part in err
@@ -265,11 +413,11 @@ def test_ctrl_c_and_a_closed_pipe_end_quietly(run, monkeypatch):
         return handler
 
     monkeypatch.setitem(cli.VERBS, "ask", ("", raise_this(KeyboardInterrupt)))
-    code, _, err = run("ask", "photo.jpg", QUESTION)
+    code, _, err = run(*ASK)
     assert (code, err.strip()) == (130, "")
     redirected = []
     monkeypatch.setitem(cli.VERBS, "ask", ("", raise_this(BrokenPipeError)))
     monkeypatch.setattr(os, "dup2", lambda *fds: redirected.append(fds))
     monkeypatch.setattr(sys, "stdout", sys.__stdout__)
-    assert cli.main(["ask", "photo.jpg", QUESTION]) == 141
+    assert cli.main(ASK) == 141
     assert len(redirected) == 1

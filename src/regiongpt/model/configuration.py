@@ -137,47 +137,37 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         sizes = ("image_size", "refinement_channels", "connector_size", "image_token_id", "region_token_id")
         for name in (*needed, *sizes):
             value = getattr(self, name)
-            if (value is not None or name in needed) and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ConfigError(f"{name} must be a whole number; got {short(value)}")
-        if not isinstance(self.image_marks, bool):
-            raise ConfigError(f"image_marks must be true or false; got {short(self.image_marks)}")
-        if not isinstance(self.region_position, int | float) or not 0 <= self.region_position < float("inf"):
-            raise ConfigError(f"region_position must be a number of at least 0; got {short(self.region_position)}")
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            self._must(name, is_whole or (value is None and name in sizes), "a whole number")
+        self._must("image_marks", isinstance(self.image_marks, bool), "true or false")
+        is_number = isinstance(self.region_position, int | float) and 0 <= self.region_position < float("inf")
+        self._must("region_position", is_number, "a number of at least 0")
+        is_known = isinstance(self.refinement, str) and self.refinement in REFINEMENTS
+        self._must("refinement", is_known, f"one of {', '.join(REFINEMENTS)}")
         if self.image_size is None:
             self.image_size = native_image_size(self.vision_config)
+        patch = self.vision_config.patch_size
+        fits = self.image_size > 0 and self.image_size % patch == 0
+        self._must("image_size", fits, f"a positive multiple of the tower's patch size, {patch} px")
+        for name in ("refinement_channels", "connector_size"):
+            self._must(name, getattr(self, name) is None or getattr(self, name) > 0, "positive or None")
         if self.image_grid is None:
             self.image_grid = list(self.tower_grid)
-        whole = isinstance(self.image_grid, list | tuple) and all(isinstance(cells, int) for cells in self.image_grid)
-        if not whole:
-            raise ConfigError(f"image_grid must be two whole numbers, its rows and columns; got {self.image_grid!r}")
-        self.image_grid = list(self.image_grid)
+        grid, finest = self.image_grid, self.refined_grid
+        is_grid = isinstance(grid, list | tuple) and len(grid) == 2 and all(isinstance(cells, int) for cells in grid)
+        fits = is_grid and all(1 <= cells <= most for cells, most in zip(grid, finest, strict=True))
+        self._must("image_grid", fits, f"two whole numbers up to refined grid {list(finest)}")
+        self.image_grid = list(grid)
+        if self.region_position and finest[1] < 4:
+            raise ConfigError(f"region_position needs a refined grid of 4 columns; got {finest[1]}")
+        if (layers := getattr(self.vision_config, "num_hidden_layers", None)) is not None:
+            fits = -layers - 1 <= self.vision_feature_layer <= layers
+            self._must("vision_feature_layer", fits, f"between {-layers - 1} and {layers}")
         super().__post_init__(**kwargs)
-        self._check()
 
-    def _check(self) -> None:
-        if not isinstance(self.refinement, str) or self.refinement not in REFINEMENTS:
-            raise ConfigError(f"refinement must be one of {', '.join(REFINEMENTS)}; got {short(self.refinement)}")
-        patch = self.vision_config.patch_size
-        if self.image_size <= 0 or self.image_size % patch:
-            raise ConfigError(
-                f"image_size must be a positive multiple of the tower's patch size, {patch} px; got {self.image_size}"
-            )
-        for name in ("refinement_channels", "connector_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} must be positive or None; got {value}")
-        if len(self.image_grid) != 2 or any(
-            not 1 <= n <= finest for n, finest in zip(self.image_grid, self.refined_grid, strict=True)
-        ):
-            raise ConfigError(
-                f"image_grid must be two numbers up to refined grid {list(self.refined_grid)}; got {self.image_grid}"
-            )
-        if self.region_position and self.refined_grid[1] < 4:
-            raise ConfigError(f"region_position needs a refined grid of 4 columns; got {self.refined_grid[1]}")
-        layers = getattr(self.vision_config, "num_hidden_layers", None)
-        if layers is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
-            raise ConfigError(
-                f"vision_feature_layer must lie between {-layers - 1} and {layers}; got {self.vision_feature_layer}"
-            )
+    def _must(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} must be {wanted}; got {short(getattr(self, name))}")
 
     @property
     def tower_grid(self) -> tuple[int, int]:

