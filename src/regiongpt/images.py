@@ -151,38 +151,29 @@ def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
         with _silent():
             return name, Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
-        raise DataError(
-            f"{name}: expected at most {MAX_PIXELS:,} pixels, but its header says more; scale it down"
-        ) from error
+        raise DataError(f"{name}: its header says more than {MAX_PIXELS:,} pixels; scale it down") from error
     except Exception as error:  # header parsers raise nearly every built-in exception on broken data
-        raise DataError(
-            f"{name}: expected an image (JPEG, PNG, WebP, ...), got {len(data):,} bytes that PIL cannot read"
-        ) from error
+        got = f"{len(data):,} bytes that PIL cannot read"
+        raise DataError(f"{name}: expected an image (JPEG, PNG, WebP, ...), got {got}") from error
 
 
 def _check_size(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1:
         raise DataError(f"{name}: expected an image of at least 1 x 1 pixel, got {width} x {height} (W x H)")
     if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{name}: at most {MAX_PIXELS:,} pixels, got {width} x {height} = {width * height:,}; scale it down"
-        )
+        got = f"{width} x {height} = {width * height:,}"
+        raise DataError(f"{name}: at most {MAX_PIXELS:,} pixels, got {got}; scale it down")
 
 
 def _from_array(array: NDArray[np.generic]) -> Image.Image:
-    expected = "expected an image array of dtype uint8 or uint16 and shape (H, W), (H, W, 3) or (H, W, 4)"
-    if array.dtype.kind == "f":
-        raise DataError(
-            f"image array: {expected}, got {array.dtype}, whose white may be 1 or 255; scale it to 0..255 as uint8"
-        )
+    expected = "image array: expected dtype uint8 or uint16 and shape (H, W), (H, W, 3) or (H, W, 4)"
     if array.dtype not in (np.uint8, np.uint16):
-        raise DataError(f"image array: {expected}, got dtype {array.dtype}; scale it to 0..255 as uint8")
+        why = ", whose white may be 1 or 255" if array.dtype.kind == "f" else ""
+        raise DataError(f"{expected}, got dtype {array.dtype}{why}; scale it to 0..255 as uint8")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
-        raise DataError(f"image array: {expected}, got shape {array.shape}; put the channels last, one image a call")
-    if array.size == 0:
-        raise DataError(f"image array: expected at least one pixel, got shape {array.shape}")
+        raise DataError(f"{expected}, got shape {array.shape}; put the channels last, one image a call")
     _check_size(array.shape[1], array.shape[0], "image array")
     return Image.fromarray(np.ascontiguousarray(array if array.dtype == np.uint8 else _to_8_bit(array)))
 
@@ -193,23 +184,19 @@ def _to_8_bit(array: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise DataError(f"{name}: expected 8 or 16 bits, got floating point of unknown white; scale it to 0..255")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
-            raise DataError(
-                f"{name}: expected greyscale of at most 16 bits, got values {low}..{high}; scale them to 0..255"
-            )
+            got = f"values {low}..{high}"
+            raise DataError(f"{name}: expected greyscale of at most 16 bits, got {got}; scale them to 0..255")
         return Image.fromarray(_to_8_bit(values)).convert("RGB")
-    if image.mode == "F":
-        raise DataError(
-            f"{name}: expected 8 or 16 bits, got floating point, whose white nobody knows; scale it to 0..255"
-        )
     try:
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            if image.mode == "La":  # PIL converts premultiplied grey only to plain grey with alpha
-                image = image.convert("LA")
-            layer = image.convert("RGBA")
+            # PIL converts premultiplied grey only to plain grey with alpha.
+            layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
         return image.convert("RGB")
     except ValueError as error:

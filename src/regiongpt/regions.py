@@ -186,16 +186,12 @@ class Region(ABC):
     @staticmethod
     def point(x: float, y: float, radius: float | None = None) -> "Region":
         """A disk around a point, by default of radius 1.5 % of the image's longer side, at least one pixel."""
-        return _Vector(
-            "point", (np.array([_numbers((x, y), "x, y")]),), None if radius is None else _as_number(radius, "radius")
-        )
+        return _Vector("point", (np.array([_numbers((x, y), "x, y")]),), _as_size(radius, "radius"))
 
     @staticmethod
     def scribble(points: Any, width: float | None = None) -> "Region":
         """A stroke of a round brush along [[x, y], ...] or [x, y, x, y, ...]; its default width is a point's radius."""
-        return _Vector(
-            "scribble", (_points(points, "scribble"),), None if width is None else _as_number(width, "width")
-        )
+        return _Vector("scribble", (_points(points, "scribble"),), _as_size(width, "width"))
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], name: str = "region") -> "Region":
@@ -263,7 +259,7 @@ class Region(ABC):
             RegionError: It is empty, inverted, not finite, malformed, wholly outside, of another size, or looks
                 normalized; the message calls it ``name``.
         """
-        self._checked(width, height, name)
+        self._resolve(width, height, name, checked=True)
         return self
 
     def area(self, width: int, height: int) -> float:
@@ -294,7 +290,7 @@ class Region(ABC):
         Returns:
             (grid_h, grid_w) float32, summing to 1; a region thinner than a cell still has its full weight.
         """
-        shape = (self._checked if name else self._resolve)(frame.width, frame.height, name)
+        shape = self._resolve(frame.width, frame.height, name or "region", checked=bool(name))
         areas = shape.coverage(*frame.edges(grid_h, grid_w))
         weights: NDArray[np.float32] = (areas / areas.sum()).astype(np.float32)
         return weights
@@ -322,24 +318,18 @@ class Region(ABC):
             segmentation = _encoded(self.to_mask(width, height))
         return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": self.area(width, height), "segmentation": segmentation}
 
-    def _checked(self, width: int, height: int, name: str) -> Shape:
+    def _resolve(self, width: int, height: int, name: str = "region", checked: bool = False) -> Shape:
+        """The region clipped to the image; ``checked`` refuses numbers that look normalized."""
         _check_size(width, height, name)
-        numbers = self._coordinates()
-        if max(width, height) > 1 and len(numbers) and min(numbers) >= 0 and 0 < max(numbers) <= 1:
+        numbers = self._coordinates() if checked and max(width, height) > 1 else ()
+        if len(numbers) and min(numbers) >= 0 and 0 < max(numbers) <= 1:
             raise RegionError(
                 f"{name}: {self} lies within 0..1 and looks normalized; give --normalized (in Python normalized=True, "
                 "or False if these are pixels) or multiply by the image's width and height"
             )
-        return self._resolve(width, height, name)
-
-    def _resolve(self, width: int, height: int, name: str = "region") -> Shape:
-        _check_size(width, height, name)
-        shape = self._shape(width, height, name or "region")
-        known_to_reach = isinstance(shape, TangledShape)
-        if not known_to_reach and not shape.area >= MIN_AREA:
-            raise RegionError(
-                f"{name or 'region'}: {self} covers nothing of the image of {width} x {height} pixels (W x H)"
-            )
+        shape = self._shape(width, height, name)
+        if not isinstance(shape, TangledShape) and not shape.area >= MIN_AREA:
+            raise RegionError(f"{name}: {self} covers nothing of the image of {width} x {height} pixels (W x H)")
         return shape
 
 
@@ -456,9 +446,6 @@ class _Vector(Region):
     def _coordinates(self) -> Any:
         return () if self.certain or self.kind == "point" else np.concatenate(self.rings).ravel()
 
-    def _stroke(self, width: int, height: int) -> float:
-        return max(1.0, STROKE * max(width, height)) if self.size is None else self.size
-
     def _shape(self, width: int, height: int, name: str) -> Shape:
         drawn = self.__dict__.get("_drawn")
         if drawn is None or drawn[0] != (width, height):
@@ -476,21 +463,15 @@ class _Vector(Region):
             what = "radius" if self.kind == "point" else "width"
             if self.size is not None and self.size <= 0:
                 raise RegionError(f"{name}: expected a {what} above 0 pixels, got {_number(self.size)}; leave it out")
-            radius = self._stroke(width, height) / (1 if self.kind == "point" else 2)
-            return stroke_shape(points, radius, width, height)
+            size = max(1.0, STROKE * max(width, height)) if self.size is None else self.size
+            return stroke_shape(points, size if self.kind == "point" else size / 2, width, height)
         for index, ring in enumerate(self.rings, 1):
             if len(ring) < 3:
                 where = f" in ring {index}" if len(self.rings) > 1 else ""
                 raise RegionError(
                     f"{name}: expected a polygon of at least 3 points, got {len(ring)}{where}; use a box or a scribble"
                 )
-        shape = polygon_shape(self.rings, width, height)
-        flat = not isinstance(shape, TangledShape) and shape.area < MIN_AREA
-        if flat and np.linalg.matrix_rank(points - points[0], tol=1e-3) < 2:
-            raise RegionError(
-                f"{name}: expected a polygon that encloses an area, got {self} on one line; use a scribble"
-            )
-        return shape
+        return polygon_shape(self.rings, width, height)
 
 
 @contextmanager
@@ -539,6 +520,10 @@ def _numbers(values: Any, names: str) -> list[Any]:
         got = f"{len(listed)}: {_short(values)}" if listed else _short(values)
         raise RegionError(f"region: expected {len(wanted)} numbers {names}, got {got}")
     return list(map(_as_number, listed, wanted))
+
+
+def _as_size(value: Any, name: str) -> float | None:
+    return None if value is None else _as_number(value, name)
 
 
 def _as_number(value: Any, name: str) -> float:

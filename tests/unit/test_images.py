@@ -213,7 +213,7 @@ def test_decompression_bombs_are_refused_from_the_header(monkeypatch):
         (np.ones((4, 4), bool), "dtype bool"),
         (np.zeros((3, 4, 5), np.uint8), "(3, 4, 5); put the channels last"),
         (np.zeros((1, 4, 4, 3), np.uint8), "one image a call"),
-        (np.zeros((0, 4, 3), np.uint8), "at least one pixel"),
+        (np.zeros((0, 4, 3), np.uint8), "at least 1 x 1 pixel"),
     ],
 )
 def test_ambiguous_arrays_are_refused(array, says):
