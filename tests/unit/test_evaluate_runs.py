@@ -13,11 +13,11 @@ from pictures import draw_pictures
 from PIL import Image
 from tiny_checkpoint import make_checkpoint, make_parts
 
-from regiongpt import ConfigError, DataError
+from regiongpt import DataError
 from regiongpt.cli import main
 from regiongpt.evaluate import run as running
 from regiongpt.evaluate.report import PAGE, TaskRun, changes, read_run, worst
-from regiongpt.evaluate.run import answer_image, load_items, make_manifest
+from regiongpt.evaluate.run import answer_image, load_items
 from regiongpt.evaluate.task import Answer, RunOptions
 from regiongpt.model import weights
 from regiongpt.storage import Store, locked
@@ -300,17 +300,6 @@ def test_a_data_set_that_moved_is_found_by_data(run, data, tmp_path, capsys):
     manifest.write_text(renamed)
     assert main(["evaluate", "--compare", str(run), both[0], "--data", str(tmp_path / "moved"), "--json"]) == 0
     assert "NaN" not in capsys.readouterr().out
-
-
-def test_options_come_back_as_they_were(data):
-    task = Drawn(data=data, limit=3, wording="Name <region1>.")
-    manifest = json.loads(json.dumps(make_manifest(task, None, RunOptions())))
-    run = TaskRun(folder=Path("run"), result={"task": "drawn"}, manifest=manifest)
-    assert run.task() == task.replace(limit=0)
-    assert run.task(Path("/elsewhere")).data == Path("/elsewhere")
-    manifest["options"]["gone"] = 1
-    with pytest.raises(ConfigError, match=r"unknown setting 'gone'.*evaluate again"):
-        run.task()
 
 
 def test_the_page_needs_no_other_file_and_shows_everything(run):

@@ -123,14 +123,6 @@ def test_probabilities_in_part_are_said(two_images: Path) -> None:
     )
 
 
-def test_a_crowd_that_is_no_number_is_left_out_and_counted(tmp_path: Path) -> None:
-    odd = {"id": 90, "image_id": 1, "category_id": 1, "bbox": [150, 0, 40, 40], "area": 900, "iscrowd": "no"}
-    vast = {"id": 91, "image_id": 1, "category_id": 1, "bbox": [100, 0, 40, 40], "area": float("inf"), "iscrowd": 0}
-    task = classes(photos(tmp_path, {1: [(1, [0, 0, 20, 20])]}, annotations=[odd, vast]))
-    assert [(item.id, item.groups["size"]) for item in task.items()] == [("10", "small"), ("91", "medium")]
-    assert task.left_out.counts == {"record of another format": 1}
-
-
 def test_answers_decide_which_protocols_there_are(two_images: Path) -> None:
     task = classes(two_images)
     items = task.items()
