@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 from pictures import draw_pictures
-from tiny import save_tower, tower_config
 from tiny_checkpoint import make_parts
-from transformers import AutoModel
 
 from regiongpt import ConfigError
 from regiongpt.ablate import KINDS, choose_variants, summarise, tables
@@ -126,18 +124,6 @@ def test_an_ablation_at_debug_size_needs_no_data(tmp_path, capsys):
     assert all(cell["too_few"] for cells in found["protocols"]["score all choices"].values() for cell in cells.values())
     assert {len(runs) for runs in found["manifests"].values()} == {1}
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_towers_are_set_side_by_side(pictures, tmp_path, capsys):
-    small, large = tmp_path / "clip", tmp_path / "siglip"
-    save_tower(small, AutoModel.from_config(tower_config("clip_vision_model")))
-    save_tower(large, AutoModel.from_config(tower_config("siglip_vision_model")))
-    variants = f"{small}@28,{large}@56"
-    assert ablate("tower", pictures, tmp_path / "towers", "--variants", variants, "--seeds", "0") == 0
-    printed = capsys.readouterr().out
-    assert "| result | clip-28 | siglip-56 |" in printed
-    assert "The paper's Table 7" in printed
 
 
 def test_variants_by_name_and_by_value():

@@ -105,13 +105,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     [
         ("sys.stderr.write('Error: no memory'); sys.exit(3)", "ended with code 3: Error: no memory"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "ended with code -9: it said nothing"),
-        ("sys.stderr.write('x' * 1_000_000); sys.exit(1)", "ended with code 1: x"),
         ("print('6 6 3')", "answered"),
-        ("print('nothing')", "answered"),
-        ("while True: pass", "was ended after 0 s without a result"),
         ("os.close(0); os.close(1); time.sleep(60)", "was ended after 0 s without a result"),
     ],
-    ids=["dies", "killed", "complains", "says too little", "says something else", "goes on forever", "hangs"],
+    ids=["dies", "killed", "says too little", "hangs"],
 )
 def test_a_program_that_fails_is_one_line_and_no_hang(fake, body: str, message: str, monkeypatch) -> None:
     fake(body)

@@ -53,18 +53,7 @@ def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) 
     report.write_page(tmp_path / "page.html", "base.html", title="<title>", made="<made>", body=body)
     text = (tmp_path / "page.html").read_text()
     Nesting(text)
-    for word in (
-        "<i>",
-        "<td>",
-        "<h>",
-        "<name>",
-        "<text>",
-        "<b>",
-        "<region2",
-        "<c>",
-        "<title>",
-        "<made>",
-    ):
+    for word in ("<i>", "<td>", "<h>", "<name>", "<text>", "<b>", "<region2", "<c>", "<title>", "<made>"):
         assert str(Markup.escape(word)) in text, word
     assert "&lt;region1&gt;" not in text
     assert "prefers-color-scheme: dark" in text

@@ -72,7 +72,6 @@ def test_duplicates_must_be_alike(tmp_path: Path) -> None:
     [
         ({"text": "cat"}, "no annotation id; give one of id, question_id, ann_id, .*, found keys: text"),
         ({"id": 1.5, "text": "cat"}, "id: give a whole number or text"),
-        ({"id": True, "text": "cat"}, "id: give a whole number or text"),
         ({"id": 1}, "no answer; give text or scores, found keys: id"),
         ({"id": 1, "text": 5}, "text: give text, got 5"),
         ({"id": 1, "text": "cat", "probability": 1.5}, "probability: 1.5 is not between 0 and 1"),
@@ -81,10 +80,7 @@ def test_duplicates_must_be_alike(tmp_path: Path) -> None:
         ({"id": 1, "scores": {"cat": 1}}, "scores: none for dog"),
         ({"id": 1, "scores": {"cat": 1, "dgo": 1}}, "scores: 'dgo' is no choice; did you mean 'dog'"),
         ({"id": 1, "scores": [1, "2"]}, "scores: give finite numbers, got '2'"),
-        ({"id": 1, "scores": [1, float("nan")]}, "scores: give finite numbers, got nan"),
         ({"id": 1, "scores": [1, 10**400]}, "scores: give finite numbers, got 1000"),
-        ({"id": 1, "scores": {"fish": 1}}, "'fish' is no choice; known: cat, dog"),
-        ({"id": 1, "bbox": [0, 0, 5, 5]}, "no answer; give text or scores, found keys: id, bbox"),
         ({"id": 1, "called": [1.0]}, "no answer; give text or scores, found keys: id, called"),
         ({"id": 1, "text": "cat", "answer": "dog"}, "more than one answer, text 'cat', answer 'dog'; keep"),
         ({"id": 1, "text": " ? "}, "the question itself in the place of an answer"),
