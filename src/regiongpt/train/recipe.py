@@ -279,6 +279,14 @@ class Recipe(Settings):
         return value
 
     @model_validator(mode="after")
+    def _check_texts(self) -> Self:
+        for name, value in dotted(self.model_dump()).items():
+            text = str(value) if isinstance(value, str | Path) else ""
+            if "\0" in text or text != text.encode(errors="replace").decode():
+                raise ValueError(f"{name}: {text!r} is not plain UTF-8, which the libraries that open it want")
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.model.init and not self.model.language:
             raise ValueError("give model.init, or model.vision and model.language")

@@ -210,7 +210,7 @@ def train_stage(
         watch=config.watch,
         dev=data.dev,
         made_of=made_of,
-        utilisation=_utilisation(model, config.engine.precision, processes) if whole else None,
+        utilisation=utilisation_of(model, config.engine.precision, processes) if whole else None,
     )
     if processes.is_first:
         if adapts:
@@ -220,7 +220,7 @@ def train_stage(
     return finished
 
 
-def _utilisation(model: Any, precision: str, processes: Processes) -> Callable[[Mapping[str, Any]], float] | None:
+def utilisation_of(model: Any, precision: str, processes: Processes) -> Callable[[Mapping[str, Any]], float] | None:
     """Share of the peak of all GPUs that a step reaches, from its line of the log; None where the peak is not known."""
     peak = named_peak(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else 0.0
     if not peak:
