@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Final
 
 import torch
+from jinja2 import UndefinedError
 from markupsafe import Markup
 from torch import Tensor
 from tqdm import tqdm
@@ -271,7 +272,7 @@ def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
     """Add a start to ``run.json``: recipe, machine, versions, and what each stage learns from, as plain values."""
     try:
         starts = list(_read_notes(out).get("starts", []))
-    except DataError:  # torn, and worth less than the run
+    except (DataError, TypeError):  # torn, and worth less than the run
         starts = []
     start = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -326,9 +327,9 @@ def write_report(out: Path) -> Path:
             "recipe": _tables(notes.get("config", {}), set(logs)),
             "data": notes.get("data", {}),
         }
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        write_page(out / PAGE, "train.html", **shown)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError) as error:
         raise DataError(f"{out}: {RUN} or a log in it is not what a training wrote: {error!r}; delete it") from None
-    write_page(out / PAGE, "train.html", **shown)
     return out / PAGE
 
 
