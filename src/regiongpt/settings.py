@@ -63,8 +63,6 @@ class Settings(BaseModel, metaclass=_OwnErrors):
         kinds = plain_types(hint)
         if isinstance(value, str) and tuple in kinds and str not in kinds:
             return [part.strip() for part in value.split(",") if part.strip()]
-        if isinstance(value, str) and ("\0" in value or value != value.encode(errors="replace").decode()):
-            raise ValueError("give plain UTF-8, which the libraries that read it want")
         paths = value if isinstance(value, list | tuple) else [value]
         if Path in kinds.union(*map(plain_types, typing.get_args(hint))) and any(
             str(path).strip() == "" for path in paths

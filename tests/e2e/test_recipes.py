@@ -135,7 +135,7 @@ def test_the_command_plans_in_words_and_in_json(capsys: Any) -> None:
     ("words", "message"),
     [
         (["--plan", "--gpu", "a100-80"], "did you mean 'a100-80gb'?"),
-        (["--plan", "--gpus", "7"], "stage1.batch_size: expected a multiple of micro_batch_size=32 times 7 GPUs"),
+        (["--plan", "--gpus", "7"], "stage1.batch_size: 256 is not a multiple of micro_batch_size=32 times 7 GPUs"),
         (["--plan", "--plan.stage1.records", "0"], "the data of stage1 cannot be read here"),
         (["--plan", "--model.vision", "some/tower"], "model.vision: the shape of 'some/tower' is not known here"),
         (["--gpus", "8"], "--gpu, --gpus and --json go with --plan"),

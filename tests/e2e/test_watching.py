@@ -123,6 +123,31 @@ def test_a_folder_that_holds_no_run_is_named_and_one_without_a_step_has_a_page(
     assert said or "stage1 has not begun" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "notes",
+    [
+        "[]",
+        "{",
+        '{"starts": [{}]}',
+        '{"starts": 3}',
+        '{"config": [], "starts": [{}]}',
+        '{"data": {"s": {"parts": [{}]}}}',
+    ],
+)
+def test_notes_that_are_not_those_of_a_run_are_one_line(
+    notes: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(
+        runs["plain"] / "stage2", tmp_path / "stage2", ignore=shutil.ignore_patterns("checkpoint-*", "model")
+    )
+    whole = json.loads((runs["plain"] / "run.json").read_text())
+    given = json.loads(notes) if notes.startswith('{"') else None
+    (tmp_path / "run.json").write_text(json.dumps({**whole, **given}) if given else notes)
+    assert main(["train", "--report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run.json" in line
+
+
 def test_a_loss_that_was_no_number_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
     lines = read_lines(runs["plain"] / "stage2" / "log.jsonl")
     lines[2]["loss"] = lines[2]["grad_norm"] = "nan"

@@ -13,8 +13,6 @@ from reading import (
     TextDataset,
     conversation_texts,
     exercise,
-    naming,
-    sightings,
 )
 from test_dataset import annotated
 
@@ -62,34 +60,6 @@ def test_an_exercise_numbers_every_name_by_its_region():
             assert f" {name} [{number}]" * listed in whole
             assert f" {name}{number}" * (not listed) in whole
         assert set("".join(text.pieces[1::2])) == set("12345"[: len(names)])
-
-
-def test_naming_says_what_each_region_is_and_the_names_alone_are_learnt():
-    counts = set()
-    for seed in range(40):
-        text = naming(FORM, np.random.default_rng(seed), grid=(2, 2) if seed % 2 else (0, 0))
-        names = [COCO_80[index] for index in text.shown]
-        counts.add(len(names))
-        assert "".join(text.pieces).count(REGION_TOKEN) == len(names) == len(set(names))
-        assert len(text.cells) == 4 * (seed % 2)
-        assert sorted(text.pieces[1::2]) == sorted(f" {name}" for name in names)
-        numbers = [piece.split("\n")[-1] for piece in text.pieces[:-1:2]]
-        said = {number: piece[1:] for number, piece in zip(numbers, text.pieces[1::2], strict=True)}
-        assert said == ({"": names[0]} if len(names) == 1 else {str(k): name for k, name in enumerate(names, 1)})
-    assert counts == {1, 2, 3, 4, 5}
-
-
-def test_sightings_say_of_every_name_whether_a_cell_shows_it():
-    said = set()
-    for seed in range(40):
-        text = sightings((3, 4), np.random.default_rng(seed))
-        assert len(text.cells) == 12
-        shown = {COCO_80[cell] for cell in text.cells if cell != UNKNOWN}
-        names = [piece.split("\n")[-1].strip() for piece in text.pieces[:-1:2]]
-        assert len(set(names)) == len(names) >= 2
-        assert [piece == " Yes" for piece in text.pieces[1::2]] == [name in shown for name in names]
-        said |= {*text.pieces[1::2]}
-    assert said == {" Yes", " No"}
 
 
 def test_windows_hold_whole_texts_apart_and_depend_on_the_item_alone(tokenizer):

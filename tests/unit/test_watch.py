@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from learning import full_disk, learn, settings
+from tiny import tiny_model
 from transformers import AutoConfig
 
+from regiongpt.environment import Processes
 from regiongpt.errors import ConfigError
 from regiongpt.model import RegionGPTForConditionalGeneration, weights
 from regiongpt.train import watch
 from regiongpt.train.dataset import TASKS, task_numbers
 from regiongpt.train.known import Costs, named_peak
 from regiongpt.train.recipe import WatchConfig
+from regiongpt.train.stages import utilisation_of
 from regiongpt.train.watch import StepLog, read_lines
 
 
@@ -160,3 +163,13 @@ def test_a_steps_arithmetic_is_counted_of_what_it_had() -> None:
     assert learns.step(step) - frozen.step(step) == pytest.approx(2 * weights_of_all)
     visual, attention = 4 * (frozen.tower + frozen.image), 5 * 4 * 12 * 100**2 * 256
     assert frozen.step(step) - visual - attention == pytest.approx(4 * weights_of_all)
+
+
+def test_the_utilisation_is_told_on_a_known_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, line = tiny_model(), {"examples": 4, "tokens": 400, "images": 4, "targets": 30, "seconds": 0.5}
+    assert utilisation_of(model, "bf16", Processes()) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    told = utilisation_of(model, "bf16", Processes(rank=0, count=2, local=0))
+    assert told is not None
+    assert told(line) == pytest.approx(Costs.of(model).step(line) / (0.5 * 2 * 989e12))

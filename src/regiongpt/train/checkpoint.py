@@ -55,11 +55,7 @@ class Progress(Settings):
 
 
 def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Check that a stage's folder holds no checkpoint that was made with other settings; each is named.
-
-    Raises:
-        ConfigError: A setting differs.
-    """
+    """Raise ConfigError if a stage's newest checkpoint was made with other settings; each is named."""
     for checkpoint in reversed(_written(folder)):
         with suppress(CheckpointError):  # a damaged one is not gone on from
             found = _read_stage(checkpoint)["settings"]
@@ -205,13 +201,7 @@ def _read_stage(checkpoint: Path) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one stage in its folder.
-
-    Args:
-        folder: Folder of the stage.
-        keep: How many of the newest are kept, at least 1, besides the best.
-        processes: They write together.
-    """
+    """The checkpoints of one stage in its folder: the ``keep`` newest and the best; processes write together."""
 
     def __init__(self, folder: Path, keep: int, processes: Processes) -> None:
         self.folder, self.keep, self.processes = folder, keep, processes
@@ -242,16 +232,10 @@ class Checkpoints:
         return self.processes.from_first(search)
 
     def write(self, step: int, fill: Callable[[Path], None], best: int | None = None) -> bool:
-        """Write a checkpoint whole, then remove those that are not kept.
+        """Write a checkpoint whole, then remove those that are not kept; False if the disk is full.
 
-        Args:
-            step: Optimiser steps done.
-            fill: Writes this process's files into the given folder. All processes call it.
-            best: Step of the best checkpoint so far, which is kept.
-
-        Returns:
-            Whether it was written. If the disk is full, nothing is left of it, and the checkpoints before are
-            untouched.
+        Nothing is left of it then, and the checkpoints before are untouched. All processes call it; ``fill`` writes the
+        files of each into the given folder.
         """
         unfinished = self.folder / f"{_UNFINISHED}{step}"
         first = self.processes.is_first

@@ -31,14 +31,13 @@ _TEMPLATES = {"llama": "vicuna_v1", "qwen2": "chatml", "qwen3": "chatml"}
 
 
 def debug_size(config: Recipe, outlines: bool = False) -> Recipe:
-    """The same recipe at debug size, with what it needs made beside its run.
+    """The same recipe with about three optimiser steps per stage, and what it needs made beside its run.
+
+    ``out`` gets ``-debug`` behind its name; what another debug run left there is deleted.
 
     Args:
-        config: Any recipe. ``out`` gets ``-debug`` behind its name; what another debug run left there is deleted.
+        config: Any recipe.
         outlines: Annotate the objects of the images with outlines too.
-
-    Returns:
-        A recipe of about three optimiser steps per stage.
 
     Raises:
         ConfigError: The shape of the recipe's tower or language model is not known, a library is missing, or the folder

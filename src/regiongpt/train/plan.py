@@ -7,8 +7,9 @@ than 256 records. FLOPs include padding. Time is FLOPs divided by an assumed sha
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, SiglipImageProcessorPil
@@ -31,18 +32,9 @@ _PARTS = ("vision_tower", "refinement", "connector", "language_model")
 _ADDED_TOKENS = 2  # <image> and <region>
 
 
-class Item(NamedTuple):
-    """Size of one conversation: its tokens with those of image and regions, supervised tokens, region embeddings."""
-
-    tokens: int
-    targets: int
-    regions: int
-    image: bool = True
-
-
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Size of a stage's data; sums over all its items."""
+    """Size of a stage's data; sums over all its conversations."""
 
     items: int  # conversations
     how: str  # what the numbers rest on, in words
@@ -68,6 +60,29 @@ class StagePlan:
     memory: dict[str, float]  # bytes on each GPU
     seconds: float
 
+    def lines(self, room: str) -> list[str]:
+        """The plan in words; ``room`` says what the memory is of."""
+        data = self.data
+        parts = [
+            f"{name.replace('_', ' ')} {_short(total)} "
+            + ("trained" if trained == total else "frozen" if not trained else "in part")
+            for name, (total, trained) in self.parameters.items()
+        ]
+        learning = sum(trained for _, trained in self.parameters.values())
+        flops = [f"{name} {_flops(value)}" for name, value in self.flops.items() if value]
+        memory = [f"{name} {_bytes(value)}" for name, value in self.memory.items()]
+        return [
+            self.name,
+            f"  parameters  {', '.join(parts)}; {_short(learning)} trained",
+            f"  data        {data.items:,} items, {_short(data.tokens)} tokens, {_short(data.targets)} of them targets "
+            f"({data.how})",
+            f"  steps       {self.steps:,} of {self.batch}",
+            f"  arithmetic  {_flops(sum(self.flops.values()))}: {', '.join(flops)}",
+            f"  memory      {_bytes(sum(self.memory.values()))} {room}: {', '.join(memory)}",
+            f"  time        {_time(self.seconds)}",
+            "",
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -78,9 +93,6 @@ class Plan:
     gpus: int
     sharding: str
     precision: str
-    utilisation: float
-    peak: float
-    capacity: float
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -88,38 +100,17 @@ class Plan:
 
     def text(self) -> str:
         """The plan in words."""
-        seconds = sum(stage.seconds for stage in self.stages)
-        return "\n".join(
-            [
-                *(line for stage in self.stages for line in self._stage(stage)),
-                f"in all: {_time(seconds)} on {self.gpus} x {self.gpu}, {_time(seconds * self.gpus)} of one GPU, at "
-                f"{self.utilisation:.0%} (assumed) of its {self.peak / 1e12:g} TFLOP/s in {self.precision}",
-            ]
-        )
-
-    def _stage(self, stage: StagePlan) -> list[str]:
-        data, memory = stage.data, sum(stage.memory.values())
-        parts = [
-            f"{name.replace('_', ' ')} {_short(total)} "
-            + ("trained" if trained == total else "frozen" if not trained else "in part")
-            for name, (total, trained) in stage.parameters.items()
+        gpu, seconds = GPUS[self.gpu], sum(stage.seconds for stage in self.stages)
+        lines = []
+        for stage in self.stages:
+            fits = "" if sum(stage.memory.values()) <= gpu.memory * GIB else ": more than it has"
+            spread = self.sharding if self.gpus > 1 else "one GPU"
+            lines += stage.lines(f"of {gpu.memory:g} GiB on each GPU ({spread}){fits}")
+        lines += [
+            f"in all: {_time(seconds)} on {self.gpus} x {self.gpu}, {_time(seconds * self.gpus)} of one GPU, at "
+            f"{gpu.utilisation:.0%} (assumed) of its {gpu.peak(self.precision) / 1e12:g} TFLOP/s in {self.precision}"
         ]
-        learning = sum(trained for _, trained in stage.parameters.values())
-        flops = [f"{name} {_flops(value)}" for name, value in stage.flops.items() if value]
-        fits = "" if memory <= self.capacity else ": more than it has"
-        spread = self.sharding if self.gpus > 1 else "one GPU"
-        return [
-            stage.name,
-            f"  parameters  {', '.join(parts)}; {_short(learning)} trained",
-            f"  data        {data.items:,} items, {_short(data.tokens)} tokens, {_short(data.targets)} of them targets "
-            f"({data.how})",
-            f"  steps       {stage.steps:,} of {stage.batch}",
-            f"  arithmetic  {_flops(sum(stage.flops.values()))}: {', '.join(flops)}",
-            f"  memory      {_bytes(memory)} of {self.capacity / GIB:g} GiB on each GPU ({spread}){fits}: "
-            + ", ".join(f"{name} {_bytes(value)}" for name, value in stage.memory.items()),
-            f"  time        {_time(stage.seconds)}",
-            "",
-        ]
+        return "\n".join(lines)
 
 
 def make_plan(config: Recipe) -> Plan:
@@ -131,27 +122,10 @@ def make_plan(config: Recipe) -> Plan:
         CheckpointError: The checkpoint that the recipe continues from is not what the recipe says.
         DataError: Records cannot be used.
     """
-    gpu, plan, data = GPUS[config.plan.gpu], config.plan, config.data
+    plan, engine = config.plan, config.engine
     shape, processor = _find_shape(config.model)
-    peak = gpu.peak(config.engine.precision)
-    stages = [
-        _plan_stage(config, name, shape, _size_data(config, name, path, size, shape, processor), gpu.utilisation * peak)
-        for name, path, size in (
-            ("stage1", data.pretrain_mixture, plan.stage1),
-            ("stage2", data.mixture, plan.stage2),
-        )
-        if config.runs(name)
-    ]
-    return Plan(
-        stages=tuple(stages),
-        gpu=plan.gpu,
-        gpus=plan.gpus,
-        sharding=config.engine.sharding,
-        precision=config.engine.precision,
-        utilisation=gpu.utilisation,
-        peak=peak,
-        capacity=gpu.memory * GIB,
-    )
+    stages = tuple(_plan_stage(config, name, shape, processor) for name in config.all_steps if config.runs(name))
+    return Plan(stages=stages, gpu=plan.gpu, gpus=plan.gpus, sharding=engine.sharding, precision=engine.precision)
 
 
 def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor | None]:
@@ -194,11 +168,11 @@ def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor
     return shape, processor
 
 
-def _size_data(
-    config: Recipe, name: str, path: str, size: DataSize, shape: RegionGPTConfig, processor: RegionGPTProcessor | None
-) -> Data:
+def _size_data(config: Recipe, name: str, shape: RegionGPTConfig, processor: RegionGPTProcessor | None) -> Data:
     """Count a stage's records, tokenized and cut as in training, or take the recipe's word for them."""
     stage: StageConfig = getattr(config, name)
+    size: DataSize = getattr(config.plan, name)
+    path = config.data.pretrain_mixture if name == "stage1" else config.data.mixture
     context = getattr(shape.text_config, "max_position_embeddings", None)
     row = (config.engine.pack_length or int(context or 4096)) if config.engine.packing else 0
     cost, micro = width_cost(shape.text_config), stage.micro_batch_size
@@ -208,11 +182,11 @@ def _size_data(
             items = max(1, round(stage.epochs * len(mixture)))
             dataset = RecordDataset(mixture, processor, items, context, config.data.suffixes)
 
-            def count(number: int) -> Item:
+            def count(number: int) -> tuple[int, int, int, bool]:
                 record, example = dataset.words(mixture.draw(number))
                 targets = int((example["labels"] != IGNORED).sum())
                 regions = len(record.regions) * processor.tokens_per_region
-                return Item(len(example["input_ids"]), targets, regions, bool(record.image))
+                return len(example["input_ids"]), targets, regions, bool(record.image)
 
             return _read(items, micro, count, SAMPLE, row, cost)
         except (ConfigError, DataError):
@@ -223,49 +197,44 @@ def _size_data(
             f"--plan: the data of {name} cannot be read here; give its folder, or --plan.{name}.records, "
             f"--plan.{name}.text_tokens and --plan.{name}.answer_tokens"
         )
-    each = Item(shape.num_image_tokens + size.text_tokens, size.answer_tokens, 1)
+    each = (shape.num_image_tokens + size.text_tokens, size.answer_tokens, 1, True)
     items = max(1, round(stage.epochs * size.records))
     return replace(_read(items, micro, lambda _: each, micro, row, cost), how="supposed, see [plan]")
 
 
-def _read(items: int, micro: int, item: Callable[[int], Item], sample: int, packing: int, cost: float) -> Data:
-    """Count micro-batches of at most ``sample`` conversations, in rows of ``packing`` tokens or padded (0)."""
+def _read(
+    items: int, micro: int, item: Callable[[int], tuple[int, int, int, bool]], sample: int, packing: int, cost: float
+) -> Data:
+    """Count micro-batches of at most ``sample`` conversations, in rows of ``packing`` tokens or padded (0).
+
+    An item is its tokens with those of image and regions, supervised tokens, region embeddings, and whether it has an
+    image.
+    """
     batches = -(-items // micro)
     counted = min(batches, max(1, sample // micro))
-    tokens = targets = widths = squares = images = regions = seen = 0
-    widest = (0, 0, 0, 0)
+    sums, seen, widest = np.zeros(6), 0, (0, 0, 0, 0)
     for number in (n * batches // counted for n in range(counted)):
         batch = [item(i) for i in range(number * micro, min((number + 1) * micro, items))]
-        lengths = [each.tokens for each in batch]
+        lengths, targets, regions, shown = zip(*batch, strict=True)
         rows = plan_rows(lengths, packing, cost) if packing else [[k] for k in range(len(batch))]
-        width = max(sum(lengths[k] for k in row) for row in rows)
-        shown, answered = len(batch) * any(each.image for each in batch), sum(each.targets for each in batch)
-        widest = max(widest, (len(rows) * width, width, shown, answered))
-        seen, tokens, targets = seen + len(batch), tokens + sum(lengths), targets + answered
-        widths, squares = widths + len(rows) * width, squares + len(rows) * width**2
-        images, regions = images + shown, regions + len(batch) * max(each.regions for each in batch)
-    scale = items / seen
-    return Data(
-        items=items,
-        how="counted on all" if seen == items else f"counted on {seen:,} of them",
-        tokens=scale * tokens,
-        targets=scale * targets,
-        widths=scale * widths,
-        squares=scale * squares,
-        images=scale * images,
-        regions=scale * regions,
-        widest=widest,
-    )
+        width, images = max(sum(lengths[k] for k in row) for row in rows), len(batch) * any(shown)
+        widest = max(widest, (len(rows) * width, width, images, sum(targets)))
+        sums += [sum(lengths), sum(targets), len(rows) * width, len(rows) * width**2, images, len(batch) * max(regions)]
+        seen += len(batch)
+    names = ("tokens", "targets", "widths", "squares", "images", "regions")
+    how = "counted on all" if seen == items else f"counted on {seen:,} of them"
+    return Data(items=items, how=how, widest=widest, **dict(zip(names, (sums * items / seen).tolist(), strict=True)))
 
 
-def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig, data: Data, speed: float) -> StagePlan:
+def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig, processor: RegionGPTProcessor | None) -> StagePlan:
+    data = _size_data(config, name, shape, processor)
     stage: StageConfig = getattr(config, name)
-    engine, gpus = config.engine, config.plan.gpus
+    engine, gpus, gpu = config.engine, config.plan.gpus, GPUS[config.plan.gpu]
     accumulation, rest = divmod(stage.batch_size, stage.micro_batch_size * gpus)
     if rest:
         raise ConfigError(
-            f"{name}.batch_size: expected a multiple of micro_batch_size={stage.micro_batch_size} times {gpus} "
-            f"GPUs, got {stage.batch_size}; give another --{name}.micro_batch_size or --gpus"
+            f"{name}.batch_size: {stage.batch_size} is not a multiple of micro_batch_size={stage.micro_batch_size} "
+            f"times {gpus} GPUs; give another --{name}.micro_batch_size or --gpus"
         )
     with torch.device("meta"):
         model: Any = RegionGPTForConditionalGeneration(shape)
@@ -295,7 +264,7 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig, data: Data, s
         batch=f"{stage.batch_size} conversations: {gpus} GPU(s) x {stage.micro_batch_size} x {accumulation}",
         flops=flops,
         memory=_memory(config, model, data.widest, accumulation),
-        seconds=sum(flops.values()) / (gpus * speed),
+        seconds=sum(flops.values()) / (gpus * gpu.utilisation * gpu.peak(engine.precision)),
     )
 
 

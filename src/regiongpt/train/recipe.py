@@ -26,11 +26,7 @@ _RECIPES = _PACKAGE.parents[1] / "recipes"
 
 
 def find_config(path: str | Path) -> Path:
-    """A TOML file, or one of the package, such as ``table6_none`` or ``configs/data/finetune.toml``, or of a checkout.
-
-    Returns:
-        The path as it is if it exists or no recipe that ships has that name.
-    """
+    """A TOML file, or one that ships by its name, such as ``table6_none`` or ``configs/data/finetune.toml``."""
     name = Path(path).as_posix().removeprefix("configs/").removesuffix(".toml")
     shipped = {each.stem: each for each in _RECIPES.glob("*/*.toml")}
     shipped |= {each.relative_to(_SHIPPED).with_suffix("").as_posix(): each for each in _SHIPPED.rglob("*.toml")}
@@ -279,6 +275,14 @@ class Recipe(Settings):
         return value
 
     @model_validator(mode="after")
+    def _check_texts(self) -> Self:
+        for name, value in dotted(self.model_dump()).items():
+            text = str(value) if isinstance(value, str | Path) else ""
+            if "\0" in text or text != text.encode(errors="replace").decode():
+                raise ValueError(f"{name}: {text!r} is not plain UTF-8, which the libraries that open it want")
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.model.init and not self.model.language:
             raise ValueError("give model.init, or model.vision and model.language")
@@ -293,8 +297,7 @@ class Recipe(Settings):
         """Read a recipe and apply overrides.
 
         Args:
-            path: A TOML file, or the name of a shipped recipe such as ``finetune_records``; ``extends =
-                ["other.toml"]`` names recipes beside it whose values it changes.
+            path: A TOML file, or the name of a shipped recipe such as ``finetune_records``.
             overrides: Command-line words, by dotted name: ``--stage2.lr 5e-4`` or ``--stage2.lr=5e-4``.
 
         Raises:
@@ -319,13 +322,7 @@ class Recipe(Settings):
         return recipe
 
     def check_files(self) -> None:
-        """Check that data and checkpoints are there, without loading anything heavy.
-
-        Raises:
-            ConfigError: Stage 2 comes first.
-            DataError: Records are missing.
-            CheckpointError: The checkpoint to continue from is missing.
-        """
+        """Raise a RegionGPTError if data or a checkpoint is missing; loads nothing heavy."""
         from regiongpt.data.mixture import find_parts
 
         for mixture in filter(None, (self.data.pretrain_mixture, self.data.mixture, self.data.dev_mixture)):
@@ -334,11 +331,7 @@ class Recipe(Settings):
             raise CheckpointError(f"model.init: {self.model.init}: no checkpoint there; give another, or nano")
 
     def with_start(self) -> Self:
-        """The recipe with ``model.init`` left out if stage 2 is to start from a new, untrained model.
-
-        Raises:
-            ConfigError: Stage 2 comes first, and ``from_scratch`` is not given.
-        """
+        """The recipe without ``model.init`` if stage 2 starts from an untrained model; ConfigError if it must not."""
         init = self.model.init
         trained = init and (self.model.folder / "config.json").is_file()
         stage1 = self.runs("stage1") or any((self.out / stage / "model").exists() for stage in ("stage1", "stage2"))
@@ -358,11 +351,7 @@ class Recipe(Settings):
         return (not self.steps or step in self.steps) and bool(data.get(step))
 
     def unused(self, name: str) -> str:
-        """Why nothing would read a setting, and what would change that; empty if something does.
-
-        Args:
-            name: Dotted name.
-        """
+        """Why nothing would read a setting, by its dotted name, and what would change that; empty if something does."""
         table = name.partition(".")[0]
         if table == "lora" and not self.lora.rank and name != "lora.rank":
             return "lora.rank is 0; give lora.rank too"

@@ -70,13 +70,7 @@ def train(config: Recipe) -> Path:
 
 @contextmanager
 def training(config: Recipe) -> Iterator[None]:
-    """Hold the run's folder while it trains, after checking that it can resume; write the report at the end.
-
-    Raises:
-        ConfigError: Another process trains there, or what is finished there was made with other settings.
-        CheckpointError: The checkpoint to continue from cannot be used.
-        DataError: Data is missing, or the folder cannot be written.
-    """
+    """Hold the run's folder while it trains, after checking that it can resume; write the report at the end."""
     config.check_files()
     processes = connect()
     with ExitStack() as stack:
@@ -162,7 +156,7 @@ def train_stage(
     made_of: Mapping[str, Any] | None = None,
     whole: bool = True,
 ) -> Path:
-    """Train a checkpoint for one stage, unless that has been done.
+    """Train a checkpoint for one stage, unless that has been done; returns the folder of the finished checkpoint.
 
     Args:
         config: A recipe, which has the stage's settings as its field ``name``.
@@ -171,12 +165,6 @@ def train_stage(
         prepare: Makes the data of the model and its processor.
         made_of: As for :func:`run_stage`.
         whole: Whether every part of the model runs in each step, so that the utilisation is known.
-
-    Returns:
-        Folder of the finished checkpoint.
-
-    Raises:
-        ConfigError: Stage 2 would start from an untrained refinement, without ``from_scratch``.
     """
     folder = config.out / name
     finished = folder / "model"
@@ -210,7 +198,7 @@ def train_stage(
         watch=config.watch,
         dev=data.dev,
         made_of=made_of,
-        utilisation=_utilisation(model, config.engine.precision, processes) if whole else None,
+        utilisation=utilisation_of(model, config.engine.precision, processes) if whole else None,
     )
     if processes.is_first:
         if adapts:
@@ -220,7 +208,7 @@ def train_stage(
     return finished
 
 
-def _utilisation(model: Any, precision: str, processes: Processes) -> Callable[[Mapping[str, Any]], float] | None:
+def utilisation_of(model: Any, precision: str, processes: Processes) -> Callable[[Mapping[str, Any]], float] | None:
     """Share of the peak of all GPUs that a step reaches, from its line of the log; None where the peak is not known."""
     peak = named_peak(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else 0.0
     if not peak:
@@ -242,11 +230,7 @@ def save_whole(folder: Path, model: Any, processor: Any) -> None:
 def create_start(shape: ModelConfig, language: str | Path, folder: Path, images: Iterable[Path] = ()) -> None:
     """Join a tower and a language model by an untrained refinement and connector, unless that has been done.
 
-    Args:
-        shape: Shape of the model.
-        language: Folder or hub name of the language model.
-        folder: Where to write the checkpoint.
-        images: Training images to measure the channels of an EfficientNet-Lite tower on, which differ much in scale.
+    The channels of an EfficientNet-Lite tower differ much in scale, and are measured on some training ``images``.
     """
     if (folder / "config.json").exists():
         return
@@ -297,7 +281,7 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     """Check that a checkpoint is what the recipe's [model] describes, if that names a language model.
 
     Raises:
-        CheckpointError: The folder is no RegionGPT checkpoint, or differs; the message lists every difference.
+        CheckpointError: It is no RegionGPT checkpoint, or differs; the message lists every difference.
     """
     if not shape.language:
         return
@@ -415,8 +399,7 @@ def keep_freed_memory() -> None:
 def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
     """Choose what learns: refinement and connector always, the language model or adapters on it in ``stage2``.
 
-    Returns:
-        Whether there are adapters, to be merged when the stage is done.
+    True if there are adapters, to be merged when the stage is done.
     """
     model.language_model.requires_grad_(stage == "stage2")
     if stage != "stage2" or not config.rank:
@@ -426,11 +409,7 @@ def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
 
 
 def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:
-    """Put adapters beside linear layers of the language model, in place; they alone require gradients afterwards.
-
-    Raises:
-        ConfigError: peft is not installed, or a target is no linear layer of the model.
-    """
+    """Put adapters beside linear layers of the language model, in place; they alone require gradients afterwards."""
     try:
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model

@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Final
 
 import torch
+from jinja2 import UndefinedError
 from markupsafe import Markup
 from torch import Tensor
 from tqdm import tqdm
@@ -46,7 +47,7 @@ def tally(loss: Tensor, losses_N: Tensor | None, tasks_N: Tensor | None, counts:
         loss: Its share of the step's loss.
         losses_N: (N,) cross-entropy of each target, not divided by anything; None if it is not known.
         tasks_N: (N,) place in :data:`TASKS` of each target, -1 for none.
-        counts: Number of conversations, of tokens without padding, and of images.
+        counts: Number of conversations, tokens without padding, and images.
     """
     kind = torch.float32 if loss.device.type == "mps" else torch.float64
     row = torch.zeros(len(_PLAIN) + 2 * len(TASKS), dtype=kind, device=loss.device)
@@ -67,15 +68,7 @@ def read_tally(row: Sequence[float]) -> dict[str, Any]:
 
 
 class Watch:
-    """Writes what a stage does: a line of ``log.jsonl`` a step, and now and then one for people.
-
-    Args:
-        name: Name of the stage in the log.
-        folder: Folder of the stage.
-        config: What is watched.
-        log_steps: Optimiser steps between two lines for people.
-        utilisation: Share of the hardware's peak that a step has reached, from its line.
-    """
+    """Writes what a stage does: a line of ``log.jsonl`` a step, and every ``log_steps`` one for people."""
 
     def __init__(
         self,
@@ -194,11 +187,7 @@ class StepLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last one that a kill has cut short; none if there is no file.
-
-    Raises:
-        DataError: It cannot be read, or a line before the last is not what was written.
-    """
+    """The lines of a log, without a last one that a kill has cut short; DataError if another is damaged."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
@@ -283,7 +272,7 @@ def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
     """Add a start to ``run.json``: recipe, machine, versions, and what each stage learns from, as plain values."""
     try:
         starts = list(_read_notes(out).get("starts", []))
-    except DataError:  # torn, and worth less than the run
+    except (DataError, TypeError):  # torn, and worth less than the run
         starts = []
     start = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -338,9 +327,9 @@ def write_report(out: Path) -> Path:
             "recipe": _tables(notes.get("config", {}), set(logs)),
             "data": notes.get("data", {}),
         }
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        write_page(out / PAGE, "train.html", **shown)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError) as error:
         raise DataError(f"{out}: {RUN} or a log in it is not what a training wrote: {error!r}; delete it") from None
-    write_page(out / PAGE, "train.html", **shown)
     return out / PAGE
 
 
