@@ -28,6 +28,7 @@ from regiongpt.inference.options import (
     ChoiceOptions,
     DescribeOptions,
     LocateOptions,
+    ModelOptions,
     Options,
     Sources,
 )
@@ -40,10 +41,7 @@ if TYPE_CHECKING:
     from regiongpt.inference import RegionPredictor
     from regiongpt.inference.over_images import View
 
-EXIT_SKIPPED = 1
-"""Some of several images could not be read."""
-EXIT_FAULTS = 1
-"""A check has found a fault in records."""
+EXIT_FAULTS = 1  # images were skipped, or records are faulty
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 EXIT_PIPE_CLOSED = 141  # and for one whose reader, such as `head`, has gone
@@ -157,10 +155,10 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
     group.add_argument("--out", type=Path, metavar="FILE", help="write .jsonl (json lines) or .json (COCO)")
     group.add_argument("--overwrite", action="store_true", help="with --out: replace a file that is there")
     group.add_argument("--picture", metavar="FILE", help="write the image with its regions and what was answered")
-    _model_options(parser)
+    add_options(parser, ModelOptions, "model")
     options = parser.parse_intermixed_args(_bind_coordinates(words))
-    _check_model(options)
-    settings, sources, text = read_options(kind, options), read_options(Sources, options), ""
+    model, sources = read_options(ModelOptions, options), read_options(Sources, options)
+    settings, text = read_options(kind, options), ""
     if len(options.images) <= bool(last):
         parser.error(f"expected an image and {meaning}" if last else "expected an image")
     if last:
@@ -199,7 +197,7 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
         quiet_libraries()
         from regiongpt.inference.proposals import Segmenter
 
-        return Segmenter(sources.sam or "", options.device)
+        return Segmenter(sources.sam or "", model.device)
 
     def view(path: str) -> "View":
         seen = over_images.view_of(path, typed, sources, lambda photo: segmenter().propose(photo, sources.grid or 32))
@@ -213,31 +211,29 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
     skipped = over_images.over_images(
         images,
         view,
-        lambda: _predictor(options),
-        lambda model, seen: getattr(over_images, verb)(model, seen, text, settings),
+        lambda: _predictor(model),
+        lambda predictor, seen: getattr(over_images, verb)(predictor, seen, text, settings),
         out=out,
         json=options.json,
         picture=options.picture,
     )
-    return EXIT_SKIPPED if skipped else 0
+    return EXIT_FAULTS if skipped else 0
 
 
 def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-
     parser.description = "Hold a conversation about regions of an image, with the questions on standard input."
     parser.add_argument("image", help="the image")
     _region_options(parser)
-    _model_options(parser)
+    add_options(parser, ModelOptions, "model")
     add_options(parser, Options, "answer")
     options = parser.parse_args(_bind_coordinates(words))
-    generation = dict(read_options(Options, options))
-    _check_model(options)
+    model, generation = read_options(ModelOptions, options), dict(read_options(Options, options))
     from regiongpt.images import load_image
     from regiongpt.inference.over_images import read_regions
 
     photo = load_image(options.image)
     regions = [each.region for each in read_regions(options.regions, options.normalized).on(*photo.size)]
-    conversation = _predictor(options).set_image(photo).conversation(regions)
+    conversation = _predictor(model).set_image(photo).conversation(regions)
     typed, failed = sys.stdin.isatty(), False
     if typed:
         named = ", ".join(f"<region{n}> a {region.kind}" for n, region in enumerate(regions, 1)) or "no regions"
@@ -252,7 +248,7 @@ def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         except RegionGPTError as error:
             tell(f"regiongpt: error: {error}")
             failed = True
-    return EXIT_SKIPPED if failed and not typed else 0
+    return EXIT_FAULTS if failed and not typed else 0
 
 
 def _questions(typed: bool) -> Iterator[str]:
@@ -281,7 +277,6 @@ class _AddRegion(argparse.Action):
 
 
 def _region_options(parser: argparse.ArgumentParser) -> None:
-
     group = parser.add_argument_group("regions", "any number of them; the first one typed is <region1>")
     for option, (metavar, text) in REGION_OPTIONS.items():
         group.add_argument(option, action=_AddRegion, dest="regions", metavar=metavar, help=text, default=[])
@@ -299,31 +294,11 @@ def _bind_coordinates(arguments: Sequence[str]) -> list[str]:
     return bound
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="PATH", help="checkpoint folder (default: the model of this package)")
-    group.add_argument("--device", help="cuda, cuda:N, mps or cpu (default: the first of these that is there)")
-    group.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, else bfloat16")
-    group.add_argument("--int8", action="store_true", help="language model's weights in int8; on a CPU, in float32")
-    group.add_argument("--untrained", action="store_true", help="ask a checkpoint even if it has not been trained")
-
-
-def _check_model(options: argparse.Namespace) -> None:
-    """What can be known of the model's options without torch."""
-    if options.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", options.device):
-        raise ConfigError(f"--device: expected cuda, cuda:N, mps or cpu, got {options.device!r}")
-    if options.int8 and (options.dtype or "float32", options.device or "cpu") != ("float32", "cpu"):
-        raise ConfigError("--int8 goes with float32 on the CPU alone; leave --dtype and --device out")
-    if options.model is not None:
-        check_checkpoint(options.model)
-
-
-def _predictor(options: argparse.Namespace) -> "RegionPredictor":
+def _predictor(options: ModelOptions) -> "RegionPredictor":
     quiet_libraries()
     from regiongpt.inference import RegionPredictor
 
-    chosen = {name: getattr(options, name) for name in ("device", "dtype", "int8", "untrained")}
-    return RegionPredictor.from_pretrained(options.model, **chosen)
+    return RegionPredictor.from_pretrained(options.model, **options.model_dump(exclude={"model"}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +346,6 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-
     parser.description = "Make checkpoint folders."
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="build an untrained model from a vision tower and a language model")

@@ -91,17 +91,6 @@ def engine() -> Engine:
     return Engine(*tiny_parts())
 
 
-def test_two_hundred_regions_with_duplicates_under_a_budget(engine):
-    photo, distinct = photograph(), boxes(8)
-    scene = engine.encode_image(load_image(photo))
-    turns = question_turns((), BRIEF)
-    order = torch.randint(0, len(distinct), (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    expected = [plain_tokens(engine, photo, turns, [region], 6) for region in distinct]
-    tight = Engine(engine.model, engine.processor, token_budget=700)
-    found = batch_tokens(tight, scene, [(turns, [distinct[place]]) for place in order], 6)
-    assert found == [expected[place] for place in order]
-
-
 @settings(max_examples=8, deadline=None)
 @given(
     asked=st.lists(

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from regiongpt.prompts import LABEL_SETS
 from regiongpt.settings import Settings, plain_types
+from regiongpt.storage import check_checkpoint
 
 By = Literal["answer", "words", "both"]
 WAYS: Final[tuple[By, ...]] = ("answer", "words", "both")
@@ -145,6 +146,32 @@ class Sources(Settings):
             raise ValueError("give --proposals, or --grid or --sam, not several; ask about them one after the other")
         if not self.proposals and (self.image_id is not None or self.crowds):
             raise ValueError(f"--{'crowds' if self.crowds else 'image-id'} goes with --proposals")
+        return self
+
+
+class ModelOptions(Settings):
+    """Which model answers, and how it is held; see :meth:`RegionPredictor.from_pretrained`."""
+
+    model: Path | None = None
+    """checkpoint folder (default: the model of this package)"""
+    device: str | None = None
+    """cuda, cuda:N, mps or cpu (default: the first of these that is there)"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)"""
+    int8: bool = False
+    """language model's weights in int8; on a CPU, in float32"""
+    untrained: bool = False
+    """ask a checkpoint even if it has not been trained"""
+
+    @model_validator(mode="after")
+    def _check_model(self) -> "ModelOptions":
+        """What can be known without torch."""
+        if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"--device: expected cuda, cuda:N, mps or cpu, got {self.device!r}")
+        if self.int8 and (self.dtype or "float32", self.device or "cpu") != ("float32", "cpu"):
+            raise ValueError("--int8 goes with float32 on the CPU alone; leave --dtype and --device out")
+        if self.model is not None:
+            check_checkpoint(self.model)
         return self
 
 
