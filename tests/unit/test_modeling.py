@@ -317,14 +317,6 @@ def test_two_turns_with_one_cache_are_written_as_without(name: str) -> None:
         assert torch.equal(model.generate(**second, **{name: cache}, **call), expected)
 
 
-def test_two_caches_are_an_error() -> None:
-    model = tiny_model()
-    caches = {name: DynamicCache(config=model.config.text_config) for name in ("cache", "past_key_values")}
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match="two names of one argument"):
-            call(input_ids=torch.tensor([[5]]), **caches)
-
-
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,6 @@ Shapes: R sequences, V vocabulary, D model width, T tokens.
 
 import itertools
 import random
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -268,9 +267,6 @@ def draw(scores_V: Tensor, temperature: float, top_p: float, at: float) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Text from tokens
 
-_BOUNDARY = re.compile(r"[\s\u2e80-\u9fff\uac00-\ud7af\uff00-\uffef]")
-"""After a blank, or a character of a language that writes none, a piece may end."""
-
 
 class TextReader:
     """The text of one answer as its tokens come, up to a stop string, in pieces that never have to be taken back."""
@@ -292,13 +288,9 @@ class TextReader:
         self._advance(final=True)
 
     def take(self, final: bool = False) -> str:
-        """The text since the last call, up to the last word that is surely whole; all of it at the end."""
-        end = len(self.text)
-        if not (final or self.stopped):
-            begun = [n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
-            safe = end - max(begun, default=0)  # what may begin a stop string has to wait
-            word = max((match.end() for match in _BOUNDARY.finditer(self.text, self._given)), default=self._given)
-            end = max(self._given, min(word, safe))
+        """The text since the last call; what may begin a stop string has to wait, unless this is the ``final`` call."""
+        waits = [n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+        end = len(self.text) - (0 if final or self.stopped else max(waits, default=0))
         piece, self._given = self.text[self._given : end], max(self._given, end)
         return piece
 

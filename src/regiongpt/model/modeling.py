@@ -338,12 +338,12 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             labels: (B, T), -100 where not a target.
             inputs_embeds: (B, T, D) from ``embed``, in place of ``input_ids`` and all visual inputs.
             position_ids: (B, T).
-            cache: the language model's cache; ``past_key_values`` is its older name.
+            cache: the language model's cache.
             logits_to_keep: last positions (a number) or positions (a tensor) whose logits are wanted; 0 for all.
             num_items_in_batch: targets in the whole optimiser step, over micro-batches and ranks, by which the sum of
                 this batch's losses is divided; by default, this batch's own number.
             loss_only: compute the head at target positions alone and return no logits.
-            past_key_values: see ``cache``.
+            past_key_values: the older name of ``cache``.
             **kwargs: passed on to the language model.
 
         Returns:
@@ -356,7 +356,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """
         if loss_only and labels is None:
             raise ValueError("loss_only needs labels")
-        cache = _one_cache(cache, past_key_values)
+        cache = past_key_values if cache is None else cache
         if input_ids is not None and inputs_embeds is None:
             continues = cache is not None and cache.get_seq_length() > 0
             inputs_embeds = self.embed(input_ids, pixel_values, vision_features, region_weights, region_ids, continues)
@@ -411,8 +411,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
         The image is encoded once for all beams, and placeholder tokens are never written.
         """
-        if (cache := _one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))) is not None:
-            kwargs[CACHE] = cache
+        for name in {"cache", "past_key_values"} & kwargs.keys():
+            kwargs[CACHE] = kwargs.pop(name)
         if pixel_values is not None:
             kwargs["vision_features"] = self.encode_image(pixel_values)
         placeholders = [i for i in (self.config.image_token_id, self.config.region_token_id) if i is not None]
@@ -439,12 +439,6 @@ def position_code(boxes: Tensor, width: int) -> Tensor:
 def cache_argument(language_model: Any) -> str:
     """The name by which a language model takes its cache: code from a hub may keep the older one."""
     return "past_key_values" if "past_key_values" in inspect.signature(language_model.forward).parameters else CACHE
-
-
-def _one_cache(cache: Any, past_key_values: Any) -> Any:
-    if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
-    return past_key_values if cache is None else cache
 
 
 def number_ids(input_ids: Tensor, region_token_id: int, offset: int) -> Tensor:
