@@ -25,8 +25,8 @@ MANY_CROSSINGS = 256
 """Crossings of a ring or stroke with itself up to which shapely draws it."""
 MOST_PAIRS = 12_000_000
 """Pairs of edges at one height up to which a ring is measured exactly (4,000 random points); beyond, by sampling."""
-MANY_POINTS = 200
-"""Points up to which shapely draws a stroke however often it crosses itself."""
+MANY_POINTS, MOST_POINTS = 200, 10_000
+"""Points up to which shapely draws a stroke however often it crosses itself, and if it does not do so often."""
 SAMPLES = 3072
 """Samples along the longer side of the image where tangles are sampled."""
 _CIRCLE = 32  # segments a quarter circle: the disk's area is 0.04 % short
@@ -234,14 +234,14 @@ def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shap
         height: See ``width``.
     """
     points = points[np.append(True, np.any(points[1:] != points[:-1], axis=1))]
-    if len(points) <= MANY_POINTS or not _is_tangled(points):
+    if len(points) <= MANY_POINTS or (len(points) <= MOST_POINTS and not _is_tangled(points)):
         line = shapely.LineString(points) if len(points) > 1 else shapely.Point(*points[0])
         return _clipped(_polygons_only(shapely.buffer(line, radius, quad_segs=_CIRCLE)), width, height)
     radius = max(radius, 0.75 * max(width, height) / SAMPLES)  # lest it fall between samples
     along = np.diff(points, axis=0)
     side = along[:, ::-1] * (1, -1) * (radius / np.hypot(*along.T))[:, None]
     sides = np.stack((points[:-1] + side, points[:-1] - side, points[1:] - side, points[1:] + side), axis=1)
-    turn = np.linspace(0, -2 * np.pi, 65)[:-1]
+    turn = np.linspace(0, -2 * np.pi, 33)[:-1]
     disks = points[:, None] + radius * np.column_stack((np.cos(turn), np.sin(turn)))
     edges = [(ring.reshape(-1, 2), np.roll(ring, -1, axis=1).reshape(-1, 2)) for ring in (sides, disks)]
     start, end = (np.concatenate(ends) for ends in zip(*edges, strict=True))

@@ -301,25 +301,13 @@ def test_the_gallery_needs_no_other_file(folder: Path, tmp_path: Path, run):
     assert "&lt;b&gt;red&lt;/b&gt;" in page
     assert page.count('class="chip"') > 10
     assert "box without size" in page
+    code, _, err = run(folder, "--html", path, "--images", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "hand/two: " in err
     assert run(folder, "--html", path, "--count", 2)[0] == 0
     assert path.read_text(encoding="utf-8").count("<article>") == 2
     assert run(folder, "--html", path, "--record", "hand/which")[0] == 0
     assert path.read_text(encoding="utf-8").count("<article>") == 1
-
-
-def test_the_gallery_shows_faulty_records_with_the_reason(images: Path, tmp_path: Path, processor: RegionGPTProcessor):
-    folder_of = write(tmp_path / "records", RECORDS, images)
-    odd = RECORDS[0].row()
-    odd["regions"] = [{**odd["regions"][0], "kind": "blob"}]
-    lost = replace(RECORDS[0], image="none.png")
-    silent = replace(RECORDS[0], turns=(classify(1, ""),))
-    unworded = replace(RECORDS[0], turns=(Turn(task="locate", answer="Region [1]", regions=(1,)),))
-    put(folder_of, [odd, *(each.row() for each in (lost, silent, unworded))])
-    inspection.write_gallery(tmp_path / "page.html", RecordSet(folder_of), range(4), processor)
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count('class="fault"') == 4
-    assert "blob" in page
-    assert "none.png" in page
 
 
 @pytest.mark.parametrize(

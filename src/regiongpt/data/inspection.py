@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
@@ -19,7 +19,7 @@ from regiongpt.console import progress
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Fault, RecordSet, counted, fault_of, many, require_data_extra
 from regiongpt.drawing import draw_regions
-from regiongpt.errors import DataError, RegionError, RegionGPTError
+from regiongpt.errors import DataError, RegionError, RegionGPTError, naming
 from regiongpt.images import load_image
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
 from regiongpt.report import picture, write_page
@@ -365,31 +365,22 @@ def write_gallery(
 
 
 def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed: int, epoch: int) -> dict[str, Any]:
-    """One record for the page; what cannot be shown of a faulty one gives way to the reason."""
-    card: dict[str, Any] = {"index": index, "record": None, "dialogue": None, "picture": None, "tokens": None}
-    faults = card["faults"] = []
-
-    def attempt(key: str, make: Callable[[], Any]) -> bool:
-        try:
-            card[key] = make()
-        except RegionGPTError as error:
-            faults.append(str(error))
-            return False
-        return True
-
-    def drawn() -> Any:
-        image = load_image(records.images / record.image)
-        _check_size(image.size, record)
-        alt = f"{record.image} with {many(len(record.regions), 'numbered region')}"
-        return picture(draw_regions(image, [each.region for each in record.regions]), alt)
-
-    if attempt("record", lambda: records[index]):
-        record: Record = card["record"]
-        if attempt("dialogue", lambda: said(record, seed, epoch, index)):
-            if record.image:
-                attempt("picture", drawn)
-            attempt("tokens", lambda: pieces(encode(record, processor, seed, epoch, index), processor))
-    return card
+    """One record for the page."""
+    record = records[index]
+    shown = None
+    with naming(record.id):
+        if path := records.image_path(record):
+            image = load_image(path)
+            _check_size(image.size, record)
+            alt = f"{record.image} with {many(len(record.regions), 'numbered region')}"
+            shown = picture(draw_regions(image, [each.region for each in record.regions]), alt)
+        return {
+            "index": index,
+            "record": record,
+            "dialogue": said(record, seed, epoch, index),
+            "picture": shown,
+            "tokens": pieces(encode(record, processor, seed, epoch, index), processor),
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
