@@ -103,6 +103,10 @@ def test_strict_fails_at_the_first(run, tmp_path: Path):
 def test_what_is_there_is_not_lost(run, tmp_path: Path):
     out = tmp_path / "records"
     assert run(*COCO, "good.json", "--out", out)[0] == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["arguments"]["crowds"]
+    manifest["arguments"]["names"] = None
+    (out / "manifest.json").write_text(json.dumps(manifest))
     before = content(out)
     code, printed, _ = run(*COCO, "good.json", "--out", out)
     assert code == 0

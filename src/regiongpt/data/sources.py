@@ -135,9 +135,10 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
         raise DataError(f"images: no folder at {converter.images}; check the path")
     if (out / MANIFEST).exists() and not overwrite:
         there = Manifest.read(out)
-        # Records of an earlier version, which lacked an option, are those of its default.
-        defaults = {name: _stated(field.default) for name, field in type(converter).model_fields.items()}
-        same = (there.source, defaults | there.arguments) == (converter.name, converter.arguments())
+        # Another version may have lacked an option, or had one more that was off.
+        stated = {name: _stated(field.default) for name, field in type(converter).model_fields.items()}
+        stated |= {name: value for name, value in there.arguments.items() if name in stated or value}
+        same = (there.source, stated) == (converter.name, converter.arguments())
         if same and there.inputs == [file_identity(path) for path in converter.inputs()]:
             log.info("%s: already converted, nothing to do", out)
             return there
