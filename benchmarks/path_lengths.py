@@ -33,8 +33,8 @@ from regiongpt import cli
 from regiongpt.data.mixture import open_mixture
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import RecordSet, Rejects, write_records
+from regiongpt.evaluate.coco_cls import CocoClassification
 from regiongpt.evaluate.report import as_text
-from regiongpt.evaluate.tasks.coco_cls import CocoClassification
 from regiongpt.inference import RegionPredictor
 from regiongpt.inference.engine import Engine
 from regiongpt.model import weights

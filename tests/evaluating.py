@@ -9,9 +9,8 @@ from typing import ClassVar
 
 import pytest
 
-from regiongpt import Region
+from regiongpt import Region, evaluate
 from regiongpt.errors import ConfigError
-from regiongpt.evaluate import tasks
 from regiongpt.evaluate.bootstrap import mean_statistic
 from regiongpt.evaluate.caption_metrics import find_java, find_package
 from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, images_of
@@ -74,10 +73,10 @@ class Drawn(Task):
 
 def register(patch: pytest.MonkeyPatch) -> None:
     """Makes the benchmark known as ``drawn``."""
-    module = types.ModuleType("regiongpt.evaluate.tasks.drawn")
+    module = types.ModuleType("regiongpt.evaluate.drawn")
     module.Drawn = Drawn  # type: ignore[attr-defined]
     patch.setitem(sys.modules, module.__name__, module)
-    patch.setitem(tasks.TASKS, "drawn", "drawn:Drawn")  # type: ignore[arg-type]
+    patch.setitem(evaluate.TASKS, "drawn", "drawn:Drawn")  # type: ignore[arg-type]
 
 
 def need_java() -> None:

@@ -17,10 +17,9 @@ from pydantic import Field, field_validator, model_validator
 
 from regiongpt.environment import launched
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate import bootstrap
+from regiongpt.evaluate import bootstrap, task_class
 from regiongpt.evaluate.bootstrap import FEWEST_IMAGES, TOO_FEW, Statistic, too_few
 from regiongpt.evaluate.task import RESAMPLES, TABLES, Rows, RunOptions, Task
-from regiongpt.evaluate.tasks import task_class
 from regiongpt.settings import Settings, override
 from regiongpt.storage import finite, locked, write_file, write_json
 from regiongpt.train.recipe import ModelConfig, Recipe, dotted

@@ -408,8 +408,8 @@ def _convert_weights(options: argparse.Namespace) -> None:
 
 
 def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.evaluate import TASKS, task_class
     from regiongpt.evaluate.task import RunOptions
-    from regiongpt.evaluate.tasks import TASKS, task_class
 
     parser.description = "Ask a model the questions of benchmarks, or take anyone's answers, and score them."
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))

@@ -172,7 +172,7 @@ def test_the_variants_of_the_papers_tables_have_the_names_and_shapes_of_their_re
         ("data", ["--variants=boxes=a,masks=b", "--eval.region=mask"], "--eval.region: the ablation of data varies it"),
         # What would stop the last variant is said before the first is trained.
         ("tower", ["--variants", "efficientnet-lite2@64,efficientnet-lite4@64"], "efficientnet-lite4-pytorch-model"),
-        ("refinement", ["--model.image_grid=20"], "image_grid must be two numbers"),
+        ("refinement", ["--model.image_grid=20"], "image_grid must be two"),
         ("refinement", ["--eval.data=nowhere"], "nowhere"),
         ("refinement", ["--device", "cuda:99"], "expected device"),
     ],

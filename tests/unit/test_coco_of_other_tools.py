@@ -14,8 +14,8 @@ from regiongpt.data.closed_sets import CocoConverter, LvisConverter
 from regiongpt.data.coco import CocoSource, entry_of, load_coco
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import DataError
-from regiongpt.evaluate.tasks.coco_cls import CocoClassification
-from regiongpt.evaluate.tasks.pope import Pope
+from regiongpt.evaluate.coco_cls import CocoClassification
+from regiongpt.evaluate.pope import Pope
 from regiongpt.inference.proposals import read_proposals
 from regiongpt.regions import Region
 

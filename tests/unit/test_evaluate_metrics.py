@@ -5,9 +5,9 @@ import pytest
 
 from regiongpt.errors import DataError
 from regiongpt.evaluate.bootstrap import SumStatistic, interval, mean_statistic, paired
+from regiongpt.evaluate.coco_cls import read_name
 from regiongpt.evaluate.detection import Federated, detection_scores, overlaps
-from regiongpt.evaluate.tasks.coco_cls import read_name
-from regiongpt.evaluate.tasks.pope import first_word, pope_script, yes_no_statistics
+from regiongpt.evaluate.pope import first_word, pope_script, yes_no_statistics
 
 
 def test_a_mean_and_a_mean_of_groups() -> None:

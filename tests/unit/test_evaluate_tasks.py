@@ -11,13 +11,12 @@ from evaluating import need_java
 from PIL import Image
 
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.evaluate import caption_metrics
+from regiongpt.evaluate import caption_metrics, task_class
+from regiongpt.evaluate.choosing import candidates_of, read_proposals
+from regiongpt.evaluate.pope import build_questions
 from regiongpt.evaluate.predictions import read_predictions
 from regiongpt.evaluate.run import load_items
 from regiongpt.evaluate.task import Answer, Result, Task
-from regiongpt.evaluate.tasks import task_class
-from regiongpt.evaluate.tasks.choosing import candidates_of, read_proposals
-from regiongpt.evaluate.tasks.pope import build_questions
 from regiongpt.prompts import NO_MATCH
 from regiongpt.regions import Region
 

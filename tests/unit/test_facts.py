@@ -23,8 +23,8 @@ from regiongpt.data.facts import (
 )
 from regiongpt.data.wording import noun, plural, read, with_article
 from regiongpt.errors import DataError
+from regiongpt.evaluate.facts import Facts
 from regiongpt.evaluate.task import Answer, Item, Result
-from regiongpt.evaluate.tasks.facts import Facts
 
 
 @pytest.mark.parametrize(

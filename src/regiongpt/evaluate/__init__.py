@@ -1,1 +1,31 @@
-"""The paper's evaluation: metrics as pure functions, one task a benchmark, and what runs them on a model."""
+"""Benchmarks: each task in a module of its own, and what runs, scores and reports them."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+from regiongpt.errors import ConfigError
+from regiongpt.settings import nearest
+
+if TYPE_CHECKING:
+    from regiongpt.evaluate.task import Task
+
+TASKS: Final[Mapping[str, str]] = {
+    "coco_cls": "coco_cls:CocoClassification",
+    "refcocog_caption": "captions:RefCocogCaption",
+    "vg_caption": "captions:VisualGenomeCaption",
+    "refcocog_rec": "choosing:RefCocogRec",
+    "coco_rec": "choosing:CocoRec",
+    "pope": "pope:Pope",
+    "facts": "facts:Facts",
+}
+"""Where each task is, by its name on the command line, in the order of the paper's tables."""
+
+
+def task_class(name: str) -> "type[Task]":
+    """The class of a task, imported now; ConfigError where there is none."""
+    if name not in TASKS:
+        raise ConfigError(f"no task {name!r}; {nearest(name, TASKS)}")
+    module, _, kind = TASKS[name].partition(":")
+    found: type[Task] = getattr(import_module(f"{__name__}.{module}"), kind)
+    return found

@@ -12,9 +12,9 @@ from markupsafe import Markup
 from regiongpt.data.shards import file_identity
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.evaluate import TASKS, task_class
 from regiongpt.evaluate.bootstrap import TOO_FEW, paired
 from regiongpt.evaluate.task import OURS, RESAMPLES, TABLES, Answer, Item, PaperTable, Rows, Task
-from regiongpt.evaluate.tasks import TASKS, task_class
 from regiongpt.report import picture, write_page
 from regiongpt.storage import finite, read_json, reason
 

@@ -215,19 +215,15 @@ def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[di
         photo = load_image(items[0].image)
     except DataError as error:
         return [{"refused": str(error)} for _ in items]
-    refused: dict[int, str] = {}
-    for place, item in enumerate(items):
+    found: list[dict[str, Any]] = [{} for _ in items]
+    for item, own in zip(items, found, strict=True):
         try:
             check_regions(item.regions, *photo.size)
         except RegionError as error:
-            refused[place] = str(error)
-    engine = predictor.engine
-    scene, rows = engine.encode_image(photo), engine.processor.tokens_per_region
-    kept = [() if place in refused else item.regions for place, item in enumerate(items)]
-    pooled = torch.split(
-        engine.pool(scene, [region for regions in kept for region in regions]),
-        [rows * len(regions) for regions in kept],
-    )
+            own["refused"] = str(error)
+
+    def able() -> list[int]:
+        return [k for k, own in enumerate(found) if "refused" not in own]
 
     @contextmanager
     def asking(places: Sequence[int]) -> Iterator[None]:
@@ -235,58 +231,63 @@ def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[di
             with naming(f"{items[places[0]].image.name}, item {items[places[0]].id}"):
                 yield
         except TooLong as error:
-            refused.update(dict.fromkeys(places, str(error)))
+            for k in places:
+                found[k]["refused"] = str(error)
 
-    def likelihoods(places: Sequence[int], answers: Sequence[str]) -> "Iterable[tuple[int, Tensor]]":
+    engine = predictor.engine
+    scene, rows = engine.encode_image(photo), engine.processor.tokens_per_region
+    kept = [item.regions if "refused" not in own else () for item, own in zip(items, found, strict=True)]
+    pooled = torch.split(
+        engine.pool(scene, [region for regions in kept for region in regions]),
+        [rows * len(regions) for regions in kept],
+    )
+
+    def likelihoods(places: Sequence[int], answers: Sequence[str]) -> "dict[int, Tensor]":
         """Log likelihoods (A,) of answers to items with the same question; none where it is too long."""
-        turns = question_turns((), items[places[0]].question)
         with asking(places):
-            scores = answer_scores(engine, scene, turns, [pooled[place] for place in places], answers)
-            return zip(places, scores, strict=True)
-        return ()
+            turns = question_turns((), items[places[0]].question)
+            scores = answer_scores(engine, scene, turns, [pooled[k] for k in places], answers)
+            return dict(zip(places, scores, strict=True))
+        return {}
 
     together: dict[Any, list[int]] = {}  # items with the same question and choices run together
-    for place, item in enumerate(items):
-        if item.choices and place not in refused:
-            together.setdefault((item.question, item.choices, len(item.regions)), []).append(place)
-    scores = {place: found for key, places in together.items() for place, found in likelihoods(places, key[1])}
+    for k in able():
+        if items[k].choices:
+            together.setdefault((items[k].question, items[k].choices, len(items[k].regions)), []).append(k)
+    logs: dict[int, Tensor] = {}
+    for (_, choices, _), places in together.items():
+        logs |= likelihoods(places, choices)
 
     prompts: dict[Any, Any] = {}
     asked = []
-    for place, item in enumerate(items):
-        key = (item.question, len(item.regions), item.max_new_tokens)
-        if key not in prompts and place not in refused:
-            with asking([place]):
-                prompts[key] = engine.prompt(question_turns((), item.question), pooled[place], *key[1:])
-        if place not in refused:
-            prompt = dataclasses.replace(prompts[key], pooled=pooled[place])
-            asked.append((place, (scene, prompt, Options(max_new_tokens=item.max_new_tokens))))
-    texts = {asked[number][0]: answer.text for number, answer in engine.answers([each for _, each in asked])}
+    for k in able():
+        key = (items[k].question, len(items[k].regions), items[k].max_new_tokens)
+        with asking([k]):
+            if key not in prompts:
+                prompts[key] = engine.prompt(question_turns((), key[0]), pooled[k], *key[1:])
+            prompt = dataclasses.replace(prompts[key], pooled=pooled[k])
+            asked.append((k, (scene, prompt, Options(max_new_tokens=key[2]))))
+    for number, answer in engine.answers([each for _, each in asked]):
+        found[asked[number][0]]["text"] = answer.text
 
-    found: list[dict[str, Any]] = []
-    for place, item in enumerate(items):
-        log: Tensor | None = None
-        calls: tuple[float, ...] | None = None
-        text = texts.get(place, "")
-        if place not in refused and item.expression:
-            with asking([place]):
-                calls = tuple(called(engine, scene, torch.split(pooled[place], rows), [item.expression])[0].tolist())
-        if place not in refused and place in scores and text in item.choices:
-            log = scores[place][item.choices.index(text)]
-        elif place not in refused and text and item.max_new_tokens <= SHORT:
-            log = next((likely[0] for _, likely in likelihoods([place], (text,))), None)
-        if place in refused:
-            found.append({"refused": refused[place]})
-            continue
+    for k in able():
+        item, own = items[k], found[k]
+        text, likely = own["text"], logs.get(k)
+        if item.expression:
+            with asking([k]):
+                scores = called(engine, scene, torch.split(pooled[k], rows), [item.expression])[0]
+                own["called"] = tuple(scores.tolist())
+        if likely is not None:
+            own["scores"] = tuple(likely.softmax(-1).tolist())
+        if likely is not None and text in item.choices:
+            own["probability"] = min(1.0, math.exp(float(likely[item.choices.index(text)])))
+        elif text and item.max_new_tokens <= SHORT and (alone := likelihoods([k], (text,))):
+            own["probability"] = min(1.0, math.exp(float(alone[k][0])))
+    said = []
+    for item, own in zip(items, found, strict=True):
         with naming(f"{item.image.name}, item {item.id}"):
-            answer = Answer(
-                text=text,
-                probability=None if log is None else min(1.0, math.exp(float(log))),
-                scores=tuple(scores[place].softmax(-1).tolist()) if place in scores else None,
-                called=calls,
-            )
-        found.append(answer.to_dict())
-    return found
+            said.append({"refused": own["refused"]} if "refused" in own else Answer(**own).to_dict())
+    return said
 
 
 def question_key(model: str, image: str, item: Item) -> str:

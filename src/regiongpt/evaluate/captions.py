@@ -15,6 +15,7 @@ from regiongpt.data.shards import Rejects, many
 from regiongpt.data.visual_genome import VisualGenomeConverter
 from regiongpt.errors import DataError
 from regiongpt.evaluate.caption_metrics import Metric, caption_scores, find_java, scored_words
+from regiongpt.evaluate.choosing import RefCocogTask
 from regiongpt.evaluate.task import (
     Answer,
     Item,
@@ -28,7 +29,6 @@ from regiongpt.evaluate.task import (
     printed,
     size_name,
 )
-from regiongpt.evaluate.tasks.choosing import RefCocogTask
 from regiongpt.prompts import question
 from regiongpt.regions import Region
 
