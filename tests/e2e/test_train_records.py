@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,11 @@ def test_the_second_stage_of_a_new_model_is_refused_before_the_model_is_made(
     with caplog.at_level(logging.WARNING):
         assert main([*recipe, f"--model.init={tmp_path / 'none'}", "--from-scratch"]) == 0
     assert "are untrained" in caplog.text
+    start = tmp_path / "run" / "start" / "model.safetensors"
+    before = start.read_bytes()
+    shutil.rmtree(tmp_path / "run" / "stage2")
+    assert main([*recipe, f"--model.init={tmp_path / 'none'}", "--from-scratch", "--seed=1"]) == 0
+    assert start.read_bytes() != before
 
 
 def test_a_start_of_another_shape_is_refused_with_every_difference(

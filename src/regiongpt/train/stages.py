@@ -29,7 +29,7 @@ from regiongpt.images import load_image
 from regiongpt.model import weights
 from regiongpt.model.configuration import RegionGPTConfig
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, chat_template, closed_set_suffix
-from regiongpt.storage import locked, new_folder
+from regiongpt.storage import locked, new_folder, read_json, write_json
 from regiongpt.train.checkpoint import require_settings
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
 from regiongpt.train.known import Costs, language_shape, named_peak, tower_shape
@@ -112,18 +112,18 @@ def _train(config: Recipe) -> Path:
         require_settings(config.out / name, {"seed": config.seed, **made_of[name]})
     set_seed(config.seed)
     finished = config.model.folder if config.model.init else config.out / "start"
-    if config.model.init:
-        processes.from_first(lambda: check_shape(config.model, finished))
-    else:
-        first = next(iter(mixtures.values()))
-        begun = any(any((config.out / name).glob("checkpoint-*")) for name in mixtures)
 
-        def create() -> None:
-            if not begun:  # it may be of another seed or shape
-                shutil.rmtree(finished, ignore_errors=True)
-            create_start(config.model, config.model.language, finished, _images_of(first))
+    def make_start() -> None:
+        if not config.model.init:
+            note = finished / "start.json"
+            made_for = {"seed": config.seed, **config.model.model_dump(mode="json")}
+            if note.exists() and read_json(note) != made_for:  # of a run that was stopped before its first checkpoint
+                shutil.rmtree(finished)
+            create_start(config.model, config.model.language, finished, _images_of(next(iter(mixtures.values()))))
+            write_json(note, made_for)
+        check_shape(config.model, finished)
 
-        processes.from_first(create)
+    processes.from_first(make_start)
     if processes.is_first:
         read = mixtures | ({"dev": dev} if dev is not None else {})
         note_run(config.out, config, {name: data_of(mixture) for name, mixture in read.items()})
