@@ -246,11 +246,10 @@ class Engine:
         """The answer that a finished job has written, asked at ``began`` by ``time.perf_counter``."""
         stops = set(self.processor.stop_token_ids)
         end = next((place for place, token in enumerate(job.tokens) if token in stops), None)
+        text = self.processor.tokenizer.decode(job.tokens[:end], skip_special_tokens=True)
         stopped = job.reader is not None and job.reader.stopped
         if job.reader is not None and stopped:
             text = job.reader.text
-        else:
-            text = self.processor.tokenizer.decode(job.tokens[:end], skip_special_tokens=True)
         return Answer(
             text=text.strip(),
             cited=tuple(number for number in cited(text) if 1 <= number <= prompt.n_regions),
