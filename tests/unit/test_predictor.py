@@ -246,7 +246,7 @@ def test_bad_checkpoints_devices_and_dtypes(checkpoint, tmp_path):
         RegionPredictor.from_pretrained(checkpoint, dtype="int8")
     with pytest.raises(ConfigError, match="images: "):  # before anything is loaded
         RegionPredictor.from_pretrained(tmp_path / "nowhere", images=-1)
-    wrong = {"path": 5, "device": [], "dtype": 5, "images": "x", "rows": 0, "int8": 1, "untrained": "no"}
+    wrong = {"device": [], "dtype": 5, "images": "x", "rows": 0, "pictures": 3}
     for name, value in wrong.items():
         with pytest.raises(ConfigError, match=name):
             RegionPredictor.from_pretrained(**{"path": checkpoint, name: value})

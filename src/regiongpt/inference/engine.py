@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -247,11 +246,10 @@ class Engine:
         """The answer that a finished job has written, asked at ``began`` by ``time.perf_counter``."""
         stops = set(self.processor.stop_token_ids)
         end = next((place for place, token in enumerate(job.tokens) if token in stops), None)
+        text = self.processor.tokenizer.decode(job.tokens[:end], skip_special_tokens=True)
         stopped = job.reader is not None and job.reader.stopped
         if job.reader is not None and stopped:
             text = job.reader.text
-        else:
-            text = self.processor.tokenizer.decode(job.tokens[:end], skip_special_tokens=True)
         return Answer(
             text=text.strip(),
             cited=tuple(number for number in cited(text) if 1 <= number <= prompt.n_regions),
@@ -263,10 +261,8 @@ class Engine:
 
     def answer(self, scene: Scene, prompt: Prompt, options: Options, began: float) -> Answer:
         """Write one answer, with those that other threads ask for; ``began`` is of ``time.perf_counter``."""
-        job = self.job(scene, prompt, options)
-        for _ in self.scheduler.run([job]):
-            pass
-        return self.finish(job, prompt, began)
+        ((_, answer),) = self.answers([(scene, prompt, options)], began)
+        return answer
 
     def stream(self, scene: Scene, prompt: Prompt, options: Options) -> Iterator[str]:
         """Write one answer and yield it in pieces. Leaving the iteration ends it."""
@@ -304,23 +300,6 @@ class Engine:
         )
         found = dict(self.answers(asked, began))
         return [found[place] for place in range(len(regions))]
-
-
-class Scenes:
-    """The latest encoded images, found again by their pixels.
-
-    An image takes its refined map (37 MiB in float32 for CLIP ViT-L/14 at 336 pixels) and the keys and values of its
-    tokens (300 MiB in half precision for 576 tokens of a 7B Llama).
-    """
-
-    def __init__(self, engine: Engine, most: int) -> None:
-        self._engine, self._kept = engine, Latest[Scene](most)
-
-    def get(self, photo: Image.Image) -> Scene:
-        """The scene of an RGB image, encoded now unless it is kept."""
-        digest = blake2b(f"{photo.mode} {photo.size} ".encode(), digest_size=16)
-        digest.update(photo.tobytes())
-        return self._kept.get(digest.digest(), lambda: self._engine.encode_image(photo))
 
 
 # "Region [2]" as the paper has it, and the placeholder itself, which a model may repeat from the question.

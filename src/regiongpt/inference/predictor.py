@@ -17,9 +17,9 @@ from regiongpt.inference.choices import Classified, Located, classify_regions, l
 from regiongpt.inference.engine import (
     Answer,
     Engine,
+    Latest,
     Prompt,
     Scene,
-    Scenes,
     TooLong,
     Turn,
     check_regions,
@@ -88,7 +88,9 @@ class RegionPredictor:
     ) -> None:
         memory = Memory(images=images, token_budget=token_budget, rows=rows)
         self.engine = Engine(model, processor, memory.token_budget, memory.rows)
-        self._scenes = Scenes(self.engine, memory.images)
+        # An image takes its refined map (37 MiB in float32 for CLIP ViT-L/14 at 336 pixels) and the keys and values of
+        # its tokens (300 MiB in half precision for 576 tokens of a 7B Llama).
+        self._scenes: Latest[Scene] = Latest(memory.images)
         self._last: Scene | None = None
         self._own = threading.local()
 
@@ -101,9 +103,7 @@ class RegionPredictor:
         *,
         int8: bool = False,
         untrained: bool = False,
-        images: int = 4,
-        token_budget: int | None = None,
-        rows: int = ROWS,
+        **memory: Any,
     ) -> "RegionPredictor":
         """Load a checkpoint folder, by default the small model that ships in this package.
 
@@ -114,27 +114,20 @@ class RegionPredictor:
                 float32.
             int8: keep the language model's weights in int8, on the CPU in float32 alone; answers change a little.
             untrained: load a checkpoint that has not been trained, too; its answers mean nothing.
-            images: as above.
-            token_budget: as above.
-            rows: as above.
+            **memory: ``images``, ``token_budget`` and ``rows``, as above.
 
         Raises:
             CheckpointError: a file is missing, damaged, or does not fit the others, or the model is untrained.
             ConfigError: an option is out of its range, not there on this machine, or does not go with another.
         """
-        if path is not None and not isinstance(path, str | Path):
-            raise ConfigError(f"expected path as a checkpoint folder, got {path!r:.80}")
-        for name, flag in (("int8", int8), ("untrained", untrained)):
-            if not isinstance(flag, bool):
-                raise ConfigError(f"expected {name} as True or False, got {short(flag)}")
-        memory = Memory(images=images, token_budget=token_budget, rows=rows)
+        kept = Memory(**memory)
         chosen = pick_device(device)
         model, processor = weights.load(path, device=chosen, dtype=pick_dtype(dtype, chosen))
         if model.untrained and not untrained:
             raise CheckpointError(
                 f"{path}: refinement and connector are untrained; train them, or give --untrained (untrained=True)"
             )
-        predictor = cls(model, processor, **dict(memory))
+        predictor = cls(model, processor, **dict(kept))
         if int8:  # now that the engine has tried, in full precision, whether the language model shares prefixes
             to_int8(model)
         return predictor
@@ -153,8 +146,14 @@ class RegionPredictor:
         Raises:
             DataError: the image cannot be read.
         """
-        self._last = self._own.scene = self._scenes.get(load_image(image))
+        self._last = self._own.scene = self._encoded(image)
         return self
+
+    def _encoded(self, image: ImageSource) -> Scene:
+        photo = load_image(image)
+        digest = blake2b(f"{photo.mode} {photo.size} ".encode(), digest_size=16)
+        digest.update(photo.tobytes())
+        return self._scenes.get(digest.digest(), lambda: self.engine.encode_image(photo))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Open questions
@@ -226,7 +225,7 @@ class RegionPredictor:
 
         def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
             for image, regions, prompt, own in checked:
-                scene = here if image is None else self._scenes.get(load_image(image))
+                scene = here if image is None else self._encoded(image)
                 assert scene is not None
                 yield scene, replace(prompt, pooled=self.engine.pool(scene, regions)), own
 

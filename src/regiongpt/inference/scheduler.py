@@ -37,7 +37,6 @@ class Job:
     reader: "TextReader | None" = None  # decodes along the way, to stream and for stop strings
     tokens: list[int] = field(default_factory=list)  # those written, including the one that ended the answer
     finished: bool = False
-    complete: bool = False  # it ended by itself, not for want of room
     cancelled: bool = False
     admitted: bool = False
     error: BaseException | None = None
@@ -193,7 +192,6 @@ class Scheduler:
                 job.reader.push(token)
                 ended = job.reader.stopped
             if ended or len(job.tokens) >= job.room:
-                job.complete = ended
                 self._leave(row)
 
     def _enter(self) -> list[Job]:
