@@ -24,7 +24,9 @@ from regiongpt.data.facts import (
 from regiongpt.data.wording import noun, plural, read, with_article
 from regiongpt.errors import DataError
 from regiongpt.evaluate.facts import Facts
-from regiongpt.evaluate.task import Answer, Item, Result
+from regiongpt.evaluate.report import compare_runs
+from regiongpt.evaluate.run import evaluate
+from regiongpt.evaluate.task import Answer, Item, Result, RunOptions
 
 
 @pytest.mark.parametrize(
@@ -324,3 +326,14 @@ def test_answers_about_one_region_agree_or_not(facts):
     figures = scores(facts, said).data["protocols"]["agreement"]
     shares = {name.split()[0]: (each["value"], each["of"]) for name, each in figures.items()}
     assert shares == {"describe": (1.0, 2), "brief": (0.0, 2), "ask": (0.5, 2), "presence": (0.5, 2)}
+
+
+def test_two_models_that_claim_other_things_are_compared_on_the_same_images(facts, tmp_path):
+    task, items = facts
+    for name, said in (("a", "A dog."), ("b", "A brown dog on the left of the image.")):
+        answers = [{"id": item.id, "answer": said if item.id == "describe-1-7" else ""} for item in items]
+        lines = tmp_path / f"{name}.jsonl"
+        lines.write_text("\n".join(map(json.dumps, answers)))
+        evaluate([task], RunOptions(out=tmp_path / name, predictions=lines, resamples=0, gallery=0))
+    (found,) = compare_runs(tmp_path / "a", tmp_path / "b", resamples=10)
+    assert found["figures"]["claims, all"]["true"]["a"] == found["figures"]["claims, all"]["true"]["b"] == 1

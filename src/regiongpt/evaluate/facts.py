@@ -17,7 +17,7 @@ from regiongpt.data.facts import Claim, View, ViewObject, holds, read_colours, r
 from regiongpt.data.shards import many
 from regiongpt.data.wording import read
 from regiongpt.errors import DataError
-from regiongpt.evaluate.bootstrap import Statistic, mean_statistic, ratio, sum_statistic
+from regiongpt.evaluate.bootstrap import SumStatistic, ratio, sum_statistic
 from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, given, images_of, listed
 from regiongpt.prompts import COCO_80, question
 from regiongpt.regions import Region
@@ -72,7 +72,7 @@ class Facts(Task):
         return items
 
     def _asked(self, image: ImageAnnotations) -> Iterator[Item]:
-        view, rng = View(image), np.random.default_rng((self.seed, image.image_id))
+        view, rng = View(image), np.random.default_rng((self.seed, abs(image.image_id)))
         known = [each for each in view.askable if each.category in COCO_80]
 
         def item(kind: str, number: str, text: str, objects: Sequence[ViewObject], **more: Any) -> Item:
@@ -118,19 +118,18 @@ class Facts(Task):
             own = [each for each in judged if kind in ("all", each.claim.kind)]
             if not own:
                 continue
-            statistics = {"true": _true_share(items, own)}
+            decided = [each for each in own if each.true is not None]
+            statistics = {"true": _share(items, [(each.item, each.true) for each in decided])}
             if kind != "all":
                 said = Counter(each.claim.value for each in own)
                 always = {value: self._always(items, own, value) for value, _ in said.most_common(_SHOWN)}
                 statistics["constant"] = max(always.values(), key=lambda share: share.value())
                 rows += [_row(kind, value, own, share.value()) for value, share in always.items()]
-            statistics["undecided"] = mean_statistic(
-                [items[each.item].image_id for each in own], [float(each.true is None) for each in own]
-            )
-            counts = {"undecided": len(own), "true": sum(each.true is not None for each in own)}
-            counts["constant"] = counts["true"]
+            statistics["undecided"] = _share(items, [(each.item, each.true is None) for each in own])
             protocols[f"claims, {kind}"] = Scored(
-                statistics=statistics, scores={"true": _scores(len(items), own)}, of=counts
+                statistics=statistics,
+                scores={"true": _scores(len(items), decided)},
+                of={name: int(share.sums[:, 1].sum()) for name, share in statistics.items()},
             )
         protocols["agreement"] = _agreement(items, judged)
         notes = []
@@ -163,24 +162,26 @@ class Facts(Task):
         about = [objects[each] for each in item.detail["objects"]]
         return holds(claim, view, about, colours, item.detail.get("asked", ""))
 
-    def _always(self, items: Sequence[Item], judged: Sequence[Judged], value: str) -> Statistic:
-        """The share of true claims if each said this value, of those that were decided."""
-        said = [(each.item, replace(each.claim, value=value)) for each in judged if each.true is not None]
-        return _true_share(items, [Judged(place, claim, self._true(items[place], claim)) for place, claim in said])
+    def _always(self, items: Sequence[Item], judged: Sequence[Judged], value: str) -> SumStatistic:
+        """The share of true claims if each said this value, of those that this would decide."""
+        said = [(each.item, self._true(items[each.item], replace(each.claim, value=value))) for each in judged]
+        return _share(items, [(place, true) for place, true in said if true is not None])
 
 
-def _true_share(items: Sequence[Item], judged: Sequence[Judged]) -> Statistic:
-    sums = [(float(each.true is True), float(each.true is not None)) for each in judged]
-    return sum_statistic([items[each.item].image_id for each in judged], sums, lambda s: ratio(s[:, 0], s[:, 1]))
+def _share(items: Sequence[Item], found: Sequence[tuple[int, bool | float | None]]) -> SumStatistic:
+    """The mean of scores by the place of their item; over all images, so that two models' can be compared."""
+    sums = np.zeros((len(items), 2))
+    for place, score in found:
+        sums[place] += float(score or 0), 1
+    return sum_statistic(images_of(items), sums, lambda s: ratio(s[:, 0], s[:, 1]))
 
 
-def _scores(count: int, judged: Sequence[Judged]) -> list[float | None]:
+def _scores(count: int, decided: Sequence[Judged]) -> list[float | None]:
     """The share of true claims of each item."""
-    decided: dict[int, list[bool]] = {}
-    for each in judged:
-        if each.true is not None:
-            decided.setdefault(each.item, []).append(each.true)
-    return [sum(decided[k]) / len(decided[k]) if k in decided else None for k in range(count)]
+    found: dict[int, list[bool]] = {}
+    for each in decided:
+        found.setdefault(each.item, []).append(bool(each.true))
+    return [sum(found[k]) / len(found[k]) if k in found else None for k in range(count)]
 
 
 def _row(kind: str, value: str, judged: Sequence[Judged], always: float) -> list[str]:
@@ -205,11 +206,10 @@ def _agreement(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
             other = said.get((task, image, name if task == "presence" else objects[0])) if name else None
             wanted = "yes" if task == "presence" else name
             found.append(None if name is None or (task == "presence" and other is None) else float(other == wanted))
-    scores = {f"{task} and classify": found for task, found in pairs.items() if any(each is not None for each in found)}
-    places = {name: [k for k, each in enumerate(found) if each is not None] for name, found in scores.items()}
-    images = images_of(items)
-    statistics = {
-        name: mean_statistic([images[k] for k in places[name]], [found[k] or 0.0 for k in places[name]])
-        for name, found in scores.items()
-    }
-    return Scored(statistics=statistics, scores=scores, of={name: len(those) for name, those in places.items()})
+    scores = {f"{task} and classify": found for task, found in pairs.items()}
+    known = {name: [(k, score) for k, score in enumerate(found) if score is not None] for name, found in scores.items()}
+    return Scored(
+        statistics={name: _share(items, found) for name, found in known.items()},
+        scores=scores,
+        of={name: len(found) for name, found in known.items()},
+    )
