@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, NamedTuple
@@ -268,8 +269,8 @@ def _spellings(name: str) -> Iterator[str]:
 class ImageFinder:
     """The file that an entry of an instances file means, never one of equal name in another folder.
 
-    It is the file of the ``file_name`` below the folder, then that of the end of the ``coco_url``; else, if
-    only one entry has it, the file of the last part of a name, or of the name before Roboflow made a copy.
+    It is the file of the ``file_name`` below the folder, then that of the end of the ``coco_url``; else, if only one
+    entry has it, the file of the last part of a name, or of the name before Roboflow made a copy.
 
     Args:
         entries: All of the file.
@@ -278,12 +279,16 @@ class ImageFinder:
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]], folder: Path | None, url_first: bool = False) -> None:
-        self._url_first = url_first
+        self._entries, self._url_first = entries, url_first
         self._folder = None if folder is None else str(folder)
         self._parts = () if folder is None else folder.resolve().parts
-        images = {tuple(_names(each)): each for each in entries} if folder is not None else {}
-        self._bearers = Counter(last for each in images.values() for last in set(_lasts(each)))  # images by last part
         self.by_last_part: list[str] = []  # names found by no more than that
+
+    @cached_property
+    def _bearers(self) -> Counter[str]:
+        """How many images have a last part."""
+        images = {tuple(_names(each)): each for each in self._entries}
+        return Counter(last for each in images.values() for last in set(_lasts(each)))
 
     def find(self, entry: Mapping[str, Any]) -> str:
         """The path below the folder, the likeliest name where there is no such file.
@@ -339,10 +344,11 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
             own = PurePosixPath(name)
             same = path.name in _spellings(own.name)
             if same or _original(entry, own.name) == path.name:
-                pairs = zip(reversed(own.parent.parts), reversed(path.parent.parts), strict=False)
-                shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(own.parent.parts))
-                is_whole_name = shared == len(own.parent.parts)
-                found.setdefault((same, k == 0, shared, is_whole_name, own.name == path.name), []).append(entry)
+                folders = own.parent.parts
+                pairs = zip(folders[::-1], path.parent.parts[::-1], strict=False)
+                shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(folders))
+                rank = (same, k == 0, shared, shared == len(folders), own.name == path.name)
+                found.setdefault(rank, []).append(entry)
     best = found[max(found)] if found else []
     if len({str(entry.get("id")) for entry in best}) != 1:
         listed = ", ".join(_names(entry)[0] for entry in best[:4])
