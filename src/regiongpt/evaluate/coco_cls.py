@@ -160,7 +160,8 @@ class CocoClassification(InstancesTask):
             ]
         if not chosen:
             raise DataError("no item has an answer with a text or with scores")
-        truth, federated, of = _truth(items, ids), _federated(items), _counts(items, ids)
+        truth, of, rules = _truth(items, ids), _counts(items, ids), items[0].detail["federated"]
+        federated = Federated(**rules) if rules is not None else None
         protocols = {}
         for protocol, answered in chosen.items():
             right = [float(name == item.truth) for name, item in zip(answered, items, strict=True)]
@@ -209,15 +210,6 @@ def read_name(text: str, names: Mapping[str, object]) -> str | None:
     answer = " ".join(text.split())
     # A name may end in a full stop of its own.
     return next((form for form in (answer, answer.removesuffix(".").strip()) if form in names), None)
-
-
-def _federated(items: Sequence[Item]) -> Federated | None:
-    known = items[0].detail["federated"]
-    if known is None:
-        return None
-    asked = {item.image_id for item in items}
-    absent, partly = ({i: those for i, those in known[name].items() if i in asked} for name in ("absent", "partly"))
-    return Federated(absent=absent, partly=partly, frequency=known["frequency"])
 
 
 def _detection(item: Item, category: int, score: float) -> dict[str, Any]:
