@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipImag
 
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Rejects, require_data_extra, write_records
-from regiongpt.errors import ConfigError, RegionGPTError
+from regiongpt.errors import ConfigError
 from regiongpt.prompts import closed_set_suffix
 from regiongpt.regions import Region
 from regiongpt.storage import locked, write_json, writing
 from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.recipe import ModelConfig, PlanConfig, Recipe
-from regiongpt.train.stages import create_start, read_shape, save_whole, train_tokenizer
+from regiongpt.train.stages import create_start, save_whole, train_tokenizer
 
 IMAGES, WIDTH, HEIGHT, POSITIONS = 12, 96, 64, 512
 _SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -150,23 +150,10 @@ def _make_tower(kind: str, folder: Path) -> Path:
 
 
 def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
-    """A new model of the same families, or a checkpoint of them if the recipe continues from one."""
-    vision, language = "clip_vision_model", "llama"
+    """A new model of the same families (nano's if none are named), or a checkpoint of them if the recipe starts there."""
+    vision, language = "efficientnet_lite", "llama"
     if shape.language:
         vision, language = tower_shape(shape.vision).model_type, language_shape(shape.language).model_type
-    else:
-        # The checkpoint alone says what it is made of; if it is missing, it is taken for the paper's model.
-        try:
-            found = read_shape(shape.folder)
-            vision, language = found.vision_config.model_type, found.text_config.model_type
-            shape = shape.replace(
-                refinement=found.refinement,
-                refinement_channels=found.refinement_channels or 0,
-                connector_size=found.connector_size or 0,
-                image_grid=0 if list(found.tower_grid) == found.image_grid else found.image_grid[0],
-            )
-        except RegionGPTError:
-            pass
     model = str(make_language(language, made / "language"))
     template = shape.chat_template or _TEMPLATES.get(language, "plain")
     small: ModelConfig = small_model(shape, made, vision, language=model, chat_template=template, init="")
