@@ -150,7 +150,7 @@ def _make_tower(kind: str, folder: Path) -> Path:
 
 
 def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
-    """A new model of the same families (nano's if none are named), or a checkpoint of them if the recipe starts there."""
+    """A new model of the same families (nano's if none are named), or a checkpoint of it if the recipe has one."""
     vision, language = "efficientnet_lite", "llama"
     if shape.language:
         vision, language = tower_shape(shape.vision).model_type, language_shape(shape.language).model_type
