@@ -220,6 +220,7 @@ def judged_view() -> tuple[View, dict[int, str]]:
         ("relation", "The dog in Region [1] is left of the cup in Region [2].", [True, True, True]),
         ("relation", "Both are cups; Region [2] is above Region [1].", [True, False, False]),
         ("relation", "Region [1] is left of Region [3].", [False]),
+        ("relation", "Region [2] is overlapping Region [2].", [False]),
         ("presence", "No.", [False]),
         ("presence", "Yes, there are two dogs in the image.", [True, True]),
         ("presence", "Yes, the photo shows a cat.", [False]),
@@ -238,6 +239,7 @@ def test_claims_are_read_and_held_against_the_view(judged_view, task, text, true
 def test_what_no_template_writes_is_not_read():
     assert read("describe", "A dog. It barks. Dog?")[1] == ["It barks.", "Dog?"]
     assert read("presence", "Maybe.") == ([], ["Maybe."])
+    assert read("relation", "Region [0] is above Region [1].") == ([], ["Region [0] is above Region [1]."])
 
 
 def test_a_place_and_its_name_agree():

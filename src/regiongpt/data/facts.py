@@ -463,8 +463,8 @@ def holds(
         colours: As :func:`colours_of` gives.
         asked: The class that a question about presence asked for.
     """
-    if max(claim.region, claim.to) > len(regions):
-        return False
+    if max(claim.region, claim.to) > len(regions) or 0 < claim.region == claim.to:
+        return False  # of a region that there is not, or of a region and itself
     name, each = claim.about or asked, regions[claim.region - 1] if claim.region else None
     if claim.kind == "presence":
         return None if name in view.maybe else (name in view.by_category) == (claim.value == "yes")

@@ -177,7 +177,7 @@ _SLOTS |= dict.fromkeys(("first", "second", "only", "none"), _N) | dict.fromkeys
 _SLOTS |= {"near": _NEAR, "near2": _NEAR, "Other": _MENTION, "how": _any(_HOW), "frame": _any(FRAMES)}
 _SLOTS |= {"n": _any([*_SINGULAR, *COCO_80]), "it": rf"It|The {_N}", "is_are": "is|are", "number": _any(NUMBERS)}
 _SLOTS |= {"place": rf"{_any(PLACES)}(?: of {_any(FRAMES)})?", "some": rf"an? {_N}|(?:{_any(NUMBERS)} )?{_NS}"}
-_SLOTS |= {"i": r"\d+", "j": r"\d+"}
+_SLOTS |= {"i": r"[1-9]\d*", "j": r"[1-9]\d*"}
 
 
 @cache
