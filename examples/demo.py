@@ -16,6 +16,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
+from regiongpt.annotate.plan import context
 from regiongpt.drawing import draw_regions, save_picture
 from regiongpt.errors import DataError
 from regiongpt.prompts import question
@@ -112,6 +113,16 @@ def sheet(pictures: Sequence[Image.Image], width: int = 1600) -> Image.Image:
     return drawn
 
 
+def caption_in_two_stages(predictor: RegionPredictor, scene: Scene) -> None:
+    """What `regiongpt annotate` does: a caption of the image, then one of each region in its context."""
+    path = photograph(scene.name)
+    predictor.set_image(path)
+    whole = predictor.ask(question("image_caption")).text
+    text = f"{context(whole)} The region shows a cat. {question('describe', regions=[1])}"
+    print(f"\nA caption in two stages, as `regiongpt annotate` writes them ({path.name})")
+    print(f"  image:  {whole}\n  region: {predictor.ask(text, scene.regions).text}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Ask, print and draw; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  Q: {asked}\n  A: {answer}")
             dialogue.append((asked, answer))
         pictures.append(draw_regions(path, scene.regions, captions, dialogue=dialogue))
+    caption_in_two_stages(predictor, SCENES[0])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save_picture(sheet(pictures), options.out)
     print(f"\n{options.out}: the regions, outlined, numbered and captioned ({time.perf_counter() - began:.1f} s)")
