@@ -16,7 +16,10 @@ from PIL import Image
 from transformers.utils import logging
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
+from regiongpt.annotate.captioners import Request
+from regiongpt.annotate.captioners.checkpoint import region_question
 from regiongpt.annotate.plan import context
+from regiongpt.data.records import RecordRegion
 from regiongpt.drawing import draw_regions, save_picture
 from regiongpt.errors import DataError
 from regiongpt.prompts import question
@@ -115,12 +118,12 @@ def sheet(pictures: Sequence[Image.Image], width: int = 1600) -> Image.Image:
 
 def caption_in_two_stages(predictor: RegionPredictor, scene: Scene) -> None:
     """What `regiongpt annotate` does: a caption of the image, then one of each region in its context."""
-    path = photograph(scene.name)
+    path, regions = photograph(scene.name), [RecordRegion(region=scene.regions[0], category="cat")]
     predictor.set_image(path)
     whole = predictor.ask(question("image_caption")).text
-    text = f"{context(whole)} The region shows a cat. {question('describe', regions=[1])}"
+    request = Request(stage="region", text="", lead=context(whole), regions=regions, number=0, category="cat")
     print(f"\nA caption in two stages, as `regiongpt annotate` writes them ({path.name})")
-    print(f"  image:  {whole}\n  region: {predictor.ask(text, scene.regions).text}")
+    print(f"  image:  {whole}\n  region: {predictor.ask(*region_question(request)).text}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
