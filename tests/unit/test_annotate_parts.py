@@ -1,5 +1,6 @@
 """Parts of the caption engine: prompts, close-ups, the store, filters, facts, and models on this machine."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,13 @@ from transformers import (
 )
 
 from regiongpt import Region
-from regiongpt.annotate.captioners import Failed, Reply, Request, make_captioner
+from regiongpt.annotate.captioners import Failed, LocalCaptioner, Reply, Request, make_captioner
 from regiongpt.annotate.filters import Decision, Similarity, judge
 from regiongpt.annotate.options import MODES, Captions, Filters, Options
 from regiongpt.annotate.plan import WORDING, context, draw, region_prompt, shrink, window
 from regiongpt.cli import main
 from regiongpt.data.records import RecordRegion
-from regiongpt.errors import CheckpointError
+from regiongpt.errors import CheckpointError, ConfigError
 
 HERE = Path(__file__).parent
 SNAPSHOT = Path(__file__).parent / "annotate_prompts.json"
@@ -312,6 +313,19 @@ def test_an_answer_without_an_end_is_cut_off(llava: Path) -> None:
     assert {each.kind for each in captioner.answer(asks) if isinstance(each, Failed)} <= {"cut off", "empty answer"}
     captioner._ends = torch.tensor([-1])
     assert [each.kind for each in captioner.answer(asks)] == ["cut off"] * 12
+
+
+def test_what_ends_a_batch_ends_all_that_were_asked_together() -> None:
+    class Broken(LocalCaptioner):
+        def answer(self, requests: Any) -> Any:
+            raise ConfigError("no memory")
+
+    async def ask() -> list[Any]:
+        captioner = Broken({}, batch_size=4, images=8)
+        asks = [captioner.ask(Request(stage="image", text="What is it?")) for _ in range(6)]
+        return await asyncio.gather(*asks, return_exceptions=True)
+
+    assert [str(outcome) for outcome in asyncio.run(ask())] == ["no memory"] * 6
 
 
 def test_a_model_without_vision_or_template_is_refused(llava: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class LocalCaptioner(Captioner):
 
     def __init__(self, identity: dict[str, str], batch_size: int, images: int) -> None:
         self.identity, self.batch_size, self.images = identity, batch_size, images
-        self._waiting: list[tuple[Request, asyncio.Future[Reply | Failed]]] = []
+        self._waiting: list[tuple[Request, asyncio.Future[Reply | Exception]]] = []
         self._lock, self._stopping = asyncio.Lock(), False
 
     @abstractmethod
@@ -121,7 +121,7 @@ class LocalCaptioner(Captioner):
 
     async def ask(self, request: Request) -> Reply:
         """Whoever waited longest answers a batch of those that wait with it."""
-        place: asyncio.Future[Reply | Failed] = asyncio.get_running_loop().create_future()
+        place: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, place))
         async with self._lock:
             if not place.done():
@@ -130,12 +130,16 @@ class LocalCaptioner(Captioner):
                     raise Stopped
                 batch, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
                 began = time.perf_counter()
-                outcomes = await asyncio.to_thread(self.answer, [each for each, _ in batch])
+                outcomes: Sequence[Reply | Exception]
+                try:
+                    outcomes = await asyncio.to_thread(self.answer, [each for each, _ in batch])
+                except Exception as error:  # of all that are asked together
+                    outcomes = [error] * len(batch)
                 seconds = (time.perf_counter() - began) / len(batch)
                 for (_, other), outcome in zip(batch, outcomes, strict=True):
                     other.set_result(replace(outcome, seconds=seconds) if isinstance(outcome, Reply) else outcome)
         found = place.result()
-        if isinstance(found, Failed):
+        if isinstance(found, Exception):
             raise found
         return found
 
