@@ -72,10 +72,10 @@ class Endpoint:
             return (0, None, {}) if wanted["down"] == "cut" else (503, {"error": {"message": "down"}}, {})
         if "key" in wanted and headers.get("authorization") != f"bearer {wanted['key']}":
             return 401, {"error": {"message": "Incorrect API key provided"}}, {}
-        if path.endswith("/models"):
+        if path == "/v1/models":
             models = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in wanted["models"]]
             return 200, {"object": "list", "data": models}, {}
-        if not path.endswith("/chat/completions"):
+        if path != "/v1/chat/completions":
             return 404, {"detail": "Not Found"}, {}
         name = hashlib.sha1(body).hexdigest()
         if b'max_tokens":1}' in body or b'"max_tokens":1,' in body:  # the first look at the endpoint
