@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install demo test test-range lint format docs train-nano package constraints clean
+.PHONY: help install demo test test-range test-ray lint format docs train-nano package constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,6 +30,10 @@ test: install  ## run the tests, all or as ARGS="-m 'not slow'" chooses
 
 test-range:  ## the same for models and inference, with the lowest and the newest releases that pyproject.toml allows
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" .ci/test_range
+
+test-ray: install  ## the caption engine over a Ray cluster of two nodes on this machine; installs Ray
+	$(PIP) $(PINNED) --editable '.[dev,ray]'
+	$(BIN)/python -m pytest tests/e2e/test_annotate.py -k ray
 
 lint: install  ## format, style, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -16,6 +16,10 @@ from PIL import Image
 from transformers.utils import logging
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
+from regiongpt.annotate.captioners import Request
+from regiongpt.annotate.captioners.checkpoint import region_question
+from regiongpt.annotate.plan import context
+from regiongpt.data.records import RecordRegion
 from regiongpt.drawing import draw_regions, save_picture
 from regiongpt.errors import DataError
 from regiongpt.prompts import question
@@ -112,6 +116,16 @@ def sheet(pictures: Sequence[Image.Image], width: int = 1600) -> Image.Image:
     return drawn
 
 
+def caption_in_two_stages(predictor: RegionPredictor, scene: Scene) -> None:
+    """What `regiongpt annotate` does: a caption of the image, then one of each region in its context."""
+    path, regions = photograph(scene.name), [RecordRegion(region=scene.regions[0], category="cat")]
+    predictor.set_image(path)
+    whole = predictor.ask(question("image_caption")).text
+    request = Request(stage="region", text="", lead=context(whole), regions=regions, number=0, category="cat")
+    print(f"\nA caption in two stages, as `regiongpt annotate` writes them ({path.name})")
+    print(f"  image:  {whole}\n  region: {predictor.ask(*region_question(request)).text}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Ask, print and draw; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  Q: {asked}\n  A: {answer}")
             dialogue.append((asked, answer))
         pictures.append(draw_regions(path, scene.regions, captions, dialogue=dialogue))
+    caption_in_two_stages(predictor, SCENES[0])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save_picture(sheet(pictures), options.out)
     print(f"\n{options.out}: the regions, outlined, numbered and captioned ({time.perf_counter() - began:.1f} s)")

@@ -342,6 +342,24 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# annotate
+
+
+def _annotate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.annotate.options import GROUPS, Options
+    from regiongpt.settings import add_options, read_options
+
+    parser.description = "Caption regions of many images in two stages; the same command goes on after a stop."
+    for title, kind in GROUPS.items():
+        add_options(parser, kind, title)
+    typed = parser.parse_args(words)
+    quiet_libraries()
+    from regiongpt.annotate.command import annotate
+
+    return annotate(read_options(Options, typed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # weights
 
 
@@ -622,6 +640,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], i
     "classify": ("choose the class of regions from a closed set", partial(_about_images, "classify")),
     "locate": ("choose the region that an expression refers to", partial(_about_images, "locate")),
     "convert": ("make training records of a data set's files", _convert),
+    "annotate": ("caption regions of many images in two stages", _annotate),
     "inspect": ("show what training records hold, and check them", _inspect),
     "weights": ("make checkpoint folders", _weights),
     "train": ("train a model in the paper's two stages", _train),

@@ -143,6 +143,16 @@ def test_what_was_added_is_there_for_the_next_process_and_the_last_value_of_a_ke
     assert again.get(["c"]) == {"c": [0.1, None]}
 
 
+def test_few_of_many_are_found_and_fields_are_summed_with_what_was_replaced(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.add({str(k): {"cost": 0.5} for k in range(3000)})
+        store.add({"1": {"cost": 0.25, "text": "again"}, "other": 1})
+        assert store.get(["1", "2", "none"]) == {"1": {"cost": 0.25, "text": "again"}, "2": {"cost": 0.5}}
+        assert len(store.get(list(map(str, range(2000))))) == 2000
+        assert store.total("cost") == Store(tmp_path).total("cost") == 1500.25
+    assert Store(tmp_path / "none").total("cost") == 0
+
+
 def test_nothing_was_added(tmp_path: Path) -> None:
     assert Store(tmp_path / "none").keys() == set()
     (tmp_path / "00000.sqlite").touch()  # a kill as it was made
@@ -170,7 +180,7 @@ def test_damage_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:20_000] + b"\xff" * 30_000 + whole[50_000:])
     with pytest.raises(DataError, match=r"00000\.sqlite: damaged: .*; delete it, and its part is done again"):
-        Store(tmp_path).get(["1"])
+        Store(tmp_path).get([str(k) for k in range(100)])
     file.write_bytes(b"no data base at all " * 100)
     with pytest.raises(DataError, match="damaged"), Store(tmp_path):
         pass

@@ -1,0 +1,179 @@
+"""Captioners: whatever answers about an image and its regions, behind one small interface; one file each."""
+
+import asyncio
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+
+from regiongpt.annotate.options import Options
+from regiongpt.data.records import RecordRegion
+from regiongpt.errors import CheckpointError
+from regiongpt.storage import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One thing to ask: the global caption (``image``), one region's (``region``), or which region a caption means."""
+
+    stage: Literal["image", "region", "locate"]
+    text: str  # behind the picture
+    lead: str = ""  # the global caption, before it
+    picture: Any = None  # what Captioner.picture made of the image or the crop
+    photo: Image.Image | None = None
+    regions: Sequence[RecordRegion] = ()  # all that are annotated in the image
+    number: int = -1  # the one asked about, from 0
+    category: str = ""  # where the mode tells it
+    caption: str = ""  # what to locate
+    version: int = 0  # of the prompt
+    seed: int = 0
+
+    @property
+    def choices(self) -> list[str]:
+        """The only answers of ``locate``."""
+        return [str(number) for number in range(1, len(self.regions) + 1)] if self.stage == "locate" else []
+
+    def messages(self, picture: dict[str, Any]) -> list[dict[str, Any]]:
+        """The request as a chat of one turn, with the picture as its reader wants it."""
+        lead = [{"type": "text", "text": self.lead}] if self.lead else []
+        return [{"role": "user", "content": [*lead, picture, {"type": "text", "text": self.text}]}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """An answer, with the tokens read and written, the seconds it took and the model that gave it."""
+
+    text: str
+    tokens_in: int = 0
+    tokens_out: int = 0
+    seconds: float = 0.0
+    model: str = ""
+
+
+class Failed(Exception):
+    """A request that got no finished answer; one ``kind`` a cause, ``again`` where asking at once may help."""
+
+    def __init__(self, kind: str, reason: str, again: bool = False, tokens: tuple[int, int] = (0, 0)) -> None:
+        super().__init__(reason)
+        self.kind, self.reason, self.again, self.tokens = kind, " ".join(reason.split())[:300], again, tokens
+
+
+class Stopped(Exception):
+    """The run is ending: what was not under way yet is not asked."""
+
+
+def checked(reply: Reply, ended: bool, most: int, again: bool = False) -> Reply | Failed:
+    """The reply, stripped, if it has words and an end within ``most`` tokens."""
+    tokens = reply.tokens_in, reply.tokens_out
+    if not ended:
+        return Failed("cut off", f"no end within {most} tokens; raise --max-new-tokens", tokens=tokens)
+    if not reply.text.strip():
+        return Failed("empty answer", "expected words, got none", again, tokens)
+    return replace(reply, text=reply.text.strip())
+
+
+class Captioner(Protocol):
+    """What answers requests."""
+
+    identity: dict[str, str]  # decides its answers, and so the keys of finished work; known once it is open
+    wants_photo: bool = True  # it is shown the image's pixels and its regions, not pictures of its own making
+
+    async def ask(self, request: Request) -> Reply:
+        """Answer; Failed or Stopped without a finished answer, RegionGPTError where there will be none."""
+
+    def has_room(self, begun: int) -> bool:
+        """Whether another image should be begun, with so many begun and not done."""
+
+    def stop(self) -> None:
+        """Finish what is under way, and let everything else go."""
+
+    def picture(self, image: Image.Image) -> Any:
+        """What a request carries of an image or a crop; called in a thread of its own."""
+        return image
+
+    async def open(self) -> None:
+        """Make sure that it answers; ConfigError where it does not."""
+
+    async def close(self) -> None:
+        """Give back what it holds."""
+
+
+class LocalCaptioner(Captioner):
+    """Base of captioners on this machine, which ``answer`` in batches, in a thread."""
+
+    def __init__(self, identity: dict[str, str], batch_size: int, images: int) -> None:
+        self.identity, self.batch_size, self.images = identity, batch_size, images
+        self._waiting: list[tuple[Request, asyncio.Future[Reply | Exception]]] = []
+        self._lock, self._stopping = asyncio.Lock(), False
+
+    @abstractmethod
+    def answer(self, requests: Sequence[Request]) -> Sequence[Reply | Failed]:
+        """Answer a batch, in its order."""
+
+    def has_room(self, begun: int) -> bool:
+        """As many images as fill a batch."""
+        return begun < self.images
+
+    async def ask(self, request: Request) -> Reply:
+        """Whoever waited longest answers a batch of those that wait with it."""
+        place: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, place))
+        async with self._lock:
+            if not place.done():
+                await asyncio.sleep(0.01)  # those that have just got an answer ask the next thing first
+                if self._stopping:
+                    raise Stopped
+                batch, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
+                began = time.perf_counter()
+                outcomes: Sequence[Reply | Exception]
+                try:
+                    outcomes = await asyncio.to_thread(self.answer, [each for each, _ in batch])
+                except Exception as error:  # of all that are asked together
+                    outcomes = [error] * len(batch)
+                seconds = (time.perf_counter() - began) / len(batch)
+                for (_, other), outcome in zip(batch, outcomes, strict=True):
+                    other.set_result(replace(outcome, seconds=seconds) if isinstance(outcome, Reply) else outcome)
+        found = place.result()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def stop(self) -> None:
+        """Let the batch under way be the last."""
+        self._stopping = True
+
+
+def weights_digest(folder: Path) -> str:
+    """What tells a model's weights from others': the sizes of its files and samples of them, for they may be huge."""
+    found, most = sha256(), 1 << 20
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in (0, size // 2, max(0, size - most)):
+                file.seek(place)
+                found.update(file.read(most))
+    return found.hexdigest()[:32]
+
+
+def make_captioner(options: Options) -> Captioner:
+    """The captioner that ``--captioner`` names; ConfigError or CheckpointError where there is none."""
+    name = options.captioner
+    kind: Callable[[Options], Captioner]
+    if name is not None and "://" in name:
+        from regiongpt.annotate.captioners.endpoint import Endpoint as kind
+    elif name == "facts":
+        from regiongpt.annotate.captioners.facts import Facts as kind
+    elif name is not None and not (Path(name) / "config.json").is_file():
+        known = "an address such as http://localhost:8000/v1, a model's folder with a config.json in it, or facts"
+        raise CheckpointError(f"--captioner {name}: expected {known}")
+    elif name is None or read_json(Path(name) / "config.json", CheckpointError).get("model_type") == "regiongpt":
+        from regiongpt.annotate.captioners.checkpoint import Checkpoint as kind
+    else:
+        from regiongpt.annotate.captioners.vision_language import VisionLanguageModel as kind
+    return kind(options)

@@ -1,0 +1,68 @@
+"""A RegionGPT checkpoint, asked by the prompts of its training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from regiongpt.annotate.captioners import Failed, LocalCaptioner, Reply, Request, checked, weights_digest
+from regiongpt.annotate.options import Options
+from regiongpt.errors import RegionGPTError
+from regiongpt.inference import RegionPredictor
+from regiongpt.inference.predictor import Question
+from regiongpt.model.weights import nano_path
+from regiongpt.prompts import indefinite, question
+from regiongpt.regions import Region
+
+
+class Checkpoint(LocalCaptioner):
+    """Regions share what the model read of their image."""
+
+    def __init__(self, options: Options) -> None:
+        folder = Path(options.captioner or nano_path())
+        self.predictor = RegionPredictor.from_pretrained(folder, device=options.device, dtype=options.dtype, images=16)
+        self.options, self.name = options, folder.resolve().name
+        identity = {"captioner": "regiongpt", "model": self.name, "weights": weights_digest(folder)}
+        super().__init__(identity, batch_size=max(64, options.batch_size), images=8)
+
+    def answer(self, requests: Sequence[Request]) -> Sequence[Reply | Failed]:
+        """Ask all at once, image by image."""
+        try:
+            return self._answer(requests)
+        except RegionGPTError as error:
+            if len(requests) == 1:
+                return [Failed("refused by the model", str(error))]
+            return [self.answer([request])[0] for request in requests]  # one of them is at fault
+
+    def _answer(self, requests: Sequence[Request]) -> list[Reply | Failed]:
+        found: dict[int, Reply | Failed] = {}
+        choosing: dict[int, list[int]] = {}  # by image
+        asked, questions, most = [], [], self.options.max_new_tokens
+        for place, request in enumerate(requests):
+            if request.stage == "locate":
+                choosing.setdefault(id(request.photo), []).append(place)
+                continue
+            text, regions = region_question(request)
+            seed = request.seed if self.options.temperature else None
+            asked.append(place)
+            questions.append(Question(text=text, regions=regions, image=request.photo, seed=seed))
+        sampling: Any = {"max_new_tokens": most, "temperature": self.options.temperature}
+        for number, answer in self.predictor.answers(questions, **sampling):
+            reply = Reply(text=answer.text, tokens_out=answer.tokens, model=self.name)
+            found[asked[number]] = checked(reply, answer.complete, most)
+        for places in choosing.values():
+            first, captions = requests[places[0]], [requests[place].caption for place in places]
+            assert first.photo is not None
+            self.predictor.set_image(first.photo)
+            located = self.predictor.locate(captions, [each.region for each in first.regions])
+            for place, each in zip(places, located, strict=True):
+                found[place] = Reply(text=str(each.number or 0), model=self.name)
+        return [found[place] for place in range(len(requests))]
+
+
+def region_question(request: Request) -> tuple[str, list[Region]]:
+    """A request as RegionGPT is asked it."""
+    if request.stage == "image":
+        return question("image_caption", request.version), []
+    told = f"The region shows {indefinite(request.category)}. " if request.category else ""
+    text = f"{request.lead} {told}{question('describe', request.version, regions=[1])}".lstrip()
+    return text, [request.regions[request.number].region]

@@ -1,0 +1,261 @@
+"""Any OpenAI-compatible endpoint (vLLM, SGLang, a hosted one), kept as full as it lets itself be."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
+
+from PIL import Image
+
+from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request, Stopped, checked
+from regiongpt.annotate.options import Options
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.storage import reason
+
+_TRIES: Final = 6
+"""How often a request is sent again to an endpoint that answers others meanwhile."""
+_OVERLOADED: Final = (408, 409, 429)
+
+
+class Busy(Exception):
+    """The endpoint cannot answer at the moment: too much is asked, it is down, or it is slow."""
+
+    overloaded, wait = False, 0.0
+
+
+class Slots:
+    """How many requests may be under way, at most ``most``: adapts to what the endpoint can take.
+
+    Each answer adds a slot while others wait, so they double with each round; beyond what was once too much a round
+    adds one. Too many requests (429) take a tenth of the slots, any other trouble half, and nothing is sent until the
+    endpoint wants to be asked again. DataError where that is, or no answer came, for ``patience`` seconds.
+    """
+
+    def __init__(self, most: int, patience: float) -> None:
+        self.most, self.patience, self.limit, self.ceiling = most, patience, float(min(8, most)), float(most)
+        self.waiting = self.answered = 0
+        self.stopped = asyncio.Event()
+        self._free, self._debt = asyncio.Semaphore(int(self.limit)), 0  # slots to be taken away when they are free
+        self._troubles = self._row = 0  # in all, since the last answer
+        self._silent_since = self._open_at = 0.0  # the first trouble after the last answer, when to send again
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """Wait for a slot and hold it; what is raised in the block tells how the endpoint is."""
+        self.waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.waiting -= 1
+        try:
+            while not self.stopped.is_set() and (wait := self._open_at - time.monotonic()) > 0:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.stopped.wait(), wait)
+            if self.stopped.is_set():
+                raise Stopped
+            troubles = self._troubles
+            try:
+                yield
+            except Busy as error:
+                if troubles == self._troubles:  # of those that were under way at a time one counts
+                    self._trouble(error)
+                raise
+            except Failed:
+                self._success()
+                raise
+            self._success()
+        finally:
+            self._give_back(1)
+
+    def _success(self) -> None:
+        self.answered, self._row = self.answered + 1, 0
+        if self.waiting:
+            self._resize(self.limit + (1 if self.limit < self.ceiling else 1 / self.limit))
+
+    def _trouble(self, error: Busy) -> None:
+        now = time.monotonic()
+        self._silent_since = self._silent_since if self._row else now
+        self._troubles, self._row = self._troubles + 1, self._row + 1
+        backoff = 0.0 if error.overloaded else min(15.0, 0.1 * 2 ** min(self._row, 10))
+        self._open_at = now + max(error.wait, backoff)
+        self._resize(self.limit * (0.9 if error.overloaded else 0.5))
+        self.ceiling = self.limit if error.overloaded else self.ceiling
+        if (silent := max(error.wait, now - self._silent_since)) > self.patience:
+            told = f"no answer for {silent:.0f} s ({error}), --patience is {self.patience:g}"
+            raise DataError(f"{told}; what is finished is kept: run the command again")
+
+    def _resize(self, limit: float) -> None:
+        before, self.limit = int(self.limit), min(max(limit, 1.0), self.most)
+        self._debt += max(0, before - int(self.limit))
+        self._give_back(int(self.limit) - before)
+
+    def _give_back(self, count: int) -> None:
+        for _ in range(count):
+            if self._debt:
+                self._debt -= 1
+            else:
+                self._free.release()
+
+
+class Endpoint(Captioner):
+    """A model behind an address; retries are this class's alone, the client's are off."""
+
+    wants_photo = False
+
+    def __init__(self, options: Options) -> None:
+        try:
+            import openai
+            import tenacity
+        except ImportError:
+            told = "an endpoint needs the openai client; install it: pip install '.[annotate]'"
+            raise ConfigError(f"--captioner: {told}") from None
+        self._openai, self._tenacity = openai, tenacity
+        self.url, self.options, self.model = str(options.captioner), options, options.served_model or ""
+        self.slots = Slots(options.concurrency, options.patience)
+        self._length_option, self._structured = "max_tokens", True
+        # Concurrency is bounded here, and each request has the time of its own.
+        self._client: Any = openai.AsyncOpenAI(
+            base_url=self.url, api_key=os.environ.get(options.key_variable) or "none", max_retries=0,
+            timeout=options.timeout, http_client=openai.DefaultAioHttpClient(timeout=options.timeout),
+        )  # fmt: skip
+
+    async def open(self) -> None:
+        """Find the model, and show it a picture."""
+        try:
+            served = [model.id for model in (await self._client.models.list()).data]
+        except self._openai.APIConnectionError as error:
+            raise ConfigError(f"{self.url}: no endpoint answers there: {_root(error)}; start it first") from None
+        except self._openai.APIStatusError as error:
+            wrong = self._wrong(error)
+            raise wrong if isinstance(wrong, ConfigError) else ConfigError(f"{self.url}: {wrong}") from None
+        except Exception as error:  # whatever a page that is no API makes of the client
+            raise ConfigError(f"{self.url}: not an OpenAI-compatible endpoint: {reason(error)}") from None
+        self.model = self.model or (served[0] if len(served) == 1 else "")
+        if self.model not in served:
+            listed = ", ".join(served[:9]) or "nothing"
+            raise ConfigError(f"{self.url}: expected the model {self.model!r}, it serves {listed}; give --served-model")
+        self.identity = {"captioner": "endpoint", "model": self.model}
+        look = Request(stage="image", text="What colour is this?", picture=self.picture(Image.new("RGB", (64, 64))))
+        try:
+            await self._send(look, most=1)
+        except Failed as error:
+            if error.kind == "refused by the endpoint":
+                told = f"takes no pictures: {error.reason}; serve a vision-language model"
+                raise ConfigError(f"{self.url}: {self.model} {told}") from None
+        except Busy:
+            pass  # a busy endpoint is there
+
+    def stop(self) -> None:
+        """Let go what waits, even for an endpoint that is down."""
+        self.slots.stopped.set()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    def picture(self, image: Image.Image) -> dict[str, Any]:
+        """A JPEG as the part of a message."""
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=90)
+        url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+        return {"type": "image_url", "image_url": {"url": url}}
+
+    def has_room(self, begun: int) -> bool:
+        """While fewer requests wait than would fill half of the slots."""
+        return self.slots.waiting < max(4, self.slots.limit / 2) and begun < 2 * self.slots.limit + 8
+
+    async def ask(self, request: Request) -> Reply:
+        """Ask until there is an answer, in a slot of its own each time."""
+        answered, faults = self.slots.answered, 0
+
+        def is_at_fault(state: Any) -> bool:
+            """Whether it failed again and again while others were answered: not what an outage looks like."""
+            nonlocal answered, faults
+            faults += self.slots.answered > answered and not state.outcome.exception().overloaded
+            answered = self.slots.answered
+            return faults >= _TRIES
+
+        attempts = self._tenacity.AsyncRetrying(
+            retry=self._tenacity.retry_if_exception_type(Busy), wait=self._tenacity.wait_random(0.0, 0.2),
+            stop=is_at_fault, reraise=True,
+        )  # fmt: skip
+        try:
+            async for attempt in attempts:
+                with attempt:
+                    async with self.slots.one():
+                        return await self._send(request)
+        except Busy as error:
+            raise Failed("endpoint trouble", f"{_TRIES} tries: {error}") from None
+        raise AssertionError
+
+    async def _send(self, request: Request, most: int = 0) -> Reply:
+        """One request and its answer, which has to be whole."""
+        began, most = time.perf_counter(), most or self.options.max_new_tokens
+        more: dict[str, Any] = {self._length_option: most}
+        if request.choices and self._structured:
+            more["extra_body"] = {"structured_outputs": {"choice": request.choices}}
+        try:
+            response = await self._client.chat.completions.with_raw_response.create(
+                model=self.model, messages=request.messages(request.picture), temperature=self.options.temperature,
+                seed=request.seed, **more,
+            )  # fmt: skip
+        except self._openai.APIStatusError as error:
+            wrong = self._wrong(error)
+            if "extra_body" in more and "structured_outputs" in str(wrong):  # not vLLM: it chooses in its own words
+                self._structured = False
+            elif "max_tokens" in more and "max_completion_tokens" in str(wrong):  # as some hosted models want it
+                self._length_option = "max_completion_tokens"
+            else:
+                raise wrong from None
+            return await self._send(request, most)
+        except self._openai.APIConnectionError as error:  # time-outs too
+            raise Busy(f"{type(error).__name__}: {_root(error)}") from None
+        return _read(response.http_response.content, time.perf_counter() - began, most)
+
+    def _wrong(self, error: Any) -> Exception:
+        """What an HTTP status means."""
+        status = error.status_code
+        told = f"status {status}: {reason(error).removeprefix(f'Error code: {status} - ')}"
+        if status in _OVERLOADED or status >= 500:
+            busy, header = Busy(told), error.response.headers.get("retry-after", "")
+            busy.overloaded = status in _OVERLOADED
+            busy.wait = float(header) if header.replace(".", "", 1).isdigit() else 0.0
+            return busy
+        if status in (401, 403):
+            told = f"refuses the key ({told}); put the right one in {self.options.key_variable}"
+            return ConfigError(f"{self.url}: {told}")
+        if status in (404, 405):
+            return ConfigError(f"{self.url}: not an OpenAI-compatible endpoint ({told}); does its address end in /v1?")
+        return Failed("refused by the endpoint", told)
+
+
+def _read(content: bytes, seconds: float, most: int) -> Reply:
+    """The answer in a response's body; Failed unless it is whole."""
+    try:
+        body = json.loads(content)
+        choice, usage = body["choices"][0], body.get("usage") or {}
+        text, finish = choice["message"]["content"], choice["finish_reason"]
+        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        model = str(body.get("model") or "")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise Failed("malformed answer", f"expected a chat completion, got {content[:80]!r}", again=True) from None
+    if finish not in ("stop", "length"):
+        told = f"expected finish_reason 'stop', got {finish!r}"
+        raise Failed("unfinished answer", told, again=finish is None, tokens=tokens)
+    reply = Reply(text=str(text or ""), tokens_in=tokens[0], tokens_out=tokens[1], seconds=seconds, model=model)
+    found = checked(reply, finish == "stop", most, again=True)
+    if isinstance(found, Failed):
+        raise found
+    return found
+
+
+def _root(error: BaseException) -> str:
+    """What began a chain of exceptions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return reason(error)

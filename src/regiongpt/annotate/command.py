@@ -1,0 +1,129 @@
+"""The verb ``annotate``: options to a run, a run to files."""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any, Final
+
+from regiongpt.annotate.captioners import make_captioner
+from regiongpt.annotate.engine import Run
+from regiongpt.annotate.filters import Similarity
+from regiongpt.annotate.options import Captions, Filters, Options
+from regiongpt.annotate.output import Output
+from regiongpt.annotate.plan import Source, Work, works
+from regiongpt.console import progress, tell
+from regiongpt.data.shards import CROWD, require_data_extra
+from regiongpt.errors import ConfigError
+from regiongpt.storage import Store, locked
+
+_RUN: Final = "run"
+"""Key of what the store notes about the run."""
+
+
+def annotate(options: Options) -> int:
+    """Caption what is missing, write the files, and say what there is; of an interrupted run only its store.
+
+    Returns:
+        The exit code: 0; 2 where regions are left without a caption, 130 after Ctrl-C.
+    """
+    require_data_extra()
+    if out := options.refilter:
+        store = Store(out / "store")
+        noted = store.get([_RUN]).get(_RUN)
+        if noted is None:
+            raise ConfigError(f"{out}: holds no captions; check the path")
+        kept = {name: getattr(options, name) for name in Filters.model_fields}
+        options = Options(**{**noted["options"], **kept, "out": out})
+        return _write(Output(options, store, _source(options), noted))
+    source, out = _source(options), options.out
+    if options.mode == "full" and not any(each.category for item in source for each in item.regions):
+        raise ConfigError(f"--regions {source.path}: no region has a class name to tell; give names, or --mode context")
+    assert out
+    with locked(out), Store(out / "store") as store:
+        run = asyncio.run(_caption(options, source, store))
+        if run.ended == "interrupted":
+            tell(f"{out}: stopped; the same command goes on, --refilter {out} writes the files")
+            return 130
+        return _write(Output(options, store, source, store.get([_RUN])[_RUN]), run)
+
+
+def _source(options: Options) -> Source:
+    assert options.images
+    assert options.regions
+    return Source(options.images, options.regions, options.crowds)
+
+
+async def _caption(options: Options, source: Source, store: Store) -> Run:
+    captioner = await asyncio.to_thread(make_captioner, options)
+    try:
+        await captioner.open()
+        scorer = Similarity(options.similarity, options.device) if options.similarity else None
+        fingerprint = {
+            **captioner.identity, "mode": options.mode, "seed": options.seed, "temperature": options.temperature,
+            **{name: getattr(options, name) for name in Captions.model_fields if name.startswith("crop")},
+            "regions": source.path.name,
+        }  # fmt: skip
+        noted = {
+            "fingerprint": fingerprint, "options": options.noted(), "scorer": scorer.identity if scorer else "",
+        }  # fmt: skip
+        _begin(store, noted, options.out)
+        ticks = iter(progress(repeat(None), "captioning", "regions", source.count))
+        run = Run(options, store, captioner, lambda regions: deque(islice(ticks, regions), maxlen=0))
+
+        def pending() -> Iterator[Work | None]:
+            for work in works(source, store, options, noted, write=True):
+                if work.missing(key for ask in work.asks for key in ask.keys):
+                    yield work
+                else:
+                    run.tick(len(work.item.regions))
+                    yield None
+
+        if options.engine == "ray":
+            from regiongpt.annotate.on_ray import on_ray
+
+            on_ray(run, pending())
+        else:
+            await run.go(pending(), scorer)
+        return run
+    finally:
+        await captioner.close()
+
+
+def _begin(store: Store, noted: dict[str, Any], out: Path | None) -> None:
+    """Note what a run is; ConfigError where the folder holds one with another fingerprint."""
+    there, now = store.get([_RUN]).get(_RUN), noted["fingerprint"]
+    before = there["fingerprint"] if there else now
+    differs = [
+        f"{name} is {before.get(name)!r:.60} there and {now.get(name)!r:.60} now"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if differs:
+        raise ConfigError(f"{out}: holds another run: {'; '.join(differs)}; give another --out")
+    if noted != there:
+        store.add({_RUN: noted})
+
+
+def _write(output: Output, run: Run | None = None) -> int:
+    """Write the files and say what is in them, in one line on standard error what failed."""
+    output.write()
+    for name, *numbers in output.table():
+        print(f"{name:<20}" + "".join(f"{number:>15}" for number in numbers))
+    out, counts, rejects = output.out, output.counts, output.source.rejects
+    print(f"\n{out}: {counts['captions']:,} of {counts['regions']:,} regions captioned, {counts['kept']:,} kept")
+    for why, count in output.reasons.most_common():
+        print(f"not kept: {count:,} {why}")
+    if run is not None and run.ended and counts["captions"] < counts["regions"]:
+        print(f"ended by --{run.ended}; the same command goes on")
+    print(f"see {out / 'index.html'}")
+    wrong = []
+    if left_out := [f"{count:,} {kind}" for kind, count in rejects.counts.items() if kind != CROWD]:
+        wrong.append(f"left out of {output.source.path}: {', '.join(left_out)}; the last: {rejects.last}")
+    if run is not None and output.failures:
+        failed = ", ".join(f"{count:,} {kind}" for kind, count in output.failures.most_common())
+        wrong.append(f"failed: {failed}; the last: {output.last_failure}; the same command tries again")
+    if wrong:
+        tell(f"regiongpt: error: {'; '.join(wrong)}")
+    return 2 if wrong else 0

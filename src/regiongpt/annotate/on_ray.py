@@ -1,0 +1,80 @@
+"""The same stages over Ray Data: workers answer, and send back rows that this process alone writes to its store.
+
+A row never raises, since one that does ends the whole job; it carries its failures instead. Rows may come back in any
+order: what is finished is found by its key.
+"""
+
+import asyncio
+import pickle
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Final
+
+from regiongpt.annotate.captioners import make_captioner
+from regiongpt.annotate.engine import ImageTask, Run
+from regiongpt.annotate.filters import Similarity
+from regiongpt.annotate.options import Options
+from regiongpt.annotate.plan import Work
+from regiongpt.errors import ConfigError, RegionGPTError
+
+_IMAGES: Final = 16
+"""Images in a block, which a worker answers together."""
+_ROUND: Final = 4096
+"""Images handed to Ray at a time, which bounds memory."""
+
+
+class _Worker:
+    """One process of the cluster, with a captioner of its own for each block."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.scorer = Similarity(options.similarity, options.device) if options.similarity else None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        kept: list[Any] = []
+        try:
+            asyncio.run(self._answer([pickle.loads(row) for row in batch["row"]], kept))
+        except Exception as error:  # ends the run at home, with its own message
+            kept.append(error if isinstance(error, RegionGPTError) else RuntimeError(repr(error)))
+        return {"kept": [pickle.dumps(kept)]}
+
+    async def _answer(self, works: list[Work], kept: list[Any]) -> None:
+        captioner = make_captioner(self.options)
+        keep = lambda key, value: kept.append((key, value))  # noqa: E731
+        try:
+            await captioner.open()
+            tasks = [ImageTask(work, self.options, captioner, self.scorer, keep) for work in works]
+            outcomes = await asyncio.gather(*(task.run() for task in tasks), return_exceptions=True)
+            kept += [each for each in outcomes if isinstance(each, BaseException)]
+            kept.append(sum(len(task.item.regions) for task in tasks))
+        finally:
+            await captioner.close()
+
+
+def on_ray(run: Run, pending: Iterator[Work | None]) -> None:
+    """Work through images on the cluster that ``RAY_ADDRESS`` names, or here; by default a worker for each node."""
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise ConfigError("--engine ray: Ray is not installed; install it: pip install '.[ray]'") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="error")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    workers = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
+    works = filter(None, pending)
+    while rows := [{"row": pickle.dumps(work)} for work in islice(works, _ROUND)]:
+        blocks = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _IMAGES))
+        answers = blocks.map_batches(
+            _Worker, fn_constructor_args=(run.options,), batch_size=_IMAGES, concurrency=workers, batch_format="numpy"
+        )
+        for row in answers.iter_rows():
+            for each in pickle.loads(row["kept"]):
+                if isinstance(each, BaseException):
+                    raise each
+                if isinstance(each, int):
+                    run.tick(each)
+                else:
+                    run.keep(*each)
+            if run.is_over():  # what the cluster has under way is dropped, and asked again
+                return
