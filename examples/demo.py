@@ -158,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save_picture(sheet(pictures), options.out)
     print(f"\n{options.out}: the regions, outlined, numbered and captioned ({time.perf_counter() - began:.1f} s)")
+    print("Now draw on an image of your own and ask: pip install '.[serve]' && regiongpt serve")
     return 0
 
 

@@ -626,6 +626,34 @@ def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# serve
+
+
+def _serve(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from regiongpt.serve.options import ServeOptions
+
+    parser.description = "Serve the model: an API in OpenAI's shape, and a page to draw on and ask."
+    add_options(parser, ModelOptions, "model")
+    add_options(parser, ServeOptions, "serving")
+    options = parser.parse_args(words)
+    model, settings = read_options(ModelOptions, options), read_options(ServeOptions, options)
+    keys = settings.keys()
+    _log()
+    quiet_libraries()
+    try:
+        from regiongpt.serve.app import serve
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed; run: pip install 'regiongpt[serve]'") from None
+    from regiongpt.inference import RegionPredictor
+
+    own: dict[str, Any] = {"images": 0, "token_budget": settings.token_budget, "rows": settings.rows}
+    predictor = RegionPredictor.from_pretrained(model.model, **model.model_dump(exclude={"model"}), **own)
+    name = settings.name or (model.model.resolve().name if model.model else "regiongpt-nano")
+    serve(predictor.engine, settings, name, keys)
+    return 0
+
+
 def _log() -> None:
     """Show the log of long work on standard error, that of the first process alone."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
@@ -645,6 +673,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], i
     "weights": ("make checkpoint folders", _weights),
     "train": ("train a model in the paper's two stages", _train),
     "evaluate": ("score a model, or anyone's answers, on benchmarks", _evaluate),
+    "serve": ("serve the model: an API and a page to draw on", _serve),
     "ablate": ("train and score the variants of one part of the model", _ablate),
 }
 """Each verb with its line in the help and the function that reads its options."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
+from shapely.errors import GEOSException
 
 from regiongpt.coverage import (
     Bounds,
@@ -449,7 +450,10 @@ class _Vector(Region):
     def _shape(self, width: int, height: int, name: str) -> Shape:
         drawn = self.__dict__.get("_drawn")
         if drawn is None or drawn[0] != (width, height):
-            drawn = (width, height), self._draw(width, height, name)
+            try:
+                drawn = (width, height), self._draw(width, height, name)
+            except GEOSException:
+                raise RegionError(f"{name}: expected coordinates that can be drawn, got {self}; round them") from None
             self.__dict__["_drawn"] = drawn
         return drawn[1]
 
