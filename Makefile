@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install demo test test-range test-ray lint format docs train-nano package constraints clean
+.PHONY: help install demo test test-range test-ray lint format docs train-nano page package constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +51,9 @@ docs: install  ## build the documentation's site in build/docs, warnings as erro
 
 train-nano: install  ## train the model that ships, or go on with it: DATA=folder of photographs, RUN=folder of the run
 	$(BIN)/python recipes/nano/train.py --data.root "$(DATA)" --out "$(RUN)"
+
+page:  ## bundle the page's drawing library and check the page's JavaScript; needs node and npm
+	.ci/page/build
 
 package: install  ## build the wheel and the source distribution in dist/
 	$(BIN)/python -m build
