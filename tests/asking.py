@@ -53,6 +53,7 @@ def tiny_parts(
         num_image_tokens=config.num_image_tokens,
         refined_grid=config.refined_grid,
         region_boxes=bool(config.region_position),
+        crop_size=config.crop_size,
         chat_template=template,
     )
     return model, processor

@@ -57,7 +57,9 @@ def counted(monkeypatch) -> list[int]:
     """How many questions each image is asked from now on."""
     asked: list[int] = []
     monkeypatch.setattr(
-        running, "answer_image", lambda predictor, items: asked.append(len(items)) or answer_image(predictor, items)
+        running,
+        "answer_image",
+        lambda predictor, items, *how: asked.append(len(items)) or answer_image(predictor, items, *how),
     )
     return asked
 

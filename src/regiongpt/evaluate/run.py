@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from regiongpt.inference import RegionPredictor
+    from regiongpt.inference.options import Detail
 
 ANSWERING: Final = ("inference", "model", "prompts.py", "regions.py", "coverage.py", "images.py")
 """The part of this package that turns an image and a question into an answer."""
@@ -80,7 +81,7 @@ def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
             answered: list[tuple[Mapping[str, Answer], Sequence[str]]] = [(found.answers, found.report)]
         else:
             assert model is not None
-            answered = _ask(tasks, listed, model["key"], load, Store(out / "answers", processes.rank), processes)
+            answered = _ask(tasks, listed, model, load, Store(out / "answers", processes.rank), processes)
         if not processes.is_first:
             return []
         for task, items, manifest, (answers, notes) in zip(tasks, listed, manifests, answered, strict=True):
@@ -150,16 +151,16 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
         logging.disable_progress_bar()
         return RegionPredictor.from_pretrained(path, device=device, dtype=dtype, untrained=options.untrained)
 
-    return model_identity(path, str(dtype).removeprefix("torch."), str(device)), load
+    return model_identity(path, str(dtype).removeprefix("torch."), str(device), options.detail), load
 
 
 def _ask(
-    tasks: Sequence[Task], listed: Sequence[list[Item]], model: str, load: Any, store: Store, processes: Processes
+    tasks: Sequence[Task], listed: Sequence[list[Item]], model: Any, load: Any, store: Store, processes: Processes
 ) -> list[tuple[Mapping[str, Answer], Sequence[str]]]:
     """The answers of each task, with notes on questions that could not be asked; nothing but in the first process."""
     images = list(dict.fromkeys(item.image for items in listed for item in items))
     hashes = {path: file_identity(path)["sha256"] for path in progress(images, "reading", "images", len(images))}
-    keys = [[question_key(model, hashes[item.image], item) for item in items] for items in listed]
+    keys = [[question_key(model["key"], hashes[item.image], item) for item in items] for items in listed]
     wanted = {key for own in keys for key in own}
     known = store.get(wanted)
     processes.wait()  # all have read the same answers before one writes another, and share the rest out alike
@@ -175,7 +176,7 @@ def _ask(
         predictor, name = load(), "asking" + (f", process 1 of {processes.count}" if processes.count > 1 else "")
         with store:
             for asked in progress(mine, name, "images", len(mine)):
-                answers = dict(zip(asked, answer_image(predictor, list(asked.values())), strict=True))
+                answers = dict(zip(asked, answer_image(predictor, list(asked.values()), model["detail"]), strict=True))
                 store.add(answers)
                 known |= answers
     processes.wait()
@@ -198,7 +199,9 @@ def _ask(
     return found
 
 
-def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[dict[str, Any]]:
+def answer_image(
+    predictor: "RegionPredictor", items: Sequence[Item], detail: "Detail" = "fast"
+) -> list[dict[str, Any]]:
     """Answer the items of one image, which is encoded once; their questions run as a batch behind it.
 
     Returns:
@@ -238,7 +241,7 @@ def answer_image(predictor: "RegionPredictor", items: Sequence[Item]) -> list[di
     scene, rows = engine.encode_image(photo), engine.processor.tokens_per_region
     kept = [item.regions if "refused" not in own else () for item, own in zip(items, found, strict=True)]
     pooled = torch.split(
-        engine.pool(scene, [region for regions in kept for region in regions]),
+        engine.pool(scene, [region for regions in kept for region in regions], detail),
         [rows * len(regions) for regions in kept],
     )
 
@@ -298,11 +301,11 @@ def question_key(model: str, image: str, item: Item) -> str:
     return digest(model, image, asked)
 
 
-def model_identity(path: Path, dtype: str, device: str) -> dict[str, Any]:
+def model_identity(path: Path, dtype: str, device: str, detail: str = "fast") -> dict[str, Any]:
     """A checkpoint by the SHA-256 of its files, and what else its answers depend on.
 
-    Its ``key`` is a digest of files, dtype, the code that answers, torch and transformers, but not of the device, which
-    changes rounding alone. CheckpointError where the folder is no checkpoint, or a file cannot be read.
+    Its ``key`` is a digest of files, dtype, detail, the code that answers, torch and transformers, but not of the
+    device, which changes rounding alone. CheckpointError where the folder is no checkpoint, or a file cannot be read.
     """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no checkpoint folder, it has no config.json; check --model")
@@ -315,8 +318,9 @@ def model_identity(path: Path, dtype: str, device: str) -> dict[str, Any]:
     libraries = {name: found for name, found in versions().items() if name in ("torch", "transformers")}
     # The last parts of the path tell checkpoints from one another; every run ends in "stage2/model".
     parts = [part for part in path.resolve().parts[1:] if part not in ("model", "stage1", "stage2")]
-    key = digest(files, dtype, code_hash(), libraries)
-    return {"name": "/".join(parts[-2:]) or str(path), "files": files, "dtype": dtype, "device": device, "key": key}
+    key = digest(files, dtype, detail, code_hash(), libraries)
+    name = "/".join(parts[-2:]) or str(path)
+    return {"name": name, "files": files, "dtype": dtype, "device": device, "detail": detail, "key": key}
 
 
 @cache

@@ -389,6 +389,8 @@ class RunOptions(Settings):
     """float32, bfloat16 or float16; otherwise float32 on the CPU and bfloat16 elsewhere."""
     untrained: bool = False
     """Ask a checkpoint even if it has not been trained."""
+    detail: Literal["fast", "careful"] = "fast"
+    """fast, or careful: look at each region's own crop too, if the model was trained for it."""
     predictions: Path | None = None
     """Score these answers; no model is run."""
     missing: Literal["refuse", "wrong"] = "refuse"
@@ -403,7 +405,7 @@ class RunOptions(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         without = self.predictions is None
-        for name in ("missing",) if without else ("model", "device", "dtype", "untrained"):
+        for name in ("missing",) if without else ("model", "device", "dtype", "untrained", "detail"):
             if name in self.model_fields_set:
                 why = "it goes with --predictions" if without else "no model is run for --predictions"
                 raise ValueError(f"--{name}: {why}; leave it out")

@@ -267,8 +267,10 @@ def classify_regions(
 ) -> list[Classified]:
     """What :meth:`RegionPredictor.classify` does, with checked names."""
     text = question("classify", regions=[1], label_set=options.label_set)
-    scores_BA = answer_scores(engine, scene, question_turns((), text), engine.pool_each(scene, regions), names)
-    short = Options(max_new_tokens=LEAST_ROOM)
+    scores_BA = answer_scores(
+        engine, scene, question_turns((), text), engine.pool_each(scene, regions, options.detail), names
+    )
+    short = Options(max_new_tokens=LEAST_ROOM, detail=options.detail)
     free = engine.answer_each(scene, text, regions, short) if options.generate else []
     results = []
     # A row at a time: of thousands of names and hundreds of regions, only what is asked for is kept.

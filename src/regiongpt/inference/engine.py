@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.inference.options import ROWS, Options
+from regiongpt.inference.options import ROWS, Detail, Options
 from regiongpt.inference.scheduler import Job, Scheduler, TextReader
 from regiongpt.inference.shared_prefix import Prefix, decoder_for
+from regiongpt.model.modeling import CROPS
 from regiongpt.prompts import check_text
 from regiongpt.regions import Region
 
@@ -84,6 +85,8 @@ class Scene:
     height: int
     map_1Chw: Tensor  # the refined map that regions are pooled from
     image_ND: Tensor  # the image's tokens for the language model
+    photo: Image.Image | None = field(default=None, repr=False, compare=False)  # for a second look
+    crops: dict[Region, Tensor] = field(default_factory=dict, repr=False, compare=False)  # features of those taken
     # By the tokens up to the image; there is one, unless system texts differ.
     shared: Latest[Shared] = field(default_factory=lambda: Latest(4), repr=False, compare=False)
 
@@ -145,21 +148,34 @@ class Engine:
         pixels = self.processor.image_inputs(photo)["pixel_values"].to(self.device, self.model.dtype)
         refined = self.model.refine(self.model.encode_image(pixels))
         tokens = self.model.image_features(refined)[0]
-        return Scene(width=photo.width, height=photo.height, map_1Chw=refined, image_ND=tokens)
+        kept = photo if self.processor.crop_size else None
+        return Scene(width=photo.width, height=photo.height, map_1Chw=refined, image_ND=tokens, photo=kept)
 
     @torch.inference_mode()
-    def pool(self, scene: Scene, regions: Sequence[Region]) -> Tensor:
+    def pool(self, scene: Scene, regions: Sequence[Region], detail: Detail = "fast") -> Tensor:
         """Region features (R * K, D), a region's K rows one after the other."""
+        self.processor.check_detail(detail)
         rows = []
         for start in range(0, max(1, len(regions)), POOLED):
             some = regions[start : start + POOLED]
             weights_RHW = self.processor.region_inputs(some, scene.width, scene.height, start + 1)
-            rows.append(self.model.region_features(scene.map_1Chw, weights_RHW.to(self.device)[None])[0])
+            crops = self._crops(scene, some) if some and detail == "careful" else None
+            rows.append(self.model.region_features(scene.map_1Chw, weights_RHW.to(self.device)[None], crops)[0])
         return torch.cat(rows)
 
-    def pool_each(self, scene: Scene, regions: Sequence[Region]) -> list[Tensor]:
+    def _crops(self, scene: Scene, regions: Sequence[Region]) -> Tensor:
+        """Features (1, R, C) of regions' own crops, those not yet known encoded together."""
+        assert scene.photo is not None
+        new = [region for region in dict.fromkeys(regions) if region not in scene.crops]
+        for start in range(0, len(new), CROPS):
+            some = new[start : start + CROPS]
+            pixels = self.processor.crop_inputs(scene.photo, some)
+            scene.crops.update(zip(some, self.model.encode_crops(pixels[None])[0], strict=True))
+        return torch.stack([scene.crops[region] for region in regions])[None]
+
+    def pool_each(self, scene: Scene, regions: Sequence[Region], detail: Detail = "fast") -> list[Tensor]:
         """Features (K, D) of each region by itself."""
-        return list(torch.split(self.pool(scene, regions), self.processor.tokens_per_region)) if regions else []
+        return list(torch.split(self.pool(scene, regions, detail), self.processor.tokens_per_region)) if regions else []
 
     def encode_text(self, messages: Sequence[Turn], n_regions: int, answered: bool = False) -> dict[str, Any]:
         """Token ids, and what goes with them, of a conversation that awaits an answer or already has it."""
@@ -290,7 +306,7 @@ class Engine:
         began = time.perf_counter()
         if not regions:
             return []
-        pooled = self.pool_each(scene, regions)
+        pooled = self.pool_each(scene, regions, options.detail)
         first = self.prompt(question_turns((), text), pooled[0], 1, options.max_new_tokens)
         if len(regions) > 1:
             first = first.for_many(self.model.config.region_token_id)

@@ -12,6 +12,7 @@ from regiongpt.settings import Settings, plain_types
 from regiongpt.storage import check_checkpoint
 
 By = Literal["answer", "words", "both"]
+Detail = Literal["fast", "careful"]
 WAYS: Final[tuple[By, ...]] = ("answer", "words", "both")
 ROWS = 64
 """Answers written at a time, unless the token budget allows fewer."""
@@ -41,6 +42,7 @@ class Arguments(Settings):
 class Generation(TypedDict, total=False):
     """The fields of :class:`Options` as keyword arguments."""
 
+    detail: Detail
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -48,7 +50,14 @@ class Generation(TypedDict, total=False):
     stop: str | Sequence[str]
 
 
-class Length(Arguments):
+class Look(Arguments):
+    """How closely regions are looked at."""
+
+    detail: Detail = "fast"
+    """fast, or careful: look at each region's own crop too, if the model was trained for it"""
+
+
+class Length(Look):
     """How long an answer may be."""
 
     max_new_tokens: int = Field(128, ge=1)
@@ -83,14 +92,14 @@ class DescribeOptions(Length):
     """a caption of a few words a region"""
 
 
-class LocateOptions(Arguments):
+class LocateOptions(Look):
     """How to choose the region that an expression refers to; see :meth:`RegionPredictor.locate`."""
 
     by: By = "both"
     """by the answer to one question about all regions, by the words for each, or both"""
 
 
-class ClassifyOptions(Arguments):
+class ClassifyOptions(Look):
     """How to choose from a closed set; see :meth:`RegionPredictor.classify`."""
 
     label_set: str = Field("COCO-80", min_length=1)

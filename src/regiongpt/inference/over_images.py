@@ -121,7 +121,7 @@ def classify(predictor: "RegionPredictor", view: View, _: str, options: ChoiceOp
 
 def locate(predictor: "RegionPredictor", view: View, expression: str, options: LocateOptions) -> Reply:
     """Choose the region that an expression refers to."""
-    found = predictor.locate(expression, view.regions, by=options.by)
+    found = predictor.locate(expression, view.regions, **dict(options))
     shares, line = found.probabilities[:-1], f"{found.text} {found.probability:.3f}"
     said = {"number": found.number, "answer": found.text, "probability": found.probability}
     return Reply(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 import torch
-from torch import Tensor
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, naming, short
 from regiongpt.images import ImageSource, load_image
@@ -30,7 +29,16 @@ from regiongpt.inference.engine import (
     question_turns,
     to_int8,
 )
-from regiongpt.inference.options import ROWS, WAYS, By, ClassifyOptions, Generation, Memory, Options
+from regiongpt.inference.options import (
+    ROWS,
+    WAYS,
+    By,
+    ClassifyOptions,
+    Detail,
+    Generation,
+    Memory,
+    Options,
+)
 from regiongpt.model import weights
 from regiongpt.prompts import check_choices, check_placeholders, check_text
 from regiongpt.prompts import question as task_question
@@ -55,6 +63,7 @@ class Question:
     regions: Regions = ()
     image: ImageSource | None = None
     history: Sequence[Turn] = ()
+    detail: Detail | None = None
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -227,7 +236,7 @@ class RegionPredictor:
             for image, regions, prompt, own in checked:
                 scene = here if image is None else self._encoded(image)
                 assert scene is not None
-                yield scene, replace(prompt, pooled=self.engine.pool(scene, regions)), own
+                yield scene, replace(prompt, pooled=self.engine.pool(scene, regions, own.detail)), own
 
         return self.engine.answers(asked(), began)
 
@@ -249,6 +258,7 @@ class RegionPredictor:
                     digest = blake2b(f"{options.seed} {place}".encode(), digest_size=8).digest()
                     own["seed"] = int.from_bytes(digest) >> 1
                 settings = options.replace(**own)
+                self.engine.processor.check_detail(settings.detail)
                 turns, regions = question_turns(question.history, question.text), Region.list_of(question.regions)
                 same = (repr(turns), len(regions), settings.max_new_tokens)
                 if same not in prompts:
@@ -278,19 +288,25 @@ class RegionPredictor:
     def conversation(self, regions: Regions = ()) -> "Conversation":
         """Begin a conversation about the image set now, whose turns all speak of the same regions."""
         scene, listed = self._here(), Region.list_of(regions)
-        pooled = self.engine.pool(scene, listed)
-        return Conversation(engine=self.engine, scene=scene, regions=tuple(listed), pooled=pooled)
+        check_regions(listed, scene.width, scene.height)
+        return Conversation(engine=self.engine, scene=scene, regions=tuple(listed))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Tasks
 
     @overload
-    def describe(self, regions: Region, *, brief: bool = ..., max_new_tokens: int = ...) -> Answer: ...
+    def describe(
+        self, regions: Region, *, brief: bool = ..., max_new_tokens: int = ..., detail: Detail = ...
+    ) -> Answer: ...
 
     @overload
-    def describe(self, regions: Sequence[Region], *, brief: bool = ..., max_new_tokens: int = ...) -> list[Answer]: ...
+    def describe(
+        self, regions: Sequence[Region], *, brief: bool = ..., max_new_tokens: int = ..., detail: Detail = ...
+    ) -> list[Answer]: ...
 
-    def describe(self, regions: Regions, *, brief: bool = False, max_new_tokens: int = 128) -> Answer | list[Answer]:
+    def describe(
+        self, regions: Regions, *, brief: bool = False, max_new_tokens: int = 128, detail: Detail = "fast"
+    ) -> Answer | list[Answer]:
         """Describe regions, each on its own, in one batch; ``brief`` asks for a caption of a few words.
 
         Returns:
@@ -303,7 +319,7 @@ class RegionPredictor:
         if not isinstance(brief, bool):
             raise ConfigError(f"expected brief as True or False, got {brief!r:.80}")
         text = task_question("caption" if brief else "describe", regions=[1])
-        options = Options(max_new_tokens=max_new_tokens)
+        options = Options(max_new_tokens=max_new_tokens, detail=detail)
         found = self.engine.answer_each(self._here(), text, Region.list_of(regions), options)
         return found[0] if isinstance(regions, Region) else found
 
@@ -328,7 +344,7 @@ class RegionPredictor:
             choices: at least one name, none twice. Default: the names of ``label_set``.
             **options: any of ``label_set`` ("COCO-80"), the set named in the question; ``generate``: also generate the
                 answer freely, as the paper's exact-match protocol does; ``top_k``: keep only so many of the most
-                probable choices in the result.
+                probable choices in the result; ``detail``, as for :meth:`ask`.
 
         Returns:
             A result for a region, a list of them for a list.
@@ -345,13 +361,20 @@ class RegionPredictor:
         return found[0] if isinstance(regions, Region) else found
 
     @overload
-    def locate(self, expression: str, regions: Regions, *, by: By = ...) -> Located: ...
+    def locate(self, expression: str, regions: Regions, *, by: By = ..., detail: Detail = ...) -> Located: ...
 
     @overload
-    def locate(self, expression: list[str] | tuple[str, ...], regions: Regions, *, by: By = ...) -> list[Located]: ...
+    def locate(
+        self, expression: list[str] | tuple[str, ...], regions: Regions, *, by: By = ..., detail: Detail = ...
+    ) -> list[Located]: ...
 
     def locate(
-        self, expression: str | list[str] | tuple[str, ...], regions: Regions, *, by: By = "both"
+        self,
+        expression: str | list[str] | tuple[str, ...],
+        regions: Regions,
+        *,
+        by: By = "both",
+        detail: Detail = "fast",
     ) -> Located | list[Located]:
         """Choose the region that an expression, or each of several, refers to, or none.
 
@@ -361,6 +384,7 @@ class RegionPredictor:
             by: ``"answer"``, the paper's way: one question about all regions, with ``Region [N]`` and the no-match
                 sentence as choices; ``"words"``: how probable the expression is as the name of each region, which
                 always chooses one; or ``"both"``: by the answer whether any of them fits, and by the words which.
+            detail: as for :meth:`ask`.
 
         Raises:
             RegionError: a region does not fit the image, or none was given.
@@ -380,7 +404,7 @@ class RegionPredictor:
             raise ConfigError(f"by: expected one of {', '.join(WAYS)}, got {short(by)}")
         if not listed:
             raise RegionError("expected at least one region to choose from, got none")
-        pooled = self.engine.pool_each(scene, listed)
+        pooled = self.engine.pool_each(scene, listed, detail)
         found = locate_expressions(self.engine, scene, pooled, [each.strip() for each in expressions], by)
         return found[0] if isinstance(expression, str) else found
 
@@ -399,7 +423,7 @@ class RegionPredictor:
         self, scene: Scene, question: str, regions: Regions, history: Sequence[Turn], options: Options
     ) -> Prompt:
         turns, listed = question_turns(history, question), Region.list_of(regions)
-        pooled = self.engine.pool(scene, listed)
+        pooled = self.engine.pool(scene, listed, options.detail)
         return self.engine.prompt(turns, pooled, len(listed), options.max_new_tokens, notes(listed))
 
 
@@ -418,7 +442,6 @@ class Conversation:
     engine: Engine
     scene: Scene = field(repr=False)
     regions: tuple[Region, ...]
-    pooled: Tensor = field(repr=False)
     messages: list[Turn] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
 
@@ -456,11 +479,11 @@ class Conversation:
         return pieces()
 
     def _prepare(self, question: str, options: Options) -> Prompt:
-        kept = list(self.messages)
+        kept, pooled = list(self.messages), self.engine.pool(self.scene, self.regions, options.detail)
         while True:
             try:
                 turns = question_turns(kept, question)
-                prompt = self.engine.prompt(turns, self.pooled, len(self.regions), options.max_new_tokens)
+                prompt = self.engine.prompt(turns, pooled, len(self.regions), options.max_new_tokens)
                 break
             except TooLong:
                 if not kept:

@@ -95,6 +95,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         image_marks: whether the word embedding of ``<image>`` is added to each image token's own.
         region_position: length of a code of the region's place and size in the image that is added to its embedding;
             0 adds none, as in the paper.
+        region_crop: whether a second look, the region's own crop through the same tower, may add to its features.
         initializer_range: standard deviation of freshly initialised weights.
 
     Raises:
@@ -119,6 +120,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     region_number_offset: int = 0
     image_marks: bool = False
     region_position: float = 0.0
+    region_crop: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -139,7 +141,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
             value = getattr(self, name)
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             self._must(name, is_whole or (value is None and name in sizes), "a whole number")
-        self._must("image_marks", isinstance(self.image_marks, bool), "true or false")
+        for name in ("image_marks", "region_crop"):
+            self._must(name, isinstance(getattr(self, name), bool), "true or false")
         is_number = isinstance(self.region_position, int | float) and 0 <= self.region_position < float("inf")
         self._must("region_position", is_number, "a number of at least 0")
         is_known = isinstance(self.refinement, str) and self.refinement in REFINEMENTS
@@ -187,6 +190,17 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         """Rows and columns of region weights: the refined grid, and a row for the box if its position is coded."""
         rows, columns = self.refined_grid
         return rows + bool(self.region_position), columns
+
+    @property
+    def crop_size(self) -> int:
+        """Side in pixels of a region's own crop, 224 or the tower's if that is less; 0 without ``region_crop``."""
+        patch = int(self.vision_config.patch_size)
+        return min(self.image_size, max(1, 224 // patch) * patch) if self.region_crop else 0
+
+    @property
+    def crop_channels(self) -> int:
+        """Channels of a region's own crop: the tower's, without those of the position, which say nothing there."""
+        return int(getattr(self.vision_config, "stage_channels", self.vision_config.hidden_size))
 
     @property
     def feature_channels(self) -> int:

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from regiongpt.errors import DataError, RegionError
+from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.model.configuration import REFINEMENTS, RegionGPTConfig
 from regiongpt.model.towers import tower_features
 
@@ -32,7 +32,10 @@ IGNORE = -100
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What the installed transformers calls a cache; ``past_key_values`` became ``cache`` in 5.24."""
 
-_VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_ids")
+CROPS = 16
+"""Crops that go through the tower at a time."""
+
+_VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_ids", "region_crops")
 
 
 class Deconvolution(nn.ConvTranspose2d):
@@ -68,6 +71,8 @@ class Refinement(nn.Module):
             self.deconv_2 = Deconvolution(channels, channels, 2, stride=2)
         self.bilinear_scale = REFINEMENTS[config.refinement] // (4 if self.deconvolves else 1)
         self.image_grid = (config.image_grid[0], config.image_grid[1])
+        if config.region_crop:
+            self.crop_projection = nn.Linear(config.crop_channels, channels, bias=False)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Apply the learned part: (B, C, H, W) to the refined map, or to the map of which that is an upsampling."""
@@ -78,15 +83,20 @@ class Refinement(nn.Module):
             x = F.gelu(self.deconv_2(F.gelu(x)))
         return x  # type: ignore[no-any-return]
 
-    def pool_regions(self, map_BChw: Tensor, weights_BRHW: Tensor) -> Tensor:
+    def pool_regions(self, map_BChw: Tensor, weights_BRHW: Tensor, crops: Tensor | None = None) -> Tensor:
         """Average what ``forward`` returned over each region: (B, R, C). Paper: §3.1, mask pooling.
 
-        Weights (B, R, H, W) on the refined grid sum to 1 for each region; rows of zeros give zeros.
+        Weights (B, R, H, W) on the refined grid sum to 1 for each region; rows of zeros give zeros. To that comes what
+        ``crops``, the features of the regions' own crops, say; one row may be for several rows of weights.
         """
         if self.bilinear_scale > 1:
             up_Hh, up_Ww = (upsampling_matrix(n, self.bilinear_scale, map_BChw.device) for n in map_BChw.shape[-2:])
             weights_BRHW = up_Hh.T @ weights_BRHW.to(up_Hh.dtype) @ up_Ww
-        return mask_pool(map_BChw, weights_BRHW)
+        pooled_BRC = mask_pool(map_BChw, weights_BRHW)
+        if crops is None:
+            return pooled_BRC
+        seen_BRC: Tensor = self.crop_projection(crops.to(pooled_BRC))
+        return pooled_BRC + seen_BRC.repeat_interleave(pooled_BRC.shape[1] // max(1, crops.shape[1]), 1)
 
     def pool_image(self, map_BChw: Tensor) -> Tensor:
         """Average what ``forward`` returned down to the image grid (H, W): (B, H * W, C). Paper: §3.1, AdaPool."""
@@ -182,6 +192,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             init.copy_(module.weight, kernel[:, :, None, None].expand_as(module.weight))
         elif isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=module.in_channels**-0.5)
+        elif module is getattr(self.refinement, "crop_projection", None):
+            init.zeros_(module.weight)  # to begin with, a second look changes nothing
         elif isinstance(module, Connector):
             for linear in (module.linear_1, module.linear_2):
                 init.normal_(linear.weight, std=linear.in_features**-0.5)
@@ -212,6 +224,24 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """Run the frozen tower, whose output any number of questions can share: (B, 3, S, S) to (B, C, H, W)."""
         return tower_features(self.vision_tower, pixel_values, self.config.vision_feature_layer)
 
+    def encode_crops(self, crops: Tensor) -> Tensor:
+        """Features (B, R, C) of regions' own crops (B, R, 3, S, S): the mean of the frozen tower's grid over each.
+
+        A crop of zeros was left out, and its features are zeros. What is (B, R, C) already stays as it is.
+        """
+        if not self.config.region_crop:
+            raise ConfigError("region_crops: this model takes no second look; leave them out")
+        crops = crops.to(self.device)
+        if crops.dim() == 3:
+            return crops
+        shown = crops.flatten(-3).any(-1)
+        channels = self.config.crop_channels
+        features = torch.zeros(*shown.shape, channels, device=crops.device, dtype=self.dtype)
+        if shown.any():
+            seen = [self.encode_image(some)[:, :channels].mean((2, 3)) for some in torch.split(crops[shown], CROPS)]
+            features[shown] = torch.cat(seen)
+        return features
+
     def refine(self, vision_features: Tensor) -> Tensor:
         """Refine the tower's features (B, C, H, W), of any float dtype; raises DataError for another shape."""
         if tuple(vision_features.shape[1:]) != self.features_shape:
@@ -221,19 +251,24 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         weight = self.connector.linear_1.weight
         return self.refinement(vision_features.to(device=weight.device, dtype=weight.dtype))  # type: ignore[no-any-return]
 
-    def region_features(self, refined: Tensor, region_weights: Tensor) -> Tensor:
+    def region_features(self, refined: Tensor, region_weights: Tensor, region_crops: Tensor | None = None) -> Tensor:
         """Embed regions (B, R, D) from what ``refine`` returned. Paper: §3.1, ``H_r = h(Z_r)``.
 
         ``region_weights`` (B, R, H, W) lie on ``config.weights_grid``, or RegionError; each region's sum to 1. Where
-        positions are coded, a last row begins with the region's box as the processor writes it.
+        positions are coded, a last row begins with the region's box as the processor writes it. ``region_crops`` are
+        those of :meth:`forward`.
         """
+        if region_crops is not None:
+            region_crops = self.encode_crops(region_crops)
         if tuple(region_weights.shape[-2:]) != self.weights_grid:
             raise RegionError(
                 f"region_weights must lie on the refined grid {self.weights_grid}; got {tuple(region_weights.shape)}"
             )
         region_weights = region_weights.to(refined.device)
         rows = self.config.refined_grid[0]
-        embeds: Tensor = self.connector(self.refinement.pool_regions(refined, region_weights[..., :rows, :]))
+        embeds: Tensor = self.connector(
+            self.refinement.pool_regions(refined, region_weights[..., :rows, :], region_crops)
+        )
         if self.config.region_position:
             code = position_code(region_weights[..., rows, :4].float(), embeds.shape[-1])
             embeds = embeds + self.config.region_position * code.to(embeds)
@@ -270,6 +305,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         region_weights: Tensor | None = None,
         region_ids: Tensor | None = None,
         continues: bool = False,
+        region_crops: Tensor | None = None,
     ) -> Tensor:
         """Look words up and put visual embeddings in the places that stand for them: (B, T, D).
 
@@ -303,7 +339,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             if region_weights is None or region_ids is None:
                 raise RegionError("the text has <region> tokens, but region_weights or region_ids did not come")
             owners, rows = _region_rows(region_BT, region_ids, region_weights.shape[1], continues)
-            features = self.region_features(refined, region_weights)[owners, rows].to(embeds.dtype)
+            features = self.region_features(refined, region_weights, region_crops)[owners, rows].to(embeds.dtype)
             embeds = embeds.masked_scatter(region_BT[..., None], self.add_numbers(features, input_ids))
         return embeds  # type: ignore[no-any-return]
 
@@ -324,6 +360,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         num_items_in_batch: int | Tensor | None = None,
         loss_only: bool = False,
         past_key_values: Any = None,
+        region_crops: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position. Paper: §3.2, auto-regressive loss on the responses.
@@ -344,6 +381,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
                 this batch's losses is divided; by default, this batch's own number.
             loss_only: compute the head at target positions alone and return no logits.
             past_key_values: the older name of ``cache``.
+            region_crops: for a second look, regions' own crops (B, R, 3, S, S), or (B, R, C) from ``encode_crops``;
+                rows of zeros are left out.
             **kwargs: passed on to the language model.
 
         Returns:
@@ -359,7 +398,9 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         cache = past_key_values if cache is None else cache
         if input_ids is not None and inputs_embeds is None:
             continues = cache is not None and cache.get_seq_length() > 0
-            inputs_embeds = self.embed(input_ids, pixel_values, vision_features, region_weights, region_ids, continues)
+            inputs_embeds = self.embed(
+                input_ids, pixel_values, vision_features, region_weights, region_ids, continues, region_crops
+            )
         elif input_ids is not None or inputs_embeds is None:
             raise ValueError("forward takes exactly one of input_ids and inputs_embeds")
         call = {
@@ -409,12 +450,14 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     def generate(self, *args: Any, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
         """As ``transformers.GenerationMixin.generate``, from any of the inputs of ``forward``.
 
-        The image is encoded once for all beams, and placeholder tokens are never written.
+        The image and its crops are encoded once for all beams, and placeholder tokens are never written.
         """
         for name in {"cache", "past_key_values"} & kwargs.keys():
             kwargs[CACHE] = kwargs.pop(name)
         if pixel_values is not None:
             kwargs["vision_features"] = self.encode_image(pixel_values)
+        if kwargs.get("region_crops") is not None:
+            kwargs["region_crops"] = self.encode_crops(kwargs["region_crops"])
         placeholders = [i for i in (self.config.image_token_id, self.config.region_token_id) if i is not None]
         if placeholders and getattr(kwargs.get("generation_config"), "suppress_tokens", None) is None:
             kwargs.setdefault("suppress_tokens", placeholders)

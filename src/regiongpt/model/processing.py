@@ -102,6 +102,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             default that of the tokenizer's family.
         region_grid: side of the square grid of embeddings that a region becomes; 1 in the paper.
         region_boxes: put each region's box below its weights, for a model with ``region_position``.
+        crop_size: side in pixels of a region's own crop, for a model with ``region_crop``; 0 for any other.
 
     Raises:
         ConfigError: the tokenizer is slow or lacks a token, or ``region_format`` is wrong.
@@ -122,6 +123,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         chat_template: str | None = None,
         region_grid: int = 1,
         region_boxes: bool = False,
+        crop_size: int = 0,
     ):
         if not isinstance(region_format, str) or region_format.count(REGION_TOKEN) != 1:
             raise ConfigError(f"expected region_format with {REGION_TOKEN} once, got {region_format!r}")
@@ -140,6 +142,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         self.region_format = region_format
         self.region_grid = int(region_grid)
         self.region_boxes = bool(region_boxes)
+        self.crop_size = int(crop_size)
         mean = getattr(image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
         fill = [round(255 * level) for level in mean] if pad_fill is None else pad_fill
         self.pad_fill = [int(level) for level in fill]
@@ -200,8 +203,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     def pixels_of(self, picture: Image.Image) -> torch.Tensor:
         """``pixel_values`` (1, 3, S, S) of an image that :func:`regiongpt.images.load_image` has read."""
-        if max(picture.size) > _LARGEST_SIDE:
-            picture = picture.reduce(-(-max(picture.size) // _LARGEST_SIDE))
+        picture = _small_enough(picture)
         red, green, blue = self.pad_fill
         square = SquareFrame(*picture.size).pad(picture, fill=(red, green, blue))
         pixels: torch.Tensor = self.image_processor(square, return_tensors="pt")["pixel_values"]
@@ -241,6 +243,43 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             weights = np.concatenate([weights, boxes.repeat(self.tokens_per_region, 0)], 1)
         return torch.from_numpy(weights)
 
+    def crop_inputs(self, picture: Image.Image, regions: Sequence[Any]) -> torch.Tensor:
+        """Pixels of regions' own crops (R, 3, s, s): squares 1.25 times as long as they, inside the padded image.
+
+        Args:
+            picture: that :func:`regiongpt.images.load_image` has read.
+            regions: that fit it, in its pixels.
+
+        Raises:
+            ConfigError: the model takes no second look.
+        """
+        self.check_detail("careful")
+        small, fill, crops = _small_enough(picture), (self.pad_fill[0], self.pad_fill[1], self.pad_fill[2]), []
+        frame = SquareFrame(*small.size)
+        for region in regions:
+            bounds = np.multiply(Region.of(region).bounds(*picture.size), small.width / picture.width)
+            side = min(frame.side, max(1, round(1.25 * float(max(bounds[2:] - bounds[:2])))))
+            most = frame.side - side
+            x, y = (
+                min(max(round((low + high - side) / 2), -gap), most - gap)
+                for low, high, gap in zip(bounds[:2].tolist(), bounds[2:].tolist(), frame.offset, strict=True)
+            )
+            inside = (max(x, 0), max(y, 0), min(x + side, small.width), min(y + side, small.height))
+            crop = Image.new("RGB", (side, side), fill)
+            crop.paste(small.crop(inside), (inside[0] - x, inside[1] - y))
+            crops.append(crop.resize((self.crop_size, self.crop_size), self.image_processor.resample))
+        if not crops:
+            return torch.zeros(0, 3, self.crop_size, self.crop_size)
+        processed = self.image_processor(crops, do_resize=False, do_center_crop=False, return_tensors="pt")
+        return processed["pixel_values"]  # type: ignore[no-any-return]
+
+    def check_detail(self, detail: str) -> None:
+        """Raise ConfigError for a detail that there is not, or that needs a second look which the model cannot take."""
+        if detail not in ("fast", "careful"):
+            raise ConfigError(f"expected detail 'fast' or 'careful', got {short(detail)}")
+        if detail == "careful" and not self.crop_size:
+            raise ConfigError("detail: this model takes no second look (it was made without region_crop); give 'fast'")
+
     def encode_conversation(
         self,
         messages: Messages,
@@ -251,6 +290,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         region_weights: torch.Tensor | np.ndarray | None = None,
         add_generation_prompt: bool = False,
         with_image: bool = True,
+        detail: str = "fast",
         **variables: Any,
     ) -> dict[str, Any]:
         """Encode one conversation, for training or to be continued by the model. Paper: §3.2.
@@ -265,6 +305,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             add_generation_prompt: end where the assistant's answer begins. Unknown placeholders in earlier *answers*
                 are then plain text: the model wrote them.
             with_image: False for text without an image.
+            detail: ``"careful"`` adds ``region_crops`` (R, 3, s, s), a second look at the regions of ``image``.
             **variables: of the chat template.
 
         Returns:
@@ -295,7 +336,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             raise DataError("the conversation has no answer to learn from; add one, or set add_generation_prompt")
         if image is not None:
             encoded["pixel_values"] = self.pixels_of(image)[0]
-        return encoded
+        return encoded | self._second_look(regions, image, detail)
 
     def collate(self, encoded: Sequence[Mapping[str, Any]], padding_side: str = "right") -> BatchFeature:
         """Batch conversations of different lengths and numbers of regions.
@@ -306,8 +347,9 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` (-100 in the padding), all (B, T) int64; ``region_weights``
-            (B, R, gh, gw), rows of zeros in the padding, and ``region_ids`` (B, K), -1 in the padding; ``pixel_values``
-            or ``vision_features``. What no item has is absent.
+            (B, R, gh, gw), rows of zeros in the padding, and ``region_ids`` (B, K), -1 in the padding;
+            ``region_crops``, zeros where an item has none; ``pixel_values`` or ``vision_features``. What no item has is
+            absent.
 
         Raises:
             DataError: some items have an image and others have not.
@@ -326,6 +368,14 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         if any(len(item["region_ids"]) for item in encoded):
             for name, value in (("region_ids", -1), ("region_weights", 0)):
                 columns[name] = pad_sequence([item[name] for item in encoded], True, value)
+        crops = next((item["region_crops"] for item in encoded if "region_crops" in item), None)
+        if crops is not None and "region_ids" in columns:
+            rows = [len(item["region_weights"]) // self.tokens_per_region for item in encoded]
+            each = [
+                item.get("region_crops", crops.new_zeros(n, *crops.shape[1:]))
+                for item, n in zip(encoded, rows, strict=True)
+            ]
+            columns["region_crops"] = pad_sequence(each, True)
         for name in ("pixel_values", "vision_features"):
             have = [item[name] for item in encoded if name in item]
             if have and len(have) != size:
@@ -347,19 +397,21 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         images: Any = None,
         regions: Any = None,
         with_image: bool = True,
+        detail: str = "fast",
         **variables: Any,
     ) -> Any:
         """Render one conversation or a batch of them, and encode it if ``tokenize``.
 
         Args:
             conversation: messages as for :meth:`encode_conversation`, or a list of such conversations.
-            add_generation_prompt: as there, and so are ``with_image`` and the template's variables.
+            add_generation_prompt: as there, and so are ``with_image``, ``detail`` and the template's variables.
             tokenize: return tensors rather than text.
             return_dict: return all of the model's inputs rather than ``input_ids`` alone.
             return_tensors: ``"pt"``, all there is.
             images: one a conversation, or one for all; by default those found in the messages' content lists.
             regions: a list of regions a conversation (for a single conversation, simply its list).
             with_image: see above.
+            detail: see above.
             **variables: see above.
 
         Returns:
@@ -381,6 +433,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         how = {"add_generation_prompt": add_generation_prompt, "with_image": with_image, **variables}
         items = [
             self.encode_conversation(messages, None, own, image_size=picture and picture.size, **how)
+            | self._second_look(own, picture, detail)
             for messages, own, picture in zip(
                 conversations, _per_text(regions, len(conversations), batched), pictures, strict=True
             )
@@ -399,6 +452,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         padding: bool | str = True,
         padding_side: str = "left",
         add_special_tokens: bool = True,
+        detail: str = "fast",
     ) -> BatchFeature:
         """Encode text to which the chat template has been applied, with its images and regions.
 
@@ -410,6 +464,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             padding: anything true; the tensors are as long as the longest text.
             padding_side: ``"left"``, to generate, or ``"right"``.
             add_special_tokens: begin a text with the begin token where it lacks it.
+            detail: as for :meth:`encode_conversation`.
 
         Returns:
             The model's inputs as :meth:`collate` makes them; only ``pixel_values`` where there is no text.
@@ -436,7 +491,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             expanded, region_ids = expand_regions(one, self.region_format)
             item = self._encode(expanded if one.startswith(begin) else begin + expanded, [], region_ids)
             del item["labels"]
-            items.append(item | {"region_weights": self._weights(own, picture and picture.size), "warnings": notes})
+            item |= {"region_weights": self._weights(own, picture and picture.size), "warnings": notes}
+            items.append(item | self._second_look(own, picture, detail))
         return self._batch(items, pictures, padding_side, return_tensors)
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -463,6 +519,14 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         if size is None:
             raise DataError("regions need the size of their image; give the image, or image_size(s) as (width, height)")
         return self.region_inputs(regions, *size)
+
+    def _second_look(self, regions: Sequence[Any] | None, picture: Any, detail: str) -> dict[str, torch.Tensor]:
+        self.check_detail(detail)
+        if detail == "fast" or not regions:
+            return {}
+        if picture is None:
+            raise DataError("detail 'careful' looks at the regions in their image; give the image")
+        return {"region_crops": self.crop_inputs(picture, regions)}
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
@@ -517,6 +581,13 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             "labels": torch.tensor(labels),
             "region_ids": torch.tensor(region_rows, dtype=torch.long),
         }
+
+
+def _small_enough(picture: Image.Image) -> Image.Image:
+    """The image, or a smaller copy of one whose square would not fit into memory."""
+    if max(picture.size) > _LARGEST_SIDE:
+        picture = picture.reduce(-(-max(picture.size) // _LARGEST_SIDE))
+    return picture
 
 
 def _split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.float32]:

@@ -40,7 +40,7 @@ from regiongpt.prompts import chat_template as known_template
 from regiongpt.storage import check_checkpoint, check_new, new_folder
 
 _SHAPE = ("refinement", "refinement_channels", "connector_size", "image_size", "image_grid", "vision_feature_layer",
-          "image_marks", "region_position")  # fmt: skip
+          "image_marks", "region_position", "region_crop")  # fmt: skip
 Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
 
 
@@ -107,7 +107,8 @@ def create(
             ``region_format``, to the region's own.
         dtype: of all weights; the one that the language model is stored in when None.
         **shape: of :class:`RegionGPTConfig`: ``refinement``, ``refinement_channels``, ``connector_size``,
-            ``image_size``, ``image_grid``, ``vision_feature_layer``, ``image_marks``, ``region_position``.
+            ``image_size``, ``image_grid``, ``vision_feature_layer``, ``image_marks``, ``region_position``,
+            ``region_crop``.
 
     Returns:
         The model in evaluation mode, and its processor.
@@ -316,6 +317,7 @@ def _join(
         num_image_tokens=config.num_image_tokens,
         refined_grid=list(config.refined_grid),
         region_boxes=bool(config.region_position),
+        crop_size=config.crop_size,
         **processing,
     )
     # Only the tokens are the language model's: its sampling settings are not how this model answers.
@@ -377,7 +379,7 @@ def _check_numbers(model: Any, folder: Path) -> None:
 
 def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: Path) -> None:
     """Model and processor meet in these numbers; files from two checkpoints would disagree in silence."""
-    for name in ("image_size", "num_image_tokens", "refined_grid", "image_token_id", "region_token_id"):
+    for name in ("image_size", "num_image_tokens", "refined_grid", "image_token_id", "region_token_id", "crop_size"):
         came, expected = getattr(processor, name), getattr(config, name)
         expected = list(expected) if isinstance(expected, tuple) else expected
         if came != expected:

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -87,6 +88,10 @@ class RecordDataset(Dataset[Example]):
             weights = self.processor.region_inputs([each.region for each in record.regions], *image.size)
             example = self._encode_turns(record, drawn, weights)
             example["pixel_values"] = self.processor.pixels_of(image)[0]
+            if self.processor.crop_size:
+                regions = [each.region for each in record.regions]
+                example["region_crops"] = self.processor.crop_inputs(image, regions)
+                example["region_crops"][left_out(len(regions), self.mixture.seed, drawn.times, drawn.index)] = 0
         except (DataError, RegionError) as error:
             raise DataError(f"{where}: {error}; `regiongpt inspect` checks all records of a folder") from error
         return example
@@ -150,6 +155,11 @@ class DataCollator:
         return batch
 
 
+def left_out(count: int, *key: int) -> Tensor:
+    """Which of some regions go without a second look, (count,) bool: half of them, so that a model learns both."""
+    return torch.from_numpy(np.random.default_rng((41, *key)).random(count) < 0.5)
+
+
 def answer_loss(model: Any, batch: dict[str, Any], items: Any) -> Tensor:
     """Loss of the answers: a sum over target tokens, divided by their number in the whole optimiser step (``items``).
 
@@ -162,6 +172,8 @@ def answer_loss(model: Any, batch: dict[str, Any], items: Any) -> Tensor:
     if "pixel_values" not in batch and "vision_features" not in batch:
         blank = loss.new_zeros((1, *model.features_shape))
         loss = loss + 0.0 * model.image_features(model.refine(blank)).sum()
+    if model.config.region_crop:
+        loss = loss + 0.0 * model.refinement.crop_projection.weight.sum()
     return loss
 
 

@@ -89,6 +89,8 @@ class ModelConfig(Settings):
     """Add the word embedding of ``<image>`` to each image token."""
     region_position: float = Field(0.0, ge=0, le=100)
     """Length of the code of a region's place and size that is added to its embedding; 0 adds none."""
+    region_crop: bool = False
+    """Let a region's own crop, left out of half the examples, add to its features: ``--detail careful`` looks twice."""
     chat_template: str = ""
     """Chat template, one that ``regiongpt weights create --help`` lists; guessed from the language model when empty."""
 

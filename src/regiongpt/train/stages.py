@@ -263,6 +263,7 @@ def _shape_options(shape: ModelConfig) -> dict[str, Any]:
         "connector_size": shape.connector_size or None,
         "image_grid": [shape.image_grid] * 2 if shape.image_grid else None,
         "region_position": shape.region_position,
+        "region_crop": shape.region_crop,
     }
 
 
@@ -287,7 +288,7 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
         return
     config = read_shape(folder)
     wanted = new_shape(shape, tower_shape(shape.vision), language_shape(shape.language))
-    names = ["refinement", "refinement_channels", "connector_size", "region_position"]
+    names = ["refinement", "refinement_channels", "connector_size", "region_position", "region_crop"]
     names += ["image_size"] if shape.image_size else []
     names += ["image_grid"] if shape.image_grid else []
     pairs = {name: (getattr(config, name), getattr(wanted, name)) for name in names}

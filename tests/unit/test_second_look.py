@@ -1,0 +1,225 @@
+"""A second look at regions, their own crops: what it sees, what it adds, when it is left out."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from asking import boxes, photograph, tiny_parts
+from PIL import Image
+
+from regiongpt.cli import main
+from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.errors import ConfigError, DataError
+from regiongpt.images import load_image
+from regiongpt.inference import Question, RegionPredictor
+from regiongpt.model import weights
+from regiongpt.regions import Region
+from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
+
+TOWERS = ["clip_vision_model", "efficientnet_lite"]
+DESCRIBE = "What is <region1>, beside <region2>?"
+
+
+def looking(tower: str = "clip_vision_model", trained: bool = True, **options: Any) -> tuple[Any, Any]:
+    """A model that looks twice, and one whose second look says something if it is ``trained``."""
+    model, processor = tiny_parts(tower, "plain", region_crop=True, **options)
+    if trained:
+        torch.nn.init.normal_(model.refinement.crop_projection.weight, std=5.0)
+    return model, processor
+
+
+def colours(processor: Any, picture: Image.Image, region: Region) -> np.ndarray:
+    """Red of the crop, (s, s), 0 to 255."""
+    (pixels,) = processor.crop_inputs(picture, [region])
+    each = processor.image_processor
+    return (pixels[0].numpy() * each.image_std[0] + each.image_mean[0]) * 255
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_what_is_untrained_changes_nothing(tower: str) -> None:
+    predictor = RegionPredictor(*looking(tower, trained=False)).set_image(photograph())
+    regions = boxes(3)
+    scene = predictor._here()
+    fast, careful = (predictor.engine.pool(scene, regions, detail) for detail in ("fast", "careful"))
+    assert torch.equal(fast, careful)
+    assert len(scene.crops) == 3
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_way_of_asking_looks_twice(tower: str) -> None:
+    predictor = RegionPredictor(*looking(tower)).set_image(photograph())
+    one, two = boxes(2)
+    few: Any = {"max_new_tokens": 8}
+    said = {}
+    for detail in ("fast", "careful"):
+        how = {"detail": detail, **few}
+        said[detail] = [
+            predictor.ask(DESCRIBE, [one, two], **how).text,
+            "".join(predictor.stream(DESCRIBE, [one, two], **how)).strip(),
+            predictor.conversation([one, two]).ask(DESCRIBE, **how).text,
+            predictor.ask_many([Question(text=DESCRIBE, regions=[one, two], detail=detail)], **few)[0].text,
+            [answer.text for answer in predictor.describe([one, two], **how)],
+            predictor.classify([one, two], ["cat", "hot dog"], detail=detail)[0].probabilities["hot dog"],
+            predictor.locate("the cat", [one, two], detail=detail).probability,
+        ]
+        assert len(set(said[detail][:4])) == 1
+    assert all(fast != careful for fast, careful in zip(*said.values(), strict=True))
+
+
+def test_batches_and_single_crops_are_alike_and_each_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = RegionPredictor(*looking("efficientnet_lite")).set_image(photograph())
+    engine, scene, regions = predictor.engine, predictor._here(), boxes(20)
+    counts, encode = [], engine.model.encode_image
+    monkeypatch.setattr(engine.model, "encode_image", lambda pixels: counts.append(len(pixels)) or encode(pixels))
+    together = engine.pool(scene, regions, "careful")
+    assert counts == [16, 4]
+    assert torch.equal(engine.pool(scene, regions[::-1], "careful").flip(0), together)
+    assert counts == [16, 4]
+    scene.crops.clear()
+    alone = torch.cat([engine.pool(scene, [region], "careful") for region in regions])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+
+
+def test_the_processor_and_generate_say_what_the_predictor_says() -> None:
+    model, processor = looking(region_position=1.0)
+    predictor = RegionPredictor(model, processor).set_image(photograph())
+    regions, turns = boxes(2), [{"role": "user", "content": DESCRIBE}]
+    how: Any = {"images": [photograph()], "regions": regions, "detail": "careful"}
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    inputs = processor(text=text, **how)
+    templated = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True, **how)
+    assert all(torch.equal(inputs[name], templated[name]) for name in inputs)
+    for beams in (1, 2):
+        new = model.generate(**inputs, max_new_tokens=8, do_sample=False, num_beams=beams)
+        written = processor.tokenizer.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        if beams == 1:
+            assert written.strip() == predictor.ask(DESCRIBE, regions, detail="careful", max_new_tokens=8).text
+    features = model.encode_crops(inputs["region_crops"])
+    logits = [model(**{**inputs, "region_crops": each}).logits for each in (inputs["region_crops"], features)]
+    assert torch.equal(*logits)
+
+
+def test_fast_and_careful_items_share_a_batch() -> None:
+    model, processor = looking()
+    turns = [{"role": "user", "content": "What is <region1>?"}]
+    how: Any = {"image": photograph(), "add_generation_prompt": True}
+    items = [
+        processor.encode_conversation(turns, regions=boxes(count), detail=detail, **how)
+        for count, detail in ((1, "careful"), (3, "fast"), (2, "careful"))
+    ]
+    batch = processor.collate([{**item, "warnings": []} for item in items])
+    assert batch["region_crops"].shape[:2] == (3, 3)
+    for row, item in enumerate(items):
+        alone = model(**processor.collate([item])).logits[0]
+        together = model(**batch).logits[row, : len(alone)]
+        torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_a_crop_is_a_quarter_larger_than_its_region_and_stays_in_the_padded_image() -> None:
+    _, processor = looking("efficientnet_lite")
+    columns = np.tile(np.arange(200, dtype=np.uint8), (100, 1))
+    picture = load_image(np.stack([columns] * 3, -1))
+    middle = colours(processor, picture, Region.box(80, 40, 120, 60))  # 50 px around (100, 50)
+    assert 74 <= middle[32, 0] <= 77
+    assert 122 <= middle[32, -1] <= 125
+    left = colours(processor, picture, Region.box(0, 40, 40, 60))  # shifted by 5 px
+    assert left[32, 0] <= 2
+    assert 47 <= left[32, -1] <= 50
+    above = colours(processor, picture, Region.box(80, 0, 160, 10))  # the image begins half way down
+    assert np.allclose(above[:26], processor.pad_fill[0], atol=1)
+    assert 70 <= above[60, 0] <= 74
+    whole = colours(processor, picture, Region.box(-50, -50, 300, 300))
+    assert np.allclose(whole, colours(processor, picture, Region.box(0, 0, 200, 100)))
+    outline = Region.polygon([(80, 40), (120, 40), (100, 60)])  # by its bounds, with nothing masked out
+    assert np.allclose(colours(processor, picture, outline), middle)
+
+
+@pytest.mark.parametrize("refinement", ["deconv", "bilinear", "none"])
+def test_it_survives_a_folder(tmp_path: Path, refinement: str) -> None:
+    model, processor = looking(refinement=refinement)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    found = [
+        RegionPredictor(*parts).set_image(photograph()).classify(boxes(2), ["cat", "dog"], detail="careful")
+        for parts in ((model, processor), weights.load(tmp_path))
+    ]
+    assert [each.label for each in found[0]] == [each.label for each in found[1]]
+    assert found[0][0].probability == pytest.approx(found[1][0].probability, abs=1e-5)
+
+
+def test_a_model_without_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = tiny_parts()
+    predictor = RegionPredictor(model, processor).set_image(photograph())
+    region = boxes(1)
+    asked = [Question(text="What is <region1>?", regions=region), Question(text="Hello?", detail="careful")]
+    for ask in (
+        lambda: predictor.ask("Hello?", detail="careful"),
+        lambda: predictor.describe(region, detail="careful"),
+        lambda: predictor.locate("a cat", region, detail="careful"),
+        lambda: next(predictor.answers(asked)),
+        lambda: processor(images=photograph(), text="<image> <region1>", regions=region, detail="careful"),
+        lambda: model.encode_crops(torch.ones(1, 1, 3, 28, 28)),
+    ):
+        with pytest.raises(ConfigError, match="second look"):
+            ask()
+    with pytest.raises(ConfigError, match="detail"):
+        predictor.ask("Hello?", detail="slow")  # type: ignore[arg-type]
+    photo = tmp_path / "photo.png"
+    Image.fromarray(photograph()).save(photo)
+    for verb in (["describe", str(photo)], ["ask", str(photo), "What is <region1>?"]):
+        assert main([*verb, "--box", "4,4,20,20", "--detail", "careful"]) == 2
+        assert "second look" in capsys.readouterr().err
+
+
+def test_a_second_look_needs_the_image() -> None:
+    _, processor = looking()
+    with pytest.raises(DataError, match="image"):
+        processor(text="<image> <region1>", regions=boxes(1), detail="careful")
+
+
+def test_training_leaves_half_of_the_crops_out_by_seed_item_and_region(tmp_path: Path) -> None:
+    model, processor = looking(trained=False)
+    Image.fromarray(photograph()).save(tmp_path / "photo.png")
+    regions = tuple(RecordRegion(region=region, category="cat") for region in boxes(12))
+    turns = (Turn(task="classify", answer="cat", regions=(1,), label_set="COCO-80"),)
+    record = Record(id="a", source="jsonl", image="photo.png", width=60, height=40, regions=regions, turns=turns)
+
+    class Records(list[Record]):
+        folder = tmp_path
+
+        def image_path(self, record: Record) -> Path | None:
+            return tmp_path / record.image if record.image else None
+
+    class Mixed:
+        seed = 0
+
+        def draw(self, item: int) -> Any:
+            from regiongpt.data.mixture import Drawn
+
+            return Drawn(records=Records([record] * 30), index=item % 30, times=item // 30)  # type: ignore[arg-type]
+
+    mixture: Any = Mixed()
+    dataset = RecordDataset(mixture, processor, 60)
+
+    def kept(item: int) -> list[bool]:
+        return dataset[item]["region_crops"].flatten(1).any(1).tolist()
+
+    drawn = [kept(item) for item in range(60)]
+    assert drawn == [kept(item) for item in range(60)]
+    assert 0.4 < np.mean(drawn) < 0.6
+    assert len({tuple(each) for each in drawn}) > 50
+    mixture.seed = 1
+    assert kept(3) != drawn[3]
+    model.train()
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    batch = DataCollator(processor, ())([dataset[item] for item in range(4)])
+    for _ in range(2):
+        optimizer.zero_grad()
+        answer_loss(model, dict(batch), None).backward()
+        optimizer.step()
+    model.eval()
+    predictor = RegionPredictor(model, processor).set_image(photograph())
+    fast, careful = (predictor.engine.pool(predictor._here(), boxes(2), how) for how in ("fast", "careful"))
+    assert not torch.allclose(fast, careful)
