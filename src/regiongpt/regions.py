@@ -23,7 +23,6 @@ from regiongpt.coverage import (
     BoxShape,
     PixelShape,
     Shape,
-    TangledShape,
     decode_rle,
     polygon_shape,
     stroke_shape,
@@ -329,7 +328,7 @@ class Region(ABC):
                 "or False if these are pixels) or multiply by the image's width and height"
             )
         shape = self._shape(width, height, name)
-        if not isinstance(shape, TangledShape) and not shape.area >= MIN_AREA:
+        if not shape.area >= MIN_AREA:
             raise RegionError(f"{name}: {self} covers nothing of the image of {width} x {height} pixels (W x H)")
         return shape
 

@@ -30,7 +30,6 @@ from regiongpt.data.reading import (
     image_name,
     is_number,
     is_unicode,
-    is_whole,
     iter_array,
     iter_arrays,
     known_size,
@@ -107,13 +106,10 @@ def read_annotation(entry: Any) -> Annotation:
     """An entry as a typed row; Fault if it is not an object, or its id or ``iscrowd`` cannot be used."""
     if not isinstance(entry, dict):
         raise Fault(MALFORMED, f"expected an object, got {short(entry)}")
-    number, image, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
-    if not (is_whole(number) and is_whole(image) and is_whole(category)):
-        if number is not None and number_of(number) is None:
-            raise Fault(MALFORMED, f"expected an id as a whole number or text, got {short(entry)}")
-        number, image, category = map(number_of, (number, image, category))
-    given = entry.get("iscrowd")
-    if (crowd := is_crowd(given)) is None:
+    number, image, category = (number_of(entry.get(key)) for key in ("id", "image_id", "category_id"))
+    if number is None and entry.get("id") is not None:
+        raise Fault(MALFORMED, f"expected an id as a whole number or text, got {short(entry)}")
+    if (crowd := is_crowd(entry.get("iscrowd"))) is None:
         raise Fault(MALFORMED, f"expected iscrowd as 0 or 1, got {short(entry)}")
     mask, box, area = read_mask(entry.get("segmentation")), read_box(entry.get("bbox")), entry.get("area")
     boxless = box is None or not (0 < box[2] < math.inf and 0 < box[3] < math.inf)
@@ -156,8 +152,10 @@ def overhangs(box: Corners, width: int, height: int) -> bool:
 def warn_of_overhang(count: int, total: int, path: Path) -> None:
     """Warn where more than a tenth of a file's boxes overhang."""
     if count > total / 10:
-        told = "%s: %s of %s reach far beyond their images: COCO's are x, y, width, height, not x0, y0, x1, y1"
-        log.warning(told, path, f"{count:,}", many(total, "box"))
+        boxes = f"{count:,} of {many(total, 'box')}"
+        log.warning(
+            "%s: %s reach far beyond their images: COCO's are x, y, width, height, not x0, y0, x1, y1", path, boxes
+        )
 
 
 def crowd_hint(rejects: Rejects) -> str:
@@ -167,9 +165,12 @@ def crowd_hint(rejects: Rejects) -> str:
 
 def number_of(identity: Any) -> int | None:
     """An id as a number; text that is not a number gets one from 2**62 on by its hash."""
-    if whole(identity) is None and isinstance(identity, str) and identity and is_unicode(identity):
+    if type(identity) is int and 0 <= identity < 1 << 63:  # nearly always
+        return identity
+    number = whole(identity)
+    if number is None and isinstance(identity, str) and identity and is_unicode(identity):
         return int.from_bytes(blake2b(identity.encode(), digest_size=8).digest()) >> 2 | 1 << 62
-    return whole(identity)
+    return number
 
 
 def is_crowd(value: Any) -> bool | None:
@@ -201,12 +202,9 @@ def read_mask(segmentation: Any) -> Mask:
     sound = True
     for given in [listed] if is_ring else listed:
         try:
-            ring = array("d", given)
-        except (TypeError, OverflowError):
-            try:
-                ring = array("d", np.asarray(given, np.float64).ravel())
-            except (TypeError, ValueError, OverflowError):
-                ring = array("d", [0.0])
+            ring = array("d", np.asarray(given, np.float64).tobytes())
+        except (TypeError, ValueError, OverflowError):
+            ring = array("d", [0.0])
         if len(ring) % 2:
             reason = f"expected x, y, x, y, ..., got {short(given)}"
             faults.append(Fault("polygon that is not pairs of numbers", reason))
@@ -310,9 +308,8 @@ class ImageFinder:
 
     def _there(self, names: Iterable[str]) -> str:
         """The first of some names, in any spelling, that is a file below the folder; ``""`` if none is."""
-        spelt = (path for name in names for path in _spellings(name))
-        sound = (path for path in spelt if is_unicode(path) and is_below(path))
-        return next((path for path in sound if os.path.isfile(f"{self._folder}/{path}")), "")
+        spelt = (path for name in names for path in _spellings(name) if is_unicode(path) and is_below(path))
+        return next((path for path in spelt if os.path.isfile(f"{self._folder}/{path}")), "")
 
     def _below(self, name: str) -> Iterator[str]:
         """A name as it is, and without the folders that the images' folder ends in."""
@@ -338,7 +335,7 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
         DataError: No entry matches, or several do.
     """
     path = PurePosixPath(Path(image).absolute().as_posix())
-    found: dict[tuple[bool, bool, int, bool, bool], list[Mapping[str, Any]]] = {}
+    ranked = []
     for entry in images:
         for k, name in enumerate(_names(entry)):
             own = PurePosixPath(name)
@@ -347,14 +344,14 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
                 folders = own.parent.parts
                 pairs = zip(folders[::-1], path.parent.parts[::-1], strict=False)
                 shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(folders))
-                rank = (same, k == 0, shared, shared == len(folders), own.name == path.name)
-                found.setdefault(rank, []).append(entry)
-    best = found[max(found)] if found else []
+                ranked.append(((same, k == 0, shared, shared == len(folders), own.name == path.name), entry))
+    most = max((rank for rank, _ in ranked), default=())
+    best = [entry for rank, entry in ranked if rank == most]
     if len({str(entry.get("id")) for entry in best}) != 1:
         listed = ", ".join(_names(entry)[0] for entry in best[:4])
         several = f"{len(best)} images that may be {path.name}: {listed}" if best else f"no image called {path.name}"
         raise DataError(f"{file} has {several}; give --image-id")
-    if not max(found)[3]:
+    if not most[3]:
         log.warning("%s: %s is taken for %s, by the last part of the name alone", file, _names(best[0])[0], image)
     return best[0]
 
@@ -516,15 +513,15 @@ class InstancesFile:
 
     def _settle_images(self) -> None:
         """Find the images' files, and leave out images that cannot be used."""
-        absent, partly = (
-            {self.name_of(k): entry[key] for k, entry in self._entries.items() if type(entry.get(key)) is list}
+        listed = [
+            {self.name_of(k): each[key] for k, each in self._entries.items() if type(each.get(key)) is list}
             for key in _LVIS
-        )
-        is_lvis = 0 < len(self._entries) == len(absent) == len(partly)
+        ]
+        is_lvis = all(0 < len(self._entries) == len(each) for each in listed)
         frequency = {number: self._categories[number].get("frequency") for number in self.names}
         self.federated: dict[str, Any] | None = None
         if is_lvis and all(each in ("r", "c", "f") for each in frequency.values()):
-            self.federated = {"absent": absent, "partly": partly, "frequency": frequency}
+            self.federated = {"absent": listed[0], "partly": listed[1], "frequency": frequency}
         finder = ImageFinder(list(self._entries.values()), self._folder, is_lvis)
         frames: dict[int, tuple[int, int, str]] = {}
         for number, entry in self._entries.items():
@@ -732,8 +729,7 @@ class CocoSource(NamedTuple):
     captions: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class CocoData:
+class CocoData(NamedTuple):
     """Usable images of a list of sources, by source and image id, and the number of unusable records by fault."""
 
     images: tuple[ImageAnnotations, ...]
@@ -743,7 +739,7 @@ class CocoData:
         """One line for the log."""
         objects = sum(len(image.objects) for image in self.images)
         captions = sum(len(image.captions) for image in self.images)
-        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items())) or "nothing"
+        faults = ", ".join(f"{count} {kind}" for kind, count in self.skipped.items()) or "nothing"
         return f"{len(self.images)} images, {objects} objects, {captions} captions; left out: {faults}"
 
 
@@ -756,14 +752,13 @@ def photo_sources(root: Path, split: str) -> list[CocoSource]:
     Raises:
         DataError: The folder has no such split.
     """
-    root = Path(root)
     instances, captions, small = (
         root / name for name in (f"instances_{split}.json", f"captions_{split}.json", f"instances_{split}_small.json")
     )
     if not instances.is_file():
         raise DataError(f"expected COCO annotations at {instances}, found none; give the folder that holds them")
-    whole = CocoSource(instances=instances, images=root / "images", captions=captions if captions.is_file() else None)
-    return [whole, *([CocoSource(instances=small, images=root / "images_small")] if small.is_file() else [])]
+    found = [CocoSource(instances, root / "images", captions if captions.is_file() else None)]
+    return [*found, *([CocoSource(small, root / "images_small")] if small.is_file() else [])]
 
 
 def load_coco(sources: Iterable[CocoSource]) -> CocoData:
@@ -795,7 +790,7 @@ def load_coco(sources: Iterable[CocoSource]) -> CocoData:
             )
         for place, number in enumerate(ids):
             width, height = file.size(place)
-            sentences = [normalise_caption(text) for _, text in captions.get(number, ())]
+            sentences = filter(None, (normalise_caption(text) for _, text in captions.get(number, ())))
             images.append(
                 ImageAnnotations(
                     path=source.images / file.paths[place],
@@ -803,10 +798,10 @@ def load_coco(sources: Iterable[CocoSource]) -> CocoData:
                     width=width,
                     height=height,
                     objects=tuple(objects[place]),
-                    captions=tuple(filter(None, sentences)),
+                    captions=tuple(sentences),
                 )
             )
-    return CocoData(images=tuple(images), skipped=dict(sorted(rejects.counts.items())))
+    return CocoData(tuple(images), dict(sorted(rejects.counts.items())))
 
 
 def normalise_caption(text: str) -> str:
