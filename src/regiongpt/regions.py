@@ -18,15 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from shapely.errors import GEOSException
 
-from regiongpt.coverage import (
-    Bounds,
-    BoxShape,
-    PixelShape,
-    Shape,
-    decode_rle,
-    polygon_shape,
-    stroke_shape,
-)
+from regiongpt.coverage import Bounds, BoxShape, PixelShape, Shape, decode_rle, polygon_shape, stroke_shape
 from regiongpt.errors import RegionError
 from regiongpt.errors import short as _short
 from regiongpt.images import MAX_PIXELS, SquareFrame

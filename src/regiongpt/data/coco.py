@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
+from struct import Struct
 from typing import Any, Final, Literal, NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
@@ -57,6 +58,11 @@ _LVIS: Final = ("neg_category_ids", "not_exhaustive_category_ids")
 _NO_CLASS: Final = ("_background_", "__background__", "background", "__ignore__")  # as LabelMe begins its categories
 _NO_ID: Final = -(1 << 62)
 _AT_ONCE: Final = 20_000  # polygons checked together
+_PACKED: Final = Struct("<3q2?5d")  # an annotation in memory, and the same as a row of an array
+_ROW: Final = np.dtype(
+    [(name, "<i8") for name in ("id", "image", "category")]
+    + [("crowd", "?"), ("boxless", "?"), ("box", "<f8", 4), ("area", "<f8")]
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +142,7 @@ def read_box(value: Any) -> Corners | None:
     return x, y, width, height
 
 
-def annotated_box(box: Corners, width: int, height: int) -> Corners:
+def annotated_box(box: Sequence[float], width: int, height: int) -> Corners:
     """A bbox as :func:`clipped_box` makes it; Fault too for one in fractions of the image's sides."""
     x, y, w, h = box
     if x + w <= 1 and y + h <= 1 < max(width, height) and min(x, y) >= 0 < min(w, h):
@@ -144,7 +150,7 @@ def annotated_box(box: Corners, width: int, height: int) -> Corners:
     return clipped_box(box, width, height)
 
 
-def overhangs(box: Corners, width: int, height: int) -> bool:
+def overhangs(box: Sequence[float], width: int, height: int) -> bool:
     """Whether a bbox reaches far beyond its image, as corners would that are taken for x, y, width, height."""
     return box[0] + box[2] > 1.1 * width or box[1] + box[3] > 1.1 * height
 
@@ -345,7 +351,7 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
                 pairs = zip(folders[::-1], path.parent.parts[::-1], strict=False)
                 shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(folders))
                 ranked.append(((same, k == 0, shared, shared == len(folders), own.name == path.name), entry))
-    most = max((rank for rank, _ in ranked), default=())
+    most = max((rank for rank, _ in ranked), default=(False, False, 0, False, False))
     best = [entry for rank, entry in ranked if rank == most]
     if len({str(entry.get("id")) for entry in best}) != 1:
         listed = ", ".join(_names(entry)[0] for entry in best[:4])
@@ -406,9 +412,7 @@ class InstancesFile:
         self._categories: dict[int, dict[str, Any]] = {}
         self._entries: dict[int, dict[str, Any]] = {}  # images
         self._left_out: set[int] = set()  # images
-        # Annotations as columns, since a million rows would take a gigabyte: id, image, category, crowd, boxless; the
-        # box and the area; the mask.
-        self._whole, self._real = array("q"), array("d")
+        self._rows = bytearray()  # packed annotations, since a million tuples would take a gigabyte
         self._masks: list[Mask] = []
         breaks = rejects.counts[TRUNCATED]
         readers = {"images": self._read_image, "annotations": self._read_annotation, "categories": self._read_category}
@@ -486,13 +490,12 @@ class InstancesFile:
             self._leave_out(own_id, fault, self._then if fault.kind != _THIN else "")
         if self._shapes == "box":  # only the size of RLE matters, which must be the image's
             mask = Mask(rle={"size": mask.rle.get("size")}) if mask.rle else Mask()
-        self._whole.extend((own_id, row.image, row.category, row.crowd, row.boxless))
-        self._real.extend((*row.box, row.area))
+        self._rows += _PACKED.pack(own_id, row.image, row.category, row.crowd, row.boxless, *row.box, row.area)
         self._masks.append(mask)
 
     def _settle_categories(self) -> None:
         """Leave out headings, and have one id stand for a name."""
-        used = set(self._whole[2::5])
+        used = set(np.frombuffer(self._rows, _ROW)["category"].tolist())
         above = {number: entry.get("supercategory") for number, entry in self._categories.items()}
         roots = (None, "", "none")
         headings = {str(above[k]) for k, entry in self._categories.items() if above[k] not in (*roots, entry["name"])}
@@ -563,18 +566,15 @@ class InstancesFile:
         overhung = 0
         self.faulty: set[int] = set()
         self.groups: list[tuple[int, int, list[float], float]] = []
-        rows, places, boxes = array("q"), array("q"), array("d")
+        kept, places, boxes = array("q"), array("q"), array("d")
         masks: list[Mask] = []
-        columns = zip(
-            zip(*[iter(self._whole)] * 5, strict=True), zip(*[iter(self._real)] * 5, strict=True), strict=True
-        )
-        for k, ((number, image, given, crowd, boxless), (*bounds, area)) in enumerate(columns):
-            repeated = number in seen
-            seen.add(number)
-            bbox, mask = (bounds[0], bounds[1], bounds[2], bounds[3]), self._masks[k]
-            place, category = image_places.get(image, -1), self._alias.get(given, -1)
+        for k, row in enumerate(_PACKED.iter_unpack(self._rows)):
+            number, image, given, crowd, boxless, *bounds, area = row
+            mask, place, category = self._masks[k], image_places.get(image, -1), self._alias.get(given, -1)
             width, height = sizes[place] if place >= 0 else (0, 0)
             fits = mask.rle is None or mask.rle.get("size") == [height, width]
+            repeated = number in seen
+            seen.add(number)
             try:
                 if place < 0:
                     absent = "an image left out" if image in self._left_out else "an absent image"
@@ -586,7 +586,7 @@ class InstancesFile:
                 if boxless and not fits:
                     raise Fault("RLE of another size", "expected the size of its image, or a bbox")
                 try:
-                    box = annotated_box(bbox, width, height)
+                    box = annotated_box(bounds, width, height)
                 except Fault:  # a mask alone is asked about, and has a box of its own
                     if self._shapes != "mask" or not fits or (around := mask.bounds()) is None:
                         raise
@@ -595,7 +595,7 @@ class InstancesFile:
                 self._leave_out(number, fault)
                 self.faulty.update([number] if place >= 0 else [])
                 continue
-            overhung += overhangs(bbox, width, height)
+            overhung += overhangs(bounds, width, height)
             if crowd and self._crowds == "leave out":
                 self._leave_out(number, Fault(CROWD, "expected one object, got a group; --crowds takes it"))
                 self.groups.append((image, category, bounds, area))
@@ -604,24 +604,24 @@ class InstancesFile:
                 reason = f"expected the size {[height, width]} of its image, got {short(mask.rle.get('size'))}"
                 self._leave_out(number, Fault("RLE of another size", reason), self._then)
                 mask = Mask(sound=False)
-            rows.append(k)
+            kept.append(k)
             places.append(place)
             boxes.extend(box)
             masks.append(mask)
-        warn_of_overhang(overhung, len(rows), self.path)
-        kept = np.array(self._whole).reshape(-1, 5)[np.array(rows, np.intp)]
+        warn_of_overhang(overhung, len(kept), self.path)
+        rows = np.frombuffer(self._rows, _ROW)[np.array(kept, np.intp)]
         if self._shapes != "box":
-            self._check_masks(kept[:, 0].tolist(), masks, [sizes[place] for place in places])
-        order = np.lexsort((kept[:, 0], np.array(places, np.int64)))
+            self._check_masks(rows["id"].tolist(), masks, [sizes[place] for place in places])
+        order = np.lexsort((rows["id"], np.array(places, np.int64)))
         if self._shapes == "mask":
             order = order[[bool(masks[k].rings or masks[k].rle) for k in order]]
-        self.ids, self.places = kept[order, 0], np.array(places, np.int64)[order]
-        self.categories = np.array([self._alias[number] for number in kept[order, 2].tolist()], np.int64)
-        self.areas = np.array(self._real).reshape(-1, 5)[np.array(rows, np.intp), 4][order]
-        self.crowd = kept[order, 3].astype(bool) & (self._crowds == "keep")
+        rows, self.places = rows[order], np.array(places, np.int64)[order]
+        self.ids, self.areas = rows["id"].copy(), rows["area"].copy()
+        self.categories = np.array([self._alias[number] for number in rows["category"].tolist()], np.int64)
+        self.crowd = rows["crowd"] & (self._crowds == "keep")
         self.boxes = np.array(boxes).reshape(-1, 4)[order]
         self._masks = [masks[k] for k in order]
-        del self._whole, self._real
+        del self._rows
 
     def _leave_out(self, number: int, fault: Fault, then: str = "") -> None:
         reason = f"{fault.reason}; {then}" if then else fault.reason
