@@ -30,9 +30,8 @@ from tiny_checkpoint import make_checkpoint
 
 import regiongpt
 from regiongpt import cli
-from regiongpt.data.mixture import open_mixture
 from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import RecordSet, Rejects, write_records
+from regiongpt.data.shards import RecordSet, Rejects, open_mixture, write_records
 from regiongpt.evaluate.coco_cls import CocoClassification
 from regiongpt.evaluate.report import as_text
 from regiongpt.inference import RegionPredictor

@@ -1,14 +1,14 @@
 """Areas: how many square pixels of a shape lie in each cell of a grid, in float64 and without sampling pixels.
 
-A shape thinner than a cell, or smaller than a pixel, is neither lost nor blurred. A ring that crosses itself very often
-is walked along, since shapely's time for it grows with the third power of its points; other tangles are sampled.
+A shape thinner than a cell or smaller than a pixel is neither lost nor blurred. Lines that cross themselves very often
+are sampled, since shapely's time for them grows with the third power of their points.
 
 Coordinates are pixels of the original image, x to the right and y down; pixel (row, column) is the unit square from
 (column, row) to (column + 1, row + 1). Grids are given by the ascending lines between their cells, ``y_edges``
 (H + 1,) and ``x_edges`` (W + 1,), which need neither be evenly spaced nor lie within the image. Paper: §3.1
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,11 @@ Bounds = tuple[float, float, float, float]
 
 MANY_CROSSINGS = 256
 """Crossings of a ring or stroke with itself up to which shapely draws it."""
-MOST_PAIRS = 12_000_000
-"""Pairs of edges at one height up to which a ring is measured exactly (4,000 random points); beyond, by sampling."""
 MANY_POINTS, MOST_POINTS = 200, 10_000
 """Points up to which shapely draws a stroke however often it crosses itself, and if it does not do so often."""
 SAMPLES = 3072
 """Samples along the longer side of the image where tangles are sampled."""
 _CIRCLE = 32  # segments a quarter circle: the disk's area is 0.04 % short
-_HAIR = 2.0**-28  # of the larger of a point's coordinates and the image's sides
 _PRECISION = 2.0**-20
 """Pixels that polygons are rounded to: with a fixed grid of points, intersections of any polygons are sound."""
 
@@ -150,51 +147,7 @@ class PolygonShape:
         return (start, end) if np.sum((ax + bx) * (by - ay)) < 0 else (end, start)
 
 
-@dataclass(frozen=True, eq=False)
-class TangledShape:
-    """The inside of a ring that crosses itself often, by the even-odd rule.
-
-    The ring is walked once: the area beside an edge counts as +1 or -1, changing wherever the ring crosses itself.
-    """
-
-    width: int  # of the image
-    height: int
-    ring: Floats  # (N, 2) xy from its topmost point on
-
-    @property
-    def area(self) -> float:
-        """Square pixels."""
-        return float(self.coverage(np.array([0.0, self.height]), np.array([0.0, self.width]))[0, 0])
-
-    @property
-    def bounds(self) -> Bounds:
-        """A box around it, xyxy, at most 1/1024 of the image larger than the smallest."""
-        y, x = np.linspace(0, self.height, 1025), np.linspace(0, self.width, 1025)
-        rows = np.flatnonzero(self.coverage(y, x[[0, -1]])[:, 0] > 1e-9)
-        columns = np.flatnonzero(self.coverage(y[[0, -1]], x)[0] > 1e-9)
-        return float(x[columns[0]]), float(y[rows[0]]), float(x[columns[-1] + 1]), float(y[rows[-1] + 1])
-
-    def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
-        """Square pixels in each cell, (H, W)."""
-        y_edges, x_edges = np.clip(y_edges, 0, self.height), np.clip(x_edges, 0, self.width)
-        return _signed_areas(self.ring, np.roll(self.ring, -1, axis=0), y_edges, x_edges, self._stretches())
-
-    def pixels(self, width: int, height: int) -> Bools:
-        """Pixels whose centre is inside."""
-        return np.asarray(_windings(self.ring, np.roll(self.ring, -1, axis=0), width, height) % 2 == 1)
-
-    def _stretches(self) -> Iterator[tuple[slice, Floats, Floats]]:
-        """For a few edges at a time: where the weight changes, (M,), and the weights between, (M + 1,)."""
-        # At the top of a ring its inside lies between its two edges.
-        (ax, ay), (bx, by) = self.ring[1] - self.ring[0], self.ring[-1] - self.ring[0]
-        sign = 1.0 if ax * by < bx * ay else -1.0
-        for rows, breaks in _crossings(self.ring):
-            weights = sign * np.where(np.arange(len(breaks) + 1) % 2, -1.0, 1.0)
-            sign = weights[-1]
-            yield rows, breaks, weights
-
-
-Shape = BoxShape | PixelShape | PolygonShape | TangledShape
+Shape = BoxShape | PixelShape | PolygonShape
 
 
 def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
@@ -206,22 +159,12 @@ def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
         height: See ``width``.
     """
     # Coordinates a hair apart, and only those, break the intersections that make_valid works out.
-    rings = [_once(np.round(ring / _PRECISION) * _PRECISION) for ring in rings]
+    rings = [np.round(ring / _PRECISION) * _PRECISION for ring in rings]
     polygons = shapely.polygons([shapely.linearrings(np.append(ring, ring[:1], axis=0)) for ring in rings])
     knotted = (rings[k] for k in np.flatnonzero(~shapely.is_valid(polygons)))
-    if not any(_is_tangled(np.append(ring, ring[:1], axis=0)) for ring in knotted):
-        return _clipped(_polygons_only(shapely.make_valid(polygons)), width, height)
-    if len(rings) == 1:
-        # Moved by a hair, no edge passes through a corner and no two lie on one line: every crossing is a plain one.
-        hairs = np.random.default_rng(0).uniform(-_HAIR, _HAIR, rings[0].shape)
-        ring = rings[0] + hairs * np.maximum(np.abs(rings[0]).max(axis=1, keepdims=True), max(width, height))
-        ring = np.roll(ring, -ring[:, 1].argmin(), axis=0)
-        low, high = np.sort(np.stack((ring[:, 1], np.roll(ring[:, 1], -1))), axis=0)
-        pairs = np.sum(np.searchsorted(np.sort(low), high, side="right") - np.searchsorted(np.sort(high), low))
-        line = shapely.linearrings(ring)
-        if pairs <= MOST_PAIRS and shapely.intersects(line, shapely.box(0, 0, width, height)):
-            return TangledShape(width, height, ring)
-    return _sampled([(ring, np.roll(ring, -1, axis=0)) for ring in rings], width, height, even_odd=True)
+    if any(_is_tangled(np.append(ring, ring[:1], axis=0)) for ring in knotted):
+        return _sampled([(ring, np.roll(ring, -1, axis=0)) for ring in rings], width, height, even_odd=True)
+    return _clipped(_polygons_only(shapely.make_valid(polygons)), width, height)
 
 
 def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shape:
@@ -259,14 +202,6 @@ def _sampled(outlines: Sequence[tuple[Floats, Floats]], width: int, height: int,
     return PixelShape.of(inside, (height / rows, width / columns))
 
 
-def _once(ring: Floats) -> Floats:
-    """A ring that is drawn several times over, drawn once."""
-    for period in np.flatnonzero((ring == ring[0]).all(axis=1))[1:]:
-        if period > 2 and len(ring) % period == 0 and (ring[period:] == ring[:-period]).all():
-            return ring[:period]
-    return ring
-
-
 def _clipped(geometry: Any, width: int, height: int) -> PolygonShape:
     """The part of a Polygon or MultiPolygon that lies in the image."""
     frame = shapely.box(0, 0, width, height)
@@ -291,32 +226,6 @@ def _is_tangled(line: Floats) -> bool:
     return False
 
 
-def _crossings(ring: Floats) -> Iterator[tuple[slice, Floats]]:
-    """Find where the edges of a ring cross others, but for neighbours at their common point, a few edges at a time.
-
-    Yields:
-        The edges, and (M,) the crossings on them in order, each as the place of its edge among these plus the share of
-        it that lies before.
-    """
-    count = len(ring)
-    after = np.roll(ring, -1, axis=0)
-    low, high = np.minimum(ring, after), np.maximum(ring, after)
-    (x, y), (dx, dy) = ring.T, (after - ring).T
-    # Times a point (x, y, 1) above 0 on one side of the edge, below on the other. A cross product is less precise.
-    lines, points = np.stack((-dy, dx, dy * x - dx * y)), np.stack((x, y, np.ones(count)))
-    for begin in range(0, count, 24):  # products this small are left to one thread
-        edges = np.arange(begin, min(begin + 24, count))
-        near = np.flatnonzero(((low <= high[edges].max(axis=0)) & (high >= low[edges].min(axis=0))).all(axis=1))
-        of_ends = points[:, np.append(edges, (edges[-1] + 1) % count)].T @ lines[:, near]
-        of_starts, of_afters = (lines[:, edges].T @ points[:, each] for each in (near, (near + 1) % count))
-        cut = ((of_starts < 0) != (of_afters < 0)) & ((of_ends[:-1] < 0) != (of_ends[1:] < 0))
-        for neighbour in (edges, (edges + 1) % count, (edges - 1) % count):
-            cut[np.arange(len(cut)), np.searchsorted(near, neighbour)] = False
-        found = np.flatnonzero(cut)
-        before, behind = of_ends.ravel()[found], of_ends.ravel()[found + len(near)]
-        yield slice(begin, edges[-1] + 1), np.sort(found // len(near) + before / (before - behind))
-
-
 def _windings(start: Floats, end: Floats, width: int, height: int) -> NDArray[np.int16]:
     """How often outlines wind around the centre of each pixel, (height, width)."""
     left, right = _first_centre(np.array([start[:, 0].min(), start[:, 0].max()]), width)
@@ -335,64 +244,27 @@ def _windings(start: Floats, end: Floats, width: int, height: int) -> NDArray[np
     return windings
 
 
-def _signed_areas(
-    start: Floats,
-    end: Floats,
-    y_edges: Floats,
-    x_edges: Floats,
-    stretches: Iterable[tuple[slice, Floats | None, Floats]] = ((slice(None), None, np.empty(0)),),
-) -> Floats:
-    """Sum, over edges with the inside on their right, of the area to the right of each; (H, W).
+def _signed_areas(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> Floats:
+    """Sum, over edges (N, 2) xy with the inside on their right, of the area to the right of each; (H, W).
 
     A piece within one cell adds to that cell the area between itself and the cell's right line, and its whole height
     times a cell's width to every cell further right; what lies outside the shape cancels. The edges are cut where they
     cross a line of the grid, so the work grows with their length in cells, not with the number of cells.
-
-    Args:
-        start: (N, 2) xy.
-        end: (N, 2) xy.
-        y_edges: (H + 1,)
-        x_edges: (W + 1,)
-        stretches: Some edges at a time, and what their areas are multiplied by, see TangledShape; None stands for 1.
     """
     rows, columns = len(y_edges) - 1, len(x_edges) - 1
+    owner, points = _cut(start, end, y_edges, x_edges)
+    joined = owner[1:] == owner[:-1]
+    middle = ((points[:-1] + points[1:]) / 2)[joined]
+    column = np.searchsorted(x_edges, middle[:, 0], side="right")
+    cell = np.searchsorted(y_edges, middle[:, 1], side="right") * (columns + 2) + column
+    rise = (points[1:, 1] - points[:-1, 1])[joined]
     # Row and column 0 of these tables lie before the grid, the last ones behind it.
     heights, partial = np.zeros((2, rows + 2, columns + 2))
-    for edges, breaks, weights in stretches:
-        a, b = start[edges], end[edges]
-        owner, share, points = _cut(a, b, y_edges, x_edges)
-        joined = owner[1:] == owner[:-1]
-        middle = ((points[:-1] + points[1:]) / 2)[joined]
-        row = np.searchsorted(y_edges, middle[:, 1], side="right")
-        column = np.searchsorted(x_edges, middle[:, 0], side="right")
-        cell = row * (columns + 2) + column
-        right = np.append(x_edges, x_edges[-1])[column]
-        if breaks is None:
-            rise = (points[1:, 1] - points[:-1, 1])[joined]
-            beside = rise * (right - middle[:, 0])
-        else:
-            edge = owner[:-1][joined]
-            (x, _), (dx, dy) = a[edge].T, (b - a)[edge].T
-            once, twice = _integrals(owner, share, breaks, weights)
-            rise, half = dy * once[joined], twice[joined] / 2
-            beside = rise * (right - x) - dx * dy * half
-        np.add.at(heights.ravel(), cell, rise)
-        np.add.at(partial.ravel(), cell, beside)
+    np.add.at(heights.ravel(), cell, rise)
+    np.add.at(partial.ravel(), cell, rise * (np.append(x_edges, x_edges[-1])[column] - middle[:, 0]))
     passed = np.cumsum(heights, axis=1)[1:-1, :columns]
     areas: Floats = partial[1:-1, 1:-1] + passed * np.diff(x_edges)
     return np.maximum(areas, 0.0)  # rounding leaves -1e-13 in cells outside
-
-
-def _integrals(owner: Ints, share: Floats, breaks: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """Of the weight, and of twice the share times the weight, over the share, from each cut to the next, (C - 1,)."""
-    part = breaks - np.floor(breaks)
-    changes, sums = part * np.diff(weights), np.zeros((2, len(weights)))
-    np.cumsum(changes, out=sums[0, 1:])
-    np.cumsum(changes * part, out=sums[1, 1:])
-    # The end of an edge is not yet the beginning of the next one.
-    place = np.searchsorted(breaks, owner + np.minimum(share, 1 - 1e-9), side="right")
-    weight, (once, twice) = weights[place], sums[:, place]
-    return np.diff(weight * share - once), np.diff(weight * share**2 - twice)
 
 
 def _integral(values: NDArray[Any], edges: Floats) -> Floats:
@@ -424,12 +296,8 @@ def _first_centre(position: Floats, size: int) -> NDArray[np.int64]:
     return np.clip(np.ceil(position - 0.5), 0, size).astype(np.int64)
 
 
-def _cut(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> tuple[Ints, Floats, Floats]:
-    """Cut edges wherever they cross a line of the grid, so that each piece lies within one cell.
-
-    Returns:
-        The cuts with both ends, in order: number of the edge, share of it, and point (N, 2).
-    """
+def _cut(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> tuple[Ints, Floats]:
+    """Cut edges wherever they cross a line of the grid; the number of the edge and the point (N, 2) xy of every cut."""
     owners = [np.arange(len(start)), np.arange(len(start))]
     shares = [np.zeros(len(start)), np.ones(len(start))]
     for axis, lines in ((0, x_edges), (1, y_edges)):
@@ -442,7 +310,7 @@ def _cut(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> tuple[
     owner, share = np.concatenate(owners), np.concatenate(shares)
     order = np.argsort(2 * owner + share)
     owner, share = owner[order], share[order]
-    return owner, share, start[owner] * (1 - share[:, None]) + end[owner] * share[:, None]
+    return owner, start[owner] * (1 - share[:, None]) + end[owner] * share[:, None]
 
 
 def decode_rle(counts: str | Sequence[int], height: int, width: int) -> Bools:

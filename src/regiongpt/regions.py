@@ -18,16 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from shapely.errors import GEOSException
 
-from regiongpt.coverage import (
-    Bounds,
-    BoxShape,
-    PixelShape,
-    Shape,
-    TangledShape,
-    decode_rle,
-    polygon_shape,
-    stroke_shape,
-)
+from regiongpt.coverage import Bounds, BoxShape, PixelShape, Shape, decode_rle, polygon_shape, stroke_shape
 from regiongpt.errors import RegionError
 from regiongpt.errors import short as _short
 from regiongpt.images import MAX_PIXELS, SquareFrame
@@ -329,7 +320,7 @@ class Region(ABC):
                 "or False if these are pixels) or multiply by the image's width and height"
             )
         shape = self._shape(width, height, name)
-        if not isinstance(shape, TangledShape) and not shape.area >= MIN_AREA:
+        if not shape.area >= MIN_AREA:
             raise RegionError(f"{name}: {self} covers nothing of the image of {width} x {height} pixels (W x H)")
         return shape
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regiongpt import Region, RegionPredictor
 from regiongpt.cli import main
-from regiongpt.data.mixture import open_mixture
+from regiongpt.data.shards import open_mixture
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import weights
 from regiongpt.storage import locked

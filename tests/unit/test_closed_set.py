@@ -11,7 +11,7 @@ from regiongpt.errors import DataError
 from regiongpt.inference import RegionPredictor, choices
 from regiongpt.inference.choices import log_likelihoods
 from regiongpt.inference.engine import Engine, question_turns
-from regiongpt.prompts import CHAT_TEMPLATES, COCO_80, NO_MATCH, question, region_answer
+from regiongpt.prompts import CHAT_TEMPLATES, NO_MATCH, question, region_answer
 from regiongpt.regions import Region
 
 PHOTO = photograph()
@@ -77,14 +77,6 @@ def test_answers_to_a_question_about_several_regions_or_none(predictor, text, co
     found = scores(predictor, text, [regions], answers)[0]
     expected = [full_pass(predictor, text, regions, answer) for answer in answers]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
-
-
-def test_pieces_give_what_the_whole_gives(predictor, monkeypatch):
-    text, regions = question("classify", regions=[1]), [[region] for region in boxes(2)]
-    names = list(COCO_80[:12])
-    whole = scores(predictor, text, regions, names)
-    monkeypatch.setattr(choices, "NODES", 7)
-    torch.testing.assert_close(scores(predictor, text, regions, names), whole, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("template", CHAT_TEMPLATES)

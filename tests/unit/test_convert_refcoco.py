@@ -259,17 +259,12 @@ class _Evil:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_what_asks_for_code_is_refused(tmp_path, protocol, monkeypatch):
+@pytest.mark.parametrize("content", [_Evil(), [{"sent": collections.OrderedDict()}], eval, Path("x")])
+def test_what_asks_for_code_is_refused(tmp_path, protocol, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for content, name in [
-        (_Evil(), f"{os.system.__module__}.system"),
-        ([{"sent": collections.OrderedDict()}], "collections.OrderedDict"),
-        (eval, "eval"),
-        (Path("x"), "pathlib"),
-    ]:
-        (tmp_path / "a.p").write_bytes(pickle.dumps(content, protocol))
-        with pytest.raises(DataError, match=rf"a\.p: not plain data: it asks for \S*{name}"):
-            load_plain_pickle(tmp_path / "a.p")
+    (tmp_path / "a.p").write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(DataError, match=r"a\.p: not plain data: it asks for \S*(system|OrderedDict|eval|pathlib)"):
+        load_plain_pickle(tmp_path / "a.p")
     assert not (tmp_path / "harm").exists()
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from converting import record
 
-from regiongpt.data.mixture import Mixture, MixturePart, open_mixture, read_mixture
 from regiongpt.data.records import Turn
-from regiongpt.data.shards import RecordSet, Rejects, write_records
+from regiongpt.data.shards import Mixture, MixturePart, RecordSet, Rejects, open_mixture, read_mixture, write_records
 from regiongpt.data.sources import load_converter
 from regiongpt.errors import ConfigError, DataError
 

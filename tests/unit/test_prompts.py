@@ -26,19 +26,10 @@ def test_placeholders_come_in_order_with_repeats() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "<region>",
-        "<region0>",
-        "<region01>",
-        "<regionx>",
-        "<region 1>",
-        "<region-1>",
-        "<region1",
-        "<Region1>",
-        "<region²>",
-        f"<region{'9' * 40}>",
-        "<region of interest, as marked>",
+        "<region>", "<region0>", "<region01>", "<regionx>", "<region 1>", "<region-1>", "<region1", "<Region1>",
+        "<region²>", f"<region{'9' * 40}>", "<region of interest, as marked>",
     ],
-)
+)  # fmt: skip
 def test_what_begins_like_a_placeholder_and_is_none_is_named(text: str) -> None:
     with pytest.raises(RegionError, match="expected <region1>") as error:
         placeholders(f"Is <region1> what {text} is?")
@@ -89,19 +80,21 @@ def test_every_wording_uses_its_slots(task: str) -> None:
     )
 
 
-def test_a_question_lacking_something_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("task", "slots", "message"),
+    [
+        ("classify", {}, "needs 1 region"),
+        ("relation", {"regions": [1, 2, 3]}, "needs 2 region"),
+        ("locate", {"regions": [1]}, "needs expression"),
+        ("presence_each", {"expression": " "}, "needs expression"),
+        ("presence", {}, "needs category"),
+    ],
+)
+def test_a_question_lacking_something_is_refused(task: str, slots: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        question(task, **slots)
     with pytest.raises(ConfigError, match="expected a task among classify"):
         question("detect")
-    with pytest.raises(DataError, match="needs 1 region"):
-        question("classify")
-    with pytest.raises(DataError, match="needs 2 region"):
-        question("relation", regions=[1, 2, 3])
-    with pytest.raises(DataError, match="needs expression"):
-        question("locate", regions=[1])
-    with pytest.raises(DataError, match="needs expression"):
-        question("presence_each", expression=" ")
-    with pytest.raises(DataError, match="needs category"):
-        question("presence")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from tiny import tiny_tokenizer
 from tiny_checkpoint import make_checkpoint
 from transformers import SiglipImageProcessorPil
 
-from regiongpt.data.mixture import Drawn
 from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Drawn
 from regiongpt.errors import DataError
 from regiongpt.model import weights
 from regiongpt.model.processing import IGNORED, RegionGPTProcessor, prepare_tokenizer

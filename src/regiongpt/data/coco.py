@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
+from struct import Struct
 from typing import Any, Final, Literal, NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
@@ -30,7 +31,6 @@ from regiongpt.data.reading import (
     image_name,
     is_number,
     is_unicode,
-    is_whole,
     iter_array,
     iter_arrays,
     known_size,
@@ -58,6 +58,11 @@ _LVIS: Final = ("neg_category_ids", "not_exhaustive_category_ids")
 _NO_CLASS: Final = ("_background_", "__background__", "background", "__ignore__")  # as LabelMe begins its categories
 _NO_ID: Final = -(1 << 62)
 _AT_ONCE: Final = 20_000  # polygons checked together
+_PACKED: Final = Struct("<3q2?5d")  # an annotation in memory, and the same as a row of an array
+_ROW: Final = np.dtype(
+    [(name, "<i8") for name in ("id", "image", "category")]
+    + [("crowd", "?"), ("boxless", "?"), ("box", "<f8", 4), ("area", "<f8")]
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,13 +112,10 @@ def read_annotation(entry: Any) -> Annotation:
     """An entry as a typed row; Fault if it is not an object, or its id or ``iscrowd`` cannot be used."""
     if not isinstance(entry, dict):
         raise Fault(MALFORMED, f"expected an object, got {short(entry)}")
-    number, image, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
-    if not (is_whole(number) and is_whole(image) and is_whole(category)):
-        if number is not None and number_of(number) is None:
-            raise Fault(MALFORMED, f"expected an id as a whole number or text, got {short(entry)}")
-        number, image, category = map(number_of, (number, image, category))
-    given = entry.get("iscrowd")
-    if (crowd := is_crowd(given)) is None:
+    number, image, category = (number_of(entry.get(key)) for key in ("id", "image_id", "category_id"))
+    if number is None and entry.get("id") is not None:
+        raise Fault(MALFORMED, f"expected an id as a whole number or text, got {short(entry)}")
+    if (crowd := is_crowd(entry.get("iscrowd"))) is None:
         raise Fault(MALFORMED, f"expected iscrowd as 0 or 1, got {short(entry)}")
     mask, box, area = read_mask(entry.get("segmentation")), read_box(entry.get("bbox")), entry.get("area")
     boxless = box is None or not (0 < box[2] < math.inf and 0 < box[3] < math.inf)
@@ -140,7 +142,7 @@ def read_box(value: Any) -> Corners | None:
     return x, y, width, height
 
 
-def annotated_box(box: Corners, width: int, height: int) -> Corners:
+def annotated_box(box: Sequence[float], width: int, height: int) -> Corners:
     """A bbox as :func:`clipped_box` makes it; Fault too for one in fractions of the image's sides."""
     x, y, w, h = box
     if x + w <= 1 and y + h <= 1 < max(width, height) and min(x, y) >= 0 < min(w, h):
@@ -148,7 +150,7 @@ def annotated_box(box: Corners, width: int, height: int) -> Corners:
     return clipped_box(box, width, height)
 
 
-def overhangs(box: Corners, width: int, height: int) -> bool:
+def overhangs(box: Sequence[float], width: int, height: int) -> bool:
     """Whether a bbox reaches far beyond its image, as corners would that are taken for x, y, width, height."""
     return box[0] + box[2] > 1.1 * width or box[1] + box[3] > 1.1 * height
 
@@ -156,8 +158,10 @@ def overhangs(box: Corners, width: int, height: int) -> bool:
 def warn_of_overhang(count: int, total: int, path: Path) -> None:
     """Warn where more than a tenth of a file's boxes overhang."""
     if count > total / 10:
-        told = "%s: %s of %s reach far beyond their images: COCO's are x, y, width, height, not x0, y0, x1, y1"
-        log.warning(told, path, f"{count:,}", many(total, "box"))
+        boxes = f"{count:,} of {many(total, 'box')}"
+        log.warning(
+            "%s: %s reach far beyond their images: COCO's are x, y, width, height, not x0, y0, x1, y1", path, boxes
+        )
 
 
 def crowd_hint(rejects: Rejects) -> str:
@@ -167,9 +171,12 @@ def crowd_hint(rejects: Rejects) -> str:
 
 def number_of(identity: Any) -> int | None:
     """An id as a number; text that is not a number gets one from 2**62 on by its hash."""
-    if whole(identity) is None and isinstance(identity, str) and identity and is_unicode(identity):
+    if type(identity) is int and 0 <= identity < 1 << 63:  # nearly always
+        return identity
+    number = whole(identity)
+    if number is None and isinstance(identity, str) and identity and is_unicode(identity):
         return int.from_bytes(blake2b(identity.encode(), digest_size=8).digest()) >> 2 | 1 << 62
-    return whole(identity)
+    return number
 
 
 def is_crowd(value: Any) -> bool | None:
@@ -201,12 +208,9 @@ def read_mask(segmentation: Any) -> Mask:
     sound = True
     for given in [listed] if is_ring else listed:
         try:
-            ring = array("d", given)
-        except (TypeError, OverflowError):
-            try:
-                ring = array("d", np.asarray(given, np.float64).ravel())
-            except (TypeError, ValueError, OverflowError):
-                ring = array("d", [0.0])
+            ring = array("d", np.asarray(given, np.float64).tobytes())
+        except (TypeError, ValueError, OverflowError):
+            ring = array("d", [0.0])
         if len(ring) % 2:
             reason = f"expected x, y, x, y, ..., got {short(given)}"
             faults.append(Fault("polygon that is not pairs of numbers", reason))
@@ -310,9 +314,8 @@ class ImageFinder:
 
     def _there(self, names: Iterable[str]) -> str:
         """The first of some names, in any spelling, that is a file below the folder; ``""`` if none is."""
-        spelt = (path for name in names for path in _spellings(name))
-        sound = (path for path in spelt if is_unicode(path) and is_below(path))
-        return next((path for path in sound if os.path.isfile(f"{self._folder}/{path}")), "")
+        spelt = (path for name in names for path in _spellings(name) if is_unicode(path) and is_below(path))
+        return next((path for path in spelt if os.path.isfile(f"{self._folder}/{path}")), "")
 
     def _below(self, name: str) -> Iterator[str]:
         """A name as it is, and without the folders that the images' folder ends in."""
@@ -338,7 +341,7 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
         DataError: No entry matches, or several do.
     """
     path = PurePosixPath(Path(image).absolute().as_posix())
-    found: dict[tuple[bool, bool, int, bool, bool], list[Mapping[str, Any]]] = {}
+    ranked = []
     for entry in images:
         for k, name in enumerate(_names(entry)):
             own = PurePosixPath(name)
@@ -347,14 +350,14 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
                 folders = own.parent.parts
                 pairs = zip(folders[::-1], path.parent.parts[::-1], strict=False)
                 shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(folders))
-                rank = (same, k == 0, shared, shared == len(folders), own.name == path.name)
-                found.setdefault(rank, []).append(entry)
-    best = found[max(found)] if found else []
+                ranked.append(((same, k == 0, shared, shared == len(folders), own.name == path.name), entry))
+    most = max((rank for rank, _ in ranked), default=(False, False, 0, False, False))
+    best = [entry for rank, entry in ranked if rank == most]
     if len({str(entry.get("id")) for entry in best}) != 1:
         listed = ", ".join(_names(entry)[0] for entry in best[:4])
         several = f"{len(best)} images that may be {path.name}: {listed}" if best else f"no image called {path.name}"
         raise DataError(f"{file} has {several}; give --image-id")
-    if not max(found)[3]:
+    if not most[3]:
         log.warning("%s: %s is taken for %s, by the last part of the name alone", file, _names(best[0])[0], image)
     return best[0]
 
@@ -409,9 +412,7 @@ class InstancesFile:
         self._categories: dict[int, dict[str, Any]] = {}
         self._entries: dict[int, dict[str, Any]] = {}  # images
         self._left_out: set[int] = set()  # images
-        # Annotations as columns, since a million rows would take a gigabyte: id, image, category, crowd, boxless; the
-        # box and the area; the mask.
-        self._whole, self._real = array("q"), array("d")
+        self._rows = bytearray()  # packed annotations, since a million tuples would take a gigabyte
         self._masks: list[Mask] = []
         breaks = rejects.counts[TRUNCATED]
         readers = {"images": self._read_image, "annotations": self._read_annotation, "categories": self._read_category}
@@ -489,13 +490,12 @@ class InstancesFile:
             self._leave_out(own_id, fault, self._then if fault.kind != _THIN else "")
         if self._shapes == "box":  # only the size of RLE matters, which must be the image's
             mask = Mask(rle={"size": mask.rle.get("size")}) if mask.rle else Mask()
-        self._whole.extend((own_id, row.image, row.category, row.crowd, row.boxless))
-        self._real.extend((*row.box, row.area))
+        self._rows += _PACKED.pack(own_id, row.image, row.category, row.crowd, row.boxless, *row.box, row.area)
         self._masks.append(mask)
 
     def _settle_categories(self) -> None:
         """Leave out headings, and have one id stand for a name."""
-        used = set(self._whole[2::5])
+        used = set(np.frombuffer(self._rows, _ROW)["category"].tolist())
         above = {number: entry.get("supercategory") for number, entry in self._categories.items()}
         roots = (None, "", "none")
         headings = {str(above[k]) for k, entry in self._categories.items() if above[k] not in (*roots, entry["name"])}
@@ -516,15 +516,15 @@ class InstancesFile:
 
     def _settle_images(self) -> None:
         """Find the images' files, and leave out images that cannot be used."""
-        absent, partly = (
-            {self.name_of(k): entry[key] for k, entry in self._entries.items() if type(entry.get(key)) is list}
+        listed = [
+            {self.name_of(k): each[key] for k, each in self._entries.items() if type(each.get(key)) is list}
             for key in _LVIS
-        )
-        is_lvis = 0 < len(self._entries) == len(absent) == len(partly)
+        ]
+        is_lvis = all(0 < len(self._entries) == len(each) for each in listed)
         frequency = {number: self._categories[number].get("frequency") for number in self.names}
         self.federated: dict[str, Any] | None = None
         if is_lvis and all(each in ("r", "c", "f") for each in frequency.values()):
-            self.federated = {"absent": absent, "partly": partly, "frequency": frequency}
+            self.federated = {"absent": listed[0], "partly": listed[1], "frequency": frequency}
         finder = ImageFinder(list(self._entries.values()), self._folder, is_lvis)
         frames: dict[int, tuple[int, int, str]] = {}
         for number, entry in self._entries.items():
@@ -566,18 +566,15 @@ class InstancesFile:
         overhung = 0
         self.faulty: set[int] = set()
         self.groups: list[tuple[int, int, list[float], float]] = []
-        rows, places, boxes = array("q"), array("q"), array("d")
+        kept, places, boxes = array("q"), array("q"), array("d")
         masks: list[Mask] = []
-        columns = zip(
-            zip(*[iter(self._whole)] * 5, strict=True), zip(*[iter(self._real)] * 5, strict=True), strict=True
-        )
-        for k, ((number, image, given, crowd, boxless), (*bounds, area)) in enumerate(columns):
-            repeated = number in seen
-            seen.add(number)
-            bbox, mask = (bounds[0], bounds[1], bounds[2], bounds[3]), self._masks[k]
-            place, category = image_places.get(image, -1), self._alias.get(given, -1)
+        for k, row in enumerate(_PACKED.iter_unpack(self._rows)):
+            number, image, given, crowd, boxless, *bounds, area = row
+            mask, place, category = self._masks[k], image_places.get(image, -1), self._alias.get(given, -1)
             width, height = sizes[place] if place >= 0 else (0, 0)
             fits = mask.rle is None or mask.rle.get("size") == [height, width]
+            repeated = number in seen
+            seen.add(number)
             try:
                 if place < 0:
                     absent = "an image left out" if image in self._left_out else "an absent image"
@@ -589,7 +586,7 @@ class InstancesFile:
                 if boxless and not fits:
                     raise Fault("RLE of another size", "expected the size of its image, or a bbox")
                 try:
-                    box = annotated_box(bbox, width, height)
+                    box = annotated_box(bounds, width, height)
                 except Fault:  # a mask alone is asked about, and has a box of its own
                     if self._shapes != "mask" or not fits or (around := mask.bounds()) is None:
                         raise
@@ -598,7 +595,7 @@ class InstancesFile:
                 self._leave_out(number, fault)
                 self.faulty.update([number] if place >= 0 else [])
                 continue
-            overhung += overhangs(bbox, width, height)
+            overhung += overhangs(bounds, width, height)
             if crowd and self._crowds == "leave out":
                 self._leave_out(number, Fault(CROWD, "expected one object, got a group; --crowds takes it"))
                 self.groups.append((image, category, bounds, area))
@@ -607,24 +604,24 @@ class InstancesFile:
                 reason = f"expected the size {[height, width]} of its image, got {short(mask.rle.get('size'))}"
                 self._leave_out(number, Fault("RLE of another size", reason), self._then)
                 mask = Mask(sound=False)
-            rows.append(k)
+            kept.append(k)
             places.append(place)
             boxes.extend(box)
             masks.append(mask)
-        warn_of_overhang(overhung, len(rows), self.path)
-        kept = np.array(self._whole).reshape(-1, 5)[np.array(rows, np.intp)]
+        warn_of_overhang(overhung, len(kept), self.path)
+        rows = np.frombuffer(self._rows, _ROW)[np.array(kept, np.intp)]
         if self._shapes != "box":
-            self._check_masks(kept[:, 0].tolist(), masks, [sizes[place] for place in places])
-        order = np.lexsort((kept[:, 0], np.array(places, np.int64)))
+            self._check_masks(rows["id"].tolist(), masks, [sizes[place] for place in places])
+        order = np.lexsort((rows["id"], np.array(places, np.int64)))
         if self._shapes == "mask":
             order = order[[bool(masks[k].rings or masks[k].rle) for k in order]]
-        self.ids, self.places = kept[order, 0], np.array(places, np.int64)[order]
-        self.categories = np.array([self._alias[number] for number in kept[order, 2].tolist()], np.int64)
-        self.areas = np.array(self._real).reshape(-1, 5)[np.array(rows, np.intp), 4][order]
-        self.crowd = kept[order, 3].astype(bool) & (self._crowds == "keep")
+        rows, self.places = rows[order], np.array(places, np.int64)[order]
+        self.ids, self.areas = rows["id"].copy(), rows["area"].copy()
+        self.categories = np.array([self._alias[number] for number in rows["category"].tolist()], np.int64)
+        self.crowd = rows["crowd"] & (self._crowds == "keep")
         self.boxes = np.array(boxes).reshape(-1, 4)[order]
         self._masks = [masks[k] for k in order]
-        del self._whole, self._real
+        del self._rows
 
     def _leave_out(self, number: int, fault: Fault, then: str = "") -> None:
         reason = f"{fault.reason}; {then}" if then else fault.reason
@@ -732,8 +729,7 @@ class CocoSource(NamedTuple):
     captions: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class CocoData:
+class CocoData(NamedTuple):
     """Usable images of a list of sources, by source and image id, and the number of unusable records by fault."""
 
     images: tuple[ImageAnnotations, ...]
@@ -743,7 +739,7 @@ class CocoData:
         """One line for the log."""
         objects = sum(len(image.objects) for image in self.images)
         captions = sum(len(image.captions) for image in self.images)
-        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items())) or "nothing"
+        faults = ", ".join(f"{count} {kind}" for kind, count in self.skipped.items()) or "nothing"
         return f"{len(self.images)} images, {objects} objects, {captions} captions; left out: {faults}"
 
 
@@ -756,14 +752,13 @@ def photo_sources(root: Path, split: str) -> list[CocoSource]:
     Raises:
         DataError: The folder has no such split.
     """
-    root = Path(root)
     instances, captions, small = (
         root / name for name in (f"instances_{split}.json", f"captions_{split}.json", f"instances_{split}_small.json")
     )
     if not instances.is_file():
         raise DataError(f"expected COCO annotations at {instances}, found none; give the folder that holds them")
-    whole = CocoSource(instances=instances, images=root / "images", captions=captions if captions.is_file() else None)
-    return [whole, *([CocoSource(instances=small, images=root / "images_small")] if small.is_file() else [])]
+    found = [CocoSource(instances, root / "images", captions if captions.is_file() else None)]
+    return [*found, *([CocoSource(small, root / "images_small")] if small.is_file() else [])]
 
 
 def load_coco(sources: Iterable[CocoSource]) -> CocoData:
@@ -795,7 +790,7 @@ def load_coco(sources: Iterable[CocoSource]) -> CocoData:
             )
         for place, number in enumerate(ids):
             width, height = file.size(place)
-            sentences = [normalise_caption(text) for _, text in captions.get(number, ())]
+            sentences = filter(None, (normalise_caption(text) for _, text in captions.get(number, ())))
             images.append(
                 ImageAnnotations(
                     path=source.images / file.paths[place],
@@ -803,10 +798,10 @@ def load_coco(sources: Iterable[CocoSource]) -> CocoData:
                     width=width,
                     height=height,
                     objects=tuple(objects[place]),
-                    captions=tuple(filter(None, sentences)),
+                    captions=tuple(sentences),
                 )
             )
-    return CocoData(images=tuple(images), skipped=dict(sorted(rejects.counts.items())))
+    return CocoData(tuple(images), dict(sorted(rejects.counts.items())))
 
 
 def normalise_caption(text: str) -> str:

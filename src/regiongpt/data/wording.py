@@ -12,17 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from regiongpt.data.coco import Box, ImageAnnotations
-from regiongpt.data.facts import (
-    COLOURS,
-    NUMBERS,
-    PLACES,
-    SIZES,
-    Claim,
-    View,
-    ViewObject,
-    clashing,
-    distinctions,
-)
+from regiongpt.data.facts import COLOURS, NUMBERS, PLACES, SIZES, Claim, View, ViewObject, clashing, distinctions
 from regiongpt.errors import ConfigError
 from regiongpt.prompts import COCO_80, question, region_answer
 from regiongpt.regions import Region
@@ -334,11 +324,7 @@ def dev_questions(
 
 
 def fitting_expression(
-    rng: np.random.Generator,
-    view: View,
-    target: ViewObject,
-    options: Sequence[ViewObject],
-    colours: Mapping[int, str],
+    rng: np.random.Generator, view: View, target: ViewObject, options: Sequence[ViewObject], colours: Mapping[int, str]
 ) -> tuple[str, str] | None:
     """A kind and an expression that fits the target alone: ("the ...") in the view, ("a ...") among the options."""
     alike = [each for each in options if each.category == target.category and each.id != target.id]

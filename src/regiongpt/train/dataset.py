@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from regiongpt.data.mixture import Drawn, Mixture
 from regiongpt.data.records import Record
+from regiongpt.data.shards import Drawn, Mixture
 from regiongpt.errors import DataError, RegionError
 from regiongpt.images import load_image
 from regiongpt.model.processing import IGNORED

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, SiglipImageProcessorPil
 
-from regiongpt.data.mixture import open_mixture
+from regiongpt.data.shards import open_mixture
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, RegionGPTProcessor, weights
 from regiongpt.model.processing import IGNORED, prepare_tokenizer

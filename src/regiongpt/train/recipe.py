@@ -325,7 +325,7 @@ class Recipe(Settings):
 
     def check_files(self) -> None:
         """Raise a RegionGPTError if data or a checkpoint is missing; loads nothing heavy."""
-        from regiongpt.data.mixture import find_parts
+        from regiongpt.data.shards import find_parts
 
         for mixture in filter(None, (self.data.pretrain_mixture, self.data.mixture, self.data.dev_mixture)):
             find_parts(mixture, self.data.root)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
-from regiongpt.data.mixture import Mixture, open_mixture
+from regiongpt.data.shards import Mixture, open_mixture
 from regiongpt.environment import Processes, connect
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.images import load_image

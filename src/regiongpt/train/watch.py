@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from regiongpt.data.mixture import Mixture
+from regiongpt.data.shards import Mixture
 from regiongpt.environment import commit, launched, machine, versions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.report import Curve, line_chart, short, write_page
