@@ -275,7 +275,7 @@ def fuzz(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
                 "--max-examples", str(options.cases // 20), "--request-timeout", "60", "--seed", seed,
                 "--continue-on-failure", "--suppress-health-check", "all", "--phases", "examples,coverage,fuzzing",
             ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
             print(done.stdout[-6000:], done.stderr[-2000:], file=sys.stderr)
             server.settled()
             codes.append(done.returncode)

@@ -265,8 +265,8 @@ def test_a_client_with_many_regions_does_not_hold_up_another(predictor, monkeypa
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_has_gone_leaves_the_batch_at_once(served: Served, predictor, monkeypatch, endless, stream):
     jobs = []
-    submit = predictor.engine.scheduler._submit
-    monkeypatch.setattr(predictor.engine.scheduler, "_submit", lambda job: (jobs.append(job), submit(job)))
+    submit = predictor.engine.scheduler.submit
+    monkeypatch.setattr(predictor.engine.scheduler, "submit", lambda job: (jobs.append(job), submit(job)))
     body = chat_body("Go on about <region1> and <region2>.", max_tokens=400, stream=stream)
     where = urlsplit(served.address)
     connection = http.client.HTTPConnection(where.hostname, where.port)

@@ -95,11 +95,11 @@ class Scheduler:
         try:
             while True:
                 for job in itertools.islice(source, self.rows - sum(not job.admitted for job in mine)):
-                    self._submit(job)
+                    self.submit(job)
                     mine.append(job)
                 if not mine:
                     return
-                self._advance(mine)
+                self.advance(mine)
                 done = [job for job in mine if job.finished]
                 mine = [job for job in mine if not job.finished]
                 for job in done:
@@ -112,11 +112,11 @@ class Scheduler:
     def stream(self, job: Job) -> Iterator[str]:
         """Write one answer, whose job has a reader, and yield its text in pieces. Leaving the iteration ends it."""
         assert job.reader is not None
-        self._submit(job)
+        self.submit(job)
         begun = False
         try:
             while not job.finished:
-                self._advance([job])
+                self.advance([job])
                 piece = job.reader.take(final=job.finished)
                 piece = piece if begun else piece.lstrip()
                 if piece:
@@ -127,7 +127,8 @@ class Scheduler:
         if job.error is not None:
             raise job.error
 
-    def _submit(self, job: Job) -> None:
+    def submit(self, job: Job) -> None:
+        """Have an answer written by the next calls of :meth:`advance`; ConfigError if it exceeds the token budget."""
         budget = self._budget(job)
         if job.reserve > budget:
             raise ConfigError(
@@ -136,7 +137,7 @@ class Scheduler:
         with self._lock:
             self._waiting.append(job)
 
-    def _advance(self, mine: Sequence[Job]) -> None:
+    def advance(self, mine: Sequence[Job] = ()) -> None:
         """One step for everybody, unless another thread has meanwhile finished one of mine."""
         with self._lock:
             if any(job.finished for job in mine):

@@ -54,6 +54,10 @@ def _chat(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [image, *parts]}], "max_tokens": 16, **more}
 
 
+def _example(**more: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [{"image": _IMAGE, "regions": _BOXES, **more}]})
+
+
 class Request(BaseModel):
     """Base of what clients send: what is unknown is refused."""
 
@@ -154,9 +158,7 @@ class RegionsRequest(Request):
 class DescribeRequest(RegionsRequest):
     """Each region is to be described, or captioned in a few words."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"image": _IMAGE, "regions": _BOXES, "brief": True, "max_tokens": 16}]}
-    )
+    model_config = _example(brief=True, max_tokens=16)
 
     brief: bool = False
     max_tokens: int | None = Field(None, ge=1)
@@ -166,9 +168,7 @@ class DescribeRequest(RegionsRequest):
 class ClassifyRequest(RegionsRequest):
     """Each region is to be called by one of the choices."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"image": _IMAGE, "regions": _BOXES, "choices": ["cat", "dog"]}]}
-    )
+    model_config = _example(choices=["cat", "dog"])
 
     choices: list[str] | None = Field(None, min_length=1, max_length=MOST)
     label_set: Literal[tuple(LABEL_SETS)] = "COCO-80"  # type: ignore[valid-type]
@@ -178,9 +178,7 @@ class ClassifyRequest(RegionsRequest):
 class LocateRequest(RegionsRequest):
     """The region that an expression, or each of several, refers to is to be found."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"image": _IMAGE, "regions": _BOXES, "expression": "the red square"}]}
-    )
+    model_config = _example(expression="the red square")
 
     expression: str | Annotated[list[str], Field(min_length=1, max_length=MOST)]
     by: Literal["answer", "words", "both"] = "both"
@@ -208,6 +206,13 @@ class ChatAnswer(BaseModel):
     warnings: list[str]
 
 
+class RegionsAnswer(BaseModel):
+    """What answers about regions have in common."""
+
+    model: str
+    seconds: float
+
+
 class Described(BaseModel):
     """What was said of a region."""
 
@@ -217,14 +222,12 @@ class Described(BaseModel):
     warnings: list[str]
 
 
-class DescribeAnswer(BaseModel):
+class DescribeAnswer(RegionsAnswer):
     """What was said of each region."""
 
-    object: Literal["regions.describe"] = "regions.describe"
-    model: str
+    object: Literal["regions.describe"]
     regions: list[Described]
     usage: dict[str, int]
-    seconds: float
 
 
 class Labelled(BaseModel):
@@ -236,13 +239,11 @@ class Labelled(BaseModel):
     probabilities: dict[str, float]
 
 
-class ClassifyAnswer(BaseModel):
+class ClassifyAnswer(RegionsAnswer):
     """The class of each region."""
 
-    object: Literal["regions.classify"] = "regions.classify"
-    model: str
+    object: Literal["regions.classify"]
     regions: list[Labelled]
-    seconds: float
 
 
 class Found(BaseModel):
@@ -256,14 +257,12 @@ class Found(BaseModel):
     """of each region, and last that none fits"""
 
 
-class LocateAnswer(BaseModel):
+class LocateAnswer(RegionsAnswer):
     """The regions, and which of them each expression refers to."""
 
-    object: Literal["regions.locate"] = "regions.locate"
-    model: str
+    object: Literal["regions.locate"]
     regions: list[RegionJson]
     results: list[Found]
-    seconds: float
 
 
 class ImageAnswer(BaseModel):

@@ -202,7 +202,7 @@ class Worker:
         return Scene(width=picture.width, height=picture.height, map_1Chw=refined, image_ND=image_ND)
 
     def _submit(self, ticket: Ticket, ask: Ask) -> None:
-        self.engine.scheduler._submit(ask.job)
+        self.engine.scheduler.submit(ask.job)
         self._running.append((ticket, ask))
 
     def _step(self) -> None:
@@ -211,7 +211,7 @@ class Worker:
             ask.job.cancelled = ticket.cancelled or ticket.over
         if not self._running:
             return
-        self.engine.scheduler._advance(())
+        self.engine.scheduler.advance()
         self._on_step(len(self._running))
         failed = sum(ask.job.error is not None for _, ask in self._running)
         if failed > 1:
