@@ -196,7 +196,7 @@ def test_training_leaves_half_of_the_crops_out_by_seed_item_and_region(tmp_path:
         seed = 0
 
         def draw(self, item: int) -> Any:
-            from regiongpt.data.mixture import Drawn
+            from regiongpt.data.shards import Drawn
 
             return Drawn(records=Records([record] * 30), index=item % 30, times=item // 30)  # type: ignore[arg-type]
 
