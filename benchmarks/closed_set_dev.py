@@ -16,7 +16,7 @@ import torch
 from stamp import Progress, stamp
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.wording import DevQuestion, dev_questions
+from regiongpt.data.facts import DevQuestion, dev_questions
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.inference.choices import answer_scores

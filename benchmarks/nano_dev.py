@@ -29,8 +29,7 @@ from nano_metrics import (
 from stamp import Progress, stamp
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.facts import View, colours_of
-from regiongpt.data.wording import DevQuestion, dev_questions
+from regiongpt.data.facts import DevQuestion, View, colours_of, dev_questions
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.inference.choices import locate_expressions
@@ -135,7 +134,7 @@ def prepare(
         for task, place, each in of_image[image.image_id]:
             key = (each.text, len(each.regions))
             if key not in encoded:
-                prompt = engine.encode_text(each.messages, len(each.regions))
+                prompt = engine.encode_text([{"role": "user", "content": f"<image>\n{each.text}"}], len(each.regions))
                 encoded[key] = (prompt["input_ids"].tolist(), prompt["region_ids"].tolist())
             ids, rows = encoded[key]
             size = len(each.regions) * engine.processor.tokens_per_region

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from regiongpt.data.wording import plural
+from regiongpt.data.facts import plural
 from regiongpt.prompts import COCO_80, parse_region_answer
 
 RESAMPLES = 1000

@@ -14,8 +14,21 @@ from numpy.typing import NDArray
 from sentences import describe, relate, say_presence
 
 from regiongpt.data.coco import ImageAnnotations
-from regiongpt.data.facts import COLOURS, MIN_AREA, View, ViewObject, clashing, distinctions, relation
-from regiongpt.data.wording import CALLED, express, fitting_expression, noun, pick, with_article
+from regiongpt.data.facts import (
+    CALLED,
+    COLOURS,
+    MIN_AREA,
+    View,
+    ViewObject,
+    clashing,
+    distinctions,
+    express,
+    fitting_expression,
+    noun,
+    pick,
+    relation,
+    with_article,
+)
 from regiongpt.errors import ConfigError, RegionError
 from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
 from regiongpt.regions import Region

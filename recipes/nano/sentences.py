@@ -4,22 +4,28 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from regiongpt.data.facts import NUMBERS, View, ViewObject, neighbours, place_name, relation, size_name
-from regiongpt.data.wording import (
+from regiongpt.data.facts import (
     ALIKE,
     APART,
     BRIEF,
     FRAMES,
     MORE,
     NO,
+    NUMBERS,
     OPENINGS,
     SIZED,
     YES,
+    View,
+    ViewObject,
     mention,
+    neighbours,
     noun,
     pick,
+    place_name,
     plural,
+    relation,
     relation_words,
+    size_name,
     with_article,
 )
 

@@ -13,8 +13,7 @@ from pictures import annotated
 from sentences import describe, say_presence
 
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
-from regiongpt.data.facts import COLOURS, View, ViewObject, holds
-from regiongpt.data.wording import dev_questions, read
+from regiongpt.data.facts import COLOURS, View, ViewObject, dev_questions, holds, read
 from regiongpt.errors import ConfigError
 from regiongpt.prompts import (
     COCO_80,

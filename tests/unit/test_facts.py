@@ -17,11 +17,14 @@ from regiongpt.data.facts import (
     distinctions,
     holds,
     neighbours,
+    noun,
     place_name,
+    plural,
+    read,
     relation,
     size_name,
+    with_article,
 )
-from regiongpt.data.wording import noun, plural, read, with_article
 from regiongpt.errors import DataError
 from regiongpt.evaluate.facts import Facts
 from regiongpt.evaluate.report import compare_runs

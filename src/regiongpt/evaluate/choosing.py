@@ -21,7 +21,7 @@ from regiongpt.data.coco import (
     read_annotation,
     read_score,
 )
-from regiongpt.data.facts import View, read_colours
+from regiongpt.data.facts import LOCATED_AMONG, View, dev_questions, read_colours
 from regiongpt.data.reading import (
     APART,
     MALFORMED,
@@ -38,7 +38,6 @@ from regiongpt.data.reading import (
 )
 from regiongpt.data.refcoco import Scene, read_instances, read_json, read_pickle
 from regiongpt.data.shards import Fault, Rejects, many
-from regiongpt.data.wording import LOCATED_AMONG, dev_questions
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.bootstrap import mean_statistic
 from regiongpt.evaluate.detection import ENOUGH, overlaps

@@ -13,9 +13,8 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.facts import Claim, View, ViewObject, holds, read_colours, relation
+from regiongpt.data.facts import Claim, View, ViewObject, holds, read, read_colours, relation
 from regiongpt.data.shards import many
-from regiongpt.data.wording import read
 from regiongpt.errors import DataError
 from regiongpt.evaluate.bootstrap import SumStatistic, ratio, sum_statistic
 from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, given, images_of, listed

@@ -10,9 +10,18 @@ from regiongpt.annotate.captioners import Failed, LocalCaptioner, Reply, Request
 from regiongpt.annotate.options import Options
 from regiongpt.annotate.plan import WORDING, draw
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
-from regiongpt.data.facts import View, ViewObject, colours_of, neighbours, place_name, size_name
+from regiongpt.data.facts import (
+    View,
+    ViewObject,
+    colours_of,
+    neighbours,
+    noun,
+    place_name,
+    plural,
+    size_name,
+    with_article,
+)
 from regiongpt.data.records import RecordRegion
-from regiongpt.data.wording import noun, plural, with_article
 
 
 class Facts(LocalCaptioner):
