@@ -144,12 +144,6 @@ def check_text(text: Any, expected: str) -> None:
         raise DataError(f"expected {expected} in UTF-8, got {text!r:.80}") from None
 
 
-def region_list(regions: Sequence[int]) -> str:
-    """``[1, 2, 3]`` as the paper writes it: ``<region1>, <region2> and <region3>``."""
-    names = [f"<region{number}>" for number in regions]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
 def closed_set_suffix(label_set: str = "COCO-80") -> str:
     """Ask for one of the names of ``label_set``, a name the model was trained to know. Paper: Table 1."""
     return f"Answer the question using {label_set} category names."
@@ -214,10 +208,11 @@ def question(
     for slot, value in (("expression", expression), ("category", category)):
         if f"{{{slot}}}" in text and not (isinstance(value, str) and value.strip()):
             raise DataError(f"a {task!r} question needs {slot}=..., got {value!r}")
+    names = [f"<region{number}>" for number in regions] or [""]
     text = text.format(
-        regions=region_list(regions) if regions else "",
-        first=f"<region{regions[0]}>" if regions else "",
-        second=f"<region{regions[1]}>" if len(regions) > 1 else "",
+        regions=" and ".join(filter(None, [", ".join(names[:-1]), names[-1]])),
+        first=names[0],
+        second=names[-1],
         expression=expression.strip(),
         category=indefinite(category) if category else "",
     )

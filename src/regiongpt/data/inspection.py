@@ -91,31 +91,35 @@ def inspect(folder: Path, options: Inspection) -> bool:
     records = RecordSet(folder, options.images)
     index = find(records, options.record) if options.record else None
     processor: Any = load_processor(options.model) if options.record or options.html or options.check else None
-    counts = None
+    tables: Tables = []
     if index is not None:
         record = records[index]
         shown = pieces(encode(record, processor, seed, epoch, index), processor)
         colour = bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
         total, supervised = (sum(piece.tokens for piece in some) for some in (shown, [p for p in shown if p.target]))
-        print(
-            _described(record, index), f"{total:,} tokens, {supervised:,} of them supervised:", sep="\n\n", end="\n\n"
-        )
+        print(f"{_described(record, index)}\n\n{total:,} tokens, {supervised:,} of them supervised:\n")
         print(terminal(shown, colour and not os.environ.get("NO_COLOR")))
     elif options.html or not options.check:
         rows = progress(records.rows(), "statistics", "records", len(records))
-        counts = statistics(records.manifest.source, map(Record.from_row, rows), records.manifest.rejects)
+        tables = statistics(records.manifest.source, map(Record.from_row, rows), records.manifest.rejects)
         if not options.check:
-            print(
-                as_text(counts)
-                if records.manifest.rejects
-                else f"{as_text(counts)}\n\nThe conversion left nothing out."
-            )
+            print(as_text(tables) + ("" if records.manifest.rejects else "\n\nThe conversion left nothing out."))
     if options.html:
         chosen = [index or 0]
         if index is None:
             count = min(len(records), options.count or 24)
             chosen = sorted(np.random.default_rng(seed).choice(len(records), count, replace=False).tolist())
-        write_gallery(options.html, records, chosen, processor, counts, seed=seed, epoch=epoch)
+        manifest = records.manifest
+        write_page(
+            options.html,
+            "records.html",
+            title=f"{manifest.source}: {many(len(records), 'record')}",
+            made=f"{records.folder}, converted by regiongpt {manifest.regiongpt_version}; "
+            f"questions as worded with seed {seed} in epoch {epoch}",
+            tables=tables,
+            records=len(records),
+            cards=[_card(records, index, processor, seed, epoch) for index in chosen],
+        )
         print(f"page of {many(len(chosen), 'record')} written to {options.html}")
     if not options.check:
         return False
@@ -145,18 +149,16 @@ def find(records: RecordSet, which: str) -> int:
 
 
 def _described(record: Record, index: int) -> str:
-    where = f"{record.image}, {record.width} x {record.height} (W x H)" if record.image else "no image"
+    size = record.width, record.height
+    where = "{}, {} x {} (W x H)".format(record.image, *size) if record.image else "no image"
     lines = [f"record {index}, {record.id}, from {record.source}", f"image   {where}"]
     for number, each in enumerate(record.regions, 1):
-        bounds = ", ".join(f"{side:g}" for side in np.round(each.region.bounds(record.width, record.height), 1))
-        share = each.region.area(record.width, record.height) / (record.width * record.height)
-        lines.append(
-            f"[{number}]     {each.region.kind} within {bounds}, {100 * share:.3g} % of the image  {each.category}"
-        )
+        bounds = ", ".join(f"{side:g}" for side in np.round(each.region.bounds(*size), 1))
+        share = f"{100 * each.region.area(*size) / (size[0] * size[1]):.3g} % of the image"
+        lines.append(f"[{number}]     {each.region.kind} within {bounds}, {share}  {each.category}".rstrip())
     for number, turn in enumerate(record.turns, 1):
-        traits = [turn.task, *(["guided"] if turn.guided else []), *([turn.label_set] if turn.label_set else [])]
-        lines.append(f"turn {number}  {', '.join(traits)}")
-    return "\n".join(line.rstrip() for line in lines)
+        lines.append(f"turn {number}  {', '.join(filter(None, [turn.task, 'guided' * turn.guided, turn.label_set]))}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,12 +180,12 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
     shares, sizes = Counter(dict.fromkeys(SHARES.values(), 0)), Counter(dict.fromkeys(SIZES.values(), 0))
     tasks: dict[str, Counter[str]] = {}
     for record in records:
-        images.update([record.image] if record.image else [])
+        images.update(filter(None, [record.image]))
         n_records += 1
         n_regions += len(record.regions)
+        kinds.update(each.region.kind for each in record.regions)
+        categories.update(each.category for each in record.regions if each.category)
         for each in record.regions:
-            kinds[each.region.kind] += 1
-            categories.update([each.category] if each.category else [])
             try:
                 area = each.region.area(record.width, record.height)
             except RegionError:
@@ -236,14 +238,12 @@ def as_text(tables: Tables) -> str:
     blocks = []
     for _, table in tables:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = []
+        numbers = [bool(title) and k > 0 for k, title in enumerate(table[0])]
         for row in table:
-            cells = [f"{row[0]:<{widths[0]}}"]
-            for title, cell, width in zip(table[0][1:], row[1:], widths[1:], strict=True):
-                cells.append(f"{cell:>{width}}" if title else cell)
-            lines.append("   ".join(cells).rstrip())
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+            cells = (f"{cell:{'>' if n else '<'}{width}}" for cell, n, width in zip(row, numbers, widths, strict=True))
+            blocks.append("   ".join(cells).rstrip())
+        blocks.append("")
+    return "\n".join(blocks[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,33 +341,9 @@ def terminal(shown: Sequence[Piece], colour: bool) -> str:
     return "".join(parts) + ("⟧" if taught and not colour else "")
 
 
-def write_gallery(
-    path: Path,
-    records: RecordSet,
-    indices: Sequence[int],
-    processor: "RegionGPTProcessor",
-    tables: Tables | None = None,
-    *,
-    seed: int = 0,
-    epoch: int = 0,
-) -> None:
-    """Write a page that shows records with their pictures, questions, answers and tokens, and statistics if given."""
-    write_page(
-        path,
-        "records.html",
-        title=f"{records.manifest.source}: {many(len(records), 'record')}",
-        made=f"{records.folder}, converted by regiongpt {records.manifest.regiongpt_version}; "
-        f"questions as worded with seed {seed} in epoch {epoch}",
-        tables=tables or [],
-        records=len(records),
-        cards=[_card(records, index, processor, seed, epoch) for index in indices],
-    )
-
-
 def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed: int, epoch: int) -> dict[str, Any]:
     """One record for the page."""
-    record = records[index]
-    shown = None
+    record, shown = records[index], None
     with naming(record.id):
         if path := records.image_path(record):
             image = load_image(path)

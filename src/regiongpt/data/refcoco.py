@@ -45,11 +45,8 @@ SAME_OBJECT: Final = 0.9
 """Intersection over union from which two boxes count as one object annotated twice."""
 
 
-class Ref(NamedTuple):
-    """One object that is referred to, with the ids and words of its expressions."""
-
-    ann_id: int
-    expressions: list[tuple[int, str]]
+Refs = dict[int, dict[int, list[tuple[int, str]]]]
+"""The ids and words of expressions, by image and by the object that they refer to."""
 
 
 class SceneObject(NamedTuple):
@@ -103,12 +100,12 @@ class _ObjectRow(Row):
     iscrowd: Any = None
 
 
-def read_pickle(path: Path, split: str, rejects: Rejects) -> dict[int, list[Ref]]:
-    """The objects of one split that a ``refs(...).p`` refers to, by image; DataError if there are none."""
+def read_pickle(path: Path, split: str, rejects: Rejects) -> Refs:
+    """The objects of one split that a ``refs(...).p`` refers to; DataError if there are none."""
     entries = load_plain_pickle(path)
     if not isinstance(entries, list):
         raise DataError(f"{path}: expected a list of references, got {short(entries)}; give a refs(...).p")
-    refs: dict[int, list[Ref]] = {}
+    refs: Refs = {}
     seen: set[int] = set()
     splits: set[str] = set()
     for place, entry in enumerate(entries):
@@ -120,20 +117,17 @@ def read_pickle(path: Path, split: str, rejects: Rejects) -> dict[int, list[Ref]
             if row.ref_id in seen:
                 raise Fault("duplicate id", f"expected each ref_id once, got {row.ref_id} again")
             seen.add(row.ref_id)
-            ref = Ref(row.ann_id, [])
             for k, given in enumerate(row.sentences):
                 with rejects.noting(path, f"{row.ref_id}[{k}]"):
-                    sentence = _SentenceRow.read(given)
-                    ref.expressions.append((sentence.sent_id, sentence.sent))
-            if ref.expressions:
-                refs.setdefault(row.image_id, []).append(ref)
+                    said = _SentenceRow.read(given)
+                    refs.setdefault(row.image_id, {}).setdefault(row.ann_id, []).append((said.sent_id, said.sent))
     if split not in splits:
         raise DataError(f"{path}: no references of the split {split!r}; give --split {'|'.join(sorted(splits))}")
     return refs
 
 
-def read_json(path: Path, dataset: str, rejects: Rejects) -> tuple[dict[int, list[Ref]], dict[int, Scene]]:
-    """The objects that a JSON file in COCO's layout refers to, by image, and what the file says of the images.
+def read_json(path: Path, dataset: str, rejects: Rejects) -> tuple[Refs, dict[int, Scene]]:
+    """The objects that a JSON file in COCO's layout refers to, and what the file says of the images.
 
     Each of its ``images`` is one expression, its ``caption``; the image's id is ``original_id``. Its annotation is the
     object, whose id in COCO is ``original_id`` too. DataError if the file is of another layout or data set.
@@ -156,7 +150,7 @@ def read_json(path: Path, dataset: str, rejects: Rejects) -> tuple[dict[int, lis
                 raise DataError(f"{path}: expected expressions of {dataset!r}, got {got}; give --dataset")
     for number in sorted(shown.keys() - said.keys()):
         rejects.add(APART, path, number, "expected the expression of an annotation, found none")
-    refs: dict[int, dict[int, Ref]] = {}
+    refs: Refs = {}
     scenes: dict[int, Scene] = {}
     for number, entry in said.items():
         with rejects.noting(path, number):
@@ -172,8 +166,8 @@ def read_json(path: Path, dataset: str, rejects: Rejects) -> tuple[dict[int, lis
                 scene.faulty.add(ann_id)
                 scene.objects[ann_id] = _object(drawn, scene, categories)
                 scene.faulty.remove(ann_id)
-            refs.setdefault(image_id, {}).setdefault(ann_id, Ref(ann_id, [])).expressions.append((number, row.caption))
-    return {image_id: list(of_image.values()) for image_id, of_image in refs.items()}, scenes
+            refs.setdefault(image_id, {}).setdefault(ann_id, []).append((number, row.caption))
+    return refs, scenes
 
 
 def _object(row: _ObjectRow, scene: Scene, categories: dict[Any, Any]) -> SceneObject:
@@ -272,17 +266,18 @@ class RefCocoConverter(Converter):
                     listed = many(len(of_image), "object")
                     raise Fault(APART, f"expected image {number} with its {listed} in {frame.name}, found none")
                 scene = scenes[number]
-                usable: list[Ref] = []
-                for ref in of_image:
-                    with rejects.noting(self.refs, ref.ann_id):
-                        matched |= ref.ann_id in scene.faulty or ref.ann_id in scene.objects
-                        if ref.ann_id in scene.faulty:
-                            reason = f"annotation {ref.ann_id} of {frame.name} cannot be used"
+                usable: dict[int, list[tuple[int, str]]] = {}
+                for ann_id, expressions in of_image.items():
+                    with rejects.noting(self.refs, ann_id):
+                        matched |= ann_id in scene.faulty or ann_id in scene.objects
+                        if ann_id in scene.faulty:
+                            reason = f"annotation {ann_id} of {frame.name} cannot be used"
                             raise Fault("expression of an unusable annotation", reason)
-                        if ref.ann_id not in scene.objects:
-                            reason = f"expected annotation {ref.ann_id} of image {number} in {frame.name}, found none"
-                            raise Fault(APART, reason)
-                        usable.append(ref)
+                        if ann_id not in scene.objects:
+                            raise Fault(
+                                APART, f"expected annotation {ann_id} of image {number} in {frame.name}, found none"
+                            )
+                        usable[ann_id] = expressions
                 if self.check_images:
                     check_image(self.images / scene.path, scene.width, scene.height)
                 if self.task != "locate":
@@ -292,40 +287,39 @@ class RefCocoConverter(Converter):
         if not matched:
             raise DataError(f"{self.refs}: {frame} has none of its objects; give the instances.json of the same data")
 
-    def _captions(self, number: int, scene: Scene, refs: list[Ref]) -> Iterator[Record]:
-        for turn in range(max((len(ref.expressions) for ref in refs), default=0)):
-            asked = [ref for ref in refs if len(ref.expressions) > turn]
-            turns = [
-                Turn(task="caption", answer=ref.expressions[turn][1], regions=(place,))
-                for place, ref in enumerate(asked, 1)
-            ]
-            yield self._record(f"{number}-{turn + 1}/caption", scene, [ref.ann_id for ref in asked], turns)
+    def _captions(self, number: int, scene: Scene, refs: dict[int, list[tuple[int, str]]]) -> Iterator[Record]:
+        for turn in range(max(map(len, refs.values()), default=0)):
+            asked = {ann_id: said[turn][1] for ann_id, said in refs.items() if len(said) > turn}
+            turns = [Turn(task="caption", answer=text, regions=(k,)) for k, text in enumerate(asked.values(), 1)]
+            yield self._record(f"{number}-{turn + 1}/caption", scene, list(asked), turns)
 
-    def _choices(self, number: int, scene: Scene, refs: list[Ref], rejects: Rejects) -> Iterator[Record]:
+    def _choices(
+        self, number: int, scene: Scene, refs: dict[int, list[tuple[int, str]]], rejects: Rejects
+    ) -> Iterator[Record]:
         meant: dict[str, set[int]] = {}
-        for ref in refs:
-            for _, text in ref.expressions:
-                meant.setdefault(text.lower(), set()).add(ref.ann_id)
-        for ref in refs:
-            box = scene.objects[ref.ann_id].box
+        for ann_id, expressions in refs.items():
+            for _, text in expressions:
+                meant.setdefault(text.lower(), set()).add(ann_id)
+        for ann_id, expressions in refs.items():
+            box = scene.objects[ann_id].box
             apart = [
                 each
                 for each, other in sorted(scene.objects.items())
-                if not other.crowd and each != ref.ann_id and _overlap(box, other.box) < SAME_OBJECT
+                if not other.crowd and each != ann_id and _overlap(box, other.box) < SAME_OBJECT
             ]
-            for sent_id, text in ref.expressions:
+            for sent_id, text in expressions:
                 others = [each for each in apart if each not in meant[text.lower()]]
                 if not others:
-                    reason = f"expected another object in image {number} beside {ref.ann_id}, found none"
+                    reason = f"expected another object in image {number} beside {ann_id}, found none"
                     rejects.add("no other region to choose", self.refs, sent_id, reason)
                     continue
-                rng = np.random.default_rng((self.seed, number, ref.ann_id, sent_id))
+                rng = np.random.default_rng((self.seed, number, ann_id, sent_id))
                 matches = bool(rng.random() >= self.no_match_share)
                 drawn = rng.permutation(others).tolist()[: self.candidates - matches]
-                options = rng.permutation([ref.ann_id, *drawn] if matches else drawn).tolist()
+                options = rng.permutation([ann_id, *drawn] if matches else drawn).tolist()
                 turn = Turn(
                     task="locate",
-                    answer=region_answer(options.index(ref.ann_id) + 1) if matches else NO_MATCH,
+                    answer=region_answer(options.index(ann_id) + 1) if matches else NO_MATCH,
                     regions=tuple(range(1, len(options) + 1)),
                     expression=text,
                     guided=True,

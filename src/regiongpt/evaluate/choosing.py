@@ -185,14 +185,13 @@ class RefCocogTask(Task):
         if instances:
             scenes = read_instances(instances[0], set(refs), rejects)
         found: list[Referred] = []
-        for image_id, ref in ((image_id, ref) for image_id, those in refs.items() for ref in those):
+        for image_id, ann_id, said in ((k, *each) for k, those in refs.items() for each in those.items()):
             scene = scenes.get(image_id)
-            if scene is None or ref.ann_id not in scene.objects:
-                rejects.add(APART, path, ref.ann_id, "expected the object in the instances, found none")
+            if scene is None or ann_id not in scene.objects:
+                rejects.add(APART, path, ann_id, "expected the object in the instances, found none")
                 continue
-            each, size = scene.objects[ref.ann_id], (scene.width, scene.height)
-            said = tuple(ref.expressions)
-            found.append(Referred(image_id, scene.path, size, ref.ann_id, each.box, each.category, said))
+            each, size = scene.objects[ann_id], (scene.width, scene.height)
+            found.append(Referred(image_id, scene.path, size, ann_id, each.box, each.category, tuple(said)))
         if not found:
             raise DataError(f"{path}: no objects of the split {self.split!r}; {rejects.summary()}")
         return found
