@@ -104,7 +104,7 @@ class Region(ABC):
             raise RegionError(f"region: expected normalized as true or false, got {_short(normalized)}")
         if normalized and not (min(x0, y0, x1, y1) >= -1 and max(x0, y0, x1, y1) <= 2):
             raise RegionError(f"region: expected normalized numbers within 0..1, got {_short([x0, y0, x1, y1])}")
-        return _Box(x0, y0, x1, y1, bool(normalized), normalized is not None)
+        return _Box((x0, y0, x1, y1), None if normalized is None else bool(normalized))
 
     @staticmethod
     def mask(mask: "ArrayLike | Image.Image") -> "Region":
@@ -178,12 +178,16 @@ class Region(ABC):
     @staticmethod
     def point(x: float, y: float, radius: float | None = None) -> "Region":
         """A disk around a point, by default of radius 1.5 % of the image's longer side, at least one pixel."""
-        return _Vector("point", (np.array([_numbers((x, y), "x, y")]),), _as_size(radius, "radius"))
+        return _Vector(
+            "point", (np.array([_numbers((x, y), "x, y")]),), None if radius is None else _as_number(radius, "radius")
+        )
 
     @staticmethod
     def scribble(points: Any, width: float | None = None) -> "Region":
         """A stroke of a round brush along [[x, y], ...] or [x, y, x, y, ...]; its default width is a point's radius."""
-        return _Vector("scribble", (_points(points, "scribble"),), _as_size(width, "width"))
+        return _Vector(
+            "scribble", (_points(points, "scribble"),), None if width is None else _as_number(width, "width")
+        )
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], name: str = "region") -> "Region":
@@ -327,42 +331,33 @@ class Region(ABC):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Box(Region):
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-    normalized: bool = False
-    certain: bool = False  # that numbers within 0..1 are pixels
+    edges: tuple[float, float, float, float]
+    normalized: bool | None = None  # None: pixels, unless they lie within 0..1
     kind = "box"
 
     def __str__(self) -> str:
-        return f"{'normalized ' * self.normalized}box ({', '.join(map(_number, self._edges()))})"
-
-    def _edges(self, width: int = 1, height: int = 1) -> tuple[float, float, float, float]:
-        """The edges in pixels, if the image's size is given."""
-        sx, sy = (width, height) if self.normalized else (1, 1)
-        return self.x0 * sx, self.y0 * sy, self.x1 * sx, self.y1 * sy
+        return f"{'normalized ' if self.normalized else ''}box ({', '.join(map(_number, self.edges))})"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"box": list(self._edges()), **({"normalized": True} if self.normalized else {})}
+        return {"box": list(self.edges), **({"normalized": True} if self.normalized else {})}
 
-    def scaled(self, width: int, height: int) -> Region:
+    def scaled(self, width: int, height: int) -> "_Box":
         _check_size(width, height)
-        return _Box(self.x0 * width, self.y0 * height, self.x1 * width, self.y1 * height, certain=True)
+        x0, y0, x1, y1 = self.edges
+        return _Box((x0 * width, y0 * height, x1 * width, y1 * height), normalized=False)
 
     def _coordinates(self) -> Any:
-        return () if self.certain else self._edges()
+        return self.edges if self.normalized is None else ()
 
     def _shape(self, width: int, height: int, name: str) -> Shape:
-        x0, y0, x1, y1 = self._edges(width, height)
+        x0, y0, x1, y1 = self.scaled(width, height).edges if self.normalized else self.edges
         if not all(map(math.isfinite, (x0, y0, x1, y1))):
             raise RegionError(f"{name}: expected finite pixels x0,y0,x1,y1, got {self}; give numbers")
-        if x0 > x1 or y0 > y1:
+        if x0 >= x1 or y0 >= y1:
+            wrong = "inverted" if x0 > x1 or y0 > y1 else "empty"
             raise RegionError(
-                f"{name}: expected x0 < x1 and y0 < y1, got {self}, which is inverted; give left, top, right, bottom"
+                f"{name}: expected x0 < x1 and y0 < y1, got {self}, which is {wrong}; give left, top, right, bottom"
             )
-        if x0 == x1 or y0 == y1:
-            raise RegionError(f"{name}: expected x0 < x1 and y0 < y1, got {self}, which is empty; give it an area")
         return BoxShape(max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
 
 
@@ -515,10 +510,6 @@ def _numbers(values: Any, names: str) -> list[Any]:
         got = f"{len(listed)}: {_short(values)}" if listed else _short(values)
         raise RegionError(f"region: expected {len(wanted)} numbers {names}, got {got}")
     return list(map(_as_number, listed, wanted))
-
-
-def _as_size(value: Any, name: str) -> float | None:
-    return None if value is None else _as_number(value, name)
 
 
 def _as_number(value: Any, name: str) -> float:
