@@ -829,27 +829,21 @@ def write_coco(records: Iterable[Record], path: str | Path) -> dict[str, int]:
     """
     images: dict[str, dict[str, Any]] = {}
     categories: dict[str, int] = {}
-    written: set[tuple[int, str, str, str]] = set()
-
-    def write(unfinished: Path) -> None:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write('{"annotations": [')
-            for record in records:
-                if not record.image:
-                    continue
-                entry = {"file_name": record.image, "width": record.width, "height": record.height}
-                image = images.setdefault(record.image, {"id": len(images) + 1, **entry})
-                for each in record.regions:
-                    category = categories.setdefault(each.category or "region", len(categories) + 1)
-                    drawn = each.region.to_coco(record.width, record.height)
-                    key = (image["id"], each.source_id, each.category, json.dumps(drawn))
-                    if key not in written:
-                        head = {"id": len(written) + 1, "image_id": image["id"], "category_id": category, "iscrowd": 0}
-                        file.write("," * bool(written) + "\n" + json.dumps(head | drawn))
-                        written.add(key)
-            listed = [{"id": number, "name": name} for name, number in categories.items()]
-            rest = {"images": list(images.values()), "categories": listed}
-            file.write(f"\n], {json.dumps(rest, ensure_ascii=False)[1:]}\n")
-
-    write_file(path, write)
-    return {"images": len(images), "annotations": len(written), "categories": len(categories)}
+    annotations: dict[tuple[int, str, str, str], dict[str, Any]] = {}
+    for record in records:
+        if not record.image:
+            continue
+        entry = {"file_name": record.image, "width": record.width, "height": record.height}
+        image = images.setdefault(record.image, {"id": len(images) + 1, **entry})
+        for each in record.regions:
+            category = categories.setdefault(each.category or "region", len(categories) + 1)
+            drawn = each.region.to_coco(record.width, record.height)
+            head = {"id": len(annotations) + 1, "image_id": image["id"], "category_id": category, "iscrowd": 0}
+            annotations.setdefault((image["id"], each.source_id, each.category, json.dumps(drawn)), head | drawn)
+    content = {
+        "images": list(images.values()),
+        "annotations": list(annotations.values()),
+        "categories": [{"id": number, "name": name} for name, number in categories.items()],
+    }
+    write_file(path, json.dumps(content, ensure_ascii=False))
+    return {name: len(listed) for name, listed in content.items()}
