@@ -5,7 +5,6 @@ one resumes.
 """
 
 import ctypes
-import json
 import logging
 import platform
 import shutil
@@ -14,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
 from regiongpt.data.shards import Mixture, open_mixture
@@ -32,23 +30,14 @@ from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, chat_template, closed_s
 from regiongpt.storage import locked, new_folder, read_json, write_json
 from regiongpt.train.checkpoint import require_settings
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
-from regiongpt.train.known import Costs, language_shape, named_peak, tower_shape
-from regiongpt.train.loop import Loss, decisive_settings, run_stage
+from regiongpt.train.known import language_shape, tower_shape
+from regiongpt.train.loop import Loop, decisive_settings
 from regiongpt.train.recipe import LoraConfig, ModelConfig, Recipe
 from regiongpt.train.watch import data_of, note_run, report_what_there_is
 
 log = logging.getLogger(__name__)
 
 _OF_PARTS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
-
-
-class StageData(NamedTuple):
-    """What a stage learns from: its data sets, their collate function and its loss."""
-
-    dataset: Dataset[Any]
-    collate: Callable[[list[Any]], dict[str, Any]]
-    loss: Loss
-    dev: Dataset[Any] | None = None
 
 
 def train(config: Recipe) -> Path:
@@ -130,15 +119,15 @@ def _train(config: Recipe) -> Path:
 
     for name, mixture in mixtures.items():
 
-        def prepare(model: Any, processor: Any, name: str = name, mixture: Mixture = mixture) -> StageData:
+        def prepare(model: Any, processor: Any, name: str = name, mixture: Mixture = mixture) -> dict[str, Any]:
             longest = getattr(model.config.text_config, "max_position_embeddings", None)
             of = partial(RecordDataset, processor=processor, longest=longest, suffixes=data.suffixes)
-            return StageData(
-                of(mixture, items=max(1, round(getattr(config, name).epochs * len(mixture)))),
-                DataCollator(processor),
-                answer_loss,
-                of(dev, items=min(config.watch.dev_items, len(dev))) if dev else None,
-            )
+            return {
+                "dataset": of(mixture, items=max(1, round(getattr(config, name).epochs * len(mixture)))),
+                "collate": DataCollator(processor),
+                "loss": answer_loss,
+                "dev": of(dev, items=min(config.watch.dev_items, len(dev))) if dev else None,
+            }
 
         if config.runs(name):
             finished = train_stage(config, name, finished, prepare, made_of=made_of[name])
@@ -151,22 +140,20 @@ def train_stage(
     config: Recipe,
     name: str,
     start: Path,
-    prepare: Callable[[Any, Any], StageData],
+    prepare: Callable[[Any, Any], dict[str, Any]],
     *,
     made_of: Mapping[str, Any] | None = None,
-    whole: bool = True,
 ) -> Path:
     """Train a checkpoint for one stage, unless that has been done; returns the folder of the finished checkpoint.
 
     Args:
         config: A recipe, which has the stage's settings as its field ``name``.
-        name: Of the stage; in ``stage2`` the language model learns too.
+        name: Name of the stage; in ``stage2`` the language model learns too.
         start: Folder of the checkpoint to begin with.
-        prepare: Makes the data of the model and its processor.
-        made_of: As for :func:`run_stage`.
-        whole: Whether every part of the model runs in each step, so that the utilisation is known.
+        prepare: Makes ``dataset``, ``collate``, ``loss`` and ``dev`` of a :class:`Loop`, given model and processor.
+        made_of: As for :class:`Loop`.
     """
-    folder = config.out / name
+    folder, processes = config.out / name, Processes()
     finished = folder / "model"
     if (finished / "config.json").exists():
         log.info("%s: finished before, in %s; give another --out to train anew", name, finished)
@@ -178,43 +165,18 @@ def train_stage(
         if not config.from_scratch and start != config.out / "stage1" / "model":
             raise ConfigError(f"{told}; run stage 1 first and give its result as model.init, or give --from-scratch")
         log.warning("%s", told)
-    model.train()
-    adapts = choose_learners(name, model, config.lora)
+    adapts = choose_learners(name, model.train(), config.lora)
     data = prepare(model, processor)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    items: Any = data.dataset
-    log.info("%s: %d conversations, %.2f M trainable parameters", name, len(items), learning / 1e6)
-    processes = Processes()
-    run_stage(
-        name,
-        model,
-        data.dataset,
-        data.collate,
-        data.loss,
-        getattr(config, name),
-        folder,
-        config.seed,
-        engine=config.engine,
-        watch=config.watch,
-        dev=data.dev,
-        made_of=made_of,
-        utilisation=utilisation_of(model, config.engine.precision, processes) if whole else None,
-    )
+    log.info("%s: %d conversations, %.2f M trainable parameters", name, len(data["dataset"]), learning / 1e6)
+    given: Any = {"config": getattr(config, name), "folder": folder, "seed": config.seed, "engine": config.engine}
+    Loop(name, model, **given, watch=config.watch, made_of=made_of, **data).run()
     if processes.is_first:
         if adapts:
             merge_adapters(model.language_model)
         save_whole(finished, model, processor)
     processes.wait()
     return finished
-
-
-def utilisation_of(model: Any, precision: str, processes: Processes) -> Callable[[Mapping[str, Any]], float] | None:
-    """Share of the peak of all GPUs that a step reaches, from its line of the log; None where the peak is not known."""
-    peak = named_peak(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else 0.0
-    if not peak:
-        return None
-    costs = Costs.of(model)
-    return lambda line: costs.step(line) / (line["seconds"] * peak * processes.count)
 
 
 # -- what a stage starts from ------------------------------------------------------------------------------------------
@@ -286,22 +248,19 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     """
     if not shape.language:
         return
-    config = read_shape(folder)
-    wanted = new_shape(shape, tower_shape(shape.vision), language_shape(shape.language))
+    there = read_shape(folder)
+    here = new_shape(shape, tower_shape(shape.vision), language_shape(shape.language))
     names = ["refinement", "refinement_channels", "connector_size", "region_position", "region_crop"]
-    names += ["image_size"] if shape.image_size else []
-    names += ["image_grid"] if shape.image_grid else []
-    pairs = {name: (getattr(config, name), getattr(wanted, name)) for name in names}
-    pairs["image_marks"] = config.image_marks, shape.image_marks
-    pairs["region_numbers"] = bool(config.region_number_offset), shape.region_numbers
-    try:
-        described = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-        pairs |= {name: (described[name], getattr(shape, name)) for name in ("region_grid", "region_format")}
-    except (OSError, ValueError, LookupError, TypeError):
-        pass  # reported where the checkpoint is loaded
+    names += [name for name in ("image_size", "image_grid") if getattr(shape, name)]
+    pairs = {name: (getattr(there, name), getattr(here, name)) for name in names}
+    pairs["image_marks"] = there.image_marks, shape.image_marks
+    pairs["region_numbers"] = bool(there.region_number_offset), shape.region_numbers
+    described = read_json(folder / "processor_config.json", CheckpointError)
+    if isinstance(described, dict):  # reported where the checkpoint is loaded
+        pairs |= {name: (described.get(name), getattr(shape, name)) for name in ("region_grid", "region_format")}
     for part, kind in (("vision", "vision_config"), ("language", "text_config")):
         for name in _OF_PARTS:
-            ours, theirs = (getattr(getattr(each, kind), name, None) for each in (config, wanted))
+            ours, theirs = (getattr(getattr(each, kind), name, None) for each in (there, here))
             pairs[f"{part}.{name}"] = ours, theirs
     wrong = [f"{name} is {got} there and {wanted} here" for name, (got, wanted) in pairs.items() if got != wanted]
     if wrong:
@@ -318,9 +277,7 @@ def read_shape(folder: Path) -> RegionGPTConfig:
     with weights.reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
-        raise CheckpointError(
-            f"expected a RegionGPT checkpoint in {folder}; its config.json says model_type {config.model_type!r}"
-        )
+        raise CheckpointError(f"{folder}: expected a RegionGPT checkpoint, got model_type {config.model_type!r}")
     return config
 
 
