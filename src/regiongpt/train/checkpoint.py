@@ -57,15 +57,13 @@ def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     else:
         return
     odd = []
-    for name in (name for name in settings if settings[name] != found.get(name)):
-        ours, theirs = settings[name], found.get(name)
-        plain = isinstance(ours, int | float | str) and isinstance(theirs, int | float | str)
-        odd.append(f"{name} = {ours}, it has {theirs}" if plain else f"other {name}")
+    for name, ours in settings.items():
+        if ours != (theirs := found.get(name)):
+            plain = isinstance(ours, int | float | str) and isinstance(theirs, int | float | str)
+            odd.append(f"{name} = {ours}, it has {theirs}" if plain else f"other {name}")
     if odd:
-        raise ConfigError(
-            f"{checkpoint}: it was made with other settings: {'; '.join(odd)}; give those again or another --out, or "
-            f"delete {folder}"
-        )
+        told = f"{checkpoint}: it was made with other settings: {'; '.join(odd)}"
+        raise ConfigError(f"{told}; give those again or another --out, or delete {folder}")
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ class Loop:
             if several:
                 self.module = DistributedDataParallel(self.module)
         self.optimizer = make_optimizer(model, config)
-        self.asked_to_stop = False
+        self.asked_to_stop = self.stopped = False
 
     def _pack(self) -> None:
         model: Any = self.model
@@ -175,21 +175,20 @@ class Loop:
         generator = None if self.begin is None else torch.Generator()
         skip, workers = self.progress.step * rounds, self.engine.workers
         batches = iter(self._batches(self.dataset, self.config.batch_size, skip, workers, generator))
-        first, stopped = self.processes.is_first, False
+        first = self.processes.is_first
         if first:
             self.watcher.start(self.progress.step)
-        while self.progress.step < self.steps and not stopped:
+        while self.progress.step < self.steps and not self.stopped:
             began = time.perf_counter()
             step = list(islice(batches, rounds))
             waited = time.perf_counter() - began
             found = self._step(step)
             self.progress = self.progress.model_copy(update={"step": self.progress.step + 1})
             at, last = self.progress.step, self.progress.step == self.steps
-            stopped = self.asked_to_stop
             if first:
                 line = {"step": at, "of": self.steps, "epoch": at / self.steps, **found}
                 self.watcher.step({**line, "seconds": time.perf_counter() - began, "wait": waited})
-            saves = last or stopped or at % self.config.save_steps == 0
+            saves = last or self.stopped or at % self.config.save_steps == 0
             if self.dev is not None and self.watch.dev_steps and (last or at % self.watch.dev_steps == 0):
                 saves |= self._measure()
             if saves:
@@ -221,7 +220,7 @@ class Loop:
         row = torch.stack(rows).sum(0)
         flags = torch.stack([~sound, torch.tensor(self.asked_to_stop, device=sound.device)]).to(row)
         *values, failed, asked = self.processes.summed(torch.cat([row, flags])).tolist()
-        self.asked_to_stop = asked > 0
+        self.stopped = asked > 0
         if failed:
             self._refuse(step, losses, float(norm))
         rate = rate_at(self.progress.step, self.steps, self.config.warmup_ratio)

@@ -86,6 +86,7 @@ def _train(config: Recipe) -> Path:
     dev = open_mixture(data.dev_mixture, data.root, config.seed) if data.dev_mixture else None
     made_of: dict[str, dict[str, Any]] = {}
     records: list[Any] = []
+    start = config.model.init or config.model.model_dump(mode="json", exclude={"init"})
     for name, mixture in mixtures.items():
         log.info("%s: %s", name, mixture.report())
         for part in mixture.parts if name == "stage1" else ():
@@ -95,9 +96,8 @@ def _train(config: Recipe) -> Path:
                     "learns nothing, since the language model is frozen; leave the part to stage 2"
                 )
         records = [*records, mixture.identity()["parts"]]
-        start = config.model.init or config.model.model_dump(mode="json", exclude={"init"})
-        made_of[name] = {"start": start, "records": records, "suffixes": data.suffixes}
-        made_of[name]["lora"] = config.lora.model_dump(mode="json") if config.lora.rank and name == "stage2" else None
+        lora = config.lora.model_dump(mode="json") if config.lora.rank and name == "stage2" else None
+        made_of[name] = {"start": start, "records": records, "suffixes": data.suffixes, "lora": lora}
         require_settings(config.out / name, {"seed": config.seed, **made_of[name]})
     set_seed(config.seed)
     finished = config.model.folder if config.model.init else config.out / "start"
@@ -196,17 +196,11 @@ def create_start(shape: ModelConfig, language: str | Path, folder: Path, images:
     """
     if (folder / "config.json").exists():
         return
-    model, processor = weights.create(
-        shape.vision,
-        language,
-        **_shape_options(shape),
-        # A language model that the recipe has trained itself knows the plain template.
-        chat_template=(shape.chat_template or None) if shape.language else "plain",
-        region_format=shape.region_format,
-        region_grid=shape.region_grid,
-        region_numbers=shape.region_numbers,
-        image_marks=shape.image_marks,
-    )
+    same = {"region_format", "region_grid", "region_numbers", "image_marks"}
+    # A language model that the recipe has trained itself knows the plain template.
+    template = (shape.chat_template or None) if shape.language else "plain"
+    options = {**_shape_options(shape), **shape.model_dump(include=same)}
+    model, processor = weights.create(shape.vision, language, chat_template=template, **options)
     if model.config.vision_config.model_type == "efficientnet_lite" and (paths := list(images)):
         _calibrate(model, processor, paths)
     save_whole(folder, model, processor)
@@ -218,15 +212,9 @@ def new_shape(shape: ModelConfig, vision: Any, language: Any = None) -> RegionGP
 
 
 def _shape_options(shape: ModelConfig) -> dict[str, Any]:
-    return {
-        "image_size": shape.image_size or None,
-        "refinement": shape.refinement,
-        "refinement_channels": shape.refinement_channels or None,
-        "connector_size": shape.connector_size or None,
-        "image_grid": [shape.image_grid] * 2 if shape.image_grid else None,
-        "region_position": shape.region_position,
-        "region_crop": shape.region_crop,
-    }
+    sizes = {name: getattr(shape, name) or None for name in ("image_size", "refinement_channels", "connector_size")}
+    grid = [shape.image_grid] * 2 if shape.image_grid else None
+    return {**shape.model_dump(include={"refinement", "region_position", "region_crop"}), **sizes, "image_grid": grid}
 
 
 def check_start(config: Recipe) -> None:
@@ -339,11 +327,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of giving it back: on a CPU the tower then runs twice as fast.
-
-    Activations of tens of megabytes are otherwise mapped anew for every layer, and zeroing fresh pages costs more than
-    the convolutions.
-    """
+    """Tell glibc to keep freed memory: activations are otherwise mapped anew for every layer, at twice the time."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold = -1, -3
