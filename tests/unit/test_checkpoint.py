@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from learning import learn, settings
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import text_config
 
 from regiongpt.errors import CheckpointError
@@ -87,23 +87,6 @@ def test_the_last_weights_are_kept_where_the_best_checkpoint_is_damaged(
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     go_on(run, watch=WatchConfig(keep=9, dev_steps=2), dev=2)
     assert "checkpoint-1: the best checkpoint is lost (tensors.safetensors is damaged" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "said"),
-    [
-        ("model/", lambda tensor: tensor.fill_(torch.nan), "not finite"),
-        ("model/", lambda tensor: tensor.to(torch.int32), "expected torch.float32"),
-        ("exp_avg_sq", lambda tensor: tensor.fill_(-1.0), "below zero"),
-    ],
-)
-def test_a_checkpoint_of_wrong_numbers_is_never_trained_on(run: Path, name: str, change: Any, said: str) -> None:
-    whole = tensors(run / "checkpoint-2")
-    key = next(key for key in whole if name in key and whole[key].ndim)
-    save_file({**whole, key: change(whole[key].clone())}, run / "checkpoint-2" / "tensors.safetensors")
-    seal(run / "checkpoint-2")
-    with pytest.raises(CheckpointError, match=said):
-        go_on(run)
 
 
 def test_reading_a_checkpoint_runs_no_code(run: Path) -> None:

@@ -105,10 +105,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, proce
             torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
             if torch.cuda.is_available() and "cuda" in state:
                 torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
-        found = Progress(**{name: stage[name] for name in Progress.model_fields})
-        if found.step != _step_of(folder):
-            raise ValueError(f"it is after step {found.step}, its folder says {_step_of(folder)}")
-        return found
+        return Progress(**{name: stage[name] for name in Progress.model_fields})
     except (RegionGPTError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {reason(error)}; {_DELETE}") from None
 
@@ -141,10 +138,6 @@ def _put_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                 value = file.get_tensor(name)
                 if value.shape != tensor.shape:
                     raise ValueError(f"{name}: expected {list(tensor.shape)}, got {list(value.shape)}")
-                if value.dtype != tensor.dtype:
-                    raise ValueError(f"{name}: expected {tensor.dtype}, got {value.dtype}")
-                if not value.isfinite().all() or (name.startswith("exp_avg_sq/") and bool((value < 0).any())):
-                    raise ValueError(f"{name}: not finite, or below zero where it is a mean of squares")
                 if isinstance(tensor, DTensor):
                     value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
                 tensor.copy_(value)
