@@ -344,10 +344,10 @@ def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
     True if there are adapters, to be merged when the stage is done.
     """
     model.language_model.requires_grad_(stage == "stage2")
-    if stage != "stage2" or not config.rank:
-        return False
-    add_adapters(model.language_model, config)
-    return True
+    adapts = stage == "stage2" and config.rank > 0
+    if adapts:
+        add_adapters(model.language_model, config)
+    return adapts
 
 
 def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:
