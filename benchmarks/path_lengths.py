@@ -39,7 +39,7 @@ from regiongpt.inference.engine import Engine
 from regiongpt.model import weights
 from regiongpt.regions import Region
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
-from regiongpt.train.loop import run_stage
+from regiongpt.train.loop import Loop
 from regiongpt.train.recipe import EngineConfig, StageConfig
 
 PACKAGE = Path(regiongpt.__file__).parent
@@ -113,9 +113,9 @@ def record_to_loss(folder: Path, packing: bool) -> Path_:
     found = Path_(RecordSet.__getitem__, answer_loss)
     engine = EngineConfig(packing=packing)
     found.run(
-        lambda: run_stage(
+        lambda: Loop(
             "stage2", model, dataset, DataCollator(processor), answer_loss, stage, folder / "run", 0, engine=engine
-        )
+        ).run()
     )
     return found
 

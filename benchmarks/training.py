@@ -39,9 +39,9 @@ from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, weights
 from regiongpt.storage import finite, write_json
 from regiongpt.train.dataset import DataCollator, answer_loss
-from regiongpt.train.known import Costs
-from regiongpt.train.loop import run_stage, targets_in
+from regiongpt.train.loop import Loop, targets_in
 from regiongpt.train.packing import PackedCollate, units_on_cpu, width_cost
+from regiongpt.train.plan import costs_of
 from regiongpt.train.recipe import EngineConfig, StageConfig
 from regiongpt.train.stages import keep_freed_memory
 
@@ -173,17 +173,21 @@ def timed(
 ) -> dict[str, Any]:
     """Rates of a stage by its own log, without the first ``skip`` steps."""
     with tempfile.TemporaryDirectory() as out:
-        run_stage("stage2", model, dataset, collate, loss, config, Path(out), 0, engine=engine)
+        Loop("stage2", model, dataset, collate, loss, config, Path(out), 0, engine=engine).run()
         lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][skip:]
     seconds = sum(line["seconds"] for line in lines)
-    costs = replace(Costs.of(model), tower=0.0)  # its features are made up
+    costs, flops = costs_of(model), 0.0
+    for line in lines:  # without padding and regions; the tower's features are made up
+        tokens = line["tokens"]
+        flops += tokens * (costs.token + costs.square * tokens / line["examples"])
+        flops += line["images"] * costs.image + line["targets"] * costs.target
     peak = matmul_rate(next(model.parameters()).device, engine.precision)
     return {
         "steps": len(lines),
         "seconds_a_step": seconds / len(lines),
         "tokens_a_second": sum(line["tokens"] for line in lines) / seconds,
         "waiting_for_data": sum(line["wait"] for line in lines) / seconds,
-        "utilisation": sum(map(costs.step, lines)) / (seconds * peak),
+        "utilisation": flops / (seconds * peak),
     }
 
 

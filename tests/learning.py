@@ -22,7 +22,7 @@ from tiny import IMAGE, REGION, tiny_inputs, tiny_model
 
 from regiongpt.errors import DataError
 from regiongpt.train.dataset import answer_loss
-from regiongpt.train.loop import Loop, run_stage
+from regiongpt.train.loop import Loop
 from regiongpt.train.packing import turn_numbers
 from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
 
@@ -127,7 +127,6 @@ def learn(
     watch: WatchConfig | None = None,
     name: str = "stage2",
     dev: int = 0,
-    utilisation: Any = None,
     text_config: Any = None,
     **data: Any,
 ) -> tuple[Any, Loop]:
@@ -136,8 +135,8 @@ def learn(
     model.language_model.requires_grad_(name == "stage2")
     given = (Examples(model.config, items, **data), collate, answer_loss, stage or settings(), out, 0)
     held = Examples(model.config, dev) if dev else None
-    how: Any = {"engine": engine, "watch": watch, "dev": held, "utilisation": utilisation}
-    return model, run_stage(name, model, *given, **how)
+    how: Any = {"engine": engine, "watch": watch, "dev": held}
+    return model, Loop(name, model, *given, **how).run()
 
 
 def main() -> None:

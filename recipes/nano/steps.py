@@ -22,8 +22,8 @@ from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
 from regiongpt.train.dataset import DataCollator
 from regiongpt.train.debug import POSITIONS, debug_folder, few_steps, make_language, small_model
 from regiongpt.train.known import language_shape, tower_shape
-from regiongpt.train.loop import run_stage
-from regiongpt.train.stages import StageData, check_shape, create_start, save_whole, train_stage, training
+from regiongpt.train.loop import Loop
+from regiongpt.train.stages import check_shape, create_start, save_whole, train_stage, training
 from regiongpt.train.watch import note_run
 
 log = logging.getLogger("nano")
@@ -72,18 +72,18 @@ def _train(config: NanoRecipe) -> Path:
         if name == "stage2" and finished.parent.name != "stage1" and not config.from_scratch:
             raise ConfigError(f"stage 2 starts from {finished}; run stage 1 first, or give --from-scratch")
 
-        def prepare(model: Any, processor: Any, name: str = name) -> StageData:
+        def prepare(model: Any, processor: Any, name: str = name) -> dict[str, Any]:
             stage: NanoStageConfig = getattr(config, name)
             grid = model.config.image_grid
             words = ClassWords(processor.tokenizer, sampler.statistics.boxes)
-            return StageData(
-                conversations_of(config, stage, images, store, sampler, processor, grid),
-                DataCollator(processor, EXTRAS),
-                partial(visual_loss, words, stage.alignment, name != "align"),
-                dev_conversations(config, sampler, model, processor),
-            )
+            return {
+                "dataset": conversations_of(config, stage, images, store, sampler, processor, grid),
+                "collate": DataCollator(processor, EXTRAS),
+                "loss": partial(visual_loss, words, stage.alignment, name != "align"),
+                "dev": dev_conversations(config, sampler, model, processor),
+            }
 
-        finished = train_stage(config, name, finished, prepare, whole=False)
+        finished = train_stage(config, name, finished, prepare)
     return finished
 
 
@@ -133,7 +133,7 @@ def train_language(config: NanoRecipe, images: Sequence[ImageAnnotations], folde
     log.info("language: %d texts, %.2f M tokens, %.2f M parameters", *told)
     region, image = (tokenizer.convert_tokens_to_ids(token) for token in (REGION_TOKEN, IMAGE_TOKEN))
     offset = weights.number_offset(tokenizer, shape.region_format) if shape.region_numbers else 0
-    run_stage(
+    Loop(
         "language",
         model,
         dataset,
@@ -144,7 +144,7 @@ def train_language(config: NanoRecipe, images: Sequence[ImageAnnotations], folde
         config.seed,
         engine=config.engine,
         watch=config.watch,
-    )
+    ).run()
     save_whole(folder, model, tokenizer)
 
 
@@ -153,9 +153,9 @@ def stacked(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([each[name] for each in examples]) for name in examples[0]}
 
 
-def debug_size(config: NanoRecipe, outlines: bool = False) -> NanoRecipe:
+def debug_size(config: NanoRecipe) -> NanoRecipe:
     """The recipe at a size of seconds, on drawn pictures; as :func:`regiongpt.train.debug.debug_size`."""
-    with debug_folder(config, outlines) as made:
+    with debug_folder(config) as made:
         shape, language = config.model, ""
         if shape.language:
             language = str(make_language(language_shape(shape.language).model_type, made / "language"))

@@ -234,7 +234,7 @@ class Study:
             if self.options.debug:
                 for run in self.out.glob("*/seed-*"):
                     shutil.rmtree(run, ignore_errors=True)
-                configs = {key: debug_size(config, outlines=True) for key, config in configs.items()}
+                configs = {key: debug_size(config) for key, config in configs.items()}
             return self._run(configs)
 
     def _run(self, configs: Mapping[tuple[str, int], Recipe]) -> str:

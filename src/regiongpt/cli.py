@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -589,7 +590,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if options.plan:
         plan = make_plan(recipe)
         if options.json:
-            _print_json(plan.to_dict())
+            _print_json(asdict(plan))
         else:
             print(plan.text())
         return 0

@@ -29,8 +29,6 @@ T = TypeVar("T")
 PATIENCE: Final = timedelta(days=7)
 """How long processes wait for the slowest; PyTorch's minutes would end a run whose shares of the work differ."""
 
-_FAREWELL: Final = 0.1  # seconds
-
 
 def launched() -> int:
     """How many processes were started together, connected by now or not."""
@@ -115,17 +113,16 @@ def connect(on_cpu: bool = False) -> Processes:
                 f"the {launched()} processes that WORLD_SIZE speaks of cannot be connected "
                 f"({str(error).splitlines()[0][:200]}); start them with torchrun or `accelerate launch`"
             ) from None
-        atexit.register(disconnect)
+        atexit.register(_disconnect)  # a process that ends connected may be taken for one that failed
     return Processes()
 
 
-def disconnect() -> None:
-    """Close the connection; a process that ends with it open may be taken for one that failed."""
+def _disconnect() -> None:
     if _connected():
         _torch().destroy_process_group()
         # A thread of gloo's lets go of the last message's tensor after the one that waited for it has gone on, and
         # needs the interpreter's lock for that; where there is no interpreter any more, it aborts the process.
-        time.sleep(_FAREWELL)
+        time.sleep(0.1)
 
 
 def _torch() -> Any:
@@ -146,12 +143,10 @@ _PACKAGES: Final = "regiongpt torch transformers tokenizers safetensors accelera
 @cache
 def versions(packages: tuple[str, ...] = tuple(_PACKAGES.split())) -> dict[str, str]:
     """The versions of packages that results may depend on."""
-    found = {}
+    found = dict.fromkeys(packages, "not installed")
     for name in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
     return found
 
 

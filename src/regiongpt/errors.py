@@ -14,7 +14,7 @@ class RegionGPTError(Exception):
     """Base of every error that the user's input, and not a defect of this package, has caused.
 
     Args:
-        message: becomes one line, whatever the values that it quotes look like.
+        message: Becomes one line, whatever the values that it quotes look like.
     """
 
     def __init__(self, message: object = "") -> None:

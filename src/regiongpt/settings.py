@@ -22,6 +22,8 @@ T = TypeVar("T", bound="Settings")
 
 
 class _OwnErrors(ModelMetaclass):
+    """ConfigError for whoever builds settings; pydantic's own inside of others, for the place in front."""
+
     def __call__(cls, *args: Any, **values: Any) -> Any:
         try:
             return super().__call__(*args, **values)
@@ -32,8 +34,8 @@ class _OwnErrors(ModelMetaclass):
 class Settings(BaseModel, metaclass=_OwnErrors):
     """Base of every settings class: immutable, unknown keys are errors, numbers are finite, paths are not empty.
 
-    A docstring below a field is its help on the command line. A validator rejects values that do not go together with
-    ValueError; whoever builds or loads settings gets ConfigError, with the place in front.
+    A docstring below a field is its help on the command line. A validator raises ValueError; whoever builds or loads
+    settings gets ConfigError, with the place in front.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
@@ -60,13 +62,11 @@ class Settings(BaseModel, metaclass=_OwnErrors):
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Split the lists of the command line at commas, and reject what pydantic would take in silence."""
         hint = cls.model_fields[str(info.field_name)].annotation
-        kinds = plain_types(hint)
+        kinds, inner = plain_types(hint), set().union(*map(plain_types, typing.get_args(hint)))
         if isinstance(value, str) and tuple in kinds and str not in kinds:
             return [part.strip() for part in value.split(",") if part.strip()]
-        paths = value if isinstance(value, list | tuple) else [value]
-        if Path in kinds.union(*map(plain_types, typing.get_args(hint))) and any(
-            str(path).strip() == "" for path in paths
-        ):
+        several = value if isinstance(value, list | tuple) else [value]
+        if Path in kinds | inner and not all(str(each).strip() for each in several):
             raise ValueError("give a path, not an empty text")
         if isinstance(value, bool) and bool not in kinds and {int, float} & kinds:
             raise ValueError("give a number")
@@ -121,21 +121,19 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
     found = error.errors(include_url=False)
     # A misspelt name is unknown, and then the right one may be missing.
     first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
-    where = ".".join(map(str, first["loc"]))
+    where, given = ".".join(map(str, first["loc"])), first["input"]
     if first["type"] == "extra_forbidden":
-        *tables, leaf = map(str, first["loc"])
+        *tables, leaf = first["loc"]
         inner: Any = kind
-        for table in tables:
-            if table.isdecimal():  # a place in a list of tables
-                inner = next(iter(typing.get_args(inner)), None)
-                continue
-            field = inner.model_fields.get(table) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
-            inner = field.annotation if field is not None else None
-        known = list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else []
-        return f"unknown setting '{where}'; {nearest(leaf, known, ''.join(f'{table}.' for table in tables))}"
+        for table in tables:  # a number is a place in a list of tables
+            fields = getattr(inner, "model_fields", {})
+            inner = (
+                typing.get_args(inner)[0] if isinstance(table, int) else getattr(fields.get(table), "annotation", None)
+            )
+        known = getattr(inner, "model_fields", {})
+        return f"unknown setting '{where}'; {nearest(str(leaf), known, ''.join(f'{table}.' for table in tables))}"
     if first["type"] == "missing":
         return f"{where}: give a value"
-    given = first["input"]
     if first["type"] == "value_error" and not isinstance(given, str | int | float):  # about several fields
         return f"{where}: {first['ctx']['error']}".removeprefix(": ")
     message = first["msg"].removeprefix("Value error, ")
@@ -156,7 +154,7 @@ def add_options(
 
     Args:
         parser: Gets the options.
-        kind: Whose fields they are.
+        kind: Class whose fields they are.
         title: Heading of the options in the help.
         prefix: Before each name, such as ``pope.`` for ``--pope.limit``; such options are not in the help.
         required: Whether fields without a default have to be typed.
@@ -210,14 +208,10 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any], strict: bool = Fal
 
 
 def plain_types(hint: Any) -> set[Any]:
-    """The plain types in an annotation: ``{Path, NoneType}`` of ``Path | None``, ``{tuple, ...}`` of a tuple."""
-    origin = typing.get_origin(hint)
+    """The plain types in an annotation: ``{Path, NoneType}`` of ``Path | None``, ``{tuple}`` of any tuple."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return set().union(*map(plain_types, typing.get_args(hint)))
+        return set().union(*map(plain_types, inner))
     if origin is typing.Annotated:
-        return plain_types(typing.get_args(hint)[0])
-    if origin is typing.Literal:
-        return {type(value) for value in typing.get_args(hint)}
-    if origin is tuple:
-        return {tuple}
-    return {origin or hint}
+        return plain_types(inner[0])
+    return set(map(type, inner)) if origin is typing.Literal else {origin or hint}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError, short
 
@@ -74,14 +74,14 @@ def writing(path: str | Path) -> Iterator[None]:
     """Turn a failed write inside the block into a DataError of one line."""
     try:
         yield
+    except RegionGPTError:
+        raise
     except Exception as error:
         # safetensors and tokenizers report a failed write by exceptions of their own.
-        failed = isinstance(error, OSError) or "(os error" in str(error)
-        if isinstance(error, RegionGPTError) or not failed:
+        if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
-        raise DataError(
-            f"{path}: cannot be written: {reason(error)}; free some space or choose another place"
-        ) from None
+        told = f"{path}: cannot be written: {reason(error)}; free some space or choose another place"
+        raise DataError(told) from None
 
 
 def check_writable(path: str | Path) -> None:
@@ -117,12 +117,9 @@ def check_checkpoint(folder: str | Path) -> None:
 
 def check_new(folder: str | Path | None) -> None:
     """Raise ConfigError for a folder to write that has something in it, or cannot be there."""
-    if folder is None:
-        return
-    if not isinstance(folder, str | os.PathLike) or not str(folder):
+    if folder is not None and (not isinstance(folder, str | os.PathLike) or not str(folder)):
         raise ConfigError(f"out: expected the path of a folder, got {short(folder)}")
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise ConfigError(f"{folder}: expected a new or an empty folder, but it has something in it; choose another")
 
 
@@ -177,9 +174,7 @@ def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise ConfigError(
-                f"{folder}: {holder} is writing there; wait for its end or choose another folder"
-            ) from None
+            raise ConfigError(f"{folder}: {holder} is writing there; wait or choose another folder") from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()}")
@@ -198,9 +193,6 @@ def reason(error: BaseException) -> str:
 
 
 # -- finished work by key ----------------------------------------------------------------------------------------------
-
-_BY_INDEX: Final = 1000
-"""Keys up to which they are looked up one by one; for more, all are read."""
 
 
 class Store:
@@ -252,7 +244,7 @@ class Store:
         """The values of those keys that any process has added; DataError where a file is damaged."""
         wanted = set(keys)
         found: dict[str, Any] = {}
-        if len(wanted) <= _BY_INDEX:
+        if len(wanted) <= 1000:  # looked up one by one; for more, all are read
             places = ",".join("?" * len(wanted))
             rows = self._rows(f"SELECT key, value FROM done WHERE key IN ({places}) ORDER BY rowid", [*wanted])
         else:

@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 import torch
 from learning import Examples, collate, example, full_disk, learn, settings
-from tiny import text_config, tiny_model
+from tiny import text_config, tiny_inputs, tiny_model
 from transformers import LlamaConfig
 
 from regiongpt.environment import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
-from regiongpt.train.checkpoint import Checkpoints, damage, require_settings
+from regiongpt.model import RegionGPTForConditionalGeneration
+from regiongpt.train.checkpoint import Checkpoints, damage
 from regiongpt.train.dataset import answer_loss
-from regiongpt.train.loop import StepBatches, decisive_settings, targets_in
+from regiongpt.train.loop import StepBatches, targets_in
 from regiongpt.train.packing import (
     PackedCollate,
     attends_in_units,
@@ -32,7 +33,8 @@ from regiongpt.train.packing import (
     require_packable,
     units_on_cpu,
 )
-from regiongpt.train.recipe import EngineConfig, WatchConfig
+from regiongpt.train.recipe import EngineConfig, LoraConfig, WatchConfig
+from regiongpt.train.stages import add_adapters, merge_adapters
 
 SCRIPT = Path(__file__).parents[1] / "learning.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -322,10 +324,10 @@ def test_two_processes_learn_what_one_does(
     assert_close(got, expected)
     assert losses(tmp_path) == pytest.approx(losses(out), rel=1e-5)
     assert len(losses(tmp_path)) == 10
-    if "fsdp" in words:  # a checkpoint of two processes is one of any number: the last two steps again, in one
+    for processes in (2, 1) if "fsdp" in words else ():  # a checkpoint of two processes is one of any number
         for later in (9, 10):
             shutil.rmtree(tmp_path / f"checkpoint-{later}")
-        assert_close(run(tmp_path, *TEXTS), expected)
+        assert_close(run(tmp_path, *(words if processes == 2 else ()), *TEXTS, processes=processes), expected)
 
 
 @pytest.mark.slow
@@ -374,9 +376,28 @@ def test_sigterm_saves_first_and_the_run_goes_on(
     assert losses(tmp_path) == losses(out)
 
 
-def test_a_finished_stage_is_held_to_its_settings(tmp_path: Path) -> None:
-    learn(tmp_path, items=16, stage=settings(lr=1e-2))
-    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-2-backup")
-    require_settings(tmp_path, decisive_settings(settings(lr=1e-2, save_steps=7)))
-    with pytest.raises(ConfigError, match=r"lr = 0\.02, it has 0\.01; .*other records"):
-        require_settings(tmp_path, {**decisive_settings(settings(lr=2e-2)), "records": ["a"]})
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj",), ("q_proj", "lm_head"), ("lm_head",)])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_merged_model_answers_as_its_adapters_did(targets: tuple[str, ...], tied: bool, tmp_path: Path) -> None:
+    model = tiny_model(text_config=text_config(tie_word_embeddings=tied)).eval().double()
+    language = model.language_model
+    inputs = tiny_inputs(model.config, [1, 2])
+    words = language.get_input_embeddings().weight.detach().clone()
+    add_adapters(language, LoraConfig(rank=2, targets=targets))
+    for name, parameter in language.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        adapted = model(**inputs).logits
+        merge_adapters(language)
+        assert torch.equal(language.get_input_embeddings().weight, words)
+        torch.testing.assert_close(model(**inputs).logits, adapted, rtol=1e-5, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        again = RegionGPTForConditionalGeneration.from_pretrained(tmp_path)
+        torch.testing.assert_close(again(**inputs).logits, adapted, rtol=1e-5, atol=1e-5)
+    head = again.get_output_embeddings().weight
+    assert (head is again.get_input_embeddings().weight) == (tied and "lm_head" not in targets)

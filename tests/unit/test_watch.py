@@ -1,26 +1,18 @@
 """What is written down of a stage, whatever happens to it."""
 
-import io
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from learning import full_disk, learn, settings
-from tiny import tiny_model
-from transformers import AutoConfig
 
-from regiongpt.environment import Processes
 from regiongpt.errors import ConfigError
-from regiongpt.model import RegionGPTForConditionalGeneration, weights
 from regiongpt.train import watch
 from regiongpt.train.dataset import TASKS, task_numbers
-from regiongpt.train.known import Costs, named_peak
 from regiongpt.train.recipe import WatchConfig
-from regiongpt.train.stages import utilisation_of
 from regiongpt.train.watch import StepLog, read_lines
 
 
@@ -30,7 +22,6 @@ def test_every_step_has_its_line(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             tmp_path,
             items=45,
             stage=settings(log_steps=3, save_steps=100, warmup_ratio=0.0),
-            utilisation=lambda line: line["tokens"] / 1e4,
         )
     lines = read_lines(tmp_path / "log.jsonl")
     assert [(line["step"], line["of"]) for line in lines] == [(step, 6) for step in range(1, 7)]
@@ -41,7 +32,6 @@ def test_every_step_has_its_line(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         assert set(line["tasks"]) == {TASKS[0], TASKS[1]}
         assert line["examples"] == line["images"] == (8 if line["step"] < 6 else 5)
         assert line["grad_norm"] > 0
-        assert 0 < line["mfu"] < 1
         assert 0 <= line["wait"] <= line["seconds"]
     assert [line["lr"]["visual"] for line in lines] == pytest.approx(
         [0.01, 0.00933, 0.0075, 0.005, 0.0025, 0.00067], abs=5e-6
@@ -76,17 +66,6 @@ def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(watch, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="not installed"):
         learn(tmp_path, watch=WatchConfig(tensorboard=True))
-
-
-def test_a_terminal_gets_one_line_that_keeps_changing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = io.StringIO()
-    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(sys, "stderr", shown)
-    learn(tmp_path)
-    last = shown.getvalue().split("\r")[-2]
-    assert "stage2: 100%" in shown.getvalue()
-    assert "gradient norm" in shown.getvalue()
-    assert not last.strip()  # it is gone at the end
 
 
 # -- the log -----------------------------------------------------------------------------------------------------------
@@ -143,33 +122,3 @@ def test_targets_know_their_task() -> None:
     assert task_numbers(labels[:5], ["caption", "presence"]).tolist() == [-1, -1, caption, caption, -1]
     assert task_numbers(torch.full((3,), -100), ["caption"]).tolist() == [-1, -1, -1]
     assert task_numbers(labels, ["caption"]).tolist()[2:6] == [caption, caption, -1, -1]
-
-
-def test_known_gpus_have_their_makers_peak() -> None:
-    peaks = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "A100-SXM4-80GB": 312, "A10G": 0, "GeForce RTX 5090": 0}
-    assert {name: named_peak(f"NVIDIA {name}", "bf16") / 1e12 for name in peaks} == peaks
-
-
-def test_a_steps_arithmetic_is_counted_of_what_it_had() -> None:
-    with torch.device("meta"):
-        model = RegionGPTForConditionalGeneration(AutoConfig.from_pretrained(weights.nano_path()))
-    step = {"examples": 4, "tokens": 400, "images": 4, "targets": 30}
-    learns = Costs.of(model)
-    model.language_model.requires_grad_(False)
-    frozen = Costs.of(model)
-    layers = 5 * (4 * 256**2 + 3 * 256 * 704)
-    weights_of_all = layers * 400 + model.config.text_config.vocab_size * 256 * 30
-    # A frozen language model is passed once forward and once back, one that learns once more.
-    assert learns.step(step) - frozen.step(step) == pytest.approx(2 * weights_of_all)
-    visual, attention = 4 * (frozen.tower + frozen.image), 5 * 4 * 12 * 100**2 * 256
-    assert frozen.step(step) - visual - attention == pytest.approx(4 * weights_of_all)
-
-
-def test_the_utilisation_is_told_on_a_known_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, line = tiny_model(), {"examples": 4, "tokens": 400, "images": 4, "targets": 30, "seconds": 0.5}
-    assert utilisation_of(model, "bf16", Processes()) is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    told = utilisation_of(model, "bf16", Processes(rank=0, count=2, local=0))
-    assert told is not None
-    assert told(line) == pytest.approx(Costs.of(model).step(line) / (0.5 * 2 * 989e12))

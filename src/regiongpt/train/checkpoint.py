@@ -1,14 +1,8 @@
 """Atomic, verified checkpoints of a stage; keeps the newest few and the best. Reading one runs no code in it.
 
-A folder ``checkpoint-N``, N the optimiser steps done, holds:
-
-- ``stage.json``: the settings that decide what is learnt, and how far the stage is;
-- ``tensors-R.safetensors``: trained tensors and AdamW's moments, as process R has them. A sharded tensor is the rows
-  of all processes one after the other, any other is in the first file;
-- ``random-R.json``: the random state of process R;
-- ``files.json``: the sizes and hashes of all these, written last.
-
-Frozen weights are in the checkpoint that the stage began with.
+A folder ``checkpoint-N``, N the optimiser steps done, holds ``tensors.safetensors`` (trained tensors and AdamW's
+moments, whole), ``random-R.json`` (random state of process R), ``stage.json`` (how far the stage is, and the settings
+that decide what is learnt), and ``files.json``, written last: sizes and hashes of the others.
 """
 
 import json
@@ -17,7 +11,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,19 +21,19 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from regiongpt.environment import Processes
-from regiongpt.errors import CheckpointError, ConfigError, DataError
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
 from regiongpt.settings import Settings
-from regiongpt.storage import read_json, reason, sha256
+from regiongpt.storage import read_json, reason, sha256, writing
 
 log = logging.getLogger(__name__)
 
 LIST = "files.json"
 
-_STAGE, _MOMENTS = "stage.json", ("step", "exp_avg", "exp_avg_sq")
-_PREFIX, _UNFINISHED, _ASIDE = "checkpoint-", ".unfinished-", "aside-"
+_STAGE, _TENSORS, _MOMENTS = "stage.json", "tensors.safetensors", ("step", "exp_avg", "exp_avg_sq")
+_PREFIX, _UNFINISHED = "checkpoint-", ".unfinished-"
 _DELETE = "delete the folder to continue from the checkpoint before"
 
 
@@ -63,51 +57,47 @@ def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     else:
         return
     odd = []
-    for name in (name for name in settings if settings[name] != found.get(name)):
-        ours, theirs = settings[name], found.get(name)
-        plain = isinstance(ours, int | float | str) and isinstance(theirs, int | float | str)
-        odd.append(f"{name} = {ours}, it has {theirs}" if plain else f"other {name}")
+    for name, ours in settings.items():
+        if ours != (theirs := found.get(name)):
+            plain = isinstance(ours, int | float | str) and isinstance(theirs, int | float | str)
+            odd.append(f"{name} = {ours}, it has {theirs}" if plain else f"other {name}")
     if odd:
-        raise ConfigError(
-            f"{checkpoint}: it was made with other settings: {'; '.join(odd)}; give those again or another --out, or "
-            f"delete {folder}"
-        )
+        told = f"{checkpoint}: it was made with other settings: {'; '.join(odd)}"
+        raise ConfigError(f"{told}; give those again or another --out, or delete {folder}")
 
 
-def save(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    settings: Mapping[str, Any],
-    progress: Progress,
-    processes: Processes,
-) -> None:
-    """Write this process's part into an empty folder; all processes call it together."""
+@torch.no_grad()
+def contents(model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> dict[str, Any]:
+    """What :func:`save` writes, in the first process; all call it together."""
     mine = {}
     for name, tensor in _tensors(model, optimizer).items():
-        if isinstance(tensor, DTensor):
-            mine[name] = tensor.to_local().contiguous()
-        elif processes.is_first:
-            mine[name] = tensor.contiguous()
-    save_file(mine, folder / f"tensors-{processes.rank}.safetensors")
+        whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        if processes.is_first:
+            mine[name] = whole.contiguous()
     kind, keys, *rest = cast(Any, np.random.get_state())
     state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
     state["torch"] = torch.get_rng_state().tolist()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state().tolist()
-    (folder / f"random-{processes.rank}.json").write_text(json.dumps(state), encoding="utf-8")
-    if processes.is_first:
-        text = json.dumps({"settings": dict(settings), **progress.model_dump()}, indent=1)
-        (folder / _STAGE).write_text(text, encoding="utf-8")
+    return {"tensors": mine, "random": processes.gathered(state)}
+
+
+def save(folder: Path, held: Mapping[str, Any], settings: Mapping[str, Any], progress: Progress) -> None:
+    """Write what :func:`contents` has gathered into an empty folder."""
+    save_file(held["tensors"], folder / _TENSORS)
+    for rank, state in enumerate(held["random"]):
+        (folder / f"random-{rank}.json").write_text(json.dumps(state), encoding="utf-8")
+    stage = {"settings": dict(settings), **progress.model_dump()}
+    (folder / _STAGE).write_text(json.dumps(stage, indent=1), encoding="utf-8")
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> Progress:
     """Restore, in place, what :func:`save` has written; with more processes than before, the new ones draw anew."""
     _put_back(folder, _tensors(model, optimizer))
-    stage = _read_stage(folder)
     try:
-        if processes.rank < len(list(folder.glob("tensors-*.safetensors"))):
-            state = _read(folder / f"random-{processes.rank}.json")
+        stage = _read_stage(folder)
+        if processes.rank < max(1, len(list(folder.glob("random-*.json")))):
+            state = read_json(folder / f"random-{processes.rank}.json")
             version, internal, gauss = state["python"]
             random.setstate((version, tuple(internal), gauss))
             kind, keys, *rest = state["numpy"]
@@ -115,14 +105,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, proce
             torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
             if torch.cuda.is_available() and "cuda" in state:
                 torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
-        found = Progress(**{name: stage[name] for name in Progress.model_fields})
-        if found.step != _step_of(folder):
-            raise ValueError(f"it is after step {found.step}, its folder says {_step_of(folder)}")
-        return found
-    except (ConfigError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder}: its step or its random state cannot be read: {reason(error)}; {_DELETE}"
-        ) from None
+        return Progress(**{name: stage[name] for name in Progress.model_fields})
+    except (RegionGPTError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot be read: {reason(error)}; {_DELETE}") from None
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -148,50 +133,20 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 def _put_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
-        with ExitStack() as stack:
-            paths = (folder / f"tensors-{rank}.safetensors" for rank in range(len(list(folder.glob("tensors-*")))))
-            files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
-            parts = [(file, set(file.keys())) for file in files]
+        with safe_open(folder / _TENSORS, "pt") as file:
             for name, tensor in tensors.items():
-                begin, end = 0, len(tensor) if tensor.ndim else 0
-                if isinstance(tensor, DTensor):
-                    size = -(-end // tensor.device_mesh.size())
-                    begin, tensor = min(tensor.device_mesh.get_local_rank() * size, end), tensor.to_local()
-                    end = begin + len(tensor)
-                value = _rows([file for file, names in parts if name in names], name, begin, end)
+                value = file.get_tensor(name)
                 if value.shape != tensor.shape:
                     raise ValueError(f"{name}: expected {list(tensor.shape)}, got {list(value.shape)}")
-                if value.dtype != tensor.dtype:
-                    raise ValueError(f"{name}: expected {tensor.dtype}, got {value.dtype}")
-                if not value.isfinite().all() or (name.startswith("exp_avg_sq/") and bool((value < 0).any())):
-                    raise ValueError(f"{name}: not finite, or below zero where it is a mean of squares")
+                if isinstance(tensor, DTensor):
+                    value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
                 tensor.copy_(value)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its tensors cannot be read: {reason(error)}; {_DELETE}") from None
 
 
-def _rows(files: list[Any], name: str, begin: int, end: int) -> Tensor:
-    """Some rows of a tensor that lies in the files one part after the other."""
-    pieces, at = [], 0
-    for part in (file.get_slice(name) for file in files):
-        if not part.get_shape():
-            return cast(Tensor, files[0].get_tensor(name))
-        rows = part.get_shape()[0]
-        first, last = (min(max(place - at, 0), rows) for place in (begin, end))
-        pieces.append(part[first:last])
-        at += rows
-    return torch.cat(pieces)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return read_json(path, CheckpointError)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {_DELETE}") from None
-
-
 def _read_stage(checkpoint: Path) -> dict[str, Any]:
-    found = _read(checkpoint / _STAGE)
+    found = read_json(checkpoint / _STAGE, CheckpointError)
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise CheckpointError(f"{checkpoint}: its {_STAGE} is not that of a checkpoint; {_DELETE}")
     return found
@@ -215,63 +170,51 @@ class Checkpoints:
 
         What a kill has left unfinished is removed. A damaged checkpoint is renamed, with a line in the log.
         """
+        return self.processes.from_first(self._newest)
 
-        def search() -> Path | None:
-            for leftover in self.folder.glob(f"{_UNFINISHED}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            found = _written(self.folder)
-            while found:
-                checkpoint = found.pop()
-                fault = damage(checkpoint)
-                if fault is None:
-                    return checkpoint
-                then = "the one before is taken" if found else "none is left, so the stage begins anew"
-                log.warning("%s: %s; it is now %s, and %s", checkpoint, fault, _set_aside(checkpoint).name, then)
-            return None
-
-        return self.processes.from_first(search)
+    def _newest(self) -> Path | None:
+        for leftover in self.folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        found = _written(self.folder)
+        while found:
+            checkpoint = found.pop()
+            fault = damage(checkpoint)
+            if fault is None:
+                return checkpoint
+            then = "the one before is taken" if found else "none is left, so the stage begins anew"
+            log.warning("%s: %s; it is now %s, and %s", checkpoint, fault, _set_aside(checkpoint).name, then)
+        return None
 
     def write(self, step: int, fill: Callable[[Path], None], best: int | None = None) -> bool:
         """Write a checkpoint whole, then remove those that are not kept; False if the disk is full.
 
         Nothing is left of it then, and the checkpoints before are untouched. All processes call it; ``fill`` writes the
-        files of each into the given folder.
+        files into the given folder, in the first.
         """
-        unfinished = self.folder / f"{_UNFINISHED}{step}"
-        first = self.processes.is_first
+        return self.processes.from_first(lambda: self._write(step, fill, best))
 
-        def begin() -> None:
+    def _write(self, step: int, fill: Callable[[Path], None], best: int | None) -> bool:
+        unfinished, path = self.folder / f"{_UNFINISHED}{step}", self.path(step)
+        try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-
-        def finish() -> None:
+            fill(unfinished)
             _seal(unfinished)
-            shutil.rmtree(self.path(step), ignore_errors=True)
-            unfinished.rename(self.path(step))
+            shutil.rmtree(path, ignore_errors=True)
+            unfinished.rename(path)
             _sync(self.folder)
-
-        for part in (begin if first else None, lambda: fill(unfinished), finish if first else None):
-            fault = ""
-            try:
-                if part is not None:
-                    part()
-            except (OSError, SafetensorError) as error:
-                fault = reason(error)
-            fault = next((each for each in self.processes.gathered(fault) if each), "")
-            if fault:
-                if first:
-                    shutil.rmtree(unfinished, ignore_errors=True)
-                    newest = next(reversed(_written(self.folder)), "none")
-                    told = "%s could not be written (%s); the run goes on, and the newest checkpoint is %s"
-                    log.warning(told, self.path(step), fault, newest)
-                return False
-        if first:
-            for checkpoint in _written(self.folder)[: -self.keep]:
-                if _step_of(checkpoint) != best:
-                    # A kill in the middle of this must not leave what looks like a checkpoint.
-                    gone = self.folder / f"{_UNFINISHED}{_step_of(checkpoint)}"
-                    checkpoint.rename(gone)
-                    shutil.rmtree(gone, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            newest = next(reversed(_written(self.folder)), "none")
+            told = "%s could not be written (%s); the run goes on, and the newest checkpoint is %s"
+            log.warning(told, path, reason(error), newest)
+            return False
+        for checkpoint in _written(self.folder)[: -self.keep]:
+            if _step_of(checkpoint) != best:
+                # A kill in the middle of this must not leave what looks like a checkpoint.
+                gone = self.folder / f"{_UNFINISHED}{_step_of(checkpoint)}"
+                checkpoint.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
         return True
 
 
@@ -290,30 +233,24 @@ def damage(checkpoint: Path) -> str | None:
     try:
         listed = {name: (size, digest) for name, (size, digest) in read_json(checkpoint / LIST).items()}
     except (DataError, ValueError, AttributeError, TypeError):
-        return f"it was not written to its end, or its {LIST} is damaged"
+        listed = {}
     if _STAGE not in listed:
-        return f"its {LIST} is damaged: it lists no {_STAGE}"
+        return f"it was not written to its end, or its {LIST} is damaged"
     for name, (size, digest) in listed.items():
-        path = checkpoint / name
         try:
-            if (found := path.stat().st_size) != size:
-                return f"{name} is damaged: expected {size} bytes, got {found}"
-            if sha256(path) != digest:
-                return f"{name} is damaged: its content is not what was written"
+            if (checkpoint / name).stat().st_size != size or sha256(checkpoint / name) != digest:
+                return f"{name} is damaged: not what was written"
         except OSError as error:
             return f"{name} cannot be read: {reason(error)}"
     return None
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a folder to ``aside-N-...`` beside it; CheckpointError if it cannot be renamed."""
     number = 1
-    while (aside := path.with_name(f"{_ASIDE}{number}-{path.name}")).exists():
+    while (aside := path.with_name(f"aside-{number}-{path.name}")).exists():
         number += 1
-    try:
+    with writing(path):
         return path.rename(aside)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be renamed to {aside.name}: {reason(error)}") from None
 
 
 def _seal(folder: Path) -> None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipImageProcessorPil
@@ -30,28 +29,23 @@ _KINDS = ((17, "cat", "red", 4), (18, "dog", "blue", 52))
 _TEMPLATES = {"llama": "vicuna_v1", "qwen2": "chatml", "qwen3": "chatml"}
 
 
-def debug_size(config: Recipe, outlines: bool = False) -> Recipe:
+def debug_size(config: Recipe) -> Recipe:
     """The same recipe with about three optimiser steps per stage, and what it needs made beside its run.
 
     ``out`` gets ``-debug`` behind its name; what another debug run left there is deleted.
-
-    Args:
-        config: Any recipe.
-        outlines: Annotate the objects of the images with outlines too.
 
     Raises:
         ConfigError: The shape of the recipe's tower or language model is not known, a library is missing, or the folder
             holds something else than a debug run, or one that is not finished.
         DataError: The folder cannot be written; nothing is left in it.
     """
-    with debug_folder(config, outlines) as made:
+    with debug_folder(config) as made:
         require_data_extra()
         data: dict[str, Any] = {"root": ""}
-        for name, texts in (("pretrain_mixture", False), ("mixture", True)):
+        for name in ("pretrain_mixture", "mixture"):
             if getattr(config.data, name):
-                images = str((made / "images").resolve())
-                made_of: Any = {"source": "debug", "images": images, "inputs": [], "arguments": {}}
-                write_records(made / name, _records(texts), Rejects(), **made_of)
+                given: Any = {"images": str((made / "images").resolve()), "inputs": [], "arguments": {}}
+                write_records(made / name, _records(name == "mixture"), Rejects(), source="debug", **given)
                 data[name] = str(made / name)
         if config.data.dev_mixture:
             data["dev_mixture"] = data.get("mixture", data.get("pretrain_mixture"))
@@ -60,7 +54,7 @@ def debug_size(config: Recipe, outlines: bool = False) -> Recipe:
 
 
 @contextmanager
-def debug_folder(config: Recipe, outlines: bool = False) -> Iterator[Path]:
+def debug_folder(config: Recipe) -> Iterator[Path]:
     """A new folder ``made`` beside a debug run, with annotated images; it is removed if the block fails."""
     out = Path(f"{config.out}-debug")
     with writing(out):
@@ -72,7 +66,7 @@ def debug_folder(config: Recipe, outlines: bool = False) -> Iterator[Path]:
                 for name in ("made", "run"):
                     shutil.rmtree(out / name, ignore_errors=True)
                 (out / "made" / "images").mkdir(parents=True)
-                _draw_images(out / "made", outlines)
+                _draw_images(out / "made")
                 yield out / "made"
         except BaseException:
             shutil.rmtree(out, ignore_errors=True)
@@ -126,27 +120,28 @@ def make_language(kind: str, folder: Path) -> Path:
         "max_position_embeddings": POSITIONS,
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
-    save_whole(folder, model, tokenizer)
+    save_whole(folder, _drawn(1, AutoModelForCausalLM, kind, shape), tokenizer)
     return folder
 
 
 def _make_tower(kind: str, folder: Path) -> Path:
-    side, patch = (64, 0) if kind == "efficientnet_lite" else (32, 8)
-    shape: dict[str, Any] = {**_SHAPE, "num_hidden_layers": 3, "image_size": side, "patch_size": patch}
+    side = 64 if kind == "efficientnet_lite" else 32
+    shape: dict[str, Any] = {**_SHAPE, "num_hidden_layers": 3, "image_size": side, "patch_size": 8}
     if kind == "siglip2_vision_model":
-        shape["num_patches"] = (shape.pop("image_size") // patch) ** 2
+        shape["num_patches"] = (shape.pop("image_size") // 8) ** 2
     elif kind.startswith("dinov2"):
         shape["mlp_ratio"] = 2
     elif kind == "efficientnet_lite":
         shape = {"variant": "efficientnet-lite0", "image_size": side}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tower = AutoModel.from_config(AutoConfig.for_model(kind, **shape))
+    tower = _drawn(0, AutoModel, kind, shape)
     save_whole(folder, tower, SiglipImageProcessorPil(size={"height": side, "width": side}))
     return folder
+
+
+def _drawn(seed: int, auto: Any, kind: str, shape: dict[str, Any]) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto.from_config(AutoConfig.for_model(kind, **shape))
 
 
 def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
@@ -165,7 +160,7 @@ def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
     return small.replace(init=str(made / "start"))
 
 
-def _draw_images(folder: Path, outlines: bool) -> None:
+def _draw_images(folder: Path) -> None:
     """Draw a red cat and a blue dog into each image, as rectangles, and annotate them in COCO's format."""
     images: list[dict[str, Any]] = []
     boxes: list[dict[str, Any]] = []
@@ -175,8 +170,8 @@ def _draw_images(folder: Path, outlines: bool) -> None:
         for kind, _, colour, (x, y, w, h) in _objects(number):
             ImageDraw.Draw(picture).rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
             box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0, "category_id": kind}
-            ring = {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]} if outlines else {}
-            boxes.append({"id": len(boxes) + 1, "image_id": number, **box, **ring})
+            ring = [x, y, x + w, y, x + w, y + h, x, y + h]
+            boxes.append({"id": len(boxes) + 1, "image_id": number, **box, "segmentation": [ring]})
         picture.save(folder / "images" / f"{number}.png")
     categories = [{"id": kind, "name": name} for kind, name, *_ in _KINDS]
     write_json(folder / "instances_train.json", {"images": images, "annotations": boxes, "categories": categories})
@@ -186,27 +181,24 @@ def _draw_images(folder: Path, outlines: bool) -> None:
 
 def _objects(number: int) -> Iterator[tuple[int, str, str, tuple[int, int, int, int]]]:
     """Category, its name, colour and box (x, y, width, height) of what is in an image."""
-    rng = np.random.default_rng((0, number))
     for kind, name, colour, left in _KINDS:
-        x, y, w = left + int(rng.integers(8)), int(rng.integers(4, 20)), int(rng.integers(16, 30))
-        yield kind, name, colour, (x, y, w, 30)
+        yield kind, name, colour, (left + number % 8, 4 + 5 * number % 16, 16 + 3 * number % 14, 30)
 
 
 def _records(with_text: bool) -> Iterator[Record]:
     """Records of the images, a few of text alone among them if the stage can learn from those."""
     for number in range(1, IMAGES + 1):
-        if with_text and number % 4 == 0:
-            talk = Turn(task="chat", question="What is two and two?", answer="Four.")
-            yield Record(id=f"talk/{number}", source="debug", image="", width=0, height=0, regions=(), turns=(talk,))
-            continue
-        (_, first, _, _), (_, second, colour, _) = objects = list(_objects(number))
-        regions = tuple(
-            RecordRegion(region=Region.box(x, y, x + w, y + h), category=name) for _, name, _, (x, y, w, h) in objects
-        )
-        turns = (
-            Turn(task="classify", regions=(1,), answer=first, label_set="COCO-80", guided=True),
-            Turn(task="caption", regions=(2,), answer=f"a {colour} {second}"),
+        shape: Any = {"image": f"{number}.png", "width": WIDTH, "height": HEIGHT}
+        turns: tuple[Turn, ...] = (
+            Turn(task="classify", regions=(1,), answer="cat", label_set="COCO-80", guided=True),
+            Turn(task="caption", regions=(2,), answer="a blue dog"),
             Turn(task="chat", question="What are <region1> and <region2>?", answer="A red cat and a blue dog."),
         )
-        shape: Any = {"source": "debug", "image": f"{number}.png", "width": WIDTH, "height": HEIGHT}
-        yield Record(id=f"picture/{number}", regions=regions, turns=turns, **shape)
+        regions = tuple(
+            RecordRegion(region=Region.box(x, y, x + w, y + h), category=name)
+            for _, name, _, (x, y, w, h) in _objects(number)
+        )
+        if with_text and number % 4 == 0:
+            shape = {"image": "", "width": 0, "height": 0}
+            turns, regions = (Turn(task="chat", question="What is two and two?", answer="Four."),), ()
+        yield Record(id=f"debug/{number}", source="debug", regions=regions, turns=turns, **shape)

@@ -9,11 +9,12 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,23 +46,8 @@ def decisive_settings(config: StageConfig) -> dict[str, Any]:
     return config.model_dump(exclude={"micro_batch_size", "save_steps", "log_steps"})
 
 
-def run_stage(
-    name: str,
-    model: nn.Module,
-    dataset: Dataset[Example],
-    collate: Collate,
-    loss: Loss,
-    config: StageConfig,
-    folder: Path,
-    seed: int,
-    *,
-    engine: EngineConfig | None = None,
-    watch: WatchConfig | None = None,
-    dev: Dataset[Example] | None = None,
-    made_of: Mapping[str, Any] | None = None,
-    utilisation: Callable[[Mapping[str, Any]], float] | None = None,
-) -> "Loop":
-    """Train the parameters that require gradients, in as many processes as were started together.
+class Loop:
+    """Trains the parameters of a model that require gradients, in as many processes as were started together.
 
     Args:
         name: Name of the stage in the log.
@@ -76,120 +62,122 @@ def run_stage(
         watch: How many checkpoints are kept, and how often the dev loss is measured.
         dev: Dev data. The weights with the lowest dev loss are restored at the end.
         made_of: What else a checkpoint in the folder must share for the stage to resume from it, as plain values.
-        utilisation: Share of the hardware's peak that a step has reached, from its line of the log.
-
-    Raises:
-        ConfigError: Options do not go with each other, with the number of processes, or with the checkpoint.
-        CheckpointError: A checkpoint in the folder is of another model.
-        DataError: A record cannot be used, a loss is not finite (training has stopped before that step), or the folder
-            cannot be written.
-        SystemExit: 143, after SIGTERM: the last step is in a checkpoint.
-    """
-    engine, watch = engine or EngineConfig(), watch or WatchConfig()
-    processes = connect()
-    together = config.micro_batch_size * processes.count
-    if config.batch_size % together:
-        raise ConfigError(
-            f"{name}.batch_size: {config.batch_size} is not a multiple of {together}, the micro_batch_size of "
-            f"{config.micro_batch_size} in {processes.count} processes"
-        )
-    if processes.count == 1 and (gpus := torch.cuda.device_count()) > 1:
-        log.info("%d GPUs are here and one is used; start with `torchrun --nproc-per-node N`", gpus)
-    set_seed(seed)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder, watch.keep, processes)
-    settings = {**decisive_settings(config), "items": len(cast(Any, dataset)), "seed": seed, **(made_of or {})}
-    begin = checkpoints.newest()
-    if begin is not None:
-        checkpoint.require_settings(folder, settings)
-        if processes.is_first:
-            log.info("%s: going on from %s", name, begin)
-    packs = engine.packing and hasattr(model, "embed")  # text in windows of one length is full already
-    if packs:
-        text = cast(Any, model).config.text_config
-        require_packable(text)
-        longest = engine.pack_length or getattr(text, "max_position_embeddings", None) or 1 << 30
-        collate = PackedCollate(collate, longest, width_cost(text))
-    if engine.gradient_checkpointing:
-        # Newer releases of transformers call it by another name, and warn at the old one.
-        any_model: Any = model
-        enable = getattr(model, "activation_checkpointing_enable", None) or any_model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if engine.compile:
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=True)
-    watcher = Watch(name, folder, watch, config.log_steps, utilisation)
-    loop = Loop(name, model, loss, dataset, collate, config, engine, watch, checkpoints, settings, watcher, dev)
-    in_units = packs and not engine.compile  # compiled layers take masks, since each batch has other units
-    units = units_on_cpu(cast(Any, model).language_model, loop.device) if in_units else nullcontext()
-    with loop.stops_on_sigterm(), closing(watcher), units:
-        loop.train(begin)
-    if loop.stopped:
-        if processes.is_first:
-            log.info("%s: stopped by SIGTERM after step %d; run again to go on", name, loop.progress.step)
-        raise SystemExit(STOPPED_BY_SIGTERM)
-    loop.load_best()
-    if loop.sharded:
-        put_together(model, processes.is_first)
-    return loop
-
-
-@dataclass(eq=False)
-class Loop:
-    """The steps of one stage, as :func:`run_stage` sets it up.
 
     Attributes:
         progress: The steps done, and the best of them by dev loss.
-        stopped: Whether training ended because it was asked to.
+
+    Raises:
+        ConfigError: Options do not go with each other, with the number of processes, or with the checkpoint.
+        DataError: The folder cannot be written.
     """
 
-    name: str
-    model: nn.Module
-    loss: Loss
-    dataset: Dataset[Example]
-    collate: Collate
-    config: StageConfig
-    engine: EngineConfig
-    watch: WatchConfig
-    checkpoints: Checkpoints
-    settings: dict[str, Any]
-    watcher: Watch
-    dev: Dataset[Example] | None
-
-    def __post_init__(self) -> None:
-        self.processes = self.checkpoints.processes
-        several = self.processes.count > 1
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        dataset: Dataset[Example],
+        collate: Collate,
+        loss: Loss,
+        config: StageConfig,
+        folder: Path,
+        seed: int,
+        *,
+        engine: EngineConfig | None = None,
+        watch: WatchConfig | None = None,
+        dev: Dataset[Example] | None = None,
+        made_of: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.engine, self.watch, self.processes = engine or EngineConfig(), watch or WatchConfig(), connect()
+        self.name, self.model, self.dataset, self.collate, self.dev = name, model, dataset, collate, dev
+        self.config, self.progress = config, Progress()
+        self.together, several = config.micro_batch_size * self.processes.count, self.processes.count > 1
+        if config.batch_size % self.together:
+            raise ConfigError(
+                f"{name}.batch_size: {config.batch_size} is not a multiple of {self.together}, the micro_batch_size of "
+                f"{config.micro_batch_size} in {self.processes.count} processes"
+            )
+        if not several and (gpus := torch.cuda.device_count()) > 1:
+            log.info("%d GPUs are here and one is used; start with `torchrun --nproc-per-node N`", gpus)
+        set_seed(seed)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(folder, self.watch.keep, self.processes)
+        items = len(cast(Any, dataset))
+        self.steps = math.ceil(items / config.batch_size)
+        self.settings = {**decisive_settings(config), "items": items, "seed": seed, **(made_of or {})}
+        self.begin = self.checkpoints.newest()
+        if self.begin is not None:
+            checkpoint.require_settings(folder, self.settings)
+            if self.processes.is_first:
+                log.info("%s: going on from %s", name, self.begin)
+        self.watcher = Watch(name, folder, self.watch, config.log_steps)
         kind = torch.accelerator.current_accelerator()
         if kind is None or (several and kind.type != "cuda"):  # several processes share the CPU
             self.device = torch.device("cpu")
         else:
             self.device = torch.device(kind.type, torch.accelerator.current_device_index())
+        self.units: Any = nullcontext()
+        if self.engine.packing and hasattr(model, "embed"):  # text in windows of one length is full already
+            self._pack()
+        if self.engine.gradient_checkpointing:
+            # Newer releases of transformers call it by another name, and warn at the old one.
+            own: Any = model
+            enable = getattr(model, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        if self.engine.compile:
+            for layer in decoder_layers(model):
+                layer.compile(dynamic=True)
         self.sharded = self.engine.sharding == "fsdp" and several
-        self.module: Any = StageModule(self.model, self.loss, self.engine.precision == "bf16")
+        self.module: Any = StageModule(model, loss, self.engine.precision == "bf16")
         if self.sharded:
             shard(self.module)
         else:
             self.module.to(self.device)
             if several:
                 self.module = DistributedDataParallel(self.module)
-        self.optimizer = make_optimizer(self.model, self.config)
-        self.steps = math.ceil(len(cast(Any, self.dataset)) / self.config.batch_size)
-        self.progress = Progress()
+        self.optimizer = make_optimizer(model, config)
         self.asked_to_stop = self.stopped = False
 
-    def train(self, begin: Path | None) -> None:
-        """Do the steps that are left, from a checkpoint or from the first."""
-        if begin is not None:
-            self.progress = checkpoint.load(begin, self.model, self.optimizer, self.processes)
-        rounds = self.config.batch_size // (self.config.micro_batch_size * self.processes.count)
+    def _pack(self) -> None:
+        model: Any = self.model
+        text = model.config.text_config
+        require_packable(text)
+        longest = self.engine.pack_length or getattr(text, "max_position_embeddings", None) or 1 << 30
+        self.collate = PackedCollate(self.collate, longest, width_cost(text))
+        if not self.engine.compile:  # compiled layers take masks, since each batch has other units
+            self.units = units_on_cpu(model.language_model, self.device)
+
+    def run(self) -> Self:
+        """Train from the newest checkpoint, or from the first step, to the last.
+
+        Raises:
+            CheckpointError: A checkpoint in the folder is of another model.
+            DataError: A record cannot be used, a loss is not finite (training has stopped before that step), or the
+                folder cannot be written.
+            SystemExit: 143, after SIGTERM: the last step is in a checkpoint.
+        """
+        with self._stops_on_sigterm(), self.units:
+            self._train()
+        if self.progress.step < self.steps:
+            if self.processes.is_first:
+                log.info("%s: stopped by SIGTERM after step %d; run again to go on", self.name, self.progress.step)
+            raise SystemExit(STOPPED_BY_SIGTERM)
+        self._load_best()
+        if self.sharded:
+            put_together(self.model, self.processes.is_first)
+        return self
+
+    def _train(self) -> None:
+        if self.begin is not None:
+            self.progress = checkpoint.load(self.begin, self.model, self.optimizer, self.processes)
+        rounds = self.config.batch_size // self.together
         # Opening a loader draws a random number: of the stage's own at its first start alone, to go on with the same.
-        generator = None if begin is None else torch.Generator()
+        generator = None if self.begin is None else torch.Generator()
         skip, workers = self.progress.step * rounds, self.engine.workers
         batches = iter(self._batches(self.dataset, self.config.batch_size, skip, workers, generator))
         first = self.processes.is_first
         if first:
-            self.watcher.start(self.progress.step, self.steps)
+            self.watcher.start(self.progress.step)
         while self.progress.step < self.steps and not self.stopped:
             began = time.perf_counter()
             step = list(islice(batches, rounds))
@@ -197,7 +185,6 @@ class Loop:
             found = self._step(step)
             self.progress = self.progress.model_copy(update={"step": self.progress.step + 1})
             at, last = self.progress.step, self.progress.step == self.steps
-            self.stopped = self.asked_to_stop and not last
             if first:
                 line = {"step": at, "of": self.steps, "epoch": at / self.steps, **found}
                 self.watcher.step({**line, "seconds": time.perf_counter() - began, "wait": waited})
@@ -205,7 +192,9 @@ class Loop:
             if self.dev is not None and self.watch.dev_steps and (last or at % self.watch.dev_steps == 0):
                 saves |= self._measure()
             if saves:
-                self.checkpoints.write(at, self._fill, self.progress.best_step)
+                held = checkpoint.contents(self.model, self.optimizer, self.processes)
+                fill = partial(checkpoint.save, held=held, settings=self.settings, progress=self.progress)
+                self.checkpoints.write(at, fill, self.progress.best_step)
 
     def _step(self, step: Sequence["Batch"]) -> dict[str, Any]:
         """Forward and backward passes of the micro-batches of one step, then the optimiser's; its line of the log."""
@@ -231,7 +220,7 @@ class Loop:
         row = torch.stack(rows).sum(0)
         flags = torch.stack([~sound, torch.tensor(self.asked_to_stop, device=sound.device)]).to(row)
         *values, failed, asked = self.processes.summed(torch.cat([row, flags])).tolist()
-        self.asked_to_stop = asked > 0
+        self.stopped = asked > 0
         if failed:
             self._refuse(step, losses, float(norm))
         rate = rate_at(self.progress.step, self.steps, self.config.warmup_ratio)
@@ -286,8 +275,7 @@ class Loop:
         assert self.dev is not None
         self.module.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        together = self.config.micro_batch_size * self.processes.count
-        for batch in self._batches(self.dev, together, 0, 0, torch.Generator()):
+        for batch in self._batches(self.dev, self.together, 0, 0, torch.Generator()):
             loss, losses, _tasks = self._forward(batch, 1)
             sums += torch.tensor([float(loss if losses is None else losses.sum()), batch.targets])
         self.module.train()
@@ -304,10 +292,7 @@ class Loop:
             self.progress = Progress(step=self.progress.step, best_step=self.progress.step, best_loss=found)
         return best
 
-    def _fill(self, folder: Path) -> None:
-        checkpoint.save(folder, self.model, self.optimizer, self.settings, self.progress, self.processes)
-
-    def load_best(self) -> None:
+    def _load_best(self) -> None:
         """Restore the weights with the lowest dev loss."""
         best = self.progress.best_step
         if best is not None and best != self.progress.step:
@@ -320,7 +305,7 @@ class Loop:
             checkpoint.load_model(path, self.model)
 
     @contextmanager
-    def stops_on_sigterm(self) -> Iterator[None]:
+    def _stops_on_sigterm(self) -> Iterator[None]:
         """SIGTERM ends training after the step at hand, with a checkpoint; outside the main thread, at once."""
 
         def ask(*_: Any) -> None:

@@ -8,8 +8,7 @@ N tokens of all units, E width of a head.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +96,7 @@ def plan_rows(lengths: Sequence[int], longest: int, cost: float) -> list[list[in
         rows: list[list[int]] = [[] for _ in range(count)]
         filled = [0] * count
         for k in order:
-            emptiest = min(range(count), key=filled.__getitem__)
+            emptiest = filled.index(min(filled))
             rows[emptiest].append(k)
             filled[emptiest] += lengths[k]
         width = max(filled)
@@ -149,57 +148,44 @@ def turn_numbers(example: Example, image_token_id: int) -> Tensor:
 
 def packed_output(model: Any, batch: dict[str, Any], **options: Any) -> Any:
     """The model's output for a packed batch."""
-    inputs = {name: value for name, value in batch.items() if name not in PACKED}
-    from_PW, labels_PW, positions_PW, documents_PW, turns_PW = (batch[name] for name in PACKED)
-    embeds_BTD = model.embed(**inputs)
-    if attends_in_units(model.language_model):
-        there_PW = documents_PW >= 0
-        return model(
-            inputs_embeds=embeds_BTD.flatten(0, 1)[from_PW[there_PW]][None],
-            labels=labels_PW[there_PW][None],
-            position_ids=positions_PW[there_PW][None],
-            # Given, so that none is made of the positions.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-            units=Units.of(documents_PW[there_PW], turns_PW[there_PW]),
-            **options,
-        )
-    return model(
-        inputs_embeds=embeds_BTD.flatten(0, 1)[from_PW.clamp_min(0)],
-        labels=labels_PW,
-        position_ids=positions_PW,
-        attention_mask=attention_mask(documents_PW, turns_PW),
-        **options,
-    )
+    embeds_BTD = model.embed(**{name: value for name, value in batch.items() if name not in PACKED})
+    from_PW, labels, positions, documents, turns = (batch[name] for name in PACKED)
+    if attends_in_units(model.language_model):  # the rows end to end, (1, N), without padding
+        there_PW = documents >= 0
+        from_PW, labels, positions = (each[there_PW][None] for each in (from_PW, labels, positions))
+        options["units"] = units_of(documents[there_PW], turns[there_PW])
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # given, so that none is made of the positions
+    else:
+        mask = attention_mask(documents, turns)
+    embeds = embeds_BTD.flatten(0, 1)[from_PW.clamp_min(0)]
+    return model(inputs_embeds=embeds, labels=labels, position_ids=positions, attention_mask=mask, **options)
 
 
 # -- attention in units ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Units:
-    """What attends by itself, in the order of the tokens."""
+class Unit(NamedTuple):
+    """What attends by itself; units lie in the order of their tokens."""
 
-    sizes: list[int]  # tokens of each unit; their sum is N
-    heads: list[int]  # for each unit the number of the one that it sees besides itself, -1 for none
-    masks: list[Tensor | None]  # where a unit sees another one: bool (size, size of that one + size)
+    size: int  # tokens
+    head: int  # number of the unit that it sees besides itself, -1 for none
+    mask: Tensor | None  # where it sees another one: bool (size, size of that one + size)
 
-    @classmethod
-    def of(cls, documents_N: Tensor, turns_N: Tensor) -> "Units":
-        """Units of conversations that lie end to end, by conversation and turn (0: seen by all) of each token."""
-        both = torch.stack([documents_N, turns_N])
-        found, sizes_U = torch.unique_consecutive(both, dim=1, return_counts=True)
-        sizes: list[int] = sizes_U.tolist()
-        shared: dict[int, int] = {}
-        heads: list[int] = []
-        masks: list[Tensor | None] = []
-        for number, (document, turn) in enumerate(found.T.tolist()):
-            if turn == 0:
-                shared[document] = number
-            head = shared.get(document, -1) if turn else -1
-            heads.append(head)
-            before, size = sizes[head] if head >= 0 else 0, sizes[number]
-            masks.append(torch.ones(size, before + size, dtype=torch.bool).tril(before) if before else None)
-        return cls(sizes=sizes, heads=heads, masks=masks)
+
+def units_of(documents_N: Tensor, turns_N: Tensor) -> list[Unit]:
+    """Units of conversations that lie end to end, by conversation and turn (0: seen by all) of each token."""
+    found, sizes_U = torch.unique_consecutive(torch.stack([documents_N, turns_N]), dim=1, return_counts=True)
+    shared: dict[int, int] = {}
+    units: list[Unit] = []
+    for number, ((document, turn), size) in enumerate(zip(found.T.tolist(), sizes_U.tolist(), strict=True)):
+        if turn == 0:
+            shared[document] = number
+        head = shared.get(document, -1) if turn else -1
+        before = units[head].size if head >= 0 else 0
+        units.append(
+            Unit(size, head, torch.ones(size, before + size, dtype=torch.bool).tril(before) if before else None)
+        )
+    return units
 
 
 def unit_attention(
@@ -210,7 +196,7 @@ def unit_attention(
     attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
-    units: Units | None = None,
+    units: list[Unit] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """Attention of one layer, as transformers calls it: (1, H, N, E) in units if there are any, else its ``sdpa``."""
@@ -221,17 +207,14 @@ def unit_attention(
         return result
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    queries, keys, values = (torch.split(each, units.sizes, 2) for each in (query, key, value))
+    queries, keys, values = (torch.split(each, [unit.size for unit in units], 2) for each in (query, key, value))
     outputs = []
-    for asked, head, mask, own_keys, own_values in zip(queries, units.heads, units.masks, keys, values, strict=True):
-        if head >= 0:
-            own_keys = torch.cat([keys[head], own_keys], 2)
-            own_values = torch.cat([values[head], own_values], 2)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                asked, own_keys, own_values, mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
-            )
-        )
+    for unit, asked, own_keys, own_values in zip(units, queries, keys, values, strict=True):
+        if unit.head >= 0:
+            own_keys = torch.cat([keys[unit.head], own_keys], 2)
+            own_values = torch.cat([values[unit.head], own_values], 2)
+        given: Any = {"dropout_p": dropout, "scale": scaling, "is_causal": unit.mask is None}
+        outputs.append(F.scaled_dot_product_attention(asked, own_keys, own_values, unit.mask, **given))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 

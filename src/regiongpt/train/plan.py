@@ -1,17 +1,18 @@
 """What a recipe takes, before anything is spent: ``regiongpt train RECIPE --plan --gpu a100-80gb --gpus 8``.
 
-No weights are loaded and nothing is fetched. Parameters are exact; tokens too if the data is at hand and not larger
-than 256 records. FLOPs include padding. Time is FLOPs divided by an assumed share of the GPU's peak.
+No weights are loaded and nothing is fetched. Parameters are exact; tokens too if at most 256 records are at hand.
+FLOPs include padding. Time is FLOPs divided by an assumed share of the GPU's peak.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, SiglipImageProcessorPil
 
 from regiongpt.data.shards import open_mixture
@@ -20,16 +21,17 @@ from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, 
 from regiongpt.model.processing import IGNORED, prepare_tokenizer
 from regiongpt.prompts import template_family
 from regiongpt.train.dataset import RecordDataset
-from regiongpt.train.known import GPUS, LANGUAGE_MODELS, PADDED_TOKENS, Costs, language_shape, tower_shape
+from regiongpt.train.known import GPUS, LANGUAGE_MODELS, language_shape, tower_shape
 from regiongpt.train.packing import plan_rows, width_cost
-from regiongpt.train.recipe import DataSize, ModelConfig, Recipe, StageConfig
+from regiongpt.train.recipe import ModelConfig, Recipe
 from regiongpt.train.stages import check_shape, choose_learners, new_shape, read_shape
 
-GIB = 2**30
 SAMPLE = 256
 """Most records to count tokens on."""
 _PARTS = ("vision_tower", "refinement", "connector", "language_model")
-_ADDED_TOKENS = 2  # <image> and <region>
+_FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
+_BYTES = ((0.1 * 2**30, "GiB"), (0.0, "MiB"))
+_TIMES = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,29 +62,6 @@ class StagePlan:
     memory: dict[str, float]  # bytes on each GPU
     seconds: float
 
-    def lines(self, room: str) -> list[str]:
-        """The plan in words; ``room`` says what the memory is of."""
-        data = self.data
-        parts = [
-            f"{name.replace('_', ' ')} {_short(total)} "
-            + ("trained" if trained == total else "frozen" if not trained else "in part")
-            for name, (total, trained) in self.parameters.items()
-        ]
-        learning = sum(trained for _, trained in self.parameters.values())
-        flops = [f"{name} {_flops(value)}" for name, value in self.flops.items() if value]
-        memory = [f"{name} {_bytes(value)}" for name, value in self.memory.items()]
-        return [
-            self.name,
-            f"  parameters  {', '.join(parts)}; {_short(learning)} trained",
-            f"  data        {data.items:,} items, {_short(data.tokens)} tokens, {_short(data.targets)} of them targets "
-            f"({data.how})",
-            f"  steps       {self.steps:,} of {self.batch}",
-            f"  arithmetic  {_flops(sum(self.flops.values()))}: {', '.join(flops)}",
-            f"  memory      {_bytes(sum(self.memory.values()))} {room}: {', '.join(memory)}",
-            f"  time        {_time(self.seconds)}",
-            "",
-        ]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -94,23 +73,47 @@ class Plan:
     sharding: str
     precision: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values."""
-        return asdict(self)
-
     def text(self) -> str:
         """The plan in words."""
         gpu, seconds = GPUS[self.gpu], sum(stage.seconds for stage in self.stages)
         lines = []
         for stage in self.stages:
-            fits = "" if sum(stage.memory.values()) <= gpu.memory * GIB else ": more than it has"
-            spread = self.sharding if self.gpus > 1 else "one GPU"
-            lines += stage.lines(f"of {gpu.memory:g} GiB on each GPU ({spread}){fits}")
+            data, parts, memory = stage.data, [], sum(stage.memory.values())
+            for name, (total, trained) in stage.parameters.items():
+                how = "trained" if trained == total else "in part" if trained else "frozen"
+                parts.append(f"{name.replace('_', ' ')} {_millions(total)} {how}")
+            lines += [
+                stage.name,
+                f"  parameters  {', '.join(parts)}; {_millions(sum(n for _, n in stage.parameters.values()))} trained",
+                f"  data        {data.items:,} items, {_millions(data.tokens)} tokens, {_millions(data.targets)} of "
+                f"them targets ({data.how})",
+                f"  steps       {stage.steps:,} of {stage.batch}",
+                f"  arithmetic  {_parts(stage.flops, _FLOPS)}",
+                f"  memory      {_parts(stage.memory, _BYTES)}; each GPU has {gpu.memory:g} GiB"
+                + (": too little" if memory > gpu.memory * 2**30 else ""),
+                f"  time        {_in_units(stage.seconds, _TIMES)}",
+                "",
+            ]
         lines += [
-            f"in all: {_time(seconds)} on {self.gpus} x {self.gpu}, {_time(seconds * self.gpus)} of one GPU, at "
-            f"{gpu.utilisation:.0%} (assumed) of its {gpu.peak(self.precision) / 1e12:g} TFLOP/s in {self.precision}"
+            f"in all: {_in_units(seconds, _TIMES)} on {self.gpus} x {self.gpu} "
+            f"({self.sharding if self.gpus > 1 else 'one GPU'}), {_in_units(seconds * self.gpus, _TIMES)} of one GPU, "
+            f"at {gpu.utilisation:.0%} (assumed) of its {gpu.peak(self.precision) / 1e12:g} TFLOP/s in {self.precision}"
         ]
         return "\n".join(lines)
+
+
+def _millions(number: float) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,.0f}"
+
+
+def _in_units(number: float, units: Sequence[tuple[float, str]]) -> str:
+    least, unit = next((each for each in units if number >= each[0]), units[-1])
+    return f"{number / {'GiB': 2**30, 'MiB': 2**20}.get(unit, least):.1f} {unit}"
+
+
+def _parts(values: dict[str, float], units: Sequence[tuple[float, str]]) -> str:
+    each = ", ".join(f"{name} {_in_units(value, units)}" for name, value in values.items() if value)
+    return f"{_in_units(sum(values.values()), units)}: {each}"
 
 
 def make_plan(config: Recipe) -> Plan:
@@ -136,10 +139,7 @@ def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor
             processor = RegionGPTProcessor.from_pretrained(model.folder, local_files_only=True)
         return read_shape(model.folder), processor
     if not model.language:
-        raise ConfigError(
-            f"--plan: no checkpoint in {model.folder}; give its shape by --model.vision and --model.language, and the "
-            "rest of [model]"
-        )
+        raise ConfigError(f"--plan: no checkpoint in {model.folder}; give --model.vision and --model.language")
     text = language_shape(model.language)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.language, local_files_only=True)
@@ -149,9 +149,8 @@ def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor
     template = model.chat_template or (template_family(tokenizer) if tokenizer else "")
     if tokenizer:
         prepare_tokenizer(tokenizer, template)
-    tokens = PADDED_TOKENS.get(model.language, text.vocab_size) + _ADDED_TOKENS
-    known = model.language in LANGUAGE_MODELS
-    text.vocab_size = max(int(text.vocab_size), len(tokenizer) if tokenizer and not known else tokens)
+    if model.language not in LANGUAGE_MODELS:
+        text.vocab_size = max(int(text.vocab_size), len(tokenizer) if tokenizer else text.vocab_size + 2)
     shape = new_shape(model, tower_shape(model.vision), text)
     if not tokenizer:
         return shape, None
@@ -170,12 +169,11 @@ def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor
 
 def _size_data(config: Recipe, name: str, shape: RegionGPTConfig, processor: RegionGPTProcessor | None) -> Data:
     """Count a stage's records, tokenized and cut as in training, or take the recipe's word for them."""
-    stage: StageConfig = getattr(config, name)
-    size: DataSize = getattr(config.plan, name)
+    stage, size = getattr(config, name), getattr(config.plan, name)
     path = config.data.pretrain_mixture if name == "stage1" else config.data.mixture
     context = getattr(shape.text_config, "max_position_embeddings", None)
     row = (config.engine.pack_length or int(context or 4096)) if config.engine.packing else 0
-    cost, micro = width_cost(shape.text_config), stage.micro_batch_size
+    how = (stage.micro_batch_size, row, width_cost(shape.text_config))
     if processor:
         try:
             mixture = open_mixture(path, config.data.root, config.seed)
@@ -188,7 +186,7 @@ def _size_data(config: Recipe, name: str, shape: RegionGPTConfig, processor: Reg
                 regions = len(record.regions) * processor.tokens_per_region
                 return len(example["input_ids"]), targets, regions, bool(record.image)
 
-            return _read(items, micro, count, SAMPLE, row, cost)
+            return _count_batches(items, count, SAMPLE, *how)
         except (ConfigError, DataError):
             if not size.records:
                 raise
@@ -199,13 +197,13 @@ def _size_data(config: Recipe, name: str, shape: RegionGPTConfig, processor: Reg
         )
     each = (shape.num_image_tokens + size.text_tokens, size.answer_tokens, 1, True)
     items = max(1, round(stage.epochs * size.records))
-    return replace(_read(items, micro, lambda _: each, micro, row, cost), how="supposed, see [plan]")
+    return replace(_count_batches(items, lambda _: each, 1, *how), how="supposed, see [plan]")
 
 
-def _read(
-    items: int, micro: int, item: Callable[[int], tuple[int, int, int, bool]], sample: int, packing: int, cost: float
+def _count_batches(
+    items: int, item: Callable[[int], tuple[int, int, int, bool]], sample: int, micro: int, packing: int, cost: float
 ) -> Data:
-    """Count micro-batches of at most ``sample`` conversations, in rows of ``packing`` tokens or padded (0).
+    """Count micro-batches of about ``sample`` conversations, in rows of ``packing`` tokens or padded (0).
 
     An item is its tokens with those of image and regions, supervised tokens, region embeddings, and whether it has an
     image.
@@ -227,8 +225,7 @@ def _read(
 
 
 def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig, processor: RegionGPTProcessor | None) -> StagePlan:
-    data = _size_data(config, name, shape, processor)
-    stage: StageConfig = getattr(config, name)
+    data, stage = _size_data(config, name, shape, processor), getattr(config, name)
     engine, gpus, gpu = config.engine, config.plan.gpus, GPUS[config.plan.gpu]
     accumulation, rest = divmod(stage.batch_size, stage.micro_batch_size * gpus)
     if rest:
@@ -247,7 +244,7 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig, processor: Re
             if tensors:
                 sizes = [(tensor.numel(), tensor.numel() * tensor.requires_grad) for tensor in tensors]
                 parameters[title] = (sum(total for total, _ in sizes), sum(trained for _, trained in sizes))
-    costs = Costs.of(model)
+    costs = costs_of(model)
     flops = {
         "tower": data.images * costs.tower,
         "visual": data.images * costs.image + data.regions * costs.region,
@@ -255,7 +252,7 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig, processor: Re
         "head": data.targets * costs.target,
     }
     if engine.gradient_checkpointing:
-        flops["again"] = data.widths * costs.forward_token + data.squares * costs.forward_square
+        flops["again"] = data.widths * costs.forward_token + data.squares * costs.square / 3
     return StagePlan(
         name=name,
         parameters=parameters,
@@ -266,6 +263,61 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig, processor: Re
         memory=_memory(config, model, data.widest, accumulation),
         seconds=sum(flops.values()) / (gpus * gpu.utilisation * gpu.peak(engine.precision)),
     )
+
+
+# -- FLOPs and memory
+
+
+class Costs(NamedTuple):
+    """FLOPs of training a model, forward and backward, for one of each.
+
+    A row of T tokens of the language model takes ``token * T + square * T**2``; of these, the forward pass, which
+    gradient checkpointing repeats, takes ``forward_token`` and a third of ``square``.
+    """
+
+    tower: float
+    image: float
+    region: float
+    token: float
+    square: float
+    forward_token: float
+    target: float
+
+
+def costs_of(model: Any) -> Costs:
+    """Costs of a RegionGPT model whose parameters already have or have no gradients; it may be on ``meta``."""
+    config, text = model.config, model.config.text_config
+    with torch.device("meta"):
+        copy: Any = RegionGPTForConditionalGeneration(config)
+        pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+        features = torch.zeros(1, config.vision_config.hidden_size, *config.tower_grid)
+        areas = torch.zeros(1, 1, *config.weights_grid)
+    refined = copy.refine(features).detach().requires_grad_()
+    forward = both = 0.0
+    for name, part in model.language_model.named_modules():
+        if isinstance(part, nn.Linear) and ".layers." in name:
+            size = 2.0 * part.in_features * part.out_features
+            forward += size
+            # Backward once for the input, and once more for the weight if that is trained.
+            both += size * (3 if part.weight.requires_grad else 2)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    trained = model.get_output_embeddings().weight.requires_grad
+    return Costs(
+        tower=_count(lambda: copy.encode_image(pixels)),
+        image=_count(lambda: copy.image_features(copy.refine(features)).sum().backward()),
+        region=_count(lambda: copy.region_features(refined, areas).sum().backward()),
+        token=both,
+        # Query by key, and by value; forward, and back for both.
+        square=3 * 4.0 * text.num_hidden_layers * text.num_attention_heads * width,
+        forward_token=forward,
+        target=2.0 * text.hidden_size * text.vocab_size * (3 if trained else 2),
+    )
+
+
+def _count(run: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
 
 
 def _memory(config: Recipe, model: Any, widest: tuple[int, int, int, int], accumulation: int) -> dict[str, float]:
@@ -330,25 +382,3 @@ def _kept_of_image(model: Any) -> float:
     return float(
         4 * (refined + config.num_image_tokens * (config.feature_channels + 2 * connector.linear_1.out_features))
     )
-
-
-def _short(number: float) -> str:
-    for unit, size in (("B", 1e10), ("M", 1e5)):
-        if number >= size:
-            return f"{number / (1e9 if unit == 'B' else 1e6):,.1f} {unit}"
-    return f"{number:,.0f}"
-
-
-def _flops(number: float) -> str:
-    size, unit = next((each for each in ((1e18, "E"), (1e15, "P"), (1e12, "T")) if number >= each[0]), (1e9, "G"))
-    return f"{number / size:.3g} {unit}FLOP"
-
-
-def _bytes(number: float) -> str:
-    return f"{number / GIB:.1f} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.1f} MiB"
-
-
-def _time(seconds: float) -> str:
-    units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
-    size, unit = next((each for each in units if seconds >= each[0]), (1.0, "seconds"))
-    return f"{seconds / size:.1f} {unit}"

@@ -296,15 +296,14 @@ class Recipe(Settings):
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Self:
-        """Read a recipe and apply overrides.
+        """Read a recipe and apply overrides, as :meth:`Settings.load` does.
 
         Args:
             path: A TOML file, or the name of a shipped recipe such as ``finetune_records``.
             overrides: Command-line words, by dotted name: ``--stage2.lr 5e-4`` or ``--stage2.lr=5e-4``.
 
         Raises:
-            ConfigError: There is no such file; it is no TOML; a setting is unknown, cannot be used, does not go with
-                the others, or, unless it was inherited, would not be read.
+            ConfigError: There is no such recipe, or a setting, unless it was inherited, would not be read.
         """
         path = find_config(path) if path is not None else None
         if path is not None and not path.is_file():

@@ -5,7 +5,6 @@ one resumes.
 """
 
 import ctypes
-import json
 import logging
 import platform
 import shutil
@@ -14,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
 from regiongpt.data.shards import Mixture, open_mixture
@@ -32,23 +30,14 @@ from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, chat_template, closed_s
 from regiongpt.storage import locked, new_folder, read_json, write_json
 from regiongpt.train.checkpoint import require_settings
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
-from regiongpt.train.known import Costs, language_shape, named_peak, tower_shape
-from regiongpt.train.loop import Loss, decisive_settings, run_stage
+from regiongpt.train.known import language_shape, tower_shape
+from regiongpt.train.loop import Loop, decisive_settings
 from regiongpt.train.recipe import LoraConfig, ModelConfig, Recipe
 from regiongpt.train.watch import data_of, note_run, report_what_there_is
 
 log = logging.getLogger(__name__)
 
 _OF_PARTS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
-
-
-class StageData(NamedTuple):
-    """What a stage learns from: its data sets, their collate function and its loss."""
-
-    dataset: Dataset[Any]
-    collate: Callable[[list[Any]], dict[str, Any]]
-    loss: Loss
-    dev: Dataset[Any] | None = None
 
 
 def train(config: Recipe) -> Path:
@@ -97,6 +86,7 @@ def _train(config: Recipe) -> Path:
     dev = open_mixture(data.dev_mixture, data.root, config.seed) if data.dev_mixture else None
     made_of: dict[str, dict[str, Any]] = {}
     records: list[Any] = []
+    start = config.model.init or config.model.model_dump(mode="json", exclude={"init"})
     for name, mixture in mixtures.items():
         log.info("%s: %s", name, mixture.report())
         for part in mixture.parts if name == "stage1" else ():
@@ -106,9 +96,8 @@ def _train(config: Recipe) -> Path:
                     "learns nothing, since the language model is frozen; leave the part to stage 2"
                 )
         records = [*records, mixture.identity()["parts"]]
-        start = config.model.init or config.model.model_dump(mode="json", exclude={"init"})
-        made_of[name] = {"start": start, "records": records, "suffixes": data.suffixes}
-        made_of[name]["lora"] = config.lora.model_dump(mode="json") if config.lora.rank and name == "stage2" else None
+        lora = config.lora.model_dump(mode="json") if config.lora.rank and name == "stage2" else None
+        made_of[name] = {"start": start, "records": records, "suffixes": data.suffixes, "lora": lora}
         require_settings(config.out / name, {"seed": config.seed, **made_of[name]})
     set_seed(config.seed)
     finished = config.model.folder if config.model.init else config.out / "start"
@@ -130,15 +119,15 @@ def _train(config: Recipe) -> Path:
 
     for name, mixture in mixtures.items():
 
-        def prepare(model: Any, processor: Any, name: str = name, mixture: Mixture = mixture) -> StageData:
+        def prepare(model: Any, processor: Any, name: str = name, mixture: Mixture = mixture) -> dict[str, Any]:
             longest = getattr(model.config.text_config, "max_position_embeddings", None)
             of = partial(RecordDataset, processor=processor, longest=longest, suffixes=data.suffixes)
-            return StageData(
-                of(mixture, items=max(1, round(getattr(config, name).epochs * len(mixture)))),
-                DataCollator(processor),
-                answer_loss,
-                of(dev, items=min(config.watch.dev_items, len(dev))) if dev else None,
-            )
+            return {
+                "dataset": of(mixture, items=max(1, round(getattr(config, name).epochs * len(mixture)))),
+                "collate": DataCollator(processor),
+                "loss": answer_loss,
+                "dev": of(dev, items=min(config.watch.dev_items, len(dev))) if dev else None,
+            }
 
         if config.runs(name):
             finished = train_stage(config, name, finished, prepare, made_of=made_of[name])
@@ -151,22 +140,20 @@ def train_stage(
     config: Recipe,
     name: str,
     start: Path,
-    prepare: Callable[[Any, Any], StageData],
+    prepare: Callable[[Any, Any], dict[str, Any]],
     *,
     made_of: Mapping[str, Any] | None = None,
-    whole: bool = True,
 ) -> Path:
     """Train a checkpoint for one stage, unless that has been done; returns the folder of the finished checkpoint.
 
     Args:
         config: A recipe, which has the stage's settings as its field ``name``.
-        name: Of the stage; in ``stage2`` the language model learns too.
+        name: Name of the stage; in ``stage2`` the language model learns too.
         start: Folder of the checkpoint to begin with.
-        prepare: Makes the data of the model and its processor.
-        made_of: As for :func:`run_stage`.
-        whole: Whether every part of the model runs in each step, so that the utilisation is known.
+        prepare: Makes ``dataset``, ``collate``, ``loss`` and ``dev`` of a :class:`Loop`, given model and processor.
+        made_of: As for :class:`Loop`.
     """
-    folder = config.out / name
+    folder, processes = config.out / name, Processes()
     finished = folder / "model"
     if (finished / "config.json").exists():
         log.info("%s: finished before, in %s; give another --out to train anew", name, finished)
@@ -178,43 +165,18 @@ def train_stage(
         if not config.from_scratch and start != config.out / "stage1" / "model":
             raise ConfigError(f"{told}; run stage 1 first and give its result as model.init, or give --from-scratch")
         log.warning("%s", told)
-    model.train()
-    adapts = choose_learners(name, model, config.lora)
+    adapts = choose_learners(name, model.train(), config.lora)
     data = prepare(model, processor)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    items: Any = data.dataset
-    log.info("%s: %d conversations, %.2f M trainable parameters", name, len(items), learning / 1e6)
-    processes = Processes()
-    run_stage(
-        name,
-        model,
-        data.dataset,
-        data.collate,
-        data.loss,
-        getattr(config, name),
-        folder,
-        config.seed,
-        engine=config.engine,
-        watch=config.watch,
-        dev=data.dev,
-        made_of=made_of,
-        utilisation=utilisation_of(model, config.engine.precision, processes) if whole else None,
-    )
+    log.info("%s: %d conversations, %.2f M trainable parameters", name, len(data["dataset"]), learning / 1e6)
+    given: Any = {"config": getattr(config, name), "folder": folder, "seed": config.seed, "engine": config.engine}
+    Loop(name, model, **given, watch=config.watch, made_of=made_of, **data).run()
     if processes.is_first:
         if adapts:
             merge_adapters(model.language_model)
         save_whole(finished, model, processor)
     processes.wait()
     return finished
-
-
-def utilisation_of(model: Any, precision: str, processes: Processes) -> Callable[[Mapping[str, Any]], float] | None:
-    """Share of the peak of all GPUs that a step reaches, from its line of the log; None where the peak is not known."""
-    peak = named_peak(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else 0.0
-    if not peak:
-        return None
-    costs = Costs.of(model)
-    return lambda line: costs.step(line) / (line["seconds"] * peak * processes.count)
 
 
 # -- what a stage starts from ------------------------------------------------------------------------------------------
@@ -234,17 +196,11 @@ def create_start(shape: ModelConfig, language: str | Path, folder: Path, images:
     """
     if (folder / "config.json").exists():
         return
-    model, processor = weights.create(
-        shape.vision,
-        language,
-        **_shape_options(shape),
-        # A language model that the recipe has trained itself knows the plain template.
-        chat_template=(shape.chat_template or None) if shape.language else "plain",
-        region_format=shape.region_format,
-        region_grid=shape.region_grid,
-        region_numbers=shape.region_numbers,
-        image_marks=shape.image_marks,
-    )
+    same = {"region_format", "region_grid", "region_numbers", "image_marks"}
+    # A language model that the recipe has trained itself knows the plain template.
+    template = (shape.chat_template or None) if shape.language else "plain"
+    options = {**_shape_options(shape), **shape.model_dump(include=same)}
+    model, processor = weights.create(shape.vision, language, chat_template=template, **options)
     if model.config.vision_config.model_type == "efficientnet_lite" and (paths := list(images)):
         _calibrate(model, processor, paths)
     save_whole(folder, model, processor)
@@ -256,15 +212,9 @@ def new_shape(shape: ModelConfig, vision: Any, language: Any = None) -> RegionGP
 
 
 def _shape_options(shape: ModelConfig) -> dict[str, Any]:
-    return {
-        "image_size": shape.image_size or None,
-        "refinement": shape.refinement,
-        "refinement_channels": shape.refinement_channels or None,
-        "connector_size": shape.connector_size or None,
-        "image_grid": [shape.image_grid] * 2 if shape.image_grid else None,
-        "region_position": shape.region_position,
-        "region_crop": shape.region_crop,
-    }
+    sizes = {name: getattr(shape, name) or None for name in ("image_size", "refinement_channels", "connector_size")}
+    grid = [shape.image_grid] * 2 if shape.image_grid else None
+    return {**shape.model_dump(include={"refinement", "region_position", "region_crop"}), **sizes, "image_grid": grid}
 
 
 def check_start(config: Recipe) -> None:
@@ -286,22 +236,19 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     """
     if not shape.language:
         return
-    config = read_shape(folder)
-    wanted = new_shape(shape, tower_shape(shape.vision), language_shape(shape.language))
+    there = read_shape(folder)
+    here = new_shape(shape, tower_shape(shape.vision), language_shape(shape.language))
     names = ["refinement", "refinement_channels", "connector_size", "region_position", "region_crop"]
-    names += ["image_size"] if shape.image_size else []
-    names += ["image_grid"] if shape.image_grid else []
-    pairs = {name: (getattr(config, name), getattr(wanted, name)) for name in names}
-    pairs["image_marks"] = config.image_marks, shape.image_marks
-    pairs["region_numbers"] = bool(config.region_number_offset), shape.region_numbers
-    try:
-        described = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-        pairs |= {name: (described[name], getattr(shape, name)) for name in ("region_grid", "region_format")}
-    except (OSError, ValueError, LookupError, TypeError):
-        pass  # reported where the checkpoint is loaded
+    names += [name for name in ("image_size", "image_grid") if getattr(shape, name)]
+    pairs = {name: (getattr(there, name), getattr(here, name)) for name in names}
+    pairs["image_marks"] = there.image_marks, shape.image_marks
+    pairs["region_numbers"] = bool(there.region_number_offset), shape.region_numbers
+    described = read_json(folder / "processor_config.json", CheckpointError)
+    if isinstance(described, dict):  # reported where the checkpoint is loaded
+        pairs |= {name: (described.get(name), getattr(shape, name)) for name in ("region_grid", "region_format")}
     for part, kind in (("vision", "vision_config"), ("language", "text_config")):
         for name in _OF_PARTS:
-            ours, theirs = (getattr(getattr(each, kind), name, None) for each in (config, wanted))
+            ours, theirs = (getattr(getattr(each, kind), name, None) for each in (there, here))
             pairs[f"{part}.{name}"] = ours, theirs
     wrong = [f"{name} is {got} there and {wanted} here" for name, (got, wanted) in pairs.items() if got != wanted]
     if wrong:
@@ -318,9 +265,7 @@ def read_shape(folder: Path) -> RegionGPTConfig:
     with weights.reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
-        raise CheckpointError(
-            f"expected a RegionGPT checkpoint in {folder}; its config.json says model_type {config.model_type!r}"
-        )
+        raise CheckpointError(f"{folder}: expected a RegionGPT checkpoint, got model_type {config.model_type!r}")
     return config
 
 
@@ -382,11 +327,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of giving it back: on a CPU the tower then runs twice as fast.
-
-    Activations of tens of megabytes are otherwise mapped anew for every layer, and zeroing fresh pages costs more than
-    the convolutions.
-    """
+    """Tell glibc to keep freed memory: activations are otherwise mapped anew for every layer, at twice the time."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold = -1, -3
@@ -403,10 +344,10 @@ def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
     True if there are adapters, to be merged when the stage is done.
     """
     model.language_model.requires_grad_(stage == "stage2")
-    if stage != "stage2" or not config.rank:
-        return False
-    add_adapters(model.language_model, config)
-    return True
+    adapts = stage == "stage2" and config.rank > 0
+    if adapts:
+        add_adapters(model.language_model, config)
+    return adapts
 
 
 def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:

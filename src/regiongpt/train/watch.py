@@ -7,8 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +19,6 @@ from jinja2 import UndefinedError
 from markupsafe import Markup
 from torch import Tensor
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from regiongpt.data.shards import Mixture
 from regiongpt.environment import commit, launched, machine, versions
@@ -70,68 +68,40 @@ def read_tally(row: Sequence[float]) -> dict[str, Any]:
 class Watch:
     """Writes what a stage does: a line of ``log.jsonl`` a step, and every ``log_steps`` one for people."""
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        config: WatchConfig,
-        log_steps: int,
-        utilisation: Callable[[Mapping[str, Any]], float] | None = None,
-    ) -> None:
+    def __init__(self, name: str, folder: Path, config: WatchConfig, log_steps: int) -> None:
         if config.tensorboard and find_spec("tensorboard") is None:
-            raise ConfigError(
-                "watch.tensorboard: TensorBoard is not installed; `pip install '.[train]'`, or leave it out"
-            )
-        self.name, self.folder, self.tensorboard = name, folder, config.tensorboard
-        self.log_steps, self.utilisation = log_steps, utilisation
+            raise ConfigError("watch.tensorboard: TensorBoard is not installed; run: pip install '.[train]'")
+        self.name, self.folder, self.tensorboard, self.log_steps = name, folder, config.tensorboard, log_steps
         self._log, self._dev = StepLog(folder / LOG), StepLog(folder / DEV)
         self._events: Events | None = None
-        self._bar: Any = None
-        self._stack = ExitStack()
         self._untold: list[dict[str, Any]] = []
 
-    def start(self, step: int, steps: int) -> None:
+    def start(self, step: int) -> None:
         """Open the logs, without what lies beyond the step that is resumed from, which will be done again."""
-        kept, measured = self._log.cut(step), self._dev.cut(step)
+        kept = [*self._log.cut(step), *self._dev.cut(step)]
         if self.tensorboard:
             self._events = Events(self.folder / EVENTS)
             for line in kept:
-                self._events.write(line["step"], _scalars(line))
-            for line in measured:
-                self._events.write(line["step"], {"dev/loss": line["loss"]})
-        if sys.stderr.isatty():
-            shown: Any = {"unit": " steps", "leave": False, "dynamic_ncols": True}
-            self._bar = self._stack.enter_context(tqdm(desc=self.name, total=steps, initial=step, **shown))
-            self._stack.enter_context(logging_redirect_tqdm())
+                self._events.write(line)
 
     def step(self, line: dict[str, Any]) -> None:
         """Write the line of a step."""
-        if self.utilisation is not None:
-            line["mfu"] = self.utilisation(line)
-        self._log.write(line)
-        if self._events is not None:
-            self._events.write(line["step"], _scalars(line))
+        self._write(self._log, line)
         self._untold.append(line)
         step, steps = line["step"], line["of"]
-        if self._bar is not None:
-            self._bar.update()
         if step in (1, steps) or step % self.log_steps == 0:
             lines, self._untold = self._untold, []
-            if self._bar is not None:
-                self._bar.set_postfix_str(summary(lines))
-            else:
-                left = tqdm.format_interval((steps - step) * sum(each["seconds"] for each in lines) / len(lines))
-                log.info("%s: step %d of %d, %s, %s left", self.name, step, steps, summary(lines), left)
+            left = tqdm.format_interval((steps - step) * sum(each["seconds"] for each in lines) / len(lines))
+            log.info("%s: step %d of %d, %s, %s left", self.name, step, steps, summary(lines), left)
 
     def measured(self, step: int, loss: float) -> None:
         """Write the dev loss after a step."""
-        self._dev.write({"step": step, "loss": loss})
-        if self._events is not None:
-            self._events.write(step, {"dev/loss": loss})
+        self._write(self._dev, {"step": step, "loss": loss})
 
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        self._stack.close()
+    def _write(self, file: "StepLog", line: dict[str, Any]) -> None:
+        file.write(line)
+        if self._events is not None:
+            self._events.write(line)
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -145,8 +115,6 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
     for name in ("examples", "tokens"):
         rate = sum(line[name] for line in lines) / seconds
         parts.append(f"{rate:.1f} {name} a second" if rate < 10 else f"{rate:,.0f} {name} a second")
-    if "mfu" in last:
-        parts.append(f"utilisation {sum(line['mfu'] * line['seconds'] for line in lines) / seconds:.0%}")
     return ", ".join(parts)
 
 
@@ -232,13 +200,10 @@ class Events:
             self._writer: Any = RecordWriter(self._path.open("wb"))
         self._add(file_version="brain.Event:2")
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write numbers of a step by their names; after an error nothing more is written."""
-        from torch.utils.tensorboard import summary
-
-        make: Any = summary.scalar
-        for name, value in values.items():
-            self._add(step=step, summary=make(name, float(value)))
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Write the numbers of a log's line; after an error nothing more is written."""
+        for name, value in _scalars(line).items():
+            self._add(step=line["step"], summary={"value": [{"tag": name, "simple_value": float(value)}]})
 
     def _add(self, **values: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -253,19 +218,19 @@ class Events:
 
 
 def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """A line of the log by TensorBoard's names."""
+    """A line of a log by TensorBoard's names."""
+    if "tasks" not in line:
+        return {"dev/loss": line["loss"]}
     found = {f"loss/{name}": each["loss"] for name, each in line["tasks"].items()}
     found |= {f"lr/{name}": value for name, value in line["lr"].items()}
     found |= {"loss/all": line["loss"], "gradient/norm": line["grad_norm"]}
     found |= {f"speed/{name}_a_second": line[name] / line["seconds"] for name in ("tokens", "examples")}
-    found["speed/wait_share"] = line["wait"] / line["seconds"]
-    return found | ({"speed/model_flops_utilisation": line["mfu"]} if "mfu" in line else {})
+    return found | {"speed/wait_share": line["wait"] / line["seconds"]}
 
 
 # -- a run as a page ---------------------------------------------------------------------------------------------------
 
-_ORDER: Final = ("language-checkpoints", "align", "stage1", "stage2")
-_OVERVIEW: Final = ("stage", "steps", "loss", "examples", "tokens", "time", "tokens/s", "waiting", "utilisation")
+_OVERVIEW: Final = ("stage", "steps", "loss", "examples", "tokens", "time", "tokens/s", "waiting")
 
 
 def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
@@ -308,26 +273,30 @@ def write_report(out: Path) -> Path:
         DataError: The folder holds no log of a run, or one that cannot be read; the page cannot be written.
     """
     stages = sorted((path.parent for path in out.glob(f"*/{LOG}")), key=lambda each: each.name)
-    stages.sort(key=lambda each: _ORDER.index(each.name) if each.name in _ORDER else len(_ORDER))
+    stages.sort(key=lambda each: not each.name.startswith("language"))  # which nano's recipe trains first
     if not stages:
         raise DataError(f"{out}: not the folder of a run: no stage in it has a {LOG}; give what --out named")
     logs = {folder.name.removesuffix("-checkpoints"): read_lines(folder / LOG) for folder in stages}
     notes = _read_notes(out)
     try:
-        states = {name: _state(name, lines) for name, lines in logs.items()}
-        shown = {
-            "title": f"Training {out.resolve().name}",
-            "made": f"{out}, {list(states.values())[-1]}; made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-            "overview": [_OVERVIEW, *(_overview(name, lines) for name, lines in logs.items())],
-            "stages": [
-                {"name": name, "described": states[name], "charts": list(_charts(logs[name], read_lines(folder / DEV)))}
-                for name, folder in zip(logs, stages, strict=True)
-            ],
-            "starts": notes.get("starts", []),
-            "recipe": _tables(notes.get("config", {}), set(logs)),
-            "data": notes.get("data", {}),
-        }
-        write_page(out / PAGE, "train.html", **shown)
+        recipe: dict[str, dict[str, Any]] = {"": {}}
+        for name, value in notes.get("config", {}).items():
+            recipe |= {name: value} if isinstance(value, dict) else {"": {**recipe[""], name: value}}
+        states = [_state(name, lines) for name, lines in logs.items()]
+        charts = [
+            list(_charts(logs[name], read_lines(folder / DEV))) for name, folder in zip(logs, stages, strict=True)
+        ]
+        write_page(
+            out / PAGE,
+            "train.html",
+            title=f"Training {out.resolve().name}",
+            made=f"{out}, {states[-1]}; made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            overview=[_OVERVIEW, *(_overview(name, lines) for name, lines in logs.items())],
+            stages=list(zip(logs, states, charts, strict=True)),
+            starts=notes.get("starts", []),
+            recipe=recipe,
+            data=notes.get("data", {}),
+        )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError) as error:
         raise DataError(f"{out}: {RUN} or a log in it is not what a training wrote: {error!r}; delete it") from None
     return out / PAGE
@@ -363,7 +332,6 @@ def _overview(name: str, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         return [name, "0", *[""] * (len(_OVERVIEW) - 2)]
     last = [float(line["loss"]) for line in lines[-max(1, round(0.05 * len(lines))) :]]
     seconds = sum(line["seconds"] for line in lines)
-    used = [line["mfu"] for line in lines if "mfu" in line]
     return [
         name,
         f"{len(lines):,} of {lines[-1]['of']:,}",
@@ -373,40 +341,23 @@ def _overview(name: str, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         tqdm.format_interval(seconds),
         short(median(line["tokens"] / line["seconds"] for line in lines)),
         f"{sum(line['wait'] for line in lines) / seconds:.1%}",
-        f"{median(used):.1%}" if used else "",
     ]
 
 
 def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
-    def curve(name: str, values: Iterable[Any], of: Sequence[Mapping[str, Any]] = lines, exact: bool = False) -> Curve:
-        points = [(line["step"], float(each)) for line, each in zip(of, values, strict=True) if each is not None]
+    def curve(name: str, ys: Sequence[Any], of: Sequence[Mapping[str, Any]] = lines, exact: bool = False) -> Curve:
+        points = [(line["step"], float(y)) for line, y in zip(of, ys, strict=True) if y is not None]
         return Curve(name=name, xs=[x for x, _ in points], ys=[y for _, y in points], exact=exact)
 
-    def column(name: str, of: Sequence[Mapping[str, Any]] = lines) -> list[Any]:
-        return [line.get(name) for line in of]
-
-    tasks = sorted({name for line in lines for name in line["tasks"]})
-    rates = sorted({name for line in lines for name in line["lr"]})
-    yield line_chart("Loss", [curve("training", column("loss")), curve("dev", column("loss", dev), dev)])
-    by_task = {name: [each.get(name, {}).get("loss") for each in column("tasks")] for name in tasks}
-    yield line_chart("Loss by task", [curve(name, losses) for name, losses in by_task.items()])
-    by_group = {name: [each.get(name) for each in column("lr")] for name in rates}
-    yield line_chart("Learning rate", [curve(name, rates, exact=True) for name, rates in by_group.items()])
-    yield line_chart("Gradient norm, before clipping", [curve("norm", column("grad_norm"))], logarithmic=True)
-    speeds = [line["tokens"] / line["seconds"] for line in lines]
-    yield line_chart("Tokens a second", [curve("tokens", speeds)])
-    waits = [line["wait"] / line["seconds"] for line in lines]
-    shares = [curve("waiting for data", waits), curve("model FLOPs utilisation", column("mfu"))]
-    yield line_chart("Shares of the time and of the peak", shares)
-
-
-def _tables(config: Mapping[str, Any], stages: set[str]) -> dict[str, dict[str, Any]]:
-    """The recipe, table by table, without those of stages that were not run."""
-    hidden = {"plan", "language", "align", "stage1", "stage2"} - stages
-    tables: dict[str, dict[str, Any]] = {"": {}}
-    for name, value in config.items():
-        if not isinstance(value, Mapping):
-            tables[""][name] = value
-        elif name not in hidden:
-            tables[name] = dict(value)
-    return tables
+    tasks, rates = (sorted({name for line in lines for name in line[table]}) for table in ("tasks", "lr"))
+    losses, measured = ([line["loss"] for line in each] for each in (lines, dev))
+    yield line_chart("Loss", [curve("training", losses), curve("dev", measured, dev)])
+    by_task = {name: [line["tasks"].get(name, {}).get("loss") for line in lines] for name in tasks}
+    yield line_chart("Loss by task", [curve(*each) for each in by_task.items()])
+    by_group = {name: [line["lr"].get(name) for line in lines] for name in rates}
+    yield line_chart("Learning rate", [curve(*each, exact=True) for each in by_group.items()])
+    norms = [curve("norm", [line["grad_norm"] for line in lines])]
+    yield line_chart("Gradient norm, before clipping", norms, logarithmic=True)
+    yield line_chart("Tokens a second", [curve("tokens", [line["tokens"] / line["seconds"] for line in lines])])
+    waits = [curve("waiting", [line["wait"] / line["seconds"] for line in lines])]
+    yield line_chart("Share of the time spent waiting for data", waits)
