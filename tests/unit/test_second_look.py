@@ -12,6 +12,8 @@ from PIL import Image
 from regiongpt.cli import main
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.errors import ConfigError, DataError
+from regiongpt.evaluate.run import answer_image, model_identity
+from regiongpt.evaluate.task import Item
 from regiongpt.images import load_image
 from regiongpt.inference import Question, RegionPredictor
 from regiongpt.model import weights
@@ -223,3 +225,18 @@ def test_training_leaves_half_of_the_crops_out_by_seed_item_and_region(tmp_path:
     predictor = RegionPredictor(model, processor).set_image(photograph())
     fast, careful = (predictor.engine.pool(predictor._here(), boxes(2), how) for how in ("fast", "careful"))
     assert not torch.allclose(fast, careful)
+
+
+def test_an_evaluation_looks_twice_and_keeps_its_answers_apart(tmp_path: Path) -> None:
+    model, processor = looking()
+    Image.fromarray(photograph()).save(tmp_path / "photo.png")
+    about: Any = {"image": tmp_path / "photo.png", "image_id": 1, "choices": ("cat", "hot dog")}
+    items = [
+        Item(id=str(k), question="What is <region1>?", regions=(each,), **about) for k, each in enumerate(boxes(2))
+    ]
+    predictor = RegionPredictor(model, processor)
+    fast, careful = (answer_image(predictor, items, detail) for detail in ("fast", "careful"))
+    assert all(one["scores"] != other["scores"] for one, other in zip(fast, careful, strict=True))
+    model.save_pretrained(tmp_path / "model")
+    keys = {model_identity(tmp_path / "model", "float32", "cpu", detail)["key"] for detail in ("fast", "careful")}
+    assert len(keys) == 2
