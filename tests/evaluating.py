@@ -27,7 +27,6 @@ class Drawn(Task):
     by: ClassVar[tuple[str, ...]] = ("size", "category")
     reads: ClassVar[tuple[str, ...]] = ("text", "scores")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"generated": {"accuracy": 0.8061}}
-    paper_source: ClassVar[str] = "Table 3, COCO val2017"
 
     wording: str = "What is <region1>?"
     """The question."""

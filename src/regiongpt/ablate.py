@@ -6,11 +6,12 @@ OUT/                 table.md, result.json
 Paper: Tables 1, 6 and 7; §3.2 (the task-guided prompt)
 """
 
+import itertools
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self, TypedDict, get_args
+from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypedDict, get_args
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -23,6 +24,9 @@ from regiongpt.evaluate.task import RESAMPLES, TABLES, Rows, RunOptions, Task
 from regiongpt.settings import Settings, override
 from regiongpt.storage import finite, locked, write_file, write_json
 from regiongpt.train.recipe import ModelConfig, Recipe, dotted
+
+if TYPE_CHECKING:
+    from regiongpt.evaluate.report import TaskRun
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +53,11 @@ def _tower(name: str, vision: str, size: int | str = "") -> Variant:
     return Variant(name, {"model.vision": vision} | ({"model.image_size": str(size)} if size else {}))
 
 
+_REFINEMENTS: Final = get_args(ModelConfig.model_fields["refinement"].annotation)
 KINDS: Final = {
     "refinement": Kind(
         "the module that refines the feature map (Table 6)",
-        tuple(
-            Variant(name, {"model.refinement": name})
-            for name in get_args(ModelConfig.model_fields["refinement"].annotation)
-        ),
+        tuple(Variant(name, {"model.refinement": name}) for name in _REFINEMENTS),
         "model.init",
     ),
     "tower": Kind(
@@ -87,12 +89,9 @@ KINDS: Final = {
 
 
 def choose_variants(kind: str, text: str | None, recipe: Recipe) -> tuple[Variant, ...]:
-    """The variants that ``--variants`` names, or all.
+    """The variants that ``--variants`` names, or all; ConfigError where these are not two or more known ones.
 
     Records, and the model of a recipe that continues from a checkpoint, are varied as ``NAME=VALUE``.
-
-    Raises:
-        ConfigError: There is no such variant, there are fewer than two, or a name is no folder's.
     """
     known = {variant.name: variant for variant in KINDS[kind].variants}
     words = [word.strip() for word in text.split(",") if word.strip()] if text is not None else list(known)
@@ -156,16 +155,13 @@ class Options(Settings):
 
 
 class Study:
-    """An ablation.
+    """An ablation; ConfigError where something does not go together.
 
     Args:
         kind: Key of :data:`KINDS`.
         recipe: TOML file, or the name of a shipped recipe.
         words: Overrides of the recipe, and options of the benchmark such as ``--eval.limit=50``, for all variants.
         options: The rest.
-
-    Raises:
-        ConfigError: Something does not go together.
     """
 
     def __init__(self, kind: str, recipe: str, words: Sequence[str], options: Options) -> None:
@@ -177,17 +173,17 @@ class Study:
             raise ConfigError("--eval: name an option of the benchmark, such as --eval.limit 50")
         asked = {name.replace("-", "_"): value for name, value in asked.items()}
         if "seed" in given:
-            raise ConfigError("--seed: give --seeds N,N,... instead; every variant is trained with each of them")
+            raise ConfigError("--seed: give --seeds N,N,... instead")
         self.kind, self.recipe, self.options = kind, recipe, options
         self.overrides = [f"--{name}={value}" for name, value in dotted(given).items()]
         base = Recipe.load(recipe, self.overrides)
         self.variants = choose_variants(kind, options.variants, base)
         # A variant that leaves a field as it is stands for its default; where each names its own, none is mistaken.
         plain = any(not variant.recipe for variant in self.variants)
-        varied = {f"--{name}" for variant in self.variants for name in variant.recipe if plain}
-        varied |= {f"--eval.{name}" for variant in self.variants for name in variant.asked}
-        if both := sorted(varied & {*(f"--{name}" for name in dotted(given)), *(f"--eval.{name}" for name in asked)}):
-            raise ConfigError(f"{both[0]}: the ablation of {kind} varies it; leave it out")
+        for variant in self.variants:
+            both = [f"--{name}" for name in variant.recipe if plain and name in dotted(given)]
+            if both := [*both, *(f"--eval.{name}" for name in variant.asked if name in asked)]:
+                raise ConfigError(f"{both[0]}: the ablation of {kind} varies it; leave it out")
         self.out, self.seeds = options.out, tuple(map(int, options.seeds.split(",")))
         if options.debug:
             self.out, self.seeds = Path(f"{self.out}-debug"), self.seeds[:1]
@@ -204,50 +200,39 @@ class Study:
                 is_option = str(error).partition(":")[0] in task.model_fields
                 raise ConfigError(f"--eval{'.' if is_option else ': '}{error}") from None
 
-    def check_files(self) -> None:
-        """Check every variant's recipe and data, and the benchmark's, without loading anything heavy."""
-        for variant in self.variants:
-            config = self._load(variant, self.seeds[0])
-            if not self.options.debug:
-                config.check_files()
-        if not self.options.debug:
-            self._shared_items()
-
     def run(self) -> str:
         """Train and ask what is still to be trained and asked, write the table and JSON, and return the table.
 
+        All files are checked before the first variant is trained.
+
         Raises:
             ConfigError: The folder holds an ablation of another recipe, or another process is writing there.
-            DataError: The folder cannot be written.
+            DataError: The folder cannot be written, or a file of a recipe or the benchmark cannot be used.
         """
+        from regiongpt.evaluate.run import evaluate
         from regiongpt.inference.engine import pick_device
         from regiongpt.train.debug import debug_size
-        from regiongpt.train.stages import check_start
+        from regiongpt.train.stages import check_start, train
 
-        pick_device(self.options.device)
         configs = {(variant.name, seed): self._load(variant, seed) for variant in self.variants for seed in self.seeds}
+        if not self.options.debug:
+            for variant in self.variants:
+                configs[variant.name, self.seeds[0]].check_files()
+            self._shared_items()
+        pick_device(self.options.device)
         for variant in self.variants:
             config = configs[variant.name, self.seeds[0]]
             if not self.options.debug and not (config.out / "start" / "config.json").exists():
                 check_start(config)
+        runs: dict[str, list[tuple[TaskRun, Measured]]] = {variant.name: [] for variant in self.variants}
         with locked(self.out):
             if self.options.debug:
-                for run in self.out.glob("*/seed-*"):
-                    shutil.rmtree(run, ignore_errors=True)
+                for folder in self.out.glob("*/seed-*"):
+                    shutil.rmtree(folder, ignore_errors=True)
                 configs = {key: debug_size(config) for key, config in configs.items()}
-            return self._run(configs)
-
-    def _run(self, configs: Mapping[tuple[str, int], Recipe]) -> str:
-        from regiongpt.evaluate.run import evaluate
-        from regiongpt.train.stages import train
-
-        shared = self._shared_items()
-        measured: dict[str, list[Measured]] = {variant.name: [] for variant in self.variants}
-        manifests: dict[str, list[object]] = {variant.name: [] for variant in self.variants}
-        pinned = []
-        # Seed by seed: an ablation that is ended early has all variants with fewer seeds.
-        for seed in self.seeds:
-            for variant in self.variants:
+            shared = self._shared_items()
+            # Seed by seed: an ablation that is ended early has all variants with fewer seeds.
+            for seed, variant in itertools.product(self.seeds, self.variants):
                 log.info("%s, seed %d", variant.name, seed)
                 # A variant that differs in the questions alone is asked of an earlier one's model.
                 owner = next(each for each in self.variants if each.recipe == variant.recipe)
@@ -259,15 +244,11 @@ class Study:
                     untrained=True,  # after a few steps of a trial it looks so
                     overwrite=True,  # of the same model; its answers are kept
                 )
-                task = self.tasks[variant.name]
-                (run,) = evaluate([task], options)
+                (run,) = evaluate([self.tasks[variant.name]], options)
                 items = [item for item in run.items if item.id in shared]
-                answers = {name: answer for name, answer in run.answers.items() if name in shared}
-                measured[variant.name].append(task.score(items, answers, resamples=0).statistics)
-                manifests[variant.name].append(run.manifest)
-                pinned.append(run.result["pinned"])
-        alike = {name: text for name, text in pinned[0].items() if all(each.get(name) == text for each in pinned)}
-        return self._write(summarise(measured, self.options.resamples), len(shared), alike, manifests)
+                scored = self.tasks[variant.name].score(items, run.answers, resamples=0)
+                runs[variant.name].append((run, scored.statistics))
+            return self._write(runs, len(shared))
 
     def _folder(self, variant: Variant, seed: int) -> Path:
         return self.out / variant.name / f"seed-{seed}"
@@ -286,11 +267,12 @@ class Study:
             raise DataError("the variants are asked about different items, and have none in common")
         return shared
 
-    def _write(
-        self, found: "Summary", items: int, pinned: Mapping[str, str], manifests: Mapping[str, Sequence[object]]
-    ) -> str:
+    def _write(self, runs: "Mapping[str, Sequence[tuple[TaskRun, Measured]]]", items: int) -> str:
         from regiongpt.evaluate.report import RESULT, markdown, printed_rows
 
+        found = summarise({name: [each for _, each in own] for name, own in runs.items()}, self.options.resamples)
+        pinned = [run.result["pinned"] for own in runs.values() for run, _ in own]
+        alike = {name: text for name, text in pinned[0].items() if all(each.get(name) == text for each in pinned)}
         rows = tables(found)
         if paper := TABLES.get(self.kind):
             rows.append((f"The paper's {paper.number}, measured on {paper.data}", printed_rows(paper)))
@@ -300,21 +282,21 @@ class Study:
             f"{self.options.task}, {items:,} items. Means over the seeds {self.options.seeds}, times 100; in brackets "
             "the range of 95 % of the resamples, which draw images and seeds anew. With fewer than "
             f"{FEWEST_SEEDS} seeds, {FEWEST_IMAGES} images or 6 images with differing answers there are {TOO_FEW}.",
-            "\n".join(f"- {name}: {text}" for name, text in pinned.items()),
+            "\n".join(f"- {name}: {text}" for name, text in alike.items()),
             *(f"## {name}\n\n{markdown(each)}" for name, each in rows),
         ]
-        result: dict[str, Any] = {
+        text = "\n\n".join(parts) + "\n"
+        write_file(self.out / "table.md", text)
+        result = {
             "ablation": self.kind,
             "task": self.options.task,
             "items": items,
             "seeds": list(self.seeds),
             "variants": [variant._asdict() for variant in self.variants],
-            "pinned": pinned,
+            "pinned": alike,
             "protocols": finite(found),
-            "manifests": manifests,
+            "manifests": {name: [run.manifest for run, _ in own] for name, own in runs.items()},
         }
-        text = "\n\n".join(parts) + "\n"
-        write_file(self.out / "table.md", text)
         write_json(self.out / RESULT, result)
         return text + f"\nwritten to {self.out / 'table.md'} and {self.out / RESULT}"
 
@@ -358,22 +340,20 @@ def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) ->
         values = [100 * each.value() for each in statistics]
         mean = float(np.mean(values))
         # Each resample draws the same images for all variants, and each variant's own seeds.
-        times = bootstrap.resample(len(statistics[0].clusters), resamples, seed)
         picks = np.random.default_rng((seed, 31, place)).integers(len(statistics), size=(len(statistics), resamples))
-        each_seed = 100 * np.stack([each.values(times) for each in statistics])
+        each_seed = 100 * np.stack(bootstrap.resampled(statistics, resamples, seed))
         drawn[name] = np.take_along_axis(each_seed, picks, axis=0).mean(axis=0)
         few = len(statistics) < FEWEST_SEEDS or len(statistics[0].clusters) < FEWEST_IMAGES
-        interval = None if few else bootstrap.around(drawn[name], mean, 100 * statistics[0].most)
-        gain = gain_interval = None
+        cell = Cell(mean=mean, seeds=values, interval=None, gain=None, gain_interval=None, too_few=few)
+        if not few:
+            cell["interval"] = bootstrap.around(drawn[name], mean, 100 * statistics[0].most)
         if name != first:
-            gain = mean - cells[first]["mean"]
+            cell["gain"] = gain = mean - cells[first]["mean"]
             alike = statistics[0].clusters == own[first][0].clusters
-            few = few or (alike and any(map(too_few, own[first], statistics)))
-            if alike and not few:
-                gain_interval = bootstrap.ends(bootstrap.centred(drawn[name] - drawn[first], gain))
-        cells[name] = Cell(
-            mean=mean, seeds=values, interval=interval, gain=gain, gain_interval=gain_interval, too_few=few
-        )
+            cell["too_few"] = few or (alike and any(map(too_few, own[first], statistics)))
+            if alike and not cell["too_few"]:
+                cell["gain_interval"] = bootstrap.ends(bootstrap.centred(drawn[name] - drawn[first], gain))
+        cells[name] = cell
     return cells
 
 
@@ -381,15 +361,13 @@ def tables(summary: Summary) -> list[tuple[str, Rows]]:
     """For each protocol its name and a row of text per result, the header first; then the differences likewise."""
     found = []
     for protocol, figures in summary.items():
-        variants = list(next(iter(figures.values())))
-        means, gains = [["result", *variants]], [["result", *variants[1:]]]
+        first, *others = next(iter(figures.values()))
+        means, gains = [["result", first, *others]], [["result", *others]]
         for name, cells in figures.items():
             means.append([name, *(_text(cell["mean"], cell["interval"]) for cell in cells.values())])
-            others = list(cells.values())[1:]
-            gains.append(
-                [name, *(TOO_FEW if c["too_few"] else _text(c["gain"], c["gain_interval"], "+") for c in others)]
-            )
-        found += [(protocol, means), (f"{protocol}, difference from {variants[0]}", gains)]
+            own = [cells[other] for other in others]
+            gains.append([name, *(TOO_FEW if c["too_few"] else _text(c["gain"], c["gain_interval"], "+") for c in own)])
+        found += [(protocol, means), (f"{protocol}, difference from {first}", gains)]
     return found
 
 

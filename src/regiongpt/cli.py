@@ -620,7 +620,6 @@ def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     add_options(parser, Options)
     typed, rest = parser.parse_known_args(words)
     study = Study(typed.kind, typed.recipe, rest, read_options(Options, typed))
-    study.check_files()
     _log()
     quiet_libraries()
     print(study.run())

@@ -1,14 +1,10 @@
-"""Web pages that need no other file: Jinja templates with one layout, and charts in the page's own colours.
-
-A page is a template in ``templates/`` that extends ``base.html`` and fills its blocks ``style`` and ``body``; what
-pages share stands as macros in ``parts.html``.
-"""
+"""Web pages that need no other file: Jinja templates with one layout, and charts in the page's own colours."""
 
 import base64
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -26,15 +22,12 @@ from regiongpt.storage import write_file
 
 
 def write_page(path: str | Path, template: str, **values: Any) -> None:
-    """Render a template that extends ``base.html`` into a file.
+    """Render a template that extends ``base.html`` into a file; DataError where it cannot be written.
 
     Args:
         path: The file; its folder must exist.
         template: Its name, such as ``evaluation.html``.
         values: ``title``, ``made`` (a line on what made the page) and the template's own.
-
-    Raises:
-        DataError: The file cannot be written.
     """
     write_file(path, render(template, **values))
 
@@ -122,7 +115,7 @@ class Curve:
     exact: bool = False
 
 
-def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, logarithmic: bool = False) -> Markup:
+def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step") -> Markup:
     """Curves over one axis as a ``<figure>``; empty where there is nothing to draw, or no matplotlib.
 
     A measurement of many points is drawn faint under its moving average; a few outliers do not flatten the rest.
@@ -130,16 +123,13 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
     drawn = []
     for curve in curves:
         xs, ys = np.asarray(curve.xs, float), np.asarray(curve.ys, float)
-        kept = np.isfinite(ys) & (ys > 0 if logarithmic else True)
-        if kept.any():
+        if (kept := np.isfinite(ys)).any():
             drawn.append((curve, xs[kept], ys[kept]))
     if not drawn or find_spec("matplotlib") is None:
         return Markup("")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    to, back = (np.log, np.exp) if logarithmic else (np.asarray, np.asarray)
     legend = 0.2 * -(-len(drawn) // 2)  # inches, as all sizes
     width, height, below = 4.6, 2.5 + legend, 0.55 + legend
     with rc_context(_SETTINGS):
@@ -148,22 +138,16 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
         # To have matplotlib find the margins would draw all twice.
         axes.set_position((0.6 / width, below / height, 1 - 0.7 / width, 1 - (below + 0.2) / height))
         for number, (curve, xs, ys) in enumerate(drawn):
-            colour, scaled = _COLOURS[number % len(_COLOURS)], to(ys)
+            colour = _COLOURS[number % len(_COLOURS)]
             if not curve.exact and len(ys) >= _SMOOTHED_FROM:
-                axes.plot(*_thinned(xs, scaled, back), color=colour, alpha=0.28, linewidth=0.8)
+                axes.plot(*_thinned(xs, ys), color=colour, alpha=0.28, linewidth=0.8)
                 span = np.ones(2 * max(2, len(ys) // 40) + 1)
-                scaled = np.convolve(scaled, span, "same") / np.convolve(np.ones(len(ys)), span, "same")
-            name, marker = f"{curve.name} {back(scaled)[-1]:.4g}", "." if len(ys) == 1 else ""
-            axes.plot(*_thinned(xs, scaled, back), color=colour, linewidth=1.5, label=name, marker=marker)
+                ys = np.convolve(ys, span, "same") / np.convolve(np.ones(len(ys)), span, "same")
+            name, marker = f"{curve.name} {ys[-1]:.4g}", "." if len(ys) == 1 else ""
+            axes.plot(*_thinned(xs, ys), color=colour, linewidth=1.5, label=name, marker=marker)
         values = np.concatenate([ys for _, _, ys in drawn])
         most = np.percentile(values, 99.5)
-        if logarithmic:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
-            if values.max() < 30 * values.min():
-                axes.yaxis.set_major_locator(MaxNLocator(5))
-        elif 0 < 5 * most < values.max():
+        if 0 < 5 * most < values.max():
             axes.set_ylim(min(0.0, values.min()), 1.5 * most)
         axes.set_xlabel(x_label)
         axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for _, xs, _ in drawn for x in xs))
@@ -178,13 +162,13 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step", *, lo
     return Markup('<figure class="chart"><figcaption>{}</figcaption>{}</figure>').format(title, Markup(svg))
 
 
-def _thinned(xs: Any, ys: Any, back: Callable[[Any], Any]) -> tuple[Any, Any]:
+def _thinned(xs: Any, ys: Any) -> tuple[Any, Any]:
     """At most 300 points, each the mean of its neighbours; the last one stays."""
     if len(xs) > _POINTS:
         starts = np.arange(_POINTS) * len(xs) // _POINTS
         counts = np.diff([*starts, len(xs)])
         xs, ys = (np.append(np.add.reduceat(each, starts) / counts, each[-1]) for each in (xs, ys))
-    return xs, back(ys)
+    return xs, ys
 
 
 def short(value: float) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError, short
 
@@ -138,6 +139,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+_OUTSIDE: Final = re.compile(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\0]")
+
+
+def is_below(name: str) -> bool:
+    """Whether a path stays below the folder that it is relative to, and parts its folders by ``/``."""
+    return not _OUTSIDE.search(name)
 
 
 def sha256(path: str | Path) -> str:

@@ -120,7 +120,7 @@ def test_answers_decide_which_protocols_there_are(two_images: Path) -> None:
         result = task.score(items, {**said, "10": Answer(text="cat", probability=probability)}, resamples=0)
         assert list(result.data["protocols"]) == ["generate and match"]
         assert note in result.data["notes"]
-    with pytest.raises(DataError, match="item 10: 2 scores for 8 names"):
+    with pytest.raises(DataError, match="item 10: 2 scores, not 8"):
         task.score(items, {"10": Answer(scores=(0.5, 0.5))})
     with pytest.raises(DataError, match="no item has an answer"):
         task.score(items, {})
@@ -169,8 +169,6 @@ def test_lvis_names_its_images_by_their_address(tmp_path: Path) -> None:
     assert values(result, "generate and match")["AP_common"] == pytest.approx(1)
     assert values(result, "generate and match")["AP_rare"] is None
     assert [result.data["protocols"]["generate and match"][f"AP_{part}"]["of"] for part in ("rare", "common")] == [0, 1]
-    plain = task.replace(rules="coco")
-    assert "AP_common" not in values(plain.score(plain.items(), answers, resamples=0), "generate and match")
 
 
 def line(image: int, ann: int, text: str, box: list[float] | None = None) -> str:
@@ -220,7 +218,7 @@ def test_what_scoring_needs_is_asked_for_before_the_answers(expressions: Path, m
         task.items()
 
 
-def test_visual_genome_by_split_and_grouping(tmp_path: Path) -> None:
+def test_visual_genome_by_split(tmp_path: Path) -> None:
     need_java()
     (tmp_path / "images").mkdir()
     box = {"x": 3, "y": 4, "width": 20, "height": 10}
@@ -243,10 +241,9 @@ def test_visual_genome_by_split_and_grouping(tmp_path: Path) -> None:
         return task_class("vg_caption")(data=tmp_path, splits=splits, metrics=("ROUGE_L",), **options)
 
     assert [item.id for item in task().items()] == ["20", "21", "22"]
-    boxes = [item.detail["references"] for item in task(grouping="box").items()]
-    assert boxes == [["phrase 0", "phrase 1"], ["phrase 2"]]
+    assert [item.detail["references"] for item in task().items()] == [["phrase 0"], ["phrase 1"], ["phrase 2"]]
     assert task().items()[0].image == tmp_path / "images" / "VG_100K" / "2.jpg"
-    with pytest.raises(DataError, match=r"an array 'val'"):
+    with pytest.raises(DataError, match="image ids under 'val'"):
         task(split="val").items()
 
 
@@ -333,17 +330,14 @@ def test_scores_of_proposals(expressions: Path) -> None:
     assert len(first.regions) == 3
 
 
-def test_benchmark_files_that_break_off_are_refused(expressions: Path) -> None:
-    whole = proposals(expressions, [{"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}]).read_text()
-    (expressions / "proposals.json").write_text(whole.removesuffix("]") + ', {"image_id": 1')
-    with pytest.raises(DataError, match="a file is truncated"):
-        load_items(rec(expressions))
-
-
 def test_proposals_of_another_split_or_form(expressions: Path, tmp_path: Path) -> None:
     proposals(expressions, [{"image_id": 77, "bbox": [0, 0, 5, 5], "score": 1}])
     with pytest.raises(DataError, match="is the file of another split"):
         rec(expressions).items()
+    whole = proposals(expressions, [{"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}]).read_text()
+    (expressions / "proposals.json").write_text(whole.removesuffix("]") + ', {"image_id": 1')
+    with pytest.raises(DataError, match="a file is truncated"):
+        load_items(rec(expressions))
     from regiongpt.data.shards import Rejects
 
     odd = [
@@ -353,7 +347,7 @@ def test_proposals_of_another_split_or_form(expressions: Path, tmp_path: Path) -
     ]
     good = {"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.3}
     asked = {1: expressions / "1.jpg"}
-    with pytest.raises(DataError, match=r"1 record of another format; .*above 0"):
+    with pytest.raises(DataError, match="1 record of another format"):
         read_proposals(proposals(expressions, odd), asked, 1, Rejects())
     rejects = Rejects()
     found = read_proposals(proposals(expressions, [*odd, good, {**good, "score": 0.7}]), asked, 1, rejects)

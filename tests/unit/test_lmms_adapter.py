@@ -41,25 +41,20 @@ def visuals(document):
     return [drawn]
 
 
-def ask(predictor, task, context, row=DOCUMENT, options=None, trained=False, shown=visuals):
-    return answer(predictor, (context, options or {}, shown, row, task), trained)
+def ask(predictor, task, context, row=DOCUMENT, options=None, shown=visuals):
+    return answer(predictor, (context, options or {}, shown, row, task))
 
 
 @pytest.mark.parametrize(
-    ("task", "trained", "asked", "region"),
+    ("task", "region"),
     [
-        ("refcocog_bbox_val", False, "Provide a short description for <region1>.", {"box": [4.0, 5.0, 14.0, 13.0]}),
-        (
-            "refcoco+_seg_testA",
-            True,
-            "Describe <region1> briefly.",
-            {"polygon": [[[4.0, 5.0], [14.0, 5.0], [14.0, 13.0]]]},
-        ),
+        ("refcocog_bbox_val", {"box": [4.0, 5.0, 14.0, 13.0]}),
+        ("refcoco+_seg_testA", {"polygon": [[[4.0, 5.0], [14.0, 5.0], [14.0, 13.0]]]}),
     ],
 )
-def test_a_region_goes_in_as_a_region_and_not_as_a_drawn_box(task, trained, asked, region):
-    predictor = Predictor("a cup")
-    assert ask(predictor, task, SHORT, trained=trained) == "a cup"
+def test_a_region_goes_in_as_a_region_and_not_as_a_drawn_box(task, region):
+    predictor, asked = Predictor("a cup"), "Provide a short description for <region1>."
+    assert ask(predictor, task, SHORT) == "a cup"
     assert predictor.asked == [(asked, [region], {"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0})]
     assert predictor.image.getpixel((0, 0)) == (255, 255, 255)
 
@@ -72,8 +67,7 @@ def test_pope_gets_the_leading_yes_or_no(says, handed):
     assert ask(predictor, "pope_adv", asked, options=options) == handed
     assert predictor.image.getpixel((0, 0)) == (255, 0, 0)
     assert predictor.asked[0][2]["max_new_tokens"] == 16
-    ask(predictor, "pope", asked, trained=True)
-    assert [text for text, *_ in predictor.asked] == [asked, "Is there a cup?"]
+    assert predictor.asked[0][0] == asked
 
 
 @pytest.mark.parametrize("row", [{"bbox": None}, {"bbox": [1, 2, 3]}, {}])
@@ -116,20 +110,16 @@ def test_lmms_eval_finds_the_model(monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    found = lmms_adapter.manifest()
+    (entry,) = entry_points(group="lmms_eval.models")
+    found = entry.load()()
     module, _, kind = found.simple_class_path.rpartition(".")
     assert (found.model_id, module) == ("regiongpt", "regiongpt.evaluate.lmms_adapter")
-    lmms_adapter._model_class.cache_clear()
+    lmms_adapter.__getattr__.cache_clear()
     try:
         made = getattr(lmms_adapter, kind)
         assert issubclass(made, lmms)
         assert made.is_simple
     finally:
-        lmms_adapter._model_class.cache_clear()
+        lmms_adapter.__getattr__.cache_clear()
     with pytest.raises(AttributeError):
         _ = lmms_adapter.Nothing
-
-
-def test_the_entry_point_is_declared():
-    names = {point.name: point.value for point in entry_points(group="lmms_eval.models")}
-    assert names.get("regiongpt") == "regiongpt.evaluate.lmms_adapter:manifest"

@@ -10,8 +10,6 @@ import pytest
 from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
-from regiongpt.data.coco import load_coco, photo_sources
-from regiongpt.data.facts import View
 from regiongpt.inference import RegionPredictor
 from regiongpt.prompts import COCO_80
 from regiongpt.regions import Region
@@ -22,7 +20,6 @@ import nano_dev
 from nano_metrics import (
     Answered,
     classify_scores,
-    interval,
     locate_scores,
     named_classes,
     naming_scores,
@@ -73,17 +70,6 @@ def test_every_class_names_itself_alone():
     assert [named_classes(f"This is a {name}, large.") for name in COCO_80] == [[name] for name in COCO_80]
 
 
-def test_interval_resamples_images_not_questions():
-    # One image all right, one all wrong: a resample is 0, 1/2 or 1 with chances 1/4, 1/2, 1/4.
-    assert interval([1] * 50 + [2] * 50, [None] * 100, [1] * 50 + [0] * 50) == [0.0, 1.0]
-    assert interval([7] * 4, [None] * 4, [1, 0, 0, 0]) == [0.25, 0.25]
-    low, high = interval(range(400), [None] * 400, [1, 0] * 200)
-    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01)
-    assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.01)
-    # A class that a resample lacks is left out of its mean rather than counted as wrong.
-    assert interval([1, 2], ["a", "b"], [1, 1]) == [1.0, 1.0]
-
-
 def test_scores_of_answers_by_hand():
     classify = classify_scores(
         [
@@ -124,21 +110,6 @@ def test_scores_of_answers_by_hand():
     for name, value in {"names_class": 0.5, "mentions_class": 0.75, "names_none": 0.25, "classify": 0.75}.items():
         assert naming[name]["value"] == value, name
     assert naming["names_less_classify_points"]["value"] == -25.0
-
-
-def test_described_boxes_are_a_fixed_choice():
-    assert nano_dev.described_boxes(5, None, 0) == [0, 1, 2, 3, 4]
-    chosen = nano_dev.described_boxes(100, 10, 3)
-    assert chosen == nano_dev.described_boxes(100, 10, 3) == sorted(set(chosen))
-    assert len(chosen) == 10
-
-
-def test_presence_asks_for_as_many_classes_that_are_there_as_are_not(tmp_path):
-    images = load_coco(photo_sources(make_data(tmp_path), "dev")).images
-    found = nano_dev.presence_questions(images, 0)
-    assert [item.answer for item in found] == ["yes", "no"] * 4
-    for item in found:
-        assert (item.category in View(item.image).by_category) == (item.answer == "yes")
 
 
 def test_a_run_gives_the_predictors_answers(tmp_path, capsys):

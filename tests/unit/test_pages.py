@@ -86,8 +86,7 @@ def test_noisy_curves_are_averaged_and_schedules_are_not() -> None:
 @pytest.mark.parametrize(
     "ys", [[math.nan, math.inf], [1.0, 1.0], [0.0, 0.0], [-1.0, -2.0], [1e-30, 2e30], [3.0], [5.0, math.nan, 6.0], []]
 )
-@pytest.mark.parametrize("logarithmic", [False, True])
-def test_any_values_can_be_drawn(ys: list[float], logarithmic: bool) -> None:
-    chart = line_chart("t", [Curve(name="n", xs=list(range(len(ys))), ys=ys)], logarithmic=logarithmic)
-    assert bool(chart) == any(math.isfinite(y) and (y > 0 or not logarithmic) for y in ys)
+def test_any_values_can_be_drawn(ys: list[float]) -> None:
+    chart = line_chart("t", [Curve(name="n", xs=list(range(len(ys))), ys=ys)])
+    assert bool(chart) == any(map(math.isfinite, ys))
     Nesting(chart)

@@ -49,7 +49,7 @@ def test_lines_and_arrays_are_taken(tmp_path: Path, array: bool) -> None:
 
 def test_unknown_ids_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, [*whole(), {"id": 8, "text": "cat"}, {"id": 9, "text": "cat"}])
-    with pytest.raises(DataError, match=r"2 predictions for no item: annotation ids 8, 9, where .* 1, 2, 3; take them"):
+    with pytest.raises(DataError, match=r"2 predictions for no item: annotation ids 8, 9, where .* 1, 2, 3"):
         read_predictions(path, TASK, ITEMS, missing="wrong")
 
 
@@ -72,19 +72,19 @@ def test_duplicates_must_be_alike(tmp_path: Path) -> None:
     [
         ({"text": "cat"}, "no annotation id; give one of id, question_id, ann_id, .*, found keys: text"),
         ({"id": 1.5, "text": "cat"}, "id: give a whole number or text"),
-        ({"id": 1}, "no answer; give text or scores, found keys: id"),
+        ({"id": 1}, "no answer; give one of text, .*, found keys: id"),
         ({"id": 1, "text": 5}, "text: give text, got 5"),
         ({"id": 1, "text": "cat", "probability": 1.5}, "probability: 1.5 is not between 0 and 1"),
-        ({"id": 1, "text": "cat", "probability": "high"}, "probability: give a number from 0 to 1, got 'high'"),
+        ({"id": 1, "text": "cat", "probability": "high"}, "probability: give finite numbers, got 'high'"),
         ({"id": 1, "scores": [1]}, "scores: give a number for each of 2 choices, got 1"),
         ({"id": 1, "scores": {"cat": 1}}, "scores: none for dog"),
         ({"id": 1, "scores": {"cat": 1, "dgo": 1}}, "scores: 'dgo' is no choice; did you mean 'dog'"),
         ({"id": 1, "scores": [1, "2"]}, "scores: give finite numbers, got '2'"),
         ({"id": 1, "scores": [1, 10**400]}, "scores: give finite numbers, got 1000"),
-        ({"id": 1, "called": [1.0]}, "no answer; give text or scores, found keys: id, called"),
+        ({"id": 1, "called": [1.0]}, "no answer; .*, found keys: id, called"),
         ({"id": 1, "text": "cat", "answer": "dog"}, "more than one answer, text 'cat', answer 'dog'; keep"),
         ({"id": 1, "text": " ? "}, "the question itself in the place of an answer"),
-        ({"id": 1, "label": "cat"}, "no answer; give text or scores, found keys: id, label"),
+        ({"id": 1, "label": "cat"}, "no answer; .*, found keys: id, label"),
         ({"id": 8, "ann_id": 7, "text": "cat"}, "more than one annotation id, id 8, ann_id 7; keep the one"),
         ([1, "cat"], "a JSON list; give an object"),
     ],
@@ -137,13 +137,13 @@ def test_separators_of_lines_within_a_text_are_text(tmp_path: Path) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no readable predictions: No such file"):
+    with pytest.raises(DataError, match=r"none.json: not readable .*: No such file"):
         read_predictions(tmp_path / "none.json", TASK, ITEMS)
     for content, message in (
         (b"", "no predictions in this file"),
-        (b"{", ":1: not JSON: Expecting"),
-        (b"\xff\xfe", "byte 0 is not UTF-8; check the path and the encoding"),
-        (b"[" * 10**5, "not JSON: nested too deeply"),
+        (b"{", ":1: not readable as JSON .*Expecting"),
+        (b"\xff\xfe", "byte 0 is not UTF-8"),
+        (b"[" * 10**5, "nested too deeply"),
     ):
         (tmp_path / "odd.json").write_bytes(content)
         with pytest.raises(DataError, match=message):

@@ -81,8 +81,3 @@ def test_what_cannot_be_written_is_said(run, tmp_path, capsys):
     for part in ("one of them missing", "at least one folder", "expected the folder of `regiongpt ablate`"):
         assert part in error
     assert document.read_text() == "no marks"
-
-
-def test_the_document_of_this_repository_has_the_marks():
-    text = results_doc.DOCUMENT.read_text(encoding="utf-8")
-    assert text.index(results_doc.BEGIN) < text.index(results_doc.END)

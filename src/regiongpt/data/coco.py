@@ -38,11 +38,11 @@ from regiongpt.data.reading import (
     stated_size,
     whole,
 )
-from regiongpt.data.records import Record, is_below
+from regiongpt.data.records import Record
 from regiongpt.data.shards import CROWD, Fault, Rejects, many
 from regiongpt.errors import DataError, RegionError, short
 from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
-from regiongpt.storage import write_file
+from regiongpt.storage import is_below, write_file
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,12 @@ from typing import Annotated, Any, Final, Self, TextIO, TypeGuard
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from regiongpt.console import progress
-from regiongpt.data.records import is_below
 from regiongpt.data.shards import Fault, Rejects, fault_of
 from regiongpt.errors import DataError, RegionGPTError, short
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
 from regiongpt.regions import MIN_AREA
 from regiongpt.settings import explain
-from regiongpt.storage import reason
+from regiongpt.storage import is_below, reason
 
 Corners = tuple[float, float, float, float]
 MALFORMED: Final = "record of another format"

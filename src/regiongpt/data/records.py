@@ -4,7 +4,6 @@ A turn whose ``question`` is empty is worded when it is read, by one of its task
 epoch, index): one conversion serves any number of epochs. Paper: §3.2, §4
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,14 +18,6 @@ from regiongpt.regions import Region
 
 SCHEMA_VERSION: Final = 1
 """Raised whenever a reader of the old schema could misread the new one."""
-
-
-_OUTSIDE = re.compile(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\0]")
-
-
-def is_below(name: str) -> bool:
-    """Whether a path stays below the folder that it is relative to, and parts its folders by ``/``."""
-    return not _OUTSIDE.search(name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

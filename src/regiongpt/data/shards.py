@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 from typing_extensions import TypedDict
 
-from regiongpt.data.records import SCHEMA_VERSION, Record, is_below
+from regiongpt.data.records import SCHEMA_VERSION, Record
 from regiongpt.errors import ConfigError, DataError, RegionError, RegionGPTError, naming
 from regiongpt.prompts import replace_placeholders
 from regiongpt.settings import Settings, read_toml
-from regiongpt.storage import read_json, reason, sha256, write_json, writing
+from regiongpt.storage import is_below, read_json, reason, sha256, write_json, writing
 
 MANIFEST: Final = "manifest.json"
 REJECTS: Final = "rejects.jsonl"

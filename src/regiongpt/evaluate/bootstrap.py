@@ -8,8 +8,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from regiongpt.errors import DataError
-
 Floats = NDArray[np.float64]
 FEWEST_IMAGES: Final = 30
 FEWEST_DIFFERENT: Final = 6
@@ -69,20 +67,16 @@ def sum_statistic(
 def mean_statistic(
     clusters: Sequence[Hashable], scores: Sequence[float], groups: Sequence[Hashable] | None = None
 ) -> SumStatistic:
-    """The mean of the items' scores; with groups, the mean over groups of each group's mean.
+    """The mean of the items' scores, given the image of each; with groups, the mean over groups of each group's mean.
 
-    Args:
-        clusters: Image of each item.
-        scores: Score of each item.
-        groups: Group of each item. One that a resample lacks is left out of that resample's mean.
+    A group that a resample lacks is left out of that resample's mean.
     """
     names = list(groups) if groups is not None else [None] * len(scores)
-    column = {name: k for k, name in enumerate(dict.fromkeys(names or [None]))}
+    column = {name: k for k, name in enumerate(dict.fromkeys(names))}
     width = len(column)
-    own, rows = np.array([column[name] for name in names], np.intp), np.arange(len(scores))
     sums = np.zeros((len(scores), 2 * width))
-    sums[rows, own] = np.asarray(scores, np.float64)
-    sums[rows, own + width] = 1.0
+    for row, (name, score) in enumerate(zip(names, scores, strict=True)):
+        sums[row, [column[name], column[name] + width]] = score, 1.0
 
     def combine(totals: Floats) -> Floats:
         means = ratio(totals[:, :width], totals[:, width:])
@@ -99,26 +93,15 @@ def ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
     return result
 
 
-def resample(count: int, resamples: int, seed: int) -> Floats:
-    """How often each of ``count`` images comes in each resample, (resamples, count)."""
-    rng = np.random.default_rng((seed, count))
-    return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
-
-
 def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a result, images drawn with replacement; NaN where nothing can be measured.
-
-    An average over classes, such as a mean AP, is biased in resamples, since rare classes fall out of some. Where that
-    bias is more than chance, the resampled values are moved until their mean is the result.
-    """
-    return around(_resampled((statistic,), resamples, seed)[0], statistic.value(), statistic.most)
+    """The 95 % bootstrap interval of a result; NaN where nothing can be measured."""
+    return around(resampled((statistic,), resamples, seed)[0], statistic.value(), statistic.most)
 
 
 def too_few(a: Statistic, b: Statistic) -> bool:
-    """Whether two systems were compared on too few images to tell which is better.
+    """Whether two systems were compared on fewer than 30 images, or differ on 1 to 5 of them only.
 
-    That is fewer than 30 images, or differing answers on 1 to 5 of them: even if all five favour one system, a fair
-    coin would do so once in 16, where the bootstrap, which draws only from these five, claims p = 0.01.
+    Even if all five favour one system, a fair coin would do so once in 16, where the bootstrap claims p = 0.01.
     """
     pairs = [(x, y) for x, y in zip(a.parts(), b.parts(), strict=True) if x is not None or y is not None]
     return len(pairs) < FEWEST_IMAGES or 0 < sum(x != y for x, y in pairs) < FEWEST_DIFFERENT
@@ -128,8 +111,7 @@ def too_few(a: Statistic, b: Statistic) -> bool:
 class Paired:
     """Two systems on the same items; interval and p are None where nothing can be told.
 
-    The two-sided p is twice the share of resamples in which the difference has the other sign or is 0, from
-    ``1 / (resamples + 1)`` to 1.
+    The two-sided p is twice the share of resamples in which the difference has the other sign or is 0.
     """
 
     a: float
@@ -141,19 +123,12 @@ class Paired:
 
 
 def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0) -> Paired:
-    """The paired bootstrap: each resample counts the same images for both systems.
-
-    Raises:
-        DataError: The two are about different images.
-    """
-    if a.clusters != b.clusters:
-        only = len(set(a.clusters) ^ set(b.clusters))
-        raise DataError(f"two results on other images cannot be compared; {only} images are in one of them only")
+    """The paired bootstrap: each resample counts the same images for both systems, whose images must be the same."""
     difference = b.value() - a.value()
     result = Paired(a=a.value(), b=b.value(), difference=difference, too_few=too_few(a, b))
     if result.too_few:
         return result
-    first, second = _resampled((a, b), resamples, seed)
+    first, second = resampled((a, b), resamples, seed)
     differences = centred(second - first, difference)
     differences = differences[~np.isnan(differences)]
     if not len(differences):
@@ -163,21 +138,23 @@ def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0) -> 
     return replace(result, interval=ends(differences), p=p)
 
 
-def _resampled(statistics: Sequence[Statistic], resamples: int, seed: int) -> list[Floats]:
-    """Each statistic on the same resamples, a part of them at a time."""
+def resampled(statistics: Sequence[Statistic], resamples: int, seed: int) -> list[Floats]:
+    """Each statistic (resamples,) on the same resamples of its images, drawn with replacement."""
     count = len(statistics[0].clusters)
-    if not count:
-        return [np.full(resamples, np.nan) for _ in statistics]
     size = max(1, _AT_ONCE // count)
     parts: list[list[Floats]] = []
     for part, start in enumerate(range(0, resamples, size)):
-        times = resample(count, min(size, resamples - start), seed + part * 1_000_003)
+        rng = np.random.default_rng((seed + part * 1_000_003, count))
+        times = rng.multinomial(count, np.full(count, 1 / count), size=min(size, resamples - start)).astype(np.float64)
         parts.append([statistic.values(times) for statistic in statistics])
     return [np.concatenate(found) for found in zip(*parts, strict=True)]
 
 
 def centred(values: Floats, result: float) -> Floats:
-    """Resampled values, moved so that their mean is the result where it differs by more than chance."""
+    """Resampled values, moved so that their mean is the result where it differs by more than chance.
+
+    An average over classes, such as a mean AP, is biased in resamples, since rare classes fall out of some.
+    """
     there = values[~np.isnan(values)]
     if len(there) < 2:
         return values

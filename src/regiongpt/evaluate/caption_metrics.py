@@ -11,7 +11,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,9 @@ from regiongpt.evaluate.bootstrap import Floats, Statistic, mean_statistic, rati
 
 Metric = Literal["METEOR", "CIDEr", "ROUGE_L", "BLEU"]
 SECONDS: Final = 600.0
-"""Time for a program to start and to read its tables, on a busy machine."""
+"""Time for a program to start, on a busy machine."""
 SECONDS_PER_WORD: Final = 0.05
-"""Time for each word besides, about a hundred times what is needed: only a program that hangs takes longer."""
+"""Time for each word besides, a hundred times what is needed: only a program that hangs takes longer."""
 _COUNTS: Final = 23  # numbers that METEOR tells of a caption and a reference
 _LONGEST: Final = 2000  # words that METEOR aligns without gigabytes of memory; the others count as unmatched
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75
@@ -41,18 +41,22 @@ _OPEN: Final = re.compile(  # what would go on in the next caption: a tag within
 
 
 class CaptionScore(NamedTuple):
-    """One metric over a set of captions: its value, the (n,) captions' own scores, and the statistic."""
+    """One metric over a set of captions: the (n,) captions' own scores, and the statistic."""
 
-    value: float
     items: Floats
     statistic: Statistic
+
+    @property
+    def value(self) -> float:
+        """The metric over the whole set."""
+        return self.statistic.value()
 
 
 def caption_scores(
     captions: Sequence[str],
     references: Sequence[Sequence[str]],
     *,
-    metrics: Sequence[Metric] = ("CIDEr", "METEOR", "ROUGE_L", "BLEU"),
+    metrics: Sequence[Metric],
     clusters: Sequence[Hashable] | None = None,
 ) -> dict[str, CaptionScore]:
     """Score captions against references by the metrics of the COCO caption evaluation.
@@ -69,26 +73,26 @@ def caption_scores(
 
     Raises:
         ConfigError: pycocoevalcap or Java is missing, or a program fails.
-        DataError: Nothing to score, or an item has no reference with words.
+        DataError: An item has no reference with words.
     """
-    if not captions or len(captions) != len(references):
-        raise DataError(f"{len(captions)} captions for {len(references)} items; give one for each")
     said, wanted = tokenized(captions, references)
-    images = list(clusters) if clusters is not None else list(range(len(captions)))
+    images = clusters if clusters is not None else range(len(captions))
     found: dict[str, CaptionScore] = {}
     for name in metrics:
         if name == "METEOR":
             counts = _best_counts(said, wanted)
             summed = sum_statistic(images, meteor_addends(counts), meteor_scores)
-            found[name] = CaptionScore(summed.value(), meteor_scores(counts), summed)
+            found[name] = CaptionScore(meteor_scores(counts), summed)
         elif name == "BLEU":
             found |= _bleu(said, wanted, images)
         else:
             module, kind = {"CIDEr": ("cider.cider", "Cider"), "ROUGE_L": ("rouge.rouge", "Rouge")}[name]
             asked, answered = dict(enumerate(wanted)), {number: [text] for number, text in enumerate(said)}
-            items = np.asarray(getattr(_pycocoevalcap(module), kind)().compute_score(asked, answered)[1], np.float64)
+            items = np.asarray(
+                getattr(import_module(f"pycocoevalcap.{module}"), kind)().compute_score(asked, answered)[1], np.float64
+            )
             mean = replace(mean_statistic(images, items.tolist()), most=10.0 if name == "CIDEr" else 1.0)
-            found[name] = CaptionScore(float(np.mean(items)), items, mean)
+            found[name] = CaptionScore(items, mean)
     return found
 
 
@@ -103,10 +107,10 @@ def tokenized(captions: Sequence[str], references: Sequence[Sequence[str]]) -> t
 
 
 def _bleu(said: Sequence[str], wanted: Sequence[Sequence[str]], images: Sequence[Hashable]) -> dict[str, CaptionScore]:
-    scorer = _pycocoevalcap("bleu.bleu_scorer").BleuScorer(n=4)
+    scorer = import_module("pycocoevalcap.bleu.bleu_scorer").BleuScorer(n=4)
     for text, those in zip(said, wanted, strict=True):
         scorer += (text, list(those))
-    values, items = scorer.compute_score(option="closest", verbose=0)
+    _, items = scorer.compute_score(option="closest", verbose=0)
     sums = [
         [c["testlen"], min((abs(n - c["testlen"]), n) for n in c["reflen"])[1], *c["guess"], *c["correct"]]
         for c in scorer.ctest
@@ -119,9 +123,7 @@ def _bleu(said: Sequence[str], wanted: Sequence[Sequence[str]], images: Sequence
         return result
 
     return {
-        f"BLEU_{n}": CaptionScore(
-            float(values[n - 1]), np.asarray(items[n - 1], np.float64), sum_statistic(images, sums, partial(combine, n))
-        )
+        f"BLEU_{n}": CaptionScore(np.array(items[n - 1], np.float64), sum_statistic(images, sums, partial(combine, n)))
         for n in (1, 2, 3, 4)
     }
 
@@ -237,11 +239,6 @@ def find_package() -> Path:
     if package is None or not package.submodule_search_locations:
         raise ConfigError(f"captions are scored by pycocoevalcap, which is not installed{_INSTALL}")
     return Path(next(iter(package.submodule_search_locations)))
-
-
-def _pycocoevalcap(module: str) -> Any:
-    find_package()
-    return import_module(f"pycocoevalcap.{module}")
 
 
 def _run_java(name: str, words: Sequence[str], size: int) -> str:

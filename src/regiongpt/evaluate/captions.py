@@ -6,12 +6,12 @@ Paper: §4.2, Table 4
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, NamedTuple
+from typing import ClassVar, Final, Literal, NamedTuple
 
 from pydantic import Field
 
-from regiongpt.data.reading import is_whole, iter_array
-from regiongpt.data.shards import Rejects, many
+from regiongpt.data.reading import is_whole
+from regiongpt.data.shards import many
 from regiongpt.data.visual_genome import VisualGenomeConverter
 from regiongpt.errors import DataError
 from regiongpt.evaluate.caption_metrics import Metric, caption_scores, find_java, scored_words
@@ -22,7 +22,6 @@ from regiongpt.evaluate.task import (
     Measured,
     Scored,
     Task,
-    box_area,
     find,
     given,
     images_of,
@@ -31,6 +30,7 @@ from regiongpt.evaluate.task import (
 )
 from regiongpt.prompts import question
 from regiongpt.regions import Region
+from regiongpt.storage import read_json
 
 PROTOCOL: Final = "generate"
 SCORERS: Final = {
@@ -42,13 +42,11 @@ SCORERS: Final = {
 _GROUPED: Final = {
     "object": "all expressions of an object are the references of its one caption",
     "expression": "each expression is an item of its own, with itself as its only reference",
-    "region": "each region is an item of its own, with its one phrase as the only reference",
-    "box": "regions of one image with the same box are one item, with all their phrases as references",
 }
 
 
 class Described(NamedTuple):
-    """A region, its box xyxy in pixels, with what people said of it, and the annotated size of its image."""
+    """A region, its box xyxy in pixels, the annotated size of its image, and what people said of it."""
 
     id: str
     image: Path
@@ -102,10 +100,7 @@ class CaptionTask(Task):
                     regions=(Region.box(*each.box),),
                     max_new_tokens=self.max_new_tokens,
                     truth=worded[0],
-                    groups={
-                        "size": size_name(box_area(each.box)),
-                        **({"category": each.category} if each.category else {}),
-                    },
+                    groups={"size": size_name(each.box), **({"category": each.category} if each.category else {})},
                     detail={"references": worded},
                 )
             )
@@ -139,27 +134,24 @@ class RefCocogCaption(RefCocogTask, CaptionTask):
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         PROTOCOL: printed("refcocog_caption", METEOR="METEOR", CIDEr="CIDEr")
     }
-    paper_source: ClassVar[str] = "Table 4, RefCOCOg; the paper names neither split nor grouping of the references"
 
     grouping: Literal["object", "expression"] = "object"
     """How references are grouped: those of an object together, or each expression by itself."""
 
     def pinned(self) -> dict[str, str]:
         """Partition, split and grouping."""
-        split = self.split if self._refs.suffix == ".p" else self._refs.name
-        return {"split": f"RefCOCOg {self.partition} {split}", "references": _GROUPED[self.grouping]}
+        return {"split": self.part, "references": _GROUPED[self.grouping]}
 
     def regions_described(self) -> list[Described]:
         """One an object or an expression, in the order of the file."""
-        return [
-            Described(number, self.folder / each.file, each.image_id, each.size, each.box, said, each.category)
-            for each in self.objects()
-            for number, said in (
-                [(str(each.ann_id), [text for _, text in each.expressions])]
-                if self.grouping == "object"
-                else [(str(number), [text]) for number, text in each.expressions]
-            )
-        ]
+        found = []
+        for each in self.objects():
+            said = [(number, [text]) for number, text in each.expressions]
+            if self.grouping == "object":
+                said = [(each.ann_id, [text for _, text in each.expressions])]
+            place = self.folder / each.file, each.image_id, each.size, each.box
+            found += [Described(str(number), *place, texts, each.category) for number, texts in said]
+        return found
 
 
 class VisualGenomeCaption(CaptionTask):
@@ -171,7 +163,6 @@ class VisualGenomeCaption(CaptionTask):
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {
         PROTOCOL: printed("vg_caption", METEOR="METEOR", CIDEr="CIDEr")
     }
-    paper_source: ClassVar[str] = "Table 4, Visual Genome; the paper names neither split nor number of regions"
 
     split: str = "test"
     """Split of the file of splits."""
@@ -183,8 +174,6 @@ class VisualGenomeCaption(CaptionTask):
     """Json of image ids by split, such as densecap_splits.json; without one, all images."""
     images: Path | None = None
     """Folder with VG_100K and VG_100K_2, wherever it is."""
-    grouping: Literal["region", "box"] = "region"
-    """How references are grouped: each region by itself, or regions with the same box together."""
 
     def inputs(self) -> list[Path]:
         """Regions, images' sizes and splits."""
@@ -197,10 +186,10 @@ class VisualGenomeCaption(CaptionTask):
     def pinned(self) -> dict[str, str]:
         """Split and grouping."""
         split = f"{self.split} of {self.splits.name}" if self.splits is not None else "all images of the file"
-        return {"split": f"Visual Genome, {split}", "references": _GROUPED[self.grouping]}
+        return {"split": f"Visual Genome, {split}", "references": "the one phrase of each region"}
 
     def regions_described(self) -> list[Described]:
-        """One a region or a box, by image and region id."""
+        """One a region, by image and region id."""
         regions, image_data = self.inputs()[:2]
         folder = find(self.images, self.data, ["images", "."], "images", "images", file=False)
         wanted = _split_of(self.splits, self.split) if self.splits is not None else None
@@ -212,16 +201,10 @@ class VisualGenomeCaption(CaptionTask):
             image_id = int(record.id.rsplit("/", 1)[-1])
             if wanted is not None and image_id not in wanted:
                 continue
-            parts = [(record.regions[turn.regions[0] - 1], turn.answer) for turn in record.turns]
-            asked: dict[Any, tuple[str, Sequence[float], list[str]]] = {}
-            for region, phrase in sorted(parts, key=lambda part: int(part[0].source_id)):
-                box = region.region.to_dict()["box"]
-                key = region.source_id if self.grouping == "region" else tuple(box)
-                asked.setdefault(key, (region.source_id, box, []))[2].append(phrase)
-            found += [
-                Described(number, folder / record.image, image_id, (record.width, record.height), box, phrases)
-                for number, box, phrases in asked.values()
-            ]
+            asked = [(record.regions[turn.regions[0] - 1], turn.answer) for turn in record.turns]
+            for region, phrase in sorted(asked, key=lambda each: int(each[0].source_id)):
+                size, box = (record.width, record.height), region.region.to_dict()["box"]
+                found.append(Described(region.source_id, folder / record.image, image_id, size, box, [phrase]))
         if not found:
             raise DataError(f"{regions}: no regions of the split {self.split!r}; {self.left_out.summary()}")
         return found
@@ -229,11 +212,8 @@ class VisualGenomeCaption(CaptionTask):
 
 def _split_of(path: Path, split: str) -> set[int]:
     """The image ids of a split; DataError where the file has no such list."""
-    rejects = Rejects()
-    try:
-        numbers = list(iter_array(path, split, rejects))
-    except DataError as error:
-        raise DataError(f"{error}; the file of splits needs a list of image ids by split") from None
-    if rejects.counts or not numbers or not all(is_whole(number) for number in numbers):
-        raise DataError(f"{path}: {split!r} is no list of image ids as whole numbers; give another file")
+    splits = read_json(path)
+    numbers = splits.get(split) if isinstance(splits, dict) else None
+    if not numbers or not isinstance(numbers, list) or not all(map(is_whole, numbers)):
+        raise DataError(f"{path}: expected a list of image ids under {split!r}; give another --splits or --split")
     return set(numbers)

@@ -13,14 +13,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from regiongpt.data.coco import (
-    ImageAnnotations,
-    annotated_box,
-    load_coco,
-    photo_sources,
-    read_annotation,
-    read_score,
-)
+from regiongpt.data.coco import annotated_box, read_annotation, read_score
 from regiongpt.data.facts import LOCATED_AMONG, View, dev_questions, read_colours
 from regiongpt.data.reading import (
     APART,
@@ -36,18 +29,18 @@ from regiongpt.data.reading import (
     iter_lines,
     known_size,
 )
-from regiongpt.data.refcoco import Scene, read_instances, read_json, read_pickle
+from regiongpt.data.refcoco import read_instances, read_json, read_pickle
 from regiongpt.data.shards import Fault, Rejects, many
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.evaluate.bootstrap import mean_statistic
 from regiongpt.evaluate.detection import ENOUGH, overlaps
 from regiongpt.evaluate.task import (
+    AnnotatedTask,
     Answer,
     Item,
     Measured,
     Scored,
     Task,
-    box_area,
     find,
     given,
     images_of,
@@ -85,39 +78,32 @@ class ChoosingTask(Task):
         return Item(regions=tuple(regions), choices=choices, **values)
 
 
-def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, list[int | str | None]]:
-    """By protocol, for each item the region chosen: its number from 1, "none", "invalid", or None without answer."""
-    found: dict[str, list[int | str | None]] = {}
+def chosen(items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, list[int | str]]:
+    """By protocol, for each item the region chosen: its number from 1, "none", or "invalid", also without an answer."""
+    found: dict[str, list[int | str]] = {}
     for protocol, kind in ((GENERATED, "text"), (SCORED, "scores"), (CALLED, "called")):
         said = given(items, answers, kind)
         if any(each is not None for each in said):
-            found[protocol] = [
-                None if each is None else _choice(each, item, none=kind == "scores")
-                for each, item in zip(said, items, strict=True)
-            ]
-    if not found:
-        raise DataError("no item has an answer with a text or with scores")
+            found[protocol] = [_choice(each, len(item.regions)) for each, item in zip(said, items, strict=True)]
     return found
 
 
-def _choice(said: str | Sequence[float], item: Item, none: bool) -> int | str:
-    count = len(item.regions)
-    if isinstance(said, str):
-        number = parse_region_answer(said)
-        return "none" if number is None else number if isinstance(number, int) and number <= count else "invalid"
-    if len(said) != count + none:
-        raise DataError(f"item {item.id}: {len(said)} scores for {count} regions{' and none of them' if none else ''}")
-    best = int(np.argmax(said))
-    return best + 1 if best < count else "none"
+def _choice(said: str | Sequence[float] | None, count: int) -> int | str:
+    if said is None:
+        return "invalid"
+    number = parse_region_answer(said) if isinstance(said, str) else int(np.argmax(said)) + 1
+    if number is None or (number == count + 1 and not isinstance(said, str)):  # the last score is of none
+        return "none"
+    return number if isinstance(number, int) and number <= count else "invalid"
 
 
-def scored(items: Sequence[Item], picked: Sequence[int | str | None], right: Sequence[bool]) -> Scored:
+def scored(items: Sequence[Item], picked: Sequence[int | str], right: Sequence[bool]) -> Scored:
     """Accuracy, what chance would give, and the shares of answers that choose nothing."""
     shares: dict[str, list[float]] = {
         "accuracy": [float(each) for each in right],
         "chance": [item.detail["chance"] for item in items],
         "no_match": [float(each == "none") for each in picked],
-        "invalid": [float(each == "invalid" or each is None) for each in picked],
+        "invalid": [float(each == "invalid") for each in picked],
     }
     statistics = {name: mean_statistic(images_of(items), values) for name, values in shares.items()}
     return Scored(statistics=statistics, scores={"accuracy": shares["accuracy"]})
@@ -128,7 +114,7 @@ def scored(items: Sequence[Item], picked: Sequence[int | str | None], right: Seq
 
 
 class Referred(NamedTuple):
-    """One object with the expressions that refer to it."""
+    """One object with the expressions that refer to it, each with its id."""
 
     image_id: int
     file: str
@@ -136,7 +122,7 @@ class Referred(NamedTuple):
     ann_id: int
     box: Corners
     category: str
-    expressions: tuple[tuple[int, str], ...]
+    expressions: Sequence[tuple[int, str]]
 
 
 class RefCocogTask(Task):
@@ -167,9 +153,9 @@ class RefCocogTask(Task):
         return find(self.images, self.data, _FOLDERS, "images", "images", file=False)
 
     @property
-    def partition(self) -> str:
-        """Who divided the data set, as far as the file's name says it."""
-        return next((name for name in ("umd", "google") if name in self._refs.name.lower()), "as in the file")
+    def part(self) -> str:
+        """The split and its file."""
+        return f"RefCOCOg {self.split} of {self._refs.name}"
 
     def objects(self) -> list[Referred]:
         """The objects of the split, in the order of the file; DataError if there are none."""
@@ -177,7 +163,6 @@ class RefCocogTask(Task):
         rejects = self.left_out
         if path.suffix == ".jsonl":
             return _read_lines(path, self.folder, rejects)
-        scenes: dict[int, Scene] = {}
         if path.suffix == ".p":
             refs = read_pickle(path, self.split, rejects)
         else:
@@ -190,8 +175,9 @@ class RefCocogTask(Task):
             if scene is None or ann_id not in scene.objects:
                 rejects.add(APART, path, ann_id, "expected the object in the instances, found none")
                 continue
-            each, size = scene.objects[ann_id], (scene.width, scene.height)
-            found.append(Referred(image_id, scene.path, size, ann_id, each.box, each.category, tuple(said)))
+            box, category, _ = scene.objects[ann_id]
+            size = (scene.width, scene.height)
+            found.append(Referred(image_id, scene.path, size, ann_id, box, category, said))
         if not found:
             raise DataError(f"{path}: no objects of the split {self.split!r}; {rejects.summary()}")
         return found
@@ -202,8 +188,7 @@ class _Line(Row):
     ann_id: Whole
     sent_id: Whole | None = None
     sent: Expression
-    bbox: Any = None
-    bbox_xywh: Any = None
+    bbox_xywh: list[Any]
     file_name: str = ""
     category: Any = ""
 
@@ -215,28 +200,27 @@ def _read_lines(path: Path, folder: Path, rejects: Rejects) -> list[Referred]:
     for number, entry in iter_lines(path, rejects):
         with rejects.noting(path, number):
             line = _Line.read(entry)
-            box = line.bbox_xywh or line.bbox
-            if not is_box(box):
-                raise Fault("box that is not four numbers", f"expected bbox_xywh as four numbers, got {short(box)}")
             name = image_name(line.file_name or f"COCO_train2014_{line.image_id:012d}.jpg")
-            corners = clipped_box(box, *(known_size(folder / name) or (_ENDLESS, _ENDLESS)))
-            if line.sent_id in seen:
-                raise Fault("duplicate id", f"expected each sent_id once, got {line.sent_id} again")
-            said = (number if line.sent_id is None else line.sent_id, line.sent)
-            seen.add(said[0])
-            new = Referred(line.image_id, name, None, line.ann_id, corners, str(line.category), ())
+            if not is_box(line.bbox_xywh):
+                raise Fault(MALFORMED, f"expected bbox_xywh as four numbers, got {short(line.bbox_xywh)}")
+            box = clipped_box(line.bbox_xywh, *(known_size(folder / name) or (_ENDLESS, _ENDLESS)))
+            sent_id = number if line.sent_id is None else line.sent_id
+            if sent_id in seen:
+                raise Fault("duplicate id", f"expected each sent_id once, got {sent_id} again")
+            seen.add(sent_id)
+            new = Referred(line.image_id, name, None, line.ann_id, box, str(line.category), ())
             kept = found.setdefault(line.ann_id, new)
-            if (kept.image_id, kept.box) != (line.image_id, corners):
+            if (kept.image_id, kept.box) != (line.image_id, box):
                 raise Fault(APART, f"expected one image and box of ann_id {line.ann_id}, got another")
-            found[line.ann_id] = kept._replace(expressions=(*kept.expressions, said))
+            found[line.ann_id] = kept._replace(expressions=[*kept.expressions, (sent_id, line.sent)])
     return list(found.values())
 
 
 class RefCocogRec(RefCocogTask, ChoosingTask):
     """One question an expression, among the proposals for its image.
 
-    Where no proposal reaches an overlap of 0.5 with the object, the object's own box is added, as in the paper.
-    Without that injection such questions count as wrong; all others are the same, so one run measures both.
+    Where none overlaps the object by 0.5, the object's own box is added, as in the paper. Without that injection such
+    questions count as wrong; all others are the same, so one run measures both.
     """
 
     name: ClassVar[str] = "refcocog_rec"
@@ -244,7 +228,6 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
     item_id: ClassVar[str] = "sentence id"
     by: ClassVar[tuple[str, ...]] = ("size", "injected")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {f"{GENERATED}, {INJECTED}": printed("rec", accuracy="val")}
-    paper_source: ClassVar[str] = "Table 5, RefCOCOg val (test: 86.96), ground truth injected; proposals not published"
 
     proposals: Path | None = None
     """Json array of detections: image_id, bbox (x, y, w, h), score."""
@@ -267,11 +250,10 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
         proposed = read_proposals(self._proposals, images, self.top, self.left_out)
         items = []
         for each, (number, text) in [(one, said) for one in objects for said in one.expressions]:
-            seed = (self.seed, each.image_id, number)
-            boxes, lacking = candidates_of(each.box, proposed.get(each.image_id, ()), seed)
+            own = proposed.get(each.image_id, ())
+            boxes, lacking = candidates_of(each.box, own, (self.seed, each.image_id, number))
             agreement = overlaps(each.box, boxes)
-            right = [k for k, overlap in enumerate(agreement.tolist(), 1) if overlap >= ENOUGH]
-            numbers = range(1, len(boxes) + 1)
+            right = (np.flatnonzero(agreement >= ENOUGH) + 1).tolist()
             items.append(
                 self.item(
                     [Region.box(*box) for box in boxes],
@@ -280,9 +262,9 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
                     image=images[each.image_id],
                     image_id=each.image_id,
                     size=each.size,
-                    question=question("locate", 0, regions=numbers, expression=text),
+                    question=question("locate", 0, regions=range(1, len(boxes) + 1), expression=text),
                     truth=region_answer(int(agreement.argmax()) + 1),
-                    groups={"size": size_name(box_area(each.box)), "injected": "yes" if lacking else "no"},
+                    groups={"size": size_name(each.box), "injected": "yes" if lacking else "no"},
                     detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes)},
                 )
             )
@@ -300,25 +282,21 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
             whole = scored(items, picked, right)
             bare = scored(items, picked, [ok and not own for ok, own in zip(right, injected, strict=True)])
             with_share = {**whole.statistics, "injected_share": share}
-            protocols[f"{protocol}, {INJECTED}"] = whole._replace(statistics=with_share)
             without = {name: each for name, each in bare.statistics.items() if name != "chance"}
+            protocols[f"{protocol}, {INJECTED}"] = whole._replace(statistics=with_share)
             protocols[f"{protocol}, {BARE}"] = bare._replace(statistics=without)
-        candidates = sum(len(item.regions) for item in items) / len(items)
         these = f"at most {self.top} an image" if self.top else "all"
         return Measured(
             protocols=protocols,
             pinned={
-                "split": f"RefCOCOg {self.partition} {self.split}",
+                "split": self.part,
                 "candidates": f"{self._proposals.name}, {these}, order drawn by seed {self.seed}",
                 "right": f"overlap with the object of at least {ENOUGH}",
                 **{f"protocol {name}": rule for name, rule in RULES.items()},
                 f"variant {INJECTED}": "the object's box is added where no candidate overlaps it enough",
                 f"variant {BARE}": "the same questions, of which those count as wrong",
             },
-            notes=[
-                f"{sum(injected)} of {many(len(items), 'question')} had no candidate with an overlap of {ENOUGH}; "
-                f"{candidates:.1f} candidates a question on average"
-            ],
+            notes=[f"{sum(injected)} of {many(len(items), 'question')} had no candidate with an overlap of {ENOUGH}"],
         )
 
 
@@ -332,7 +310,6 @@ def read_proposals(path: Path, images: Mapping[int, Path], top: int, rejects: Re
         rejects: Where unusable entries are noted.
     """
     found: dict[int, list[tuple[float | None, Corners]]] = {}
-    before = rejects.counts.total()
     for place, entry in enumerate(iter_array(path, None, rejects)):
         with rejects.noting(path, place):
             row = read_annotation(entry)
@@ -343,16 +320,16 @@ def read_proposals(path: Path, images: Mapping[int, Path], top: int, rejects: Re
                 box = annotated_box(row.box, *(known_size(images[row.image]) or (_ENDLESS, _ENDLESS)))
                 found.setdefault(row.image, []).append((read_score(entry), box))
     if not found:
-        why = rejects.last if rejects.counts.total() > before else "is the file of another split?"
         asked = f"the {many(len(images), 'image')} that are asked about"
-        raise DataError(f"{path}: no candidates of {asked}; {rejects.summary()}; {why}")
+        raise DataError(f"{path}: no candidates of {asked}; {rejects.summary()}; is the file of another split?")
     lacking = [score is None for those in found.values() for score, _ in those]
     if any(lacking) and not all(lacking):
         raise DataError(f"{path}: {sum(lacking):,} of {len(lacking):,} candidates have no score; give all one, or none")
     if all(lacking) and top:
         raise ConfigError(f"{path}: no scores to choose candidates by; give a file with scores, or --top 0 to take all")
-    ranked = {number: sorted(those, key=lambda each: -(each[0] or 0.0)) for number, those in found.items()}
-    return {number: [box for _, box in those[: top or None]] for number, those in ranked.items()}
+    for those in found.values():
+        those.sort(key=lambda each: -(each[0] or 0.0))
+    return {number: [box for _, box in those[: top or None]] for number, those in found.items()}
 
 
 def candidates_of(truth: Corners, proposed: Sequence[Corners], seed: tuple[int, ...]) -> tuple[list[Corners], bool]:
@@ -370,25 +347,16 @@ def candidates_of(truth: Corners, proposed: Sequence[Corners], seed: tuple[int, 
 # COCO
 
 
-class CocoRec(ChoosingTask):
+class CocoRec(AnnotatedTask, ChoosingTask):
     """Up to three questions an image: a class, place, size or colour that is true of one of five objects alone."""
 
     name: ClassVar[str] = "coco_rec"
     summary: ClassVar[str] = "the box that an expression means, among five of an annotated image; needs no RefCOCOg"
     by: ClassVar[tuple[str, ...]] = ("kind", "category")
 
-    split: str = "dev"
-    """instances_SPLIT.json in the folder, with images/."""
-
-    def inputs(self) -> list[Path]:
-        """The annotations."""
-        return [source.instances for source in photo_sources(self.data, self.split)]
-
     def read_items(self) -> list[Item]:
         """Questions by image, in their first wording."""
-        data = load_coco(photo_sources(self.data, self.split))
-        self.left_out.counts.update(data.skipped)
-        images: Sequence[ImageAnnotations] = data.images
+        images = self.annotated()
         if self.limit:  # up to the last that is asked about; its questions follow from its place among all
             usable = (place for place, image in enumerate(images, 1) if len(View(image).askable) >= LOCATED_AMONG)
             images = images[: max(islice(usable, self.limit), default=0)]
@@ -413,7 +381,7 @@ class CocoRec(ChoosingTask):
                 )
             )
         if not items:
-            raise DataError(f"{self.data}: no image has five objects or more; {data.report()}")
+            raise DataError(f"{self.data}: no image has five objects or more; {self.left_out.summary()}")
         return items
 
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:

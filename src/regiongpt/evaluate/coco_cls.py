@@ -23,7 +23,6 @@ from regiongpt.evaluate.task import (
     Measured,
     Rows,
     Scored,
-    box_area,
     given,
     images_of,
     listed,
@@ -36,7 +35,7 @@ from regiongpt.regions import Region
 MATCH: Final = "generate and match"
 PROBABLE: Final = "generate with probability"
 SCORED: Final = "score all choices"
-_RULES: Final = {
+RULES: Final = {
     MATCH: "the generated answer must be a name of the list as it stands; off the list it is wrong and no detection; "
     "every detection has the score 1",
     PROBABLE: "the same answers, each detection with the probability that the model gave to the text",
@@ -58,9 +57,6 @@ class CocoClassification(InstancesTask):
     reads: ClassVar[tuple[str, ...]] = ("text", "scores")
     by: ClassVar[tuple[str, ...]] = ("size", "category")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {MATCH: printed("classification", AP="mAP", accuracy="Acc")}
-    paper_source: ClassVar[str] = (
-        "Table 3, COCO val2017, ground-truth boxes; the paper does not say what score its detections have"
-    )
 
     region: Literal["box", "mask"] = "box"
     """What marks an object; one without a mask is not asked about by mask."""
@@ -72,8 +68,6 @@ class CocoClassification(InstancesTask):
     """End the question by naming the closed set."""
     choices: bool = True
     """Score all names too; of a long list this takes most of the time."""
-    rules: Literal["auto", "coco"] = "auto"
-    """Rules of AP; auto takes LVIS' where the annotations have what these need."""
 
     def inputs(self) -> list[Path]:
         """The annotations."""
@@ -98,10 +92,7 @@ class CocoClassification(InstancesTask):
         for image, category, box, area in file.groups:
             group = {"bbox": box, "category_id": category, "area": box[2] * box[3] if isnan(area) else area}
             groups.setdefault(image, []).append(group)
-        shared = {
-            "ids": dict(zip(names, ids, strict=True)),
-            "federated": file.federated if self.rules != "coco" else None,
-        }
+        shared = {"ids": dict(zip(names, ids, strict=True)), "federated": file.federated}
         text = question("classify", 0, regions=[1], label_set=self.label_set, guided=self.guided)
         items = []
         columns = (file.ids, file.places, file.categories, file.boxes, file.areas)
@@ -112,21 +103,26 @@ class CocoClassification(InstancesTask):
             if region is None:
                 continue
             x0, y0, x1, y1 = box
-            area = box_area(box) if isnan(area) else area
-            crowd = groups.get(int(file.images[place]), [])
+            area = (x1 - x0) * (y1 - y0) if isnan(area) else area
+            image, name = int(file.images[place]), file.names[category]
             items.append(
                 Item(
                     id=str(file.name_of(number)),
                     image=folder / file.paths[place],
-                    image_id=file.name_of(int(file.images[place])),
+                    image_id=file.name_of(image),
                     size=(int(file.widths[place]), int(file.heights[place])),
                     question=text,
                     regions=(region,),
                     choices=tuple(names) if self.choices else (),
                     max_new_tokens=16,
-                    truth=file.names[category],
-                    groups={"category": file.names[category], "size": size_name(area)},
-                    detail={"box": [x0, y0, x1 - x0, y1 - y0], "area": area, "crowds": crowd, **shared},
+                    truth=name,
+                    groups={"category": name, "size": size_name(area)},
+                    detail={
+                        "box": [x0, y0, x1 - x0, y1 - y0],
+                        "area": area,
+                        "crowds": groups.get(image, []),
+                        **shared,
+                    },
                 )
             )
         if not items:
@@ -137,43 +133,39 @@ class CocoClassification(InstancesTask):
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """All protocols that the answers allow: without probabilities and scores, the first alone."""
         ids: dict[str, int] = items[0].detail["ids"]
-        names = list(ids)
+        names, rules = list(ids), items[0].detail["federated"]
         texts, sure, rated = (given(items, answers, kind) for kind in ("text", "probability", "scores"))
-        for item, scores in zip(items, rated, strict=True):
-            if scores is not None and len(scores) != len(names):
-                raise DataError(f"item {item.id}: {len(scores)} scores for {len(names)} names")
         said = [read_name(text or "", ids) for text in texts]
         unsure = [item.id for item, text, p in zip(items, texts, sure, strict=True) if text is not None and p is None]
-        chosen: dict[str, list[str | None]] = {}
-        detections: dict[str, list[dict[str, Any]]] = {}
-        if any(text is not None for text in texts):
+        worded = sum(text is not None for text in texts)
+        found: dict[str, tuple[list[str | None], list[dict[str, Any]]]] = {}
+        if worded:
             named = [(item, ids[name], p) for item, name, p in zip(items, said, sure, strict=True) if name]
-            chosen[MATCH], detections[MATCH] = said, [_detection(item, number, 1.0) for item, number, _ in named]
+            found[MATCH] = said, [_detection(item, number, 1.0) for item, number, _ in named]
             if not unsure:
-                chosen[PROBABLE], detections[PROBABLE] = said, [_detection(*each) for each in named]
+                found[PROBABLE] = said, [_detection(*each) for each in named]
         if any(scores is not None for scores in rated):
-            chosen[SCORED] = [names[int(np.argmax(scores))] if scores else None for scores in rated]
-            detections[SCORED] = [
-                _detection(item, number, score)
-                for item, scores in zip(items, rated, strict=True)
-                for number, score in zip(ids.values(), scores or (), strict=bool(scores))
-            ]
-        if not chosen:
-            raise DataError("no item has an answer with a text or with scores")
-        truth, of, rules = _truth(items, ids), _counts(items, ids), items[0].detail["federated"]
-        federated = Federated(**rules) if rules is not None else None
+            found[SCORED] = (
+                [names[int(np.argmax(scores))] if scores else None for scores in rated],
+                [
+                    _detection(item, number, score)
+                    for item, scores in zip(items, rated, strict=True)
+                    for number, score in zip(ids.values(), scores or (), strict=bool(scores))
+                ],
+            )
+        truth, of = _truth(items, ids), _counts(items, ids)
         protocols = {}
-        for protocol, answered in chosen.items():
+        for protocol, (answered, detections) in found.items():
             right = [float(name == item.truth) for name, item in zip(answered, items, strict=True)]
-            found = detection_scores(truth, detections[protocol], federated=federated)
+            precision = detection_scores(truth, detections, federated=Federated(**rules) if rules is not None else None)
             protocols[protocol] = Scored(
-                statistics={**_accuracies(items, right, answered), **found.statistics},
+                statistics={**_accuracies(items, right, answered), **precision.statistics},
                 scores={"accuracy": right},
                 of=of,
-                by_group={"category": {name: {"AP": found.by_category.get(ids[name])} for name in names}},
+                by_group={"category": {name: {"AP": precision.by_category.get(ids[name])} for name in names}},
             )
         notes = []
-        if 0 < len(unsure) < sum(text is not None for text in texts):
+        if 0 < len(unsure) < worded:
             count = many(len(unsure), "answer")
             notes.append(
                 f"{PROBABLE!r} is not measured: {count} without a probability ({self.item_id}s {listed(unsure)})"
@@ -184,9 +176,11 @@ class CocoClassification(InstancesTask):
             notes.append(f"{many(off.total(), 'answer')} off the list, most often {most}")
         return Measured(
             protocols=protocols,
-            pinned=self._pinned(len(names), federated is not None),
+            pinned=self._pinned(len(names), rules is not None),
             tables={
-                f"Confusion matrix, {name}": _confusions(items, chosen[name]) for name in chosen if name != PROBABLE
+                f"Confusion matrix, {name}": _confusions(items, answered)
+                for name, (answered, _) in found.items()
+                if name != PROBABLE
             },
             notes=notes,
         )
@@ -201,7 +195,7 @@ class CocoClassification(InstancesTask):
             "closed set": f"{names} categories of the annotations",
             "matching": "as it stands",
             "scorer": f"{rules} on the boxes; at most {MOST_RESAMPLES} resamples for its intervals",
-            **{f"protocol {name}": rule for name, rule in _RULES.items()},
+            **{f"protocol {name}": rule for name, rule in RULES.items()},
         }
 
 
@@ -249,9 +243,8 @@ def _counts(items: Sequence[Item], ids: Mapping[str, int]) -> dict[str, int]:
     found["without_person"] = sum(item.truth != "person" for item in items)
     if (known := items[0].detail["federated"]) is not None:
         found.update(FREQUENCIES[known["frequency"][ids[item.truth]]] for item in items)
-    return {
-        name: found[name] for name in ("AP_small", "AP_medium", "AP_large", "without_person", *FREQUENCIES.values())
-    }
+    names = ("AP_small", "AP_medium", "AP_large", "without_person", *FREQUENCIES.values())
+    return {name: found[name] for name in names}
 
 
 def _confusions(items: Sequence[Item], said: Sequence[str | None]) -> Rows:

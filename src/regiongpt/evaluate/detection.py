@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,12 @@ _AT_ONCE = 1 << 20  # numbers held at a time
 
 
 def overlaps(box: Sequence[float], others: Sequence[Sequence[float]] | Floats) -> Floats:
-    """Intersection over union (n,) of a box with each of n others (n, 4), all xyxy; 0 for a box without area."""
+    """Intersection over union (n,) of a box with each of n others (n, 4), all xyxy."""
     rest = np.asarray(others, np.float64).reshape(-1, 4)
     own = np.asarray(box, np.float64)
-    sides = np.minimum(own[2:], rest[:, 2:]) - np.maximum(own[:2], rest[:, :2])
-    shared = np.clip(sides, 0, None).prod(axis=1)
-    areas = np.clip(rest[:, 2:] - rest[:, :2], 0, None).prod(axis=1)
-    return np.nan_to_num(ratio(shared, areas + np.clip(own[2:] - own[:2], 0, None).prod() - shared))
+    shared = np.clip(np.minimum(own[2:], rest[:, 2:]) - np.maximum(own[:2], rest[:, :2]), 0, None).prod(axis=1)
+    areas = (rest[:, 2:] - rest[:, :2]).prod(axis=1)
+    return ratio(shared, areas + (own[2:] - own[:2]).prod() - shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +61,13 @@ class DetectionScores(NamedTuple):
 def detection_scores(
     truth: Mapping[str, Any],
     detections: Sequence[Mapping[str, Any]],
-    kind: Literal["bbox", "segm"] = "bbox",
     federated: Federated | None = None,
 ) -> DetectionScores:
-    """Score detections against annotations.
+    """Score boxes against annotations.
 
     Args:
         truth: COCO's json: ``images``, ``annotations`` with ``area`` and ``iscrowd``, ``categories``.
-        detections: ``image_id``, ``category_id``, ``score`` and ``bbox`` (x, y, width, height) or ``segmentation``.
-        kind: What is compared.
+        detections: ``image_id``, ``category_id``, ``score`` and ``bbox`` (x, y, width, height).
         federated: Score by the rules of LVIS, whose own package does not run with numpy 1.24 or later.
     """
     from pycocotools.coco import COCO
@@ -89,7 +86,7 @@ def detection_scores(
         else:
             found.dataset = {**truth, "annotations": []}
             found.createIndex()
-        evaluation = COCOeval(objects, found, kind)
+        evaluation = COCOeval(objects, found, "bbox")
         if federated is not None:
             evaluation.params.maxDets = [_LVIS_MOST]
         evaluation.evaluate()
@@ -107,8 +104,8 @@ def detection_scores(
     else:
         figures = {name: statistic.value() for name, statistic in statistics.items()}
     precision = np.ma.masked_equal(evaluation.eval["precision"][:, :, :, 0, -1], -1).mean(axis=(0, 1)).filled(np.nan)
-    categories = zip(evaluation.params.catIds, precision.tolist(), strict=True)
-    return DetectionScores(figures, statistics, {int(number): value for number, value in categories if value == value})
+    by_category = dict(zip(map(int, evaluation.params.catIds), precision.tolist(), strict=True))
+    return DetectionScores(figures, statistics, {name: value for name, value in by_category.items() if value == value})
 
 
 def _looked_for(
@@ -118,15 +115,13 @@ def _looked_for(
     known = {image: set(those) for image, those in federated.absent.items()}
     for each in truth["annotations"]:
         known.setdefault(each["image_id"], set()).add(each["category_id"])
-    by_image: dict[Any, list[Mapping[str, Any]]] = {}
-    for each in detections:
-        by_image.setdefault(each["image_id"], []).append(each)
-    return [
-        each
-        for image, those in by_image.items()
-        for each in sorted(those, key=lambda each: -each["score"])[:_LVIS_MOST]
-        if each["category_id"] in known.get(image, ())
-    ]
+    taken = Counter[Any]()
+    best = []
+    for each in sorted(detections, key=lambda each: -each["score"]):
+        taken[each["image_id"]] += 1
+        if taken[each["image_id"]] <= _LVIS_MOST and each["category_id"] in known.get(each["image_id"], ()):
+            best.append(each)
+    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +198,7 @@ def _precisions(
     p = evaluation.params
     seen: dict[Hashable, int] = dict.fromkeys(p.imgIds, 0)
     for each in detections:
-        seen[each["image_id"]] += hash((each["category_id"], each["score"], *each.get("bbox", ())))
+        seen[each["image_id"]] += hash((each["category_id"], each["score"], *each["bbox"]))
     by_area = [_categories(evaluation, area) for area in range(len(p.areaRng))]
     wanted = {name: by_area[area] for name, area in _AREAS.items()}
     if federated is not None:

@@ -5,19 +5,18 @@ The judges are annotations and pixels; what these do not decide is counted apart
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 
-from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
+from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import Claim, View, ViewObject, holds, read, read_colours, relation
 from regiongpt.data.shards import many
 from regiongpt.errors import DataError
 from regiongpt.evaluate.bootstrap import SumStatistic, ratio, sum_statistic
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, given, images_of, listed
+from regiongpt.evaluate.task import AnnotatedTask, Answer, Item, Measured, Scored, given, images_of, listed
 from regiongpt.prompts import COCO_80, question
 from regiongpt.regions import Region
 
@@ -29,8 +28,7 @@ _ROOM: Final = {"classify": 16, "ask": 64, "describe": 64, "brief": 40, "relatio
 _SHOWN: Final = 8  # values of a kind, and sentences that were not read
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(NamedTuple):
     """A claim of the answer to one item, and whether it is true; None where that cannot be told."""
 
     item: int
@@ -38,7 +36,7 @@ class Judged:
     true: bool | None
 
 
-class Facts(Task):
+class Facts(AnnotatedTask):
     """Describes and names every object, relates some pairs, and asks for classes that are there and that are not."""
 
     name: ClassVar[str] = "facts"
@@ -46,22 +44,13 @@ class Facts(Task):
     item_id: ClassVar[str] = "question id"
     by: ClassVar[tuple[str, ...]] = ("question",)
 
-    split: str = "dev"
-    """instances_SPLIT.json in the folder, with images/."""
-
-    def inputs(self) -> list[Path]:
-        """The annotations."""
-        return [source.instances for source in photo_sources(self.data, self.split)]
-
-    @cached_property
-    def _seen(self) -> dict[int, tuple[View, dict[int, str]]]:
-        return {}
-
     @cached_property
     def _images(self) -> dict[int, ImageAnnotations]:
-        data = load_coco(photo_sources(self.data, self.split))
-        self.left_out.counts.update(data.skipped)
-        return {image.image_id: image for image in data.images}
+        return {image.image_id: image for image in self.annotated()}
+
+    @cached_property
+    def _views(self) -> dict[int, tuple[View, dict[int, str]]]:
+        return {}
 
     def read_items(self) -> list[Item]:
         """Items by image: of each object, of pairs of objects that clearly relate, of classes."""
@@ -123,11 +112,18 @@ class Facts(Task):
                 said = Counter(each.claim.value for each in own)
                 always = {value: self._always(items, own, value) for value, _ in said.most_common(_SHOWN)}
                 statistics["constant"] = max(always.values(), key=lambda share: share.value())
-                rows += [_row(kind, value, own, share.value()) for value, share in always.items()]
+                for value, share in always.items():
+                    true = [each.true for each in own if each.claim.value == value]
+                    counts = (len(true), *map(true.count, (True, False, None)))
+                    rows.append([kind, value, *map(str, counts), f"{100 * share.value():.1f}"])
             statistics["undecided"] = _share(items, [(each.item, each.true is None) for each in own])
+            by_item: dict[int, list[bool]] = {}
+            for each in decided:
+                by_item.setdefault(each.item, []).append(bool(each.true))
+            shares = {place: sum(true) / len(true) for place, true in by_item.items()}
             protocols[f"claims, {kind}"] = Scored(
                 statistics=statistics,
-                scores={"true": _scores(len(items), decided)},
+                scores={"true": [shares.get(place) for place in range(len(items))]},
                 of={name: int(share.sums[:, 1].sum()) for name, share in statistics.items()},
             )
         protocols["agreement"] = _agreement(items, judged)
@@ -135,10 +131,6 @@ class Facts(Task):
         if unread:
             shown = listed([f"{sentence!r} ({count})" for sentence, count in unread.most_common()], _SHOWN)
             notes.append(f"{many(unread.total(), 'sentence')} not read, so not judged: {shown}")
-        if described := [k for k, item in enumerate(items) if item.groups["question"] == "describe" and texts[k]]:
-            claims_in = sum(items[each.item].groups["question"] == "describe" for each in judged) / len(described)
-            distinct = len({texts[k] for k in described})
-            notes.append(f"{claims_in:.2f} claims a description; {distinct} distinct descriptions of {len(described)}")
         return Measured(
             protocols=protocols,
             pinned={
@@ -154,9 +146,9 @@ class Facts(Task):
 
     def _true(self, item: Item, claim: Claim) -> bool | None:
         number = int(item.image_id)
-        if number not in self._seen:
-            self._seen[number] = (View(self._images[number]), read_colours(self._images[number]))
-        view, colours = self._seen[number]
+        if number not in self._views:
+            self._views[number] = (View(self._images[number]), read_colours(self._images[number]))
+        view, colours = self._views[number]
         objects = {each.id: each for each in view.objects}
         about = [objects[each] for each in item.detail["objects"]]
         return holds(claim, view, about, colours, item.detail.get("asked", ""))
@@ -173,20 +165,6 @@ def _share(items: Sequence[Item], found: Sequence[tuple[int, bool | float | None
     for place, score in found:
         sums[place] += float(score or 0), 1
     return sum_statistic(images_of(items), sums, lambda s: ratio(s[:, 0], s[:, 1]))
-
-
-def _scores(count: int, decided: Sequence[Judged]) -> list[float | None]:
-    """The share of true claims of each item."""
-    found: dict[int, list[bool]] = {}
-    for each in decided:
-        found.setdefault(each.item, []).append(bool(each.true))
-    return [sum(found[k]) / len(found[k]) if k in found else None for k in range(count)]
-
-
-def _row(kind: str, value: str, judged: Sequence[Judged], always: float) -> list[str]:
-    found = [each.true for each in judged if each.claim.value == value]
-    counts = (len(found), *(found.count(true) for true in (True, False, None)))
-    return [kind, value, *map(str, counts), f"{100 * always:.1f}"]
 
 
 def _agreement(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
@@ -206,7 +184,7 @@ def _agreement(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
             wanted = "yes" if task == "presence" else name
             found.append(None if name is None or (task == "presence" and other is None) else float(other == wanted))
     scores = {f"{task} and classify": found for task, found in pairs.items()}
-    known = {name: [(k, score) for k, score in enumerate(found) if score is not None] for name, found in scores.items()}
+    known = {name: [(k, each) for k, each in enumerate(found) if each is not None] for name, found in scores.items()}
     return Scored(
         statistics={name: _share(items, found) for name, found in known.items()},
         scores=scores,

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from regiongpt.console import progress, progress_shown
 from regiongpt.environment import launched
-from regiongpt.errors import ConfigError, DataError, short
+from regiongpt.errors import DataError, short
 from regiongpt.images import load_image
-from regiongpt.prompts import question
 from regiongpt.regions import Region
 
 if TYPE_CHECKING:
     from regiongpt.inference import RegionPredictor
+
+Request = tuple[str, Mapping[str, Any], Callable[[Any], Sequence[Any]], Mapping[str, Any], str]
+"""The question as the task words it, options, what makes the images of a row, the row of the data set, the task."""
 
 
 def manifest() -> Any:
@@ -23,15 +25,10 @@ def manifest() -> Any:
     return ModelManifest(model_id="regiongpt", simple_class_path=f"{__name__}.RegionGPT")
 
 
-Request = tuple[str, Mapping[str, Any], Callable[[Any], Sequence[Any]], Mapping[str, Any], str]
-"""The question as the task words it, options, what makes the images of a row, the row of the data set, the task."""
-
-
-def answer(predictor: "RegionPredictor", request: Request, trained: bool = False) -> str:
+def answer(predictor: "RegionPredictor", request: Request) -> str:
     """The answer to one question, about ``bbox`` (xywh) or ``segmentation`` of the row where the task has a region.
 
-    ``trained`` asks in the words that the model was trained on. DataError where the task shows several images or none,
-    or asks for coordinates.
+    DataError where the task shows several images or none, or asks for coordinates.
     """
     context, options, visuals, document, task = request
     if re.match(r"refcoco(\+|g)?_bbox_rec|refcoco_grounding", task):
@@ -39,16 +36,13 @@ def answer(predictor: "RegionPredictor", request: Request, trained: bool = False
     regions: list[Region] = []
     if re.match(r"refcoco(\+|g)?_(bbox|seg)", task):
         image, regions = document["image"], [_region(task, document)]
-        asked = context.replace("this region", "<region1>")
-        context = question("caption", regions=[1]) if trained else asked
+        context = context.replace("this region", "<region1>")
         context += "" if "<region1>" in context else " <region1>"
     else:
         images = list(visuals(document))
         if len(images) != 1:
             raise DataError(f"{task}: {len(images)} images in a question; only tasks with one can be answered")
         image = images[0]
-        if trained and task.startswith("pope"):
-            context = context.strip().partition("\n")[0]  # less the line that asks for a single word
     predictor.set_image(load_image(image))
     said = predictor.ask(
         context,
@@ -68,21 +62,23 @@ def _region(task: str, document: Mapping[str, Any]) -> Region:
     key, wanted = ("segmentation", "x, y, x, y, ...") if "_seg" in task else ("bbox", "x, y, width, height")
     try:
         flat = [float(value) for value in document[key]]
-        if key == "bbox":
-            x, y, width, height = flat
-            return Region.box(x, y, x + width, y + height)
-        return Region.polygon([list(zip(flat[::2], flat[1::2], strict=True))])
+        if key == "segmentation":
+            return Region.polygon([list(zip(flat[::2], flat[1::2], strict=True))])
+        x, y, width, height = flat
+        return Region.box(x, y, x + width, y + height)
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{task}: {key}: give {wanted}, got {short(document.get(key))}") from None
 
 
 @cache
-def _model_class() -> type:
-    """The model as lmms-eval wants it: a subclass of its own class."""
+def __getattr__(name: str) -> Any:
+    """``RegionGPT``, the model as lmms-eval wants it: a subclass of its own class, made when that asks for it."""
+    if name != "RegionGPT":
+        raise AttributeError(name)
     from lmms_eval.api.model import lmms
 
     class RegionGPT(lmms):  # type: ignore[misc]
-        """``lmms-eval --model regiongpt --model_args pretrained=DIR,prompt=task``; the batch size is 1 always."""
+        """``lmms-eval --model regiongpt --model_args pretrained=DIR``; the batch size is 1 always."""
 
         is_simple = True
 
@@ -91,13 +87,10 @@ def _model_class() -> type:
             pretrained: str = "",
             device: str | None = None,
             dtype: str | None = None,
-            prompt: str = "task",
-            batch_size: int | str = 1,
-            max_batch_size: int | None = None,
+            batch_size: Any = 1,
+            max_batch_size: Any = None,
         ) -> None:
             super().__init__()
-            if prompt not in ("task", "trained"):
-                raise ConfigError(f"prompt: give task or trained, got {prompt!r}")
             import torch
 
             from regiongpt.inference import RegionPredictor
@@ -111,7 +104,6 @@ def _model_class() -> type:
             if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
                 device = None  # lmms-eval says "cuda:0" where nothing was asked for
             self.predictor = RegionPredictor.from_pretrained(pretrained or None, device=device, dtype=dtype)
-            self.trained = prompt == "trained"
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             """Answers in the order of the requests."""
@@ -120,21 +112,13 @@ def _model_class() -> type:
                 for request in progress(requests, "lmms-eval", "answers"):
                     context, options, visuals, number, task, split = request.args
                     row = self.task_dict[task][split][number]
-                    found.append(answer(self.predictor, (context, options, visuals, row, task), self.trained))
+                    found.append(answer(self.predictor, (context, options, visuals, row, task)))
                     self.cache_hook.add_partial("generate_until", (context, options), found[-1])
             return found
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            raise NotImplementedError("RegionGPT answers tasks of the kind generate_until, not loglikelihood")
+            raise NotImplementedError("RegionGPT answers tasks of the kind generate_until alone")
 
-        def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-            raise NotImplementedError("RegionGPT answers tasks of the kind generate_until, not of several rounds")
+        generate_until_multi_round = loglikelihood
 
     return RegionGPT
-
-
-def __getattr__(name: str) -> Any:
-    """``RegionGPT``, made when lmms-eval asks for it."""
-    if name == "RegionGPT":
-        return _model_class()
-    raise AttributeError(name)

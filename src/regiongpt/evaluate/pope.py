@@ -5,7 +5,7 @@ Paper: §4.4, Table 8
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, Literal, NamedTuple
 
@@ -69,7 +69,6 @@ class Pope(InstancesTask):
         )
         for strategy in STRATEGIES
     }
-    paper_source: ClassVar[str] = "Table 8, the published questions on 500 images of COCO val2014"
 
     strategy: Literal["random", "popular", "adversarial", "all"] = "all"
     """How absent classes are chosen."""
@@ -118,17 +117,12 @@ class Pope(InstancesTask):
             classes[int(file.images[place])].append(file.names[category])
         names = dict(zip(file.images.tolist(), file.paths, strict=True))
         try:
-            built = [
+            return [
                 build_questions(classes, names, each, images=self.image_count, seed=self.seed)
                 for each in self._strategies
             ]
         except DataError as error:
             raise DataError(f"{file.path}: {error}; {self.left_out.summary()}") from None
-        for number in classes.keys() - {each.image_id for those in built for each in those}:
-            few = len(set(classes[number])) <= PAIRS
-            kind = f"image of {PAIRS} classes or fewer" if few else "image not drawn"
-            self.left_out.add(kind, file.path, number, "not asked about")
-        return built
 
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """Each strategy by itself, under both readings of the answers."""
@@ -139,19 +133,16 @@ class Pope(InstancesTask):
             said: list[Said] = [read(text) if text is not None else None for text in texts]
             right = [float(each == item.truth) for each, item in zip(said, items, strict=True)]
             for strategy in dict.fromkeys(kinds):
-                places = [k for k, kind in enumerate(kinds) if kind == strategy]
-                own = [items[k] for k in places]
-                truth = [item.truth for item in own]
+                own = [(item, each) for item, each, kind in zip(items, said, kinds, strict=True) if kind == strategy]
                 protocols[f"{reading}, {strategy}"] = Scored(
-                    statistics=yes_no_statistics(images_of(own), truth, [said[k] for k in places]),
+                    statistics=yes_no_statistics([item for item, _ in own], [each for _, each in own]),
                     scores={"accuracy": [each if kinds[k] == strategy else None for k, each in enumerate(right)]},
                 )
-        source = ", ".join(path.name for path in self._published())
-        rule = f"built by POPE's rules from {self.split}, {PAIRS} pairs an image, seed {self.seed}"
+        built = f"built by POPE's rules from {self.split}, {PAIRS} pairs an image, seed {self.seed}"
         return Measured(
             protocols=protocols,
             pinned={
-                "questions": source or rule,
+                "questions": ", ".join(path.name for path in self._published()) or built,
                 "prompt": f"the question{f' and {self.suffix!r}' if self.suffix else ' alone'}",
                 "yes_ratio": "of the predictions",
                 **{f"protocol {name}": text for name, text in READINGS.items()},
@@ -177,12 +168,12 @@ def pope_script(text: str) -> Said:
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
-def yes_no_statistics(clusters: Sequence[Hashable], truth: Sequence[str], said: Sequence[Said]) -> dict[str, Statistic]:
+def yes_no_statistics(items: Sequence[Item], said: Sequence[Said]) -> dict[str, Statistic]:
     """The results of :data:`FORMULAS`, yes being the positive answer; an answer that is neither is wrong."""
-    asked, yes = (np.array([each == "yes" for each in those], bool) for those in (truth, said))
-    no = np.array([each == "no" for each in said], bool)
+    asked = np.array([item.truth == "yes" for item in items], bool)
+    yes, no = (np.array([each == word for each in said], bool) for word in ("yes", "no"))
     counts = np.column_stack((asked & yes, ~asked & yes, asked & ~yes, ~asked & no, ~yes & ~no, np.ones(len(asked))))
-    return {name: sum_statistic(clusters, counts.astype(np.float64), each) for name, each in FORMULAS.items()}
+    return {name: sum_statistic(images_of(items), counts.astype(np.float64), each) for name, each in FORMULAS.items()}
 
 
 def read_questions(path: Path, rejects: Rejects) -> list[Asked]:
@@ -221,7 +212,7 @@ def build_questions(
     is there. No class is asked for twice in an image; where the strategy has none left, any other is drawn.
 
     Args:
-        classes: Classes in each annotated image; they also say what is popular and what comes together.
+        classes: Classes in each annotated image.
         names: File name of each image.
         strategy: One of :data:`STRATEGIES`.
         images: Most images that are asked about, drawn by the seed.

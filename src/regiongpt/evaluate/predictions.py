@@ -19,13 +19,12 @@ ID_KEYS: Final = {
     "region id": ("region_id",),
 }
 """Names of an item's id besides ``id`` and ``question_id``, by what the task's ids are."""
-TEXT_KEYS: Final = ("text", "answer", "caption", "prediction", "label")
-"""Names of the answer; ``label`` where it is the name of a class, for elsewhere it is the truth."""
-_SHOWN: Final = 5
+TEXT_KEYS: Final = ("text", "answer", "caption", "prediction")
+"""Names of the answer."""
 
 
 class Predictions(NamedTuple):
-    """Answers by item id, and sentences on what was repeated or missing."""
+    """Answers by item id, and sentences on what was repeated, missing or could not be asked."""
 
     answers: Mapping[str, Answer]
     report: tuple[str, ...]
@@ -34,14 +33,10 @@ class Predictions(NamedTuple):
 def read_predictions(
     path: Path, task: Task, items: Sequence[Item], *, missing: Literal["refuse", "wrong"] = "refuse"
 ) -> Predictions:
-    """Read predictions and match them with the items.
-
-    The file holds JSON objects, one a line or in one array: the item's id, and at least one of the answer's ``text``
-    (with its ``probability``), ``scores`` of the choices, and ``called``. What one item has, all must have.
-    ``docs/evaluation.md`` has the details.
+    """Read predictions and match them with the items; ``docs/evaluation.md`` describes the file.
 
     Args:
-        path: The file.
+        path: JSON objects, one a line or in one array.
         task: The benchmark.
         items: Its items.
         missing: For items without a prediction, or without what other items have: fail, or count them as wrong.
@@ -56,45 +51,46 @@ def read_predictions(
     repeated: list[str] = []
     for where, entry in _entries(path):
         with naming(where):
-            number = _id(entry, task)
+            if not isinstance(entry, dict):
+                raise DataError(f"a JSON {type(entry).__name__}; give an object")
+            number = str(_one_of(entry, ("id", "question_id", *ID_KEYS.get(task.item_id, ())), task.item_id, int | str))
             if number not in by_id:
                 strangers.append(number)
                 continue
             answer = _answer(entry, by_id[number], task)
-            if answers.setdefault(number, answer) is not answer:
+            if number in answers:
                 repeated.append(number)
                 if answers[number] != answer:
                     raise DataError(f"another prediction for {task.item_id} {number} that differs; keep one")
-
-    def ids(values: Sequence[str]) -> str:
-        return f"{task.item_id}s {listed(values, _SHOWN)}"
+            answers[number] = answer
 
     if strangers:
         raise DataError(
-            f"{path}: {many(len(strangers), 'prediction')} for no item: {ids(strangers)}, where the benchmark has "
-            f"{listed(list(by_id), _SHOWN)}; take them out, or give those of this split and task"
+            f"{path}: {many(len(strangers), 'prediction')} for no item: {task.item_id}s {listed(strangers)}, "
+            f"where the benchmark has {listed(list(by_id))}; give those of this split and task"
         )
     lacking = [item.id for item in items if item.id not in answers]
     if lacking and missing == "refuse":
         raise DataError(
-            f"{path}: {len(lacking)} of {len(items)} items have no prediction: {ids(lacking)}; add them, or count them "
-            "as wrong with --missing wrong"
+            f"{path}: {len(lacking)} of {len(items)} items have no prediction: {task.item_id}s "
+            f"{listed(lacking)}; add them, or count them as wrong with --missing wrong"
         )
     report = []
     for kind in task.reads:
         without = [number for number, answer in answers.items() if getattr(answer, kind) is None]
         if without and len(without) < len(answers):
-            told = f"{len(without)} of {len(answers)} predictions lack {kind!r}: {ids(without)}"
+            told = f"{len(without)} of {len(answers)} predictions lack {kind!r}: {task.item_id}s "
+            told += listed(without)
             if missing == "refuse":
                 raise DataError(f"{path}: {told}; give it in all or in none, or add --missing wrong")
             report.append(f"{told}; they count as wrong where {kind!r} is scored")
     if repeated:
-        report.append(f"{many(len(repeated), 'prediction')} given more than once ({listed(repeated, _SHOWN)})")
+        report.append(f"{many(len(repeated), 'prediction')} given more than once ({listed(repeated)})")
     return Predictions(answers, tuple(report))
 
 
-def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of the file, each with where it is."""
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """The entries of the file, each with where it is."""
     where = str(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -107,20 +103,15 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{path}:{k}"
                 if line.strip():
                     entries.append((where, json.loads(line)))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: no readable predictions: {reason(error)}; check the path and the encoding") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {reason(error)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not readable as JSON in UTF-8: {reason(error)}") from None
     if not entries:
         raise DataError(f"{path}: no predictions in this file")
-    for where, entry in entries:
-        if not isinstance(entry, dict):
-            raise DataError(f"{where}: a JSON {type(entry).__name__}; give an object")
-        yield where, entry
+    yield from entries
 
 
 def _one_of(entry: Mapping[str, Any], names: Sequence[str], what: str, kind: type | UnionType) -> Any:
-    """The value that stands under any of some names; None where there is none."""
+    """The value that stands under any of some names."""
     given = {key: entry[key] for key in names if entry.get(key) is not None}
     for key, value in given.items():
         if isinstance(value, bool) or not isinstance(value, kind):
@@ -128,46 +119,39 @@ def _one_of(entry: Mapping[str, Any], names: Sequence[str], what: str, kind: typ
     if len(set(map(str, given.values()))) > 1:
         pairs = ", ".join(f"{key} {short(value)}" for key, value in given.items())
         raise DataError(f"more than one {what}, {pairs}; keep the one that is meant")
-    return next(iter(given.values()), None)
-
-
-def _id(entry: Mapping[str, Any], task: Task) -> str:
-    names = ("id", "question_id", *ID_KEYS.get(task.item_id, ()))
-    found = _one_of(entry, names, task.item_id, int | str)
-    if found is None:
-        raise DataError(f"no {task.item_id}; give one of {', '.join(names)}, found keys: {', '.join(entry)}")
-    return str(found)
+    if not given:
+        raise DataError(f"no {what}; give one of {', '.join(names)}, found keys: {', '.join(entry)}")
+    return next(iter(given.values()))
 
 
 def _answer(entry: Mapping[str, Any], item: Item, task: Task) -> Answer:
-    regions = entry.get("regions")
-    if regions is not None and regions not in (item.regions_key, [region.to_dict() for region in item.regions]):
+    if entry.get("regions") not in (None, item.regions_key, [region.to_dict() for region in item.regions]):
         raise DataError(
             f"an answer about other regions than the {len(item.regions)} of this question, or in another order; give "
             "the --seed, --proposals and other options that the answers were made with"
         )
-    text = _one_of(entry, TEXT_KEYS if "ids" in item.detail else TEXT_KEYS[:-1], "answer", str)
+    # A label is an answer where it is the name of a class; elsewhere it is the truth.
+    names = (*TEXT_KEYS, "label") if "ids" in item.detail else TEXT_KEYS
+    scored = any(entry.get(kind) is not None for kind in task.reads if kind != "text")
+    worded = any(entry.get(name) is not None for name in names)
+    text = _one_of(entry, names, "answer", str) if worded or not scored else None
     if text is not None and text.strip() == item.question.strip():
         raise DataError(f"the question itself in the place of an answer, {short(text)}")
-    found = {"text": text, **{key: entry.get(key) for key in ("scores", "called")}}
-    if all(found[kind] is None for kind in task.reads):
-        raise DataError(f"no answer; give {' or '.join(task.reads)}, found keys: {', '.join(entry)}")
-    probability, scores = entry.get("probability"), found["scores"]
-    if probability is not None and not is_number(probability):
-        raise DataError(f"probability: give a number from 0 to 1, got {short(probability)}")
     choices = item.choices or tuple(item.detail.get("ids", ()))
+    scores, probability = entry.get("scores"), entry.get("probability")
     if isinstance(scores, dict):
         named = {" ".join(name.split()): value for name, value in scores.items()}
         if strange := [name for name in named if name not in choices]:
             raise DataError(f"scores: {strange[0]!r} is no choice; {nearest(strange[0], choices)}")
         if lacking := [name for name in choices if name not in named]:
-            raise DataError(f"scores: none for {listed(lacking, _SHOWN)}")
+            raise DataError(f"scores: none for {listed(lacking)}")
         scores = [named[name] for name in choices]
+    sure = None if probability is None else _numbers([probability], 1, "probability", "answer")
     return Answer(
         text=text,
-        probability=None if probability is None else float(probability),
+        probability=sure[0] if sure else None,
         scores=_numbers(scores, len(choices), "scores", "choices"),
-        called=_numbers(found["called"], len(item.regions), "called", "regions"),
+        called=_numbers(entry.get("called"), len(item.regions), "called", "regions"),
     )
 
 

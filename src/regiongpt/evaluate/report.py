@@ -1,15 +1,15 @@
 """Results of finished runs: read, as text, as a page, and two runs compared by the paired bootstrap."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Final, TypeVar
 
 from markupsafe import Markup
 
-from regiongpt.data.shards import file_identity
+from regiongpt.data.shards import file_identity, many
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.evaluate import TASKS, task_class
@@ -23,18 +23,11 @@ T = TypeVar("T")
 RESULT, MANIFEST, PAGE = "result.json", "manifest.json", "index.html"
 ITEMS, PREDICTIONS = "items.jsonl", "predictions.jsonl"
 NOTHING: Final = "–"
-_FEW: Final = 12  # most columns of a table that is not folded away
-_ALIKE: Final = 3  # most mistakes of one truth, and of one image
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
-    """A scored task of a run: its folder ``DIR/TASK``, and what is in there.
-
-    Attributes:
-        items: What was asked; empty if the run was read from its folder.
-        answers: By item id; likewise.
-    """
+    """A scored task of a run: its folder ``DIR/TASK`` and what is in there; without items where it was read."""
 
     folder: Path
     result: dict[str, Any]
@@ -73,14 +66,10 @@ def read_run(out: Path) -> list[TaskRun]:
     folders = [out / name for name in TASKS if (out / name / MANIFEST).is_file()]
     if not folders:
         raise DataError(f"{out}: no finished task of `regiongpt evaluate` in this folder")
-    results, manifests = ("task", "pinned", "protocols", "breakdowns", "tables", "notes"), ("options", "inputs", "code")
+    result, manifest = ("task", "pinned", "protocols", "notes"), ("options", "inputs", "code")
     return [
-        TaskRun(
-            folder=folder,
-            result=read_object(folder / RESULT, results),
-            manifest=read_object(folder / MANIFEST, manifests),
-        )
-        for folder in folders
+        TaskRun(folder=each, result=read_object(each / RESULT, result), manifest=read_object(each / MANIFEST, manifest))
+        for each in folders
     ]
 
 
@@ -139,14 +128,11 @@ def number(share: float | None, digits: int = 1, sign: str = "") -> str:
 
 def printed_rows(table: PaperTable) -> Rows:
     """A table of the paper as rows of text."""
-    body = [
-        [
-            f"{name} (the paper's)" if name == OURS else name,
-            *(NOTHING if value is None else f"{value:.2f}" for value in values),
-        ]
-        for name, values in table.rows.items()
-    ]
-    return [["method", *table.columns], *body]
+    rows = [["method", *table.columns]]
+    for name, values in table.rows.items():
+        shown = [NOTHING if value is None else f"{value:.2f}" for value in values]
+        rows.append([f"{name} (the paper's)" if name == OURS else name, *shown])
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +153,7 @@ def write_report(run: TaskRun, rows: Sequence[Mapping[str, Any]], mistakes: int)
         result=run.result,
         tables=tables(run),
         printed=[(table, printed_rows(table)) for table in TABLES.values() if table.task == run.name],
-        few=_FEW,
+        few=12,  # columns of a table that is not folded away
         origin=[
             (f"{part}: {name}" if name else part, value if isinstance(value, str) else json.dumps(value))
             for part, values in run.manifest.items()
@@ -181,26 +167,16 @@ def write_report(run: TaskRun, rows: Sequence[Mapping[str, Any]], mistakes: int)
 
 
 def worst(rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], count: int) -> list[Mapping[str, Any]]:
-    """The ``count`` rows with the lowest scores, by the first result of each; among equals the most confident first.
+    """The ``count`` rows with the lowest scores, by the first result of each; among equals the most confident first."""
 
-    At most three are of one truth, and of one image.
-    """
+    def rank(row: Mapping[str, Any]) -> tuple[float, float, str]:
+        answer = answers.get(row["id"], Answer())
+        return first(row), -(max(answer.scores) if answer.scores else answer.probability or 0.0), row["id"]
 
-    def confidence(name: str) -> float:
-        answer = answers.get(name, Answer())
-        return max(answer.scores) if answer.scores else answer.probability or 0.0
+    def first(row: Mapping[str, Any]) -> float:
+        return float(next(iter(row["scores"].values()), 1.0))
 
-    first = {row["id"]: next(iter(row["scores"].values()), 1.0) for row in rows}
-    wrong = [row for row in rows if not row["missing"] and first[row["id"]] < 1.0]
-    wrong.sort(key=lambda row: (first[row["id"]], -confidence(row["id"]), str(row["id"])))
-    chosen: list[Mapping[str, Any]] = []
-    seen: Counter[tuple[str, Any]] = Counter()
-    for row in wrong:
-        marks = [("truth", row["truth"]), ("image", row["image_id"])]
-        if len(chosen) < count and all(seen[mark] < _ALIKE for mark in marks):
-            chosen.append(row)
-            seen.update(marks)
-    return chosen
+    return sorted((row for row in rows if not row["missing"] and first(row) < 1.0), key=rank)[:count]
 
 
 def _card(item: Item, answer: Answer) -> dict[str, Any]:
@@ -228,9 +204,8 @@ def compare_runs(a: Path, b: Path, data: Path | None = None, resamples: int = RE
         resamples: Of the bootstrap.
 
     Returns:
-        Plain JSON for each: ``task``, ``items`` (how many both have answered), ``figures`` (by protocol and result, see
-        :class:`Paired`), and what ``changed``: ``by`` which results, the items ``gained`` and ``lost`` with both
-        answers and the change of their score, and how many were ``reworded``, only their text being different.
+        Plain JSON for each: ``task``, ``items`` (how many both were asked), ``figures`` (by protocol and result, see
+        :class:`Paired`), and the items that ``gained`` and ``lost``, with both answers and the change of their score.
 
     Raises:
         ConfigError: The runs are of other settings, or have no task in common.
@@ -258,48 +233,29 @@ def _compare(a: TaskRun, b: TaskRun, data: Path | None, resamples: int) -> dict[
     items = [item for item in task.items() if item.id in asked[0] & asked[1]]
     if not items:
         raise DataError(f"{a.folder} and {b.folder}: no item that both were asked about")
-    ids = {item.id for item in items}
     results = []
     for run in (a, b):
         read = _read_lines(run.folder / PREDICTIONS, lambda row: (str(row["id"]), Answer.from_dict(row)))
-        results.append(task.score(items, {name: answer for name, answer in read if name in ids}, resamples=0))
+        results.append(task.score(items, dict(read), resamples=0))
     other = results[1].statistics
-    figures = {
-        protocol: {
-            name: vars(paired(each, other[protocol][name], resamples))
-            for name, each in found.items()
-            if name in other[protocol]
-        }
-        for protocol, found in results[0].statistics.items()
-        if protocol in other
-    }
-    changed = changes(results[0].rows, results[1].rows)
-    return {"task": a.name, "items": len(items), "figures": finite(figures), "changed": changed}
+    figures: dict[str, Any] = {}
+    for protocol, found in results[0].statistics.items():
+        for name in (name for name in found if name in other.get(protocol, {})):
+            pair = paired(found[name], other[protocol][name], resamples)
+            figures.setdefault(protocol, {})[name] = finite(vars(pair))
+    return {"task": a.name, "items": len(items), "figures": figures, **changes(results[0].rows, results[1].rows)}
 
 
-def changes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The items by how the first result has changed that both runs have a score of: better, worse, and reworded."""
-    found: list[dict[str, Any]] = []
-    reworded = 0
-    by_figure: dict[str, None] = {}
+def changes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The items that gained and lost, by the first result of each that both runs have; the largest change first."""
+    found = []
     for ours, theirs in zip(a, b, strict=True):
-        figure = next((name for name in ours["scores"] if name in theirs["scores"]), None)
-        if figure is None:
-            continue
-        by_figure[figure] = None
-        by = theirs["scores"][figure] - ours["scores"][figure]
-        said, other = (row["answer"] if row["answer"] is not None else NOTHING for row in (ours, theirs))
-        if by:
-            found.append({"id": ours["id"], "truth": ours["truth"], "a": said, "b": other, "by": by})
-        else:
-            reworded += said != other
+        name = next((name for name in ours["scores"] if name in theirs["scores"]), None)
+        if name and (by := theirs["scores"][name] - ours["scores"][name]):
+            change = {"id": ours["id"], "truth": ours["truth"], "result": name, "by": by}
+            found.append({**change, "a": ours["answer"] or NOTHING, "b": theirs["answer"] or NOTHING})
     found.sort(key=lambda change: -abs(change["by"]))
-    return {
-        "by": ", ".join(by_figure) or "no result that both have",
-        "gained": [each for each in found if each["by"] > 0],
-        "lost": [each for each in found if each["by"] < 0],
-        "reworded": reworded,
-    }
+    return {"gained": [each for each in found if each["by"] > 0], "lost": [each for each in found if each["by"] < 0]}
 
 
 def comparison_as_text(found: Mapping[str, Any]) -> str:
@@ -312,22 +268,14 @@ def comparison_as_text(found: Mapping[str, Any]) -> str:
             p = TOO_FEW if each["too_few"] else NOTHING if each["p"] is None else f"{each['p']:.3f}"
             rows.append([name, number(each["a"]), number(each["b"]), number(each["difference"], sign="+"), ends, p])
         lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(rows))]
-    changed = found["changed"]
-    better, worse, reworded = len(changed["gained"]), len(changed["lost"]), changed["reworded"]
-    lines += ["", f"  by {changed['by']}: {better:,} items better, {worse:,} worse, {reworded:,} reworded"]
-    for title, those in (("better", changed["gained"]), ("worse", changed["lost"])):
-        rows = [[c["id"], c["truth"], _short(c["a"]), _short(c["b"]), f"{c['by']:+.2f}"] for c in those[:20]]
-        if rows:
-            lines += [
-                f"  {title}:",
-                *(f"    {line}" for line in aligned([["item", "truth", "A", "B", "score"], *rows])),
-            ]
+    for kind in ("gained", "lost"):
+        lines += ["", f"  {kind}: {many(len(found[kind]), 'item')}"]
+        rows = [
+            [c["id"], c["truth"], *(shorten(c[run], 60, placeholder="…") for run in "ab"), f"{c['by']:+.2f}"]
+            for c in found[kind][:20]
+        ]
+        lines += [f"    {line}" for line in aligned([["item", "truth", "A", "B", "score"], *rows])] if rows else []
     return "\n".join(lines)
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 60 else f"{line[:59]}…"
 
 
 def _read_lines(path: Path, made: Callable[[dict[str, Any]], T]) -> list[T]:

@@ -1,15 +1,14 @@
 """Benchmarks from their questions to a folder of results, which ``docs/evaluation.md`` describes."""
 
-import dataclasses
 import json
 import math
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,17 +17,9 @@ from regiongpt.console import progress
 from regiongpt.data.reading import TRUNCATED, known_size
 from regiongpt.data.shards import file_identity
 from regiongpt.environment import Processes, commit, connect, launched, machine, versions
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError, naming
-from regiongpt.evaluate.predictions import read_predictions
-from regiongpt.evaluate.report import (
-    ITEMS,
-    MANIFEST,
-    PREDICTIONS,
-    RESULT,
-    TaskRun,
-    read_object,
-    write_report,
-)
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError
+from regiongpt.evaluate.predictions import Predictions, read_predictions
+from regiongpt.evaluate.report import ITEMS, MANIFEST, PREDICTIONS, RESULT, TaskRun, read_object, write_report
 from regiongpt.evaluate.task import Answer, Item, RunOptions, Task
 from regiongpt.images import load_image
 from regiongpt.storage import Store, digest, locked, reason, sha256, write_file, write_json, writing
@@ -36,8 +27,8 @@ from regiongpt.storage import Store, digest, locked, reason, sha256, write_file,
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from regiongpt.inference import RegionPredictor
     from regiongpt.inference.options import Detail
+    from regiongpt.inference.predictor import RegionPredictor
 
 ANSWERING: Final = ("inference", "model", "prompts.py", "regions.py", "coverage.py", "images.py")
 """The part of this package that turns an image and a question into an answer."""
@@ -68,31 +59,26 @@ def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
         raise ConfigError(f"--predictions: {what}")
     listed = [load_items(task) for task in tasks]
     processes = Processes() if given else connect(on_cpu=options.device == "cpu")
-    model, load = (None, None) if given else _find_model(options, processes)
+    model, load = ({}, None) if given else _find_model(options, processes)
     manifests = [make_manifest(task, model, options) for task in tasks]
     if not options.overwrite:
         for task, manifest in zip(tasks, manifests, strict=True):
             _refuse_other(out / task.name, manifest)
     runs: list[TaskRun] = []
-    failure: RegionGPTError | None = None
+    failures: list[RegionGPTError] = []
     with locked(out) if processes.is_first else nullcontext():
         if given:
-            found = read_predictions(given, tasks[0], listed[0], missing=options.missing)
-            answered: list[tuple[Mapping[str, Answer], Sequence[str]]] = [(found.answers, found.report)]
+            answered = [read_predictions(given, tasks[0], listed[0], missing=options.missing)]
         else:
-            assert model is not None
             answered = _ask(tasks, listed, model, load, Store(out / "answers", processes.rank), processes)
-        if not processes.is_first:
-            return []
-        for task, items, manifest, (answers, notes) in zip(tasks, listed, manifests, answered, strict=True):
+        for task, items, manifest, found in zip(tasks, listed, manifests, answered, strict=processes.is_first):
             try:
-                runs.append(_finish(out / task.name, task, items, answers, manifest, notes, options))
+                runs.append(_finish(out / task.name, task, items, found, manifest, options))
             except RegionGPTError as error:
-                told = type(error)("; ".join([f"{task.name}: {error}", *notes]))
-                print(told, file=sys.stderr, flush=True)
-                failure = failure or told
-    if failure:
-        raise failure
+                failures.append(type(error)("; ".join([f"{task.name}: {error}", *found.report])))
+                print(failures[-1], file=sys.stderr, flush=True)
+    if failures:
+        raise failures[0]
     return runs
 
 
@@ -117,16 +103,13 @@ def load_items(task: Task) -> list[Item]:
         raise DataError(f"{task.name}: the image {missing[0]} is not there{others}; check where the images are")
     wrong = set()
     for path, size in images.items():
-        found = known_size(path) if size is not None else None  # an unreadable image is noted when it is asked about
-        if size is not None and found is not None and found != size:
+        # An unreadable image is noted when it is asked about.
+        if size is not None and (found := known_size(path)) not in (None, size):
             wrong.add(path)
-            told = f"{path.name} has {found[0]} x {found[1]} pixels (W x H), not {size[0]} x {size[1]}"
+            told = "{} has {} x {} pixels (W x H), not {} x {}".format(path.name, *(found or ()), *size)
             task.left_out.add("image of another size", path, path.name, told)
     if len(wrong) == len(images):
-        raise DataError(
-            f"{task.name}: no image has the size that the annotations state: {task.left_out.last}; give the images "
-            "that belong to the annotations"
-        )
+        raise DataError(f"{task.name}: {task.left_out.last}, nor has any other; give the annotations' own images")
     return [item for item in items if item.image not in wrong]
 
 
@@ -138,8 +121,8 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
     """The identity of the model, and a function that loads it."""
     from transformers.utils import logging
 
-    from regiongpt.inference import RegionPredictor
     from regiongpt.inference.engine import pick_device, pick_dtype
+    from regiongpt.inference.predictor import RegionPredictor
     from regiongpt.model.weights import nano_path
 
     path, device = options.model or nano_path(), pick_device(options.device)
@@ -147,17 +130,15 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
         device = pick_device(f"cuda:{processes.local}")
     dtype = pick_dtype(options.dtype, device)
 
-    def load() -> RegionPredictor:
-        logging.disable_progress_bar()
-        return RegionPredictor.from_pretrained(path, device=device, dtype=dtype, untrained=options.untrained)
-
+    logging.disable_progress_bar()
+    load = partial(RegionPredictor.from_pretrained, path, device=device, dtype=dtype, untrained=options.untrained)
     return model_identity(path, str(dtype).removeprefix("torch."), str(device), options.detail), load
 
 
 def _ask(
     tasks: Sequence[Task], listed: Sequence[list[Item]], model: Any, load: Any, store: Store, processes: Processes
-) -> list[tuple[Mapping[str, Answer], Sequence[str]]]:
-    """The answers of each task, with notes on questions that could not be asked; nothing but in the first process."""
+) -> list[Predictions]:
+    """The answers of each task, with notes on questions that could not be asked; none but in the first process."""
     images = list(dict.fromkeys(item.image for items in listed for item in items))
     hashes = {path: file_identity(path)["sha256"] for path in progress(images, "reading", "images", len(images))}
     keys = [[question_key(model["key"], hashes[item.image], item) for item in items] for items in listed]
@@ -189,13 +170,14 @@ def _ask(
             f"{store.folder}: {lost} answers of other processes are not there; let all of them write to the same "
             "folder, then run the same command again"
         )
-    found: list[tuple[Mapping[str, Answer], Sequence[str]]] = []
+    found = []
     for own, items in zip(keys, listed, strict=True):
         said = {item.id: known[key] for key, item in zip(own, items, strict=True)}
-        refused = [(name, values["refused"]) for name, values in said.items() if "refused" in values]
+        refused = {name: values["refused"] for name, values in said.items() if "refused" in values}
         count = f"{len(refused)} of {len(said)} questions could not be asked and count as wrong"
-        notes = [f"{count}, such as item {name}: {why}" for name, why in refused[:1]]
-        found.append(({n: Answer.from_dict(each) for n, each in said.items() if "refused" not in each}, notes))
+        notes = tuple(f"{count}, such as item {name}: {why}" for name, why in [*refused.items()][:1])
+        answered = {name: Answer.from_dict(each) for name, each in said.items() if name not in refused}
+        found.append(Predictions(answered, notes))
     return found
 
 
@@ -218,66 +200,58 @@ def answer_image(
         photo = load_image(items[0].image)
     except DataError as error:
         return [{"refused": str(error)} for _ in items]
-    found: list[dict[str, Any]] = [{} for _ in items]
-    for item, own in zip(items, found, strict=True):
+    refused: dict[int, str] = {}
+    for k, item in enumerate(items):
         try:
             check_regions(item.regions, *photo.size)
         except RegionError as error:
-            own["refused"] = str(error)
-
-    def able() -> list[int]:
-        return [k for k, own in enumerate(found) if "refused" not in own]
+            refused[k] = str(error)
+    found: dict[int, dict[str, Any]] = {k: {} for k in range(len(items)) if k not in refused}
 
     @contextmanager
-    def asking(places: Sequence[int]) -> Iterator[None]:
+    def refusing(*places: int) -> Iterator[None]:
+        """Leave out items whose question is too long."""
         try:
-            with naming(f"{items[places[0]].image.name}, item {items[places[0]].id}"):
-                yield
+            yield
         except TooLong as error:
             for k in places:
-                found[k]["refused"] = str(error)
+                refused[k] = str(error)
+                found.pop(k, None)
 
     engine = predictor.engine
     scene, rows = engine.encode_image(photo), engine.processor.tokens_per_region
-    kept = [item.regions if "refused" not in own else () for item, own in zip(items, found, strict=True)]
-    pooled = torch.split(
-        engine.pool(scene, [region for regions in kept for region in regions], detail),
-        [rows * len(regions) for regions in kept],
-    )
+    regions = [region for k in found for region in items[k].regions]
+    sizes = [rows * len(items[k].regions) for k in found]
+    pooled = dict(zip(found, torch.split(engine.pool(scene, regions, detail), sizes) if found else (), strict=True))
 
     def likelihoods(places: Sequence[int], answers: Sequence[str]) -> "dict[int, Tensor]":
         """Log likelihoods (A,) of answers to items with the same question; none where it is too long."""
-        with asking(places):
+        with refusing(*places):
             turns = question_turns((), items[places[0]].question)
             scores = answer_scores(engine, scene, turns, [pooled[k] for k in places], answers)
             return dict(zip(places, scores, strict=True))
         return {}
 
     together: dict[Any, list[int]] = {}  # items with the same question and choices run together
-    for k in able():
+    for k in found:
         if items[k].choices:
             together.setdefault((items[k].question, items[k].choices, len(items[k].regions)), []).append(k)
     logs: dict[int, Tensor] = {}
     for (_, choices, _), places in together.items():
         logs |= likelihoods(places, choices)
+    asked = {}
+    for k in list(found):
+        item = items[k]
+        with refusing(k):
+            prompt = engine.prompt(question_turns((), item.question), pooled[k], len(item.regions), item.max_new_tokens)
+            asked[k] = (scene, prompt, Options(max_new_tokens=item.max_new_tokens))
+    for place, answer in engine.answers(list(asked.values())):
+        found[list(asked)[place]]["text"] = answer.text
 
-    prompts: dict[Any, Any] = {}
-    asked = []
-    for k in able():
-        key = (items[k].question, len(items[k].regions), items[k].max_new_tokens)
-        with asking([k]):
-            if key not in prompts:
-                prompts[key] = engine.prompt(question_turns((), key[0]), pooled[k], *key[1:])
-            prompt = dataclasses.replace(prompts[key], pooled=pooled[k])
-            asked.append((k, (scene, prompt, Options(max_new_tokens=key[2]))))
-    for number, answer in engine.answers([each for _, each in asked]):
-        found[asked[number][0]]["text"] = answer.text
-
-    for k in able():
-        item, own = items[k], found[k]
-        text, likely = own["text"], logs.get(k)
+    for k, own in list(found.items()):
+        item, text, likely = items[k], own["text"], logs.get(k)
         if item.expression:
-            with asking([k]):
+            with refusing(k):
                 scores = called(engine, scene, torch.split(pooled[k], rows), [item.expression])[0]
                 own["called"] = tuple(scores.tolist())
         if likely is not None:
@@ -286,11 +260,12 @@ def answer_image(
             own["probability"] = min(1.0, math.exp(float(likely[item.choices.index(text)])))
         elif text and item.max_new_tokens <= SHORT and (alone := likelihoods([k], (text,))):
             own["probability"] = min(1.0, math.exp(float(alone[k][0])))
-    said = []
-    for item, own in zip(items, found, strict=True):
-        with naming(f"{item.image.name}, item {item.id}"):
-            said.append({"refused": own["refused"]} if "refused" in own else Answer(**own).to_dict())
-    return said
+    for k, own in found.items():
+        try:
+            found[k] = Answer(**own).to_dict()
+        except DataError as error:
+            raise DataError(f"{items[k].image.name}, item {items[k].id}: {error}") from None
+    return [{"refused": refused[k]} if k in refused else found[k] for k in range(len(items))]
 
 
 def question_key(model: str, image: str, item: Item) -> str:
@@ -335,13 +310,13 @@ def code_hash() -> str:
 # The folder
 
 
-def make_manifest(task: Task, model: Mapping[str, Any] | None, options: RunOptions) -> dict[str, Any]:
-    """Where the results of a task come from; ``model`` is None where predictions are scored."""
+def make_manifest(task: Task, model: Mapping[str, Any], options: RunOptions) -> dict[str, Any]:
+    """Where the results of a task come from; ``model`` is empty where predictions are scored."""
     given = options.predictions
     return {
         "settings": task.options(lambda path: path.name),
         "inputs": [file_identity(path) for path in task.inputs()],
-        "model": dict(model) if model is not None else None,
+        "model": dict(model) or None,
         **({"predictions": file_identity(given)} if given else {}),
         "code": {"commit": commit(), "answering": code_hash()},
         "packages": {"python": platform.python_version(), **versions()},
@@ -368,37 +343,28 @@ def _refuse_other(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _finish(
-    folder: Path,
-    task: Task,
-    items: Sequence[Item],
-    answers: Mapping[str, Answer],
-    manifest: dict[str, Any],
-    notes: Sequence[str],
-    options: RunOptions,
+    folder: Path, task: Task, items: Sequence[Item], found: Predictions, manifest: dict[str, Any], options: RunOptions
 ) -> TaskRun:
     """Score a task and write its folder, the manifest last; each file is whole or not there."""
-    result = task.score(items, answers, resamples=options.resamples)
-    part = {"part": f"the first {task.limit:,} images alone (--limit)"} if task.limit else {}
-    data = {**result.data, "notes": [*notes, *result.data["notes"]], "pinned": {**result.data["pinned"], **part}}
-    run = TaskRun(folder=folder, result=data, manifest=manifest, items=items, answers=answers)
+    result = task.score(items, found.answers, resamples=options.resamples)
+    result.data["notes"] += found.report
+    if task.limit:
+        result.data["pinned"]["part"] = f"the first {task.limit:,} images alone (--limit)"
+    run = TaskRun(folder=folder, result=result.data, manifest=manifest, items=items, answers=found.answers)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
     _write_lines(folder / ITEMS, result.rows)
     # Which regions the number in an answer is about, for whoever reads it again.
     marks = {item.id: {"regions": item.regions_key} if item.regions_key else {} for item in items}
-    _write_lines(
-        folder / PREDICTIONS, ({"id": name, **answer.to_dict(), **marks[name]} for name, answer in answers.items())
-    )
+    rows = [{"id": name, **answer.to_dict(), **marks[name]} for name, answer in found.answers.items()]
+    _write_lines(folder / PREDICTIONS, rows)
     write_report(run, result.rows, options.gallery)
     write_json(folder / RESULT, run.result)
     write_json(folder / MANIFEST, manifest)
     return run
 
 
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    def write(beside: Path) -> None:
-        with beside.open("w", encoding="utf-8", errors="replace", newline="") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-
-    write_file(path, write)
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    # JSON may hold halves of characters, which become "?".
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))

@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.shards import Rejects, many
 from regiongpt.errors import DataError
 from regiongpt.evaluate.bootstrap import Statistic, interval
 from regiongpt.regions import Region
 from regiongpt.settings import Settings
-from regiongpt.storage import digest
+from regiongpt.storage import digest, finite
 
 RESAMPLES: Final = 1000
 """Bootstrap resamples behind an interval, by default."""
@@ -31,35 +32,20 @@ Rows = list[list[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One question of a benchmark.
+    """One question of a benchmark."""
 
-    Args:
-        id: In the benchmark's own numbering, such as an annotation id; unique.
-        image: Image file.
-        image_id: Items of one image are resampled together.
-        question: The user's text with ``<regionN>``, without ``<image>``.
-        size: Annotated width and height in pixels; items of images of another size are left out.
-        regions: What the placeholders stand for, in pixels of the image.
-        choices: Answers to score by likelihood, in this order.
-        expression: Score how likely the model calls each region by it; empty for no such score.
-        max_new_tokens: Longest free answer, in tokens.
-        truth: The right answer in words: a class name, ``Region [2]``, ``yes``; the first reference.
-        groups: What results are broken down by: ``{"category": "dog", "size": "small"}``.
-        detail: What the task itself needs for scoring, as plain JSON.
-    """
-
-    id: str
+    id: str  # in the benchmark's own numbering, such as an annotation id; unique
     image: Path
-    image_id: int | str
-    question: str
-    size: tuple[int, int] | None = None
-    regions: tuple[Region, ...] = ()
-    choices: tuple[str, ...] = ()
-    expression: str = ""
+    image_id: int | str  # items of one image are resampled together
+    question: str  # the user's text with <regionN>, without <image>
+    size: tuple[int, int] | None = None  # annotated W x H; items of images of another size are left out
+    regions: tuple[Region, ...] = ()  # what the placeholders stand for, in pixels of the image
+    choices: tuple[str, ...] = ()  # answers to score by likelihood, in this order
+    expression: str = ""  # score how likely the model calls each region by it
     max_new_tokens: int = 32
-    truth: str = ""
-    groups: Mapping[str, str] = field(default_factory=dict)
-    detail: Mapping[str, Any] = field(default_factory=dict)
+    truth: str = ""  # the right answer in words: a class name, Region [2], yes; the first reference
+    groups: Mapping[str, str] = field(default_factory=dict)  # what results are broken down by: {"size": "small"}
+    detail: Mapping[str, Any] = field(default_factory=dict)  # what the task itself needs for scoring, as plain JSON
 
     @property
     def regions_key(self) -> str:
@@ -117,20 +103,11 @@ class Measured(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The scores of one task.
+    """The scores of one task."""
 
-    Attributes:
-        data: As plain JSON: ``task``, ``pinned``, ``protocols`` (by protocol and result the ``value`` in [0, 1], CIDEr
-            in [0, 10], None where there is nothing to measure; ``of`` how many items; the ``interval`` or None; the
-            ``paper``'s result or None), ``breakdowns`` (by protocol, kind of group, group and result), ``paper`` (where
-            its results are), ``notes`` and ``tables``.
-        rows: One JSON object per item, its ``scores`` under ``"protocol.result"``.
-        statistics: By protocol and result, for comparisons.
-    """
-
-    data: dict[str, Any]
-    rows: list[dict[str, Any]]
-    statistics: Mapping[str, Mapping[str, Statistic]]
+    data: dict[str, Any]  # as plain JSON, what result.json holds
+    rows: list[dict[str, Any]]  # one JSON object an item, its scores under "protocol.result"
+    statistics: Mapping[str, Mapping[str, Statistic]]  # by protocol and result, for comparisons
 
 
 class Task(Settings, ABC):
@@ -142,7 +119,6 @@ class Task(Settings, ABC):
     reads: ClassVar[tuple[str, ...]] = ("text",)  # what is scored of an answer, any of text, scores, called
     by: ClassVar[tuple[str, ...]] = ()  # groups of the items that mean scores are broken down by
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}  # its results by protocol and name, as shares of 1
-    paper_source: ClassVar[str] = ""  # where in the paper they are, and what they were measured on
 
     data: Path
     """Folder of the data set; the files below are looked for in it."""
@@ -161,7 +137,7 @@ class Task(Settings, ABC):
 
     @abstractmethod
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
-        """Score answers; DataError where one does not fit its item, such as scores for another number of choices."""
+        """Score answers under every protocol that they allow."""
 
     def items(self) -> list[Item]:
         """The items of the first ``limit`` images; raises as :meth:`read_items` does."""
@@ -173,32 +149,39 @@ class Task(Settings, ABC):
     def score(
         self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
     ) -> Result:
-        """Score answers.
+        """Score answers by item id; an item without one counts as wrong, and is noted.
 
         Args:
             items: What :meth:`items` gave, or some of them.
-            answers: By item id; an item without one counts as wrong, and is noted.
+            answers: By item id.
             resamples: Of the bootstrap; 0 for no intervals.
             seed: Of the bootstrap.
 
         Raises:
             DataError: An answer does not fit its item.
         """
+        for item in items:
+            given = answers.get(item.id, Answer())
+            counts = len(item.choices or item.detail.get("ids", ())), len(item.regions)
+            for name, values, count in zip(("scores", "called"), (given.scores, given.called), counts, strict=True):
+                if values is not None and len(values) != count:
+                    raise DataError(f"item {item.id}: {len(values)} {name}, not {count}")
         measured = self.measure(items, answers)
+        if not measured.protocols:
+            raise DataError(f"no item has an answer to score, any of {', '.join(self.reads)}")
         protocols: dict[str, Any] = {}
         breakdowns: dict[str, Any] = {}
         scores: dict[str, Sequence[float | None]] = {}
         for protocol, scored in measured.protocols.items():
             places = [k for k in range(len(items)) if any(each[k] is not None for each in scored.scores.values())]
-            printed = self.paper.get(protocol, {})
             protocols[protocol] = {
-                name: _value(
-                    statistic,
-                    scored.of.get(name, len(places)),
-                    resamples if name != "chance" else 0,  # known, not measured
-                    seed,
-                    printed.get(name),
-                )
+                name: {
+                    "value": finite(statistic.value()),
+                    "of": scored.of.get(name, len(places)),
+                    # What chance gives is known, not measured.
+                    "interval": _interval(statistic, resamples, seed) if name != "chance" else None,
+                    "paper": self.paper.get(protocol, {}).get(name),
+                }
                 for name, statistic in scored.statistics.items()
             }
             found = {key: _breakdown(items, places, key, scored) for key in self.by}
@@ -206,8 +189,8 @@ class Task(Settings, ABC):
             scores |= {f"{protocol}.{name}": each for name, each in scored.scores.items()}
         notes = []
         if missing := [item.id for item in items if item.id not in answers]:
-            count = f"{len(missing)} of {many(len(items), 'item')} {'has' if len(missing) == 1 else 'have'}"
-            notes.append(f"{count} no answer and count as wrong ({self.item_id}s {listed(missing)})")
+            those = f"{len(missing)} of {many(len(items), 'item')} {'has' if len(missing) == 1 else 'have'}"
+            notes.append(f"{those} no answer and count as wrong ({self.item_id}s {listed(missing)})")
         if self.left_out.counts:
             notes.append(f"annotations not asked about: {self.left_out.listed()}")
         data = {
@@ -215,11 +198,24 @@ class Task(Settings, ABC):
             "pinned": dict(measured.pinned),
             "protocols": protocols,
             "breakdowns": breakdowns,
-            "paper": self.paper_source,
+            "paper": "; ".join(f"{each.number}, {each.data}" for each in TABLES.values() if each.task == self.name),
             "notes": [*notes, *measured.notes],
             "tables": dict(measured.tables),
         }
-        rows = [_row(item, answers.get(item.id), scores, place) for place, item in enumerate(items)]
+        rows = []
+        for place, item in enumerate(items):
+            row: dict[str, Any] = {
+                "id": item.id,
+                "image_id": item.image_id,
+                "image": item.image.name,
+                "question": item.question,
+            }
+            row |= {"truth": item.truth, "answer": answers.get(item.id, Answer()).text, "groups": dict(item.groups)}
+            row["missing"] = item.id not in answers
+            if len(item.regions) > 1:  # the number of a region means something only beside the regions
+                row["regions"] = [region.to_dict() for region in item.regions]
+            row["scores"] = {name: each[place] for name, each in scores.items() if each[place] is not None}
+            rows.append(row)
         return Result(data, rows, {name: scored.statistics for name, scored in measured.protocols.items()})
 
     def options(self, change: Callable[[Path], object]) -> dict[str, Any]:
@@ -233,29 +229,11 @@ class Task(Settings, ABC):
         return Rejects()
 
 
-def _row(item: Item, answer: Answer | None, scores: Mapping[str, Sequence[float | None]], place: int) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "image_id": item.image_id,
-        "image": item.image.name,
-        "question": item.question,
-        "truth": item.truth,
-        "answer": answer.text if answer else None,
-        "groups": dict(item.groups),
-        "missing": answer is None,
-        # The number of a region means something only beside the regions.
-        **({"regions": [region.to_dict() for region in item.regions]} if len(item.regions) > 1 else {}),
-        "scores": {name: values[place] for name, values in scores.items() if values[place] is not None},
-    }
-
-
-def _value(statistic: Statistic, of: int, resamples: int, seed: int, paper: float | None) -> dict[str, Any]:
-    value = statistic.value() if statistic.clusters else float("nan")
-    ends = None
-    if value == value and resamples and len(statistic.clusters) > 1:
-        low, high = interval(statistic, min(resamples, statistic.most_resamples), seed)
-        ends = [low, high] if low == low else None
-    return {"value": value if value == value else None, "of": of, "interval": ends, "paper": paper}
+def _interval(statistic: Statistic, resamples: int, seed: int) -> list[float] | None:
+    if not resamples or len(statistic.clusters) < 2:
+        return None
+    low, high = interval(statistic, min(resamples, statistic.most_resamples), seed)
+    return [low, high] if low == low else None
 
 
 def _breakdown(items: Sequence[Item], places: Sequence[int], key: str, scored: Scored) -> dict[str, dict[str, Any]]:
@@ -267,11 +245,11 @@ def _breakdown(items: Sequence[Item], places: Sequence[int], key: str, scored: S
     order = [name for name, _ in SIZES]
     found: dict[str, dict[str, Any]] = {}
     for group in sorted(groups, key=lambda name: (order.index(name) if name in order else 3, -len(groups[name]))):
-        found[group] = {}
+        means: dict[str, float | None] = {}
         for name, each in scored.scores.items():
             own = [value for k in groups[group] if (value := each[k]) is not None]
-            found[group][name] = float(np.mean(own)) if own else None
-        found[group] |= {**scored.by_group.get(key, {}).get(group, {}), "items": len(groups[group])}
+            means[name] = float(np.mean(own)) if own else None
+        found[group] = {**means, **scored.by_group.get(key, {}).get(group, {}), "items": len(groups[group])}
     return found
 
 
@@ -286,20 +264,15 @@ class PaperTable(NamedTuple):
     title: str
     data: str
     columns: tuple[str, ...]
-    rows: Mapping[str, tuple[float | None, ...]]
+    rows: Mapping[str, list[float | None]]
     note: str = ""
     task: str = ""
 
 
-def _read_tables() -> dict[str, PaperTable]:
-    found = {}
-    for name, values in tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8")).items():
-        rows = {row: tuple(None if x != x else x for x in those) for row, those in values.pop("rows").items()}
-        found[name] = PaperTable(rows=rows, **values)
-    return found
-
-
-TABLES: Final = _read_tables()
+TABLES: Final = {
+    name: PaperTable(**{**values, "rows": finite(values["rows"])})
+    for name, values in tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8")).items()
+}
 """Tables 3-8, from ``paper.toml``."""
 
 
@@ -327,7 +300,7 @@ class InstancesTask(Task):
 
     @property
     def file(self) -> Path:
-        """The annotations."""
+        """The annotations file."""
         names = [f"annotations/instances_{self.split}.json", f"instances_{self.split}.json", f"{self.split}.json"]
         return find(self.annotations, self.data, names, self.wanted, "annotations")
 
@@ -335,6 +308,23 @@ class InstancesTask(Task):
     def folder(self) -> Path:
         """The folder of the images."""
         return find(self.images, self.data, [self.split, "images", "."], "images", "images", file=False)
+
+
+class AnnotatedTask(Task):
+    """A benchmark whose questions are made from COCO's annotations."""
+
+    split: str = "dev"
+    """instances_SPLIT.json in the folder, with images/."""
+
+    def inputs(self) -> list[Path]:
+        """The annotations."""
+        return [source.instances for source in photo_sources(self.data, self.split)]
+
+    def annotated(self) -> list[ImageAnnotations]:
+        """The images with their objects."""
+        data = load_coco(photo_sources(self.data, self.split))
+        self.left_out.counts.update(data.skipped)
+        return list(data.images)
 
 
 def find(given: Path | None, folder: Path, names: Iterable[str], what: str, flag: str, *, file: bool = True) -> Path:
@@ -360,17 +350,14 @@ def images_of(items: Sequence[Item]) -> list[Hashable]:
     return [item.image_id for item in items]
 
 
-def box_area(box: Sequence[float]) -> float:
-    """The area of an xyxy box."""
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def size_name(area: float) -> str:
-    """COCO's word for an object of an area in px^2."""
+def size_name(area: float | Sequence[float]) -> str:
+    """COCO's word for the size of an object: of an area in px^2, or of an xyxy box."""
+    if not isinstance(area, float | int):
+        area = (area[2] - area[0]) * (area[3] - area[1])
     return next(name for name, above in SIZES if area < above)
 
 
-def listed(values: Sequence[object], most: int = 10) -> str:
+def listed(values: Sequence[object], most: int = 5) -> str:
     """The first few of some values, and how many more there are."""
     shown = ", ".join(str(value) for value in values[:most])
     return f"{shown} and {len(values) - most} more" if len(values) > most else shown

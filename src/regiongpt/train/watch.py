@@ -357,7 +357,7 @@ def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]
     by_group = {name: [line["lr"].get(name) for line in lines] for name in rates}
     yield line_chart("Learning rate", [curve(*each, exact=True) for each in by_group.items()])
     norms = [curve("norm", [line["grad_norm"] for line in lines])]
-    yield line_chart("Gradient norm, before clipping", norms, logarithmic=True)
+    yield line_chart("Gradient norm, before clipping", norms)
     yield line_chart("Tokens a second", [curve("tokens", [line["tokens"] / line["seconds"] for line in lines])])
     waits = [curve("waiting", [line["wait"] / line["seconds"] for line in lines])]
     yield line_chart("Share of the time spent waiting for data", waits)
