@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -297,7 +297,9 @@ def over_images(
     """
     predictor: RegionPredictor | None = None
     skipped, several = 0, len(images) > 1
-    answer = {"ask": ask, "describe": describe, "classify": classify, "locate": locate}[request.verb]
+    answer: Callable[..., Reply] = {"ask": ask, "describe": describe, "classify": classify, "locate": locate}[
+        request.verb
+    ]
     for path in progress(images, "images", "images") if several and (out or not sys.stdout.isatty()) else images:
         try:
             seen = request.view(path, several)
