@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import regiongpt
 from regiongpt.console import progress_shown, quiet_libraries, tell
-from regiongpt.errors import ConfigError, RegionGPTError
+from regiongpt.errors import ConfigError, RegionGPTError, naming
 from regiongpt.inference.options import (
     REGION_OPTIONS,
     ChoiceOptions,
@@ -400,7 +400,12 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         raise ConfigError(f"give a task: {', '.join(TASKS)}; see `{parser.prog} --help`")
     if options.out is None:
         raise ConfigError("give --out DIR, the folder of the results")
-    tasks = [_read_task(name, kind, typed) for name, kind in zip(names, kinds, strict=True)]
+    tasks: list[Task] = []
+    for name, kind in zip(names, kinds, strict=True):
+        both = [(field, dest) for field in kind.model_fields for dest in (field, f"{name}.{field}")]
+        values = {field: getattr(typed, dest) for field, dest in both if hasattr(typed, dest)}
+        with naming(name):
+            tasks.append(read_options(kind, argparse.Namespace(**values)))
     quiet_libraries()
     from regiongpt.evaluate.report import as_text
     from regiongpt.evaluate.run import evaluate
@@ -431,16 +436,6 @@ def _task_options(parser: argparse.ArgumentParser, names: Sequence[str], kinds: 
     add_options(parser, create_model("Shared", __base__=Settings, **shared), title)
     for name, kind in zip(names, kinds, strict=True):
         add_options(parser, kind, prefix=f"{name}.")
-
-
-def _read_task(name: str, kind: "type[Task]", typed: argparse.Namespace) -> "Task":
-    """A task of what was typed for it, or for all."""
-    both = [(field, dest) for field in kind.model_fields for dest in (field, f"{name}.{field}")]
-    values = {field: getattr(typed, dest) for field, dest in both if hasattr(typed, dest)}
-    try:
-        return read_options(kind, argparse.Namespace(**values))
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
 
 
 def _compare(typed: argparse.Namespace, resamples: int) -> int:

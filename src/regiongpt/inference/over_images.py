@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 class View:
     """An image with the regions to ask about, first those that were typed."""
 
-    path: str
     photo: "Image"
     proposals: Sequence[Proposal]
     left_out: int = 0  # further regions
@@ -132,12 +131,13 @@ def locate(predictor: "RegionPredictor", view: View, expression: str, options: L
     """Choose the region that an expression refers to."""
     found = predictor.locate(expression, view.regions, **dict(options))
     shares, line = found.probabilities[:-1], f"{found.text} {found.probability:.3f}"
-    said = {"number": found.number, "answer": found.text, "probability": found.probability}
     return Reply(
         record={
             "expression": expression,
             "regions": [region.to_dict() for region in view.regions],
-            **said,
+            "number": found.number,
+            "answer": found.text,
+            "probability": found.probability,
             "probabilities": list(found.probabilities),
         },
         lines=[line],
@@ -267,7 +267,7 @@ class Request:
         if not kept and self.verb != "ask" and (self.text or not several):
             raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
         left_out = len(found) - len(kept) + dropped
-        return View(path=path, photo=photo, proposals=kept, left_out=left_out, unusable=unusable)
+        return View(photo=photo, proposals=kept, left_out=left_out, unusable=unusable)
 
 
 @cache
@@ -297,9 +297,8 @@ def over_images(
     """
     predictor: RegionPredictor | None = None
     skipped, several = 0, len(images) > 1
-    answer: Callable[..., Reply] = {"ask": ask, "describe": describe, "classify": classify, "locate": locate}[
-        request.verb
-    ]
+    verbs: dict[str, Callable[..., Reply]]
+    verbs = {"ask": ask, "describe": describe, "classify": classify, "locate": locate}
     for path in progress(images, "images", "images") if several and (out or not sys.stdout.isatty()) else images:
         try:
             seen = request.view(path, several)
@@ -312,7 +311,7 @@ def over_images(
         predictor = predictor or load_predictor(request.model)
         began = time.perf_counter()
         predictor.set_image(seen.photo)
-        reply = answer(predictor, seen, request.text, request.options)
+        reply = verbs[request.verb](predictor, seen, request.text, request.options)
         left_out = []
         if seen.left_out:
             why = f" (unusable: {seen.unusable})" if seen.unusable else ""

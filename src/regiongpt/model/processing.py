@@ -317,6 +317,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             DataError: a question is empty, roles are out of order, or no token is a target of training.
             RegionError: a placeholder is malformed or without its region, or a region is wrong.
         """
+        self.check_detail(detail)
         if image is not None:
             image = load_image(image)
             image_size = image.size
@@ -343,7 +344,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             raise DataError("the conversation has no answer to learn from; add one, or set add_generation_prompt")
         if image is not None:
             encoded["pixel_values"] = self.pixels_of(image)[0]
-        self.check_detail(detail)
         if detail == "careful" and regions is not None and len(regions):
             if image is None:
                 raise DataError("detail 'careful' looks at the regions in their image; give the image")
