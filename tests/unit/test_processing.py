@@ -152,7 +152,7 @@ def test_image_and_weights(processor: RegionGPTProcessor, photo: Image.Image) ->
 
 
 def test_an_endless_panorama_needs_little_memory(processor: RegionGPTProcessor) -> None:
-    pixels = processor.image_inputs(Image.new("RGB", (60_000, 10), "red"))["pixel_values"]
+    pixels = processor.pixels_of(Image.new("RGB", (60_000, 10), "red"))
     assert pixels.shape == (1, 3, 16, 16)
 
 
@@ -246,7 +246,7 @@ def test_unfit_parts() -> None:
     with pytest.raises(ConfigError, match="lacks <image> and <region>; call prepare_tokenizer"):
         RegionGPTProcessor(fine.image_processor, bare)
     with pytest.raises(ConfigError, match="the image processor makes"):
-        make_processor(image_size=32).image_inputs(Image.new("RGB", (4, 4)))
+        make_processor(image_size=32).pixels_of(Image.new("RGB", (4, 4)))
     with pytest.raises(ConfigError, match="marks no responses"):
         make_processor(chat_template="{{ messages[0]['content'] }}").encode_conversation(chat("a", "b"))
 

@@ -207,10 +207,7 @@ def answer_scores(
 ) -> Tensor:
     """Log likelihoods (B, A) of the answers to one question for each of B sets of region features (R * K, D).
 
-    Their softmax are the probabilities, given that the answer is one of these.
-
-    Raises:
-        TooLong: the question and its longest answer do not fit the model's context.
+    Their softmax are the probabilities, given that the answer is one of these. Raises as :func:`closed_set` does.
     """
     if not pooled:
         return torch.empty((0, len(answers)))

@@ -145,7 +145,7 @@ class Engine:
     @torch.inference_mode()
     def encode_image(self, photo: Image.Image) -> Scene:
         """Encode an image. Paper: §3.1."""
-        pixels = self.processor.image_inputs(photo)["pixel_values"].to(self.device, self.model.dtype)
+        pixels = self.processor.pixels_of(photo).to(self.device, self.model.dtype)
         refined = self.model.refine(self.model.encode_image(pixels))
         tokens = self.model.image_features(refined)[0]
         kept = photo if self.processor.crop_size else None

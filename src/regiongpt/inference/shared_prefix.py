@@ -355,7 +355,6 @@ class _Group:
         self.device, self.size, self.widest = device, len(rows), max(counts)
         self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
         self.even, self.level = min(counts) == self.widest, min(starts) == max(starts)
-        self.fresh = not any(starts) and tree is None  # a plain causal attention will do
         self.starts_R = torch.tensor(starts).to(device)
         self.tree = None if tree is None else tree.to(device)
         run = range(rows[0], rows[0] + len(rows))
@@ -452,27 +451,23 @@ def attend(
     value: Tensor,
     scale: float,
     mask: Tensor | None = None,
-    causal: bool = False,
     softcap: float | None = None,
     blind: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention (B, K, n, E) over (B, K, S, E), and the log-sum-exp of its scores (B, K, n), in float32.
 
-    ``mask`` (B, 1, n, S) is added to the scores; ``causal`` lets query i see the keys up to i; ``softcap`` bends the
-    scores to within it; ``blind`` says that the mask may hide every key from a query, whose log-sum-exp is then -inf.
+    ``mask`` (B, 1, n, S) is added to the scores; ``softcap`` bends them to within it; ``blind`` says that the mask may
+    hide every key from a query, whose log-sum-exp is then -inf.
     """
     # One query a sequence is quicker without the fused kernel, and it promises nothing where a query sees no key.
     fusable = query.device.type == "cpu" and query.shape[2] > 1 and key.shape[-1] == value.shape[-1]
     if _FLASH is not None and fusable and softcap is None and not blind:
-        out, lse = _FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        out, lse = _FLASH(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
         return out, lse
     scores = torch.matmul(query * scale, key.transpose(-1, -2)).float()
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        n, s = scores.shape[-2:]
-        scores = scores.masked_fill(torch.ones((n, s), dtype=torch.bool, device=query.device).triu(1), float("-inf"))
-    elif mask is not None:
+    if mask is not None:
         scores = scores + mask
     most = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = torch.exp(scores - most)
@@ -503,12 +498,11 @@ def _own(
     else:
         query_RHnE = query_HNE.new_zeros((rows, heads, widest, query_HNE.shape[-1]))
         query_RHnE[group.padded[0], :, group.padded[1]] = query_HNE.transpose(0, 1)
-    causal = group.fresh and shared == 1 and window is None and widest > 1
-    mask = None if causal else group.mask(query_HNE.dtype, window)
+    mask = group.mask(query_HNE.dtype, window)
     if mask is not None and shared > 1 and widest > 1:
         mask = mask.repeat(1, 1, shared, 1)
     folded = query_RHnE.reshape(rows, key_heads, shared * widest, -1)
-    out, lse = attend(folded, keys, values, scale, mask=mask, causal=causal, softcap=softcap)
+    out, lse = attend(folded, keys, values, scale, mask=mask, softcap=softcap)
     out_RHnE, lse_RHn = out.reshape(rows, heads, widest, -1), lse.reshape(rows, heads, widest)
     if group.even:
         return out_RHnE.transpose(0, 1).reshape(heads, tokens, -1), lse_RHn.transpose(0, 1).reshape(heads, tokens)

@@ -197,12 +197,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     # -- pieces --------------------------------------------------------------------------------------------------------
 
-    def image_inputs(self, image: Any) -> dict[str, torch.Tensor]:
-        """Pad an image to a square and make the tower's input of it, ``pixel_values`` (1, 3, S, S). Paper: §4."""
-        return {"pixel_values": self.pixels_of(load_image(image))}
-
     def pixels_of(self, picture: Image.Image) -> torch.Tensor:
-        """``pixel_values`` (1, 3, S, S) of an image that :func:`regiongpt.images.load_image` has read."""
+        """The tower's input (1, 3, S, S): an image that ``load_image`` has read, padded to a square. Paper: §4."""
         picture = _small_enough(picture)
         red, green, blue = self.pad_fill
         square = SquareFrame(*picture.size).pad(picture, fill=(red, green, blue))

@@ -184,7 +184,7 @@ def from_llava(
     model, processor = _join(
         tower,
         language_model,
-        _image_processor(str(path), native_image_size(tower.config)),
+        _image_processor(native_image_size(tower.config), str(path)),
         path,
         chat_template,
         {"region_format": region_format},
@@ -223,14 +223,14 @@ def load_tower(vision: str, image_size: int | None = None) -> tuple[Any, Any]:
     """
     if vision in EFFICIENTNET_LITE_CHANNELS:
         size = image_size or EfficientNetLiteConfig().image_size
-        return _efficientnet_lite(vision, size), _pil_processor(size, [127 / 255] * 3, [128 / 255] * 3)
+        return _efficientnet_lite(vision, size), _image_processor(size)
     with reading(f"the configuration of the tower {vision}"):
         config = AutoConfig.from_pretrained(vision)
     config = getattr(config, "vision_config", config)
     # Built first, since it names the kinds of tower there are when this is none of them.
     shape = RegionGPTConfig(vision_config=config, image_size=image_size, vision_feature_layer=0)
     tower = _pretrained(AutoModel, vision, only_part=True, config=config)
-    return tower, _image_processor(vision, shape.image_size)
+    return tower, _image_processor(shape.image_size, vision)
 
 
 def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
@@ -250,16 +250,15 @@ def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
     return tower
 
 
-def _image_processor(source: str, image_size: int) -> Any:
-    """Image processor with the source's normalisation, of the kind that makes a square tensor of a square image."""
-    with reading(f"the image processor of {source}"):
-        theirs = AutoImageProcessor.from_pretrained(source, backend="pil")
-    return _pil_processor(image_size, theirs.image_mean, theirs.image_std, theirs.resample)
-
-
-def _pil_processor(side: int, mean: list[float], std: list[float], resample: int = Image.Resampling.BICUBIC) -> Any:
-    size = {"height": side, "width": side}
-    return SiglipImageProcessorPil(size=size, image_mean=mean, image_std=std, resample=resample)
+def _image_processor(side: int, source: str | None = None) -> Any:
+    """Makes a square tensor of a square image, with the normalisation of the source or of EfficientNet-Lite."""
+    how: dict[str, Any] = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
+    how["resample"] = Image.Resampling.BICUBIC
+    if source is not None:
+        with reading(f"the image processor of {source}"):
+            theirs = AutoImageProcessor.from_pretrained(source, backend="pil")
+        how = {name: getattr(theirs, name) for name in how}
+    return SiglipImageProcessorPil(size={"height": side, "width": side}, **how)
 
 
 def _join(
