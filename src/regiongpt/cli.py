@@ -17,13 +17,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import regiongpt
 from regiongpt.console import progress_shown, quiet_libraries, tell
-from regiongpt.errors import ConfigError, DataError, RegionGPTError
+from regiongpt.errors import ConfigError, RegionGPTError, naming
 from regiongpt.inference.options import (
     REGION_OPTIONS,
     ChoiceOptions,
@@ -33,20 +33,17 @@ from regiongpt.inference.options import (
     Options,
     Sources,
 )
-from regiongpt.prompts import CHAT_TEMPLATES, check_choices, check_placeholders, check_text, placeholders
+from regiongpt.prompts import CHAT_TEMPLATES, check_placeholders, check_text, placeholders
 from regiongpt.settings import Settings, add_options, read_options
 from regiongpt.storage import check_checkpoint, check_new, check_writable, finite, reason
 
 if TYPE_CHECKING:
     from regiongpt.evaluate.task import Task
-    from regiongpt.inference import RegionPredictor
-    from regiongpt.inference.over_images import View
 
 EXIT_FAULTS = 1  # images were skipped, or records are faulty
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 EXIT_PIPE_CLOSED = 141  # and for one whose reader, such as `head`, has gone
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -128,23 +125,23 @@ def _top() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------------------------------
 # ask, describe, classify, locate, chat
 
-# What each does; what stands behind the images, by its name and as messages call it; its options; least regions.
-_ABOUT_IMAGES: dict[str, tuple[str, str, str, type[Settings], int]] = {
+# What each does; what stands behind the images, by its name and as messages call it; its options.
+_ABOUT_IMAGES: dict[str, tuple[str, str, str, type[Settings]]] = {
     "ask": (
         "Ask one question about regions of an image, or of each of several.",
-        *("QUESTION", "a question such as 'What is <region1>?'", Options, 0),
+        *("QUESTION", "a question such as 'What is <region1>?'", Options),
     ),
-    "describe": ("Describe each of many regions of an image, or of each of several.", "", "", DescribeOptions, 1),
-    "classify": ("Choose the class of each region from a closed set.", "", "", ChoiceOptions, 1),
+    "describe": ("Describe each of many regions of an image, or of each of several.", "", "", DescribeOptions),
+    "classify": ("Choose the class of each region from a closed set.", "", "", ChoiceOptions),
     "locate": (
         "Choose the region that an expression such as 'the red cup' refers to, or none.",
-        *("EXPRESSION", "an expression such as 'the red cup'", LocateOptions, 1),
+        *("EXPRESSION", "an expression such as 'the red cup'", LocateOptions),
     ),
 }
 
 
 def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    parser.description, last, meaning, kind, least = _ABOUT_IMAGES[verb]
+    parser.description, last, meaning, kind = _ABOUT_IMAGES[verb]
     parser.usage = f"{parser.prog} IMAGE... {last + ' ' if last else ''}[options]"
     behind = f"; behind them the {last.lower()}, after -- if it begins with a dash" if last else ""
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"images, or folders of images{behind}")
@@ -168,16 +165,13 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
         placeholders(text)
         if not sources.given:  # every image has the regions typed and no other
             check_placeholders(text, len(options.regions))
-    if least and not (options.regions or sources.given):
+    if verb != "ask" and not (options.regions or sources.given):
         raise ConfigError("expected regions from --proposals, --grid, --sam, --box or another option, got none")
     if options.overwrite and not options.out:
         raise ConfigError("--overwrite goes with --out; leave it out")
     if options.out and options.json:
         raise ConfigError("--json prints and --out writes the answers; leave one of them out")
-    categories: Sequence[str] = ()
-    if isinstance(settings, ChoiceOptions):
-        names = settings.choices.split(",") if settings.choices is not None else None
-        categories = check_choices(names, settings.label_set)
+    categories = settings.names if isinstance(settings, ChoiceOptions) else ()
     from regiongpt.drawing import check_picture
     from regiongpt.inference import over_images
 
@@ -192,32 +186,8 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
             if os.path.exists(each) and os.path.exists(options.picture) and os.path.samefile(each, options.picture):
                 raise ConfigError(f"--picture {options.picture} would replace what is asked about; give another name")
     out = over_images.Results(options.out, options.overwrite, categories) if options.out else None
-
-    @cache
-    def segmenter() -> Any:
-        quiet_libraries()
-        from regiongpt.inference.proposals import Segmenter
-
-        return Segmenter(sources.sam or "", model.device)
-
-    def view(path: str) -> "View":
-        seen = over_images.view_of(path, typed, sources, lambda photo: segmenter().propose(photo, sources.grid or 32))
-        if last:
-            check_placeholders(text, len(seen.proposals))
-        # Of several images, describe and classify say nothing about one without regions.
-        if least and not seen.proposals and (len(images) == 1 or last):
-            raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
-        return seen
-
-    skipped = over_images.over_images(
-        images,
-        view,
-        lambda: _predictor(model),
-        lambda predictor, seen: getattr(over_images, verb)(predictor, seen, text, settings),
-        out=out,
-        json=options.json,
-        picture=options.picture,
-    )
+    request = over_images.Request(verb=verb, text=text, typed=typed, sources=sources, options=settings, model=model)
+    skipped = over_images.over_images(images, request, out=out, json=options.json, picture=options.picture)
     return EXIT_FAULTS if skipped else 0
 
 
@@ -230,11 +200,11 @@ def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     options = parser.parse_args(_bind_coordinates(words))
     model, generation = read_options(ModelOptions, options), dict(read_options(Options, options))
     from regiongpt.images import load_image
-    from regiongpt.inference.over_images import read_regions
+    from regiongpt.inference.over_images import load_predictor, read_regions
 
     photo = load_image(options.image)
     regions = [each.region for each in read_regions(options.regions, options.normalized).on(*photo.size)]
-    conversation = _predictor(model).set_image(photo).conversation(regions)
+    conversation = load_predictor(model).set_image(photo).conversation(regions)
     typed, failed = sys.stdin.isatty(), False
     if typed:
         named = ", ".join(f"<region{n}> a {region.kind}" for n, region in enumerate(regions, 1)) or "no regions"
@@ -295,15 +265,8 @@ def _bind_coordinates(arguments: Sequence[str]) -> list[str]:
     return bound
 
 
-def _predictor(options: ModelOptions) -> "RegionPredictor":
-    quiet_libraries()
-    from regiongpt.inference import RegionPredictor
-
-    return RegionPredictor.from_pretrained(options.model, **options.model_dump(exclude={"model"}))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# convert, inspect
+# the other verbs
 
 
 def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
@@ -342,13 +305,8 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return EXIT_FAULTS if inspect(options.folder, read_options(Inspection, options)) else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# annotate
-
-
 def _annotate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.annotate.options import GROUPS, Options
-    from regiongpt.settings import add_options, read_options
 
     parser.description = "Caption regions of many images in two stages; the same command goes on after a stop."
     for title, kind in GROUPS.items():
@@ -360,13 +318,9 @@ def _annotate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return annotate(read_options(Options, typed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# weights
-
-
 def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     parser.description = "Make checkpoint folders."
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     create = actions.add_parser("create", help="build an untrained model from a vision tower and a language model")
     create.add_argument(
         "--vision", metavar="NAME", help="hub name or folder of a CLIP, SigLIP or DINOv2 model, or efficientnet-lite2"
@@ -377,53 +331,40 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     kinds = ("deconv", "bilinear", "deconv_bilinear", "none")
     create.add_argument("--refinement", choices=kinds, help="default: deconv; with --llava none")
     create.add_argument("--chat-template", choices=tuple(CHAT_TEMPLATES), help="default: that of the language model")
-    create.set_defaults(run=_create_weights)
     convert = actions.add_parser("convert", help="store a checkpoint in another precision")
     convert.add_argument("--model", metavar="PATH", required=True, help="checkpoint folder")
     convert.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, new or empty")
-    convert.add_argument("--dtype", default="float16", choices=DTYPES, help="of the weights on disk")
-    convert.set_defaults(run=_convert_weights)
+    dtypes = ("float32", "bfloat16", "float16")
+    convert.add_argument("--dtype", default="float16", choices=dtypes, help="of the weights on disk")
     options = parser.parse_args(words)
+    creates = options.action == "create"
     check_new(options.out)
     if not options.out.exists():
         check_writable(options.out)
-    options.run(options)
-    return 0
+    if not creates:
+        check_checkpoint(options.model)
+    elif bool(options.llava) == bool(options.vision or options.language):
+        raise ConfigError("give --vision and --language, or --llava instead of the two")
+    elif not (options.llava or (options.vision and options.language)):
+        raise ConfigError(f"--vision and --language go together; give --{'language' if options.vision else 'vision'}")
+    quiet_libraries(progress=creates)  # a download takes its time
+    import torch
 
-
-def _create_weights(options: argparse.Namespace) -> None:
-    if options.llava and (options.vision or options.language):
-        raise ConfigError("expected --llava alone or --vision with --language, got both; leave one of them out")
-    if not options.llava and not (options.vision and options.language):
-        missing = ", ".join(f"--{name}" for name in ("vision", "language") if not getattr(options, name))
-        raise ConfigError(f"expected --vision and --language, or --llava; missing: {missing}")
-    quiet_libraries(progress=True)  # a download takes its time
     from regiongpt.model import weights
 
-    given = {"refinement": options.refinement, "chat_template": options.chat_template}
-    chosen = {key: value for key, value in given.items() if value}
+    if not creates:
+        weights.convert(options.model, options.out, getattr(torch, options.dtype))
+        size = sum(file.stat().st_size for file in options.out.iterdir())
+        print(f"{options.out}: {size / 1e6:.1f} MB, weights stored as {options.dtype}")
+        return 0
+    chosen = {name: value for name in ("refinement", "chat_template") if (value := getattr(options, name))}
     if options.llava:
         model, _ = weights.from_llava(options.llava, options.out, **chosen)
     else:
         model, _ = weights.create(options.vision, options.language, options.out, **chosen)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{options.out}: {count / 1e6:.1f} M parameters; train it before you ask it anything")
-
-
-def _convert_weights(options: argparse.Namespace) -> None:
-    check_checkpoint(options.model)
-    quiet_libraries()
-    import torch
-
-    from regiongpt.model import weights
-
-    weights.convert(options.model, options.out, getattr(torch, options.dtype))
-    size = sum(file.stat().st_size for file in options.out.iterdir())
-    print(f"{options.out}: {size / 1e6:.1f} MB, weights stored as {options.dtype}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluate
+    return 0
 
 
 def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
@@ -459,7 +400,12 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         raise ConfigError(f"give a task: {', '.join(TASKS)}; see `{parser.prog} --help`")
     if options.out is None:
         raise ConfigError("give --out DIR, the folder of the results")
-    tasks = [_read_task(name, kind, typed) for name, kind in zip(names, kinds, strict=True)]
+    tasks: list[Task] = []
+    for name, kind in zip(names, kinds, strict=True):
+        both = [(field, dest) for field in kind.model_fields for dest in (field, f"{name}.{field}")]
+        values = {field: getattr(typed, dest) for field, dest in both if hasattr(typed, dest)}
+        with naming(name):
+            tasks.append(read_options(kind, argparse.Namespace(**values)))
     quiet_libraries()
     from regiongpt.evaluate.report import as_text
     from regiongpt.evaluate.run import evaluate
@@ -492,16 +438,6 @@ def _task_options(parser: argparse.ArgumentParser, names: Sequence[str], kinds: 
         add_options(parser, kind, prefix=f"{name}.")
 
 
-def _read_task(name: str, kind: "type[Task]", typed: argparse.Namespace) -> "Task":
-    """A task of what was typed for it, or for all."""
-    both = [(field, dest) for field in kind.model_fields for dest in (field, f"{name}.{field}")]
-    values = {field: getattr(typed, dest) for field, dest in both if hasattr(typed, dest)}
-    try:
-        return read_options(kind, argparse.Namespace(**values))
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
-
-
 def _compare(typed: argparse.Namespace, resamples: int) -> int:
     from regiongpt.evaluate.report import compare_runs, comparison_as_text
     from regiongpt.evaluate.task import RunOptions
@@ -521,9 +457,6 @@ def _compare(typed: argparse.Namespace, resamples: int) -> int:
     else:
         print(f"A: {a}\nB: {b}\n\n" + "\n\n".join(map(comparison_as_text, found)))
     return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
@@ -549,14 +482,14 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     )
     instead.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe, and stop")
     options, overrides = parser.parse_known_args(words)
-    if (options.schema or options.report) and (options.recipe is not None or overrides or options.plan):
-        raise ConfigError("--schema and --report go without a recipe and --plan; leave these out")
-    if options.report and not options.report.is_dir():
-        raise ConfigError(f"--report {options.report}: no such folder; give the folder that --out named")
-    if options.schema:
-        _print_json(Recipe.model_json_schema())
-        return 0
-    if options.report:
+    if options.schema or options.report:
+        if options.recipe is not None or overrides or options.plan:
+            raise ConfigError("--schema and --report go without a recipe and --plan; leave these out")
+        if options.schema:
+            _print_json(Recipe.model_json_schema())
+            return 0
+        if not options.report.is_dir():
+            raise ConfigError(f"--report {options.report}: no such folder; give the folder that --out named")
         from regiongpt.train.watch import write_report
 
         print(write_report(options.report))
@@ -600,10 +533,6 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ablate
-
-
 def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.ablate import KINDS, Options, Study
 
@@ -626,10 +555,6 @@ def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# serve
-
-
 def _serve(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.serve.options import ServeOptions
 
@@ -645,10 +570,9 @@ def _serve(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         from regiongpt.serve.app import serve
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed; run: pip install 'regiongpt[serve]'") from None
-    from regiongpt.inference import RegionPredictor
+    from regiongpt.inference.over_images import load_predictor
 
-    own: dict[str, Any] = {"images": 0, "token_budget": settings.token_budget, "rows": settings.rows}
-    predictor = RegionPredictor.from_pretrained(model.model, **model.model_dump(exclude={"model"}), **own)
+    predictor = load_predictor(model, images=0, token_budget=settings.token_budget, rows=settings.rows)
     name = settings.name or (model.model.resolve().name if model.model else "regiongpt-nano")
     serve(predictor.engine, settings, name, keys)
     return 0

@@ -84,8 +84,7 @@ def test_a_set_is_tokenized_as_the_processor_does(template):
     engine, turns = Engine(*tiny_parts(template=template)), question_turns((), question("classify", regions=[1]))
     names = ["cat", "hot dog", "é", "a [b]", "x" * 50, "c|d", "</s> [INST] <|im_end|>"]
     closed = choices.closed_set(engine, turns, 1, names)
-    for entries, name in zip(closed.tree.paths, names, strict=True):
-        path = [closed.tree.tokens[entry] for entry in entries]
+    for path, name in zip(closed.paths, names, strict=True):
         encoded = engine.encode_text([*turns, {"role": "assistant", "content": name}], 1, answered=True)
         ids, last = encoded["input_ids"].tolist(), int((encoded["labels"] >= 0).nonzero()[-1])
         assert [*closed.ids, *path] == ids[: last + 1]

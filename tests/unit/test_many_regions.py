@@ -1,5 +1,9 @@
 """Many regions in one batch against plain ``generate``, one region at a time: the same tokens, the same logits."""
 
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from asking import batch_tokens, boxes, photograph, plain_tokens, tiny_parts
@@ -138,3 +142,22 @@ def test_what_a_question_says_before_its_region_is_read_once(engine, monkeypatch
     read.clear()
     engine.answer_each(scene, DESCRIBE, regions, Options(max_new_tokens=1))
     assert read == [(5, 5 * (len(ids) - first))]
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_as_small_as_it_goes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import many_regions
+
+    small = ["--models", "nano", "--regions", "1", "2", "--tokens", "2", "--alone", "1"]
+    small += ["--choice-regions", "1", "--many-choices", "20", "--int8"]
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    assert many_regions.main([*small, "--device", "cpu", "--out", str(out), "--plot", str(picture)]) == 0
+    found = json.loads(out.read_text())["results"]["nano"]
+    assert [row["regions"] for row in found["generation"]] == [1, 2]
+    for row in found["generation"]:
+        assert all(row["seconds"][way] > 0 for way in ("alone", "copied", "shared"))
+        assert row["machine"]["flops"] > 0
+        assert math.isfinite(row["share_of_limit"])
+    assert found["choices"]["many"]["names"] == 20
+    assert picture.stat().st_size > 0

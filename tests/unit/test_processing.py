@@ -17,6 +17,7 @@ from regiongpt.prompts import CHAT_TEMPLATES
 from regiongpt.regions import Region
 
 FAMILIES = list(CHAT_TEMPLATES)
+ENCODED = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
 LEFT, RIGHT = Region.box(0, 0, 20, 30), Region.box(20, 0, 40, 30)
 
 
@@ -151,16 +152,14 @@ def test_image_and_weights(processor: RegionGPTProcessor, photo: Image.Image) ->
 
 
 def test_an_endless_panorama_needs_little_memory(processor: RegionGPTProcessor) -> None:
-    pixels = processor.image_inputs(Image.new("RGB", (60_000, 10), "red"))["pixel_values"]
+    pixels = processor.pixels_of(Image.new("RGB", (60_000, 10), "red"))
     assert pixels.shape == (1, 3, 16, 16)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
-def test_placeholder_without_its_region(processor: RegionGPTProcessor, photo: Image.Image) -> None:
-    with pytest.raises(RegionError, match="<region2>"):
-        processor(photo, "<image>\nWhat is <region2>?", [LEFT])
+def test_placeholder_without_its_region(processor: RegionGPTProcessor) -> None:
     with pytest.raises(RegionError, match="<region2>"):
         processor.encode_conversation(chat("What is <region2>?", "A cat"), None, [LEFT], image_size=(40, 30))
 
@@ -170,7 +169,7 @@ def test_region_never_mentioned(processor: RegionGPTProcessor, photo: Image.Imag
     assert len(encoded["warnings"]) == 1
     assert "<region2> is never mentioned" in encoded["warnings"][0]
     with pytest.warns(UserWarning, match="<region2> is never mentioned"):
-        processor(photo, "<image>\nWhat is <region1>?", [LEFT, RIGHT])
+        processor.apply_chat_template(chat("What is <region1>?"), images=photo, regions=[LEFT, RIGHT], **ENCODED)
 
 
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor, lambda boxes: [torch.tensor(box) for box in boxes]])
@@ -178,16 +177,17 @@ def test_boxes_may_be_plain_numbers(processor: RegionGPTProcessor, photo: Image.
     boxes = make([[0, 0, 20, 30], [20, 0, 40, 30]])
     expected = processor.encode_conversation(TWO_TURNS, photo, [LEFT, RIGHT])["region_weights"]
     assert torch.equal(processor.encode_conversation(TWO_TURNS, photo, boxes)["region_weights"], expected)
-    text = processor.apply_chat_template(TWO_TURNS)
     for regions in (boxes, [LEFT, boxes[1]], [LEFT.to_dict(), RIGHT]):
-        assert torch.equal(processor(photo, text, regions)["region_weights"][0], expected)
-    assert torch.equal(processor(photo, [text, text], [boxes, boxes])["region_weights"][1], expected)
+        found = processor.apply_chat_template(TWO_TURNS[:3], images=photo, regions=regions, **ENCODED)
+        assert torch.equal(found["region_weights"][0], expected)
+    two = processor.apply_chat_template([TWO_TURNS[:3]] * 2, images=photo, regions=[boxes, boxes], **ENCODED)
+    assert torch.equal(two["region_weights"][1], expected)
 
 
 @pytest.mark.parametrize("wrong", [LEFT, "box", 3, [LEFT, RIGHT], {"box": [0, 0, 9, 9]}, {1, 2}])
 def test_regions_that_are_no_list_a_text(processor: RegionGPTProcessor, photo: Image.Image, wrong: Any) -> None:
     with pytest.raises(DataError, match="expected a list of regions"):
-        processor(photo, ["a <image>", "b <image>"], wrong)
+        processor.apply_chat_template([chat("a"), chat("b")], images=photo, regions=wrong, **ENCODED)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_unfit_parts() -> None:
     with pytest.raises(ConfigError, match="lacks <image> and <region>; call prepare_tokenizer"):
         RegionGPTProcessor(fine.image_processor, bare)
     with pytest.raises(ConfigError, match="the image processor makes"):
-        make_processor(image_size=32).image_inputs(Image.new("RGB", (4, 4)))
+        make_processor(image_size=32).pixels_of(Image.new("RGB", (4, 4)))
     with pytest.raises(ConfigError, match="marks no responses"):
         make_processor(chat_template="{{ messages[0]['content'] }}").encode_conversation(chat("a", "b"))
 
@@ -294,13 +294,12 @@ def test_content_lists_equal_strings(processor: RegionGPTProcessor, photo: Image
     from_parts = processor.apply_chat_template([{"role": "user", "content": parts}], **options)
     from_string = processor.apply_chat_template(chat("What is <region1>?"), images=photo, **options)
     text = processor.apply_chat_template(chat("What is <region1>?"), add_generation_prompt=True)
-    two_steps = processor(photo, text, [LEFT], return_tensors="pt")
     assert text == "<s><image>\nWhat is <region1>?\n"
     encoded = processor.encode_conversation(chat("What is <region1>?"), photo, [LEFT], add_generation_prompt=True)
     own = processor.collate([encoded], "left")
     assert set(from_parts) == {"input_ids", "attention_mask", "pixel_values", "region_weights", "region_ids"}
     for name, value in from_parts.items():
-        for other in (from_string, two_steps, own):
+        for other in (from_string, own):
             assert torch.equal(value, other[name]), name
 
 
@@ -320,31 +319,27 @@ def test_batched_prompts_pad_left_and_conversations_right(processor: RegionGPTPr
     assert processor.apply_chat_template(whole, tokenize=True, return_dict=True)["attention_mask"][0, -1] == 0
 
 
-def test_one_image_for_many_texts(processor: RegionGPTProcessor, photo: Image.Image) -> None:
-    batch = processor(photo, ["<s><image>\nHi\n", "<image>\nHello\n"])
+def test_one_image_for_many_conversations(processor: RegionGPTProcessor, photo: Image.Image) -> None:
+    batch = processor.apply_chat_template([chat("Hi"), chat("Hello")], images=photo, **ENCODED)
     assert batch["pixel_values"].shape == (2, 3, 16, 16)
-    assert (batch["input_ids"] == processor.tokenizer.bos_token_id).sum() == 2
-    assert processor([photo, photo])["pixel_values"].shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, DataError, "expected images, text or both"),
-        ({"images": 2, "text": ["<image>a", "<image>b", "<image>c"]}, DataError, "got 2 images, 3 texts"),
-        ({"images": 1, "text": "no image"}, DataError, "expected <image> once in a text with an image, got 0"),
-        ({"text": ["a", "b"], "regions": [[]]}, DataError, "a list of regions for each of 2"),
-        ({"text": 5}, DataError, "expected text as a string or a list"),
-        ({"text": ["a", None]}, DataError, "expected text as a string or a list"),
-        ({"text": "a", "return_tensors": "tf"}, ConfigError, "return_tensors"),
-        ({"text": ["a", "b"], "padding": False}, ConfigError, "padding=True"),
-        ({"text": "<region1>", "regions": [LEFT]}, DataError, "regions need the size"),
+        ({"images": 2, "conversation": [chat("a"), chat("b"), chat("c")]}, DataError, "got 2 images, 3 conversations"),
+        ({"conversation": [chat("a"), chat("b")], "regions": [[]]}, DataError, "a list of regions for each of 2"),
+        ({"conversation": 5}, DataError, "expected a conversation as a list"),
+        ({"conversation": chat("a"), "return_tensors": "tf"}, ConfigError, "return_tensors"),
+        ({"conversation": chat("<region1>"), "regions": [LEFT]}, DataError, "regions need the size"),
     ],
 )
 def test_bad_calls(processor: RegionGPTProcessor, photo: Image.Image, arguments: Any, error: Any, message: str) -> None:
     images = [photo] * arguments["images"] if "images" in arguments else None
     with pytest.raises(error, match=message):
-        processor(**(arguments | {"images": images}))
+        processor.apply_chat_template(**(arguments | {"images": images}), **ENCODED)
+    with pytest.raises(ConfigError, match="apply_chat_template"):
+        processor(photo, "<image>\nWhat is it?")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

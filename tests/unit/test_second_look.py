@@ -89,10 +89,7 @@ def test_the_processor_and_generate_say_what_the_predictor_says() -> None:
     predictor = RegionPredictor(model, processor).set_image(photograph())
     regions, turns = boxes(2), [{"role": "user", "content": DESCRIBE}]
     how: Any = {"images": [photograph()], "regions": regions, "detail": "careful"}
-    text = processor.apply_chat_template(turns, add_generation_prompt=True)
-    inputs = processor(text=text, **how)
-    templated = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True, **how)
-    assert all(torch.equal(inputs[name], templated[name]) for name in inputs)
+    inputs = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True, **how)
     for beams in (1, 2):
         new = model.generate(**inputs, max_new_tokens=8, do_sample=False, num_beams=beams)
         written = processor.tokenizer.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -161,7 +158,7 @@ def test_a_model_without_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixtur
         lambda: predictor.describe(region, detail="careful"),
         lambda: predictor.locate("a cat", region, detail="careful"),
         lambda: next(predictor.answers(asked)),
-        lambda: processor(images=photograph(), text="<image> <region1>", regions=region, detail="careful"),
+        lambda: processor.encode_conversation([], photograph(), region, detail="careful"),
         lambda: model.encode_crops(torch.ones(1, 1, 3, 28, 28)),
     ):
         with pytest.raises(ConfigError, match="second look"):
@@ -177,8 +174,9 @@ def test_a_model_without_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_second_look_needs_the_image() -> None:
     _, processor = looking()
+    turns = [{"role": "user", "content": "What is <region1>?"}]
     with pytest.raises(DataError, match="image"):
-        processor(text="<image> <region1>", regions=boxes(1), detail="careful")
+        processor.encode_conversation(turns, regions=boxes(1), detail="careful", add_generation_prompt=True)
 
 
 def test_training_leaves_half_of_the_crops_out_by_seed_item_and_region(tmp_path: Path) -> None:

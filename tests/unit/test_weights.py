@@ -182,8 +182,8 @@ def test_efficientnet_lite_comes_with_its_imagenet_weights(language: Path) -> No
     assert processor.pad_fill == [127, 127, 127]
     grey = Image.new("RGB", (64, 64), (127, 127, 127))
     white = Image.new("RGB", (64, 64), (255, 255, 255))
-    assert processor.image_inputs(grey)["pixel_values"].abs().max() < 1e-5
-    torch.testing.assert_close(processor.image_inputs(white)["pixel_values"].max(), torch.tensor(1.0))
+    assert processor.pixels_of(grey).abs().max() < 1e-5
+    torch.testing.assert_close(processor.pixels_of(white).max(), torch.tensor(1.0))
 
 
 def test_efficientnet_lite_without_its_package(language: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,9 @@
 """Answers from a closed set: the likelihood of every choice behind one prompt.
 
-The prompt goes through the language model once, and behind it all answers as the tree of their common beginnings. A
-large tree goes in pieces, each with the ancestors that it needs, so memory does not grow with the number of answers.
+The prompt goes through the language model once, and behind it the answers as trees of their common beginnings.
 
-Shapes: B questions, R regions, K tokens of a region, E entries of the tree, A answers, L tokens of the longest answer,
-M nodes of a piece, D model width, V vocabulary.
+Shapes: B questions, R regions, K tokens of a region, E entries of a tree, A answers, M nodes of a tree, D model width,
+V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from regiongpt.regions import Region
 TOKENS = 4096
 """Tokens of all questions of one forward pass."""
 NODES = 512
-"""Nodes of a piece of the tree: a pass compares all pairs of them for every question."""
+"""Nodes of a tree, unless a single answer has more: a pass compares all pairs of them for every question."""
 LOGITS = 2**26
 """Logits of one forward pass: 256 MiB in float32."""
 _MARK = "Xanthochroid"
@@ -41,74 +40,55 @@ _TOGETHER = 1024
 """Conversations that are tokenized at a time."""
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tree of answers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Some nodes of a tree with all their ancestors, for one forward pass behind the prompt."""
-
-    tokens: list[int]  # M, an ancestor always before what continues it
-    visible_MM: Tensor  # row for column: each node sees its ancestors and itself
-    known: int  # how many of the nodes, the first, are ancestors from an earlier piece
-    rows: list[int]  # which new node's logits predict an entry
-    entries: list[int]  # the entry that it predicts
+# Likelihoods
 
 
 class ChoiceTree:
-    """Answers as token paths of at least one token, merged where they begin alike.
+    """Some of the answers as token paths, merged where they begin alike.
 
-    An entry is one token behind one beginning. Entries stand in preorder, so a run of entries cut out anywhere needs
-    nothing of the rest but the ancestors of its first.
-
-    Attributes:
-        tokens: (E) the id of each entry.
-        parents: (E) the entry before it, -1 for what the prompt's last token predicts.
-        paths: the entries of each answer.
+    An entry is one token behind one beginning. The nodes are the entries that something follows: what a model has to
+    read. An entry's parent is the node before it, -1 for what the prompt's last token predicts.
     """
 
-    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
+    def __init__(self, answers: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         found: dict[tuple[int, int], int] = {}  # the entry of a token behind a parent
-        self.paths: list[list[int]] = [[] for _ in answers]
-        for answer in sorted(range(len(answers)), key=lambda answer: list(answers[answer])):
-            entry = -1
-            for token in answers[answer]:
-                entry = found.setdefault((entry, token), len(found))
-                self.paths[answer].append(entry)
-        self.parents = [parent for parent, _ in found]
-        self.tokens = [token for _, token in found]
-        self._children: dict[int, list[int]] = {}
-        for entry, parent in enumerate(self.parents):
-            self._children.setdefault(parent, []).append(entry)
-        self.first = self._children.pop(-1)
-        """The entries that the prompt's own last token predicts."""
-        self.nodes = sorted(self._children)
-        """The entries that something follows, which are all that a model has to read."""
+        self.answers = answers  # which of the set
+        self.paths: list[list[int]] = []  # the entries of each answer
+        for answer in answers:
+            entries = [-1]
+            for token in paths[answer]:
+                entries.append(found.setdefault((entries[-1], token), len(found)))
+            self.paths.append(entries[1:])
+        self.parents, self.tokens = ([pair[k] for pair in found] for k in (0, 1))
+        self.nodes = sorted({*self.parents} - {-1})
+        self.place = {node: row for row, node in enumerate(self.nodes)}
 
-    def pieces(self, size: int) -> Iterator[Piece]:
-        """Cut the tree into pieces of ``size`` new nodes, at least 1, and the ancestors that these need."""
-        for start in range(0, len(self.nodes), size):
-            new = self.nodes[start : start + size]
-            kept: list[int] = []
-            above = self.parents[new[0]]  # in preorder whoever comes from before the piece lies above its first node
-            while above >= 0:
-                kept.insert(0, above)
-                above = self.parents[above]
-            known = len(kept)
-            kept += new
-            place = {node: row for row, node in enumerate(kept)}
-            visible_MM = torch.eye(len(kept), dtype=torch.bool)
-            for row, node in enumerate(kept):
-                if (parent := self.parents[node]) >= 0:
-                    visible_MM[row] |= visible_MM[place[parent]]
-            predicted = [(row, entry) for row, node in enumerate(new) for entry in self._children[node]]
-            rows, entries = (list(each) for each in zip(*predicted, strict=True))
-            tokens = [self.tokens[node] for node in kept]
-            yield Piece(tokens=tokens, visible_MM=visible_MM, known=known, rows=rows, entries=entries)
+    def visible(self) -> Tensor:
+        """Which nodes (M, M) each node attends to: its ancestors and itself."""
+        visible_MM = torch.eye(len(self.nodes), dtype=torch.bool)
+        for row, node in enumerate(self.nodes):
+            if (parent := self.parents[node]) >= 0:
+                visible_MM[row] |= visible_MM[self.place[parent]]
+        return visible_MM
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Likelihoods
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts both begin with."""
+    return next((k for k, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
+
+
+def _trees(paths: Sequence[Sequence[int]], size: int) -> list[ChoiceTree]:
+    """The answers in trees of at most ``size`` nodes."""
+    groups: list[list[int]] = [[]]
+    nodes = 0
+    for answer in sorted(range(len(paths)), key=lambda answer: list(paths[answer])):
+        group, path = groups[-1], list(paths[answer])
+        nodes += len(path) - (_common(paths[group[-1]], path) if group else 0)
+        if group and nodes > size:
+            groups.append([])
+            nodes = len(path)
+        groups[-1].append(answer)
+    return [ChoiceTree(group, paths) for group in groups]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +97,8 @@ class ClosedSet:
 
     ids: list[int]  # the prompt, up to where the first answers part
     rows: list[int]  # for each region token in it the row of the region features that it stands for
-    tree: ChoiceTree  # the answers from there on, their ends included
+    paths: list[list[int]]  # the answers from there on, their ends included
+    trees: list[ChoiceTree]
 
 
 def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> ClosedSet:
@@ -134,19 +115,25 @@ def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers
         # A tokenizer may join the prompt's last letters with the answer's first: score from where they begin to differ.
         shared, wholes = len(ids), list(_wholes(engine, messages, answers))
         for whole in wholes:
-            pairs = enumerate(zip(ids[:shared], whole, strict=False))
-            shared = next((k for k, (a, b) in pairs if a != b), min(shared, len(whole)))
+            shared = _common(ids[:shared], whole)
         if not shared:
             raise ConfigError("the chat template changes the question when it writes an answer behind it")
         paths = [whole[shared:] for whole in wholes]
         longest = max(map(len, paths))
         if engine.room(shared, longest) < longest:
             raise TooLong(f"question and answer too long: {shared + longest} tokens; shorten them")
-        return ClosedSet(ids=ids[:shared], rows=rows, tree=ChoiceTree(paths))
+        return ClosedSet(ids=ids[:shared], rows=rows, paths=paths, trees=_trees(paths, size))
 
+    size = min(NODES, _budget(engine))
     turns = tuple((turn["role"], turn["content"]) for turn in messages)
-    made: ClosedSet = engine.closed_sets.get((turns, n_regions, engine.processor.chat_template, tuple(answers)), make)
+    key = (turns, n_regions, engine.processor.chat_template, tuple(answers), size)
+    made: ClosedSet = engine.closed_sets.get(key, make)
     return made
+
+
+def _budget(engine: Engine) -> int:
+    """Nodes of all questions of one forward pass."""
+    return max(1, min(TOKENS, LOGITS // int(engine.model.config.get_text_config().vocab_size)))
 
 
 def _wholes(engine: Engine, messages: Sequence[Turn], answers: Sequence[str]) -> Iterator[list[int]]:
@@ -169,52 +156,47 @@ def _wholes(engine: Engine, messages: Sequence[Turn], answers: Sequence[str]) ->
             yield begun + ids[:place] + image + ids[place + 1 : last + 1]
 
 
+@torch.inference_mode()
 def log_likelihoods(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Tensor]) -> Tensor:
     """Log likelihood (B, A) of every answer, its end included, for each of B sets of region features (R * K, D)."""
-    tree = closed.tree
-    budget = max(1, min(TOKENS, LOGITS // engine.model.config.get_text_config().vocab_size))
-    size = max(1, min(NODES, len(tree.nodes), budget))
-    batch = max(1, budget // size)
-    rows = [torch.empty((0, len(tree.paths)))]
+    scores_BA = torch.empty((len(pooled), len(closed.paths)))
+    batch = max(1, _budget(engine) // max(1, *(len(tree.nodes) for tree in closed.trees)))
     for start in range(0, len(pooled), batch):
-        rows.append(_score(engine, scene, closed, pooled[start : start + batch], size))
-    scores_BA = torch.cat(rows)
+        some = pooled[start : start + batch]
+        shared = shared_tokens(closed.ids, engine.model.config.region_token_id) if len(some) > 1 else 0
+        prompts = [engine.begin(scene, closed.ids, closed.rows, features, shared) for features in some]
+        cache, own = PrefixCache(), [embeds_ND for _, embeds_ND in prompts]
+        for prefix, _ in prompts:
+            cache.add(prefix)
+        first_BV = engine.decoder.forward(cache, torch.cat(own), [len(embeds) for embeds in own])
+        for tree in closed.trees:
+            scores_BA[start : start + batch, tree.answers] = _score(engine, cache, first_BV, tree)
     if scores_BA.isnan().any():
         raise ConfigError(f"the model computes no numbers (NaN) in {engine.model.dtype}; load it in float32")
     return scores_BA
 
 
-@torch.inference_mode()
-def _score(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Tensor], size: int) -> Tensor:
-    decoder, tree, count = engine.decoder, closed.tree, len(pooled)
-    shared = shared_tokens(closed.ids, engine.model.config.region_token_id) if count > 1 else 0
-    prompts = [engine.begin(scene, closed.ids, closed.rows, features, shared) for features in pooled]
-    own = [embeds_ND for _, embeds_ND in prompts]
-    cache = PrefixCache()
-    for prefix, _ in prompts:
-        cache.add(prefix)
+def _score(engine: Engine, cache: PrefixCache, first_BV: Tensor, tree: ChoiceTree) -> Tensor:
+    """Log likelihoods (B, a) of a tree's answers, behind prompts whose last logits are ``first_BV``."""
+    count, nodes = len(first_BV), len(tree.nodes)
     steps_BE = torch.zeros((count, len(tree.tokens) + 1), dtype=torch.float64)  # the last one pads the paths
 
-    def fill(logits_BMV: Tensor, rows: list[int], entries: list[int]) -> None:
-        """Write the log probabilities of entries that are predicted at ``rows`` of the logits."""
+    def fill(logits_BMV: Tensor, rows: dict[int, int]) -> None:
+        """Write the log probabilities of the entries behind these parents, each with its row of the logits."""
         normal_BM = torch.stack([logits.float().logsumexp(-1) for logits in logits_BMV])
-        tokens = [tree.tokens[entry] for entry in entries]
-        steps_BE[:, entries] = (logits_BMV[:, rows, tokens].float() - normal_BM[:, rows]).double().cpu()
+        entries = [entry for entry, parent in enumerate(tree.parents) if parent in rows]
+        at, tokens = [rows[tree.parents[entry]] for entry in entries], [tree.tokens[entry] for entry in entries]
+        steps_BE[:, entries] = (logits_BMV[:, at, tokens].float() - normal_BM[:, at]).double().cpu()
 
-    first = decoder.forward(cache, torch.cat(own), [len(embeds) for embeds in own])
-    fill(first[:, None], [0] * len(tree.first), tree.first)
-    embed = engine.model.get_input_embeddings()
-    for piece in tree.pieces(size):
-        nodes = len(piece.tokens)
-        logits = decoder.forward(
-            cache,
-            embed(torch.tensor(piece.tokens, device=engine.device)).repeat(count, 1),
-            [nodes] * count,
-            tree=piece.visible_MM,
-            keep=False,
-            logits=(torch.arange(count)[:, None] * nodes + torch.arange(piece.known, nodes)).flatten(),
+    fill(first_BV[:, None], {-1: 0})
+    if nodes:
+        ids = torch.tensor([tree.tokens[node] for node in tree.nodes], device=engine.device)
+        embeds_ND = engine.model.get_input_embeddings()(ids).repeat(count, 1)
+        everywhere, visible_MM = range(count * nodes), tree.visible()
+        logits = engine.decoder.forward(
+            cache, embeds_ND, [nodes] * count, tree=visible_MM, keep=False, logits=everywhere
         )
-        fill(logits.view(count, nodes - piece.known, -1), piece.rows, piece.entries)
+        fill(logits.view(count, nodes, -1), tree.place)
     longest = max(map(len, tree.paths))
     paths_AL = torch.tensor([path + [len(tree.tokens)] * (longest - len(path)) for path in tree.paths])
     return torch.stack([steps_E[paths_AL].sum(-1) for steps_E in steps_BE]).float()
@@ -225,10 +207,7 @@ def answer_scores(
 ) -> Tensor:
     """Log likelihoods (B, A) of the answers to one question for each of B sets of region features (R * K, D).
 
-    Their softmax are the probabilities, given that the answer is one of these.
-
-    Raises:
-        TooLong: the question and its longest answer do not fit the model's context.
+    Their softmax are the probabilities, given that the answer is one of these. Raises as :func:`closed_set` does.
     """
     if not pooled:
         return torch.empty((0, len(answers)))

@@ -145,7 +145,7 @@ class Engine:
     @torch.inference_mode()
     def encode_image(self, photo: Image.Image) -> Scene:
         """Encode an image. Paper: §3.1."""
-        pixels = self.processor.image_inputs(photo)["pixel_values"].to(self.device, self.model.dtype)
+        pixels = self.processor.pixels_of(photo).to(self.device, self.model.dtype)
         refined = self.model.refine(self.model.encode_image(pixels))
         tokens = self.model.image_features(refined)[0]
         kept = photo if self.processor.crop_size else None
@@ -387,17 +387,14 @@ def to_int8(model: Any) -> Any:
     Raises:
         ConfigError: the model is not in float32 on the CPU, has no linear layers, or this PyTorch cannot do it.
     """
-    if model.device.type != "cpu":
-        raise ConfigError(f"expected device cpu with int8 weights, got {model.device}; use bfloat16 on an accelerator")
-    if model.dtype != torch.float32:
-        raise ConfigError(f"expected dtype float32 with int8 weights, got {str(model.dtype)[6:]}; leave dtype out")
-    if not any(type(module) is nn.Linear for module in model.language_model.modules()):
-        raise ConfigError(f"{type(model.language_model).__name__} has no linear layers for int8; leave int8 out")
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        got = f"{str(model.dtype)[6:]} on {model.device}"
+        raise ConfigError(f"int8 weights need float32 on the CPU, got {got}; leave int8 out, or device and dtype")
+    kernels = torch.backends.quantized.engine
+    if kernels in ("none", None) or not any(type(part) is nn.Linear for part in model.language_model.modules()):
+        raise ConfigError("int8: this PyTorch has no kernels for it, or the language model no linear layers")
     from torch.ao import quantization
 
-    kernels = torch.backends.quantized.engine
-    if kernels in ("none", None):
-        raise ConfigError("this build of PyTorch has no int8 kernels for this processor; leave int8 out")
     # The kernels for ARM know one scale a layer alone.
     per_channel = kernels in ("x86", "fbgemm", "onednn")
     config = quantization.per_channel_dynamic_qconfig if per_channel else quantization.default_dynamic_qconfig

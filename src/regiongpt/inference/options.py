@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, TypedDict
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from regiongpt.prompts import LABEL_SETS
+from regiongpt.prompts import LABEL_SETS, check_choices
 from regiongpt.settings import Settings, plain_types
 from regiongpt.storage import check_checkpoint
 
@@ -122,6 +122,11 @@ class ChoiceOptions(ClassifyOptions):
 
     choices: str | None = None
     """the names, with commas between them (default: those of the label set)"""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names to choose from; ConfigError for a blank or repeated one."""
+        return check_choices(None if self.choices is None else self.choices.split(","), self.label_set)
 
 
 class Sources(Settings):

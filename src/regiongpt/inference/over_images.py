@@ -9,16 +9,26 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from regiongpt.console import progress, tell
+from regiongpt.console import progress, quiet_libraries, tell
 from regiongpt.data.shards import Rejects
 from regiongpt.drawing import draw_regions, save_picture
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import SUFFIXES, load_image, open_image
-from regiongpt.inference.options import REGION_OPTIONS, ChoiceOptions, DescribeOptions, LocateOptions, Options, Sources
-from regiongpt.inference.proposals import Proposal, choose, grid_points, read_proposals
+from regiongpt.inference.options import (
+    REGION_OPTIONS,
+    ChoiceOptions,
+    DescribeOptions,
+    LocateOptions,
+    ModelOptions,
+    Options,
+    Sources,
+)
+from regiongpt.inference.proposals import Proposal, Segmenter, choose, grid_points, read_proposals
+from regiongpt.prompts import check_placeholders
 from regiongpt.regions import Region
 from regiongpt.storage import check_writable, read_json, write_json, writing
 
@@ -32,7 +42,6 @@ if TYPE_CHECKING:
 class View:
     """An image with the regions to ask about, first those that were typed."""
 
-    path: str
     photo: "Image"
     proposals: Sequence[Proposal]
     left_out: int = 0  # further regions
@@ -102,8 +111,7 @@ def describe(predictor: "RegionPredictor", view: View, _: str, options: Describe
 
 def classify(predictor: "RegionPredictor", view: View, _: str, options: ChoiceOptions) -> Reply:
     """Choose the class of each region."""
-    choices = options.choices.split(",") if options.choices is not None else None
-    found = predictor.classify(view.regions, choices, **options.model_dump(exclude={"choices"}))
+    found = predictor.classify(view.regions, options.names, **options.model_dump(exclude={"choices"}))
     said = [
         {"label": each.label, "probability": each.probability, "probabilities": each.probabilities}
         | ({} if each.text is None else {"text": each.text})
@@ -123,12 +131,13 @@ def locate(predictor: "RegionPredictor", view: View, expression: str, options: L
     """Choose the region that an expression refers to."""
     found = predictor.locate(expression, view.regions, **dict(options))
     shares, line = found.probabilities[:-1], f"{found.text} {found.probability:.3f}"
-    said = {"number": found.number, "answer": found.text, "probability": found.probability}
     return Reply(
         record={
             "expression": expression,
             "regions": [region.to_dict() for region in view.regions],
-            **said,
+            "number": found.number,
+            "answer": found.text,
+            "probability": found.probability,
             "probabilities": list(found.probabilities),
         },
         lines=[line],
@@ -211,37 +220,65 @@ def find_images(words: Sequence[str]) -> list[str]:
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
 
 
-def view_of(path: str, typed: Typed, sources: Sources, segment: "Callable[[Image], list[Proposal]]") -> View:
-    """Read an image and gather its regions: those typed, then those of ``sources``; ``segment`` asks its SAM model."""
-    photo = load_image(path)
-    size = photo.size
-    found = typed.on(*size)
-    dropped, unusable = 0, ""
-    if sources.proposals:
-        rejects = Rejects()
-        found += read_proposals(
-            sources.proposals, *size, image=path, image_id=sources.image_id, crowds=sources.crowds, rejects=rejects
-        )
-        dropped, unusable = rejects.counts.total(), rejects.listed()
-    elif sources.sam:
-        found += segment(photo)
-    elif sources.grid is not None:
-        found += grid_points(sources.grid, *size)
-    iou = 0.7 if sources.sam and sources.iou is None else sources.iou
-    kept = choose(found, *size, most=sources.max_regions, iou=iou, min_score=sources.min_score)
-    left_out = len(found) - len(kept) + dropped
-    return View(path=path, photo=photo, proposals=kept, left_out=left_out, unusable=unusable)
+def load_predictor(options: ModelOptions, **memory: Any) -> "RegionPredictor":
+    """Load the model that the command line names."""
+    quiet_libraries()
+    from regiongpt.inference import RegionPredictor
+
+    return RegionPredictor.from_pretrained(options.model, **options.model_dump(exclude={"model"}), **memory)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Many images
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to do with each image."""
+
+    verb: str
+    text: str  # the question or the expression, if the verb takes one
+    typed: Typed
+    sources: Sources
+    options: Any  # of the verb
+    model: ModelOptions
+
+    def view(self, path: str, several: bool) -> View:
+        """Read an image and gather its regions: those typed, then those of the sources."""
+        photo, sources = load_image(path), self.sources
+        size = photo.size
+        found = self.typed.on(*size)
+        dropped, unusable = 0, ""
+        if sources.proposals:
+            rejects = Rejects()
+            found += read_proposals(
+                sources.proposals, *size, image=path, image_id=sources.image_id, crowds=sources.crowds, rejects=rejects
+            )
+            dropped, unusable = rejects.counts.total(), rejects.listed()
+        elif sources.sam:
+            found += _segmenter(sources.sam, self.model.device).propose(photo, sources.grid or 32)
+        elif sources.grid is not None:
+            found += grid_points(sources.grid, *size)
+        iou = 0.7 if sources.sam and sources.iou is None else sources.iou
+        kept = choose(found, *size, most=sources.max_regions, iou=iou, min_score=sources.min_score)
+        if self.text:
+            check_placeholders(self.text, len(kept))
+        # Of several images, describe and classify say nothing about one without regions.
+        if not kept and self.verb != "ask" and (self.text or not several):
+            raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
+        left_out = len(found) - len(kept) + dropped
+        return View(photo=photo, proposals=kept, left_out=left_out, unusable=unusable)
+
+
+@cache
+def _segmenter(path: str, device: str | None) -> Segmenter:
+    quiet_libraries()
+    return Segmenter(path, device)
+
+
 def over_images(
     images: Sequence[str],
-    view: Callable[[str], View],
-    load: Callable[[], "RegionPredictor"],
-    answer: Callable[["RegionPredictor", View], Reply],
+    request: Request,
     *,
     out: "Results | None" = None,
     json: bool = False,
@@ -253,29 +290,28 @@ def over_images(
 
     Args:
         images: paths.
-        view: reads an image and its regions.
-        load: loads the model, once the first image has been read.
-        answer: asks about an image.
+        request: what to do with each. Its model is loaded once the first image has been read.
         out: takes the records; None to print them.
         json: print records rather than text.
         picture: file for the image with its regions and answers; of a single image.
     """
     predictor: RegionPredictor | None = None
-    skipped = 0
-    several = len(images) > 1
+    skipped, several = 0, len(images) > 1
+    verbs: dict[str, Callable[..., Reply]]
+    verbs = {"ask": ask, "describe": describe, "classify": classify, "locate": locate}
     for path in progress(images, "images", "images") if several and (out or not sys.stdout.isatty()) else images:
         try:
-            seen = view(path)
+            seen = request.view(path, several)
         except (DataError, RegionError) as error:
             if not several:
                 raise
             tell(f"regiongpt: error: {'' if path in str(error) else f'{path}: '}{error}; skipped")
             skipped += 1
             continue
-        predictor = predictor or load()
+        predictor = predictor or load_predictor(request.model)
         began = time.perf_counter()
         predictor.set_image(seen.photo)
-        reply = answer(predictor, seen)
+        reply = verbs[request.verb](predictor, seen, request.text, request.options)
         left_out = []
         if seen.left_out:
             why = f" (unusable: {seen.unusable})" if seen.unusable else ""

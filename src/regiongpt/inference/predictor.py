@@ -217,9 +217,6 @@ class RegionPredictor:
             **generation: as for :meth:`ask`; a question's own come first. With a ``seed`` an answer depends on the seed
                 and the question's place, not on the others.
 
-        Returns:
-            The answers, in the order of the questions.
-
         Raises:
             RegionError, DataError, ConfigError: as :meth:`ask`, with the number of the question, from 1.
         """
@@ -309,8 +306,7 @@ class RegionPredictor:
     ) -> Answer | list[Answer]:
         """Describe regions, each on its own, in one batch; ``brief`` asks for a caption of a few words.
 
-        Returns:
-            An answer for a region, a list of them for a list. In each, ``Region [1]`` is the region described.
+        In each answer, ``Region [1]`` is the region described.
 
         Raises:
             RegionError: a region does not fit the image.
@@ -345,9 +341,6 @@ class RegionPredictor:
             **options: any of ``label_set`` ("COCO-80"), the set named in the question; ``generate``: also generate the
                 answer freely, as the paper's exact-match protocol does; ``top_k``: keep only so many of the most
                 probable choices in the result; ``detail``, as for :meth:`ask`.
-
-        Returns:
-            A result for a region, a list of them for a list.
 
         Raises:
             RegionError: a region does not fit the image.

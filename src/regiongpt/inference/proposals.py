@@ -29,7 +29,7 @@ from regiongpt.data.shards import CROWD, Fault, Rejects, many
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, short
 from regiongpt.images import SUFFIXES
 from regiongpt.regions import KINDS, Region
-from regiongpt.storage import read_json, reason
+from regiongpt.storage import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +83,8 @@ def read_proposals(
     file = Path(path)
     rejects = Rejects() if rejects is None else rejects
     found, reasons, spoilt, overhung = [], [], [], []
-    try:
-        stamp = file.stat()
-    except OSError as error:
-        raise DataError(f"{path}: not a readable JSON file: {reason(error)}") from None
-    opened = _read(file, (stamp.st_mtime_ns, stamp.st_size))
+    stamp = file.stat() if file.is_file() else None
+    opened = _read(file, stamp and (stamp.st_mtime_ns, stamp.st_size))
     entries = _of_image(opened, image, image_id, (width, height))
     if entries is not opened.entries:
         for index, entry in opened.homeless:
@@ -251,7 +248,7 @@ class _File(NamedTuple):
 
 
 @lru_cache(maxsize=1)  # read once for any number of images
-def _read(path: Path, stamp: tuple[int, int]) -> _File:
+def _read(path: Path, stamp: tuple[int, int] | None) -> _File:
     data = read_json(path)
     content = data if isinstance(data, dict) else {"regions": data}
     listed = content.get("regions", content.get("annotations"))
@@ -264,8 +261,7 @@ def _read(path: Path, stamp: tuple[int, int]) -> _File:
     homeless: list[tuple[int, Any]] = []
     for place, entry in enumerate(listed):
         given = [entry.get(key) for key in ("image_id", "file_name", "image")] if isinstance(entry, dict) else []
-        identity = next((each for each in given if number_of(each) is not None), None)
-        number = number_of(identity)
+        identity, number = next(((each, n) for each in given if (n := number_of(each)) is not None), (None, None))
         if number is None:
             homeless.append((place, entry))
         else:

@@ -52,15 +52,9 @@ class Job:
 
 
 class Scheduler:
-    """Writes the answers of all jobs handed to it, many at a time.
+    """Writes the answers of all jobs handed to it, at most ``rows`` at a time and within the ``token_budget``.
 
-    Args:
-        decoder: runs the language model.
-        embed: word embeddings of token ids (R,), as (R, D).
-        stop_ids: tokens that end an answer.
-        never: tokens that are never written.
-        token_budget: the longest sequence's own tokens times the number of sequences; see :class:`RegionPredictor`.
-        rows: most sequences in a batch.
+    ``embed`` gives the word embeddings (R, D) of token ids; ``stop_ids`` end an answer; ``never`` are not written.
     """
 
     def __init__(

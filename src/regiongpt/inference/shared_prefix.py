@@ -109,11 +109,10 @@ class PrefixCache(Cache):  # type: ignore[misc]
         self.lengths: list[int] = []
         self.room = 0
 
-    def add(self, prefix: Prefix | None = None) -> int:
-        """Begin a sequence behind a prefix and return its row, the last one."""
+    def add(self, prefix: Prefix | None = None) -> None:
+        """Begin a sequence behind a prefix, as the last row."""
         self.prefixes.append(prefix)
         self.lengths.append(0)
-        return len(self.lengths) - 1
 
     @torch.inference_mode()
     def remove(self, row: int) -> None:
@@ -262,66 +261,48 @@ class RereadingDecoder(Decoder):
         return torch.cat(found)[wanted_L]
 
 
+@torch.inference_mode()
 def decoder_for(language_model: Any) -> Decoder:
     """A decoder that shares prefixes if a trial on a few tokens says that the model can, else one that does not."""
+    name = type(language_model).__name__
     kinds = set(getattr(language_model.config.get_text_config(), "layer_types", None) or ())
     if getattr(language_model, "_supports_attention_backend", False) and kinds <= _LAYERS:
-        decoder = Decoder(language_model)
-        if _shares(decoder):
-            return decoder
-    _LOG.warning(
-        "%s does not attend through transformers' AttentionInterface: every answer is read again at each token, which "
-        "is slow",
-        type(language_model).__name__,
-    )
+        decoder, cache = Decoder(language_model), PrefixCache()
+        device = next(language_model.parameters()).device
+        embeds_ND = language_model.get_input_embeddings()(torch.arange(6, device=device))
+        plain = language_model(inputs_embeds=embeds_ND[None], use_cache=False, logits_to_keep=1)
+        expected_V = plain.logits[0, -1].float()
+        try:
+            cache.add(decoder.read(embeds_ND[:3]))
+            found_V = decoder.forward(cache, embeds_ND[3:], [3])[0].float()
+            # Half precision rounds; another attention than the model's own is off by as much as the logits vary.
+            if (found_V - expected_V).abs().max() <= 0.2 * expected_V.std().clamp_min(1e-6):
+                return decoder
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever an architecture does that the shared way does not know
+            _LOG.info("%s cannot share prefixes: %s", name, error)
+    _LOG.warning("%s cannot share prefixes: every answer is read again at each token, which is slow", name)
     return RereadingDecoder(language_model)
 
 
-@torch.inference_mode()
-def _shares(decoder: Decoder) -> bool:
-    """Whether tokens behind a prefix get the logits that they have in a plain pass."""
-    model = decoder.model
-    embeds_ND = model.get_input_embeddings()(torch.arange(6, device=next(model.parameters()).device))
-    expected_V = model(inputs_embeds=embeds_ND[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
-    try:
-        cache = PrefixCache()
-        cache.add(decoder.read(embeds_ND[:3]))
-        found_V = decoder.forward(cache, embeds_ND[3:], [3])[0].float()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever an architecture does that the shared way does not know
-        _LOG.info("%s cannot share prefixes: %s", type(model).__name__, error)
-        return False
-    # Half precision rounds; another attention than the model's own is off by as much as the logits vary.
-    return bool((found_V - expected_V).abs().max() <= 0.2 * expected_V.std().clamp_min(1e-6))
-
-
 class _Step:
-    """One pass of new tokens through the language model, as its layers need to know it; see :meth:`Decoder.forward`.
-
-    Attributes:
-        written: the layer that was filled last, and with which keys.
-        places: row and place in the cache of each new token, as index tensors; as a slice and a number where one new
-            token of each of a run of rows goes to the same place, which is quicker to write.
-        position_N: of each new token in the text.
-        reach: tokens of the longest text.
-        prefixes: each with the tokens behind it, None for all.
-        groups: sequences whose attention to their own tokens is computed together.
-    """
+    """One pass of new tokens through the language model, as the cache's layers and the attention need to know it."""
 
     def __init__(self, cache: PrefixCache, counts: Sequence[int], tree: Tensor | None, device: torch.device) -> None:
         self.cache, self.counts, self.tree, self.device = cache, list(counts), tree, device
-        self.written: tuple[SuffixLayer, Tensor] | None = None
+        self.written: tuple[SuffixLayer, Tensor] | None = None  # the layer that was filled last, and its new keys
         starts, size = cache.lengths, len(counts)
         counts_R, before_R = torch.tensor(counts), torch.tensor([cache.total(row) for row in range(size)])
         owner_N = torch.repeat_interleave(torch.arange(size), counts_R)
         column_N = torch.arange(len(owner_N)) - (counts_R.cumsum(0) - counts_R)[owner_N]
 
-        def tokens_of(rows: Sequence[int]) -> Tensor | None:
+        def tokens_of(rows: Sequence[int]) -> Tensor | slice:
             if len(rows) == size:
-                return None
+                return slice(None)
             return torch.isin(owner_N, torch.tensor(rows)).nonzero()[:, 0].to(device)
 
+        # Row and place in the cache of each new token; a slice and a number, where they will do, are quicker.
         self.places: tuple[slice, int] | tuple[Tensor, Tensor]
         if max(counts) == 1 and len(set(starts)) == 1:
             self.places = slice(0, size), starts[0]
@@ -329,7 +310,7 @@ class _Step:
             self.places = owner_N.to(device), (torch.tensor(starts)[owner_N] + column_N).to(device)
         depth_N = column_N if tree is None else (tree.sum(1).cpu() - 1)[column_N]
         self.position_N = (before_R[owner_N] + depth_N).to(device)
-        self.reach = int(before_R.max()) + max(counts)
+        self.reach = int(before_R.max()) + max(counts)  # tokens of the longest text
         behind: dict[Prefix, list[int]] = {}
         for row, prefix in enumerate(cache.prefixes):
             if prefix is not None:
@@ -338,8 +319,7 @@ class _Step:
         # Sequences that go on by one token beside others that begin: padded to the same length they would cost as much.
         single = [row for row, count in enumerate(counts) if count == 1]
         several = [row for row, count in enumerate(counts) if count > 1]
-        mixed = tree is None and bool(single) and bool(several)
-        groups = [single, several] if mixed else [list(range(size))]
+        groups = [single, several] if tree is None and single and several else [list(range(size))]
         self.groups = [_Group(rows, self.counts, starts, tree, tokens_of(rows), device) for rows in groups]
         self._masks: dict[Any, Tensor] = {}
 
@@ -348,8 +328,7 @@ class _Step:
         key = (index, dtype, window)
         if key not in self._masks:
             prefix, tokens = self.prefixes[index]
-            position_N = self.position_N if tokens is None else self.position_N[tokens]
-            hidden = torch.arange(prefix.length, device=self.device) <= position_N[:, None] - window
+            hidden = torch.arange(prefix.length, device=self.device) <= self.position_N[tokens, None] - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
             self._masks[key] = mask.masked_fill_(hidden, float("-inf"))[None, None]
         return self._masks[key]
@@ -360,17 +339,7 @@ STEP: ContextVar[_Step | None] = ContextVar("regiongpt_step", default=None)
 
 
 class _Group:
-    """Sequences of a step whose attention to their own tokens is computed together.
-
-    Attributes:
-        tokens: their new tokens among the step's; None for all of them.
-        widest: most new tokens of a sequence.
-        longest: tokens of the longest sequence, the new ones included.
-        even: all have as many new tokens.
-        fresh: none has any before these, so a plain causal attention will do.
-        chosen: their rows in the cache.
-        padded: sequence and place of each new token, where they are not even.
-    """
+    """Sequences of a step whose attention to their own tokens is computed together."""
 
     def __init__(
         self,
@@ -378,22 +347,21 @@ class _Group:
         counts: list[int],
         starts: list[int],
         tree: Tensor | None,
-        tokens: Tensor | None,
+        tokens: Tensor | slice,
         device: torch.device,
     ) -> None:
         counts, starts = [counts[row] for row in rows], [starts[row] for row in rows]
-        self.tokens, self.device, self.size, self.widest = tokens, device, len(rows), max(counts)
+        self.tokens = tokens  # theirs among the step's
+        self.device, self.size, self.widest = device, len(rows), max(counts)
         self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
         self.even, self.level = min(counts) == self.widest, min(starts) == max(starts)
-        self.fresh = not any(starts) and tree is None
         self.starts_R = torch.tensor(starts).to(device)
         self.tree = None if tree is None else tree.to(device)
         run = range(rows[0], rows[0] + len(rows))
         self.chosen = slice(run.start, run.stop) if rows == list(run) else torch.tensor(rows).to(device)
-        if not self.even:
+        if not self.even:  # sequence and place of each new token
             columns = [(row, column) for row, count in enumerate(counts) for column in range(count)]
-            owner_N, column_N = torch.tensor(columns).to(device).unbind(1)
-            self.padded = (owner_N, column_N)
+            self.padded = torch.tensor(columns).to(device).unbind(1)
         self._masks: dict[Any, Tensor] = {}
 
     def mask(self, dtype: torch.dtype, window: int | None) -> Tensor | None:
@@ -449,10 +417,14 @@ def shared_prefix_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = sliding_window if sliding_window is not None and step.reach > sliding_window else None
     query_HNE = query[0]
-    out_HNE, lse_HN = _own(step, query_HNE, layer, scale, softcap, window)
+    out_HNE = query_HNE.new_empty((*query_HNE.shape[:2], layer.values.shape[-1]))
+    lse_HN = query_HNE.new_empty(query_HNE.shape[:2], dtype=torch.float32)
+    for group in step.groups:
+        own = _own(group, query_HNE[:, group.tokens], layer, scale, softcap, window)
+        out_HNE[:, group.tokens], lse_HN[:, group.tokens] = own
     heads, key_heads = query_HNE.shape[0], layer.keys.shape[1]
     for number, (prefix, tokens) in enumerate(step.prefixes):
-        asked = query_HNE if tokens is None else query_HNE[:, tokens]
+        asked = query_HNE[:, tokens]
         folded = asked.reshape(1, key_heads, -1, asked.shape[-1])
         mask = None
         if window is not None:
@@ -460,10 +432,10 @@ def shared_prefix_attention(
         keys, values = prefix.keys[index][None], prefix.values[index][None]
         out, lse = attend(folded, keys, values, scale, mask=mask, softcap=softcap, blind=window is not None)
         out, lse = out.reshape(*asked.shape[:2], -1), lse.reshape(asked.shape[:2])
-        if tokens is None:
-            out_HNE, lse_HN = _merge(out_HNE, lse_HN, out, lse)
-        else:
-            out_HNE[:, tokens], lse_HN[:, tokens] = _merge(out_HNE[:, tokens], lse_HN[:, tokens], out, lse)
+        # Two attentions over different keys as the one over all of them.
+        share = torch.sigmoid(lse - lse_HN[:, tokens])[..., None].to(out.dtype)
+        out_HNE[:, tokens] = torch.lerp(out_HNE[:, tokens], out, share)
+        lse_HN[:, tokens] = torch.logaddexp(lse_HN[:, tokens], lse)
     if s_aux is not None:
         sink_H1 = s_aux.to(lse_HN.dtype)[:, None]
         out_HNE = out_HNE * torch.sigmoid(lse_HN - sink_H1)[..., None].to(out_HNE.dtype)
@@ -479,27 +451,23 @@ def attend(
     value: Tensor,
     scale: float,
     mask: Tensor | None = None,
-    causal: bool = False,
     softcap: float | None = None,
     blind: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention (B, K, n, E) over (B, K, S, E), and the log-sum-exp of its scores (B, K, n), in float32.
 
-    ``mask`` (B, 1, n, S) is added to the scores; ``causal`` lets query i see the keys up to i; ``softcap`` bends the
-    scores to within it; ``blind`` says that the mask may hide every key from a query, whose log-sum-exp is then -inf.
+    ``mask`` (B, 1, n, S) is added to the scores; ``softcap`` bends them to within it; ``blind`` says that the mask may
+    hide every key from a query, whose log-sum-exp is then -inf.
     """
     # One query a sequence is quicker without the fused kernel, and it promises nothing where a query sees no key.
     fusable = query.device.type == "cpu" and query.shape[2] > 1 and key.shape[-1] == value.shape[-1]
     if _FLASH is not None and fusable and softcap is None and not blind:
-        out, lse = _FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        out, lse = _FLASH(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
         return out, lse
     scores = torch.matmul(query * scale, key.transpose(-1, -2)).float()
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        n, s = scores.shape[-2:]
-        scores = scores.masked_fill(torch.ones((n, s), dtype=torch.bool, device=query.device).triu(1), float("-inf"))
-    elif mask is not None:
+    if mask is not None:
         scores = scores + mask
     most = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = torch.exp(scores - most)
@@ -517,22 +485,9 @@ def _has_window(module: Any) -> bool:
 
 
 def _own(
-    step: _Step, query_HNE: Tensor, layer: SuffixLayer, scale: float, softcap: float | None, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """Attention of the new tokens to their own sequences: (H, N, E) and (H, N)."""
-    if step.groups[0].tokens is None:
-        return _own_of(step.groups[0], query_HNE, layer, scale, softcap, window)
-    out_HNE = query_HNE.new_empty((*query_HNE.shape[:2], layer.values.shape[-1]))
-    lse_HN = query_HNE.new_empty(query_HNE.shape[:2], dtype=torch.float32)
-    for group in step.groups:
-        tokens = group.tokens
-        out_HNE[:, tokens], lse_HN[:, tokens] = _own_of(group, query_HNE[:, tokens], layer, scale, softcap, window)
-    return out_HNE, lse_HN
-
-
-def _own_of(
     group: _Group, query_HNE: Tensor, layer: SuffixLayer, scale: float, softcap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
+    """Attention of a group's new tokens to their own sequences: (H, N, E) and (H, N)."""
     heads, tokens, _ = query_HNE.shape
     key_heads = layer.keys.shape[1]
     shared, rows, widest = heads // key_heads, group.size, group.widest
@@ -543,20 +498,13 @@ def _own_of(
     else:
         query_RHnE = query_HNE.new_zeros((rows, heads, widest, query_HNE.shape[-1]))
         query_RHnE[group.padded[0], :, group.padded[1]] = query_HNE.transpose(0, 1)
-    causal = group.fresh and shared == 1 and window is None and widest > 1
-    mask = None if causal else group.mask(query_HNE.dtype, window)
+    mask = group.mask(query_HNE.dtype, window)
     if mask is not None and shared > 1 and widest > 1:
         mask = mask.repeat(1, 1, shared, 1)
     folded = query_RHnE.reshape(rows, key_heads, shared * widest, -1)
-    out, lse = attend(folded, keys, values, scale, mask=mask, causal=causal, softcap=softcap)
+    out, lse = attend(folded, keys, values, scale, mask=mask, softcap=softcap)
     out_RHnE, lse_RHn = out.reshape(rows, heads, widest, -1), lse.reshape(rows, heads, widest)
     if group.even:
         return out_RHnE.transpose(0, 1).reshape(heads, tokens, -1), lse_RHn.transpose(0, 1).reshape(heads, tokens)
     out_NHE, lse_NH = out_RHnE[group.padded[0], :, group.padded[1]], lse_RHn[group.padded[0], :, group.padded[1]]
     return out_NHE.transpose(0, 1), lse_NH.transpose(0, 1)
-
-
-def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two attentions over different keys as the one over all of them."""
-    share = torch.sigmoid(other_lse - lse)[..., None].to(out.dtype)
-    return torch.lerp(out, other, share), torch.logaddexp(lse, other_lse)

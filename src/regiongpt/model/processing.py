@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ from regiongpt.prompts import (
     REGION_TOKEN,
     check_placeholders,
     check_text,
-    placeholder_number,
     placeholders,
+    replace_placeholders,
     template_family,
 )
 from regiongpt.regions import Region
@@ -197,12 +197,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     # -- pieces --------------------------------------------------------------------------------------------------------
 
-    def image_inputs(self, image: Any) -> dict[str, torch.Tensor]:
-        """Pad an image to a square and make the tower's input of it, ``pixel_values`` (1, 3, S, S). Paper: §4."""
-        return {"pixel_values": self.pixels_of(load_image(image))}
-
     def pixels_of(self, picture: Image.Image) -> torch.Tensor:
-        """``pixel_values`` (1, 3, S, S) of an image that :func:`regiongpt.images.load_image` has read."""
+        """The tower's input (1, 3, S, S): an image that ``load_image`` has read, padded to a square. Paper: §4."""
         picture = _small_enough(picture)
         red, green, blue = self.pad_fill
         square = SquareFrame(*picture.size).pad(picture, fill=(red, green, blue))
@@ -317,10 +313,18 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             DataError: a question is empty, roles are out of order, or no token is a target of training.
             RegionError: a placeholder is malformed or without its region, or a region is wrong.
         """
+        self.check_detail(detail)
         if image is not None:
             image = load_image(image)
             image_size = image.size
-        weights = self._weights(regions, image_size) if region_weights is None else torch.as_tensor(region_weights)
+        if region_weights is not None:
+            weights = torch.as_tensor(region_weights)
+        elif regions is None or len(regions) == 0:
+            weights = self.region_inputs((), 1, 1)
+        elif image_size is None:
+            raise DataError("regions need the size of their image; give the image, or image_size as (width, height)")
+        else:
+            weights = self.region_inputs(regions, *image_size)
         n_regions = len(weights) // self.tokens_per_region
         turns = _check_turns(messages, self._control, with_image, n_regions if add_generation_prompt else None)
         notes = check_placeholders([turn["content"] for turn in turns], n_regions)
@@ -336,7 +340,11 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             raise DataError("the conversation has no answer to learn from; add one, or set add_generation_prompt")
         if image is not None:
             encoded["pixel_values"] = self.pixels_of(image)[0]
-        return encoded | self._second_look(regions, image, detail)
+        if detail == "careful" and regions is not None and len(regions):
+            if image is None:
+                raise DataError("detail 'careful' looks at the regions in their image; give the image")
+            encoded["region_crops"] = self.crop_inputs(image, regions)
+        return encoded
 
     def collate(self, encoded: Sequence[Mapping[str, Any]], padding_side: str = "right") -> BatchFeature:
         """Batch conversations of different lengths and numbers of regions.
@@ -405,128 +413,56 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         Args:
             conversation: messages as for :meth:`encode_conversation`, or a list of such conversations.
             add_generation_prompt: as there, and so are ``with_image``, ``detail`` and the template's variables.
-            tokenize: return tensors rather than text.
-            return_dict: return all of the model's inputs rather than ``input_ids`` alone.
+            tokenize: return tensors rather than text with ``<image>`` and ``<regionN>`` in place.
+            return_dict: return all of the model's inputs rather than ``input_ids`` alone; they are padded on the left
+                for prompts and on the right for whole conversations.
             return_tensors: ``"pt"``, all there is.
             images: one a conversation, or one for all; by default those found in the messages' content lists.
             regions: a list of regions a conversation (for a single conversation, simply its list).
             with_image: see above.
             detail: see above.
             **variables: see above.
-
-        Returns:
-            Text with ``<image>`` and ``<regionN>`` in place, for the processor (a list for a batch); or, if
-            ``tokenize``, the model's inputs, padded on the left for prompts and on the right for whole conversations.
         """
         if not isinstance(conversation, Sequence):
             raise DataError(f"expected a conversation as a list of messages, got {short(conversation)}")
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations: list[Any] = list(conversation) if batched else [conversation]
+        count = len(conversations)
         if not tokenize:
             turns = [_check_turns(messages, self._control, with_image) for messages in conversations]
             texts = [self._render(each, add_generation_prompt, **variables)[0] for each in turns]
             return texts if batched else texts[0]
+        if return_tensors != "pt":
+            raise ConfigError(f"return_tensors: expected 'pt', got {return_tensors!r}")
         if images is None:
             contents = [message.get("content") for messages in conversations for message in messages]
             images = [image for each in contents for image in _content(each, "content")[1] if image is not None]
-        pictures = _pictures(images, len(conversations))
-        how = {"add_generation_prompt": add_generation_prompt, "with_image": with_image, **variables}
-        items = [
-            self.encode_conversation(messages, None, own, image_size=picture and picture.size, **how)
-            | self._second_look(own, picture, detail)
-            for messages, own, picture in zip(
-                conversations, _per_text(regions, len(conversations), batched), pictures, strict=True
+        images = images if isinstance(images, list | tuple) else [images]
+        # Lists of lists are transformers'.
+        pictures = [each for entry in images for each in (entry if isinstance(entry, list | tuple) else [entry])]
+        if len(pictures) > 1 and len(pictures) != count:
+            raise DataError(
+                f"expected one image a conversation, or one for all, got {len(pictures)} images, {count} conversations"
             )
+        if len(pictures) != count:
+            pictures = [load_image(pictures[0]) if pictures else None] * count
+        how = {"add_generation_prompt": add_generation_prompt, "with_image": with_image, "detail": detail, **variables}
+        each_own = [regions] if not batched else [()] * count if regions is None else _per_conversation(regions, count)
+        items = [
+            self.encode_conversation(messages, picture, () if own is None else Region.list_of(own), **how)
+            for messages, picture, own in zip(conversations, pictures, each_own, strict=True)
         ]
-        batch = self._batch(items, pictures, "left" if add_generation_prompt else "right", return_tensors)
+        for note in (note for item in items for note in item.pop("warnings")):
+            warnings.warn(note, stacklevel=2)
+        batch = self.collate(items, "left" if add_generation_prompt else "right")
         batch.pop("labels", None)
         return batch if return_dict else batch["input_ids"]
 
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        regions: Any = None,
-        *,
-        return_tensors: str = "pt",
-        padding: bool | str = True,
-        padding_side: str = "left",
-        add_special_tokens: bool = True,
-        detail: str = "fast",
-    ) -> BatchFeature:
-        """Encode text to which the chat template has been applied, with its images and regions.
-
-        Args:
-            images: one image a text, or one for all of them; None where features are supplied to the model directly.
-            text: one text or several, with ``<image>`` and ``<regionN>`` placeholders. None to process images only.
-            regions: a list of regions a text (for a single text, simply its list).
-            return_tensors: ``"pt"``, all there is.
-            padding: anything true; the tensors are as long as the longest text.
-            padding_side: ``"left"``, to generate, or ``"right"``.
-            add_special_tokens: begin a text with the begin token where it lacks it.
-            detail: as for :meth:`encode_conversation`.
-
-        Returns:
-            The model's inputs as :meth:`collate` makes them; only ``pixel_values`` where there is no text.
-        """
-        if text is None:
-            pixels = [self.pixels_of(picture) for picture in _pictures(images, None) if picture is not None]
-            if not pixels:
-                raise DataError("expected images, text or both, got neither")
-            return BatchFeature({"pixel_values": torch.cat(pixels)})
-        if not padding:
-            raise ConfigError(f"expected padding=True, got {padding!r}")
-        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else [None]
-        for one in texts:
-            check_text(one, "text as a string or a list of strings")
-        begin = (self.tokenizer.bos_token or "") if add_special_tokens else ""
-        pictures = _pictures(images, len(texts))
-        items = []
-        for one, own, picture in zip(
-            texts, _per_text(regions, len(texts), not isinstance(text, str)), pictures, strict=True
-        ):
-            if picture is not None and one.count(IMAGE_TOKEN) != 1:
-                raise DataError(f"expected {IMAGE_TOKEN} once in a text with an image, got {one.count(IMAGE_TOKEN)}")
-            notes = check_placeholders(one, len(own))
-            expanded, region_ids = expand_regions(one, self.region_format)
-            item = self._encode(expanded if one.startswith(begin) else begin + expanded, [], region_ids)
-            del item["labels"]
-            item |= {"region_weights": self._weights(own, picture and picture.size), "warnings": notes}
-            items.append(item | self._second_look(own, picture, detail))
-        return self._batch(items, pictures, padding_side, return_tensors)
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: only a conversation says where image and regions stand."""
+        raise ConfigError("the processor is not called itself; use apply_chat_template(..., tokenize=True)")
 
     # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _batch(
-        self, items: list[dict[str, Any]], pictures: list[Any], padding_side: str, return_tensors: str
-    ) -> BatchFeature:
-        """Collate what was encoded, with the image of each."""
-        if return_tensors != "pt":
-            raise ConfigError(f"return_tensors: expected 'pt', got {return_tensors!r}")
-        pixels: dict[int, torch.Tensor] = {}  # of one picture for all items once
-        for item, picture in zip(items, pictures, strict=True):
-            for note in item["warnings"]:
-                warnings.warn(note, stacklevel=3)
-            if picture is not None:
-                if id(picture) not in pixels:
-                    pixels[id(picture)] = self.pixels_of(picture)[0]
-                item["pixel_values"] = pixels[id(picture)]
-        return self.collate(items, padding_side)
-
-    def _weights(self, regions: Sequence[Any] | None, size: tuple[int, int] | None) -> torch.Tensor:
-        if regions is None or len(regions) == 0:
-            return self.region_inputs((), 1, 1)
-        if size is None:
-            raise DataError("regions need the size of their image; give the image, or image_size(s) as (width, height)")
-        return self.region_inputs(regions, *size)
-
-    def _second_look(self, regions: Sequence[Any] | None, picture: Any, detail: str) -> dict[str, torch.Tensor]:
-        self.check_detail(detail)
-        if detail == "fast" or not regions:
-            return {}
-        if picture is None:
-            raise DataError("detail 'careful' looks at the regions in their image; give the image")
-        return {"region_crops": self.crop_inputs(picture, regions)}
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
@@ -625,6 +561,7 @@ def _check_turns(
     turns: list[dict[str, str]] = []
     expected = {"system", "user"}
     first_question = True
+    known = {f"<region{number}>" for number in range(1, (forgive_beyond or 0) + 1)}
     if not isinstance(messages, Sequence):
         raise DataError(f"messages: expected a list of turns, got {type(messages).__name__}")
     for position, message in enumerate(messages, 1):
@@ -646,7 +583,7 @@ def _check_turns(
         # A trailing blank is kept out because no tokenizer spells it the same way with and without a next word.
         text = text.strip()
         if role == "assistant" and forgive_beyond is not None:
-            text = PLACEHOLDER.sub(lambda match: _forgiven(match, forgive_beyond), text)
+            text = PLACEHOLDER.sub(lambda match: match[0] if match[0] in known else f"< {match[0][1:]}", text)
         elif PLACEHOLDER.search(text):
             placeholders(text)  # a malformed one is an error, not a control token to be broken up
         text = _broken_up(text, control)
@@ -668,20 +605,8 @@ def _broken_up(text: str, control: re.Pattern[str]) -> str:
 
 def expand_regions(text: str, region_format: str) -> tuple[str, list[int]]:
     """Write each ``<regionN>`` as ``region_format`` says; returns the text, and the 0-based region of each in order."""
-    region_ids: list[int] = []
-
-    def written(match: re.Match[str]) -> str:
-        number = placeholder_number(match)
-        region_ids.append(number - 1)
-        return region_format.replace("{n}", str(number))
-
-    return PLACEHOLDER.sub(written, text), region_ids
-
-
-def _forgiven(match: re.Match[str], n_regions: int) -> str:
-    """A placeholder that the model wrote: itself if its region exists, else broken up into plain text."""
-    known = match[1] is not None and int(match[1]) <= n_regions
-    return match[0] if known else f"< {match[0][1:]}"
+    expanded = replace_placeholders(text, lambda number: region_format.replace("{n}", str(number)))
+    return expanded, [number - 1 for number in placeholders(text)]
 
 
 def _content(content: Any, where: str) -> tuple[str, list[Any]]:
@@ -702,28 +627,9 @@ def _content(content: Any, where: str) -> tuple[str, list[Any]]:
     return "\n".join(texts), images
 
 
-# -- arguments as people give them -------------------------------------------------------------------------------------
-
-
-def _pictures(images: Any, n_texts: int | None) -> list[Any]:
-    """The image of each text, read; None without images. Lists of lists are transformers'."""
-    listed = images if isinstance(images, list | tuple) else [] if images is None else [images]
-    flat = [image for entry in listed for image in (entry if isinstance(entry, list | tuple) else [entry])]
-    pictures: list[Any] = [load_image(image) for image in flat]
-    if n_texts is None or len(pictures) == n_texts:
-        return pictures
-    if len(pictures) > 1:
-        raise DataError(f"expected one image a text, or one for all, got {len(pictures)} images, {n_texts} texts")
-    return (pictures or [None]) * n_texts
-
-
-def _per_text(regions: Any, n_texts: int, batched: bool) -> list[list[Region]]:
-    """The regions of each text; those of a single text are not in a list of lists."""
-    if regions is None:
-        return [[]] * n_texts
-    if not batched:
-        return [Region.list_of(regions)]
+def _per_conversation(regions: Any, count: int) -> list[Any]:
+    """The regions of each of several conversations."""
     listed = list(regions) if hasattr(regions, "__getitem__") and not isinstance(regions, str | Mapping) else []
-    if len(listed) != n_texts or any(isinstance(each, Region | Mapping) for each in listed):
-        raise DataError(f"expected a list of regions for each of {n_texts} texts, got {short(regions)}")
-    return [Region.list_of(each) for each in listed]
+    if len(listed) != count or any(isinstance(each, Region | Mapping) for each in listed):
+        raise DataError(f"expected a list of regions for each of {count} conversations, got {short(regions)}")
+    return listed

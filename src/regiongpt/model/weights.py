@@ -124,25 +124,10 @@ def create(
         known_template(chat_template)
     tower, image_processor = load_tower(str(vision), shape.get("image_size"))
     language_model = _pretrained(AutoModelForCausalLM, language, only_part=True, dtype=dtype)
-    with reading(f"the tokenizer of {language}"):
-        tokenizer = AutoTokenizer.from_pretrained(language)
-    embeddings = language_model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise CheckpointError(
-            f"{language}: tokenizer and model do not fit: {len(tokenizer)} tokens for {embeddings} embeddings"
-        )
-    family = chat_template or template_family(tokenizer)
-    prepare_tokenizer(tokenizer, family)
-    made = _join(
-        tower,
-        language_model,
-        image_processor,
-        tokenizer,
-        {"chat_template": family, "region_format": region_format, "region_grid": region_grid},
-        **shape,
-        region_number_offset=number_offset(tokenizer, region_format) if region_numbers else 0,
-    )
-    return _saved(*made, out)
+    processing = {"region_format": region_format, "region_grid": region_grid}
+    made = _join(tower, language_model, image_processor, language, chat_template, processing, region_numbers, **shape)
+    _save(*made, out)
+    return made
 
 
 def number_offset(tokenizer: Any, region_format: str) -> int:
@@ -190,21 +175,19 @@ def from_llava(
     if source.vision_feature_select_strategy == "full" and not source.vision_config.model_type.startswith("siglip"):
         raise CheckpointError(f"expected a LLaVA that drops the class token at {path}; it feeds it to the connector")
     llava = _pretrained(LlavaForConditionalGeneration, path, only_part=True, dtype=dtype)
-    with reading(f"the tokenizer of {path}"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
     # LLaVA's decoder and head make the causal language model that they came from.
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(source.text_config)
     setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
     language_model.set_output_embeddings(llava.lm_head)
-    prepare_tokenizer(tokenizer, chat_template)
     tower = llava.model.vision_tower
     model, processor = _join(
         tower,
         language_model,
-        _image_processor(str(path), native_image_size(tower.config)),
-        tokenizer,
-        {"chat_template": chat_template, "region_format": region_format},
+        _image_processor(native_image_size(tower.config), str(path)),
+        path,
+        chat_template,
+        {"region_format": region_format},
         vision_feature_layer=source.vision_feature_layer,
         refinement=refinement,
         image_grid=image_grid,
@@ -215,7 +198,8 @@ def from_llava(
             ours, theirs = getattr(model.connector, name), getattr(llava.model.multi_modal_projector, name)
             ours.weight.copy_(theirs.weight)
             ours.bias.zero_() if theirs.bias is None else ours.bias.copy_(theirs.bias)
-    return _saved(model, processor, out)
+    _save(model, processor, out)
+    return model, processor
 
 
 def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
@@ -226,14 +210,7 @@ def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
     """
     check_new(out)
     model, processor = load(path, dtype=dtype)
-    with new_folder(out) as folder:
-        _save(model, processor, folder)
-        # The stored type says how exact the weights are, not what to compute in: half precision is slow on a CPU.
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for part in (config, config["vision_config"], config["text_config"]):
-            part["dtype"] = "float32"
-            part.pop("_name_or_path", None)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _save(model, processor, out, in_full=True)
     return load(out)
 
 
@@ -246,14 +223,14 @@ def load_tower(vision: str, image_size: int | None = None) -> tuple[Any, Any]:
     """
     if vision in EFFICIENTNET_LITE_CHANNELS:
         size = image_size or EfficientNetLiteConfig().image_size
-        return _efficientnet_lite(vision, size), _pil_processor(size, [127 / 255] * 3, [128 / 255] * 3)
+        return _efficientnet_lite(vision, size), _image_processor(size)
     with reading(f"the configuration of the tower {vision}"):
         config = AutoConfig.from_pretrained(vision)
     config = getattr(config, "vision_config", config)
     # Built first, since it names the kinds of tower there are when this is none of them.
     shape = RegionGPTConfig(vision_config=config, image_size=image_size, vision_feature_layer=0)
     tower = _pretrained(AutoModel, vision, only_part=True, config=config)
-    return tower, _image_processor(vision, shape.image_size)
+    return tower, _image_processor(shape.image_size, vision)
 
 
 def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
@@ -273,33 +250,49 @@ def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
     return tower
 
 
-def _image_processor(source: str, image_size: int) -> Any:
-    """Image processor with the source's normalisation, of the kind that makes a square tensor of a square image."""
-    with reading(f"the image processor of {source}"):
-        theirs = AutoImageProcessor.from_pretrained(source, backend="pil")
-    return _pil_processor(image_size, theirs.image_mean, theirs.image_std, theirs.resample)
-
-
-def _pil_processor(side: int, mean: list[float], std: list[float], resample: int = Image.Resampling.BICUBIC) -> Any:
-    size = {"height": side, "width": side}
-    return SiglipImageProcessorPil(size=size, image_mean=mean, image_std=std, resample=resample)
+def _image_processor(side: int, source: str | None = None) -> Any:
+    """Makes a square tensor of a square image, with the normalisation of the source or of EfficientNet-Lite."""
+    how: dict[str, Any] = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
+    how["resample"] = Image.Resampling.BICUBIC
+    if source is not None:
+        with reading(f"the image processor of {source}"):
+            theirs = AutoImageProcessor.from_pretrained(source, backend="pil")
+        how = {name: getattr(theirs, name) for name in how}
+    return SiglipImageProcessorPil(size={"height": side, "width": side}, **how)
 
 
 def _join(
-    tower: Any, language_model: Any, image_processor: Any, tokenizer: Any, processing: dict[str, Any], **shape: Any
+    tower: Any,
+    language_model: Any,
+    image_processor: Any,
+    source: str | Path,
+    chat_template: str | None,
+    processing: dict[str, Any],
+    region_numbers: bool = False,
+    **shape: Any,
 ) -> Loaded:
-    """Build a model around trained parts, without first filling billions of weights with noise to be thrown away."""
+    """Build a model around trained parts and the tokenizer of ``source``."""
+    with reading(f"the tokenizer of {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    embeddings = language_model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise CheckpointError(
+            f"{source}: tokenizer and model do not fit: {len(tokenizer)} tokens for {embeddings} embeddings"
+        )
+    family = chat_template or template_family(tokenizer)
+    prepare_tokenizer(tokenizer, family)
     # A vocabulary padded beyond its tokenizer keeps its size.
-    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > embeddings:
         language_model.resize_token_embeddings(len(tokenizer))
     config = RegionGPTConfig(
         vision_config=tower.config,
         text_config=language_model.config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
+        region_number_offset=number_offset(tokenizer, processing["region_format"]) if region_numbers else 0,
         **shape,
     )
-    with torch.device("meta"):
+    with torch.device("meta"):  # not to fill billions of weights with noise to be thrown away
         model = RegionGPTForConditionalGeneration(config)
     model.vision_tower, model.language_model = tower, language_model
     model.refinement, model.connector = Refinement(config), Connector(config)
@@ -318,6 +311,7 @@ def _join(
         refined_grid=list(config.refined_grid),
         region_boxes=bool(config.region_position),
         crop_size=config.crop_size,
+        chat_template=family,
         **processing,
     )
     # Only the tokens are the language model's: its sampling settings are not how this model answers.
@@ -329,21 +323,24 @@ def _join(
     return model, processor
 
 
-def _saved(model: Any, processor: RegionGPTProcessor, out: str | Path | None) -> Loaded:
-    if out is not None:
-        with new_folder(out) as folder:
-            _save(model, processor, folder)
-    return model, processor
-
-
-def _save(model: Any, processor: RegionGPTProcessor, folder: Path) -> None:
-    try:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    except OSError:
-        raise
-    except Exception as error:  # the libraries that write have exceptions of their own for a full disk
-        raise OSError(str(error)) from error
+def _save(model: Any, processor: RegionGPTProcessor, out: str | Path | None, in_full: bool = False) -> None:
+    """Write a checkpoint folder; ``in_full``: one that is loaded in float32, whatever its weights are stored in."""
+    if out is None:
+        return
+    with new_folder(out) as folder:
+        try:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # the libraries that write have exceptions of their own for a full disk
+            raise OSError(str(error)) from error
+        if in_full:  # half precision is slow on a CPU
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            for part in (config, config["vision_config"], config["text_config"]):
+                part["dtype"] = "float32"
+                part.pop("_name_or_path", None)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **options: Any) -> Any:

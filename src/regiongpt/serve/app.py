@@ -50,7 +50,7 @@ class Service:
     def __init__(self, engine: Engine, options: ServeOptions, name: str, metrics: Metrics) -> None:
         self.options, self.name, self.metrics = options, name, metrics
         self.worker = Worker(engine, options.scenes, metrics.steps.observe)
-        self.pictures = Pictures(options, lambda photo: engine.processor.image_inputs(photo)["pixel_values"])
+        self.pictures = Pictures(options, engine.processor.pixels_of)
         self.prepare = Preparation(engine, options, self.pictures, name)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prepare")
         metrics.encoded.set_function(lambda: self.worker.encoded)
