@@ -1,7 +1,6 @@
-"""The same stages over Ray Data: workers answer, and send back rows that this process alone writes to its store.
+"""The same stages over Ray Data: workers answer, in any order, and this process alone writes to its store.
 
-A row never raises, since one that does ends the whole job; it carries its failures instead. Rows may come back in any
-order: what is finished is found by its key.
+A row carries its failures, since one that raises ends the whole job.
 """
 
 import asyncio
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Final
 
-from regiongpt.annotate.captioners import make_captioner
+from regiongpt.annotate.captioners import Captioner, make_captioner
 from regiongpt.annotate.engine import ImageTask, Run
 from regiongpt.annotate.filters import Similarity
 from regiongpt.annotate.options import Options
@@ -24,31 +23,32 @@ _ROUND: Final = 4096
 
 
 class _Worker:
-    """One process of the cluster, with a captioner of its own for each block."""
+    """One process of the cluster, which loads its models at the first block."""
 
     def __init__(self, options: Options) -> None:
-        self.options = options
-        self.scorer = Similarity(options.similarity, options.device) if options.similarity else None
+        self.options, self.loop = options, asyncio.Runner()
+        self.captioner: Captioner | None = None
+        self.scorer: Similarity | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         kept: list[Any] = []
         try:
-            asyncio.run(self._answer([pickle.loads(row) for row in batch["row"]], kept))
+            self.loop.run(self._answer([pickle.loads(row) for row in batch["row"]], kept))
         except Exception as error:  # ends the run at home, with its own message
             kept.append(error if isinstance(error, RegionGPTError) else RuntimeError(repr(error)))
         return {"kept": [pickle.dumps(kept)]}
 
     async def _answer(self, works: list[Work], kept: list[Any]) -> None:
-        captioner = make_captioner(self.options)
+        options = self.options
+        if self.captioner is None:
+            self.scorer = Similarity(options.similarity, options.device) if options.similarity else None
+            self.captioner = make_captioner(options)
+            await self.captioner.open()
         keep = lambda key, value: kept.append((key, value))  # noqa: E731
-        try:
-            await captioner.open()
-            tasks = [ImageTask(work, self.options, captioner, self.scorer, keep) for work in works]
-            outcomes = await asyncio.gather(*(task.run() for task in tasks), return_exceptions=True)
-            kept += [each for each in outcomes if isinstance(each, BaseException)]
-            kept.append(sum(len(task.item.regions) for task in tasks))
-        finally:
-            await captioner.close()
+        tasks = [ImageTask(work, options, self.captioner, self.scorer, keep) for work in works]
+        outcomes = await asyncio.gather(*(task.run() for task in tasks), return_exceptions=True)
+        kept += [each for each in outcomes if isinstance(each, BaseException)]
+        kept.append(sum(len(work.record.regions) for work in works))
 
 
 def on_ray(run: Run, pending: Iterator[Work | None]) -> None:
