@@ -374,7 +374,7 @@ def refused(capsys: pytest.CaptureFixture[str], run: list[str], *told: str) -> N
     [
         ({"key": "secret"}, ("key", "OPENAI_API_KEY")),
         ({"down": "status"}, ("status 503",)),
-        ({"no_vision": True}, ("vision",)),
+        ({"no_vision": True}, ("multimodal",)),
         ({"models": ["a", "b"]}, ("a, b", "--served-model")),
         ({"empty": 1.0}, ("empty answer",)),
         ({"length": 1.0}, ("cut off", "--max-new-tokens")),

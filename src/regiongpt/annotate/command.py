@@ -1,9 +1,6 @@
 """The verb ``annotate``: options to a run, a run to files."""
 
 import asyncio
-from collections import deque
-from collections.abc import Iterator
-from itertools import islice, repeat
 from typing import Any, Final
 
 from regiongpt.annotate.captioners import make_captioner
@@ -11,8 +8,8 @@ from regiongpt.annotate.engine import Run
 from regiongpt.annotate.filters import Similarity
 from regiongpt.annotate.options import Captions, Filters, Options
 from regiongpt.annotate.output import Output
-from regiongpt.annotate.plan import Work, works
-from regiongpt.console import progress, tell
+from regiongpt.annotate.plan import works
+from regiongpt.console import tell
 from regiongpt.data.shards import CROWD, require_data_extra
 from regiongpt.data.sources import AnnotatedImages
 from regiongpt.errors import ConfigError
@@ -61,23 +58,13 @@ async def _caption(options: Options, source: AnnotatedImages, store: Store) -> R
         await captioner.open()
         scorer = Similarity(options.similarity, options.device) if options.similarity else None
         noted = _begin(options, source, store, captioner.identity, scorer.identity if scorer else "")
-        ticks = iter(progress(repeat(None), "captioning", "regions", source.count))
-        run = Run(options, store, captioner, lambda regions: deque(islice(ticks, regions), maxlen=0))
-
-        def pending() -> Iterator[Work | None]:
-            for work in works(source, store, options, noted, write=True):
-                if any(map(work.lacks, work.asks)):
-                    yield work
-                else:
-                    run.tick(len(work.record.regions))
-                    yield None
-
+        run, images = Run(options, store, captioner, source.count), works(source, store, options, noted, write=True)
         if options.engine == "ray":
             from regiongpt.annotate.on_ray import on_ray
 
-            on_ray(run, pending())
+            on_ray(run, images)
         else:
-            await run.go(pending(), scorer)
+            await run.go(images, scorer)
         return run
     finally:
         await captioner.close()

@@ -4,10 +4,12 @@ import asyncio
 import re
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from itertools import islice, repeat
 from typing import Any, Final
 
 from PIL import Image
@@ -16,6 +18,7 @@ from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request, Sto
 from regiongpt.annotate.filters import Similarity
 from regiongpt.annotate.options import Options
 from regiongpt.annotate.plan import WORDING, Ask, Value, Work, context, draw, region_prompt, window
+from regiongpt.console import progress
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.images import load_image
@@ -36,7 +39,7 @@ class ImageTask:
         keep: Callable[[str, Value], None],
     ) -> None:  # fmt: skip
         self.work, self.options, self.captioner, self.scorer, self.keep = work, options, captioner, scorer, keep
-        self.todo = {ask.key: ask for ask in work.asks if work.lacks(ask)}
+        self.todo = work.todo()
         self.pictures: dict[str, Any] = {}  # what is shown with each of them
         self.lead = ""  # the global caption, as prompts of stage 2 begin
 
@@ -181,15 +184,20 @@ class ImageTask:
 
 
 class Run:
-    """Keeps what comes, counts it, and ends in time; ``tick`` is called with the regions of each finished image."""
+    """Keeps what comes, counts it, and ends in time; ``count`` is how many regions there are."""
 
-    def __init__(self, options: Options, store: Store, captioner: Captioner, tick: Callable[[int], object]) -> None:
-        self.options, self.store, self.captioner, self.tick = options, store, captioner, tick
+    def __init__(self, options: Options, store: Store, captioner: Captioner, count: int) -> None:
+        self.options, self.store, self.captioner = options, store, captioner
+        self._ticks = iter(progress(repeat(None), "captioning", "regions", count))
         self.spent = store.total("cost") if options.max_cost else 0.0
         self.ended = ""  # interrupted, max-cost, max-time or max-failures
         self._answers = self._failures = self._open = 0
         self._began, self._change = time.monotonic(), asyncio.Event()
         self._error: Exception | None = None
+
+    def tick(self, regions: int) -> None:
+        """Show that so many regions are done."""
+        deque(islice(self._ticks, regions), maxlen=0)
 
     def keep(self, key: str, value: Value) -> None:
         """Store a value; DataError where that fails, or where all requests do."""
@@ -205,8 +213,8 @@ class Run:
         self._change.set()
         self.is_over()
 
-    async def go(self, pending: Iterable[Work | None], scorer: Similarity | None) -> None:
-        """Work through images, a None among which lets others work; RegionGPTError where it cannot go on."""
+    async def go(self, works: Iterable[Work], scorer: Similarity | None) -> None:
+        """Work through images; RegionGPTError where it cannot go on."""
         loop = asyncio.get_running_loop()
         if self.options.max_time is not None:
             loop.call_later(self.options.max_time, self.is_over)
@@ -214,15 +222,18 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self._interrupt)
         async with asyncio.TaskGroup() as group:
-            for work in pending:
-                while work and not self.captioner.has_room(self._open) and not self.ended:
+            for work in works:
+                todo = work.todo()
+                while todo and not self.captioner.has_room(self._open) and not self.ended:
                     self._change.clear()
                     await self._change.wait()
                 if self.is_over():
                     break
-                if work:
+                if todo:
                     self._open += 1
                     group.create_task(self._image(work, scorer))
+                else:
+                    self.tick(len(work.record.regions))
                 await asyncio.sleep(0)
         if self._error:
             raise self._error

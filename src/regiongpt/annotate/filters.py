@@ -115,8 +115,6 @@ class Similarity:
     """
 
     def __init__(self, path: Path, device: str | None = None) -> None:
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"--similarity {path}: not a model's folder, there is no config.json in it")
         kind = read_json(path / "config.json", CheckpointError).get("model_type")
         if kind not in ("clip", "siglip"):
             raise CheckpointError(f"--similarity {path}: expected a CLIP or SigLIP model, got {kind!r}")

@@ -51,7 +51,7 @@ class _Worker:
         kept.append(sum(len(work.record.regions) for work in works))
 
 
-def on_ray(run: Run, pending: Iterator[Work | None]) -> None:
+def on_ray(run: Run, images: Iterator[Work]) -> None:
     """Work through images on the cluster that ``RAY_ADDRESS`` names, or here; by default a worker for each node."""
     try:
         import ray
@@ -62,8 +62,16 @@ def on_ray(run: Run, pending: Iterator[Work | None]) -> None:
         ray.init(log_to_driver=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
     workers = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-    works = filter(None, pending)
-    while rows := [{"row": pickle.dumps(work)} for work in islice(works, _ROUND)]:
+
+    def rows_of(works: Iterator[Work]) -> Iterator[dict[str, bytes]]:
+        for work in works:
+            if work.todo():
+                yield {"row": pickle.dumps(work)}
+            else:
+                run.tick(len(work.record.regions))
+
+    left = rows_of(images)
+    while rows := list(islice(left, _ROUND)):
         blocks = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _IMAGES))
         answers = blocks.map_batches(
             _Worker, fn_constructor_args=(run.options,), batch_size=_IMAGES, concurrency=workers, batch_format="numpy"

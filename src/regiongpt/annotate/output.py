@@ -91,7 +91,8 @@ class Output:
         """Each image, in the order of the source, with the rows of its captions."""
         for work in works(self.source, self.store, self.options, self.noted, write=False):
             own = [ask for ask in work.asks if ask.stage == "region" and ask.mode == self.options.mode]
-            yield work, [self._row(ask, work) for ask in own if not work.lacks(ask)]
+            todo = work.todo()
+            yield work, [self._row(ask, work) for ask in own if ask.key not in todo]
 
     def _row(self, ask: Ask, work: Work) -> Row:
         record, known = work.record, work.known

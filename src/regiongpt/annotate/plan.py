@@ -46,9 +46,9 @@ class Work(NamedTuple):
     asks: list[Ask]
     known: dict[str, Value]  # by key
 
-    def lacks(self, ask: Ask) -> bool:
-        """Whether this has no answer."""
-        return "error" in self.known.get(ask.key, {"error": ""})
+    def todo(self) -> dict[str, Ask]:
+        """All that has no answer, by key."""
+        return {ask.key: ask for ask in self.asks if "error" in self.known.get(ask.key, {"error": ""})}
 
 
 def works(

@@ -41,7 +41,7 @@ class Slots:
     def __init__(self, most: int, patience: float) -> None:
         self.most, self.patience, self.limit, self.ceiling = most, patience, float(min(8, most)), float(most)
         self.waiting = self.under_way = self.answered = 0
-        self.stopped, self._free = asyncio.Event(), asyncio.Condition()
+        self.stopped, self._turn, self._free = asyncio.Event(), asyncio.Lock(), asyncio.Event()
         self._troubles = self._row = 0  # in all, since the last answer
         self._silent_since = self._open_at = 0.0  # the first trouble after the last answer, when to send again
 
@@ -50,8 +50,10 @@ class Slots:
         """Wait for a slot and hold it; what is raised in the block tells how the endpoint is."""
         self.waiting += 1
         try:
-            async with self._free:
-                await self._free.wait_for(lambda: self.under_way < int(self.limit))
+            async with self._turn:  # in the order of arrival, so that regions of an image go together
+                while self.under_way >= int(self.limit):
+                    self._free.clear()
+                    await self._free.wait()
                 self.under_way += 1
         finally:
             self.waiting -= 1
@@ -73,9 +75,8 @@ class Slots:
                 raise
             self._success()
         finally:
-            async with self._free:
-                self.under_way -= 1
-                self._free.notify(int(self.limit) - self.under_way)
+            self.under_way -= 1
+            self._free.set()
 
     def _success(self) -> None:
         self.answered, self._row = self.answered + 1, 0
@@ -118,7 +119,7 @@ class Endpoint(Captioner):
         )  # fmt: skip
 
     async def open(self) -> None:
-        """Find the model, and show it a picture."""
+        """Find the model."""
         try:
             served = [model.id for model in (await self._client.models.list()).data]
         except Exception as error:  # a page that is no API makes anything of the client
@@ -132,15 +133,6 @@ class Endpoint(Captioner):
             listed = ", ".join(served[:9]) or "nothing"
             raise ConfigError(f"{self.url}: expected the model {self.model!r}, it serves {listed}; give --served-model")
         self.identity = {"captioner": "endpoint", "model": self.model}
-        look = Request(stage="image", text="What colour is this?", picture=self.picture(Image.new("RGB", (64, 64))))
-        try:
-            await self._send(look, most=1)
-        except Failed as error:
-            if error.kind == "refused by the endpoint":
-                told = f"takes no pictures: {error.reason}; serve a vision-language model"
-                raise ConfigError(f"{self.url}: {self.model} {told}") from None
-        except Busy:
-            pass  # a busy endpoint is there
 
     def stop(self) -> None:
         """Let go what waits, even for an endpoint that is down."""
@@ -185,10 +177,10 @@ class Endpoint(Captioner):
             raise Failed("endpoint trouble", f"{_TRIES} tries: {error}") from None
         raise AssertionError
 
-    async def _send(self, request: Request, most: int = 0) -> Reply:
+    async def _send(self, request: Request) -> Reply:
         """One request and its answer, which has to be whole."""
         began = time.perf_counter()
-        more: dict[str, Any] = {self._length_option: most or self.options.max_new_tokens}
+        more: dict[str, Any] = {self._length_option: self.options.max_new_tokens}
         if request.choices and self._structured:
             more["extra_body"] = {"structured_outputs": {"choice": request.choices}}
         try:
@@ -204,7 +196,7 @@ class Endpoint(Captioner):
                 self._length_option = "max_completion_tokens"
             else:
                 raise wrong from None
-            return await self._send(request, most)
+            return await self._send(request)
         content = response.http_response.content
         try:
             body = json.loads(content)
