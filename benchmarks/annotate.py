@@ -291,8 +291,9 @@ def regiongpt(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from regiongpt.annotate.captioners import Request, make_captioner
     from regiongpt.annotate.captioners.checkpoint import region_question
     from regiongpt.annotate.options import Options
-    from regiongpt.annotate.plan import Source, context
+    from regiongpt.annotate.plan import context
     from regiongpt.annotate.plan import draw as drawn
+    from regiongpt.data.sources import AnnotatedImages
 
     root = draw(folder / "data", options.batch_images, 16)
     captioner: Any = make_captioner(Options(captioner=options.model, images=root, regions=root, out=root))
@@ -300,11 +301,11 @@ def regiongpt(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     took = {"together": 0.0, "alone": 0.0}
     same: list[bool] = []
-    for number, item in enumerate(Source(root / "images", root / "instances.json")):
-        photo = Image.open(root / "images" / item.name).convert("RGB")
+    for number, item in enumerate(AnnotatedImages(root / "images", root / "instances.json")):
+        photo = Image.open(root / "images" / item.image).convert("RGB")
         asks = [
-            Request(stage="region", text="", photo=photo, regions=item.regions, number=k, category=each.category,
-                    lead=context("A photo of some things."), version=drawn(0, f"{item.name} {k}", 10))
+            Request(stage="region", text="", picture=photo, regions=item.regions, number=k, category=each.category,
+                    lead=context("A photo of some things."), version=drawn(0, f"{item.image} {k}", 10))
             for k, each in enumerate(item.regions)
         ]  # fmt: skip
         began = time.perf_counter()

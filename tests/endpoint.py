@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 FAULTS = (
-    "malformed", "no_reason", "length", "empty", "rate_limit", "server_error", "cut_connection", "no_vision", "refused",
+    "malformed", "no_reason", "length", "empty", "rate_limit", "server_error", "cut_connection", "refused",
 )  # fmt: skip
 
 
@@ -78,14 +78,12 @@ class Endpoint:
         if path != "/v1/chat/completions":
             return 404, {"detail": "Not Found"}, {}
         name = hashlib.sha1(body).hexdigest()
-        if b'max_tokens":1}' in body or b'"max_tokens":1,' in body:  # the first look at the endpoint
-            if wanted.get("no_vision"):
-                return 400, {"error": {"message": "this is not a multimodal model"}}, {}
-            return 200, self.completion("x", "length"), {}
         self.counts[name] += 1
         if wanted.get("keep"):
             with (self.control.parent / "bodies.jsonl").open("a") as file:
                 file.write(f"{body.decode()}\n")
+        if wanted.get("no_vision"):
+            return 400, {"error": {"message": "this is not a multimodal model"}}, {}
         fault = self.fault(name)
         if wanted.get("strict") and b"structured_outputs" in body:
             return 400, {"error": {"message": "Unrecognized request argument supplied: structured_outputs"}}, {}
@@ -93,11 +91,8 @@ class Endpoint:
             return 429, {"error": {"message": "slow down"}}, {"Retry-After": wanted.get("retry_after", 0.05)}
         if fault == "server_error":
             self.log.write(f"struck {name}\n")
-            return (
-                wanted.get("status", 501),
-                {"error": {"message": "broken"}},
-                {"Retry-After": wanted.get("retry_after", 0)},
-            )
+            again = {"Retry-After": wanted.get("retry_after", 0)}
+            return wanted.get("status", 501), {"error": {"message": "broken"}}, again
         if fault == "cut_connection":
             return 0, None, {}
         if fault == "refused":
@@ -126,9 +121,7 @@ class Endpoint:
     def completion(text: str, reason: str | None) -> dict[str, Any]:
         return {
             "id": "x", "object": "chat.completion", "created": 0, "model": "mock-vlm",
-            "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason},
-            ],
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}],
             "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
         }  # fmt: skip
 
@@ -167,7 +160,6 @@ class Running:
         return Counter(line.split()[1] for line in self._lines() if line.startswith(what))
 
     def done(self) -> Counter[str]:
-        """How often each was answered."""
         return self.asked("done")
 
     def bodies(self) -> list[dict[str, Any]]:

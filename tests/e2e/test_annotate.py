@@ -24,11 +24,10 @@ from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
 from regiongpt.annotate import engine
-from regiongpt.annotate.plan import Source
 from regiongpt.cli import main
 from regiongpt.data.records import Record
 from regiongpt.data.shards import RecordSet
-from regiongpt.data.sources import convert, load_converter
+from regiongpt.data.sources import AnnotatedImages, convert, load_converter
 from regiongpt.images import load_image
 
 ROOT = Path(__file__).parents[2]
@@ -375,14 +374,14 @@ def refused(capsys: pytest.CaptureFixture[str], run: list[str], *told: str) -> N
     [
         ({"key": "secret"}, ("key", "OPENAI_API_KEY")),
         ({"down": "status"}, ("status 503",)),
-        ({"no_vision": True}, ("vision",)),
+        ({"no_vision": True}, ("multimodal",)),
         ({"models": ["a", "b"]}, ("a, b", "--served-model")),
         ({"empty": 1.0}, ("empty answer",)),
         ({"length": 1.0}, ("cut off", "--max-new-tokens")),
         ({"refused": 1.0}, ("image too large",)),
         ({"rate_limit": 1.0, "retry_after": 9999}, ("9999 s", "--patience")),
         ({"path": "/other/page"}, ("/other/page", "OpenAI-compatible")),
-        ({"url": "http://127.0.0.1:9/v1"}, ("no endpoint answers",)),
+        ({"url": "http://127.0.0.1:9/v1"}, ("endpoint answers",)),
     ],
 )
 def test_an_endpoint_that_cannot_caption_is_one_line(
@@ -438,10 +437,15 @@ def test_regions_that_cannot_be_used_are_told_and_the_rest_is_done(
 def test_regions_without_classes_need_a_mode_that_tells_none(
     drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nameless = [item._replace(regions=tuple(replace(each, category="") for each in item.regions))
-                for item in Source(drawn / "images", drawn / "instances.json")]  # fmt: skip
-    monkeypatch.setattr(Source, "__iter__", lambda self: iter(nameless))
-    refused(capsys, words(drawn, tmp_path / "out", "--captioner", "facts"), "class name", "--mode context")
+    nameless = [
+        replace(record, regions=tuple(replace(each, category="") for each in record.regions))
+        for record in AnnotatedImages(drawn / "images", drawn / "instances.json")
+    ]
+    monkeypatch.setattr(AnnotatedImages, "__iter__", lambda self: iter(nameless))
+    run = words(drawn, tmp_path / "out", "--captioner", "facts")
+    refused(capsys, run, "class name", "--mode context")
+    assert main([*run, "--mode", "context", "--gallery", "0"]) == 0
+    assert all("object" in row["caption"] for row in captions(tmp_path / "out"))
 
 
 @needs_client

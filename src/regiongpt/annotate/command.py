@@ -1,10 +1,6 @@
 """The verb ``annotate``: options to a run, a run to files."""
 
 import asyncio
-from collections import deque
-from collections.abc import Iterator
-from itertools import islice, repeat
-from pathlib import Path
 from typing import Any, Final
 
 from regiongpt.annotate.captioners import make_captioner
@@ -12,9 +8,10 @@ from regiongpt.annotate.engine import Run
 from regiongpt.annotate.filters import Similarity
 from regiongpt.annotate.options import Captions, Filters, Options
 from regiongpt.annotate.output import Output
-from regiongpt.annotate.plan import Source, Work, works
-from regiongpt.console import progress, tell
+from regiongpt.annotate.plan import works
+from regiongpt.console import tell
 from regiongpt.data.shards import CROWD, require_data_extra
+from regiongpt.data.sources import AnnotatedImages
 from regiongpt.errors import ConfigError
 from regiongpt.storage import Store, locked
 
@@ -38,7 +35,7 @@ def annotate(options: Options) -> int:
         options = Options(**{**noted["options"], **kept, "out": out})
         return _write(Output(options, store, _source(options), noted))
     source, out = _source(options), options.out
-    if options.mode == "full" and not any(each.category for item in source for each in item.regions):
+    if options.mode == "full" and not any(each.category for record in source for each in record.regions):
         raise ConfigError(f"--regions {source.path}: no region has a class name to tell; give names, or --mode context")
     assert out
     with locked(out), Store(out / "store") as store:
@@ -49,51 +46,41 @@ def annotate(options: Options) -> int:
         return _write(Output(options, store, source, store.get([_RUN])[_RUN]), run)
 
 
-def _source(options: Options) -> Source:
+def _source(options: Options) -> AnnotatedImages:
     assert options.images
     assert options.regions
-    return Source(options.images, options.regions, options.crowds)
+    return AnnotatedImages(options.images, options.regions, options.crowds)
 
 
-async def _caption(options: Options, source: Source, store: Store) -> Run:
+async def _caption(options: Options, source: AnnotatedImages, store: Store) -> Run:
     captioner = await asyncio.to_thread(make_captioner, options)
     try:
         await captioner.open()
         scorer = Similarity(options.similarity, options.device) if options.similarity else None
-        fingerprint = {
-            **captioner.identity, "mode": options.mode, "seed": options.seed, "temperature": options.temperature,
-            **{name: getattr(options, name) for name in Captions.model_fields if name.startswith("crop")},
-            "regions": source.path.name,
-        }  # fmt: skip
-        noted = {
-            "fingerprint": fingerprint, "options": options.noted(), "scorer": scorer.identity if scorer else "",
-        }  # fmt: skip
-        _begin(store, noted, options.out)
-        ticks = iter(progress(repeat(None), "captioning", "regions", source.count))
-        run = Run(options, store, captioner, lambda regions: deque(islice(ticks, regions), maxlen=0))
-
-        def pending() -> Iterator[Work | None]:
-            for work in works(source, store, options, noted, write=True):
-                if work.missing(key for ask in work.asks for key in ask.keys):
-                    yield work
-                else:
-                    run.tick(len(work.item.regions))
-                    yield None
-
+        noted = _begin(options, source, store, captioner.identity, scorer.identity if scorer else "")
+        run, images = Run(options, store, captioner, source.count), works(source, store, options, noted, write=True)
         if options.engine == "ray":
             from regiongpt.annotate.on_ray import on_ray
 
-            on_ray(run, pending())
+            on_ray(run, images)
         else:
-            await run.go(pending(), scorer)
+            await run.go(images, scorer)
         return run
     finally:
         await captioner.close()
 
 
-def _begin(store: Store, noted: dict[str, Any], out: Path | None) -> None:
-    """Note what a run is; ConfigError where the folder holds one with another fingerprint."""
-    there, now = store.get([_RUN]).get(_RUN), noted["fingerprint"]
+def _begin(
+    options: Options, source: AnnotatedImages, store: Store, captioner: dict[str, str], scorer: str
+) -> dict[str, Any]:
+    """What the store notes of a run; ConfigError where it holds one with another fingerprint."""
+    crops = {name: getattr(options, name) for name in Captions.model_fields if name.startswith("crop")}
+    now = {
+        **captioner, "mode": options.mode, "seed": options.seed, "temperature": options.temperature, **crops,
+        "regions": source.path.name,
+    }  # fmt: skip
+    noted = {"fingerprint": now, "options": options.noted(), "scorer": scorer}
+    there = store.get([_RUN]).get(_RUN)
     before = there["fingerprint"] if there else now
     differs = [
         f"{name} is {before.get(name)!r:.60} there and {now.get(name)!r:.60} now"
@@ -101,9 +88,10 @@ def _begin(store: Store, noted: dict[str, Any], out: Path | None) -> None:
         if before.get(name) != now.get(name)
     ]
     if differs:
-        raise ConfigError(f"{out}: holds another run: {'; '.join(differs)}; give another --out")
+        raise ConfigError(f"{options.out}: holds another run: {'; '.join(differs)}; give another --out")
     if noted != there:
         store.add({_RUN: noted})
+    return noted
 
 
 def _write(output: Output, run: Run | None = None) -> int:

@@ -4,9 +4,12 @@ import asyncio
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
+from itertools import islice, repeat
 from typing import Any, Final
 
 from PIL import Image
@@ -14,7 +17,8 @@ from PIL import Image
 from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request, Stopped
 from regiongpt.annotate.filters import Similarity
 from regiongpt.annotate.options import Options
-from regiongpt.annotate.plan import WORDING, Ask, Work, context, draw, region_prompt, shrink, window
+from regiongpt.annotate.plan import WORDING, Ask, Value, Work, context, draw, region_prompt, window
+from regiongpt.console import progress
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.images import load_image
@@ -25,7 +29,6 @@ TRIES: Final = 3
 _HOPELESS: Final = 20
 """Failures from the first request on, without one answer, that end a run: something is wrong with all of it."""
 _PLACEHOLDER: Final = re.compile(r"<(image|region\d*)>", re.IGNORECASE)
-Value = dict[str, Any]
 
 
 class ImageTask:
@@ -35,143 +38,166 @@ class ImageTask:
         self, work: Work, options: Options, captioner: Captioner, scorer: Similarity | None,
         keep: Callable[[str, Value], None],
     ) -> None:  # fmt: skip
-        self.work, self.item, self.known, self.missing = work, work.item, work.known, work.missing
-        self.options, self.captioner, self.scorer, self.keep = options, captioner, scorer, keep
-        self.photo: Image.Image | None = None
-        self.pictures: dict[int, Any] = {}  # by region; -1 the whole image
-        self.crops: dict[int, Image.Image] = {}
-        self.numbered: Any = None
-        self.told = ""  # the global caption
+        self.work, self.options, self.captioner, self.scorer, self.keep = work, options, captioner, scorer, keep
+        self.todo = work.todo()
+        self.pictures: dict[str, Any] = {}  # what is shown with each of them
+        self.lead = ""  # the global caption, as prompts of stage 2 begin
 
     async def run(self) -> None:
         """Both stages; RegionGPTError where nothing more can be asked or kept."""
-        asks = [ask for ask in self.work.asks if self.missing(ask.keys)]
         try:
-            await asyncio.to_thread(self._look, asks)
+            await asyncio.to_thread(self._look)
         except RegionGPTError as error:  # of the image or its regions
-            self._fail(asks[0].key, Failed("image that cannot be used", f"{self.item.name}: {error}"))
+            told = f"{self.work.record.image}: {error}"
+            self._fail(next(iter(self.todo.values())), Failed("image that cannot be used", told))
             return
+        first, *_ = self.work.asks
         with suppress(Stopped):
-            if self.work.asks[0].number < 0:
-                self.told = await self._caption(self.work.asks[0])
-            # Without its global caption a region waits for the next run.
-            ready = [ask for ask in asks if ask.number >= 0 and (self.told or ask.mode == "crop")]
-            outcomes = await asyncio.gather(*map(self._region, ready), return_exceptions=True)
-            for outcome in outcomes:
-                if isinstance(outcome, BaseException) and not isinstance(outcome, Stopped):
-                    raise outcome
-            await self._score([ask for ask in ready if ask.score and not self.missing([ask.key])])
+            if first.stage == "image" and (caption := await self._caption(first)):
+                self.lead = context(caption)
+        # Without its global caption a region waits for the next run.
+        ready = [ask for ask in self.work.asks if ask.stage == "region" and (self.lead or ask.mode == "crop")]
+        await asyncio.gather(*map(self._region, ready))
+        await self._score([ask for ask in self.todo.values() if ask.stage == "score" and self._captioned(ask)])
 
-    def _look(self, asks: Sequence[Ask]) -> None:
-        """Decode the image and cut out what is needed; in a thread."""
-        item, own = self.item, self.captioner.wants_photo
+    def _look(self) -> None:
+        """Decode the image and make the pictures; in a thread."""
+        record, most = self.work.record, self.options.crop_most
         assert self.options.images
-        photo = load_image(self.options.images / item.name)
-        if item.width and photo.size != (item.width, item.height):
-            size = f"{photo.width} x {photo.height}"
-            raise DataError(f"expected {item.width} x {item.height} pixels as its regions have it, got {size}")
-        self.photo = photo if own else None
-        for ask in asks:
-            asked = not own and self.missing([ask.key])
-            if ask.number in self.pictures or not (asked or ask.score):
-                continue
-            cut = photo
-            if ask.number >= 0:
-                cut = photo.crop(window(self.options, item.regions[ask.number].region, *photo.size))
-            cut = shrink(cut, self.options.crop_most)
-            self.pictures[ask.number] = self.captioner.picture(cut) if asked else None
-            if ask.score:
-                self.crops[ask.number] = cut
-        if not own and any(ask.locate for ask in asks):
-            drawn = draw_regions(photo, [each.region for each in item.regions])
-            self.numbered = self.captioner.picture(shrink(drawn, self.options.crop_most))
+        image = load_image(self.options.images / record.image)
+        if record.width and image.size != (record.width, record.height):
+            size = f"{image.width} x {image.height}"
+            raise DataError(f"expected {record.width} x {record.height} pixels as its regions have it, got {size}")
+
+        @cache
+        def cut(number: int, outlined: bool) -> Image.Image:
+            drawn = draw_regions(image, [each.region for each in record.regions]) if outlined else image
+            box = (
+                window(self.options, record.regions[number].region, *image.size) if number >= 0 else (0, 0, *image.size)
+            )
+            made = drawn.crop(box)
+            made.thumbnail((most, most))
+            return made
+
+        @cache
+        def picture(number: int, outlined: bool) -> Any:
+            return self.captioner.picture(cut(number, outlined))
+
+        for key, ask in self.todo.items():
+            if ask.stage == "score":
+                self.pictures[key] = cut(ask.number, False)
+            elif self.captioner.wants_image:
+                self.pictures[key] = image
+            else:
+                outlined = ask.stage == "locate"
+                self.pictures[key] = picture(-1 if outlined else ask.number, outlined)
 
     async def _region(self, ask: Ask) -> None:
         """Stage 2 of one region, and where its caption is located back to."""
-        if ask.mode == "full" and not self.item.regions[ask.number].category:
-            why = f"{self.item.name}: mode full tells the class of each region; give names, or --mode context"
-            self._fail(ask.key, Failed("region without class", why))
+        if ask.mode == "full" and not self.work.record.regions[ask.number].category:
+            told = f"{self.work.record.image}: mode full tells the class of each region; give names, or --mode context"
+            self._fail(ask, Failed("region without class", told))
             return
-        if not (caption := await self._caption(ask)) or not ask.locate or not self.missing([ask.locate]):
-            return
-        request = Request(
-            stage="locate", text=WORDING["locate"].format(count=len(self.item.regions), caption=caption),
-            picture=self.numbered, photo=self.photo, regions=self.item.regions, caption=caption,
-        )  # fmt: skip
-        if located := await self._ask(ask.locate, request):
-            self._keep(ask.locate, (located.tokens_in, located.tokens_out), {"number": int(located.text)})
+        with suppress(Stopped):
+            caption = await self._caption(ask)
+            locate = self.todo.get(f"{ask.key} locate")
+            if not caption or not locate:
+                return
+            text = WORDING["locate"].format(count=len(self.work.record.regions), caption=caption)
+            if located := await self._ask(locate, text=text, caption=caption):
+                self._keep(locate, (located.tokens_in, located.tokens_out), {"number": int(located.text)})
 
     async def _caption(self, ask: Ask) -> str:
         """The caption that is known or comes; "" where it failed."""
-        if not self.missing([ask.key]):
-            return str(self.known[ask.key]["text"])
-        request = Request(
-            stage="image", text=WORDING["image"][ask.version], picture=self.pictures.get(ask.number), photo=self.photo,
-            regions=self.item.regions, version=ask.version, seed=draw(self.options.seed, ask.key, 2**31),
-        )  # fmt: skip
-        if ask.number >= 0:
-            name = self.item.regions[ask.number].category.replace("_", " ").strip()  # as LVIS and V3Det have names
-            request = replace(
-                request, stage="region", text=region_prompt(ask.version, ask.mode, name), number=ask.number,
-                lead=context(self.told) if ask.mode != "crop" else "", category=name if ask.mode == "full" else "",
-            )  # fmt: skip
-        if (reply := await self._ask(ask.key, request)) is None:
+        if ask.key not in self.todo:
+            return str(self.work.known[ask.key]["text"])
+        told = {"text": WORDING["image"][ask.version]}
+        if ask.stage == "region":
+            name = self.work.record.regions[ask.number].category.replace("_", " ").strip()  # as LVIS and V3Det have it
+            told = {
+                "text": region_prompt(ask.version, ask.mode, name), "lead": self.lead if ask.mode != "crop" else "",
+                "category": name if ask.mode == "full" else "",
+            }  # fmt: skip
+        seed = draw(self.options.seed, ask.key, 2**31)
+        if (reply := await self._ask(ask, seed=seed, **told)) is None:
             return ""
-        # No half of a surrogate pair, and nothing that a model would take for a place in its prompt.
-        text = _PLACEHOLDER.sub(r"\1", reply.text.encode("utf-8", "replace").decode())
-        value = {
-            "text": text, "version": ask.version, "model": reply.model, "seed": request.seed,
-            "seconds": round(reply.seconds, 4), "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out,
-        }  # fmt: skip
-        self._keep(ask.key, (reply.tokens_in, reply.tokens_out), value)
-        return text
+        tokens = reply.tokens_in, reply.tokens_out
+        self._keep(ask, tokens, {
+            "text": reply.text, "version": ask.version, "model": reply.model, "seed": seed,
+            "seconds": round(reply.seconds, 4), "tokens_in": tokens[0], "tokens_out": tokens[1],
+        })  # fmt: skip
+        return reply.text
 
-    async def _ask(self, key: str, request: Request) -> Reply | None:
+    async def _ask(self, ask: Ask, **told: Any) -> Reply | None:
         """The captioner's answer, after some tries; None where it failed, now or too often before."""
-        for left in reversed(range(min(TRIES, 3 * TRIES - self.known.get(key, {}).get("tries", 0)))):
+        request = Request(
+            stage=ask.stage, picture=self.pictures[ask.key], regions=self.work.record.regions, number=ask.number,
+            version=ask.version, **told,
+        )  # fmt: skip
+        for left in reversed(range(min(TRIES, 3 * TRIES - self.work.known.get(ask.key, {}).get("tries", 0)))):
             try:
-                reply = await self.captioner.ask(request)
-                if request.stage != "locate":
-                    return reply
-                chosen = re.search(r"\d+", reply.text)  # an endpoint may ignore that there are choices
-                if chosen is not None and chosen[0] in ("0", *request.choices):
-                    return replace(reply, text=chosen[0])
-                told = f"expected one of 1 to {len(request.regions)}, got {reply.text[:40]!r}"
-                raise Failed("not a choice", told, tokens=(reply.tokens_in, reply.tokens_out))
+                return self._checked(await self.captioner.ask(request), request.choices)
             except Failed as error:
-                self._fail(key, error, again=error.again and left > 0)
+                self._fail(ask, error, again=error.again and left > 0)
                 if not error.again:
                     return None
         return None
 
-    async def _score(self, asks: Sequence[Ask]) -> None:
-        asks = [ask for ask in asks if self.missing([ask.score])]
+    def _checked(self, reply: Reply, choices: list[str]) -> Reply:
+        """The reply with its text as it is kept; Failed unless it is finished."""
+        tokens = reply.tokens_in, reply.tokens_out
+        if not reply.ended:
+            told = f"no end within {self.options.max_new_tokens} tokens; raise --max-new-tokens"
+            raise Failed("cut off", told, tokens=tokens)
+        # No half of a surrogate pair, and nothing that a model would take for a place in its prompt.
+        text = _PLACEHOLDER.sub(r"\1", reply.text.strip().encode("utf-8", "replace").decode())
+        if not text:
+            raise Failed("empty answer", "expected words, got none", again=True, tokens=tokens)
+        if choices:
+            chosen = re.search(r"\d+", text)  # an endpoint may ignore that there are choices
+            if chosen is None or chosen[0] not in ("0", *choices):
+                told = f"expected one of 1 to {len(choices)}, got {text[:40]!r}"
+                raise Failed("not a choice", told, tokens=tokens)
+            text = chosen[0]
+        return replace(reply, text=text)
+
+    def _captioned(self, ask: Ask) -> str:
+        """The caption that something is asked about; "" without one."""
+        return str(self.work.known.get(ask.key.partition(" ")[0], {}).get("text", ""))
+
+    async def _score(self, asks: list[Ask]) -> None:
         if self.scorer is None or not asks:
             return
-        crops, captions = [self.crops[ask.number] for ask in asks], [self.known[ask.key]["text"] for ask in asks]
+        crops, captions = [self.pictures[ask.key] for ask in asks], [self._captioned(ask) for ask in asks]
         scores = await asyncio.to_thread(self.scorer.score, crops, captions)
         for ask, score in zip(asks, scores, strict=True):
-            self._keep(ask.score, (0, 0), score)
+            self._keep(ask, (0, 0), score)
 
-    def _fail(self, key: str, error: Failed, again: bool = False) -> None:
-        tries = self.known.get(key, {}).get("tries", 0) + 1
-        self._keep(key, error.tokens, {"error": error.kind, "reason": error.reason, "tries": tries, "again": again})
+    def _fail(self, ask: Ask, error: Failed, again: bool = False) -> None:
+        tries = self.work.known.get(ask.key, {}).get("tries", 0) + 1
+        self._keep(ask, error.tokens, {"error": error.kind, "reason": error.reason, "tries": tries, "again": again})
 
-    def _keep(self, key: str, tokens: tuple[int, int], value: Value) -> None:
+    def _keep(self, ask: Ask, tokens: tuple[int, int], value: Value) -> None:
         cost = (tokens[0] * self.options.input_price + tokens[1] * self.options.output_price) / 1e6
-        self.known[key] = {**value, "cost": cost, "at": time.time()}
-        self.keep(key, self.known[key])
+        self.work.known[ask.key] = {**value, "cost": cost, "at": time.time()}
+        self.keep(ask.key, self.work.known[ask.key])
 
 
 class Run:
-    """Keeps what comes, counts it, and ends in time; ``tick`` is called with the regions of each finished image."""
+    """Keeps what comes, counts it, and ends in time; ``count`` is how many regions there are."""
 
-    def __init__(self, options: Options, store: Store, captioner: Captioner, tick: Callable[[int], object]) -> None:
-        self.options, self.store, self.captioner, self.tick = options, store, captioner, tick
+    def __init__(self, options: Options, store: Store, captioner: Captioner, count: int) -> None:
+        self.options, self.store, self.captioner = options, store, captioner
+        self._ticks = iter(progress(repeat(None), "captioning", "regions", count))
         self.spent = store.total("cost") if options.max_cost else 0.0
         self.ended = ""  # interrupted, max-cost, max-time or max-failures
         self._answers = self._failures = self._open = 0
         self._began, self._change = time.monotonic(), asyncio.Event()
+        self._error: Exception | None = None
+
+    def tick(self, regions: int) -> None:
+        """Show that so many regions are done."""
+        deque(islice(self._ticks, regions), maxlen=0)
 
     def keep(self, key: str, value: Value) -> None:
         """Store a value; DataError where that fails, or where all requests do."""
@@ -187,47 +213,44 @@ class Run:
         self._change.set()
         self.is_over()
 
-    async def go(self, pending: Iterable[Work | None], scorer: Similarity | None) -> None:
-        """Work through images, a None among which lets others work; RegionGPTError where it cannot go on."""
+    async def go(self, works: Iterable[Work], scorer: Similarity | None) -> None:
+        """Work through images; RegionGPTError where it cannot go on."""
         loop = asyncio.get_running_loop()
         if self.options.max_time is not None:
             loop.call_later(self.options.max_time, self.is_over)
-        with ExitStack() as stack:
-            with suppress(ValueError, RuntimeError, NotImplementedError):  # not in every thread
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    loop.add_signal_handler(number, self._interrupt)
-                    stack.callback(loop.remove_signal_handler, number)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for work in pending:
-                        while work and not self.captioner.has_room(self._open) and not self.ended:
-                            self._change.clear()
-                            await self._change.wait()
-                        if self.is_over():
-                            break
-                        if work:
-                            self._open += 1
-                            task = ImageTask(work, self.options, self.captioner, scorer, self.keep)
-                            group.create_task(self._image(task))
-                        await asyncio.sleep(0)
-            except BaseExceptionGroup as errors:
-                first: BaseException = errors.subgroup(RegionGPTError) or errors
-                while isinstance(first, BaseExceptionGroup):
-                    first = first.exceptions[0]
-                raise first from None
+        with suppress(ValueError, RuntimeError, NotImplementedError):  # not in every thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self._interrupt)
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                todo = work.todo()
+                while todo and not self.captioner.has_room(self._open) and not self.ended:
+                    self._change.clear()
+                    await self._change.wait()
+                if self.is_over():
+                    break
+                if todo:
+                    self._open += 1
+                    group.create_task(self._image(work, scorer))
+                else:
+                    self.tick(len(work.record.regions))
+                await asyncio.sleep(0)
+        if self._error:
+            raise self._error
 
-    async def _image(self, task: ImageTask) -> None:
+    async def _image(self, work: Work, scorer: Similarity | None) -> None:
         try:
-            await task.run()
-            self.tick(len(task.item.regions))
-        finally:
-            self._open -= 1
-            self._change.set()
+            await ImageTask(work, self.options, self.captioner, scorer, self.keep).run()
+            self.tick(len(work.record.regions))
+        except Exception as error:  # what else is under way is finished and kept
+            self._error = self._error or error
+            self._end("error")
+        self._open -= 1
+        self._change.set()
 
     def is_over(self) -> bool:
         """Whether the run ends, after a look at its limits."""
-        seconds = time.monotonic() - self._began
-        found = {"max_time": seconds, "max_failures": self._failures, "max_cost": self.spent}
+        found = {"max_time": time.monotonic() - self._began, "max_failures": self._failures, "max_cost": self.spent}
         for name, value in found.items():
             most = getattr(self.options, name)
             if not self.ended and most is not None and value >= most:

@@ -63,35 +63,31 @@ def judge(caption: str, category: str, others: Sequence[str], located: int | Non
     }
 
 
-class Decision:
-    """Keeps or rejects captions; ``scores`` are the similarities by class of those not rejected otherwise."""
+def least_of_share(share: float, scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The least similarity of the top share of each class."""
+    best = {category: sorted(values, reverse=True) for category, values in scores.items()}
+    return {category: values[max(1, round(share * len(values))) - 1] for category, values in best.items()}
 
-    def __init__(self, filters: Filters, scores: Mapping[str, Sequence[float]]) -> None:
-        self.filters = filters
-        self._least: dict[str, float] = {}
-        for category, values in scores.items() if filters.top_share is not None else ():
-            best = sorted(values, reverse=True)
-            self._least[category] = best[max(1, round((filters.top_share or 1) * len(best))) - 1]
 
-    def why_not(self, row: Mapping[str, Any]) -> str:
-        """Why a caption is not kept; ``""`` where it is."""
-        unnamed = row["names_class"] is False
-        holds: dict[Doubt, bool] = {
-            "short": row["words"] < self.filters.min_words, "repeated": row["repeated"], "refusing": row["refusing"],
-            "about_image": row["about_image"], "unnamed": unnamed, "other_class": unnamed and row["names_other"],
-            "not_located": row["located_back"] is False,
-        }  # fmt: skip
-        for doubt, true in holds.items():
-            if true and doubt in self.filters.reject:
-                return doubt
-        least, similarity = self.filters.min_similarity, row["similarity"]
-        if similarity is None:
-            return "no similarity" if least is not None or self._least else ""
-        if least is not None and similarity < least:
-            return f"similarity below {least:g}"
-        if similarity < self._least.get(row["category"], -np.inf):
-            return f"not among the best {self.filters.top_share:.0%} of its class"
-        return ""
+def why_not(row: Mapping[str, Any], filters: Filters, least: Mapping[str, float]) -> str:
+    """Why a caption is not kept, ``""`` where it is; ``least`` is the similarity of a top share by class."""
+    unnamed = row["names_class"] is False
+    holds: dict[Doubt, bool] = {
+        "short": row["words"] < filters.min_words, "repeated": row["repeated"], "refusing": row["refusing"],
+        "about_image": row["about_image"], "unnamed": unnamed, "other_class": unnamed and row["names_other"],
+        "not_located": row["located_back"] is False,
+    }  # fmt: skip
+    for doubt, true in holds.items():
+        if true and doubt in filters.reject:
+            return doubt
+    similarity = row["similarity"]
+    if similarity is None:
+        return "no similarity" if least or filters.min_similarity is not None else ""
+    if filters.min_similarity is not None and similarity < filters.min_similarity:
+        return f"similarity below {filters.min_similarity:g}"
+    if similarity < least.get(row["category"], -np.inf):
+        return f"not among the best {filters.top_share:.0%} of its class"
+    return ""
 
 
 @cache
@@ -119,8 +115,6 @@ class Similarity:
     """
 
     def __init__(self, path: Path, device: str | None = None) -> None:
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"--similarity {path}: not a model's folder, there is no config.json in it")
         kind = read_json(path / "config.json", CheckpointError).get("model_type")
         if kind not in ("clip", "siglip"):
             raise CheckpointError(f"--similarity {path}: expected a CLIP or SigLIP model, got {kind!r}")

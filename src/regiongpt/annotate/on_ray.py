@@ -1,7 +1,6 @@
-"""The same stages over Ray Data: workers answer, and send back rows that this process alone writes to its store.
+"""The same stages over Ray Data: workers answer, in any order, and this process alone writes to its store.
 
-A row never raises, since one that does ends the whole job; it carries its failures instead. Rows may come back in any
-order: what is finished is found by its key.
+A row carries its failures, since one that raises ends the whole job.
 """
 
 import asyncio
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Final
 
-from regiongpt.annotate.captioners import make_captioner
+from regiongpt.annotate.captioners import Captioner, make_captioner
 from regiongpt.annotate.engine import ImageTask, Run
 from regiongpt.annotate.filters import Similarity
 from regiongpt.annotate.options import Options
@@ -24,34 +23,35 @@ _ROUND: Final = 4096
 
 
 class _Worker:
-    """One process of the cluster, with a captioner of its own for each block."""
+    """One process of the cluster, which loads its models at the first block."""
 
     def __init__(self, options: Options) -> None:
-        self.options = options
-        self.scorer = Similarity(options.similarity, options.device) if options.similarity else None
+        self.options, self.loop = options, asyncio.Runner()
+        self.captioner: Captioner | None = None
+        self.scorer: Similarity | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         kept: list[Any] = []
         try:
-            asyncio.run(self._answer([pickle.loads(row) for row in batch["row"]], kept))
+            self.loop.run(self._answer([pickle.loads(row) for row in batch["row"]], kept))
         except Exception as error:  # ends the run at home, with its own message
             kept.append(error if isinstance(error, RegionGPTError) else RuntimeError(repr(error)))
         return {"kept": [pickle.dumps(kept)]}
 
     async def _answer(self, works: list[Work], kept: list[Any]) -> None:
-        captioner = make_captioner(self.options)
+        options = self.options
+        if self.captioner is None:
+            self.scorer = Similarity(options.similarity, options.device) if options.similarity else None
+            self.captioner = make_captioner(options)
+            await self.captioner.open()
         keep = lambda key, value: kept.append((key, value))  # noqa: E731
-        try:
-            await captioner.open()
-            tasks = [ImageTask(work, self.options, captioner, self.scorer, keep) for work in works]
-            outcomes = await asyncio.gather(*(task.run() for task in tasks), return_exceptions=True)
-            kept += [each for each in outcomes if isinstance(each, BaseException)]
-            kept.append(sum(len(task.item.regions) for task in tasks))
-        finally:
-            await captioner.close()
+        tasks = [ImageTask(work, options, self.captioner, self.scorer, keep) for work in works]
+        outcomes = await asyncio.gather(*(task.run() for task in tasks), return_exceptions=True)
+        kept += [each for each in outcomes if isinstance(each, BaseException)]
+        kept.append(sum(len(work.record.regions) for work in works))
 
 
-def on_ray(run: Run, pending: Iterator[Work | None]) -> None:
+def on_ray(run: Run, images: Iterator[Work]) -> None:
     """Work through images on the cluster that ``RAY_ADDRESS`` names, or here; by default a worker for each node."""
     try:
         import ray
@@ -62,8 +62,16 @@ def on_ray(run: Run, pending: Iterator[Work | None]) -> None:
         ray.init(log_to_driver=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
     workers = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-    works = filter(None, pending)
-    while rows := [{"row": pickle.dumps(work)} for work in islice(works, _ROUND)]:
+
+    def rows_of(works: Iterator[Work]) -> Iterator[dict[str, bytes]]:
+        for work in works:
+            if work.todo():
+                yield {"row": pickle.dumps(work)}
+            else:
+                run.tick(len(work.record.regions))
+
+    left = rows_of(images)
+    while rows := list(islice(left, _ROUND)):
         blocks = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _IMAGES))
         answers = blocks.map_batches(
             _Worker, fn_constructor_args=(run.options,), batch_size=_IMAGES, concurrency=workers, batch_format="numpy"

@@ -5,11 +5,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+import numpy as np
 from pydantic import NonNegativeInt
 
+from regiongpt.data.coco import InstancesFile, crowd_hint
 from regiongpt.data.reading import is_unicode
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import (
@@ -17,6 +20,7 @@ from regiongpt.data.shards import (
     MANIFEST,
     REJECTS,
     Manifest,
+    RecordSet,
     Rejects,
     counted,
     file_identity,
@@ -25,6 +29,7 @@ from regiongpt.data.shards import (
     write_records,
 )
 from regiongpt.errors import ConfigError, DataError
+from regiongpt.regions import Region
 from regiongpt.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -184,3 +189,72 @@ def summary(manifest: Manifest, out: Path, seconds: float | None) -> str:
     if rejects.get(CROWD) and not counts.get("regions"):
         lines.append("every object is marked as a crowd, as some tools mark every mask; --crowds takes them")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Annotated images as they are, of any source
+
+
+class AnnotatedImages:
+    """All images with their regions, as records without turns in an order that the files alone decide.
+
+    Attributes:
+        count: Number of regions.
+        rejects: What could not be used, by kind.
+
+    Args:
+        images: Folder of the images.
+        regions: JSON of COCO, LVIS, V3Det or another tool's COCO export, or a folder of records.
+        crowds: Take what is marked as a crowd too.
+
+    Raises:
+        ConfigError: A path does not exist.
+        DataError: The regions cannot be read, or there are none.
+    """
+
+    def __init__(self, images: Path, regions: Path, crowds: bool = False) -> None:
+        if not images.is_dir():
+            raise ConfigError(f"--images {images}: no such folder")
+        if not regions.exists():
+            raise ConfigError(f"--regions {regions}: no such file or folder")
+        self.images, self.path, self.rejects = images, regions, Rejects()
+        self._held: RecordSet | InstancesFile
+        if regions.is_dir():
+            self._held = RecordSet(regions, images)
+            self.count = self._held.manifest.counts.get("regions", 0)
+        else:
+            self._held = InstancesFile(
+                regions, self.rejects, shapes="both", folder=images, check="missing",
+                crowds="take" if crowds else "leave out",
+            )  # fmt: skip
+            self.count = len(self._held.ids)
+        if not self.count:
+            told = f": {self.rejects.summary()}; the last: {self.rejects.last}" if self.rejects.counts else ""
+            raise DataError(f"--regions {regions}: no usable region{told}{crowd_hint(self.rejects)}")
+
+    def __iter__(self) -> Iterator[Record]:
+        read = _by_image(self._held) if isinstance(self._held, RecordSet) else _objects(self._held)
+        for place, (name, width, height, regions) in enumerate(read):
+            if name and regions:
+                yield Record(
+                    id=str(place), source="regions", image=name, width=width, height=height, regions=tuple(regions),
+                    turns=(),
+                )  # fmt: skip
+
+
+def _objects(file: InstancesFile) -> Iterator[tuple[str, int, int, list[RecordRegion]]]:
+    bounds = np.searchsorted(file.places, np.arange(len(file.images) + 1)).tolist()
+    for place, name in enumerate(file.paths):
+        regions = []
+        for k in range(bounds[place], bounds[place + 1]):
+            region = file.mask(k) or Region.box(*file.boxes[k].tolist(), normalized=False)
+            category, identity = file.names[int(file.categories[k])], str(file.name_of(int(file.ids[k])))
+            regions.append(RecordRegion(region=region, category=category, source_id=identity))
+        yield name, *file.size(place), regions
+
+
+def _by_image(records: RecordSet) -> Iterator[tuple[str, int, int, list[RecordRegion]]]:
+    for name, group in groupby(records, key=lambda record: record.image):
+        listed = list(group)
+        regions = dict.fromkeys(each for record in listed for each in record.regions)  # records may repeat one
+        yield name, listed[0].width, listed[0].height, list(regions)

@@ -5,27 +5,26 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
 from regiongpt.annotate.options import Options
+from regiongpt.annotate.plan import Stage
 from regiongpt.data.records import RecordRegion
 from regiongpt.errors import CheckpointError
-from regiongpt.storage import read_json
+from regiongpt.storage import digest, read_json, sha256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One thing to ask: the global caption (``image``), one region's (``region``), or which region a caption means."""
+    """One thing to ask: the global caption, one region's, or which region a caption means."""
 
-    stage: Literal["image", "region", "locate"]
+    stage: Stage
     text: str  # behind the picture
     lead: str = ""  # the global caption, before it
-    picture: Any = None  # what Captioner.picture made of the image or the crop
-    photo: Image.Image | None = None
+    picture: Any = None  # what Captioner.picture made of the image or the crop; the image where it wants that
     regions: Sequence[RecordRegion] = ()  # all that are annotated in the image
     number: int = -1  # the one asked about, from 0
     category: str = ""  # where the mode tells it
@@ -49,6 +48,7 @@ class Reply:
     """An answer, with the tokens read and written, the seconds it took and the model that gave it."""
 
     text: str
+    ended: bool = True  # not cut off at --max-new-tokens
     tokens_in: int = 0
     tokens_out: int = 0
     seconds: float = 0.0
@@ -67,24 +67,14 @@ class Stopped(Exception):
     """The run is ending: what was not under way yet is not asked."""
 
 
-def checked(reply: Reply, ended: bool, most: int, again: bool = False) -> Reply | Failed:
-    """The reply, stripped, if it has words and an end within ``most`` tokens."""
-    tokens = reply.tokens_in, reply.tokens_out
-    if not ended:
-        return Failed("cut off", f"no end within {most} tokens; raise --max-new-tokens", tokens=tokens)
-    if not reply.text.strip():
-        return Failed("empty answer", "expected words, got none", again, tokens)
-    return replace(reply, text=reply.text.strip())
-
-
 class Captioner(Protocol):
     """What answers requests."""
 
     identity: dict[str, str]  # decides its answers, and so the keys of finished work; known once it is open
-    wants_photo: bool = True  # it is shown the image's pixels and its regions, not pictures of its own making
+    wants_image: bool = True  # it is shown the whole image each time, and its regions; else a picture of its own making
 
     async def ask(self, request: Request) -> Reply:
-        """Answer; Failed or Stopped without a finished answer, RegionGPTError where there will be none."""
+        """Answer; Failed or Stopped without an answer, RegionGPTError where there will be none."""
 
     def has_room(self, begun: int) -> bool:
         """Whether another image should be begun, with so many begun and not done."""
@@ -119,6 +109,10 @@ class LocalCaptioner(Captioner):
         """As many images as fill a batch."""
         return begun < self.images
 
+    def stop(self) -> None:
+        """Let the batch under way be the last."""
+        self._stopping = True
+
     async def ask(self, request: Request) -> Reply:
         """Whoever waited longest answers a batch of those that wait with it."""
         place: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
@@ -143,22 +137,10 @@ class LocalCaptioner(Captioner):
             raise found
         return found
 
-    def stop(self) -> None:
-        """Let the batch under way be the last."""
-        self._stopping = True
-
 
 def weights_digest(folder: Path) -> str:
-    """What tells a model's weights from others': the sizes of its files and samples of them, for they may be huge."""
-    found, most = sha256(), 1 << 20
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for place in (0, size // 2, max(0, size - most)):
-                file.seek(place)
-                found.update(file.read(most))
-    return found.hexdigest()[:32]
+    """What tells a model's weights from others'."""
+    return digest({path.name: sha256(path) for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]})
 
 
 def make_captioner(options: Options) -> Captioner:

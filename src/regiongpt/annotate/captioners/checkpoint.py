@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regiongpt.annotate.captioners import Failed, LocalCaptioner, Reply, Request, checked, weights_digest
+from regiongpt.annotate.captioners import Failed, LocalCaptioner, Reply, Request, weights_digest
 from regiongpt.annotate.options import Options
 from regiongpt.errors import RegionGPTError
 from regiongpt.inference import RegionPredictor
@@ -34,25 +34,24 @@ class Checkpoint(LocalCaptioner):
             return [self.answer([request])[0] for request in requests]  # one of them is at fault
 
     def _answer(self, requests: Sequence[Request]) -> list[Reply | Failed]:
-        found: dict[int, Reply | Failed] = {}
+        found: dict[int, Reply] = {}
         choosing: dict[int, list[int]] = {}  # by image
-        asked, questions, most = [], [], self.options.max_new_tokens
+        asked, questions, options = [], [], self.options
         for place, request in enumerate(requests):
             if request.stage == "locate":
-                choosing.setdefault(id(request.photo), []).append(place)
+                choosing.setdefault(id(request.picture), []).append(place)
                 continue
             text, regions = region_question(request)
-            seed = request.seed if self.options.temperature else None
+            seed = request.seed if options.temperature else None
             asked.append(place)
-            questions.append(Question(text=text, regions=regions, image=request.photo, seed=seed))
-        sampling: Any = {"max_new_tokens": most, "temperature": self.options.temperature}
+            questions.append(Question(text=text, regions=regions, image=request.picture, seed=seed))
+        sampling: Any = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
         for number, answer in self.predictor.answers(questions, **sampling):
-            reply = Reply(text=answer.text, tokens_out=answer.tokens, model=self.name)
-            found[asked[number]] = checked(reply, answer.complete, most)
+            reply = Reply(text=answer.text, ended=answer.complete, tokens_out=answer.tokens, model=self.name)
+            found[asked[number]] = reply
         for places in choosing.values():
             first, captions = requests[places[0]], [requests[place].caption for place in places]
-            assert first.photo is not None
-            self.predictor.set_image(first.photo)
+            self.predictor.set_image(first.picture)
             located = self.predictor.locate(captions, [each.region for each in first.regions])
             for place, each in zip(places, located, strict=True):
                 found[place] = Reply(text=str(each.number or 0), model=self.name)

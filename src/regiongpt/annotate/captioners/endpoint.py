@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from PIL import Image
 
-from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request, Stopped, checked
+from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request, Stopped
 from regiongpt.annotate.options import Options
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.storage import reason
@@ -23,9 +23,11 @@ _OVERLOADED: Final = (408, 409, 429)
 
 
 class Busy(Exception):
-    """The endpoint cannot answer at the moment: too much is asked, it is down, or it is slow."""
+    """The endpoint cannot answer at the moment: it is asked too much (``overloaded``), down or slow."""
 
-    overloaded, wait = False, 0.0
+    def __init__(self, told: str, overloaded: bool = False, wait: float = 0.0) -> None:
+        super().__init__(told)
+        self.overloaded, self.wait = overloaded, wait  # seconds
 
 
 class Slots:
@@ -38,9 +40,8 @@ class Slots:
 
     def __init__(self, most: int, patience: float) -> None:
         self.most, self.patience, self.limit, self.ceiling = most, patience, float(min(8, most)), float(most)
-        self.waiting = self.answered = 0
-        self.stopped = asyncio.Event()
-        self._free, self._debt = asyncio.Semaphore(int(self.limit)), 0  # slots to be taken away when they are free
+        self.waiting = self.under_way = self.answered = 0
+        self.stopped, self._turn, self._free = asyncio.Event(), asyncio.Lock(), asyncio.Event()
         self._troubles = self._row = 0  # in all, since the last answer
         self._silent_since = self._open_at = 0.0  # the first trouble after the last answer, when to send again
 
@@ -49,7 +50,11 @@ class Slots:
         """Wait for a slot and hold it; what is raised in the block tells how the endpoint is."""
         self.waiting += 1
         try:
-            await self._free.acquire()
+            async with self._turn:  # in the order of arrival, so that regions of an image go together
+                while self.under_way >= int(self.limit):
+                    self._free.clear()
+                    await self._free.wait()
+                self.under_way += 1
         finally:
             self.waiting -= 1
         try:
@@ -70,12 +75,13 @@ class Slots:
                 raise
             self._success()
         finally:
-            self._give_back(1)
+            self.under_way -= 1
+            self._free.set()
 
     def _success(self) -> None:
         self.answered, self._row = self.answered + 1, 0
         if self.waiting:
-            self._resize(self.limit + (1 if self.limit < self.ceiling else 1 / self.limit))
+            self.limit = min(self.most, self.limit + (1 if self.limit < self.ceiling else 1 / self.limit))
 
     def _trouble(self, error: Busy) -> None:
         now = time.monotonic()
@@ -83,29 +89,17 @@ class Slots:
         self._troubles, self._row = self._troubles + 1, self._row + 1
         backoff = 0.0 if error.overloaded else min(15.0, 0.1 * 2 ** min(self._row, 10))
         self._open_at = now + max(error.wait, backoff)
-        self._resize(self.limit * (0.9 if error.overloaded else 0.5))
+        self.limit = max(1.0, self.limit * (0.9 if error.overloaded else 0.5))
         self.ceiling = self.limit if error.overloaded else self.ceiling
         if (silent := max(error.wait, now - self._silent_since)) > self.patience:
             told = f"no answer for {silent:.0f} s ({error}), --patience is {self.patience:g}"
             raise DataError(f"{told}; what is finished is kept: run the command again")
 
-    def _resize(self, limit: float) -> None:
-        before, self.limit = int(self.limit), min(max(limit, 1.0), self.most)
-        self._debt += max(0, before - int(self.limit))
-        self._give_back(int(self.limit) - before)
-
-    def _give_back(self, count: int) -> None:
-        for _ in range(count):
-            if self._debt:
-                self._debt -= 1
-            else:
-                self._free.release()
-
 
 class Endpoint(Captioner):
     """A model behind an address; retries are this class's alone, the client's are off."""
 
-    wants_photo = False
+    wants_image = False
 
     def __init__(self, options: Options) -> None:
         try:
@@ -125,30 +119,20 @@ class Endpoint(Captioner):
         )  # fmt: skip
 
     async def open(self) -> None:
-        """Find the model, and show it a picture."""
+        """Find the model."""
         try:
             served = [model.id for model in (await self._client.models.list()).data]
-        except self._openai.APIConnectionError as error:
-            raise ConfigError(f"{self.url}: no endpoint answers there: {_root(error)}; start it first") from None
-        except self._openai.APIStatusError as error:
+        except Exception as error:  # a page that is no API makes anything of the client
             wrong = self._wrong(error)
-            raise wrong if isinstance(wrong, ConfigError) else ConfigError(f"{self.url}: {wrong}") from None
-        except Exception as error:  # whatever a page that is no API makes of the client
-            raise ConfigError(f"{self.url}: not an OpenAI-compatible endpoint: {reason(error)}") from None
+            if isinstance(wrong, ConfigError):
+                raise wrong from None
+            told = f"no OpenAI-compatible endpoint answers there: {wrong}; start it, or check the address"
+            raise ConfigError(f"{self.url}: {told}") from None
         self.model = self.model or (served[0] if len(served) == 1 else "")
         if self.model not in served:
             listed = ", ".join(served[:9]) or "nothing"
             raise ConfigError(f"{self.url}: expected the model {self.model!r}, it serves {listed}; give --served-model")
         self.identity = {"captioner": "endpoint", "model": self.model}
-        look = Request(stage="image", text="What colour is this?", picture=self.picture(Image.new("RGB", (64, 64))))
-        try:
-            await self._send(look, most=1)
-        except Failed as error:
-            if error.kind == "refused by the endpoint":
-                told = f"takes no pictures: {error.reason}; serve a vision-language model"
-                raise ConfigError(f"{self.url}: {self.model} {told}") from None
-        except Busy:
-            pass  # a busy endpoint is there
 
     def stop(self) -> None:
         """Let go what waits, even for an endpoint that is down."""
@@ -180,12 +164,12 @@ class Endpoint(Captioner):
             answered = self.slots.answered
             return faults >= _TRIES
 
-        attempts = self._tenacity.AsyncRetrying(
+        retrying: Any = self._tenacity.AsyncRetrying(
             retry=self._tenacity.retry_if_exception_type(Busy), wait=self._tenacity.wait_random(0.0, 0.2),
             stop=is_at_fault, reraise=True,
         )  # fmt: skip
         try:
-            async for attempt in attempts:
+            async for attempt in retrying:
                 with attempt:
                     async with self.slots.one():
                         return await self._send(request)
@@ -193,10 +177,10 @@ class Endpoint(Captioner):
             raise Failed("endpoint trouble", f"{_TRIES} tries: {error}") from None
         raise AssertionError
 
-    async def _send(self, request: Request, most: int = 0) -> Reply:
+    async def _send(self, request: Request) -> Reply:
         """One request and its answer, which has to be whole."""
-        began, most = time.perf_counter(), most or self.options.max_new_tokens
-        more: dict[str, Any] = {self._length_option: most}
+        began = time.perf_counter()
+        more: dict[str, Any] = {self._length_option: self.options.max_new_tokens}
         if request.choices and self._structured:
             more["extra_body"] = {"structured_outputs": {"choice": request.choices}}
         try:
@@ -204,7 +188,7 @@ class Endpoint(Captioner):
                 model=self.model, messages=request.messages(request.picture), temperature=self.options.temperature,
                 seed=request.seed, **more,
             )  # fmt: skip
-        except self._openai.APIStatusError as error:
+        except self._openai.APIError as error:
             wrong = self._wrong(error)
             if "extra_body" in more and "structured_outputs" in str(wrong):  # not vLLM: it chooses in its own words
                 self._structured = False
@@ -212,50 +196,40 @@ class Endpoint(Captioner):
                 self._length_option = "max_completion_tokens"
             else:
                 raise wrong from None
-            return await self._send(request, most)
-        except self._openai.APIConnectionError as error:  # time-outs too
-            raise Busy(f"{type(error).__name__}: {_root(error)}") from None
-        return _read(response.http_response.content, time.perf_counter() - began, most)
+            return await self._send(request)
+        content = response.http_response.content
+        try:
+            body = json.loads(content)
+            choice, usage = body["choices"][0], body.get("usage") or {}
+            text, finish = choice["message"]["content"], choice["finish_reason"]
+            tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+            model = str(body.get("model") or "")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            told = f"expected a chat completion, got {content[:80]!r}"
+            raise Failed("malformed answer", told, again=True) from None
+        if finish not in ("stop", "length"):
+            told = f"expected finish_reason 'stop', got {finish!r}"
+            raise Failed("unfinished answer", told, again=finish is None, tokens=tokens)
+        return Reply(
+            text=str(text or ""), ended=finish == "stop", tokens_in=tokens[0], tokens_out=tokens[1],
+            seconds=time.perf_counter() - began, model=model,
+        )  # fmt: skip
 
     def _wrong(self, error: Any) -> Exception:
-        """What an HTTP status means."""
+        """What an exception of the client means: Busy, ConfigError, or Failed."""
+        if not isinstance(error, self._openai.APIStatusError):
+            told = type(error).__name__
+            while error.__cause__ is not None:
+                error = error.__cause__
+            return Busy(f"{told}: {reason(error)}")
         status = error.status_code
         told = f"status {status}: {reason(error).removeprefix(f'Error code: {status} - ')}"
         if status in _OVERLOADED or status >= 500:
-            busy, header = Busy(told), error.response.headers.get("retry-after", "")
-            busy.overloaded = status in _OVERLOADED
-            busy.wait = float(header) if header.replace(".", "", 1).isdigit() else 0.0
-            return busy
+            wait = error.response.headers.get("retry-after", "")
+            return Busy(told, status in _OVERLOADED, float(wait) if wait.replace(".", "", 1).isdigit() else 0.0)
         if status in (401, 403):
             told = f"refuses the key ({told}); put the right one in {self.options.key_variable}"
             return ConfigError(f"{self.url}: {told}")
         if status in (404, 405):
             return ConfigError(f"{self.url}: not an OpenAI-compatible endpoint ({told}); does its address end in /v1?")
         return Failed("refused by the endpoint", told)
-
-
-def _read(content: bytes, seconds: float, most: int) -> Reply:
-    """The answer in a response's body; Failed unless it is whole."""
-    try:
-        body = json.loads(content)
-        choice, usage = body["choices"][0], body.get("usage") or {}
-        text, finish = choice["message"]["content"], choice["finish_reason"]
-        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        model = str(body.get("model") or "")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise Failed("malformed answer", f"expected a chat completion, got {content[:80]!r}", again=True) from None
-    if finish not in ("stop", "length"):
-        told = f"expected finish_reason 'stop', got {finish!r}"
-        raise Failed("unfinished answer", told, again=finish is None, tokens=tokens)
-    reply = Reply(text=str(text or ""), tokens_in=tokens[0], tokens_out=tokens[1], seconds=seconds, model=model)
-    found = checked(reply, finish == "stop", most, again=True)
-    if isinstance(found, Failed):
-        raise found
-    return found
-
-
-def _root(error: BaseException) -> str:
-    """What began a chain of exceptions."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return reason(error)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from regiongpt.annotate.captioners import Failed, LocalCaptioner, Reply, Request, checked, weights_digest
+from regiongpt.annotate.captioners import LocalCaptioner, Reply, Request, weights_digest
 from regiongpt.annotate.options import Options
 from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.inference.engine import pick_device, pick_dtype
@@ -17,7 +17,7 @@ from regiongpt.storage import reason
 class VisionLanguageModel(LocalCaptioner):
     """Whatever ``AutoModelForImageTextToText`` and ``AutoProcessor`` load and whose processor has a chat template."""
 
-    wants_photo = False
+    wants_image = False
 
     def __init__(self, options: Options) -> None:
         folder = Path(str(options.captioner))
@@ -42,7 +42,7 @@ class VisionLanguageModel(LocalCaptioner):
         identity = {"captioner": "transformers", "model": self.name, "weights": weights_digest(folder)}
         super().__init__(identity, options.batch_size, images=options.batch_size)
 
-    def answer(self, requests: Sequence[Request]) -> Sequence[Reply | Failed]:
+    def answer(self, requests: Sequence[Request]) -> Sequence[Reply]:
         """Generate for all at once."""
         most = self.options.max_new_tokens
         inputs = self._processor.apply_chat_template(
@@ -65,6 +65,6 @@ class VisionLanguageModel(LocalCaptioner):
         texts = self._processor.batch_decode(written, skip_special_tokens=True)
         read = inputs["attention_mask"].sum(1).tolist()
         return [
-            checked(Reply(text=text, tokens_in=tokens_in, tokens_out=tokens_out, model=self.name), ended, most)
+            Reply(text=text, ended=ended, tokens_in=tokens_in, tokens_out=tokens_out, model=self.name)
             for text, tokens_in, tokens_out, ended in zip(texts, read, lengths, ends.any(1).tolist(), strict=True)
         ]
