@@ -87,7 +87,7 @@ def _begin(
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
-    if differs:
+    if differs and store.total("seconds"):  # of answers; where there is none yet, nothing is mixed up
         raise ConfigError(f"{options.out}: holds another run: {'; '.join(differs)}; give another --out")
     if noted != there:
         store.add({_RUN: noted})
