@@ -127,7 +127,11 @@ FAULTS = [
     (line(width=41, height=30), "image of another size", "41 x 30"),
     (line(image="b.png"), "image file missing", "b.png"),
     (line(regions=[{**BOX, "category": "<region1>"}]), "placeholder in the text", "plain text"),
-    (line({"task": "presence", "category": "a <region of it", "answer": "No."}), "placeholder in the text", "plain text"),
+    (
+        line({"task": "presence", "category": "a <region of it", "answer": "No."}),
+        "placeholder in the text",
+        "plain text",
+    ),
     (line(id=["a"]), "record of another format", "id: expected text or a whole number"),
     (line({**CHAT, "answer": "half \ud83d"}), "text that is not Unicode", "surrogate pair"),
 ]

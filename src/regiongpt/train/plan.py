@@ -95,7 +95,7 @@ class Plan:
                 "",
             ]
         lines += [
-            f"in all: {_in_units(seconds, _TIMES)} on {self.gpus} x {self.gpu} "
+            f"total: {_in_units(seconds, _TIMES)} on {self.gpus} x {self.gpu} "
             f"({self.sharding if self.gpus > 1 else 'one GPU'}), {_in_units(seconds * self.gpus, _TIMES)} of one GPU, "
             f"at {gpu.utilisation:.0%} (assumed) of its {gpu.peak(self.precision) / 1e12:g} TFLOP/s in {self.precision}"
         ]
