@@ -96,7 +96,7 @@ class Plan:
             ]
         lines += [
             f"total: {_in_units(seconds, _TIMES)} on {self.gpus} x {self.gpu} "
-            f"({self.sharding if self.gpus > 1 else 'one GPU'}), {_in_units(seconds * self.gpus, _TIMES)} of one GPU, "
+            f"({self.sharding if self.gpus > 1 else 'one GPU'}), {_in_units(seconds * self.gpus, _TIMES)} on one GPU, "
             f"at {gpu.utilisation:.0%} (assumed) of its {gpu.peak(self.precision) / 1e12:g} TFLOP/s in {self.precision}"
         ]
         return "\n".join(lines)

@@ -114,7 +114,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
     ]
     for name in ("examples", "tokens"):
         rate = sum(line[name] for line in lines) / seconds
-        parts.append(f"{rate:.1f} {name} a second" if rate < 10 else f"{rate:,.0f} {name} a second")
+        parts.append(f"{rate:.1f} {name}/s" if rate < 10 else f"{rate:,.0f} {name}/s")
     return ", ".join(parts)
 
 
@@ -358,6 +358,6 @@ def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]
     yield line_chart("Learning rate", [curve(*each, exact=True) for each in by_group.items()])
     norms = [curve("norm", [line["grad_norm"] for line in lines])]
     yield line_chart("Gradient norm, before clipping", norms)
-    yield line_chart("Tokens a second", [curve("tokens", [line["tokens"] / line["seconds"] for line in lines])])
+    yield line_chart("Tokens per second", [curve("tokens", [line["tokens"] / line["seconds"] for line in lines])])
     waits = [curve("waiting", [line["wait"] / line["seconds"] for line in lines])]
     yield line_chart("Share of the time spent waiting for data", waits)
