@@ -30,7 +30,7 @@ from regiongpt.storage import finite, write_json
 COCO_IMAGES, COCO_OBJECTS, COCO_CROWDS = 118_287, 860_001, 10_000
 VG_IMAGES, VG_REGIONS = 108_077, 5_408_689
 WIDTH, HEIGHT = 640, 480
-LINKS = 30_000  # of one file; file systems allow about twice as many
+LINKS = 30_000  # links to one file; file systems allow about twice as many
 WORDS = ("a", "the", "small", "red", "white", "dog", "man", "standing", "holding", "wooden", "table", "on", "near")
 
 

@@ -71,7 +71,7 @@ WAYS = {
 
 
 def configurations(name: str) -> tuple[CLIPVisionConfig, LlamaConfig]:
-    """Of tower and language model."""
+    """Sizes of tower and language model."""
     tower, language = RANDOM[name]
     fixed = {"vocab_size": 32000, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
     return CLIPVisionConfig(**tower), LlamaConfig(**language, **fixed, pad_token_id=0)

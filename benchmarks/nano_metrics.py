@@ -103,7 +103,7 @@ def interval(
         images: Image of each question; all questions of an image come or stay together.
         groups: Group of each question. One that no image of a resample has is left out of that resample's mean.
         scores: Score of each question.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Returns:
         The 2.5th and 97.5th percentile.
@@ -219,7 +219,7 @@ def naming_scores(rows: Sequence[Answered], classified: Sequence[bool], seed: in
     Args:
         rows: Descriptions, ``truth`` being the class.
         classified: Whether the classifier was right about each of the same boxes.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Returns:
         ``names_class``: the *first* class named is the right one, which a neighbour's name cannot earn.

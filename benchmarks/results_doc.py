@@ -20,7 +20,7 @@ from regiongpt.storage import read_json
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOT_SHOWN = ("AP50", "AP75")  # with given boxes they are AP to a few tenths
 NOT_COMPARED = (*NOT_SHOWN, "class_average", "without_person")
-CHANCE = "generate and match"  # whose AP by size is left to chance, every detection having the score 1
+BY_SIZE = "score all choices"  # the only protocol with AP by size
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
 
@@ -32,10 +32,19 @@ def task_section(run: TaskRun) -> str:
     same: dict[str, list[tuple[str, list[list[str]]]]] = {}  # protocols of the same results in one table
     for protocol, cells in tables(run):
         same.setdefault(str([row[:4] for row in cells[1:]]), []).append((protocol, cells))
+    seen: list[list[str]] = []
     for each in same.values():
         cells = max((cells for _, cells in each), key=lambda cells: len(cells[0]))  # the one with the paper's
         head = ["result", "measured", "95 %", "items", "paper, on other data"][: len(cells[0])]
-        body = [row for row in cells[1:] if row[0] not in NOT_SHOWN]
+        body = [
+            row
+            for row in cells[1:]
+            if row[0] not in NOT_SHOWN
+            and not (len(row) == 4 and row in seen)  # as an earlier protocol, and without a result of the paper
+            and not (each[0][0] != BY_SIZE and row[0].startswith("AP_"))
+            and row[1:3] != ["0.0", "0.0 to 0.0"]
+        ]
+        seen += [row[:4] for row in body]
         parts.append(f"**{'; '.join(protocol for protocol, _ in each)}**\n\n{markdown([head, *body])}")
     if paper := run.result.get("paper"):
         parts.append(f"Paper: {paper}. Another data set is another test.")
@@ -61,16 +70,19 @@ def ablation_section(folder: Path) -> str:
     names = [variant["name"] for variant in found["variants"]]
     parts = [
         f"### Ablation: {found['ablation']}",
-        f"{found['task']}, {found['items']:,} items; seeds {', '.join(map(str, found['seeds']))}; in brackets 95 % of "
-        f"the resamples; behind the comma the difference from {names[0]}; rows of an earlier protocol left out.",
+        f"{found['task']}, {found['items']:,} items; seeds {', '.join(map(str, found['seeds']))}; 95 % intervals in "
+        f"brackets, then the difference from {names[0]}.",
     ]
     seen = []
-    for protocol, figures in found["protocols"].items():
-        rows = [[figure, *(cell(cells[name]) for name in names)] for figure, cells in figures.items()]
+    for protocol, results in found["protocols"].items():
+        rows = [[result, *(cell(cells[name]) for name in names)] for result, cells in results.items()]
         body = [
             row
             for row in rows
-            if row not in seen and row[0] not in NOT_COMPARED and not (protocol == CHANCE and row[0].startswith("AP_"))
+            if row not in seen
+            and row[0] not in NOT_COMPARED
+            and not (protocol != BY_SIZE and row[0].startswith("AP_"))
+            and not (row[0] == "valid_answers" and all(each.startswith("100.0") for each in row[1:]))
         ]
         seen += rows
         parts.append(f"**{protocol}**\n\n{markdown([['result', *names], *body])}")

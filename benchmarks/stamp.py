@@ -1,4 +1,4 @@
-"""What every measurement here records beside its figures: code, machine, packages, date, arguments and file hashes."""
+"""What every benchmark records beside its results: code, machine, packages, date, arguments and file hashes."""
 
 import platform
 import subprocess
@@ -22,7 +22,7 @@ def stamp(arguments: Mapping[str, Any], files: Mapping[str, Path | None]) -> dic
     """Say where figures come from.
 
     Args:
-        arguments: of the command, as parsed.
+        arguments: parsed arguments of the command.
         files: name -> file or folder that the figures depend on; None is left out.
 
     Returns:
@@ -47,7 +47,7 @@ class Progress:
     """Counts work done, with its rate and the time left: one line that is rewritten on a terminal, plain lines else.
 
     Args:
-        name: of the work.
+        name: name of the task.
         total: number of pieces.
         unit: what a piece is called.
     """

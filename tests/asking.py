@@ -25,7 +25,7 @@ def tiny_parts(
         tower: a key of ``tiny.TOWERS``, or ``efficientnet_lite``.
         template: a key of ``regiongpt.prompts.CHAT_TEMPLATES``.
         language: makes the language model's configuration from the size of its vocabulary; a Llama's by default.
-        seed: of the weights.
+        seed: seed of the weights.
         **options: of the model's configuration.
     """
     tokenizer = PreTrainedTokenizerFast(

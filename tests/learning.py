@@ -53,7 +53,7 @@ class Examples(Dataset[Example]):
     """Examples by their numbers.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         items: How many.
         texts: Items without an image.
         isolated: Items whose turns do not see each other.

@@ -33,7 +33,7 @@ def draw_pictures(root: Path, count: int, name: str) -> list[dict[str, Any]]:
     Args:
         root: Gets a folder ``images``, and the instances.
         count: Number of pictures.
-        name: Of the file of instances.
+        name: Name of the instances file.
 
     Returns:
         The entries of the images.

@@ -49,7 +49,7 @@ DEFAULT_MIX: Mapping[str, float] = {
 
 CANDIDATES = (2, 3, 3, 4, 4, 5, 5, 5, 5, 6, 7, 8)
 NO_MATCH_SHARE = 0.15
-# Names in a question about several of them: so many that are there, and as many that are not.
+# Names in a question about several of them: this many present, and as many absent.
 MOST_ASKED = 5
 # Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
 FREE_SHARE = 0.15
@@ -105,7 +105,7 @@ class ClassStatistics:
         return cls(boxes, together)
 
     def absent(self, rng: np.random.Generator, view: View, tempting: bool) -> str | None:
-        """A class that is surely not in the view: any, or one that often comes with those that are there."""
+        """A class that is certainly absent from the view: any, or one that often occurs with the present ones."""
         open_ = np.array([name not in view.by_category and name not in view.maybe for name in COCO_80], dtype=float)
         if tempting:
             here = [_INDEX[name] for name in view.by_category]

@@ -22,7 +22,7 @@ from regiongpt.train.dataset import task_numbers
 from regiongpt.train.packing import turn_numbers
 
 EXTRAS = ("tasks", "turns", "region_classes", "cell_classes")
-"""What a batch of conversations holds besides the model's inputs."""
+"""Fields of a batch of conversations besides the model's inputs."""
 
 _WINDOW = 16
 # An image token's cell shows an object that fills this much of it, or lies in it with half of its own box.

@@ -161,7 +161,7 @@ def naming(region_format: str, rng: np.random.Generator, grid: tuple[int, int] =
 
 
 def sightings(grid: tuple[int, int], rng: np.random.Generator) -> Text:
-    """An image of so many rows and columns, then names, each followed by whether a cell shows it."""
+    """An image of the given rows and columns, then names, each followed by whether a cell shows it."""
     cells = image_of(grid, rng)
     there = sorted({*cells} - {UNKNOWN})
     absent = [name for name in rng.permutation(len(COCO_80)) if name not in there]

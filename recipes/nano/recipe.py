@@ -135,7 +135,7 @@ class NanoRecipe(Recipe):
         if not self.align.alignment:
             raise ValueError("align.alignment: give a number above 0; the step learns nothing else")
         if self.lora.rank and not self.runs("stage2"):
-            raise ValueError("lora.rank: adapters belong to stage 2, which this recipe does not run")
+            raise ValueError("lora.rank: adapters need stage 2, which this recipe does not run")
         return self
 
     def check_files(self) -> None:

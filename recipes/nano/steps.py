@@ -50,7 +50,7 @@ def _train(config: NanoRecipe) -> Path:
             raise ConfigError(f"steps: 'language' has left no result in {language}; run that step first")
         train_language(config, images, language)
     elif config.runs("language"):
-        log.info("language: finished before, in %s; give another --out to train anew", language)
+        log.info("language: already finished, in %s; give another --out to train again", language)
     later = [name for name in config.all_steps[1:] if config.runs(name)]
     if not later:
         return language
@@ -88,7 +88,7 @@ def _train(config: NanoRecipe) -> Path:
 
 
 def cached_images(config: NanoRecipe) -> Sequence[ImageAnnotations]:
-    """The images whose features are cached: those that are trained on, or more."""
+    """The images whose features are cached: the training images, or more."""
     return load_coco(photo_sources(Path(config.features.root or config.data.root), config.data.split)).images
 
 
@@ -165,7 +165,7 @@ def debug_size(config: NanoRecipe) -> NanoRecipe:
             **few_steps(config, made, {"language": 0.2}),
             features=config.features.replace(views=min(config.features.views, 2), root=""),
             data=config.data.replace(root=str(made), dev_split=config.data.dev_split and "train"),
-            # What comes before the chosen steps has to be made too.
+            # Earlier steps must be done too.
             steps=config.steps if "language" in config.steps else (),
             model=small_model(shape, made, vision, language=language, **own),
         )

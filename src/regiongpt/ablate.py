@@ -1,4 +1,4 @@
-"""The verb ``regiongpt ablate``: variants of one part of a model trained alike, asked alike, and set side by side.
+"""The verb ``regiongpt ablate``: train, evaluate and compare variants of one part of a model.
 
 OUT/VARIANT/seed-N/  training/, evaluation/
 OUT/                 table.md, result.json
@@ -34,7 +34,7 @@ FEWEST_SEEDS: Final = 2
 
 
 class Variant(NamedTuple):
-    """One of the things that are compared."""
+    """One of the compared models."""
 
     name: str
     recipe: Mapping[str, str] = {}  # fields by dotted name, over those of the file
@@ -61,7 +61,7 @@ KINDS: Final = {
         "model.init",
     ),
     "tower": Kind(
-        "the vision tower (Table 7); --variants NAME@SIZE,... names towers of a hub or folders",
+        "the vision tower (Table 7); --variants NAME@SIZE,... names hub towers or folders",
         (
             _tower("openai_vit_l_336", "openai/clip-vit-large-patch14-336", 336),
             _tower("siglip_vit_b_512", "google/siglip-base-patch16-512", 512),
@@ -72,7 +72,7 @@ KINDS: Final = {
         "model.init",
     ),
     "prompt": Kind(
-        "the task-guided suffix (Table 1): taught and asked with it, taught and asked without, asked without",
+        "the task-guided suffix (Table 1): trained and asked with it, without it, or only asked without it",
         (
             Variant("with"),
             Variant("without", {"data.suffixes": "false"}, {"guided": "false"}),
@@ -80,7 +80,7 @@ KINDS: Final = {
         ),
     ),
     "data": Kind(
-        "the records: boxes against masks, or any others (--variants boxes=RECORDS,masks=RECORDS)",
+        "the records: boxes and masks, or others (--variants boxes=RECORDS,masks=RECORDS)",
         (Variant("boxes", asked={"region": "box"}), Variant("masks", asked={"region": "mask"})),
         "data.mixture",
     ),
@@ -117,27 +117,27 @@ def choose_variants(kind: str, text: str | None, recipe: Recipe) -> tuple[Varian
     if len(found) < 2 or len({variant.name for variant in found}) < len(found):
         raise ConfigError(f"--variants: give at least two different ones, got {text!r}; such as {', '.join(known)}")
     if odd := [variant.name for variant in found if variant.name in ("", ".", "..") or "/" in variant.name]:
-        raise ConfigError(f"--variants: {odd[0]!r} cannot be the name of a folder; give another")
+        raise ConfigError(f"--variants: {odd[0]!r} is not a valid folder name; choose another")
     return tuple(found)
 
 
 class Options(Settings):
-    """How an ablation is run, whatever is varied."""
+    """Options of an ablation."""
 
     out: Path
-    """Folder of all runs and of the table."""
+    """Folder of all runs and the table."""
     variants: str | None = None
-    """Which, with commas between them, otherwise all; the others are compared with the first."""
+    """Comma-separated variants, default: all; the others are compared with the first."""
     seeds: str = "0,1,2"
-    """Seeds of the training; every variant is trained with each."""
+    """Training seeds; every variant is trained with each."""
     task: str = "coco_cls"
     """The benchmark."""
     device: str | None = None
-    """Device that the trained models are asked on; otherwise the first there is."""
+    """Device for evaluation; default: the first available."""
     resamples: int = Field(default=RESAMPLES, ge=1)
     """Resamples of the bootstrap."""
     debug: bool = False
-    """Run it all tiny, with one seed, on drawn pictures, in OUT-debug."""
+    """Run with tiny models, one seed and drawn images, in OUT-debug."""
 
     @field_validator("seeds")
     @classmethod
@@ -150,7 +150,7 @@ class Options(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.debug and self.task != "coco_cls":
-            raise ValueError("--debug asks coco_cls alone; leave out --task")
+            raise ValueError("--debug only runs coco_cls; leave out --task")
         return self
 
 
@@ -201,7 +201,7 @@ class Study:
                 raise ConfigError(f"--eval{'.' if is_option else ': '}{error}") from None
 
     def run(self) -> str:
-        """Train and ask what is still to be trained and asked, write the table and JSON, and return the table.
+        """Train and evaluate what is missing, write the table and JSON, and return the table.
 
         All files are checked before the first variant is trained.
 
@@ -242,7 +242,7 @@ class Study:
                     device=self.options.device,
                     resamples=self.options.resamples,
                     untrained=True,  # after a few steps of a trial it looks so
-                    overwrite=True,  # of the same model; its answers are kept
+                    overwrite=True,  # results of the same model; stored answers are reused
                 )
                 (run,) = evaluate([self.tasks[variant.name]], options)
                 items = [item for item in run.items if item.id in shared]
@@ -264,7 +264,7 @@ class Study:
 
         shared = set.intersection(*({item.id for item in load_items(task)} for task in self.tasks.values()))
         if not shared:
-            raise DataError("the variants are asked about different items, and have none in common")
+            raise DataError("the variants have no item in common")
         return shared
 
     def _write(self, runs: "Mapping[str, Sequence[tuple[TaskRun, Measured]]]", items: int) -> str:
@@ -308,7 +308,7 @@ Measured = Mapping[str, Mapping[str, Statistic]]  # by protocol and result
 
 
 class Cell(TypedDict):
-    """One result of one variant, times 100; no interval where there are too few seeds or images to tell."""
+    """One result of one variant, times 100; no interval with too few seeds or images."""
 
     mean: float
     seeds: list[float]
@@ -358,7 +358,7 @@ def _cells(own: Mapping[str, Sequence[Statistic]], resamples: int, seed: int) ->
 
 
 def tables(summary: Summary) -> list[tuple[str, Rows]]:
-    """For each protocol its name and a row of text per result, the header first; then the differences likewise."""
+    """For each protocol its name and a row of text per result, the header first; then the same for differences."""
     found = []
     for protocol, figures in summary.items():
         first, *others = next(iter(figures.values()))

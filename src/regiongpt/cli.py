@@ -1,7 +1,7 @@
-"""The command line: every verb's options, and mistakes as one line on standard error with exit code 2.
+"""The command line: every verb's options, and errors as one line on standard error with exit code 2.
 
-What a verb does is a function of its package. torch and transformers are imported only after its options have been
-read and checked: help and mistakes cost a fraction of a second.
+Each verb is a function in its package. torch and transformers are imported only after its options have been
+checked, so that help and errors take a fraction of a second.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):  # a byte that is no text must not end in a traceback
@@ -128,10 +128,10 @@ def _top() -> argparse.ArgumentParser:
 # What each does; what stands behind the images, by its name and as messages call it; its options.
 _ABOUT_IMAGES: dict[str, tuple[str, str, str, type[Settings]]] = {
     "ask": (
-        "Ask one question about regions of an image, or of each of several.",
+        "Ask one question about regions of one image or several.",
         *("QUESTION", "a question such as 'What is <region1>?'", Options),
     ),
-    "describe": ("Describe each of many regions of an image, or of each of several.", "", "", DescribeOptions),
+    "describe": ("Describe many regions of one image or several.", "", "", DescribeOptions),
     "classify": ("Choose the class of each region from a closed set.", "", "", ChoiceOptions),
     "locate": (
         "Choose the region that an expression such as 'the red cup' refers to, or none.",
@@ -143,16 +143,16 @@ _ABOUT_IMAGES: dict[str, tuple[str, str, str, type[Settings]]] = {
 def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     parser.description, last, meaning, kind = _ABOUT_IMAGES[verb]
     parser.usage = f"{parser.prog} IMAGE... {last + ' ' if last else ''}[options]"
-    behind = f"; behind them the {last.lower()}, after -- if it begins with a dash" if last else ""
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"images, or folders of images{behind}")
+    behind = f", then the {last.lower()} (after -- if it starts with a dash)" if last else ""
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"images or folders of images{behind}")
     _region_options(parser)
-    add_options(parser, Sources, "proposals (where regions come from, beside those typed)")
+    add_options(parser, Sources, "proposals (further regions)")
     add_options(parser, kind, "answer")
     group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="print JSON; of several images, a line each")
-    group.add_argument("--out", type=Path, metavar="FILE", help="write .jsonl (json lines) or .json (COCO)")
-    group.add_argument("--overwrite", action="store_true", help="with --out: replace a file that is there")
-    group.add_argument("--picture", metavar="FILE", help="write the image with its regions and what was answered")
+    group.add_argument("--json", action="store_true", help="print JSON; with several images, one line each")
+    group.add_argument("--out", type=Path, metavar="FILE", help="write .jsonl (JSON lines) or .json (COCO)")
+    group.add_argument("--overwrite", action="store_true", help="with --out: replace an existing file")
+    group.add_argument("--picture", metavar="FILE", help="draw the image with its regions and answers")
     add_options(parser, ModelOptions, "model")
     options = parser.parse_intermixed_args(_bind_coordinates(words))
     model, sources = read_options(ModelOptions, options), read_options(Sources, options)
@@ -192,7 +192,7 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
 
 
 def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    parser.description = "Hold a conversation about regions of an image, with the questions on standard input."
+    parser.description = "Hold a conversation about regions of an image; questions are read from standard input."
     parser.add_argument("image", help="the image")
     _region_options(parser)
     add_options(parser, ModelOptions, "model")
@@ -208,7 +208,7 @@ def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     typed, failed = sys.stdin.isatty(), False
     if typed:
         named = ", ".join(f"<region{n}> a {region.kind}" for n, region in enumerate(regions, 1)) or "no regions"
-        print(f"{options.image}, {photo.width}x{photo.height}: {named}. Ask away; Ctrl-D or `exit` leaves.")
+        print(f"{options.image}, {photo.width}x{photo.height}: {named}. Ask a question; Ctrl-D or `exit` quits.")
     for question in _questions(typed):
         try:
             for piece in conversation.stream(question, **generation):
@@ -248,10 +248,12 @@ class _AddRegion(argparse.Action):
 
 
 def _region_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("regions", "any number of them; the first one typed is <region1>")
+    group = parser.add_argument_group("regions", "any number, in any order; the first is <region1>")
     for option, (metavar, text) in REGION_OPTIONS.items():
         group.add_argument(option, action=_AddRegion, dest="regions", metavar=metavar, help=text, default=[])
-    group.add_argument("--normalized", action="store_true", help="numbers are fractions of the image's sides")
+    group.add_argument(
+        "--normalized", action="store_true", help="coordinates are fractions of the image's width and height"
+    )
 
 
 def _bind_coordinates(arguments: Sequence[str]) -> list[str]:
@@ -273,12 +275,12 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.data.shards import MANIFEST
     from regiongpt.data.sources import CONVERTERS, Output, convert, load_converter, summary
 
-    parser.description = "Make training records of a data set's files."
+    parser.description = "Convert a data set to training records."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "`regiongpt convert SOURCE --help` lists the files and options of a source."
     sources = parser.add_subparsers(title="sources", metavar="SOURCE", dest="source", required=True)
     named = next((word for word in words if not word.startswith("-")), None)
-    # Only the help that lists them all needs them all.
+    # Import only the named source; the help lists all.
     for name in [named] if named in CONVERTERS else CONVERTERS:
         converter = load_converter(str(name))
         source = sources.add_parser(str(name), help=converter.summary, description=converter.summary)
@@ -297,7 +299,7 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.data.inspection import Inspection, inspect
 
-    parser.description = "Show what training records hold: statistics, or what one of the options asks for."
+    parser.description = "Show training records: statistics, or what an option asks for."
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of records, made by `regiongpt convert`")
     add_options(parser, Inspection)
     options = parser.parse_args(words)
@@ -308,7 +310,7 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _annotate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.annotate.options import GROUPS, Options
 
-    parser.description = "Caption regions of many images in two stages; the same command goes on after a stop."
+    parser.description = "Caption regions of many images in two stages; run the same command again to resume."
     for title, kind in GROUPS.items():
         add_options(parser, kind, title)
     typed = parser.parse_args(words)
@@ -335,7 +337,7 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     convert.add_argument("--model", metavar="PATH", required=True, help="checkpoint folder")
     convert.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, new or empty")
     dtypes = ("float32", "bfloat16", "float16")
-    convert.add_argument("--dtype", default="float16", choices=dtypes, help="of the weights on disk")
+    convert.add_argument("--dtype", default="float16", choices=dtypes, help="dtype of the stored weights")
     options = parser.parse_args(words)
     creates = options.action == "create"
     check_new(options.out)
@@ -363,7 +365,7 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     else:
         model, _ = weights.create(options.vision, options.language, options.out, **chosen)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{options.out}: {count / 1e6:.1f} M parameters; train it before you ask it anything")
+    print(f"{options.out}: {count / 1e6:.1f} M parameters, untrained; train it first")
     return 0
 
 
@@ -371,22 +373,24 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.evaluate import TASKS, task_class
     from regiongpt.evaluate.task import RunOptions
 
-    parser.description = "Ask a model the questions of benchmarks, or take anyone's answers, and score them."
+    parser.description = "Score a model, or answers from a file, on benchmarks."
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
         raise ConfigError(f"{repeated[0]}: given twice; name every task once")
     kinds = [task_class(name) for name in names]
-    if not names and {"-h", "--help"} & {*words}:  # only the help that lists them needs them all
+    if not names and {"-h", "--help"} & {*words}:  # only this help imports all tasks
         known = "\n".join(f"  {name:<18}{task_class(name).summary}" for name in TASKS)
         parser.epilog = f"tasks:\n{known}\n\n`regiongpt evaluate TASK --help` lists the options of a task."
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help="the benchmarks, before all options")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="benchmarks; name them before the options")
     parser.add_argument("--json", action="store_true", help="print json")
     add_options(parser, RunOptions, "options of the run")
     group = parser.add_argument_group("comparing")
-    group.add_argument("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), help="two folders of --out")
+    group.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), help="the --out folders of two runs"
+    )
     if not names:
-        text = "with --compare: where the data set is now"
+        text = "with --compare: folder of the data set, if it has moved"
         group.add_argument("--data", default=argparse.SUPPRESS, metavar="DIR", help=text)
     _task_options(parser, names, kinds)
     typed = parser.parse_args(words)
@@ -447,7 +451,7 @@ def _compare(typed: argparse.Namespace, resamples: int) -> int:
         *(f"--{name}" for name in sorted({*RunOptions.model_fields} & {*vars(typed)} - {"resamples"})),
     ]
     if given:
-        raise ConfigError(f"{given[0].replace('_', '-')}: two runs are compared as they were made; leave it out")
+        raise ConfigError(f"{given[0].replace('_', '-')}: --compare takes the settings of the runs; leave it out")
     if resamples == 0:
         raise ConfigError("--resamples: a comparison needs at least 1")
     a, b = typed.compare
@@ -462,17 +466,19 @@ def _compare(typed: argparse.Namespace, resamples: int) -> int:
 def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.train.recipe import Recipe, find_config, own_script
 
-    parser.description = "Train a model from a recipe; run the same command again to continue after an interruption."
+    parser.description = "Train a model from a recipe; run the same command again to resume."
     parser.epilog = (
         "Every field of the recipe can be overridden by its dotted name: --stage2.lr 5e-4 --data.root DIR. "
         "`regiongpt train --schema` lists them."
     )
     parser.add_argument("recipe", nargs="?", help="TOML file, or the name of a shipped recipe such as finetune_records")
-    parser.add_argument("--plan", action="store_true", help="print parameters, tokens, memory and time, and stop")
+    parser.add_argument("--plan", action="store_true", help="estimate parameters, tokens, memory and time, and stop")
     parser.add_argument("--gpu", metavar="NAME", help="with --plan: kind of GPU, such as a100-80gb or h100-sxm")
     parser.add_argument("--gpus", metavar="N", help="with --plan: number of GPUs")
     parser.add_argument("--json", action="store_true", help="with --plan: print JSON")
-    parser.add_argument("--debug", action="store_true", help="run the recipe in seconds, tiny, on drawn pictures")
+    parser.add_argument(
+        "--debug", action="store_true", help="run the recipe in seconds with tiny models and drawn images"
+    )
     parser.add_argument(
         "--from-scratch", action="store_true", help="let stage 2 start from an untrained refinement and connector"
     )
@@ -484,12 +490,12 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     options, overrides = parser.parse_known_args(words)
     if options.schema or options.report:
         if options.recipe is not None or overrides or options.plan:
-            raise ConfigError("--schema and --report go without a recipe and --plan; leave these out")
+            raise ConfigError("--schema and --report take neither a recipe nor --plan; leave these out")
         if options.schema:
             _print_json(Recipe.model_json_schema())
             return 0
         if not options.report.is_dir():
-            raise ConfigError(f"--report {options.report}: no such folder; give the folder that --out named")
+            raise ConfigError(f"--report {options.report}: no such folder; give the --out of a run")
         from regiongpt.train.watch import write_report
 
         print(write_report(options.report))
@@ -502,7 +508,7 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     overrides += ["--from_scratch=true"] if options.from_scratch else []
     if script := own_script(options.recipe):
         if options.plan:
-            raise ConfigError(f"--plan: {options.recipe} is trained by {script}, which makes none; leave it out")
+            raise ConfigError(f"--plan: {options.recipe} is trained by {script}, which has no plan; leave it out")
         sys.argv = [str(script), "--recipe", str(find_config(options.recipe)), *overrides, *["--debug"] * options.debug]
         sys.path.insert(0, str(script.parent))
         runpy.run_path(str(script), run_name="__main__")  # ends with its own exit code
@@ -536,13 +542,15 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.ablate import KINDS, Options, Study
 
-    parser.description = "Train the variants of one part of the model alike, ask them alike, and set them side by side."
+    parser.description = (
+        "Train variants of one part of the model in the same way, evaluate them, and compare the results."
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     kinds = "\n".join(f"  {name:<12}{kind.summary}" for name, kind in KINDS.items())
     parser.epilog = (
         f"what is varied:\n{kinds}\n\nEvery field of the recipe can be overridden by its dotted name (--stage2.lr 5e-4 "
         "--data.root DIR), and\nevery option of the benchmark is given as --eval.OPTION (--eval.limit 50). Run the "
-        "same command again\nto continue after an interruption."
+        "same command again\nto resume."
     )
     parser.add_argument("kind", choices=tuple(KINDS), metavar="KIND", help=f"what is varied: {', '.join(KINDS)}")
     parser.add_argument("recipe", help="TOML file, or the name of a shipped recipe such as finetune_records")
@@ -558,7 +566,7 @@ def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _serve(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.serve.options import ServeOptions
 
-    parser.description = "Serve the model: an API in OpenAI's shape, and a page to draw on and ask."
+    parser.description = "Serve the model: an OpenAI-compatible API, and a page to draw on and ask."
     add_options(parser, ModelOptions, "model")
     add_options(parser, ServeOptions, "serving")
     options = parser.parse_args(words)
@@ -591,12 +599,12 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], i
     "describe": ("describe many regions of images at once", partial(_about_images, "describe")),
     "classify": ("choose the class of regions from a closed set", partial(_about_images, "classify")),
     "locate": ("choose the region that an expression refers to", partial(_about_images, "locate")),
-    "convert": ("make training records of a data set's files", _convert),
+    "convert": ("convert a data set to training records", _convert),
     "annotate": ("caption regions of many images in two stages", _annotate),
-    "inspect": ("show what training records hold, and check them", _inspect),
+    "inspect": ("show and check training records", _inspect),
     "weights": ("make checkpoint folders", _weights),
     "train": ("train a model in the paper's two stages", _train),
-    "evaluate": ("score a model, or anyone's answers, on benchmarks", _evaluate),
+    "evaluate": ("score a model, or answers from a file, on benchmarks", _evaluate),
     "serve": ("serve the model: an API and a page to draw on", _serve),
     "ablate": ("train and score the variants of one part of the model", _ablate),
 }

@@ -1,4 +1,4 @@
-"""What the command line shows while it works: progress, and libraries kept quiet."""
+"""Progress on the command line, and quiet libraries."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ _SHOWN: ContextVar[bool] = ContextVar("progress", default=False)
 
 @contextmanager
 def progress_shown() -> Iterator[None]:
-    """Inside the block, :func:`progress` shows itself; elsewhere, as for users of the library, it stays silent."""
+    """Within the block :func:`progress` is shown; elsewhere, as in library use, it is silent."""
     token = _SHOWN.set(True)
     try:
         yield
@@ -26,7 +26,7 @@ def progress_shown() -> Iterator[None]:
 
 
 def progress(items: Iterable[Item], name: str, unit: str, total: int | None = None) -> Iterable[Item]:
-    """Pass items on, showing how many are done, the rate, and the time left where the total is known.
+    """Yield items and show progress: count, rate, and time left if the total is known.
 
     A terminal gets a bar (tqdm); anything else, such as a log file, a line every 30 seconds.
     """
@@ -49,7 +49,7 @@ def progress(items: Iterable[Item], name: str, unit: str, total: int | None = No
 
 
 def tell(text: str) -> None:
-    """Write a line on standard error, above the bar that may stand there."""
+    """Write a line to standard error, above a progress bar."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -59,7 +59,7 @@ def tell(text: str) -> None:
 
 
 def quiet_libraries(progress: bool = False) -> None:
-    """Keep transformers, tokenizers and datasets from talking over the output, before they are imported."""
+    """Silence transformers, tokenizers and datasets, before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

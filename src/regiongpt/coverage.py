@@ -24,7 +24,7 @@ Bounds = tuple[float, float, float, float]
 MANY_CROSSINGS = 256
 """Crossings of a ring or stroke with itself up to which shapely draws it."""
 MANY_POINTS, MOST_POINTS = 200, 10_000
-"""Points up to which shapely draws a stroke however often it crosses itself, and if it does not do so often."""
+"""Points up to which shapely draws a stroke that crosses itself often, and one that does not."""
 SAMPLES = 3072
 """Samples along the longer side of the image where tangles are sampled."""
 _CIRCLE = 32  # segments a quarter circle: the disk's area is 0.04 % short
@@ -136,7 +136,7 @@ class PolygonShape:
         return np.asarray(_windings(*self._segments(), width, height) % 2 == 1)
 
     def _segments(self) -> tuple[Floats, Floats]:
-        """Both ends, (N, 2) xy, of every straight piece of the boundary, with the inside always on the same hand."""
+        """Both ends, (N, 2) xy, of every straight piece of the boundary, with the inside always on the same side."""
         # Normal form turns outer rings one way and holes the other.
         rings = shapely.get_rings(shapely.get_parts(shapely.normalize(self.geometry)))
         points, ring = shapely.get_coordinates(rings, return_index=True)
@@ -155,8 +155,8 @@ def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
 
     Args:
         rings: (N, 2) xy each, N >= 3.
-        width: Of the image in pixels, as is ``height``.
-        height: See ``width``.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
     """
     # Coordinates a hair apart, and only those, break the intersections that make_valid works out.
     rings = [np.round(ring / _PRECISION) * _PRECISION for ring in rings]
@@ -168,13 +168,13 @@ def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> Shape:
 
 
 def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shape:
-    """What a round brush covers along a line, clipped to the image.
+    """Area covered by a round brush along a line, clipped to the image.
 
     Args:
         points: (N, 2) xy of the line, N >= 1.
-        radius: Of the brush in pixels.
-        width: Of the image in pixels, as is ``height``.
-        height: See ``width``.
+        radius: Brush radius in pixels.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
     """
     points = points[np.append(True, np.any(points[1:] != points[:-1], axis=1))]
     if len(points) <= MANY_POINTS or (len(points) <= MOST_POINTS and not _is_tangled(points)):
@@ -192,7 +192,7 @@ def stroke_shape(points: Floats, radius: float, width: int, height: int) -> Shap
 
 
 def _sampled(outlines: Sequence[tuple[Floats, Floats]], width: int, height: int, even_odd: bool) -> PixelShape:
-    """The union of what outlines, given by both ends of their edges, surround: an odd number of times, or at all."""
+    """The area that outlines, given by both ends of their edges, surround an odd number of times, or at all."""
     rows, columns = (max(1, round(SAMPLES * size / max(width, height))) for size in (height, width))
     step = np.array((width / columns, height / rows))
     inside = np.zeros((rows, columns), bool)
@@ -209,14 +209,14 @@ def _clipped(geometry: Any, width: int, height: int) -> PolygonShape:
 
 
 def _polygons_only(geometry: Any) -> Any:
-    """What has an area in shapely geometries, as one valid Polygon or MultiPolygon (maybe empty)."""
+    """The parts of shapely geometries that have an area, as one valid Polygon or MultiPolygon (maybe empty)."""
     parts = shapely.get_parts(shapely.get_parts(geometry))  # twice: collections hold multi-polygons
     parts = parts[shapely.get_type_id(parts) == 3]
     return parts[0] if len(parts) == 1 else shapely.union_all(parts, grid_size=_PRECISION)
 
 
 def _is_tangled(line: Floats) -> bool:
-    """Whether a line crosses itself more often than shapely can bear."""
+    """Whether a line crosses itself too often for shapely."""
     edges = shapely.linestrings(np.stack((line[:-1], line[1:]), axis=1))
     tree, found = shapely.STRtree(edges), 0
     for some in np.array_split(edges, len(edges) // 8 + 1):

@@ -1,4 +1,4 @@
-"""Pictures of what was asked: regions outlined, numbered and captioned on their image, by Pillow and numpy alone."""
+"""Drawings of regions, outlined, numbered and captioned on their image, with Pillow and numpy."""
 
 import io
 import math
@@ -32,7 +32,7 @@ COLOURS: tuple[Colour, ...] = (
 )
 MIN_SIDE = 640  # images smaller than this are enlarged, or neither outline nor number could be read
 FILL_OPACITY = 0.15
-MOST_CELLS = 2**20  # of the grid on which a region is measured
+MOST_CELLS = 2**20  # largest grid on which a region is measured
 INK: Colour = (33, 33, 33)
 FAINT: Colour = (112, 112, 112)
 PAPER: Colour = (255, 255, 255)
@@ -90,7 +90,7 @@ def draw_regions(
 
 
 def check_picture(path: str | Path) -> None:
-    """Raise ConfigError unless a picture can be written at a path, before it is there."""
+    """Raise ConfigError unless a picture can be written to the path."""
     path = Path(path)
     try:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
@@ -100,7 +100,7 @@ def check_picture(path: str | Path) -> None:
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write a picture in the format of its name, whole or not at all; DataError where that fails."""
+    """Write a picture atomically, in the format of its suffix; DataError if that fails."""
     try:
         write_file(path, picture.save)
     except DataError:
@@ -122,7 +122,7 @@ class _Outline:
     area: float
     bounds: Box
     window: tuple[int, int, int, int]  # around it, with room for its outline
-    inside: Image.Image  # of the window, each pixel split into ``fine`` a side
+    inside: Image.Image  # the window, with ``fine`` samples per pixel side
     fine: int
 
     @property
@@ -174,7 +174,7 @@ def _band(inside: Image.Image, reach: int) -> Image.Image:
 
 
 def _tag(picture: Image.Image, region: _Outline, taken: list[Box]) -> None:
-    """Put the region's number at its edge, at the first of some places that no other number has taken."""
+    """Put the region's number at its edge, at the first free place."""
     x0, y0, x1, y1 = region.bounds
     font = _font(max(14, round(max(picture.size) / 36)))
     width, height = _tag_size(font, region.number)

@@ -1,4 +1,4 @@
-"""What a program runs on and with: the processes started together, versions, the commit of a checkout, the machine.
+"""The environment of a run: the processes started together, versions, the commit of a checkout, the machine.
 
 ``torchrun`` or ``accelerate launch`` starts several processes to train or evaluate together. One is the ordinary case:
 nothing is connected, and nothing here imports PyTorch.
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE: Final = timedelta(days=7)
-"""How long processes wait for the slowest; PyTorch's minutes would end a run whose shares of the work differ."""
+"""How long processes wait for the slowest; PyTorch's default is too short for unequal shares of work."""
 
 
 def launched() -> int:
-    """How many processes were started together, connected by now or not."""
+    """How many processes were started together, connected or not."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """This process among those that work together, connected or not; ``local`` is its number on its machine."""
+    """This process among the processes of a run, connected or not; ``local`` is its number on its machine."""
 
     rank: int = field(default_factory=lambda: _torch().get_rank() if _connected() else 0)
     count: int = field(default_factory=lambda: _torch().get_world_size() if _connected() else 1)
@@ -45,16 +45,16 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that reports, and writes what is written once."""
+        """Whether this process reports and writes shared files."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when all have come here."""
+        """Barrier: return when all processes are here."""
         if self.count > 1:
             _torch().barrier()
 
     def gathered(self, mine: T) -> list[T]:
-        """What each has, by rank; anything that can be pickled."""
+        """Each process's picklable value, by rank."""
         if self.count == 1:
             return [mine]
         everyones: list[Any] = [None] * self.count
@@ -62,7 +62,7 @@ class Processes:
         return cast(list[T], everyones)
 
     def from_first(self, find: Callable[[], T]) -> T:
-        """What the first process finds, or raises, in all of them."""
+        """The first process's result, or exception, in every process."""
         if self.count == 1:
             return find()
         told: list[Any] = [None, None]
@@ -83,7 +83,7 @@ class Processes:
         return values
 
     def share(self, work: Sequence[T], size: Callable[[T], int]) -> list[T]:
-        """The part of the work that falls to this process: disjoint, together everything, about equal in size."""
+        """This process's share of the work; shares are disjoint, complete and about equal."""
         loads = [0] * self.count
         mine: list[T] = []
         for piece in work:
@@ -110,7 +110,7 @@ def connect(on_cpu: bool = False) -> Processes:
             _torch().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"the {launched()} processes that WORLD_SIZE speaks of cannot be connected "
+                f"the {launched()} processes of WORLD_SIZE cannot connect "
                 f"({str(error).splitlines()[0][:200]}); start them with torchrun or `accelerate launch`"
             ) from None
         atexit.register(_disconnect)  # a process that ends connected may be taken for one that failed
@@ -120,7 +120,7 @@ def connect(on_cpu: bool = False) -> Processes:
 def _disconnect() -> None:
     if _connected():
         _torch().destroy_process_group()
-        # A thread of gloo's lets go of the last message's tensor after the one that waited for it has gone on, and
+        # A thread of gloo's lets go of the last message's tensor after the waiting thread has continued, and
         # needs the interpreter's lock for that; where there is no interpreter any more, it aborts the process.
         time.sleep(0.1)
 

@@ -1,4 +1,4 @@
-"""The errors a user of regiongpt can cause, one class per kind of thing to mend.
+"""The errors a user of regiongpt can cause, by what needs fixing.
 
 Each message is one line: what was expected, what came, where, and what to do about it. The command line prints that
 line and exits with code 2; library callers catch :class:`RegionGPTError` for all of them.
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class RegionGPTError(Exception):
-    """Base of every error that the user's input, and not a defect of this package, has caused.
+    """Base of every error caused by user input rather than a bug.
 
     Args:
         message: Becomes one line, whatever the values that it quotes look like.
@@ -40,7 +40,7 @@ class CheckpointError(RegionGPTError):
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Begin the message of any such error with the place that it is about."""
+    """Prefix the message of such errors with a place."""
     try:
         yield
     except RegionGPTError as error:
@@ -52,6 +52,6 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def short(value: Any) -> str:
-    """A value as a message quotes it: one line of plain characters, at most 80 of them."""
+    """A value for a message: one line of at most 80 plain characters."""
     shown = " ".join(_SHORT.repr(value).encode("ascii", "backslashreplace").decode().split())
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,4 +1,4 @@
-"""Images as people have them, turned into the one form the rest of the code knows: upright 8-bit RGB.
+"""Images of any kind, converted to the form the rest of the code uses: upright 8-bit RGB.
 
 Also the square padding (:class:`SquareFrame`): the only place that knows an image is padded before a tower sees it.
 """
@@ -20,7 +20,7 @@ MAX_PIXELS = 178_956_970
 """Images beyond this many pixels (half a gigabyte as RGB) are refused before they are decoded."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
-"""Names of the files that are taken of a folder of images."""
+"""File suffixes read from a folder of images."""
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.generic]
 
@@ -66,14 +66,12 @@ def open_image(source: ImageSource) -> tuple[str, Image.Image]:
         try:
             image.load()
         except Exception as error:  # decoders raise nearly every built-in exception on broken data
-            raise DataError(
-                f"{name}: expected a whole image, but it is truncated or damaged: {reason(error)}"
-            ) from error
+            raise DataError(f"{name}: truncated or damaged image: {reason(error)}") from error
     return name, image
 
 
 def _silent() -> Any:
-    """Keep PIL's warnings out: what can be read is read, what cannot be is an error."""
+    """Silence PIL's warnings: an image is either read or an error."""
     return warnings.catch_warnings(action="ignore")
 
 
@@ -102,7 +100,7 @@ class SquareFrame:
         return (self.side - self.width) // 2, (self.side - self.height) // 2
 
     def pad(self, image: Image.Image, fill: tuple[int, int, int] = (127, 127, 127)) -> Image.Image:
-        """Lay the image in the middle of a ``side`` x ``side`` square of colour ``fill``."""
+        """Centre the image in a ``side`` x ``side`` square of colour ``fill``."""
         if image.size != (self.width, self.height):
             raise ValueError(f"this frame is for {self.width} x {self.height} pixels, the image has {image.size}")
         if self.width == self.height:
@@ -124,7 +122,7 @@ class SquareFrame:
 
 
 def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
-    """What messages call the source, and its image with only the header read."""
+    """The source's name for messages, and its image with only the header read."""
     name = str(source) or "''" if isinstance(source, str | Path) else str(getattr(source, "name", "image bytes"))
     try:
         if isinstance(source, str | Path):
@@ -144,14 +142,14 @@ def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
     except (OSError, ValueError) as error:
         raise DataError(f"{name}: the image file cannot be read ({reason(error)})") from error
     if not isinstance(data, bytes):
-        raise DataError(f"{name}: expected a file opened in binary mode, got one that reads {type(data).__name__}")
+        raise DataError(f"{name}: expected a file opened in binary mode, got one that returns {type(data).__name__}")
     if not data:
         raise DataError(f"{name}: expected an image, got an empty file")
     try:
         with _silent():
             return name, Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name}: its header says more than {MAX_PIXELS:,} pixels; scale it down") from error
+        raise DataError(f"{name}: its header claims more than {MAX_PIXELS:,} pixels; scale it down") from error
     except Exception as error:  # header parsers raise nearly every built-in exception on broken data
         got = f"{len(data):,} bytes that PIL cannot read"
         raise DataError(f"{name}: expected an image (JPEG, PNG, WebP, ...), got {got}") from error
@@ -173,7 +171,7 @@ def _from_array(array: NDArray[np.generic]) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
-        raise DataError(f"{expected}, got shape {array.shape}; put the channels last, one image a call")
+        raise DataError(f"{expected}, got shape {array.shape}; put the channels last, one image per call")
     _check_size(array.shape[1], array.shape[0], "image array")
     return Image.fromarray(np.ascontiguousarray(array if array.dtype == np.uint8 else _to_8_bit(array)))
 
@@ -185,7 +183,7 @@ def _to_8_bit(array: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
-        raise DataError(f"{name}: expected 8 or 16 bits, got floating point of unknown white; scale it to 0..255")
+        raise DataError(f"{name}: expected 8 or 16 bits, got floating point of unknown range; scale it to 0..255")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         low, high = int(values.min()), int(values.max())

@@ -41,7 +41,7 @@ class Region(ABC):
     kind: str
     """One of :data:`KINDS`."""
     note: str = ""
-    """What to tell the user about how the region was read, such as that a mask had soft edges; else empty."""
+    """A note for the user about how the region was read, such as soft mask edges; else empty."""
 
     @staticmethod
     def of(value: Any, name: str = "region") -> "Region":
@@ -228,7 +228,7 @@ class Region(ABC):
         """The region as an object that json can write; the keys are those of :meth:`from_dict`."""
 
     def scaled(self, width: int, height: int) -> "Region":
-        """In pixels, a region that was given in fractions of the image's sides; masks stay as they are."""
+        """The region in pixels if it was given in fractions of the image's size; masks stay unchanged."""
         return self
 
     @abstractmethod
@@ -272,8 +272,8 @@ class Region(ABC):
         Args:
             y_edges: (H + 1,) ascending lines between the rows of the grid, in pixels of the image.
             x_edges: (W + 1,) ascending lines between its columns.
-            width: Of the image in pixels, as is ``height``.
-            height: See ``width``.
+            width: Width of the image in pixels.
+            height: Height of the image in pixels.
         """
         rows, columns = (np.asarray(edges, np.float64) for edges in (y_edges, x_edges))
         return self._resolve(width, height).coverage(rows, columns).astype(np.float32)
@@ -404,9 +404,9 @@ class _Vector(Region):
     """A polygon, a point or a scribble, drawn once an image size."""
 
     kind: str
-    rings: tuple[NDArray[np.float64], ...]  # of (N, 2) each; a point's and a scribble's points are the only one
+    rings: tuple[NDArray[np.float64], ...]  # (N, 2) each; a point or scribble has one ring, its points
     size: float | None = None  # radius of a point, width of a scribble
-    certain: bool = False  # that numbers within 0..1 are pixels
+    certain: bool = False  # numbers within 0..1 are known to be pixels
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_drawn"}
@@ -542,7 +542,7 @@ def _points(values: Any, what: str) -> NDArray[np.float64]:
 
 
 def _brightness(image: Image.Image) -> NDArray[Any]:
-    """What a mask image is drawn in, (H, W): its alpha channel if that varies or is 0, else the brightest channel."""
+    """The channel (H, W) that holds the mask: alpha if it varies or is 0, else the brightest channel."""
     if "A" in image.mode.upper() or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         alpha = np.asarray(image)[..., 3]

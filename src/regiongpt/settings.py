@@ -42,7 +42,7 @@ class Settings(BaseModel, metaclass=_OwnErrors):
 
     @classmethod
     def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
-        """Read a TOML file, and those that it extends, and apply overrides.
+        """Read a TOML file and the files it extends, and apply overrides.
 
         Args:
             path: A TOML file; ``extends = ["other.toml"]`` names files beside it whose values it changes.

@@ -89,7 +89,7 @@ def check_writable(path: str | Path) -> None:
     """Raise ConfigError unless a file can be written, before there is anything to write."""
     folder = Path(path).resolve().parent
     if not folder.is_dir():
-        raise ConfigError(f"{path}: there is no folder {folder}; make it first")
+        raise ConfigError(f"{path}: no folder {folder}; create it first")
     if Path(path).is_dir():
         raise ConfigError(f"{path}: a folder; name a file in it")
     try:
@@ -103,7 +103,7 @@ def check_checkpoint(folder: str | Path) -> None:
     """Raise CheckpointError for a folder that lacks a file of a checkpoint, without torch."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a checkpoint folder; there is none at this path")
+        raise CheckpointError(f"{folder}: no checkpoint folder at this path")
     index = folder / "model.safetensors.index.json"
     weights = ["model.safetensors"]
     if index.exists():
@@ -121,7 +121,7 @@ def check_new(folder: str | Path | None) -> None:
     if folder is not None and (not isinstance(folder, str | os.PathLike) or not str(folder)):
         raise ConfigError(f"out: expected the path of a folder, got {short(folder)}")
     if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
-        raise ConfigError(f"{folder}: expected a new or an empty folder, but it has something in it; choose another")
+        raise ConfigError(f"{folder}: expected a new or empty folder; choose another")
 
 
 @contextmanager
@@ -145,7 +145,7 @@ _OUTSIDE: Final = re.compile(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\0]")
 
 
 def is_below(name: str) -> bool:
-    """Whether a path stays below the folder that it is relative to, and parts its folders by ``/``."""
+    """Whether a relative path stays in its folder and uses ``/``."""
     return not _OUTSIDE.search(name)
 
 
@@ -192,7 +192,7 @@ def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line and without the path that the message names already."""
+    """An exception's message on one line, without the path."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, UnicodeDecodeError):
@@ -265,7 +265,7 @@ class Store:
         return found
 
     def total(self, field: str) -> float:
-        """The sum of a field over all values that were ever added, those that were replaced included."""
+        """The sum of a field over all values ever added, including replaced ones."""
         query = f"SELECT total(json_extract(value, '$.{field}')) FROM done"
         return sum(float(number) for (number,) in self._rows(query))
 
@@ -289,5 +289,5 @@ def _one_line(path: Path) -> Iterator[None]:
         if isinstance(error, sqlite3.OperationalError) and "UTF-8" not in str(error):
             told = "cannot be read or written: {}; free some space or check its permissions"
         else:
-            told = "damaged: {}; delete it, and its part is done again"
+            told = "damaged: {}; delete it to redo its part"
         raise DataError(f"{path}: {told.format(reason(error))}") from None

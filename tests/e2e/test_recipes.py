@@ -108,7 +108,7 @@ def test_a_debug_run_deletes_neither_other_files_nor_a_run_that_goes_on(tmp_path
         debug_size(recipe)
     other.parent.mkdir()
     other.write_text("mine")
-    with pytest.raises(ConfigError, match="something else than a debug run"):
+    with pytest.raises(ConfigError, match="not a debug run"):
         debug_size(recipe.replace(out=tmp_path / "b"))
     assert other.read_text() == "mine"
 

@@ -72,7 +72,7 @@ def test_the_page_tells_of_the_run_and_needs_no_other_file(runs: dict[str, Path]
     page = (runs["watched"] / "report.html").read_text()
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", page)
     assert "stage2 is finished" in page
-    for title in ("Loss", "Loss by task", "Learning rate", "Gradient norm", "Tokens a second", "Recipe", "Data"):
+    for title in ("Loss", "Loss by task", "Learning rate", "Gradient norm", "Tokens per second", "Recipe", "Data"):
         assert title in page
     assert page.count("<svg") >= 6
     notes = json.loads((runs["watched"] / "run.json").read_text())
@@ -106,8 +106,8 @@ def test_the_page_of_a_run_that_was_killed_is_made_of_what_there_is(
     [
         (None, "not the folder of a run"),
         ('nonsense\n{"step": 2}\n', "line 1: not a step"),
-        ('{"step": 1}\n', "not what a training wrote"),
-        ('{"step": 1, "of": 2, "loss": [], "tasks": 3}\n', "not what a training wrote"),
+        ('{"step": 1}\n', "damaged"),
+        ('{"step": 1, "of": 2, "loss": [], "tasks": 3}\n', "damaged"),
         ("", ""),
         ('{"step": 1', ""),
     ],
@@ -120,7 +120,7 @@ def test_a_folder_that_holds_no_run_is_named_and_one_without_a_step_has_a_page(
         (tmp_path / "stage1" / "log.jsonl").write_text(text)
     assert main(["train", "--report", str(tmp_path)]) == (2 if said else 0)
     assert said in capsys.readouterr().err
-    assert said or "stage1 has not begun" in (tmp_path / "report.html").read_text()
+    assert said or "stage1 has not started" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_cell_may_say_any_of_the_classes_it_shows():
     wrong[..., 0], either[..., DOG] = 1.0, 1.0
     assert cell_alignment(either, shown, names) < 0.01 < cell_alignment(wrong, shown, names)
     assert cell_alignment(wrong, torch.zeros_like(shown), names) == 0
-    # Of two names the nearer one counts, and the direction goes on counting when the class is no longer in doubt.
+    # The nearer of two names counts, and the direction keeps counting when the class is no longer in doubt.
     near, exact = torch.zeros(1, 2, 80), torch.zeros(1, 2, 80)
     exact[..., CAT] = 1.0
     near[..., CAT], near[..., 79] = 0.8, 0.6

@@ -71,7 +71,7 @@ def closest(view: View, bounds: tuple) -> ViewObject:
 
 
 def turns_of(sampler: ConversationSampler) -> Iterator[tuple[View, Conversation, str, str, str]]:
-    """Of one conversation about each image, every turn: the view, the conversation, its task, question and answer."""
+    """Every turn of one conversation about each image: the view, the conversation, its task, question and answer."""
     for index, image in enumerate(IMAGES):
         view = View(image)
         talk = sampler.sample(view, {}, 0, index, 0)

@@ -83,7 +83,7 @@ def test_a_finished_run_is_not_run_again_and_says_so(run, pictures, caplog):
     with caplog.at_level("INFO"):
         train(NanoRecipe.load(RECIPE, [*overrides(pictures, run), "--seed=9"]))
     for step in ("language", "align", "stage1", "stage2"):
-        assert f"{step}: finished before, in {run}" in caplog.text
+        assert f"{step}: already finished, in {run}" in caplog.text
     assert (run / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -171,7 +171,7 @@ def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word):
         (["--data.mixture=m"], "goes with a recipe on records"),
         (["--plan.gpus=2"], "goes with a recipe on records"),
         (["--lora.alpha=8"], "lora.rank is 0"),
-        (["--steps=align", "--lora.rank=8"], "adapters belong to stage 2"),
+        (["--steps=align", "--lora.rank=8"], "adapters need stage 2"),
         (["--data.dev_split=dev"], "nothing is measured on it"),
         (["--watch.dev_steps=5"], "there is no dev data"),
         (["--model.chat_template=plain"], "give model.language too"),

@@ -103,9 +103,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ("body", "message"),
     [
         ("sys.stderr.write('Error: no memory'); sys.exit(3)", "ended with code 3: Error: no memory"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "ended with code -9: it said nothing"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "ended with code -9: no output"),
         ("print('6 6 3')", "answered"),
-        ("os.close(0); os.close(1); time.sleep(60)", "was ended after 0 s without a result"),
+        ("os.close(0); os.close(1); time.sleep(60)", "gave no result after 0 s"),
     ],
     ids=["dies", "killed", "says too little", "hangs"],
 )
@@ -124,7 +124,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(caption_metrics, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"there is no Java here; install it with: pip install '\.\[evaluate\]'"):
+    with pytest.raises(ConfigError, match=r"Java, which was not found; install it with: pip install '\.\[evaluate\]'"):
         find_java()
     with pytest.raises(ConfigError, match="pycocoevalcap, which is not installed; install it with"):
         scored_words(["a"])

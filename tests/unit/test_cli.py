@@ -211,14 +211,14 @@ DESCRIBE = ["describe", "photo.png"]
         # proposals
         (DESCRIBE, ["--proposals, --grid, --sam, --box"]),
         ([*DESCRIBE, "--grid", "0"], ["--grid: "]),
-        ([*DESCRIBE, "--grid", "2", "--proposals", "boxes.json"], ["not several"]),
+        ([*DESCRIBE, "--grid", "2", "--proposals", "boxes.json"], ["only one of"]),
         ([*DESCRIBE, "--grid", "2", "--image-id", "3"], ["--image-id goes with --proposals"]),
         ([*DESCRIBE, "--grid", "2", "--crowds"], ["--crowds goes with --proposals"]),
         ([*DESCRIBE, "--proposals", "none.json"], ["none.json"]),
         ([*DESCRIBE, "--proposals", "boxes.json", "--min-score", "0.95"], ["no region is left"]),
         ([*DESCRIBE, "other.png", "--proposals", "boxes.json", "--image-id", "5"], ["single image"]),
         ([*DESCRIBE, "--grid", "2", "--max-regions", "0"], ["--max-regions: "]),
-        ([*DESCRIBE, "--grid", "2", "--min-score", "0.5"], ["no score to compare"]),
+        ([*DESCRIBE, "--grid", "2", "--min-score", "0.5"], ["no score"]),
         ([*DESCRIBE, "--sam", "none"], ["SAM model at none"]),
         # options
         ([*ASK, *BOX, "--temperature", "-1"], ["temperature", "-1"]),
@@ -233,7 +233,7 @@ DESCRIBE = ["describe", "photo.png"]
         ([*ASK, *BOX, "--out", "out.txt"], [".jsonl"]),
         ([*ASK, *BOX, "--out", "out.json", "--json"], ["leave one of them out"]),
         ([*ASK, *BOX, "--overwrite"], ["--overwrite goes with --out"]),
-        ([*ASK, *BOX, "--model", "nowhere"], ["nowhere: not a checkpoint folder"]),
+        ([*ASK, *BOX, "--model", "nowhere"], ["nowhere: no checkpoint folder"]),
         ([*ASK, *BOX, "--int8", "--dtype", "bfloat16"], ["float32"]),
     ],
 )

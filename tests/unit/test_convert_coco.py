@@ -276,7 +276,7 @@ def test_a_truncated_file_gives_what_came_before_the_break(tmp_path):
     path = write_coco(tmp_path, [annotation(k, [k, 0, 4, 4]) for k in (1, 2, 3)])
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content)[: json.dumps(content).index('"id": 3')])
-    with pytest.raises(DataError, match=r"breaks off before its categories: .*fetch the file again"):
+    with pytest.raises(DataError, match=r"truncated before its categories: .*fetch the file again"):
         run(coco(tmp_path))
     text = json.dumps({"categories": content.pop("categories"), **content})
     path.write_text(text[: text.index('"id": 3')])
@@ -369,7 +369,7 @@ def test_real_photographs(tmp_path):
     assert rejects == {"crowd": 4}
     tasks = [turn.task for record in records for turn in record.turns]
     assert tasks.count("image_caption") == 1371
-    assert tasks.count("classify") == 2776  # of 2,780
+    assert tasks.count("classify") == 2776  # out of 2,780
     records, rejects = run(CocoConverter(**options, shapes="mask"))
     assert sum(len(record.regions) for record in records) == 509
     assert rejects == {"crowd": 4, "object without a mask": 2267}

@@ -96,12 +96,12 @@ def test_every_form_of_a_line(tmp_path):
 
 
 FAULTS = [
-    ("{", "line that is not json", "expected a json object"),
+    ("{", "line that is not json", "expected a JSON object"),
     (line(regons=[]), "unknown key", "'regons'; did you mean 'regions'?"),
     (line({**CHAT, "answer": " "}), "record without a lesson", "turn 1: expected an answer, got an empty one"),
     (line({**CHAT, "question": " "}), "question empty", "turn 1"),
     (line({**CHAT, "regions": [1]}), "record of another format", "leave out regions"),
-    (line({**CHAT, "question": "<image> What?"}), "placeholder in the text", "the image comes first of itself"),
+    (line({**CHAT, "question": "<image> What?"}), "placeholder in the text", "the image always comes first"),
     (line({**CHAT, "question": "Is <region2> red?"}), "region that makes no sense", "<region2> stands for region 2"),
     (line({**CHAT, "question": "Is <region> red?"}), "region that makes no sense", "<region1>, <region2>"),
     (line({"task": "caption", "regions": [2], "answer": "x"}), "region that makes no sense", "1 region was given"),
@@ -126,10 +126,14 @@ FAULTS = [
     (line(width=40), "record of another format", "expected width and height"),
     (line(width=41, height=30), "image of another size", "41 x 30"),
     (line(image="b.png"), "image file missing", "b.png"),
-    (line(regions=[{**BOX, "category": "<region1>"}]), "placeholder in the text", "words alone"),
-    (line({"task": "presence", "category": "a <region of it", "answer": "No."}), "placeholder in the text", "words"),
+    (line(regions=[{**BOX, "category": "<region1>"}]), "placeholder in the text", "plain text"),
+    (
+        line({"task": "presence", "category": "a <region of it", "answer": "No."}),
+        "placeholder in the text",
+        "plain text",
+    ),
     (line(id=["a"]), "record of another format", "id: expected text or a whole number"),
-    (line({**CHAT, "answer": "half \ud83d"}), "text that is not Unicode", "half of a pair"),
+    (line({**CHAT, "answer": "half \ud83d"}), "text that is not Unicode", "surrogate pair"),
 ]
 
 
@@ -155,7 +159,7 @@ def test_ids_and_ends(tmp_path):
 
 def test_files_that_are_no_json_lines(tmp_path):
     made = write(tmp_path, ["<html>", "</html>"])
-    with pytest.raises(DataError, match=r"own\.jsonl: no line is a json object"):
+    with pytest.raises(DataError, match=r"own\.jsonl: no line is a JSON object"):
         run(made)
 
 

@@ -71,7 +71,7 @@ def test_a_handful_of_images_tells_nothing(images: int, better: int, told: bool)
 
 
 def test_images_that_a_figure_is_not_about_do_not_count() -> None:
-    # Of 100 images 20 have an object each, and no more than these 20 say how well objects are found.
+    # 20 of 100 images have an object each, and only these 20 say how well objects are found.
     truth = {
         "images": [{"id": k} for k in range(100)],
         "annotations": [
@@ -144,7 +144,7 @@ def scene() -> dict[str, object]:
 
 def test_detections_by_hand() -> None:
     right = [
-        {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9},  # of the annotation with the id 0
+        {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9},  # matches the annotation with the id 0
         {"image_id": 2, "category_id": 1, "bbox": [0, 0, 100, 100], "score": 0.8},
     ]
     found = detection_scores(scene(), right)

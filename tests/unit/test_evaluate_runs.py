@@ -108,7 +108,7 @@ def test_a_finished_run_asks_nothing_again(run, data, checkpoint, monkeypatch, c
 def test_a_run_that_was_stopped_asks_the_rest_alone_and_ends_alike(run, data, checkpoint, monkeypatch, tmp_path):
     kept = Store(run / "answers")
     some = dict(list(kept.get(kept.keys()).items())[:5])
-    with Store(tmp_path / "answers", 3) as store:  # of another process, there being several before
+    with Store(tmp_path / "answers", 3) as store:  # written by another process
         store.add(some)
     asked = counted(monkeypatch)
     limited = ["--limit", "2", "--resamples", "0", "--gallery", "0"]
@@ -206,9 +206,9 @@ def test_predictions_of_one_run_score_as_that_run(run, data, tmp_path, capsys):
         (["drawn", "--out", "x", "--data", "DATA", "--model", "nowhere"], "nowhere: no checkpoint folder"),
         (["drawn", "--out", "x", "--data", "DATA", "--model", "unfinished"], "a checkpoint folder without weights"),
         (["drawn", "--out", "taken/x", "--data", "DATA"], "taken/x: cannot be written"),
-        (["--compare", "a", "b", "--device", "cpu"], "--device: two runs are compared as they were made"),
+        (["--compare", "a", "b", "--device", "cpu"], "--device: --compare takes the settings"),
         (["--compare", "a", "b"], "a: no finished task"),
-        (["drawn", "--compare", "a", "b"], "drawn: two runs are compared as they were made"),
+        (["drawn", "--compare", "a", "b"], "drawn: --compare takes the settings"),
         (["--compare", "a", "b", "--resamples", "0"], "--resamples: a comparison needs at least 1"),
     ],
 )
@@ -252,7 +252,7 @@ def test_comparing_a_run_with_itself_and_with_another(run, data, checkpoint, tmp
     (found,) = json.loads(capsys.readouterr().out)
     accuracy = found["figures"]["generated"]["accuracy"]
     assert accuracy["difference"] == pytest.approx(0.4)
-    assert (accuracy["too_few"], accuracy["interval"], accuracy["p"]) == (True, None, None)  # of five images
+    assert (accuracy["too_few"], accuracy["interval"], accuracy["p"]) == (True, None, None)  # five images only
     assert found["figures"]["choices"]["accuracy"]["difference"] == 0
     assert {change["id"] for change in found["gained"]} == {row["id"] for row in rows[:4]}
     assert found["lost"] == []
@@ -265,12 +265,12 @@ def test_comparing_a_run_with_itself_and_with_another(run, data, checkpoint, tmp
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("manifest.json", "{}", "manifest.json: not as a run writes it, with options"),
+        ("manifest.json", "{}", "manifest.json: expected options"),
         ("manifest.json", "[" * 100_000, "manifest.json: not a readable JSON file: nested too deeply"),
-        ("result.json", "7", "result.json: not as a run writes it"),
-        ("items.jsonl", '{"truth": "cat"}', "items.jsonl:1: not as a run writes it"),
-        ("predictions.jsonl", '{"id": 1, "scores": [NaN]}', "predictions.jsonl:1: not as a run writes it: scores: nan"),
-        ("predictions.jsonl", "\ud800", "predictions.jsonl:1: not as a run writes it"),
+        ("result.json", "7", "result.json: expected"),
+        ("items.jsonl", '{"truth": "cat"}', "items.jsonl:1: damaged"),
+        ("predictions.jsonl", '{"id": 1, "scores": [NaN]}', "predictions.jsonl:1: damaged: scores: nan"),
+        ("predictions.jsonl", "\ud800", "predictions.jsonl:1: damaged"),
     ],
 )
 def test_a_damaged_run_is_one_line(run, tmp_path, capsys, name, content, message):

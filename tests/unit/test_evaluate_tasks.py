@@ -97,11 +97,11 @@ def test_three_protocols_by_hand(two_images: Path) -> None:
     assert (matched["accuracy"], matched["valid_answers"], matched["class_average"]) == pytest.approx(
         (1 / 3, 2 / 3, 1 / 4)
     )
-    # Of two cats one is found, of the one dog none, for "Dog" is off the list and the other is elsewhere.
+    # One of two cats is found, and not the dog: "Dog" is not in the list, and the other answer is elsewhere.
     assert matched["AP"] == pytest.approx((51 / 101 + 0) / 2)
     assert values(result, "score all choices")["accuracy"] == pytest.approx(2 / 3)
     assert values(result, "score all choices")["AP"] == pytest.approx(1)
-    assert any("1 answer off the list, most often 'Dog' (1)" in note for note in result.data["notes"])
+    assert any("1 answer not in the list, most often 'Dog' (1)" in note for note in result.data["notes"])
     table = result.data["tables"]["Confusion matrix, generate and match"]
     assert table[1:] == [["cat", "1", "1", "0"], ["dog", "0", "0", "1"]]
     assert result.rows[1]["scores"]["generate and match.accuracy"] == 0
@@ -214,7 +214,7 @@ def test_what_scoring_needs_is_asked_for_before_the_answers(expressions: Path, m
     monkeypatch.setattr(caption_metrics, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(expressions))
     monkeypatch.delenv("JAVA_HOME", raising=False)
-    with pytest.raises(ConfigError, match="there is no Java here; install it with"):
+    with pytest.raises(ConfigError, match="Java, which was not found; install it with"):
         task.items()
 
 
@@ -313,7 +313,7 @@ def test_what_each_region_is_called_is_a_protocol_of_its_own(expressions: Path, 
 def test_scores_of_proposals(expressions: Path) -> None:
     one, two = {"image_id": 1, "bbox": [0, 0, 5, 5]}, {"image_id": 1, "bbox": [0, 0, 9, 9]}
     proposals(expressions, [one, two])
-    with pytest.raises(ConfigError, match=r"no scores to choose candidates by.*--top 0"):
+    with pytest.raises(ConfigError, match=r"no scores to rank candidates.*--top 0"):
         rec(expressions).items()
     assert len(rec(expressions, top=0).items()[0].regions) == 3
     proposals(expressions, [one, {**two, "score": 1}])
@@ -336,7 +336,7 @@ def test_proposals_of_another_split_or_form(expressions: Path, tmp_path: Path) -
         rec(expressions).items()
     whole = proposals(expressions, [{"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}]).read_text()
     (expressions / "proposals.json").write_text(whole.removesuffix("]") + ', {"image_id": 1')
-    with pytest.raises(DataError, match="a file is truncated"):
+    with pytest.raises(DataError, match="truncated annotation file"):
         load_items(rec(expressions))
     from regiongpt.data.shards import Rejects
 
@@ -455,7 +455,7 @@ def test_questions_follow_popes_rules() -> None:
     assert [each.category for each in popular if each.label == "no"] == ["bus", "spoon"]
     found = [each for each in build_questions(classes, names, "adversarial", pairs=2) if each.image_id == 1]
     for yes, no in zip(found[::2], found[1::2], strict=True):
-        assert yes.category != "cat" or no.category == "bus"  # of what image 1 lacks, cats come most often with it
+        assert yes.category != "cat" or no.category == "bus"  # the absent class that most often occurs with cats
     assert all(each.text == f"Is there a {each.category} in the image?" for each in asked)
     with pytest.raises(DataError, match=r"no image has more than 3 classes .* among 1 image of 1 class;"):
         build_questions({1: ["cat"]}, {1: "1.jpg"}, "random")

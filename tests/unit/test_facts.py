@@ -306,7 +306,7 @@ def test_the_share_of_true_claims_stands_beside_what_a_constant_would_reach(fact
     assert found["claims, count"]["true"] == (0.5, 2)
     assert found["claims, presence"]["true"] == (0.5, 2)
     assert "claims, size" not in found
-    assert any("1 sentence not read, so not judged: 'I see none.' (1)" in note for note in result.data["notes"])
+    assert any("1 sentence not parsed, so not judged: 'I see none.' (1)" in note for note in result.data["notes"])
     (rows,) = result.data["tables"].values()
     assert ["colour", "blue", "1", "0", "0", "1", "0.0"] in rows
     assert ["class", "dog", "2", "1", "1", "0", "50.0"] in rows

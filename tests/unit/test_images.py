@@ -186,7 +186,7 @@ def test_truncated_files_are_named(tmp_path, format):
     whole = saved(noise, format)
     path = tmp_path / f"cut.{format.lower()}"
     path.write_bytes(whole[: len(whole) * 2 // 3])
-    refused(path, str(path), "expected")
+    refused(path, str(path), "truncated")
 
 
 @repeatable
@@ -212,7 +212,7 @@ def test_decompression_bombs_are_refused_from_the_header(monkeypatch):
         (np.ones((4, 4, 3)), "white may be 1 or 255"),
         (np.ones((4, 4), bool), "dtype bool"),
         (np.zeros((3, 4, 5), np.uint8), "(3, 4, 5); put the channels last"),
-        (np.zeros((1, 4, 4, 3), np.uint8), "one image a call"),
+        (np.zeros((1, 4, 4, 3), np.uint8), "one image per call"),
         (np.zeros((0, 4, 3), np.uint8), "at least 1 x 1 pixel"),
     ],
 )

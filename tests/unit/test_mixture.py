@@ -123,7 +123,7 @@ def test_records_without_an_image_are_counted(folders: Path) -> None:
         ('[[parts]]\nrecords = "a"\nweight = 0', r"parts\.0\.weight"),
         ('[[parts]]\nrecords = "a"\nweight = nan', r"parts\.0\.weight"),
         ('[[parts]]\nrecords = "a"\ncap = 1.5', r"parts\.0\.cap"),
-        ('[[parts]]\nrecords = "a"\n[[parts]]\nrecords = "a"', "parts: 'a' comes more than once; give it a weight"),
+        ('[[parts]]\nrecords = "a"\n[[parts]]\nrecords = "a"', "parts: 'a' is listed more than once; give it a weight"),
     ],
 )
 def test_a_wrong_file_ends_in_one_line_that_says_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:

@@ -78,14 +78,14 @@ def test_duplicates_must_be_alike(tmp_path: Path) -> None:
         ({"id": 1, "text": "cat", "probability": "high"}, "probability: give finite numbers, got 'high'"),
         ({"id": 1, "scores": [1]}, "scores: give a number for each of 2 choices, got 1"),
         ({"id": 1, "scores": {"cat": 1}}, "scores: none for dog"),
-        ({"id": 1, "scores": {"cat": 1, "dgo": 1}}, "scores: 'dgo' is no choice; did you mean 'dog'"),
+        ({"id": 1, "scores": {"cat": 1, "dgo": 1}}, "scores: 'dgo' is not a choice; did you mean 'dog'"),
         ({"id": 1, "scores": [1, "2"]}, "scores: give finite numbers, got '2'"),
         ({"id": 1, "scores": [1, 10**400]}, "scores: give finite numbers, got 1000"),
         ({"id": 1, "called": [1.0]}, "no answer; .*, found keys: id, called"),
         ({"id": 1, "text": "cat", "answer": "dog"}, "more than one answer, text 'cat', answer 'dog'; keep"),
-        ({"id": 1, "text": " ? "}, "the question itself in the place of an answer"),
+        ({"id": 1, "text": " ? "}, "the question itself"),
         ({"id": 1, "label": "cat"}, "no answer; .*, found keys: id, label"),
-        ({"id": 8, "ann_id": 7, "text": "cat"}, "more than one annotation id, id 8, ann_id 7; keep the one"),
+        ({"id": 8, "ann_id": 7, "text": "cat"}, "more than one annotation id, id 8, ann_id 7; keep one"),
         ([1, "cat"], "a JSON list; give an object"),
     ],
 )
@@ -97,13 +97,13 @@ def test_what_cannot_be_read_is_said_with_its_line(tmp_path: Path, entry: Any, m
 
 def test_what_some_items_have_all_must_have(tmp_path: Path) -> None:
     path = write(tmp_path, [{**whole()[0], "scores": [1, 0]}, *whole()[1:]])
-    with pytest.raises(DataError, match=r"2 of 3 predictions lack 'scores': .* 2, 3; give it in all or in none"):
+    with pytest.raises(DataError, match=r"2 of 3 predictions lack 'scores': .* 2, 3; give it for all items"):
         read_predictions(path, TASK, ITEMS)
     report = read_predictions(path, TASK, ITEMS, missing="wrong").report
     assert report == (
         "2 of 3 predictions lack 'scores': annotation ids 2, 3; they count as wrong where 'scores' is scored",
     )
-    with pytest.raises(DataError, match=r"lack 'text': .*; give it in all"):
+    with pytest.raises(DataError, match=r"lack 'text': .*; give it for all"):
         read_predictions(write(tmp_path, [{"id": 1, "scores": [1, 0]}, *whole(scores=[1, 0])[1:]]), TASK, ITEMS)
 
 

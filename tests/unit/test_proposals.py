@@ -126,7 +126,7 @@ def test_files_of_another_form(tmp_path, data, message):
         ({"segmentation": [[1, 1, 5, 5, 9]]}, "polygon that is not pairs of numbers", "x, y, x, y"),
         ({"box": [9, 2, 3, 4]}, "region that makes no sense", "x0 < x1"),
         ({"label": "cat"}, "record of another format", "'label'"),
-        ({"bbox": [1, 2, 3, 4], "iscrowd": 1}, "crowd", "--crowds takes"),
+        ({"bbox": [1, 2, 3, 4], "iscrowd": 1}, "crowd", "--crowds includes"),
     ],
 )
 def test_one_bad_entry_is_left_out_and_counted(tmp_path, entry, kind, reason):
@@ -163,10 +163,10 @@ def test_choose_keeps_the_best_in_the_order_given():
 
     assert kept() == "0123"
     assert kept(most=3) == "023"
-    assert kept(iou=0.7) == "123"  # of 0 and 2, which overlap by 0.8, the better one
+    assert kept(iou=0.7) == "123"  # the better one of 0 and 2, which overlap by 0.8
     assert kept(iou=0.8) == "0123"
     assert kept(iou=0.0, most=1) == "2"
-    with pytest.raises(ConfigError, match="1: no score"):
+    with pytest.raises(ConfigError, match="1: has no score"):
         kept(min_score=0.2)
     proposals[1] = Proposal(region=boxes[1], score=0.2, place="1")
     assert kept(min_score=0.2) == "012"

@@ -69,7 +69,7 @@ def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word: str) -> None
     [
         ("finetune_records", ["--lora.alpha=8"], "lora.rank is 0"),
         ("finetune_records", ["--data.dev_mixture=dev"], "nothing is measured on it"),
-        ("vicuna7b_stage1", ["--lora.rank=8"], "adapters belong to stage 2"),
+        ("vicuna7b_stage1", ["--lora.rank=8"], "adapters need stage 2"),
         ("finetune_records", ["--watch.dev_steps=5", "--data.dev_mixture="], "there is no dev data"),
         ("finetune_records", ["--stage2.alignment=1"], "unknown setting 'stage2.alignment'"),
         ("finetune_records", ["--stage1.lr=1"], "give data.pretrain_mixture too"),

@@ -185,7 +185,7 @@ def test_a_long_answer_is_cut_and_a_question_that_leaves_no_room_for_one_is_refu
     assert torch.equal(example["input_ids"], whole["input_ids"][:90])
     assert torch.equal(example["labels"], whole["labels"][:90])
     assert example["region_ids"].tolist() == [0, 0]
-    with pytest.raises(DataError, match="record a: a question leaves no room for an answer in the language model's 12"):
+    with pytest.raises(DataError, match="record a: a question leaves no room for an answer in the context of 12"):
         dataset(processor, 12).encode(draw(folder, one))
 
 

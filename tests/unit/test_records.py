@@ -218,7 +218,7 @@ def test_a_killed_run_leaves_nothing_that_is_read_and_the_next_completes_it(tmp_
     run.send_signal(signal.SIGKILL)
     run.communicate()
     assert len(list(out.glob(".unfinished-*/records-*"))) > 1
-    with pytest.raises(DataError, match="run `regiongpt convert` to its end"):
+    with pytest.raises(DataError, match="run `regiongpt convert`"):
         RecordSet(out)
 
     written = some(15)
@@ -262,7 +262,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypat
         ({"colour": 2}, "not a manifest of records: unknown setting 'colour'"),
         ({"shards": [{"file": "records-00000.parquet"}]}, "not a manifest of records: shards.0"),
         ({"schema_version": 2}, "schema version 1, got 2"),
-        ({"shards": []}, f"kept none; see its {REJECTS}"),
+        ({"shards": []}, f"rejected everything; see its {REJECTS}"),
     ],
 )
 def test_a_manifest_that_is_none_is_told(tmp_path, content, message):
@@ -276,7 +276,7 @@ def test_a_manifest_that_is_none_is_told(tmp_path, content, message):
 def test_an_image_outside_of_the_folder_is_not_read(tmp_path, name):
     save(tmp_path, [replace(record, image=name) for record in some(1)])
     records = RecordSet(tmp_path)
-    with pytest.raises(DataError, match="outside of the images' folder"):
+    with pytest.raises(DataError, match="outside the image folder"):
         records.image_path(records[0])
 
 

@@ -161,7 +161,7 @@ def test_a_model_without_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixtur
         lambda: processor.encode_conversation([], photograph(), region, detail="careful"),
         lambda: model.encode_crops(torch.ones(1, 1, 3, 28, 28)),
     ):
-        with pytest.raises(ConfigError, match="second look"):
+        with pytest.raises(ConfigError, match="region_crop"):
             ask()
     with pytest.raises(ConfigError, match="detail"):
         predictor.ask("Hello?", detail="slow")  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ def test_a_model_without_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixtur
     Image.fromarray(photograph()).save(photo)
     for verb in (["describe", str(photo)], ["ask", str(photo), "What is <region1>?"]):
         assert main([*verb, "--box", "4,4,20,20", "--detail", "careful"]) == 2
-        assert "second look" in capsys.readouterr().err
+        assert "region_crop" in capsys.readouterr().err
 
 
 def test_a_second_look_needs_the_image() -> None:

@@ -240,7 +240,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_goes_on(
         patch.setattr(Checkpoints, "write", write)
         got, _ = learn(tmp_path / "full", stage=settings(save_steps=1), watch=WatchConfig(keep=9))
     assert "checkpoint-3 could not be written" in caplog.text
-    assert "the run goes on, and the newest checkpoint is" in caplog.text
+    assert "the newest checkpoint is" in caplog.text
     whole = [name for name in names(tmp_path / "full") if "checkpoint" in name or name.startswith(".")]
     assert whole == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
     assert_close(weights_of(got), weights_of(expected), 0)
@@ -261,7 +261,7 @@ def test_going_on_is_as_if_it_had_not_stopped_and_other_settings_are_refused(
         assert f"going on from {out}/checkpoint-{step}" in caplog.text
         assert_close(weights_of(model), weights_of(expected), 0)
         assert losses(out) == losses(tmp_path / "whole")
-    with pytest.raises(ConfigError, match=r"other settings: lr = 0.02, it has 0.01; give those again"):
+    with pytest.raises(ConfigError, match=r"other settings: lr = 0.02, it has 0.01; use those"):
         learn(tmp_path / "whole", stage=settings(lr=0.02))
     with pytest.raises(ConfigError, match=r"items = 40, it has 32"):
         learn(tmp_path / "whole", stage=stage, items=40)

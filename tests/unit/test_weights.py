@@ -234,9 +234,9 @@ def refuse(folder: Path | None, *words: str) -> None:
 
 
 def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse(tmp_path / "nowhere", "not a checkpoint folder", "nowhere")
+    refuse(tmp_path / "nowhere", "no checkpoint folder", "nowhere")
     monkeypatch.setattr(weights, "nano_path", lambda: tmp_path / "nano")
-    refuse(None, "the package lacks its trained model", "reinstall")
+    refuse(None, "the package's model", "reinstall")
 
 
 def test_missing_shard(checkpoint: Path, tmp_path: Path) -> None:
@@ -283,9 +283,9 @@ def test_a_full_disk_leaves_no_half_folder(
 
 
 def test_a_folder_with_something_in_it_is_not_written_to(checkpoint: Path, tower: Path, language: Path) -> None:
-    with pytest.raises(ConfigError, match="a new or an empty folder"):
+    with pytest.raises(ConfigError, match="a new or empty folder"):
         weights.create(tower, language, checkpoint)
-    with pytest.raises(ConfigError, match="a new or an empty folder"):
+    with pytest.raises(ConfigError, match="a new or empty folder"):
         weights.convert(checkpoint, checkpoint, torch.float16)
 
 

@@ -20,7 +20,7 @@ _RUN: Final = "run"
 
 
 def annotate(options: Options) -> int:
-    """Caption what is missing, write the files, and say what there is; of an interrupted run only its store.
+    """Caption what is missing, write the files and print a summary; an interrupted run only keeps its store.
 
     Returns:
         The exit code: 0; 2 where regions are left without a caption, 130 after Ctrl-C.
@@ -36,12 +36,12 @@ def annotate(options: Options) -> int:
         return _write(Output(options, store, _source(options), noted))
     source, out = _source(options), options.out
     if options.mode == "full" and not any(each.category for record in source for each in record.regions):
-        raise ConfigError(f"--regions {source.path}: no region has a class name to tell; give names, or --mode context")
+        raise ConfigError(f"--regions {source.path}: no region has a class name; add names, or use --mode context")
     assert out
     with locked(out), Store(out / "store") as store:
         run = asyncio.run(_caption(options, source, store))
         if run.ended == "interrupted":
-            tell(f"{out}: stopped; the same command goes on, --refilter {out} writes the files")
+            tell(f"{out}: stopped; run the same command again to resume, or --refilter {out} to write the files")
             return 130
         return _write(Output(options, store, source, store.get([_RUN])[_RUN]), run)
 
@@ -95,7 +95,7 @@ def _begin(
 
 
 def _write(output: Output, run: Run | None = None) -> int:
-    """Write the files and say what is in them, in one line on standard error what failed."""
+    """Write the files and print a summary; failures go to standard error in one line."""
     output.write()
     for name, *numbers in output.table():
         print(f"{name:<20}" + "".join(f"{number:>15}" for number in numbers))
@@ -104,14 +104,14 @@ def _write(output: Output, run: Run | None = None) -> int:
     for why, count in output.reasons.most_common():
         print(f"not kept: {count:,} {why}")
     if run is not None and run.ended and counts["captions"] < counts["regions"]:
-        print(f"ended by --{run.ended}; the same command goes on")
+        print(f"ended by --{run.ended}; run the same command again to resume")
     print(f"see {out / 'index.html'}")
     wrong = []
     if left_out := [f"{count:,} {kind}" for kind, count in rejects.counts.items() if kind != CROWD]:
-        wrong.append(f"left out of {output.source.path}: {', '.join(left_out)}; the last: {rejects.last}")
+        wrong.append(f"skipped in {output.source.path}: {', '.join(left_out)}; the last: {rejects.last}")
     if run is not None and output.failures:
         failed = ", ".join(f"{count:,} {kind}" for kind, count in output.failures.most_common())
-        wrong.append(f"failed: {failed}; the last: {output.last_failure}; the same command tries again")
+        wrong.append(f"failed: {failed}; the last: {output.last_failure}; run the same command again to retry")
     if wrong:
         tell(f"regiongpt: error: {'; '.join(wrong)}")
     return 2 if wrong else 0

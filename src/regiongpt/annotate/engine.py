@@ -1,4 +1,4 @@
-"""The engine: both stages of every region, each asked once, and stored before anything else happens to the answer."""
+"""The engine: runs both stages of every region once, and stores each answer first."""
 
 import asyncio
 import re
@@ -32,7 +32,7 @@ _PLACEHOLDER: Final = re.compile(r"<(image|region\d*)>", re.IGNORECASE)
 
 
 class ImageTask:
-    """Asks what is missing about one image, which is decoded once; each value goes to ``keep`` at once."""
+    """Captions one image, decoded once; each value goes to ``keep`` at once."""
 
     def __init__(
         self, work: Work, options: Options, captioner: Captioner, scorer: Similarity | None,
@@ -44,10 +44,10 @@ class ImageTask:
         self.lead = ""  # the global caption, as prompts of stage 2 begin
 
     async def run(self) -> None:
-        """Both stages; RegionGPTError where nothing more can be asked or kept."""
+        """Both stages; RegionGPTError if no more can be requested or stored."""
         try:
             await asyncio.to_thread(self._look)
-        except RegionGPTError as error:  # of the image or its regions
+        except RegionGPTError as error:  # the image or its regions are unusable
             told = f"{self.work.record.image}: {error}"
             self._fail(next(iter(self.todo.values())), Failed("image that cannot be used", told))
             return
@@ -67,7 +67,7 @@ class ImageTask:
         image = load_image(self.options.images / record.image)
         if record.width and image.size != (record.width, record.height):
             size = f"{image.width} x {image.height}"
-            raise DataError(f"expected {record.width} x {record.height} pixels as its regions have it, got {size}")
+            raise DataError(f"expected {record.width} x {record.height} pixels as in its regions, got {size}")
 
         @cache
         def cut(number: int, outlined: bool) -> Image.Image:
@@ -249,7 +249,7 @@ class Run:
         self._change.set()
 
     def is_over(self) -> bool:
-        """Whether the run ends, after a look at its limits."""
+        """Whether a limit of the run is reached."""
         found = {"max_time": time.monotonic() - self._began, "max_failures": self._failures, "max_cost": self.spent}
         for name, value in found.items():
             most = getattr(self.options, name)

@@ -1,4 +1,4 @@
-"""What is doubtful about a caption and how well it fits its crop, as columns, and what is kept by them.
+"""Columns of doubts about a caption and its fit to the crop, and the decision to keep it.
 
 No caption is deleted, and the decision can be taken again from the columns alone (paper §3.3).
 """

@@ -84,5 +84,5 @@ def on_ray(run: Run, images: Iterator[Work]) -> None:
                     run.tick(each)
                 else:
                     run.keep(*each)
-            if run.is_over():  # what the cluster has under way is dropped, and asked again
+            if run.is_over():  # requests in flight on the cluster are dropped and repeated later
                 return

@@ -13,22 +13,22 @@ Doubt = Literal["short", "repeated", "refusing", "about_image", "unnamed", "othe
 
 
 class Data(Settings):
-    """What is captioned, and where it goes."""
+    """Input and output."""
 
     images: Path | None = None
     """folder of the images"""
     regions: Path | None = None
-    """json of COCO, LVIS, V3Det or another tool's COCO export, or a folder of records"""
+    """COCO, LVIS or V3Det instances, a COCO export of another tool, or a folder of records"""
     out: Path | None = None
-    """folder of the captions; the same command goes on with what is there"""
+    """folder of the captions; run the same command again to resume"""
     refilter: Path | None = None
-    """write the files of such a folder again, with other filters or while a run goes on; no model is asked"""
+    """rewrite the files of such a folder, also during a run, with these filters; calls no model"""
     crowds: bool = False
-    """caption what is marked as a crowd too, as some tools mark every mask"""
+    """include crowds (some tools mark every mask as one)"""
 
 
 class Model(Settings):
-    """Who captions, and how it is asked."""
+    """The captioner and its requests."""
 
     captioner: str | None = None
     """address of an OpenAI-compatible endpoint, folder of a transformers or RegionGPT model, or facts (default: the
@@ -38,74 +38,74 @@ class Model(Settings):
     key_variable: str = "OPENAI_API_KEY"
     """environment variable that holds the endpoint's key"""
     max_new_tokens: PositiveInt = 512
-    """longest answer in tokens; one that is cut off there does not count as finished"""
+    """longest answer in tokens; a longer one counts as unfinished"""
     temperature: NonNegativeFloat = 0.0
-    """0 takes the likeliest token each time"""
+    """0 takes the most probable token; above 0, tokens are sampled"""
     concurrency: PositiveInt = 256
-    """most requests under way at an endpoint; how many there are adapts below that"""
+    """most requests in flight at an endpoint; adapts below that"""
     timeout: PositiveFloat = 120.0
-    """seconds until a request counts as lost"""
+    """seconds until a request times out"""
     patience: PositiveFloat = 600.0
-    """seconds that an endpoint may be silent before the run ends"""
+    """seconds without an answer until the run ends"""
     batch_size: PositiveInt = 8
-    """images or crops at a time, for a model on this machine"""
+    """images or crops per batch, for a local model"""
     device: str | None = None
-    """of a model on this machine: cuda, cuda:N, mps or cpu"""
+    """device of a local model: cuda, cuda:N, mps or cpu"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """of a model on this machine"""
+    """dtype of a local model"""
 
 
 class Captions(Settings):
-    """What is asked about each region, and how its picture is cut out of the image."""
+    """Prompts and crops."""
 
     mode: Mode = "full"
-    """a region's caption from its crop alone, with the global caption (context), or with the class name too (full)"""
+    """caption from the crop alone (crop), plus the global caption (context), plus the class name (full)"""
     seed: NonNegativeInt = 0
-    """of prompt versions and answers"""
+    """seed of prompts and answers"""
     gallery: NonNegativeInt = 12
-    """regions that are captioned in all three modes, to be shown side by side"""
+    """regions to caption in all three modes, shown side by side"""
     locate_back: bool = False
-    """ask which of all regions each caption describes"""
+    """ask the captioner which region each caption describes"""
     crop_margin: float = Field(0.15, ge=0, le=4)
-    """context around a region on each side, as a share of its box"""
+    """margin around a region on each side, as a share of its box"""
     crop_least: PositiveInt = 48
-    """least side of a crop in pixels, as far as the image has them; smaller regions get more context"""
+    """least side of a crop in pixels; smaller regions get a larger margin"""
     crop_most: int = Field(768, ge=16)
-    """longest side of what a model is shown in pixels; larger crops and images are scaled down"""
+    """longest side of an image or crop in pixels; larger ones are scaled down"""
 
 
 class Limits(Settings):
-    """When a run ends early, and where it works; what is under way is finished, and the same command goes on."""
+    """When a run ends early, and where it runs."""
 
     input_price: NonNegativeFloat = 0.0
-    """of a million tokens read"""
+    """price per million input tokens"""
     output_price: NonNegativeFloat = 0.0
-    """of a million tokens written"""
+    """price per million output tokens"""
     max_cost: PositiveFloat | None = None
-    """in the currency of the prices, over all runs into --out"""
+    """most cost in the currency of the prices, over all runs in --out"""
     max_time: PositiveFloat | None = None
-    """seconds of this run"""
+    """most seconds for this run"""
     max_failures: PositiveInt | None = None
-    """failed requests in this run"""
+    """most failed requests in this run"""
     engine: Literal["local", "ray"] = "local"
-    """ray spreads images over a Ray cluster, a worker for each node"""
+    """ray distributes images over a Ray cluster, one worker per node"""
 
 
 class Filters(Settings):
     """Which captions are kept, and how they are written; the others stay in the table of all captions."""
 
     similarity: Path | None = None
-    """folder of a CLIP or SigLIP model that scores how well a caption fits its crop"""
+    """folder of a CLIP or SigLIP model that scores captions against crops"""
     reject: tuple[Doubt, ...] = ("short", "repeated", "refusing", "about_image")
     """doubts that reject a caption: short, repeated, refusing, about_image, unnamed, other_class, not_located"""
     min_words: NonNegativeInt = 5
-    """words below which a caption is short"""
+    """least words of a caption that is not short"""
     min_similarity: float | None = None
     """least similarity of crop and caption"""
     top_share: float | None = Field(None, gt=0, le=1)
-    """of each class, keep this share of the captions: the most similar"""
+    """keep this share of the captions of each class, the most similar"""
     export: tuple[Literal["llava", "webdataset"], ...] = ()
-    """other layouts too: llava (json lines of image and conversations), webdataset (tar files of both)"""
+    """further formats: llava (JSON lines of image and conversations), webdataset (tar files)"""
 
 
 GROUPS: Final[dict[str, type[Settings]]] = {
@@ -119,18 +119,18 @@ class Options(Data, Model, Captions, Limits, Filters):
     @model_validator(mode="after")
     def _check(self) -> "Options":
         if self.refilter and (self.images or self.regions or self.out or self.similarity):
-            raise ValueError("--refilter takes all but filters and exports from its folder; leave the others out")
+            raise ValueError("--refilter takes only filters and exports; leave the other options out")
         missing = [f"--{name}" for name in ("images", "regions", "out") if getattr(self, name) is None]
         if missing and not self.refilter:
             raise ValueError(f"give {', '.join(missing)}")
         if self.max_cost and not (self.input_price or self.output_price):
-            raise ValueError("--max-cost: give --input-price and --output-price, of a million tokens, too")
+            raise ValueError("--max-cost needs --input-price and --output-price (per million tokens)")
         if self.locate_back and self.captioner == "facts":
-            raise ValueError("--locate-back: facts reads no captions; caption with a model, or leave it out")
+            raise ValueError("--locate-back: facts cannot read captions; use a model, or leave it out")
         return self
 
     def noted(self) -> dict[str, Any]:
-        """What a store notes of a run, enough to write its files again; no address, which may hold a password."""
+        """Settings stored with a run, enough to rewrite its files; without the address, which may hold a password."""
         noted = {*Captions.model_fields, "images", "regions", "crowds", "max_new_tokens"}
         paths = {name: getattr(self, name).resolve() for name in ("images", "regions")}
         return self.model_copy(update=paths).model_dump(mode="json", include=noted)

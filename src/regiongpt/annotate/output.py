@@ -1,4 +1,4 @@
-"""What a run makes of its store: the table of all captions, records to train on, exports, a data card and a page."""
+"""Output of a run: the table of all captions, training records, exports, a data card and a page."""
 
 import math
 import shutil
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 class Output:
-    """Writes what is finished, at the end of a run or while another process goes on with it."""
+    """Writes the finished captions, at the end of a run or while another process continues it."""
 
     def __init__(self, options: Options, store: Store, source: AnnotatedImages, noted: Mapping[str, Any]) -> None:
         assert options.out
@@ -50,7 +50,7 @@ class Output:
         self._shards: list[dict[str, Any]] = []
 
     def write(self) -> None:
-        """Write everything; what was there is replaced when all of it is whole. DataError where the disk is full."""
+        """Write all files atomically; DataError if the disk is full."""
         least = self._least()
         with locked(self.out / ".writing", wait=True), new_folder(self.out / ".new") as folder:
             (folder / "captions").mkdir()
@@ -190,7 +190,7 @@ class Output:
         """Write the page and the data card."""
         counts = self.counts
         gaps = np.diff(np.sort(self._finished))
-        seconds = float(gaps[gaps < 60].sum())  # of all runs, without what lies between them
+        seconds = float(gaps[gaps < 60].sum())  # over all runs, without the gaps between them
         told = {
             "title": f"Captions: {self.out.resolve().name}", "table": self.table(), "counts": counts,
             "reasons": self.reasons.most_common(), "failures": self.failures.most_common(),

@@ -1,4 +1,4 @@
-"""What is captioned and asked: images, regions, close-ups, prompts, and the keys of answers (paper §3.3)."""
+"""Images, regions, crops, prompts and the keys of answers (paper §3.3)."""
 
 import math
 import os
@@ -38,7 +38,7 @@ class Ask(NamedTuple):
 class Work(NamedTuple):
     """An image, all that is asked about it (the global caption first, where it is needed), and the values there are.
 
-    A value with an ``error`` is a failure: that of the last of so many ``tries``.
+    A value with an ``error`` is a failure, the last of its ``tries``.
     """
 
     record: Record
@@ -103,13 +103,13 @@ def draw(seed: int, item: str, count: int) -> int:
 
 
 def region_prompt(version: int, mode: Mode, category: str) -> str:
-    """What stage 2 asks about a crop, behind the context; only mode ``full`` names the class."""
+    """The stage 2 question about a crop, after the context; only mode ``full`` names the class."""
     text = str(WORDING["region"][version].format(name=category if mode == "full" else "object"))
     return text[0].upper() + text[1:] if mode == "crop" else text
 
 
 def context(caption: str) -> str:
-    """How a prompt of stage 2 begins: alike for all regions of an image, so that an engine can reuse what it read."""
+    """Start of a stage 2 prompt, the same for all regions of an image so that an engine can reuse its cache."""
     return f"In the context of the entire image, {caption.strip().rstrip('.!,;: ')},"
 
 

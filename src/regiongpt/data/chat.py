@@ -1,4 +1,4 @@
-"""Conversations as files hold them: your own JSON lines, this project's region captions, and LLaVA's mixes.
+"""Conversation files: your own JSON lines, this project's region captions, and LLaVA's mixes.
 
 Paper: §3.2 (image captioning as a pretext task; LLaVA's instruction data), §3.3 (region captions)
 """
@@ -44,12 +44,12 @@ Alone = Annotated[str, AfterValidator(words_alone)]
 
 
 class LinesConverter(Converter):
-    """A file of JSON lines, one record a line."""
+    """A JSON lines file, one record per line."""
 
     sound_regions: ClassVar[bool] = True
 
     data: Path
-    """The file of json lines."""
+    """JSON lines file."""
 
     def records(self, rejects: Rejects) -> Iterator[Record]:
         """One record a line, in the order of the file."""
@@ -70,7 +70,7 @@ class LinesConverter(Converter):
 
 def _without_image(text: str) -> str:
     if IMAGE_TOKEN in text:
-        raise Fault("placeholder in the text", f"leave {IMAGE_TOKEN} out: the image comes first of itself")
+        raise Fault("placeholder in the text", f"leave {IMAGE_TOKEN} out: the image always comes first")
     return text
 
 
@@ -98,14 +98,14 @@ class _Line(Row, extra="forbid"):
 
 
 class JsonlConverter(LinesConverter):
-    """People's own data, one image with its regions and its conversation a line; docs/data.md has the keys.
+    """Your own data, one image with regions and conversation per line; docs/data.md has the keys.
 
     A turn is a question that stands as it is, or a task of :data:`regiongpt.prompts.QUESTIONS` with what that needs.
     The answer to a guided question is held to what the question asks for: ``Region [1]``, a name of the label set.
     """
 
     name: ClassVar[str] = "jsonl"
-    summary: ClassVar[str] = "your own data: json lines of images, regions and conversations"
+    summary: ClassVar[str] = "your own data: JSON lines of images, regions and conversations"
 
     def of_line(self, number: int, entry: dict[str, Any]) -> Record:
         """The record of a line."""
@@ -127,11 +127,11 @@ class JsonlConverter(LinesConverter):
 
 
 def _turn(given: Any, where: str, n_regions: int) -> Turn:
-    """One turn; its numbers of regions are held against the regions here, placeholders by the record."""
+    """One turn; region numbers are checked here, placeholders by the record."""
     row = _TurnRow.read(given, where)
     literal = row.question is not None
     if literal and (extra := sorted(given.keys() - {"question", "answer", "task"})):
-        raise Fault(MALFORMED, f"{where}a question stands as it is; leave out {', '.join(extra)}")
+        raise Fault(MALFORMED, f"{where}a question is used verbatim; leave out {', '.join(extra)}")
     tasks = [*QUESTIONS, *(["chat"] if literal else [])]
     task = row.task or ("chat" if literal else "")
     if task not in tasks:
@@ -163,13 +163,13 @@ class _Described(Row):
 
 
 class RegionCaptionsConverter(LinesConverter):
-    """One described region a line; further keys, such as the scores of a caption engine, are passed over."""
+    """One described region a line; other keys, such as scores of a caption engine, are ignored."""
 
     name: ClassVar[str] = "region_captions"
     summary: ClassVar[str] = "this project's own detailed descriptions of regions"
 
     check_images: bool = True
-    """Leave out images that are missing or of another size."""
+    """Skip images that are missing or have another size."""
 
     def of_line(self, number: int, entry: dict[str, Any]) -> Record:
         """The record of a line."""
@@ -193,7 +193,7 @@ class _Conversation(Row):
 
 
 class LlavaConverter(Converter):
-    """Conversations about whole images in LLaVA's form, one record each, with the questions as they stand.
+    """Conversations about whole images in LLaVA's format, one record each, with verbatim questions.
 
     The placeholder of the image goes, wherever a question has it: a record's image always comes first. The files do not
     tell the sizes of images, so each is opened. Ids repeat in the 665K mix, where several conversations are about one
@@ -201,10 +201,10 @@ class LlavaConverter(Converter):
     """
 
     name: ClassVar[str] = "llava"
-    summary: ClassVar[str] = "LLaVA: LAION-CC-SBU-558K, the 665K instruction mix, and whatever has their form"
+    summary: ClassVar[str] = "LLaVA: LAION-CC-SBU-558K, the 665K instruction mix, and files in the same format"
 
     data: Path
-    """blip_laion_cc_sbu_558k.json, llava_v1_5_mix665k.json or the like."""
+    """blip_laion_cc_sbu_558k.json, llava_v1_5_mix665k.json or similar."""
     task: Literal["chat", "image_caption"] = "chat"
     """chat, or image_caption for captions of whole images such as the 558K; it names the turns in counts, and the
     questions stand as they are."""
@@ -221,36 +221,38 @@ class LlavaConverter(Converter):
         row = _Conversation.read(entry)
         image = row.image or ""
         if self.task == "image_caption" and not image:
-            raise Fault("caption without an image", "expected an image that is captioned, got none")
+            raise Fault("caption without an image", "expected an image, got none")
         turns = _turns(row.conversations, self.task, bool(image))
         said = repr((row.id, image, [(turn.question, turn.answer) for turn in turns]))
         digest = blake2b(said.encode(), digest_size=12).digest()
         if digest in seen:
-            raise Fault("duplicate conversation", "expected each conversation once, got id, image and words again")
+            raise Fault("duplicate conversation", "duplicate conversation: same id, image and text")
         seen.add(digest)
         size = check_image(self.images / image_name(image)) if image else (0, 0)
         return self.record(f"{row.id}-{place}", image, size, [], turns)
 
 
 def _turns(conversation: list[_Message], task: str, with_image: bool) -> list[Turn]:
-    """The turns of a conversation that goes question, answer, question, answer."""
+    """The turns of a conversation of alternating questions and answers."""
     texts: list[str] = []
     images = 0
     for number, message in enumerate(conversation):
         if message.role not in ("human", "gpt"):
             raise Fault("unknown role", f"expected 'human' or 'gpt' in message {number}, got {short(message.role)}")
         if message.role != ("gpt" if number % 2 else "human"):
-            raise Fault("roles out of turn", f"expected human and gpt in turn, got {message.role} in message {number}")
+            raise Fault(
+                "roles out of turn", f"expected human and gpt to alternate, got {message.role} in message {number}"
+            )
         text = message.value
         if message.role == "human" and with_image:
             images += text.count(IMAGE_TOKEN)
             text = text.replace(IMAGE_TOKEN, "")
         if not text.strip():
             kind = "question empty" if message.role == "human" else "answer empty"
-            raise Fault(kind, f"expected words in message {number}")
+            raise Fault(kind, f"expected text in message {number}")
         texts.append(words_alone(text.strip()))
     if len(texts) % 2:
-        raise Fault("question without an answer", "expected gpt to have the last word, got human's")
+        raise Fault("question without an answer", "expected the last message from gpt, got one from human")
     if images > 1:
         raise Fault("placeholder in the text", f"expected {IMAGE_TOKEN} once, got it {images} times")
     return [Turn(task=task, question=q, answer=a) for q, a in zip(texts[::2], texts[1::2], strict=True)]

@@ -1,6 +1,6 @@
-"""COCO, LVIS, V3Det and any file of COCO's format: what class is each box or mask, asked with the closed set's name.
+"""COCO, LVIS, V3Det and any file of COCO's format: the class of each box or mask, asked with a closed set.
 
-Paper: §3.2 and Table 1 (the closed-set prompt), §4 (boxes a category)
+Paper: §3.2 and Table 1 (the closed-set prompt), §4 (boxes per category)
 """
 
 from collections.abc import Iterator
@@ -29,19 +29,19 @@ class InstancesConverter(Converter):
     sound_regions: ClassVar[bool] = True
 
     instances: Annotated[tuple[Path, ...], Field(min_length=1)]
-    """Instances files; an image in two of them is taken from the first."""
+    """Instances files; the first file that lists an image is used."""
     label_set: Words
-    """Name of the closed set, as the question shall name it."""
+    """Name of the closed set in the question."""
     boxes_per_category: NonNegativeInt = 0
-    """Most objects of a category, drawn by the seed over all files; 0 for all."""
+    """Most objects per category, sampled over all files; 0 for all."""
     objects_per_record: NonNegativeInt = 20
-    """Most objects in one conversation, the others follow in further ones; 0 for all in one."""
+    """Most objects per conversation; the rest go to further ones; 0 for no limit."""
     shapes: Shapes = "box"
-    """What marks an object: box, mask (polygons, RLE) or both, each asked about."""
+    """Regions: box, mask (polygons, RLE), or both, asked about separately."""
     crowds: bool = False
-    """Take what is marked as a crowd too: CVAT, datumaro and supervision mark every mask so that is stored as RLE."""
+    """Include crowds; CVAT, datumaro and supervision mark every RLE mask as one."""
     check_images: bool = True
-    """Leave out images that are missing or of another size."""
+    """Skip images that are missing or have another size."""
 
     def captions_of(self, images: set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
         """Captions of whole images with their ids, by image; none unless a subclass has some."""
@@ -83,14 +83,14 @@ class InstancesConverter(Converter):
                 if names.setdefault(number, name) != name:
                     raise DataError(
                         f"{path}: expected category {number} to be {names[number]!r} as in {self.instances[0].name}, "
-                        f"got {name!r}; convert files of different data sets apart"
+                        f"got {name!r}; convert different data sets separately"
                     )
             known.update(file.images.tolist())
             files.append(file)
         return files
 
     def _draw(self, files: list[InstancesFile]) -> list[Indices]:
-        """At most as many objects of each category as wanted, by (seed, category) over all files; indices by file."""
+        """Sample objects per category over all files, by (seed, category); indices by file."""
         if not self.boxes_per_category:
             return [np.arange(len(file.ids)) for file in files]
         categories = np.concatenate([file.categories for file in files])
@@ -131,14 +131,14 @@ class CocoConverter(InstancesConverter):
     summary: ClassVar[str] = "COCO instances: the class of boxes or masks, and captions of whole images"
 
     label_set: Words = "COCO-80"
-    """Name of the closed set, as the question shall name it."""
+    """Name of the closed set in the question."""
     captions: tuple[Path, ...] = ()
-    """Captions files of the same images, to caption images too."""
+    """Captions files of the same images, to also caption whole images."""
     captions_per_image: NonNegativeInt = 1
-    """Most captions of an image, drawn by the seed; 0 for all."""
+    """Most captions per image, sampled; 0 for all."""
 
     def captions_of(self, images: set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
-        """Those that are wanted, in the order of their ids."""
+        """The selected ones, sorted by id."""
         captions = read_captions(self.captions, images, rejects)
         for number, found in captions.items():
             if 0 < self.captions_per_image < len(found):
@@ -155,7 +155,7 @@ class LvisConverter(InstancesConverter):
     summary: ClassVar[str] = "LVIS: the class of boxes or masks among its long list of names"
 
     label_set: Words = "LVIS"
-    """Name of the closed set, as the question shall name it."""
+    """Name of the closed set in the question."""
 
 
 class V3DetConverter(InstancesConverter):
@@ -165,9 +165,9 @@ class V3DetConverter(InstancesConverter):
     summary: ClassVar[str] = "V3Det: the class of boxes among 13,204 names, balanced by category"
 
     label_set: Words = "V3Det"
-    """Name of the closed set, as the question shall name it."""
+    """Name of the closed set in the question."""
     boxes_per_category: NonNegativeInt = 100
-    """Most objects of a category, drawn by the seed: 100 to pre-train and 10 to fine-tune in the paper; 0 for all."""
+    """Most objects per category, sampled: 100 for pre-training and 10 for fine-tuning in the paper; 0 for all."""
 
 
 @lru_cache(maxsize=1 << 17)

@@ -96,7 +96,7 @@ class Mask(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """An entry of ``annotations`` or of a detector's results, in any of the forms that tools write."""
+    """An entry of ``annotations`` or of detection results, in any tool's format."""
 
     id: int | None  # needed only to refer to an object
     image: int | None
@@ -134,7 +134,7 @@ def read_score(entry: Mapping[str, Any]) -> float | None:
 
 
 def read_box(value: Any) -> Corners | None:
-    """The four numbers of a ``bbox``, None where there are not four."""
+    """The four numbers of a ``bbox``; None if there are not four."""
     try:
         x, y, width, height = map(float, value if isinstance(value, list | tuple) else ())
     except (TypeError, ValueError, OverflowError):
@@ -151,12 +151,12 @@ def annotated_box(box: Sequence[float], width: int, height: int) -> Corners:
 
 
 def overhangs(box: Sequence[float], width: int, height: int) -> bool:
-    """Whether a bbox reaches far beyond its image, as corners would that are taken for x, y, width, height."""
+    """Whether a bbox reaches far beyond its image, as x0, y0, x1, y1 read as x, y, width, height would."""
     return box[0] + box[2] > 1.1 * width or box[1] + box[3] > 1.1 * height
 
 
 def warn_of_overhang(count: int, total: int, path: Path) -> None:
-    """Warn where more than a tenth of a file's boxes overhang."""
+    """Warn if more than a tenth of a file's boxes extend beyond their images."""
     if count > total / 10:
         boxes = f"{count:,} of {many(total, 'box')}"
         log.warning(
@@ -165,8 +165,8 @@ def warn_of_overhang(count: int, total: int, path: Path) -> None:
 
 
 def crowd_hint(rejects: Rejects) -> str:
-    """What to add to a message where nothing else is left: tools that store masks as RLE mark each as a crowd."""
-    return "; --crowds takes what is marked as a crowd" if rejects.counts[CROWD] else ""
+    """Hint for a message if everything is a crowd: tools that store masks as RLE mark each as one."""
+    return "; --crowds includes crowds" if rejects.counts[CROWD] else ""
 
 
 def number_of(identity: Any) -> int | None:
@@ -180,7 +180,7 @@ def number_of(identity: Any) -> int | None:
 
 
 def is_crowd(value: Any) -> bool | None:
-    """What an ``iscrowd`` says, missing or not; None for what it cannot be."""
+    """Value of ``iscrowd``, False if missing; None if invalid."""
     known = value.lower() if isinstance(value, str) else value
     return _CROWDS.get(known) if known is None or isinstance(known, str | int | float) else None
 
@@ -231,14 +231,14 @@ def read_mask(segmentation: Any) -> Mask:
 
 
 def _names(entry: Mapping[str, Any], url_first: bool = False) -> list[str]:
-    """What an entry calls its image, the likeliest first: its file name, and the end of its address."""
+    """Names of an entry's image, the most likely first: its file name, and the end of its URL."""
     name, url = entry.get("file_name"), entry.get("coco_url")
     address = next((text for each in (url, name) if "/" in (text := str(each or ""))), "")
     named, ends = [], []
     if address == url or "://" in address:  # Label Studio has addresses for file names
         ends = [part for part in unquote(address.split("?")[0]).split("/") if part][-2:]
     if isinstance(name, str) and name and "://" not in name:
-        on_disk = name.partition("?d=")[2].partition("&")[0]  # of Label Studio's server
+        on_disk = name.partition("?d=")[2].partition("&")[0]  # a path on Label Studio's server
         name = unquote(on_disk).lstrip("/") if on_disk else name.replace("\\", "/")
         named = [str(PurePosixPath(name)) if "./" in name or "//" in name else name]
     listed = ["/".join(ends)] if ends else []
@@ -246,7 +246,7 @@ def _names(entry: Mapping[str, Any], url_first: bool = False) -> list[str]:
 
 
 def _original(entry: Mapping[str, Any], name: str) -> str:
-    """What the image was called before Roboflow made a copy; ``""`` for any other name."""
+    """The image's name before Roboflow's suffix; ``""`` for any other name."""
     extra = entry.get("extra")
     if isinstance(extra, Mapping) and isinstance(extra.get("name"), str):
         return PurePosixPath(extra["name"]).name
@@ -271,14 +271,14 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 class ImageFinder:
-    """The file that an entry of an instances file means, never one of equal name in another folder.
+    """The image file of an entry of an instances file, never one of the same name in another folder.
 
     It is the file of the ``file_name`` below the folder, then that of the end of the ``coco_url``; else, if only one
     entry has it, the file of the last part of a name, or of the name before Roboflow made a copy.
 
     Args:
         entries: All of the file.
-        folder: Of the images; None takes the likeliest name without a look.
+        folder: Folder of the images; None takes the most likely name unchecked.
         url_first: The address comes before the file name, as in LVIS, whose file names are those of another split.
     """
 
@@ -295,7 +295,7 @@ class ImageFinder:
         return Counter(last for each in images.values() for last in set(_lasts(each)))
 
     def find(self, entry: Mapping[str, Any]) -> str:
-        """The path below the folder, the likeliest name where there is no such file.
+        """The path below the folder, or the most likely name if no file matches.
 
         Raises:
             Fault: The entry has no name, or one that leaves the folder.
@@ -358,7 +358,7 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
         several = f"{len(best)} images that may be {path.name}: {listed}" if best else f"no image called {path.name}"
         raise DataError(f"{file} has {several}; give --image-id")
     if not most[3]:
-        log.warning("%s: %s is taken for %s, by the last part of the name alone", file, _names(best[0])[0], image)
+        log.warning("%s: %s is matched to %s only by file name", file, _names(best[0])[0], image)
     return best[0]
 
 
@@ -373,7 +373,7 @@ class InstancesFile:
         path: The JSON file.
         rejects: Where faults are noted.
         shapes: What is wanted of each object. Without ``"box"``, an object without a sound mask is left out.
-        folder: Of the images; None does not look for them.
+        folder: Folder of the images; None does not look for them.
         check: Leave out images that are missing (``"missing"``), or those of another size too (``"size"``).
         crowds: ``"leave out"`` groups of objects, ``"take"`` them for objects, or ``"keep"`` them apart by ``crowd``.
         wanted: Ids of the images whose objects are read; None for all.
@@ -424,7 +424,7 @@ class InstancesFile:
                 rejects.add(fault.kind, path, f"{key}[{counts[key]}]", fault.reason)
             counts[key] += 1
         if not self._categories and rejects.counts[TRUNCATED] > breaks:
-            raise DataError(f"{path}: breaks off before its categories: {rejects.last}")
+            raise DataError(f"{path}: truncated before its categories: {rejects.last}")
         self._settle_categories()
         self._settle_images()
         self._settle_objects()
@@ -461,7 +461,7 @@ class InstancesFile:
         if known != name:
             raise DataError(
                 f"{self.path}: expected one name for category {number}, got {known!r} and {name!r}; "
-                "give the file as it was released"
+                "use the original file"
             )
 
     def _read_image(self, entry: Any, place: int) -> None:
@@ -494,7 +494,7 @@ class InstancesFile:
         self._masks.append(mask)
 
     def _settle_categories(self) -> None:
-        """Leave out headings, and have one id stand for a name."""
+        """Leave out unused supercategories, and merge categories of the same name."""
         used = set(np.frombuffer(self._rows, _ROW)["category"].tolist())
         above = {number: entry.get("supercategory") for number, entry in self._categories.items()}
         roots = (None, "", "none")
@@ -506,7 +506,7 @@ class InstancesFile:
             name = self._categories[number]["name"]
             is_root = above[number] in roots and name in headings
             if name in first and number in used:
-                told = "%s: categories %s and %s are both called %r and count as one"
+                told = "%s: categories %s and %s are both called %r and are merged"
                 log.warning(told, self.path, self.name_of(first[name]), self.name_of(number), name)
             if name in first or number in used or not (is_root or name in _NO_CLASS):
                 self._alias[number] = first.setdefault(name, number)
@@ -534,7 +534,7 @@ class InstancesFile:
                 self._left_out.add(number)
                 self._rejects.add(fault.kind, self.path, f"image {self.name_of(number)}", fault.reason)
         if found := finder.by_last_part:
-            told = "%s: %s found by the last part of the name alone, such as %s; check that --images is right"
+            told = "%s: %s matched only by file name, such as %s; check --images"
             log.warning(told, self.path, many(len(found), "image"), found[0])
         self._entries.clear()
         self.images: NDArray[np.int64] = np.array(sorted(frames), np.int64)
@@ -559,7 +559,7 @@ class InstancesFile:
         return width, height, path
 
     def _settle_objects(self) -> None:
-        """Hold the annotations against the images and categories, and put those that can be used in order."""
+        """Check the annotations against images and categories, and sort the valid ones."""
         image_places = {number: place for place, number in enumerate(self.images.tolist())}
         sizes = list(zip(self.widths.tolist(), self.heights.tolist(), strict=True))
         seen: set[int] = set()
@@ -597,7 +597,7 @@ class InstancesFile:
                 continue
             overhung += overhangs(bounds, width, height)
             if crowd and self._crowds == "leave out":
-                self._leave_out(number, Fault(CROWD, "expected one object, got a group; --crowds takes it"))
+                self._leave_out(number, Fault(CROWD, "expected one object, got a crowd; --crowds includes it"))
                 self.groups.append((image, category, bounds, area))
                 continue
             if mask.rle and not fits and self._crowds != "keep":
@@ -628,7 +628,7 @@ class InstancesFile:
         self._rejects.add(fault.kind, self.path, self.name_of(number), reason)
 
     def _check_masks(self, ids: Sequence[int], masks: list[Mask], sizes: Sequence[tuple[int, int]]) -> None:
-        """Spoil the masks that make no sense in their images, and note objects that lack a wanted one."""
+        """Drop invalid masks, and note objects that lack a required one."""
         for start in range(0, len(masks), _AT_ONCE):
             part = range(start, min(start + _AT_ONCE, len(masks)))
             clear = _clear_polygons([(masks[k].rings, sizes[k]) for k in part])
@@ -645,7 +645,7 @@ class InstancesFile:
 
 
 def _clear_polygons(drawn: "Sequence[tuple[Sequence[array[float]], tuple[int, int]]]") -> NDArray[np.bool_]:
-    """Which masks are polygons that make sense beyond doubt in an image of that size, many at a time.
+    """Which masks are certainly valid polygons in an image of that size, many at a time.
 
     Only the first ring is looked at: if it is sound and inside, so is the whole.
     """
@@ -706,7 +706,7 @@ class ObjectAnnotation:
     category: str
     box: Box  # half-open xyxy in pixels of the image, clipped to it
     polygons: tuple[tuple[float, ...], ...] | None = None  # flat rings (x0, y0, x1, y1, ...), None for a box or RLE
-    iscrowd: bool = False  # a group whose members were not told apart
+    iscrowd: bool = False  # a group annotated as one object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

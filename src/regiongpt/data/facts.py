@@ -285,7 +285,7 @@ _CELLS = {
     (0, -1): "on the left", (0, 0): "in the centre", (0, 1): "on the right",
     (1, -1): "in the lower left", (1, 0): "at the bottom", (1, 1): "in the lower right",
 }  # fmt: skip
-# What a phrase claims of the centre's column and row (keys of LIMITS, None for nothing).
+# A phrase's claim about the centre's column and row (keys of LIMITS, None for nothing).
 PLACES: Mapping[str, tuple[float | None, float | None]] = {
     "in the upper left": (-1, -1), "at the top": (None, -1), "in the upper right": (1, -1),
     "on the left": (-1, None), "in the centre": (0, 0), "on the right": (1, None),
@@ -304,7 +304,7 @@ def _third(share: float) -> int | None:
 
 
 def relation(a: Box, b: Box) -> str | None:
-    """How ``a`` lies to ``b`` in the image plane, a key of :data:`RELATIONS`, or None when that is not clear.
+    """Relation of ``a`` to ``b`` in the image plane, a key of :data:`RELATIONS`, or None when that is not clear.
 
     A vertical and a horizontal one are joined by ``" and "`` when the boxes are apart along both axes. ``"inside"`` is
     90 % of ``a`` in ``b`` and at most 60 % of its size, ``"around"`` the reverse, ``"overlapping"`` a quarter of the
@@ -425,7 +425,7 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing that a sentence says.
+    """One claim of a sentence.
 
     Attributes:
         kind: ``class``, ``colour``, ``size``, ``place``, ``count``, ``relation`` or ``presence``.
@@ -452,13 +452,13 @@ def holds(
 
     Args:
         claim: What was said.
-        view: Of what.
+        view: The image that the claim is about.
         regions: Objects that region 1, region 2, ... stand for.
         colours: As :func:`colours_of` gives.
         asked: The class that a question about presence asked for.
     """
     if max(claim.region, claim.to) > len(regions) or 0 < claim.region == claim.to:
-        return False  # of a region that there is not, or of a region and itself
+        return False  # a region that does not exist, or a region and itself
     name, each = claim.about or asked, regions[claim.region - 1] if claim.region else None
     if claim.kind == "presence":
         return None if name in view.maybe else (name in view.by_category) == (claim.value == "yes")
@@ -699,7 +699,7 @@ def read(task: str, text: str) -> tuple[list[Claim], list[str]]:
 
 
 def _meant(found: Mapping[str, str]) -> Iterator[Claim]:
-    """What the words in the slots of a template claim."""
+    """The claim made by the words in a template's slots."""
     i, j = int(found.get("i", 1)), int(found.get("j", 2))
     for slot, words in found.items():
         if slot in ("a", "A", "a_first", "a_second", "first", "second", "n") or (slot == "it" and words != "It"):
@@ -755,9 +755,9 @@ class DevQuestion:
     text: str  # without <image>
     regions: list[Region]  # what its placeholders stand for, in pixels of the image
     answer: str  # class name or "Region [n]"; for a description the class name it must contain
-    category: str  # of the object asked about
+    category: str  # class of the object asked about
     share: float = 0.0  # area of the object's box as a share of the image
-    kind: str = ""  # of expression that the answer rests on
+    kind: str = ""  # kind of expression
     expression: str = ""  # what to find, for "locate"
 
 

@@ -1,4 +1,4 @@
-"""What a folder of records holds: statistics, records as a model is taught them, and faults.
+"""Contents of a folder of records: statistics, records as training reads them, and faults.
 
 Paper: Table 2 (images, regions, average words), §3.2 (only the response is supervised), §4 (boxes a category)
 """
@@ -39,24 +39,24 @@ _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Inspection(Settings):
-    """What to show of records: statistics, unless a record or a check is asked for."""
+    """What to show: statistics, unless a record or a check is requested."""
 
     images: Path | None = None
-    """folder of the images, where it has moved"""
+    """folder of the images, if it has moved"""
     check: bool = False
-    """look for faults in every record; exit code 1 if there are any"""
+    """check every record; exit code 1 if there are faults"""
     record: str | None = Field(None, min_length=1)
-    """show one record, by its place from 0 or its id"""
+    """show one record, by index from 0 or by id"""
     html: Path | None = None
-    """write a page that shows records as they are taught"""
+    """write a page that shows records as training reads them"""
     count: int | None = Field(None, ge=1)
     """with --html: how many records (default: 24)"""
     model: Path | None = None
     """checkpoint folder whose tokenizer and template are used (default: the package's model)"""
     seed: int | None = Field(None, ge=0)
-    """of the wording, and of the page's choice of records (default: 0)"""
+    """seed of the wording and of the records on the page (default: 0)"""
     epoch: int | None = Field(None, ge=0)
-    """of the wording (default: 0)"""
+    """epoch epoch epoch of the wording (default: 0)"""
 
     @model_validator(mode="after")
     def _refuse_idle(self) -> "Inspection":
@@ -71,12 +71,12 @@ class Inspection(Settings):
                 listed = " or ".join(f"--{other}" for other in needed)
                 raise ValueError(f"--{name} goes with {listed}; add one of them or leave it out")
         if self.count is not None and self.record:
-            raise ValueError("--count and --record exclude each other; leave one of them out")
+            raise ValueError("--count and --record cannot be combined; leave one out")
         return self
 
 
 def inspect(folder: Path, options: Inspection) -> bool:
-    """Print and write what was asked of a folder of records.
+    """Print and write what the options request.
 
     Returns:
         Whether a check has found a fault.
@@ -135,7 +135,7 @@ def inspect(folder: Path, options: Inspection) -> bool:
 
 
 def find(records: RecordSet, which: str) -> int:
-    """The place of a record given by its place, from 0, or by its id; DataError if there is none."""
+    """Index of a record given by index from 0 or by id; DataError if there is none."""
     if which.isdecimal():
         if int(which) < len(records):
             return int(which)
@@ -272,7 +272,7 @@ def encode(record: Record, processor: "RegionGPTProcessor", seed: int, epoch: in
 
 
 def said(record: Record, seed: int, epoch: int, index: int) -> list[tuple[str, str]]:
-    """The questions and answers of a record as a model is taught them, without ``<image>``."""
+    """The questions and answers of a record as training reads them, without ``<image>``."""
     texts = [message["content"] for message in record.messages(seed, epoch, index)]
     texts[0] = texts[0].removeprefix(f"{IMAGE_TOKEN}\n")
     return list(zip(texts[::2], texts[1::2], strict=True))
@@ -331,7 +331,7 @@ def terminal(shown: Sequence[Piece], colour: bool) -> str:
             text = f"{text}×{piece.tokens}"
         if taught and not piece.target:  # a turn has ended: the next begins on its own line
             text = text if text.startswith("\n") else f"\n{text}"
-        if colour:  # line by line, as pagers want it: bold green, faint or cyan
+        if colour:  # line by line, for pagers: bold green, faint or cyan
             style = "1;32" if piece.target else "2" if piece.kind == "text" else "36"
             text = "\n".join(f"\x1b[{style}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
         elif piece.target != taught:
@@ -364,7 +364,7 @@ def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed:
 
 
 def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple[str, Fault]]:
-    """Look at every record as training would, and at every image.
+    """Check every record as training reads it, and every image.
 
     Yields:
         The id of a record (its place where it has none, or the file name of a shard) and the first of its faults.
@@ -380,7 +380,7 @@ def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple
         name = str(row.get("id") or f"row {index}")
         try:
             if name in ids:
-                raise Fault("duplicate id", "expected ids to be unique, got one twice")
+                raise Fault("duplicate id", "duplicate id")
             ids.add(name)
             record = Record.from_row(row)
             record.check()
@@ -392,7 +392,7 @@ def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple
             # The end of the turn is a target of every answer; a model that learns it alone learns to say nothing.
             words = [label for label in labels if label >= 0 and label not in processor.stop_token_ids]
             if not processor.tokenizer.decode(words).strip():
-                raise Fault("no target", "expected at least one supervised word, got answers without any")
+                raise Fault("no target", "no supervised token: every answer is empty")
         except RegionGPTError as error:
             yield name, fault_of(error)
 

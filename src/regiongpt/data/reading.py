@@ -102,14 +102,16 @@ def plain_text(value: Any, what: str) -> str:
 def words_alone(text: str) -> str:
     """The text; Fault if it holds ``<image>`` or ``<region1>``, or is not Unicode."""
     if "<" in text and (IMAGE_TOKEN in text or PLACEHOLDER.search(text)):
-        raise Fault("placeholder in the text", f"expected words alone, got {short(text)}")
+        raise Fault("placeholder in the text", f"expected plain text, got {short(text)}")
     return unicode_text(text)
 
 
 def unicode_text(text: str) -> str:
     """The text; Fault for half of a surrogate pair, which JSON can spell but no file can hold."""
     if not is_unicode(text):
-        raise Fault("text that is not Unicode", f"expected whole characters, got half of a pair in {short(text)}")
+        raise Fault(
+            "text that is not Unicode", f"expected valid Unicode, got half of a surrogate pair in {short(text)}"
+        )
     return text
 
 
@@ -339,7 +341,7 @@ class _Text:
                 raise self.error(f"expected json ({error.msg})", len(self.held) if cut else error.pos) from None
             except (RecursionError, ValueError) as error:  # a whole number of thousands of digits
                 raise _BreakError(f"{reason(error)}, at character {self.before + self.at}") from None
-            # A number may go on in the next block, or would have in a whole file: 1 in 12, 1.5 and 1e+16.
+            # A number may continue in the next block, or would in a complete file: 1 in 12, 1.5 and 1e+16.
             if isinstance(value, int | float) and not self.held[end : end + _LONGEST_WORD].strip(".eE+-"):
                 if self.more():
                     continue
@@ -368,7 +370,7 @@ class _Text:
 
 @contextmanager
 def noting_line(path: Path, number: int, rejects: Rejects) -> Iterator[None]:
-    """Count a line that cannot be used, whatever is wrong with it, and go on."""
+    """Count a line that cannot be used for any reason, and continue."""
     with rejects.noting(path, number):
         try:
             yield
@@ -394,7 +396,7 @@ def iter_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, An
     except OSError as error:
         raise DataError(f"{path}: not a readable file of json lines: {reason(error)}; check the path") from None
     if number and not found:
-        raise DataError(f"{path}: no line is a json object; give a file of json lines")
+        raise DataError(f"{path}: no line is a JSON object; give a JSON lines file")
 
 
 def _decoded(line: bytes, number: int) -> dict[str, Any]:
@@ -408,9 +410,9 @@ def _decoded(line: bytes, number: int) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         # A line without an end is the last one, and was being written.
         kind = "line that is not json" if line.endswith(b"\n") else TRUNCATED
-        raise Fault(kind, f"expected a json object: {reason(error)}") from None
+        raise Fault(kind, f"expected a JSON object: {reason(error)}") from None
     if not isinstance(entry, dict):
-        raise Fault(MALFORMED, f"expected a json object, got {short(entry)}")
+        raise Fault(MALFORMED, f"expected a JSON object, got {short(entry)}")
     return entry
 
 
@@ -444,9 +446,9 @@ class _PlainUnpickler(pickle.Unpickler):
         if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
             return {"set": set, "frozenset": frozenset}[name]
         raise DataError(
-            f"not plain data: it asks for {ascii(module)[1:-1]}.{ascii(name)[1:-1]}, which reading it would import and "
+            f"not plain data: it uses {ascii(module)[1:-1]}.{ascii(name)[1:-1]}, which reading it would import and "
             "could run; do not use this file, fetch the original"
         )
 
     def persistent_load(self, pid: Any) -> Any:
-        raise DataError("not plain data: it refers to objects outside of it; do not use it")
+        raise DataError("not plain data: it refers to external objects; download the original file")

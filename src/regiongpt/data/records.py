@@ -17,7 +17,7 @@ from regiongpt.prompts import IMAGE_TOKEN, check_placeholders, question
 from regiongpt.regions import Region
 
 SCHEMA_VERSION: Final = 1
-"""Raised whenever a reader of the old schema could misread the new one."""
+"""Increased when a reader of the old schema could misread the new one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class Turn:
     task: str  # a key of prompts.QUESTIONS, or "chat" for a question that stands as it is
     answer: str
     question: str = ""  # as it stands, without <image>; "" to have it worded by the task
-    regions: tuple[int, ...] = ()  # numbers from 1 of those that the wording names, in order
+    regions: tuple[int, ...] = ()  # numbers from 1 of the regions in the wording, in order
     expression: str = ""  # what to find, for "locate"
     category: str = ""  # the class asked for, for "presence"
     label_set: str = ""  # the closed set named in the suffix of "classify"
@@ -68,7 +68,7 @@ class Record:
     id: str  # unique in its folder, and the same whenever the same source is converted
     source: str
     image: str  # path below the images' folder, with forward slashes; "" for a conversation without one
-    width: int  # of the image in pixels, 0 without one
+    width: int  # pixels, 0 without an image
     height: int
     regions: tuple[RecordRegion, ...]  # what <region1>, <region2>, ... stand for
     turns: tuple[Turn, ...]  # at least one

@@ -39,7 +39,7 @@ from regiongpt.prompts import NO_MATCH, region_answer
 from regiongpt.regions import Region
 
 PARTITIONS: Final = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google")}
-"""Who divided each data set into splits, the one in common use first. An image may be in ``train`` of one and in
+"""Partitions of each data set, the most common one first. An image may be in ``train`` of one and in
 ``val`` of another, so a conversion reads one partition, and its name is part of every record's id."""
 SAME_OBJECT: Final = 0.9
 """Intersection over union from which two boxes count as one object annotated twice."""
@@ -205,13 +205,13 @@ class RefCocoConverter(Converter):
     summary: ClassVar[str] = "RefCOCO, RefCOCO+, RefCOCOg: captions of regions, and expressions to choose a region by"
 
     refs: Path
-    """refs(unc).p, refs(google).p or refs(umd).p; or a json such as finetune_refcocog_train.json."""
+    """refs(unc).p, refs(google).p or refs(umd).p, or a JSON file such as finetune_refcocog_train.json."""
     instances: Path | None = None
-    """instances.json of the data set; a refs(...).p needs it, a json takes all objects from it."""
+    """instances.json of the data set; required with refs(...).p."""
     dataset: Literal["refcoco", "refcoco+", "refcocog"] = "refcocog"
     """refcoco, refcoco+ or refcocog."""
     partition: str = ""
-    """unc, google or umd, where the name of a refs(...).p does not say it."""
+    """unc, google or umd, if the file name of refs(...).p does not say."""
     split: str = "train"
     """The one split to convert: train, val, test, testA or testB."""
     task: Literal["caption", "locate", "both"] = "both"
@@ -219,9 +219,9 @@ class RefCocoConverter(Converter):
     candidates: Annotated[int, Field(ge=2)] = 8
     """Most regions to choose among."""
     no_match_share: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of the choices from which the right region is left out."""
+    """Share of questions without the correct region among the choices."""
     check_images: bool = True
-    """Leave out images that are missing or of another size."""
+    """Skip images that are missing or have another size."""
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:

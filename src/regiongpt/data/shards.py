@@ -32,7 +32,7 @@ from regiongpt.storage import is_below, read_json, reason, sha256, write_json, w
 MANIFEST: Final = "manifest.json"
 REJECTS: Final = "rejects.jsonl"
 CROWD: Final = "crowd"
-"""The kind of what is left out on purpose: a group of objects that nobody told apart. It does not end a strict run."""
+"""Kind of the entries that are skipped on purpose: a group annotated as one object. It does not end a strict run."""
 RECORDS_PER_SHARD: Final = 20_000
 _BATCH: Final = 1000  # records of a row group, and in memory
 
@@ -81,7 +81,7 @@ def fault_of(error: RegionGPTError) -> Fault:
 
 
 class Rejects:
-    """What a conversion could not use, counted by kind; ``strict`` fails at the first."""
+    """Entries that a conversion could not use, counted by kind; ``strict`` fails at the first."""
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
@@ -110,7 +110,7 @@ class Rejects:
 
     @contextmanager
     def noting(self, file: str | Path, record: object) -> Iterator[None]:
-        """Count a :class:`Fault` inside the block, and go on behind it."""
+        """Count a :class:`Fault` inside the block, and continue after it."""
         try:
             yield
         except Fault as fault:
@@ -134,7 +134,7 @@ class Shard(TypedDict):
 
 
 class Manifest(Settings):
-    """What a folder of records was made of; docs/data.md says more."""
+    """Manifest of a folder of records; see docs/data.md."""
 
     schema_version: int
     source: str
@@ -151,9 +151,7 @@ class Manifest(Settings):
         """Read the manifest of a folder; DataError if no conversion ended there, or one of another schema."""
         path = Path(folder) / MANIFEST
         if not path.exists():
-            raise DataError(
-                f"{folder}: no finished records, there is no {MANIFEST}; run `regiongpt convert` to its end"
-            )
+            raise DataError(f"{folder}: no finished records: no {MANIFEST}; run `regiongpt convert` again")
         values = read_json(path)
         try:
             manifest = cls(**values if isinstance(values, dict) else {"": values})
@@ -215,7 +213,7 @@ def write_records(
             try:
                 record.check(regions=check_regions)
                 if record.id in seen_ids:
-                    raise Fault("duplicate id", "expected ids to be unique, got one twice")
+                    raise Fault("duplicate id", "duplicate id")
             except RegionGPTError as error:
                 rejects.add(fault_of(error).kind, source, record.id, str(error))
                 continue
@@ -259,7 +257,7 @@ def _filling(out: Path) -> Iterator[Path]:
     unfinished = out / f".unfinished-{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob(".unfinished-*"):  # of a run that was killed
+        for left in out.glob(".unfinished-*"):  # left by a killed run
             shutil.rmtree(left)
         unfinished.mkdir()
         yield unfinished
@@ -293,7 +291,7 @@ class RecordSet:
         if missing := [file for file in files if not Path(file).is_file()]:
             raise DataError(f"{self.folder}: expected the shard {missing[0]}, found none; convert the source again")
         if not files:
-            raise DataError(f"{self.folder}: expected records, but the conversion kept none; see its {REJECTS}")
+            raise DataError(f"{self.folder}: no records: the conversion rejected everything; see its {REJECTS}")
         from datasets import Dataset, disable_progress_bars
         from datasets.exceptions import DatasetsError
 
@@ -303,7 +301,7 @@ class RecordSet:
             self.table: Any = Dataset.from_parquet(files, cache_dir=str(cache))
         except (OSError, ValueError, DatasetsError) as error:
             raise DataError(
-                f"{self.folder}: its shards cannot be read, or not copied to {cache}: {reason(error)}; convert the "
+                f"{self.folder}: its shards cannot be read or copied to {cache}: {reason(error)}; convert the "
                 "source again, or free some space"
             ) from error
         expected = self.manifest.counts.get("records", 0)
@@ -330,7 +328,7 @@ class RecordSet:
         """Path of the record's image, None without one; DataError for a path that leaves the images' folder."""
         if not is_below(record.image):
             raise DataError(
-                f"{self.folder}: record {record.id}: its image {record.image!a} is outside of the images' folder"
+                f"{self.folder}: record {record.id}: its image {record.image!a} is outside the image folder"
             )
         return self.images / record.image if record.image else None
 
@@ -383,7 +381,7 @@ class MixtureConfig(Settings):
     def _check_parts(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         names = [part.records for part in parts]
         if repeated := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"'{repeated[0]}' comes more than once; give it a weight instead")
+            raise ValueError(f"'{repeated[0]}' is listed more than once; give it a weight instead")
         return parts
 
 
@@ -425,11 +423,11 @@ def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path
 
 
 def open_mixture(path: str | Path, root: str | Path = "", seed: int = 0) -> "Mixture":
-    """Open the records of a mixture; the seed decides their order.
+    """Open the records of a mixture; the seed determines their order.
 
     Raises:
         ConfigError: As for :func:`find_parts`.
-        DataError: Likewise; or a part's shards are damaged.
+        DataError: The same, or a part's shards are damaged.
     """
     parts = find_parts(path, root)
     return Mixture(
@@ -496,7 +494,7 @@ class Mixture:
         return np.random.default_rng((self.seed, *key)).permutation(count)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the order and the records, wherever the folders lie."""
+        """Identity of the order and records, independent of the folders' location."""
         parts = [(part.per_epoch, part.records.manifest.shards) for part in self.parts]
         listed = [{"records_per_epoch": n, "shards": [shard["sha256"] for shard in shards]} for n, shards in parts]
         return {"seed": self.seed, "parts": listed}

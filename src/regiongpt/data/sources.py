@@ -53,12 +53,12 @@ class Converter(Settings, ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     sound_regions: ClassVar[bool] = False
-    """Whether each region of a record has been held against its image already."""
+    """Whether each region of a record was already checked against its image."""
 
     images: Path
     """Folder of the images."""
     seed: NonNegativeInt = 0
-    """Of every random choice."""
+    """Random seed."""
 
     @abstractmethod
     def records(self, rejects: Rejects) -> Iterator[Record]:
@@ -100,14 +100,14 @@ def _stated(value: Any) -> Any:
 
 
 class Output(Settings):
-    """Where the records go, and what is strict about it."""
+    """Output folder and strictness."""
 
     out: Path
     """Folder of the records, new or empty."""
     strict: bool = False
-    """Fail at the first record that cannot be used."""
+    """Stop at the first record that cannot be used."""
     overwrite: bool = False
-    """Replace other records in --out."""
+    """Replace existing records in --out."""
 
 
 def load_converter(name: str) -> type[Converter]:
@@ -125,7 +125,7 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
     Args:
         converter: The source and its options.
         out: The folder.
-        strict: Fail at the first record that cannot be used.
+        strict: Stop at the first record that cannot be used.
         overwrite: Replace records of another source or of other options.
 
     Raises:
@@ -171,7 +171,7 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
 
 
 def summary(manifest: Manifest, out: Path, seconds: float | None) -> str:
-    """What a conversion has made, as text; ``seconds`` is None if the records were there before."""
+    """Summary of a conversion; ``seconds`` is None if the records existed already."""
     counts, rejects = manifest.counts, manifest.rejects
     size = sum((out / shard["file"]).stat().st_size for shard in manifest.shards)
     listed = ", ".join(many(counts.get(f"{name}s", 0), name) for name in ("record", "image", "region", "turn"))
@@ -187,7 +187,7 @@ def summary(manifest: Manifest, out: Path, seconds: float | None) -> str:
     else:
         lines.append("nothing left out")
     if rejects.get(CROWD) and not counts.get("regions"):
-        lines.append("every object is marked as a crowd, as some tools mark every mask; --crowds takes them")
+        lines.append("every object is marked as a crowd (some tools mark every mask); --crowds includes them")
     return "\n".join(lines)
 
 

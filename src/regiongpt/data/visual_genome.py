@@ -82,7 +82,7 @@ class _Part(NamedTuple):
 
 
 class _Topic(NamedTuple):
-    """What can be said of one box, or of two."""
+    """Facts about one box, or two."""
 
     task: str
     parts: tuple[_Part, ...]
@@ -105,13 +105,13 @@ class VisualGenomeConverter(Converter):
     image_data: Path
     """image_data.json, the images' sizes and folders."""
     objects: Path | None = None
-    """objects.json, to ask for names of objects too."""
+    """objects.json, to also ask for object names."""
     relationships: Path | None = None
-    """relationships.json, to ask how objects relate too."""
+    """relationships.json, to also ask about relations."""
     boxes_per_image: NonNegativeInt = 10
-    """Most boxes in the dialogue of an image, drawn by the seed; 0 for all."""
+    """Most boxes per image, sampled; 0 for all."""
     check_images: bool = True
-    """Leave out images that are missing or of another size."""
+    """Skip images that are missing or have another size."""
 
     def records(self, rejects: Rejects) -> Iterator[Record]:
         """One dialogue an image, in the order of ``region_descriptions.json``."""
@@ -146,7 +146,7 @@ class VisualGenomeConverter(Converter):
     def _by_image(
         self, path: Path, key: str, images: dict[int, _Image], rejects: Rejects
     ) -> Iterator[tuple[int, list[Any]]]:
-        """What a file says of each image, once."""
+        """Each image's entry in a file, once."""
         seen: set[int] = set()
         apart = 0
         for place, entry in enumerate(iter_array(path, None, rejects)):

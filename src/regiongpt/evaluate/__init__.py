@@ -1,4 +1,4 @@
-"""Benchmarks: each task in a module of its own, and what runs, scores and reports them."""
+"""Benchmarks: one module per task, and the code that runs, scores and reports them."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -19,11 +19,11 @@ TASKS: Final[Mapping[str, str]] = {
     "pope": "pope:Pope",
     "facts": "facts:Facts",
 }
-"""Where each task is, by its name on the command line, in the order of the paper's tables."""
+"""Class of each task by its command-line name, in the order of the paper's tables."""
 
 
 def task_class(name: str) -> "type[Task]":
-    """The class of a task, imported now; ConfigError where there is none."""
+    """Import the class of a task; ConfigError if there is none."""
     if name not in TASKS:
         raise ConfigError(f"no task {name!r}; {nearest(name, TASKS)}")
     module, _, kind = TASKS[name].partition(":")

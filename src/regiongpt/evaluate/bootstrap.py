@@ -1,4 +1,4 @@
-"""How sure a result is, and whether two systems differ: bootstrap over images, whose items are not independent."""
+"""Confidence intervals and paired comparisons: bootstrap over images, since items of an image are not independent."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
@@ -16,7 +16,7 @@ _AT_ONCE = 1 << 22  # multiplicities held at a time
 
 
 class Statistic(ABC):
-    """A result as a function of how often each image is counted."""
+    """A result as a function of the images' weights."""
 
     clusters: tuple[Hashable, ...]  # the images, each once
     most: float = 1.0  # the largest value that it can have; the smallest is 0
@@ -24,14 +24,14 @@ class Statistic(ABC):
 
     @abstractmethod
     def values(self, times: Floats) -> Floats:
-        """The result (N,) for weightings (N, C) of the C images; NaN where nothing is left to measure."""
+        """The result (N,) for weights (N, C) of the C images; NaN if undefined."""
 
     @abstractmethod
     def parts(self) -> list[Hashable]:
-        """What each image contributes, equal for two systems that answer alike; None for an image without a part."""
+        """Each image's contribution, equal for two systems with equal answers; None for an image without one."""
 
     def value(self) -> float:
-        """The result itself; NaN where there is nothing to measure."""
+        """The result itself; NaN if undefined."""
         return float(self.values(np.ones((1, len(self.clusters))))[0])
 
 
@@ -109,7 +109,7 @@ def too_few(a: Statistic, b: Statistic) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """Two systems on the same items; interval and p are None where nothing can be told.
+    """Two systems on the same items; interval and p are None where they cannot be computed.
 
     The two-sided p is twice the share of resamples in which the difference has the other sign or is 0.
     """

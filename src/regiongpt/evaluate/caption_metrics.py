@@ -28,14 +28,14 @@ _COUNTS: Final = 23  # numbers that METEOR tells of a caption and a reference
 _LONGEST: Final = 2000  # words that METEOR aligns without gigabytes of memory; the others count as unmatched
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75
 _STAGES = np.array([1.0, 0.6, 0.8, 0.6])  # exact words, stems, synonyms, paraphrases
-# Tokens that the scorers drop. Brackets come in lower case and so stay, as in all published scores.
+# Tokens that the scorers drop. Brackets are lower case here and so are kept, as in published scores.
 _PUNCTUATION: Final = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
 _INSTALL: Final = "; install it with: pip install '.[evaluate]'"
 _NO_TEXT: Final = re.compile("[\r\n\u000b\u000c\u0085\u2028\u2029\ud800-\udfff]")  # line ends, halves of characters
 _NAME: Final = "[A-Za-z][A-Za-z0-9_:.-]*"
-_OPEN: Final = re.compile(  # what would go on in the next caption: a tag within a quoted value, and one rare smiley
+_OPEN: Final = re.compile(  # what would continue in the next caption: a tag within a quoted value, and one rare smiley
     rf"<(?={_NAME}( +{_NAME}( *= *('[^']*'|\"[^\"]*\"))?)* +{_NAME} *= *('[^']*|\"[^\"]*)\Z)|\.(?=\[\^x=[^<]*\Z)"
 )
 
@@ -143,7 +143,7 @@ def _best_counts(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats
 
 
 def meteor_counts(captions: Sequence[str], references: Sequence[str]) -> Floats:
-    """What METEOR counts (n, 23) for the scored words of n captions, each against a reference."""
+    """METEOR's counts (n, 23) for n tokenized captions, each against a reference."""
     words = [[text.split() for text in texts] for texts in (captions, references)]
     with tempfile.TemporaryDirectory() as place:
         files = [
@@ -183,7 +183,7 @@ def meteor_scores(counts: Floats) -> Floats:
 
 
 def meteor_addends(counts: Floats) -> Floats:
-    """What each caption's counts (N, 23) add to those of a set: a caption matched whole adds no chunk."""
+    """Each caption's share (N, 23) of the counts of a set: a fully matched caption adds no chunk."""
     added = np.array(counts, np.float64)
     added[_is_whole(added), 20] = 0.0
     return added
@@ -201,7 +201,7 @@ def _is_whole(counts: Floats) -> NDArray[np.bool_]:
 
 
 def scored_words(captions: Sequence[str]) -> list[str]:
-    """The words of each caption that scorers count: in lower case, joined by blanks, without punctuation.
+    """The tokens of each caption for the scorers: lower case, separated by spaces, without punctuation.
 
     The tokenizer reads captions as lines of one file: one that ends in an abbreviation is read with the beginning of
     the next, so the same list gives the same words.
@@ -230,30 +230,30 @@ def find_java() -> str:
         return str(JAVA)
     if found := shutil.which("java"):
         return found
-    raise ConfigError(f"captions are scored by Java programs, and there is no Java here{_INSTALL}")
+    raise ConfigError(f"scoring captions needs Java, which was not found{_INSTALL}")
 
 
 def find_package() -> Path:
     """The folder of the package pycocoevalcap, which has the programs; ConfigError where it is not installed."""
     package = find_spec("pycocoevalcap")
     if package is None or not package.submodule_search_locations:
-        raise ConfigError(f"captions are scored by pycocoevalcap, which is not installed{_INSTALL}")
+        raise ConfigError(f"scoring captions needs pycocoevalcap, which is not installed{_INSTALL}")
     return Path(next(iter(package.submodule_search_locations)))
 
 
 def _run_java(name: str, words: Sequence[str], size: int) -> str:
-    """What a Java program prints, run to its end; ``size`` is the number of words it reads, for its time limit."""
+    """Output of a Java program; ``size``, the number of words it reads, sets its time limit."""
     java, seconds = find_java(), SECONDS + SECONDS_PER_WORD * size
     command = [java, "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *words]
     try:
         run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"{name} was ended after {seconds:.0f} s without a result; is the memory full?") from None
+        raise ConfigError(f"{name} gave no result after {seconds:.0f} s and was ended; is memory full?") from None
     except OSError as error:
         raise ConfigError(f"{name}: {java} does not start: {error.strerror}") from None
     if run.returncode:
         said = " ".join(run.stderr.decode("utf-8", "replace").split())[:300]
-        raise ConfigError(f"{name} ended with code {run.returncode}: {said or 'it said nothing'}")
+        raise ConfigError(f"{name} ended with code {run.returncode}: {said or 'no output'}")
     return run.stdout.decode("utf-8", "replace").replace("\r\n", "\n")
 
 

@@ -1,4 +1,4 @@
-"""One short description a region, scored against people's: RefCOCOg and Visual Genome.
+"""Short descriptions of regions, scored against human ones: RefCOCOg and Visual Genome.
 
 Paper: §4.2, Table 4
 """
@@ -63,20 +63,20 @@ class CaptionTask(Task):
     by: ClassVar[tuple[str, ...]] = ("size", "category")
 
     metrics: tuple[Metric, ...] = Field(default=("METEOR", "CIDEr", "ROUGE_L", "BLEU"), min_length=1)
-    """Which metrics to compute: METEOR, CIDEr, ROUGE_L, BLEU."""
+    """Metrics: METEOR, CIDEr, ROUGE_L, BLEU."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest caption, in tokens."""
 
     @abstractmethod
     def regions_described(self) -> list[Described]:
-        """The regions to be described, with what people said of them."""
+        """The regions to describe, with their human captions."""
 
     @abstractmethod
     def pinned(self) -> dict[str, str]:
         """Split and grouping of the references."""
 
     def read_items(self) -> list[Item]:
-        """One item a region, except those of which no reference has a word."""
+        """One item per region that has a reference with words."""
         find_java()  # what is missing is better said now than after all the answers
         described = self.regions_described()
         words = iter(scored_words([text for each in described for text in each.references]))
@@ -126,7 +126,7 @@ class CaptionTask(Task):
 
 
 class RefCocogCaption(RefCocogTask, CaptionTask):
-    """One caption an object, or one for each of its expressions; published results use both and seldom say which."""
+    """One caption per object, or per expression; published results use both and seldom say which."""
 
     name: ClassVar[str] = "refcocog_caption"
     summary: ClassVar[str] = "captions of RefCOCOg's objects: METEOR and CIDEr (Table 4)"
@@ -136,14 +136,14 @@ class RefCocogCaption(RefCocogTask, CaptionTask):
     }
 
     grouping: Literal["object", "expression"] = "object"
-    """How references are grouped: those of an object together, or each expression by itself."""
+    """Group references by object, or use each expression by itself."""
 
     def pinned(self) -> dict[str, str]:
         """Partition, split and grouping."""
         return {"split": self.part, "references": _GROUPED[self.grouping]}
 
     def regions_described(self) -> list[Described]:
-        """One an object or an expression, in the order of the file."""
+        """One item per object or expression, in the order of the file."""
         found = []
         for each in self.objects():
             said = [(number, [text]) for number, text in each.expressions]
@@ -155,7 +155,7 @@ class RefCocogCaption(RefCocogTask, CaptionTask):
 
 
 class VisualGenomeCaption(CaptionTask):
-    """One caption a region of the images of a split, which a file lists."""
+    """One caption per region of the images of a split, which a file lists."""
 
     name: ClassVar[str] = "vg_caption"
     summary: ClassVar[str] = "captions of Visual Genome's regions: METEOR and CIDEr (Table 4)"
@@ -165,15 +165,15 @@ class VisualGenomeCaption(CaptionTask):
     }
 
     split: str = "test"
-    """Split of the file of splits."""
+    """Split in the splits file."""
     regions: Path | None = None
-    """region_descriptions.json, wherever it is."""
+    """region_descriptions.json, if not in the folder."""
     image_data: Path | None = None
-    """image_data.json, wherever it is."""
+    """image_data.json, if not in the folder."""
     splits: Path | None = None
-    """Json of image ids by split, such as densecap_splits.json; without one, all images."""
+    """JSON of image ids by split, such as densecap_splits.json; default: all images."""
     images: Path | None = None
-    """Folder with VG_100K and VG_100K_2, wherever it is."""
+    """Folder with VG_100K and VG_100K_2, if not in the folder."""
 
     def inputs(self) -> list[Path]:
         """Regions, images' sizes and splits."""

@@ -1,4 +1,4 @@
-"""Which region does an expression mean? RefCOCOg among proposals, and expressions written from COCO's annotations.
+"""Regions that expressions refer to: RefCOCOg among proposals, and expressions made from COCO's annotations.
 
 Paper: §4.3, Table 5
 """
@@ -67,7 +67,7 @@ _ENDLESS = int(MAX_COORDINATE)  # pixels of an image whose size is unknown
 
 
 class ChoosingTask(Task):
-    """Asks which of an image's regions an expression means."""
+    """Asks which of an image's regions an expression refers to."""
 
     item_id: ClassVar[str] = "question id"
     reads: ClassVar[tuple[str, ...]] = ("text", "scores", "called")
@@ -98,7 +98,7 @@ def _choice(said: str | Sequence[float] | None, count: int) -> int | str:
 
 
 def scored(items: Sequence[Item], picked: Sequence[int | str], right: Sequence[bool]) -> Scored:
-    """Accuracy, what chance would give, and the shares of answers that choose nothing."""
+    """Accuracy, chance level, and the shares of answers that choose nothing."""
     shares: dict[str, list[float]] = {
         "accuracy": [float(each) for each in right],
         "chance": [item.detail["chance"] for item in items],
@@ -129,13 +129,13 @@ class RefCocogTask(Task):
     """A benchmark on the files of RefCOCOg."""
 
     split: str = "val"
-    """Split of a refs(...).p; a json holds one split, which this names."""
+    """Split of refs(...).p; a JSON file holds only one, which this names."""
     refs: Path | None = None
-    """refs(umd).p, a json in COCO's layout or json lines, wherever it is."""
+    """refs(umd).p, a JSON file in COCO's format or JSON lines, if not in the folder."""
     instances: Path | None = None
-    """instances.json of the data set, wherever it is; only refs(...).p needs it."""
+    """instances.json, if not in the folder; only for refs(...).p."""
     images: Path | None = None
-    """Folder of the images, wherever it is."""
+    """Folder of the images, if not in the folder."""
 
     def inputs(self) -> list[Path]:
         """Expressions and objects."""
@@ -217,22 +217,22 @@ def _read_lines(path: Path, folder: Path, rejects: Rejects) -> list[Referred]:
 
 
 class RefCocogRec(RefCocogTask, ChoosingTask):
-    """One question an expression, among the proposals for its image.
+    """One question per expression, among the proposals of its image.
 
     Where none overlaps the object by 0.5, the object's own box is added, as in the paper. Without that injection such
     questions count as wrong; all others are the same, so one run measures both.
     """
 
     name: ClassVar[str] = "refcocog_rec"
-    summary: ClassVar[str] = "the box that an expression means, among proposals (Table 5)"
+    summary: ClassVar[str] = "the box that an expression refers to, among proposals (Table 5)"
     item_id: ClassVar[str] = "sentence id"
     by: ClassVar[tuple[str, ...]] = ("size", "injected")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {f"{GENERATED}, {INJECTED}": printed("rec", accuracy="val")}
 
     proposals: Path | None = None
-    """Json array of detections: image_id, bbox (x, y, w, h), score."""
+    """JSON array of detections: image_id, bbox (x, y, w, h), score."""
     top: int = Field(default=20, ge=0)
-    """Most proposals an image, the best by score; 0 for all."""
+    """Most proposals per image, the best by score; 0 for all."""
 
     @property
     def _proposals(self) -> Path:
@@ -244,7 +244,7 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
         return [*super().inputs(), self._proposals]
 
     def read_items(self) -> list[Item]:
-        """One item an expression, in the order of the file."""
+        """One item per expression, in the order of the file."""
         objects = self.objects()
         images = {each.image_id: self.folder / each.file for each in objects}
         proposed = read_proposals(self._proposals, images, self.top, self.left_out)
@@ -273,7 +273,7 @@ class RefCocogRec(RefCocogTask, ChoosingTask):
         return items
 
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
-        """Right is a candidate whose overlap with the object is at least 0.5."""
+        """A candidate with an IoU of at least 0.5 with the object is correct."""
         injected = [bool(item.detail["injected"]) for item in items]
         share = mean_statistic(images_of(items), [float(each) for each in injected])
         protocols = {}
@@ -304,7 +304,7 @@ def read_proposals(path: Path, images: Mapping[int, Path], top: int, rejects: Re
     """Candidate boxes (xyxy in pixels) by image id, the best score first, from a json array of detection results.
 
     Args:
-        path: The file, with a ``score`` in all entries or in none.
+        path: The file, with a ``score`` in every entry or in none.
         images: The images that are asked about; a candidate is clipped to its image if that can be read.
         top: Most candidates an image, by score; 0 for all.
         rejects: Where unusable entries are noted.
@@ -324,9 +324,11 @@ def read_proposals(path: Path, images: Mapping[int, Path], top: int, rejects: Re
         raise DataError(f"{path}: no candidates of {asked}; {rejects.summary()}; is the file of another split?")
     lacking = [score is None for those in found.values() for score, _ in those]
     if any(lacking) and not all(lacking):
-        raise DataError(f"{path}: {sum(lacking):,} of {len(lacking):,} candidates have no score; give all one, or none")
+        raise DataError(
+            f"{path}: {sum(lacking):,} of {len(lacking):,} candidates have no score; give a score to all or none"
+        )
     if all(lacking) and top:
-        raise ConfigError(f"{path}: no scores to choose candidates by; give a file with scores, or --top 0 to take all")
+        raise ConfigError(f"{path}: no scores to rank candidates; give a file with scores, or --top 0 for all")
     for those in found.values():
         those.sort(key=lambda each: -(each[0] or 0.0))
     return {number: [box for _, box in those[: top or None]] for number, those in found.items()}
@@ -348,10 +350,10 @@ def candidates_of(truth: Corners, proposed: Sequence[Corners], seed: tuple[int, 
 
 
 class CocoRec(AnnotatedTask, ChoosingTask):
-    """Up to three questions an image: a class, place, size or colour that is true of one of five objects alone."""
+    """Up to three questions per image: a class, place, size or colour that is true of only one of five objects."""
 
     name: ClassVar[str] = "coco_rec"
-    summary: ClassVar[str] = "the box that an expression means, among five of an annotated image; needs no RefCOCOg"
+    summary: ClassVar[str] = "the box that an expression refers to, among five annotated ones; needs no RefCOCOg"
     by: ClassVar[tuple[str, ...]] = ("kind", "category")
 
     def read_items(self) -> list[Item]:
@@ -381,11 +383,11 @@ class CocoRec(AnnotatedTask, ChoosingTask):
                 )
             )
         if not items:
-            raise DataError(f"{self.data}: no image has five objects or more; {self.left_out.summary()}")
+            raise DataError(f"{self.data}: no image has at least five objects; {self.left_out.summary()}")
         return items
 
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
-        """Right is the region that the expression was written of."""
+        """The region that the expression was made from is correct."""
         protocols = {
             name: scored(items, picked, [k == item.detail["right"] for item, k in zip(items, picked, strict=True)])
             for name, picked in chosen(items, answers).items()

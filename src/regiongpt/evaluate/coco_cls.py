@@ -1,4 +1,4 @@
-"""What class is a region: ground-truth boxes or masks of COCO, LVIS or any file of COCO's form.
+"""Class of a region: ground-truth boxes or masks of COCO, LVIS or any file in COCO's format.
 
 Paper: §4.1, Table 3
 """
@@ -41,7 +41,7 @@ RULES: Final = {
     PROBABLE: "the same answers, each detection with the probability that the model gave to the text",
     SCORED: "the likelihoods of all names, normalised over the list; every name is a detection with its probability",
 }
-"""What each protocol counts."""
+"""Protocols."""
 
 
 class CocoClassification(InstancesTask):
@@ -52,29 +52,29 @@ class CocoClassification(InstancesTask):
     """
 
     name: ClassVar[str] = "coco_cls"
-    summary: ClassVar[str] = "classes of ground-truth regions: accuracy and AP under three protocols (Table 3)"
+    summary: ClassVar[str] = "classes of ground-truth regions: accuracy and AP by three protocols (Table 3)"
     item_id: ClassVar[str] = "annotation id"
     reads: ClassVar[tuple[str, ...]] = ("text", "scores")
     by: ClassVar[tuple[str, ...]] = ("size", "category")
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {MATCH: printed("classification", AP="mAP", accuracy="Acc")}
 
     region: Literal["box", "mask"] = "box"
-    """What marks an object; one without a mask is not asked about by mask."""
+    """Regions to ask about; with mask, objects without one are skipped."""
     crowds: bool = False
-    """Ask about what is marked as a crowd too, as some tools mark every mask."""
+    """Include crowds (some tools mark every mask as one)."""
     label_set: str = "COCO-80"
     """Name of the closed set in the question."""
     guided: bool = True
     """End the question by naming the closed set."""
     choices: bool = True
-    """Score all names too; of a long list this takes most of the time."""
+    """Also score all names; slow for a long list."""
 
     def inputs(self) -> list[Path]:
         """The annotations."""
         return [self.file]
 
     def read_items(self) -> list[Item]:
-        """One item an object, by image and annotation id."""
+        """One item per object, by image and annotation id."""
         folder = self.folder
         crowds: Literal["take", "leave out"] = "take" if self.crowds else "leave out"
         file = InstancesFile(self.file, self.left_out, shapes=self.region, folder=folder, crowds=crowds)
@@ -131,7 +131,7 @@ class CocoClassification(InstancesTask):
         return items
 
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
-        """All protocols that the answers allow: without probabilities and scores, the first alone."""
+        """All protocols that the answers allow: only the first without probabilities and scores."""
         ids: dict[str, int] = items[0].detail["ids"]
         names, rules = list(ids), items[0].detail["federated"]
         texts, sure, rated = (given(items, answers, kind) for kind in ("text", "probability", "scores"))
@@ -173,7 +173,7 @@ class CocoClassification(InstancesTask):
         off = Counter(text for text, name in zip(texts, said, strict=True) if text is not None and name is None)
         if off:
             most = ", ".join(f"{text!r} ({count})" for text, count in off.most_common(5))
-            notes.append(f"{many(off.total(), 'answer')} off the list, most often {most}")
+            notes.append(f"{many(off.total(), 'answer')} not in the list, most often {most}")
         return Measured(
             protocols=protocols,
             pinned=self._pinned(len(names), rules is not None),
@@ -200,7 +200,7 @@ class CocoClassification(InstancesTask):
 
 
 def read_name(text: str, names: Mapping[str, object]) -> str | None:
-    """The name that an answer gives, blanks and one final full stop aside; None where it is off the list."""
+    """The name in an answer, without spaces and a final full stop; None if it is not in the list."""
     answer = " ".join(text.split())
     # A name may end in a full stop of its own.
     return next((form for form in (answer, answer.removesuffix(".").strip()) if form in names), None)
@@ -238,7 +238,7 @@ def _accuracies(items: Sequence[Item], right: Sequence[float], answered: Sequenc
 
 
 def _counts(items: Sequence[Item], ids: Mapping[str, int]) -> dict[str, int]:
-    """How many items a result is about, where that is not all."""
+    """Number of items of a result, if not all."""
     found = Counter(f"AP_{item.groups['size']}" for item in items)
     found["without_person"] = sum(item.truth != "person" for item in items)
     if (known := items[0].detail["federated"]) is not None:
@@ -248,7 +248,7 @@ def _counts(items: Sequence[Item], ids: Mapping[str, int]) -> dict[str, int]:
 
 
 def _confusions(items: Sequence[Item], said: Sequence[str | None]) -> Rows:
-    """How often each category was taken for each other: a row a category that occurs, a column a name that was said."""
+    """Confusion matrix: a row per category that occurs, a column per answered name."""
     counts = Counter((item.truth, name) for item, name in zip(items, said, strict=True))
     down, across = (
         [name for name in items[0].detail["ids"] if name in those] for those in map(set, zip(*counts, strict=True))

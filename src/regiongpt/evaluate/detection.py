@@ -18,7 +18,7 @@ FIGURES: Final = (
 )
 """The twelve results of the COCO API, in its order. Small is below 32^2 px^2 of object area, large from 96^2."""
 ENOUGH: Final = 0.5
-"""Intersection over union from which a box counts as the object (paper §4.3)."""
+"""Least IoU for a box to count as the object (paper §4.3)."""
 FREQUENCIES: Final = {"r": "AP_rare", "c": "AP_common", "f": "AP_frequent"}
 """LVIS' groups of categories, by the letter in its annotations, and the precision of each."""
 MOST_RESAMPLES: Final = 200
@@ -40,7 +40,7 @@ def overlaps(box: Sequence[float], others: Sequence[Sequence[float]] | Floats) -
 
 @dataclass(frozen=True, kw_only=True)
 class Federated:
-    """What LVIS' annotations say of images in which not everything was looked for."""
+    """LVIS' fields for images that are not annotated exhaustively."""
 
     # By image, categories known not to be there: detections of those neither annotated nor in here do not count.
     absent: Mapping[int, Collection[int]]
@@ -50,11 +50,11 @@ class Federated:
 
 
 class DetectionScores(NamedTuple):
-    """What COCOeval says of detections."""
+    """COCOeval's results for detections."""
 
     # FIGURES, or by LVIS' rules the six precisions and those of FREQUENCIES; NaN where there is nothing to find.
     figures: Mapping[str, float]
-    statistics: Mapping[str, Statistic]  # of the precisions
+    statistics: Mapping[str, Statistic]  # the precisions
     by_category: Mapping[int, float]  # AP of each category that has objects, by its id
 
 
@@ -111,7 +111,7 @@ def detection_scores(
 def _looked_for(
     truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], federated: Federated
 ) -> list[Mapping[str, Any]]:
-    """The best detections of each image, of the categories that were looked for in it."""
+    """The best detections of each image, of the categories annotated in it."""
     known = {image: set(those) for image, those in federated.absent.items()}
     for each in truth["annotations"]:
         known.setdefault(each["image_id"], set()).add(each["category_id"])

@@ -1,6 +1,6 @@
-"""Is what a model says true? Each claim of an answer is read by the grammar that writes the training text, and judged.
+"""Truth of a model's claims: each is parsed by the grammar of the training text, and judged.
 
-The judges are annotations and pixels; what these do not decide is counted apart.
+The judges are annotations and pixels; undecided claims are counted separately.
 """
 
 from collections import Counter
@@ -22,14 +22,14 @@ from regiongpt.regions import Region
 
 KINDS: Final = ("class", "colour", "size", "place", "count", "relation", "presence")
 RELATED: Final = 3
-"""Most pairs of regions asked about in an image."""
+"""Most pairs of regions per image."""
 _GRAMMARS: Final = {"ask": "classify", "brief": "describe"}
 _ROOM: Final = {"classify": 16, "ask": 64, "describe": 64, "brief": 40, "relation": 48, "presence": 24}
 _SHOWN: Final = 8  # values of a kind, and sentences that were not read
 
 
 class Judged(NamedTuple):
-    """A claim of the answer to one item, and whether it is true; None where that cannot be told."""
+    """A claim of the answer to one item, and whether it is true; None if undecided."""
 
     item: int
     claim: Claim
@@ -37,10 +37,10 @@ class Judged(NamedTuple):
 
 
 class Facts(AnnotatedTask):
-    """Describes and names every object, relates some pairs, and asks for classes that are there and that are not."""
+    """Describes and names every object, relates some pairs, and asks about present and absent classes."""
 
     name: ClassVar[str] = "facts"
-    summary: ClassVar[str] = "are the claims in a model's answers true? needs COCO annotations alone"
+    summary: ClassVar[str] = "truth of the claims in a model's answers; needs only COCO annotations"
     item_id: ClassVar[str] = "question id"
     by: ClassVar[tuple[str, ...]] = ("question",)
 
@@ -130,7 +130,7 @@ class Facts(AnnotatedTask):
         notes = []
         if unread:
             shown = listed([f"{sentence!r} ({count})" for sentence, count in unread.most_common()], _SHOWN)
-            notes.append(f"{many(unread.total(), 'sentence')} not read, so not judged: {shown}")
+            notes.append(f"{many(unread.total(), 'sentence')} not parsed, so not judged: {shown}")
         return Measured(
             protocols=protocols,
             pinned={
@@ -154,7 +154,7 @@ class Facts(AnnotatedTask):
         return holds(claim, view, about, colours, item.detail.get("asked", ""))
 
     def _always(self, items: Sequence[Item], judged: Sequence[Judged], value: str) -> SumStatistic:
-        """The share of true claims if each said this value, of those that this would decide."""
+        """The share of true claims if all said this value, among those it would decide."""
         said = [(each.item, self._true(items[each.item], replace(each.claim, value=value))) for each in judged]
         return _share(items, [(place, true) for place, true in said if true is not None])
 
@@ -168,7 +168,7 @@ def _share(items: Sequence[Item], found: Sequence[tuple[int, bool | float | None
 
 
 def _agreement(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
-    """How many of the classes that ``classify`` names the other answers name too, and presence admits."""
+    """Share of the classes named by ``classify`` that the other answers agree with."""
     said: dict[tuple[str, Any, Any], str] = {}
     for each in judged:
         item, claim = items[each.item], each.claim

@@ -19,7 +19,7 @@ Request = tuple[str, Mapping[str, Any], Callable[[Any], Sequence[Any]], Mapping[
 
 
 def manifest() -> Any:
-    """What lmms-eval registers; its entry point ``lmms_eval.models`` calls this."""
+    """The registration for lmms-eval; its entry point ``lmms_eval.models`` calls this."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="regiongpt", simple_class_path=f"{__name__}.RegionGPT")
@@ -32,7 +32,7 @@ def answer(predictor: "RegionPredictor", request: Request) -> str:
     """
     context, options, visuals, document, task = request
     if re.match(r"refcoco(\+|g)?_bbox_rec|refcoco_grounding", task):
-        raise DataError(f"{task}: asks for coordinates, which RegionGPT does not write; see `regiongpt evaluate`")
+        raise DataError(f"{task}: asks for coordinates, which RegionGPT cannot answer; see `regiongpt evaluate`")
     regions: list[Region] = []
     if re.match(r"refcoco(\+|g)?_(bbox|seg)", task):
         image, regions = document["image"], [_region(task, document)]
@@ -41,7 +41,7 @@ def answer(predictor: "RegionPredictor", request: Request) -> str:
     else:
         images = list(visuals(document))
         if len(images) != 1:
-            raise DataError(f"{task}: {len(images)} images in a question; only tasks with one can be answered")
+            raise DataError(f"{task}: {len(images)} images in a question; only one is supported")
         image = images[0]
     predictor.set_image(load_image(image))
     said = predictor.ask(

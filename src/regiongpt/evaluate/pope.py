@@ -21,9 +21,9 @@ from regiongpt.evaluate.task import Answer, InstancesTask, Item, Measured, Score
 from regiongpt.prompts import indefinite
 
 STRATEGIES: Final = ("random", "popular", "adversarial")
-"""How absent classes are chosen: any; the commonest of the set; the ones that come most often with the one there."""
+"""How absent classes are chosen: any; the most common; the ones that most often occur with the present one."""
 PAIRS: Final = 3
-"""Questions of either answer for an image, when building."""
+"""Questions per answer and image, when building."""
 READINGS: Final = {
     "first word": "an answer is its first word, yes or no; any other is unparsable and wrong, and no yes",
     "published script": "an answer is no if its first sentence has the word no or not, and yes whatever else it says",
@@ -59,7 +59,7 @@ class Pope(InstancesTask):
     """
 
     name: ClassVar[str] = "pope"
-    summary: ClassVar[str] = "is there such an object? accuracy, precision, recall, F1, share of yes (Table 8)"
+    summary: ClassVar[str] = "object hallucination: accuracy, precision, recall, F1, share of yes (Table 8)"
     item_id: ClassVar[str] = "question id"
     wanted: ClassVar[str] = "annotations or coco_pope_<strategy>.json"
     by: ClassVar[tuple[str, ...]] = ("category",)
@@ -77,7 +77,7 @@ class Pope(InstancesTask):
     image_count: int = Field(default=500, ge=1)
     """Images to build questions for."""
     suffix: str = ""
-    """Text to end every question with, such as 'Answer yes or no.'."""
+    """Text added to every question, such as 'Answer yes or no.'."""
 
     @property
     def _strategies(self) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ class Pope(InstancesTask):
         return self._published() or [self.file]
 
     def read_items(self) -> list[Item]:
-        """The questions of one strategy after the other."""
+        """The questions, strategy by strategy."""
         folder = self.folder
         asked = [read_questions(path, self.left_out) for path in self._published()] or self._build(folder)
         return [
@@ -125,7 +125,7 @@ class Pope(InstancesTask):
             raise DataError(f"{file.path}: {error}; {self.left_out.summary()}") from None
 
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
-        """Each strategy by itself, under both readings of the answers."""
+        """Each strategy by itself, with both ways of reading answers."""
         texts = given(items, answers, "text")
         kinds = [item.groups["strategy"] for item in items]
         protocols = {}
@@ -157,7 +157,7 @@ def _image_file(folder: Path, name: str) -> Path:
 
 
 def first_word(text: str) -> Said:
-    """The answer by its first word, None where that is neither yes nor no."""
+    """The answer by its first word; None if it is neither yes nor no."""
     words = "".join(c if c.isalpha() or c in "'-" else " " for c in text.lower()).split()
     return "yes" if words[:1] == ["yes"] else "no" if words[:1] == ["no"] else None
 
@@ -217,7 +217,7 @@ def build_questions(
         strategy: One of :data:`STRATEGIES`.
         images: Most images that are asked about, drawn by the seed.
         pairs: Questions of either answer for an image.
-        seed: Of every choice.
+        seed: Random seed.
     """
     there = {number: sorted(set(those)) for number, those in sorted(classes.items())}
     often = Counter(name for those in there.values() for name in those)

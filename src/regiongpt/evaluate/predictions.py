@@ -1,4 +1,4 @@
-"""Anyone's answers, read from a file and matched with the items of a benchmark."""
+"""Predictions: answers read from a file and matched with the items of a benchmark."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,7 +82,7 @@ def read_predictions(
             told = f"{len(without)} of {len(answers)} predictions lack {kind!r}: {task.item_id}s "
             told += listed(without)
             if missing == "refuse":
-                raise DataError(f"{path}: {told}; give it in all or in none, or add --missing wrong")
+                raise DataError(f"{path}: {told}; give it for all items or none, or add --missing wrong")
             report.append(f"{told}; they count as wrong where {kind!r} is scored")
     if repeated:
         report.append(f"{many(len(repeated), 'prediction')} given more than once ({listed(repeated)})")
@@ -118,7 +118,7 @@ def _one_of(entry: Mapping[str, Any], names: Sequence[str], what: str, kind: typ
             raise DataError(f"{key}: give {'text' if kind is str else 'a whole number or text'}, got {short(value)}")
     if len(set(map(str, given.values()))) > 1:
         pairs = ", ".join(f"{key} {short(value)}" for key, value in given.items())
-        raise DataError(f"more than one {what}, {pairs}; keep the one that is meant")
+        raise DataError(f"more than one {what}, {pairs}; keep one")
     if not given:
         raise DataError(f"no {what}; give one of {', '.join(names)}, found keys: {', '.join(entry)}")
     return next(iter(given.values()))
@@ -136,13 +136,13 @@ def _answer(entry: Mapping[str, Any], item: Item, task: Task) -> Answer:
     worded = any(entry.get(name) is not None for name in names)
     text = _one_of(entry, names, "answer", str) if worded or not scored else None
     if text is not None and text.strip() == item.question.strip():
-        raise DataError(f"the question itself in the place of an answer, {short(text)}")
+        raise DataError(f"expected an answer, got the question itself, {short(text)}")
     choices = item.choices or tuple(item.detail.get("ids", ()))
     scores, probability = entry.get("scores"), entry.get("probability")
     if isinstance(scores, dict):
         named = {" ".join(name.split()): value for name, value in scores.items()}
         if strange := [name for name in named if name not in choices]:
-            raise DataError(f"scores: {strange[0]!r} is no choice; {nearest(strange[0], choices)}")
+            raise DataError(f"scores: {strange[0]!r} is not a choice; {nearest(strange[0], choices)}")
         if lacking := [name for name in choices if name not in named]:
             raise DataError(f"scores: none for {listed(lacking)}")
         scores = [named[name] for name in choices]

@@ -41,7 +41,7 @@ class TaskRun:
         return str(self.result["task"])
 
     def task(self, data: Path | None = None) -> Task:
-        """The task with the options that it was run with, and all images; its files are below ``data`` if they moved.
+        """The task with the options of the run and all images; its files are in ``data`` if they moved.
 
         Raises:
             ConfigError: This version has no such task or option.
@@ -58,7 +58,7 @@ class TaskRun:
 
 
 def read_run(out: Path) -> list[TaskRun]:
-    """The finished tasks in the folder of a run, in the order of the paper's tables.
+    """The finished tasks in a run's folder, in the order of the paper's tables.
 
     Raises:
         DataError: A file of a task is broken, or there is none.
@@ -77,7 +77,7 @@ def read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """A JSON object with some keys; DataError where the file holds none."""
     found = read_json(path)
     if not isinstance(found, dict) or not set(keys) <= found.keys():
-        raise DataError(f"{path}: not as a run writes it, with {', '.join(keys)}; evaluate again")
+        raise DataError(f"{path}: expected {', '.join(keys)}; evaluate again")
     return found
 
 
@@ -122,7 +122,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(share: float | None, digits: int = 1, sign: str = "") -> str:
-    """A share of 1 times 100; what rounds to nothing has no sign of its own."""
+    """A fraction times 100; what rounds to 0 has no minus sign."""
     return NOTHING if share is None or share != share else f"{round(100 * share, digits) + 0.0:{sign}.{digits}f}"
 
 
@@ -180,7 +180,7 @@ def worst(rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], coun
 
 
 def _card(item: Item, answer: Answer) -> dict[str, Any]:
-    """What the page shows of a mistake: the image with its regions, the question, the answer and the truth."""
+    """A mistake on the page: the image with its regions, the question, the answer and the truth."""
     try:
         alt = f"{item.image.name} with the regions asked about"
         shown: Markup | str = picture(draw_regions(item.image, item.regions), alt, 640)
@@ -201,15 +201,15 @@ def compare_runs(a: Path, b: Path, data: Path | None = None, resamples: int = RE
         a: Folder of the first run.
         b: Folder of the second; differences are B less A.
         data: Where the data set is now, if it has moved.
-        resamples: Of the bootstrap.
+        resamples: Bootstrap resamples.
 
     Returns:
         Plain JSON for each: ``task``, ``items`` (how many both were asked), ``figures`` (by protocol and result, see
         :class:`Paired`), and the items that ``gained`` and ``lost``, with both answers and the change of their score.
 
     Raises:
-        ConfigError: The runs are of other settings, or have no task in common.
-        DataError: A run cannot be read, its data set is not what it was, or the two have no item in common.
+        ConfigError: The runs have different settings, or no task in common.
+        DataError: A run cannot be read, its data set has changed, or the two have no item in common.
     """
     first, second = ({run.name: run for run in read_run(folder)} for folder in (a, b))
     shared = [name for name in first if name in second]
@@ -224,15 +224,17 @@ def _compare(a: TaskRun, b: TaskRun, data: Path | None, resamples: int) -> dict[
     differing = [f"--{name}: {ours[name]!r} and {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]
     differing += ["the annotation files"] if a.manifest["inputs"] != b.manifest["inputs"] else []
     if differing:
-        raise ConfigError(f"{a.folder} and {b.folder}: runs of other settings or files ({'; '.join(differing)})")
+        raise ConfigError(
+            f"{a.folder} and {b.folder}: the runs have different settings or files ({'; '.join(differing)})"
+        )
     if [file_identity(path) for path in task.inputs()] != a.manifest["inputs"]:
         raise DataError(
-            f"{task.data}: not the annotation files that {a.folder} was evaluated on; give their folder with --data"
+            f"{task.data}: different annotation files from those of {a.folder}; give their folder with --data"
         )
     asked = [set(_read_lines(run.folder / ITEMS, lambda row: str(row["id"]))) for run in (a, b)]
     items = [item for item in task.items() if item.id in asked[0] & asked[1]]
     if not items:
-        raise DataError(f"{a.folder} and {b.folder}: no item that both were asked about")
+        raise DataError(f"{a.folder} and {b.folder}: no item in common")
     results = []
     for run in (a, b):
         read = _read_lines(run.folder / PREDICTIONS, lambda row: (str(row["id"]), Answer.from_dict(row)))
@@ -259,7 +261,7 @@ def changes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> d
 
 
 def comparison_as_text(found: Mapping[str, Any]) -> str:
-    """A task of two runs for a terminal, with at most 20 items of each kind."""
+    """A comparison for a terminal, with at most 20 items of each kind."""
     lines = [f"{found['task']}: {found['items']:,} items"]
     for protocol, figures in found["figures"].items():
         rows = [["result", "A", "B", "B - A", "95 %", "p"]]
@@ -286,4 +288,4 @@ def _read_lines(path: Path, made: Callable[[dict[str, Any]], T]) -> list[T]:
                 found.append(made(dict(json.loads(line))))
         return found
     except (OSError, ValueError, TypeError, KeyError, RecursionError, DataError) as error:
-        raise DataError(f"{path}:{len(found) + 1}: not as a run writes it: {reason(error)}; evaluate again") from None
+        raise DataError(f"{path}:{len(found) + 1}: damaged: {reason(error)}; evaluate again") from None

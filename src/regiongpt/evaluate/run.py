@@ -1,4 +1,4 @@
-"""Benchmarks from their questions to a folder of results, which ``docs/evaluation.md`` describes."""
+"""Runs benchmarks and writes the folder of results; see ``docs/evaluation.md``."""
 
 import json
 import math
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 ANSWERING: Final = ("inference", "model", "prompts.py", "regions.py", "coverage.py", "images.py")
 """The part of this package that turns an image and a question into an answer."""
 SHORT: Final = 16
-"""Longest answer, in tokens, whose probability is computed when it is none of the choices; that takes another pass."""
+"""Longest answer, in tokens, whose probability is computed if it is not a choice; this takes another pass."""
 _DECIDING: Final = ("settings", "inputs", "model", "predictions", "scoring")
 """Parts of a manifest that have to be equal before results are replaced, but for the values in ``_NOTED``."""
 _NOTED: Final = ("data", "name", "device", "key")
 
 
 def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
-    """Ask a model what it has not been asked yet, or read someone's predictions, then score and write the results.
+    """Ask a model the questions without a stored answer, or read predictions, then score and write the results.
 
-    A task that cannot be scored does not keep the others from being scored.
+    If a task cannot be scored, the others still are.
 
     Returns:
         The tasks as written; of several processes, in the first alone.
@@ -92,7 +92,7 @@ def load_items(task: Task) -> list[Item]:
     items = task.items()
     if task.left_out.counts[TRUNCATED]:
         files = ", ".join(map(str, task.inputs()))
-        raise DataError(f"{task.name}: a file is truncated, so its benchmark is another one; fetch again: {files}")
+        raise DataError(f"{task.name}: truncated annotation file; download again: {files}")
     if not items:
         raise DataError(f"{task.name}: nothing to ask about in {task.data}")
     if repeated := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
@@ -145,7 +145,7 @@ def _ask(
     wanted = {key for own in keys for key in own}
     known = store.get(wanted)
     processes.wait()  # all have read the same answers before one writes another, and share the rest out alike
-    by_image: dict[Path, dict[str, Item]] = {}  # of all tasks, so that each image is encoded once
+    by_image: dict[Path, dict[str, Item]] = {}  # for all tasks, so that each image is encoded once
     for task, items, own in zip(tasks, listed, keys, strict=True):
         if processes.is_first:
             told = f"{len(items):,} questions, {sum(key in known for key in own):,} answered before"
@@ -269,7 +269,7 @@ def answer_image(
 
 
 def question_key(model: str, image: str, item: Item) -> str:
-    """Key of an answer: a hash of all that determines it: the model's key, the image's SHA-256, the question."""
+    """Cache key of an answer: a hash of the model's key, the image's SHA-256 and the question."""
     regions = [region.to_dict() for region in item.regions]
     asked = [item.question, regions, list(item.choices), item.max_new_tokens]
     asked += [item.expression] if item.expression else []
@@ -277,7 +277,7 @@ def question_key(model: str, image: str, item: Item) -> str:
 
 
 def model_identity(path: Path, dtype: str, device: str, detail: str = "fast") -> dict[str, Any]:
-    """A checkpoint by the SHA-256 of its files, and what else its answers depend on.
+    """Identity of a checkpoint: the SHA-256 of its files, and what else its answers depend on.
 
     Its ``key`` is a digest of files, dtype, detail, the code that answers, torch and transformers, but not of the
     device, which changes rounding alone. CheckpointError where the folder is no checkpoint, or a file cannot be read.
@@ -345,7 +345,7 @@ def _refuse_other(folder: Path, manifest: Mapping[str, Any]) -> None:
 def _finish(
     folder: Path, task: Task, items: Sequence[Item], found: Predictions, manifest: dict[str, Any], options: RunOptions
 ) -> TaskRun:
-    """Score a task and write its folder, the manifest last; each file is whole or not there."""
+    """Score a task and write its folder atomically, the manifest last."""
     result = task.score(items, found.answers, resamples=options.resamples)
     result.data["notes"] += found.report
     if task.limit:
@@ -355,7 +355,7 @@ def _finish(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
     _write_lines(folder / ITEMS, result.rows)
-    # Which regions the number in an answer is about, for whoever reads it again.
+    # The regions that a number in an answer stands for, to read it again.
     marks = {item.id: {"regions": item.regions_key} if item.regions_key else {} for item in items}
     rows = [{"id": name, **answer.to_dict(), **marks[name]} for name, answer in found.answers.items()]
     _write_lines(folder / PREDICTIONS, rows)

@@ -1,4 +1,4 @@
-"""What a benchmark is: questions about images, and how answers to them are scored; neither needs a model."""
+"""A benchmark: questions about images, and scores of the answers; neither needs a model."""
 
 import math
 import tomllib
@@ -21,7 +21,7 @@ from regiongpt.settings import Settings
 from regiongpt.storage import digest, finite
 
 RESAMPLES: Final = 1000
-"""Bootstrap resamples behind an interval, by default."""
+"""Default number of bootstrap resamples."""
 SIZES: Final = (("small", 32.0**2), ("medium", 96.0**2), ("large", float("inf")))
 """COCO's object sizes: name, and the area in px^2 below which it applies."""
 OURS: Final = "RegionGPT-7B"
@@ -55,15 +55,15 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The answer to an item; what was not asked for, or is not known, is None.
+    """The answer to an item; None for what is unknown or was not requested.
 
     Raises:
         DataError: A number is not finite, or the probability lies outside [0, 1].
     """
 
     text: str | None = None
-    probability: float | None = None  # of that text and its end
-    scores: tuple[float, ...] | None = None  # of the item's choices, in their order; larger is better
+    probability: float | None = None  # probability of the text and its end
+    scores: tuple[float, ...] | None = None  # one per choice of the item, in order; larger is better
     called: tuple[float, ...] | None = None  # log likelihood that each region is called by the item's expression
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Answer:
 
 
 class Scored(NamedTuple):
-    """What a protocol makes of the answers."""
+    """Results of one protocol."""
 
     statistics: Mapping[str, Statistic]  # by result, such as "accuracy"
     scores: Mapping[str, Sequence[float | None]]  # by result, of each item; None where there is nothing to say of it
@@ -94,7 +94,7 @@ class Scored(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a task makes of the answers."""
+    """Results of a task."""
 
     protocols: Mapping[str, Scored]
     pinned: Mapping[str, str]  # what has to be equal for two results to be comparable: split, grouping, scorer, ...
@@ -121,11 +121,11 @@ class Task(Settings, ABC):
     paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}  # its results by protocol and name, as shares of 1
 
     data: Path
-    """Folder of the data set; the files below are looked for in it."""
+    """Folder of the data set with the files below."""
     limit: int = Field(default=0, ge=0)
-    """Only the first so many images that are asked about; 0 for all."""
+    """Use only the first N images; 0 for all."""
     seed: int = Field(default=0, ge=0)
-    """Seed of every random choice."""
+    """Random seed."""
 
     @abstractmethod
     def inputs(self) -> list[Path]:
@@ -133,7 +133,7 @@ class Task(Settings, ABC):
 
     @abstractmethod
     def read_items(self) -> list[Item]:
-        """All items, in an order that files and options alone decide."""
+        """All items, in an order determined by files and options."""
 
     @abstractmethod
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
@@ -154,8 +154,8 @@ class Task(Settings, ABC):
         Args:
             items: What :meth:`items` gave, or some of them.
             answers: By item id.
-            resamples: Of the bootstrap; 0 for no intervals.
-            seed: Of the bootstrap.
+            resamples: Bootstrap resamples; 0 for no intervals.
+            seed: Bootstrap seed.
 
         Raises:
             DataError: An answer does not fit its item.
@@ -225,7 +225,7 @@ class Task(Settings, ABC):
 
     @cached_property
     def left_out(self) -> Rejects:
-        """What :meth:`items` could not use, counted by kind."""
+        """Entries that :meth:`items` could not use, counted by kind."""
         return Rejects()
 
 
@@ -258,7 +258,7 @@ def _breakdown(items: Sequence[Item], places: Sequence[int], key: str, scored: S
 
 
 class PaperTable(NamedTuple):
-    """One of the paper's tables, or the part about one data set; None stands for a dash."""
+    """One of the paper's tables, or its part about one data set; None for a dash."""
 
     number: str
     title: str
@@ -294,9 +294,9 @@ class InstancesTask(Task):
     split: str = "val2017"
     """Split of the annotations: instances_SPLIT.json."""
     annotations: Path | None = None
-    """The annotations file, wherever it is."""
+    """Annotations file, if not in the folder."""
     images: Path | None = None
-    """Folder of the images, wherever it is."""
+    """Folder of the images, if not in the folder."""
 
     @property
     def file(self) -> Path:
@@ -358,36 +358,36 @@ def size_name(area: float | Sequence[float]) -> str:
 
 
 def listed(values: Sequence[object], most: int = 5) -> str:
-    """The first few of some values, and how many more there are."""
+    """The first few values, and how many more there are."""
     shown = ", ".join(str(value) for value in values[:most])
     return f"{shown} and {len(values) - most} more" if len(values) > most else shown
 
 
 class RunOptions(Settings):
-    """How benchmarks are run, whatever the tasks."""
+    """Options of a run, for all tasks."""
 
     out: Path | None = None
-    """Folder of the results; the same command again resumes there."""
+    """Folder of the results; run the same command again to resume."""
     model: Path | None = None
-    """Checkpoint folder; otherwise the package's own model."""
+    """Checkpoint folder; default: nano."""
     device: str | None = None
-    """cuda, mps or cpu; otherwise the first of these there is."""
+    """cuda, mps or cpu; default: the first available."""
     dtype: str | None = None
-    """float32, bfloat16 or float16; otherwise float32 on the CPU and bfloat16 elsewhere."""
+    """float32, bfloat16 or float16; default: float32 on the CPU, else bfloat16."""
     untrained: bool = False
-    """Ask a checkpoint even if it has not been trained."""
+    """Allow a checkpoint that has not been trained."""
     detail: Literal["fast", "careful"] = "fast"
-    """fast, or careful: look at each region's own crop too, if the model was trained for it."""
+    """fast, or careful: also encode each region's own crop, if the model was trained for it."""
     predictions: Path | None = None
-    """Score these answers; no model is run."""
+    """Score the answers in this file; no model is run."""
     missing: Literal["refuse", "wrong"] = "refuse"
-    """With --predictions: what to do with items that have none."""
+    """With --predictions: items without an answer are an error, or wrong."""
     resamples: int = Field(default=RESAMPLES, ge=0, le=1_000_000)
-    """Resamples of the bootstrap; 0 for no intervals."""
+    """Bootstrap resamples; 0 for no intervals."""
     gallery: int = Field(default=24, ge=0)
-    """Worst mistakes on the page of results."""
+    """Worst mistakes to show on the page."""
     overwrite: bool = False
-    """Replace other results in --out."""
+    """Replace existing results in --out."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,4 @@
-"""Asking a trained model about regions. The names are imported on first use: the command line must start fast."""
+"""Asking a trained model about regions. Names are imported on first use so that the command line starts fast."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

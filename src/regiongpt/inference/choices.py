@@ -1,4 +1,4 @@
-"""Answers from a closed set: the likelihood of every choice behind one prompt.
+"""Answers from a closed set: the likelihood of every choice after one prompt.
 
 The prompt goes through the language model once, and behind it the answers as trees of their common beginnings.
 
@@ -35,7 +35,7 @@ NODES = 512
 LOGITS = 2**26
 """Logits of one forward pass: 256 MiB in float32."""
 _MARK = "Xanthochroid"
-"""Stands for an answer in a rendered conversation; no question has it."""
+"""Stands for an answer in a rendered conversation; never in a question."""
 _TOGETHER = 1024
 """Conversations that are tokenized at a time."""
 
@@ -93,7 +93,7 @@ def _trees(paths: Sequence[Sequence[int]], size: int) -> list[ChoiceTree]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClosedSet:
-    """A question and its possible answers as tokens; of no image in particular."""
+    """A question and its possible answers as tokens, for any image."""
 
     ids: list[int]  # the prompt, up to where the first answers part
     rows: list[int]  # for each region token in it the row of the region features that it stands for
@@ -102,7 +102,7 @@ class ClosedSet:
 
 
 def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> ClosedSet:
-    """Make the answers to a question ready to be scored; what was ready lately is not made again.
+    """Prepare the answers to a question for scoring; recent ones are cached.
 
     Raises:
         TooLong: the question and its longest answer do not fit the model's context.
@@ -117,7 +117,7 @@ def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers
         for whole in wholes:
             shared = _common(ids[:shared], whole)
         if not shared:
-            raise ConfigError("the chat template changes the question when it writes an answer behind it")
+            raise ConfigError("the chat template changes the question when an answer follows")
         paths = [whole[shared:] for whole in wholes]
         longest = max(map(len, paths))
         if engine.room(shared, longest) < longest:
@@ -143,7 +143,7 @@ def _wholes(engine: Engine, messages: Sequence[Turn], answers: Sequence[str]) ->
     text, _ = expand_regions(rendered, processor.region_format)
     head, *tails = text.split(_MARK)
     if len(tails) != 1:
-        raise ConfigError("the chat template has to write an answer once and as it is, to score a closed set with it")
+        raise ConfigError("closed-set scoring needs a chat template that writes an answer once and unchanged")
     begun, head = processor.split_begin(head)
     image, stops = [processor.image_token_id] * processor.num_image_tokens, set(processor.stop_token_ids)
     region, repeats = engine.model.config.region_token_id, processor.tokens_per_region
@@ -172,7 +172,7 @@ def log_likelihoods(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Seq
         for tree in closed.trees:
             scores_BA[start : start + batch, tree.answers] = _score(engine, cache, first_BV, tree)
     if scores_BA.isnan().any():
-        raise ConfigError(f"the model computes no numbers (NaN) in {engine.model.dtype}; load it in float32")
+        raise ConfigError(f"the model computes NaN in {engine.model.dtype}; load it in float32")
     return scores_BA
 
 
@@ -225,8 +225,8 @@ class Classified:
 
     Attributes:
         label: the most probable choice.
-        probability: of that choice, given that the answer is one of the choices.
-        probabilities: of every choice, in the order given, summing to 1; or with ``top_k`` of the most probable alone,
+        probability: probability of that choice, given that the answer is one of the choices.
+        probabilities: one per choice, in the order given, summing to 1; with ``top_k`` only the most probable,
             best first.
         text: the answer as generated freely; None unless it was asked for.
     """
@@ -244,7 +244,7 @@ class Classified:
 def classify_regions(
     engine: Engine, scene: Scene, regions: Sequence[Region], names: Sequence[str], options: ClassifyOptions
 ) -> list[Classified]:
-    """What :meth:`RegionPredictor.classify` does, with checked names."""
+    """Implements :meth:`RegionPredictor.classify` for checked names."""
     text = question("classify", regions=[1], label_set=options.label_set)
     scores_BA = answer_scores(
         engine, scene, question_turns((), text), engine.pool_each(scene, regions, options.detail), names
@@ -278,8 +278,8 @@ class Located:
         index: 0-based position in the list of regions given; None where none of them fits.
         number: the same, 1-based, as the model says it.
         text: the answer in the paper's words, ``Region [N]`` or the no-match sentence.
-        probability: of that answer, given that the answer is one of the regions or none.
-        probabilities: of each region, in the order given, and last of none; they sum to 1.
+        probability: probability of that answer, given that the answer is one of the regions or none.
+        probabilities: one per region, in the order given, and last that of no match; they sum to 1.
     """
 
     index: int | None
@@ -292,7 +292,7 @@ class Located:
 def locate_expressions(
     engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str], by: By
 ) -> list[Located]:
-    """What :meth:`RegionPredictor.locate` does, with checked arguments and the features (K, D) of each region."""
+    """Implements :meth:`RegionPredictor.locate` for checked arguments and the features (K, D) of each region."""
     numbers = range(1, len(pooled) + 1)
     answers = [*map(region_answer, numbers), NO_MATCH]
     asked = [question("locate", regions=numbers, expression=each) for each in expressions if by != "words"]
@@ -325,7 +325,7 @@ def locate_expressions(
 
 
 def called(engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str]) -> Tensor:
-    """Log likelihood (E, R) of each expression as what the model calls a region, each region by itself."""
+    """Log likelihood (E, R) of each expression as each region's name."""
     turns = question_turns((), question("refer", regions=[1]))
     different = list(dict.fromkeys(expressions))
     scores_RE = answer_scores(engine, scene, turns, pooled, different)

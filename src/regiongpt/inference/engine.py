@@ -1,4 +1,4 @@
-"""The model at work: images encoded once, questions made into prompts, prompts into answers.
+"""Runs the model: encodes images once, turns questions into prompts and prompts into answers.
 
 Shapes: R regions, K tokens of a region, T prompt tokens, N tokens behind the shared prefix, D model width.
 """
@@ -26,19 +26,19 @@ from regiongpt.regions import Region
 T = TypeVar("T")
 Turn = dict[str, str]
 LEAST_ROOM = 32
-"""Tokens that an answer must have room for in the model's context, unless fewer are asked for."""
+"""Tokens that an answer needs in the model's context, unless fewer are requested."""
 POOLED = 128
-"""Regions whose weights are made and pooled at a time."""
+"""Regions per batch of pooling."""
 
 
 class Latest(Generic[T]):
-    """The values last asked for, by key; threads take turns."""
+    """Least-recently-used cache; thread-safe."""
 
     def __init__(self, most: int) -> None:
         self.most, self.kept, self.lock = most, dict[Hashable, T](), threading.RLock()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of a key, made now unless it is kept; the one longest not asked for makes room."""
+        """The value of a key, computed if not cached; the least recently used is evicted."""
         with self.lock:
             value = self.kept.pop(key) if key in self.kept else make()
             self.kept[key] = value
@@ -49,7 +49,7 @@ class Latest(Generic[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model said.
+    """The model's answer.
 
     Attributes:
         text: the answer.
@@ -70,7 +70,7 @@ class Answer:
 
 @dataclass(kw_only=True)
 class Shared:
-    """What questions about an image begin with: the system text and the image, and the words that stood behind last."""
+    """Prefix of the questions about an image: the system text, the image, and the words that followed last."""
 
     image: Prefix | None = None
     words: tuple[int, ...] = ()
@@ -124,7 +124,7 @@ class TooLong(DataError):
 
 
 class Engine:
-    """A model with its processor, and no memory of its own: what was computed once is handed in as a :class:`Scene`."""
+    """A model with its processor, without state: computed features are passed as a :class:`Scene`."""
 
     def __init__(self, model: Any, processor: Any, token_budget: int | None = None, rows: int = ROWS) -> None:
         self.model = model.eval()
@@ -138,7 +138,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         device: torch.device = self.model.device
         return device
 
@@ -231,7 +231,7 @@ class Engine:
     ) -> tuple[Prefix | None, Tensor]:
         """The prefix that a prompt shares with others about its image, and embeddings (N, D) of the rest.
 
-        At least the image is shared, and by ``shared`` so many of the first tokens, none of them a region's.
+        At least the image is shared, or the first ``shared`` tokens, none of them a region's.
         """
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
         end = len(ids) - list(reversed(ids)).index(image) if image in ids else 0
@@ -276,7 +276,7 @@ class Engine:
         )
 
     def answer(self, scene: Scene, prompt: Prompt, options: Options, began: float) -> Answer:
-        """Write one answer, with those that other threads ask for; ``began`` is of ``time.perf_counter``."""
+        """Generate one answer, together with those of other threads; ``began`` is a time of ``time.perf_counter``."""
         ((_, answer),) = self.answers([(scene, prompt, options)], began)
         return answer
 
@@ -328,14 +328,14 @@ def cited(text: str) -> tuple[int, ...]:
 
 
 def citation_warnings(text: str, n_regions: int) -> list[str]:
-    """One line for each region that an answer names although it was not given."""
+    """A warning for each region that an answer names but that was not given."""
     given = {0: "no region was", 1: "1 region was"}.get(n_regions, f"{n_regions} regions were")
     wrong = [number for number in cited(text) if not 1 <= number <= n_regions]
     return [f"the answer names region {number}, but {given} given" for number in wrong]
 
 
 def notes(regions: Sequence[Region]) -> tuple[str, ...]:
-    """How regions were read, where that is worth a warning."""
+    """Warnings about how regions were read."""
     return tuple(f"<region{number}>: {region.note}" for number, region in enumerate(regions, 1) if region.note)
 
 
@@ -363,7 +363,9 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):
-        raise ConfigError(f"expected device cuda, cuda:N, mps or cpu, one that is here, got {str(device)!r}") from None
+        raise ConfigError(
+            f"expected device cuda, cuda:N, mps or cpu, available on this machine, got {str(device)!r}"
+        ) from None
     return chosen
 
 

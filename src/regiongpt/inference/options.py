@@ -1,4 +1,4 @@
-"""How to answer: settings of the predictor's methods, which are the command line's options too."""
+"""Settings of the predictor's methods and command-line options."""
 
 import re
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ REGION_OPTIONS = {
 
 
 class Arguments(Settings):
-    """Settings that are keyword arguments too: a number may be text on the command line alone."""
+    """Settings that are also keyword arguments: numbers may be text only on the command line."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -51,14 +51,14 @@ class Generation(TypedDict, total=False):
 
 
 class Look(Arguments):
-    """How closely regions are looked at."""
+    """Whether regions are also encoded from their own crops."""
 
     detail: Detail = "fast"
-    """fast, or careful: look at each region's own crop too, if the model was trained for it"""
+    """fast, or careful: also encode each region's own crop, if the model was trained for it"""
 
 
 class Length(Look):
-    """How long an answer may be."""
+    """Length of an answer."""
 
     max_new_tokens: int = Field(128, ge=1)
     """longest answer, in tokens"""
@@ -68,13 +68,13 @@ class Options(Length):
     """How to generate an answer; see :meth:`RegionPredictor.ask`."""
 
     temperature: float = Field(0.0, ge=0)
-    """0 takes the most probable token each time; above, tokens are drawn"""
+    """0 takes the most probable token; above 0, tokens are sampled"""
     top_p: float = Field(1.0, gt=0, le=1)
-    """with a temperature: draw from the most probable tokens of this joint probability"""
+    """with a temperature: sample from the most probable tokens with this total probability"""
     seed: int | None = Field(None, ge=0, lt=2**63)
     """with a temperature: makes the answer repeatable"""
     stop: str | Sequence[str] = ()
-    """texts that end the answer and are not part of it"""
+    """strings that end the answer; not part of it"""
 
     @field_validator("stop")
     @classmethod
@@ -89,21 +89,21 @@ class DescribeOptions(Length):
     """How to describe regions on the command line."""
 
     brief: bool = False
-    """a caption of a few words a region"""
+    """a caption of a few words per region"""
 
 
 class LocateOptions(Look):
     """How to choose the region that an expression refers to; see :meth:`RegionPredictor.locate`."""
 
     by: By = "both"
-    """by the answer to one question about all regions, by the words for each, or both"""
+    """by the answer to one question about all regions, by the words for each region, or both"""
 
 
 class ClassifyOptions(Look):
     """How to choose from a closed set; see :meth:`RegionPredictor.classify`."""
 
     label_set: str = Field("COCO-80", min_length=1)
-    """the set named in the question, and chosen from unless there are choices"""
+    """the set named in the question, and the choices by default"""
     generate: bool = False
     """also generate the answer freely"""
     top_k: int | None = Field(None, ge=1)
@@ -121,7 +121,7 @@ class ChoiceOptions(ClassifyOptions):
     """How to classify regions on the command line."""
 
     choices: str | None = None
-    """the names, with commas between them (default: those of the label set)"""
+    """comma-separated names (default: those of the label set)"""
 
     @property
     def names(self) -> Sequence[str]:
@@ -130,34 +130,34 @@ class ChoiceOptions(ClassifyOptions):
 
 
 class Sources(Settings):
-    """Where regions come from besides those typed."""
+    """Sources of further regions."""
 
     proposals: Path | None = None
-    """json of COCO detection results, a COCO data set, or regions as --json has them"""
+    """JSON of COCO detection results, a COCO data set, or output of --json"""
     grid: int | None = Field(None, ge=1, le=128)
-    """N x N points; with --sam, the points it is asked at"""
+    """N x N points; with --sam, its prompt points"""
     sam: str | None = None
-    """hub name or folder of a SAM model of transformers: masks that it finds, at 32 x 32 points"""
+    """hub name or folder of a transformers SAM model, whose masks become regions"""
     image_id: str | None = None
-    """of the image in --proposals, where its name does not say"""
+    """id of the image in --proposals, if its file name does not match"""
     crowds: bool = False
-    """take what --proposals marks as a crowd too, as some tools mark every mask"""
+    """include regions that --proposals marks as crowds (some tools mark every mask)"""
     min_score: float | None = None
-    """leave out regions of a lower score"""
+    """drop regions with a lower score"""
     iou: float | None = Field(None, ge=0, le=1)
-    """leave out regions that overlap a better one more (with --sam 0.7)"""
+    """drop regions that overlap a better one by more than this (with --sam 0.7)"""
     max_regions: int | None = Field(None, ge=1)
-    """only so many, the best by score or else the first"""
+    """keep at most this many: the best by score, else the first"""
 
     @property
     def given(self) -> bool:
-        """Whether there may be regions besides those typed."""
+        """Whether other regions may follow those from the command line."""
         return bool(self.proposals or self.sam or self.grid)
 
     @model_validator(mode="after")
     def _check_sources(self) -> "Sources":
         if self.proposals and (self.sam or self.grid is not None):
-            raise ValueError("give --proposals, or --grid or --sam, not several; ask about them one after the other")
+            raise ValueError("give only one of --proposals, --grid and --sam")
         if not self.proposals and (self.image_id is not None or self.crowds):
             raise ValueError(f"--{'crowds' if self.crowds else 'image-id'} goes with --proposals")
         return self
@@ -169,28 +169,28 @@ class ModelOptions(Settings):
     model: Path | None = None
     """checkpoint folder (default: the model of this package)"""
     device: str | None = None
-    """cuda, cuda:N, mps or cpu (default: the first of these that is there)"""
+    """cuda, cuda:N, mps or cpu (default: the first available)"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)"""
     int8: bool = False
-    """language model's weights in int8; on a CPU, in float32"""
+    """language model's weights in int8; only on a CPU in float32"""
     untrained: bool = False
-    """ask a checkpoint even if it has not been trained"""
+    """allow a checkpoint that has not been trained"""
 
     @model_validator(mode="after")
     def _check_model(self) -> "ModelOptions":
-        """What can be known without torch."""
+        """Checks that need no torch."""
         if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
             raise ValueError(f"--device: expected cuda, cuda:N, mps or cpu, got {self.device!r}")
         if self.int8 and (self.dtype or "float32", self.device or "cpu") != ("float32", "cpu"):
-            raise ValueError("--int8 goes with float32 on the CPU alone; leave --dtype and --device out")
+            raise ValueError("--int8 only works in float32 on the CPU; leave --dtype and --device out")
         if self.model is not None:
             check_checkpoint(self.model)
         return self
 
 
 class Memory(Arguments):
-    """What a predictor keeps; see :class:`RegionPredictor`."""
+    """Limits of a predictor; see :class:`RegionPredictor`."""
 
     images: int = Field(4, ge=0)
     token_budget: int | None = Field(None, ge=1)

@@ -1,4 +1,4 @@
-"""What ``ask``, ``describe``, ``classify`` and ``locate`` do with one image or many, and what is shown or written.
+"""``ask``, ``describe``, ``classify`` and ``locate`` for one image or many, and their output.
 
 torch and transformers are not imported here, so that a mistake costs a fraction of a second.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """An image with the regions to ask about, first those that were typed."""
+    """An image with the regions to ask about, those from the command line first."""
 
     photo: "Image"
     proposals: Sequence[Proposal]
@@ -53,7 +53,7 @@ class View:
         return [proposal.region for proposal in self.proposals]
 
     def entries(self, said: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Each region with its score and what was said of it, for a record."""
+        """Each region with its score and answer, for a record."""
         return [
             {"region": each.region.to_dict(), **({} if each.score is None else {"score": each.score}), **more}
             for each, more in zip(self.proposals, said, strict=True)
@@ -62,12 +62,12 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What was answered about an image."""
+    """Answers about an image."""
 
     record: dict[str, Any]  # for JSON
     lines: list[str]  # as text
-    notes: list[dict[str, Any]]  # of each region, for COCO
-    captions: list[str] = field(default_factory=list)  # of each region, for a picture
+    notes: list[dict[str, Any]]  # one per region, for COCO
+    captions: list[str] = field(default_factory=list)  # one per region, for drawing
     dialogue: list[tuple[str, str]] = field(default_factory=list)  # question and answer, for a picture
     warnings: list[str] = field(default_factory=list)
 
@@ -153,7 +153,7 @@ def locate(predictor: "RegionPredictor", view: View, expression: str, options: L
 
 @dataclass(frozen=True, kw_only=True)
 class Typed:
-    """Regions typed for every image, behind what messages call them."""
+    """Regions for every image, with their names for messages."""
 
     regions: list[tuple[str, Region]]
     normalized: bool  # their numbers are fractions of the image's sides
@@ -207,7 +207,7 @@ def _read_region(option: str, text: str, normalized: bool) -> Region:
 
 
 def find_images(words: Sequence[str]) -> list[str]:
-    """The images that were typed, each once, those of a folder in the order of their names."""
+    """The images on the command line, each once, those of a folder sorted by name."""
     found: list[str] = []
     for word in words:
         if not os.path.isdir(word):
@@ -215,7 +215,7 @@ def find_images(words: Sequence[str]) -> list[str]:
             continue
         inside = [path for path in sorted(Path(word).iterdir()) if path.suffix.lower() in SUFFIXES and path.is_file()]
         if not inside:
-            raise DataError(f"{word}: no image directly in this folder; name its files ({', '.join(SUFFIXES)})")
+            raise DataError(f"{word}: no image directly in this folder; it takes ({', '.join(SUFFIXES)})")
         found += map(str, inside)
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
 
@@ -263,7 +263,7 @@ class Request:
         kept = choose(found, *size, most=sources.max_regions, iou=iou, min_score=sources.min_score)
         if self.text:
             check_placeholders(self.text, len(kept))
-        # Of several images, describe and classify say nothing about one without regions.
+        # With several images, describe and classify skip one without regions.
         if not kept and self.verb != "ask" and (self.text or not several):
             raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
         left_out = len(found) - len(kept) + dropped
@@ -284,7 +284,7 @@ def over_images(
     json: bool = False,
     picture: str | None = None,
 ) -> int:
-    """Answer about each image, and show or write what was answered as it comes; returns how many were skipped.
+    """Answer about each image, and print or write the answers as they come; returns how many were skipped.
 
     A single image that cannot be read is an error. One of several is reported and skipped.
 
@@ -340,7 +340,7 @@ def over_images(
 
 
 class Results:
-    """The answers in a file, one record an image; the suffix is the format.
+    """The answers in a file, one record per image; the suffix is the format.
 
     ``.jsonl`` holds each record from the moment it is added, so a run that is killed leaves those before. ``.json``, a
     COCO data set with ``categories``, is written whole by :meth:`close`.
@@ -352,7 +352,7 @@ class Results:
             raise ConfigError(f"{path}: end the name in .jsonl (json lines) or .json (COCO)")
         check_writable(path)
         if path.exists() and not overwrite:
-            raise ConfigError(f"{path}: there already; give --overwrite to replace it, or another name")
+            raise ConfigError(f"{path}: file exists; give --overwrite to replace it, or another name")
         self._categories = {name: number for number, name in enumerate(categories or ["region"], 1)}
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []

@@ -49,7 +49,7 @@ Regions = Region | Sequence[Region]
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One of many questions, for :meth:`RegionPredictor.ask_many`; its options as for :meth:`RegionPredictor.ask`.
+    """A question for :meth:`RegionPredictor.ask_many`; options as for :meth:`RegionPredictor.ask`.
 
     Attributes:
         text: in it ``<regionN>`` stands for the N-th region (from 1), any number of times.
@@ -89,7 +89,7 @@ class RegionPredictor:
         images: encoded images to keep, found again by their pixels; 0 keeps none but those set.
         token_budget: bounds the memory of the answers being written: tokens of the longest question and answer times
             their number. By default 1 GiB on a CPU and half of the free memory on a CUDA device.
-        rows: answers written at a time, unless the budget allows fewer.
+        rows: answers generated at a time, unless the budget allows fewer.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class RegionPredictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.engine.device
 
     def set_image(self, image: ImageSource) -> "RegionPredictor":
@@ -200,7 +200,7 @@ class RegionPredictor:
         history: Sequence[Turn] = (),
         **generation: Unpack[Generation],
     ) -> Iterator[str]:
-        """Ask as :meth:`ask` does, which checks at once, and yield the answer in pieces as they are generated.
+        """Ask like :meth:`ask`, checking arguments at once, and yield the answer in pieces as it is generated.
 
         Leaving the iteration early ends the generation.
         """
@@ -339,7 +339,7 @@ class RegionPredictor:
             regions: one region or several, each classified on its own.
             choices: at least one name, none twice. Default: the names of ``label_set``.
             **options: any of ``label_set`` ("COCO-80"), the set named in the question; ``generate``: also generate the
-                answer freely, as the paper's exact-match protocol does; ``top_k``: keep only so many of the most
+                answer freely, as the paper's exact-match protocol does; ``top_k``: keep only this many of the most
                 probable choices in the result; ``detail``, as for :meth:`ask`.
 
         Raises:
@@ -424,12 +424,12 @@ class RegionPredictor:
 class Conversation:
     """Several turns about one image and one list of regions; made by :meth:`RegionPredictor.conversation`.
 
-    It stays with the image it was begun on. Answers are those of :meth:`RegionPredictor.ask` with the turns so far as
+    It keeps the image it started with. Answers equal those of :meth:`RegionPredictor.ask` with the turns so far as
     history. One thread at a time may use it.
 
     Attributes:
         messages: the turns so far, the oldest first, as transformers writes them.
-        warnings: of the last turn, such as that the oldest turns had to be forgotten.
+        warnings: warnings of the last turn, such as that the oldest turns were dropped.
     """
 
     engine: Engine

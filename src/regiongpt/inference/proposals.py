@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 QUALITY = 0.88
 """The least overlap with the true object that a SAM model itself must expect of a mask; Segment Anything's setting."""
 STABILITY = 0.95
-"""The least overlap of a mask drawn a little larger with the same drawn a little smaller, likewise."""
+"""The least overlap of a mask drawn slightly larger with the same mask drawn slightly smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Proposal:
     """A region that something other than a person marked, in pixels of the image."""
 
     region: Region
-    score: float | None = None  # of its maker, where it has one
+    score: float | None = None  # from its source, if any
     place: str = ""  # where it came from, as messages name it: ``boxes.json[3]``
 
 
@@ -70,8 +70,8 @@ def read_proposals(
 
     Args:
         path: the file.
-        width: of the image in pixels.
-        height: of the image in pixels.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
         image: the image's file, looked up in a file about several by its name, or by the number that it ends in.
         image_id: take the entries with this ``image_id``, whatever the file's name.
         crowds: take what is marked as a crowd too.
@@ -102,7 +102,7 @@ def read_proposals(
             rejects.add(fault.kind, file, index, fault.reason)
     warn_of_overhang(sum(overhung), len(found), file)
     if spoilt:
-        log.warning("%s cannot be used, the box is taken: %s", many(len(spoilt), "mask"), spoilt[0])
+        log.warning("%s cannot be used, so the box is: %s", many(len(spoilt), "mask"), spoilt[0])
     if not found:
         hint = crowd_hint(rejects) if reasons and "--crowds" not in reasons[0] else ""
         why = f"no region can be used: {reasons[0]}{hint}" if reasons else "an empty list of regions"
@@ -133,14 +133,14 @@ def choose(
     iou: float | None = None,
     min_score: float | None = None,
 ) -> list[Proposal]:
-    """Leave out the poor, the repeated and the too many.
+    """Drop low scores, duplicates and excess proposals.
 
-    Better is what has a higher score, then what comes first; what has no score comes behind what has one.
+    Higher scores are better, then earlier ones; those without a score come last.
 
     Args:
         proposals: in any order, which the result keeps.
-        width: of the image in pixels.
-        height: of the image in pixels.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
         most: how many to keep, the best; None for all.
         iou: leave out what overlaps something better by more than this, in 0 to 1; None to keep all. Boxes are compared
             exactly, other kinds by their pixels.
@@ -154,7 +154,7 @@ def choose(
         scores = [each.score for each in proposals]
         if None in scores:
             place = proposals[scores.index(None)].place
-            raise ConfigError(f"{place}: no score to compare with {min_score}; leave --min-score out")
+            raise ConfigError(f"{place}: has no score; leave --min-score out")
         proposals = [each for each in proposals if (each.score or 0.0) >= min_score]
     ranked = sorted(range(len(proposals)), key=lambda k: (proposals[k].score is None, -(proposals[k].score or 0.0)))
     if iou is not None:
@@ -205,7 +205,7 @@ class Segmenter:
         """Masks of the objects at ``side`` x ``side`` points, with the model's own opinion of each as its score.
 
         Several points lie on one object, and each is answered by masks of a part, the object and what it belongs to:
-        :func:`choose` leaves out what is there twice.
+        :func:`choose` removes duplicates.
         """
         import torch
 
@@ -241,7 +241,7 @@ class _File(NamedTuple):
     path: Path
     entries: list[tuple[int, Any]]
     by_image: dict[int, list[tuple[int, Any]]]
-    ids: dict[int, Any]  # of images, as the entries have them
+    ids: dict[int, Any]  # image ids as in the entries
     homeless: list[tuple[int, Any]]  # without an image_id
     images: list[Mapping[str, Any]]
     about: str
@@ -329,7 +329,7 @@ def _proposal(entry: Any, place: str, width: int, height: int, crowds: bool) -> 
     """The proposal of an entry, and what is wrong with the mask where the box beside it was taken."""
     row, score = read_annotation(entry), read_score(entry)
     if row.crowd and not crowds:
-        raise Fault(CROWD, "expected one object, got a group; --crowds takes it")
+        raise Fault(CROWD, "expected one object, got a crowd; --crowds includes it")
     try:
         region, passed_over = _region(entry, row, width, height)
         return Proposal(region=region.check(width, height), score=score, place=place), passed_over

@@ -1,6 +1,6 @@
-"""Continuous batching: finished answers leave the batch and waiting ones enter it, whoever asked for them.
+"""Continuous batching: finished answers leave the batch and waiting ones enter it, for all callers.
 
-There is no thread of its own: whoever waits for an answer moves the whole batch on by a step.
+There is no thread of its own: each caller that waits for an answer runs steps of the whole batch.
 
 Shapes: R sequences, V vocabulary, D model width, T tokens.
 """
@@ -23,7 +23,7 @@ from regiongpt.inference.shared_prefix import Decoder, Prefix, PrefixCache
 PREFILL = 2048
 """Tokens of entering questions that go through the language model in one pass, unless a single one has more."""
 CACHE_BYTES = 2**30
-"""Memory for the answers' own keys and values on a CPU; on a CUDA device it is half of what is free."""
+"""Memory for the answers' own keys and values on a CPU; on CUDA, half the free memory."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -75,13 +75,13 @@ class Scheduler:
 
     @property
     def active(self) -> int:
-        """Answers being written now, whoever asked for them."""
+        """Number of answers being generated, for all callers."""
         return len(self._running)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
         """Write answers and yield each job when it is finished, in no particular order.
 
-        Jobs are taken from the iterable as there is room for them. Leaving the iteration ends those begun. What a pass
+        Jobs are taken from the iterable as there is room for them. Leaving the iteration cancels them. What a pass
         through the language model raises comes out here.
         """
         source = iter(jobs)
@@ -139,7 +139,7 @@ class Scheduler:
             try:
                 self._step()
             except BaseException as error:
-                # The pass was for all of them; whoever waits for one raises it.
+                # The pass was for all of them; each caller raises it.
                 interrupted = not isinstance(error, Exception)
                 for job in self._running:
                     job.error = RuntimeError("the pass through the model was interrupted") if interrupted else error
@@ -171,7 +171,7 @@ class Scheduler:
         entering = self._enter()
         if not self._running:
             return
-        # Questions that enter and answers that go on share the pass: the weights are read once for both.
+        # New questions and running answers share the pass: the weights are read once.
         embeds = [job.embeds for job in entering]
         if going:
             last = torch.tensor([job.tokens[-1] for job in going], device=going[0].embeds.device)
@@ -190,7 +190,7 @@ class Scheduler:
                 self._leave(row)
 
     def _enter(self) -> list[Job]:
-        """Take from those waiting, in their order, as many as rows, budget and one pass have room for."""
+        """Start waiting jobs in order, as many as rows, budget and one pass allow."""
         entering: list[Job] = []
         size, tokens = max((job.reserve for job in self._running), default=0), 0
         while self._waiting and len(self._running) < self.rows:
@@ -236,7 +236,7 @@ class Scheduler:
 
 
 def choose(logits_RV: Tensor, jobs: Sequence[Job], never: Sequence[int]) -> list[int]:
-    """The next token of each sequence: the likeliest, or one drawn where the job has a temperature."""
+    """The next token of each sequence: the most likely, or a sampled one if the job has a temperature."""
     scores_RV = logits_RV.float()
     if never:
         scores_RV = scores_RV.index_fill(1, torch.tensor(never, device=scores_RV.device), float("-inf"))
@@ -248,8 +248,8 @@ def choose(logits_RV: Tensor, jobs: Sequence[Job], never: Sequence[int]) -> list
 
 
 def draw(scores_V: Tensor, temperature: float, top_p: float, at: float) -> int:
-    """The token at place ``at``, in [0, 1), of the likeliest tokens of joint probability ``top_p``, likeliest first."""
-    below_V = scores_V.double() - scores_V.max()  # of a temperature near 0 the quotients overflow, but never to NaN
+    """The token at quantile ``at``, in [0, 1), of the most likely tokens with total probability ``top_p``."""
+    below_V = scores_V.double() - scores_V.max()  # near temperature 0 the quotients overflow, but never to NaN
     likely_V, tokens_V = (below_V / temperature).softmax(-1).sort(descending=True, stable=True)
     up_to_V = likely_V.cumsum(-1)
     kept = int((up_to_V - likely_V < top_p).sum())
@@ -277,11 +277,11 @@ class TextReader:
         self._advance(final=False)
 
     def finish(self) -> None:
-        """No token will come: unfinished characters are written as they are."""
+        """The answer ends: flush unfinished characters."""
         self._advance(final=True)
 
     def take(self, final: bool = False) -> str:
-        """The text since the last call; what may begin a stop string has to wait, unless this is the ``final`` call."""
+        """The text since the last call; holds back a possible start of a stop string, unless ``final``."""
         waits = [n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
         end = len(self.text) - (0 if final or self.stopped else max(waits, default=0))
         piece, self._given = self.text[self._given : end], max(self._given, end)

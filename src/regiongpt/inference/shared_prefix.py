@@ -1,4 +1,4 @@
-"""Runs a language model over many sequences behind shared beginnings, whose keys and values are stored once.
+"""Runs a language model over many sequences with shared prefixes, whose keys and values are stored once.
 
 New tokens attend to the prefixes and to their own sequence apart; the two are merged by their log-sum-exp.
 
@@ -71,7 +71,7 @@ class SuffixLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
         """Write the new tokens (1, K, N, E) where the current step puts them, and return them."""
         step = STEP.get()
         if step is None:
-            raise RuntimeError("a PrefixCache is filled by Decoder.forward alone, not by a plain call of the model")
+            raise RuntimeError("a PrefixCache works only with Decoder.forward, not with a plain call of the model")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         size = len(step.cache.lengths), step.cache.room
@@ -100,7 +100,7 @@ class SuffixLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
 class PrefixCache(Cache):  # type: ignore[misc]
     """The keys and values of a batch of sequences, each behind a shared :class:`Prefix` or none.
 
-    ``lengths`` are the tokens that each sequence has of its own, ``room`` those that it has memory for.
+    ``lengths`` are the sequences' own tokens, ``room`` the tokens that memory is allocated for.
     """
 
     def __init__(self) -> None:
@@ -173,7 +173,7 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, embeds_PD: Tensor, behind: Prefix | None = None) -> Prefix:
-        """Compute the keys and values of a beginning, at least one token; those of ``behind`` come first."""
+        """Compute the keys and values of a prefix of at least one token, after those of ``behind``."""
         cache, count = PrefixCache(), len(embeds_PD)
         cache.add(behind)
         self.forward(cache, embeds_PD, [count])
@@ -244,7 +244,7 @@ class Decoder:
 
 
 class RereadingDecoder(Decoder):
-    """For language models that attend in a way of their own: caches embeddings alone and reads every text again."""
+    """For language models with their own attention: caches only embeddings and recomputes every sequence."""
 
     def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
         cache, found = step.cache, []
@@ -263,7 +263,7 @@ class RereadingDecoder(Decoder):
 
 @torch.inference_mode()
 def decoder_for(language_model: Any) -> Decoder:
-    """A decoder that shares prefixes if a trial on a few tokens says that the model can, else one that does not."""
+    """A decoder that shares prefixes if a trial on a few tokens succeeds, else one that does not."""
     name = type(language_model).__name__
     kinds = set(getattr(language_model.config.get_text_config(), "layer_types", None) or ())
     if getattr(language_model, "_supports_attention_backend", False) and kinds <= _LAYERS:
@@ -282,7 +282,7 @@ def decoder_for(language_model: Any) -> Decoder:
             raise
         except Exception as error:  # whatever an architecture does that the shared way does not know
             _LOG.info("%s cannot share prefixes: %s", name, error)
-    _LOG.warning("%s cannot share prefixes: every answer is read again at each token, which is slow", name)
+    _LOG.warning("%s cannot share prefixes: each token recomputes the sequence, which is slow", name)
     return RereadingDecoder(language_model)
 
 
@@ -316,7 +316,7 @@ class _Step:
             if prefix is not None:
                 behind.setdefault(prefix, []).append(row)
         self.prefixes = [(prefix, tokens_of(rows)) for prefix, rows in behind.items()]
-        # Sequences that go on by one token beside others that begin: padded to the same length they would cost as much.
+        # Sequences that continue by one token beside new ones: padded to one length they would cost as much.
         single = [row for row, count in enumerate(counts) if count == 1]
         several = [row for row, count in enumerate(counts) if count > 1]
         groups = [single, several] if tree is None and single and several else [list(range(size))]
@@ -409,9 +409,9 @@ def shared_prefix_attention(
     """
     step = STEP.get()
     if step is None or step.written is None or step.written[1] is not key or position_bias is not None:
-        raise NotImplementedError(f"{type(module).__name__} does not hand keys from its cache to its attention")
+        raise NotImplementedError(f"{type(module).__name__} does not pass keys from its cache to its attention")
     if sliding_window is None and _has_window(module):
-        raise NotImplementedError(f"{type(module).__name__} has a window and tells its mask alone of it")
+        raise NotImplementedError(f"{type(module).__name__} has a sliding window only in its mask")
     layer = step.written[0]
     index = step.cache.layers.index(layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -477,7 +477,7 @@ def attend(
 
 
 def _has_window(module: Any) -> bool:
-    """Whether this layer's configuration says that it sees a window."""
+    """Whether this layer's configuration has a sliding window."""
     config = getattr(module, "config", None)
     if kinds := getattr(config, "layer_types", None):
         return bool(kinds[module.layer_idx] == "sliding_attention")

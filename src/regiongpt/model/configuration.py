@@ -105,7 +105,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     model_type = "regiongpt"
     sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
-    # Typed as they are once built: None and dictionaries are only how they may be given.
+    # Types after validation; None and dictionaries are accepted as input.
     vision_config: Any = None
     text_config: Any = None
     image_size: int = None  # type: ignore[assignment]

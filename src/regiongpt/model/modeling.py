@@ -30,7 +30,7 @@ IGNORE = -100
 """Label of a token that is not a target."""
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What the installed transformers calls a cache; ``past_key_values`` became ``cache`` in 5.24."""
+"""Name of the cache argument in the installed transformers; ``past_key_values`` became ``cache`` in 5.24."""
 
 CROPS = 16
 """Crops that go through the tower at a time."""
@@ -208,7 +208,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
     @property
     def untrained(self) -> bool:
-        """Whether nothing between tower and language model has been trained: its last bias is zero, as it begins."""
+        """Whether refinement and connector are untrained: the last bias is still zero."""
         last = self.refinement.deconv_2 if self.refinement.deconvolves else self.connector.linear_2
         return not bool(cast(Tensor, last.bias).any())
 
@@ -230,7 +230,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         A crop of zeros was left out, and its features are zeros. What is (B, R, C) already stays as it is.
         """
         if not self.config.region_crop:
-            raise ConfigError("region_crops: this model takes no second look; leave them out")
+            raise ConfigError("region_crops: this model was made without region_crop; leave them out")
         crops = crops.to(self.device)
         if crops.dim() == 3:
             return crops
@@ -262,7 +262,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             region_crops = self.encode_crops(region_crops)
         if tuple(region_weights.shape[-2:]) != self.weights_grid:
             raise RegionError(
-                f"region_weights must lie on the refined grid {self.weights_grid}; got {tuple(region_weights.shape)}"
+                f"region_weights must have the refined grid {self.weights_grid}; got {tuple(region_weights.shape)}"
             )
         region_weights = region_weights.to(refined.device)
         rows = self.config.refined_grid[0]
@@ -307,9 +307,9 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         continues: bool = False,
         region_crops: Tensor | None = None,
     ) -> Tensor:
-        """Look words up and put visual embeddings in the places that stand for them: (B, T, D).
+        """Embed the tokens and put visual embeddings in place of placeholders: (B, T, D).
 
-        Inputs are those of :meth:`forward`. Where the sequences go on from cached ones (``continues``), ``region_ids``
+        Inputs are those of :meth:`forward`. If the sequences continue cached ones (``continues``), ``region_ids``
         may begin with regions already seen, and without an image placeholders stay words.
         """
         embeds = self.get_input_embeddings()(input_ids)
@@ -325,7 +325,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             if continues:
                 return embeds  # type: ignore[no-any-return]
             raise DataError(
-                "the text has <image> or <region> tokens, but neither pixel_values nor vision_features came"
+                "the text has <image> or <region> tokens, but neither pixel_values nor vision_features was given"
             )
         refined = self.refine(vision_features)
         if has_image:
@@ -337,7 +337,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             embeds = embeds.masked_scatter(image_BT[..., None], features.to(embeds.dtype))
         if has_region:
             if region_weights is None or region_ids is None:
-                raise RegionError("the text has <region> tokens, but region_weights or region_ids did not come")
+                raise RegionError("the text has <region> tokens, but region_weights or region_ids is missing")
             owners, rows = _region_rows(region_BT, region_ids, region_weights.shape[1], continues)
             features = self.region_features(refined, region_weights, region_crops)[owners, rows].to(embeds.dtype)
             embeds = embeds.masked_scatter(region_BT[..., None], self.add_numbers(features, input_ids))
@@ -514,7 +514,7 @@ def _region_rows(region_BT: Tensor, region_ids: Tensor, regions: int, continues:
 
 @contextmanager
 def _head_only_at(head: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
-    """Let the language model's head see the chosen positions alone, as (1, chosen, D).
+    """Apply the language model's head only to the chosen positions, as (1, chosen, D).
 
     A hook rather than a call of the head, so that what an architecture does to its logits afterwards still happens.
     """

@@ -1,4 +1,4 @@
-"""From images, regions and conversations to the tensors the model reads: one path for training and inference.
+"""Turns images, regions and conversations into the model's tensors, for training and inference.
 
 Shapes: B batch, T tokens, R regions, K region placeholders in a text, S side of the square input image in pixels,
 ``gh gw`` refined grid.
@@ -58,7 +58,7 @@ _PROBES = (
 
 
 def prepare_tokenizer(tokenizer: Any, family: str) -> int:
-    """Add the tokens that RegionGPT writes to a fast tokenizer, in place, and check that it survives saving.
+    """Add RegionGPT's tokens to a fast tokenizer, in place, and check that saving preserves it.
 
     ``family`` is the chat template to be used. Returns how many tokens were added: the embeddings must grow by them.
 
@@ -82,7 +82,9 @@ def prepare_tokenizer(tokenizer: Any, family: str) -> int:
         text = probe.format(bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
         ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, saved))
         if ours != theirs:
-            raise ConfigError(f"{type(tokenizer).__name__} reads {text!r} otherwise once saved and loaded; use another")
+            raise ConfigError(
+                f"{type(tokenizer).__name__} reads {text!r} differently once saved and loaded; use another"
+            )
     return added
 
 
@@ -161,7 +163,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return [image_processor, PreTrainedTokenizerFast.from_pretrained(path, **kwargs)]
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
-        """Save as transformers does, with a tokenizer that whoever loads it reads from tokenizer.json as it is."""
+        """Save as transformers does, with a tokenizer that is always loaded from tokenizer.json unchanged."""
         files = super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -192,7 +194,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return ([self.tokenizer.bos_token_id], text[len(begin) :]) if begin and text.startswith(begin) else ([], text)
 
     def plain_words(self, text: str) -> str:
-        """A person's text as it goes into a conversation: special tokens in it are broken up."""
+        """User text for a conversation: special tokens in it are broken up."""
         return _broken_up(text.strip(), self._control)
 
     # -- pieces --------------------------------------------------------------------------------------------------------
@@ -214,8 +216,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
         Args:
             regions: whatever :meth:`Region.of` takes, in pixels of the original image.
-            width: of the original image, pixels.
-            height: of the original image, pixels.
+            width: width of the original image in pixels.
+            height: height of the original image in pixels.
             first: number of the first region, for messages.
 
         Returns:
@@ -243,8 +245,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         """Pixels of regions' own crops (R, 3, s, s): squares 1.25 times as long as they, inside the padded image.
 
         Args:
-            picture: that :func:`regiongpt.images.load_image` has read.
-            regions: that fit it, in its pixels.
+            picture: an image read by :func:`regiongpt.images.load_image`.
+            regions: regions that fit the image, in pixels.
 
         Raises:
             ConfigError: the model takes no second look.
@@ -270,11 +272,11 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return processed["pixel_values"]  # type: ignore[no-any-return]
 
     def check_detail(self, detail: str) -> None:
-        """Raise ConfigError for a detail that there is not, or that needs a second look which the model cannot take."""
+        """Raise ConfigError for an unknown detail, or one that the model does not support."""
         if detail not in ("fast", "careful"):
             raise ConfigError(f"expected detail 'fast' or 'careful', got {short(detail)}")
         if detail == "careful" and not self.crop_size:
-            raise ConfigError("detail: this model takes no second look (it was made without region_crop); give 'fast'")
+            raise ConfigError("detail: this model was made without region_crop; give 'fast'")
 
     def encode_conversation(
         self,
@@ -342,7 +344,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             encoded["pixel_values"] = self.pixels_of(image)[0]
         if detail == "careful" and regions is not None and len(regions):
             if image is None:
-                raise DataError("detail 'careful' looks at the regions in their image; give the image")
+                raise DataError("detail 'careful' needs the image; give it")
             encoded["region_crops"] = self.crop_inputs(image, regions)
         return encoded
 
@@ -387,7 +389,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         for name in ("pixel_values", "vision_features"):
             have = [item[name] for item in encoded if name in item]
             if have and len(have) != size:
-                raise DataError(f"{len(have)} of {size} items have {name}; a batch needs it in all of them or in none")
+                raise DataError(f"{len(have)} of {size} items have {name}; a batch needs it in every item or in none")
             if have:
                 columns[name] = torch.stack(have)
         return BatchFeature(columns)
@@ -466,7 +468,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        """What only the template, and never a person's words, may write: special tokens, and marks between turns."""
+        """Strings that only the template may write, never user text: special tokens and turn markers."""
         special = [token for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         marks = {mark for tokens in CONTROL_TOKENS.values() for mark in tokens if mark in str(self.chat_template)}
         found = {token.content for token in special} | marks | {IMAGE_TOKEN, REGION_TOKEN}
@@ -577,7 +579,7 @@ def _check_turns(
         if role == "user" and first_question and text.startswith(IMAGE_TOKEN):
             text, n_images = text.removeprefix(IMAGE_TOKEN), n_images + 1
         if n_images > (with_image and role == "user" and first_question):
-            raise DataError(f"{where}: expected one image in all, in the first question, got {n_images} here")
+            raise DataError(f"{where}: expected one image, in the first question, got {n_images} here")
         kind = {"user": "a question", "assistant": "an answer"}.get(role, "a system prompt")
         check_text(text, f"{kind} as {where}")
         # A trailing blank is kept out because no tokenizer spells it the same way with and without a next word.
@@ -597,7 +599,7 @@ def _check_turns(
 
 
 def _broken_up(text: str, control: re.Pattern[str]) -> str:
-    """The text with a blank in everything that only the template may write."""
+    """The text with a space inside everything that only the template may write."""
     while control.search(text):
         text = control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
     return text

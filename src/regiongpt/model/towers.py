@@ -85,7 +85,7 @@ def _position_channels(frequencies: int, like_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def tower_features(model: Any, pixel_values: Tensor, layer: int = -2) -> Tensor:
-    """Run a frozen tower and lay its patch tokens out as a grid (B, C, H, W). Paper: §3.1, visual backbone.
+    """Run a frozen tower and arrange its patch tokens as a grid (B, C, H, W). Paper: §3.1, visual backbone.
 
     ``layer`` is an index into the tower's hidden states, of which class and register tokens are dropped.
     """

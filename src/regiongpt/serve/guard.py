@@ -1,4 +1,4 @@
-"""What every request passes: host, key, queue, size and time; headers and counts for what comes back."""
+"""Checks of every request: host, key, queue, size and time; headers and counts of responses."""
 
 import asyncio
 import hashlib
@@ -34,7 +34,7 @@ READING_SECONDS = 30.0
 
 
 class Metrics:
-    """What /metrics tells of one server."""
+    """The counters behind /metrics."""
 
     def __init__(self) -> None:
         self.registry = own = CollectorRegistry()

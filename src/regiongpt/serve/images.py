@@ -1,6 +1,6 @@
-"""Images of requests: data URIs, uploads kept for a while, and URLs of hosts that are allowed.
+"""Images of requests: data URIs, uploads kept for a while, and URLs of allowed hosts.
 
-Only what the model reads of an image is kept, never the file.
+Only the model's pixels are kept, never the file.
 """
 
 import base64
@@ -129,7 +129,7 @@ class Pictures:
 
 
 class _Pinned(http.client.HTTPSConnection):
-    """A connection to an address that was checked, whatever the name stands for a moment later."""
+    """A connection to the checked address, even if the name resolves differently later."""
 
     def __init__(self, host: str, address: str) -> None:
         super().__init__(host, timeout=FETCH_SECONDS)

@@ -15,7 +15,7 @@ KEYS = "REGIONGPT_API_KEYS"
 
 
 class Limits(Settings):
-    """What a request may ask for at most; what goes beyond is answered with a 4xx status that names the limit."""
+    """Limits of a request; exceeding one gives a 4xx status that names it."""
 
     max_bytes: int = Field(16 * 2**20, ge=1024)
     """bytes of a request or of an image"""
@@ -34,32 +34,32 @@ class Limits(Settings):
     max_choices: int = Field(2000, ge=1)
     """choices of a closed set, expressions of a request"""
     max_seconds: float = Field(120.0, gt=0)
-    """time for a request, its wait included"""
+    """seconds for a request, including its wait"""
 
 
 class ServeOptions(Limits):
     """How to serve a model."""
 
     host: str = "127.0.0.1"
-    """address to listen at; any but this machine's own needs an API key or --no-auth"""
+    """address to listen on; any but localhost needs an API key or --no-auth"""
     port: int = Field(8642, ge=0, le=65535)
-    """port to listen at; 0 takes a free one"""
+    """port to listen on; 0 takes a free one"""
     name: str | None = Field(None, min_length=1, max_length=200)
     """name of the model in the API (default: its folder's)"""
     api_keys: Path | None = None
-    """file of API keys, one a line; REGIONGPT_API_KEYS holds them, too, separated by blanks"""
+    """file of API keys, one per line; or REGIONGPT_API_KEYS, separated by spaces"""
     no_auth: bool = False
-    """listen at any address without a key"""
+    """accept requests without a key on any address"""
     allow_urls: tuple[str, ...] = ()
-    """hosts whose https URLs are fetched as images; none otherwise"""
+    """hosts whose https URLs may be fetched as images; default: none"""
     rows: int = Field(64, ge=1)
-    """answers written at a time"""
+    """answers generated at a time"""
     token_budget: int | None = Field(None, ge=1)
-    """bounds the memory of answers: the longest one's tokens times their number"""
+    """limits memory: answers in the batch times tokens of the longest"""
     queue: int = Field(256, ge=1)
-    """requests at a time, running or waiting; further ones are answered 429"""
+    """most requests, running or waiting; more get status 429"""
     scenes: int = Field(8, ge=1)
-    """encoded images kept"""
+    """encoded images in the cache"""
     keep_images: int = Field(64, ge=0)
     """uploaded images kept"""
     keep_seconds: float = Field(3600.0, gt=0)
@@ -68,11 +68,11 @@ class ServeOptions(Limits):
     @model_validator(mode="after")
     def _check_auth(self) -> "ServeOptions":
         if self.no_auth and self.api_keys:
-            raise ValueError("--no-auth and --api-keys exclude each other; leave one of them out")
+            raise ValueError("--no-auth and --api-keys cannot be combined; leave one out")
         return self
 
     def keys(self) -> list[str]:
-        """The API keys, none if nobody has to show one.
+        """The API keys, none if no key is needed.
 
         Raises:
             ConfigError: the file cannot be read or is empty; a key is too short; an open address has no key.

@@ -59,7 +59,7 @@ def _example(**more: Any) -> ConfigDict:
 
 
 class Request(BaseModel):
-    """Base of what clients send: what is unknown is refused."""
+    """Base of requests: unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -108,7 +108,7 @@ Stop = Annotated[str, Field(max_length=100)]
 
 
 class StreamOptions(Request):
-    """What a stream ends with."""
+    """Last event of a stream."""
 
     include_usage: bool = False
 
@@ -207,14 +207,14 @@ class ChatAnswer(BaseModel):
 
 
 class RegionsAnswer(BaseModel):
-    """What answers about regions have in common."""
+    """Common part of answers about regions."""
 
     model: str
     seconds: float
 
 
 class Described(BaseModel):
-    """What was said of a region."""
+    """The answer about a region."""
 
     region: RegionJson
     answer: str
@@ -223,7 +223,7 @@ class Described(BaseModel):
 
 
 class DescribeAnswer(RegionsAnswer):
-    """What was said of each region."""
+    """The answers about regions."""
 
     object: Literal["regions.describe"]
     regions: list[Described]
@@ -254,7 +254,7 @@ class Found(BaseModel):
     answer: str
     probability: float
     probabilities: list[float]
-    """of each region, and last that none fits"""
+    """one per region, and last that of no match"""
 
 
 class LocateAnswer(RegionsAnswer):

@@ -1,4 +1,4 @@
-"""Requests made ready for the model: checked against the limits, with images, regions and prompts as tensors.
+"""Prepares requests for the model: checks limits, and turns images, regions and prompts into tensors.
 
 This runs in threads beside the model's, and finds every mistake that a client can make.
 """
@@ -230,7 +230,7 @@ class Preparation:
         if len(images) != 1:
             raise ApiError(400, f"expected one image in the conversation, got {len(images)}", "image", "messages")
         if turns[-1]["role"] != "user":
-            raise ApiError(400, "the last message must be the user's", param="messages")
+            raise ApiError(400, "the last message must be from the user", param="messages")
         check_text(turns[-1]["content"], "a question such as 'What is <region1>?'")
         return turns, next(iter(images)), regions
 
@@ -242,7 +242,7 @@ def _text(message: schema.Message, regions: list[Any], images: dict[str, None]) 
     text, before = "", ""
     for part in message.content:
         if not isinstance(part, schema.TextPart) and message.role != "user":
-            raise ApiError(400, f"{message.role}: images and regions are the user's", param="messages")
+            raise ApiError(400, f"{message.role}: only the user may give images and regions", param="messages")
         if isinstance(part, schema.ImagePart):
             images[part.image_url.url] = None
             continue

@@ -56,10 +56,10 @@ class Ticket:
     task: Task
     respond: Callable[[list[Any]], dict[str, Any]]  # makes the answer of all results
     stream: Callable[[str, Any], list[dict[str, Any]]] | None = None  # makes events of each, as `results` yields them
-    pieces: bool = False  # it wants the text in pieces
+    pieces: bool = False  # stream the text
     prompt_tokens: int = 0
     cancelled: bool = False
-    work: Iterator[Ask | Result] | None = None  # the task, once begun
+    work: Iterator[Ask | Result] | None = None  # the task, once started
     left: int = 1  # questions in the batch, and the task itself
     over: bool = False
     events: "asyncio.Queue[tuple[str, Any]]" = field(default_factory=asyncio.Queue)
@@ -85,7 +85,7 @@ class Worker:
     Args:
         engine: the model.
         scenes: encoded images to keep.
-        on_step: told the number of answers in the batch after each step.
+        on_step: called with the number of answers in the batch after each step.
     """
 
     def __init__(self, engine: Engine, scenes: int, on_step: Callable[[int], None] = lambda rows: None) -> None:
@@ -143,7 +143,7 @@ class Worker:
         self._hand_over()
 
     def _wait(self) -> bool:
-        """Take in what has arrived, or wait for it; False at the end."""
+        """Take new requests, or wait for one; False at the end."""
         with self._wake:
             while not (self._stopping or self._arrived or self._clients or self._running or self._suspects):
                 self._wake.wait()
@@ -215,7 +215,7 @@ class Worker:
         self._on_step(len(self._running))
         failed = sum(ask.job.error is not None for _, ask in self._running)
         if failed > 1:
-            log.warning("the batch has failed; its %d answers go on one by one", failed)
+            log.warning("the batch failed; its %d answers continue one by one", failed)
         going = [(ticket, ask) for ticket, ask in self._running if not ask.job.finished]
         for ticket, ask in self._running:
             try:
@@ -223,14 +223,14 @@ class Worker:
                     self._say(ticket, ask)
                 elif failed == 1:
                     raise ask.job.error
-                else:  # nobody knows whose fault it was: each goes on by itself, and fails by itself
+                else:  # the cause is unknown: each continues, and fails, by itself
                     self._suspects.append((ticket, self._again(ask)))
             except Exception as error:
                 self._fail(ticket, error)
         self._running = going
 
     def _again(self, ask: Ask) -> Ask:
-        """Have an answer go on where it was when the batch failed."""
+        """Continue an answer from where it was when the batch failed."""
         job, embeds = ask.job, ask.job.embeds
         if job.tokens:
             written = torch.tensor(job.tokens, device=embeds.device)
@@ -242,7 +242,7 @@ class Worker:
         return ask
 
     def _say(self, ticket: Ticket, ask: Ask) -> None:
-        """Hand out what is new of an answer."""
+        """Send the new part of an answer."""
         job = ask.job
         if job.cancelled:
             return
@@ -271,12 +271,12 @@ class Worker:
             return
         ticket.over = True
         if not isinstance(error, RegionGPTError | ApiError):
-            log.error("the model has failed in a request", exc_info=error)
+            log.error("the model failed on a request", exc_info=error)
             error = ApiError(500, "the model failed on this request", "model_failed")
         self._events.append((ticket, "error", error))
 
     def _hand_over(self) -> None:
-        """Give the event loop what has happened since the last time."""
+        """Pass new events to the event loop."""
         events, self._events = self._events, []
         if events and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, events)

@@ -51,7 +51,7 @@ class Progress(Settings):
 def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError if a stage's newest checkpoint was made with other settings; each is named."""
     for checkpoint in reversed(_written(folder)):
-        with suppress(CheckpointError):  # a damaged one is not gone on from
+        with suppress(CheckpointError):  # skip damaged ones
             found = _read_stage(checkpoint)["settings"]
             break
     else:
@@ -62,8 +62,8 @@ def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             plain = isinstance(ours, int | float | str) and isinstance(theirs, int | float | str)
             odd.append(f"{name} = {ours}, it has {theirs}" if plain else f"other {name}")
     if odd:
-        told = f"{checkpoint}: it was made with other settings: {'; '.join(odd)}"
-        raise ConfigError(f"{told}; give those again or another --out, or delete {folder}")
+        told = f"{checkpoint}: made with other settings: {'; '.join(odd)}"
+        raise ConfigError(f"{told}; use those, another --out, or delete {folder}")
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def save(folder: Path, held: Mapping[str, Any], settings: Mapping[str, Any], pro
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> Progress:
-    """Restore, in place, what :func:`save` has written; with more processes than before, the new ones draw anew."""
+    """Restore, in place, what :func:`save` has written; with more processes than before, new ones get new states."""
     _put_back(folder, _tensors(model, optimizer))
     try:
         stage = _read_stage(folder)
@@ -111,7 +111,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, proce
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Restore, in place, the trained tensors alone."""
+    """Restore, in place, only the trained tensors."""
     _put_back(folder, {f"model/{name}": each.detach() for name, each in model.named_parameters() if each.requires_grad})
 
 
@@ -162,11 +162,11 @@ class Checkpoints:
         self.folder, self.keep, self.processes = folder, keep, processes
 
     def path(self, step: int) -> Path:
-        """Folder of the checkpoint after so many optimiser steps."""
+        """Folder of the checkpoint at an optimiser step."""
         return self.folder / f"{_PREFIX}{step}"
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is as it was written; None if there is none.
+        """The newest intact checkpoint; None if there is none.
 
         What a kill has left unfinished is removed. A damaged checkpoint is renamed, with a line in the log.
         """
@@ -186,7 +186,7 @@ class Checkpoints:
         return None
 
     def write(self, step: int, fill: Callable[[Path], None], best: int | None = None) -> bool:
-        """Write a checkpoint whole, then remove those that are not kept; False if the disk is full.
+        """Write a checkpoint atomically, then remove old ones; False if the disk is full.
 
         Nothing is left of it then, and the checkpoints before are untouched. All processes call it; ``fill`` writes the
         files into the given folder, in the first.
@@ -206,7 +206,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             newest = next(reversed(_written(self.folder)), "none")
-            told = "%s could not be written (%s); the run goes on, and the newest checkpoint is %s"
+            told = "%s could not be written (%s); training continues, the newest checkpoint is %s"
             log.warning(told, path, reason(error), newest)
             return False
         for checkpoint in _written(self.folder)[: -self.keep]:
@@ -229,7 +229,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's folder; None if it is as it was written."""
+    """What is wrong with a checkpoint's folder; None if it is intact."""
     try:
         listed = {name: (size, digest) for name, (size, digest) in read_json(checkpoint / LIST).items()}
     except (DataError, ValueError, AttributeError, TypeError):

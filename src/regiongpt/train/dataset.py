@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TASKS: Final[tuple[str, ...]] = (*QUESTIONS, "chat")
-"""The tasks that losses are told by; the place of a name here is its number in a batch."""
+"""Tasks with a loss of their own; the index of a name is its number in a batch."""
 
 
 class RecordDataset(Dataset[Example]):
@@ -118,13 +118,11 @@ class RecordDataset(Dataset[Example]):
             example = encode(max(1, fitting))
             ids, labels = example["input_ids"][: self.longest], example["labels"][: self.longest]
             if bool((labels == IGNORED).all()):
-                raise DataError(
-                    f"a question leaves no room for an answer in the language model's {self.longest} tokens"
-                )
+                raise DataError(f"a question leaves no room for an answer in the context of {self.longest} tokens")
             regions = int((ids == self.processor.region_token_id).sum())
             example |= {"input_ids": ids, "labels": labels, "region_ids": example["region_ids"][:regions]}
             if not self._told:
-                told = "%s: %d tokens in %d turn(s) are more than the model's %d; the rest is cut, here and elsewhere"
+                told = "%s: %d tokens in %d turn(s) exceed the model's %d; longer conversations are cut"
                 log.warning(told, record.id, tokens, turns, self.longest)
                 self._told = True
         example["tasks"] = task_numbers(example["labels"], [turn.task for turn in record.turns])

@@ -59,7 +59,7 @@ def debug_folder(config: Recipe) -> Iterator[Path]:
     out = Path(f"{config.out}-debug")
     with writing(out):
         if out.exists() and {path.name for path in out.iterdir()} - {"made", "run", ".lock"}:
-            raise ConfigError(f"{out}: holds something else than a debug run, which would be deleted; give another out")
+            raise ConfigError(f"{out}: is not a debug run and would be deleted; give another out")
     with locked(out), locked(out / "run"):
         try:
             with writing(out):

@@ -35,14 +35,14 @@ from regiongpt.train.watch import Watch, read_tally, tally
 log = logging.getLogger(__name__)
 
 STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
-"""Exit code of a run that was asked to stop and has saved first."""
+"""Exit code of a run that saved and stopped on SIGTERM."""
 
 Loss = Callable[[Any, dict[str, Any], Any], Tensor]
 """Takes a model, a batch, and the number of target tokens in the whole optimiser step."""
 
 
 def decisive_settings(config: StageConfig) -> dict[str, Any]:
-    """The settings of a stage that decide what is learnt in which step, and may not change on resuming."""
+    """The settings of a stage that determine each step, and may not change on resuming."""
     return config.model_dump(exclude={"micro_batch_size", "save_steps", "log_steps"})
 
 
@@ -57,7 +57,7 @@ class Loop:
         loss: A sum over targets, divided by the number of them in the whole optimiser step.
         config: Hyper-parameters.
         folder: Folder of the stage's checkpoints and logs.
-        seed: Of dropout; the data set has its own.
+        seed: Seed of dropout; the data set has its own.
         engine: How it is computed.
         watch: How many checkpoints are kept, and how often the dev loss is measured.
         dev: Dev data. The weights with the lowest dev loss are restored at the end.
@@ -97,7 +97,7 @@ class Loop:
                 f"{config.micro_batch_size} in {self.processes.count} processes"
             )
         if not several and (gpus := torch.cuda.device_count()) > 1:
-            log.info("%d GPUs are here and one is used; start with `torchrun --nproc-per-node N`", gpus)
+            log.info("using one of %d GPUs; to use all, start with `torchrun --nproc-per-node N`", gpus)
         set_seed(seed)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,11 @@ class Loop:
             self._train()
         if self.progress.step < self.steps:
             if self.processes.is_first:
-                log.info("%s: stopped by SIGTERM after step %d; run again to go on", self.name, self.progress.step)
+                log.info(
+                    "%s: stopped by SIGTERM after step %d; run the same command again to resume",
+                    self.name,
+                    self.progress.step,
+                )
             raise SystemExit(STOPPED_BY_SIGTERM)
         self._load_best()
         if self.sharded:
@@ -171,7 +175,7 @@ class Loop:
         if self.begin is not None:
             self.progress = checkpoint.load(self.begin, self.model, self.optimizer, self.processes)
         rounds = self.config.batch_size // self.together
-        # Opening a loader draws a random number: of the stage's own at its first start alone, to go on with the same.
+        # Opening a loader draws a random number; only at the first start may it come from the stage's generator.
         generator = None if self.begin is None else torch.Generator()
         skip, workers = self.progress.step * rounds, self.engine.workers
         batches = iter(self._batches(self.dataset, self.config.batch_size, skip, workers, generator))
@@ -330,7 +334,7 @@ class StepBatches(Sequence[list[int]]):
 
     Optimiser step k takes the items from ``k * batch_size`` on. Where the last step has too few items for all
     processes, one that is left without gets the step's first, as ``-1 - item``: that item without targets, which takes
-    part in all that is computed together, and adds nothing.
+    part in collective operations, and adds nothing.
     """
 
     def __init__(self, items: int, batch_size: int, micro_batch_size: int, rank: int = 0, processes: int = 1) -> None:
@@ -460,7 +464,7 @@ def put_together(module: nn.Module, first: bool) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of the language model, alone or inside RegionGPT; ConfigError if they are not to be found."""
+    """The layers of the language model, alone or inside RegionGPT; ConfigError if not found."""
     language: Any = getattr(model, "language_model", model)
     count = language.config.get_text_config().num_hidden_layers
     for part in language.modules():
@@ -472,7 +476,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
-    """AdamW, whose groups differ in part of the model, learning rate and weight decay; matrices alone decay."""
+    """AdamW, whose groups differ in part of the model, learning rate and weight decay; only matrices decay."""
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

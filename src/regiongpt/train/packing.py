@@ -1,4 +1,4 @@
-"""Several conversations in one row, each attending to itself alone: loss and gradients are those of a padded batch.
+"""Several conversations in one row, each attending only to itself: loss and gradients are those of a padded batch.
 
 On a CPU, whose kernels do not skip what a mask hides, each conversation or isolated turn (a *unit*) attends by itself.
 
@@ -74,7 +74,7 @@ class PackedCollate:
 
 
 def width_cost(text_config: Any) -> float:
-    """What a token costs besides attention, in multiples of attending to one more token.
+    """Cost of a token besides attention, in multiples of attending to one more token.
 
     A layer multiplies a token by about 4 D^2 + 3 D M weights, and by 2 D numbers for each token it attends to; with a
     mask these are half as fast.

@@ -1,4 +1,4 @@
-"""What a recipe takes, before anything is spent: ``regiongpt train RECIPE --plan --gpu a100-80gb --gpus 8``.
+"""Estimated cost of a recipe: ``regiongpt train RECIPE --plan --gpu a100-80gb --gpus 8``.
 
 No weights are loaded and nothing is fetched. Parameters are exact; tokens too if at most 256 records are at hand.
 FLOPs include padding. Time is FLOPs divided by an assumed share of the GPU's peak.
@@ -44,14 +44,14 @@ class Data:
     targets: float  # supervised tokens
     widths: float  # tokens of the language model's rows, with padding
     squares: float  # the sum of the squares of these rows' lengths
-    images: float  # that go through the tower; a text among images takes a blank one along
+    images: float  # images through the tower; a text in a batch with images adds a blank one
     regions: float  # region embeddings
-    widest: tuple[int, int, int, int]  # of the largest micro-batch: tokens with padding, of a row; images; targets
+    widest: tuple[int, int, int, int]  # largest micro-batch: tokens with padding, per row; images; targets
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What one stage takes; among ``flops``, ``again`` is what gradient checkpointing repeats."""
+    """Cost of one stage; in ``flops``, ``again`` is what gradient checkpointing recomputes."""
 
     name: str
     parameters: dict[str, tuple[int, int]]  # by part of the model: all, and trained
@@ -65,7 +65,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a recipe takes."""
+    """Cost of a recipe."""
 
     stages: tuple[StagePlan, ...]
     gpu: str
@@ -74,29 +74,29 @@ class Plan:
     precision: str
 
     def text(self) -> str:
-        """The plan in words."""
+        """The plan as text."""
         gpu, seconds = GPUS[self.gpu], sum(stage.seconds for stage in self.stages)
         lines = []
         for stage in self.stages:
             data, parts, memory = stage.data, [], sum(stage.memory.values())
             for name, (total, trained) in stage.parameters.items():
-                how = "trained" if trained == total else "in part" if trained else "frozen"
+                how = "trained" if trained == total else "partly trained" if trained else "frozen"
                 parts.append(f"{name.replace('_', ' ')} {_millions(total)} {how}")
             lines += [
                 stage.name,
                 f"  parameters  {', '.join(parts)}; {_millions(sum(n for _, n in stage.parameters.values()))} trained",
-                f"  data        {data.items:,} items, {_millions(data.tokens)} tokens, {_millions(data.targets)} of "
-                f"them targets ({data.how})",
+                f"  data        {data.items:,} conversations, {_millions(data.tokens)} tokens, "
+                f"{_millions(data.targets)} of them supervised ({data.how})",
                 f"  steps       {stage.steps:,} of {stage.batch}",
-                f"  arithmetic  {_parts(stage.flops, _FLOPS)}",
+                f"  compute     {_parts(stage.flops, _FLOPS)}",
                 f"  memory      {_parts(stage.memory, _BYTES)}; each GPU has {gpu.memory:g} GiB"
                 + (": too little" if memory > gpu.memory * 2**30 else ""),
                 f"  time        {_in_units(stage.seconds, _TIMES)}",
                 "",
             ]
         lines += [
-            f"in all: {_in_units(seconds, _TIMES)} on {self.gpus} x {self.gpu} "
-            f"({self.sharding if self.gpus > 1 else 'one GPU'}), {_in_units(seconds * self.gpus, _TIMES)} of one GPU, "
+            f"total: {_in_units(seconds, _TIMES)} on {self.gpus} x {self.gpu} "
+            f"({self.sharding if self.gpus > 1 else 'one GPU'}), {_in_units(seconds * self.gpus, _TIMES)} on one GPU, "
             f"at {gpu.utilisation:.0%} (assumed) of its {gpu.peak(self.precision) / 1e12:g} TFLOP/s in {self.precision}"
         ]
         return "\n".join(lines)
@@ -117,7 +117,7 @@ def _parts(values: dict[str, float], units: Sequence[tuple[float, str]]) -> str:
 
 
 def make_plan(config: Recipe) -> Plan:
-    """Work out what a recipe takes.
+    """Estimate what a recipe takes.
 
     Raises:
         ConfigError: A shape is not known, the data is neither at hand nor assumed, or a batch cannot be divided among
@@ -168,7 +168,7 @@ def _find_shape(model: ModelConfig) -> tuple[RegionGPTConfig, RegionGPTProcessor
 
 
 def _size_data(config: Recipe, name: str, shape: RegionGPTConfig, processor: RegionGPTProcessor | None) -> Data:
-    """Count a stage's records, tokenized and cut as in training, or take the recipe's word for them."""
+    """Count a stage's records, tokenized and cut as in training, or take the recipe's numbers."""
     stage, size = getattr(config, name), getattr(config.plan, name)
     path = config.data.pretrain_mixture if name == "stage1" else config.data.mixture
     context = getattr(shape.text_config, "max_position_embeddings", None)
@@ -197,7 +197,7 @@ def _size_data(config: Recipe, name: str, shape: RegionGPTConfig, processor: Reg
         )
     each = (shape.num_image_tokens + size.text_tokens, size.answer_tokens, 1, True)
     items = max(1, round(stage.epochs * size.records))
-    return replace(_count_batches(items, lambda _: each, 1, *how), how="supposed, see [plan]")
+    return replace(_count_batches(items, lambda _: each, 1, *how), how="assumed, see [plan]")
 
 
 def _count_batches(

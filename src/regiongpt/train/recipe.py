@@ -43,7 +43,7 @@ class DataConfig(Settings):
     """Records to train on."""
 
     root: str = ""
-    """Folder that a mixture's paths are relative to; the one the mixture is in when empty."""
+    """Folder that a mixture's paths are relative to; empty: the mixture's own folder."""
     suffixes: bool = True
     """End guided questions with the suffix that fixes the format of the answer (paper, Table 1)."""
     mixture: str = ""
@@ -80,7 +80,7 @@ class ModelConfig(Settings):
     image_grid: int = Field(0, ge=0, le=2**10)
     """Side of the square grid of image tokens; 0 for the tower's own grid."""
     region_format: str = "<region>"
-    """What ``<regionN>`` becomes: ``{n}`` is its number, ``<region>`` its embeddings."""
+    """Replacement of ``<regionN>``: ``{n}`` is its number, ``<region>`` its embeddings."""
     region_grid: int = Field(1, ge=1, le=16)
     """Side of the square grid of embeddings per region; the paper has one embedding."""
     region_numbers: bool = False
@@ -88,9 +88,9 @@ class ModelConfig(Settings):
     image_marks: bool = False
     """Add the word embedding of ``<image>`` to each image token."""
     region_position: float = Field(0.0, ge=0, le=100)
-    """Length of the code of a region's place and size that is added to its embedding; 0 adds none."""
+    """Length of the position and size code added to a region's embedding; 0 for none."""
     region_crop: bool = False
-    """Let a region's own crop, left out of half the examples, add to its features: ``--detail careful`` looks twice."""
+    """Add features of a region's own crop, dropped in half the examples, for ``--detail careful``."""
     chat_template: str = ""
     """Chat template, one that ``regiongpt weights create --help`` lists; guessed from the language model when empty."""
 
@@ -137,7 +137,7 @@ class LoraConfig(Settings):
 
 
 class EngineConfig(Settings):
-    """How the training is computed; nothing here changes the result beyond rounding."""
+    """How training is computed; affects results only by rounding."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16`` multiplies matrices in bfloat16; weights stay in float32."""
@@ -148,7 +148,7 @@ class EngineConfig(Settings):
     compile: bool = False
     """Compile the language model's layers with ``torch.compile``."""
     packing: bool = False
-    """Lay the conversations of a micro-batch end to end instead of padding them."""
+    """Pack the conversations of a micro-batch end to end instead of padding them."""
     pack_length: Limit = 0
     """Longest packed row in tokens; 0 for the language model's context."""
     workers: int = Field(0, ge=0, le=1024)
@@ -162,7 +162,7 @@ class EngineConfig(Settings):
 
 
 class WatchConfig(Settings):
-    """What is kept, logged and reported."""
+    """Checkpoints, logs and reports."""
 
     keep: Count = 2
     """Checkpoints to keep per stage, besides the best."""
@@ -255,7 +255,7 @@ class Recipe(Settings):
     seed: Seed = 0
     """Seed of every random number, together with an index and an epoch."""
     steps: tuple[Step, ...] = ()
-    """Steps to run; all that have data when empty. The result of a step that is left out must be in ``out`` already."""
+    """Steps to run; empty: all that have data. Results of other steps must be in ``out`` already."""
     from_scratch: bool = False
     """Let stage 2 start from an untrained refinement and connector."""
     data: DataConfig = DataConfig()
@@ -281,7 +281,7 @@ class Recipe(Settings):
         for name, value in dotted(self.model_dump()).items():
             text = str(value) if isinstance(value, str | Path) else ""
             if "\0" in text or text != text.encode(errors="replace").decode():
-                raise ValueError(f"{name}: {text!r} is not plain UTF-8, which the libraries that open it want")
+                raise ValueError(f"{name}: {text!r} is not valid UTF-8")
         return self
 
     @model_validator(mode="after")
@@ -291,7 +291,7 @@ class Recipe(Settings):
         if not any(map(self.runs, self.all_steps)):
             raise ValueError("steps: none of them has records; give data.pretrain_mixture or data.mixture")
         if self.lora.rank and not self.runs("stage2"):
-            raise ValueError("lora.rank: adapters belong to stage 2, which this recipe does not run")
+            raise ValueError("lora.rank: adapters need stage 2, which this recipe does not run")
         return self
 
     @classmethod
@@ -352,7 +352,7 @@ class Recipe(Settings):
         return (not self.steps or step in self.steps) and bool(data.get(step))
 
     def unused(self, name: str) -> str:
-        """Why nothing would read a setting, by its dotted name, and what would change that; empty if something does."""
+        """Why a setting, by its dotted name, has no effect, and what would change that; empty if it has one."""
         table = name.partition(".")[0]
         if table == "lora" and not self.lora.rank and name != "lora.rank":
             return "lora.rank is 0; give lora.rank too"

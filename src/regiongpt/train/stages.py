@@ -59,7 +59,7 @@ def train(config: Recipe) -> Path:
 
 @contextmanager
 def training(config: Recipe) -> Iterator[None]:
-    """Hold the run's folder while it trains, after checking that it can resume; write the report at the end."""
+    """Lock the run's folder during training, after checking that it can resume; write the report at the end."""
     config.check_files()
     processes = connect()
     with ExitStack() as stack:
@@ -106,7 +106,7 @@ def _train(config: Recipe) -> Path:
         if not config.model.init:
             note = finished / "start.json"
             made_for = {"seed": config.seed, **config.model.model_dump(mode="json")}
-            if note.exists() and read_json(note) != made_for:  # of a run that was stopped before its first checkpoint
+            if note.exists() and read_json(note) != made_for:  # the run was stopped before its first checkpoint
                 shutil.rmtree(finished)
             create_start(config.model, config.model.language, finished, _images_of(next(iter(mixtures.values()))))
             write_json(note, made_for)
@@ -156,7 +156,7 @@ def train_stage(
     folder, processes = config.out / name, Processes()
     finished = folder / "model"
     if (finished / "config.json").exists():
-        log.info("%s: finished before, in %s; give another --out to train anew", name, finished)
+        log.info("%s: already finished, in %s; give another --out to train again", name, finished)
         return finished
     # Adam's steps are lost in half precision, which a checkpoint may be stored in.
     model, processor = weights.load(start, dtype=torch.float32)
@@ -183,7 +183,7 @@ def train_stage(
 
 
 def save_whole(folder: Path, model: Any, processor: Any) -> None:
-    """Write a checkpoint, so that a folder of this name is always whole."""
+    """Write a checkpoint folder atomically."""
     with new_folder(folder) as beside:
         model.save_pretrained(beside)
         processor.save_pretrained(beside)
@@ -253,7 +253,7 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     wrong = [f"{name} is {got} there and {wanted} here" for name, (got, wanted) in pairs.items() if got != wanted]
     if wrong:
         raise CheckpointError(
-            f"{folder}: not the checkpoint that the recipe describes: {'; '.join(wrong)}; correct model.init or the "
+            f"{folder}: the checkpoint does not match the recipe: {'; '.join(wrong)}; correct model.init or the "
             "recipe's [model], or give another --out"
         )
 
@@ -299,7 +299,7 @@ def _calibrate(model: Any, processor: Any, images: Sequence[Path]) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of so many tokens in which digits stand alone, and the closed-set suffix is a token."""
+    """Train a byte-level BPE with single digits and the closed-set suffix as one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -339,7 +339,7 @@ def keep_freed_memory() -> None:
 
 
 def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
-    """Choose what learns: refinement and connector always, the language model or adapters on it in ``stage2``.
+    """Choose what to train: refinement and connector, and in ``stage2`` the language model or adapters on it.
 
     True if there are adapters, to be merged when the stage is done.
     """
@@ -391,7 +391,7 @@ def merge_adapters(language_model: Any) -> None:
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(language_model.get_submodule(parent), child, base)
-    # What peft notes on the model would be taken for adapters that are still there.
+    # peft's marks on the model would look like remaining adapters.
     for note in ("peft_config", "_hf_peft_config_loaded"):
         if note in vars(language_model):
             delattr(language_model, note)

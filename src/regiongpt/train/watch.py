@@ -1,4 +1,4 @@
-"""What a stage does while it trains, written so that interruptions lose nothing; and a whole run as one page."""
+"""Logs of a stage, written so that interruptions lose nothing; and the report of a run."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ _PLAIN: Final = ("loss", "examples", "tokens", "images", "targets")
 
 
 def tally(loss: Tensor, losses_N: Tensor | None, tasks_N: Tensor | None, counts: tuple[int, int, int]) -> Tensor:
-    """What a micro-batch adds to the line of its step, on the loss's device: :func:`read_tally` reads the sum.
+    """A micro-batch's part of its step's log line, on the loss's device: :func:`read_tally` reads the sum.
 
     Args:
         loss: Its share of the step's loss.
@@ -66,7 +66,7 @@ def read_tally(row: Sequence[float]) -> dict[str, Any]:
 
 
 class Watch:
-    """Writes what a stage does: a line of ``log.jsonl`` a step, and every ``log_steps`` one for people."""
+    """Writes the log of a stage: a line of ``log.jsonl`` per step, and every ``log_steps`` one for people."""
 
     def __init__(self, name: str, folder: Path, config: WatchConfig, log_steps: int) -> None:
         if config.tensorboard and find_spec("tensorboard") is None:
@@ -77,7 +77,7 @@ class Watch:
         self._untold: list[dict[str, Any]] = []
 
     def start(self, step: int) -> None:
-        """Open the logs, without what lies beyond the step that is resumed from, which will be done again."""
+        """Open the logs and remove lines after the step to resume from."""
         kept = [*self._log.cut(step), *self._dev.cut(step)]
         if self.tensorboard:
             self._events = Events(self.folder / EVENTS)
@@ -105,7 +105,7 @@ class Watch:
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The mean of some steps in words: loss, learning rate, gradient, speed."""
+    """The mean of some steps as text: loss, learning rate, gradient, speed."""
     seconds, last = sum(line["seconds"] for line in lines), lines[-1]
     parts = [
         f"loss {sum(line['loss'] for line in lines) / len(lines):.4f}",
@@ -114,7 +114,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
     ]
     for name in ("examples", "tokens"):
         rate = sum(line[name] for line in lines) / seconds
-        parts.append(f"{rate:.1f} {name} a second" if rate < 10 else f"{rate:,.0f} {name} a second")
+        parts.append(f"{rate:.1f} {name}/s" if rate < 10 else f"{rate:,.0f} {name}/s")
     return ", ".join(parts)
 
 
@@ -130,13 +130,13 @@ class StepLog:
         self._told = False
 
     def cut(self, step: int) -> list[dict[str, Any]]:
-        """Remove what lies beyond a step, which will be done again, and a torn last line; returns what is kept."""
+        """Remove lines after a step and an incomplete last line; returns the rest."""
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
         write_file(self.path, "".join(map(_line, kept)))
         return kept
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line whole; what a full disk does not take is written with the next one."""
+        """Append a line atomically; after a full disk it is written with the next one."""
         self._waiting.append(_line(line))
         data = "".join(self._waiting).encode()
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -148,7 +148,7 @@ class StepLog:
             if self.path.exists():
                 os.truncate(self.path, size)
             if not self._told:
-                log.warning("%s: cannot be written at the moment, and is tried again: %s", self.path, reason(error))
+                log.warning("%s: cannot be written now, retrying: %s", self.path, reason(error))
             self._told = True
             return
         self._waiting, self._told = [], False
@@ -173,13 +173,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines):  # no line break behind it
                 break
-            raise DataError(f"{path}, line {number}: not a step's line: {line[:60]!r}; mend or delete it") from None
+            raise DataError(f"{path}, line {number}: not a step's line: {line[:60]!r}; fix or delete it") from None
         found.append(values)
     return found
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    """JSON; NaN and infinity, which it has no word for, as strings."""
+    """JSON; NaN and infinity, which it lacks, as strings."""
     try:
         return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError:
@@ -213,7 +213,7 @@ class Events:
                 self._writer.write(Event(wall_time=time.time(), **values).SerializeToString())
                 self._writer.flush()
             except OSError as error:
-                log.warning("%s: cannot be written, and is left: %s", self._path, reason(error))
+                log.warning("%s: cannot be written, giving up: %s", self._path, reason(error))
                 self._writer = None
 
 
@@ -275,7 +275,7 @@ def write_report(out: Path) -> Path:
     stages = sorted((path.parent for path in out.glob(f"*/{LOG}")), key=lambda each: each.name)
     stages.sort(key=lambda each: not each.name.startswith("language"))  # which nano's recipe trains first
     if not stages:
-        raise DataError(f"{out}: not the folder of a run: no stage in it has a {LOG}; give what --out named")
+        raise DataError(f"{out}: not the folder of a run: no stage has a {LOG}; give the --out of a run")
     logs = {folder.name.removesuffix("-checkpoints"): read_lines(folder / LOG) for folder in stages}
     notes = _read_notes(out)
     try:
@@ -298,12 +298,12 @@ def write_report(out: Path) -> Path:
             data=notes.get("data", {}),
         )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError) as error:
-        raise DataError(f"{out}: {RUN} or a log in it is not what a training wrote: {error!r}; delete it") from None
+        raise DataError(f"{out}: {RUN} or a log in it is damaged: {error!r}; delete it") from None
     return out / PAGE
 
 
 def report_what_there_is(out: Path) -> None:
-    """Write the report at the end of a run, however it ends; log what cannot be reported."""
+    """Write the report when a run ends or fails; log errors."""
     try:
         if any(read_lines(path) for path in out.glob(f"*/{LOG}")):
             log.info("report: %s", write_report(out))
@@ -320,7 +320,7 @@ def _read_notes(out: Path) -> dict[str, Any]:
 
 def _state(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     if not lines:
-        return f"{name} has not begun"
+        return f"{name} has not started"
     done, steps = lines[-1]["step"], lines[-1]["of"]
     state = f"{name} is finished" if done >= steps else f"{name} has done step {done:,} of {steps:,}"
     bad = [line["step"] for line in lines if not math.isfinite(float(line["loss"]))]
@@ -358,6 +358,6 @@ def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]
     yield line_chart("Learning rate", [curve(*each, exact=True) for each in by_group.items()])
     norms = [curve("norm", [line["grad_norm"] for line in lines])]
     yield line_chart("Gradient norm, before clipping", norms)
-    yield line_chart("Tokens a second", [curve("tokens", [line["tokens"] / line["seconds"] for line in lines])])
+    yield line_chart("Tokens per second", [curve("tokens", [line["tokens"] / line["seconds"] for line in lines])])
     waits = [curve("waiting", [line["wait"] / line["seconds"] for line in lines])]
     yield line_chart("Share of the time spent waiting for data", waits)

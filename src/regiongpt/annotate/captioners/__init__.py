@@ -1,4 +1,4 @@
-"""Captioners: whatever answers about an image and its regions, behind one small interface; one file each."""
+"""Captioners behind one small interface; one file each."""
 
 import asyncio
 import time
@@ -29,7 +29,7 @@ class Request:
     number: int = -1  # the one asked about, from 0
     category: str = ""  # where the mode tells it
     caption: str = ""  # what to locate
-    version: int = 0  # of the prompt
+    version: int = 0  # number of the prompt
     seed: int = 0
 
     @property
@@ -38,7 +38,7 @@ class Request:
         return [str(number) for number in range(1, len(self.regions) + 1)] if self.stage == "locate" else []
 
     def messages(self, picture: dict[str, Any]) -> list[dict[str, Any]]:
-        """The request as a chat of one turn, with the picture as its reader wants it."""
+        """The request as a one-turn chat, with the image in the reader's format."""
         lead = [{"type": "text", "text": self.lead}] if self.lead else []
         return [{"role": "user", "content": [*lead, picture, {"type": "text", "text": self.text}]}]
 
@@ -56,7 +56,7 @@ class Reply:
 
 
 class Failed(Exception):
-    """A request that got no finished answer; one ``kind`` a cause, ``again`` where asking at once may help."""
+    """A request without a finished answer; ``kind`` is the cause, ``again`` if an immediate retry may help."""
 
     def __init__(self, kind: str, reason: str, again: bool = False, tokens: tuple[int, int] = (0, 0)) -> None:
         super().__init__(reason)
@@ -64,11 +64,11 @@ class Failed(Exception):
 
 
 class Stopped(Exception):
-    """The run is ending: what was not under way yet is not asked."""
+    """The run is ending: requests not yet in flight are not sent."""
 
 
 class Captioner(Protocol):
-    """What answers requests."""
+    """Answers requests."""
 
     identity: dict[str, str]  # decides its answers, and so the keys of finished work; known once it is open
     wants_image: bool = True  # it is shown the whole image each time, and its regions; else a picture of its own making
@@ -77,20 +77,20 @@ class Captioner(Protocol):
         """Answer; Failed or Stopped without an answer, RegionGPTError where there will be none."""
 
     def has_room(self, begun: int) -> bool:
-        """Whether another image should be begun, with so many begun and not done."""
+        """Whether to start another image while ``begun`` are unfinished."""
 
     def stop(self) -> None:
-        """Finish what is under way, and let everything else go."""
+        """Finish requests in flight and drop the rest."""
 
     def picture(self, image: Image.Image) -> Any:
-        """What a request carries of an image or a crop; called in a thread of its own."""
+        """The encoded image or crop of a request; called in a separate thread."""
         return image
 
     async def open(self) -> None:
         """Make sure that it answers; ConfigError where it does not."""
 
     async def close(self) -> None:
-        """Give back what it holds."""
+        """Release resources."""
 
 
 class LocalCaptioner(Captioner):
@@ -110,16 +110,16 @@ class LocalCaptioner(Captioner):
         return begun < self.images
 
     def stop(self) -> None:
-        """Let the batch under way be the last."""
+        """Finish the current batch, then stop."""
         self._stopping = True
 
     async def ask(self, request: Request) -> Reply:
-        """Whoever waited longest answers a batch of those that wait with it."""
+        """The longest waiting request runs a batch with the others that wait."""
         place: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, place))
         async with self._lock:
             if not place.done():
-                await asyncio.sleep(0.01)  # those that have just got an answer ask the next thing first
+                await asyncio.sleep(0.01)  # let requests that were just answered send their next one first
                 if self._stopping:
                     raise Stopped
                 batch, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
@@ -127,7 +127,7 @@ class LocalCaptioner(Captioner):
                 outcomes: Sequence[Reply | Exception]
                 try:
                     outcomes = await asyncio.to_thread(self.answer, [each for each, _ in batch])
-                except Exception as error:  # of all that are asked together
+                except Exception as error:  # fails the whole batch
                     outcomes = [error] * len(batch)
                 seconds = (time.perf_counter() - began) / len(batch)
                 for (_, other), outcome in zip(batch, outcomes, strict=True):

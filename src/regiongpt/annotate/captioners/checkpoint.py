@@ -1,4 +1,4 @@
-"""A RegionGPT checkpoint, asked by the prompts of its training."""
+"""A RegionGPT checkpoint, with the prompts of its training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from regiongpt.regions import Region
 
 
 class Checkpoint(LocalCaptioner):
-    """Regions share what the model read of their image."""
+    """Regions share the encoded image."""
 
     def __init__(self, options: Options) -> None:
         folder = Path(options.captioner or nano_path())
@@ -59,7 +59,7 @@ class Checkpoint(LocalCaptioner):
 
 
 def region_question(request: Request) -> tuple[str, list[Region]]:
-    """A request as RegionGPT is asked it."""
+    """A request as a RegionGPT question."""
     if request.stage == "image":
         return question("image_caption", request.version), []
     told = f"The region shows {indefinite(request.category)}. " if request.category else ""

@@ -18,7 +18,7 @@ from regiongpt.errors import ConfigError, DataError
 from regiongpt.storage import reason
 
 _TRIES: Final = 6
-"""How often a request is sent again to an endpoint that answers others meanwhile."""
+"""Retries of a request while the endpoint answers others."""
 _OVERLOADED: Final = (408, 409, 429)
 
 
@@ -31,23 +31,23 @@ class Busy(Exception):
 
 
 class Slots:
-    """How many requests may be under way, at most ``most``: adapts to what the endpoint can take.
+    """Adaptive limit of requests in flight, at most ``most``.
 
     Each answer adds a slot while others wait, so they double with each round; beyond what was once too much a round
     adds one. Too many requests (429) take a tenth of the slots, any other trouble half, and nothing is sent until the
-    endpoint wants to be asked again. DataError where that is, or no answer came, for ``patience`` seconds.
+    endpoint asks for a retry. DataError if that lasts, or no answer comes, for ``patience`` seconds.
     """
 
     def __init__(self, most: int, patience: float) -> None:
         self.most, self.patience, self.limit, self.ceiling = most, patience, float(min(8, most)), float(most)
         self.waiting = self.under_way = self.answered = 0
         self.stopped, self._turn, self._free = asyncio.Event(), asyncio.Lock(), asyncio.Event()
-        self._troubles = self._row = 0  # in all, since the last answer
+        self._troubles = self._row = 0  # total, and since the last answer
         self._silent_since = self._open_at = 0.0  # the first trouble after the last answer, when to send again
 
     @asynccontextmanager
     async def one(self) -> AsyncIterator[None]:
-        """Wait for a slot and hold it; what is raised in the block tells how the endpoint is."""
+        """Wait for a slot and hold it; exceptions in the block adapt the limit."""
         self.waiting += 1
         try:
             async with self._turn:  # in the order of arrival, so that regions of an image go together
@@ -67,7 +67,7 @@ class Slots:
             try:
                 yield
             except Busy as error:
-                if troubles == self._troubles:  # of those that were under way at a time one counts
+                if troubles == self._troubles:  # requests in flight together count once
                     self._trouble(error)
                 raise
             except Failed:
@@ -93,11 +93,11 @@ class Slots:
         self.ceiling = self.limit if error.overloaded else self.ceiling
         if (silent := max(error.wait, now - self._silent_since)) > self.patience:
             told = f"no answer for {silent:.0f} s ({error}), --patience is {self.patience:g}"
-            raise DataError(f"{told}; what is finished is kept: run the command again")
+            raise DataError(f"{told}; answers so far are kept: run the command again")
 
 
 class Endpoint(Captioner):
-    """A model behind an address; retries are this class's alone, the client's are off."""
+    """A model behind an address; this class does the retries, the client's are off."""
 
     wants_image = False
 
@@ -135,7 +135,7 @@ class Endpoint(Captioner):
         self.identity = {"captioner": "endpoint", "model": self.model}
 
     def stop(self) -> None:
-        """Let go what waits, even for an endpoint that is down."""
+        """Release waiting requests, even if the endpoint is down."""
         self.slots.stopped.set()
 
     async def close(self) -> None:
@@ -158,7 +158,7 @@ class Endpoint(Captioner):
         answered, faults = self.slots.answered, 0
 
         def is_at_fault(state: Any) -> bool:
-            """Whether it failed again and again while others were answered: not what an outage looks like."""
+            """Whether it failed repeatedly while others were answered, so that this is no outage."""
             nonlocal answered, faults
             faults += self.slots.answered > answered and not state.outcome.exception().overloaded
             answered = self.slots.answered
@@ -178,7 +178,7 @@ class Endpoint(Captioner):
         raise AssertionError
 
     async def _send(self, request: Request) -> Reply:
-        """One request and its answer, which has to be whole."""
+        """One request and its complete answer."""
         began = time.perf_counter()
         more: dict[str, Any] = {self._length_option: self.options.max_new_tokens}
         if request.choices and self._structured:
@@ -192,7 +192,7 @@ class Endpoint(Captioner):
             wrong = self._wrong(error)
             if "extra_body" in more and "structured_outputs" in str(wrong):  # not vLLM: it chooses in its own words
                 self._structured = False
-            elif "max_tokens" in more and "max_completion_tokens" in str(wrong):  # as some hosted models want it
+            elif "max_tokens" in more and "max_completion_tokens" in str(wrong):  # some hosted models require it
                 self._length_option = "max_completion_tokens"
             else:
                 raise wrong from None
@@ -228,7 +228,7 @@ class Endpoint(Captioner):
             wait = error.response.headers.get("retry-after", "")
             return Busy(told, status in _OVERLOADED, float(wait) if wait.replace(".", "", 1).isdigit() else 0.0)
         if status in (401, 403):
-            told = f"refuses the key ({told}); put the right one in {self.options.key_variable}"
+            told = f"refuses the key ({told}); put a valid one in {self.options.key_variable}"
             return ConfigError(f"{self.url}: {told}")
         if status in (404, 405):
             return ConfigError(f"{self.url}: not an OpenAI-compatible endpoint ({told}); does its address end in /v1?")

@@ -32,7 +32,7 @@ class Facts(LocalCaptioner):
         super().__init__({"captioner": "facts", "model": "facts"}, batch_size=64, images=64)
 
     def answer(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """Word each; the colours in an image are named once for all that is asked about it."""
+        """Word each; an image's colours are measured once."""
         seen: dict[int, tuple[View, dict[int, str]]] = {}
         replies = []
         for request in requests:
@@ -64,7 +64,7 @@ def _see(image: Image.Image, regions: Sequence[RecordRegion]) -> tuple[View, dic
 
 
 def _whole(view: View) -> str:
-    """What is annotated in the image, by class."""
+    """The image's annotations by class."""
     *named, last = [
         with_article(noun(name)) if len(group) == 1 else f"at least {len(group)} {plural(name)}"
         for name, group in view.by_category.items()

@@ -26,10 +26,10 @@ class VisionLanguageModel(LocalCaptioner):
             self._processor = AutoProcessor.from_pretrained(folder)
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=pick_dtype(options.dtype, self._device))
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            told = f"not a vision-language model that transformers loads: {reason(error)}"
+            told = f"transformers cannot load it as a vision-language model: {reason(error)}"
             raise CheckpointError(f"--captioner {folder}: {told}") from None
         if not hasattr(self._processor, "image_processor"):
-            raise CheckpointError(f"--captioner {folder}: takes no pictures; give a vision-language model")
+            raise CheckpointError(f"--captioner {folder}: takes no images; give a vision-language model")
         if getattr(self._processor, "chat_template", None) is None:
             raise CheckpointError(f"--captioner {folder}: its processor has no chat template; add chat_template.jinja")
         self._model = model.to(self._device).eval()
@@ -57,7 +57,7 @@ class VisionLanguageModel(LocalCaptioner):
             with torch.inference_mode():
                 written = self._model.generate(**inputs, **sampling, max_new_tokens=most, pad_token_id=self._pad)
         except torch.OutOfMemoryError:
-            told = f"no memory for {len(requests)} pictures at a time; lower --batch-size or --crop-most"
+            told = f"out of memory with {len(requests)} images at a time; lower --batch-size or --crop-most"
             raise ConfigError(f"--captioner {self.name}: {told}") from None
         written = written[:, inputs["input_ids"].shape[1] :]
         ends = torch.isin(written, self._ends)
