@@ -527,7 +527,7 @@ def test_no_file_of_the_server_can_be_reached(served: Served, predictor, monkeyp
         ({"api_keys": "missing"}, "missing"),
         ({"api_keys": "empty"}, "no key"),
         ({"api_keys": "short"}, "16"),
-        ({"api_keys": "good", "no_auth": True}, "exclude"),
+        ({"api_keys": "good", "no_auth": True}, "cannot be combined"),
     ],
 )
 def test_an_open_address_needs_a_key(tmp_path, monkeypatch, options, wrong):
