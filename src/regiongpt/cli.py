@@ -572,6 +572,8 @@ def _serve(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     model, settings = read_options(ModelOptions, options), read_options(ServeOptions, options)
     keys = settings.keys()
+    if settings.engine == "vllm" and (model.int8 or (model.device or "").startswith("cuda:")):
+        raise ConfigError("--engine vllm takes neither --int8 nor --device cuda:N; choose GPUs by CUDA_VISIBLE_DEVICES")
     _log()
     quiet_libraries()
     try:
@@ -582,7 +584,13 @@ def _serve(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     predictor = load_predictor(model, images=0, token_budget=settings.token_budget, rows=settings.rows)
     name = settings.name or (model.model.resolve().name if model.model else "regiongpt-nano")
-    serve(predictor.engine, settings, name, keys)
+    engine = predictor.engine
+    if settings.engine == "vllm":
+        from regiongpt.model.weights import nano_path
+        from regiongpt.serve.vllm import VllmEngine
+
+        engine = VllmEngine(engine, model.model or nano_path(), settings)
+    serve(engine, settings, name, keys)
     return 0
 
 

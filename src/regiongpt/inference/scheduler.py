@@ -74,6 +74,11 @@ class Scheduler:
         self._cache = PrefixCache()
 
     @property
+    def dead(self) -> bool:
+        """Whether it can write nothing more, whatever it is asked."""
+        return False
+
+    @property
     def active(self) -> int:
         """Number of answers being generated, for all callers."""
         return len(self._running)

@@ -306,7 +306,8 @@ def create_app(engine: Engine, options: ServeOptions, name: str, keys: Sequence[
     @app.get("/healthz", **answers(dict[str, Any]))
     async def health() -> Response:
         """Whether the server works."""
-        status = "shutting_down" if guard.draining else "failed" if service.worker.failed else "ok"
+        failed = service.worker.failed or engine.scheduler.dead
+        status = "shutting_down" if guard.draining else "failed" if failed else "ok"
         return JSONResponse({"status": status, "version": regiongpt.__version__}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", response_class=Response)

@@ -2,7 +2,9 @@
 
 import ipaddress
 import os
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -64,6 +66,21 @@ class ServeOptions(Limits):
     """uploaded images kept"""
     keep_seconds: float = Field(3600.0, gt=0)
     """how long an uploaded image is kept after its last use"""
+    engine: Literal["regiongpt", "vllm"] = "regiongpt"
+    """what runs the language model"""
+    tensor_parallel: int = Field(1, ge=1)
+    """with vllm: GPUs that share its language model"""
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> "ServeOptions":
+        if self.engine != "vllm":
+            if self.tensor_parallel > 1:
+                raise ValueError("--tensor-parallel goes with --engine vllm; give it too")
+        elif self.token_budget:
+            raise ValueError("--token-budget goes with our own engine; --engine vllm takes what memory is free")
+        elif find_spec("vllm") is None:
+            raise ValueError("--engine vllm: vLLM is missing; install it: pip install 'regiongpt[vllm]'")
+        return self
 
     @model_validator(mode="after")
     def _check_auth(self) -> "ServeOptions":

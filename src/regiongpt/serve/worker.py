@@ -133,6 +133,8 @@ class Worker:
                     self._take()
                     self._step()
                     self._hand_over()
+                    if self.engine.scheduler.dead:
+                        raise RuntimeError("what runs the language model has died")
         except BaseException:
             log.exception("the model's thread has failed")
             self.failed = True
