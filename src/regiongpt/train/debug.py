@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipImageProcessorPil
@@ -170,8 +171,7 @@ def _draw_images(folder: Path) -> None:
         for kind, _, colour, (x, y, w, h) in _objects(number):
             ImageDraw.Draw(picture).rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
             box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0, "category_id": kind}
-            ring = [x, y, x + w, y, x + w, y + h, x, y + h]
-            boxes.append({"id": len(boxes) + 1, "image_id": number, **box, "segmentation": [ring]})
+            boxes.append({"id": len(boxes) + 1, "image_id": number, **box})
         picture.save(folder / "images" / f"{number}.png")
     categories = [{"id": kind, "name": name} for kind, name, *_ in _KINDS]
     write_json(folder / "instances_train.json", {"images": images, "annotations": boxes, "categories": categories})
@@ -181,8 +181,10 @@ def _draw_images(folder: Path) -> None:
 
 def _objects(number: int) -> Iterator[tuple[int, str, str, tuple[int, int, int, int]]]:
     """Category, its name, colour and box (x, y, width, height) of what is in an image."""
+    rng = np.random.default_rng((0, number))
     for kind, name, colour, left in _KINDS:
-        yield kind, name, colour, (left + number % 8, 4 + 5 * number % 16, 16 + 3 * number % 14, 30)
+        x, y, w = left + int(rng.integers(8)), int(rng.integers(4, 20)), int(rng.integers(16, 30))
+        yield kind, name, colour, (x, y, w, 30)
 
 
 def _records(with_text: bool) -> Iterator[Record]:
