@@ -104,7 +104,7 @@ def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def faults(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A full disk, the endpoint down for a minute, and 5 % malformed answers."""
+    """A full disk, the endpoint down for a minute, and one malformed answer in twenty."""
     root, found = draw(folder / "data", 200, 10), {}
     with running(folder / "endpoint", parse=False, latency=0.05, slots=64, malformed=0.05) as served:
         began = time.perf_counter()
