@@ -7,7 +7,7 @@ V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -254,16 +254,21 @@ def classify_regions(
     results = []
     # A row at a time: of thousands of names and hundreds of regions, only what is asked for is kept.
     for index, scores_A in enumerate(scores_BA):
-        shares_A = scores_A.softmax(-1)
-        if options.top_k is None:
-            kept = dict(zip(names, shares_A.tolist(), strict=True))
-        else:
-            best = shares_A.topk(min(options.top_k, len(names)))
-            kept = {names[k]: share for k, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
-        label = max(kept, key=kept.__getitem__)
-        answer = free[index].text if free else None
-        results.append(Classified(label=label, probability=kept[label], probabilities=kept, text=answer))
+        found = classified(scores_A, names, options.top_k)
+        results.append(replace(found, text=free[index].text) if free else found)
     return results
+
+
+def classified(scores_A: Tensor, names: Sequence[str], top_k: int | None) -> Classified:
+    """The result for one region, from the log likelihoods of all names."""
+    shares_A = scores_A.softmax(-1)
+    if top_k is None:
+        kept = dict(zip(names, shares_A.tolist(), strict=True))
+    else:
+        best = shares_A.topk(min(top_k, len(names)))
+        kept = {names[k]: share for k, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
+    label = max(kept, key=kept.__getitem__)
+    return Classified(label=label, probability=kept[label], probabilities=kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -145,11 +145,14 @@ class Engine:
     @torch.inference_mode()
     def encode_image(self, photo: Image.Image) -> Scene:
         """Encode an image. Paper: §3.1."""
-        pixels = self.processor.pixels_of(photo).to(self.device, self.model.dtype)
-        refined = self.model.refine(self.model.encode_image(pixels))
-        tokens = self.model.image_features(refined)[0]
-        kept = photo if self.processor.crop_size else None
-        return Scene(width=photo.width, height=photo.height, map_1Chw=refined, image_ND=tokens, photo=kept)
+        scene = self.encode_pixels(self.processor.pixels_of(photo), photo.width, photo.height)
+        return replace(scene, photo=photo) if self.processor.crop_size else scene
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: Tensor, width: int, height: int) -> Scene:
+        """Encode the pixels (1, 3, S, S) that the processor made of an image of ``width`` x ``height``."""
+        refined = self.model.refine(self.model.encode_image(pixels.to(self.device, self.model.dtype)))
+        return Scene(width=width, height=height, map_1Chw=refined, image_ND=self.model.image_features(refined)[0])
 
     @torch.inference_mode()
     def pool(self, scene: Scene, regions: Sequence[Region], detail: Detail = "fast") -> Tensor:

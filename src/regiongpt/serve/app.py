@@ -388,6 +388,6 @@ def serve(engine: Engine, options: ServeOptions, name: str, keys: Sequence[str])
     """Serve a model until a signal ends it."""
     bound, address = bind(options)
     server = Server(create_app(engine, options, name, keys))
-    print(f"{'draw and ask at' if '/' in page_files() else 'API at'} {address} (Ctrl-C ends)", flush=True)
+    print(f"draw and ask at {address} (Ctrl-C ends)", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn sends it to itself once more at the end
     server.run(sockets=[bound])

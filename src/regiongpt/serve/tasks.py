@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regiongpt.errors import RegionError, short
-from regiongpt.inference.choices import answer_scores, closed_set, locate_expressions
+from regiongpt.inference.choices import answer_scores, classified, closed_set, locate_expressions
 from regiongpt.inference.engine import Answer, Engine, Scene, Turn, question_turns
 from regiongpt.inference.options import Options
 from regiongpt.prompts import NO_MATCH, check_choices, check_placeholders, check_text, question, region_answer
@@ -125,13 +125,11 @@ class Preparation:
         def task(engine: Engine, scene: Scene, pooled: Tensor) -> Iterator[Result]:
             each = self._each(pooled)
             for start in range(0, len(each), SCORED):
-                shares = answer_scores(engine, scene, turns, each[start : start + SCORED], names).softmax(-1)
-                best = shares.topk(min(request.top_k, len(names))) if request.top_k else None
-                for row in range(len(shares)):
-                    kept = range(len(names)) if best is None else best.indices[row].tolist()
-                    found = {names[k]: float(shares[row, k]) for k in kept}
-                    label = max(found, key=found.__getitem__)
-                    yield start + row, {"label": label, "probability": found[label], "probabilities": found}
+                scores_BA = answer_scores(engine, scene, turns, each[start : start + SCORED], names)
+                for place, scores_A in enumerate(scores_BA, start):
+                    found = classified(scores_A, names, request.top_k)
+                    shares = {"probability": found.probability, "probabilities": found.probabilities}
+                    yield place, {"label": found.label, **shares}
 
         def respond(found: list[dict[str, Any]]) -> dict[str, Any]:
             return {"regions": [{"region": _echo(r), **each} for r, each in zip(request.regions, found, strict=True)]}

@@ -197,11 +197,9 @@ class Worker:
         return made is not None
 
     def _encode(self, picture: Picture) -> Scene:
-        model = self.engine.model
-        refined = model.refine(model.encode_image(picture.pixels.to(self.engine.device, model.dtype)))
+        scene = self.engine.encode_pixels(picture.pixels, picture.width, picture.height)
         self.encoded += 1
-        image_ND = model.image_features(refined)[0]
-        return Scene(width=picture.width, height=picture.height, map_1Chw=refined, image_ND=image_ND)
+        return scene
 
     def _submit(self, ticket: Ticket, ask: Ask) -> None:
         self.engine.scheduler.submit(ask.job)
