@@ -204,6 +204,11 @@ def reason(error: BaseException) -> str:
 # -- finished work by key ----------------------------------------------------------------------------------------------
 
 
+def weights_digest(folder: Path) -> str:
+    """What tells a model's weights from others'."""
+    return digest({path.name: sha256(path) for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]})
+
+
 class Store:
     """Finished work: JSON values by key in a folder, kept as they come; a kill at any moment loses nothing added.
 

@@ -5,7 +5,7 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -15,7 +15,6 @@ from typing import Any, Final
 from PIL import Image
 
 from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request, Stopped
-from regiongpt.annotate.filters import Similarity
 from regiongpt.annotate.options import Options
 from regiongpt.annotate.plan import WORDING, Ask, Value, Work, context, draw, region_prompt, window
 from regiongpt.console import progress
@@ -28,6 +27,7 @@ TRIES: Final = 3
 """Tries of an answer that was empty, unfinished or malformed in one run; over all runs three times as many."""
 _HOPELESS: Final = 20
 """Failures from the first request on, without one answer, that end a run: something is wrong with all of it."""
+Scorer = Callable[[Sequence[Image.Image], Sequence[str]], list[dict[str, float]]]
 _PLACEHOLDER: Final = re.compile(r"<(image|region\d*)>", re.IGNORECASE)
 
 
@@ -35,11 +35,11 @@ class ImageTask:
     """Captions one image, decoded once; each value goes to ``keep`` at once."""
 
     def __init__(
-        self, work: Work, options: Options, captioner: Captioner, scorer: Similarity | None,
+        self, work: Work, options: Options, captioner: Captioner, scorer: Scorer | None,
         keep: Callable[[str, Value], None],
     ) -> None:  # fmt: skip
         self.work, self.options, self.captioner, self.scorer, self.keep = work, options, captioner, scorer, keep
-        self.todo = work.todo()
+        self.record, self.todo = work.record, work.todo()
         self.pictures: dict[str, Any] = {}  # what is shown with each of them
         self.lead = ""  # the global caption, as prompts of stage 2 begin
 
@@ -48,7 +48,7 @@ class ImageTask:
         try:
             await asyncio.to_thread(self._look)
         except RegionGPTError as error:  # the image or its regions are unusable
-            told = f"{self.work.record.image}: {error}"
+            told = f"{self.record.image}: {error}"
             self._fail(next(iter(self.todo.values())), Failed("image that cannot be used", told))
             return
         first, *_ = self.work.asks
@@ -58,11 +58,20 @@ class ImageTask:
         # Without its global caption a region waits for the next run.
         ready = [ask for ask in self.work.asks if ask.stage == "region" and (self.lead or ask.mode == "crop")]
         await asyncio.gather(*map(self._region, ready))
-        await self._score([ask for ask in self.todo.values() if ask.stage == "score" and self._captioned(ask)])
+        scored = [(ask, text) for ask in self.todo.values() if ask.stage == "score" and (text := self._captioned(ask))]
+        if self.scorer and scored:
+            crops, captions = [self.pictures[ask.key] for ask, _ in scored], [text for _, text in scored]
+            found = await asyncio.to_thread(self.scorer, crops, captions)
+            for (ask, _), score in zip(scored, found, strict=True):
+                self._keep(ask, score)
+
+    def _captioned(self, ask: Ask) -> str:
+        """The caption that something is asked about; "" without one."""
+        return str(self.work.known.get(ask.key.partition(" ")[0], {}).get("text", ""))
 
     def _look(self) -> None:
         """Decode the image and make the pictures; in a thread."""
-        record, most = self.work.record, self.options.crop_most
+        record, most = self.record, self.options.crop_most
         assert self.options.images
         image = load_image(self.options.images / record.image)
         if record.width and image.size != (record.width, record.height):
@@ -70,42 +79,45 @@ class ImageTask:
             raise DataError(f"expected {record.width} x {record.height} pixels as in its regions, got {size}")
 
         @cache
-        def cut(number: int, outlined: bool) -> Image.Image:
-            drawn = draw_regions(image, [each.region for each in record.regions]) if outlined else image
-            box = (
-                window(self.options, record.regions[number].region, *image.size) if number >= 0 else (0, 0, *image.size)
+        def cut(number: int) -> Image.Image:
+            whole = (0, 0, *image.size)
+            made = image.crop(
+                window(self.options, record.regions[number].region, *image.size) if number >= 0 else whole
             )
-            made = drawn.crop(box)
             made.thumbnail((most, most))
             return made
 
         @cache
-        def picture(number: int, outlined: bool) -> Any:
-            return self.captioner.picture(cut(number, outlined))
+        def picture(number: int) -> Any:
+            return self.captioner.picture(cut(number))
+
+        @cache
+        def outlined() -> Any:
+            drawn = draw_regions(image, [each.region for each in record.regions])
+            drawn.thumbnail((most, most))
+            return self.captioner.picture(drawn)
 
         for key, ask in self.todo.items():
             if ask.stage == "score":
-                self.pictures[key] = cut(ask.number, False)
+                self.pictures[key] = cut(ask.number)
             elif self.captioner.wants_image:
                 self.pictures[key] = image
             else:
-                outlined = ask.stage == "locate"
-                self.pictures[key] = picture(-1 if outlined else ask.number, outlined)
+                self.pictures[key] = outlined() if ask.stage == "locate" else picture(ask.number)
 
     async def _region(self, ask: Ask) -> None:
         """Stage 2 of one region, and where its caption is located back to."""
-        if ask.mode == "full" and not self.work.record.regions[ask.number].category:
-            told = f"{self.work.record.image}: mode full tells the class of each region; give names, or --mode context"
+        if ask.mode == "full" and not self.record.regions[ask.number].category:
+            told = f"{self.record.image}: mode full tells the class of each region; give names, or --mode context"
             self._fail(ask, Failed("region without class", told))
             return
         with suppress(Stopped):
             caption = await self._caption(ask)
             locate = self.todo.get(f"{ask.key} locate")
-            if not caption or not locate:
-                return
-            text = WORDING["locate"].format(count=len(self.work.record.regions), caption=caption)
-            if located := await self._ask(locate, text=text, caption=caption):
-                self._keep(locate, (located.tokens_in, located.tokens_out), {"number": int(located.text)})
+            if caption and locate:
+                text = WORDING["locate"].format(count=len(self.record.regions), caption=caption)
+                if located := await self._ask(locate, text=text, caption=caption):
+                    self._keep(locate, {"number": int(located.text)}, located.tokens_in, located.tokens_out)
 
     async def _caption(self, ask: Ask) -> str:
         """The caption that is known or comes; "" where it failed."""
@@ -113,7 +125,7 @@ class ImageTask:
             return str(self.work.known[ask.key]["text"])
         told = {"text": WORDING["image"][ask.version]}
         if ask.stage == "region":
-            name = self.work.record.regions[ask.number].category.replace("_", " ").strip()  # as LVIS and V3Det have it
+            name = self.record.regions[ask.number].category.replace("_", " ").strip()  # as LVIS and V3Det have it
             told = {
                 "text": region_prompt(ask.version, ask.mode, name), "lead": self.lead if ask.mode != "crop" else "",
                 "category": name if ask.mode == "full" else "",
@@ -121,17 +133,14 @@ class ImageTask:
         seed = draw(self.options.seed, ask.key, 2**31)
         if (reply := await self._ask(ask, seed=seed, **told)) is None:
             return ""
-        tokens = reply.tokens_in, reply.tokens_out
-        self._keep(ask, tokens, {
-            "text": reply.text, "version": ask.version, "model": reply.model, "seed": seed,
-            "seconds": round(reply.seconds, 4), "tokens_in": tokens[0], "tokens_out": tokens[1],
-        })  # fmt: skip
+        own = {"text": reply.text, "version": ask.version, "model": reply.model, "seed": seed}
+        self._keep(ask, {**own, "seconds": round(reply.seconds, 4)}, reply.tokens_in, reply.tokens_out)
         return reply.text
 
     async def _ask(self, ask: Ask, **told: Any) -> Reply | None:
         """The captioner's answer, after some tries; None where it failed, now or too often before."""
         request = Request(
-            stage=ask.stage, picture=self.pictures[ask.key], regions=self.work.record.regions, number=ask.number,
+            stage=ask.stage, picture=self.pictures[ask.key], regions=self.record.regions, number=ask.number,
             version=ask.version, **told,
         )  # fmt: skip
         for left in reversed(range(min(TRIES, 3 * TRIES - self.work.known.get(ask.key, {}).get("tries", 0)))):
@@ -161,26 +170,25 @@ class ImageTask:
             text = chosen[0]
         return replace(reply, text=text)
 
-    def _captioned(self, ask: Ask) -> str:
-        """The caption that something is asked about; "" without one."""
-        return str(self.work.known.get(ask.key.partition(" ")[0], {}).get("text", ""))
-
-    async def _score(self, asks: list[Ask]) -> None:
-        if self.scorer is None or not asks:
-            return
-        crops, captions = [self.pictures[ask.key] for ask in asks], [self._captioned(ask) for ask in asks]
-        scores = await asyncio.to_thread(self.scorer.score, crops, captions)
-        for ask, score in zip(asks, scores, strict=True):
-            self._keep(ask, (0, 0), score)
-
     def _fail(self, ask: Ask, error: Failed, again: bool = False) -> None:
         tries = self.work.known.get(ask.key, {}).get("tries", 0) + 1
-        self._keep(ask, error.tokens, {"error": error.kind, "reason": error.reason, "tries": tries, "again": again})
+        self._keep(ask, {"error": error.kind, "reason": error.reason, "tries": tries, "again": again}, *error.tokens)
 
-    def _keep(self, ask: Ask, tokens: tuple[int, int], value: Value) -> None:
-        cost = (tokens[0] * self.options.input_price + tokens[1] * self.options.output_price) / 1e6
-        self.work.known[ask.key] = {**value, "cost": cost, "at": time.time()}
-        self.keep(ask.key, self.work.known[ask.key])
+    def _keep(self, ask: Ask, value: Value, tokens_in: int = 0, tokens_out: int = 0) -> None:
+        cost = (tokens_in * self.options.input_price + tokens_out * self.options.output_price) / 1e6
+        value = {**value, "tokens_in": tokens_in, "tokens_out": tokens_out, "cost": cost, "at": time.time()}
+        self.work.known[ask.key] = value
+        self.keep(ask.key, value)
+
+
+def scorer_of(options: Options) -> tuple[Scorer | None, str]:
+    """What scores captions against crops, and what tells it from others; None and "" without ``--similarity``."""
+    if options.similarity is None:
+        return None, ""
+    from regiongpt.inference.similarity import Similarity
+
+    scorer = Similarity(options.similarity, options.device)
+    return scorer.score, scorer.identity
 
 
 class Run:
@@ -190,14 +198,14 @@ class Run:
         self.options, self.store, self.captioner = options, store, captioner
         self._ticks = iter(progress(repeat(None), "captioning", "regions", count))
         self.spent = store.total("cost") if options.max_cost else 0.0
-        self.ended = ""  # interrupted, max-cost, max-time or max-failures
+        self.ended = ""  # interrupted, max-cost, max-time, max-failures or error
         self._answers = self._failures = self._open = 0
         self._began, self._change = time.monotonic(), asyncio.Event()
         self._error: Exception | None = None
 
-    def tick(self, regions: int) -> None:
-        """Show that so many regions are done."""
-        deque(islice(self._ticks, regions), maxlen=0)
+    def tick(self, work: Work) -> None:
+        """Show that the regions of an image are done."""
+        deque(islice(self._ticks, len(work.record.regions)), maxlen=0)
 
     def keep(self, key: str, value: Value) -> None:
         """Store a value; DataError where that fails, or where all requests do."""
@@ -213,7 +221,7 @@ class Run:
         self._change.set()
         self.is_over()
 
-    async def go(self, works: Iterable[Work], scorer: Similarity | None) -> None:
+    async def go(self, works: Iterable[Work], scorer: Scorer | None) -> None:
         """Work through images; RegionGPTError where it cannot go on."""
         loop = asyncio.get_running_loop()
         if self.options.max_time is not None:
@@ -233,15 +241,15 @@ class Run:
                     self._open += 1
                     group.create_task(self._image(work, scorer))
                 else:
-                    self.tick(len(work.record.regions))
+                    self.tick(work)
                 await asyncio.sleep(0)
         if self._error:
             raise self._error
 
-    async def _image(self, work: Work, scorer: Similarity | None) -> None:
+    async def _image(self, work: Work, scorer: Scorer | None) -> None:
         try:
             await ImageTask(work, self.options, self.captioner, scorer, self.keep).run()
-            self.tick(len(work.record.regions))
+            self.tick(work)
         except Exception as error:  # what else is under way is finished and kept
             self._error = self._error or error
             self._end("error")
@@ -249,7 +257,7 @@ class Run:
         self._change.set()
 
     def is_over(self) -> bool:
-        """Whether a limit of the run is reached."""
+        """Whether the run has ended, or now ends by a limit."""
         found = {"max_time": time.monotonic() - self._began, "max_failures": self._failures, "max_cost": self.spent}
         for name, value in found.items():
             most = getattr(self.options, name)

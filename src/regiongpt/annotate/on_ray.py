@@ -6,12 +6,12 @@ A row carries its failures, since one that raises ends the whole job.
 import asyncio
 import pickle
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, Final
 
-from regiongpt.annotate.captioners import Captioner, make_captioner
-from regiongpt.annotate.engine import ImageTask, Run
-from regiongpt.annotate.filters import Similarity
+from regiongpt.annotate.captioners import make_captioner
+from regiongpt.annotate.engine import ImageTask, Run, scorer_of
 from regiongpt.annotate.options import Options
 from regiongpt.annotate.plan import Work
 from regiongpt.errors import ConfigError, RegionGPTError
@@ -23,12 +23,11 @@ _ROUND: Final = 4096
 
 
 class _Worker:
-    """One process of the cluster, which loads its models at the first block."""
+    """One process of the cluster; answers a block with what to keep, the images that are done, and errors."""
 
     def __init__(self, options: Options) -> None:
         self.options, self.loop = options, asyncio.Runner()
-        self.captioner: Captioner | None = None
-        self.scorer: Similarity | None = None
+        self.models: Any = None  # loaded at the first block
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         kept: list[Any] = []
@@ -39,16 +38,12 @@ class _Worker:
         return {"kept": [pickle.dumps(kept)]}
 
     async def _answer(self, works: list[Work], kept: list[Any]) -> None:
-        options = self.options
-        if self.captioner is None:
-            self.scorer = Similarity(options.similarity, options.device) if options.similarity else None
-            self.captioner = make_captioner(options)
-            await self.captioner.open()
-        keep = lambda key, value: kept.append((key, value))  # noqa: E731
-        tasks = [ImageTask(work, options, self.captioner, self.scorer, keep) for work in works]
+        if self.models is None:
+            self.models = await asyncio.to_thread(make_captioner, self.options), scorer_of(self.options)[0]
+        own = partial(ImageTask, options=self.options, captioner=self.models[0], scorer=self.models[1])
+        tasks = [own(work, keep=lambda *value: kept.append(value)) for work in works]
         outcomes = await asyncio.gather(*(task.run() for task in tasks), return_exceptions=True)
-        kept += [each for each in outcomes if isinstance(each, BaseException)]
-        kept.append(sum(len(work.record.regions) for work in works))
+        kept += [*filter(None, outcomes), *works]
 
 
 def on_ray(run: Run, images: Iterator[Work]) -> None:
@@ -57,32 +52,31 @@ def on_ray(run: Run, images: Iterator[Work]) -> None:
         import ray
         import ray.data
     except ImportError:
-        raise ConfigError("--engine ray: Ray is not installed; install it: pip install '.[ray]'") from None
+        raise ConfigError("--engine ray: Ray is not installed: pip install '.[ray]'") from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
     workers = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
 
-    def rows_of(works: Iterator[Work]) -> Iterator[dict[str, bytes]]:
-        for work in works:
+    def rows() -> Iterator[dict[str, bytes]]:
+        for work in images:
             if work.todo():
                 yield {"row": pickle.dumps(work)}
             else:
-                run.tick(len(work.record.regions))
+                run.tick(work)
 
-    left = rows_of(images)
-    while rows := list(islice(left, _ROUND)):
-        blocks = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _IMAGES))
+    left = rows()
+    while some := list(islice(left, _ROUND)):
+        blocks = ray.data.from_items(some, override_num_blocks=-(-len(some) // _IMAGES))
         answers = blocks.map_batches(
             _Worker, fn_constructor_args=(run.options,), batch_size=_IMAGES, concurrency=workers, batch_format="numpy"
         )
-        for row in answers.iter_rows():
-            for each in pickle.loads(row["kept"]):
-                if isinstance(each, BaseException):
-                    raise each
-                if isinstance(each, int):
-                    run.tick(each)
-                else:
-                    run.keep(*each)
+        for each in (each for row in answers.iter_rows() for each in pickle.loads(row["kept"])):
+            if isinstance(each, Exception):
+                raise each
+            if isinstance(each, Work):
+                run.tick(each)
+            else:
+                run.keep(*each)
             if run.is_over():  # requests in flight on the cluster are dropped and repeated later
                 return

@@ -1,6 +1,5 @@
 """Output of a run: the table of all captions, training records, exports, a data card and a page."""
 
-import math
 import shutil
 from array import array
 from collections import Counter
@@ -40,14 +39,12 @@ class Output:
         self.reasons: Counter[str] = Counter()  # why captions are not kept
         self.failures: Counter[str] = Counter()  # by kind, of captions that are missing
         self.last_failure = ""
-        self._lengths: Counter[int] = Counter()  # tens of words
-        self._fits: Counter[int] = Counter()  # fiftieths of similarity
+        self._lengths: Counter[float] = Counter()  # rounded down to tens of words
+        self._fits: Counter[float] = Counter()  # similarities, rounded to two hundredths
         self._finished = array("d")  # seconds
         self._vocabulary: set[str] = set()
         self._growth: list[tuple[int, int]] = []
-        self._gallery: list[Row] = []
-        self._rows: list[Row] = []
-        self._shards: list[dict[str, Any]] = []
+        self._gallery, self._rows, self._shards = list[Row](), list[Row](), list[Row]()
 
     def write(self) -> None:
         """Write all files atomically; DataError if the disk is full."""
@@ -83,9 +80,9 @@ class Output:
 
     def table(self) -> list[list[str]]:
         """The paper's Table 2 with a line for this run."""
-        mean = self.counts["words"] / max(self.counts["kept"], 1)
-        own = f"{self.counts['images']:,}", f"{self.counts['kept']:,}", f"{mean:.2f}"
-        return [*WORDING["table_2"], [self.out.resolve().name, *own]]
+        images, kept, words = (self.counts[name] for name in ("images", "kept", "words"))
+        own = [self.out.resolve().name, f"{images:,}", f"{kept:,}", f"{words / max(kept, 1):.2f}"]
+        return [*WORDING["table_2"], own]
 
     def _captioned(self) -> Iterator[tuple[Work, list[Row]]]:
         """Each image, in the order of the source, with the rows of its captions."""
@@ -157,12 +154,12 @@ class Output:
         self.counts.update(f"{name} {row[name]}" for name in ("names_class", "located_back"))
         self._finished.append(row["finished"])
         if row["similarity"] is not None:
-            self._fits[math.floor(50 * row["similarity"])] += 1
+            self._fits[round(50 * row["similarity"]) / 50] += 1
         if not row["kept"]:
             self.reasons[row["reason"]] += 1
             return
         self.counts.update(kept=1, words=row["words"])
-        self._lengths[row["words"] // 10] += 1
+        self._lengths[row["words"] // 10 * 10] += 1
         self._vocabulary.update(words(row["caption"]))
         if (count := self.counts["kept"]).bit_count() == 1 or count % 2000 == 0:
             self._growth.append((count, len(self._vocabulary)))
@@ -212,8 +209,8 @@ class Output:
             ],
             growth=line_chart("Vocabulary growth", [Curve(name="different words", xs=kept, ys=different)], "captions"),
             histograms=[
-                ("Words a caption", _bars(self._lengths, 10, ".0f")),
-                ("Similarity of crop and caption", _bars(self._fits, 0.02, ".2f")),
+                ("Words a caption, from", sorted(self._lengths.items())),
+                ("Similarity of crop and caption, about", sorted(self._fits.items())),
             ],
             gallery=[shown for row in self._gallery if (shown := self._shown(row))],
         )  # fmt: skip
@@ -241,8 +238,3 @@ def _read(folder: Path) -> Iterator[Record]:
     for file in sorted(folder.glob("*.parquet")):
         for batch in pq.ParquetFile(file).iter_batches(1000):
             yield from map(Record.from_row, batch.to_pylist())
-
-
-def _bars(bins: Counter[int], width: float, form: str) -> list[tuple[str, int, float]]:
-    """Bins with the counts, and the share of the fullest."""
-    return [(f"from {k * width:{form}}", bins[k], bins[k] / max(bins.values())) for k in sorted(bins)]

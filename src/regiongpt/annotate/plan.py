@@ -16,19 +16,14 @@ from regiongpt.regions import Region
 from regiongpt.storage import Store, digest, sha256
 
 WORDING: Final[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("wording.toml").read_text(encoding="utf-8"))
-_MOST_TO_CHOOSE: Final = 60
-"""Regions of an image up to which a caption is located back."""
 Stage = Literal["image", "region", "locate", "score"]
 Value = dict[str, Any]
 
 
 class Ask(NamedTuple):
-    """One thing to find out: a caption of the image or of a region, or what the region's caption is worth.
+    """One thing to find out: a caption of the image or of a region, or what the region's caption is worth."""
 
-    ``key`` is that of the answer; what is asked about a caption has the caption's key, a space and more.
-    """
-
-    key: str
+    key: str  # of the answer; what is asked about a caption has the caption's key, a space and more
     stage: Stage
     number: int  # of the region from 0, -1 for the image
     mode: Mode
@@ -36,15 +31,12 @@ class Ask(NamedTuple):
 
 
 class Work(NamedTuple):
-    """An image, all that is asked about it (the global caption first, where it is needed), and the values there are.
-
-    A value with an ``error`` is a failure, the last of its ``tries``.
-    """
+    """An image, all that is asked about it, and the values there are."""
 
     record: Record
     image: str  # SHA-256, "" where the file cannot be read
-    asks: list[Ask]
-    known: dict[str, Value]  # by key
+    asks: list[Ask]  # the global caption first, where it is needed
+    known: dict[str, Value]  # by key; one with an ``error`` is a failure, the last of its ``tries``
 
     def todo(self) -> dict[str, Ask]:
         """All that has no answer, by key."""
@@ -54,12 +46,8 @@ class Work(NamedTuple):
 def works(
     source: AnnotatedImages, store: Store, options: Options, noted: Mapping[str, Any], write: bool
 ) -> Iterator[Work]:
-    """All images with what the store knows about each, for a run as it is noted.
-
-    An image is hashed where its size or time of change is new to the store, which notes that with ``write``.
-    """
-    # Mode and seed are in each key by themselves, and a region is the same in whatever file it stands.
-    left_out = ("mode", "seed", "regions")
+    """All images with what the store knows about each; with ``write`` it notes the hashes of new or changed ones."""
+    left_out = ("mode", "seed", "regions")  # in each key by themselves, or of no matter
     settings = digest({name: value for name, value in noted["fingerprint"].items() if name not in left_out})
     for record in source:
         path, image = source.images / record.image, ""
@@ -77,16 +65,16 @@ def works(
 
 def _asks(options: Options, settings: str, scorer: str, image: str, record: Record) -> list[Ask]:
     """All that is asked about an image; keys are of image content, region, class, prompt, captioner and settings."""
-    seed, count, asks = options.seed, len(record.regions), []
+    seed, asks = options.seed, []
     # The gallery shows a region of each of the first images.
-    shown = draw(seed, image, count) if int(record.id) < options.gallery else -1
+    shown = draw(seed, image, len(record.regions)) if int(record.id) < options.gallery else -1
     for number, each in enumerate(record.regions):
         where = region_row(each.region)
         version = draw(seed, f"{image} {where} {each.category}", len(WORDING["region"]))
         for mode in MODES if number == shown else (options.mode,):
             key = digest("region", image, where, each.category, mode, WORDING["region"][version], settings, seed)
             asks.append(Ask(key, "region", number, mode, version))
-            if mode == options.mode and options.locate_back and count <= _MOST_TO_CHOOSE:
+            if mode == options.mode and options.locate_back:
                 asks.append(Ask(f"{key} locate", "locate", number, mode, version))
             if mode == options.mode and scorer:
                 asks.append(Ask(f"{key} {scorer}", "score", number, mode, version))

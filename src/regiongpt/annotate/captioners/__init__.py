@@ -2,11 +2,10 @@
 
 import asyncio
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -14,7 +13,7 @@ from regiongpt.annotate.options import Options
 from regiongpt.annotate.plan import Stage
 from regiongpt.data.records import RecordRegion
 from regiongpt.errors import CheckpointError
-from regiongpt.storage import digest, read_json, sha256
+from regiongpt.storage import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class Request:
 
     @property
     def choices(self) -> list[str]:
-        """The only answers of ``locate``."""
+        """The only answers there are to ``locate``."""
         return [str(number) for number in range(1, len(self.regions) + 1)] if self.stage == "locate" else []
 
     def messages(self, picture: dict[str, Any]) -> list[dict[str, Any]]:
@@ -67,54 +66,44 @@ class Stopped(Exception):
     """The run is ending: requests not yet in flight are not sent."""
 
 
-class Captioner(Protocol):
-    """Answers requests."""
+class Captioner:
+    """Answers requests one by one, in ``ask``; those on this machine in batches, in ``answer``, which runs in a thread.
 
-    identity: dict[str, str]  # decides its answers, and so the keys of finished work; known once it is open
-    wants_image: bool = True  # it is shown the whole image each time, and its regions; else a picture of its own making
+    ``identity`` decides its answers, and so the keys of finished work.
+    """
 
-    async def ask(self, request: Request) -> Reply:
-        """Answer; Failed or Stopped without an answer, RegionGPTError where there will be none."""
+    wants_image = True
+    """Whether it is shown the whole image each time, and its regions, instead of what ``picture`` makes."""
 
-    def has_room(self, begun: int) -> bool:
-        """Whether to start another image while ``begun`` are unfinished."""
-
-    def stop(self) -> None:
-        """Finish requests in flight and drop the rest."""
-
-    def picture(self, image: Image.Image) -> Any:
-        """The encoded image or crop of a request; called in a separate thread."""
-        return image
-
-    async def open(self) -> None:
-        """Make sure that it answers; ConfigError where it does not."""
-
-    async def close(self) -> None:
-        """Release resources."""
-
-
-class LocalCaptioner(Captioner):
-    """Base of captioners on this machine, which ``answer`` in batches, in a thread."""
-
-    def __init__(self, identity: dict[str, str], batch_size: int, images: int) -> None:
+    def __init__(self, identity: dict[str, str], batch_size: int = 1, images: int = 1) -> None:
         self.identity, self.batch_size, self.images = identity, batch_size, images
         self._waiting: list[tuple[Request, asyncio.Future[Reply | Exception]]] = []
         self._lock, self._stopping = asyncio.Lock(), False
 
-    @abstractmethod
     def answer(self, requests: Sequence[Request]) -> Sequence[Reply | Failed]:
         """Answer a batch, in its order."""
+        raise NotImplementedError
 
     def has_room(self, begun: int) -> bool:
-        """As many images as fill a batch."""
+        """Whether to start another image while ``begun`` are unfinished."""
         return begun < self.images
 
     def stop(self) -> None:
-        """Finish the current batch, then stop."""
+        """Finish requests in flight and drop the rest."""
         self._stopping = True
 
+    def picture(self, image: Image.Image) -> Any:
+        """The encoded image or crop of a request; called in a thread."""
+        return image
+
+    async def close(self) -> None:
+        """Release resources."""
+
     async def ask(self, request: Request) -> Reply:
-        """The longest waiting request runs a batch with the others that wait."""
+        """Answer; Failed or Stopped without an answer, RegionGPTError where there will be none.
+
+        The longest waiting request runs a batch with the others that wait.
+        """
         place: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, place))
         async with self._lock:
@@ -136,11 +125,6 @@ class LocalCaptioner(Captioner):
         if isinstance(found, Exception):
             raise found
         return found
-
-
-def weights_digest(folder: Path) -> str:
-    """What tells a model's weights from others'."""
-    return digest({path.name: sha256(path) for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]})
 
 
 def make_captioner(options: Options) -> Captioner:

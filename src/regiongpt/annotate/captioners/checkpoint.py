@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regiongpt.annotate.captioners import Failed, LocalCaptioner, Reply, Request, weights_digest
+from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request
 from regiongpt.annotate.options import Options
 from regiongpt.errors import RegionGPTError
 from regiongpt.inference import RegionPredictor
@@ -12,9 +12,10 @@ from regiongpt.inference.predictor import Question
 from regiongpt.model.weights import nano_path
 from regiongpt.prompts import indefinite, question
 from regiongpt.regions import Region
+from regiongpt.storage import weights_digest
 
 
-class Checkpoint(LocalCaptioner):
+class Checkpoint(Captioner):
     """Regions share the encoded image."""
 
     def __init__(self, options: Options) -> None:
@@ -36,25 +37,26 @@ class Checkpoint(LocalCaptioner):
     def _answer(self, requests: Sequence[Request]) -> list[Reply | Failed]:
         found: dict[int, Reply] = {}
         choosing: dict[int, list[int]] = {}  # by image
-        asked, questions, options = [], [], self.options
+        asked: dict[int, Question] = {}
         for place, request in enumerate(requests):
             if request.stage == "locate":
                 choosing.setdefault(id(request.picture), []).append(place)
                 continue
             text, regions = region_question(request)
-            seed = request.seed if options.temperature else None
-            asked.append(place)
-            questions.append(Question(text=text, regions=regions, image=request.picture, seed=seed))
-        sampling: Any = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
-        for number, answer in self.predictor.answers(questions, **sampling):
+            seed = request.seed if self.options.temperature else None
+            asked[place] = Question(text=text, regions=regions, image=request.picture, seed=seed)
+        sampling: Any = {name: getattr(self.options, name) for name in ("max_new_tokens", "temperature")}
+        places = list(asked)
+        for number, answer in self.predictor.answers(list(asked.values()), **sampling):
             reply = Reply(text=answer.text, ended=answer.complete, tokens_out=answer.tokens, model=self.name)
-            found[asked[number]] = reply
+            found[places[number]] = reply
         for places in choosing.values():
             first, captions = requests[places[0]], [requests[place].caption for place in places]
             self.predictor.set_image(first.picture)
             located = self.predictor.locate(captions, [each.region for each in first.regions])
-            for place, each in zip(places, located, strict=True):
-                found[place] = Reply(text=str(each.number or 0), model=self.name)
+            found |= {
+                p: Reply(text=str(each.number or 0), model=self.name) for p, each in zip(places, located, strict=True)
+            }
         return [found[place] for place in range(len(requests))]
 
 

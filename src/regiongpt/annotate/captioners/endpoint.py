@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from PIL import Image
 
@@ -49,14 +49,11 @@ class Slots:
     async def one(self) -> AsyncIterator[None]:
         """Wait for a slot and hold it; exceptions in the block adapt the limit."""
         self.waiting += 1
-        try:
-            async with self._turn:  # in the order of arrival, so that regions of an image go together
-                while self.under_way >= int(self.limit):
-                    self._free.clear()
-                    await self._free.wait()
-                self.under_way += 1
-        finally:
-            self.waiting -= 1
+        async with self._turn:  # in the order of arrival, so that regions of an image go together
+            while self.under_way >= int(self.limit):
+                self._free.clear()
+                await self._free.wait()
+        self.waiting, self.under_way = self.waiting - 1, self.under_way + 1
         try:
             while not self.stopped.is_set() and (wait := self._open_at - time.monotonic()) > 0:
                 with suppress(TimeoutError):
@@ -97,7 +94,7 @@ class Slots:
 
 
 class Endpoint(Captioner):
-    """A model behind an address; this class does the retries, the client's are off."""
+    """A model behind an address; retries are made here, not by the client."""
 
     wants_image = False
 
@@ -106,33 +103,25 @@ class Endpoint(Captioner):
             import openai
             import tenacity
         except ImportError:
-            told = "an endpoint needs the openai client; install it: pip install '.[annotate]'"
-            raise ConfigError(f"--captioner: {told}") from None
+            raise ConfigError("--captioner: an endpoint needs the openai client: pip install '.[annotate]'") from None
         self._openai, self._tenacity = openai, tenacity
-        self.url, self.options, self.model = str(options.captioner), options, options.served_model or ""
+        self.url, self.options = str(options.captioner), options
         self.slots = Slots(options.concurrency, options.patience)
         self._length_option, self._structured = "max_tokens", True
-        # Concurrency is bounded here, and each request has the time of its own.
-        self._client: Any = openai.AsyncOpenAI(
-            base_url=self.url, api_key=os.environ.get(options.key_variable) or "none", max_retries=0,
-            timeout=options.timeout, http_client=openai.DefaultAioHttpClient(timeout=options.timeout),
-        )  # fmt: skip
-
-    async def open(self) -> None:
-        """Find the model."""
+        at: Any = {"base_url": self.url, "api_key": os.environ.get(options.key_variable) or "none", "max_retries": 0}
         try:
-            served = [model.id for model in (await self._client.models.list()).data]
+            served = [model.id for model in openai.OpenAI(**at, timeout=options.timeout).models.list().data]
         except Exception as error:  # a page that is no API makes anything of the client
-            wrong = self._wrong(error)
-            if isinstance(wrong, ConfigError):
-                raise wrong from None
-            told = f"no OpenAI-compatible endpoint answers there: {wrong}; start it, or check the address"
-            raise ConfigError(f"{self.url}: {told}") from None
-        self.model = self.model or (served[0] if len(served) == 1 else "")
+            wrong, told = self._wrong(error), "no OpenAI-compatible endpoint answers there"
+            if not isinstance(wrong, ConfigError):
+                wrong = ConfigError(f"{self.url}: {told}: {wrong}; start it, or check the address")
+            raise wrong from None
+        self.model = options.served_model or (served[0] if len(served) == 1 else "")
         if self.model not in served:
-            listed = ", ".join(served[:9]) or "nothing"
-            raise ConfigError(f"{self.url}: expected the model {self.model!r}, it serves {listed}; give --served-model")
-        self.identity = {"captioner": "endpoint", "model": self.model}
+            raise ConfigError(f"{self.url}: serves {', '.join(served[:9]) or 'nothing'}; pick one by --served-model")
+        super().__init__({"captioner": "endpoint", "model": self.model})
+        http = openai.DefaultAioHttpClient(timeout=options.timeout)
+        self._client: Any = openai.AsyncOpenAI(**at, timeout=options.timeout, http_client=http)
 
     def stop(self) -> None:
         """Release waiting requests, even if the endpoint is down."""
@@ -164,18 +153,16 @@ class Endpoint(Captioner):
             answered = self.slots.answered
             return faults >= _TRIES
 
-        retrying: Any = self._tenacity.AsyncRetrying(
-            retry=self._tenacity.retry_if_exception_type(Busy), wait=self._tenacity.wait_random(0.0, 0.2),
-            stop=is_at_fault, reraise=True,
-        )  # fmt: skip
+        async def send() -> Reply:
+            async with self.slots.one():
+                return await self._send(request)
+
+        busy, pause = self._tenacity.retry_if_exception_type(Busy), self._tenacity.wait_random(0.0, 0.2)
+        retrying: Any = self._tenacity.AsyncRetrying(retry=busy, wait=pause, stop=is_at_fault, reraise=True)
         try:
-            async for attempt in retrying:
-                with attempt:
-                    async with self.slots.one():
-                        return await self._send(request)
+            return cast(Reply, await retrying(send))
         except Busy as error:
             raise Failed("endpoint trouble", f"{_TRIES} tries: {error}") from None
-        raise AssertionError
 
     async def _send(self, request: Request) -> Reply:
         """One request and its complete answer."""
@@ -203,7 +190,6 @@ class Endpoint(Captioner):
             choice, usage = body["choices"][0], body.get("usage") or {}
             text, finish = choice["message"]["content"], choice["finish_reason"]
             tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-            model = str(body.get("model") or "")
         except (ValueError, LookupError, TypeError, AttributeError):
             told = f"expected a chat completion, got {content[:80]!r}"
             raise Failed("malformed answer", told, again=True) from None
@@ -212,7 +198,7 @@ class Endpoint(Captioner):
             raise Failed("unfinished answer", told, again=finish is None, tokens=tokens)
         return Reply(
             text=str(text or ""), ended=finish == "stop", tokens_in=tokens[0], tokens_out=tokens[1],
-            seconds=time.perf_counter() - began, model=model,
+            seconds=time.perf_counter() - began, model=str(body.get("model") or ""),
         )  # fmt: skip
 
     def _wrong(self, error: Any) -> Exception:

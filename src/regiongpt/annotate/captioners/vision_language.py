@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from regiongpt.annotate.captioners import LocalCaptioner, Reply, Request, weights_digest
+from regiongpt.annotate.captioners import Captioner, Reply, Request
 from regiongpt.annotate.options import Options
 from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.inference.engine import pick_device, pick_dtype
-from regiongpt.storage import reason
+from regiongpt.storage import reason, weights_digest
 
 
-class VisionLanguageModel(LocalCaptioner):
+class VisionLanguageModel(Captioner):
     """Whatever ``AutoModelForImageTextToText`` and ``AutoProcessor`` load and whose processor has a chat template."""
 
     wants_image = False
@@ -36,7 +36,6 @@ class VisionLanguageModel(LocalCaptioner):
         tokenizer = self._processor.tokenizer
         tokenizer.padding_side = "left"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        self._pad = tokenizer.pad_token_id
         ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
         self._ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self._device)
         identity = {"captioner": "transformers", "model": self.name, "weights": weights_digest(folder)}
@@ -44,7 +43,7 @@ class VisionLanguageModel(LocalCaptioner):
 
     def answer(self, requests: Sequence[Request]) -> Sequence[Reply]:
         """Generate for all at once."""
-        most = self.options.max_new_tokens
+        most, pad = self.options.max_new_tokens, self._processor.tokenizer.pad_token_id
         inputs = self._processor.apply_chat_template(
             [request.messages({"type": "image", "image": request.picture}) for request in requests],
             tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, padding=True,
@@ -55,7 +54,7 @@ class VisionLanguageModel(LocalCaptioner):
             sampling = {"do_sample": True, "temperature": self.options.temperature}
         try:
             with torch.inference_mode():
-                written = self._model.generate(**inputs, **sampling, max_new_tokens=most, pad_token_id=self._pad)
+                written = self._model.generate(**inputs, **sampling, max_new_tokens=most, pad_token_id=pad)
         except torch.OutOfMemoryError:
             told = f"out of memory with {len(requests)} images at a time; lower --batch-size or --crop-most"
             raise ConfigError(f"--captioner {self.name}: {told}") from None
