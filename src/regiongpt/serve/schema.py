@@ -93,7 +93,7 @@ class ChatRequest(Request):
     messages: list[Message] = Field(min_length=1)
     regions: list[RegionJson] = []
     stream: bool = False
-    stream_options: dict[Literal["include_usage"], bool] = {}
+    stream_options: dict[Literal["include_usage"], bool] | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -151,16 +151,14 @@ def _answer(name: str, **fields: Any) -> Any:
     return create_model(name, **{field: (kind, ...) for field, kind in kinds.items()})  # type: ignore[call-overload]
 
 
-_FINISH, _KIND, _SHARES = Literal["stop", "length"], Literal["chat.completion"], dict[str, float]
-_USAGE = dict[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int]
-Choice = _answer("Choice", index=int, message=dict[str, str], finish_reason=_FINISH, logprobs=None)
-_named = {"cited": [int], "warnings": [str]}
+Usage = _answer("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
+Choice = _answer("Choice", index=int, message=dict[str, str], finish_reason=Literal["stop", "length"], logprobs=None)
 ChatAnswer = _answer(
-    "ChatAnswer", id=str, object=_KIND, created=int, model=str, choices=[Choice], usage=_USAGE, **_named
+    "ChatAnswer", id=str, object=str, created=int, model=str, choices=[Choice], usage=Usage, cited=[int], warnings=[str]
 )
 Described = _answer("Described", region=RegionJson, answer=str, complete=bool, warnings=[str])
-DescribeAnswer = _answer("DescribeAnswer", regions=[Described], usage=_USAGE)
-Labelled = _answer("Labelled", region=RegionJson, label=str, probability=float, probabilities=_SHARES)
+DescribeAnswer = _answer("DescribeAnswer", regions=[Described], usage=Usage)
+Labelled = _answer("Labelled", region=RegionJson, label=str, probability=float, probabilities=dict[str, float])
 ClassifyAnswer = _answer("ClassifyAnswer", regions=[Labelled])
 Found = _answer("Found", expression=str, number=int | None, answer=str, probability=float, probabilities=[float])
 LocateAnswer = _answer("LocateAnswer", results=[Found])

@@ -73,7 +73,7 @@ class Tasks:
                         role = {}
                 else:
                     yield completion("delta", role, value[1])
-                    if request.stream_options.get("include_usage"):
+                    if (request.stream_options or {}).get("include_usage"):
                         yield {**completion("delta", {}), "choices": [], "usage": _usage(len(prompt.ids), [value[1]])}
 
         return self._ticket(client, image, regions, task, respond, stream, len(prompt.ids))
