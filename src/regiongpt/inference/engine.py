@@ -162,11 +162,11 @@ class Engine:
         for start in range(0, max(1, len(regions)), POOLED):
             some = regions[start : start + POOLED]
             weights_RHW = self.processor.region_inputs(some, scene.width, scene.height, start + 1)
-            crops = self._crops(scene, some) if some and detail == "careful" else None
+            crops = self.crops(scene, some) if some and detail == "careful" else None
             rows.append(self.model.region_features(scene.map_1Chw, weights_RHW.to(self.device)[None], crops)[0])
         return torch.cat(rows)
 
-    def _crops(self, scene: Scene, regions: Sequence[Region]) -> Tensor:
+    def crops(self, scene: Scene, regions: Sequence[Region]) -> Tensor:
         """Features (1, R, C) of regions' own crops, those not yet known encoded together."""
         assert scene.photo is not None
         new = [region for region in dict.fromkeys(regions) if region not in scene.crops]

@@ -1,7 +1,4 @@
-"""Images of requests: data URIs, uploads kept for a while, and URLs of allowed hosts.
-
-Only the model's pixels are kept, never the file.
-"""
+"""Images of requests: data URIs, uploads kept for a while (as the model reads them), and URLs of allowed hosts."""
 
 import base64
 import hashlib
@@ -11,12 +8,12 @@ import ipaddress
 import socket
 import ssl
 import time
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
@@ -25,7 +22,7 @@ from torch import Tensor
 
 from regiongpt.errors import DataError
 from regiongpt.images import load_image
-from regiongpt.serve.errors import ApiError, over
+from regiongpt.serve.guard import ApiError, over
 from regiongpt.serve.options import ServeOptions
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -40,15 +37,15 @@ class Picture:
     id: str  # sha256:HEX of the file
     width: int
     height: int
-    bytes: int
     pixels: Tensor  # (1, 3, S, S)
+    photo: Image.Image | None  # for a second look
 
 
 class Pictures:
-    """Reads images, and keeps the uploaded ones of each client; threads may share it."""
+    """Reads images with the model's ``processor``, and keeps the uploaded ones of each client; threads may share it."""
 
-    def __init__(self, options: ServeOptions, pixels: Callable[[Image.Image], Tensor]) -> None:
-        self._options, self._pixels = options, pixels
+    def __init__(self, options: ServeOptions, processor: Any) -> None:
+        self._options, self._processor = options, processor
         self._lock = Lock()
         self._kept: OrderedDict[tuple[str, str], tuple[Picture, float]] = OrderedDict()
         self._known: WeakValueDictionary[str, Picture] = WeakValueDictionary()  # any that is still in use
@@ -60,32 +57,31 @@ class Pictures:
             ApiError: it is no image, is not kept, is over a limit, or its URL may not be fetched.
         """
         if source.startswith("sha256:"):
-            return self.kept(source, client)[0]
-        if source.startswith("data:"):
-            head, _, coded = source.partition(",")
-            try:
-                if not head.endswith(";base64"):
-                    raise ValueError
-                return self.read(base64.b64decode(coded, validate=True))
-            except ValueError:
-                raise ApiError(400, "expected a data URI such as data:image/png;base64,...", "image") from None
+            with self._lock:
+                picture, expires = self._kept.get((client, source), (None, 0.0))
+            if picture is None or expires < time.time():
+                raise ApiError(404, f"no image {source[:80]} is kept; upload it to /v1/images", "image_not_found")
+            self.keep(picture, client)
+            return picture
         if source.startswith("https://"):
             return self.read(fetch(source, self._options.allow_urls, self._options.max_bytes))
-        raise ApiError(400, "give the image as data:image/...;base64,... or sha256:... of an uploaded one", "image")
+        head, _, coded = source.partition(",")
+        try:
+            if not (head.startswith("data:") and head.endswith(";base64")):
+                raise ValueError
+            data = base64.b64decode(coded, validate=True)
+        except ValueError:
+            raise ApiError(400, "give an image as data:image/...;base64,... or an upload's id", "image") from None
+        return self.read(data)
 
     def read(self, data: bytes) -> Picture:
-        """The image in the bytes of a file."""
-        if len(data) > self._options.max_bytes:
-            raise over("max_bytes", self._options.max_bytes, f"the image has {len(data):,} bytes", 413)
+        """The image in the bytes of a file, which are not too many."""
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         with self._lock:
-            known = self._known.get(digest)
-        if known is not None:
-            return known
+            if known := self._known.get(digest):
+                return known
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                opened = Image.open(io.BytesIO(data), formats=FORMATS)
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
         except Exception as error:  # header parsers raise nearly every built-in exception on broken data
             raise ApiError(400, f"not an image that can be read; send {', '.join(FORMATS)}", "image") from error
         if opened.width * opened.height > self._options.max_pixels:
@@ -95,49 +91,22 @@ class Pictures:
             photo = load_image(opened)
         except DataError as error:
             raise ApiError(400, str(error).replace("PIL image", "image"), "image") from error
-        picture = Picture(digest, photo.width, photo.height, len(data), self._pixels(photo))
+        kept, pixels = photo if self._options.detail == "careful" else None, self._processor.pixels_of(photo)
+        picture = Picture(digest, photo.width, photo.height, pixels, kept)
         with self._lock:
             return self._known.setdefault(digest, picture)
 
-    def keep(self, data: bytes, client: str) -> tuple[Picture, float]:
-        """Read an image and keep it for its client; returns it with the time when it goes."""
-        return self._put(self.read(data), client)
-
-    def kept(self, digest: str, client: str, forget: bool = False) -> tuple[Picture, float]:
-        """An image kept for a client, from now on as long as a new one, or no longer."""
-        with self._lock:
-            found = self._kept.pop((client, digest), None)
-        if found is None or found[1] < time.time():
-            raise ApiError(404, f"no image {digest[:80]} is kept; upload it (again) to /v1/images", "image_not_found")
-        return found if forget else self._put(found[0], client)
-
-    def _put(self, picture: Picture, client: str) -> tuple[Picture, float]:
+    def keep(self, picture: Picture, client: str) -> float:
+        """Keep an image for its client; returns the time when it goes."""
         now = time.time()
-        entry = picture, now + self._options.keep_seconds
         with self._lock:
-            self._kept[client, picture.id] = entry
+            self._kept[client, picture.id] = picture, now + self._options.keep_seconds
             self._kept.move_to_end((client, picture.id))
             while self._kept and (
                 len(self._kept) > self._options.keep_images or next(iter(self._kept.values()))[1] < now
             ):
                 self._kept.popitem(last=False)
-        return entry
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# URLs
-
-
-class _Pinned(http.client.HTTPSConnection):
-    """A connection to the checked address, even if the name resolves differently later."""
-
-    def __init__(self, host: str, address: str) -> None:
-        super().__init__(host, timeout=FETCH_SECONDS)
-        self._address = address
-
-    def connect(self) -> None:
-        plain = socket.create_connection((self._address, self.port), self.timeout)
-        self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+        return now + self._options.keep_seconds
 
 
 def fetch(url: str, allowed: Sequence[str], most: int) -> bytes:
@@ -152,7 +121,10 @@ def fetch(url: str, allowed: Sequence[str], most: int) -> bytes:
         host, port = parts.hostname or "", parts.port or 443
         if port != 443 or parts.username or host not in {each.lower() for each in allowed}:
             raise ApiError(403, f"images of {host[:80]!r} are not fetched; send a data URI", "url_not_allowed")
-        with closing(_Pinned(host, public_address(host))) as connection:
+        # This address, even if the name resolves differently later.
+        plain = socket.create_connection((public_address(host), 443), FETCH_SECONDS)
+        with closing(http.client.HTTPConnection(host)) as connection:
+            connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
             path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
             connection.request("GET", path, headers={"Accept": "image/*"})
             response = connection.getresponse()

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from regiongpt.errors import ConfigError
+from regiongpt.inference.options import ROWS, Detail
 from regiongpt.settings import Settings
 from regiongpt.storage import reason
 
@@ -21,12 +22,12 @@ class Limits(Settings):
 
     max_bytes: int = Field(16 * 2**20, ge=1024)
     """bytes of a request or of an image"""
+    max_values: int = Field(20_000, ge=1)
+    """values in a request's JSON, such as the coordinates of its regions"""
     max_pixels: int = Field(40_000_000, ge=1)
     """pixels of an image"""
     max_regions: int = Field(256, ge=1)
     """regions of a request"""
-    max_points: int = Field(4000, ge=1)
-    """points of a request's polygons and scribbles"""
     max_tokens: int = Field(1024, ge=1)
     """tokens of an answer"""
     max_turns: int = Field(64, ge=1)
@@ -48,13 +49,15 @@ class ServeOptions(Limits):
     """port to listen on; 0 takes a free one"""
     name: str | None = Field(None, min_length=1, max_length=200)
     """name of the model in the API (default: its folder's)"""
+    detail: Detail = "fast"
+    """fast, or careful: also encode each region's own crop, if the model was trained for it"""
     api_keys: Path | None = None
     """file of API keys, one per line; or REGIONGPT_API_KEYS, separated by spaces"""
     no_auth: bool = False
     """accept requests without a key on any address"""
     allow_urls: tuple[str, ...] = ()
     """hosts whose https URLs may be fetched as images; default: none"""
-    rows: int = Field(64, ge=1)
+    rows: int = Field(ROWS, ge=1)
     """answers generated at a time"""
     token_budget: int | None = Field(None, ge=1)
     """limits memory: answers in the batch times tokens of the longest"""
@@ -72,20 +75,15 @@ class ServeOptions(Limits):
     """with vllm: GPUs that share its language model"""
 
     @model_validator(mode="after")
-    def _check_engine(self) -> "ServeOptions":
-        if self.engine != "vllm":
-            if self.tensor_parallel > 1:
-                raise ValueError("--tensor-parallel goes with --engine vllm; give it too")
-        elif self.token_budget:
-            raise ValueError("--token-budget goes with our own engine; --engine vllm takes what memory is free")
-        elif find_spec("vllm") is None:
-            raise ValueError("--engine vllm: vLLM is missing; install it: pip install 'regiongpt[vllm]'")
-        return self
-
-    @model_validator(mode="after")
-    def _check_auth(self) -> "ServeOptions":
+    def _check(self) -> "ServeOptions":
         if self.no_auth and self.api_keys:
             raise ValueError("--no-auth and --api-keys cannot be combined; leave one out")
+        if self.engine != "vllm" and self.tensor_parallel > 1:
+            raise ValueError("--tensor-parallel goes with --engine vllm; give it too")
+        if self.engine == "vllm" and self.token_budget:
+            raise ValueError("--token-budget goes with our own engine; --engine vllm takes what memory is free")
+        if self.engine == "vllm" and find_spec("vllm") is None:
+            raise ValueError("--engine vllm: vLLM is missing; install it: pip install 'regiongpt[vllm]'")
         return self
 
     def keys(self) -> list[str]:

@@ -1,50 +1,27 @@
 """Requests and answers of the API, with the examples of its documentation."""
 
-from typing import Annotated, Any, Literal, Union
+from types import GenericAlias
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 
+from regiongpt.inference.options import By
 from regiongpt.prompts import LABEL_SETS
 
-MOST = 10_000
-"""Entries of any list, whatever the limits say: checking them takes the event loop's time."""
-_POINTS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}}
-_RLE = {
-    "type": "object",
-    "properties": {
-        "size": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
-        "counts": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]},
-    },
-    "required": ["size", "counts"],
+_NUMBERS = {"type": "array", "items": {"type": "number"}}
+_LISTS, _RLE = {"type": "array", "items": {"type": "array"}}, {"type": "object", "required": ["size", "counts"]}
+_KINDS = {"box": _NUMBERS, "polygon": _LISTS, "point": _NUMBERS, "scribble": _LISTS, "rle": _RLE, "mask": _RLE}
+_REGION = {
+    "description": "A region in pixels of the image: a box x0, y0, x1, y1 (perhaps normalized), a polygon (rings), a "
+    "point (and its radius), a scribble (and its width), or a mask as COCO's RLE.",
+    "anyOf": [{"type": "object", "properties": {name: kind}, "required": [name]} for name, kind in _KINDS.items()],
 }
-
-
-def _one(kind: str, value: dict[str, Any], **more: Any) -> dict[str, Any]:
-    properties = {kind: value, **more}
-    return {"type": "object", "properties": properties, "required": [kind], "additionalProperties": False}
-
-
-_BOX = {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4}
-_POSITIVE = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]}
-REGION_SCHEMA = {
-    "description": "A region in pixels of the image: a box x0, y0, x1, y1, a polygon (rings), a point, a scribble, or "
-    "a mask as COCO's RLE.",
-    "anyOf": [
-        _one("box", _BOX, normalized={"type": "boolean"}),
-        _one("polygon", {"anyOf": [{"type": "array", "items": _POINTS}, _POINTS]}),
-        _one("point", {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}, radius=_POSITIVE),
-        _one("scribble", _POINTS, width=_POSITIVE),
-        _one("rle", _RLE),
-        _one("mask", _RLE),
-        _BOX,
-    ],
-}
-RegionJson = Annotated[dict[str, Any] | list[Any], WithJsonSchema(REGION_SCHEMA)]
+# Checked with the image, by the model's own code, which says best what is wrong.
+RegionJson = Annotated[dict[str, Any] | list[Any], WithJsonSchema(_REGION)]
 
 _IMAGE = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAAAwAgMAAADcJZSMAAAACVBMVEX/////AAAAAP+3l+0cAAAAaElEQVR4"
-    "2mNgGByAkYEhFMJ6fYCBgYGBgQldBYkCqxpQBbgYNFAFFBiYUAUaGBgakAWYYIpw2sLBwMDAQbFL0QR+MDAw/MCr4h8DA8MDvE5neMDwD9WWbw"
-    "w3GBhYkA0Mo0IgkykwhAEAJeENvGNkNQEAAAAASUVORK5CYII="
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAAAwAgMAAADcJZSMAAAACVBMVEX/////AAAAAP+3l+0cAAAANklEQVR42mNgGBy"
+    "AkYEhFMJ6fYCBgYGBgQldBWEBFgSTawEDw78IMswY1gJIAfQtbADdMYQBAOosBYqfbvNiAAAAAElFTkSuQmCC"
 )
 _BOXES: list[Any] = [{"box": [8, 8, 37, 37]}, {"point": [50, 20], "radius": 8}]
 
@@ -54,8 +31,8 @@ def _chat(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [image, *parts]}], "max_tokens": 16, **more}
 
 
-def _example(**more: Any) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"examples": [{"image": _IMAGE, "regions": _BOXES, **more}]})
+def _examples(*bodies: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
 
 
 class Request(BaseModel):
@@ -93,57 +70,41 @@ class RegionPart(Request):
     region: RegionJson
 
 
-Part = Annotated[Union[TextPart, ImagePart, RegionPart], Field(discriminator="type")]  # noqa: UP007
-
-
 class Message(Request):
     """A turn of the conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=MOST)]
+    content: str | list[Annotated[TextPart | ImagePart | RegionPart, Field(discriminator="type")]]
     name: str | None = None
 
 
-Stop = Annotated[str, Field(max_length=100)]
-
-
-class StreamOptions(Request):
-    """Last event of a stream."""
-
-    include_usage: bool = False
+_Stop = Annotated[str, Field(max_length=100)]
 
 
 class ChatRequest(Request):
     """A conversation about an image, whose last message is the question."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                _chat({"type": "text", "text": "What is <region1>?"}, regions=_BOXES),
-                _chat({"type": "text", "text": "What is "}, {"type": "region", "region": _BOXES[0]}, stream=True),
-            ]
-        }
+    model_config = _examples(
+        _chat({"type": "text", "text": "What is <region1>?"}, regions=_BOXES),
+        _chat({"type": "text", "text": "What is "}, {"type": "region", "region": _BOXES[0]}, stream=True),
     )
 
     model: str | None = None
-    messages: list[Message] = Field(min_length=1, max_length=MOST)
-    regions: list[RegionJson] = Field([], max_length=MOST)
+    messages: list[Message] = Field(min_length=1)
+    regions: list[RegionJson] = []
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: dict[Literal["include_usage"], bool] | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
     # What clients send anyway, and has no meaning here.
     n: Literal[1] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
-    logprobs: Literal[False] | None = None
     user: str | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    store: bool | None = None
 
 
 class RegionsRequest(Request):
@@ -152,13 +113,13 @@ class RegionsRequest(Request):
     model: str | None = None
     image: str
     """a data URI, sha256:HEX of an uploaded image, or an https URL that the server allows"""
-    regions: list[RegionJson] = Field(min_length=1, max_length=MOST)
+    regions: list[RegionJson] = Field(min_length=1)
 
 
 class DescribeRequest(RegionsRequest):
     """Each region is to be described, or captioned in a few words."""
 
-    model_config = _example(brief=True, max_tokens=16)
+    model_config = _examples({"image": _IMAGE, "regions": _BOXES, "brief": True, "max_tokens": 16})
 
     brief: bool = False
     max_tokens: int | None = Field(None, ge=1)
@@ -168,9 +129,9 @@ class DescribeRequest(RegionsRequest):
 class ClassifyRequest(RegionsRequest):
     """Each region is to be called by one of the choices."""
 
-    model_config = _example(choices=["cat", "dog"])
+    model_config = _examples({"image": _IMAGE, "regions": _BOXES, "choices": ["cat", "dog"]})
 
-    choices: list[str] | None = Field(None, min_length=1, max_length=MOST)
+    choices: list[str] | None = Field(None, min_length=1)
     label_set: Literal[tuple(LABEL_SETS)] = "COCO-80"  # type: ignore[valid-type]
     top_k: int | None = Field(None, ge=1)
 
@@ -178,105 +139,28 @@ class ClassifyRequest(RegionsRequest):
 class LocateRequest(RegionsRequest):
     """The region that an expression, or each of several, refers to is to be found."""
 
-    model_config = _example(expression="the red square")
+    model_config = _examples({"image": _IMAGE, "regions": _BOXES, "expression": "the red square"})
 
-    expression: str | Annotated[list[str], Field(min_length=1, max_length=MOST)]
-    by: Literal["answer", "words", "both"] = "both"
-
-
-class Choice(BaseModel):
-    """The one answer."""
-
-    index: int
-    message: dict[str, str]
-    finish_reason: Literal["stop", "length"]
-    logprobs: None
+    expression: str | Annotated[list[str], Field(min_length=1)]
+    by: By = "both"
 
 
-class ChatAnswer(BaseModel):
-    """An answer in OpenAI's shape, with the regions that it names."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: dict[str, int]
-    cited: list[int]
-    warnings: list[str]
+def _answer(name: str, **fields: Any) -> Any:
+    """An answer's shape, for the documentation alone; a field [x] has many x."""
+    kinds = {field: GenericAlias(list, kind[0]) if isinstance(kind, list) else kind for field, kind in fields.items()}
+    return create_model(name, **{field: (kind, ...) for field, kind in kinds.items()})  # type: ignore[call-overload]
 
 
-class RegionsAnswer(BaseModel):
-    """Common part of answers about regions."""
-
-    model: str
-    seconds: float
-
-
-class Described(BaseModel):
-    """The answer about a region."""
-
-    region: RegionJson
-    answer: str
-    complete: bool
-    warnings: list[str]
-
-
-class DescribeAnswer(RegionsAnswer):
-    """The answers about regions."""
-
-    object: Literal["regions.describe"]
-    regions: list[Described]
-    usage: dict[str, int]
-
-
-class Labelled(BaseModel):
-    """The class of a region."""
-
-    region: RegionJson
-    label: str
-    probability: float
-    probabilities: dict[str, float]
-
-
-class ClassifyAnswer(RegionsAnswer):
-    """The class of each region."""
-
-    object: Literal["regions.classify"]
-    regions: list[Labelled]
-
-
-class Found(BaseModel):
-    """The region that an expression refers to: its number from 1, or null."""
-
-    expression: str
-    number: int | None
-    answer: str
-    probability: float
-    probabilities: list[float]
-    """one per region, and last that of no match"""
-
-
-class LocateAnswer(RegionsAnswer):
-    """The regions, and which of them each expression refers to."""
-
-    object: Literal["regions.locate"]
-    regions: list[RegionJson]
-    results: list[Found]
-
-
-class ImageAnswer(BaseModel):
-    """An uploaded image."""
-
-    object: Literal["image"] = "image"
-    id: str
-    width: int
-    height: int
-    bytes: int
-    expires_at: int
-
-
-class ErrorAnswer(BaseModel):
-    """Every answer with a status of 400 or above."""
-
-    error: dict[Literal["message", "type", "param", "code"], str | None]
+Usage = _answer("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
+Choice = _answer("Choice", index=int, message=dict[str, str], finish_reason=Literal["stop", "length"], logprobs=None)
+ChatAnswer = _answer(
+    "ChatAnswer", id=str, object=str, created=int, model=str, choices=[Choice], usage=Usage, cited=[int], warnings=[str]
+)
+Described = _answer("Described", region=RegionJson, answer=str, complete=bool, warnings=[str])
+DescribeAnswer = _answer("DescribeAnswer", regions=[Described], usage=Usage)
+Labelled = _answer("Labelled", region=RegionJson, label=str, probability=float, probabilities=dict[str, float])
+ClassifyAnswer = _answer("ClassifyAnswer", regions=[Labelled])
+Found = _answer("Found", expression=str, number=int | None, answer=str, probability=float, probabilities=[float])
+LocateAnswer = _answer("LocateAnswer", results=[Found])
+ImageAnswer = _answer("ImageAnswer", id=str, width=int, height=int, expires_at=int)
+ErrorAnswer = _answer("ErrorAnswer", error=dict[Literal["message", "type", "param", "code"], str | None])

@@ -1,6 +1,6 @@
-"""The language model in vLLM: our own parts embed a whole question, and vLLM writes the answer.
+"""The language model in vLLM, which writes the answers to questions that our own parts embed.
 
-Never text and embeddings mixed: vLLM's prefix cache takes some such prompts for one another.
+They are embedded whole: vLLM's prefix cache takes some prompts of text and embeddings for one another.
 """
 
 import atexit
@@ -96,9 +96,8 @@ class VllmScheduler(Scheduler):
                 self._leave(self._running.index(job))
 
     def _leave(self, row: int) -> None:
-        job = self._running.pop(row)
-        name = next(name for name, each in self._jobs.items() if each is job)
-        del self._jobs[name]
+        name = list(self._jobs)[row]  # they are in the same order
+        job, _ = self._jobs.pop(name), self._running.pop(row)
         self.llm.abort_request([name])  # nothing, where it has ended by itself
         if job.reader is not None:
             job.reader.finish()

@@ -1,7 +1,6 @@
 """The one thread that runs the model: the requests of all clients in one batch, each client in its turn.
 
-Everything a request needs of the model is a task: a generator that is moved on when its client has its turn and there
-is room in the batch. It yields questions, which are written in the batch, and results, which it has worked out itself.
+A request is a generator, moved on when there is room and its client has its turn, that yields questions and results.
 """
 
 import asyncio
@@ -10,22 +9,27 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regiongpt.errors import RegionGPTError
-from regiongpt.inference.engine import Answer, Engine, Latest, Prompt, Scene
+from regiongpt.inference.engine import Engine, Latest, Prompt, Scene
 from regiongpt.inference.scheduler import Job
-from regiongpt.serve.errors import ApiError
+from regiongpt.regions import Region
+from regiongpt.serve.guard import ApiError
 from regiongpt.serve.images import Picture
 
 log = logging.getLogger(__name__)
 
 FILL_SECONDS = 0.05
 """Time to make questions ready between two steps of the answers that are being written."""
+CROPS = 2000
+"""Regions of an image whose second look is kept, and those of one request."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -35,72 +39,47 @@ class Ask:
     place: int  # among the results of its request
     prompt: Prompt
     job: Job
-    began: float = 0.0
     before: list[int] = field(default_factory=list)  # tokens written before the batch failed
-    begun: bool = False  # some text was handed out
 
 
 Result = tuple[int, Any]
 """A finished result with its place."""
-Task = Callable[[Engine, Scene, Tensor], Iterator[Ask | Result]]
-"""What a request does with the model, its encoded image and its regions' features (R * K, D)."""
+Event = tuple[str, Any]
+"""Of a request: ("piece", text), ("result", Result), at the end ("done", None) or ("error", exception)."""
+Task = Callable[[Scene, Tensor], Iterator[Ask | Result]]
+"""What a request does with the encoded image and its regions' features (R * K, D)."""
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(eq=False)
 class Ticket:
-    """A request that waits for its results: pieces of text, and values with their places."""
+    """A request that waits for its results."""
 
     client: str
     picture: Picture
     weights: Tensor  # (R * K, gh, gw), the regions' pooling weights
+    boxes: list[Region] | None  # what a second look is taken at
     task: Task
     respond: Callable[[list[Any]], dict[str, Any]]  # makes the answer of all results
-    stream: Callable[[str, Any], list[dict[str, Any]]] | None = None  # makes events of each, as `results` yields them
-    pieces: bool = False  # stream the text
+    stream: Callable[[AsyncIterator[Event]], AsyncIterator[dict[str, Any]]] | None = None  # or parts of it as they come
     prompt_tokens: int = 0
-    cancelled: bool = False
+    cancelled: bool = False  # has failed, or nobody waits for it: its answers leave the batch at their next token
     work: Iterator[Ask | Result] | None = None  # the task, once started
     left: int = 1  # questions in the batch, and the task itself
-    over: bool = False
-    events: "asyncio.Queue[tuple[str, Any]]" = field(default_factory=asyncio.Queue)
-
-    async def results(self) -> AsyncIterator[tuple[str, Any]]:
-        """Pieces of text, as ("piece", text), and results, as ("result", (place, value)), until all are there."""
-        while True:
-            kind, value = await self.events.get()
-            if kind == "done":
-                return
-            if kind == "error":
-                raise value
-            yield kind, value
-
-    def cancel(self) -> None:
-        """Nobody waits for it any more: it leaves the batch at its next token."""
-        self.cancelled = True
+    events: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
 
 
 class Worker:
-    """Runs the model for all requests.
+    """Runs the model for all requests; keeps ``scenes`` encoded images, and tells how many answers each step had."""
 
-    Args:
-        engine: the model.
-        scenes: encoded images to keep.
-        on_step: called with the number of answers in the batch after each step.
-    """
-
-    def __init__(self, engine: Engine, scenes: int, on_step: Callable[[int], None] = lambda rows: None) -> None:
+    def __init__(self, engine: Engine, scenes: int, on_step: Callable[[int], None]) -> None:
         self.engine, self._on_step = engine, on_step
         self.failed = False
         self.encoded = 0  # images, so far
-        self._scenes: Latest[tuple[Picture, Scene]] = Latest(scenes)
+        self._scenes: Latest[Scene] = Latest(scenes)
+        self._arrived: SimpleQueue[Ticket | None] = SimpleQueue()  # at last None
         self._clients: OrderedDict[str, deque[Ticket]] = OrderedDict()
         self._running: list[tuple[Ticket, Ask]] = []
         self._suspects: deque[tuple[Ticket, Ask]] = deque()  # one of which made the batch fail
-        self._arrived: deque[Ticket] = deque()
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._events: list[tuple[Ticket, str, Any]] = []
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     def start(self) -> None:
@@ -110,49 +89,45 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after its current step."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
+        self._arrived.put(None)
         self._thread.join(timeout=10)
 
     def submit(self, ticket: Ticket) -> None:
-        """Hand in a request; its results come by :meth:`Ticket.results`."""
+        """Hand in a request, whose events come in its queue."""
+        self._arrived.put(ticket)
         if self.failed:
             raise ApiError(503, "the model has stopped working; restart the server", "model_failed")
-        with self._wake:
-            self._arrived.append(ticket)
-            self._wake.notify()
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # In the model's thread
+    # What follows runs in the model's thread.
 
+    @torch.inference_mode()
     def _run(self) -> None:
         try:
-            with torch.inference_mode():
-                while self._wait():
-                    self._take()
-                    self._step()
-                    self._hand_over()
-                    if self.engine.scheduler.dead:
-                        raise RuntimeError("what runs the language model has died")
+            while self._wait():
+                self._take()
+                self._step()
+                if self.engine.scheduler.dead:
+                    raise RuntimeError("what runs the language model has died")
         except BaseException:
             log.exception("the model's thread has failed")
-            self.failed = True
-        with self._wake:
-            tickets = [*self._arrived, *(each for line in self._clients.values() for each in line)]
-        for ticket in {*tickets, *(ticket for ticket, _ in (*self._running, *self._suspects))}:
+        self.failed = True
+        left = [ticket for line in self._clients.values() for ticket in line]
+        left += [ticket for ticket, _ in (*self._running, *self._suspects)]
+        while not self._arrived.empty():
+            left += filter(None, [self._arrived.get()])
+        for ticket in left:
             self._fail(ticket, ApiError(503, "the server is shutting down", "shutting_down", wait=5))
-        self._hand_over()
 
     def _wait(self) -> bool:
         """Take new requests, or wait for one; False at the end."""
-        with self._wake:
-            while not (self._stopping or self._arrived or self._clients or self._running or self._suspects):
-                self._wake.wait()
-            while self._arrived:
-                ticket = self._arrived.popleft()
-                self._clients.setdefault(ticket.client, deque()).append(ticket)
-            return not self._stopping
+        while True:
+            try:
+                ticket = self._arrived.get(block=not (self._clients or self._running or self._suspects))
+            except Empty:
+                return True
+            if ticket is None:
+                return False
+            self._clients.setdefault(ticket.client, deque()).append(ticket)
 
     def _take(self) -> None:
         """Fill the batch, one question of each client in turn."""
@@ -173,22 +148,17 @@ class Worker:
 
     def _move_on(self, ticket: Ticket) -> bool:
         """Have a task do its next thing; False if it has nothing more to do."""
-        if ticket.cancelled or ticket.over:
+        if ticket.cancelled:
             return False
         try:
             if ticket.work is None:
-                picture = ticket.picture
-                _, scene = self._scenes.get(picture.id, lambda: (picture, self._encode(picture)))
-                weights_1RHW = ticket.weights.to(self.engine.device)[None]
-                pooled = self.engine.model.region_features(scene.map_1Chw, weights_1RHW)[0]
-                ticket.work = ticket.task(self.engine, scene, pooled)
+                ticket.work = self._begin(ticket)
             made = next(ticket.work, None)
             if isinstance(made, Ask):
-                made.began = time.perf_counter()
                 ticket.left += 1
                 self._submit(ticket, made)
             elif made is not None:
-                self._events.append((ticket, "result", made))
+                self._tell(ticket, "result", made)
             else:
                 self._settle(ticket)
         except Exception as error:
@@ -196,10 +166,21 @@ class Worker:
             return False
         return made is not None
 
-    def _encode(self, picture: Picture) -> Scene:
-        scene = self.engine.encode_pixels(picture.pixels, picture.width, picture.height)
-        self.encoded += 1
-        return scene
+    def _begin(self, ticket: Ticket) -> Iterator[Ask | Result]:
+        """Start a task with its image, encoded once for all, and its regions."""
+        engine, picture = self.engine, ticket.picture
+
+        def encode() -> Scene:
+            scene = engine.encode_pixels(picture.pixels, picture.width, picture.height)
+            self.encoded += 1
+            return replace(scene, photo=picture.photo)
+
+        scene = self._scenes.get(picture.id, encode)
+        if len(scene.crops) > CROPS:
+            scene.crops.clear()
+        crops = engine.crops(scene, ticket.boxes) if ticket.boxes else None
+        pooled = engine.model.region_features(scene.map_1Chw, ticket.weights.to(engine.device)[None], crops)[0]
+        return ticket.task(scene, pooled)
 
     def _submit(self, ticket: Ticket, ask: Ask) -> None:
         self.engine.scheduler.submit(ask.job)
@@ -207,81 +188,67 @@ class Worker:
 
     def _step(self) -> None:
         """One token for every answer in the batch."""
-        for ticket, ask in self._running:
-            ask.job.cancelled = ticket.cancelled or ticket.over
         if not self._running:
             return
+        for ticket, ask in self._running:
+            ask.job.cancelled = ticket.cancelled
         self.engine.scheduler.advance()
         self._on_step(len(self._running))
-        failed = sum(ask.job.error is not None for _, ask in self._running)
+        stepped, self._running = self._running, [(t, ask) for t, ask in self._running if not ask.job.finished]
+        failed = sum(ask.job.error is not None for _, ask in stepped)
         if failed > 1:
             log.warning("the batch failed; its %d answers continue one by one", failed)
-        going = [(ticket, ask) for ticket, ask in self._running if not ask.job.finished]
-        for ticket, ask in self._running:
+        for ticket, ask in stepped:
             try:
                 if ask.job.error is None:
                     self._say(ticket, ask)
                 elif failed == 1:
                     raise ask.job.error
                 else:  # the cause is unknown: each continues, and fails, by itself
-                    self._suspects.append((ticket, self._again(ask)))
+                    self._continue(ask)
+                    self._suspects.append((ticket, ask))
             except Exception as error:
                 self._fail(ticket, error)
-        self._running = going
 
-    def _again(self, ask: Ask) -> Ask:
-        """Continue an answer from where it was when the batch failed."""
+    def _continue(self, ask: Ask) -> None:
+        """Have an answer go on from where it was when the batch failed."""
         job, embeds = ask.job, ask.job.embeds
         if job.tokens:
             written = torch.tensor(job.tokens, device=embeds.device)
             embeds = torch.cat([embeds, self.engine.model.get_input_embeddings()(written).to(embeds.dtype)])
         room = max(1, job.room - len(job.tokens))
-        again = Job(prefix=job.prefix, embeds=embeds, options=job.options, room=room, reader=job.reader)
-        again.draws = job.draws
-        ask.before, ask.job = ask.before + job.tokens, again
-        return ask
+        ask.job = Job(prefix=job.prefix, embeds=embeds, options=job.options, room=room, reader=job.reader)
+        ask.job.draws = job.draws
+        ask.before += job.tokens
 
     def _say(self, ticket: Ticket, ask: Ask) -> None:
         """Send the new part of an answer."""
         job = ask.job
         if job.cancelled:
             return
-        if ticket.pieces and job.reader is not None:
-            piece = job.reader.take(final=job.finished)
-            piece = piece if ask.begun else piece.lstrip()
-            if piece:
-                ask.begun = True
-                self._events.append((ticket, "piece", piece))
+        if job.reader is not None:
+            self._tell(ticket, "piece", job.reader.take(final=job.finished))
         if job.finished:
             job.tokens = ask.before + job.tokens
-            answer: Answer = self.engine.finish(job, ask.prompt, ask.began)
-            self._events.append((ticket, "result", (ask.place, answer)))
+            self._tell(ticket, "result", (ask.place, self.engine.finish(job, ask.prompt, began=0.0)))
             self._settle(ticket)
 
     def _settle(self, ticket: Ticket) -> None:
         """A question of a request, or its task, is done with."""
         ticket.left -= 1
-        if not ticket.left and not ticket.over:
-            ticket.over = True
-            self._events.append((ticket, "done", None))
+        if not ticket.left:
+            self._tell(ticket, "done")
 
-    def _fail(self, ticket: Ticket, error: BaseException | None) -> None:
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
         """End a request with an error: the client's own mistake, or a failure of the model."""
-        if ticket.over:
+        if ticket.cancelled:
             return
-        ticket.over = True
-        if not isinstance(error, RegionGPTError | ApiError):
+        ticket.cancelled = True
+        if not isinstance(error, RegionGPTError):
             log.error("the model failed on a request", exc_info=error)
             error = ApiError(500, "the model failed on this request", "model_failed")
-        self._events.append((ticket, "error", error))
+        self._tell(ticket, "error", error)
 
-    def _hand_over(self) -> None:
-        """Pass new events to the event loop."""
-        events, self._events = self._events, []
-        if events and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_deliver, events)
-
-
-def _deliver(events: list[tuple[Ticket, str, Any]]) -> None:
-    for ticket, kind, value in events:
-        ticket.events.put_nowait((kind, value))
+    def _tell(self, ticket: Ticket, kind: str, value: Any = None) -> None:
+        with suppress(RuntimeError):  # the event loop has ended, and nobody waits any more
+            self._loop.call_soon_threadsafe(ticket.events.put_nowait, (kind, value))
