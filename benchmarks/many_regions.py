@@ -6,9 +6,9 @@ Every way is timed in this one run, on the model of the package and on a random 
 parameters; ``--models`` also takes ones of 1B and 7B, for a GPU. All answers have the same number of tokens, for the
 end of an answer is not allowed before. The peers' way encodes the image for every region and answers it alone; since
 its cost is the same for each, ``--alone`` of them are run and multiplied. The batch with the prefix copied shares what
-goes to the end of the image; this package's way also reads once what the question says before its region. The limit is
-the time that reading the weights and the arithmetic would take at the bandwidth and the rate that this machine shows
-for a large sum and a large product of matrices.
+goes to the end of the image, as this package's way does without the copies. The limit is the time that reading the
+weights and the arithmetic would take at the bandwidth and the rate that this machine shows for a large sum and a large
+product of matrices.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from transformers import (
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
 from regiongpt.inference.choices import classify_regions
-from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns, to_int8
+from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns
 from regiongpt.inference.options import ClassifyOptions, Options
 from regiongpt.inference.scheduler import Scheduler
 from regiongpt.model import weights
@@ -103,17 +103,6 @@ def boxes(count: int, size: int = 480) -> list[Region]:
     return [Region.box(x, y, x + w, y + h) for x, y, w, h in corners.tolist()]
 
 
-def weight_bytes(module: torch.nn.Module) -> int:
-    """Memory of a model's weights, those of quantized layers among them."""
-    tensors: dict[int, torch.Tensor] = {}  # kept until the end: an id is of one tensor only while that lives
-    for part in module.modules():
-        found = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-        if type(part).__name__ == "LinearPackedParams":  # within a quantized layer, which hands it out too
-            found += [each for each in part._weight_bias() if each is not None]
-        tensors |= {id(tensor): tensor for tensor in found}
-    return sum(tensor.nelement() * tensor.element_size() for tensor in tensors.values())
-
-
 class Bench:
     """One model, all ways.
 
@@ -167,14 +156,13 @@ class Bench:
         scene = engine.encode_image(Image.fromarray(self.photo))
         features = engine.pool_each(scene, regions)
         prompt = engine.prompt(question_turns((), self.text), features[0], 1, self.tokens)
-        prompt = prompt.for_many(engine.model.config.region_token_id) if len(regions) > 1 else prompt
         scheduler = Scheduler(engine.decoder, engine.model.get_input_embeddings(), [], [], None, len(regions))
         options = Options(max_new_tokens=self.tokens)
         jobs = (engine.job(scene, replace(prompt, pooled=each), options) for each in features)
         with self._watched(engine):
             written = [len(job.tokens) for job in scheduler.run(jobs)]
         assert written == [self.tokens] * len(regions), written
-        self.cache_bytes += scene.nbytes
+        self.cache_bytes += sum(prefix.nbytes for prefix in scene.prefixes.kept.values())
 
     @contextmanager
     def _watched(self, engine: Engine) -> Iterator[None]:
@@ -183,7 +171,8 @@ class Bench:
 
         def watched(cache: Any, *args: Any, **kwargs: Any) -> Any:
             logits = forward(cache, *args, **kwargs)
-            self.cache_bytes = max(self.cache_bytes, getattr(cache, "nbytes", 0))
+            own = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            self.cache_bytes = max(self.cache_bytes, own)
             return logits
 
         engine.decoder.forward = watched  # type: ignore[method-assign]
@@ -197,7 +186,7 @@ class Bench:
         model = self.engine.model.language_model
         embedding = self.engine.model.get_input_embeddings().weight
         tied = model.get_output_embeddings().weight is embedding
-        read = weight_bytes(model) - (0 if tied else embedding.nbytes)
+        read = sum(each.nbytes for each in model.parameters()) - (0 if tied else embedding.nbytes)
         products = read / embedding.element_size()
         prompt = self.engine.encode_text(question_turns((), self.text), 1)["input_ids"].tolist()
         begin = len(prompt) - prompt[::-1].index(self.engine.model.config.image_token_id)
@@ -277,15 +266,15 @@ def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, An
             with torch.inference_mode():
                 engine.model(**batch)
 
-    def tree() -> None:
+    def scored() -> None:
         classify_regions(engine, engine.encode_image(Image.fromarray(bench.photo)), boxes(regions), COCO_80, options)
 
-    tree()  # once unmeasured; the names are then ready, as they are for every image but the first
-    seconds = {"tree": min(timed(tree, engine.device) for _ in range(2))}
+    scored()  # once unmeasured; the names are then ready, as they are for every image but the first
+    seconds = {"together": min(timed(scored, engine.device) for _ in range(2))}
     seconds["alone"] = timed(one_by_one, engine.device) / alone * regions * len(COCO_80)
     found: dict[str, Any] = {
         "regions": regions, "names": len(COCO_80), "seconds": seconds,
-        "times_faster": seconds["alone"] / seconds["tree"],
+        "times_faster": seconds["alone"] / seconds["together"],
     }  # fmt: skip
     if many:
         names = made_up_names(many)
@@ -399,7 +388,7 @@ def table(results: dict[str, Any]) -> str:
         if "choices" in found:
             scored = found["choices"]
             lines.append(
-                f"  {scored['names']} choices x {scored['regions']} regions: {scored['seconds']['tree']:.2f} s, "
+                f"  {scored['names']} choices x {scored['regions']} regions: {scored['seconds']['together']:.2f} s, "
                 f"{scored['times_faster']:.0f} times faster than a sequence a choice with its own image"
             )
             if "many" in scored:
@@ -408,13 +397,6 @@ def table(results: dict[str, Any]) -> str:
                     f"  {many['names']} choices x 1 region: {many['seconds_first']:.1f} s, again "
                     f"{many['seconds_again']:.1f} s, at most {(many['grown_memory_bytes'] or 0) / 1e6:.0f} MB more"
                 )
-        if "int8" in found:
-            small = found["int8"]
-            lines.append(
-                f"  int8 weights: {small['weight_bytes'] / 1e6:.0f} MB instead of "
-                f"{small['weight_bytes_before'] / 1e6:.0f}, "
-                f"{small['seconds']:.2f} s instead of {small['seconds_before']:.2f} for {small['regions']} regions"
-            )
         if "compile" in found:
             step = found["compile"]
             lines.append(
@@ -449,17 +431,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             found["choices"] = choices(engine, options.choice_regions, options.alone, many)
         if options.compile:
             found["compile"] = compiled(engine, max(options.regions))
-        if options.int8:
-            before = weight_bytes(model.language_model)
-            to_int8(model)
-            bench.shared(boxes(2))
-            seconds = min(
-                timed(lambda bench=bench: bench.shared(boxes(max(options.regions))), device) for _ in range(2)
-            )  # type: ignore[misc]
-            found["int8"] = {
-                "weight_bytes_before": before, "weight_bytes": weight_bytes(model.language_model),
-                "regions": max(options.regions), "seconds_before": rows[-1]["seconds"]["shared"], "seconds": seconds,
-            }  # fmt: skip
         results[name] = found
     report = {
         "benchmark": "many_regions",
@@ -484,7 +455,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--choice-regions", type=int, default=32, metavar="N", help="regions to classify; 0: not at all"
     )
     parser.add_argument("--many-choices", type=int, default=13204, metavar="N", help="names of the large set, on nano")
-    parser.add_argument("--int8", action="store_true", help="also with int8 weights (CPU, float32)")
     parser.add_argument("--compile", action="store_true", help="also a step of the language model under torch.compile")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)")

@@ -148,7 +148,7 @@ def image_by_image(ready: Sequence[Ready]) -> Iterator[Ready]:
     """The questions, which come image by image; what was begun of an image is given up behind its last."""
     for before, each in zip([None, *ready], ready, strict=False):
         if before is not None and before.scene is not each.scene:
-            before.scene.shared.kept.clear()
+            before.scene.prefixes.kept.clear()
         yield each
 
 

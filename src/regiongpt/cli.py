@@ -150,7 +150,7 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
     add_options(parser, kind, "answer")
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print JSON; with several images, one line each")
-    group.add_argument("--out", type=Path, metavar="FILE", help="write .jsonl (JSON lines) or .json (COCO)")
+    group.add_argument("--out", type=Path, metavar="FILE", help="write JSON lines; the same command again resumes")
     group.add_argument("--overwrite", action="store_true", help="with --out: replace an existing file")
     group.add_argument("--picture", metavar="FILE", help="draw the image with its regions and answers")
     add_options(parser, ModelOptions, "model")
@@ -171,7 +171,8 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
         raise ConfigError("--overwrite goes with --out; leave it out")
     if options.out and options.json:
         raise ConfigError("--json prints and --out writes the answers; leave one of them out")
-    categories = settings.names if isinstance(settings, ChoiceOptions) else ()
+    if isinstance(settings, ChoiceOptions):
+        settings.names  # noqa: B018  # checks them
     from regiongpt.drawing import check_picture
     from regiongpt.inference import over_images
 
@@ -185,9 +186,13 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
         for each in (*images, *(value for option, value in options.regions if option == "--mask")):
             if os.path.exists(each) and os.path.exists(options.picture) and os.path.samefile(each, options.picture):
                 raise ConfigError(f"--picture {options.picture} would replace what is asked about; give another name")
-    out = over_images.Results(options.out, options.overwrite, categories) if options.out else None
+    if options.out:
+        if options.out.suffix != ".jsonl":
+            raise ConfigError(f"{options.out}: end the name in .jsonl (JSON lines)")
+        check_writable(options.out)
     request = over_images.Request(verb=verb, text=text, typed=typed, sources=sources, options=settings, model=model)
-    skipped = over_images.over_images(images, request, out=out, json=options.json, picture=options.picture)
+    how = {"out": options.out, "overwrite": options.overwrite, "json": options.json, "picture": options.picture}
+    skipped = over_images.over_images(images, request, **how)
     return EXIT_FAULTS if skipped else 0
 
 
@@ -572,8 +577,8 @@ def _serve(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     model, settings = read_options(ModelOptions, options), read_options(ServeOptions, options)
     keys = settings.keys()
-    if settings.engine == "vllm" and (model.int8 or (model.device or "").startswith("cuda:")):
-        raise ConfigError("--engine vllm takes neither --int8 nor --device cuda:N; choose GPUs by CUDA_VISIBLE_DEVICES")
+    if settings.engine == "vllm" and (model.device or "").startswith("cuda:"):
+        raise ConfigError("--engine vllm does not take --device cuda:N; choose GPUs by CUDA_VISIBLE_DEVICES")
     _log()
     quiet_libraries()
     try:

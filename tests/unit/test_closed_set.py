@@ -58,8 +58,7 @@ def test_scores_equal_a_full_pass_an_answer(predictor, names, seed, count, size)
     regions = boxes(count, seed)
     text = question("classify", index=seed, regions=[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choices, "NODES", size)
-        patch.setattr(choices, "TOKENS", 2 * size)
+        patch.setattr(choices, "TOKENS", size)
         found = scores(predictor, text, [[region] for region in regions], names)
     expected = [[full_pass(predictor, text, [region], name) for name in names] for region in regions]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)

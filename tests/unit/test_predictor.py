@@ -5,14 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
 from tiny_checkpoint import make_checkpoint
-from torch import nn
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
 from regiongpt.inference import Question, RegionPredictor, scheduler
 from regiongpt.inference.choices import answer_scores
-from regiongpt.inference.engine import question_turns, to_int8
+from regiongpt.inference.engine import question_turns
 from regiongpt.prompts import COCO_80, question
 from regiongpt.regions import Region
 
@@ -112,7 +110,7 @@ def test_locate_by_what_each_region_is_called_and_by_both(predictor):
         assert found[3] == pytest.approx(none, abs=1e-5)
         best = None if none > 0.5 else by_words[k].index
         assert by_both[k].index == best
-    with pytest.raises(ConfigError, match="by: expected one of answer, words, both, got 'luck'"):
+    with pytest.raises(ConfigError, match=r"by: .*'luck'"):
         predictor.locate("a dog", regions, by="luck")
 
 
@@ -203,7 +201,7 @@ def test_regions_that_an_answer_names_are_cited_or_warned_of(predictor, monkeypa
     [
         (DataError, "expected a question", lambda p: p.ask("  ")),
         (ConfigError, "at least one choice", lambda p: p.classify(BOX, [])),
-        (ConfigError, "max_new_tokens: give a number", lambda p: p.ask("What?", max_new_tokens="3")),
+        (ConfigError, "max_new_tokens", lambda p: p.ask("What?", max_new_tokens=0)),
         (RegionError, "got none", lambda p: p.locate("a cup", [])),
         (DataError, "UTF-8", lambda p: p.ask("caf\udce9?")),
         (DataError, "history", lambda p: p.ask("What?", history=["Hello"])),
@@ -256,25 +254,3 @@ def test_half_precision(checkpoint, photo):
     predictor = RegionPredictor.from_pretrained(checkpoint, device="cpu", dtype="bfloat16").set_image(photo)
     assert predictor.ask("What is <region1>?", [BOX], **ASK).text
     assert predictor.classify(BOX, ["cat", "hot dog"]).label in ("cat", "hot dog")
-
-
-def test_int8_is_smaller_and_nearly_the_same(checkpoint, photo):
-    plain = RegionPredictor.from_pretrained(checkpoint, device="cpu").set_image(photo)
-    small = RegionPredictor.from_pretrained(checkpoint, device="cpu", int8=True).set_image(photo)
-    assert nn.Linear not in {type(module) for module in small.engine.model.language_model.modules()}
-    names, box = ["cat", "hot dog", "horse"], Region.box(4, 4, 30, 20)
-    expected, found = (list(p.classify(box, names).probabilities.values()) for p in (plain, small))
-    assert expected != found
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=0.15)
-    assert small.ask("What is <region1>?", box, max_new_tokens=4).text
-
-
-def test_int8_goes_with_float32_on_a_cpu_alone(checkpoint):
-    with pytest.raises(ConfigError, match="need float32 on the CPU"):
-        RegionPredictor.from_pretrained(checkpoint, device="cpu", dtype="bfloat16", int8=True)
-    with pytest.raises(ConfigError, match="need float32 on the CPU"):
-        to_int8(tiny_model().to("meta"))
-    model = tiny_model()
-    model.language_model = torch.nn.Embedding(3, 3)
-    with pytest.raises(ConfigError, match="no linear layers"):
-        to_int8(model)

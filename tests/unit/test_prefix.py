@@ -38,10 +38,10 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     "opt, learnt positions": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "olmo2": ("olmo2", GROUPED),
     "mixtral": ("mixtral", {**GROUPED, "num_local_experts": 4}),
-    "gpt_oss, sinks": ("gpt_oss", {**WINDOW, "num_local_experts": 4}),
 }
 REREADING: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe, a window in its mask alone": ("phimoe", {**GROUPED, "sliding_window": 8, "num_local_experts": 4}),
+    "gpt_oss, sinks": ("gpt_oss", {**WINDOW, "num_local_experts": 4}),
     "bloom, a bias of its own": ("bloom", {"n_layer": 2, "n_head": 4}),
     "llama4, chunks of 8": (
         "llama4_text",
@@ -108,9 +108,9 @@ def walk(decoder: Decoder) -> None:
     longer, longer_text = decoder.read(more, long), torch.cat([long_text, more])
     assert longer.length == 18
     cache = PrefixCache()
-    before = [long_text, short_text, longer_text, words(0), long_text, longer_text[:9]]
+    before = [long_text, short_text, longer_text, words(0), long_text, longer_text]
     suffixes = [words(count) for count in (3, 11, 1, 6, 11, 2)]
-    for prefix in (long, short, longer, None, long, longer.crop(9)):
+    for prefix in (long, short, longer, None, long, longer):
         cache.add(prefix)
     texts = [torch.cat(pair) for pair in zip(before, suffixes, strict=True)]
     assert_alike(model, texts, decoder.forward(cache, torch.cat(suffixes), [len(s) for s in suffixes]))
@@ -123,11 +123,15 @@ def walk(decoder: Decoder) -> None:
             texts[1] = texts.pop()
             cache.add(short)
             texts.append(short_text)
-    some = [words(count) for count in (2, 1, 1, 4, 1, 2)]
-    expected = [torch.cat(pair) for pair in zip(texts, some, strict=True)]
-    for _ in range(2):  # what is not kept leaves nothing behind
-        found = decoder.forward(cache, torch.cat(some), [len(each) for each in some], keep=False)
-        assert_alike(model, expected, found)
+    # Sequences become prefixes of others.
+    behind, some = [cache.prefix(row) for row in (0, 0, 2, 5)], [words(count) for count in (2, 1, 4, 3)]
+    cache = PrefixCache()
+    for prefix in behind:
+        cache.add(prefix)
+    whole = [torch.cat([texts[row], own]) for row, own in zip((0, 0, 2, 5), some, strict=True)]
+    logits = decoder.forward(cache, torch.cat(some), [2, 1, 4, 3], range(10))
+    for text, own, found in zip(whole, some, logits.split([2, 1, 4, 3]), strict=True):
+        torch.testing.assert_close(found, plainly(model, text)[-len(own) :], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SHARING)
@@ -145,30 +149,6 @@ def test_a_model_that_cannot_share_reads_again(name, caplog):
     walk(decoder)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, grouped", "gemma2, capped scores", "mistral, window of 8", "bloom"])
-def test_trees_of_tokens(name):
-    model = language_model(*(REREADING["bloom, a bias of its own"] if name == "bloom" else SHARING[name]))
-    decoder, words = decoder_for(model), Words(model)
-    beginning, suffixes = words(13), [words(4), words(9), words(1)]
-    prefix, cache = decoder.read(beginning), PrefixCache()
-    for _ in suffixes:
-        cache.add(prefix)
-    decoder.forward(cache, torch.cat(suffixes), [len(s) for s in suffixes])
-    parents = [None, 0, 1, 1, 0, None, 5]
-    nodes, tree = words(len(parents)), torch.eye(len(parents), dtype=torch.bool)
-    for node, parent in enumerate(parents):
-        if parent is not None:
-            tree[node] |= tree[parent]
-    for _ in range(2):  # a tree leaves nothing behind
-        logits = decoder.forward(
-            cache, nodes.repeat(3, 1), [len(nodes)] * 3, tree=tree, keep=False, logits=range(3 * len(nodes))
-        ).view(3, len(nodes), -1)
-        for suffix, found in zip(suffixes, logits, strict=True):
-            for node in range(len(nodes)):
-                path = torch.cat([beginning, suffix, nodes[tree[node]]])
-                torch.testing.assert_close(found[node], plainly(model, path)[-1], rtol=1e-4, atol=1e-4)
-
-
 @pytest.fixture(scope="module")
 def llama() -> Decoder:
     return Decoder(language_model(*SHARING["llama, grouped"]))
@@ -184,11 +164,11 @@ def test_the_prefix_is_stored_once(llama):
             cache.add(prefix)
         llama.forward(cache, words(count * 3), [3] * count)
         assert all(other is prefix for other in cache.prefixes)
-        sizes.append(cache.nbytes)
+        sizes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
     assert sizes[1] == 10 * sizes[0]
-    # 2 layers of keys and values, 2 heads of 8, in float32; 64 places are made at a time.
+    # 2 layers of keys and values, 2 heads of 8, in float32.
     assert prefix.nbytes == 2 * 2 * 200 * 2 * 8 * 4
-    assert sizes[0] == 2 * 2 * 2 * 64 * 2 * 8 * 4
+    assert sizes[0] == 2 * 2 * 2 * 3 * 2 * 8 * 4
 
 
 def test_the_model_keeps_its_own_attention(llama):

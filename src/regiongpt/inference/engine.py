@@ -6,14 +6,13 @@ Shapes: R regions, K tokens of a region, T prompt tokens, N tokens behind the sh
 import re
 import threading
 import time
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.inference.options import ROWS, Detail, Options
@@ -68,15 +67,6 @@ class Answer:
     tokens: int = 0
 
 
-@dataclass(kw_only=True)
-class Shared:
-    """Prefix of the questions about an image: the system text, the image, and the words that followed last."""
-
-    image: Prefix | None = None
-    words: tuple[int, ...] = ()
-    whole: Prefix | None = None  # with the words; in the same memory
-
-
 @dataclass(frozen=True, kw_only=True)
 class Scene:
     """One encoded image: everything that questions need of it."""
@@ -87,14 +77,8 @@ class Scene:
     image_ND: Tensor  # the image's tokens for the language model
     photo: Image.Image | None = field(default=None, repr=False, compare=False)  # for a second look
     crops: dict[Region, Tensor] = field(default_factory=dict, repr=False, compare=False)  # features of those taken
-    # By the tokens up to the image; there is one, unless system texts differ.
-    shared: Latest[Shared] = field(default_factory=lambda: Latest(4), repr=False, compare=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the keys and values kept for the image."""
-        longest = [shared.whole or shared.image for shared in self.shared.kept.values()]
-        return sum(prefix.nbytes for prefix in longest if prefix)
+    # By the tokens up to the image's end; there is one, unless system texts differ.
+    prefixes: Latest[Prefix] = field(default_factory=lambda: Latest(4), repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +91,6 @@ class Prompt:
     n_regions: int
     room: int  # how many tokens the answer may have
     warnings: tuple[str, ...] = ()
-    shared_tokens: int = 0  # how many of the first tokens other questions begin with too, where that is known
-
-    def for_many(self, region: int) -> "Prompt":
-        """The same question about many regions, which share what stands before the first ``region`` token."""
-        return replace(self, shared_tokens=shared_tokens(self.ids, region))
-
-
-def shared_tokens(ids: Sequence[int], region: int) -> int:
-    """How many tokens of a question are the same whatever its regions: those before the first, or all but the last."""
-    return list(ids).index(region) if region in ids else len(ids) - 1
 
 
 class TooLong(DataError):
@@ -214,7 +188,7 @@ class Engine:
 
     @torch.inference_mode()
     def embed(self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor, start: int = 0) -> Tensor:
-        """Embeddings (N, D) of a prompt from its token ``start`` on, which is not between two of the image's."""
+        """Embeddings (N, D) of a prompt from its token ``start`` on, which is before all of its regions."""
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
         table = self.model.get_input_embeddings()
         ids_T = torch.tensor(ids, device=table.weight.device)
@@ -222,19 +196,17 @@ class Engine:
         embeds_ND: Tensor = table(ids_N).clone()
         if (image_N := ids_N == image).any():
             embeds_ND[image_N] = scene.image_ND.to(embeds_ND.dtype)
-        skipped = ids[:start].count(region)
-        if len(rows) > skipped:
+        if rows:
             # A region's number stands before it, and so perhaps before the first token to embed.
-            features_KD = pooled[list(rows[skipped:])].to(embeds_ND.dtype)
-            embeds_ND[ids_N == region] = self.model.add_numbers(features_KD, ids_T)
+            embeds_ND[ids_N == region] = self.model.add_numbers(pooled[list(rows)].to(embeds_ND.dtype), ids_T)
         return embeds_ND
 
     def begin(
-        self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor, shared: int = 0
+        self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor
     ) -> tuple[Prefix | None, Tensor]:
         """The prefix that a prompt shares with others about its image, and embeddings (N, D) of the rest.
 
-        At least the image is shared, or the first ``shared`` tokens, none of them a region's.
+        It ends with the image, or before the first region, which may be in the system text.
         """
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
         end = len(ids) - list(reversed(ids)).index(image) if image in ids else 0
@@ -242,22 +214,13 @@ class Engine:
             end = list(ids).index(region)
         prefix = None
         if 0 < end < len(ids):
-            with scene.shared.lock:
-                known = scene.shared.get(tuple(ids[:end]), Shared)
-                words = tuple(ids[end:shared])
-                if words and known.words != words:
-                    start = end if known.image else 0
-                    behind = self.embed(scene, ids[:shared], (), scene.image_ND[:0], start)
-                    known.words, known.whole = words, self.decoder.read(behind, known.image)
-                    known.image = known.whole.crop(end)
-                elif known.image is None:
-                    known.image = self.decoder.read(self.embed(scene, ids[:end], (), scene.image_ND[:0]))
-                prefix = known.whole if words else known.image
-        return prefix, self.embed(scene, ids, rows, pooled, start=prefix.length if prefix else 0)
+            head = list(ids[:end])
+            prefix = scene.prefixes.get(tuple(head), lambda: self.decoder.read(self.embed(scene, head, (), pooled)))
+        return prefix, self.embed(scene, ids, rows, pooled, start=end if prefix else 0)
 
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """A prompt as the scheduler takes it."""
-        prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled, prompt.shared_tokens)
+        prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled)
         reader = TextReader(self.processor.tokenizer, options.stop) if streams or options.stop else None
         return Job(prefix=prefix, embeds=embeds_ND, options=options, room=prompt.room, reader=reader)
 
@@ -265,10 +228,11 @@ class Engine:
         """The answer that a finished job has written, asked at ``began`` by ``time.perf_counter``."""
         stops = set(self.processor.stop_token_ids)
         end = next((place for place, token in enumerate(job.tokens) if token in stops), None)
-        text = self.processor.tokenizer.decode(job.tokens[:end], skip_special_tokens=True)
         stopped = job.reader is not None and job.reader.stopped
         if job.reader is not None and stopped:
             text = job.reader.text
+        else:
+            text = self.processor.tokenizer.decode(job.tokens[:end], skip_special_tokens=True)
         return Answer(
             text=text.strip(),
             cited=tuple(number for number in cited(text) if 1 <= number <= prompt.n_regions),
@@ -277,11 +241,6 @@ class Engine:
             complete=stopped or end is not None,
             tokens=len(job.tokens) if end is None else end + 1,
         )
-
-    def answer(self, scene: Scene, prompt: Prompt, options: Options, began: float) -> Answer:
-        """Generate one answer, together with those of other threads; ``began`` is a time of ``time.perf_counter``."""
-        ((_, answer),) = self.answers([(scene, prompt, options)], began)
-        return answer
 
     def stream(self, scene: Scene, prompt: Prompt, options: Options) -> Iterator[str]:
         """Write one answer and yield it in pieces. Leaving the iteration ends it."""
@@ -306,13 +265,10 @@ class Engine:
 
     def answer_each(self, scene: Scene, text: str, regions: Sequence[Region], options: Options) -> list[Answer]:
         """Ask the same question about each region, on its own as ``<region1>``, in one batch."""
-        began = time.perf_counter()
+        began, pooled = time.perf_counter(), self.pool_each(scene, regions, options.detail)
         if not regions:
             return []
-        pooled = self.pool_each(scene, regions, options.detail)
         first = self.prompt(question_turns((), text), pooled[0], 1, options.max_new_tokens)
-        if len(regions) > 1:
-            first = first.for_many(self.model.config.region_token_id)
         asked = (
             (scene, replace(first, pooled=features, warnings=(*notes([region]), *first.warnings)), options)
             for region, features in zip(regions, pooled, strict=True)
@@ -381,29 +337,3 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     if name not in known:
         raise ConfigError(f"expected dtype float32, bfloat16 or float16, got {name!r}")
     return known[name]
-
-
-def to_int8(model: Any) -> Any:
-    """Keep the linear layers of the language model in int8, in place, by PyTorch's dynamic quantization.
-
-    Weights have one scale an output channel, inputs one a call, so an answer may depend a little on what else is in its
-    batch. Everything else stays in float32. The model can then answer, but be neither trained nor saved.
-
-    Raises:
-        ConfigError: the model is not in float32 on the CPU, has no linear layers, or this PyTorch cannot do it.
-    """
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        got = f"{str(model.dtype)[6:]} on {model.device}"
-        raise ConfigError(f"int8 weights need float32 on the CPU, got {got}; leave int8 out, or device and dtype")
-    kernels = torch.backends.quantized.engine
-    if kernels in ("none", None) or not any(type(part) is nn.Linear for part in model.language_model.modules()):
-        raise ConfigError("int8: this PyTorch has no kernels for it, or the language model no linear layers")
-    from torch.ao import quantization
-
-    # The kernels for ARM know one scale a layer alone.
-    per_channel = kernels in ("x86", "fbgemm", "onednn")
-    config = quantization.per_channel_dynamic_qconfig if per_channel else quantization.default_dynamic_qconfig
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # announces torchao, whose int8 is slower than float32 on a CPU
-        quantization.quantize_dynamic(model.language_model, {nn.Linear: config}, inplace=True)  # type: ignore[no-untyped-call]
-    return model

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, TypedDict
+from typing import Final, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from regiongpt.prompts import LABEL_SETS, check_choices
-from regiongpt.settings import Settings, plain_types
+from regiongpt.prompts import check_choices
+from regiongpt.settings import Settings
 from regiongpt.storage import check_checkpoint
 
 By = Literal["answer", "words", "both"]
@@ -27,30 +27,7 @@ REGION_OPTIONS = {
 }
 
 
-class Arguments(Settings):
-    """Settings that are also keyword arguments: numbers may be text only on the command line."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
-        hint = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, str) and not info.context and str not in plain_types(hint):
-            raise ValueError("give a number, not a text")
-        return value
-
-
-class Generation(TypedDict, total=False):
-    """The fields of :class:`Options` as keyword arguments."""
-
-    detail: Detail
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: str | Sequence[str]
-
-
-class Look(Arguments):
+class Look(Settings):
     """Whether regions are also encoded from their own crops."""
 
     detail: Detail = "fast"
@@ -109,13 +86,6 @@ class ClassifyOptions(Look):
     top_k: int | None = Field(None, ge=1)
     """keep only the most probable choices"""
 
-    @field_validator("label_set")
-    @classmethod
-    def _find_label_set(cls, name: str) -> str:
-        """The name of a known set however it is spelt: ``coco80`` is ``COCO-80``."""
-        plain = {re.sub(r"\W|_", "", known).lower(): known for known in LABEL_SETS}
-        return plain.get(re.sub(r"\W|_", "", name).lower(), name)
-
 
 class ChoiceOptions(ClassifyOptions):
     """How to classify regions on the command line."""
@@ -140,8 +110,6 @@ class Sources(Settings):
     """hub name or folder of a transformers SAM model, whose masks become regions"""
     image_id: str | None = None
     """id of the image in --proposals, if its file name does not match"""
-    crowds: bool = False
-    """include regions that --proposals marks as crowds (some tools mark every mask)"""
     min_score: float | None = None
     """drop regions with a lower score"""
     iou: float | None = Field(None, ge=0, le=1)
@@ -158,8 +126,8 @@ class Sources(Settings):
     def _check_sources(self) -> "Sources":
         if self.proposals and (self.sam or self.grid is not None):
             raise ValueError("give only one of --proposals, --grid and --sam")
-        if not self.proposals and (self.image_id is not None or self.crowds):
-            raise ValueError(f"--{'crowds' if self.crowds else 'image-id'} goes with --proposals")
+        if self.image_id is not None and not self.proposals:
+            raise ValueError("--image-id goes with --proposals")
         return self
 
 
@@ -172,8 +140,6 @@ class ModelOptions(Settings):
     """cuda, cuda:N, mps or cpu (default: the first available)"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)"""
-    int8: bool = False
-    """language model's weights in int8; only on a CPU in float32"""
     untrained: bool = False
     """allow a checkpoint that has not been trained"""
 
@@ -182,14 +148,12 @@ class ModelOptions(Settings):
         """Checks that need no torch."""
         if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
             raise ValueError(f"--device: expected cuda, cuda:N, mps or cpu, got {self.device!r}")
-        if self.int8 and (self.dtype or "float32", self.device or "cpu") != ("float32", "cpu"):
-            raise ValueError("--int8 only works in float32 on the CPU; leave --dtype and --device out")
         if self.model is not None:
             check_checkpoint(self.model)
         return self
 
 
-class Memory(Arguments):
+class Memory(Settings):
     """Limits of a predictor; see :class:`RegionPredictor`."""
 
     images: int = Field(4, ge=0)

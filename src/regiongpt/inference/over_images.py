@@ -1,22 +1,37 @@
-"""``ask``, ``describe``, ``classify`` and ``locate`` for one image or many, and their output.
+"""``ask``, ``describe``, ``classify`` and ``locate`` over images: their regions, the answers, the output.
 
 torch and transformers are not imported here, so that a mistake costs a fraction of a second.
 """
 
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from functools import cache, lru_cache
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+from pycocotools import mask as coco_mask
 
 from regiongpt.console import progress, quiet_libraries, tell
-from regiongpt.data.shards import Rejects
+from regiongpt.data.coco import (
+    annotated_box,
+    entry_of,
+    number_of,
+    overhangs,
+    read_annotation,
+    read_box,
+    read_score,
+    warn_of_overhang,
+)
+from regiongpt.data.reading import MALFORMED, stated_size
+from regiongpt.data.shards import Fault, Rejects
 from regiongpt.drawing import draw_regions, save_picture
-from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, naming, short
 from regiongpt.images import SUFFIXES, load_image, open_image
 from regiongpt.inference.options import (
     REGION_OPTIONS,
@@ -27,128 +42,33 @@ from regiongpt.inference.options import (
     Options,
     Sources,
 )
-from regiongpt.inference.proposals import Proposal, Segmenter, choose, grid_points, read_proposals
 from regiongpt.prompts import check_placeholders
-from regiongpt.regions import Region
-from regiongpt.storage import check_writable, read_json, write_json, writing
+from regiongpt.regions import KINDS, Region
+from regiongpt.storage import digest, read_json, reason, writing
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
     from regiongpt.inference import RegionPredictor
 
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """An image with the regions to ask about, those from the command line first."""
-
-    photo: "Image"
-    proposals: Sequence[Proposal]
-    left_out: int = 0  # further regions
-    unusable: str = ""  # what of the file of proposals could not be used, by kind
-
-    @property
-    def regions(self) -> list[Region]:
-        """The regions in the order of their numbers."""
-        return [proposal.region for proposal in self.proposals]
-
-    def entries(self, said: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Each region with its score and answer, for a record."""
-        return [
-            {"region": each.region.to_dict(), **({} if each.score is None else {"score": each.score}), **more}
-            for each, more in zip(self.proposals, said, strict=True)
-        ]
+QUALITY = 0.88
+"""The least overlap with the true object that a SAM model itself must expect of a mask; Segment Anything's setting."""
+STABILITY = 0.95
+"""The least overlap of a mask drawn slightly larger with the same mask drawn slightly smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
-    """Answers about an image."""
+class Proposal:
+    """A region to ask about, in pixels of the image."""
 
-    record: dict[str, Any]  # for JSON
-    lines: list[str]  # as text
-    notes: list[dict[str, Any]]  # one per region, for COCO
-    captions: list[str] = field(default_factory=list)  # one per region, for drawing
-    dialogue: list[tuple[str, str]] = field(default_factory=list)  # question and answer, for a picture
-    warnings: list[str] = field(default_factory=list)
+    region: Region
+    score: float | None = None  # from its source, if any
+    place: str = ""  # where it came from, as messages name it: ``boxes.json[3]``
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One image
-
-
-def ask(predictor: "RegionPredictor", view: View, question: str, options: Options) -> Reply:
-    """Ask one question about all regions."""
-    answer = predictor.ask(question, view.regions, **dict(options))
-    said = {
-        "answer": answer.text,
-        "cited": list(answer.cited),
-        "warnings": list(answer.warnings),
-        "complete": answer.complete,
-        "seconds": round(answer.seconds, 3),
-    }
-    return Reply(
-        record={"question": question, "regions": [region.to_dict() for region in view.regions], **said},
-        lines=[answer.text],
-        notes=[{"caption": answer.text} for _ in view.proposals],
-        dialogue=[(question, answer.text)],
-        warnings=list(answer.warnings),
-    )
-
-
-def describe(predictor: "RegionPredictor", view: View, _: str, options: DescribeOptions) -> Reply:
-    """Describe each region."""
-    answers = predictor.describe(view.regions, **dict(options))
-    said = [{"answer": each.text, "complete": each.complete, "warnings": list(each.warnings)} for each in answers]
-    texts = [answer.text for answer in answers]
-    return Reply(
-        record={"regions": view.entries(said)},
-        lines=[f"[{number}] {' '.join(text.split())}" for number, text in enumerate(texts, 1)],
-        notes=[{"caption": text} for text in texts],
-        captions=texts,
-        warnings=[f"[{number}] {line}" for number, answer in enumerate(answers, 1) for line in answer.warnings],
-    )
-
-
-def classify(predictor: "RegionPredictor", view: View, _: str, options: ChoiceOptions) -> Reply:
-    """Choose the class of each region."""
-    found = predictor.classify(view.regions, options.names, **options.model_dump(exclude={"choices"}))
-    said = [
-        {"label": each.label, "probability": each.probability, "probabilities": each.probabilities}
-        | ({} if each.text is None else {"text": each.text})
-        for each in found
-    ]
-    best = [", ".join(f"{name} {share:.3f}" for name, share in each.top(options.top_k or 1)) for each in found]
-    free = ["" if each.text is None else f"; freely: {' '.join(each.text.split())}" for each in found]
-    return Reply(
-        record={"regions": view.entries(said)},
-        lines=[f"[{number}] {text}{more}" for number, (text, more) in enumerate(zip(best, free, strict=True), 1)],
-        notes=[{"category": each.label, "score": each.probability} for each in found],
-        captions=best,
-    )
-
-
-def locate(predictor: "RegionPredictor", view: View, expression: str, options: LocateOptions) -> Reply:
-    """Choose the region that an expression refers to."""
-    found = predictor.locate(expression, view.regions, **dict(options))
-    shares, line = found.probabilities[:-1], f"{found.text} {found.probability:.3f}"
-    return Reply(
-        record={
-            "expression": expression,
-            "regions": [region.to_dict() for region in view.regions],
-            "number": found.number,
-            "answer": found.text,
-            "probability": found.probability,
-            "probabilities": list(found.probabilities),
-        },
-        lines=[line],
-        notes=[{"caption": expression, "score": share} for share in shares],
-        captions=[f"{share:.3f}" for share in shares],
-        dialogue=[(expression, line)],
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images and regions
+# Regions that were typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,34 +80,32 @@ class Typed:
 
     def on(self, width: int, height: int) -> list[Proposal]:
         """The regions of an image of this size; RegionError where one does not fit it."""
-        found = []
-        for name, region in self.regions:
-            region = region.scaled(width, height) if self.normalized else region
-            found.append(Proposal(region=region.check(width, height, name), place=name))
-        return found
+        scaled = [(name, each.scaled(width, height) if self.normalized else each) for name, each in self.regions]
+        return [Proposal(region=region.check(width, height, name), place=name) for name, region in scaled]
 
 
 def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> Typed:
-    """Read the regions that were typed, as option and value.
-
-    Raises:
-        RegionError: one is malformed.
-        DataError: a file cannot be read.
-        ConfigError: ``normalized`` without numbers.
-    """
+    """Read the regions that were typed, as option and value; an error names the region."""
     if normalized and not any(option not in ("--mask", "--rle") for option, _ in typed):
         raise ConfigError("--normalized goes with --box, --polygon, --point and --scribble; leave it out")
     regions = []
     for number, (option, text) in enumerate(typed, 1):
         where = f"<region{number}> ({option})"
-        try:
-            region = _read_region(option, text, normalized)
-        except ValueError:
-            raise RegionError(f"{where}: expected numbers {REGION_OPTIONS[option][0]}, got {text!r}") from None
-        except RegionError as error:
-            raise RegionError(f"{where}{str(error).removeprefix('region')}") from None
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
+        value: Any
+        with naming(where):
+            if option == "--mask":
+                value = open_image(text)[1]
+            elif option == "--rle":
+                value = {"rle": read_json(text)}
+            else:
+                try:
+                    numbers = [float(each) for each in text.split(",")]
+                except ValueError:
+                    raise RegionError(f"expected numbers {REGION_OPTIONS[option][0]}, got {text!r}") from None
+                if normalized and not all(-1 <= each <= 2 for each in numbers):
+                    raise RegionError(f"expected normalized numbers within 0..1, got {text}; leave --normalized out")
+                value = {option.removeprefix("--"): numbers}
+        region = Region.of(value, where)
         if region.note:  # said here, once, and in no answer again
             tell(f"regiongpt: warning: {where}: {region.note}")
             region = replace(cast(Any, region), note="")
@@ -195,15 +113,342 @@ def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> 
     return Typed(regions=regions, normalized=normalized)
 
 
-def _read_region(option: str, text: str, normalized: bool) -> Region:
-    if option == "--mask":
-        return Region.mask(open_image(text)[1])
-    if option == "--rle":
-        return Region.rle(read_json(text))
-    values = [float(value) for value in text.split(",")]
-    if normalized and not all(-1 <= value <= 2 for value in values):
-        raise RegionError(f"region: expected normalized numbers within 0..1, got {text}; leave --normalized out")
-    return Region.from_dict({option.removeprefix("--"): values})
+# ---------------------------------------------------------------------------------------------------------------------
+# Regions from a file
+
+
+def read_proposals(
+    path: str | Path,
+    width: int,
+    height: int,
+    *,
+    image: str | Path | None = None,
+    image_id: int | str | None = None,
+    rejects: Rejects | None = None,
+) -> list[Proposal]:
+    """Read regions of one image from a JSON file; an entry that cannot be used is left out and counted.
+
+    The file is a list of COCO detection results (``image_id``, ``bbox`` or ``segmentation``, ``score``) or of regions
+    as :meth:`Region.to_dict` writes them; or an object with such a list as its ``regions`` (what ``regiongpt ask
+    --json`` prints) or its ``annotations`` (a COCO data set). Where an entry has a mask, that is taken, not its box.
+
+    In a file about several images, this one (``width`` x ``height`` pixels) is known by its ``image_id``, or else by
+    the name of its file ``image``, or the number that it ends in. DataError where the file is of another form, has
+    nothing about the image, or says that it has another size.
+    """
+    file = Path(path)
+    rejects = Rejects() if rejects is None else rejects
+    found, reasons, overhung = [], [], 0
+    stamp = file.stat() if file.is_file() else None
+    opened = _read(file, stamp and (stamp.st_mtime_ns, stamp.st_size))
+    for index, entry in _entries(opened, image, image_id, (width, height), rejects):
+        place = f"{file.name}[{index}]"
+        try:
+            region = _region(entry, width, height).check(width, height)
+            found.append(Proposal(region=region, score=read_score(entry), place=place))
+            box = read_box(entry.get("bbox"))
+            overhung += box is not None and overhangs(box, width, height)
+        except (Fault, RegionError) as error:
+            fault = error if isinstance(error, Fault) else Fault("region that makes no sense", str(error))
+            reasons.append(f"{place}: {fault.reason}")
+            rejects.add(fault.kind, file, index, fault.reason)
+    warn_of_overhang(overhung, len(found), file)
+    if not found:
+        why = f"no region can be used: {reasons[0]}" if reasons else "an empty list of regions"
+        raise DataError(f"{file.name}: {why}")
+    return found
+
+
+class _File(NamedTuple):
+    """A file of regions."""
+
+    path: Path
+    entries: dict[int | None, list[tuple[int, Any]]]  # with their places, by image
+    images: list[Mapping[str, Any]]  # those it lists
+    about: str  # the image it names, if it is about one
+
+
+@lru_cache(maxsize=1)  # read once for any number of images
+def _read(path: Path, stamp: tuple[int, int] | None) -> _File:
+    data = read_json(path)
+    content = data if isinstance(data, dict) else {"regions": data}
+    listed, images = content.get("regions", content.get("annotations")), content.get("images")
+    if not isinstance(listed, list):
+        raise DataError(
+            f"{path}: expected a list of regions, or an object with one as regions or annotations, got {short(data)}"
+        )
+    entries: dict[int | None, list[tuple[int, Any]]] = {}
+    for place, entry in enumerate(listed):
+        number = number_of(entry.get("image_id")) if isinstance(entry, dict) else None
+        entries.setdefault(number, []).append((place, entry))
+    images = [each for each in images if isinstance(each, dict)] if isinstance(images, list) else []
+    first = {number_of(each.get("id")): each for each in reversed(images)}
+    return _File(path, entries, list(first.values())[::-1], str(content.get("image") or "").replace("\\", "/"))
+
+
+def _entries(
+    file: _File, image: str | Path | None, image_id: int | str | None, size: tuple[int, int], rejects: Rejects
+) -> list[tuple[int, Any]]:
+    """The entries about one image, with their places in the file."""
+    name, numbers, own = file.path.name, file.entries.keys() - {None}, PurePath("" if image is None else image)
+    if image_id is None:
+        if file.about and image is not None and PurePath(file.about).name != own.name:
+            raise DataError(f"{name} is about {file.about}, not {image}; give the file of this image")
+        is_text = any(number is not None and number >> 62 for number in numbers)  # the image's name, maybe of another
+        if not file.images and len(numbers) <= 1 and (image is None or not is_text):
+            return [each for entries in file.entries.values() for each in entries]
+        image_id = _id_of(file, image, own)
+    wanted = number_of(image_id)
+    entry = next((each for each in file.images if number_of(each.get("id")) == wanted), {})
+    try:
+        stated = stated_size(entry) or size
+    except Fault as fault:
+        raise DataError(f"{name}: image {image_id}: {fault.kind}: {fault}") from None
+    if stated != size:
+        expected = f"expected {stated[0]} x {stated[1]} pixels (W x H) as annotated"
+        raise DataError(f"{name}: image of another size: {expected}, got {size[0]} x {size[1]}")
+    if wanted not in numbers:
+        raise DataError(f"{file.path}: no regions of image_id {image_id}")
+    for index, stray in file.entries.get(None, ()):
+        rejects.add(MALFORMED, file.path, index, f"expected an image_id, got {short(stray)}")
+    return file.entries[wanted]
+
+
+def _id_of(file: _File, image: str | Path | None, own: PurePath) -> Any:
+    """Which of a file's images is the one in the file ``image``."""
+    named = any(isinstance(each.get("file_name") or each.get("coco_url"), str) for each in file.images)
+    if image is not None and named:
+        return entry_of(file.images, image, file.path.name).get("id")
+    if len(file.images) == 1:
+        return file.images[0].get("id")
+    # Results name no images, but some have the file's name for an id, and COCO's images are called by their numbers.
+    digits = re.search(r"\d+$", own.stem)
+    for each in (own.name, own.stem, int(digits[0]) if digits else ""):
+        if (number := number_of(each)) is not None and number in file.entries:
+            return each
+    count = max(len(file.entries.keys() - {None}), len(file.images))
+    raise DataError(f"{file.path}: which of the {count} images is {own.name or 'meant'}? give --image-id")
+
+
+def _region(entry: Any, width: int, height: int) -> Region:
+    """The region of an entry: as this package writes it, else its mask, else its box."""
+    row = read_annotation(entry)
+    own = entry.get("region", {key: entry[key] for key in (*KINDS, "radius", "width", "normalized") if key in entry})
+    if isinstance(own, dict) and own.keys() & set(KINDS):
+        # A width beside anything but a scribble is the image's.
+        return Region.from_dict({key: own[key] for key in own if key != "width" or "scribble" in own})
+    if row.mask.rle is not None and row.mask.rle.get("size") != [height, width]:
+        got = f"{width} x {height} pixels, got {short(row.mask.rle.get('size'))}"
+        raise Fault("RLE of another size", f"expected the size {[height, width]} (H, W) of the image, {got}")
+    if (region := row.mask.region()) is not None:
+        return region
+    if row.mask.faults:
+        raise row.mask.faults[0]
+    if row.box is None:
+        wanted = f"a bbox [x, y, width, height] in numbers, a segmentation or one of {', '.join(KINDS)}"
+        raise Fault(MALFORMED, f"expected {wanted}, got the keys {short(list(entry))}")
+    annotated_box(row.box, width, height)
+    x, y, w, h = row.box
+    return Region.box(x, y, x + w, y + h)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Regions that nobody marked
+
+
+def grid_points(side: int, width: int, height: int) -> list[Proposal]:
+    """Points in the middle of ``side`` x ``side`` cells over an image of a size in pixels, row by row."""
+    return [
+        Proposal(
+            region=Region.point((column + 0.5) * width / side, (row + 0.5) * height / side),
+            place=f"point {row + 1},{column + 1} of the grid",
+        )
+        for row in range(side)
+        for column in range(side)
+    ]
+
+
+class Segmenter:
+    """A Segment Anything model of transformers, whose own pipeline needs torchvision; CheckpointError if it is none."""
+
+    def __init__(self, path: str | Path, device: "str | torch.device | None" = None) -> None:
+        from transformers import AutoConfig, SamModel
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        try:
+            kind = AutoConfig.from_pretrained(path).model_type
+            if kind != "sam":
+                raise CheckpointError(f"expected a SAM model at {path}, got the model_type {kind!r}")
+            self.processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+            self.model = SamModel.from_pretrained(path).eval().to(device or "cpu")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"expected a SAM model at {path}, which cannot be read: {reason(error)}") from None
+
+    def propose(
+        self, photo: "Image", side: int = 32, *, min_quality: float = QUALITY, min_stability: float = STABILITY
+    ) -> list[Proposal]:
+        """Masks of the objects at ``side`` x ``side`` points, with the model's own opinion of each as its score.
+
+        Several are of one object: :func:`choose` removes duplicates.
+        """
+        import torch
+
+        cells = (torch.arange(side) + 0.5) / side
+        inputs = self.processor(photo, return_tensors="pt")
+        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        points_P2 = torch.cartesian_prod(cells, cells).flip(1) * sizes[1][0].flip(0)
+        found: list[Proposal] = []
+        with torch.inference_mode():
+            features = self.model.get_image_embeddings(inputs["pixel_values"].to(self.model.device))
+            for asked_P2 in points_P2.to(features).split(64):
+                output = self.model(image_embeddings=features, input_points=asked_P2[None, :, None])
+                masks_NHW, quality_N = output.pred_masks[0].flatten(0, 1), output.iou_scores[0].flatten()
+                inner, outer = ((masks_NHW > offset).flatten(1).sum(1) for offset in (1.0, -1.0))
+                good = (quality_N >= min_quality) & (inner / outer.clamp_min(1) >= min_stability)
+                # Only what is good is drawn at the image's size, one at a time: that is where the memory goes.
+                for quality, mask_HW in zip(quality_N[good].tolist(), masks_NHW[good], strict=True):
+                    (drawn,) = self.processor.post_process_masks([mask_HW[None, None]], *sizes)
+                    pixels = drawn[0, 0].cpu().numpy()
+                    if pixels.any():
+                        place = f"mask {len(found) + 1} of the SAM model"
+                        found.append(Proposal(region=Region.mask(pixels), score=float(quality), place=place))
+        return found
+
+
+def choose(
+    proposals: Sequence[Proposal],
+    width: int,
+    height: int,
+    *,
+    most: int | None = None,
+    iou: float | None = None,
+    min_score: float | None = None,
+) -> list[Proposal]:
+    """Drop low scores, duplicates and excess proposals; the others keep their order.
+
+    Higher scores are better, then earlier ones; those without a score come last.
+
+    Args:
+        proposals: regions of an image.
+        width: width of the image in pixels.
+        height: its height.
+        most: how many to keep.
+        iou: leave out what overlaps something better by more than this, in 0 to 1. Boxes are compared exactly, other
+            kinds by their pixels.
+        min_score: leave out scores under this; ConfigError where one has no score.
+    """
+    if min_score is not None:
+        if unscored := next((each for each in proposals if each.score is None), None):
+            raise ConfigError(f"{unscored.place}: has no score; leave --min-score out")
+        proposals = [each for each in proposals if (each.score or 0.0) >= min_score]
+    ranked = sorted(range(len(proposals)), key=lambda k: (proposals[k].score is None, -(proposals[k].score or 0.0)))
+    if iou is not None:
+        boxes, apart, coded = all(each.region.kind == "box" for each in proposals), list[int](), list[Any]()
+        for k in ranked:
+            region = proposals[k].region
+            one: Any
+            if boxes:
+                x0, y0, x1, y1 = map(float, region.bounds(width, height))
+                one = [x0, y0, x1 - x0, y1 - y0]
+            else:
+                one = coco_mask.encode(np.asfortranarray(region.to_mask(width, height), np.uint8))
+            if not coded or np.max(coco_mask.iou([one], coded, [0] * len(coded))) <= iou:
+                apart.append(k)
+                coded.append(one)
+        ranked = apart
+    return [proposals[k] for k in sorted(ranked[:most])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """Answers about an image."""
+
+    record: dict[str, Any]  # for JSON
+    lines: list[str]  # as text
+    captions: list[str] | None = None  # one per region, for a picture
+    dialogue: Sequence[tuple[str, str]] = ()  # question and answer, for a picture
+    warnings: list[str] = field(default_factory=list)
+
+
+def _ask(predictor: "RegionPredictor", given: Sequence[Proposal], question: str, options: Options) -> Reply:
+    answer = predictor.ask(question, [each.region for each in given], **dict(options))
+    said = {
+        "answer": answer.text,
+        "cited": list(answer.cited),
+        "warnings": list(answer.warnings),
+        "complete": answer.complete,
+        "seconds": round(answer.seconds, 3),
+    }
+    return Reply(
+        record={"question": question, "regions": [each.region.to_dict() for each in given], **said},
+        lines=[answer.text],
+        dialogue=[(question, answer.text)],
+        warnings=list(answer.warnings),
+    )
+
+
+def _describe(predictor: "RegionPredictor", given: Sequence[Proposal], _: str, options: DescribeOptions) -> Reply:
+    answers = predictor.describe([each.region for each in given], **dict(options))
+    said = [{"answer": each.text, "complete": each.complete, "warnings": list(each.warnings)} for each in answers]
+    return Reply(
+        record={"regions": _with_answers(given, said)},
+        lines=[f"[{number}] {' '.join(answer.text.split())}" for number, answer in enumerate(answers, 1)],
+        captions=[answer.text for answer in answers],
+        warnings=[f"[{number}] {line}" for number, answer in enumerate(answers, 1) for line in answer.warnings],
+    )
+
+
+def _classify(predictor: "RegionPredictor", given: Sequence[Proposal], _: str, options: ChoiceOptions) -> Reply:
+    how = options.model_dump(exclude={"choices"})
+    found = predictor.classify([each.region for each in given], options.names, **how)
+    said = [
+        {"label": each.label, "probability": each.probability, "probabilities": each.probabilities}
+        | ({} if each.text is None else {"text": each.text})
+        for each in found
+    ]
+    best = [", ".join(f"{name} {share:.3f}" for name, share in each.top(options.top_k or 1)) for each in found]
+    free = ["" if each.text is None else f"; freely: {' '.join(each.text.split())}" for each in found]
+    return Reply(
+        record={"regions": _with_answers(given, said)},
+        lines=[f"[{number}] {text}{more}" for number, (text, more) in enumerate(zip(best, free, strict=True), 1)],
+        captions=best,
+    )
+
+
+def _locate(predictor: "RegionPredictor", given: Sequence[Proposal], expression: str, options: LocateOptions) -> Reply:
+    found = predictor.locate(expression, [each.region for each in given], **dict(options))
+    line = f"{found.text} {found.probability:.3f}"
+    return Reply(
+        record={
+            "expression": expression,
+            "regions": [each.region.to_dict() for each in given],
+            "number": found.number,
+            "answer": found.text,
+            "probability": found.probability,
+            "probabilities": list(found.probabilities),
+        },
+        lines=[line],
+        captions=[f"{share:.3f}" for share in found.probabilities[:-1]],
+        dialogue=[(expression, line)],
+    )
+
+
+def _with_answers(given: Sequence[Proposal], said: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each region with its score and answer."""
+    return [
+        {"region": each.region.to_dict(), **({} if each.score is None else {"score": each.score}), **more}
+        for each, more in zip(given, said, strict=True)
+    ]
+
+
+_VERBS: dict[str, Callable[..., Reply]] = {"ask": _ask, "describe": _describe, "classify": _classify, "locate": _locate}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many images
 
 
 def find_images(words: Sequence[str]) -> list[str]:
@@ -228,8 +473,10 @@ def load_predictor(options: ModelOptions, **memory: Any) -> "RegionPredictor":
     return RegionPredictor.from_pretrained(options.model, **options.model_dump(exclude={"model"}), **memory)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many images
+@cache
+def _segmenter(path: str, device: str | None) -> Segmenter:
+    quiet_libraries()
+    return Segmenter(path, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,18 +490,19 @@ class Request:
     options: Any  # of the verb
     model: ModelOptions
 
-    def view(self, path: str, several: bool) -> View:
-        """Read an image and gather its regions: those typed, then those of the sources."""
-        photo, sources = load_image(path), self.sources
-        size = photo.size
+    @property
+    def key(self) -> str:
+        """A digest of all that the answers depend on but the files' content."""
+        typed = [region.to_dict() for _, region in self.typed.regions]
+        settings = [each.model_dump(mode="json") for each in (self.sources, self.options, self.model)]
+        return digest(self.verb, self.text, typed, self.typed.normalized, settings)[:16]
+
+    def regions(self, photo: "Image", path: str, several: bool) -> tuple[list[Proposal], int, str]:
+        """Regions to ask about, those typed first; how many others were left out; why some cannot be used."""
+        size, sources, rejects = photo.size, self.sources, Rejects()
         found = self.typed.on(*size)
-        dropped, unusable = 0, ""
         if sources.proposals:
-            rejects = Rejects()
-            found += read_proposals(
-                sources.proposals, *size, image=path, image_id=sources.image_id, crowds=sources.crowds, rejects=rejects
-            )
-            dropped, unusable = rejects.counts.total(), rejects.listed()
+            found += read_proposals(sources.proposals, *size, image=path, image_id=sources.image_id, rejects=rejects)
         elif sources.sam:
             found += _segmenter(sources.sam, self.model.device).propose(photo, sources.grid or 32)
         elif sources.grid is not None:
@@ -266,21 +514,15 @@ class Request:
         # With several images, describe and classify skip one without regions.
         if not kept and self.verb != "ask" and (self.text or not several):
             raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
-        left_out = len(found) - len(kept) + dropped
-        return View(photo=photo, proposals=kept, left_out=left_out, unusable=unusable)
-
-
-@cache
-def _segmenter(path: str, device: str | None) -> Segmenter:
-    quiet_libraries()
-    return Segmenter(path, device)
+        return kept, len(found) - len(kept) + rejects.counts.total(), rejects.listed()
 
 
 def over_images(
     images: Sequence[str],
     request: Request,
     *,
-    out: "Results | None" = None,
+    out: Path | None = None,
+    overwrite: bool = False,
     json: bool = False,
     picture: str | None = None,
 ) -> int:
@@ -291,17 +533,20 @@ def over_images(
     Args:
         images: paths.
         request: what to do with each. Its model is loaded once the first image has been read.
-        out: takes the records; None to print them.
+        out: JSON lines, in which each record stands from the moment it is made; images that an earlier run of the same
+            request has answered are not asked about again. None prints the answers.
+        overwrite: replace a file that is there.
         json: print records rather than text.
         picture: file for the image with its regions and answers; of a single image.
     """
     predictor: RegionPredictor | None = None
     skipped, several = 0, len(images) > 1
-    verbs: dict[str, Callable[..., Reply]]
-    verbs = {"ask": ask, "describe": describe, "classify": classify, "locate": locate}
-    for path in progress(images, "images", "images") if several and (out or not sys.stdout.isatty()) else images:
+    done = _answered(out, request.key) if out and out.is_file() and not overwrite else set()
+    left, mode = [path for path in images if path not in done], "a" if done else "w"
+    for path in progress(left, "images", "images") if several and (out or not sys.stdout.isatty()) else left:
         try:
-            seen = request.view(path, several)
+            photo = load_image(path)
+            given, n_left_out, unusable = request.regions(photo, path, several)
         except (DataError, RegionError) as error:
             if not several:
                 raise
@@ -310,85 +555,52 @@ def over_images(
             continue
         predictor = predictor or load_predictor(request.model)
         began = time.perf_counter()
-        predictor.set_image(seen.photo)
-        reply = verbs[request.verb](predictor, seen, request.text, request.options)
-        left_out = []
-        if seen.left_out:
-            why = f" (unusable: {seen.unusable})" if seen.unusable else ""
-            left_out = [f"left out {seen.left_out} of {seen.left_out + len(seen.proposals)} regions{why}"]
-        for line in [*left_out, *reply.warnings]:
+        predictor.set_image(photo)
+        reply = _VERBS[request.verb](predictor, given, request.text, request.options)
+        if n_left_out:
+            why = f" (unusable: {unusable})" if unusable else ""
+            reply.warnings.insert(0, f"left out {n_left_out} of {n_left_out + len(given)} regions{why}")
+        for line in reply.warnings:
             tell(f"regiongpt: warning: {f'{path}: ' * several}{line}")
         record = {"image": path, **reply.record}
         record.setdefault("seconds", round(time.perf_counter() - began, 3))
-        record |= {"left_out": seen.left_out, "device": str(predictor.device)}
+        record |= {"left_out": n_left_out, "device": str(predictor.device)}
         if out is not None:
-            out.add(record, seen.photo.size, seen.regions, reply.notes)
+            with writing(out), out.open(mode, encoding="utf-8", errors="backslashreplace") as file:
+                file.write(_as_json({**record, "request": request.key}) + "\n")
+            mode = "a"
         elif json:
             print(_as_json(record, None if several else 2), flush=True)
         else:
             for line in reply.lines:
                 print(f"{path}: {' '.join(line.split())}" if several else line, flush=True)
         if picture is not None:
-            drawn = draw_regions(seen.photo, seen.regions, reply.captions or None, dialogue=reply.dialogue)
-            save_picture(drawn, picture)
+            regions = [each.region for each in given]
+            save_picture(draw_regions(photo, regions, reply.captions, dialogue=reply.dialogue), picture)
     if out is not None:
-        out.close()
-        print(f"{out.path}: {len(images) - skipped} of {len(images)} images")
+        print(f"{out}: {len(images) - skipped} of {len(images)} images")
     if skipped:
         tell(f"regiongpt: error: {skipped} of {len(images)} images were skipped")
     return skipped
 
 
-class Results:
-    """The answers in a file, one record per image; the suffix is the format.
-
-    ``.jsonl`` holds each record from the moment it is added, so a run that is killed leaves those before. ``.json``, a
-    COCO data set with ``categories``, is written whole by :meth:`close`.
-    """
-
-    def __init__(self, path: Path, overwrite: bool = False, categories: Sequence[str] = ()) -> None:
-        self.path, self.is_coco = path, path.suffix.lower() == ".json"
-        if path.suffix.lower() not in (".jsonl", ".json"):
-            raise ConfigError(f"{path}: end the name in .jsonl (json lines) or .json (COCO)")
-        check_writable(path)
-        if path.exists() and not overwrite:
-            raise ConfigError(f"{path}: file exists; give --overwrite to replace it, or another name")
-        self._categories = {name: number for number, name in enumerate(categories or ["region"], 1)}
-        self._images: list[dict[str, Any]] = []
-        self._annotations: list[dict[str, Any]] = []
-        self._file: Any = None
-
-    def add(
-        self, record: dict[str, Any], size: tuple[int, int], regions: Sequence[Region], notes: Sequence[dict[str, Any]]
-    ) -> None:
-        """Add the answers about an image; ``notes`` are further keys of each region's COCO annotation."""
-        if not self.is_coco:
-            with writing(self.path):
-                self._file = self._file or self.path.open("w", encoding="utf-8", errors="backslashreplace")
-                self._file.write(_as_json(record) + "\n")
-                self._file.flush()
-            return
-        image = {"id": len(self._images) + 1, "file_name": record["image"], "width": size[0], "height": size[1]}
-        self._images.append(image)
-        for region, note in zip(regions, notes, strict=True):
-            given = {"category": "region", **note}
-            head = {"id": len(self._annotations) + 1, "image_id": image["id"], "iscrowd": 0}
-            head["category_id"] = self._categories[given.pop("category")]
-            self._annotations.append({**head, **region.to_coco(*size), **given})
-
-    def close(self) -> None:
-        """Write what is not yet in the file."""
-        if not self.is_coco:
-            with writing(self.path):
-                (self._file or self.path.open("w", encoding="utf-8")).close()
-            return
-        places = [str(Path(image["file_name"]).absolute().parent) for image in self._images]
-        folder = os.path.commonpath(places or ["."])
-        for image in self._images:
-            image["file_name"] = Path(os.path.relpath(image["file_name"], folder)).as_posix()
-        categories = [{"id": number, "name": name} for name, number in self._categories.items()]
-        found = {"images": self._images, "annotations": self._annotations, "categories": categories}
-        write_json(self.path, found, indent=None)
+def _answered(out: Path, key: str) -> set[str]:
+    """The images whose records are in a file; a line that a kill has cut off is removed."""
+    content = out.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    found = set()
+    for line in whole.splitlines() if whole or not content else [content]:
+        try:
+            record = json.loads(line)
+            if record["request"] != key:
+                raise ValueError
+            found.add(record["image"])
+        except (ValueError, TypeError, KeyError):
+            hint = "give --overwrite to replace it, or another name"
+            raise ConfigError(f"{out}: holds other things than answers to this request; {hint}") from None
+    if len(whole) < len(content):
+        os.truncate(out, len(whole))
+    return found
 
 
 def _as_json(record: Any, indent: int | None = None) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, overload
 
 import torch
 
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, naming, short
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, naming
 from regiongpt.images import ImageSource, load_image
 from regiongpt.inference.choices import Classified, Located, classify_regions, locate_expressions
 from regiongpt.inference.engine import (
@@ -27,18 +27,8 @@ from regiongpt.inference.engine import (
     pick_device,
     pick_dtype,
     question_turns,
-    to_int8,
 )
-from regiongpt.inference.options import (
-    ROWS,
-    WAYS,
-    By,
-    ClassifyOptions,
-    Detail,
-    Generation,
-    Memory,
-    Options,
-)
+from regiongpt.inference.options import ROWS, ClassifyOptions, DescribeOptions, Detail, LocateOptions, Memory, Options
 from regiongpt.model import weights
 from regiongpt.prompts import check_choices, check_placeholders, check_text
 from regiongpt.prompts import question as task_question
@@ -56,7 +46,6 @@ class Question:
         regions: in pixels of the image.
         image: what :func:`regiongpt.load_image` takes; None for the image that is set.
         history: earlier turns, the oldest first.
-        seed: one given to all questions is made another one for each.
     """
 
     text: str
@@ -79,16 +68,19 @@ class RegionPredictor:
         >>> predictor.set_image("photo.jpg")
         >>> predictor.ask("What is <region1> doing?", [Region.box(40, 60, 300, 280)]).text
 
-    Several threads may use one predictor: a thread asks about the image that it set itself, or, if it never set one,
-    about the last that any thread has set. What they ask at the same time is answered in one batch. While a predictor
-    is at work, nobody else may call its language model.
+    Several threads may use one predictor: each asks about the image that it set itself, or, if it never set one, about
+    the last that any thread has set. What they ask at the same time is answered in one batch. While a predictor is at
+    work, nobody else may call its language model.
+
+    Every method raises RegionError for a region that does not fit the image, DataError for an empty or too long
+    question, and ConfigError for an option out of its range or where no image was set.
 
     Args:
         model: a :class:`RegionGPTForConditionalGeneration`, already on its device.
         processor: the :class:`RegionGPTProcessor` that belongs to it.
         images: encoded images to keep, found again by their pixels; 0 keeps none but those set.
-        token_budget: bounds the memory of the answers being written: tokens of the longest question and answer times
-            their number. By default 1 GiB on a CPU and half of the free memory on a CUDA device.
+        token_budget: limits memory: tokens of the longest question and answer times the answers in the batch. Default:
+            1 GiB on a CPU, half of the free memory on a CUDA device.
         rows: answers generated at a time, unless the budget allows fewer.
     """
 
@@ -110,7 +102,6 @@ class RegionPredictor:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         *,
-        int8: bool = False,
         untrained: bool = False,
         **memory: Any,
     ) -> "RegionPredictor":
@@ -121,13 +112,12 @@ class RegionPredictor:
             device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; default: the first of CUDA, MPS, CPU there is.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 on CUDA devices that have it, else
                 float32.
-            int8: keep the language model's weights in int8, on the CPU in float32 alone; answers change a little.
             untrained: load a checkpoint that has not been trained, too; its answers mean nothing.
             **memory: ``images``, ``token_budget`` and ``rows``, as above.
 
         Raises:
             CheckpointError: a file is missing, damaged, or does not fit the others, or the model is untrained.
-            ConfigError: an option is out of its range, not there on this machine, or does not go with another.
+            ConfigError: an option is out of its range, or not there on this machine.
         """
         kept = Memory(**memory)
         chosen = pick_device(device)
@@ -136,10 +126,7 @@ class RegionPredictor:
             raise CheckpointError(
                 f"{path}: refinement and connector are untrained; train them, or give --untrained (untrained=True)"
             )
-        predictor = cls(model, processor, **dict(kept))
-        if int8:  # now that the engine has tried, in full precision, whether the language model shares prefixes
-            to_int8(model)
-        return predictor
+        return cls(model, processor, **dict(kept))
 
     @property
     def device(self) -> torch.device:
@@ -147,13 +134,9 @@ class RegionPredictor:
         return self.engine.device
 
     def set_image(self, image: ImageSource) -> "RegionPredictor":
-        """Encode an image, of any kind that :func:`regiongpt.load_image` takes, and return this predictor.
+        """Encode an image, of any kind that :func:`regiongpt.load_image` takes, and return this predictor. Paper: §3.1.
 
-        Every later question of this thread is about it, until the next one is set. The same pixels are not encoded
-        again while they are kept. Paper: §3.1
-
-        Raises:
-            DataError: the image cannot be read.
+        Every later question of this thread is about it, until the next one is set.
         """
         self._last = self._own.scene = self._encoded(image)
         return self
@@ -164,41 +147,32 @@ class RegionPredictor:
         digest.update(photo.tobytes())
         return self._scenes.get(digest.digest(), lambda: self.engine.encode_image(photo))
 
+    def _here(self) -> Scene:
+        scene: Scene | None = getattr(self._own, "scene", None) or self._last
+        if scene is None:
+            raise ConfigError("expected an image before the first question; call set_image(...) first")
+        return scene
+
     # -----------------------------------------------------------------------------------------------------------------
     # Open questions
 
-    def ask(
-        self,
-        question: str,
-        regions: Regions = (),
-        *,
-        history: Sequence[Turn] = (),
-        **generation: Unpack[Generation],
-    ) -> Answer:
+    def ask(self, question: str, regions: Regions = (), *, history: Sequence[Turn] = (), **generation: Any) -> Answer:
         """Ask one question about the image.
 
         Args:
             question: text in which ``<regionN>`` stands for the N-th region (from 1), any number of times.
             regions: in pixels of the image; the same list for the whole conversation.
             history: earlier turns, ``{"role": "user" | "assistant", "content": ...}``, the oldest first.
-            **generation: the fields of :class:`~regiongpt.inference.options.Options`.
-
-        Raises:
-            RegionError: a region does not fit the image, or a placeholder stands for none.
-            DataError: the question is empty, or with its history longer than the model can read.
-            ConfigError: no image was set, an option is out of its range, or the token budget is too small for it.
+            **generation: ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``stop`` and ``detail``, as
+                :class:`~regiongpt.inference.options.Options` has them.
         """
         began, options, scene = time.perf_counter(), Options(**generation), self._here()
         prompt = self._prompt(scene, question, regions, history, options)
-        return self.engine.answer(scene, prompt, options, began)
+        ((_, answer),) = self.engine.answers([(scene, prompt, options)], began)
+        return answer
 
     def stream(
-        self,
-        question: str,
-        regions: Regions = (),
-        *,
-        history: Sequence[Turn] = (),
-        **generation: Unpack[Generation],
+        self, question: str, regions: Regions = (), *, history: Sequence[Turn] = (), **generation: Any
     ) -> Iterator[str]:
         """Ask like :meth:`ask`, checking arguments at once, and yield the answer in pieces as it is generated.
 
@@ -207,80 +181,61 @@ class RegionPredictor:
         options, scene = Options(**generation), self._here()
         return self.engine.stream(scene, self._prompt(scene, question, regions, history, options), options)
 
-    def ask_many(self, questions: Iterable[Question], **generation: Unpack[Generation]) -> list[Answer]:
+    def _prompt(
+        self, scene: Scene, question: str, regions: Regions, history: Sequence[Turn], options: Options
+    ) -> Prompt:
+        turns, listed = question_turns(history, question), Region.list_of(regions)
+        pooled = self.engine.pool(scene, listed, options.detail)
+        return self.engine.prompt(turns, pooled, len(listed), options.max_new_tokens, notes(listed))
+
+    def ask_many(self, questions: Iterable[Question], **generation: Any) -> list[Answer]:
         """Ask many questions in one batch, each with regions of its own, about one image or several.
 
-        A mistake in any question is found before the first is answered.
-
-        Args:
-            questions: any number. One that names no image is about the image set.
-            **generation: as for :meth:`ask`; a question's own come first. With a ``seed`` an answer depends on the seed
-                and the question's place, not on the others.
-
-        Raises:
-            RegionError, DataError, ConfigError: as :meth:`ask`, with the number of the question, from 1.
+        All are checked before the first is answered; an error names the question, from 1. Options are those of
+        :meth:`ask`; a question's own come first. With a ``seed`` an answer depends on the seed and the question's
+        place, not on the others.
         """
         return [answer for _, answer in sorted(self.answers(questions, **generation), key=lambda found: found[0])]
 
-    def answers(self, questions: Iterable[Question], **generation: Unpack[Generation]) -> Iterator[tuple[int, Answer]]:
+    def answers(self, questions: Iterable[Question], **generation: Any) -> Iterator[tuple[int, Answer]]:
         """Ask as :meth:`ask_many` does; yield each question's place, from 0, and its answer as it is finished."""
-        began, options, here = time.perf_counter(), Options(**generation), self._scene
+        began, options = time.perf_counter(), Options(**generation)
         if isinstance(questions, Question) or not isinstance(questions, Iterable):
             raise ConfigError(f"expected questions as a list of Question, got {type(questions).__name__}")
-        checked = self._checked(questions, options, here)
-
-        def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
-            for image, regions, prompt, own in checked:
-                scene = here if image is None else self._encoded(image)
-                assert scene is not None
-                yield scene, replace(prompt, pooled=self.engine.pool(scene, regions, own.detail)), own
-
-        return self.engine.answers(asked(), began)
-
-    def _checked(
-        self, questions: Iterable[Question], options: Options, here: Scene | None
-    ) -> list[tuple[ImageSource | None, list[Region], Prompt, Options]]:
-        """Image, regions, prompt without features, and options of each question."""
-        prompts: dict[Any, Prompt] = {}
-        images: dict[Any, tuple[ImageSource | None, tuple[int, int]]] = {}  # each with its size
-        alike: dict[Any, list[Prompt]] = {}  # the prompts about an image
-        nothing = self.engine.model.connector.mean.new_empty(0)
+        listed, nothing = list(questions), self.engine.model.connector.mean.new_empty(0)
+        images: dict[Any, tuple[ImageSource | Scene, tuple[int, int]]] = {}  # each with its size
         checked = []
-        for place, question in enumerate(questions):
+        for place, question in enumerate(listed):
             with naming(f"question {place + 1}"):
                 if not isinstance(question, Question):
                     raise ConfigError(f"expected a Question(text=..., regions=[...]), got {type(question).__name__}")
                 own = {name: value for name in Options.model_fields if (value := getattr(question, name)) is not None}
-                if "seed" not in own and options.seed is not None:
+                if options.seed is not None:
                     digest = blake2b(f"{options.seed} {place}".encode(), digest_size=8).digest()
-                    own["seed"] = int.from_bytes(digest) >> 1
+                    own.setdefault("seed", int.from_bytes(digest) >> 1)
                 settings = options.replace(**own)
                 self.engine.processor.check_detail(settings.detail)
                 turns, regions = question_turns(question.history, question.text), Region.list_of(question.regions)
-                same = (repr(turns), len(regions), settings.max_new_tokens)
-                if same not in prompts:
-                    prompts[same] = self.engine.prompt(turns, nothing, len(regions), settings.max_new_tokens)
+                prompt = self.engine.prompt(turns, nothing, len(regions), settings.max_new_tokens, notes(regions))
                 is_file = isinstance(question.image, str | Path)
                 key = str(question.image) if is_file else id(question.image)
-                if key not in images and question.image is not None:
-                    photo = load_image(question.image)  # a file is read again when it is its turn
-                    images[key] = question.image if is_file else photo, photo.size
-                elif key not in images:
-                    if here is None:
-                        raise ConfigError("expected an image; call set_image(...) first, or give the question its own")
-                    images[key] = None, (here.width, here.height)
+                if key not in images:
+                    if question.image is None:
+                        scene = self._here()
+                        images[key] = scene, (scene.width, scene.height)
+                    else:  # a file is read again at its turn
+                        photo = load_image(question.image)
+                        images[key] = question.image if is_file else photo, photo.size
                 image, size = images[key]
                 check_regions(regions, *size)
-            alike.setdefault(key, []).append(prompts[same])
-            checked.append((key, image, regions, prompts[same], settings))
-        region = self.engine.model.config.region_token_id
-        result = []
-        for key, image, regions, prompt, settings in checked:
-            if len(alike[key]) > 1 and all(each is prompt for each in alike[key]):
-                prompt = prompt.for_many(region)
-            prompt = replace(prompt, warnings=(*notes(regions), *prompt.warnings))
-            result.append((image, regions, prompt, settings))
-        return result
+            checked.append((image, regions, prompt, settings))
+
+        def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
+            for image, regions, prompt, own in checked:
+                scene = image if isinstance(image, Scene) else self._encoded(image)
+                yield scene, replace(prompt, pooled=self.engine.pool(scene, regions, own.detail)), own
+
+        return self.engine.answers(asked(), began)
 
     def conversation(self, regions: Regions = ()) -> "Conversation":
         """Begin a conversation about the image set now, whose turns all speak of the same regions."""
@@ -292,31 +247,25 @@ class RegionPredictor:
     # Tasks
 
     @overload
-    def describe(
-        self, regions: Region, *, brief: bool = ..., max_new_tokens: int = ..., detail: Detail = ...
-    ) -> Answer: ...
+    def describe(self, regions: Region, **options: Any) -> Answer: ...
 
     @overload
-    def describe(
-        self, regions: Sequence[Region], *, brief: bool = ..., max_new_tokens: int = ..., detail: Detail = ...
-    ) -> list[Answer]: ...
+    def describe(self, regions: Sequence[Region], **options: Any) -> list[Answer]: ...
 
-    def describe(
-        self, regions: Regions, *, brief: bool = False, max_new_tokens: int = 128, detail: Detail = "fast"
-    ) -> Answer | list[Answer]:
-        """Describe regions, each on its own, in one batch; ``brief`` asks for a caption of a few words.
+    def describe(self, regions: Regions, **options: Any) -> Answer | list[Answer]:
+        """Describe regions, each on its own, in one batch.
 
         In each answer, ``Region [1]`` is the region described.
 
-        Raises:
-            RegionError: a region does not fit the image.
-            ConfigError: no image was set, or an option is out of its range.
+        Args:
+            regions: one region or several.
+            **options: ``brief`` (False) asks for a caption of a few words; ``max_new_tokens`` (128) and ``detail``, as
+                for :meth:`ask`.
         """
-        if not isinstance(brief, bool):
-            raise ConfigError(f"expected brief as True or False, got {brief!r:.80}")
-        text = task_question("caption" if brief else "describe", regions=[1])
-        options = Options(max_new_tokens=max_new_tokens, detail=detail)
-        found = self.engine.answer_each(self._here(), text, Region.list_of(regions), options)
+        settings = DescribeOptions(**options)
+        text = task_question("caption" if settings.brief else "describe", regions=[1])
+        generation = Options(max_new_tokens=settings.max_new_tokens, detail=settings.detail)
+        found = self.engine.answer_each(self._here(), text, Region.list_of(regions), generation)
         return found[0] if isinstance(regions, Region) else found
 
     @overload
@@ -333,7 +282,7 @@ class RegionPredictor:
         """Choose the class of each region from a closed set; nothing off the list can come out.
 
         A choice's score is the log likelihood of all its tokens and of the end of the answer; their softmax is the
-        probability of each answer given that it is on the list.
+        probability of each answer given that it is on the list. Paper: §3.2, Table 1 (the prompt), §4.1
 
         Args:
             regions: one region or several, each classified on its own.
@@ -341,12 +290,6 @@ class RegionPredictor:
             **options: any of ``label_set`` ("COCO-80"), the set named in the question; ``generate``: also generate the
                 answer freely, as the paper's exact-match protocol does; ``top_k``: keep only this many of the most
                 probable choices in the result; ``detail``, as for :meth:`ask`.
-
-        Raises:
-            RegionError: a region does not fit the image.
-            ConfigError: choices are empty, blank or repeated; an option is out of its range; no image was set.
-
-        Paper: §3.2, Table 1 (the prompt), §4.1 (region classification)
         """
         settings = ClassifyOptions(**options)
         names, listed = check_choices(choices, settings.label_set), Region.list_of(regions)
@@ -354,38 +297,25 @@ class RegionPredictor:
         return found[0] if isinstance(regions, Region) else found
 
     @overload
-    def locate(self, expression: str, regions: Regions, *, by: By = ..., detail: Detail = ...) -> Located: ...
+    def locate(self, expression: str, regions: Regions, **options: Any) -> Located: ...
 
     @overload
-    def locate(
-        self, expression: list[str] | tuple[str, ...], regions: Regions, *, by: By = ..., detail: Detail = ...
-    ) -> list[Located]: ...
+    def locate(self, expression: list[str] | tuple[str, ...], regions: Regions, **options: Any) -> list[Located]: ...
 
     def locate(
-        self,
-        expression: str | list[str] | tuple[str, ...],
-        regions: Regions,
-        *,
-        by: By = "both",
-        detail: Detail = "fast",
+        self, expression: str | list[str] | tuple[str, ...], regions: Regions, **options: Any
     ) -> Located | list[Located]:
-        """Choose the region that an expression, or each of several, refers to, or none.
+        """Choose the region that an expression, or each of several, refers to, or none. Paper: §3.2, Table 1; §4.3.
 
         Args:
             expression: such as ``"the red cup"``, or several of them.
             regions: at least one region to choose from.
-            by: ``"answer"``, the paper's way: one question about all regions, with ``Region [N]`` and the no-match
-                sentence as choices; ``"words"``: how probable the expression is as the name of each region, which
-                always chooses one; or ``"both"``: by the answer whether any of them fits, and by the words which.
-            detail: as for :meth:`ask`.
-
-        Raises:
-            RegionError: a region does not fit the image, or none was given.
-            DataError: an expression is empty.
-            ConfigError: no image was set, or there is no such way.
-
-        Paper: §3.2, Table 1; §4.3
+            **options: ``by`` is ``"answer"``, the paper's way: one question about all regions, with ``Region [N]`` and
+                the no-match sentence as choices; ``"words"``: how probable the expression is as the name of each
+                region, which always chooses one; or ``"both"`` (default): by the answer whether any of them fits, and
+                by the words which. ``detail``, as for :meth:`ask`.
         """
+        settings = LocateOptions(**options)
         if not isinstance(expression, str | list | tuple):
             raise DataError(f"expected expression as a text or a list of texts, got {expression!r:.80}")
         expressions = [expression] if isinstance(expression, str) else list(expression)
@@ -393,31 +323,11 @@ class RegionPredictor:
         for each in expressions:
             check_text(each, "an expression such as 'the red cup'")
             check_placeholders(each, len(listed))
-        if not isinstance(by, str) or by not in WAYS:
-            raise ConfigError(f"by: expected one of {', '.join(WAYS)}, got {short(by)}")
         if not listed:
             raise RegionError("expected at least one region to choose from, got none")
-        pooled = self.engine.pool_each(scene, listed, detail)
-        found = locate_expressions(self.engine, scene, pooled, [each.strip() for each in expressions], by)
+        pooled = self.engine.pool_each(scene, listed, settings.detail)
+        found = locate_expressions(self.engine, scene, pooled, [each.strip() for each in expressions], settings.by)
         return found[0] if isinstance(expression, str) else found
-
-    @property
-    def _scene(self) -> Scene | None:
-        own: Scene | None = getattr(self._own, "scene", None)
-        return own or self._last
-
-    def _here(self) -> Scene:
-        scene = self._scene
-        if scene is None:
-            raise ConfigError("expected an image before the first question; call set_image(...) first")
-        return scene
-
-    def _prompt(
-        self, scene: Scene, question: str, regions: Regions, history: Sequence[Turn], options: Options
-    ) -> Prompt:
-        turns, listed = question_turns(history, question), Region.list_of(regions)
-        pooled = self.engine.pool(scene, listed, options.detail)
-        return self.engine.prompt(turns, pooled, len(listed), options.max_new_tokens, notes(listed))
 
 
 @dataclass(kw_only=True)
@@ -425,7 +335,8 @@ class Conversation:
     """Several turns about one image and one list of regions; made by :meth:`RegionPredictor.conversation`.
 
     It keeps the image it started with. Answers equal those of :meth:`RegionPredictor.ask` with the turns so far as
-    history. One thread at a time may use it.
+    history. Where the model's context is full, the oldest turns are forgotten, with a warning. One thread at a time
+    may use it.
 
     Attributes:
         messages: the turns so far, the oldest first, as transformers writes them.
@@ -438,24 +349,18 @@ class Conversation:
     messages: list[Turn] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
 
-    def ask(self, question: str, **generation: Unpack[Generation]) -> Answer:
-        """Ask the next question; it may mention every region of the conversation.
+    def ask(self, question: str, **generation: Any) -> Answer:
+        """Ask the next question, with the options of :meth:`RegionPredictor.ask`.
 
-        A question that fails leaves the conversation as it was. Where the model's context is full, the oldest turns are
-        forgotten, with a warning.
-
-        Raises:
-            RegionError: a placeholder stands for no region.
-            DataError: the question is empty, or by itself longer than the model can read.
-            ConfigError: an option is out of its range.
+        It may mention every region of the conversation. One that fails leaves the conversation as it was.
         """
         began, options = time.perf_counter(), Options(**generation)
         prompt = self._prepare(question, options)
-        answer = self.engine.answer(self.scene, prompt, options, began)
+        ((_, answer),) = self.engine.answers([(self.scene, prompt, options)], began)
         self._remember(question, answer.text)
         return answer
 
-    def stream(self, question: str, **generation: Unpack[Generation]) -> Iterator[str]:
+    def stream(self, question: str, **generation: Any) -> Iterator[str]:
         """Ask as :meth:`ask` does, which checks at once, and yield the answer in pieces."""
         options = Options(**generation)
         prompt = self._prepare(question, options)

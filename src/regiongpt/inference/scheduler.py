@@ -204,11 +204,9 @@ class Scheduler:
                 self._waiting.popleft()
                 job.finished = True
                 continue
-            tokens += len(job.embeds)
-            size = max(size, job.reserve)
-            if self._running and size * (len(self._running) + 1) > self._budget(job):
-                break
-            if entering and tokens > PREFILL:
+            tokens, size = tokens + len(job.embeds), max(size, job.reserve)
+            over_budget = self._running and size * (len(self._running) + 1) > self._budget(job)
+            if over_budget or (entering and tokens > PREFILL):
                 break
             self._waiting.popleft()
             job.admitted = True
@@ -262,16 +260,11 @@ def draw(scores_V: Tensor, temperature: float, top_p: float, at: float) -> int:
     return int(tokens_V[min(place, kept - 1)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text from tokens
-
-
 class TextReader:
     """The text of one answer as its tokens come, up to a stop string, in pieces that never have to be taken back."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.text = ""
-        self.stopped = False
+        self.text, self.stopped = "", False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []
         self._from = self._read = self._given = 0
@@ -279,11 +272,26 @@ class TextReader:
     def push(self, token: int) -> None:
         """Read one more token."""
         self._ids.append(token)
-        self._advance(final=False)
+        self._read_on(final=False)
 
     def finish(self) -> None:
-        """The answer ends: flush unfinished characters."""
-        self._advance(final=True)
+        """The answer ends: flush a character that was cut off."""
+        self._read_on(final=True)
+
+    def _read_on(self, final: bool) -> None:
+        if self.stopped:
+            return
+        # Some tokenizers write a token's blank only behind another token, so the last few are read again with it.
+        before, after = (
+            str(self._tokenizer.decode(self._ids[self._from : end], skip_special_tokens=True))
+            for end in (self._read, len(self._ids))
+        )
+        if len(after) <= len(before) or (after.endswith("\ufffd") and not final):
+            return
+        self.text += after[len(before) :]
+        self._from, self._read = self._read, len(self._ids)
+        if found := [place for stop in self._stop if (place := self.text.find(stop)) >= 0]:
+            self.text, self.stopped = self.text[: min(found)], True
 
     def take(self, final: bool = False) -> str:
         """The text since the last call; holds back a possible start of a stop string, unless ``final``."""
@@ -291,20 +299,3 @@ class TextReader:
         end = len(self.text) - (0 if final or self.stopped else max(waits, default=0))
         piece, self._given = self.text[self._given : end], max(self._given, end)
         return piece
-
-    def _advance(self, final: bool) -> None:
-        if self.stopped:
-            return
-        # Some tokenizers write a token's blank only behind another token, so the last few are read again with it.
-        before = self._decode(self._from, self._read)
-        after = self._decode(self._from, len(self._ids))
-        if len(after) <= len(before) or (after.endswith("\ufffd") and not final):
-            return
-        self.text += after[len(before) :]
-        self._from, self._read = self._read, len(self._ids)
-        found = [place for stop in self._stop if (place := self.text.find(stop)) >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
-
-    def _decode(self, start: int, end: int) -> str:
-        return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))

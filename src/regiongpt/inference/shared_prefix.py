@@ -1,10 +1,10 @@
 """Runs a language model over many sequences with shared prefixes, whose keys and values are stored once.
 
-New tokens attend to the prefixes and to their own sequence apart; the two are merged by their log-sum-exp.
+New tokens attend to the prefixes and to their own sequence separately; the results are merged by their log-sum-exp.
 
-Shapes: R sequences, N new tokens of all sequences one behind the other, n new tokens of one sequence, P tokens of a
-prefix, S tokens of the longest sequence, C room for tokens, H query heads, K key heads, E width of a head, D model
-width, V vocabulary, L logits wanted.
+Shapes: R sequences, N new tokens of all sequences in a row, n new tokens of one sequence, P tokens of a prefix, S
+tokens of the longest sequence, C room for tokens, H query heads, K key heads, E width of a head, D model width, V
+vocabulary, L logits wanted.
 """
 
 import logging
@@ -34,25 +34,29 @@ _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefix:
-    """Keys and values, (K, P, E) for each layer, of tokens that any number of sequences begin with."""
+    """Keys and values, (K, P, E) for each layer, of tokens that any number of sequences begin with.
+
+    ``behind`` is the prefix that stands before these tokens, if any.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    behind: "Prefix | None" = None
+
+    @property
+    def chain(self) -> "list[Prefix]":
+        """This prefix and those before it, the first one first."""
+        return [*(self.behind.chain if self.behind else ()), self]
 
     @property
     def length(self) -> int:
-        """Tokens stored."""
-        return self.keys[0].shape[1]
+        """Tokens of the whole chain."""
+        return sum(each.keys[0].shape[1] for each in self.chain)
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tokens."""
-        return sum(part.nbytes for part in (*self.keys, *self.values))
-
-    def crop(self, length: int) -> "Prefix":
-        """The first ``length`` tokens, in the same memory."""
-        keys, values = (tuple(part[:, :length] for part in parts) for parts in (self.keys, self.values))
-        return Prefix(keys=keys, values=values)
+        """Memory of the whole chain."""
+        return sum(part.nbytes for each in self.chain for part in (*each.keys, *each.values))
 
 
 class SuffixLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
@@ -74,8 +78,9 @@ class SuffixLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
             raise RuntimeError("a PrefixCache works only with Decoder.forward, not with a plain call of the model")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        size = len(step.cache.lengths), step.cache.room
-        self.keys, self.values = _grown(self.keys, *size), _grown(self.values, *size)
+        rows, room = len(step.cache.lengths), step.cache.room
+        if self.keys.shape[0] < rows or self.keys.shape[2] < room:
+            self.keys, self.values = _grown(self.keys, rows, room), _grown(self.values, rows, room)
         slots, places = step.places
         self.keys[slots, :, places] = key_states[0].transpose(0, 1)
         self.values[slots, :, places] = value_states[0].transpose(0, 1)
@@ -114,6 +119,14 @@ class PrefixCache(Cache):  # type: ignore[misc]
         self.prefixes.append(prefix)
         self.lengths.append(0)
 
+    def prefix(self, row: int) -> Prefix:
+        """A sequence's tokens, for others to begin with."""
+        own = [
+            tuple(getattr(layer, name)[row, :, : self.lengths[row]] for layer in self.layers)
+            for name in ("keys", "values")
+        ]
+        return Prefix(keys=own[0], values=own[1], behind=self.prefixes[row])
+
     @torch.inference_mode()
     def remove(self, row: int) -> None:
         """End a sequence. The last one takes its row."""
@@ -138,16 +151,9 @@ class PrefixCache(Cache):  # type: ignore[misc]
         """Tokens of the longest sequence with its prefix."""
         return max((self.total(row) for row in range(len(self.lengths))), default=0)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the sequences' own keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
-
 
 def _grown(part: Tensor, rows: int, room: int) -> Tensor:
     """(R, K, C, E) grown to at least this size with zeros: what is masked must still be a number."""
-    if part.shape[0] >= rows and part.shape[2] >= room:
-        return part
     grown = part.new_zeros((max(rows, part.shape[0]), part.shape[1], max(room, part.shape[2]), part.shape[3]))
     grown[: part.shape[0], :, : part.shape[2]] = part
     return grown
@@ -173,28 +179,15 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, embeds_PD: Tensor, behind: Prefix | None = None) -> Prefix:
-        """Compute the keys and values of a prefix of at least one token, after those of ``behind``."""
-        cache, count = PrefixCache(), len(embeds_PD)
+        """Compute the keys and values of at least one token, after those of ``behind``."""
+        cache = PrefixCache()
         cache.add(behind)
-        self.forward(cache, embeds_PD, [count])
-
-        def stored(name: str, before: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            own = [getattr(layer, name)[0, :, :count] for layer in cache.layers]
-            return tuple(torch.cat(parts, dim=1) for parts in (zip(before, own, strict=True) if before else zip(own)))
-
-        keys, values = (behind.keys, behind.values) if behind else ((), ())
-        return Prefix(keys=stored("keys", keys), values=stored("values", values))
+        self.forward(cache, embeds_PD, [len(embeds_PD)])
+        return cache.prefix(0)
 
     @torch.inference_mode()
     def forward(
-        self,
-        cache: PrefixCache,
-        embeds_ND: Tensor,
-        counts: Sequence[int],
-        *,
-        tree: Tensor | None = None,
-        keep: bool = True,
-        logits: Sequence[int] | Tensor | None = None,
+        self, cache: PrefixCache, embeds_ND: Tensor, counts: Sequence[int], logits: Sequence[int] | None = None
     ) -> Tensor:
         """Run new tokens of all of a cache's sequences; returns logits (L, V).
 
@@ -202,26 +195,20 @@ class Decoder:
             cache: what the sequences have read so far.
             embeds_ND: embeddings of the new tokens, those of the first row first, without padding.
             counts: how many new tokens each row has, at least 1.
-            tree: bool (n, n): which new tokens of a sequence token i attends to, itself and its ancestors, besides all
-                that the cache holds of the sequence; its position is its depth. All counts are n. By default each
-                token attends to all before it.
-            keep: False leaves the sequences as they were.
             logits: which of the N tokens to compute the head at; by default the last of each row.
         """
-        if logits is None:
-            logits = torch.tensor(counts).cumsum(0) - 1
+        wanted_L = torch.tensor(counts).cumsum(0) - 1 if logits is None else torch.tensor(logits)
         with self.lock:
-            longest = max(known + count for known, count in zip(cache.lengths, counts, strict=True))
-            if longest > cache.room:
-                cache.room = -(-longest // _GROWTH) * _GROWTH
-            step = _Step(cache, counts, tree, embeds_ND.device)
+            after = [known + count for known, count in zip(cache.lengths, counts, strict=True)]
+            if max(after) > cache.room:  # exact at first: most sequences of a scored set never grow
+                cache.room = max(after) if not cache.room else -(-max(after) // _GROWTH) * _GROWTH
+            step = _Step(cache, counts, embeds_ND.device)
             token = STEP.set(step)
             try:
-                found = self._run(step, embeds_ND, torch.as_tensor(logits, device=embeds_ND.device))
+                found = self._run(step, embeds_ND, wanted_L.to(embeds_ND.device))
             finally:
                 STEP.reset(token)
-        if keep:  # only now: what an interrupted pass wrote is written over by the next
-            cache.lengths = [known + count for known, count in zip(cache.lengths, counts, strict=True)]
+        cache.lengths = after  # only now: what an interrupted pass wrote is written over by the next
         return found
 
     def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
@@ -249,15 +236,12 @@ class RereadingDecoder(Decoder):
     def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
         cache, found = step.cache, []
         cache.update(embeds_ND[None, None], embeds_ND[None, None, :, :0], 0)  # as the keys of a single layer
-        for row, new_nD in enumerate(torch.split(embeds_ND, list(step.counts))):
+        for row, new_nD in enumerate(torch.split(embeds_ND, step.counts)):
             prefix = cache.prefixes[row]
-            before = [prefix.keys[0][0]] if prefix else []
-            before.append(cache.layers[0].keys[row, 0, : cache.lengths[row]])
-            texts = [new_nD] if step.tree is None else [new_nD[seen] for seen in step.tree.to(embeds_ND.device)]
-            last = len(new_nD) if step.tree is None else 1
-            for text in texts:
-                whole = torch.cat([*before, text])[None]
-                found.append(self.model(inputs_embeds=whole, use_cache=False).logits[0, -last:])
+            before = [part.keys[0][0] for part in (prefix.chain if prefix else ())]
+            own = cache.layers[0].keys[row, 0, : cache.lengths[row]]
+            whole = torch.cat([*before, own, new_nD])[None]
+            found.append(self.model(inputs_embeds=whole, use_cache=False).logits[0, -len(new_nD) :])
         return torch.cat(found)[wanted_L]
 
 
@@ -289,8 +273,8 @@ def decoder_for(language_model: Any) -> Decoder:
 class _Step:
     """One pass of new tokens through the language model, as the cache's layers and the attention need to know it."""
 
-    def __init__(self, cache: PrefixCache, counts: Sequence[int], tree: Tensor | None, device: torch.device) -> None:
-        self.cache, self.counts, self.tree, self.device = cache, list(counts), tree, device
+    def __init__(self, cache: PrefixCache, counts: Sequence[int], device: torch.device) -> None:
+        self.cache, self.counts, self.device = cache, list(counts), device
         self.written: tuple[SuffixLayer, Tensor] | None = None  # the layer that was filled last, and its new keys
         starts, size = cache.lengths, len(counts)
         counts_R, before_R = torch.tensor(counts), torch.tensor([cache.total(row) for row in range(size)])
@@ -308,19 +292,18 @@ class _Step:
             self.places = slice(0, size), starts[0]
         else:
             self.places = owner_N.to(device), (torch.tensor(starts)[owner_N] + column_N).to(device)
-        depth_N = column_N if tree is None else (tree.sum(1).cpu() - 1)[column_N]
-        self.position_N = (before_R[owner_N] + depth_N).to(device)
+        self.position_N = (before_R[owner_N] + column_N).to(device)
         self.reach = int(before_R.max()) + max(counts)  # tokens of the longest text
         behind: dict[Prefix, list[int]] = {}
         for row, prefix in enumerate(cache.prefixes):
-            if prefix is not None:
-                behind.setdefault(prefix, []).append(row)
+            for part in prefix.chain if prefix else ():
+                behind.setdefault(part, []).append(row)
         self.prefixes = [(prefix, tokens_of(rows)) for prefix, rows in behind.items()]
         # Sequences that continue by one token beside new ones: padded to one length they would cost as much.
         single = [row for row, count in enumerate(counts) if count == 1]
         several = [row for row, count in enumerate(counts) if count > 1]
-        groups = [single, several] if tree is None and single and several else [list(range(size))]
-        self.groups = [_Group(rows, self.counts, starts, tree, tokens_of(rows), device) for rows in groups]
+        groups = [single, several] if single and several else [list(range(size))]
+        self.groups = [_Group(rows, self.counts, starts, tokens_of(rows), device) for rows in groups]
         self._masks: dict[Any, Tensor] = {}
 
     def prefix_mask(self, index: int, dtype: torch.dtype, window: int) -> Tensor:
@@ -328,7 +311,8 @@ class _Step:
         key = (index, dtype, window)
         if key not in self._masks:
             prefix, tokens = self.prefixes[index]
-            hidden = torch.arange(prefix.length, device=self.device) <= self.position_N[tokens, None] - window
+            place_P = torch.arange(prefix.length, device=self.device)[-prefix.keys[0].shape[1] :]
+            hidden = place_P <= self.position_N[tokens, None] - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
             self._masks[key] = mask.masked_fill_(hidden, float("-inf"))[None, None]
         return self._masks[key]
@@ -342,13 +326,7 @@ class _Group:
     """Sequences of a step whose attention to their own tokens is computed together."""
 
     def __init__(
-        self,
-        rows: list[int],
-        counts: list[int],
-        starts: list[int],
-        tree: Tensor | None,
-        tokens: Tensor | slice,
-        device: torch.device,
+        self, rows: list[int], counts: list[int], starts: list[int], tokens: Tensor | slice, device: torch.device
     ) -> None:
         counts, starts = [counts[row] for row in rows], [starts[row] for row in rows]
         self.tokens = tokens  # theirs among the step's
@@ -356,7 +334,6 @@ class _Group:
         self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
         self.even, self.level = min(counts) == self.widest, min(starts) == max(starts)
         self.starts_R = torch.tensor(starts).to(device)
-        self.tree = None if tree is None else tree.to(device)
         run = range(rows[0], rows[0] + len(rows))
         self.chosen = slice(run.start, run.stop) if rows == list(run) else torch.tensor(rows).to(device)
         if not self.even:  # sequence and place of each new token
@@ -370,15 +347,11 @@ class _Group:
             return None
         key = (dtype, window)
         if key not in self._masks:
-            triangle = torch.ones((self.widest, self.widest), dtype=torch.bool, device=self.device).tril()
-            tree_nn = triangle if self.tree is None else self.tree
-            depth_n = tree_nn.sum(1) - 1
-            new_RS = torch.arange(self.longest, device=self.device) - self.starts_R[:, None]  # below 0 for known tokens
-            node_RS = new_RS.clamp(0, self.widest - 1)
-            seen = (new_RS < 0)[:, None] | (tree_nn[:, node_RS].transpose(0, 1) & (new_RS < self.widest)[:, None])
+            place_n = torch.arange(self.widest, device=self.device)[:, None]
+            key_RS = torch.arange(self.longest, device=self.device) - self.starts_R[:, None]  # below 0 for known tokens
+            seen = key_RS[:, None] <= place_n
             if window is not None:
-                key_RS = torch.where(new_RS < 0, new_RS, depth_n[node_RS])
-                seen &= key_RS[:, None] > depth_n[:, None] - window
+                seen &= key_RS[:, None] > place_n - window
             mask = torch.zeros(seen.shape, dtype=dtype, device=self.device)
             self._masks[key] = mask.masked_fill_(~seen, float("-inf"))[:, None]
         return self._masks[key]
@@ -397,19 +370,18 @@ def shared_prefix_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer as transformers calls it, (1, H, N, E) to (1, N, H, E); the step says who sees whom.
 
     Raises:
-        NotImplementedError: the architecture changes keys between cache and attention, adds a bias of its own, or has
-            a sliding window that it does not hand over; ``decoder_for`` tries it first.
+        NotImplementedError: the architecture changes keys between cache and attention, adds a bias or sinks of its
+            own, or has a sliding window that it does not hand over; ``decoder_for`` tries it first.
     """
     step = STEP.get()
-    if step is None or step.written is None or step.written[1] is not key or position_bias is not None:
-        raise NotImplementedError(f"{type(module).__name__} does not pass keys from its cache to its attention")
+    own_terms = more.get("position_bias") is not None or more.get("s_aux") is not None
+    if step is None or step.written is None or step.written[1] is not key or own_terms:
+        raise NotImplementedError(f"{type(module).__name__} does more than attend to the keys in its cache")
     if sliding_window is None and _has_window(module):
         raise NotImplementedError(f"{type(module).__name__} has a sliding window only in its mask")
     layer = step.written[0]
@@ -436,9 +408,6 @@ def shared_prefix_attention(
         share = torch.sigmoid(lse - lse_HN[:, tokens])[..., None].to(out.dtype)
         out_HNE[:, tokens] = torch.lerp(out_HNE[:, tokens], out, share)
         lse_HN[:, tokens] = torch.logaddexp(lse_HN[:, tokens], lse)
-    if s_aux is not None:
-        sink_H1 = s_aux.to(lse_HN.dtype)[:, None]
-        out_HNE = out_HNE * torch.sigmoid(lse_HN - sink_H1)[..., None].to(out_HNE.dtype)
     return out_HNE.transpose(0, 1)[None], None
 
 

@@ -84,8 +84,6 @@ class Tasks:
         options = Options(max_new_tokens=wanted)
         turns = question_turns((), question("caption" if request.brief else "describe", regions=[1]))
         prompt = self.engine.prompt(turns, self._nothing, 1, wanted)
-        if len(request.regions) > 1:
-            prompt = prompt.for_many(self.engine.model.config.region_token_id)
         read = len(prompt.ids) * len(request.regions)
 
         def task(scene: Scene, pooled: Tensor) -> Iterator[Ask]:
