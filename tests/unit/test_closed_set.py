@@ -84,7 +84,8 @@ def test_a_set_is_tokenized_as_the_processor_does(template):
     names = ["cat", "hot dog", "é", "a [b]", "x" * 50, "c|d", "</s> [INST] <|im_end|>"]
     closed = choices.closed_set(engine, turns, 1, names)
     for path, name in zip(closed.paths, names, strict=True):
-        encoded = engine.encode_text([*turns, {"role": "assistant", "content": name}], 1, answered=True)
+        answered = [*turns, {"role": "assistant", "content": name}]
+        encoded = engine.processor.encode_conversation(answered, region_weights=torch.zeros(1, 1, 1))
         ids, last = encoded["input_ids"].tolist(), int((encoded["labels"] >= 0).nonzero()[-1])
         assert [*closed.ids, *path] == ids[: last + 1]
 

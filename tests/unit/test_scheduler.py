@@ -153,6 +153,11 @@ def test_threads_have_images_of_their_own(parts):
         texts = [predictor.ask("What is <region1>?", BOXES[:1], **LONG).text for _ in range(2)]
         found[seed] = [*texts, "".join(predictor.stream("What is <region1>?", BOXES[:1], **LONG)).strip()]
 
+    last: list[str] = []
+    without = threading.Thread(target=lambda: last.append(predictor.ask("What is <region1>?", BOXES[:1], **LONG).text))
+    without.start()
+    without.join()
+    assert last == [expected[3]], "a thread that set no image asks about the last"
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
@@ -162,35 +167,20 @@ def test_threads_have_images_of_their_own(parts):
     assert predictor.engine.scheduler.active == 0
 
 
-def test_a_thread_without_an_image_asks_about_the_last_one(parts):
-    predictor = RegionPredictor(*parts)
-    texts: list[str] = []
-
-    def ask() -> None:
-        texts.append(predictor.ask("What?", max_new_tokens=6).text)
-
-    for seed in (0, 1):
-        texts.append(predictor.set_image(photograph(seed)).ask("What?", max_new_tokens=6).text)
-        thread = threading.Thread(target=ask)
-        thread.start()
-        thread.join()
-    assert texts[0] == texts[1]
-    assert texts[2] == texts[3]
-
-
-def test_an_interrupted_pass_ends_what_was_in_it_and_nothing_else(predictor, monkeypatch):
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_a_pass_that_fails_ends_what_was_in_it_and_nothing_else(predictor, monkeypatch, kind):
     expected = predictor.ask("What?", **LONG).text
     stream = predictor.stream("What?", **LONG)
     next(stream)
 
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+    def fail(*_, **__):
+        raise kind("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(predictor.engine.decoder, "forward", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(predictor.engine.decoder, "forward", fail)
+        with pytest.raises(kind):
             predictor.ask("What?")
-    with pytest.raises(RuntimeError, match="interrupted"):
+    with pytest.raises(RuntimeError, match=r"interrupted|out of memory"):
         list(stream)
     assert predictor.ask("What?", **LONG).text == expected
 
@@ -280,8 +270,10 @@ def test_what_is_drawn_does_not_depend_on_the_company(predictor):
     assert [answer.text for answer in predictor.ask_many(same, seed=5, **options)] == first
     assert len(set(first)) > 1
     assert [answer.text for answer in predictor.ask_many(same[:2], seed=5, **options)] == first[:2]
-    unseeded = {predictor.ask("What?", **options).text for _ in range(4)}
-    assert len(unseeded) > 1
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    assert len({predictor.ask("What?", **options).text for _ in range(4)}) > 1, "without a seed"
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,6 @@ T = TypeVar("T")
 Turn = dict[str, str]
 LEAST_ROOM = 32
 """Tokens that an answer needs in the model's context, unless fewer are requested."""
-POOLED = 128
-"""Regions per batch of pooling."""
 
 
 class Latest(Generic[T]):
@@ -113,8 +111,7 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Device of the model."""
-        device: torch.device = self.model.device
-        return device
+        return self.model.device  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def encode_image(self, photo: Image.Image) -> Scene:
@@ -132,13 +129,10 @@ class Engine:
     def pool(self, scene: Scene, regions: Sequence[Region], detail: Detail = "fast") -> Tensor:
         """Region features (R * K, D), a region's K rows one after the other."""
         self.processor.check_detail(detail)
-        rows = []
-        for start in range(0, max(1, len(regions)), POOLED):
-            some = regions[start : start + POOLED]
-            weights_RHW = self.processor.region_inputs(some, scene.width, scene.height, start + 1)
-            crops = self.crops(scene, some) if some and detail == "careful" else None
-            rows.append(self.model.region_features(scene.map_1Chw, weights_RHW.to(self.device)[None], crops)[0])
-        return torch.cat(rows)
+        weights_RHW = self.processor.region_inputs(regions, scene.width, scene.height).to(self.device)
+        crops = self.crops(scene, regions) if regions and detail == "careful" else None
+        pooled: Tensor = self.model.region_features(scene.map_1Chw, weights_RHW[None], crops)[0]
+        return pooled
 
     def crops(self, scene: Scene, regions: Sequence[Region]) -> Tensor:
         """Features (1, R, C) of regions' own crops, those not yet known encoded together."""
@@ -154,14 +148,11 @@ class Engine:
         """Features (K, D) of each region by itself."""
         return list(torch.split(self.pool(scene, regions, detail), self.processor.tokens_per_region)) if regions else []
 
-    def encode_text(self, messages: Sequence[Turn], n_regions: int, answered: bool = False) -> dict[str, Any]:
-        """Token ids, and what goes with them, of a conversation that awaits an answer or already has it."""
+    def encode_text(self, messages: Sequence[Turn], n_regions: int) -> Any:
+        """Token ids, and what goes with them, of a conversation that awaits an answer."""
         # The features are pooled here, so the processor only needs to know how many regions there are.
         blank = torch.zeros((n_regions * self.processor.tokens_per_region, 1, 1))
-        encoded: dict[str, Any] = self.processor.encode_conversation(
-            messages, region_weights=blank, add_generation_prompt=not answered
-        )
-        return encoded
+        return self.processor.encode_conversation(messages, region_weights=blank, add_generation_prompt=True)
 
     def prompt(
         self, messages: Sequence[Turn], pooled: Tensor, n_regions: int, wanted: int, notes: Sequence[str] = ()
@@ -332,8 +323,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     """The dtype asked for; by default bfloat16 on CUDA devices that compute in it, else float32."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     name = str(dtype).removeprefix("torch.")
-    if name not in known:
+    if name not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"expected dtype float32, bfloat16 or float16, got {name!r}")
-    return known[name]
+    return getattr(torch, name)  # type: ignore[no-any-return]

@@ -8,11 +8,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -52,11 +52,6 @@ if TYPE_CHECKING:
 
     from regiongpt.inference import RegionPredictor
 
-QUALITY = 0.88
-"""The least overlap with the true object that a SAM model itself must expect of a mask; Segment Anything's setting."""
-STABILITY = 0.95
-"""The least overlap of a mask drawn slightly larger with the same mask drawn slightly smaller."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
@@ -64,7 +59,7 @@ class Proposal:
 
     region: Region
     score: float | None = None  # from its source, if any
-    place: str = ""  # where it came from, as messages name it: ``boxes.json[3]``
+    place: str = "a region"  # as messages name it: ``boxes.json[3]``
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,9 +134,7 @@ def read_proposals(
     file = Path(path)
     rejects = Rejects() if rejects is None else rejects
     found, reasons, overhung = [], [], 0
-    stamp = file.stat() if file.is_file() else None
-    opened = _read(file, stamp and (stamp.st_mtime_ns, stamp.st_size))
-    for index, entry in _entries(opened, image, image_id, (width, height), rejects):
+    for index, entry in _entries_of(file, image, image_id, (width, height), rejects):
         place = f"{file.name}[{index}]"
         try:
             region = _region(entry, width, height).check(width, height)
@@ -159,17 +152,12 @@ def read_proposals(
     return found
 
 
-class _File(NamedTuple):
-    """A file of regions."""
-
-    path: Path
-    entries: dict[int | None, list[tuple[int, Any]]]  # with their places, by image
-    images: list[Mapping[str, Any]]  # those it lists
-    about: str  # the image it names, if it is about one
+_Entries = dict[int | None, list[tuple[int, Any]]]  # by image, each with its place in the file
 
 
 @lru_cache(maxsize=1)  # read once for any number of images
-def _read(path: Path, stamp: tuple[int, int] | None) -> _File:
+def _read(path: Path, changed: int) -> tuple[_Entries, list[dict[str, Any]], str]:
+    """The entries of a file, the images that it lists, and the one that it is about."""
     data = read_json(path)
     content = data if isinstance(data, dict) else {"regions": data}
     listed, images = content.get("regions", content.get("annotations")), content.get("images")
@@ -177,57 +165,54 @@ def _read(path: Path, stamp: tuple[int, int] | None) -> _File:
         raise DataError(
             f"{path}: expected a list of regions, or an object with one as regions or annotations, got {short(data)}"
         )
-    entries: dict[int | None, list[tuple[int, Any]]] = {}
+    entries: _Entries = {}
     for place, entry in enumerate(listed):
         number = number_of(entry.get("image_id")) if isinstance(entry, dict) else None
         entries.setdefault(number, []).append((place, entry))
-    images = [each for each in images if isinstance(each, dict)] if isinstance(images, list) else []
-    first = {number_of(each.get("id")): each for each in reversed(images)}
-    return _File(path, entries, list(first.values())[::-1], str(content.get("image") or "").replace("\\", "/"))
+    first: dict[int | None, dict[str, Any]] = {}
+    for each in images if isinstance(images, list) else ():
+        if isinstance(each, dict):
+            first.setdefault(number_of(each.get("id")), each)
+    return entries, list(first.values()), str(content.get("image") or "").replace("\\", "/")
 
 
-def _entries(
-    file: _File, image: str | Path | None, image_id: int | str | None, size: tuple[int, int], rejects: Rejects
+def _entries_of(
+    file: Path, image: str | Path | None, image_id: int | str | None, size: tuple[int, int], rejects: Rejects
 ) -> list[tuple[int, Any]]:
     """The entries about one image, with their places in the file."""
-    name, numbers, own = file.path.name, file.entries.keys() - {None}, PurePath("" if image is None else image)
+    entries, images, about = _read(file, file.stat().st_mtime_ns if file.is_file() else 0)
+    numbers, own = entries.keys() - {None}, PurePath("" if image is None else image)
     if image_id is None:
-        if file.about and image is not None and PurePath(file.about).name != own.name:
-            raise DataError(f"{name} is about {file.about}, not {image}; give the file of this image")
+        if about and image is not None and PurePath(about).name != own.name:
+            raise DataError(f"{file.name} is about {about}, not {image}; give the file of this image")
         is_text = any(number is not None and number >> 62 for number in numbers)  # the image's name, maybe of another
-        if not file.images and len(numbers) <= 1 and (image is None or not is_text):
-            return [each for entries in file.entries.values() for each in entries]
-        image_id = _id_of(file, image, own)
+        if not images and len(numbers) <= 1 and (image is None or not is_text):
+            return [each for some in entries.values() for each in some]
+        named = any(isinstance(each.get("file_name") or each.get("coco_url"), str) for each in images)
+        if image is not None and named:
+            image_id = entry_of(images, image, file.name).get("id")
+        elif len(images) == 1:
+            image_id = images[0].get("id")
+        else:  # results name no images, but some have the file's name for an id, and COCO's are called by their numbers
+            digits = re.search(r"\d+$", own.stem)
+            likely = own.name, own.stem, int(digits[0]) if digits else ""
+            image_id = next((each for each in likely if each != "" and number_of(each) in numbers), None)
+        if image_id is None:
+            count = max(len(numbers), len(images))
+            raise DataError(f"{file}: which of the {count} images is {own.name or 'meant'}? give --image-id")
     wanted = number_of(image_id)
-    entry = next((each for each in file.images if number_of(each.get("id")) == wanted), {})
     try:
-        stated = stated_size(entry) or size
+        stated = stated_size(next((each for each in images if number_of(each.get("id")) == wanted), {})) or size
     except Fault as fault:
-        raise DataError(f"{name}: image {image_id}: {fault.kind}: {fault}") from None
+        raise DataError(f"{file.name}: image {image_id}: {fault.kind}: {fault}") from None
     if stated != size:
         expected = f"expected {stated[0]} x {stated[1]} pixels (W x H) as annotated"
-        raise DataError(f"{name}: image of another size: {expected}, got {size[0]} x {size[1]}")
+        raise DataError(f"{file.name}: image of another size: {expected}, got {size[0]} x {size[1]}")
     if wanted not in numbers:
-        raise DataError(f"{file.path}: no regions of image_id {image_id}")
-    for index, stray in file.entries.get(None, ()):
-        rejects.add(MALFORMED, file.path, index, f"expected an image_id, got {short(stray)}")
-    return file.entries[wanted]
-
-
-def _id_of(file: _File, image: str | Path | None, own: PurePath) -> Any:
-    """Which of a file's images is the one in the file ``image``."""
-    named = any(isinstance(each.get("file_name") or each.get("coco_url"), str) for each in file.images)
-    if image is not None and named:
-        return entry_of(file.images, image, file.path.name).get("id")
-    if len(file.images) == 1:
-        return file.images[0].get("id")
-    # Results name no images, but some have the file's name for an id, and COCO's images are called by their numbers.
-    digits = re.search(r"\d+$", own.stem)
-    for each in (own.name, own.stem, int(digits[0]) if digits else ""):
-        if (number := number_of(each)) is not None and number in file.entries:
-            return each
-    count = max(len(file.entries.keys() - {None}), len(file.images))
-    raise DataError(f"{file.path}: which of the {count} images is {own.name or 'meant'}? give --image-id")
+        raise DataError(f"{file}: no regions of image_id {image_id}")
+    for index, stray in entries.get(None, ()):
+        rejects.add(MALFORMED, file, index, f"expected an image_id, got {short(stray)}")
+    return entries[wanted]
 
 
 def _region(entry: Any, width: int, height: int) -> Region:
@@ -259,10 +244,7 @@ def _region(entry: Any, width: int, height: int) -> Region:
 def grid_points(side: int, width: int, height: int) -> list[Proposal]:
     """Points in the middle of ``side`` x ``side`` cells over an image of a size in pixels, row by row."""
     return [
-        Proposal(
-            region=Region.point((column + 0.5) * width / side, (row + 0.5) * height / side),
-            place=f"point {row + 1},{column + 1} of the grid",
-        )
+        Proposal(region=Region.point((column + 0.5) * width / side, (row + 0.5) * height / side))
         for row in range(side)
         for column in range(side)
     ]
@@ -285,11 +267,13 @@ class Segmenter:
             raise CheckpointError(f"expected a SAM model at {path}, which cannot be read: {reason(error)}") from None
 
     def propose(
-        self, photo: "Image", side: int = 32, *, min_quality: float = QUALITY, min_stability: float = STABILITY
+        self, photo: "Image", side: int = 32, *, min_quality: float = 0.88, min_stability: float = 0.95
     ) -> list[Proposal]:
         """Masks of the objects at ``side`` x ``side`` points, with the model's own opinion of each as its score.
 
-        Several are of one object: :func:`choose` removes duplicates.
+        Kept are masks that the model expects to overlap the true object by ``min_quality``, and that drawn slightly
+        larger overlap themselves drawn slightly smaller by ``min_stability``, both as in Segment Anything. Several are
+        of one object: :func:`choose` removes duplicates.
         """
         import torch
 
@@ -310,8 +294,7 @@ class Segmenter:
                     (drawn,) = self.processor.post_process_masks([mask_HW[None, None]], *sizes)
                     pixels = drawn[0, 0].cpu().numpy()
                     if pixels.any():
-                        place = f"mask {len(found) + 1} of the SAM model"
-                        found.append(Proposal(region=Region.mask(pixels), score=float(quality), place=place))
+                        found.append(Proposal(region=Region.mask(pixels), score=float(quality)))
         return found
 
 
@@ -333,8 +316,7 @@ def choose(
         width: width of the image in pixels.
         height: its height.
         most: how many to keep.
-        iou: leave out what overlaps something better by more than this, in 0 to 1. Boxes are compared exactly, other
-            kinds by their pixels.
+        iou: leave out what shares more than this of its pixels (0 to 1, of the union) with something better.
         min_score: leave out scores under this; ConfigError where one has no score.
     """
     if min_score is not None:
@@ -343,15 +325,9 @@ def choose(
         proposals = [each for each in proposals if (each.score or 0.0) >= min_score]
     ranked = sorted(range(len(proposals)), key=lambda k: (proposals[k].score is None, -(proposals[k].score or 0.0)))
     if iou is not None:
-        boxes, apart, coded = all(each.region.kind == "box" for each in proposals), list[int](), list[Any]()
+        apart, coded = list[int](), list[Any]()
         for k in ranked:
-            region = proposals[k].region
-            one: Any
-            if boxes:
-                x0, y0, x1, y1 = map(float, region.bounds(width, height))
-                one = [x0, y0, x1 - x0, y1 - y0]
-            else:
-                one = coco_mask.encode(np.asfortranarray(region.to_mask(width, height), np.uint8))
+            one = coco_mask.encode(np.asfortranarray(proposals[k].region.to_mask(width, height), np.uint8))
             if not coded or np.max(coco_mask.iou([one], coded, [0] * len(coded))) <= iou:
                 apart.append(k)
                 coded.append(one)
@@ -375,16 +351,12 @@ class Reply:
 
 
 def _ask(predictor: "RegionPredictor", given: Sequence[Proposal], question: str, options: Options) -> Reply:
-    answer = predictor.ask(question, [each.region for each in given], **dict(options))
-    said = {
-        "answer": answer.text,
-        "cited": list(answer.cited),
-        "warnings": list(answer.warnings),
-        "complete": answer.complete,
-        "seconds": round(answer.seconds, 3),
-    }
+    regions = [each.region for each in given]
+    answer = predictor.ask(question, regions, **dict(options))
+    said = {"answer": answer.text, "cited": list(answer.cited), "warnings": list(answer.warnings)}
+    about = {"question": question, "regions": [region.to_dict() for region in regions]}
     return Reply(
-        record={"question": question, "regions": [each.region.to_dict() for each in given], **said},
+        record={**about, **said, "complete": answer.complete},
         lines=[answer.text],
         dialogue=[(question, answer.text)],
         warnings=list(answer.warnings),
@@ -420,17 +392,13 @@ def _classify(predictor: "RegionPredictor", given: Sequence[Proposal], _: str, o
 
 
 def _locate(predictor: "RegionPredictor", given: Sequence[Proposal], expression: str, options: LocateOptions) -> Reply:
-    found = predictor.locate(expression, [each.region for each in given], **dict(options))
+    regions = [each.region for each in given]
+    found = predictor.locate(expression, regions, **dict(options))
+    said = {"number": found.number, "answer": found.text, "probability": found.probability}
+    about = {"expression": expression, "regions": [region.to_dict() for region in regions]}
     line = f"{found.text} {found.probability:.3f}"
     return Reply(
-        record={
-            "expression": expression,
-            "regions": [each.region.to_dict() for each in given],
-            "number": found.number,
-            "answer": found.text,
-            "probability": found.probability,
-            "probabilities": list(found.probabilities),
-        },
+        record={**about, **said, "probabilities": list(found.probabilities)},
         lines=[line],
         captions=[f"{share:.3f}" for share in found.probabilities[:-1]],
         dialogue=[(expression, line)],
@@ -494,7 +462,8 @@ class Request:
     def key(self) -> str:
         """A digest of all that the answers depend on but the files' content."""
         typed = [region.to_dict() for _, region in self.typed.regions]
-        settings = [each.model_dump(mode="json") for each in (self.sources, self.options, self.model)]
+        model = self.model.model_dump(mode="json", exclude={"device"})
+        settings = [*(each.model_dump(mode="json") for each in (self.sources, self.options)), model]
         return digest(self.verb, self.text, typed, self.typed.normalized, settings)[:16]
 
     def regions(self, photo: "Image", path: str, several: bool) -> tuple[list[Proposal], int, str]:
@@ -528,20 +497,21 @@ def over_images(
 ) -> int:
     """Answer about each image, and print or write the answers as they come; returns how many were skipped.
 
-    A single image that cannot be read is an error. One of several is reported and skipped.
+    A single image that cannot be read is an error. One of several is reported and skipped. The model is loaded once the
+    first image has been read.
 
     Args:
         images: paths.
-        request: what to do with each. Its model is loaded once the first image has been read.
-        out: JSON lines, in which each record stands from the moment it is made; images that an earlier run of the same
-            request has answered are not asked about again. None prints the answers.
-        overwrite: replace a file that is there.
+        request: what to do with each.
+        out: file to append JSON lines to; images that the same request has answered there are not asked about again.
+        overwrite: replace the file.
         json: print records rather than text.
-        picture: file for the image with its regions and answers; of a single image.
+        picture: file for the drawing of a single image with its regions and answers.
     """
     predictor: RegionPredictor | None = None
     skipped, several = 0, len(images) > 1
-    done = _answered(out, request.key) if out and out.is_file() and not overwrite else set()
+    key = request.key if out else ""
+    done = _answered(out, key) if out and out.is_file() and not overwrite else set()
     left, mode = [path for path in images if path not in done], "a" if done else "w"
     for path in progress(left, "images", "images") if several and (out or not sys.stdout.isatty()) else left:
         try:
@@ -562,12 +532,11 @@ def over_images(
             reply.warnings.insert(0, f"left out {n_left_out} of {n_left_out + len(given)} regions{why}")
         for line in reply.warnings:
             tell(f"regiongpt: warning: {f'{path}: ' * several}{line}")
-        record = {"image": path, **reply.record}
-        record.setdefault("seconds", round(time.perf_counter() - began, 3))
+        record = {"image": path, **reply.record, "seconds": round(time.perf_counter() - began, 3)}
         record |= {"left_out": n_left_out, "device": str(predictor.device)}
         if out is not None:
             with writing(out), out.open(mode, encoding="utf-8", errors="backslashreplace") as file:
-                file.write(_as_json({**record, "request": request.key}) + "\n")
+                file.write(_as_json({**record, "request": key}) + "\n")
             mode = "a"
         elif json:
             print(_as_json(record, None if several else 2), flush=True)

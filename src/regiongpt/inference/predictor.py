@@ -77,7 +77,7 @@ class RegionPredictor:
 
     Args:
         model: a :class:`RegionGPTForConditionalGeneration`, already on its device.
-        processor: the :class:`RegionGPTProcessor` that belongs to it.
+        processor: its :class:`RegionGPTProcessor`.
         images: encoded images to keep, found again by their pixels; 0 keeps none but those set.
         token_budget: limits memory: tokens of the longest question and answer times the answers in the batch. Default:
             1 GiB on a CPU, half of the free memory on a CUDA device.
@@ -112,7 +112,7 @@ class RegionPredictor:
             device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; default: the first of CUDA, MPS, CPU there is.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 on CUDA devices that have it, else
                 float32.
-            untrained: load a checkpoint that has not been trained, too; its answers mean nothing.
+            untrained: take a model whose answers mean nothing, too.
             **memory: ``images``, ``token_budget`` and ``rows``, as above.
 
         Raises:
@@ -253,14 +253,9 @@ class RegionPredictor:
     def describe(self, regions: Sequence[Region], **options: Any) -> list[Answer]: ...
 
     def describe(self, regions: Regions, **options: Any) -> Answer | list[Answer]:
-        """Describe regions, each on its own, in one batch.
+        """Describe regions, each on its own as ``Region [1]``, in one batch.
 
-        In each answer, ``Region [1]`` is the region described.
-
-        Args:
-            regions: one region or several.
-            **options: ``brief`` (False) asks for a caption of a few words; ``max_new_tokens`` (128) and ``detail``, as
-                for :meth:`ask`.
+        Options: ``brief=True`` asks for a caption of a few words; ``max_new_tokens`` and ``detail`` as for :meth:`ask`.
         """
         settings = DescribeOptions(**options)
         text = task_question("caption" if settings.brief else "describe", regions=[1])

@@ -28,9 +28,6 @@ _GROWTH = 64  # room for tokens grows by this many at a time
 # The CPU's fused attention with its log-sum-exp, which the public function keeps to itself.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is stored
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefix:
@@ -121,11 +118,10 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
     def prefix(self, row: int) -> Prefix:
         """A sequence's tokens, for others to begin with."""
-        own = [
-            tuple(getattr(layer, name)[row, :, : self.lengths[row]] for layer in self.layers)
-            for name in ("keys", "values")
-        ]
-        return Prefix(keys=own[0], values=own[1], behind=self.prefixes[row])
+        keys, values = zip(*((layer.keys[row], layer.values[row]) for layer in self.layers), strict=True)
+        end = self.lengths[row]
+        keys, values = (tuple(part[:, :end] for part in parts) for parts in (keys, values))
+        return Prefix(keys=keys, values=values, behind=self.prefixes[row])
 
     @torch.inference_mode()
     def remove(self, row: int) -> None:
@@ -164,10 +160,9 @@ def _grown(part: Tensor, rows: int, room: int) -> Tensor:
 
 
 class Decoder:
-    """Runs a language model over the sequences of a :class:`PrefixCache`.
+    """Runs a language model over the sequences of a :class:`PrefixCache`; threads take turns.
 
-    Threads take turns. While a pass runs, the language model's configuration names this package's attention: nobody
-    else may call the model then.
+    During a pass the language model's configuration names this package's attention: nobody else may call it then.
     """
 
     def __init__(self, language_model: Any) -> None:
@@ -274,7 +269,7 @@ class _Step:
     """One pass of new tokens through the language model, as the cache's layers and the attention need to know it."""
 
     def __init__(self, cache: PrefixCache, counts: Sequence[int], device: torch.device) -> None:
-        self.cache, self.counts, self.device = cache, list(counts), device
+        self.cache, self.counts = cache, list(counts)
         self.written: tuple[SuffixLayer, Tensor] | None = None  # the layer that was filled last, and its new keys
         starts, size = cache.lengths, len(counts)
         counts_R, before_R = torch.tensor(counts), torch.tensor([cache.total(row) for row in range(size)])
@@ -304,22 +299,13 @@ class _Step:
         several = [row for row, count in enumerate(counts) if count > 1]
         groups = [single, several] if single and several else [list(range(size))]
         self.groups = [_Group(rows, self.counts, starts, tokens_of(rows), device) for rows in groups]
-        self._masks: dict[Any, Tensor] = {}
-
-    def prefix_mask(self, index: int, dtype: torch.dtype, window: int) -> Tensor:
-        """What is added to the scores of a prefix's keys under a sliding window: (1, 1, N, P)."""
-        key = (index, dtype, window)
-        if key not in self._masks:
-            prefix, tokens = self.prefixes[index]
-            place_P = torch.arange(prefix.length, device=self.device)[-prefix.keys[0].shape[1] :]
-            hidden = place_P <= self.position_N[tokens, None] - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
-            self._masks[key] = mask.masked_fill_(hidden, float("-inf"))[None, None]
-        return self._masks[key]
 
 
 STEP: ContextVar[_Step | None] = ContextVar("regiongpt_step", default=None)
 """The step of this thread, for the cache's layers and the attention."""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
 
 
 class _Group:
@@ -329,36 +315,47 @@ class _Group:
         self, rows: list[int], counts: list[int], starts: list[int], tokens: Tensor | slice, device: torch.device
     ) -> None:
         counts, starts = [counts[row] for row in rows], [starts[row] for row in rows]
-        self.tokens = tokens  # theirs among the step's
-        self.device, self.size, self.widest = device, len(rows), max(counts)
+        self.tokens, self.size, self.widest = tokens, len(rows), max(counts)  # the tokens are theirs among the step's
         self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
-        self.even, self.level = min(counts) == self.widest, min(starts) == max(starts)
-        self.starts_R = torch.tensor(starts).to(device)
         run = range(rows[0], rows[0] + len(rows))
         self.chosen = slice(run.start, run.stop) if rows == list(run) else torch.tensor(rows).to(device)
+        self.even = min(counts) == self.widest
         if not self.even:  # sequence and place of each new token
             columns = [(row, column) for row, count in enumerate(counts) for column in range(count)]
             self.padded = torch.tensor(columns).to(device).unbind(1)
-        self._masks: dict[Any, Tensor] = {}
+        ends_Rn = torch.tensor(starts)[:, None] + torch.arange(self.widest)
+        self.distance_R1nS = (ends_Rn[..., None] - torch.arange(self.longest)).to(device)[:, None]
+        one_length = self.widest == 1 and min(starts) == max(starts)
+        self.mask = None if one_length else _mask(self.distance_R1nS, torch.float32)
 
-    def mask(self, dtype: torch.dtype, window: int | None) -> Tensor | None:
-        """What is added to the scores of the sequences' own keys: (R, 1, n, S); None where all may be seen."""
-        if self.widest == 1 and self.level and window is None:
-            return None
-        key = (dtype, window)
-        if key not in self._masks:
-            place_n = torch.arange(self.widest, device=self.device)[:, None]
-            key_RS = torch.arange(self.longest, device=self.device) - self.starts_R[:, None]  # below 0 for known tokens
-            seen = key_RS[:, None] <= place_n
-            if window is not None:
-                seen &= key_RS[:, None] > place_n - window
-            mask = torch.zeros(seen.shape, dtype=dtype, device=self.device)
-            self._masks[key] = mask.masked_fill_(~seen, float("-inf"))[:, None]
-        return self._masks[key]
+    def attend(
+        self, query_HNE: Tensor, layer: SuffixLayer, scale: float, softcap: float | None, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of the new tokens to their own sequences: (H, N, E) and (H, N)."""
+        heads, tokens, _ = query_HNE.shape
+        key_heads, rows, widest = layer.keys.shape[1], self.size, self.widest
+        keys, values = (part[self.chosen][:, :, : self.longest] for part in (layer.keys, layer.values))
+        if self.even:
+            query_RHnE = query_HNE.reshape(heads, rows, widest, -1).transpose(0, 1)
+        else:
+            query_RHnE = query_HNE.new_zeros((rows, heads, widest, query_HNE.shape[-1]))
+            query_RHnE[self.padded[0], :, self.padded[1]] = query_HNE.transpose(0, 1)
+        mask = self.mask if window is None else _mask(self.distance_R1nS, torch.float32, window)
+        if mask is not None:
+            mask = mask.to(query_HNE.dtype).repeat(1, 1, heads // key_heads if widest > 1 else 1, 1)
+        folded = query_RHnE.reshape(rows, key_heads, -1, query_HNE.shape[-1])
+        out, lse = attend(folded, keys, values, scale, mask=mask, softcap=softcap)
+        out_RHnE, lse_RHn = out.reshape(rows, heads, widest, -1), lse.reshape(rows, heads, widest)
+        if self.even:
+            return out_RHnE.transpose(0, 1).reshape(heads, tokens, -1), lse_RHn.transpose(0, 1).reshape(heads, tokens)
+        row_N, column_N = self.padded
+        return out_RHnE[row_N, :, column_N].transpose(0, 1), lse_RHn[row_N, :, column_N].transpose(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
+def _mask(distance: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """What is added to the scores of keys at a distance before their queries: -inf behind them or beyond a window."""
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def shared_prefix_attention(
@@ -374,9 +371,8 @@ def shared_prefix_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer as transformers calls it, (1, H, N, E) to (1, N, H, E); the step says who sees whom.
 
-    Raises:
-        NotImplementedError: the architecture changes keys between cache and attention, adds a bias or sinks of its
-            own, or has a sliding window that it does not hand over; ``decoder_for`` tries it first.
+    NotImplementedError for what ``decoder_for`` then leaves to the other decoder: keys that change between cache and
+    attention, a bias or sinks, a sliding window that is not handed over.
     """
     step = STEP.get()
     own_terms = more.get("position_bias") is not None or more.get("s_aux") is not None
@@ -392,16 +388,16 @@ def shared_prefix_attention(
     out_HNE = query_HNE.new_empty((*query_HNE.shape[:2], layer.values.shape[-1]))
     lse_HN = query_HNE.new_empty(query_HNE.shape[:2], dtype=torch.float32)
     for group in step.groups:
-        own = _own(group, query_HNE[:, group.tokens], layer, scale, softcap, window)
+        own = group.attend(query_HNE[:, group.tokens], layer, scale, softcap, window)
         out_HNE[:, group.tokens], lse_HN[:, group.tokens] = own
-    heads, key_heads = query_HNE.shape[0], layer.keys.shape[1]
-    for number, (prefix, tokens) in enumerate(step.prefixes):
-        asked = query_HNE[:, tokens]
-        folded = asked.reshape(1, key_heads, -1, asked.shape[-1])
-        mask = None
+    heads, key_heads, mask = query_HNE.shape[0], layer.keys.shape[1], None
+    for prefix, tokens in step.prefixes:
+        asked, keys, values = query_HNE[:, tokens], prefix.keys[index][None], prefix.values[index][None]
         if window is not None:
-            mask = step.prefix_mask(number, query.dtype, window).repeat(1, 1, heads // key_heads, 1)
-        keys, values = prefix.keys[index][None], prefix.values[index][None]
+            place_P = torch.arange(prefix.length - keys.shape[2], prefix.length, device=keys.device)
+            mask = _mask(step.position_N[tokens, None] - place_P, query.dtype, window).repeat(heads // key_heads, 1)
+            mask = mask[None, None]
+        folded = asked.reshape(1, key_heads, -1, asked.shape[-1])
         out, lse = attend(folded, keys, values, scale, mask=mask, softcap=softcap, blind=window is not None)
         out, lse = out.reshape(*asked.shape[:2], -1), lse.reshape(asked.shape[:2])
         # Two attentions over different keys as the one over all of them.
@@ -412,6 +408,14 @@ def shared_prefix_attention(
 
 
 AttentionInterface.register(ATTENTION, shared_prefix_attention)
+
+
+def _has_window(module: Any) -> bool:
+    """Whether this layer's configuration has a sliding window."""
+    config = getattr(module, "config", None)
+    if kinds := getattr(config, "layer_types", None):
+        return bool(kinds[module.layer_idx] == "sliding_attention")
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def attend(
@@ -443,37 +447,3 @@ def attend(
     total = weights.sum(-1, keepdim=True)
     out = torch.matmul((weights / total.clamp_min(1e-38)).to(value.dtype), value)
     return out, (most + total.log())[..., 0]
-
-
-def _has_window(module: Any) -> bool:
-    """Whether this layer's configuration has a sliding window."""
-    config = getattr(module, "config", None)
-    if kinds := getattr(config, "layer_types", None):
-        return bool(kinds[module.layer_idx] == "sliding_attention")
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-
-
-def _own(
-    group: _Group, query_HNE: Tensor, layer: SuffixLayer, scale: float, softcap: float | None, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """Attention of a group's new tokens to their own sequences: (H, N, E) and (H, N)."""
-    heads, tokens, _ = query_HNE.shape
-    key_heads = layer.keys.shape[1]
-    shared, rows, widest = heads // key_heads, group.size, group.widest
-    keys = layer.keys[group.chosen][:, :, : group.longest]
-    values = layer.values[group.chosen][:, :, : group.longest]
-    if group.even:
-        query_RHnE = query_HNE.reshape(heads, rows, widest, -1).transpose(0, 1)
-    else:
-        query_RHnE = query_HNE.new_zeros((rows, heads, widest, query_HNE.shape[-1]))
-        query_RHnE[group.padded[0], :, group.padded[1]] = query_HNE.transpose(0, 1)
-    mask = group.mask(query_HNE.dtype, window)
-    if mask is not None and shared > 1 and widest > 1:
-        mask = mask.repeat(1, 1, shared, 1)
-    folded = query_RHnE.reshape(rows, key_heads, shared * widest, -1)
-    out, lse = attend(folded, keys, values, scale, mask=mask, softcap=softcap)
-    out_RHnE, lse_RHn = out.reshape(rows, heads, widest, -1), lse.reshape(rows, heads, widest)
-    if group.even:
-        return out_RHnE.transpose(0, 1).reshape(heads, tokens, -1), lse_RHn.transpose(0, 1).reshape(heads, tokens)
-    out_NHE, lse_NH = out_RHnE[group.padded[0], :, group.padded[1]], lse_RHn[group.padded[0], :, group.padded[1]]
-    return out_NHE.transpose(0, 1), lse_NH.transpose(0, 1)
