@@ -7,15 +7,15 @@ vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from regiongpt.errors import ConfigError
-from regiongpt.inference.engine import LEAST_ROOM, Engine, Scene, TooLong, Turn, question_turns
-from regiongpt.inference.options import By, ClassifyOptions, Options
+from regiongpt.inference.engine import Engine, Scene, TooLong, Turn, question_turns
+from regiongpt.inference.options import By, ClassifyOptions
 from regiongpt.inference.shared_prefix import Prefix, PrefixCache
 from regiongpt.model.processing import expand_regions
 from regiongpt.prompts import NO_MATCH, question, region_answer
@@ -161,13 +161,11 @@ class Classified:
         probability: probability of that choice, given that the answer is one of the choices.
         probabilities: one per choice, in the order given, summing to 1; with ``top_k`` only the most probable,
             best first.
-        text: the answer as generated freely; None unless it was asked for.
     """
 
     label: str
     probability: float
     probabilities: dict[str, float]
-    text: str | None = None
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The ``k`` most probable choices with their probabilities, best first."""
@@ -178,26 +176,18 @@ def classify_regions(
     engine: Engine, scene: Scene, regions: Sequence[Region], names: Sequence[str], options: ClassifyOptions
 ) -> list[Classified]:
     """Implements :meth:`RegionPredictor.classify` for checked names."""
-    text = question("classify", regions=[1], label_set=options.label_set)
-    pooled = engine.pool_each(scene, regions, options.detail)
-    found = [
-        classified(scores_A, names, options.top_k)
-        for scores_A in answer_scores(engine, scene, question_turns((), text), pooled, names)
-    ]
-    if options.generate:
-        brief = Options(max_new_tokens=LEAST_ROOM, detail=options.detail)
-        free = engine.answer_each(scene, text, regions, brief)
-        found = [replace(each, text=answer.text) for each, answer in zip(found, free, strict=True)]
-    return found
+    turns = question_turns((), question("classify", regions=[1], label_set=options.label_set))
+    scores_BA = answer_scores(engine, scene, turns, engine.pool_each(scene, regions, options.detail), names)
+    return [classified(scores_A, names, options.top_k) for scores_A in scores_BA]
 
 
 def classified(scores_A: Tensor, names: Sequence[str], top_k: int | None) -> Classified:
     """The result for one region, from the log likelihoods of all names."""
     shares_A = scores_A.softmax(-1)
-    best = shares_A.topk(min(top_k or 1, len(names)))
-    order = range(len(names)) if top_k is None else best.indices.tolist()
-    kept = {names[k]: float(shares_A[k]) for k in order}
-    return Classified(label=names[int(best.indices[0])], probability=float(best.values[0]), probabilities=kept)
+    best = shares_A.topk(min(top_k or 1, len(names))).indices.tolist()
+    kept = {names[k]: float(shares_A[k]) for k in (range(len(names)) if top_k is None else best)}
+    label = names[best[0]]
+    return Classified(label=label, probability=kept[label], probabilities=kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -81,8 +81,6 @@ class ClassifyOptions(Look):
 
     label_set: str = Field("COCO-80", min_length=1)
     """the set named in the question, and the choices by default"""
-    generate: bool = False
-    """also generate the answer freely"""
     top_k: int | None = Field(None, ge=1)
     """keep only the most probable choices"""
 

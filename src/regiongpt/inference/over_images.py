@@ -9,10 +9,10 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -66,8 +66,7 @@ class Proposal:
 # Regions that were typed
 
 
-@dataclass(frozen=True, kw_only=True)
-class Typed:
+class Typed(NamedTuple):
     """Regions for every image, with their names for messages."""
 
     regions: list[tuple[str, Region]]
@@ -105,7 +104,7 @@ def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> 
             tell(f"regiongpt: warning: {where}: {region.note}")
             region = replace(cast(Any, region), note="")
         regions.append((where, region))
-    return Typed(regions=regions, normalized=normalized)
+    return Typed(regions, normalized)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,6 +253,7 @@ class Segmenter:
     """A Segment Anything model of transformers, whose own pipeline needs torchvision; CheckpointError if it is none."""
 
     def __init__(self, path: str | Path, device: "str | torch.device | None" = None) -> None:
+        quiet_libraries()
         from transformers import AutoConfig, SamModel
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -296,6 +296,9 @@ class Segmenter:
                     if pixels.any():
                         found.append(Proposal(region=Region.mask(pixels), score=float(quality)))
         return found
+
+
+_SEGMENTER = cache(Segmenter)
 
 
 def choose(
@@ -377,16 +380,10 @@ def _describe(predictor: "RegionPredictor", given: Sequence[Proposal], _: str, o
 def _classify(predictor: "RegionPredictor", given: Sequence[Proposal], _: str, options: ChoiceOptions) -> Reply:
     how = options.model_dump(exclude={"choices"})
     found = predictor.classify([each.region for each in given], options.names, **how)
-    said = [
-        {"label": each.label, "probability": each.probability, "probabilities": each.probabilities}
-        | ({} if each.text is None else {"text": each.text})
-        for each in found
-    ]
     best = [", ".join(f"{name} {share:.3f}" for name, share in each.top(options.top_k or 1)) for each in found]
-    free = ["" if each.text is None else f"; freely: {' '.join(each.text.split())}" for each in found]
     return Reply(
-        record={"regions": _with_answers(given, said)},
-        lines=[f"[{number}] {text}{more}" for number, (text, more) in enumerate(zip(best, free, strict=True), 1)],
+        record={"regions": _with_answers(given, list(map(asdict, found)))},
+        lines=[f"[{number}] {text}" for number, text in enumerate(best, 1)],
         captions=best,
     )
 
@@ -441,12 +438,6 @@ def load_predictor(options: ModelOptions, **memory: Any) -> "RegionPredictor":
     return RegionPredictor.from_pretrained(options.model, **options.model_dump(exclude={"model"}), **memory)
 
 
-@cache
-def _segmenter(path: str, device: str | None) -> Segmenter:
-    quiet_libraries()
-    return Segmenter(path, device)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What to do with each image."""
@@ -473,7 +464,7 @@ class Request:
         if sources.proposals:
             found += read_proposals(sources.proposals, *size, image=path, image_id=sources.image_id, rejects=rejects)
         elif sources.sam:
-            found += _segmenter(sources.sam, self.model.device).propose(photo, sources.grid or 32)
+            found += _SEGMENTER(sources.sam, self.model.device).propose(photo, sources.grid or 32)
         elif sources.grid is not None:
             found += grid_points(sources.grid, *size)
         iou = 0.7 if sources.sam and sources.iou is None else sources.iou

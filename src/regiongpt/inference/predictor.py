@@ -68,9 +68,9 @@ class RegionPredictor:
         >>> predictor.set_image("photo.jpg")
         >>> predictor.ask("What is <region1> doing?", [Region.box(40, 60, 300, 280)]).text
 
-    Several threads may use one predictor: each asks about the image that it set itself, or, if it never set one, about
-    the last that any thread has set. What they ask at the same time is answered in one batch. While a predictor is at
-    work, nobody else may call its language model.
+    Several threads may use one predictor: each asks about the image that it set itself, or else about the last that any
+    thread has set; what they ask at the same time is answered in one batch. Nobody else may call its language model
+    meanwhile.
 
     Every method raises RegionError for a region that does not fit the image, DataError for an empty or too long
     question, and ConfigError for an option out of its range or where no image was set.
@@ -282,9 +282,8 @@ class RegionPredictor:
         Args:
             regions: one region or several, each classified on its own.
             choices: at least one name, none twice. Default: the names of ``label_set``.
-            **options: any of ``label_set`` ("COCO-80"), the set named in the question; ``generate``: also generate the
-                answer freely, as the paper's exact-match protocol does; ``top_k``: keep only this many of the most
-                probable choices in the result; ``detail``, as for :meth:`ask`.
+            **options: ``label_set`` ("COCO-80"), the set named in the question; ``top_k``: keep only this many of the
+                most probable choices in the result; ``detail``, as for :meth:`ask`.
         """
         settings = ClassifyOptions(**options)
         names, listed = check_choices(choices, settings.label_set), Region.list_of(regions)
