@@ -41,9 +41,7 @@ class ClosedSet:
 def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> ClosedSet:
     """Prepare the answers to a question for scoring; recent ones are cached.
 
-    Raises:
-        TooLong: the question and its longest answer do not fit the model's context.
-        ConfigError: the chat template does not write an answer as it is behind its question.
+    TooLong where the longest does not fit the model's context; ConfigError for a chat template that changes answers.
     """
 
     def make() -> ClosedSet:
@@ -138,9 +136,9 @@ def _behind(engine: Engine, prefixes: Sequence[Prefix], paths: Sequence[Sequence
 def answer_scores(
     engine: Engine, scene: Scene, messages: Sequence[Turn], pooled: Sequence[Tensor], answers: Sequence[str]
 ) -> Tensor:
-    """Log likelihoods (B, A) of the answers to one question for each of B sets of region features (R * K, D).
+    """Log likelihoods (B, A) of answers to one question for each of B sets of region features (R * K, D).
 
-    Their softmax are the probabilities, given that the answer is one of these. Raises as :func:`closed_set` does.
+    Their softmax gives the probabilities if the answer is one of these. Raises as :func:`closed_set` does.
     """
     if not pooled:
         return torch.empty((0, len(answers)))

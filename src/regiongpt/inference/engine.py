@@ -159,9 +159,7 @@ class Engine:
     ) -> Prompt:
         """A question ready for the language model, with an answer of at most ``wanted`` tokens.
 
-        Raises:
-            RegionError: a placeholder stands for no region.
-            DataError: a turn is empty or out of order, or (as :class:`TooLong`) there are too many.
+        RegionError where a placeholder stands for no region; DataError where a turn is empty, out of order or too long.
         """
         encoded = self.encode_text(messages, n_regions)
         ids, rows = encoded["input_ids"].tolist(), encoded["region_ids"].tolist()
@@ -195,13 +193,10 @@ class Engine:
     def begin(
         self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor
     ) -> tuple[Prefix | None, Tensor]:
-        """The prefix that a prompt shares with others about its image, and embeddings (N, D) of the rest.
-
-        It ends with the image, or before the first region, which may be in the system text.
-        """
+        """The prefix that a prompt shares with others about its image, and embeddings (N, D) of the rest."""
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
         end = len(ids) - list(reversed(ids)).index(image) if image in ids else 0
-        if region in ids[:end]:
+        if region in ids[:end]:  # in the system text
             end = list(ids).index(region)
         prefix = None
         if 0 < end < len(ids):
@@ -296,7 +291,7 @@ def check_regions(regions: Sequence[Region], width: int, height: int) -> None:
 
 
 def question_turns(history: Sequence[Turn], question: str) -> list[Turn]:
-    """The conversation up to a question; DataError for an empty question or a history that is no list of turns."""
+    """The conversation up to a question; DataError for an empty one or a history that is no list of turns."""
     check_text(question, "a question such as 'What is <region1>?'")
     if not isinstance(history, list | tuple) or not all(isinstance(turn, Mapping) for turn in history):
         raise DataError(f"expected history as a list of {{'role': ..., 'content': ...}}, got {history!r:.80}")

@@ -1,6 +1,5 @@
 """Settings of the predictor's methods and command-line options."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -143,9 +142,6 @@ class ModelOptions(Settings):
 
     @model_validator(mode="after")
     def _check_model(self) -> "ModelOptions":
-        """Checks that need no torch."""
-        if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
-            raise ValueError(f"--device: expected cuda, cuda:N, mps or cpu, got {self.device!r}")
         if self.model is not None:
             check_checkpoint(self.model)
         return self

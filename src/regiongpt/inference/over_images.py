@@ -122,13 +122,11 @@ def read_proposals(
 ) -> list[Proposal]:
     """Read regions of one image from a JSON file; an entry that cannot be used is left out and counted.
 
-    The file is a list of COCO detection results (``image_id``, ``bbox`` or ``segmentation``, ``score``) or of regions
-    as :meth:`Region.to_dict` writes them; or an object with such a list as its ``regions`` (what ``regiongpt ask
-    --json`` prints) or its ``annotations`` (a COCO data set). Where an entry has a mask, that is taken, not its box.
-
-    In a file about several images, this one (``width`` x ``height`` pixels) is known by its ``image_id``, or else by
-    the name of its file ``image``, or the number that it ends in. DataError where the file is of another form, has
-    nothing about the image, or says that it has another size.
+    The file is a list of COCO detection results or of regions as :meth:`Region.to_dict` writes them, or an object with
+    such a list as its ``regions`` (the output of ``--json``) or ``annotations`` (a COCO data set). Masks come before
+    boxes. Of several images, this one (``width`` x ``height`` pixels) is known by its ``image_id``, else by the name of
+    its file ``image``, or the number that it ends in. DataError where the file has another form, another size for the
+    image, or nothing about it.
     """
     file = Path(path)
     rejects = Rejects() if rejects is None else rejects

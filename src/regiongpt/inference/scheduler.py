@@ -84,10 +84,9 @@ class Scheduler:
         return len(self._running)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
-        """Write answers and yield each job when it is finished, in no particular order.
+        """Write answers and yield each job as it finishes; jobs are taken from the iterable as there is room for them.
 
-        Jobs are taken from the iterable as there is room for them. Leaving the iteration cancels them. What a pass
-        through the language model raises comes out here.
+        Leaving the iteration cancels them. What a pass through the language model raises comes out here.
         """
         source = iter(jobs)
         mine: list[Job] = []
