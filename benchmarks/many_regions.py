@@ -40,9 +40,9 @@ from transformers import (
 )
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
-from regiongpt.inference.choices import classify_regions
+from regiongpt.inference.choices import answer_scores
 from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns
-from regiongpt.inference.options import ClassifyOptions, Options
+from regiongpt.inference.options import Options
 from regiongpt.inference.scheduler import Scheduler
 from regiongpt.model import weights
 from regiongpt.model.modeling import CACHE
@@ -252,14 +252,14 @@ def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, An
     """Scoring closed sets: 80 names for some regions against one sequence a choice, and thousands for one region."""
     bench = Bench(engine, 1)
     scene = engine.encode_image(Image.fromarray(bench.photo))
-    options = ClassifyOptions(top_k=5)
     text = question("classify", regions=[1])
+    turns = question_turns((), text)
 
     def one_by_one() -> None:
         for region, name in zip(boxes(alone), COCO_80, strict=False):
-            turns = [*question_turns((), text), {"role": "assistant", "content": name}]
+            answered = [*turns, {"role": "assistant", "content": name}]
             batch = engine.processor.collate(
-                [engine.processor.encode_conversation(turns, image=Image.fromarray(bench.photo), regions=[region])]
+                [engine.processor.encode_conversation(answered, image=Image.fromarray(bench.photo), regions=[region])]
             ).to(engine.device)
             batch.pop("labels")
             batch["pixel_values"] = batch["pixel_values"].to(engine.model.dtype)
@@ -267,7 +267,8 @@ def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, An
                 engine.model(**batch)
 
     def scored() -> None:
-        classify_regions(engine, engine.encode_image(Image.fromarray(bench.photo)), boxes(regions), COCO_80, options)
+        fresh = engine.encode_image(Image.fromarray(bench.photo))
+        answer_scores(engine, fresh, turns, engine.pool_each(fresh, boxes(regions)), COCO_80)
 
     scored()  # once unmeasured; the names are then ready, as they are for every image but the first
     seconds = {"together": min(timed(scored, engine.device) for _ in range(2))}
@@ -278,7 +279,7 @@ def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, An
     }  # fmt: skip
     if many:
         names = made_up_names(many)
-        work = partial(classify_regions, engine, scene, boxes(1), names, options)
+        work = partial(answer_scores, engine, scene, turns, engine.pool_each(scene, boxes(1)), names)
         with grown_memory() as memory:
             first, again = timed(work, engine.device), timed(work, engine.device)
         found["many"] = {

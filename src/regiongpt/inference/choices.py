@@ -15,11 +15,10 @@ from torch import Tensor
 
 from regiongpt.errors import ConfigError
 from regiongpt.inference.engine import Engine, Scene, TooLong, Turn, question_turns
-from regiongpt.inference.options import By, ClassifyOptions
+from regiongpt.inference.options import By
 from regiongpt.inference.shared_prefix import Prefix, PrefixCache
 from regiongpt.model.processing import expand_regions
 from regiongpt.prompts import NO_MATCH, question, region_answer
-from regiongpt.regions import Region
 
 TOKENS = 4096
 """Tokens of a forward pass, unless a single question has more."""
@@ -170,20 +169,11 @@ class Classified:
         return sorted(self.probabilities.items(), key=lambda choice: -choice[1])[: max(0, k)]
 
 
-def classify_regions(
-    engine: Engine, scene: Scene, regions: Sequence[Region], names: Sequence[str], options: ClassifyOptions
-) -> list[Classified]:
-    """Implements :meth:`RegionPredictor.classify` for checked names."""
-    turns = question_turns((), question("classify", regions=[1], label_set=options.label_set))
-    scores_BA = answer_scores(engine, scene, turns, engine.pool_each(scene, regions, options.detail), names)
-    return [classified(scores_A, names, options.top_k) for scores_A in scores_BA]
-
-
 def classified(scores_A: Tensor, names: Sequence[str], top_k: int | None) -> Classified:
     """The result for one region, from the log likelihoods of all names."""
-    shares_A = scores_A.softmax(-1)
-    best = shares_A.topk(min(top_k or 1, len(names))).indices.tolist()
-    kept = {names[k]: float(shares_A[k]) for k in (range(len(names)) if top_k is None else best)}
+    best = scores_A.topk(min(top_k or 1, len(names))).indices.tolist()
+    shares = scores_A.softmax(-1).tolist()
+    kept = {names[k]: shares[k] for k in (range(len(names)) if top_k is None else best)}
     label = names[best[0]]
     return Classified(label=label, probability=kept[label], probabilities=kept)
 

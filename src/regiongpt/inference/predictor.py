@@ -12,7 +12,7 @@ import torch
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, naming
 from regiongpt.images import ImageSource, load_image
-from regiongpt.inference.choices import Classified, Located, classify_regions, locate_expressions
+from regiongpt.inference.choices import Classified, Located, answer_scores, classified, locate_expressions
 from regiongpt.inference.engine import (
     Answer,
     Engine,
@@ -286,8 +286,11 @@ class RegionPredictor:
                 most probable choices in the result; ``detail``, as for :meth:`ask`.
         """
         settings = ClassifyOptions(**options)
-        names, listed = check_choices(choices, settings.label_set), Region.list_of(regions)
-        found = classify_regions(self.engine, self._here(), listed, names, settings)
+        names, scene = check_choices(choices, settings.label_set), self._here()
+        turns = question_turns((), task_question("classify", regions=[1], label_set=settings.label_set))
+        pooled = self.engine.pool_each(scene, Region.list_of(regions), settings.detail)
+        scores_BA = answer_scores(self.engine, scene, turns, pooled, names)
+        found = [classified(scores_A, names, settings.top_k) for scores_A in scores_BA]
         return found[0] if isinstance(regions, Region) else found
 
     @overload
