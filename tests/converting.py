@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Rejects
+from regiongpt.data.shards import Rejects, usable
 from regiongpt.data.sources import Converter
 from regiongpt.regions import Region
 
@@ -31,12 +31,9 @@ def record(name: str, *regions: Region | tuple[Region, str], image: str = "a.png
 
 
 def run(made: Converter) -> tuple[list[Record], dict[str, int]]:
-    """The records, each of which a model can learn from, and how many were left out by kind."""
+    """The records that a model can learn from, and how many were left out by kind."""
     rejects = Rejects()
-    records = list(made.records(rejects))
-    for record in records:
-        record.check()
-    return records, dict(rejects.counts)
+    return list(usable(made.records(rejects), rejects, made.name)), dict(rejects.counts)
 
 
 def annotation(number: object, box: object, image: object = 1, category: object = 18, **more: object) -> dict:

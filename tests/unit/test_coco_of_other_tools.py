@@ -9,9 +9,9 @@ from converting import run
 from PIL import Image
 
 from regiongpt.cli import main
-from regiongpt.data.closed_sets import CocoConverter, LvisConverter
 from regiongpt.data.coco import CocoSource, entry_of, load_coco
 from regiongpt.data.shards import Rejects
+from regiongpt.data.sources import CocoConverter, LvisConverter
 from regiongpt.errors import DataError
 from regiongpt.evaluate.coco_cls import CocoClassification
 from regiongpt.evaluate.pope import Pope
@@ -116,15 +116,13 @@ def test_one_rule_finds_the_image_of_an_entry(tmp_path: Path, entry: dict) -> No
     assert len(proposed(folder)) == 1
 
 
-@pytest.mark.parametrize("name", ["a/photo.png", "photo.png"])
-def test_what_is_found_by_the_last_part_of_its_name_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    write(tmp_path, thing(), images=[{"id": 1, "file_name": name, "width": 40, "height": 30}])
-    for read in (convert, proposed):
-        read(tmp_path)
-        assert ("only by file name" in caplog.text) == (name != "photo.png")
-        caplog.clear()
+def test_what_is_found_by_the_last_part_of_its_name_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a/photo.png", "photo.png"):
+        write(tmp_path, thing(), images=[{"id": 1, "file_name": name, "width": 40, "height": 30}])
+        for read in (convert, proposed):
+            read(tmp_path)
+            assert ("only by file name" in caplog.text) == (name != "photo.png")
+            caplog.clear()
 
 
 def test_accents_in_names_may_be_composed_or_not(tmp_path: Path) -> None:
@@ -157,7 +155,7 @@ def test_equal_base_names_in_different_folders_are_not_mixed_up(tmp_path: Path) 
         (tmp_path / name).mkdir()
         Image.new("RGB", (40, 30)).save(tmp_path / name / "1.png")
     Image.new("RGB", (40, 30)).save(tmp_path / "2.png")
-    missing = {"annotation of an image left out": 2, "image file missing": 2}
+    missing = {"annotation of an absent image": 2, "image file missing": 2}
     records, rejects = convert(tmp_path)
     assert ([record.image for record in records], rejects) == (["a/1.png", "b/1.png"], missing)
     (record,), rejects = convert(tmp_path, images=tmp_path / "b")
@@ -174,7 +172,7 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: object) 
     folder = tmp_path / "images"
     folder.mkdir()
     file = write(tmp_path, thing(), images=[{"id": 1, "file_name": name, "width": 40, "height": 30}])
-    expected = {"image outside the folder": 1, "annotation of an image left out": 1}
+    expected = {"image outside the folder": 1, "annotation of an absent image": 1}
     assert convert(tmp_path, images=folder) == ([], expected)
     assert load_coco([CocoSource(instances=file, images=folder)]).skipped == expected
     with pytest.raises(DataError, match="outside the folder"):
@@ -213,20 +211,17 @@ def test_the_entry_of_an_image(names: list[str], image: str, found: int | None) 
         assert entry_of(images, image, "set.json") == images[found]
 
 
-def test_a_size_that_is_stated_is_held_against_the_image(tmp_path: Path) -> None:
-    write(tmp_path, thing(), images=[{"id": 1, "file_name": "photo.png", "width": 80.0, "height": "60"}])
-    assert convert(tmp_path)[1] == {"image of another size": 1, "annotation of an image left out": 1}
-    for more in ({}, {"image": "x.png", "image_id": 1}):
-        with pytest.raises(DataError, match=r"another size: expected 80 x 60 .* got 40 x 30"):
-            proposed(tmp_path, **more)
-
-
-@pytest.mark.parametrize("size", [{"width": 0, "height": 0}, {"width": 40}, {"width": "x", "height": 30}])
-def test_a_size_that_is_none_is_said(tmp_path: Path, size: dict) -> None:
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [({"width": 80.0, "height": "60"}, "image of another size"), ({"width": 0, "height": 0}, "image without size"),
+     ({"width": 40}, "image without size"), ({"width": "x", "height": 30}, "image without size")],
+)  # fmt: skip
+def test_a_size_that_is_stated_is_held_against_the_image(tmp_path: Path, size: dict, kind: str) -> None:
     write(tmp_path, thing(), images=[{"id": 1, "file_name": "photo.png", **size}])
-    assert convert(tmp_path)[1] == {"image without size": 1, "annotation of an image left out": 1}
-    with pytest.raises(DataError, match=r"image 1: image without size"):
-        proposed(tmp_path)
+    assert convert(tmp_path)[1] == {kind: 1, "annotation of an absent image": 1}
+    for more in ({}, {"image": "x.png", "image_id": 1}):
+        with pytest.raises(DataError, match=kind):
+            proposed(tmp_path, **more)
 
 
 def test_a_size_that_is_not_stated_is_that_of_the_image(tmp_path: Path) -> None:
@@ -234,7 +229,7 @@ def test_a_size_that_is_not_stated_is_that_of_the_image(tmp_path: Path) -> None:
     assert [(record.width, record.height) for record in convert(tmp_path)[0]] == [(40, 30)]
     assert asked(tmp_path).items()[0].size == (40, 30)
     assert load_coco([CocoSource(instances=file, images=tmp_path)]).images[0].width == 40
-    assert convert(tmp_path, check_images=False)[1] == {"image without size": 1, "annotation of an image left out": 1}
+    assert convert(tmp_path, check_images=False)[1] == {"image without size": 1, "annotation of an absent image": 1}
 
 
 @pytest.mark.parametrize(
@@ -370,14 +365,10 @@ def test_placeholders_in_names_and_captions_are_rejected(tmp_path: Path, text: s
     assert rejects == {"placeholder in the text": 2, "unknown category": 1}
 
 
-@pytest.mark.parametrize("inside", ["1" * 5000, "[" * 100_000, "1e999"])
+@pytest.mark.parametrize("inside", ["1" * 5000, "[" * 100_000])
 def test_absurd_json_is_one_line(tmp_path: Path, inside: str) -> None:
     file = write(tmp_path, thing())
     file.write_text(file.read_text().replace('"id": 1', f'"id": {inside}', 1))
-    if inside == "1e999":
-        _, rejects = convert(tmp_path, label_set="COCO-80")
-        assert sum(rejects.values()) == 1
-        return
     for read in convert, proposed:
-        with pytest.raises(DataError, match=r"instances\.json: (truncated|not a readable)"):
+        with pytest.raises(DataError, match=r"instances\.json: not a (whole|readable)"):
             read(tmp_path)

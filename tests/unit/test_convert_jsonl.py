@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from converting import run
 from PIL import Image
 
 from regiongpt.data.chat import JsonlConverter, RegionCaptionsConverter
-from regiongpt.data.shards import Rejects
+from regiongpt.data.shards import Rejects, usable
 from regiongpt.errors import DataError
 from regiongpt.prompts import QUESTIONS, REC_SUFFIX
 from regiongpt.regions import Region
@@ -26,26 +27,6 @@ def write(folder: Path, lines: list) -> JsonlConverter:
     text = "".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in lines)
     (folder / "own.jsonl").write_text(text)
     return JsonlConverter(images=folder / "images", data=folder / "own.jsonl")
-
-
-class Told(Rejects):
-    """Keeps the reasons."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reasons: list[str] = []
-
-    def add(self, kind: str, file: str | Path, record: object, reason: str) -> None:
-        super().add(kind, file, record, reason)
-        self.reasons.append(reason)
-
-
-def run(made: JsonlConverter | RegionCaptionsConverter) -> tuple[list, dict, list[str]]:
-    rejects = Told()
-    records = list(made.records(rejects))
-    for record in records:
-        record.check()
-    return records, dict(rejects.counts), rejects.reasons
 
 
 def test_every_form_of_a_line(tmp_path):
@@ -77,7 +58,7 @@ def test_every_form_of_a_line(tmp_path):
             {"conversation": [{"question": "Who?", "answer": "Me."}], "id": 7},
         ],
     )
-    records, rejects, _ = run(made)
+    records, rejects = run(made)
     assert rejects == {}
     assert [record.id for record in records] == ["jsonl/one", "jsonl/line-3", "jsonl/7"]
     first = records[0]
@@ -95,6 +76,8 @@ def test_every_form_of_a_line(tmp_path):
     assert (records[2].image, records[2].width) == ("", 0)
 
 
+CHOICE = {"task": "locate", "regions": [1], "expression": "it", "answer": "Region [2]", "guided": True}
+NAMED = {"task": "classify", "regions": [1], "answer": "mug", "label_set": "COCO-80", "guided": True}
 FAULTS = [
     ("{", "line that is not json", "expected a JSON object"),
     (line(regons=[]), "unknown key", "'regons'; did you mean 'regions'?"),
@@ -107,58 +90,43 @@ FAULTS = [
     (line({"task": "caption", "regions": [2], "answer": "x"}), "region that makes no sense", "1 region was given"),
     (line({"task": "guess", "answer": "x"}), "unknown task", "expected a task among classify, describe"),
     (line({"task": "chat", "answer": "x"}), "unknown task", "got 'chat'"),
-    (
-        line({"task": "locate", "regions": [1], "expression": "it", "answer": "Region [2]", "guided": True}),
-        "answer that is no option",
-        "expected Region [1] or 'No corresponding options found.', got 'Region [2]'",
-    ),
-    (
-        line({"task": "classify", "regions": [1], "answer": "mug", "label_set": "COCO-80", "guided": True}),
-        "unknown category",
-        "expected a name of COCO-80, got 'mug'",
-    ),
-    (line({"task": "classify", "regions": [1], "answer": "mug", "guided": True}), "record of another format", "label"),
+    (line(CHOICE), "answer that is no option", "expected Region [1] or 'No corresponding options found.'"),
+    (line(NAMED), "unknown category", "expected a name of COCO-80, got 'mug'"),
+    (line({**NAMED, "label_set": ""}), "record of another format", "label"),
     (line("hello"), "record of another format", "turn 1: expected an object"),
     (line(conversation=None), "record of another format", "conversation: "),
     (line(regions=[{"box": [1, 2, 3]}]), "region that makes no sense", "<region1>"),
     (line(regions=[{"box": [60, 2, 70, 9]}]), "region that makes no sense", "<region1>"),
     (line(regions=[{**BOX, "category": 1}]), "record of another format", "<region1>: expected category as text"),
-    (line(width=40), "record of another format", "expected width and height"),
     (line(width=41, height=30), "image of another size", "41 x 30"),
     (line(image="b.png"), "image file missing", "b.png"),
     (line(regions=[{**BOX, "category": "<region1>"}]), "placeholder in the text", "plain text"),
-    (
-        line({"task": "presence", "category": "a <region of it", "answer": "No."}),
-        "placeholder in the text",
-        "plain text",
-    ),
+    (line({"task": "presence", "category": "a <region of it", "answer": "No."}), "placeholder in the text", "plain"),
     (line(id=["a"]), "record of another format", "id: expected text or a whole number"),
-    (line({**CHAT, "answer": "half \ud83d"}), "text that is not Unicode", "surrogate pair"),
+    (line({**CHAT, "answer": "half \ud83d"}), "text that is not Unicode", "surrogate"),
 ]
 
 
 @pytest.mark.parametrize(("bad", "kind", "reason"), FAULTS, ids=[f"{k}-{each[1]}" for k, each in enumerate(FAULTS)])
-def test_faults_name_file_and_line(tmp_path, bad, kind, reason):
-    records, rejects, reasons = run(write(tmp_path, [line(id="good"), bad, line(id="last")]))
+def test_faults_are_told_with_their_reason(tmp_path, bad, kind, reason):
+    made, rejects = write(tmp_path, [line(id="good"), bad, line(id="last")]), Rejects()
+    records = list(usable(made.records(rejects), rejects, "jsonl"))
     assert [record.id for record in records] == ["jsonl/good", "jsonl/last"]
-    assert rejects == {kind: 1}
-    assert reasons[0].startswith("own.jsonl:2: ")
-    assert reason in reasons[0]
+    assert rejects.counts == {kind: 1}
+    assert reason in rejects.last
+    with pytest.raises(DataError, match=r"own\.jsonl, record 2|jsonl, record jsonl/line-2"):
+        list(usable(made.records(Rejects(strict=True)), Rejects(strict=True), "jsonl"))
 
 
 def test_ids_and_ends(tmp_path):
     made = write(tmp_path, [line(id="a"), line(id="a"), line(id="line-4"), line(), json.dumps(line())[:-5]])
     made.data.write_bytes(b"\xef\xbb\xbf" + made.data.read_bytes().rstrip(b"\n"))
-    records, rejects, reasons = run(made)
+    records, rejects = run(made)
     assert [record.id for record in records] == ["jsonl/a", "jsonl/line-4"]
     assert rejects == {"duplicate id": 2, "truncated json": 1}
-    assert reasons[2].startswith("own.jsonl:5: ")
     made.data.write_bytes(json.dumps(line()).encode() + b'\n{"id": "\xff"}\n')
     assert run(made)[1] == {"text that is not Unicode": 1}
-
-
-def test_files_that_are_no_json_lines(tmp_path):
-    made = write(tmp_path, ["<html>", "</html>"])
+    made.data.write_text("<html>\n</html>\n")
     with pytest.raises(DataError, match=r"own\.jsonl: no line is a JSON object"):
         run(made)
 
@@ -175,7 +143,7 @@ def captions(folder: Path, lines: list) -> RegionCaptionsConverter:
 
 def test_region_captions(tmp_path):
     polygon = {"polygon": [[1, 1, 9, 1, 9, 9]]}
-    records, rejects, _ = run(captions(tmp_path, [described(), described(id=2, region=polygon, category=None)]))
+    records, rejects = run(captions(tmp_path, [described(), described(id=2, region=polygon, category=None)]))
     assert rejects == {}
     assert [record.id for record in records] == ["region_captions/a/1", "region_captions/2"]
     first, second = records
@@ -203,7 +171,6 @@ def test_faults_of_region_captions(tmp_path):
         own = isinstance(each, dict) and each["id"] == "a/1"
         lines.append({**each, "id": len(lines)} if own else each)
     made = captions(tmp_path, lines)
-    records, rejects, reasons = run(made)
+    records, rejects = run(made)
     assert [record.id for record in records] == ["region_captions/good"]
     assert rejects == {kind: len(many) for kind, many in bad.items()}
-    assert [reason.split(": ")[0] for reason in reasons] == [f"own.jsonl:{k}" for k in range(2, len(lines) + 1)]

@@ -1,7 +1,6 @@
 """Visual Genome: the dialogue of an image, what is left out and why, and files in any order."""
 
 import json
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from regiongpt.data import reading
 from regiongpt.data.reading import clipped_box
-from regiongpt.data.shards import Fault, Rejects
+from regiongpt.data.shards import Fault
 from regiongpt.data.visual_genome import VisualGenomeConverter
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.regions import MIN_AREA, Region
@@ -185,28 +183,6 @@ def test_files_that_do_not_belong_together(tmp_path):
     made = write(tmp_path, [{"id": 1, "regions": [region(1, 1)]}], [size(9)])
     with pytest.raises(DataError, match=r"none of its images is in .*; give two files of one release"):
         run(made)
-
-
-def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "BLOCK", 1 << 14)
-
-    def peak(images: int) -> int:
-        described = [{"id": k, "regions": [region(j, k, "a phrase") for j in range(24)]} for k in range(images)]
-        sizes = [{"image_id": k, "width": 80, "height": 60, "url": "https://a.b/V/0.jpg"} for k in range(images)]
-        objects = [{"image_id": k, "objects": [thing(j, "a name") for j in range(8)]} for k in range(images)]
-        made = write(tmp_path, described, sizes[:1], objects=objects).replace(check_images=False)
-        made.image_data.write_text(json.dumps(sizes))
-        del described, objects
-        tracemalloc.start()
-        try:
-            assert sum(1 for _ in made.records(Rejects())) == images
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-
-    peak(1)  # what is imported or cached once
-    # 300 images with their 9,600 regions and objects are about four megabytes as Python holds them.
-    assert peak(350) - peak(50) < 1 << 20
 
 
 @settings(deadline=None)

@@ -115,7 +115,7 @@ def test_files_of_another_form(tmp_path, data, message):
         ({"bbox": [1, 2, 0, 4]}, "box without size", "above 0"),
         ({"bbox": [1, 2, 3, 4], "score": None}, "score that is no number", "finite number"),
         ({"bbox": [1, 2, 3, 4], "segmentation": {"size": [4, 4], "counts": "04"}}, "RLE of another size", "60 x 40"),
-        ({"segmentation": [[1, 1, 5, 5, 9]]}, "polygon that is not pairs of numbers", "x, y, x, y"),
+        ({"segmentation": [[1, 1, 5, 5, 9]]}, "polygon that is not pairs", "x, y, x, y"),
         ({"box": [9, 2, 3, 4]}, "region that makes no sense", "x0 < x1"),
         ({"label": "cat"}, "record of another format", "'label'"),
     ],

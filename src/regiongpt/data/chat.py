@@ -3,9 +3,7 @@
 Paper: §3.2 (image captioning as a pretext task; LLaVA's instruction data), §3.3 (region captions)
 """
 
-from abc import abstractmethod
 from collections.abc import Iterator
-from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,7 +20,7 @@ from regiongpt.data.reading import (
     image_name,
     iter_array,
     iter_lines,
-    noting_line,
+    unicode_text,
     words_alone,
 )
 from regiongpt.data.records import Record, RecordRegion, Turn
@@ -40,40 +38,14 @@ from regiongpt.prompts import (
 )
 from regiongpt.regions import Region
 
-Alone = Annotated[str, AfterValidator(words_alone)]
-
-
-class LinesConverter(Converter):
-    """A JSON lines file, one record per line."""
-
-    sound_regions: ClassVar[bool] = True
-
-    data: Path
-    """JSON lines file."""
-
-    def records(self, rejects: Rejects) -> Iterator[Record]:
-        """One record a line, in the order of the file."""
-        seen: set[str] = set()
-        for number, entry in iter_lines(self.data, rejects):
-            with noting_line(self.data, number, rejects):
-                record = self.of_line(number, entry)
-                record.check()
-                if record.id in seen:
-                    raise Fault("duplicate id", f"expected each id once, got {short(record.id)} again")
-                seen.add(record.id)
-                yield record
-
-    @abstractmethod
-    def of_line(self, number: int, entry: dict[str, Any]) -> Record:
-        """The record of a line; RegionGPTError if it cannot be used."""
-
 
 def _without_image(text: str) -> str:
     if IMAGE_TOKEN in text:
         raise Fault("placeholder in the text", f"leave {IMAGE_TOKEN} out: the image always comes first")
-    return text
+    return unicode_text(text)
 
 
+Alone = Annotated[str, AfterValidator(words_alone)]
 Spoken = Annotated[str, AfterValidator(_without_image)]
 
 
@@ -97,7 +69,7 @@ class _Line(Row, extra="forbid"):
     conversation: list[Any]
 
 
-class JsonlConverter(LinesConverter):
+class JsonlConverter(Converter):
     """Your own data, one image with regions and conversation per line; docs/data.md has the keys.
 
     A turn is a question that stands as it is, or a task of :data:`regiongpt.prompts.QUESTIONS` with what that needs.
@@ -107,23 +79,29 @@ class JsonlConverter(LinesConverter):
     name: ClassVar[str] = "jsonl"
     summary: ClassVar[str] = "your own data: JSON lines of images, regions and conversations"
 
-    def of_line(self, number: int, entry: dict[str, Any]) -> Record:
-        """The record of a line."""
-        line = _Line.read(entry)
-        size = (0, 0)
-        if line.image:
-            if (line.width is None) != (line.height is None):
-                raise Fault(MALFORMED, "expected width and height, got one of them")
-            size = check_image(self.images / image_name(line.image), line.width, line.height)
-        regions = []
-        for place, given in enumerate(line.regions, 1):
-            category = given.pop("category", "")
-            if not isinstance(category, str):
-                raise Fault(MALFORMED, f"<region{place}>: expected category as text, got {short(category)}")
-            region = Region.from_dict(given, f"<region{place}>")
-            regions.append(RecordRegion(region=region, category=words_alone(category)))
-        turns = [_turn(given, f"turn {place}: ", len(regions)) for place, given in enumerate(line.conversation, 1)]
-        return self.record(line.id or f"line-{number}", line.image or "", size, regions, turns)
+    data: Path
+    """JSON lines file."""
+
+    def records(self, rejects: Rejects) -> Iterator[Record]:
+        """One record a line, in the order of the file."""
+        for number, entry in iter_lines(self.data, rejects):
+            with rejects.noting(self.data, number):
+                line = _Line.read(entry)
+                size = (0, 0)
+                if line.image:
+                    size = check_image(self.images / image_name(line.image))
+                    if size != (line.width or size[0], line.height or size[1]):
+                        expected = f"expected {line.width} x {line.height} pixels (W x H)"
+                        raise Fault("image of another size", f"{expected}, got {size[0]} x {size[1]}")
+                regions = []
+                for place, given in enumerate(line.regions, 1):
+                    category = given.pop("category", "")
+                    if not isinstance(category, str):
+                        raise Fault(MALFORMED, f"<region{place}>: expected category as text, got {short(category)}")
+                    region = Region.from_dict(given, f"<region{place}>")
+                    regions.append(RecordRegion(region=region, category=words_alone(category)))
+                turns = [_turn(each, f"turn {k}: ", len(regions)) for k, each in enumerate(line.conversation, 1)]
+                yield self.record(line.id or f"line-{number}", line.image or "", size, regions, turns)
 
 
 def _turn(given: Any, where: str, n_regions: int) -> Turn:
@@ -139,7 +117,6 @@ def _turn(given: Any, where: str, n_regions: int) -> Turn:
     if literal and not str(row.question).strip():
         raise Fault("question empty", f"{where}expected a question, got none")
     check_placeholders([f"<region{each}>" for each in row.regions], n_regions)
-    values = {**row.model_dump(), "task": task, "question": row.question or "", "regions": tuple(row.regions)}
     if row.guided and task == "locate":
         if parse_region_answer(row.answer) not in (None, *row.regions):
             options = ", ".join(map(region_answer, row.regions))
@@ -149,7 +126,8 @@ def _turn(given: Any, where: str, n_regions: int) -> Turn:
         raise Fault(MALFORMED, f"{where}guided goes with 'locate', and with 'classify' and its label_set")
     elif row.guided and row.answer not in LABEL_SETS.get(row.label_set, (row.answer,)):
         raise Fault("unknown category", f"{where}expected a name of {row.label_set}, got {short(row.answer)}")
-    return Turn(**values)
+    values = {"task": task, "question": row.question or "", "regions": tuple(row.regions)}
+    return Turn(**{**row.model_dump(), **values})
 
 
 class _Described(Row):
@@ -162,23 +140,24 @@ class _Described(Row):
     caption: Caption
 
 
-class RegionCaptionsConverter(LinesConverter):
+class RegionCaptionsConverter(Converter):
     """One described region a line; other keys, such as scores of a caption engine, are ignored."""
 
     name: ClassVar[str] = "region_captions"
     summary: ClassVar[str] = "this project's own detailed descriptions of regions"
 
-    check_images: bool = True
-    """Skip images that are missing or have another size."""
+    data: Path
+    """JSON lines file."""
 
-    def of_line(self, number: int, entry: dict[str, Any]) -> Record:
-        """The record of a line."""
-        row = _Described.read(entry)
-        if self.check_images:
-            check_image(self.images / row.image, row.width, row.height)
-        turn = Turn(task="describe", answer=row.caption, regions=(1,))
-        region = RecordRegion(region=Region.from_dict(row.region), category=row.category or "")
-        return self.record(row.id, row.image, (row.width, row.height), [region], [turn])
+    def records(self, rejects: Rejects) -> Iterator[Record]:
+        """One record a line, in the order of the file."""
+        for number, entry in iter_lines(self.data, rejects):
+            with rejects.noting(self.data, number):
+                row = _Described.read(entry)
+                size = check_image(self.images / row.image, row.width, row.height)
+                region = RecordRegion(region=Region.from_dict(row.region), category=row.category or "")
+                turn = Turn(task="describe", answer=row.caption, regions=(1,))
+                yield self.record(row.id, row.image, size, [region], [turn])
 
 
 class _Message(Row):
@@ -197,7 +176,7 @@ class LlavaConverter(Converter):
 
     The placeholder of the image goes, wherever a question has it: a record's image always comes first. The files do not
     tell the sizes of images, so each is opened. Ids repeat in the 665K mix, where several conversations are about one
-    image; a record's id therefore ends in its place in the file, and only a conversation that repeats is left out.
+    image; a record's id therefore ends in its place in the file.
     """
 
     name: ClassVar[str] = "llava"
@@ -211,25 +190,15 @@ class LlavaConverter(Converter):
 
     def records(self, rejects: Rejects) -> Iterator[Record]:
         """One record a conversation, in the order of the file."""
-        seen: set[bytes] = set()
-        for place, entry in enumerate(iter_array(self.data, None, rejects)):
-            own = entry.get("id") if isinstance(entry, dict) else None
-            with rejects.noting(self.data, place if own is None else f"{short(own)} at {place}"):
-                yield self._conversation(place, entry, seen)
-
-    def _conversation(self, place: int, entry: Any, seen: set[bytes]) -> Record:
-        row = _Conversation.read(entry)
-        image = row.image or ""
-        if self.task == "image_caption" and not image:
-            raise Fault("caption without an image", "expected an image, got none")
-        turns = _turns(row.conversations, self.task, bool(image))
-        said = repr((row.id, image, [(turn.question, turn.answer) for turn in turns]))
-        digest = blake2b(said.encode(), digest_size=12).digest()
-        if digest in seen:
-            raise Fault("duplicate conversation", "duplicate conversation: same id, image and text")
-        seen.add(digest)
-        size = check_image(self.images / image_name(image)) if image else (0, 0)
-        return self.record(f"{row.id}-{place}", image, size, [], turns)
+        for place, entry in enumerate(iter_array(self.data)):
+            with rejects.noting(self.data, place):
+                row = _Conversation.read(entry)
+                image = row.image or ""
+                if self.task == "image_caption" and not image:
+                    raise Fault("caption without an image", "expected an image, got none")
+                turns = _turns(row.conversations, self.task, bool(image))
+                size = check_image(self.images / image_name(image)) if image else (0, 0)
+                yield self.record(f"{row.id}-{place}", image, size, [], turns)
 
 
 def _turns(conversation: list[_Message], task: str, with_image: bool) -> list[Turn]:
@@ -237,19 +206,14 @@ def _turns(conversation: list[_Message], task: str, with_image: bool) -> list[Tu
     texts: list[str] = []
     images = 0
     for number, message in enumerate(conversation):
-        if message.role not in ("human", "gpt"):
-            raise Fault("unknown role", f"expected 'human' or 'gpt' in message {number}, got {short(message.role)}")
-        if message.role != ("gpt" if number % 2 else "human"):
-            raise Fault(
-                "roles out of turn", f"expected human and gpt to alternate, got {message.role} in message {number}"
-            )
-        text = message.value
-        if message.role == "human" and with_image:
+        role, text = ("human", "gpt")[number % 2], message.value
+        if message.role != role:
+            raise Fault("roles out of turn", f"expected {role} as message {number}, got {short(message.role)}")
+        if role == "human" and with_image:
             images += text.count(IMAGE_TOKEN)
             text = text.replace(IMAGE_TOKEN, "")
         if not text.strip():
-            kind = "question empty" if message.role == "human" else "answer empty"
-            raise Fault(kind, f"expected text in message {number}")
+            raise Fault("message empty", f"expected text in message {number}")
         texts.append(words_alone(text.strip()))
     if len(texts) % 2:
         raise Fault("question without an answer", "expected the last message from gpt, got one from human")

@@ -1,6 +1,5 @@
 """Files in COCO's format, as COCO and other tools write them; docs/data.md has the rules."""
 
-import json
 import logging
 import math
 import os
@@ -10,10 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path, PurePosixPath
-from struct import Struct
 from typing import Any, Final, Literal, NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
@@ -24,7 +22,6 @@ from numpy.typing import NDArray
 
 from regiongpt.data.reading import (
     MALFORMED,
-    TRUNCATED,
     Corners,
     check_image,
     clipped_box,
@@ -38,31 +35,23 @@ from regiongpt.data.reading import (
     stated_size,
     whole,
 )
-from regiongpt.data.records import Record
+from regiongpt.data.records import RecordRegion
 from regiongpt.data.shards import CROWD, Fault, Rejects, many
 from regiongpt.errors import DataError, RegionError, short
 from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
-from regiongpt.storage import is_below, write_file
+from regiongpt.storage import is_below
 
 log = logging.getLogger(__name__)
 
-Box = tuple[float, float, float, float]
-Indices = NDArray[np.intp]
+Box = Corners
 Shapes = Literal["box", "mask", "both"]
 _CROWDS: Final[dict[str | float | None, bool]] = {
     **dict.fromkeys((None, 0, "", "0", "false"), False),
     **dict.fromkeys((1, "1", "true"), True),
 }
-_THIN: Final = "polygon of fewer than three points"
 _LVIS: Final = ("neg_category_ids", "not_exhaustive_category_ids")
 _NO_CLASS: Final = ("_background_", "__background__", "background", "__ignore__")  # as LabelMe begins its categories
 _NO_ID: Final = -(1 << 62)
-_AT_ONCE: Final = 20_000  # polygons checked together
-_PACKED: Final = Struct("<3q2?5d")  # an annotation in memory, and the same as a row of an array
-_ROW: Final = np.dtype(
-    [(name, "<i8") for name in ("id", "image", "category")]
-    + [("crowd", "?"), ("boxless", "?"), ("box", "<f8", 4), ("area", "<f8")]
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,9 +64,13 @@ class Mask(NamedTuple):
     rings: Sequence["array[float]"] = ()
     rle: dict[str, Any] | None = None
     faults: Sequence[Fault] = ()
-    sound: bool = True
 
-    def bounds(self) -> Box | None:
+    @property
+    def sound(self) -> bool:
+        """Whether it can be used, or the entry has none."""
+        return bool(self.rings or self.rle or not self.faults)
+
+    def bounds(self) -> Corners | None:
         """x, y, width, height around it; None without a mask, or where it has no area."""
         x0 = y0 = x1 = y1 = 0.0
         if self.rings:
@@ -93,6 +86,10 @@ class Mask(NamedTuple):
         if self.rle is not None:
             return Region.rle(self.rle)
         return Region.polygon([np.array(ring) for ring in self.rings]) if self.rings else None
+
+
+_NO_MASK: Final = Mask()
+_SPOILT: Final = Mask(faults=[Fault(MALFORMED, "already noted")])
 
 
 class Annotation(NamedTuple):
@@ -113,10 +110,9 @@ def read_annotation(entry: Any) -> Annotation:
     if not isinstance(entry, dict):
         raise Fault(MALFORMED, f"expected an object, got {short(entry)}")
     number, image, category = (number_of(entry.get(key)) for key in ("id", "image_id", "category_id"))
-    if number is None and entry.get("id") is not None:
-        raise Fault(MALFORMED, f"expected an id as a whole number or text, got {short(entry)}")
-    if (crowd := is_crowd(entry.get("iscrowd"))) is None:
-        raise Fault(MALFORMED, f"expected iscrowd as 0 or 1, got {short(entry)}")
+    crowd = is_crowd(entry.get("iscrowd"))
+    if crowd is None or (number is None and entry.get("id") is not None):
+        raise Fault(MALFORMED, f"expected an id as a whole number or text, and iscrowd as 0 or 1, got {short(entry)}")
     mask, box, area = read_mask(entry.get("segmentation")), read_box(entry.get("bbox")), entry.get("area")
     boxless = box is None or not (0 < box[2] < math.inf and 0 < box[3] < math.inf)
     if boxless and mask.sound:
@@ -158,10 +154,8 @@ def overhangs(box: Sequence[float], width: int, height: int) -> bool:
 def warn_of_overhang(count: int, total: int, path: Path) -> None:
     """Warn if more than a tenth of a file's boxes extend beyond their images."""
     if count > total / 10:
-        boxes = f"{count:,} of {many(total, 'box')}"
-        log.warning(
-            "%s: %s reach far beyond their images: COCO's are x, y, width, height, not x0, y0, x1, y1", path, boxes
-        )
+        told = "%s: %s of %s reach far beyond their images: COCO's are x, y, width, height, not x0, y0, x1, y1"
+        log.warning(told, path, count, many(total, "box"))
 
 
 def crowd_hint(rejects: Rejects) -> str:
@@ -192,38 +186,29 @@ def read_mask(segmentation: Any) -> Mask:
     listed = segmentation if isinstance(segmentation, list) else [segmentation]
     if all(isinstance(each, dict) and "exterior" in each and not each.get("interiors") for each in listed):
         listed = [each["exterior"] for each in listed]  # kwcoco's; those with holes have no form in COCO
-    if isinstance(listed[0], dict) and len(listed) == 1:
-        if listed[0].keys().isdisjoint(("size", "counts")):
-            wrong = Fault("segmentation of another form", f"expected polygons or RLE, got {short(segmentation)}")
-            return Mask(faults=[wrong], sound=False)
-        rle = dict(listed[0])
-        for key in ("size", "counts"):  # whole numbers where a tool has written 80.0
-            if isinstance(rle.get(key), list) and any(type(each) is not int for each in rle[key]):
-                rle[key] = [whole(each) for each in rle[key]]
-        return Mask(rle=rle)
     first = listed[0]
+    if isinstance(first, dict) and len(listed) == 1 and not first.keys().isdisjoint(("size", "counts")):
+        # Whole numbers where a tool has written 80.0
+        lists = {key: first[key] for key in ("size", "counts") if isinstance(first.get(key), list)}
+        odd = {key: given for key, given in lists.items() if any(type(each) is not int for each in given)}
+        return Mask(rle={**first, **{key: [whole(each) for each in given] for key, given in odd.items()}})
     is_ring = not isinstance(first, list) or (len(first) == 2 < len(listed) and not isinstance(first[0], list))
     rings: list[array[float]] = []
     faults: list[Fault] = []
-    sound = True
     for given in [listed] if is_ring else listed:
         try:
             ring = array("d", np.asarray(given, np.float64).tobytes())
         except (TypeError, ValueError, OverflowError):
-            ring = array("d", [0.0])
+            ring = array("d", [math.nan])
+        if ring and not (math.isfinite(sum(ring)) and min(ring) >= -MAX_COORDINATE and max(ring) <= MAX_COORDINATE):
+            return Mask(faults=[Fault("polygon that is not numbers", f"expected finite pixels, got {short(given)}")])
         if len(ring) % 2:
-            reason = f"expected x, y, x, y, ..., got {short(given)}"
-            faults.append(Fault("polygon that is not pairs of numbers", reason))
-            sound = False
-        elif ring and not (math.isfinite(sum(ring)) and min(ring) >= -MAX_COORDINATE and max(ring) <= MAX_COORDINATE):
-            faults.append(Fault("polygon that is not finite", f"expected finite pixels, got {short(given)}"))
-            sound = False
-        elif len(ring) >= 6:
+            return Mask(faults=[Fault("polygon that is not pairs", f"expected x, y, x, y, ..., got {short(given)}")])
+        if len(ring) >= 6:
             rings.append(ring)
         elif ring:
-            thin = f"expected three points or more, got {many(len(ring) // 2, 'point')}; the ring is left out"
-            faults.append(Fault(_THIN, thin))
-    return Mask(rings if sound else (), None, faults, sound and bool(rings or not faults))
+            faults.append(Fault("polygon of fewer than three points", f"expected three points, got {short(given)}"))
+    return Mask(rings, None, faults)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,28 +259,20 @@ class ImageFinder:
     """The image file of an entry of an instances file, never one of the same name in another folder.
 
     It is the file of the ``file_name`` below the folder, then that of the end of the ``coco_url``; else, if only one
-    entry has it, the file of the last part of a name, or of the name before Roboflow made a copy.
-
-    Args:
-        entries: All of the file.
-        folder: Folder of the images; None takes the most likely name unchecked.
-        url_first: The address comes before the file name, as in LVIS, whose file names are those of another split.
+    entry has it, the file of the last part of a name, or of the name before Roboflow made a copy. With ``url_first``
+    the address comes before the file name: LVIS' file names are those of another split.
     """
 
-    def __init__(self, entries: Sequence[Mapping[str, Any]], folder: Path | None, url_first: bool = False) -> None:
-        self._entries, self._url_first = entries, url_first
-        self._folder = None if folder is None else str(folder)
+    def __init__(self, entries: Iterable[Mapping[str, Any]], folder: Path | None, url_first: bool = False) -> None:
+        self._folder, self._url_first = folder, url_first
         self._parts = () if folder is None else folder.resolve().parts
+        # How many images have a last part
+        images = {tuple(_names(each)): each for each in entries} if folder else {}
+        self._bearers = Counter(last for each in images.values() for last in set(_lasts(each)))
         self.by_last_part: list[str] = []  # names found by no more than that
 
-    @cached_property
-    def _bearers(self) -> Counter[str]:
-        """How many images have a last part."""
-        images = {tuple(_names(each)): each for each in self._entries}
-        return Counter(last for each in images.values() for last in set(_lasts(each)))
-
     def find(self, entry: Mapping[str, Any]) -> str:
-        """The path below the folder, or the most likely name if no file matches.
+        """The path below the folder, or the most likely name if no file matches or there is no folder.
 
         Raises:
             Fault: The entry has no name, or one that leaves the folder.
@@ -327,18 +304,10 @@ class ImageFinder:
 
 
 def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) -> Mapping[str, Any]:
-    """The entry of an image among those of an instances file: the inverse of :class:`ImageFinder`.
+    """The entry of an image among those of an instances file, whose name is ``file``: the inverse of ImageFinder.
 
     It is the one whose name, or else address, shares the most of the image's path from its end, at least the last part
-    or the name before Roboflow made a copy.
-
-    Args:
-        images: The entries.
-        image: Path of the image.
-        file: Name of the instances file, for messages.
-
-    Raises:
-        DataError: No entry matches, or several do.
+    or the name before Roboflow made a copy. DataError if none does, or several do.
     """
     path = PurePosixPath(Path(image).absolute().as_posix())
     ranked = []
@@ -366,6 +335,27 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
 # A whole file
 
 
+class Frame(NamedTuple):
+    """One usable image of a file: its id, path below the images' folder, and size in pixels."""
+
+    id: int
+    path: str
+    width: int
+    height: int
+
+
+class Instance(NamedTuple):
+    """One usable object of a file."""
+
+    place: int  # of its image among those of the file
+    id: int  # below 0 without one
+    category: int
+    box: Corners  # xyxy, within the image
+    area: float  # px^2, NaN where the entry has none
+    crowd: bool  # a crowd that is kept apart
+    mask: Mask
+
+
 class InstancesFile:
     """The images, objects and category names of one file; what cannot be used is noted in ``rejects``.
 
@@ -374,18 +364,16 @@ class InstancesFile:
         rejects: Where faults are noted.
         shapes: What is wanted of each object. Without ``"box"``, an object without a sound mask is left out.
         folder: Folder of the images; None does not look for them.
-        check: Leave out images that are missing (``"missing"``), or those of another size too (``"size"``).
-        crowds: ``"leave out"`` groups of objects, ``"take"`` them for objects, or ``"keep"`` them apart by ``crowd``.
+        check: With a folder, leave out images that are missing, or those of another size too; or check nothing.
+        crowds: Leave out groups of objects, take them for objects, or keep them apart.
         wanted: Ids of the images whose objects are read; None for all.
         known: Ids of images that earlier files had.
 
     Attributes:
         names: Categories by id; of two ids of one name, the first that is used stands for both.
-        images: Ids in ascending order, with ``widths``, ``heights`` and ``paths`` beside them.
-        ids: Objects in the order of their images and ids, below 0 without one; beside them the ``places`` of their
-            images, ``categories`` (ids), ``boxes`` (N, 4), xyxy in the image, ``areas`` (NaN if unknown), ``crowd``.
+        images: In the order of their ids.
+        objects: In the order of their images and ids.
         groups: Image, category, box as given (x, y, width, height) and area of each crowd that is left out.
-        faulty: Ids of annotations that cannot be used.
         federated: What LVIS' rules go by, None where not every image and category has it.
 
     Raises:
@@ -407,24 +395,16 @@ class InstancesFile:
         self.path = path
         self._rejects, self._shapes, self._crowds = rejects, shapes, crowds
         self._folder, self._check, self._wanted, self._known = folder, check, wanted, known
-        self._then = "the object is left out" if shapes == "mask" else "its box is kept"
         self._texts: dict[int, str] = {}  # ids that are text
         self._categories: dict[int, dict[str, Any]] = {}
         self._entries: dict[int, dict[str, Any]] = {}  # images
-        self._left_out: set[int] = set()  # images
-        self._rows = bytearray()  # packed annotations, since a million tuples would take a gigabyte
-        self._masks: list[Mask] = []
-        breaks = rejects.counts[TRUNCATED]
+        self._rows: list[Annotation] = []
         readers = {"images": self._read_image, "annotations": self._read_annotation, "categories": self._read_category}
-        counts = dict.fromkeys(readers, 0)
-        for key, entry in iter_arrays(path, tuple(readers), rejects):
-            try:
+        counts = Counter[str]()
+        for key, entry in iter_arrays(path, tuple(readers)):
+            with rejects.noting(path, f"{key}[{counts[key]}]"):
                 readers[key](entry, counts[key])
-            except Fault as fault:
-                rejects.add(fault.kind, path, f"{key}[{counts[key]}]", fault.reason)
             counts[key] += 1
-        if not self._categories and rejects.counts[TRUNCATED] > breaks:
-            raise DataError(f"{path}: truncated before its categories: {rejects.last}")
         self._settle_categories()
         self._settle_images()
         self._settle_objects()
@@ -433,41 +413,35 @@ class InstancesFile:
         """An id as the file has it; ``annotations[7]`` for an object without one."""
         return self._texts.get(number, number) if number >= 0 else f"annotations[{number - _NO_ID}]"
 
-    def size(self, place: int) -> tuple[int, int]:
-        """Width and height of one of the images in pixels."""
-        return int(self.widths[place]), int(self.heights[place])
+    def by_image(self) -> Iterator[tuple[Frame, list[Instance]]]:
+        """Each image with its objects."""
+        objects = {place: list(found) for place, found in groupby(self.objects, key=lambda each: each.place)}
+        for place, image in enumerate(self.images):
+            yield image, objects.get(place, [])
 
-    def mask(self, index: int) -> Region | None:
-        """The mask of one of the objects, polygons or RLE; None without a sound one."""
-        return self._masks[index].region()
+    def record_region(self, one: Instance, region: Region) -> RecordRegion:
+        """An object's box or mask as a region of a record."""
+        source_id = str(self.name_of(one.id)) if one.id >= 0 else ""
+        return RecordRegion(region=region, category=self.names[one.category], source_id=source_id)
 
-    def rings(self, index: int) -> list[NDArray[np.float64]]:
-        """The rings of one of the objects, each (N, 2) xy in pixels; none unless it has sound polygons."""
-        return [np.reshape(ring, (-1, 2)) for ring in self._masks[index].rings]
-
-    def _number(self, entry: Any, what: str) -> int:
+    def _number(self, entry: Any) -> int:
         """The id of an image or category."""
         number = number_of(entry.get("id")) if isinstance(entry, dict) else None
         if number is None:
-            raise Fault(MALFORMED, f"expected {what}, got {short(entry)}")
+            raise Fault(MALFORMED, f"expected an object with an id, got {short(entry)}")
         if number >> 62:
             self._texts[number] = entry["id"]
         return number
 
     def _read_category(self, entry: Any, place: int) -> None:
-        number = self._number(entry, "id and name")
+        number = self._number(entry)
         name = plain_text(entry.get("name"), "category name")
         known = self._categories.setdefault(number, {**entry, "name": name})["name"]
         if known != name:
-            raise DataError(
-                f"{self.path}: expected one name for category {number}, got {known!r} and {name!r}; "
-                "use the original file"
-            )
+            raise DataError(f"{self.path}: category {number} is both {known!r} and {name!r}; use the original file")
 
     def _read_image(self, entry: Any, place: int) -> None:
-        number = self._number(entry, "an image's id")
-        if number in self._known:
-            self._left_out.add(number)
+        number = self._number(entry)
         if number in self._entries or number in self._known:
             raise Fault("duplicate id", f"expected each image once, got {self.name_of(number)} again")
         if self._wanted is None or number in self._wanted:
@@ -485,34 +459,32 @@ class InstancesFile:
             if number is not None and number >> 62:
                 self._texts[number] = entry[key]
         own_id = _NO_ID + place if row.id is None else row.id
-        mask = row.mask
+        mask = _NO_MASK if self._shapes == "box" and not row.boxless else row.mask
         for fault in mask.faults:
-            self._leave_out(own_id, fault, self._then if fault.kind != _THIN else "")
-        if self._shapes == "box":  # only the size of RLE matters, which must be the image's
-            mask = Mask(rle={"size": mask.rle.get("size")}) if mask.rle else Mask()
-        self._rows += _PACKED.pack(own_id, row.image, row.category, row.crowd, row.boxless, *row.box, row.area)
-        self._masks.append(mask)
+            self._leave_out(own_id, fault)
+        self._rows.append(row._replace(id=own_id, mask=mask))
 
     def _settle_categories(self) -> None:
         """Leave out unused supercategories, and merge categories of the same name."""
-        used = set(np.frombuffer(self._rows, _ROW)["category"].tolist())
+        used = {row.category for row in self._rows}
         above = {number: entry.get("supercategory") for number, entry in self._categories.items()}
         roots = (None, "", "none")
         headings = {str(above[k]) for k, entry in self._categories.items() if above[k] not in (*roots, entry["name"])}
-        first: dict[str, int] = {}
+        self.names: dict[int, str] = {}
         self._alias: dict[int, int] = {}
+        first: dict[str, int] = {}
         # Roboflow begins with a root category that no annotation has.
         for number in sorted(self._categories, key=lambda number: (number not in used, number)):
             name = self._categories[number]["name"]
             is_root = above[number] in roots and name in headings
-            if name in first and number in used:
+            if number not in used and (is_root or name in _NO_CLASS):
+                continue
+            if name not in first:
+                self.names[number] = name
+            elif number in used:
                 told = "%s: categories %s and %s are both called %r and are merged"
                 log.warning(told, self.path, self.name_of(first[name]), self.name_of(number), name)
-            if name in first or number in used or not (is_root or name in _NO_CLASS):
-                self._alias[number] = first.setdefault(name, number)
-        self.names = {
-            number: entry["name"] for number, entry in self._categories.items() if self._alias.get(number) == number
-        }
+            self._alias[number] = first.setdefault(name, number)
 
     def _settle_images(self) -> None:
         """Find the images' files, and leave out images that cannot be used."""
@@ -525,137 +497,109 @@ class InstancesFile:
         self.federated: dict[str, Any] | None = None
         if is_lvis and all(each in ("r", "c", "f") for each in frequency.values()):
             self.federated = {"absent": listed[0], "partly": listed[1], "frequency": frequency}
-        finder = ImageFinder(list(self._entries.values()), self._folder, is_lvis)
-        frames: dict[int, tuple[int, int, str]] = {}
-        for number, entry in self._entries.items():
-            try:
-                frames[number] = self._frame(entry, finder)
-            except Fault as fault:
-                self._left_out.add(number)
-                self._rejects.add(fault.kind, self.path, f"image {self.name_of(number)}", fault.reason)
+        finder = ImageFinder(self._entries.values(), self._folder, is_lvis)
+        self.images: list[Frame] = []
+        for number, entry in sorted(self._entries.items()):
+            with self._rejects.noting(self.path, f"image {self.name_of(number)}"):
+                self.images.append(self._frame(number, entry, finder))
         if found := finder.by_last_part:
             told = "%s: %s matched only by file name, such as %s; check --images"
             log.warning(told, self.path, many(len(found), "image"), found[0])
         self._entries.clear()
-        self.images: NDArray[np.int64] = np.array(sorted(frames), np.int64)
-        ordered = [frames[number] for number in self.images.tolist()]
-        self.widths = np.array([frame[0] for frame in ordered], np.int64)
-        self.heights = np.array([frame[1] for frame in ordered], np.int64)
-        self.paths = [frame[2] for frame in ordered]
 
-    def _frame(self, entry: Mapping[str, Any], finder: ImageFinder) -> tuple[int, int, str]:
-        """Width, height and path of an image; Fault where it cannot be used."""
-        width, height = stated_size(entry) or (None, None)
+    def _frame(self, number: int, entry: Mapping[str, Any], finder: ImageFinder) -> Frame:
+        stated = stated_size(entry)
         path = finder.find(entry)
-        file = None if self._folder is None else f"{self._folder}/{path}"
-        if file is not None and self._check == "size":
-            width, height = check_image(file, width, height)
-        elif file is not None and self._check == "missing" and not os.path.isfile(file):
+        file = f"{self._folder}/{path}"
+        if self._folder and self._check == "size":
+            stated = check_image(file, *(stated or (None, None)))
+        elif self._folder and self._check == "missing" and not os.path.isfile(file):
             raise Fault("image file missing", f"expected an image at {file}, found none")
-        if not (width and height):
-            if file is None or (measured := known_size(file)) is None:
-                raise Fault("image without size", "expected width and height, or an image that can be measured")
-            width, height = measured
-        return width, height, path
+        size = stated or (known_size(file) if self._folder else None)
+        if size is None:
+            raise Fault("image without size", "expected width and height, or an image that can be measured")
+        return Frame(number, path, *size)
 
     def _settle_objects(self) -> None:
         """Check the annotations against images and categories, and sort the valid ones."""
-        image_places = {number: place for place, number in enumerate(self.images.tolist())}
-        sizes = list(zip(self.widths.tolist(), self.heights.tolist(), strict=True))
-        seen: set[int] = set()
+        places = {image.id: place for place, image in enumerate(self.images)}
+        seen: set[int | None] = set()
         overhung = 0
-        self.faulty: set[int] = set()
         self.groups: list[tuple[int, int, list[float], float]] = []
-        kept, places, boxes = array("q"), array("q"), array("d")
-        masks: list[Mask] = []
-        for k, row in enumerate(_PACKED.iter_unpack(self._rows)):
-            number, image, given, crowd, boxless, *bounds, area = row
-            mask, place, category = self._masks[k], image_places.get(image, -1), self._alias.get(given, -1)
-            width, height = sizes[place] if place >= 0 else (0, 0)
-            fits = mask.rle is None or mask.rle.get("size") == [height, width]
-            repeated = number in seen
-            seen.add(number)
+        self.objects: list[Instance] = []
+        for number, image, given, bounds, boxless, mask, crowd, area in self._rows:
+            assert number is not None and image is not None and given is not None and bounds is not None  # noqa: PT018
             try:
-                if place < 0:
-                    absent = "an image left out" if image in self._left_out else "an absent image"
-                    raise Fault(f"annotation of {absent}", f"expected a usable image, got {self.name_of(image)}")
-                if repeated:
+                if image not in places:
+                    raise Fault("annotation of an absent image", f"expected a usable image, got {self.name_of(image)}")
+                if number in seen:
                     raise Fault("duplicate id", "expected each annotation once, got its id again")
-                if category not in self.names:
+                seen.add(number)
+                if given not in self._alias:
                     raise Fault("unknown category", f"expected a category of the file, got {self.name_of(given)}")
+                frame, category = self.images[places[image]], self._alias[given]
+                fits = mask.rle is None or mask.rle.get("size") == [frame.height, frame.width]
+                other_size = Fault(
+                    "RLE of another size", f"expected the size {[frame.height, frame.width]} of its image"
+                )
                 if boxless and not fits:
-                    raise Fault("RLE of another size", "expected the size of its image, or a bbox")
+                    raise other_size
                 try:
-                    box = annotated_box(bounds, width, height)
+                    box = annotated_box(bounds, frame.width, frame.height)
                 except Fault:  # a mask alone is asked about, and has a box of its own
                     if self._shapes != "mask" or not fits or (around := mask.bounds()) is None:
                         raise
-                    box = annotated_box(around, width, height)
+                    box = annotated_box(around, frame.width, frame.height)
+                overhung += overhangs(bounds, frame.width, frame.height)
+                if crowd and self._crowds == "leave out":
+                    self.groups.append((image, category, list(bounds), area))
+                    raise Fault(CROWD, "expected one object, got a crowd; --crowds includes it")
             except Fault as fault:
                 self._leave_out(number, fault)
-                self.faulty.update([number] if place >= 0 else [])
                 continue
-            overhung += overhangs(bounds, width, height)
-            if crowd and self._crowds == "leave out":
-                self._leave_out(number, Fault(CROWD, "expected one object, got a crowd; --crowds includes it"))
-                self.groups.append((image, category, bounds, area))
-                continue
-            if mask.rle and not fits and self._crowds != "keep":
-                reason = f"expected the size {[height, width]} of its image, got {short(mask.rle.get('size'))}"
-                self._leave_out(number, Fault("RLE of another size", reason), self._then)
-                mask = Mask(sound=False)
-            kept.append(k)
-            places.append(place)
-            boxes.extend(box)
-            masks.append(mask)
-        warn_of_overhang(overhung, len(kept), self.path)
-        rows = np.frombuffer(self._rows, _ROW)[np.array(kept, np.intp)]
+            if not fits:
+                self._leave_out(number, other_size)
+                mask = _SPOILT
+            apart = crowd and self._crowds == "keep"
+            self.objects.append(Instance(places[image], number, category, box, area, apart, mask))
+        self._rows.clear()
+        warn_of_overhang(overhung, len(self.objects), self.path)
         if self._shapes != "box":
-            self._check_masks(rows["id"].tolist(), masks, [sizes[place] for place in places])
-        order = np.lexsort((rows["id"], np.array(places, np.int64)))
-        if self._shapes == "mask":
-            order = order[[bool(masks[k].rings or masks[k].rle) for k in order]]
-        rows, self.places = rows[order], np.array(places, np.int64)[order]
-        self.ids, self.areas = rows["id"].copy(), rows["area"].copy()
-        self.categories = np.array([self._alias[number] for number in rows["category"].tolist()], np.int64)
-        self.crowd = rows["crowd"] & (self._crowds == "keep")
-        self.boxes = np.array(boxes).reshape(-1, 4)[order]
-        self._masks = [masks[k] for k in order]
-        del self._rows
+            self._check_masks()
+        self.objects.sort(key=lambda each: each[:2])
 
-    def _leave_out(self, number: int, fault: Fault, then: str = "") -> None:
-        reason = f"{fault.reason}; {then}" if then else fault.reason
-        self._rejects.add(fault.kind, self.path, self.name_of(number), reason)
+    def _leave_out(self, number: int, fault: Fault) -> None:
+        self._rejects.add(fault.kind, self.path, self.name_of(number), fault.reason)
 
-    def _check_masks(self, ids: Sequence[int], masks: list[Mask], sizes: Sequence[tuple[int, int]]) -> None:
-        """Drop invalid masks, and note objects that lack a required one."""
-        for start in range(0, len(masks), _AT_ONCE):
-            part = range(start, min(start + _AT_ONCE, len(masks)))
-            clear = _clear_polygons([(masks[k].rings, sizes[k]) for k in part])
-            for k, is_clear in zip(part, clear, strict=True):
-                try:
-                    if not is_clear and (region := masks[k].region()) is not None:
-                        region.check(*sizes[k], "mask")
-                except RegionError as error:
-                    self._leave_out(ids[k], Fault("mask that makes no sense", str(error)), self._then)
-                    masks[k] = Mask(sound=False)
-                if self._shapes == "mask" and masks[k].sound and not (masks[k].rings or masks[k].rle):
-                    reason = "expected a mask, got a box alone; convert boxes, or both"
-                    self._leave_out(ids[k], Fault("object without a mask", reason))
+    def _check_masks(self) -> None:
+        """Drop invalid masks, and objects that lack a required one."""
+        sizes = [(image.width, image.height) for image in self.images]
+        clear = _clear_polygons([(each.mask, sizes[each.place]) for each in self.objects])
+        checked = []
+        for one, is_clear in zip(self.objects, clear.tolist(), strict=True):
+            mask = one.mask
+            try:
+                if not is_clear and (region := mask.region()) is not None:
+                    region.check(*sizes[one.place], "mask")
+            except RegionError as error:
+                self._leave_out(one.id, Fault("mask that makes no sense", str(error)))
+                mask = _SPOILT
+            if self._shapes == "both" or mask.rings or mask.rle:
+                checked.append(one._replace(mask=mask))
+            elif mask.sound:
+                self._leave_out(one.id, Fault("object without a mask", "expected a mask, got a box alone"))
+        self.objects = checked
 
 
-def _clear_polygons(drawn: "Sequence[tuple[Sequence[array[float]], tuple[int, int]]]") -> NDArray[np.bool_]:
-    """Which masks are certainly valid polygons in an image of that size, many at a time.
-
-    Only the first ring is looked at: if it is sound and inside, so is the whole.
-    """
-    clear = np.zeros(len(drawn), bool)
-    chosen = [k for k, (rings, _) in enumerate(drawn) if rings]
-    if chosen:
-        first = [np.reshape(drawn[k][0][0], (-1, 2)) for k in chosen]
+def _clear_polygons(masks: Sequence[tuple[Mask, tuple[int, int]]]) -> NDArray[np.bool_]:
+    """Which masks are certainly valid in an image of that size, since their first ring is: a check of many at once."""
+    clear = np.zeros(len(masks), bool)
+    drawn = [k for k, (mask, _) in enumerate(masks) if mask.rings]
+    for chosen in (drawn[start : start + 20_000] for start in range(0, len(drawn), 20_000)):
+        first = [np.reshape(masks[k][0].rings[0], (-1, 2)) for k in chosen]
         owners = np.repeat(np.arange(len(first)), [len(ring) for ring in first])
         polygons = shapely.polygons(shapely.linearrings(np.concatenate(first), indices=owners))
-        bounds, limits = shapely.bounds(polygons), np.array([drawn[k][1] for k in chosen])
+        bounds, limits = shapely.bounds(polygons), np.array([masks[k][1] for k in chosen])
         inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2:] <= limits).all(axis=1)
         inside &= (bounds[:, 2:] > 1).any(axis=1)  # else it looks normalized
         clear[chosen] = inside & (shapely.area(polygons) >= 2 * MIN_AREA) & shapely.is_valid(polygons)
@@ -672,7 +616,7 @@ def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> 
     seen: set[int] = set()
     for path in paths:
         apart, before = False, len(seen)
-        for place, entry in enumerate(iter_array(path, "annotations", rejects)):
+        for place, entry in enumerate(iter_array(path, "annotations")):
             with rejects.noting(path, f"annotations[{place}]"):
                 known = entry if isinstance(entry, dict) else {}
                 number, image = number_of(known.get("id")), number_of(known.get("image_id"))
@@ -687,10 +631,7 @@ def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> 
                 seen.add(number)
                 captions.setdefault(image, []).append((number, text))
         if apart and images and len(seen) == before:
-            raise DataError(
-                f"{path}: no caption is of an image that can be used and is in the instances file; "
-                "give files that belong together"
-            )
+            raise DataError(f"{path}: its captions are of other images; give files that belong together")
     return {image: sorted(found) for image, found in captions.items()}
 
 
@@ -737,8 +678,7 @@ class CocoData(NamedTuple):
 
     def report(self) -> str:
         """One line for the log."""
-        objects = sum(len(image.objects) for image in self.images)
-        captions = sum(len(image.captions) for image in self.images)
+        objects, captions = (sum(len(getattr(each, name)) for each in self.images) for name in ("objects", "captions"))
         faults = ", ".join(f"{count} {kind}" for kind, count in self.skipped.items()) or "nothing"
         return f"{len(self.images)} images, {objects} objects, {captions} captions; left out: {faults}"
 
@@ -747,10 +687,7 @@ def photo_sources(root: Path, split: str) -> list[CocoSource]:
     """The sources of one split.
 
     These are ``instances_<split>.json`` with ``images/`` and, where they are there, ``captions_<split>.json`` and
-    ``instances_<split>_small.json`` with ``images_small/``.
-
-    Raises:
-        DataError: The folder has no such split.
+    ``instances_<split>_small.json`` with ``images_small/``. DataError if the folder has no such split.
     """
     instances, captions, small = (
         root / name for name in (f"instances_{split}.json", f"captions_{split}.json", f"instances_{split}_small.json")
@@ -774,33 +711,29 @@ def load_coco(sources: Iterable[CocoSource]) -> CocoData:
         file = InstancesFile(
             source.instances, rejects, shapes="both", folder=source.images, check="missing", crowds="keep", known=known
         )
-        ids = file.images.tolist()
-        known.update(ids)
-        captions = read_captions([source.captions] if source.captions else [], set(ids), rejects)
-        objects: list[list[ObjectAnnotation]] = [[] for _ in ids]
-        for k, place in enumerate(file.places.tolist()):
-            objects[place].append(
+        ids = {image.id for image in file.images}
+        known |= ids
+        captions = read_captions([source.captions] if source.captions else [], ids, rejects)
+        for image, found in file.by_image():
+            objects = [
                 ObjectAnnotation(
-                    id=int(file.ids[k]),
-                    category=file.names[int(file.categories[k])],
-                    box=tuple(file.boxes[k].tolist()),
-                    polygons=tuple(tuple(ring.ravel().tolist()) for ring in file.rings(k)) or None,
-                    iscrowd=bool(file.crowd[k]),
+                    id=each.id,
+                    category=file.names[each.category],
+                    box=each.box,
+                    polygons=tuple(tuple(ring) for ring in each.mask.rings) or None,
+                    iscrowd=each.crowd,
                 )
+                for each in found
+            ]
+            one = ImageAnnotations(
+                path=source.images / image.path,
+                image_id=image.id,
+                width=image.width,
+                height=image.height,
+                objects=tuple(objects),
+                captions=tuple(filter(None, (normalise_caption(text) for _, text in captions.get(image.id, ())))),
             )
-        for place, number in enumerate(ids):
-            width, height = file.size(place)
-            sentences = filter(None, (normalise_caption(text) for _, text in captions.get(number, ())))
-            images.append(
-                ImageAnnotations(
-                    path=source.images / file.paths[place],
-                    image_id=number,
-                    width=width,
-                    height=height,
-                    objects=tuple(objects[place]),
-                    captions=tuple(sentences),
-                )
-            )
+            images.append(one)
     return CocoData(tuple(images), dict(sorted(rejects.counts.items())))
 
 
@@ -808,42 +741,3 @@ def normalise_caption(text: str) -> str:
     """A human caption as one sentence, or ``""``: spaces collapsed, first letter capital, one full stop at the end."""
     text = re.split(r"(?<=[a-z)\"][.!?])\s+(?=[A-Z])", " ".join(text.split()))[0].strip(" .,;:!\"'")
     return f"{text[0].upper()}{text[1:]}." if text else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def write_coco(records: Iterable[Record], path: str | Path) -> dict[str, int]:
-    """Write the regions of records as COCO instances, which pycocotools and the source ``coco`` read.
-
-    Boxes and polygons stay what they are; every other region becomes RLE; one without a category is a ``region``. A
-    region that several records of an image share is written once. Turns, and records without an image, are left out.
-
-    Returns:
-        How many ``images``, ``annotations`` and ``categories`` were written.
-
-    Raises:
-        DataError: The file cannot be written.
-        RegionError: A region makes no sense in its image.
-    """
-    images: dict[str, dict[str, Any]] = {}
-    categories: dict[str, int] = {}
-    annotations: dict[tuple[int, str, str, str], dict[str, Any]] = {}
-    for record in records:
-        if not record.image:
-            continue
-        entry = {"file_name": record.image, "width": record.width, "height": record.height}
-        image = images.setdefault(record.image, {"id": len(images) + 1, **entry})
-        for each in record.regions:
-            category = categories.setdefault(each.category or "region", len(categories) + 1)
-            drawn = each.region.to_coco(record.width, record.height)
-            head = {"id": len(annotations) + 1, "image_id": image["id"], "category_id": category, "iscrowd": 0}
-            annotations.setdefault((image["id"], each.source_id, each.category, json.dumps(drawn)), head | drawn)
-    content = {
-        "images": list(images.values()),
-        "annotations": list(annotations.values()),
-        "categories": [{"id": number, "name": name} for name, number in categories.items()],
-    }
-    write_file(path, json.dumps(content, ensure_ascii=False))
-    return {name: len(listed) for name, listed in content.items()}

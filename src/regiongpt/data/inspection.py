@@ -3,14 +3,13 @@
 Paper: Table 2 (images, regions, average words), §3.2 (only the response is supervised), §4 (boxes a category)
 """
 
-import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -31,10 +30,7 @@ if TYPE_CHECKING:
 
 SHARES: Final = {1e-4: "under 0.01 %", 1e-3: "0.01 to 0.1 %", 1e-2: "0.1 to 1 %", 0.1: "1 to 10 %", 2.0: "10 to 100 %"}
 """Classes of the share of its image that a region covers, each by its upper bound."""
-SIZES: Final = {32: "small, under 32² px", 96: "medium, under 96² px", 1 << 40: "large, from 96² px"}
-"""COCO's classes of regions, each by the side of the square that bounds it."""
 _MOST_CATEGORIES: Final = 20
-_BAR: Final = 40
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -55,21 +51,13 @@ class Inspection(Settings):
     """checkpoint folder whose tokenizer and template are used (default: the package's model)"""
     seed: int | None = Field(None, ge=0)
     """seed of the wording and of the records on the page (default: 0)"""
-    epoch: int | None = Field(None, ge=0)
-    """epoch epoch epoch of the wording (default: 0)"""
 
     @model_validator(mode="after")
     def _refuse_idle(self) -> "Inspection":
-        for name, needed in (
-            ("count", ("html",)),
-            ("epoch", ("record", "html")),
-            ("seed", ("record", "html")),
-            ("model", ("record", "html", "check")),
-            ("images", ("html", "check")),
-        ):
-            if getattr(self, name) is not None and not any(getattr(self, other) for other in needed):
-                listed = " or ".join(f"--{other}" for other in needed)
-                raise ValueError(f"--{name} goes with {listed}; add one of them or leave it out")
+        for name, needed in (("count", "html"), ("seed", "record html"), ("model", "record html check"),
+                             ("images", "html check")):  # fmt: skip
+            if getattr(self, name) is not None and not any(getattr(self, other) for other in needed.split()):
+                raise ValueError(f"--{name} goes with --{' or --'.join(needed.split())}; add one or leave it out")
         if self.count is not None and self.record:
             raise ValueError("--count and --record cannot be combined; leave one out")
         return self
@@ -87,21 +75,19 @@ def inspect(folder: Path, options: Inspection) -> bool:
     require_data_extra()
     if options.html is not None:
         check_writable(options.html)
-    seed, epoch = options.seed or 0, options.epoch or 0
+    seed = options.seed or 0
     records = RecordSet(folder, options.images)
     index = find(records, options.record) if options.record else None
     processor: Any = load_processor(options.model) if options.record or options.html or options.check else None
     tables: Tables = []
     if index is not None:
         record = records[index]
-        shown = pieces(encode(record, processor, seed, epoch, index), processor)
-        colour = bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
-        total, supervised = (sum(piece.tokens for piece in some) for some in (shown, [p for p in shown if p.target]))
-        print(f"{_described(record, index)}\n\n{total:,} tokens, {supervised:,} of them supervised:\n")
-        print(terminal(shown, colour and not os.environ.get("NO_COLOR")))
+        shown = runs(encode(record, processor, seed, index), processor)
+        total, supervised = sum(run.tokens for run in shown), sum(run.tokens for run in shown if run.target)
+        print(f"{_described(record, index)}\n\n{total:,} tokens, {supervised:,} of them supervised:\n\n{marked(shown)}")
     elif options.html or not options.check:
-        rows = progress(records.rows(), "statistics", "records", len(records))
-        tables = statistics(records.manifest.source, map(Record.from_row, rows), records.manifest.rejects)
+        read = progress(records, "statistics", "records", len(records))
+        tables = statistics(records.manifest.source, read, records.manifest.rejects)
         if not options.check:
             print(as_text(tables) + ("" if records.manifest.rejects else "\n\nThe conversion left nothing out."))
     if options.html:
@@ -109,16 +95,15 @@ def inspect(folder: Path, options: Inspection) -> bool:
         if index is None:
             count = min(len(records), options.count or 24)
             chosen = sorted(np.random.default_rng(seed).choice(len(records), count, replace=False).tolist())
-        manifest = records.manifest
         write_page(
             options.html,
             "records.html",
-            title=f"{manifest.source}: {many(len(records), 'record')}",
-            made=f"{records.folder}, converted by regiongpt {manifest.regiongpt_version}; "
-            f"questions as worded with seed {seed} in epoch {epoch}",
+            title=f"{records.manifest.source}: {many(len(records), 'record')}",
+            made=f"{records.folder}, converted by regiongpt {records.manifest.regiongpt_version}; "
+            f"questions as worded with seed {seed}",
             tables=tables,
             records=len(records),
-            cards=[_card(records, index, processor, seed, epoch) for index in chosen],
+            cards=[_card(records, index, processor, seed) for index in chosen],
         )
         print(f"page of {many(len(chosen), 'record')} written to {options.html}")
     if not options.check:
@@ -136,26 +121,22 @@ def inspect(folder: Path, options: Inspection) -> bool:
 
 def find(records: RecordSet, which: str) -> int:
     """Index of a record given by index from 0 or by id; DataError if there is none."""
-    if which.isdecimal():
-        if int(which) < len(records):
-            return int(which)
-        raise DataError(f"{records.folder}: give a record from 0 to {len(records) - 1}, got {which}")
-    import pyarrow.compute as pc
-
-    place: int = pc.index(records.table.data.column("id"), which).as_py()
+    if which.isdecimal() and int(which) < len(records):
+        return int(which)
+    ids = records.table.data.column("id")
+    place: int = ids.index(which).as_py()
     if place < 0:
-        raise DataError(f"{records.folder}: found no record '{which}'; its first is '{records[0].id}'")
+        known = f"0 to {len(records) - 1}, or an id such as '{records[0].id}'"
+        raise DataError(f"{records.folder}: expected a record from {known}, got '{which}'")
     return place
 
 
 def _described(record: Record, index: int) -> str:
-    size = record.width, record.height
-    where = "{}, {} x {} (W x H)".format(record.image, *size) if record.image else "no image"
+    where = f"{record.image}, {record.width} x {record.height} (W x H)" if record.image else "no image"
     lines = [f"record {index}, {record.id}, from {record.source}", f"image   {where}"]
     for number, each in enumerate(record.regions, 1):
-        bounds = ", ".join(f"{side:g}" for side in np.round(each.region.bounds(*size), 1))
-        share = f"{100 * each.region.area(*size) / (size[0] * size[1]):.3g} % of the image"
-        lines.append(f"[{number}]     {each.region.kind} within {bounds}, {share}  {each.category}".rstrip())
+        bounds = ", ".join(f"{side:g}" for side in np.round(each.region.bounds(record.width, record.height), 1))
+        lines.append(f"[{number}]     {each.region.kind} within {bounds}  {each.category}".rstrip())
     for number, turn in enumerate(record.turns, 1):
         lines.append(f"turn {number}  {', '.join(filter(None, [turn.task, 'guided' * turn.guided, turn.label_set]))}")
     return "\n".join(lines)
@@ -176,8 +157,7 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
     """
     images: set[str] = set()
     n_records = n_regions = 0
-    kinds, categories = Counter[str](), Counter[str]()
-    shares, sizes = Counter(dict.fromkeys(SHARES.values(), 0)), Counter(dict.fromkeys(SIZES.values(), 0))
+    kinds, categories, shares = Counter[str](), Counter[str](), Counter(dict.fromkeys(SHARES.values(), 0))
     tasks: dict[str, Counter[str]] = {}
     for record in records:
         images.update(filter(None, [record.image]))
@@ -187,13 +167,10 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
         categories.update(each.category for each in record.regions if each.category)
         for each in record.regions:
             try:
-                area = each.region.area(record.width, record.height)
+                share = each.region.area(record.width, record.height) / (record.width * record.height)
+                shares[next(name for bound, name in SHARES.items() if share < bound)] += 1
             except RegionError:
                 shares["no area"] += 1
-                continue
-            share = area / (record.width * record.height)
-            shares[next(name for bound, name in SHARES.items() if share < bound)] += 1
-            sizes[next(name for side, name in SIZES.items() if area < side**2)] += 1
         for turn in record.turns:
             asked = len(turn.regions or set(PLACEHOLDER.findall(turn.question)))
             found = {"turns": 1, "guided": int(turn.guided), "regions": asked, "words": len(turn.answer.split())}
@@ -203,30 +180,23 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
     def average(counts: Counter[str]) -> str:
         return f"{counts['words'] / max(1, counts['turns']):.2f}"
 
-    def shared(name: str, counts: Iterable[tuple[str, int]]) -> list[list[str]]:
-        listed = list(counts)
-        rows = [[name, "regions", ""]]
-        for part, count in listed[:_MOST_CATEGORIES]:
-            share = count / max(1, n_regions)
-            rows.append([part, f"{count:,}", f"{100 * share:5.1f} %  {'█' * round(share * _BAR)}".rstrip()])
-        if len(listed) > _MOST_CATEGORIES:
-            rest = sorted(count for _, count in listed)
-            spread = f"of {len(rest):,}: the rarest {rest[0]:,}, half of them up to {rest[len(rest) // 2]:,}"
-            rows.append(["...", "", spread])
-        return rows
+    def shared(name: str, counts: Sequence[tuple[str, int]]) -> list[list[str]]:
+        rows = [[part, f"{n:,}", f"{100 * n / max(1, n_regions):.1f} %"] for part, n in counts[:_MOST_CATEGORIES]]
+        if rest := [n for _, n in counts[_MOST_CATEGORIES:]]:
+            rows.append([f"{len(rest):,} more", f"{sum(rest):,}", f"the rarest {rest[-1]:,}"])
+        return [[name, "regions", "share"], *rows]
 
-    numbers = len(images), n_regions, average(total), len(categories), n_records, total["turns"]
     header = ["data set", "images", "regions", "average words", "categories", "records", "turns"]
+    numbers = [f"{n:,}" for n in (len(images), n_regions, len(categories), n_records, total["turns"])]
     by_task = [
         [name, *(f"{each[key]:,}" for key in ("turns", "guided", "regions")), average(each)]
         for name, each in sorted(tasks.items())
     ]
     tables = [
-        ("", [header, [source, *(n if isinstance(n, str) else f"{n:,}" for n in numbers)]]),
+        ("", [header, [source, *numbers[:2], average(total), *numbers[2:]]]),
         ("Turns", [["task", "turns", "guided", "regions", "average words"], *by_task]),
-        ("Area of the regions", shared("share of the image", shares.items())),
-        ("", shared("size as COCO counts", sizes.items())),
-        ("", shared("kind of region", kinds.most_common())),
+        ("Area of the regions", shared("share of the image", [*shares.items()])),
+        ("Kinds", shared("kind of region", kinds.most_common())),
         ("Categories", shared("category", categories.most_common())),
         ("Rejects", [["left out by the conversion", "times"], *([k, f"{n:,}"] for k, n in sorted(rejects.items()))]),
     ]
@@ -237,11 +207,10 @@ def as_text(tables: Tables) -> str:
     """Tables for a terminal: words to the left and numbers to the right."""
     blocks = []
     for _, table in tables:
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        numbers = [bool(title) and k > 0 for k, title in enumerate(table[0])]
-        for row in table:
-            cells = (f"{cell:{'>' if n else '<'}{width}}" for cell, n, width in zip(row, numbers, widths, strict=True))
-            blocks.append("   ".join(cells).rstrip())
+        first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
+        for name, *cells in table:
+            right = (f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))
+            blocks.append("   ".join([f"{name:<{first}}", *right]))
         blocks.append("")
     return "\n".join(blocks[:-1])
 
@@ -262,86 +231,55 @@ def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
     return loaded
 
 
-def encode(record: Record, processor: "RegionGPTProcessor", seed: int, epoch: int, index: int) -> dict[str, Any]:
-    """The tokens and targets of a record, as training makes them, without the image and the regions' pixels."""
+def encode(record: Record, processor: "RegionGPTProcessor", seed: int, index: int) -> dict[str, Any]:
+    """The tokens and targets of a record in the first epoch, without the image and the regions' pixels."""
     return processor.encode_conversation(
-        record.messages(seed, epoch, index),
+        record.messages(seed, 0, index),
         region_weights=np.zeros((len(record.regions) * processor.tokens_per_region, 1, 1), np.float32),
         with_image=bool(record.image),
     )
 
 
-def said(record: Record, seed: int, epoch: int, index: int) -> list[tuple[str, str]]:
-    """The questions and answers of a record as training reads them, without ``<image>``."""
-    texts = [message["content"] for message in record.messages(seed, epoch, index)]
-    texts[0] = texts[0].removeprefix(f"{IMAGE_TOKEN}\n")
-    return list(zip(texts[::2], texts[1::2], strict=True))
-
-
-class Piece(NamedTuple):
-    """The text of one token, or of a few that spell one character together."""
+class Run(NamedTuple):
+    """Consecutive tokens that are all supervised or all input; an image's and a region's are by themselves."""
 
     text: str
     target: bool  # supervised
-    ids: tuple[int, ...]  # without repeats
-    kind: Literal["text", "special", "image", "region"] = "text"  # special: written by the chat template
-    tokens: int = 1
-    region: int = 0  # its number
+    tokens: int
 
 
-def pieces(encoded: Mapping[str, Any], processor: "RegionGPTProcessor") -> list[Piece]:
-    """The tokens that :meth:`RegionGPTProcessor.encode_conversation` has made, decoded one by one."""
+def runs(encoded: Mapping[str, Any], processor: "RegionGPTProcessor") -> list[Run]:
+    """The tokens that :meth:`RegionGPTProcessor.encode_conversation` has made, as text."""
     ids, labels = encoded["input_ids"].tolist(), encoded["labels"].tolist()
-    tokenizer = processor.tokenizer
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    regions = iter(encoded["region_ids"].tolist())
-    found: list[Piece] = []
-    waiting: list[int] = []
-    before: list[int] = []  # the last piece: some tokenizers write the blank before a word only behind another
-    for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        target = label == token
+    numbers = iter(encoded["region_ids"].tolist())
+    own = (processor.image_token_id, processor.region_token_id)
+    found: list[Run] = []
+    for (target, token), group in groupby(
+        range(len(ids)), key=lambda place: (ids[place] == labels[place], ids[place] if ids[place] in own else None)
+    ):
+        places = list(group)
         if token == processor.image_token_id:
-            count = found.pop().tokens + 1 if found and found[-1].kind == "image" else 1
-            found.append(Piece(processor.image_token, False, (token,), "image", count))
+            text = f"{processor.image_token}×{len(places)}"
         elif token == processor.region_token_id:
-            number = next(regions) + 1
-            found.append(Piece(f"<region{number}>", False, (token,), "region", region=number))
-        elif token in special:
-            found.append(Piece(tokenizer.convert_ids_to_tokens(token), target, (token,), "special"))
-        else:
-            waiting.append(token)
-            text = tokenizer.decode(before + waiting)[len(tokenizer.decode(before)) :]
-            last = place + 1 == len(ids) or (labels[place + 1] == ids[place + 1]) != target
-            # A letter outside the vocabulary is spelt by its bytes: up to four tokens for one.
-            if text.endswith("\ufffd") and len(waiting) < 4 and not last:
-                continue
-            found.append(Piece(text, target, tuple(waiting), tokens=len(waiting)))
-            waiting = []
-        before = list(found[-1].ids)
+            text = "".join(f"<region{next(numbers) + 1}>" for _ in places)
+        else:  # decoded behind all before, since some tokenizers leave out the blank that a text begins with
+            before, through = (processor.tokenizer.decode(ids[:end]) for end in (places[0], places[-1] + 1))
+            text = through[len(before) :]
+        found.append(Run(text, target, len(places)))
     return found
 
 
-def terminal(shown: Sequence[Piece], colour: bool) -> str:
-    """The tokens as text, what is supervised in bold green, or between ``⟦`` and ``⟧`` without colour."""
+def marked(shown: Sequence[Run]) -> str:
+    """The conversation, what is supervised between ``⟦`` and ``⟧``; what follows an answer begins on its own line."""
     parts: list[str] = []
-    taught = False
-    for piece in shown:
-        text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", piece.text)  # lest data steer the terminal
-        if piece.kind == "image" and piece.tokens > 1:
-            text = f"{text}×{piece.tokens}"
-        if taught and not piece.target:  # a turn has ended: the next begins on its own line
-            text = text if text.startswith("\n") else f"\n{text}"
-        if colour:  # line by line, for pagers: bold green, faint or cyan
-            style = "1;32" if piece.target else "2" if piece.kind == "text" else "36"
-            text = "\n".join(f"\x1b[{style}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
-        elif piece.target != taught:
-            parts.append("⟦" if piece.target else "⟧")
-        taught = piece.target
-        parts.append(text)
-    return "".join(parts) + ("⟧" if taught and not colour else "")
+    for run in shown:
+        text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", run.text)  # lest data steer the terminal
+        ended = bool(parts) and parts[-1].endswith("⟧") and not (run.target or text.startswith("\n"))
+        parts.append(f"⟦{text}⟧" if run.target else "\n" * ended + text)
+    return "".join(parts)
 
 
-def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed: int, epoch: int) -> dict[str, Any]:
+def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed: int) -> dict[str, Any]:
     """One record for the page."""
     record, shown = records[index], None
     with naming(record.id):
@@ -350,12 +288,13 @@ def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed:
             _check_size(image.size, record)
             alt = f"{record.image} with {many(len(record.regions), 'numbered region')}"
             shown = picture(draw_regions(image, [each.region for each in record.regions]), alt)
+        texts = [each["content"].removeprefix(f"{IMAGE_TOKEN}\n") for each in record.messages(seed, 0, index)]
         return {
             "index": index,
             "record": record,
-            "dialogue": said(record, seed, epoch, index),
+            "dialogue": list(zip(texts[::2], texts[1::2], strict=True)),
             "picture": shown,
-            "tokens": pieces(encode(record, processor, seed, epoch, index), processor),
+            "runs": runs(encode(record, processor, seed, index), processor),
         }
 
 
@@ -370,17 +309,15 @@ def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple
         The id of a record (its place where it has none, or the file name of a shard) and the first of its faults.
     """
     for shard in records.manifest.shards:
-        digest = sha256(records.folder / shard["file"])
-        if digest != shard["sha256"]:
-            told = f"expected SHA-256 {shard['sha256'][:12]}..., got {digest[:12]}...; convert the source again"
-            yield shard["file"], Fault("shard of other content", told)
+        if sha256(records.folder / shard["file"]) != shard["sha256"]:
+            yield shard["file"], Fault("shard of other content", "not as it was written; convert the source again")
     ids: set[str] = set()
     size_of = cache(lambda path: load_image(path).size)
     for index, row in enumerate(progress(records.rows(), "check", "records", len(records))):
         name = str(row.get("id") or f"row {index}")
         try:
             if name in ids:
-                raise Fault("duplicate id", "duplicate id")
+                raise Fault("duplicate id", "expected each id once")
             ids.add(name)
             record = Record.from_row(row)
             record.check()
@@ -388,7 +325,7 @@ def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple
                 if not path.is_file():
                     raise Fault("image file missing", f"expected an image at {path}, found none")
                 _check_size(size_of(path), record)
-            labels = encode(record, processor, 0, 0, index)["labels"].tolist()
+            labels = encode(record, processor, 0, index)["labels"].tolist()
             # The end of the turn is a target of every answer; a model that learns it alone learns to say nothing.
             words = [label for label in labels if label >= 0 and label not in processor.stop_token_ids]
             if not processor.tokenizer.decode(words).strip():

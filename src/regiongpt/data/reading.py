@@ -5,16 +5,16 @@ import os
 import pickle
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
+from json import JSONDecodeError
 from pathlib import Path
-from typing import Annotated, Any, Final, Self, TextIO, TypeGuard
+from typing import Annotated, Any, Final, Self, TypeGuard
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from regiongpt.console import progress
-from regiongpt.data.shards import Fault, Rejects, fault_of
-from regiongpt.errors import DataError, RegionGPTError, short
+from regiongpt.data.shards import Fault, Rejects
+from regiongpt.errors import DataError, short
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
 from regiongpt.regions import MIN_AREA
 from regiongpt.settings import explain
@@ -24,9 +24,6 @@ Corners = tuple[float, float, float, float]
 MALFORMED: Final = "record of another format"
 APART: Final = "files that do not belong together"
 TRUNCATED: Final = "truncated json"
-BLOCK: Final = 1 << 20
-"""Characters read at a time; memory stays at a few blocks, or a few times the largest element."""
-_LONGEST_WORD: Final = 16  # characters of the longest word of JSON, '-Infinity', or escape, with some to spare
 _DECODE = json.JSONDecoder().raw_decode
 
 
@@ -65,8 +62,7 @@ def clipped_box(box: Sequence[Any], width: int, height: int) -> Corners:
         Fault: It is not a box, or has no area in the image.
     """
     if not all(map(is_number, box)):
-        kind = "finite" if all(type(value) in (int, float) for value in box) else "four numbers"
-        raise Fault(f"box that is not {kind}", f"expected x, y, width, height as finite pixels, got {short(box)}")
+        raise Fault("box that is not four numbers", f"expected x, y, width, height as finite pixels, got {short(box)}")
     x, y, w, h = box
     if w <= 0 or h <= 0:
         raise Fault("box without size", f"expected a width and height above 0, got {short(box)} (x, y, w, h)")
@@ -109,9 +105,7 @@ def words_alone(text: str) -> str:
 def unicode_text(text: str) -> str:
     """The text; Fault for half of a surrogate pair, which JSON can spell but no file can hold."""
     if not is_unicode(text):
-        raise Fault(
-            "text that is not Unicode", f"expected valid Unicode, got half of a surrogate pair in {short(text)}"
-        )
+        raise Fault("text that is not Unicode", f"expected valid Unicode, got half of a surrogate in {short(text)}")
     return text
 
 
@@ -128,8 +122,7 @@ def image_name(name: Any) -> str:
     """The path of an image below the images' folder; Fault for any other."""
     if isinstance(name, str) and name and is_unicode(name) and is_below(name):
         return name
-    wanted = "expected a path below the folder of images, with forward slashes"
-    raise Fault("image outside the folder", f"{wanted}, got {short(name)}")
+    raise Fault("image outside the folder", f"expected a path below the images' folder, got {short(name)}")
 
 
 def check_image(path: str | Path, width: int | None = None, height: int | None = None) -> tuple[int, int]:
@@ -181,11 +174,7 @@ class Row(BaseModel):
 
     @classmethod
     def read(cls, entry: Any, where: str = "") -> Self:
-        """The entry as a row; ``where`` begins the reason of a fault.
-
-        Raises:
-            Fault: It is not an object, or a value is missing or of another type.
-        """
+        """The entry as a row; Fault if a value is missing or of another type, its reason beginning with ``where``."""
         if not isinstance(entry, dict):
             raise Fault(MALFORMED, f"{where}expected an object, got {short(entry)}")
         try:
@@ -221,161 +210,84 @@ Caption = Annotated[str, BeforeValidator(lambda value: plain_text(value, "captio
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# JSON
+# Files
 
 
-def iter_array(path: Path, key: str | None, rejects: Rejects) -> Iterator[Any]:
-    """The elements of one top-level array, or of the file itself where ``key`` is None; see :func:`iter_arrays`."""
-    return (element for _, element in iter_arrays(path, None if key is None else (key,), rejects))
+class _Json:
+    """The text of a JSON file and a place in it; JSONDecodeError where it stops being JSON."""
 
-
-def iter_arrays(path: Path, keys: Sequence[str] | None, rejects: Rejects) -> Iterator[tuple[str, Any]]:
-    """The elements of several top-level arrays of a JSON file, in one pass and in the order of the file.
-
-    The standard library decodes each element: it is as fast as streaming parsers and reads the ``NaN`` that Python
-    writes. From a file that breaks off inside the arrays, the whole elements are yielded and the break is a reject.
-
-    Args:
-        path: The file.
-        keys: Names of the arrays; None where the file is itself an array, whose key is ``""``.
-        rejects: Where a break is noted.
-
-    Raises:
-        DataError: The file cannot be read, is not JSON, or lacks one of the arrays.
-    """
-    wanted = "an array" if keys is None else f"an object with an array {', '.join(map(repr, keys))}"
-    found: set[str] = set()
-    place = ""
-    try:
+    def __init__(self, path: Path) -> None:
         # A byte that is not UTF-8 spoils the text that it is in, not the file.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            text = _Text(file, Path(path))
-            if text.peek() != ("[" if keys is None else "{"):
-                got = {"[": "an array", "{": "an object"}.get(text.peek(), text.next_shown)
-                raise DataError(f"{path}: expected json that is {wanted}, got {got}; give the right file")
-            for key in ("",) if keys is None else text.keys():
-                if text.peek() != "[" or (keys is not None and key not in keys):
-                    text.value()
-                    continue
-                found.add(key)
-                place = f"{key}[0]"
-                for number, _ in enumerate(text.items("[]"), 1):
-                    yield key, text.value()
-                    place = f"{key}[{number}]"
-            if text.peek():
-                raise text.error("expected the end of the file")
-    except OSError as error:
-        raise DataError(f"{path}: not a readable json file: {reason(error)}; check the path") from None
-    except _BreakError as error:
-        if not found:
-            raise DataError(f"{path}: expected {wanted}, but it breaks before: {error}; fetch the file again") from None
-        rejects.add(TRUNCATED, path, place, f"{error}; all before it is kept; fetch the file again")
-        return
-    if lacking := [key for key in keys or () if key not in found]:
-        raise DataError(f"{path}: expected {wanted}, found no array {', '.join(map(repr, lacking))}")
-
-
-class _BreakError(Exception):
-    """The text stops being JSON at some character of the file."""
-
-
-class _Text:
-    """A JSON file decoded value by value, with a few blocks of it in memory."""
-
-    def __init__(self, file: TextIO, path: Path) -> None:
-        self.held, self.at, self.before = "", 0, 0  # the next character is held[at], with `before` before held
-        # At least as much as is held: a long value is then decoded a few times and not once a block.
-        blocks = iter(lambda: file.read(max(BLOCK, len(self.held) - self.at)), "")
-        self.blocks = iter(progress(blocks, path.name, "MB", path.stat().st_size // BLOCK + 1))
-
-    @property
-    def next_shown(self) -> str:
-        if self.at >= len(self.held):
-            return "the end of the file"
-        if self.held[self.at] == "\x1f":
-            return "a gzip file, which must be unpacked first"
-        byte = ord(self.held[self.at]) - 0xDC00
-        return f"the byte 0x{byte:02x}, which is not UTF-8" if 0x80 <= byte <= 0xFF else repr(self.held[self.at])
-
-    def error(self, message: str, at: int | None = None) -> _BreakError:
-        self.at = self.at if at is None else at
-        return _BreakError(f"{message}, got {self.next_shown} at character {self.before + self.at}")
-
-    def more(self) -> bool:
-        """Read on; false at the end."""
-        block = next(self.blocks, "")
-        if block:
-            self.before += self.at
-            self.held, self.at = self.held[self.at :] + block, 0
-        return bool(block)
+        self.text, self.at = path.read_text(encoding="utf-8-sig", errors="surrogateescape"), 0
 
     def peek(self) -> str:
         """The next character that is not blank, ``""`` at the end."""
-        while True:
-            while self.at < len(self.held):
-                if self.held[self.at] not in " \t\n\r":
-                    return self.held[self.at]
-                self.at += 1
-            if not self.more():
-                return ""
+        while (found := self.text[self.at : self.at + 1]) and found in " \t\n\r":
+            self.at += 1
+        return found
 
     def take(self, expected: str) -> str:
         """Move past the next character, which must be one of ``expected``."""
-        character = self.peek()
-        if not character or character not in expected:
-            raise self.error(f"expected {' or '.join(map(repr, expected))}")
+        if not (found := self.peek()) or found not in expected:
+            raise JSONDecodeError(f"expected {' or '.join(expected)}", self.text, self.at)
         self.at += 1
-        return character
+        return found
 
     def value(self) -> Any:
         """Move past one whole value and return it."""
         self.peek()
-        while True:
-            try:
-                value, end = _DECODE(self.held, self.at)
-            except json.JSONDecodeError as error:
-                # What a longer text could mend is wrong at its end, or is a string that began anywhere.
-                cut = error.msg.startswith("Unterminated")
-                if (cut or error.pos >= len(self.held) - _LONGEST_WORD) and self.more():
-                    continue
-                raise self.error(f"expected json ({error.msg})", len(self.held) if cut else error.pos) from None
-            except (RecursionError, ValueError) as error:  # a whole number of thousands of digits
-                raise _BreakError(f"{reason(error)}, at character {self.before + self.at}") from None
-            # A number may continue in the next block, or would in a complete file: 1 in 12, 1.5 and 1e+16.
-            if isinstance(value, int | float) and not self.held[end : end + _LONGEST_WORD].strip(".eE+-"):
-                if self.more():
-                    continue
-                raise self.error("expected a whole number", len(self.held))
-            self.at = end
-            return value
+        value, self.at = _DECODE(self.text, self.at)
+        return value
 
     def items(self, brackets: str) -> Iterator[None]:
         """Stop before each element of an array or object; the caller moves past it."""
         self.take(brackets[0])
         while self.peek() != brackets[1]:
             yield
-            if self.take(f",{brackets[1]}") == brackets[1]:
-                return
+            if self.peek() != brackets[1]:
+                self.take(",")
         self.take(brackets[1])
 
     def keys(self) -> Iterator[str]:
         """The keys of an object; the caller moves past the value of each."""
         for _ in self.items("{}"):
-            if self.peek() != '"':
-                self.take('"')
-            key = self.value()
+            key = str(self.value())
             self.take(":")
             yield key
 
 
-@contextmanager
-def noting_line(path: Path, number: int, rejects: Rejects) -> Iterator[None]:
-    """Count a line that cannot be used for any reason, and continue."""
-    with rejects.noting(path, number):
-        try:
-            yield
-        except RegionGPTError as error:
-            raise Fault(fault_of(error).kind, f"{path.name}:{number}: {error}") from None
+def iter_array(path: Path, key: str | None = None) -> Iterator[Any]:
+    """The elements of one top-level array, or of the file itself without a ``key``; see :func:`iter_arrays`."""
+    return (element for _, element in iter_arrays(path, None if key is None else (key,)))
+
+
+def iter_arrays(path: Path, keys: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+    """The elements of several top-level arrays of a JSON file in its order, each with its key.
+
+    Without keys, the file is itself an array. Its text is held in memory, but only one decoded element at a time.
+
+    Raises:
+        DataError: The file cannot be read, is not whole JSON, or lacks one of the arrays.
+    """
+    wanted = "an array" if keys is None else f"an object with an array {', '.join(map(repr, keys))}"
+    lacking = list(keys or ())
+    try:
+        file = _Json(path)
+        if file.peek() != ("[" if keys is None else "{"):
+            raise DataError(f"{path}: expected json that is {wanted}, got {short(file.text[:20])}; give another file")
+        for key in ("",) if keys is None else file.keys():
+            if file.peek() != "[" or (keys is not None and key not in keys):
+                file.value()
+                continue
+            lacking = [each for each in lacking if each != key]
+            for _ in progress(file.items("[]"), path.name, key or "entries"):
+                yield key, file.value()
+        if file.peek():
+            raise JSONDecodeError("expected the end", file.text, file.at)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a whole json file: {reason(error)}; fetch it again") from None
+    if lacking:
+        raise DataError(f"{path}: expected {wanted}, found no array {', '.join(map(repr, lacking))}")
 
 
 def iter_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -386,42 +298,34 @@ def iter_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, An
     """
     found = number = 0
     try:
-        with open(path, "rb") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             for number, line in enumerate(progress(file, path.name, "lines"), 1):
-                if line.strip():
-                    with noting_line(path, number, rejects):
-                        entry = _decoded(line, number)
-                        found += 1
-                        yield number, entry
+                if not line.strip():
+                    continue
+                with rejects.noting(path, number):
+                    try:
+                        entry = json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        # A line without an end is the last one, and was being written.
+                        kind = "line that is not json" if line.endswith("\n") else TRUNCATED
+                        raise Fault(kind, f"expected a JSON object: {reason(error)}") from None
+                    if not isinstance(entry, dict):
+                        raise Fault(MALFORMED, f"expected a JSON object, got {short(entry)}")
+                    found += 1
+                    yield number, entry
     except OSError as error:
         raise DataError(f"{path}: not a readable file of json lines: {reason(error)}; check the path") from None
     if number and not found:
         raise DataError(f"{path}: no line is a JSON object; give a JSON lines file")
 
 
-def _decoded(line: bytes, number: int) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        entry = json.loads(text)
-        if "\\ud" in text.lower():
-            unicode_text(json.dumps(entry, ensure_ascii=False))
-    except UnicodeDecodeError as error:
-        raise Fault("text that is not Unicode", f"expected UTF-8, got the byte 0x{line[error.start]:02x}") from None
-    except (ValueError, RecursionError) as error:
-        # A line without an end is the last one, and was being written.
-        kind = "line that is not json" if line.endswith(b"\n") else TRUNCATED
-        raise Fault(kind, f"expected a JSON object: {reason(error)}") from None
-    if not isinstance(entry, dict):
-        raise Fault(MALFORMED, f"expected a JSON object, got {short(entry)}")
-    return entry
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pickles
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise DataError(f"it would import and could run {short(f'{module}.{name}')}")
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """The content of a pickle of dicts, lists, tuples, sets, strings, bytes, numbers, booleans and None.
+    """The content of a pickle of dicts, lists, tuples, strings, bytes, numbers, booleans and None.
 
     A pickle is a program, and a download may be anybody's: whatever asks for an import is refused. Strings of Python 2
     are read as Latin-1.
@@ -432,23 +336,5 @@ def load_plain_pickle(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             return _PlainUnpickler(file, encoding="latin1").load()
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except OSError as error:
-        raise DataError(f"expected a pickle at {path}, got {error.strerror}; check the path") from None
     except Exception as error:  # broken pickles raise nearly every built-in exception
         raise DataError(f"{path}: not a whole pickle of plain data: {reason(error)}; fetch the file again") from None
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        # Old protocols have no opcode for sets.
-        if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
-            return {"set": set, "frozenset": frozenset}[name]
-        raise DataError(
-            f"not plain data: it uses {ascii(module)[1:-1]}.{ascii(name)[1:-1]}, which reading it would import and "
-            "could run; do not use this file, fetch the original"
-        )
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise DataError("not plain data: it refers to external objects; download the original file")

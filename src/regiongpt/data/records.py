@@ -50,15 +50,8 @@ class Turn:
         """
         if self.question:
             return self.question
-        return question(
-            self.task,
-            wording,
-            regions=self.regions,
-            expression=self.expression,
-            category=self.category,
-            label_set=self.label_set,
-            guided=self.guided and suffixes,
-        )
+        needs = {"expression": self.expression, "category": self.category, "label_set": self.label_set}
+        return question(self.task, wording, regions=self.regions, guided=self.guided and suffixes, **needs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +73,7 @@ class Record:
         return tasks.pop() if len(tasks) == 1 else "mixed"
 
     def check(self, regions: bool = True) -> None:
-        """Make sure that a model can learn from the record.
-
-        Args:
-            regions: Look at the regions too, which costs most of the time.
+        """Make sure that a model can learn from the record, with or without looking at its regions, which is slow.
 
         Raises:
             RegionError: A region makes no sense in the image, or a placeholder has no region.
@@ -128,18 +118,16 @@ class Record:
     def from_row(cls, row: Mapping[str, Any]) -> "Record":
         """The record of a row; DataError if that is not of the schema."""
         try:
-            return cls(
-                **{name: row[name] for name in ("id", "source", "image", "width", "height")},
-                regions=tuple(
-                    RecordRegion(region=region_of_row(each), category=each["category"], source_id=each["source_id"])
-                    for each in row["regions"]
-                ),
-                turns=tuple(Turn(**{**each, "regions": tuple(each["regions"])}) for each in row["turns"]),
-            )
+            regions = [
+                RecordRegion(region=region_of_row(each), category=each["category"], source_id=each["source_id"])
+                for each in row["regions"]
+            ]
+            turns = [Turn(**{**each, "regions": tuple(each["regions"])}) for each in row["turns"]]
+            plain = {name: row[name] for name in ("id", "source", "image", "width", "height")}
+            return cls(**plain, regions=tuple(regions), turns=tuple(turns))
         except (KeyError, TypeError, ValueError, RegionError) as error:
-            raise DataError(
-                f"not a record of schema version {SCHEMA_VERSION} ({error!r}); convert the source again"
-            ) from error
+            told = f"not a record of schema version {SCHEMA_VERSION} ({error!r}); convert the source again"
+            raise DataError(told) from error
 
 
 _TURN: Final = ("task", "question", "answer", "regions", "expression", "category", "label_set", "guided")
@@ -158,22 +146,21 @@ def region_row(region: Region) -> dict[str, Any]:
     with its width.
     """
     (kind, value), *rest = region.to_dict().items()
-    coordinates: list[list[float]] = []
-    size, counts = [], ""
     stroke = [number for _, number in rest if number is not None]
+    row: dict[str, Any] = {"kind": kind, "coordinates": [], "size": [], "counts": ""}
     if kind == "box":
         if rest:
             raise RegionError("a record holds boxes in pixels; multiply a normalized one by the image's size")
-        coordinates = [list(value)]
+        row["coordinates"] = [list(value)]
     elif kind == "polygon":
-        coordinates = [list(chain.from_iterable(ring)) for ring in value]
+        row["coordinates"] = [list(chain.from_iterable(ring)) for ring in value]
     elif kind == "point":
-        coordinates = [[*value, *stroke]]
+        row["coordinates"] = [[*value, *stroke]]
     elif kind == "scribble":
-        coordinates = [[number for point in value for number in point], *([stroke] if stroke else [])]
+        row["coordinates"] = [list(chain.from_iterable(value)), *([stroke] if stroke else [])]
     else:
-        size, counts = list(value["size"]), value["counts"]
-    return {"kind": kind, "coordinates": coordinates, "size": size, "counts": counts}
+        row |= {"size": list(value["size"]), "counts": value["counts"]}
+    return row
 
 
 def region_of_row(row: Mapping[str, Any]) -> Region:

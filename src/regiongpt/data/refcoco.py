@@ -6,18 +6,16 @@ Table 1
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from regiongpt.console import progress
-from regiongpt.data.coco import InstancesFile, is_crowd, read_box
+from regiongpt.data.coco import InstancesFile, is_crowd
 from regiongpt.data.reading import (
     APART,
-    MALFORMED,
     Corners,
     Expression,
     ImageName,
@@ -26,13 +24,12 @@ from regiongpt.data.reading import (
     Whole,
     check_image,
     clipped_box,
-    is_whole,
     iter_arrays,
     load_plain_pickle,
     plain_text,
 )
 from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Fault, Rejects, many
+from regiongpt.data.shards import Fault, Rejects
 from regiongpt.data.sources import Converter
 from regiongpt.errors import DataError, short
 from regiongpt.prompts import NO_MATCH, region_answer
@@ -57,15 +54,13 @@ class SceneObject(NamedTuple):
     crowd: bool
 
 
-@dataclass(slots=True)
-class Scene:
-    """An image with its annotated objects by their ids, and the ids of those that cannot be used."""
+class Scene(NamedTuple):
+    """An image with its annotated objects by their ids."""
 
     path: str
     width: int
     height: int
-    objects: dict[int, SceneObject] = field(default_factory=dict)
-    faulty: set[int] = field(default_factory=set)
+    objects: dict[int, SceneObject]
 
 
 class _RefRow(Row):
@@ -90,14 +85,21 @@ class _ExpressionRow(Row):
     width: Side
     height: Side
     caption: Expression
+    dataset_name: str = ""
 
 
 class _ObjectRow(Row):
-    id: Whole | None = None
+    image_id: Whole
+    id: Whole
     original_id: Whole | None = None
-    category_id: Any = None
-    bbox: Any = None
+    category_id: Whole
+    bbox: Annotated[list[float], Field(min_length=4, max_length=4)]
     iscrowd: Any = None
+
+
+class _CategoryRow(Row):
+    id: Whole
+    name: Annotated[str, BeforeValidator(lambda value: plain_text(value, "category name"))]
 
 
 def read_pickle(path: Path, split: str, rejects: Rejects) -> Refs:
@@ -132,64 +134,50 @@ def read_json(path: Path, dataset: str, rejects: Rejects) -> tuple[Refs, dict[in
     Each of its ``images`` is one expression, its ``caption``; the image's id is ``original_id``. Its annotation is the
     object, whose id in COCO is ``original_id`` too. DataError if the file is of another layout or data set.
     """
-    said: dict[int, dict[str, Any]] = {}
-    shown: dict[int, dict[str, Any]] = {}
-    categories: dict[Any, Any] = {}
-    places = {"images": (said, "id"), "annotations": (shown, "image_id"), "categories": (categories, "id")}
-    for key, entry in iter_arrays(path, tuple(places), rejects):
-        known, own_id = places[key]
+    said: dict[int, _ExpressionRow] = {}
+    shown: dict[int, _ObjectRow] = {}
+    categories: dict[int, _CategoryRow] = {}
+    tables: dict[str, tuple[type[Row], dict[int, Any], str]] = {
+        "images": (_ExpressionRow, said, "id"),
+        "annotations": (_ObjectRow, shown, "image_id"),
+        "categories": (_CategoryRow, categories, "id"),
+    }
+    for key, entry in iter_arrays(path, tuple(tables)):
+        kind, known, name = tables[key]
         with rejects.noting(path, key):
-            number = entry.get(own_id) if isinstance(entry, dict) else None
-            if not is_whole(number):
-                raise Fault(MALFORMED, f"expected {own_id} as a whole number, got {short(entry)}")
+            row = kind.read(entry)
+            number = getattr(row, name)
             if number in known:
-                raise Fault("duplicate id", f"expected {own_id} {number} once in {key}, got it again")
-            known[number] = entry
-            if key == "images" and entry.get("dataset_name", dataset) != dataset:
-                got = short(entry["dataset_name"])
+                raise Fault("duplicate id", f"expected {name} {number} once in {key}, got it again")
+            known[number] = row
+            if isinstance(row, _ExpressionRow) and row.dataset_name not in ("", dataset):
+                got = short(row.dataset_name)
                 raise DataError(f"{path}: expected expressions of {dataset!r}, got {got}; give --dataset")
-    for number in sorted(shown.keys() - said.keys()):
-        rejects.add(APART, path, number, "expected the expression of an annotation, found none")
     refs: Refs = {}
     scenes: dict[int, Scene] = {}
-    for number, entry in said.items():
+    for number, expression in said.items():
         with rejects.noting(path, number):
-            if number not in shown:
-                raise Fault(APART, "expected the annotation of an expression, found none")
-            row, drawn = _ExpressionRow.read(entry), _ObjectRow.read(shown[number])
-            image_id = number if row.original_id is None else row.original_id
+            drawn = shown.get(number)
+            if drawn is None or drawn.category_id not in categories:
+                raise Fault(APART, "expected the annotation of an expression, with a category of the file, found none")
+            image_id = number if expression.original_id is None else expression.original_id
             ann_id = drawn.id if drawn.original_id is None else drawn.original_id
-            if ann_id is None:
-                raise Fault(APART, "expected the id of the annotation of an expression, found none")
-            scene = scenes.setdefault(image_id, Scene(row.file_name, row.width, row.height))
-            if ann_id not in scene.objects:
-                scene.faulty.add(ann_id)
-                scene.objects[ann_id] = _object(drawn, scene, categories)
-                scene.faulty.remove(ann_id)
-            refs.setdefault(image_id, {}).setdefault(ann_id, []).append((number, row.caption))
+            frame = (expression.file_name, expression.width, expression.height)
+            box = clipped_box(drawn.bbox, *frame[1:])
+            one = SceneObject(box, categories[drawn.category_id].name, bool(is_crowd(drawn.iscrowd)))
+            scenes.setdefault(image_id, Scene(*frame, {})).objects.setdefault(ann_id, one)
+            refs.setdefault(image_id, {}).setdefault(ann_id, []).append((number, expression.caption))
     return refs, scenes
-
-
-def _object(row: _ObjectRow, scene: Scene, categories: dict[Any, Any]) -> SceneObject:
-    box = read_box(row.bbox)
-    if box is None:
-        raise Fault("box that is not four numbers", f"expected [x, y, width, height], got {short(row.bbox)}")
-    corners = clipped_box(box, scene.width, scene.height)
-    if not isinstance(row.category_id, int) or row.category_id not in categories:
-        raise Fault("unknown category", f"expected a category id of the file, got {short(row.category_id)}")
-    name = plain_text(categories[row.category_id].get("name"), "category name")
-    return SceneObject(corners, name, bool(is_crowd(row.iscrowd)))
 
 
 def read_instances(path: Path, wanted: set[int], rejects: Rejects) -> dict[int, Scene]:
     """The wanted images of an ``instances.json`` with their objects, by their ids."""
     file = InstancesFile(path, rejects, crowds="keep", wanted=wanted)
-    frames = zip(file.paths, file.widths.tolist(), file.heights.tolist(), strict=True)
-    scenes = [Scene(*frame, faulty=file.faulty) for frame in frames]
-    columns = (file.ids, file.places, file.categories, file.boxes, file.crowd)
-    for number, place, category, box, crowd in zip(*(column.tolist() for column in columns), strict=True):
-        scenes[place].objects[number] = SceneObject(tuple(box), file.names[category], crowd)
-    return dict(zip(file.images.tolist(), scenes, strict=True))
+    scenes: dict[int, Scene] = {}
+    for image, found in file.by_image():
+        objects = {each.id: SceneObject(each.box, file.names[each.category], each.crowd) for each in found}
+        scenes[image.id] = Scene(image.path, image.width, image.height, objects)
+    return scenes
 
 
 class RefCocoConverter(Converter):
@@ -256,28 +244,21 @@ class RefCocoConverter(Converter):
             refs, scenes = read_json(self.refs, self.dataset, rejects)
         else:
             refs = read_pickle(self.refs, self.split, rejects)
-        frame = self.instances or self.refs
         if self.instances is not None:
-            scenes = read_instances(frame, set(refs), rejects)
+            scenes = read_instances(self.instances, set(refs), rejects)
+        frame = (self.instances or self.refs).name
         matched = not refs
         for number, of_image in progress(refs.items(), self.name, "images", len(refs)):
             with rejects.noting(self.refs, number):
-                if number not in scenes:
-                    listed = many(len(of_image), "object")
-                    raise Fault(APART, f"expected image {number} with its {listed} in {frame.name}, found none")
-                scene = scenes[number]
+                if (scene := scenes.get(number)) is None:
+                    raise Fault(APART, f"expected image {number} in {frame}, found none")
                 usable: dict[int, list[tuple[int, str]]] = {}
                 for ann_id, expressions in of_image.items():
                     with rejects.noting(self.refs, ann_id):
-                        matched |= ann_id in scene.faulty or ann_id in scene.objects
-                        if ann_id in scene.faulty:
-                            reason = f"annotation {ann_id} of {frame.name} cannot be used"
-                            raise Fault("expression of an unusable annotation", reason)
                         if ann_id not in scene.objects:
-                            raise Fault(
-                                APART, f"expected annotation {ann_id} of image {number} in {frame.name}, found none"
-                            )
+                            raise Fault(APART, f"expected annotation {ann_id} of image {number} in {frame}, found none")
                         usable[ann_id] = expressions
+                matched |= bool(usable)
                 if self.check_images:
                     check_image(self.images / scene.path, scene.width, scene.height)
                 if self.task != "locate":

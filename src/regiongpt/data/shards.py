@@ -41,26 +41,16 @@ def schema() -> Any:
     """The Arrow schema of a record; its metadata carries the version."""
     import pyarrow as pa
 
-    text, whole = pa.string(), pa.int32()
-
     def struct(names: str, **others: Any) -> Any:
-        return pa.struct([(name, others.get(name, text)) for name in names.split()])
+        return pa.struct([(name, others.get(name, pa.string())) for name in names.split()])
 
-    region = struct(
-        "kind coordinates size counts category source_id",
-        coordinates=pa.list_(pa.list_(pa.float64())),
-        size=pa.list_(whole),
-    )
+    whole, rows = pa.int32(), pa.list_(pa.list_(pa.float64()))
+    region = struct("kind coordinates size counts category source_id", coordinates=rows, size=pa.list_(whole))
     turn = struct(
         "task question answer regions expression category label_set guided", regions=pa.list_(whole), guided=pa.bool_()
     )
-    record = struct(
-        "id source task image width height regions turns",
-        width=whole,
-        height=whole,
-        regions=pa.list_(region),
-        turns=pa.list_(turn),
-    )
+    lists = {"regions": pa.list_(region), "turns": pa.list_(turn)}
+    record = struct("id source task image width height regions turns", width=whole, height=whole, **lists)
     return pa.schema(list(record), metadata={"regiongpt_schema_version": str(SCHEMA_VERSION)})
 
 
@@ -92,7 +82,6 @@ class Rejects:
     @contextmanager
     def writing_to(self, path: Path) -> Iterator[None]:
         """Inside the block, each addition becomes a line of JSON in a file: its kind, file, record and reason."""
-        # Half of a surrogate pair is written as JSON's escape for it.
         with path.open("w", encoding="utf-8", errors="backslashreplace") as self._file:
             yield
         self._file = None
@@ -110,11 +99,11 @@ class Rejects:
 
     @contextmanager
     def noting(self, file: str | Path, record: object) -> Iterator[None]:
-        """Count a :class:`Fault` inside the block, and continue after it."""
+        """Count a :class:`Fault` or a wrong region inside the block, and continue after it."""
         try:
             yield
-        except Fault as fault:
-            self.add(fault.kind, file, record, fault.reason)
+        except (Fault, RegionError) as error:
+            self.add(fault_of(error).kind, file, record, str(error))
 
     def listed(self) -> str:
         """How many of each kind: ``"1 crowd, 2 box without size"``."""
@@ -126,7 +115,7 @@ class Rejects:
 
 
 class Shard(TypedDict):
-    """One shard: its file, number of records and the hash of its bytes."""
+    """One shard, with the hash of its bytes."""
 
     file: str
     records: int
@@ -158,10 +147,8 @@ class Manifest(Settings):
         except ConfigError as error:
             raise DataError(f"{path}: not a manifest of records: {error}; convert the source again") from None
         if manifest.schema_version != SCHEMA_VERSION:
-            raise DataError(
-                f"{path}: expected schema version {SCHEMA_VERSION}, got {manifest.schema_version}; "
-                "convert the source again with this version"
-            )
+            got = f"expected schema version {SCHEMA_VERSION}, got {manifest.schema_version}"
+            raise DataError(f"{path}: {got}; convert the source again with this version")
         return manifest
 
 
@@ -173,30 +160,29 @@ def file_identity(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: cannot be read: {reason(error)}; check the path") from None
 
 
+def usable(records: Iterable[Record], rejects: Rejects, source: str, check_regions: bool = True) -> Iterator[Record]:
+    """The records that a model can learn from, each id once; the others are noted."""
+    seen: set[str] = set()
+    for record in records:
+        try:
+            record.check(regions=check_regions)
+            if record.id in seen:
+                raise Fault("duplicate id", "expected each id once")
+        except RegionGPTError as error:
+            rejects.add(fault_of(error).kind, source, record.id, str(error))
+            continue
+        seen.add(record.id)
+        yield record
+
+
 def write_records(
-    out: Path,
-    records: Iterable[Record],
-    rejects: Rejects,
-    *,
-    source: str,
-    images: str,
-    inputs: Sequence[Path],
-    arguments: Mapping[str, Any],
-    records_per_shard: int = RECORDS_PER_SHARD,
-    check_regions: bool = True,
-) -> Manifest:
+    out: Path, records: Iterable[Record], rejects: Rejects, *, source: str, images: str, inputs: Sequence[Path],
+    arguments: Mapping[str, Any], records_per_shard: int = RECORDS_PER_SHARD, check_regions: bool = True,
+) -> Manifest:  # fmt: skip
     """Write records to a folder, all of them or none; the same records give byte-identical shards.
 
-    Args:
-        out: The folder; records that it holds are replaced when the new ones are whole.
-        records: In their order. One that no model could learn from is left out and counted.
-        rejects: Where such records are noted; written to ``rejects.jsonl``.
-        source: Name for the manifest.
-        images: Folder of the images, for the manifest.
-        inputs: Files that were read, for the manifest.
-        arguments: Options of the conversion, for the manifest.
-        records_per_shard: Most records in a shard.
-        check_regions: Hold every region against its image, where that has not been done.
+    A record that no model could learn from is left out and counted, also in ``rejects.jsonl``. Records that the folder
+    holds are replaced when the new ones are whole. Source, images' folder, inputs and arguments go to the manifest.
 
     Raises:
         DataError: The disk is full or the folder not writable; in strict mode, a record is wrong.
@@ -206,18 +192,9 @@ def write_records(
 
     counts: Counter[str] = Counter()
     seen_images: set[str] = set()
-    seen_ids: set[str] = set()
 
-    def sound() -> Iterator[dict[str, Any]]:
-        for record in records:
-            try:
-                record.check(regions=check_regions)
-                if record.id in seen_ids:
-                    raise Fault("duplicate id", "duplicate id")
-            except RegionGPTError as error:
-                rejects.add(fault_of(error).kind, source, record.id, str(error))
-                continue
-            seen_ids.add(record.id)
+    def rows() -> Iterator[dict[str, Any]]:
+        for record in usable(records, rejects, source, check_regions):
             seen_images.update([record.image] if record.image else [])
             counts.update(records=1, regions=len(record.regions), turns=len(record.turns))
             counts.update(f"task:{turn.task}" for turn in record.turns)
@@ -225,27 +202,21 @@ def write_records(
 
     shards: list[Shard] = []
     with writing(out), _filling(Path(out)) as folder, rejects.writing_to(folder / REJECTS):
-        rows = sound()
-        while batch := list(islice(rows, min(_BATCH, records_per_shard))):
+        rest = rows()
+        while batch := list(islice(rest, min(_BATCH, records_per_shard))):
             path, written = folder / f"records-{len(shards):05d}.parquet", 0
             with pq.ParquetWriter(path, schema(), compression="zstd") as writer:
                 while batch:
                     writer.write_table(pa.Table.from_pylist(batch, schema=schema()))
                     written += len(batch)
-                    batch = list(islice(rows, min(_BATCH, records_per_shard - written)))
+                    batch = list(islice(rest, min(_BATCH, records_per_shard - written)))
             shards.append({"file": path.name, "records": written, "sha256": sha256(path)})
         counts["images"] = len(seen_images)
         manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            source=source,
-            arguments=dict(arguments),
-            inputs=[file_identity(path) for path in inputs],
-            images=images,
-            counts=dict(sorted(counts.items())),
-            rejects=dict(sorted(rejects.counts.items())),
-            shards=shards,
-            regiongpt_version=version("regiongpt"),
-        )
+            schema_version=SCHEMA_VERSION, source=source, arguments=dict(arguments), images=images, shards=shards,
+            inputs=[file_identity(path) for path in inputs], counts=dict(sorted(counts.items())),
+            rejects=dict(sorted(rejects.counts.items())), regiongpt_version=version("regiongpt"),
+        )  # fmt: skip
         write_json(folder / MANIFEST, manifest.model_dump())
     return manifest
 
@@ -288,8 +259,6 @@ class RecordSet:
         self.manifest = Manifest.read(self.folder)
         self.images = self.folder / self.manifest.images if images is None else Path(images)
         files = [str(self.folder / shard["file"]) for shard in self.manifest.shards]
-        if missing := [file for file in files if not Path(file).is_file()]:
-            raise DataError(f"{self.folder}: expected the shard {missing[0]}, found none; convert the source again")
         if not files:
             raise DataError(f"{self.folder}: no records: the conversion rejected everything; see its {REJECTS}")
         from datasets import Dataset, disable_progress_bars
@@ -300,15 +269,8 @@ class RecordSet:
         try:
             self.table: Any = Dataset.from_parquet(files, cache_dir=str(cache))
         except (OSError, ValueError, DatasetsError) as error:
-            raise DataError(
-                f"{self.folder}: its shards cannot be read or copied to {cache}: {reason(error)}; convert the "
-                "source again, or free some space"
-            ) from error
-        expected = self.manifest.counts.get("records", 0)
-        if len(self.table) != expected:
-            raise DataError(
-                f"{self.folder}: expected {many(expected, 'record')}, found {len(self.table)}; convert the source again"
-            )
+            told = f"its shards cannot be read or copied to {cache}: {reason(error)}"
+            raise DataError(f"{self.folder}: {told}; convert the source again, or free some space") from error
 
     def __len__(self) -> int:
         return len(self.table)
@@ -317,7 +279,7 @@ class RecordSet:
         return Record.from_row(self.table[index])
 
     def __iter__(self) -> Iterator[Record]:
-        return (self[index] for index in range(len(self)))
+        return map(Record.from_row, self.rows())
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows in order, read in batches: many times as fast as one by one."""
@@ -327,9 +289,7 @@ class RecordSet:
     def image_path(self, record: Record) -> Path | None:
         """Path of the record's image, None without one; DataError for a path that leaves the images' folder."""
         if not is_below(record.image):
-            raise DataError(
-                f"{self.folder}: record {record.id}: its image {record.image!a} is outside the image folder"
-            )
+            raise DataError(f"{self.folder}: record {record.id}: {record.image!a} is outside the image folder")
         return self.images / record.image if record.image else None
 
 
@@ -400,8 +360,8 @@ def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path
         root: Folder that the file's paths are relative to; by default the one that the file lies in.
 
     Raises:
-        ConfigError: The file cannot be used, or a root is given with a folder of records.
-        DataError: A part is not a folder of finished records.
+        RegionGPTError: The file cannot be used, a part is not a folder of finished records, or a root is given with a
+            folder of records.
     """
     require_data_extra()
     path = Path(path)
@@ -412,27 +372,20 @@ def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path
         return [(path, None, Part(records=str(path)))]
     if not path.exists():
         raise DataError(f"{path}: no such folder of records or mixture file; make one with `regiongpt convert`")
-    config = read_mixture(path)
     base = Path(root) if root else path.parent
-    if not base.is_dir():
-        raise DataError(f"{path}: expected its parts below the folder {base}, found none; check the root")
-    for number, part in enumerate(config.parts, 1):
-        with naming(f"{path}: parts[{number}]"):
-            Manifest.read(base / part.records)
-    return [(base / part.records, base / part.images if part.images else None, part) for part in config.parts]
+    found = [(base / part.records, base / part.images if part.images else None, part)
+             for part in read_mixture(path).parts]  # fmt: skip
+    for folder, *_ in found:
+        with naming(str(path)):
+            Manifest.read(folder)
+    return found
 
 
 def open_mixture(path: str | Path, root: str | Path = "", seed: int = 0) -> "Mixture":
-    """Open the records of a mixture; the seed determines their order.
-
-    Raises:
-        ConfigError: As for :func:`find_parts`.
-        DataError: The same, or a part's shards are damaged.
-    """
+    """Open the records of a mixture, see :func:`find_parts`; the seed determines their order."""
     parts = find_parts(path, root)
-    return Mixture(
-        [MixturePart(RecordSet(folder, images), part.weight, part.cap) for folder, images, part in parts], seed
-    )
+    opened = [MixturePart(RecordSet(folder, images), part.weight, part.cap) for folder, images, part in parts]
+    return Mixture(opened, seed)
 
 
 class MixturePart:

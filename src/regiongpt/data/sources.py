@@ -1,19 +1,25 @@
-"""Sources of records: settings, which are the command's options, and the files of a data set read as records."""
+"""Sources of records: settings, which are the command's options, and the files of a data set read as records.
 
-import gc
+Here too are the closed sets, COCO, LVIS, V3Det and any file of COCO's format: the class of each box or mask. Paper:
+§3.2 and Table 1 (the closed-set prompt), §4 (boxes per category)
+"""
+
 import logging
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from importlib import import_module
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import numpy as np
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
-from regiongpt.data.coco import InstancesFile, crowd_hint
-from regiongpt.data.reading import is_unicode
+from regiongpt.console import progress
+from regiongpt.data.coco import Frame, Instance, InstancesFile, Shapes, crowd_hint, read_captions
+from regiongpt.data.reading import Words, is_unicode
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import (
     CROWD,
@@ -28,16 +34,17 @@ from regiongpt.data.shards import (
     require_data_extra,
     write_records,
 )
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import ConfigError, DataError, short
+from regiongpt.prompts import LABEL_SETS
 from regiongpt.regions import Region
 from regiongpt.settings import Settings
 
 log = logging.getLogger(__name__)
 
 CONVERTERS: Final[dict[str, str]] = {
-    "coco": "closed_sets:CocoConverter",
-    "lvis": "closed_sets:LvisConverter",
-    "v3det": "closed_sets:V3DetConverter",
+    "coco": "sources:CocoConverter",
+    "lvis": "sources:LvisConverter",
+    "v3det": "sources:V3DetConverter",
     "vg": "visual_genome:VisualGenomeConverter",
     "refcoco": "refcoco:RefCocoConverter",
     "llava": "chat:LlavaConverter",
@@ -85,18 +92,17 @@ class Converter(Settings, ABC):
     def inputs(self) -> list[Path]:
         """The files that are read, without the images."""
         given = [value if isinstance(value, tuple) else (value,) for name, value in self if name != "images"]
-        return [path for paths in given for path in paths if isinstance(path, Path)]
+        return [path for path in chain.from_iterable(given) if isinstance(path, Path)]
 
     def arguments(self) -> dict[str, Any]:
-        """The options as the manifest states them."""
-        return {name: _stated(value) for name, value in self}
+        """The options as the manifest states them: the last part of paths, so that moved files are the same."""
 
+        def stated(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return [stated(each) for each in value]
+            return value.name if isinstance(value, Path) else value
 
-def _stated(value: Any) -> Any:
-    """An option in the manifest: the last part of paths, so that moved files are the same."""
-    if isinstance(value, Path):
-        return value.name
-    return [_stated(each) for each in value] if isinstance(value, tuple) else value
+        return {name: stated(value) for name, value in self}
 
 
 class Output(Settings):
@@ -133,53 +139,38 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
         DataError: A file cannot be used; in strict mode, a record; the disk is full.
     """
     require_data_extra()
-    out = Path(out)
     if not is_unicode(str(out)):
         raise DataError(f"{str(out)!a}: the name is not UTF-8, which Parquet's writer needs; choose another place")
     if not converter.images.is_dir():
         raise DataError(f"images: no folder at {converter.images}; check the path")
     if (out / MANIFEST).exists() and not overwrite:
         there = Manifest.read(out)
-        # Another version may have lacked an option, or had one more that was off.
-        stated = {name: _stated(field.default) for name, field in type(converter).model_fields.items()}
-        stated |= {name: value for name, value in there.arguments.items() if name in stated or value}
-        same = (there.source, stated) == (converter.name, converter.arguments())
+        same = (there.source, there.arguments) == (converter.name, converter.arguments())
         if same and there.inputs == [file_identity(path) for path in converter.inputs()]:
-            log.info("%s: already converted, nothing to do", out)
             return there
         raise ConfigError(
             f"{out}: holds other records, those of '{there.source}' with {there.arguments}; "
             "give another --out, or --overwrite"
         )
     rejects = Rejects(strict)
-    collected = gc.isenabled()
-    gc.disable()  # millions of parsed values hold no cycles, and looking for them took a tenth of the time
-    try:
-        return write_records(
-            out,
-            converter.records(rejects),
-            rejects,
-            source=converter.name,
-            images=str(converter.images.resolve()),
-            inputs=converter.inputs(),
-            arguments=converter.arguments(),
-            check_regions=not converter.sound_regions,
-        )
-    finally:
-        if collected:
-            gc.enable()
+    return write_records(
+        out,
+        converter.records(rejects),
+        rejects,
+        source=converter.name,
+        images=str(converter.images.resolve()),
+        inputs=converter.inputs(),
+        arguments=converter.arguments(),
+        check_regions=not converter.sound_regions,
+    )
 
 
 def summary(manifest: Manifest, out: Path, seconds: float | None) -> str:
     """Summary of a conversion; ``seconds`` is None if the records existed already."""
     counts, rejects = manifest.counts, manifest.rejects
-    size = sum((out / shard["file"]).stat().st_size for shard in manifest.shards)
     listed = ", ".join(many(counts.get(f"{name}s", 0), name) for name in ("record", "image", "region", "turn"))
     time = "already converted, nothing to do" if seconds is None else f"{seconds:,.1f} s"
-    lines = [
-        f"{manifest.source}: {listed}",
-        f"{out}: {many(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB; {time}",
-    ]
+    lines = [f"{manifest.source}: {listed}", f"{out}: {many(len(manifest.shards), 'shard')}; {time}"]
     tasks = [f"{count:,} {name[5:]}" for name, count in sorted(counts.items()) if name.startswith("task:")]
     lines += [f"turns: {', '.join(tasks)}"] if len(tasks) > 1 else []
     if rejects:
@@ -189,6 +180,150 @@ def summary(manifest: Manifest, out: Path, seconds: float | None) -> str:
     if rejects.get(CROWD) and not counts.get("regions"):
         lines.append("every object is marked as a crowd (some tools mark every mask); --crowds includes them")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closed sets
+
+
+class InstancesConverter(Converter):
+    """The questions about an image are one conversation, or several where there are many.
+
+    With ``captions``, the human captions of the images are records of their own, for images that can be used.
+    """
+
+    sound_regions: ClassVar[bool] = True
+
+    instances: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Instances files; the first file that lists an image is used."""
+    label_set: Words
+    """Name of the closed set in the question."""
+    boxes_per_category: NonNegativeInt = 0
+    """Most objects per category, sampled over all files; 0 for all."""
+    objects_per_record: NonNegativeInt = 20
+    """Most objects per conversation; the rest go to further ones; 0 for no limit."""
+    shapes: Shapes = "box"
+    """Regions: box, mask (polygons, RLE), or both, asked about separately."""
+    crowds: bool = False
+    """Include crowds; CVAT, datumaro and supervision mark every RLE mask as one."""
+    check_images: bool = True
+    """Skip images that are missing or have another size."""
+    captions: tuple[Path, ...] = ()
+    """Captions files of the same images, to also caption whole images."""
+    captions_per_image: NonNegativeInt = 1
+    """Most captions per image, sampled; 0 for all."""
+
+    def records(self, rejects: Rejects) -> Iterator[Record]:
+        """Conversations in the order of the files, the images' ids and the objects' ids, then the image's captions."""
+        files = self._files(rejects)
+        self._sample(files)
+        captions = read_captions(self.captions, {image.id for file in files for image in file.images}, rejects)
+        total = sum(len(file.images) for file in files)
+        read = ((file, *each) for file in files for each in file.by_image())
+        for file, image, objects in progress(read, self.name, "images", total):
+            yield from self._conversations(file, image, objects)
+            found = captions.get(image.id, [])
+            if 0 < self.captions_per_image < len(found):
+                rng = np.random.default_rng((self.seed, image.id))
+                drawn = rng.choice(len(found), self.captions_per_image, replace=False)
+                found = [found[k] for k in sorted(drawn.tolist())]
+            for number, text in found:
+                turn = Turn(task="image_caption", answer=text)
+                key = f"{file.name_of(image.id)}/caption/{number}"
+                yield self.record(key, image.path, (image.width, image.height), [], [turn])
+
+    def _files(self, rejects: Rejects) -> list[InstancesFile]:
+        """The files; DataError where one has names outside the closed set, or two name their categories differently."""
+        files: list[InstancesFile] = []
+        names: dict[int, str] = {}
+        known: set[int] = set()
+        for path in self.instances:
+            file = InstancesFile(
+                path,
+                rejects,
+                shapes=self.shapes,
+                folder=self.images if self.check_images else None,
+                check="size",
+                crowds="take" if self.crowds else "leave out",
+                known=known,
+            )
+            if foreign := sorted(set(file.names.values()) - set(LABEL_SETS.get(self.label_set, file.names.values()))):
+                wrong = f"{len(foreign)} of its {len(file.names)} categories are not of {self.label_set}"
+                raise DataError(f"{path}: {wrong}, such as {short(foreign[0])}; name the closed set with --label-set")
+            for number, name in file.names.items():
+                if names.setdefault(number, name) != name:
+                    told = f"expected category {number} to be {names[number]!r} as in {self.instances[0].name}"
+                    raise DataError(f"{path}: {told}, got {name!r}; convert different data sets separately")
+            known.update(image.id for image in file.images)
+            files.append(file)
+        return files
+
+    def _sample(self, files: list[InstancesFile]) -> None:
+        """Keep some objects of each category over all files, drawn by (seed, category)."""
+        if not self.boxes_per_category:
+            return
+        places = defaultdict[int, list[tuple[int, int]]](list)
+        for number, file in enumerate(files):
+            for k, each in enumerate(file.objects):
+                places[each.category].append((number, k))
+        kept: set[tuple[int, int]] = set()
+        for category, found in places.items():
+            order = np.random.default_rng((self.seed, category)).permutation(len(found))
+            kept.update(found[k] for k in order[: self.boxes_per_category].tolist())
+        for number, file in enumerate(files):
+            file.objects = [each for k, each in enumerate(file.objects) if (number, k) in kept]
+
+    def _conversations(self, file: InstancesFile, image: Frame, objects: list[Instance]) -> Iterator[Record]:
+        most = self.objects_per_record or max(1, len(objects))
+        for part, begin in enumerate(range(0, len(objects), most)):
+            regions: list[RecordRegion] = []
+            turns: list[Turn] = []
+            for each in objects[begin : begin + most]:
+                boxes = [Region.box(*each.box)] if self.shapes != "mask" else []
+                masks = [each.mask.region()] if self.shapes != "box" else []
+                for region in filter(None, [*boxes, *masks]):
+                    regions.append(file.record_region(each, region))
+                    turns.append(_turn(self.label_set, len(regions), file.names[each.category]))
+            key = f"{file.name_of(image.id)}" + (f"/{part + 1}" if part else "")
+            yield self.record(key, image.path, (image.width, image.height), regions, turns)
+
+
+class CocoConverter(InstancesConverter):
+    """COCO instances of 2014 or 2017, or any file of the format with its own closed set."""
+
+    name: ClassVar[str] = "coco"
+    summary: ClassVar[str] = "COCO instances: the class of boxes or masks, and captions of whole images"
+
+    label_set: Words = "COCO-80"
+    """Name of the closed set in the question."""
+
+
+class LvisConverter(InstancesConverter):
+    """LVIS v0.5 or v1. Its images are COCO's of 2017: ``images`` is the folder with ``train2017`` and ``val2017``."""
+
+    name: ClassVar[str] = "lvis"
+    summary: ClassVar[str] = "LVIS: the class of boxes or masks among its long list of names"
+
+    label_set: Words = "LVIS"
+    """Name of the closed set in the question."""
+
+
+class V3DetConverter(InstancesConverter):
+    """V3Det; ``images`` is the folder that holds its folder ``images``, with which file names begin."""
+
+    name: ClassVar[str] = "v3det"
+    summary: ClassVar[str] = "V3Det: the class of boxes among 13,204 names, balanced by category"
+
+    label_set: Words = "V3Det"
+    """Name of the closed set in the question."""
+    boxes_per_category: NonNegativeInt = 100
+    """Most objects per category, sampled: 100 for pre-training and 10 for fine-tuning in the paper; 0 for all."""
+
+
+@lru_cache(maxsize=1 << 17)
+def _turn(label_set: str, region: int, name: str) -> Turn:
+    """One closed-set question; the same few thousand serve a million objects."""
+    return Turn(task="classify", regions=(region,), answer=name, label_set=label_set, guided=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,34 +362,27 @@ class AnnotatedImages:
                 regions, self.rejects, shapes="both", folder=images, check="missing",
                 crowds="take" if crowds else "leave out",
             )  # fmt: skip
-            self.count = len(self._held.ids)
+            self.count = len(self._held.objects)
         if not self.count:
             told = f": {self.rejects.summary()}; the last: {self.rejects.last}" if self.rejects.counts else ""
             raise DataError(f"--regions {regions}: no usable region{told}{crowd_hint(self.rejects)}")
 
     def __iter__(self) -> Iterator[Record]:
-        read = _by_image(self._held) if isinstance(self._held, RecordSet) else _objects(self._held)
-        for place, (name, width, height, regions) in enumerate(read):
-            if name and regions:
+        for place, (image, width, height, regions) in enumerate(self._read()):
+            if image and regions:
                 yield Record(
-                    id=str(place), source="regions", image=name, width=width, height=height, regions=tuple(regions),
+                    id=str(place), source="regions", image=image, width=width, height=height, regions=tuple(regions),
                     turns=(),
                 )  # fmt: skip
 
-
-def _objects(file: InstancesFile) -> Iterator[tuple[str, int, int, list[RecordRegion]]]:
-    bounds = np.searchsorted(file.places, np.arange(len(file.images) + 1)).tolist()
-    for place, name in enumerate(file.paths):
-        regions = []
-        for k in range(bounds[place], bounds[place + 1]):
-            region = file.mask(k) or Region.box(*file.boxes[k].tolist(), normalized=False)
-            category, identity = file.names[int(file.categories[k])], str(file.name_of(int(file.ids[k])))
-            regions.append(RecordRegion(region=region, category=category, source_id=identity))
-        yield name, *file.size(place), regions
-
-
-def _by_image(records: RecordSet) -> Iterator[tuple[str, int, int, list[RecordRegion]]]:
-    for name, group in groupby(records, key=lambda record: record.image):
-        listed = list(group)
-        regions = dict.fromkeys(each for record in listed for each in record.regions)  # records may repeat one
-        yield name, listed[0].width, listed[0].height, list(regions)
+    def _read(self) -> Iterator[tuple[str, int, int, Iterable[RecordRegion]]]:
+        if isinstance(self._held, InstancesFile):
+            file = self._held
+            for image, found in file.by_image():
+                regions = [file.record_region(each, each.mask.region() or Region.box(*each.box)) for each in found]
+                yield image.path, image.width, image.height, regions
+            return
+        for name, group in groupby(self._held, key=lambda record: record.image):
+            first, *others = group
+            shared = dict.fromkeys(each for record in (first, *others) for each in record.regions)  # some are repeated
+            yield name, first.width, first.height, shared

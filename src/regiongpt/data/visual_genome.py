@@ -1,13 +1,10 @@
 """Visual Genome: short captions of regions, as one dialogue an image; names of objects and relations where wanted.
 
-``region_descriptions.json`` is read image by image and never held. What ``objects.json`` and ``relationships.json``
-hold waits in a temporary file until its image comes. Paper: §3.2 (up to 10 boxes an image, sampled into a dialogue)
+Paper: §3.2 (up to 10 boxes an image, sampled into a dialogue)
 """
 
 import json
-import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -116,32 +113,27 @@ class VisualGenomeConverter(Converter):
     def records(self, rejects: Rejects) -> Iterator[Record]:
         """One dialogue an image, in the order of ``region_descriptions.json``."""
         images: dict[int, _Image] = {}
-        for place, entry in enumerate(iter_array(self.image_data, None, rejects)):
+        for place, entry in enumerate(iter_array(self.image_data)):
             with rejects.noting(self.image_data, place):
                 image = _Image.read(entry)
                 image_name(image.path)
                 if image.image_id in images:
                     raise Fault("duplicate id", f"expected each image once, got {image.image_id} again")
                 images[image.image_id] = image
-        if not images:
-            raise DataError(f"{self.image_data}: no image can be used; {rejects.summary()}: {rejects.last}")
-        try:
-            # A database without a name is a temporary file that goes with its connection.
-            with closing(sqlite3.connect("")) as store:
-                for table in ("objects", "relationships"):
-                    store.execute(f"CREATE TABLE {table} (image INTEGER PRIMARY KEY, content TEXT)")
-                    if path := getattr(self, table):
-                        for number, content in self._by_image(path, table, images, rejects):
-                            row = (number, json.dumps(content, separators=(",", ":")))
-                            store.execute(f"INSERT INTO {table} VALUES (?, ?)", row)
-                for number, described in self._by_image(self.regions, "regions", images, rejects):
-                    with rejects.noting(self.regions, number):
-                        yield from self._dialogue(images[number], described, store, rejects)
-        except sqlite3.Error as error:
-            raise DataError(
-                f"expected room for a temporary file beside {self.regions.name}, got {error}; "
-                "free some space, or point TMPDIR to a larger disk"
-            ) from error
+        # As text until its image comes: a tenth of what the objects would take.
+        waiting: dict[str, dict[int, str]] = {"objects": {}, "relationships": {}}
+        for table, held in waiting.items():
+            if path := getattr(self, table):
+                for number, content in self._by_image(path, table, images, rejects):
+                    held[number] = json.dumps(content, separators=(",", ":"))
+        for number, described in self._by_image(self.regions, "regions", images, rejects):
+            with rejects.noting(self.regions, number):
+                image = images[number]
+                if self.check_images:
+                    check_image(self.images / image.path, image.width, image.height)
+                known = {table: json.loads(held.get(number, "[]")) for table, held in waiting.items()}
+                if topics := self._topics(image, {"regions": described, **known}, rejects):
+                    yield self._drawn(image, topics)
 
     def _by_image(
         self, path: Path, key: str, images: dict[int, _Image], rejects: Rejects
@@ -149,7 +141,7 @@ class VisualGenomeConverter(Converter):
         """Each image's entry in a file, once."""
         seen: set[int] = set()
         apart = 0
-        for place, entry in enumerate(iter_array(path, None, rejects)):
+        for place, entry in enumerate(iter_array(path)):
             with rejects.noting(path, place):
                 number = _Entry.read(entry).image_id
                 content = entry.get(key)
@@ -165,40 +157,26 @@ class VisualGenomeConverter(Converter):
         if apart and not seen:
             raise DataError(f"{path}: none of its images is in {self.image_data}; give two files of one release")
 
-    def _dialogue(
-        self, image: _Image, described: list[Any], store: sqlite3.Connection, rejects: Rejects
-    ) -> Iterator[Record]:
-        if self.check_images:
-            check_image(self.images / image.path, image.width, image.height)
+    def _topics(self, image: _Image, known: dict[str, list[Any]], rejects: Rejects) -> list[_Topic]:
+        """All that the files tell of an image."""
         captions: dict[str, _Topic] = {}
-        for place, entry in enumerate(described):
-            try:  # and not rejects.noting: there are millions
-                row = _Region.read(entry)
-                if row.image_id not in (None, image.image_id):
-                    raise Fault(APART, f"expected a region of image {image.image_id}, got one of {short(row.image_id)}")
-                if (key := f"r{row.region_id}") in captions:
-                    raise Fault("duplicate id", f"expected each region once, got {row.region_id} again")
-                box = clipped_box((row.x, row.y, row.width, row.height), image.width, image.height)
-                captions[key] = _Topic("caption", (_Part(key, box),), row.phrase)
-            except Fault as fault:
-                rejects.add(fault.kind, self.regions, f"{image.image_id}[{place}]", fault.reason)
         objects: dict[str, _Part] = {}
         relations: list[_Topic] = []
-        for table in ("objects", "relationships"):
-            query = f"SELECT content FROM {table} WHERE image = ?"
-            found = store.execute(query, (image.image_id,)).fetchone()
-            for place, entry in enumerate(json.loads(found[0]) if found else []):
+        for table, entries in known.items():
+            for place, entry in enumerate(entries):
                 with rejects.noting(getattr(self, table), f"{image.image_id}[{place}]"):
                     if table == "relationships":
                         relations.append(_relation(entry, image, objects))
                         continue
-                    part = _object(entry, image)
-                    if part.key in objects:
-                        raise Fault("duplicate id", f"expected each object once, got {part.key[1:]} again")
-                    objects[part.key] = part
+                    part, phrase = _object(entry, image) if table == "objects" else _region(entry, image)
+                    if part.key in objects or part.key in captions:
+                        raise Fault("duplicate id", f"expected each of {table} once, got {part.key[1:]} again")
+                    if table == "objects":
+                        objects[part.key] = part
+                    else:
+                        captions[part.key] = _Topic("caption", (part,), phrase)
         named = [_Topic("classify", (part,), part.name) for part in objects.values()]
-        if topics := [*captions.values(), *named, *relations]:
-            yield self._drawn(image, topics)
+        return [*captions.values(), *named, *relations]
 
     def _drawn(self, image: _Image, topics: Sequence[_Topic]) -> Record:
         most = self.boxes_per_image or sum(len(topic.parts) for topic in topics)
@@ -206,25 +184,33 @@ class VisualGenomeConverter(Converter):
         regions: list[RecordRegion] = []
         turns: list[Turn] = []
         for choice in np.random.default_rng((self.seed, image.image_id)).permutation(len(topics)).tolist():
-            topic = topics[choice]
-            new = [part for part in topic.parts if part.key not in numbers]
+            task, parts, answer = topics[choice]
+            new = [part for part in parts if part.key not in numbers]
             if len(regions) + len(new) > most:
                 continue
             for part in new:
                 regions.append(RecordRegion(region=Region.box(*part.box), category=part.name, source_id=part.key[1:]))
                 numbers[part.key] = len(regions)
-            named = tuple(numbers[part.key] for part in topic.parts)
-            answer = topic.answer
-            if topic.task == "relation":
+            named = tuple(numbers[part.key] for part in parts)
+            if task == "relation":
                 answer = f"{region_answer(named[0])} {answer} {region_answer(named[1])}"
-            turns.append(Turn(task=topic.task, answer=answer, regions=named))
+            turns.append(Turn(task=task, answer=answer, regions=named))
         return self.record(str(image.image_id), image.path, (image.width, image.height), regions, turns)
 
 
-def _object(entry: Any, image: _Image) -> _Part:
+def _region(entry: Any, image: _Image) -> tuple[_Part, str]:
+    row = _Region.read(entry)
+    if row.image_id not in (None, image.image_id):
+        raise Fault(APART, f"expected a region of image {image.image_id}, got one of {short(row.image_id)}")
+    box = clipped_box((row.x, row.y, row.width, row.height), image.width, image.height)
+    return _Part(f"r{row.region_id}", box), row.phrase
+
+
+def _object(entry: Any, image: _Image) -> tuple[_Part, str]:
     row = _Object.read(entry)
     box, names = clipped_box((row.x, row.y, row.w, row.h), image.width, image.height), row.names or [row.name]
-    return _Part(f"o{row.object_id}", box, plain_text(names[0] if isinstance(names, list) else names, "object name"))
+    name = plain_text(names[0] if isinstance(names, list) else names, "object name")
+    return _Part(f"o{row.object_id}", box, name), name
 
 
 def _relation(entry: Any, image: _Image, objects: dict[str, _Part]) -> _Topic:
@@ -233,13 +219,11 @@ def _relation(entry: Any, image: _Image, objects: dict[str, _Part]) -> _Topic:
     predicate = plain_text(entry.get("predicate"), "predicate")
     parts: list[_Part] = []
     for role in ("subject", "object"):
-        whole = entry.get(role)
-        if isinstance(whole, dict):  # as in relationships.json; scene graphs have the id alone
-            parts.append(objects.get(f"o{whole.get('object_id')}") or _object(whole, image))
-        elif f"o{entry.get(f'{role}_id')}" in objects:
-            parts.append(objects[f"o{entry[f'{role}_id']}"])
-        else:
+        whole = entry.get(role)  # as in relationships.json; scene graphs have the id alone
+        key = f"o{whole.get('object_id') if isinstance(whole, dict) else entry.get(f'{role}_id')}"
+        if key not in objects and not isinstance(whole, dict):
             raise Fault(APART, f"expected the {role} of a relationship or its id in objects.json, got neither")
+        parts.append(objects[key] if key in objects else _object(whole, image)[0])
     if parts[0].key == parts[1].key:
         raise Fault("relation of an object to itself", f"expected two objects, got {parts[0].key[1:]} twice")
     return _Topic("relation", tuple(parts), predicate.lower())

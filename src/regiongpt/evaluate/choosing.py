@@ -310,7 +310,7 @@ def read_proposals(path: Path, images: Mapping[int, Path], top: int, rejects: Re
         rejects: Where unusable entries are noted.
     """
     found: dict[int, list[tuple[float | None, Corners]]] = {}
-    for place, entry in enumerate(iter_array(path, None, rejects)):
+    for place, entry in enumerate(iter_array(path)):
         with rejects.noting(path, place):
             row = read_annotation(entry)
             if row.image is None or row.box is None:

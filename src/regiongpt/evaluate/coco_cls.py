@@ -89,28 +89,25 @@ class CocoClassification(InstancesTask):
                 "--label-set"
             )
         groups: dict[int, list[dict[str, Any]]] = {}
-        for image, category, box, area in file.groups:
-            group = {"bbox": box, "category_id": category, "area": box[2] * box[3] if isnan(area) else area}
-            groups.setdefault(image, []).append(group)
+        for number, category, bbox, area in file.groups:
+            group = {"bbox": bbox, "category_id": category, "area": bbox[2] * bbox[3] if isnan(area) else area}
+            groups.setdefault(number, []).append(group)
         shared = {"ids": dict(zip(names, ids, strict=True)), "federated": file.federated}
         text = question("classify", 0, regions=[1], label_set=self.label_set, guided=self.guided)
         items = []
-        columns = (file.ids, file.places, file.categories, file.boxes, file.areas)
-        for k, (number, place, category, box, area) in enumerate(
-            zip(*(each.tolist() for each in columns), strict=True)
-        ):
-            region = Region.box(*box) if self.region == "box" else file.mask(k)
+        for place, number, category, box, area, _, mask in file.objects:
+            region = Region.box(*box) if self.region == "box" else mask.region()
             if region is None:
                 continue
             x0, y0, x1, y1 = box
             area = (x1 - x0) * (y1 - y0) if isnan(area) else area
-            image, name = int(file.images[place]), file.names[category]
+            image, name = file.images[place], file.names[category]
             items.append(
                 Item(
                     id=str(file.name_of(number)),
-                    image=folder / file.paths[place],
-                    image_id=file.name_of(image),
-                    size=(int(file.widths[place]), int(file.heights[place])),
+                    image=folder / image.path,
+                    image_id=file.name_of(image.id),
+                    size=(image.width, image.height),
                     question=text,
                     regions=(region,),
                     choices=tuple(names) if self.choices else (),
@@ -120,7 +117,7 @@ class CocoClassification(InstancesTask):
                     detail={
                         "box": [x0, y0, x1 - x0, y1 - y0],
                         "area": area,
-                        "crowds": groups.get(image, []),
+                        "crowds": groups.get(image.id, []),
                         **shared,
                     },
                 )

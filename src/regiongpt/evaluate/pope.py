@@ -112,10 +112,8 @@ class Pope(InstancesTask):
 
     def _build(self, folder: Path) -> list[list[Asked]]:
         file = InstancesFile(self.file, self.left_out, folder=folder, crowds="keep")  # a crowd is there too
-        classes: dict[int, list[str]] = {number: [] for number in file.images.tolist()}
-        for place, category in zip(file.places.tolist(), file.categories.tolist(), strict=True):
-            classes[int(file.images[place])].append(file.names[category])
-        names = dict(zip(file.images.tolist(), file.paths, strict=True))
+        classes = {image.id: [file.names[each.category] for each in found] for image, found in file.by_image()}
+        names = {image.id: image.path for image in file.images}
         try:
             return [
                 build_questions(classes, names, each, images=self.image_count, seed=self.seed)
