@@ -16,6 +16,7 @@ from regiongpt.data.reading import (
     ImageName,
     Row,
     Side,
+    Words,
     check_image,
     image_name,
     iter_array,
@@ -45,7 +46,6 @@ def _without_image(text: str) -> str:
     return unicode_text(text)
 
 
-Alone = Annotated[str, AfterValidator(words_alone)]
 Spoken = Annotated[str, AfterValidator(_without_image)]
 
 
@@ -54,9 +54,9 @@ class _TurnRow(Row, extra="forbid"):
     question: Spoken | None = None
     task: str = ""
     regions: list[Annotated[int, Field(gt=0)]] = Field([])
-    expression: Alone = ""
-    category: Alone = ""
-    label_set: Alone = ""
+    expression: Words = ""
+    category: Words = ""
+    label_set: Words = ""
     guided: bool = False
 
 
@@ -136,7 +136,7 @@ class _Described(Row):
     width: Side
     height: Side
     region: dict[str, Any]
-    category: Alone | None = None
+    category: Words | None = None
     caption: Caption
 
 

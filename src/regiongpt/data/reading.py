@@ -50,11 +50,6 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def is_box(value: Any) -> TypeGuard[list[float]]:
-    """Whether a value is a list of four such numbers."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
-
-
 def clipped_box(box: Sequence[Any], width: int, height: int) -> Corners:
     """A box (x, y, width, height) as half-open xyxy within its image, all in pixels.
 
@@ -184,21 +179,14 @@ class Row(BaseModel):
             raise Fault("unknown key" if unknown else MALFORMED, f"{where}{explain(cls, error)}") from None
 
 
-def _setting(text: str) -> str:
-    try:
-        return plain_text(text, "text") and text
-    except Fault as fault:
-        raise ValueError(fault.reason) from None
-
-
 def _identity(value: Any) -> str:
     if type(value) not in (str, int) or value == "":
         raise Fault(MALFORMED, f"id: expected text or a whole number, got {short(value)}")
     return unicode_text(str(value))
 
 
-Words = Annotated[str, AfterValidator(_setting)]
-"""A setting that becomes part of questions."""
+Words = Annotated[str, AfterValidator(words_alone)]
+Xywh = Annotated[list[float], Field(min_length=4, max_length=4)]
 Identity = Annotated[str, BeforeValidator(_identity)]
 Whole = Annotated[int, Field(ge=0, lt=1 << 63)]
 Side = Annotated[
@@ -325,13 +313,9 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """The content of a pickle of dicts, lists, tuples, strings, bytes, numbers, booleans and None.
+    """The content of a pickle of plain data such as dicts, lists and strings, those of Python 2 read as Latin-1.
 
-    A pickle is a program, and a download may be anybody's: whatever asks for an import is refused. Strings of Python 2
-    are read as Latin-1.
-
-    Raises:
-        DataError: The file cannot be read, is not a whole pickle, or asks for anything but plain data.
+    A pickle is a program, and a download may be anybody's: DataError if it asks for an import, or is not whole.
     """
     try:
         with open(path, "rb") as file:

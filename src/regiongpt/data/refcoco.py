@@ -22,6 +22,7 @@ from regiongpt.data.reading import (
     Row,
     Side,
     Whole,
+    Xywh,
     check_image,
     clipped_box,
     iter_arrays,
@@ -93,7 +94,7 @@ class _ObjectRow(Row):
     id: Whole
     original_id: Whole | None = None
     category_id: Whole
-    bbox: Annotated[list[float], Field(min_length=4, max_length=4)]
+    bbox: Xywh
     iscrowd: Any = None
 
 

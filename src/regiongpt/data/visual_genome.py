@@ -219,11 +219,9 @@ def _relation(entry: Any, image: _Image, objects: dict[str, _Part]) -> _Topic:
     predicate = plain_text(entry.get("predicate"), "predicate")
     parts: list[_Part] = []
     for role in ("subject", "object"):
-        whole = entry.get(role)  # as in relationships.json; scene graphs have the id alone
-        key = f"o{whole.get('object_id') if isinstance(whole, dict) else entry.get(f'{role}_id')}"
-        if key not in objects and not isinstance(whole, dict):
-            raise Fault(APART, f"expected the {role} of a relationship or its id in objects.json, got neither")
-        parts.append(objects[key] if key in objects else _object(whole, image)[0])
+        whole = entry.get(role)
+        known = objects.get(f"o{whole.get('object_id')}") if isinstance(whole, dict) else None
+        parts.append(known or _object(whole, image)[0])
     if parts[0].key == parts[1].key:
         raise Fault("relation of an object to itself", f"expected two objects, got {parts[0].key[1:]} twice")
     return _Topic("relation", tuple(parts), predicate.lower())

@@ -22,9 +22,9 @@ from regiongpt.data.reading import (
     Expression,
     Row,
     Whole,
+    Xywh,
     clipped_box,
     image_name,
-    is_box,
     iter_array,
     iter_lines,
     known_size,
@@ -188,7 +188,7 @@ class _Line(Row):
     ann_id: Whole
     sent_id: Whole | None = None
     sent: Expression
-    bbox_xywh: list[Any]
+    bbox_xywh: Xywh
     file_name: str = ""
     category: Any = ""
 
@@ -201,8 +201,6 @@ def _read_lines(path: Path, folder: Path, rejects: Rejects) -> list[Referred]:
         with rejects.noting(path, number):
             line = _Line.read(entry)
             name = image_name(line.file_name or f"COCO_train2014_{line.image_id:012d}.jpg")
-            if not is_box(line.bbox_xywh):
-                raise Fault(MALFORMED, f"expected bbox_xywh as four numbers, got {short(line.bbox_xywh)}")
             box = clipped_box(line.bbox_xywh, *(known_size(folder / name) or (_ENDLESS, _ENDLESS)))
             sent_id = number if line.sent_id is None else line.sent_id
             if sent_id in seen:
