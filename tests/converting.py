@@ -1,7 +1,6 @@
 """What the tests of converters share."""
 
 import json
-import os
 from pathlib import Path
 
 from PIL import Image
@@ -11,7 +10,6 @@ from regiongpt.data.shards import Rejects, usable
 from regiongpt.data.sources import Converter
 from regiongpt.regions import Region
 
-DATA = Path(os.environ.get("REGIONGPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CATEGORIES = [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 18, "name": "dog"}]
 
 

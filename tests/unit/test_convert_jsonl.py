@@ -10,7 +10,7 @@ from PIL import Image
 from regiongpt.data.chat import JsonlConverter, RegionCaptionsConverter
 from regiongpt.data.shards import Rejects, usable
 from regiongpt.errors import DataError
-from regiongpt.prompts import QUESTIONS, REC_SUFFIX
+from regiongpt.prompts import REC_SUFFIX
 from regiongpt.regions import Region
 
 BOX = {"box": [1, 2, 20, 15]}
@@ -31,49 +31,31 @@ def write(folder: Path, lines: list) -> JsonlConverter:
 
 def test_every_form_of_a_line(tmp_path):
     rle = {"size": [30, 40], "counts": [600, 30, 570]}
-    regions = [
-        {**BOX, "category": "cup"},
-        {"polygon": [[[1, 1], [9, 1], [9, 9]]]},
-        {"rle": rle},
-        {"mask": rle},
-        {"point": [5, 6], "radius": 3},
-        {"scribble": [[1, 1], [9, 9]], "width": 2},
-    ]
+    regions = [{**BOX, "category": "cup"}, {"polygon": [[[1, 1], [9, 1], [9, 9]]]}, {"rle": rle}, {"mask": rle},
+               {"point": [5, 6], "radius": 3}, {"scribble": [[1, 1], [9, 9]], "width": 2}]  # fmt: skip
     turns = [
         {"question": "How do <region1> and <region2> differ?", "answer": "In size."},
         {"task": "caption", "regions": [1], "answer": "a cup"},
         {"task": "locate", "regions": [1, 3], "expression": "the cup", "answer": "Region [1]", "guided": True},
         {"task": "classify", "regions": [1], "answer": "cup", "label_set": "COCO-80", "guided": True},
         {"task": "presence", "category": "cat", "answer": "No."},
-        {"task": "relation", "regions": [2, 1], "answer": "Region [2] is in Region [1]."},
-        {"task": "image_caption", "answer": "A table."},
         {"task": "describe", "question": "What is <region2>?", "answer": "A spoon."},
     ]
-    made = write(
-        tmp_path,
-        [
-            line(*turns, id="one", width=40, height=30, regions=regions),
-            "",
-            line(),
-            {"conversation": [{"question": "Who?", "answer": "Me."}], "id": 7},
-        ],
-    )
-    records, rejects = run(made)
+    whole = line(*turns, id="one", width=40, height=30, regions=regions)
+    text = {"conversation": [{"question": "Who?", "answer": "Me."}], "id": 7}
+    (first, second, third), rejects = run(write(tmp_path, [whole, "", line(), text]))
     assert rejects == {}
-    assert [record.id for record in records] == ["jsonl/one", "jsonl/line-3", "jsonl/7"]
-    first = records[0]
-    assert (first.image, first.width, first.height) == ("a.png", 40, 30)
+    assert [record.id for record in (first, second, third)] == ["jsonl/one", "jsonl/line-3", "jsonl/7"]
     assert [each.region.kind for each in first.regions] == ["box", "polygon", "rle", "mask", "point", "scribble"]
-    assert first.regions[0].category == "cup"
+    assert (first.image, first.regions[0].category) == ("a.png", "cup")
     texts = [turn.text(0) for turn in first.turns]
-    assert texts[0] == "How do <region1> and <region2> differ?"
-    assert texts[1] == "Describe <region1> briefly."
+    assert texts[:2] == ["How do <region1> and <region2> differ?", "Describe <region1> briefly."]
     assert texts[2].endswith(REC_SUFFIX)
     assert texts[3].endswith("using COCO-80 category names.")
-    assert texts[4] == "Is there a cat in the image?"
+    assert texts[4:] == ["Is there a cat in the image?", "What is <region2>?"]
     assert [turn.task for turn in first.turns] == ["chat", *[str(turn["task"]) for turn in turns[1:]]]
-    assert (records[1].width, records[1].height) == (40, 30)
-    assert (records[2].image, records[2].width) == ("", 0)
+    assert (second.width, second.height) == (40, 30)
+    assert (third.image, third.width) == ("", 0)
 
 
 CHOICE = {"task": "locate", "regions": [1], "expression": "it", "answer": "Region [2]", "guided": True}
@@ -143,14 +125,11 @@ def captions(folder: Path, lines: list) -> RegionCaptionsConverter:
 
 def test_region_captions(tmp_path):
     polygon = {"polygon": [[1, 1, 9, 1, 9, 9]]}
-    records, rejects = run(captions(tmp_path, [described(), described(id=2, region=polygon, category=None)]))
+    (first, second), rejects = run(captions(tmp_path, [described(), described(id=2, region=polygon, category=None)]))
     assert rejects == {}
-    assert [record.id for record in records] == ["region_captions/a/1", "region_captions/2"]
-    first, second = records
-    assert (first.image, first.width, first.height) == ("a.png", 40, 30)
+    assert [first.id, second.id] == ["region_captions/a/1", "region_captions/2"]
     (turn,) = first.turns
     assert (turn.task, turn.answer, turn.regions) == ("describe", "A white cup with a blue rim.", (1,))
-    assert turn.text(0) == QUESTIONS["describe"][0].format(regions="<region1>")
     assert (first.regions[0].region, first.regions[0].category) == (Region.box(1, 2, 20, 15), "cup")
     assert (second.regions[0].region.kind, second.regions[0].category) == ("polygon", "")
 

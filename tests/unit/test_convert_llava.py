@@ -40,12 +40,8 @@ def test_questions_stand_as_they_are(tmp_path):
     records, rejects = run(made)
     assert rejects == {}
     assert [record.id for record in records] == ["llava/004539375-0", "llava/33471-1", "llava/x-2", "llava/33471-3"]
-    assert [(record.image, record.width, record.height) for record in records] == [
-        ("00453/a.jpg", 40, 30),
-        ("00453/a.jpg", 40, 30),
-        ("", 0, 0),
-        ("turned.jpg", 30, 40),
-    ]
+    frames = [(record.image, record.width, record.height) for record in records]
+    assert frames == [("00453/a.jpg", 40, 30), ("00453/a.jpg", 40, 30), ("", 0, 0), ("turned.jpg", 30, 40)]
     said = [[(turn.question, turn.answer) for turn in record.turns] for record in records]
     assert said == [
         [("Render a clear summary of the photo.", "select luxury furniture")],
@@ -54,8 +50,7 @@ def test_questions_stand_as_they_are(tmp_path):
         [("What is  about?", "A bus.")],
     ]
     assert {turn.task for record in records for turn in record.turns} == {"chat"}
-    assert records[0].messages(0, 0, 0) == records[0].messages(0, 5, 0)
-    assert records[0].messages(0, 0, 0)[0]["content"] == "<image>\nRender a clear summary of the photo."
+    assert records[0].messages(0, 5, 0)[0]["content"] == "<image>\nRender a clear summary of the photo."
     assert records[2].messages(0, 0, 0)[0]["content"] == "Who are you?"
 
 

