@@ -215,19 +215,19 @@ def read_mask(segmentation: Any) -> Mask:
 # Which image an entry means
 
 
-def _names(entry: Mapping[str, Any], url_first: bool = False) -> list[str]:
+def _names(entry: Mapping[str, Any]) -> list[str]:
     """Names of an entry's image, the most likely first: its file name, and the end of its URL."""
     name, url = entry.get("file_name"), entry.get("coco_url")
     address = next((text for each in (url, name) if "/" in (text := str(each or ""))), "")
-    named, ends = [], []
-    if address == url or "://" in address:  # Label Studio has addresses for file names
-        ends = [part for part in unquote(address.split("?")[0]).split("/") if part][-2:]
+    found = []
     if isinstance(name, str) and name and "://" not in name:
         on_disk = name.partition("?d=")[2].partition("&")[0]  # a path on Label Studio's server
         name = unquote(on_disk).lstrip("/") if on_disk else name.replace("\\", "/")
-        named = [str(PurePosixPath(name)) if "./" in name or "//" in name else name]
-    listed = ["/".join(ends)] if ends else []
-    return [*listed, *named] if url_first else [*named, *listed]
+        found = [str(PurePosixPath(name)) if "./" in name or "//" in name else name]
+    if address == url or "://" in address:  # Label Studio has addresses for file names
+        ends = [part for part in unquote(address.split("?")[0]).split("/") if part][-2:]
+        found += ["/".join(ends)] if ends else []
+    return found
 
 
 def _original(entry: Mapping[str, Any], name: str) -> str:
@@ -259,12 +259,11 @@ class ImageFinder:
     """The image file of an entry of an instances file, never one of the same name in another folder.
 
     It is the file of the ``file_name`` below the folder, then that of the end of the ``coco_url``; else, if only one
-    entry has it, the file of the last part of a name, or of the name before Roboflow made a copy. With ``url_first``
-    the address comes before the file name: LVIS' file names are those of another split.
+    entry has it, the file of the last part of a name, or of the name before Roboflow made a copy.
     """
 
-    def __init__(self, entries: Iterable[Mapping[str, Any]], folder: Path | None, url_first: bool = False) -> None:
-        self._folder, self._url_first = folder, url_first
+    def __init__(self, entries: Iterable[Mapping[str, Any]], folder: Path | None) -> None:
+        self._folder = folder
         self._parts = () if folder is None else folder.resolve().parts
         # How many images have a last part
         images = {tuple(_names(each)): each for each in entries} if folder else {}
@@ -277,21 +276,20 @@ class ImageFinder:
         Raises:
             Fault: The entry has no name, or one that leaves the folder.
         """
-        names = _names(entry, self._url_first)
+        names = _names(entry)
         if not names:
             raise Fault("image outside the folder", "expected a file_name or coco_url below it, got neither")
-        if self._folder is None:
-            return image_name(names[0])
         if path := self._there(candidate for name in names for candidate in self._below(name)):
             return path
         if path := self._there(last for last in _lasts(entry) if self._bearers[last] == 1):
             self.by_last_part.append(names[0])
             return path
-        return list(self._below(image_name(names[0])))[-1]
+        return image_name(names[0])
 
     def _there(self, names: Iterable[str]) -> str:
         """The first of some names, in any spelling, that is a file below the folder; ``""`` if none is."""
-        spelt = (path for name in names for path in _spellings(name) if is_unicode(path) and is_below(path))
+        spelt = (path for name in names if self._folder for path in _spellings(name))
+        spelt = (path for path in spelt if is_unicode(path) and is_below(path))
         return next((path for path in spelt if os.path.isfile(f"{self._folder}/{path}")), "")
 
     def _below(self, name: str) -> Iterator[str]:
@@ -488,16 +486,15 @@ class InstancesFile:
 
     def _settle_images(self) -> None:
         """Find the images' files, and leave out images that cannot be used."""
-        listed = [
+        absent, partly = (
             {self.name_of(k): each[key] for k, each in self._entries.items() if type(each.get(key)) is list}
             for key in _LVIS
-        ]
-        is_lvis = all(0 < len(self._entries) == len(each) for each in listed)
+        )
         frequency = {number: self._categories[number].get("frequency") for number in self.names}
-        self.federated: dict[str, Any] | None = None
-        if is_lvis and all(each in ("r", "c", "f") for each in frequency.values()):
-            self.federated = {"absent": listed[0], "partly": listed[1], "frequency": frequency}
-        finder = ImageFinder(self._entries.values(), self._folder, is_lvis)
+        is_lvis = 0 < len(self._entries) == len(absent) == len(partly)
+        is_lvis = is_lvis and all(each in ("r", "c", "f") for each in frequency.values())
+        self.federated = {"absent": absent, "partly": partly, "frequency": frequency} if is_lvis else None
+        finder = ImageFinder(self._entries.values(), self._folder)
         self.images: list[Frame] = []
         for number, entry in sorted(self._entries.items()):
             with self._rejects.noting(self.path, f"image {self.name_of(number)}"):

@@ -299,7 +299,7 @@ class CocoConverter(InstancesConverter):
 
 
 class LvisConverter(InstancesConverter):
-    """LVIS v0.5 or v1. Its images are COCO's of 2017: ``images`` is the folder with ``train2017`` and ``val2017``."""
+    """LVIS v1. Its images are COCO's of 2017: ``images`` is the folder with ``train2017`` and ``val2017``."""
 
     name: ClassVar[str] = "lvis"
     summary: ClassVar[str] = "LVIS: the class of boxes or masks among its long list of names"
