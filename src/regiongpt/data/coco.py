@@ -535,16 +535,17 @@ class InstancesFile:
                 if given not in self._alias:
                     raise Fault("unknown category", f"expected a category of the file, got {self.name_of(given)}")
                 frame, category = self.images[places[image]], self._alias[given]
-                fits = mask.rle is None or mask.rle.get("size") == [frame.height, frame.width]
-                other_size = Fault(
-                    "RLE of another size", f"expected the size {[frame.height, frame.width]} of its image"
-                )
-                if boxless and not fits:
-                    raise other_size
+                if mask.rle is not None and mask.rle.get("size") != [frame.height, frame.width]:
+                    wanted = f"expected the size {[frame.height, frame.width]} of its image"
+                    other = Fault("RLE of another size", f"{wanted}, got {short(mask.rle.get('size'))}")
+                    if boxless:
+                        raise other
+                    self._leave_out(number, other)
+                    mask = _SPOILT
                 try:
                     box = annotated_box(bounds, frame.width, frame.height)
                 except Fault:  # a mask alone is asked about, and has a box of its own
-                    if self._shapes != "mask" or not fits or (around := mask.bounds()) is None:
+                    if self._shapes != "mask" or (around := mask.bounds()) is None:
                         raise
                     box = annotated_box(around, frame.width, frame.height)
                 overhung += overhangs(bounds, frame.width, frame.height)
@@ -554,9 +555,6 @@ class InstancesFile:
             except Fault as fault:
                 self._leave_out(number, fault)
                 continue
-            if not fits:
-                self._leave_out(number, other_size)
-                mask = _SPOILT
             apart = crowd and self._crowds == "keep"
             self.objects.append(Instance(places[image], number, category, box, area, apart, mask))
         self._rows.clear()
