@@ -41,7 +41,7 @@ def load_image(source: ImageSource) -> Image.Image:
             of a pixel type without a known range (floats, 32-bit integers).
     """
     name, image = open_image(source)
-    with _silent():
+    with warnings.catch_warnings(action="ignore"):
         try:
             image = ImageOps.exif_transpose(image)
         except Exception:  # damaged EXIF says nothing about orientation, and the pixels are good
@@ -56,13 +56,21 @@ def open_image(source: ImageSource) -> tuple[str, Image.Image]:
         first = tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4) and tensor.shape[2] not in (1, 3, 4)
         source = (tensor.permute(1, 2, 0) if first else tensor).detach().cpu().numpy()
     if isinstance(source, np.ndarray):
-        name, image = "image array", _from_array(source)
-    elif isinstance(source, Image.Image):
-        name, image = str(getattr(source, "filename", "") or "PIL image"), source
-    else:
-        name, image = _open(source)
-    _check_size(image.width, image.height, name)
-    with _silent():
+        return "image array", _from_array(source)
+    # PIL warns of what is either read or an error.
+    with warnings.catch_warnings(action="ignore"):
+        if isinstance(source, Image.Image):
+            name, image = str(getattr(source, "filename", "") or "PIL image"), source
+        else:
+            name, data = _read(source)
+            try:
+                image = Image.open(io.BytesIO(data))
+            except Image.DecompressionBombError as error:
+                raise DataError(f"{name}: its header claims more than {MAX_PIXELS:,} pixels; scale it down") from error
+            except Exception as error:  # header parsers raise nearly every built-in exception on broken data
+                got = f"{len(data):,} bytes that PIL cannot read"
+                raise DataError(f"{name}: expected an image (JPEG, PNG, WebP, ...), got {got}") from error
+        _check_size(image.width, image.height, name)
         try:
             image.load()
         except Exception as error:  # decoders raise nearly every built-in exception on broken data
@@ -70,97 +78,25 @@ def open_image(source: ImageSource) -> tuple[str, Image.Image]:
     return name, image
 
 
-def _silent() -> Any:
-    """Silence PIL's warnings: an image is either read or an error."""
-    return warnings.catch_warnings(action="ignore")
-
-
-@dataclass(frozen=True)
-class SquareFrame:
-    """The padding of a ``width`` x ``height`` image to a centred square. Paper: §4.
-
-    The image is moved by :meth:`pad`; its regions follow by being measured on the grid of :meth:`edges`.
-    """
-
-    width: int
-    height: int
-
-    def __post_init__(self) -> None:
-        if self.width < 1 or self.height < 1:
-            raise DataError(f"expected an image of at least 1 x 1 pixel, got {self.width} x {self.height} (W x H)")
-
-    @property
-    def side(self) -> int:
-        """Side of the padded square, in pixels."""
-        return max(self.width, self.height)
-
-    @property
-    def offset(self) -> tuple[int, int]:
-        """Column and row of the padded square at which the image begins."""
-        return (self.side - self.width) // 2, (self.side - self.height) // 2
-
-    def pad(self, image: Image.Image, fill: tuple[int, int, int] = (127, 127, 127)) -> Image.Image:
-        """Centre the image in a ``side`` x ``side`` square of colour ``fill``."""
-        if image.size != (self.width, self.height):
-            raise ValueError(f"this frame is for {self.width} x {self.height} pixels, the image has {image.size}")
-        if self.width == self.height:
-            return image
-        square = Image.new("RGB", (self.side, self.side), fill)
-        square.paste(image, self.offset)
-        return square
-
-    def edges(self, grid_h: int, grid_w: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Where a grid laid over the padded square cuts the image.
-
-        Returns:
-            ``y_edges`` (grid_h + 1,) and ``x_edges`` (grid_w + 1,), in pixels of the original image; negative or
-            beyond the image where the grid lies on padding.
-        """
-        y_edges = np.linspace(0.0, self.side, grid_h + 1) - self.offset[1]
-        x_edges = np.linspace(0.0, self.side, grid_w + 1) - self.offset[0]
-        return y_edges, x_edges
-
-
-def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
-    """The source's name for messages, and its image with only the header read."""
+def _read(source: str | Path | bytes | BinaryIO) -> tuple[str, bytes]:
+    """The source's name for messages, and its bytes."""
     name = str(source) or "''" if isinstance(source, str | Path) else str(getattr(source, "name", "image bytes"))
     try:
         if isinstance(source, str | Path):
             data: Any = Path(source).read_bytes()
-        elif isinstance(source, bytes | bytearray | memoryview):
-            data = bytes(source)
-        elif hasattr(source, "read"):
-            data = source.read()
         else:
-            raise DataError(
-                f"expected an image as a path, bytes, binary file, PIL image or array, got {type(source).__name__}"
-            )
+            data = source.read() if hasattr(source, "read") else source
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{name}: expected an image file, but there is no such file; check the path") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{name}: expected an image file, got a folder; name one file in it") from error
+        raise DataError(f"{name}: there is no such file; check the path") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{name}: the image file cannot be read ({reason(error)})") from error
-    if not isinstance(data, bytes):
-        raise DataError(f"{name}: expected a file opened in binary mode, got one that returns {type(data).__name__}")
+        raise DataError(f"{name}: the image file cannot be read: {reason(error)}") from error
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise DataError(
+            f"{name}: expected an image as a path, bytes, binary file, PIL image or array, got {type(data).__name__}"
+        )
     if not data:
         raise DataError(f"{name}: expected an image, got an empty file")
-    try:
-        with _silent():
-            return name, Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{name}: its header claims more than {MAX_PIXELS:,} pixels; scale it down") from error
-    except Exception as error:  # header parsers raise nearly every built-in exception on broken data
-        got = f"{len(data):,} bytes that PIL cannot read"
-        raise DataError(f"{name}: expected an image (JPEG, PNG, WebP, ...), got {got}") from error
-
-
-def _check_size(width: int, height: int, name: str) -> None:
-    if width < 1 or height < 1:
-        raise DataError(f"{name}: expected an image of at least 1 x 1 pixel, got {width} x {height} (W x H)")
-    if width * height > MAX_PIXELS:
-        got = f"{width} x {height} = {width * height:,}"
-        raise DataError(f"{name}: at most {MAX_PIXELS:,} pixels, got {got}; scale it down")
+    return name, bytes(data)
 
 
 def _from_array(array: NDArray[np.generic]) -> Image.Image:
@@ -176,20 +112,22 @@ def _from_array(array: NDArray[np.generic]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array if array.dtype == np.uint8 else _to_8_bit(array)))
 
 
+def _check_size(width: int, height: int, name: str) -> None:
+    if not 1 <= width * height <= MAX_PIXELS:
+        raise DataError(f"{name}: expected 1 to {MAX_PIXELS:,} pixels, got {width} x {height} (W x H); scale it down")
+
+
 def _to_8_bit(array: NDArray[np.generic]) -> NDArray[np.uint8]:
     """Scale 0..65535 to 0..255, rounding to nearest; 257 is exactly 65535 / 255."""
     return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "F":
-        raise DataError(f"{name}: expected 8 or 16 bits, got floating point of unknown range; scale it to 0..255")
-    if image.mode == "I" or image.mode.startswith("I;16"):
+    if image.mode[0] in "IF":
         values = np.asarray(image)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 65535:
-            got = f"values {low}..{high}"
-            raise DataError(f"{name}: expected greyscale of at most 16 bits, got {got}; scale them to 0..255")
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            got = f"{values.dtype} from {values.min()} to {values.max()}"
+            raise DataError(f"{name}: expected pixels of 8 or 16 bits, got {got}; scale them to 0..255")
         return Image.fromarray(_to_8_bit(values)).convert("RGB")
     try:
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -199,3 +137,41 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return image.convert("RGB")
     except ValueError as error:
         raise DataError(f"{name}: expected an image that converts to RGB, got PIL mode {image.mode}") from error
+
+
+@dataclass(frozen=True)
+class SquareFrame:
+    """The padding of a ``width`` x ``height`` image to a centred square. Paper: §4.
+
+    The image is moved by :meth:`pad`; its regions follow by being measured on the grid of :meth:`edges`.
+    """
+
+    width: int
+    height: int
+
+    @property
+    def side(self) -> int:
+        """Side of the padded square, in pixels."""
+        return max(self.width, self.height)
+
+    @property
+    def offset(self) -> tuple[int, int]:
+        """Column and row of the padded square at which the image begins."""
+        return (self.side - self.width) // 2, (self.side - self.height) // 2
+
+    def pad(self, image: Image.Image, fill: tuple[int, int, int] = (127, 127, 127)) -> Image.Image:
+        """Centre the image in a ``side`` x ``side`` square of colour ``fill``."""
+        if self.width == self.height:
+            return image
+        square = Image.new("RGB", (self.side, self.side), fill)
+        square.paste(image, self.offset)
+        return square
+
+    def edges(self, grid_h: int, grid_w: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Lines of a grid over the padded square, ``y_edges`` (grid_h + 1,) and ``x_edges`` (grid_w + 1,).
+
+        They are in pixels of the original image, negative or beyond it where the grid lies on padding.
+        """
+        y_edges = np.linspace(0.0, self.side, grid_h + 1) - self.offset[1]
+        x_edges = np.linspace(0.0, self.side, grid_w + 1) - self.offset[0]
+        return y_edges, x_edges

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,14 @@ from pycocotools import mask as coco_mask
 from shapely.errors import GEOSException
 
 from regiongpt.coverage import Bounds, BoxShape, PixelShape, Shape, decode_rle, polygon_shape, stroke_shape
-from regiongpt.errors import RegionError
-from regiongpt.errors import short as _short
+from regiongpt.errors import RegionError, short
 from regiongpt.images import MAX_PIXELS, SquareFrame
 
 KINDS = ("box", "mask", "polygon", "rle", "point", "scribble")
 STROKE = 0.015
 """Default radius of a point and width of a scribble, as a share of the longer side of the image."""
 MIN_AREA = 1e-3
-"""Square pixels below which a region counts as empty; a pixel is a thousand times as much."""
+"""Square pixels below which a region counts as empty."""
 MAX_COORDINATE = 1e9
 
 
@@ -51,9 +49,6 @@ class Region(ABC):
             value: A Region; a box as four numbers x0, y0, x1, y1 in pixels (list, tuple, array or tensor); a mapping
                 for :meth:`from_dict`; a PIL image or bool array (H, W) for :meth:`mask`.
             name: What messages call the region.
-
-        Raises:
-            RegionError: It is none of these.
         """
         if isinstance(value, Region):
             return value
@@ -66,7 +61,7 @@ class Region(ABC):
             if array.shape == (4,):
                 return Region.box(*(array.tolist() if hasattr(value, "dtype") else value))
         raise RegionError(
-            f"{name}: expected a Region such as Region.box(x0, y0, x1, y1), or [x0, y0, x1, y1], got {_short(value)}"
+            f"{name}: expected a Region such as Region.box(x0, y0, x1, y1), or [x0, y0, x1, y1], got {short(value)}"
         )
 
     @staticmethod
@@ -78,7 +73,7 @@ class Region(ABC):
         if isinstance(values, Region | Mapping | Image.Image):
             values = [values]
         if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-            raise RegionError(f"regions: expected a list of regions, got {_short(values)}")
+            raise RegionError(f"regions: expected a list of regions, got {short(values)}")
         values = list(values)
         if len(values) > 1 and (isinstance(values[0], int | float) or getattr(values[0], "ndim", 1) == 0):
             values = [values]
@@ -88,22 +83,14 @@ class Region(ABC):
     def box(x0: float, y0: float, x1: float, y1: float, *, normalized: bool | None = None) -> "Region":
         """The half-open box from its left and top edge to its right and bottom edge, fractions allowed.
 
-        Args:
-            x0: Left edge.
-            y0: Top edge.
-            x1: Right edge.
-            y1: Bottom edge.
-            normalized: True: the numbers are fractions of the image's width and height. False: they are pixels. By
-                default they are pixels, but :meth:`check` refuses a box within 0..1.
-
-        Raises:
-            RegionError: A coordinate is not a number, or normalized ones are far outside 0..1.
+        With ``normalized`` True, the numbers are fractions of the image's width and height; with False, pixels. By
+        default they are pixels, but :meth:`check` refuses a box within 0..1.
         """
         x0, y0, x1, y1 = _numbers((x0, y0, x1, y1), "x0, y0, x1, y1")
         if not isinstance(normalized, bool | np.bool_ | None):
-            raise RegionError(f"region: expected normalized as true or false, got {_short(normalized)}")
+            raise RegionError(f"region: expected normalized as true or false, got {short(normalized)}")
         if normalized and not (min(x0, y0, x1, y1) >= -1 and max(x0, y0, x1, y1) <= 2):
-            raise RegionError(f"region: expected normalized numbers within 0..1, got {_short([x0, y0, x1, y1])}")
+            raise RegionError(f"region: expected normalized numbers within 0..1, got {short([x0, y0, x1, y1])}")
         return _Box((x0, y0, x1, y1), None if normalized is None else bool(normalized))
 
     @staticmethod
@@ -117,15 +104,10 @@ class Region(ABC):
         Args:
             mask: An array or tensor (H, W) as large as the image, of bool, integers 0..255 or 0..65535, or floats 0..1
                 or 0..255; uint8 (H, W, 3) RGB or (H, W, 4) RGBA; or a PIL image of any mode.
-
-        Raises:
-            RegionError: It has another shape or other values, or several values that are all below half.
         """
-        array: NDArray[Any] = np.empty(0)
-        if not isinstance(mask, Image.Image):
-            array = _array(mask)
-            if array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8:
-                mask = Image.fromarray(array)
+        array = np.empty(0) if isinstance(mask, Image.Image) else _array(mask)
+        if array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8:
+            mask = Image.fromarray(array)
         if isinstance(mask, Image.Image):
             array = _brightness(mask)
         if array.ndim != 2:
@@ -142,9 +124,7 @@ class Region(ABC):
                 themselves.
         """
         if not _is_list(points):
-            raise RegionError(
-                f"region: expected a polygon as [[x, y], ...] or a list of such rings, got {_short(points)}"
-            )
+            raise RegionError(f"region: expected a polygon as [[x, y], ...] or a list of rings, got {short(points)}")
         items = _array(points).tolist() if hasattr(points, "dtype") else list(points)
         several = all(map(_is_list, items)) and not all(len(item) == 2 and not _is_list(item[0]) for item in items)
         return _Vector("polygon", tuple(_points(ring, "polygon") for ring in (items if several and items else [items])))
@@ -157,37 +137,28 @@ class Region(ABC):
             rle: ``size`` [H, W] of the image, and ``counts``: compressed (str or bytes) or a list of runs, which
                 :meth:`check` decodes.
         """
-        expected = 'expected RLE like {"size": [H, W], "counts": "..."}'
+        expected = 'region: expected RLE like {"size": [H, W], "counts": "..."}'
         if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
-            got = f"keys {_short(sorted(map(str, rle)))}" if isinstance(rle, Mapping) else type(rle).__name__
-            raise RegionError(f"region: {expected}, got {got}; write it as pycocotools does")
+            raise RegionError(f"{expected}, got {short(rle)}; write it as pycocotools does")
         size, counts = rle["size"], rle["counts"]
-        if isinstance(counts, bytes):
-            counts = counts.decode("latin-1")
-        elif not isinstance(counts, str):
-            if not _is_list(counts):
-                raise RegionError(f"region: {expected} or a list of runs, got counts of type {type(counts).__name__}")
-            counts = tuple(counts)
-        whole = _is_list(size) and len(size) == 2 and all(map(_is_whole, size))
-        if not whole or min(size) < 1 or int(size[0]) * int(size[1]) > MAX_PIXELS:
-            raise RegionError(
-                f"region: {expected} with sides above 0 and at most {MAX_PIXELS:,} pixels, got size {_short(size)}"
-            )
+        counts = counts.decode("latin-1") if isinstance(counts, bytes) else counts
+        counts = tuple(counts) if _is_list(counts) else counts
+        whole = _is_list(size) and len(size) == 2 and all(isinstance(each, int | np.integer) for each in size)
+        if not isinstance(counts, str | tuple) or not whole or min(size) < 1 or math.prod(map(int, size)) > MAX_PIXELS:
+            raise RegionError(f"{expected} of at most {MAX_PIXELS:,} pixels, got {short(rle)}")
         return _Pixels("rle", int(size[0]), int(size[1]), counts)
 
     @staticmethod
     def point(x: float, y: float, radius: float | None = None) -> "Region":
         """A disk around a point, by default of radius 1.5 % of the image's longer side, at least one pixel."""
-        return _Vector(
-            "point", (np.array([_numbers((x, y), "x, y")]),), None if radius is None else _as_number(radius, "radius")
-        )
+        centre = np.array([_numbers((x, y), "x, y")])
+        return _Vector("point", (centre,), None if radius is None else _numbers([radius], "radius")[0])
 
     @staticmethod
     def scribble(points: Any, width: float | None = None) -> "Region":
         """A stroke of a round brush along [[x, y], ...] or [x, y, x, y, ...]; its default width is a point's radius."""
-        return _Vector(
-            "scribble", (_points(points, "scribble"),), None if width is None else _as_number(width, "width")
-        )
+        line = _points(points, "scribble")
+        return _Vector("scribble", (line,), None if width is None else _numbers([width], "width")[0])
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], name: str = "region") -> "Region":
@@ -198,17 +169,13 @@ class Region(ABC):
                 ``{"point": [x, y], "radius": r}``, ``{"scribble": points, "width": w}``; radius and width are optional.
                 A box may be ``"normalized"``, as in :meth:`box`.
             name: What messages call the region.
-
-        Raises:
-            RegionError: It is none of these.
         """
         kinds = [kind for kind in KINDS if isinstance(data, Mapping) and kind in data]
-        option = {"box": "normalized", "point": "radius", "scribble": "width"}.get(kinds[0]) if kinds else None
+        option = {"box": "normalized", "point": "radius", "scribble": "width"}.get(kinds[0], "") if kinds else ""
         if len(kinds) != 1 or set(data) - {kinds[0], option}:
-            got = f"keys {_short(list(data))}" if isinstance(data, Mapping) else _short(data)
+            got = f"keys {short(list(data))}" if isinstance(data, Mapping) else short(data)
             raise RegionError(f"{name}: expected an object with one of the keys {', '.join(KINDS)}, got {got}")
-        kind, value = kinds[0], data[kinds[0]]
-        extra = data.get(option) if option else None
+        kind, value, extra = kinds[0], data[kinds[0]], data.get(option)
         with _called(name):
             if kind == "box":
                 return Region.box(*_numbers(value, "x0, y0, x1, y1"), normalized=extra)
@@ -232,7 +199,7 @@ class Region(ABC):
         return self
 
     @abstractmethod
-    def _shape(self, width: int, height: int, name: str) -> Shape:
+    def _shape(self, width: int, height: int) -> Shape:
         """The region clipped to the image, maybe with no area left."""
 
     def _coordinates(self) -> Any:
@@ -292,16 +259,13 @@ class Region(ABC):
         return weights
 
     def to_mask(self, width: int, height: int) -> NDArray[np.bool_]:
-        """Pixels whose centre is in the region, (height, width); if there is none, the pixel it covers most."""
+        """Pixels of which at least half is in the region, (height, width); if none is, those it covers most."""
         shape = self._resolve(width, height)
-        mask = shape.pixels(width, height)
-        if not mask.any():
-            x0, y0, x1, y1 = shape.bounds
-            rows = np.arange(math.floor(y0), math.ceil(y1) + 1, dtype=float)
-            columns = np.arange(math.floor(x0), math.ceil(x1) + 1, dtype=float)
-            areas = shape.coverage(rows, columns)
-            row, column = np.unravel_index(int(areas.argmax()), areas.shape)
-            mask[int(rows[row]), int(columns[column])] = True
+        x0, y0, x1, y1 = shape.bounds
+        left, top, right, bottom = math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
+        areas = shape.coverage(np.arange(top, bottom + 1.0), np.arange(left, right + 1.0))
+        mask = np.zeros((height, width), bool)
+        mask[top:bottom, left:right] = areas >= min(0.5, areas.max())
         return mask
 
     def to_coco(self, width: int, height: int) -> dict[str, Any]:
@@ -316,16 +280,16 @@ class Region(ABC):
 
     def _resolve(self, width: int, height: int, name: str = "region", checked: bool = False) -> Shape:
         """The region clipped to the image; ``checked`` refuses numbers that look normalized."""
-        _check_size(width, height, name)
-        numbers = self._coordinates() if checked and max(width, height) > 1 else ()
-        if len(numbers) and min(numbers) >= 0 and 0 < max(numbers) <= 1:
-            raise RegionError(
-                f"{name}: {self} lies within 0..1 and looks normalized; give --normalized (in Python normalized=True, "
-                "or False if these are pixels) or multiply by the image's width and height"
-            )
-        shape = self._shape(width, height, name)
-        if not shape.area >= MIN_AREA:
-            raise RegionError(f"{name}: {self} covers nothing of the image of {width} x {height} pixels (W x H)")
+        with _called(name):
+            numbers = self._coordinates() if checked and max(width, height) > 1 else ()
+            if len(numbers) and min(numbers) >= 0 and 0 < max(numbers) <= 1:
+                raise RegionError(
+                    f"region: {self} lies within 0..1 and looks normalized; give --normalized (in Python "
+                    "normalized=True, or False if these are pixels) or multiply by the image's width and height"
+                )
+            shape = self._shape(width, height)
+            if not shape.area >= MIN_AREA:
+                raise RegionError(f"region: {self} covers nothing of the image of {width} x {height} pixels (W x H)")
         return shape
 
 
@@ -342,23 +306,22 @@ class _Box(Region):
         return {"box": list(self.edges), **({"normalized": True} if self.normalized else {})}
 
     def scaled(self, width: int, height: int) -> "_Box":
-        _check_size(width, height)
         x0, y0, x1, y1 = self.edges
         return _Box((x0 * width, y0 * height, x1 * width, y1 * height), normalized=False)
 
     def _coordinates(self) -> Any:
         return self.edges if self.normalized is None else ()
 
-    def _shape(self, width: int, height: int, name: str) -> Shape:
+    def _shape(self, width: int, height: int) -> Shape:
         x0, y0, x1, y1 = self.scaled(width, height).edges if self.normalized else self.edges
         if not all(map(math.isfinite, (x0, y0, x1, y1))):
-            raise RegionError(f"{name}: expected finite pixels x0,y0,x1,y1, got {self}; give numbers")
+            raise RegionError(f"region: expected finite pixels x0,y0,x1,y1, got {self}; give numbers")
         if x0 >= x1 or y0 >= y1:
             wrong = "inverted" if x0 > x1 or y0 > y1 else "empty"
             raise RegionError(
-                f"{name}: expected x0 < x1 and y0 < y1, got {self}, which is {wrong}; give left, top, right, bottom"
+                f"region: expected x0 < x1 and y0 < y1, got {self}, which is {wrong}; give left, top, right, bottom"
             )
-        return BoxShape(max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
+        return BoxShape((max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -371,31 +334,34 @@ class _Pixels(Region):
     source: PixelShape | str | tuple[int, ...]  # the pixels, or their run lengths: data sets hold millions of these
     note: str = ""
 
-    def pixels(self, name: str = "region") -> PixelShape:
+    def pixels(self) -> PixelShape:
         if isinstance(self.source, PixelShape):
             return self.source
         try:
             return PixelShape.of(decode_rle(self.source, self.height, self.width))
         except ValueError as error:
             raise RegionError(
-                f"{name}: expected COCO RLE of {self.width} x {self.height} pixels (W x H), but {error}"
+                f"region: expected COCO RLE of {self.width} x {self.height} pixels (W x H), but {error}"
             ) from None
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.width} x {self.height} pixels"
 
     def to_dict(self) -> dict[str, Any]:
-        return {self.kind: _encoded(self.pixels().pixels(self.width, self.height))}
+        pixels, mask = self.pixels(), np.zeros((self.height, self.width), bool)
+        rows, columns = pixels.window.shape
+        mask[pixels.top : pixels.top + rows, pixels.left : pixels.left + columns] = pixels.window
+        return {self.kind: _encoded(mask)}
 
-    def _shape(self, width: int, height: int, name: str) -> Shape:
+    def _shape(self, width: int, height: int) -> Shape:
         if (self.height, self.width) != (height, width):
             raise RegionError(
-                f"{name}: expected a {self.kind} of the image's size, {width} x {height} pixels (W x H), "
+                f"region: expected a {self.kind} of the image's size, {width} x {height} pixels (W x H), "
                 f"got {self.width} x {self.height}; draw it on this image, or resize it without smoothing"
             )
-        pixels = self.pixels(name)
+        pixels = self.pixels()
         if pixels.area == 0:
-            raise RegionError(f"{name}: expected a {self.kind} with at least one set pixel, got an empty {self}")
+            raise RegionError(f"region: expected a {self.kind} with at least one set pixel, got an empty {self}")
         return pixels
 
 
@@ -427,41 +393,36 @@ class _Vector(Region):
         return {"scribble": rings[0], "width": self.size}
 
     def scaled(self, width: int, height: int) -> Region:
-        _check_size(width, height)
         return replace(self, rings=tuple(ring * (width, height) for ring in self.rings), certain=True)
 
     def _coordinates(self) -> Any:
         return () if self.certain or self.kind == "point" else np.concatenate(self.rings).ravel()
 
-    def _shape(self, width: int, height: int, name: str) -> Shape:
+    def _shape(self, width: int, height: int) -> Shape:
         drawn = self.__dict__.get("_drawn")
         if drawn is None or drawn[0] != (width, height):
             try:
-                drawn = (width, height), self._draw(width, height, name)
-            except GEOSException:
-                raise RegionError(f"{name}: expected coordinates that can be drawn, got {self}; round them") from None
+                drawn = (width, height), self._draw(width, height)
+            except (ValueError, GEOSException) as error:
+                why = "cannot be drawn" if isinstance(error, GEOSException) else str(error)
+                raise RegionError(f"region: {self} {why}; draw it with fewer points") from None
             self.__dict__["_drawn"] = drawn
         return drawn[1]
 
-    def _draw(self, width: int, height: int, name: str) -> Shape:
-        points = np.concatenate(self.rings)
-        values = np.append(points, self.size or 0.0)
+    def _draw(self, width: int, height: int) -> Shape:
+        values = np.append(np.concatenate(self.rings), self.size or 0.0)
         wrong = values[~(np.abs(values) <= MAX_COORDINATE)]
         if wrong.size:
-            raise RegionError(f"{name}: expected finite coordinates in pixels, got {_number(wrong[0])} in {self}")
-        if self.kind != "polygon":
+            raise RegionError(f"region: expected finite coordinates in pixels, got {_number(wrong[0])} in {self}")
+        if self.kind == "polygon":
+            if min(map(len, self.rings)) < 3:
+                raise RegionError(f"region: expected rings of at least 3 points, got {self}; use a box or a scribble")
+            return polygon_shape(self.rings, width, height)
+        size = max(1.0, STROKE * max(width, height)) if self.size is None else self.size
+        if size <= 0:
             what = "radius" if self.kind == "point" else "width"
-            if self.size is not None and self.size <= 0:
-                raise RegionError(f"{name}: expected a {what} above 0 pixels, got {_number(self.size)}; leave it out")
-            size = max(1.0, STROKE * max(width, height)) if self.size is None else self.size
-            return stroke_shape(points, size if self.kind == "point" else size / 2, width, height)
-        for index, ring in enumerate(self.rings, 1):
-            if len(ring) < 3:
-                where = f" in ring {index}" if len(self.rings) > 1 else ""
-                raise RegionError(
-                    f"{name}: expected a polygon of at least 3 points, got {len(ring)}{where}; use a box or a scribble"
-                )
-        return polygon_shape(self.rings, width, height)
+            raise RegionError(f"region: expected a {what} above 0 pixels, got {_number(size)}; leave it out")
+        return stroke_shape(self.rings[0], size if self.kind == "point" else size / 2, width, height)
 
 
 @contextmanager
@@ -482,16 +443,6 @@ def _is_list(value: Any) -> bool:
     return (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or bool(getattr(value, "ndim", 0))
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and value % 1 == 0
-
-
-def _check_size(width: Any, height: Any, name: str = "region") -> None:
-    if not (_is_whole(width) and _is_whole(height) and max(width, height) <= MAX_COORDINATE):
-        got = " and ".join(map(_short, (width, height)))
-        raise RegionError(f"{name}: expected width and height of the image as whole numbers, got {got}")
-
-
 def _array(values: Any) -> NDArray[Any]:
     """Lists, arrays and torch's tensors, wherever they lie, as an array."""
     try:
@@ -500,44 +451,29 @@ def _array(values: Any) -> NDArray[Any]:
             values = values.float() if "bfloat16" in str(values.dtype) else values
         return np.asarray(values)
     except (ValueError, TypeError, RuntimeError):  # lists of several lengths, sparse tensors, those without data
-        raise RegionError(f"region: expected an array or lists of one length, got {_short(values)}") from None
+        raise RegionError(f"region: expected an array or lists of one length, got {short(values)}") from None
 
 
 def _numbers(values: Any, names: str) -> list[Any]:
     """As many numbers as there are names."""
-    listed, wanted = list(values) if _is_list(values) else [], names.split(", ")
-    if len(listed) != len(wanted):
-        got = f"{len(listed)}: {_short(values)}" if listed else _short(values)
-        raise RegionError(f"region: expected {len(wanted)} numbers {names}, got {got}")
-    return list(map(_as_number, listed, wanted))
-
-
-def _as_number(value: Any, name: str) -> float:
+    listed = list(values) if _is_list(values) else []
     try:
-        if isinstance(value, bool | np.bool_ | np.complexfloating | str | bytes):
+        if len(listed) != len(names.split(", ")) or any(isinstance(each, bool | np.bool_ | str) for each in listed):
             raise TypeError
-        return float(value)
+        return list(map(float, listed))
     except (TypeError, ValueError, OverflowError):
-        raise RegionError(f"region: expected {name} as a number, got {_short(value)}") from None
+        raise RegionError(f"region: expected {names} in numbers, got {short(values)}") from None
 
 
 def _points(values: Any, what: str) -> NDArray[np.float64]:
     """Points (N, 2) from [[x, y], ...] or [x, y, x, y, ...], in an array of their own."""
-    expected = f"region: expected a {what} as [[x, y], ...] or [x, y, x, y, ...] in numbers"
-    if not _is_list(values):
-        raise RegionError(f"{expected}, got {_short(values)}")
-    array = _array(values)
-    if array.size == 0:
-        raise RegionError(f"{expected}, got none; give its points")
-    listed = () if hasattr(values, "dtype") else values if array.ndim == 1 else chain.from_iterable(values)
-    if array.dtype.kind not in "iuf" or bool in set(map(type, listed)):
-        raise RegionError(f"{expected}, got {_short(values)}")
+    array = _array(values) if _is_list(values) else np.empty(0)
     if array.ndim == 1 and array.size % 2 == 0:
         array = array.reshape(-1, 2)
-    elif array.ndim == 1:
-        raise RegionError(f"{expected}, got {array.size} numbers; give an x and a y for every point")
-    if array.ndim != 2 or array.shape[1] != 2:
-        raise RegionError(f"{expected}, got an array of shape {array.shape}")
+    if array.size == 0 or array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iuf":
+        raise RegionError(
+            f"region: expected a {what} as [[x, y], ...] or [x, y, x, y, ...] in numbers, got {short(values)}"
+        )
     return array.astype(float)
 
 

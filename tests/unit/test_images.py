@@ -167,7 +167,7 @@ def test_arrays():
 
 def test_missing_folder_empty_and_foreign_files(tmp_path):
     refused(tmp_path / "none.jpg", str(tmp_path / "none.jpg"), "no such file")
-    refused(str(tmp_path), str(tmp_path), "folder")
+    refused(str(tmp_path), str(tmp_path), "directory")
     (tmp_path / "empty.jpg").touch()
     refused(tmp_path / "empty.jpg", "empty.jpg", "empty file")
     (tmp_path / "text.jpg").write_text("a cat")
@@ -175,7 +175,7 @@ def test_missing_folder_empty_and_foreign_files(tmp_path):
     refused(tmp_path / "text.jpg" / "inner.jpg", "no such file")
     refused("bad\0name.jpg", "cannot be read")
     refused(b"", "image bytes")
-    refused(io.StringIO("text"), "binary")
+    refused(io.StringIO("text"), "got str")
     refused(42, "got int")
     refused(None, "got NoneType")
 
@@ -203,7 +203,7 @@ def test_decompression_bombs_are_refused_from_the_header(monkeypatch):
     refused(png(MAX_PIXELS + 1, 1), f"{MAX_PIXELS:,}")
     refused(png(20_000, 8_000), "truncated")  # within the limit: it fails on its pixels, not on its size
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    refused(png(100_000, 100_000), "got 100000 x 100000 = 10,000,000,000")
+    refused(png(100_000, 100_000), "got 100000 x 100000")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_decompression_bombs_are_refused_from_the_header(monkeypatch):
         (np.ones((4, 4), bool), "dtype bool"),
         (np.zeros((3, 4, 5), np.uint8), "(3, 4, 5); put the channels last"),
         (np.zeros((1, 4, 4, 3), np.uint8), "one image per call"),
-        (np.zeros((0, 4, 3), np.uint8), "at least 1 x 1 pixel"),
+        (np.zeros((0, 4, 3), np.uint8), "got 4 x 0"),
     ],
 )
 def test_ambiguous_arrays_are_refused(array, says):
@@ -221,10 +221,10 @@ def test_ambiguous_arrays_are_refused(array, says):
 
 
 def test_pixels_of_unknown_range_are_refused():
-    refused(Image.new("F", (3, 2), 0.5), "floating point")
-    refused(Image.new("I", (3, 2), 70_000), "values 70000..70000")
+    refused(Image.new("F", (3, 2), 0.5), "float32 from 0.5")
+    refused(Image.new("I", (3, 2), 70_000), "to 70000")
     refused(Image.new("I", (3, 2), -1), "-1")
-    refused(Image.new("RGB", (0, 3)), "at least 1 x 1")
+    refused(Image.new("RGB", (0, 3)), "got 0 x 3")
 
 
 # --- the square frame ------------------------------------------------------------------------------------------------
