@@ -456,13 +456,14 @@ def _array(values: Any) -> NDArray[Any]:
 
 def _numbers(values: Any, names: str) -> list[Any]:
     """As many numbers as there are names."""
-    listed = list(values) if _is_list(values) else []
+    listed, count = list(values) if _is_list(values) else [], names.count(",") + 1
     try:
-        if len(listed) != len(names.split(", ")) or any(isinstance(each, bool | np.bool_ | str) for each in listed):
+        if len(listed) != count or any(isinstance(each, bool | np.bool_ | str) for each in listed):
             raise TypeError
         return list(map(float, listed))
     except (TypeError, ValueError, OverflowError):
-        raise RegionError(f"region: expected {names} in numbers, got {short(values)}") from None
+        wanted = f"{count} numbers {names}" if count > 1 else f"{names} as a number"
+        raise RegionError(f"region: expected {wanted}, got {short(values)}") from None
 
 
 def _points(values: Any, what: str) -> NDArray[np.float64]:

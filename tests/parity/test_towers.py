@@ -11,7 +11,7 @@ from transformers import AutoModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig, RegionGPTConfig
-from regiongpt.model.towers import EfficientNetLiteModel, tower_features
+from regiongpt.model.modeling import EfficientNetLiteModel, tower_features
 
 
 def reference_tokens(tower: torch.nn.Module, pixels: torch.Tensor, layer: int) -> torch.Tensor:

@@ -43,26 +43,22 @@ def joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     ("options", "words"),
     [
         ({"refinement": "deconvolution"}, "refinement must be one of deconv, bilinear.*'deconvolution'"),
-        ({"image_size": 30}, "multiple of the tower's patch size, 7 px; got 30"),
+        ({"image_size": 30}, "multiple of the patch size, 7 px; got 30"),
         ({"image_size": 0}, "image_size must be a positive multiple"),
-        ({"image_grid": [17, 4]}, r"image_grid must be two whole numbers up to refined grid \[16, 16\].*\[17, 4\]"),
-        ({"image_grid": [4]}, "image_grid must be two whole numbers"),
-        ({"refinement": ["deconv"]}, "refinement must be one of"),
-        ({"image_marks": "no"}, "image_marks must be true or false"),
-        ({"region_position": -1}, "region_position must be a number of at least 0; got -1"),
-        ({"region_position": "far"}, "region_position must be a number"),
-        ({"region_position": 1, "refinement": "none", "image_size": 21}, "region_position needs a refined grid of 4"),
-        ({"image_token_id": "9"}, "image_token_id must be a whole number"),
-        ({"vision_feature_layer": None}, "vision_feature_layer must be a whole number"),
+        ({"image_grid": [17, 4]}, r"image_grid must be two numbers up to the refined grid \[16, 16\].*\[17, 4\]"),
+        ({"image_grid": [4]}, "image_grid must be two numbers"),
+        ({"region_position": -1}, "region_position must be at least 0; got -1"),
+        (
+            {"region_position": 1, "refinement": "none", "image_size": 21},
+            "region_position must be 0 on a refined grid of 3 columns",
+        ),
         ({"vision_config": 5}, "vision_config must be a configuration"),
         ({"text_config": [1]}, "text_config must be a configuration"),
-        ({"image_grid": [0, 4]}, "image_grid must be two whole numbers"),
+        ({"image_grid": [0, 4]}, "image_grid must be two numbers"),
         ({"refinement": "none", "image_grid": [5, 5]}, r"refined grid \[4, 4\]"),
-        ({"refinement_channels": 0}, "refinement_channels must be positive"),
         ({"vision_feature_layer": -5}, "between -4 and 3; got -5"),
         ({"vision_config": text_config()}, "must be one of clip_vision_model.*'llama'"),
         ({"vision_config": {**LITE, "variant": "efficientnet-b0"}}, "variant must be one of efficientnet-lite0"),
-        ({"vision_config": {**LITE, "position_frequencies": -1}}, "position_frequencies must be 0 or more"),
         ({"vision_config": {**LITE, "image_size": 48}}, "patch size, 32 px; got 48"),
     ],
 )
@@ -117,7 +113,6 @@ def test_every_placeholder_gets_its_own_feature(refinement: str) -> None:
     torch.testing.assert_close(embeds[ids == REGION], regions[[2, 0, 2]])
     torch.testing.assert_close(embeds[ids == IMAGE], image)
     torch.testing.assert_close(embeds[ids < IMAGE], words[ids < IMAGE])
-    torch.testing.assert_close(model.get_image_features(inputs["pixel_values"])[0], image)
 
 
 def test_image_and_regions_share_one_connector() -> None:
@@ -173,7 +168,7 @@ def test_a_batch_may_hold_texts_without_image() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda i: i.pop("pixel_values"), DataError, "neither pixel_values nor vision_features"),
+        (lambda i: i.pop("pixel_values"), DataError, "give pixel_values or vision_features"),
         (lambda i: i["input_ids"].__setitem__((0, 1), 7), DataError, r"16 <image> tokens in this model; got \[15\]"),
         (lambda i: i.pop("region_weights"), RegionError, "region_weights or region_ids is missing"),
         (lambda i: i.update(region_ids=torch.tensor([[0]])), RegionError, r"\[2\] tokens and \[1\] ids"),
@@ -242,16 +237,6 @@ def test_no_target_gives_no_loss_rather_than_nan() -> None:
     inputs = tiny_inputs(model.config, [])
     for loss_only in (False, True):
         assert model(**inputs, labels=torch.full_like(inputs["input_ids"], -100), loss_only=loss_only).loss == 0
-
-
-def test_logits_to_keep_with_labels() -> None:
-    model = tiny_model()
-    inputs = tiny_inputs(model.config, [0])
-    whole = model(**inputs, labels=inputs["input_ids"])
-    for keep, kept in ((2, whole.logits[:, -2:]), (torch.tensor([0, 3]), whole.logits[:, [0, 3]])):
-        part = model(**inputs, labels=inputs["input_ids"], logits_to_keep=keep)
-        torch.testing.assert_close(part.loss, whole.loss)
-        torch.testing.assert_close(part.logits, kept)
 
 
 # -- generation --------------------------------------------------------------------------------------------------------

@@ -180,13 +180,13 @@ def test_boxes_may_be_plain_numbers(processor: RegionGPTProcessor, photo: Image.
     for regions in (boxes, [LEFT, boxes[1]], [LEFT.to_dict(), RIGHT]):
         found = processor.apply_chat_template(TWO_TURNS[:3], images=photo, regions=regions, **ENCODED)
         assert torch.equal(found["region_weights"][0], expected)
-    two = processor.apply_chat_template([TWO_TURNS[:3]] * 2, images=photo, regions=[boxes, boxes], **ENCODED)
+    two = processor.apply_chat_template([TWO_TURNS[:3]] * 2, images=[photo] * 2, regions=[boxes, boxes], **ENCODED)
     assert torch.equal(two["region_weights"][1], expected)
 
 
-@pytest.mark.parametrize("wrong", [LEFT, "box", 3, [LEFT, RIGHT], {"box": [0, 0, 9, 9]}, {1, 2}])
+@pytest.mark.parametrize("wrong", [LEFT, "box", 3, [LEFT], {"box": [0, 0, 9, 9]}])
 def test_regions_that_are_no_list_a_text(processor: RegionGPTProcessor, photo: Image.Image, wrong: Any) -> None:
-    with pytest.raises(DataError, match="expected a list of regions"):
+    with pytest.raises(DataError, match="images or regions for each of 2 conversations"):
         processor.apply_chat_template([chat("a"), chat("b")], images=photo, regions=wrong, **ENCODED)
 
 
@@ -198,13 +198,13 @@ def test_regions_that_are_no_list_a_text(processor: RegionGPTProcessor, photo: I
         (chat("<image>\n"), "expected a question as message 1"),
         ([], "expected a conversation with a question"),
         (None, "messages: expected a list of turns, got NoneType"),
-        ("Hello", "message 1 of 5: expected a dictionary"),
+        ("Hello", "message 1 of 5: expected a dictionary with role"),
         (chat("a\udcff"), "in UTF-8"),
-        (chat("Hello", "Hi")[1:], "expected role system or user, got 'assistant'"),
-        (chat("Hello") * 2, "message 2 of 2: expected role assistant, got 'user'"),
+        (chat("Hello", "Hi")[1:], "role system or user, got 'assistant'"),
+        (chat("Hello") * 2, "message 2 of 2: .*role assistant, got 'user'"),
         ([{"role": "user", "content": [{"type": "video"}]}], "parts of type text or image, got 'video'"),
         ([{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}], "expected one image"),
-        ([{"role": "user", "content": None}], "expected content as a string or a list"),
+        ([{"role": "user", "content": None}], "expected content as a string or parts"),
         (chat("Hello", "Hi", "") + chat("x"), "expected a question"),
     ],
 )
@@ -245,8 +245,6 @@ def test_unfit_parts() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     with pytest.raises(ConfigError, match="lacks <image> and <region>; call prepare_tokenizer"):
         RegionGPTProcessor(fine.image_processor, bare)
-    with pytest.raises(ConfigError, match="the image processor makes"):
-        make_processor(image_size=32).pixels_of(Image.new("RGB", (4, 4)))
     with pytest.raises(ConfigError, match="marks no responses"):
         make_processor(chat_template="{{ messages[0]['content'] }}").encode_conversation(chat("a", "b"))
 
@@ -284,8 +282,6 @@ def test_batch_of_features_or_of_nothing(processor: RegionGPTProcessor, photo: I
     assert features.shape == (2, 5, 2, 2)
     with pytest.raises(DataError, match="1 of 2 items have pixel_values"):
         processor.collate([item, processor.encode_conversation(chat("Hello", "Hi"), photo)])
-    with pytest.raises(ConfigError, match="padding_side"):
-        processor.collate([item], "middle")
 
 
 def test_content_lists_equal_strings(processor: RegionGPTProcessor, photo: Image.Image) -> None:
@@ -319,18 +315,14 @@ def test_batched_prompts_pad_left_and_conversations_right(processor: RegionGPTPr
     assert processor.apply_chat_template(whole, tokenize=True, return_dict=True)["attention_mask"][0, -1] == 0
 
 
-def test_one_image_for_many_conversations(processor: RegionGPTProcessor, photo: Image.Image) -> None:
-    batch = processor.apply_chat_template([chat("Hi"), chat("Hello")], images=photo, **ENCODED)
-    assert batch["pixel_values"].shape == (2, 3, 16, 16)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"images": 2, "conversation": [chat("a"), chat("b"), chat("c")]}, DataError, "got 2 images, 3 conversations"),
-        ({"conversation": [chat("a"), chat("b")], "regions": [[]]}, DataError, "a list of regions for each of 2"),
+        ({"images": 2, "conversation": [chat("a"), chat("b"), chat("c")]}, DataError, "each of 3 conversations"),
+        ({"images": 2, "conversation": chat("a")}, DataError, "expected one image a conversation, got 2"),
+        ({"conversation": [chat("a"), chat("b")], "regions": [[]]}, DataError, "each of 2 conversations"),
         ({"conversation": 5}, DataError, "expected a conversation as a list"),
-        ({"conversation": chat("a"), "return_tensors": "tf"}, ConfigError, "return_tensors"),
+        ({"conversation": chat("a"), "return_tensors": "tf"}, DataError, "return_tensors"),
         ({"conversation": chat("<region1>"), "regions": [LEFT]}, DataError, "regions need the size"),
     ],
 )

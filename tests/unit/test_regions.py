@@ -212,7 +212,7 @@ def test_rle_decodes_as_pycocotools_does(height, width, seed, share):
 )
 def test_malformed_rle_is_named(counts):
     region = Region.rle({"size": [4, 4], "counts": counts})
-    with pytest.raises(RegionError, match="^<region2>: expected COCO RLE of 4 x 4 pixels") as caught:
+    with pytest.raises(RegionError, match=r"^<region2>: expected COCO RLE of 4 x 4 pixels") as caught:
         region.check(4, 4, "<region2>")
     assert "\n" not in str(caught.value)
 

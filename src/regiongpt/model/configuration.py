@@ -50,12 +50,10 @@ class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
     position_frequencies: int = 4
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check the fields against each other."""
+        """Check that there is such a variant."""
         super().__post_init__(**kwargs)
-        if self.variant not in EFFICIENTNET_LITE_CHANNELS:
-            raise ConfigError(f"variant must be one of {', '.join(EFFICIENTNET_LITE_CHANNELS)}; got {self.variant!r}")
-        if self.position_frequencies < 0:
-            raise ConfigError(f"position_frequencies must be 0 or more; got {self.position_frequencies}")
+        known = self.variant in EFFICIENTNET_LITE_CHANNELS
+        _check("variant", self.variant, known, f"one of {', '.join(EFFICIENTNET_LITE_CHANNELS)}")
 
     @property
     def patch_size(self) -> int:
@@ -125,52 +123,31 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Build the two inner configurations, fill in what was left open, and check the whole."""
+        """Build the two inner configurations, fill in what was left open, and check that all fits together."""
         self.vision_config = _sub_config("vision_config", self.vision_config, "clip_vision_model", _CLIP_L_336)
         # A complete CLIP or SigLIP configuration carries its vision half; only that half is a tower.
         self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
         self.text_config = _sub_config("text_config", self.text_config, "llama", {})
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        if self.vision_config.model_type not in VISION_TOWERS:
-            raise ConfigError(
-                f"vision_config must be one of {', '.join(VISION_TOWERS)}; got {self.vision_config.model_type!r}"
-            )
-        needed = ("vision_feature_layer", "region_number_offset")
-        sizes = ("image_size", "refinement_channels", "connector_size", "image_token_id", "region_token_id")
-        for name in (*needed, *sizes):
-            value = getattr(self, name)
-            is_whole = isinstance(value, int) and not isinstance(value, bool)
-            self._must(name, is_whole or (value is None and name in sizes), "a whole number")
-        for name in ("image_marks", "region_crop"):
-            self._must(name, isinstance(getattr(self, name), bool), "true or false")
-        is_number = isinstance(self.region_position, int | float) and 0 <= self.region_position < float("inf")
-        self._must("region_position", is_number, "a number of at least 0")
-        is_known = isinstance(self.refinement, str) and self.refinement in REFINEMENTS
-        self._must("refinement", is_known, f"one of {', '.join(REFINEMENTS)}")
-        if self.image_size is None:
-            self.image_size = native_image_size(self.vision_config)
-        patch = self.vision_config.patch_size
-        fits = self.image_size > 0 and self.image_size % patch == 0
-        self._must("image_size", fits, f"a positive multiple of the tower's patch size, {patch} px")
-        for name in ("refinement_channels", "connector_size"):
-            self._must(name, getattr(self, name) is None or getattr(self, name) > 0, "positive or None")
-        if self.image_grid is None:
-            self.image_grid = list(self.tower_grid)
-        grid, finest = self.image_grid, self.refined_grid
-        is_grid = isinstance(grid, list | tuple) and len(grid) == 2 and all(isinstance(cells, int) for cells in grid)
-        fits = is_grid and all(1 <= cells <= most for cells, most in zip(grid, finest, strict=True))
-        self._must("image_grid", fits, f"two whole numbers up to refined grid {list(finest)}")
-        self.image_grid = list(grid)
-        if self.region_position and finest[1] < 4:
-            raise ConfigError(f"region_position needs a refined grid of 4 columns; got {finest[1]}")
-        if (layers := getattr(self.vision_config, "num_hidden_layers", None)) is not None:
-            fits = -layers - 1 <= self.vision_feature_layer <= layers
-            self._must("vision_feature_layer", fits, f"between {-layers - 1} and {layers}")
+        tower = self.vision_config
+        _check(
+            "vision_config", tower.model_type, tower.model_type in VISION_TOWERS, f"one of {', '.join(VISION_TOWERS)}"
+        )
+        _check("refinement", self.refinement, self.refinement in list(REFINEMENTS), f"one of {', '.join(REFINEMENTS)}")
+        self.image_size = native_image_size(tower) if self.image_size is None else self.image_size
+        fits = self.image_size > 0 and self.image_size % tower.patch_size == 0
+        _check("image_size", self.image_size, fits, f"a positive multiple of the patch size, {tower.patch_size} px")
+        self.image_grid = list(self.tower_grid if self.image_grid is None else self.image_grid)
+        most = list(self.refined_grid)
+        fits = len(self.image_grid) == 2 and all(1 <= n <= m for n, m in zip(self.image_grid, most, strict=True))
+        _check("image_grid", self.image_grid, fits, f"two numbers up to the refined grid {most}")
+        _check("region_position", self.region_position, self.region_position >= 0, "at least 0")
+        fits = not self.region_position or most[1] >= 4
+        _check("region_position", self.region_position, fits, f"0 on a refined grid of {most[1]} columns, under 4")
+        layers = getattr(tower, "num_hidden_layers", abs(self.vision_feature_layer))
+        fits = -layers - 1 <= self.vision_feature_layer <= layers
+        _check("vision_feature_layer", self.vision_feature_layer, fits, f"between {-layers - 1} and {layers}")
         super().__post_init__(**kwargs)
-
-    def _must(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ConfigError(f"{name} must be {wanted}; got {short(getattr(self, name))}")
 
     @property
     def tower_grid(self) -> tuple[int, int]:
@@ -229,14 +206,18 @@ def native_image_size(vision_config: Any) -> int:
     return (int(size) // patch if size is not None else int(vision_config.num_patches**0.5)) * patch
 
 
+def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {wanted}; got {short(value)}")
+
+
 def _sub_config(name: str, value: Any, default_type: str, defaults: dict[str, Any]) -> Any:
     if value is None:
         return AutoConfig.for_model(default_type, **defaults)
     if isinstance(value, dict):
         fields = dict(value)
         return AutoConfig.for_model(fields.pop("model_type", default_type), **fields)
-    if not isinstance(value, PreTrainedConfig):
-        raise ConfigError(f"{name} must be a configuration or a dictionary; got {short(value)}")
+    _check(name, value, isinstance(value, PreTrainedConfig), "a configuration or a dictionary")
     return value
 
 

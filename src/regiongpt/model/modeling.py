@@ -9,22 +9,22 @@ of a feature grid, h and w those before a bilinear upsampling, T text tokens, D 
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Self, cast
 
 import torch
+from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from regiongpt.errors import ConfigError, DataError, RegionError
-from regiongpt.model.configuration import REFINEMENTS, RegionGPTConfig
-from regiongpt.model.towers import tower_features
+from regiongpt.model.configuration import REFINEMENTS, EfficientNetLiteConfig, RegionGPTConfig
 
 IGNORE = -100
 """Label of a token that is not a target."""
@@ -36,6 +36,107 @@ CROPS = 16
 """Crops that go through the tower at a time."""
 
 _VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_ids", "region_crops")
+
+
+class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
+    """EfficientNet-Lite without its head, its three coarsest stages side by side on the stride-32 grid.
+
+    Finer stages are laid out as channels, and fixed sines and cosines of the position appended. The stages differ in
+    scale by an order of magnitude, so each channel is standardised by the buffers ``mean`` and ``std``, which a recipe
+    measures once on its training images.
+    """
+
+    config_class = EfficientNetLiteConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # It has no attention at all; saying so lets a whole model ask for any kind for its language model.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__(config)
+        self.network = EfficientNet.from_name(config.variant)
+        # The head and the classifier are a fifth of the weights, and the region features measured worse with them.
+        for unused in ("_conv_head", "_bn1", "_avg_pooling", "_dropout", "_fc"):
+            delattr(self.network, unused)
+        strided = [i for i, block in enumerate(self.network._blocks) if block._depthwise_conv.stride[0] == 2]
+        self.last_stride16, self.last_stride8 = strided[-1] - 1, strided[-2] - 1
+        self.register_buffer("mean", torch.zeros(config.stage_channels))
+        self.register_buffer("std", torch.ones(config.stage_channels))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out")
+        if module is self:
+            init.zeros_(self.mean)
+            init.ones_(self.std)
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
+        """Compute the feature grid: (B, 3, S, S), S a multiple of 32, to a last hidden state (B, C, S/32, S/32)."""
+        network = self.network
+        x = pixel_values.contiguous(memory_format=torch.channels_last)
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        for index, block in enumerate(network._blocks):
+            x = block(x)
+            if index == self.last_stride8:
+                stride8_BCHW = F.pixel_unshuffle(F.avg_pool2d(x, 2), 2)
+            if index == self.last_stride16:
+                stride16_BCHW = F.pixel_unshuffle(x, 2)
+        stages_BCHW = torch.cat([x, stride16_BCHW, stride8_BCHW], dim=1)
+        maps = [(stages_BCHW - self.mean[:, None, None]) / self.std[:, None, None]]
+        if self.config.position_frequencies:
+            maps.append(_position_channels(self.config.position_frequencies, x))
+        return BaseModelOutput(last_hidden_state=torch.cat(maps, dim=1))
+
+
+def _position_channels(frequencies: int, like_BCHW: Tensor) -> Tensor:
+    """Sines then cosines of x, then of y, at wavelengths 2, 1, 1/2, ... of the canvas: (B, 4 * frequencies, H, W)."""
+    batch, _, rows, columns = like_BCHW.shape
+    channels = []
+    for axis, cells in ((1, columns), (0, rows)):
+        centres = (torch.arange(cells, device=like_BCHW.device, dtype=torch.float32) + 0.5) / cells
+        phase = math.pi * 2.0 ** torch.arange(frequencies, device=like_BCHW.device)[:, None] * centres
+        waves = torch.cat([phase.sin(), phase.cos()])
+        channels.append((waves[:, None, :] if axis else waves[:, :, None]).expand(-1, rows, columns))
+    return torch.cat(channels).to(like_BCHW.dtype).expand(batch, -1, -1, -1)
+
+
+@torch.no_grad()
+def tower_features(model: Any, pixel_values: Tensor, layer: int = -2) -> Tensor:
+    """Run a frozen tower and arrange its patch tokens as a grid (B, C, H, W). Paper: §3.1, visual backbone.
+
+    ``layer`` is an index into the tower's hidden states, of which class and register tokens are dropped.
+    """
+    config = model.config
+    pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
+    if config.model_type == "efficientnet_lite":
+        return model(pixel_values).last_hidden_state  # type: ignore[no-any-return]
+    patch = config.patch_size
+    rows, columns = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+    if config.model_type == "siglip2_vision_model":
+        output = model(**_siglip2_inputs(pixel_values, patch, rows, columns), output_hidden_states=True)
+    elif config.model_type.startswith("dinov2"):
+        output = model(pixel_values, output_hidden_states=True)
+    else:
+        resized = pixel_values.shape[-1] != config.image_size
+        output = model(pixel_values, interpolate_pos_encoding=resized, output_hidden_states=True)
+    # Patch tokens come last in every tower that has class or register tokens.
+    tokens_BNC = output.hidden_states[layer][:, -rows * columns :]
+    return tokens_BNC.transpose(1, 2).unflatten(2, (rows, columns))  # type: ignore[no-any-return]
+
+
+def _siglip2_inputs(pixel_values: Tensor, patch: int, rows: int, columns: int) -> dict[str, Tensor]:
+    """SigLIP 2 takes rows of flattened patches with their shape: a square image is one full, unmasked such sequence."""
+    batch, channels = pixel_values.shape[:2]
+    patches = pixel_values.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+    return {
+        "pixel_values": patches.reshape(batch, rows * columns, patch * patch * channels),
+        "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.long, device=pixel_values.device),
+        "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=pixel_values.device),
+    }
 
 
 class Deconvolution(nn.ConvTranspose2d):
@@ -243,7 +344,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return features
 
     def refine(self, vision_features: Tensor) -> Tensor:
-        """Refine the tower's features (B, C, H, W), of any float dtype; raises DataError for another shape."""
+        """Refine the tower's features (B, C, H, W), of any float dtype; DataError for another shape."""
         if tuple(vision_features.shape[1:]) != self.features_shape:
             raise DataError(
                 f"vision_features must be {('images', *self.features_shape)}; got {tuple(vision_features.shape)}"
@@ -255,8 +356,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """Embed regions (B, R, D) from what ``refine`` returned. Paper: §3.1, ``H_r = h(Z_r)``.
 
         ``region_weights`` (B, R, H, W) lie on ``config.weights_grid``, or RegionError; each region's sum to 1. Where
-        positions are coded, a last row begins with the region's box as the processor writes it. ``region_crops`` are
-        those of :meth:`forward`.
+        positions are coded, a last row begins with the region's box. ``region_crops`` are those of :meth:`forward`.
         """
         if region_crops is not None:
             region_crops = self.encode_crops(region_crops)
@@ -266,9 +366,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             )
         region_weights = region_weights.to(refined.device)
         rows = self.config.refined_grid[0]
-        embeds: Tensor = self.connector(
-            self.refinement.pool_regions(refined, region_weights[..., :rows, :], region_crops)
-        )
+        pooled = self.refinement.pool_regions(refined, region_weights[..., :rows, :], region_crops)
+        embeds: Tensor = self.connector(pooled)
         if self.config.region_position:
             code = position_code(region_weights[..., rows, :4].float(), embeds.shape[-1])
             embeds = embeds + self.config.region_position * code.to(embeds)
@@ -281,10 +380,6 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             image = torch.tensor(self.config.image_token_id, device=cells_BND.device)
             cells_BND = cells_BND + self.get_input_embeddings()(image).to(cells_BND)
         return cells_BND
-
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Embed the whole image from its pixels: (B, 3, S, S) to (B, N, D)."""
-        return self.image_features(self.refine(self.encode_image(pixel_values)))
 
     def add_numbers(self, features_KD: Tensor, input_ids: Tensor) -> Tensor:
         """Add the word embeddings of their numbers to the embeddings of regions, if this model's regions carry them.
@@ -312,23 +407,21 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         Inputs are those of :meth:`forward`. If the sequences continue cached ones (``continues``), ``region_ids``
         may begin with regions already seen, and without an image placeholders stay words.
         """
-        embeds = self.get_input_embeddings()(input_ids)
-        image_BT = input_ids == (-1 if self.config.image_token_id is None else self.config.image_token_id)
-        region_BT = input_ids == (-1 if self.config.region_token_id is None else self.config.region_token_id)
-        images = image_BT.sum(1)
-        has_image, has_region = bool(images.any()), bool(region_BT.any())
-        if not has_image and not has_region:
-            return embeds  # type: ignore[no-any-return]
-        if vision_features is None and pixel_values is not None:
+        embeds: Tensor = self.get_input_embeddings()(input_ids)
+        image_BT, region_BT = (
+            torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
+            for token in (self.config.image_token_id, self.config.region_token_id)
+        )
+        has_image, has_region = bool(image_BT.any()), bool(region_BT.any())
+        if vision_features is None and pixel_values is not None and (has_image or has_region):
             vision_features = self.encode_image(pixel_values)
+        if not (has_image or has_region) or (vision_features is None and continues):
+            return embeds
         if vision_features is None:
-            if continues:
-                return embeds  # type: ignore[no-any-return]
-            raise DataError(
-                "the text has <image> or <region> tokens, but neither pixel_values nor vision_features was given"
-            )
+            raise DataError("the text has <image> or <region> tokens; give pixel_values or vision_features")
         refined = self.refine(vision_features)
         if has_image:
+            images = image_BT.sum(1)
             if bool(((images != 0) & (images != self.num_image_tokens)).any()):
                 raise DataError(
                     f"an image takes {self.num_image_tokens} <image> tokens in this model; got {images.tolist()}"
@@ -341,7 +434,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             owners, rows = _region_rows(region_BT, region_ids, region_weights.shape[1], continues)
             features = self.region_features(refined, region_weights, region_crops)[owners, rows].to(embeds.dtype)
             embeds = embeds.masked_scatter(region_BT[..., None], self.add_numbers(features, input_ids))
-        return embeds  # type: ignore[no-any-return]
+        return embeds
 
     @can_return_tuple  # type: ignore[untyped-decorator, unused-ignore]
     def forward(
@@ -375,12 +468,13 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             labels: (B, T), -100 where not a target.
             inputs_embeds: (B, T, D) from ``embed``, in place of ``input_ids`` and all visual inputs.
             position_ids: (B, T).
-            cache: the language model's cache.
-            logits_to_keep: last positions (a number) or positions (a tensor) whose logits are wanted; 0 for all.
+            cache: the language model's cache; ``past_key_values`` is its older name.
+            logits_to_keep: without labels, the last positions (a number) or the positions (a tensor) whose logits are
+                wanted; 0 for all.
             num_items_in_batch: targets in the whole optimiser step, over micro-batches and ranks, by which the sum of
                 this batch's losses is divided; by default, this batch's own number.
             loss_only: compute the head at target positions alone and return no logits.
-            past_key_values: the older name of ``cache``.
+            past_key_values: see ``cache``.
             region_crops: for a second look, regions' own crops (B, R, 3, S, S), or (B, R, C) from ``encode_crops``;
                 rows of zeros are left out.
             **kwargs: passed on to the language model.
@@ -393,46 +487,51 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             DataError: image tokens and image features differ in number.
             RegionError: region tokens and region ids differ in number.
         """
-        if loss_only and labels is None:
-            raise ValueError("loss_only needs labels")
         cache = past_key_values if cache is None else cache
-        if input_ids is not None and inputs_embeds is None:
+        if inputs_embeds is None:
             continues = cache is not None and cache.get_seq_length() > 0
             inputs_embeds = self.embed(
-                input_ids, pixel_values, vision_features, region_weights, region_ids, continues, region_crops
+                cast(Tensor, input_ids),
+                pixel_values,
+                vision_features,
+                region_weights,
+                region_ids,
+                continues,
+                region_crops,
             )
-        elif input_ids is not None or inputs_embeds is None:
-            raise ValueError("forward takes exactly one of input_ids and inputs_embeds")
         call = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
+            "return_dict": True,
             **({} if cache is None else {cache_argument(self.language_model): cache}),
             **kwargs,
         }
+        loss = losses = None
         if labels is None:
-            output = self.language_model(**call, logits_to_keep=logits_to_keep, return_dict=True)
-            return _output(output, None, output.logits)
-        next_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(inputs_embeds.device)
-        is_target = next_BT != IGNORE
-        targets = next_BT[is_target]
-        if loss_only:
-            with _head_only_at(self.get_output_embeddings(), is_target):
-                output = self.language_model(**call, return_dict=True)
-            logits, target_logits = None, output.logits[0]
+            output = self.language_model(**call, logits_to_keep=logits_to_keep)
+            logits = output.logits
         else:
-            output = self.language_model(**call, return_dict=True)
-            logits, target_logits = output.logits, output.logits[is_target]
-            if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-                logits = logits[
-                    :, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-                ]
-        items = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
-        if isinstance(items, Tensor):
-            items = items.to(target_logits.device)
-        losses = F.cross_entropy(target_logits.float(), targets, reduction="none")
-        answer = _output(output, losses.sum() / items, logits)
-        answer.target_losses = losses.detach()
+            next_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(inputs_embeds.device)
+            is_target = next_BT != IGNORE
+            targets = next_BT[is_target]
+            with _head_only_at(self.get_output_embeddings(), is_target) if loss_only else nullcontext():
+                output = self.language_model(**call)
+            logits = None if loss_only else output.logits
+            target_logits = output.logits[0] if loss_only else output.logits[is_target]
+            items = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
+            if isinstance(items, Tensor):
+                items = items.to(target_logits.device)
+            losses = F.cross_entropy(target_logits.float(), targets, reduction="none")
+            loss = losses.sum() / items
+        answer = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            **{CACHE: output.get(CACHE)},
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )
+        answer.target_losses = None if losses is None else losses.detach()
         return answer
 
     def prepare_inputs_for_generation(
@@ -525,14 +624,5 @@ def _head_only_at(head: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _output(output: Any, loss: Tensor | None, logits: Tensor | None) -> CausalLMOutputWithPast:
-    return CausalLMOutputWithPast(
-        loss=loss,
-        logits=logits,
-        **{CACHE: output.get(CACHE)},
-        hidden_states=output.get("hidden_states"),
-        attentions=output.get("attentions"),
-    )
-
-
+AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel)
 AutoModelForImageTextToText.register(RegionGPTConfig, RegionGPTForConditionalGeneration)

