@@ -32,9 +32,8 @@ def load_image(source: ImageSource) -> Image.Image:
     an animation the first frame is taken.
 
     Args:
-        source: A path, the bytes of an image file, a binary file object, a PIL image, or an array of dtype uint8 or
-            uint16 and shape (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA, or a torch tensor of such, whose
-            channels may come first.
+        source: A path, the bytes of an image file, a binary file object, a PIL image, an array of dtype uint8 or uint16
+            and shape (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA, or such a tensor, maybe channels first.
 
     Raises:
         DataError: The source is missing, not an image, truncated, empty, of more than :data:`MAX_PIXELS` pixels, or
@@ -50,31 +49,31 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def open_image(source: ImageSource) -> tuple[str, Image.Image]:
-    """Read an image with the pixels that are stored, of any mode, and what messages call it; see :func:`load_image`."""
+    """Read an image with the pixels that are stored, of any mode, and what messages call it."""
     if hasattr(source, "permute"):  # a tensor, recognized without importing torch
         tensor: Any = source
         first = tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4) and tensor.shape[2] not in (1, 3, 4)
         source = (tensor.permute(1, 2, 0) if first else tensor).detach().cpu().numpy()
     if isinstance(source, np.ndarray):
         return "image array", _from_array(source)
-    # PIL warns of what is either read or an error.
-    with warnings.catch_warnings(action="ignore"):
-        if isinstance(source, Image.Image):
-            name, image = str(getattr(source, "filename", "") or "PIL image"), source
-        else:
-            name, data = _read(source)
-            try:
-                image = Image.open(io.BytesIO(data))
-            except Image.DecompressionBombError as error:
-                raise DataError(f"{name}: its header claims more than {MAX_PIXELS:,} pixels; scale it down") from error
-            except Exception as error:  # header parsers raise nearly every built-in exception on broken data
-                got = f"{len(data):,} bytes that PIL cannot read"
-                raise DataError(f"{name}: expected an image (JPEG, PNG, WebP, ...), got {got}") from error
-        _check_size(image.width, image.height, name)
+    data = b""
+    if isinstance(source, Image.Image):
+        name = str(getattr(source, "filename", "") or "PIL image")
+    else:
+        name, data = _read(source)
+    with warnings.catch_warnings(action="ignore"):  # it is either read or an error
         try:
+            image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(data))
+            _check_size(image.width, image.height, name)
             image.load()
-        except Exception as error:  # decoders raise nearly every built-in exception on broken data
-            raise DataError(f"{name}: truncated or damaged image: {reason(error)}") from error
+        except DataError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise DataError(f"{name}: its header claims more than {MAX_PIXELS:,} pixels; scale it down") from error
+        except Exception as error:  # parsers and decoders raise nearly every built-in exception on broken data
+            raise DataError(
+                f"{name}: expected an image, got one that is truncated or damaged, or another file"
+            ) from error
     return name, image
 
 

@@ -33,7 +33,7 @@ class Region(ABC):
     """An immutable part of an image, made by :meth:`box`, :meth:`mask`, :meth:`polygon`, :meth:`rle` and others.
 
     Every method that takes the width and height of the image in pixels raises RegionError where the region makes no
-    sense in it. Regions compare equal when they are of one kind and hold the same numbers or pixels.
+    sense in it.
     """
 
     kind: str
@@ -43,12 +43,10 @@ class Region(ABC):
 
     @staticmethod
     def of(value: Any, name: str = "region") -> "Region":
-        """The region that a value stands for.
+        """The region that a value stands for, called ``name`` in messages.
 
-        Args:
-            value: A Region; a box as four numbers x0, y0, x1, y1 in pixels (list, tuple, array or tensor); a mapping
-                for :meth:`from_dict`; a PIL image or bool array (H, W) for :meth:`mask`.
-            name: What messages call the region.
+        It is a Region; a box as four numbers x0, y0, x1, y1 in pixels (list, tuple, array or tensor); a mapping for
+        :meth:`from_dict`; a PIL image or bool array (H, W) for :meth:`mask`.
         """
         if isinstance(value, Region):
             return value
@@ -67,17 +65,17 @@ class Region(ABC):
     @staticmethod
     def list_of(values: Any) -> "list[Region]":
         """One region, or a sequence of regions, as a list; each may be anything that :meth:`of` takes."""
-        if hasattr(values, "dtype"):
-            values = _array(values)
-            values = [values] if values.ndim == 0 or (values.ndim == 2 and values.dtype == np.bool_) else values
-        if isinstance(values, Region | Mapping | Image.Image):
+        values = _array(values) if hasattr(values, "dtype") else values
+        is_mask = isinstance(values, np.ndarray) and values.ndim == 2 and values.dtype == np.bool_
+        if is_mask or isinstance(values, Region | Mapping | Image.Image):
             values = [values]
-        if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-            raise RegionError(f"regions: expected a list of regions, got {short(values)}")
-        values = list(values)
-        if len(values) > 1 and (isinstance(values[0], int | float) or getattr(values[0], "ndim", 1) == 0):
-            values = [values]
-        return [Region.of(value, f"<region{number}>") for number, value in enumerate(values, 1)]
+        try:
+            listed = list(values)
+        except TypeError:
+            raise RegionError(f"regions: expected a list of regions, got {short(values)}") from None
+        if len(listed) > 1 and (isinstance(listed[0], int | float) or getattr(listed[0], "ndim", 1) == 0):
+            listed = [listed]
+        return [Region.of(value, f"<region{number}>") for number, value in enumerate(listed, 1)]
 
     @staticmethod
     def box(x0: float, y0: float, x1: float, y1: float, *, normalized: bool | None = None) -> "Region":
@@ -95,15 +93,12 @@ class Region(ABC):
 
     @staticmethod
     def mask(mask: "ArrayLike | Image.Image") -> "Region":
-        """The pixels inside a mask.
+        """The pixels inside a mask as large as the image: a PIL image, or an array or tensor.
 
+        Arrays are (H, W) of bool, integers up to 255 or 65535 or floats up to 1 or 255, or uint8 (H, W, 3 or 4) RGB(A).
         Of two values, the larger is inside. Of more (soft edges, JPEG, probabilities), inside is from half on: 128 of
         255, 32768 of 65535, 0.5 of 1; :attr:`note` says so. In a colour image the brightest channel counts; in one with
         transparency only the alpha channel, unless that is the same everywhere.
-
-        Args:
-            mask: An array or tensor (H, W) as large as the image, of bool, integers 0..255 or 0..65535, or floats 0..1
-                or 0..255; uint8 (H, W, 3) RGB or (H, W, 4) RGBA; or a PIL image of any mode.
         """
         array = np.empty(0) if isinstance(mask, Image.Image) else _array(mask)
         if array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8:
@@ -117,11 +112,9 @@ class Region(ABC):
 
     @staticmethod
     def polygon(points: Any) -> "Region":
-        """The inside of one or several rings; several are united. Where a ring crosses itself, even-odd counts.
+        """The union of the insides of rings; where a ring crosses itself, even-odd counts.
 
-        Args:
-            points: [[x, y], ...], or flat [x, y, x, y, ...] as in COCO, or a list of such rings, which close
-                themselves.
+        One ring is [[x, y], ...], or flat [x, y, x, y, ...] as in COCO, and closes itself; several are a list of these.
         """
         if not _is_list(points):
             raise RegionError(f"region: expected a polygon as [[x, y], ...] or a list of rings, got {short(points)}")
@@ -131,12 +124,7 @@ class Region(ABC):
 
     @staticmethod
     def rle(rle: Mapping[str, Any]) -> "Region":
-        """A mask in COCO's run-length encoding.
-
-        Args:
-            rle: ``size`` [H, W] of the image, and ``counts``: compressed (str or bytes) or a list of runs, which
-                :meth:`check` decodes.
-        """
+        """A mask in COCO's run-length encoding: ``size`` [H, W], and ``counts``, compressed or a list of runs."""
         expected = 'region: expected RLE like {"size": [H, W], "counts": "..."}'
         if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
             raise RegionError(f"{expected}, got {short(rle)}; write it as pycocotools does")
@@ -162,13 +150,10 @@ class Region(ABC):
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], name: str = "region") -> "Region":
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`; messages call the region ``name``.
 
-        Args:
-            data: One of ``{"box": [x0, y0, x1, y1]}``, ``{"mask": rle}``, ``{"polygon": rings}``, ``{"rle": rle}``,
-                ``{"point": [x, y], "radius": r}``, ``{"scribble": points, "width": w}``; radius and width are optional.
-                A box may be ``"normalized"``, as in :meth:`box`.
-            name: What messages call the region.
+        It takes ``{"box": [x0, y0, x1, y1]}``, maybe ``"normalized"``, ``{"mask": rle}``, ``{"polygon": rings}``,
+        ``{"rle": rle}``, ``{"point": [x, y]}``, maybe with ``"radius"``, or ``{"scribble": points}``, with ``"width"``.
         """
         kinds = [kind for kind in KINDS if isinstance(data, Mapping) and kind in data]
         option = {"box": "normalized", "point": "radius", "scribble": "width"}.get(kinds[0], "") if kinds else ""
@@ -203,7 +188,7 @@ class Region(ABC):
         """The region clipped to the image, maybe with no area left."""
 
     def _coordinates(self) -> Any:
-        """Numbers that may have been meant as fractions of the image."""
+        """Numbers that may be fractions of the image."""
         return ()
 
     def __eq__(self, other: object) -> bool:
@@ -216,7 +201,7 @@ class Region(ABC):
         return f"<{self}>"
 
     def check(self, width: int, height: int, name: str = "region") -> "Region":
-        """Make sure that the region makes sense in an image, and return it; one partly outside is fine.
+        """Return the region if it makes sense in an image; one partly outside does.
 
         Raises:
             RegionError: It is empty, inverted, not finite, malformed, wholly outside, of another size, or looks
@@ -236,22 +221,15 @@ class Region(ABC):
     def coverage(self, y_edges: ArrayLike, x_edges: ArrayLike, width: int, height: int) -> NDArray[np.float32]:
         """Exact area (H, W) of the region, clipped to the image, inside each cell of a grid, in square pixels.
 
-        Args:
-            y_edges: (H + 1,) ascending lines between the rows of the grid, in pixels of the image.
-            x_edges: (W + 1,) ascending lines between its columns.
-            width: Width of the image in pixels.
-            height: Height of the image in pixels.
+        The grid is given by the ascending lines (H + 1,) and (W + 1,) between its cells, in pixels of the image.
         """
         rows, columns = (np.asarray(edges, np.float64) for edges in (y_edges, x_edges))
         return self._resolve(width, height).coverage(rows, columns).astype(np.float32)
 
     def pool_weights(self, frame: SquareFrame, grid_h: int, grid_w: int, name: str = "") -> NDArray[np.float32]:
-        """How much each cell of a feature grid over the padded image counts for the region. Paper: §3.1 (mask pooling).
+        """Weights (grid_h, grid_w), summing to 1, of a feature grid over the padded image. Paper: §3.1 (mask pooling).
 
-        With a ``name``, the region is checked as by :meth:`check`.
-
-        Returns:
-            (grid_h, grid_w) float32, summing to 1; a region thinner than a cell still has its full weight.
+        A region thinner than a cell still has its full weight. With a ``name``, it is checked as by :meth:`check`.
         """
         shape = self._resolve(frame.width, frame.height, name or "region", checked=bool(name))
         areas = shape.coverage(*frame.edges(grid_h, grid_w))

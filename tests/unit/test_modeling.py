@@ -169,7 +169,7 @@ def test_a_batch_may_hold_texts_without_image() -> None:
     ("change", "error", "words"),
     [
         (lambda i: i.pop("pixel_values"), DataError, "give pixel_values or vision_features"),
-        (lambda i: i["input_ids"].__setitem__((0, 1), 7), DataError, r"16 <image> tokens in this model; got \[15\]"),
+        (lambda i: i["input_ids"].__setitem__((0, 1), 7), DataError, r"16 <image> tokens here; got \[15\]"),
         (lambda i: i.pop("region_weights"), RegionError, "region_weights or region_ids is missing"),
         (lambda i: i.update(region_ids=torch.tensor([[0]])), RegionError, r"\[2\] tokens and \[1\] ids"),
         (lambda i: i.update(region_ids=torch.tensor([[0, 1, 2]])), RegionError, r"\[2\] tokens and \[3\] ids"),

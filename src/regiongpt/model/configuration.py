@@ -1,8 +1,4 @@
-"""Shape of a RegionGPT model: which tower, which refinement, which language model, and how they fit together.
-
-Every check that spans several fields is made where the configuration is built, so that a wrong combination fails
-before a single weight is allocated.
-"""
+"""Shape of a RegionGPT model: which tower, which refinement, which language model, and how they fit together."""
 
 from typing import Any, ClassVar
 
@@ -39,9 +35,11 @@ class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
     Args:
         variant: ``efficientnet-lite0`` to ``efficientnet-lite4``.
         image_size: side of the square input in pixels, a multiple of 32.
-        position_frequencies: number of sine and cosine wavelengths per axis (2, 1, 1/2, ... of the canvas) appended
-            as channels: a convolutional tower says little about where on the canvas a feature lies.
+        position_frequencies: number of sine and cosine wavelengths per axis appended as channels, since a convolutional
+            tower says little about where a feature lies.
     """
+
+    patch_size = 32
 
     model_type = "efficientnet_lite"
 
@@ -54,11 +52,6 @@ class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
         super().__post_init__(**kwargs)
         known = self.variant in EFFICIENTNET_LITE_CHANNELS
         _check("variant", self.variant, known, f"one of {', '.join(EFFICIENTNET_LITE_CHANNELS)}")
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels of the input per cell of the output, on each axis."""
-        return 32
 
     @property
     def hidden_size(self) -> int:
@@ -76,8 +69,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     """Shape of a RegionGPT model. Paper: §3.1.
 
     Args:
-        vision_config: the tower's configuration (object or dictionary with ``model_type``); CLIP ViT-L/14 at 336 pixels
-            when None.
+        vision_config: the tower's configuration or its fields; CLIP ViT-L/14 at 336 pixels when None.
         text_config: configuration of any ``AutoModelForCausalLM``; Llama when None.
         image_size: side of the square input in pixels; the tower's own when None.
         vision_feature_layer: which of the tower's hidden states to use, as an index; EfficientNet-Lite ignores it.
@@ -91,19 +83,17 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         region_number_offset: how many tokens before a region its number stands in the text, whose word embedding is
             added to the region's own; 0 adds none.
         image_marks: whether the word embedding of ``<image>`` is added to each image token's own.
-        region_position: length of a code of the region's place and size in the image that is added to its embedding;
-            0 adds none, as in the paper.
-        region_crop: whether a second look, the region's own crop through the same tower, may add to its features.
+        region_position: length of a code of the region's place and size that is added to its embedding.
+        region_crop: whether the region's own crop through the same tower may add to its features.
         initializer_range: standard deviation of freshly initialised weights.
 
     Raises:
-        ConfigError: for a tower, refinement, layer or size that does not exist or does not fit the rest.
+        ConfigError: a tower, refinement, layer or size does not exist or does not fit the rest.
     """
 
     model_type = "regiongpt"
     sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
-    # Types after validation; None and dictionaries are accepted as input.
     vision_config: Any = None
     text_config: Any = None
     image_size: int = None  # type: ignore[assignment]
@@ -176,7 +166,7 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def crop_channels(self) -> int:
-        """Channels of a region's own crop: the tower's, without those of the position, which say nothing there."""
+        """Channels of a region's own crop: the tower's without its position's."""
         return int(getattr(self.vision_config, "stage_channels", self.vision_config.hidden_size))
 
     @property
@@ -196,14 +186,12 @@ _CLIP_L_336 = {**_CLIP_L, "patch_size": 14, "image_size": 336, "projection_dim":
 
 
 def native_image_size(vision_config: Any) -> int:
-    """Side in pixels of the square input that a tower was made for, in whole patches.
-
-    SigLIP 2 towers take any size and state a number of patches instead.
-    """
-    if vision_config.model_type == EfficientNetLiteConfig.model_type:
-        return int(vision_config.image_size)
+    """Side in pixels of the square input that a tower was made for, in whole patches."""
     size, patch = getattr(vision_config, "image_size", None), int(vision_config.patch_size)
-    return (int(size) // patch if size is not None else int(vision_config.num_patches**0.5)) * patch
+    if vision_config.model_type == EfficientNetLiteConfig.model_type:
+        return int(vision_config.image_size)  # one that is no multiple is refused
+    # SigLIP 2 takes any size and states a number of patches instead.
+    return (int(vision_config.num_patches**0.5) if size is None else int(size) // patch) * patch
 
 
 def _check(name: str, value: Any, holds: bool, wanted: str) -> None:

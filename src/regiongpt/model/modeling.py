@@ -41,9 +41,8 @@ _VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_i
 class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
     """EfficientNet-Lite without its head, its three coarsest stages side by side on the stride-32 grid.
 
-    Finer stages are laid out as channels, and fixed sines and cosines of the position appended. The stages differ in
-    scale by an order of magnitude, so each channel is standardised by the buffers ``mean`` and ``std``, which a recipe
-    measures once on its training images.
+    Finer stages are laid out as channels, and sines and cosines of the position appended. The stages differ in scale,
+    so each channel is standardised by the buffers ``mean`` and ``std``, which a recipe measures on its training images.
     """
 
     config_class = EfficientNetLiteConfig
@@ -86,10 +85,9 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
             if index == self.last_stride16:
                 stride16_BCHW = F.pixel_unshuffle(x, 2)
         stages_BCHW = torch.cat([x, stride16_BCHW, stride8_BCHW], dim=1)
-        maps = [(stages_BCHW - self.mean[:, None, None]) / self.std[:, None, None]]
-        if self.config.position_frequencies:
-            maps.append(_position_channels(self.config.position_frequencies, x))
-        return BaseModelOutput(last_hidden_state=torch.cat(maps, dim=1))
+        stages_BCHW = (stages_BCHW - self.mean[:, None, None]) / self.std[:, None, None]
+        waves_BCHW = _position_channels(self.config.position_frequencies, x)
+        return BaseModelOutput(last_hidden_state=torch.cat([stages_BCHW, waves_BCHW], dim=1))
 
 
 def _position_channels(frequencies: int, like_BCHW: Tensor) -> Tensor:
@@ -116,27 +114,18 @@ def tower_features(model: Any, pixel_values: Tensor, layer: int = -2) -> Tensor:
         return model(pixel_values).last_hidden_state  # type: ignore[no-any-return]
     patch = config.patch_size
     rows, columns = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
-    if config.model_type == "siglip2_vision_model":
-        output = model(**_siglip2_inputs(pixel_values, patch, rows, columns), output_hidden_states=True)
-    elif config.model_type.startswith("dinov2"):
-        output = model(pixel_values, output_hidden_states=True)
-    else:
-        resized = pixel_values.shape[-1] != config.image_size
-        output = model(pixel_values, interpolate_pos_encoding=resized, output_hidden_states=True)
+    inputs: dict[str, Any] = {"pixel_values": pixel_values}
+    if config.model_type == "siglip2_vision_model":  # takes flattened patches: an image is one full, unmasked sequence
+        batch, channels = pixel_values.shape[:2]
+        patches = pixel_values.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+        inputs["pixel_values"] = patches.reshape(batch, rows * columns, patch * patch * channels)
+        inputs["pixel_attention_mask"] = torch.ones(batch, rows * columns, dtype=torch.long, device=model.device)
+        inputs["spatial_shapes"] = torch.tensor([[rows, columns]] * batch, device=model.device)
+    elif not config.model_type.startswith("dinov2"):
+        inputs["interpolate_pos_encoding"] = pixel_values.shape[-1] != config.image_size
     # Patch tokens come last in every tower that has class or register tokens.
-    tokens_BNC = output.hidden_states[layer][:, -rows * columns :]
+    tokens_BNC = model(**inputs, output_hidden_states=True).hidden_states[layer][:, -rows * columns :]
     return tokens_BNC.transpose(1, 2).unflatten(2, (rows, columns))  # type: ignore[no-any-return]
-
-
-def _siglip2_inputs(pixel_values: Tensor, patch: int, rows: int, columns: int) -> dict[str, Tensor]:
-    """SigLIP 2 takes rows of flattened patches with their shape: a square image is one full, unmasked such sequence."""
-    batch, channels = pixel_values.shape[:2]
-    patches = pixel_values.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
-    return {
-        "pixel_values": patches.reshape(batch, rows * columns, patch * patch * channels),
-        "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.long, device=pixel_values.device),
-        "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=pixel_values.device),
-    }
 
 
 class Deconvolution(nn.ConvTranspose2d):
@@ -187,8 +176,8 @@ class Refinement(nn.Module):
     def pool_regions(self, map_BChw: Tensor, weights_BRHW: Tensor, crops: Tensor | None = None) -> Tensor:
         """Average what ``forward`` returned over each region: (B, R, C). Paper: §3.1, mask pooling.
 
-        Weights (B, R, H, W) on the refined grid sum to 1 for each region; rows of zeros give zeros. To that comes what
-        ``crops``, the features of the regions' own crops, say; one row may be for several rows of weights.
+        Weights (B, R, H, W) sum to 1 for each region; rows of zeros give zeros. ``crops``, the features of the regions'
+        own crops, are added; one row may be for several rows of weights.
         """
         if self.bilinear_scale > 1:
             up_Hh, up_Ww = (upsampling_matrix(n, self.bilinear_scale, map_BChw.device) for n in map_BChw.shape[-2:])
@@ -231,8 +220,8 @@ def _as_matrix(linear: Callable[[Tensor], Tensor], cells: int, device: torch.dev
 class Connector(nn.Module):
     """Two-layer perceptron from visual features to word embeddings, one for image and regions. Paper: §3.1.
 
-    Each input channel is first standardised by the buffers ``mean`` and ``std``, 0 and 1 unless a recipe measured them:
-    refined features are all positive, and what they have in common would outgrow what tells them apart.
+    Input channels are first standardised by ``mean`` and ``std``, 0 and 1 unless a recipe measured them: refined
+    features are all positive, and what they have in common would outgrow what tells them apart.
     """
 
     def __init__(self, config: RegionGPTConfig) -> None:
@@ -270,11 +259,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     def __init__(self, config: RegionGPTConfig) -> None:
         super().__init__(config)
         self.num_image_tokens = config.num_image_tokens
-        """How many ``<image>`` tokens one image takes."""
         self.features_shape = (int(config.vision_config.hidden_size), *config.tower_grid)
-        """C, H, W of what ``encode_image`` returns."""
         self.weights_grid = config.weights_grid
-        """Rows and columns of region weights."""
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.refinement = Refinement(config)
         self.connector = Connector(config)
@@ -287,7 +273,6 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         super()._init_weights(module)
         if isinstance(module, Deconvolution):
             # The four cells begin alike, and orthogonal: the map begins as an upsampling that keeps what the tower saw.
-            # Four different random kernels would make a region's mean, over many cells, say next to nothing.
             kernel = module.weight.new_empty(module.weight.shape[:2], dtype=torch.float32)
             init.orthogonal_(kernel, gain=2**0.5)
             init.copy_(module.weight, kernel[:, :, None, None].expand_as(module.weight))
@@ -322,13 +307,13 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         self.language_model.set_output_embeddings(value)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Run the frozen tower, whose output any number of questions can share: (B, 3, S, S) to (B, C, H, W)."""
+        """Run the frozen tower: (B, 3, S, S) to (B, C, H, W)."""
         return tower_features(self.vision_tower, pixel_values, self.config.vision_feature_layer)
 
     def encode_crops(self, crops: Tensor) -> Tensor:
         """Features (B, R, C) of regions' own crops (B, R, 3, S, S): the mean of the frozen tower's grid over each.
 
-        A crop of zeros was left out, and its features are zeros. What is (B, R, C) already stays as it is.
+        A crop of zeros has features of zeros. What is (B, R, C) already stays as it is.
         """
         if not self.config.region_crop:
             raise ConfigError("region_crops: this model was made without region_crop; leave them out")
@@ -382,10 +367,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return cells_BND
 
     def add_numbers(self, features_KD: Tensor, input_ids: Tensor) -> Tensor:
-        """Add the word embeddings of their numbers to the embeddings of regions, if this model's regions carry them.
-
-        ``features_KD`` are of the last K ``<region>`` tokens of ``input_ids``, in reading order.
-        """
+        """Add their numbers' word embeddings, if this model does, to embeddings of the last K regions of the ids."""
         if not self.config.region_number_offset:
             return features_KD
         numbers = number_ids(input_ids, self.config.region_token_id, self.config.region_number_offset)
@@ -402,16 +384,14 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         continues: bool = False,
         region_crops: Tensor | None = None,
     ) -> Tensor:
-        """Embed the tokens and put visual embeddings in place of placeholders: (B, T, D).
+        """Embed the inputs of :meth:`forward`, with visual embeddings in place of placeholders: (B, T, D).
 
-        Inputs are those of :meth:`forward`. If the sequences continue cached ones (``continues``), ``region_ids``
-        may begin with regions already seen, and without an image placeholders stay words.
+        If the sequences continue cached ones, ``region_ids`` may begin with regions already seen, and without an image
+        placeholders stay words.
         """
         embeds: Tensor = self.get_input_embeddings()(input_ids)
-        image_BT, region_BT = (
-            torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
-            for token in (self.config.image_token_id, self.config.region_token_id)
-        )
+        image_id, region_id = self.config.image_token_id, self.config.region_token_id
+        image_BT, region_BT = (input_ids == (-1 if token is None else token) for token in (image_id, region_id))
         has_image, has_region = bool(image_BT.any()), bool(region_BT.any())
         if vision_features is None and pixel_values is not None and (has_image or has_region):
             vision_features = self.encode_image(pixel_values)
@@ -421,12 +401,10 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             raise DataError("the text has <image> or <region> tokens; give pixel_values or vision_features")
         refined = self.refine(vision_features)
         if has_image:
-            images = image_BT.sum(1)
-            if bool(((images != 0) & (images != self.num_image_tokens)).any()):
-                raise DataError(
-                    f"an image takes {self.num_image_tokens} <image> tokens in this model; got {images.tolist()}"
-                )
-            features = self.image_features(refined)[images > 0]
+            tokens = image_BT.sum(1)
+            if not set(tokens.tolist()) <= {0, self.num_image_tokens}:
+                raise DataError(f"an image takes {self.num_image_tokens} <image> tokens here; got {tokens.tolist()}")
+            features = self.image_features(refined)[tokens > 0]
             embeds = embeds.masked_scatter(image_BT[..., None], features.to(embeds.dtype))
         if has_region:
             if region_weights is None or region_ids is None:
@@ -469,36 +447,23 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             inputs_embeds: (B, T, D) from ``embed``, in place of ``input_ids`` and all visual inputs.
             position_ids: (B, T).
             cache: the language model's cache; ``past_key_values`` is its older name.
-            logits_to_keep: without labels, the last positions (a number) or the positions (a tensor) whose logits are
-                wanted; 0 for all.
-            num_items_in_batch: targets in the whole optimiser step, over micro-batches and ranks, by which the sum of
-                this batch's losses is divided; by default, this batch's own number.
+            logits_to_keep: without labels, as in transformers.
+            num_items_in_batch: targets in the whole optimiser step, by which the sum of this batch's losses is divided;
+                by default, this batch's own number.
             loss_only: compute the head at target positions alone and return no logits.
             past_key_values: see ``cache``.
-            region_crops: for a second look, regions' own crops (B, R, 3, S, S), or (B, R, C) from ``encode_crops``;
-                rows of zeros are left out.
+            region_crops: regions' own crops (B, R, 3, S, S), or (B, R, C) from ``encode_crops``; zeros are left out.
             **kwargs: passed on to the language model.
 
         Returns:
             ``loss`` if there are labels, with each target's in the attribute ``target_losses``; ``logits`` unless
             ``loss_only``; the cache, ``hidden_states`` and ``attentions`` as asked for.
-
-        Raises:
-            DataError: image tokens and image features differ in number.
-            RegionError: region tokens and region ids differ in number.
         """
         cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             continues = cache is not None and cache.get_seq_length() > 0
-            inputs_embeds = self.embed(
-                cast(Tensor, input_ids),
-                pixel_values,
-                vision_features,
-                region_weights,
-                region_ids,
-                continues,
-                region_crops,
-            )
+            seen = (pixel_values, vision_features, region_weights, region_ids)
+            inputs_embeds = self.embed(cast(Tensor, input_ids), *seen, continues, region_crops)
         call = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -566,8 +531,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 def position_code(boxes: Tensor, width: int) -> Tensor:
     """A code (..., width) of length 1 for boxes (..., 4): x0, y0, x1, y1 as shares of the image's width and height.
 
-    Sines and cosines, at wavelengths 2, 1, 1/2 and 1/4, of the centre, width, height and the logarithm of the area,
-    over and over: averaged pooled features do not tell where in the image they were.
+    Sines and cosines, at wavelengths 2, 1, 1/2 and 1/4, of the centre, width, height and the logarithm of the area.
     """
     x0, y0, x1, y1 = boxes.unbind(-1)
     area = 1 + ((x1 - x0) * (y1 - y0)).clamp_min(1e-4).log() / math.log(1e4)
@@ -601,10 +565,8 @@ def _region_rows(region_BT: Tensor, region_ids: Tensor, regions: int, continues:
         raise RegionError(
             f"every <region> token needs one region id; got {tokens.tolist()} tokens and {given.tolist()} ids"
         )
-    if int(region_ids.max()) >= regions:
-        raise RegionError(
-            f"region_ids must name rows of region_weights, 0 to {regions - 1}; got {int(region_ids.max())}"
-        )
+    if (most := int(region_ids.max())) >= regions:
+        raise RegionError(f"region_ids must name rows of region_weights, 0 to {regions - 1}; got {most}")
     # After a cached beginning, only the last ids belong to the tokens at hand.
     order_BT = region_BT.cumsum(1) - 1 + (given - tokens)[:, None]
     owners, places = region_BT.nonzero(as_tuple=True)

@@ -25,7 +25,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from regiongpt.errors import ConfigError, DataError, RegionError, short
+from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.images import SquareFrame, load_image
 from regiongpt.prompts import (
     CHAT_TEMPLATES,
@@ -83,22 +83,19 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     """Image processor, tokenizer and chat template of one checkpoint, plus the grid that regions are pooled on.
 
     Args:
-        image_processor: a transformers image processor that makes S x S pixels of a square image.
-        tokenizer: a fast transformers tokenizer that knows ``<image>`` and ``<region>`` (:func:`prepare_tokenizer`).
+        image_processor: makes S x S pixels of a square image.
+        tokenizer: a fast tokenizer that :func:`prepare_tokenizer` has given its tokens.
         image_size: S, pixels.
         num_image_tokens: how many tokens the whole image becomes.
         refined_grid: ``[gh, gw]``, the grid of the refined feature map.
         region_format: what each ``<regionN>`` becomes in the text, ``{n}`` being its number; the region's embedding
             replaces the one ``<region>`` in it.
         pad_fill: ``[r, g, b]``, 0 to 255, for the padding around the image; the image processor's mean by default.
-        chat_template: a key of :data:`regiongpt.prompts.CHAT_TEMPLATES`, or jinja with ``generation`` blocks. By
-            default that of the tokenizer's family.
+        chat_template: a key of :data:`regiongpt.prompts.CHAT_TEMPLATES`, by default the tokenizer's family's, or jinja
+            with ``generation`` blocks.
         region_grid: side of the square grid of embeddings that a region becomes; 1 in the paper.
         region_boxes: put each region's box below its weights, for a model with ``region_position``.
         crop_size: side in pixels of a region's own crop, for a model with ``region_crop``; 0 for any other.
-
-    Raises:
-        ConfigError: the tokenizer lacks a token, or ``region_format`` is wrong.
 
     Paper: §3.1, §3.2
     """
@@ -196,17 +193,11 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return self.image_processor(square, return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
 
     def region_inputs(self, regions: Sequence[Any], width: int, height: int, first: int = 1) -> torch.Tensor:
-        """Pooling weights of regions on the refined grid of an image of that size in pixels. Paper: §3.1.
+        """Pooling weights (R, gh, gw) of regions on the refined grid of an original image of that size. Paper: §3.1.
 
-        Args:
-            regions: whatever :meth:`Region.of` takes, in pixels of the original image.
-            width: of the original image.
-            height: of the original image.
-            first: number of the first region, for messages, which name regions ``<regionN>``.
-
-        Returns:
-            (R, gh, gw) float32, as many rows a region as it takes tokens, each summing to 1. With ``region_boxes`` one
-            row more, which begins with the box: x0, y0, x1, y1 as shares of the image's width and height.
+        As many of them a region as it takes tokens, each summing to 1. With ``region_boxes`` there is one row more,
+        which begins with the box: x0, y0, x1, y1 as shares of the image's width and height. Messages number regions
+        from ``first`` on.
         """
         frame, (rows, columns) = SquareFrame(width, height), self.refined_grid
         weights, boxes = (np.zeros((len(regions), each, columns), np.float32) for each in (rows, 1))
@@ -223,12 +214,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return torch.from_numpy(weights)
 
     def crop_inputs(self, picture: Image.Image, regions: Sequence[Any]) -> torch.Tensor:
-        """Pixels of regions' own crops (R, 3, s, s): squares 1.25 times as long as they, inside the padded image.
-
-        Args:
-            picture: an image read by :func:`regiongpt.images.load_image`.
-            regions: regions that fit the image, in pixels.
-        """
+        """Pixels of regions' own crops (R, 3, s, s): squares 1.25 times as long as they, inside the padded image."""
         small, fill, crops = _small_enough(picture), (self.pad_fill[0], self.pad_fill[1], self.pad_fill[2]), []
         frame = SquareFrame(*small.size)
         for region in regions:
@@ -249,7 +235,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return processed["pixel_values"]  # type: ignore[no-any-return]
 
     def check_detail(self, detail: str) -> None:
-        """Raise ConfigError for an unknown detail, or one that the model does not support."""
+        """Raise ConfigError for a detail that is unknown, or that the model does not support."""
         if detail not in ("fast", "careful"):
             raise ConfigError(f"expected detail 'fast' or 'careful', got {short(detail)}")
         if detail == "careful" and not self.crop_size:
@@ -274,9 +260,9 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             messages: turns with ``role`` (an optional ``system`` first, then ``user`` and ``assistant`` by turns) and
                 ``content``, a string or transformers' list of parts. Special tokens in the content count as plain text.
             image: as for :func:`load_image`; None where its features are supplied to the model directly.
-            regions: as for :meth:`region_inputs`. They need ``image`` or ``image_size``.
+            regions: whatever :meth:`Region.of` takes. They need ``image`` or ``image_size``.
             image_size: (width, height) of the original image, pixels, where ``image`` is not given.
-            region_weights: (R, gh, gw), in place of ``regions``, as :meth:`region_inputs` makes them.
+            region_weights: in place of ``regions``, as :meth:`region_inputs` makes them.
             add_generation_prompt: end where the assistant's answer begins. Unknown placeholders in earlier *answers*
                 are then plain text: the model wrote them.
             with_image: False for text without an image.
@@ -284,7 +270,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             **variables: of the chat template.
 
         Returns:
-            ``input_ids`` (T,); ``labels`` (T,), -100 outside of responses and their ends of turn (absent with
+            ``input_ids`` (T,); ``labels`` (T,), -100 outside of responses and their ends of turn (without
             ``add_generation_prompt``); ``region_ids`` (K,); ``region_weights`` (R, gh, gw); ``pixel_values`` (3, S, S)
             if ``image`` was given; ``warnings``, a line for each region never mentioned.
 
@@ -323,20 +309,12 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return encoded
 
     def collate(self, encoded: Sequence[Mapping[str, Any]], padding_side: str = "right") -> BatchFeature:
-        """Batch conversations of different lengths and numbers of regions.
+        """Batch what :meth:`encode_conversation` returned, padded on the right to train, on the ``"left"`` to generate.
 
-        Args:
-            encoded: what :meth:`encode_conversation` returned; ``vision_features`` (C, h, w) may have been added.
-            padding_side: ``"right"`` to train, ``"left"`` to generate.
-
-        Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` (-100 in the padding), all (B, T) int64; ``region_weights``
-            (B, R, gh, gw), rows of zeros in the padding, and ``region_ids`` (B, K), -1 in the padding;
-            ``region_crops``, zeros where an item has none; ``pixel_values`` or ``vision_features``. What no item has is
-            absent.
+        ``vision_features`` (C, h, w) may have been added. Padding is -100 in ``labels``, -1 in ``region_ids``, rows of
+        zeros in ``region_weights`` and ``region_crops``. What no item has is absent.
         """
-        pad_id = self.tokenizer.pad_token_id
-        fill = {"input_ids": self.tokenizer.eos_token_id if pad_id is None else pad_id, "labels": IGNORED}
+        fill = {"input_ids": self.tokenizer.pad_token_id or 0, "labels": IGNORED}
         columns = {
             name: pad_sequence([item[name] for item in encoded], True, value, padding_side)
             for name, value in fill.items()
@@ -380,20 +358,16 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
         Args:
             conversation: messages as for :meth:`encode_conversation`, or a list of such conversations.
-            add_generation_prompt: as there, and so is ``with_image``.
+            add_generation_prompt: as there, and so are ``with_image`` and all other options.
             tokenize: return tensors rather than text with ``<image>`` and ``<regionN>`` in place.
-            return_dict: return all of the model's inputs rather than ``input_ids`` alone; they are padded on the left
-                for prompts and on the right for whole conversations.
-            return_tensors: ``"pt"``, all there is.
+            return_dict: return all of the model's inputs rather than ``input_ids`` alone.
+            return_tensors: tensors are always PyTorch's.
             images: the image of a conversation, for a batch a list of them; by default those in the messages' parts.
             regions: the regions of a conversation, for a batch a list of such lists.
             with_image: see above.
-            **options: ``detail`` and the variables of the chat template, as there.
+            **options: see above.
         """
-        if not isinstance(conversation, Sequence) or return_tensors != "pt":
-            got = f"{short(conversation)} and return_tensors={return_tensors!r}"
-            raise DataError(f"expected a conversation as a list of messages and return_tensors='pt', got {got}")
-        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
+        batched = isinstance(conversation, Sequence) and bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations: list[Any] = list(conversation) if batched else [conversation]
         if not tokenize:
             turns = [self._turns(messages, with_image) for messages in conversations]
@@ -408,22 +382,15 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         if not all(hasattr(each, "__len__") and len(each) == len(conversations) for each in (images, regions)):
             raise DataError(f"expected a list of images or regions for each of {len(conversations)} conversations")
         items = []
+        options |= {"add_generation_prompt": add_generation_prompt, "with_image": with_image}
         for messages, picture, own in zip(conversations, images, regions, strict=True):
             pictures = picture if isinstance(picture, list | tuple) else [picture]  # transformers nests lists
             if len(pictures) > 1:
                 raise DataError(f"expected one image a conversation, got {len(pictures)}")
-            items.append(
-                self.encode_conversation(
-                    messages,
-                    pictures[0] if pictures else None,
-                    None if own is None else Region.list_of(own),
-                    add_generation_prompt=add_generation_prompt,
-                    with_image=with_image,
-                    **options,
-                )
-            )
-        for note in (note for item in items for note in item.pop("warnings")):
-            warnings.warn(note, stacklevel=2)
+            found = None if own is None else Region.list_of(own)
+            items.append(self.encode_conversation(messages, pictures[0] if pictures else None, found, **options))
+            for note in items[-1].pop("warnings"):
+                warnings.warn(note, stacklevel=2)
         batch = self.collate(items, "left" if add_generation_prompt else "right")
         batch.pop("labels", None)
         return batch if return_dict else batch["input_ids"]
@@ -446,7 +413,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return re.compile("|".join(map(re.escape, breakable)), flags)
 
     def _turns(self, messages: Messages, with_image: bool, forgive_beyond: int | None = None) -> list[dict[str, str]]:
-        """Check the order of turns and make each a string, with ``<image>`` before the first question.
+        """Turns in order, their contents as strings, with ``<image>`` before the first question.
 
         In the assistant's turns, placeholders beyond ``forgive_beyond`` and malformed ones are plain text.
         """
@@ -508,8 +475,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         ids: list[int] = begun + encoding["input_ids"]
         cut = len(text) - len(rest)
         places = [(0, cut)] * len(begun) + [(start + cut, end + cut) for start, end in encoding["offset_mapping"]]
-        if ids.count(self.region_token_id) != len(region_ids):
-            raise RegionError(f"expected {len(region_ids)} region tokens, got {ids.count(self.region_token_id)}")
         # An embedding stands in place of these, which no word can predict. Expanding them in ids rather than in text
         # spares the tokenizer some hundred placeholders.
         counts = {self.image_token_id: self.num_image_tokens, self.region_token_id: self.tokens_per_region}

@@ -50,10 +50,7 @@ def load(
 ) -> Loaded:
     """Load a checkpoint folder, or the shipped nano model, in evaluation mode, with its processor.
 
-    Args:
-        path: the folder; nano when None.
-        device: where to put the model; the CPU when None.
-        dtype: dtype of the weights in memory; None keeps the stored one.
+    By default it goes to the CPU, in the dtype that is stored.
 
     Raises:
         CheckpointError: a file is missing, torn or of the wrong kind, or the weights are not exactly the finite
@@ -64,9 +61,7 @@ def load(
     with reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
-        raise CheckpointError(
-            f"{folder}: expected a RegionGPT checkpoint, got model_type {config.model_type!r} in config.json"
-        )
+        raise CheckpointError(f"{folder}: expected a RegionGPT checkpoint, got model_type {config.model_type!r}")
     model = _pretrained(RegionGPTForConditionalGeneration, folder, config=config, dtype=dtype, local_files_only=True)
     with reading(f"the processor of {folder}"):
         processor = RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
@@ -96,13 +91,9 @@ def create(
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
         region_format: as in :class:`RegionGPTProcessor`, and so is ``region_grid``.
         region_grid: see above.
-        region_numbers: add the word embedding of a region's number, which stands before the region in
-            ``region_format``, to the region's own.
-        dtype: dtype of all weights; None takes that of the stored language model.
+        region_numbers: add the word embedding of a region's number, which stands before it, to the region's own.
+        dtype: of all weights; None takes that of the stored language model.
         **shape: other fields of :class:`RegionGPTConfig`.
-
-    Returns:
-        The model in evaluation mode, and its processor.
 
     Raises:
         CheckpointError: a part cannot be read or lacks weights, or the tokenizer does not fit the language model.
@@ -162,18 +153,11 @@ def from_llava(
     setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
     language_model.set_output_embeddings(llava.lm_head)
     tower = llava.model.vision_tower
-    model, processor = _join(
-        tower,
-        language_model,
-        _image_processor(native_image_size(tower.config), str(path)),
-        path,
-        chat_template,
-        {"region_format": region_format},
-        vision_feature_layer=source.vision_feature_layer,
-        refinement=refinement,
-        image_grid=image_grid,
-        projector_hidden_act=source.projector_hidden_act,
-    )
+    image_processor = _image_processor(native_image_size(tower.config), str(path))
+    shape = {"vision_feature_layer": source.vision_feature_layer, "projector_hidden_act": source.projector_hidden_act}
+    shape |= {"refinement": refinement, "image_grid": image_grid}
+    processing = {"region_format": region_format}
+    model, processor = _join(tower, language_model, image_processor, path, chat_template, processing, **shape)
     with torch.no_grad():
         for name in ("linear_1", "linear_2"):
             ours, theirs = getattr(model.connector, name), getattr(llava.model.multi_modal_projector, name)
@@ -184,23 +168,14 @@ def from_llava(
 
 
 def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
-    """Rewrite a checkpoint with its weights stored in another precision, to be loaded in float32 as before.
-
-    ``torch.float16`` and ``torch.bfloat16`` halve the size of a float32 checkpoint. Returns the model as it will be
-    loaded, and its processor.
-    """
+    """Rewrite a checkpoint with its weights stored in another precision, to be loaded in float32 as before."""
     check_new(out)
     _save(*load(path, dtype=dtype), out, loaded_in="float32")  # half precision is slow on a CPU
     return load(out)
 
 
 def load_tower(vision: str, image_size: int | None = None) -> tuple[Any, Any]:
-    """A vision tower with its trained weights, and the image processor with its normalisation.
-
-    Raises:
-        CheckpointError: it cannot be read, lacks weights, or its package is not installed.
-        ConfigError: the size does not fit the tower.
-    """
+    """A vision tower with its trained weights, and the image processor with its normalisation."""
     if vision in EFFICIENTNET_LITE_CHANNELS:
         size = image_size or EfficientNetLiteConfig().image_size
         return _efficientnet_lite(vision, size), _image_processor(size)
@@ -254,9 +229,7 @@ def _join(
         tokenizer = AutoTokenizer.from_pretrained(source)
     embeddings = language_model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
-        raise CheckpointError(
-            f"{source}: tokenizer and model do not fit: {len(tokenizer)} tokens for {embeddings} embeddings"
-        )
+        raise CheckpointError(f"{source}: {len(tokenizer)} tokens do not fit {embeddings} embeddings")
     family = chat_template or template_family(tokenizer)
     prepare_tokenizer(tokenizer, family)
     if len(tokenizer) > embeddings:  # a vocabulary padded beyond its tokenizer keeps its size
