@@ -33,7 +33,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Args:
         source: A path, the bytes of an image file, a binary file object, a PIL image, an array of dtype uint8 or uint16
-            and shape (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA, or such a tensor, maybe channels first.
+            and shape (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA.
 
     Raises:
         DataError: The source is missing, not an image, truncated, empty, of more than :data:`MAX_PIXELS` pixels, or
@@ -50,10 +50,6 @@ def load_image(source: ImageSource) -> Image.Image:
 
 def open_image(source: ImageSource) -> tuple[str, Image.Image]:
     """Read an image with the pixels that are stored, of any mode, and what messages call it."""
-    if hasattr(source, "permute"):  # a tensor, recognized without importing torch
-        tensor: Any = source
-        first = tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4) and tensor.shape[2] not in (1, 3, 4)
-        source = (tensor.permute(1, 2, 0) if first else tensor).detach().cpu().numpy()
     if isinstance(source, np.ndarray):
         return "image array", _from_array(source)
     data = b""

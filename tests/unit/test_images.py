@@ -7,7 +7,6 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -245,11 +244,3 @@ def test_the_frame_moves_image_and_grid_together(width, height):
     assert (square[~rows] == (1, 2, 3)).all()
     assert rows.sum() == height
     assert columns.sum() == width
-
-
-def test_tensors_are_read_as_arrays_are_with_channels_first_or_last():
-    array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    for tensor in (torch.tensor(array), torch.tensor(array).permute(2, 0, 1)):
-        assert np.array_equal(np.asarray(load_image(tensor)), array)
-    with pytest.raises(DataError, match="float32, whose white may be 1 or 255"):
-        load_image(torch.rand(3, 5, 7))

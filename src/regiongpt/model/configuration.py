@@ -47,12 +47,6 @@ class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
     image_size: int = 448
     position_frequencies: int = 4
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Check that there is such a variant."""
-        super().__post_init__(**kwargs)
-        known = self.variant in EFFICIENTNET_LITE_CHANNELS
-        _check("variant", self.variant, known, f"one of {', '.join(EFFICIENTNET_LITE_CHANNELS)}")
-
     @property
     def hidden_size(self) -> int:
         """Channels of the output: the stages, then the position."""
@@ -131,9 +125,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         most = list(self.refined_grid)
         fits = len(self.image_grid) == 2 and all(1 <= n <= m for n, m in zip(self.image_grid, most, strict=True))
         _check("image_grid", self.image_grid, fits, f"two numbers up to the refined grid {most}")
-        _check("region_position", self.region_position, self.region_position >= 0, "at least 0")
-        fits = not self.region_position or most[1] >= 4
-        _check("region_position", self.region_position, fits, f"0 on a refined grid of {most[1]} columns, under 4")
+        fits = self.region_position == 0 or (self.region_position > 0 and most[1] >= 4)
+        _check("region_position", self.region_position, fits, f"at least 0, and 0 on a grid under 4 columns, as {most}")
         layers = getattr(tower, "num_hidden_layers", abs(self.vision_feature_layer))
         fits = -layers - 1 <= self.vision_feature_layer <= layers
         _check("vision_feature_layer", self.vision_feature_layer, fits, f"between {-layers - 1} and {layers}")

@@ -25,20 +25,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from regiongpt import prompts
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.images import SquareFrame, load_image
-from regiongpt.prompts import (
-    CHAT_TEMPLATES,
-    CONTROL_TOKENS,
-    IMAGE_TOKEN,
-    PLACEHOLDER,
-    REGION_TOKEN,
-    check_placeholders,
-    check_text,
-    placeholders,
-    replace_placeholders,
-    template_family,
-)
+from regiongpt.prompts import CHAT_TEMPLATES, CONTROL_TOKENS, IMAGE_TOKEN, REGION_TOKEN
 from regiongpt.regions import Region
 
 Messages = Sequence[Mapping[str, Any]]
@@ -134,7 +124,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         self.image_token, self.region_token = IMAGE_TOKEN, REGION_TOKEN
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         self.region_token_id = int(tokenizer.convert_tokens_to_ids(REGION_TOKEN))
-        template = chat_template or template_family(tokenizer)
+        template = chat_template or prompts.template_family(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=CHAT_TEMPLATES.get(template, template))
 
     @classmethod
@@ -187,10 +177,12 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     def pixels_of(self, picture: Image.Image) -> torch.Tensor:
         """The tower's input (1, 3, S, S): an image that ``load_image`` has read, padded to a square. Paper: §4."""
-        picture = _small_enough(picture)
-        red, green, blue = self.pad_fill
-        square = SquareFrame(*picture.size).pad(picture, fill=(red, green, blue))
+        square = self._square(_small_enough(picture))
         return self.image_processor(square, return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
+
+    def _square(self, picture: Image.Image) -> Image.Image:
+        red, green, blue = self.pad_fill
+        return SquareFrame(*picture.size).pad(picture, fill=(red, green, blue))
 
     def region_inputs(self, regions: Sequence[Any], width: int, height: int, first: int = 1) -> torch.Tensor:
         """Pooling weights (R, gh, gw) of regions on the refined grid of an original image of that size. Paper: §3.1.
@@ -215,19 +207,16 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     def crop_inputs(self, picture: Image.Image, regions: Sequence[Any]) -> torch.Tensor:
         """Pixels of regions' own crops (R, 3, s, s): squares 1.25 times as long as they, inside the padded image."""
-        small, fill, crops = _small_enough(picture), (self.pad_fill[0], self.pad_fill[1], self.pad_fill[2]), []
-        frame = SquareFrame(*small.size)
+        small, crops = _small_enough(picture), []
+        frame, square = SquareFrame(*small.size), self._square(small)
         for region in regions:
             bounds = np.multiply(Region.of(region).bounds(*picture.size), small.width / picture.width)
             side = min(frame.side, max(1, round(1.25 * float(max(bounds[2:] - bounds[:2])))))
-            most = frame.side - side
             x, y = (
-                min(max(round((low + high - side) / 2), -gap), most - gap)
+                min(max(round((low + high - side) / 2) + gap, 0), frame.side - side)
                 for low, high, gap in zip(bounds[:2].tolist(), bounds[2:].tolist(), frame.offset, strict=True)
             )
-            inside = (max(x, 0), max(y, 0), min(x + side, small.width), min(y + side, small.height))
-            crop = Image.new("RGB", (side, side), fill)
-            crop.paste(small.crop(inside), (inside[0] - x, inside[1] - y))
+            crop = square.crop((x, y, x + side, y + side))
             crops.append(crop.resize((self.crop_size, self.crop_size), self.image_processor.resample))
         if not crops:
             return torch.zeros(0, 3, self.crop_size, self.crop_size)
@@ -289,7 +278,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             region_weights = self.region_inputs(regions, *(image_size or (1, 1)))
         n_regions = len(region_weights) // self.tokens_per_region
         turns = self._turns(messages, with_image, n_regions if add_generation_prompt else None)
-        notes = check_placeholders([turn["content"] for turn in turns], n_regions)
+        notes = prompts.check_placeholders([turn["content"] for turn in turns], n_regions)
         region_ids: list[int] = []
         for turn in turns:
             turn["content"], named = expand_regions(turn["content"], self.region_format)
@@ -343,55 +332,49 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
     def apply_chat_template(
         self,
-        conversation: Messages | Sequence[Messages],
+        conversation: Messages,
         *,
-        add_generation_prompt: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
         return_tensors: str = "pt",
         images: Any = None,
         regions: Any = None,
+        add_generation_prompt: bool = False,
         with_image: bool = True,
         **options: Any,
     ) -> Any:
-        """Render one conversation or a batch of them, and encode it if ``tokenize``.
+        """Render a conversation, and encode it if ``tokenize``. For a batch, :meth:`collate` encoded conversations.
 
         Args:
-            conversation: messages as for :meth:`encode_conversation`, or a list of such conversations.
-            add_generation_prompt: as there, and so are ``with_image`` and all other options.
+            conversation: messages as for :meth:`encode_conversation`.
             tokenize: return tensors rather than text with ``<image>`` and ``<regionN>`` in place.
             return_dict: return all of the model's inputs rather than ``input_ids`` alone.
             return_tensors: tensors are always PyTorch's.
-            images: the image of a conversation, for a batch a list of them; by default those in the messages' parts.
-            regions: the regions of a conversation, for a batch a list of such lists.
+            images: the image, maybe in a list; by default that in the messages' parts.
+            regions: as for :meth:`Region.list_of`.
+            add_generation_prompt: as for :meth:`encode_conversation`, and so are all other options.
             with_image: see above.
             **options: see above.
         """
-        batched = isinstance(conversation, Sequence) and bool(conversation) and not isinstance(conversation[0], Mapping)
-        conversations: list[Any] = list(conversation) if batched else [conversation]
         if not tokenize:
-            turns = [self._turns(messages, with_image) for messages in conversations]
-            texts = [self._render(each, add_generation_prompt, **options)[0] for each in turns]
-            return texts if batched else texts[0]
+            return self._render(self._turns(conversation, with_image), add_generation_prompt, **options)[0]
         if images is None:
-            contents = [[_content(message.get("content"), "content")[1] for message in each] for each in conversations]
-            images = [[image for found in each for image in found if image is not None] for each in contents]
-        else:
-            images = images if batched else [images]
-        regions = [regions] if not batched else [()] * len(conversations) if regions is None else regions
-        if not all(hasattr(each, "__len__") and len(each) == len(conversations) for each in (images, regions)):
-            raise DataError(f"expected a list of images or regions for each of {len(conversations)} conversations")
-        items = []
-        options |= {"add_generation_prompt": add_generation_prompt, "with_image": with_image}
-        for messages, picture, own in zip(conversations, images, regions, strict=True):
-            pictures = picture if isinstance(picture, list | tuple) else [picture]  # transformers nests lists
-            if len(pictures) > 1:
-                raise DataError(f"expected one image a conversation, got {len(pictures)}")
-            found = None if own is None else Region.list_of(own)
-            items.append(self.encode_conversation(messages, pictures[0] if pictures else None, found, **options))
-            for note in items[-1].pop("warnings"):
-                warnings.warn(note, stacklevel=2)
-        batch = self.collate(items, "left" if add_generation_prompt else "right")
+            contents = [message.get("content") for message in conversation if isinstance(message, Mapping)]
+            images = [image for each in contents for image in _content(each, "content")[1] if image is not None]
+        images = images if isinstance(images, list | tuple) else [images]
+        if len(images) > 1:
+            raise DataError(f"expected one image, got {len(images)}")
+        item = self.encode_conversation(
+            conversation,
+            images[0] if images else None,
+            None if regions is None else Region.list_of(regions),
+            add_generation_prompt=add_generation_prompt,
+            with_image=with_image,
+            **options,
+        )
+        for note in item.pop("warnings"):
+            warnings.warn(note, stacklevel=2)
+        batch = self.collate([item])
         batch.pop("labels", None)
         return batch if return_dict else batch["input_ids"]
 
@@ -435,12 +418,16 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             text = text.removeprefix(IMAGE_TOKEN) if is_first else text
             if n_images > (with_image and is_first):
                 raise DataError(f"{where}: expected one image, in the first question, got {n_images} here")
-            check_text(text, f"{ {'user': 'a question', 'assistant': 'an answer'}.get(role, 'a prompt') } as {where}")
+            prompts.check_text(
+                text, f"{ {'user': 'a question', 'assistant': 'an answer'}.get(role, 'a prompt') } as {where}"
+            )
             # A trailing blank is kept out because no tokenizer spells it the same way with and without a next word.
             text = text.strip()
             if role == "assistant" and forgive_beyond is not None:
-                text = PLACEHOLDER.sub(lambda match: match[0] if match[0] in known else f"< {match[0][1:]}", text)
-            placeholders(text)  # a malformed one is an error, not a control token to be broken up
+                text = prompts.PLACEHOLDER.sub(
+                    lambda match: match[0] if match[0] in known else f"< {match[0][1:]}", text
+                )
+            prompts.placeholders(text)  # a malformed one is an error, not a control token to be broken up
             text = self.plain_words(text)
             if is_first:
                 text = f"{IMAGE_TOKEN}\n{text}" if with_image else text
@@ -522,8 +509,8 @@ def _split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.fl
 
 def expand_regions(text: str, region_format: str) -> tuple[str, list[int]]:
     """Write each ``<regionN>`` as ``region_format`` says; returns the text, and the 0-based region of each in order."""
-    expanded = replace_placeholders(text, lambda number: region_format.replace("{n}", str(number)))
-    return expanded, [number - 1 for number in placeholders(text)]
+    expanded = prompts.replace_placeholders(text, lambda number: region_format.replace("{n}", str(number)))
+    return expanded, [number - 1 for number in prompts.placeholders(text)]
 
 
 def _content(content: Any, where: str) -> tuple[str, list[Any]]:
