@@ -112,11 +112,7 @@ Shape = BoxShape | PixelShape | PolygonShape
 
 
 def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> PolygonShape:
-    """The union of the insides of rings (N, 2) xy, clipped to the image; where one crosses itself, even-odd counts.
-
-    Raises:
-        ValueError: a ring crosses itself too often.
-    """
+    """The union of the insides of rings (N, 2) xy, clipped to the image; ValueError if one crosses itself too often."""
     # Coordinates a hair apart, and only those, break the intersections that make_valid works out.
     rings = [np.round(ring / _PRECISION) * _PRECISION for ring in rings]
     closed = [np.append(ring, ring[:1], axis=0) for ring in rings]
@@ -127,11 +123,7 @@ def polygon_shape(rings: Sequence[Floats], width: int, height: int) -> PolygonSh
 
 
 def stroke_shape(points: Floats, radius: float, width: int, height: int) -> PolygonShape:
-    """Area covered by a round brush of a radius in pixels along a line (N, 2) xy, clipped to the image.
-
-    Raises:
-        ValueError: the line has too many points, or crosses itself too often.
-    """
+    """Area covered by a round brush along a line (N, 2) xy, clipped to the image; ValueError if it is too tangled."""
     points = points[np.append(True, np.any(points[1:] != points[:-1], axis=1))]
     if len(points) > MOST_POINTS:
         raise ValueError(f"has more than {MOST_POINTS:,} points")
@@ -168,8 +160,8 @@ def _check_crossings(line: Floats, most: int) -> None:
 def _signed_areas(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> Floats:
     """Sum, over edges (N, 2) xy with the inside on their right, of the area to the right of each; (H, W).
 
-    A piece within one cell adds to that cell the area between itself and the cell's right line, and its whole height
-    times a cell's width to every cell further right; what lies outside the shape cancels.
+    A piece adds to its own cell the area up to the cell's right line, and its height times the width to every cell
+    further right; what lies outside the shape cancels.
     """
     rows, columns = len(y_edges) - 1, len(x_edges) - 1
     owner, points = _cut(start, end, y_edges, x_edges)
@@ -223,13 +215,10 @@ def _integral(values: NDArray[Any], edges: Floats) -> Floats:
 
 
 def decode_rle(counts: str | Sequence[int], height: int, width: int) -> Bools:
-    """The mask (height, width) of a COCO run-length encoding: runs go down the columns and begin with unset pixels.
+    """The mask (height, width) of a COCO run-length encoding; ValueError where it is none, or not of that many pixels.
 
-    Compressed, each run is a string of characters with five bits each, least first, and a sixth that says whether more
-    follow; from the fourth on, runs are differences to the one two places before.
-
-    Raises:
-        ValueError: this is no such encoding, or not of that many pixels.
+    Runs go down the columns and begin with unset pixels. Compressed, each is characters of five bits, least first, and
+    a sixth that says whether more follow; from the fourth on, runs are differences to the one two places before.
     """
     cells = height * width
     if isinstance(counts, str):

@@ -1,7 +1,6 @@
 """Drawings of regions, outlined, numbered and captioned on their image, with Pillow and numpy."""
 
 import io
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from regiongpt.regions import Region
 from regiongpt.storage import check_writable, reason, write_file
 
 Colour = tuple[int, int, int]
-Box = tuple[float, float, float, float]
+Box = tuple[int, int, int, int]
 
 # Okabe and Ito's palette, which people with every kind of colour vision can tell apart, in the order that keeps
 # neighbours furthest apart. Numbers, not colours, carry the meaning: from the eighth region on, colours repeat.
@@ -31,7 +30,6 @@ COLOURS: tuple[Colour, ...] = (
     (240, 228, 66),
 )
 MIN_SIDE = 640  # images smaller than this are enlarged, or neither outline nor number could be read
-MOST_CELLS = 2**20  # largest grid on which a region is measured
 INK: Colour = (33, 33, 33)
 PAPER: Colour = (255, 255, 255)
 
@@ -66,7 +64,7 @@ def draw_regions(
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
     picture = photo.resize(size, Image.Resampling.BICUBIC) if scale > 1 else photo.copy()
     reach = max(2, round(max(size) / 520))  # half the thickness of an outline
-    drawn = [_measure(region, k, photo.size, picture.size, scale, reach) for k, region in enumerate(regions, 1)]
+    drawn = [_measure(region, k, photo.size, picture.size, reach) for k, region in enumerate(regions, 1)]
     # Large regions first, and every fill before the first line: nothing hides the outline of anything smaller, and
     # nothing at all hides a number.
     order = sorted(drawn, key=lambda each: -each.area)
@@ -75,7 +73,7 @@ def draw_regions(
     for each in order:
         _paint(picture, each, _band(each.inside, reach + 1), INK, 0.55)
         _paint(picture, each, _band(each.inside, reach), each.colour, 1.0)
-    taken: list[Box] = []
+    taken: list[tuple[float, float]] = []
     for each in drawn:
         _tag(picture, each, taken)
     lines = [f"[{number}] {text}" for number, text in enumerate(captions or (), 1) if text]
@@ -110,31 +108,24 @@ class _Outline:
     number: int
     area: float
     bounds: Box
-    window: tuple[int, int, int, int]  # around it, with room for its outline
-    inside: Image.Image  # the share of each pixel of the window that is covered, 0..255
+    window: Box  # around it, with room for its outline
+    inside: Image.Image  # its pixels in the window, 0..255
 
     @property
     def colour(self) -> Colour:
         return COLOURS[(self.number - 1) % len(COLOURS)]
 
 
-def _measure(
-    region: Region, number: int, size: tuple[int, int], drawn: tuple[int, int], scale: float, reach: int
-) -> _Outline:
-    """Cover the pixels of a region's window, exactly; sizes are (W, H) of the image and of the picture."""
+def _measure(region: Region, number: int, size: tuple[int, int], drawn: tuple[int, int], reach: int) -> _Outline:
+    """Find a region on the picture; sizes are (W, H) of the image and of the picture."""
     region.check(*size, f"<region{number}>")
-    x0, y0, x1, y1 = (value * scale for value in region.bounds(*size))
+    inside = Image.fromarray(region.to_mask(*size).astype(np.uint8) * 255)
+    if drawn != size:
+        inside = inside.resize(drawn, Image.Resampling.BILINEAR)
+    x0, y0, x1, y1 = bounds = inside.getbbox() or (0, 0, 1, 1)
     margin = 2 * reach + 2
-    left, top = max(0, int(x0) - margin), max(0, int(y0) - margin)
-    right, bottom = min(drawn[0], int(x1) + margin + 1), min(drawn[1], int(y1) + margin + 1)
-    width, height = right - left, bottom - top
-    coarse = math.ceil((width * height / MOST_CELLS) ** 0.5)  # the memory for long strokes grows with the cells
-    rows = np.linspace(top, bottom, -(-height // coarse) + 1) / scale
-    columns = np.linspace(left, right, -(-width // coarse) + 1) / scale
-    shares = region.coverage(rows, columns, *size) / ((rows[1] - rows[0]) * (columns[1] - columns[0]))
-    inside = Image.fromarray(np.rint(np.minimum(shares, 1) * 255).astype(np.uint8))
-    inside = inside.resize((width, height), Image.Resampling.BILINEAR)
-    return _Outline(number, region.area(*size), (x0, y0, x1, y1), (left, top, right, bottom), inside)
+    window = (max(0, x0 - margin), max(0, y0 - margin), min(drawn[0], x1 + margin), min(drawn[1], y1 + margin))
+    return _Outline(number, region.area(*size), bounds, window, inside.crop(window))
 
 
 def _paint(picture: Image.Image, region: _Outline, mask: Image.Image, colour: Colour, opacity: float) -> None:
@@ -149,7 +140,7 @@ def _band(inside: Image.Image, reach: int) -> Image.Image:
     return ImageOps.crop(near, reach)
 
 
-def _tag(picture: Image.Image, region: _Outline, taken: list[Box]) -> None:
+def _tag(picture: Image.Image, region: _Outline, taken: list[tuple[float, float]]) -> None:
     """Put the region's number at its edge, at the first free place."""
     x0, y0, x1, y1 = region.bounds
     font: Any = ImageFont.load_default(max(14, round(max(picture.size) / 36)))
@@ -165,18 +156,14 @@ def _tag(picture: Image.Image, region: _Outline, taken: list[Box]) -> None:
     places.append(((x0 + x1 - width) / 2, (y0 + y1 - height) / 2))
     room_x, room_y = max(0.0, picture.width - width), max(0.0, picture.height - height)
     within = [(min(max(0.0, x), room_x), min(max(0.0, y), room_y)) for x, y in places]
-    boxes = [(x, y, x + width, y + height) for x, y in within]
-    box = next((box for box in boxes if not any(_overlap(box, other) for other in taken)), boxes[0])
-    taken.append(box)
-    draw, (left, top, right, bottom), colour = ImageDraw.Draw(picture), box, region.colour
-    rim = (left, top, right - 1, bottom - 1)
+    # Tags before this one are as high, and no wider.
+    free = ((x, y) for x, y in within if not any(abs(x - a) < width and abs(y - b) < height for a, b in taken))
+    left, top = next(free, within[0])
+    taken.append((left, top))
+    draw, colour, rim = ImageDraw.Draw(picture), region.colour, (left, top, left + width - 1, top + height - 1)
     draw.rounded_rectangle(rim, radius=height / 5, fill=colour, outline=INK, width=max(1, height // 20))
     ink = INK if 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 110 else PAPER
     draw.text((left + width / 2, top + height / 2), str(region.number), fill=ink, font=font, anchor="mm")
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _with_panel(picture: Image.Image, texts: Sequence[str]) -> Image.Image:

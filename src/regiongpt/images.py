@@ -125,9 +125,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             raise DataError(f"{name}: expected pixels of 8 or 16 bits, got {got}; scale them to 0..255")
         return Image.fromarray(_to_8_bit(values)).convert("RGB")
     try:
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            # PIL converts premultiplied grey only to plain grey with alpha.
-            layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+            layer = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
         return image.convert("RGB")
     except ValueError as error:

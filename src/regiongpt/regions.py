@@ -81,8 +81,8 @@ class Region(ABC):
     def box(x0: float, y0: float, x1: float, y1: float, *, normalized: bool | None = None) -> "Region":
         """The half-open box from its left and top edge to its right and bottom edge, fractions allowed.
 
-        With ``normalized`` True, the numbers are fractions of the image's width and height; with False, pixels. By
-        default they are pixels, but :meth:`check` refuses a box within 0..1.
+        With ``normalized``, the numbers are fractions of the image's width and height. By default they are pixels, but
+        :meth:`check` refuses a box within 0..1; with False it takes that, too.
         """
         x0, y0, x1, y1 = _numbers((x0, y0, x1, y1), "x0, y0, x1, y1")
         if not isinstance(normalized, bool | np.bool_ | None):
@@ -233,8 +233,7 @@ class Region(ABC):
         """
         shape = self._resolve(frame.width, frame.height, name or "region", checked=bool(name))
         areas = shape.coverage(*frame.edges(grid_h, grid_w))
-        weights: NDArray[np.float32] = (areas / areas.sum()).astype(np.float32)
-        return weights
+        return (areas / areas.sum()).astype(np.float32)  # type: ignore[no-any-return]
 
     def to_mask(self, width: int, height: int) -> NDArray[np.bool_]:
         """Pixels of which at least half is in the region, (height, width); if none is, those it covers most."""
@@ -326,10 +325,10 @@ class _Pixels(Region):
         return f"{self.kind} of {self.width} x {self.height} pixels"
 
     def to_dict(self) -> dict[str, Any]:
-        pixels, mask = self.pixels(), np.zeros((self.height, self.width), bool)
-        rows, columns = pixels.window.shape
-        mask[pixels.top : pixels.top + rows, pixels.left : pixels.left + columns] = pixels.window
-        return {self.kind: _encoded(mask)}
+        pixels = self.pixels()
+        (rows, columns), top, left = pixels.window.shape, pixels.top, pixels.left
+        around = ((top, self.height - top - rows), (left, self.width - left - columns))
+        return {self.kind: _encoded(np.pad(pixels.window, around))}
 
     def _shape(self, width: int, height: int) -> Shape:
         if (self.height, self.width) != (height, width):
@@ -459,14 +458,12 @@ def _points(values: Any, what: str) -> NDArray[np.float64]:
 def _brightness(image: Image.Image) -> NDArray[Any]:
     """The channel (H, W) that holds the mask: alpha if it varies or is 0, else the brightest channel."""
     if "A" in image.mode.upper() or "transparency" in image.info:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        alpha = np.asarray(image)[..., 3]
+        alpha = np.asarray(image.convert("RGBA"))[..., 3]
         if alpha.size == 0 or alpha.min() < alpha.max() or alpha.max() == 0:
             return alpha
     elif image.mode in ("1", "L", "F") or image.mode.startswith("I"):
         return np.asarray(image)
-    brightest: NDArray[np.uint8] = np.asarray(image.convert("RGB")).max(axis=2)
-    return brightest
+    return np.asarray(image.convert("RGB")).max(axis=2)  # type: ignore[no-any-return]
 
 
 def _inside(values: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:

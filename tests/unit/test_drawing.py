@@ -100,13 +100,12 @@ def test_a_picture_too_large_for_its_format_leaves_no_file(tmp_path, name, size)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["out.png", "out.jpg", "out.bmp", "out.gif"])
-def test_a_picture_cut_short_by_a_full_disk_leaves_no_file(tmp_path, monkeypatch, name):
+def test_a_picture_cut_short_by_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
     def full(self, path, *_, **__):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(DataError, match="No space left"):
-        save_picture(grey(9, 9), tmp_path / name)
+        save_picture(grey(9, 9), tmp_path / "out.png")
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import IMAGE, REGION, assert_same, text_config, tiny_config, tiny_inputs, tiny_model
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 import regiongpt.model.modeling as modeling
@@ -19,20 +20,21 @@ LITE = {"model_type": "efficientnet_lite", "variant": "efficientnet-lite0", "ima
 
 def joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Sequences in one batch, padded on the left, with different numbers of regions and region tokens."""
-    longest = max(part["input_ids"].shape[1] for part in parts)
-    regions = max(part["region_weights"].shape[1] for part in parts)
-    tokens = max(part["region_ids"].shape[1] for part in parts)
-    pad = torch.nn.functional.pad
+
+    def padded(name: str, after: tuple[int, ...] = (), value: int = 0, left: bool = False) -> torch.Tensor:
+        longest = max(part[name].shape[1] for part in parts)
+        gaps = [longest - part[name].shape[1] for part in parts]
+        sides = [(gap, 0) if left else (0, gap) for gap in gaps]
+        return torch.cat(
+            [F.pad(part[name], (*after, *side), value=value) for part, side in zip(parts, sides, strict=True)]
+        )
+
     return {
-        "input_ids": torch.cat([pad(p["input_ids"], (longest - p["input_ids"].shape[1], 0)) for p in parts]),
-        "attention_mask": torch.cat([pad(p["attention_mask"], (longest - p["input_ids"].shape[1], 0)) for p in parts]),
+        "input_ids": padded("input_ids", left=True),
+        "attention_mask": padded("attention_mask", left=True),
         "pixel_values": torch.cat([p["pixel_values"] for p in parts]),
-        "region_weights": torch.cat(
-            [pad(p["region_weights"], (0, 0, 0, 0, 0, regions - p["region_weights"].shape[1])) for p in parts]
-        ),
-        "region_ids": torch.cat(
-            [pad(p["region_ids"], (0, tokens - p["region_ids"].shape[1]), value=-1) for p in parts]
-        ),
+        "region_weights": padded("region_weights", (0, 0, 0, 0)),
+        "region_ids": padded("region_ids", value=-1),
     }
 
 
@@ -156,12 +158,10 @@ def test_batch_equals_one_by_one(refinement: str) -> None:
 def test_a_batch_may_hold_texts_without_image() -> None:
     model = tiny_model()
     parts = [tiny_inputs(model.config, [0, 1]), tiny_inputs(model.config, [])]
-    parts[1]["input_ids"] = torch.where(parts[1]["input_ids"] == IMAGE, 7, parts[1]["input_ids"])
+    text = parts[1]["input_ids"] = torch.where(parts[1]["input_ids"] == IMAGE, 7, parts[1]["input_ids"])
     with torch.no_grad():
-        logits = model(**joined(parts)).logits
-        torch.testing.assert_close(
-            logits[1, -parts[1]["input_ids"].shape[1] :], model(input_ids=parts[1]["input_ids"]).logits[0]
-        )
+        logits = model(**joined(parts)).logits[1, -text.shape[1] :]
+        torch.testing.assert_close(logits, model(input_ids=text).logits[0])
 
 
 @pytest.mark.parametrize(
@@ -231,11 +231,11 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     torch.testing.assert_close(split, whole)
 
 
-def test_no_target_gives_no_loss_rather_than_nan() -> None:
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_no_target_gives_no_loss_rather_than_nan(loss_only: bool) -> None:
     model = tiny_model()
-    inputs = tiny_inputs(model.config, [])
-    for loss_only in (False, True):
-        assert model(**inputs, labels=torch.full_like(inputs["input_ids"], -100), loss_only=loss_only).loss == 0
+    ids = tiny_inputs(model.config, [])
+    assert model(**ids, labels=torch.full_like(ids["input_ids"], -100), loss_only=loss_only).loss == 0
 
 
 # -- generation --------------------------------------------------------------------------------------------------------
@@ -273,15 +273,6 @@ def test_beams_encode_the_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = model.generate(**inputs, max_new_tokens=5, num_beams=4, num_return_sequences=3, do_sample=False)
     assert found.shape[0] == 3
     assert calls == [1]
-
-
-def test_sampling_never_writes_a_placeholder() -> None:
-    model = tiny_model()
-    inputs = tiny_inputs(model.config, [1])
-    torch.manual_seed(0)
-    found = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=5.0, num_return_sequences=8)
-    answers = found[:, inputs["input_ids"].shape[1] :]
-    assert not ((answers == IMAGE) | (answers == REGION)).any()
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

@@ -136,11 +136,6 @@ def test_region_in_an_answer_is_no_target(processor: RegionGPTProcessor) -> None
     assert show(processor, encoded) == f"<s>{IMAGE}\nWhich?\n⟦ It is ⟧<region>⟦.</s>⟧"
 
 
-def test_without_an_image(processor: RegionGPTProcessor) -> None:
-    encoded = processor.encode_conversation(chat("Hello", "Hi"), with_image=False)
-    assert show(processor, encoded) == "<s>Hello\n⟦ Hi</s>⟧"
-
-
 def test_image_and_weights(processor: RegionGPTProcessor, photo: Image.Image) -> None:
     encoded = processor.encode_conversation(TWO_TURNS, photo, [LEFT, RIGHT])
     assert encoded["pixel_values"].shape == (3, 16, 16)
@@ -157,11 +152,6 @@ def test_an_endless_panorama_needs_little_memory(processor: RegionGPTProcessor) 
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
-
-
-def test_placeholder_without_its_region(processor: RegionGPTProcessor) -> None:
-    with pytest.raises(RegionError, match="<region2>"):
-        processor.encode_conversation(chat("What is <region2>?", "A cat"), None, [LEFT], image_size=(40, 30))
 
 
 def test_region_never_mentioned(processor: RegionGPTProcessor, photo: Image.Image) -> None:
@@ -268,8 +258,7 @@ def test_batch_of_different_lengths_and_numbers_of_regions(processor: RegionGPTP
 
 def test_batch_of_features_or_of_nothing(processor: RegionGPTProcessor, photo: Image.Image) -> None:
     item = processor.encode_conversation(chat("Hello", "Hi"))
-    batch = processor.collate([item, item])
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert set(processor.collate([item, item])) == {"input_ids", "attention_mask", "labels"}
     features = processor.collate([item | {"vision_features": torch.ones(5, 2, 2)}] * 2)["vision_features"]
     assert features.shape == (2, 5, 2, 2)
     with pytest.raises(DataError, match="1 of 2 items have pixel_values"):

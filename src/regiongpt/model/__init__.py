@@ -5,16 +5,10 @@ Importing this package registers RegionGPT with transformers' Auto classes.
 
 from transformers import AutoProcessor
 
-from regiongpt.model.configuration import EfficientNetLiteConfig, RegionGPTConfig
-from regiongpt.model.modeling import EfficientNetLiteModel, RegionGPTForConditionalGeneration
+from regiongpt.model.configuration import RegionGPTConfig
+from regiongpt.model.modeling import RegionGPTForConditionalGeneration
 from regiongpt.model.processing import RegionGPTProcessor
 
 AutoProcessor.register(RegionGPTConfig, RegionGPTProcessor)
 
-__all__ = [
-    "EfficientNetLiteConfig",
-    "EfficientNetLiteModel",
-    "RegionGPTConfig",
-    "RegionGPTForConditionalGeneration",
-    "RegionGPTProcessor",
-]
+__all__ = ["RegionGPTConfig", "RegionGPTForConditionalGeneration", "RegionGPTProcessor"]

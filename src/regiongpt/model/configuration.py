@@ -64,22 +64,18 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
 
     Args:
         vision_config: the tower's configuration or its fields; CLIP ViT-L/14 at 336 pixels when None.
-        text_config: configuration of any ``AutoModelForCausalLM``; Llama when None.
+        text_config: of any ``AutoModelForCausalLM``; Llama when None.
         image_size: side of the square input in pixels; the tower's own when None.
         vision_feature_layer: which of the tower's hidden states to use, as an index; EfficientNet-Lite ignores it.
         refinement: ``deconv``, ``bilinear``, ``deconv_bilinear`` or ``none``.
         refinement_channels: channels of the refined map, by a 1x1 convolution; the tower's own when None.
         image_grid: rows and columns of image tokens; the tower's own grid when None.
         connector_size: width of the connector between its two layers; the language model's when None.
-        projector_hidden_act: activation between the connector's two layers.
-        image_token_id: id of ``<image>`` in the tokenizer.
-        region_token_id: id of ``<region>`` in the tokenizer.
         region_number_offset: how many tokens before a region its number stands in the text, whose word embedding is
             added to the region's own; 0 adds none.
         image_marks: whether the word embedding of ``<image>`` is added to each image token's own.
         region_position: length of a code of the region's place and size that is added to its embedding.
         region_crop: whether the region's own crop through the same tower may add to its features.
-        initializer_range: standard deviation of freshly initialised weights.
 
     Raises:
         ConfigError: a tower, refinement, layer or size does not exist or does not fit the rest.

@@ -146,8 +146,8 @@ class Deconvolution(nn.ConvTranspose2d):
 class Refinement(nn.Module):
     """Refine a tower's feature map, and pool regions and image tokens from it. Paper: §3.1; Tab. 6 for the variants.
 
-    A bilinear upsampling U is linear, and so are both poolings, so the upsampled map is never built: a region's weights
-    W become U_h^T W U_w on the small grid, and the adaptive average P becomes P U.
+    An upsampling U and both poolings are linear, so the upsampled map is never built: a region's weights W become
+    U_h^T W U_w on the small grid, and the adaptive average P becomes P U.
     """
 
     def __init__(self, config: RegionGPTConfig) -> None:
@@ -436,24 +436,21 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position. Paper: §3.2, auto-regressive loss on the responses.
 
+        Arguments not listed are those of the language model; ``logits_to_keep`` counts without labels alone.
+
         Args:
             input_ids: (B, T), with placeholder tokens already expanded by the processor.
-            attention_mask: (B, T), 0 where padded.
             pixel_values: (B, 3, S, S).
             vision_features: (B, C, H, W) from ``encode_image``, in place of ``pixel_values``.
             region_weights: (B, R, H, W) on ``config.weights_grid``, each region's summing to 1; rows of zeros pad.
             region_ids: (B, K), for each ``<region>`` token the row of ``region_weights``; -1 pads at the end.
             labels: (B, T), -100 where not a target.
             inputs_embeds: (B, T, D) from ``embed``, in place of ``input_ids`` and all visual inputs.
-            position_ids: (B, T).
             cache: the language model's cache; ``past_key_values`` is its older name.
-            logits_to_keep: without labels, as in transformers.
             num_items_in_batch: targets in the whole optimiser step, by which the sum of this batch's losses is divided;
                 by default, this batch's own number.
             loss_only: compute the head at target positions alone and return no logits.
-            past_key_values: see ``cache``.
             region_crops: regions' own crops (B, R, 3, S, S), or (B, R, C) from ``encode_crops``; zeros are left out.
-            **kwargs: passed on to the language model.
 
         Returns:
             ``loss`` if there are labels, with each target's in the attribute ``target_losses``; ``logits`` unless

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens, R regions, K region placeholders in a text, S side of
 ``gh gw`` refined grid.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.images import SquareFrame, load_image
 from regiongpt.prompts import CHAT_TEMPLATES, CONTROL_TOKENS, IMAGE_TOKEN, REGION_TOKEN
 from regiongpt.regions import Region
+from regiongpt.storage import read_json, write_json
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -51,8 +51,6 @@ def prepare_tokenizer(tokenizer: Any, family: str) -> None:
 
     ``family`` is the chat template to be used. ConfigError if the tokenizer is slow, or is another once saved.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ConfigError(f"expected a fast tokenizer (it must report offsets), got {type(tokenizer).__name__}")
     turn_tokens = () if family == "llama2" else CONTROL_TOKENS[family]  # Llama 2 spells its marks as plain text
     tokenizer.add_tokens([IMAGE_TOKEN, REGION_TOKEN, *turn_tokens], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -139,9 +137,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         """Save as transformers does, with a tokenizer that is always loaded from tokenizer.json unchanged."""
         files = super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["tokenizer_class"] = PreTrainedTokenizerFast.__name__
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, read_json(path) | {"tokenizer_class": PreTrainedTokenizerFast.__name__}, indent=2)
         return files
 
     @cached_property
@@ -158,10 +154,9 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return self.region_grid**2
 
     def split_begin(self, text: str) -> tuple[list[int], str]:
-        """The begin token of a text as an id, and the rest of the text, to be tokenized by itself.
+        """The begin token of a text as an id, and the rest of the text.
 
-        Behind the begin token as text, some tokenizers leave out the blank before the first word, and the language
-        model reads another word than it was trained on.
+        Behind the begin token as text, some tokenizers leave out the blank before the first word.
         """
         begin = self.tokenizer.bos_token
         return ([self.tokenizer.bos_token_id], text[len(begin) :]) if begin and text.startswith(begin) else ([], text)
@@ -172,8 +167,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         while self._control.search(text):
             text = self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
         return text
-
-    # -- pieces --------------------------------------------------------------------------------------------------------
 
     def pixels_of(self, picture: Image.Image) -> torch.Tensor:
         """The tower's input (1, 3, S, S): an image that ``load_image`` has read, padded to a square. Paper: §4."""
@@ -220,8 +213,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             crops.append(crop.resize((self.crop_size, self.crop_size), self.image_processor.resample))
         if not crops:
             return torch.zeros(0, 3, self.crop_size, self.crop_size)
-        processed = self.image_processor(crops, do_resize=False, do_center_crop=False, return_tensors="pt")
-        return processed["pixel_values"]  # type: ignore[no-any-return]
+        how = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+        return self.image_processor(crops, **how)["pixel_values"]  # type: ignore[no-any-return]
 
     def check_detail(self, detail: str) -> None:
         """Raise ConfigError for a detail that is unknown, or that the model does not support."""
@@ -248,15 +241,14 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         Args:
             messages: turns with ``role`` (an optional ``system`` first, then ``user`` and ``assistant`` by turns) and
                 ``content``, a string or transformers' list of parts. Special tokens in the content count as plain text.
-            image: as for :func:`load_image`; None where its features are supplied to the model directly.
-            regions: whatever :meth:`Region.of` takes. They need ``image`` or ``image_size``.
-            image_size: (width, height) of the original image, pixels, where ``image`` is not given.
+            image: as for :func:`load_image`; None where the model is given its features.
+            regions: whatever :meth:`Region.of` takes.
+            image_size: (width, height) of the original image in pixels, for regions without ``image``.
             region_weights: in place of ``regions``, as :meth:`region_inputs` makes them.
             add_generation_prompt: end where the assistant's answer begins. Unknown placeholders in earlier *answers*
                 are then plain text: the model wrote them.
             with_image: False for text without an image.
             detail: ``"careful"`` adds ``region_crops`` (R, 3, s, s), a second look at the regions of ``image``.
-            **variables: of the chat template.
 
         Returns:
             ``input_ids`` (T,); ``labels`` (T,), -100 outside of responses and their ends of turn (without
@@ -328,8 +320,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
                 columns[name] = torch.stack(have)
         return BatchFeature(columns)
 
-    # -- the transformers way ------------------------------------------------------------------------------------------
-
     def apply_chat_template(
         self,
         conversation: Messages,
@@ -345,16 +335,13 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     ) -> Any:
         """Render a conversation, and encode it if ``tokenize``. For a batch, :meth:`collate` encoded conversations.
 
+        Arguments not listed are those of :meth:`encode_conversation`. Tensors are always PyTorch's.
+
         Args:
-            conversation: messages as for :meth:`encode_conversation`.
             tokenize: return tensors rather than text with ``<image>`` and ``<regionN>`` in place.
             return_dict: return all of the model's inputs rather than ``input_ids`` alone.
-            return_tensors: tensors are always PyTorch's.
             images: the image, maybe in a list; by default that in the messages' parts.
             regions: as for :meth:`Region.list_of`.
-            add_generation_prompt: as for :meth:`encode_conversation`, and so are all other options.
-            with_image: see above.
-            **options: see above.
         """
         if not tokenize:
             return self._render(self._turns(conversation, with_image), add_generation_prompt, **options)[0]
@@ -381,8 +368,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse: only a conversation says where image and regions stand."""
         raise ConfigError("the processor is not called itself; use apply_chat_template(..., tokenize=True)")
-
-    # -- inside --------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _control(self) -> re.Pattern[str]:

@@ -89,11 +89,9 @@ def create(
         language: hub name or folder of any causal language model with a fast tokenizer.
         out: folder to save the result in; nowhere when None.
         chat_template: a key of ``prompts.CHAT_TEMPLATES``; the language model's family's when None.
-        region_format: as in :class:`RegionGPTProcessor`, and so is ``region_grid``.
-        region_grid: see above.
         region_numbers: add the word embedding of a region's number, which stands before it, to the region's own.
         dtype: of all weights; None takes that of the stored language model.
-        **shape: other fields of :class:`RegionGPTConfig`.
+        **shape: other fields of :class:`RegionGPTConfig`; further options are of :class:`RegionGPTProcessor`.
 
     Raises:
         CheckpointError: a part cannot be read or lacks weights, or the tokenizer does not fit the language model.
@@ -106,8 +104,8 @@ def create(
         known_template(chat_template)
     tower, image_processor = load_tower(str(vision), shape.get("image_size"))
     language_model = _pretrained(AutoModelForCausalLM, language, only_part=True, dtype=dtype)
-    processing = {"region_format": region_format, "region_grid": region_grid}
-    made = _join(tower, language_model, image_processor, language, chat_template, processing, region_numbers, **shape)
+    processing = {"chat_template": chat_template, "region_format": region_format, "region_grid": region_grid}
+    made = _join(tower, language_model, image_processor, language, processing, region_numbers, **shape)
     _save(*made, out)
     return made
 
@@ -156,8 +154,8 @@ def from_llava(
     image_processor = _image_processor(native_image_size(tower.config), str(path))
     shape = {"vision_feature_layer": source.vision_feature_layer, "projector_hidden_act": source.projector_hidden_act}
     shape |= {"refinement": refinement, "image_grid": image_grid}
-    processing = {"region_format": region_format}
-    model, processor = _join(tower, language_model, image_processor, path, chat_template, processing, **shape)
+    processing = {"chat_template": chat_template, "region_format": region_format}
+    model, processor = _join(tower, language_model, image_processor, path, processing, **shape)
     with torch.no_grad():
         for name in ("linear_1", "linear_2"):
             ours, theirs = getattr(model.connector, name), getattr(llava.model.multi_modal_projector, name)
@@ -219,7 +217,6 @@ def _join(
     language_model: Any,
     image_processor: Any,
     source: str | Path,
-    chat_template: str | None,
     processing: dict[str, Any],
     region_numbers: bool = False,
     **shape: Any,
@@ -230,8 +227,8 @@ def _join(
     embeddings = language_model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise CheckpointError(f"{source}: {len(tokenizer)} tokens do not fit {embeddings} embeddings")
-    family = chat_template or template_family(tokenizer)
-    prepare_tokenizer(tokenizer, family)
+    processing["chat_template"] = processing["chat_template"] or template_family(tokenizer)
+    prepare_tokenizer(tokenizer, processing["chat_template"])
     if len(tokenizer) > embeddings:  # a vocabulary padded beyond its tokenizer keeps its size
         language_model.resize_token_embeddings(len(tokenizer))
     config = RegionGPTConfig(
@@ -258,7 +255,6 @@ def _join(
         refined_grid=list(config.refined_grid),
         region_boxes=bool(config.region_position),
         crop_size=config.crop_size,
-        chat_template=family,
         **processing,
     )
     # Only the tokens are the language model's: its sampling settings are not how this model answers.
