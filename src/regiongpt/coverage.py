@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
 Bounds = tuple[float, float, float, float]
 
-MOST_POINTS = 10_000
-"""Points of a stroke: beyond, or with more crossings than these, drawing takes seconds."""
-RING_CROSSINGS, STROKE_CROSSINGS = 1_000, 10_000
+# Points of a stroke, and crossings of a ring and of a stroke with itself, beyond which drawing takes seconds.
+MOST_POINTS, RING_CROSSINGS, STROKE_CROSSINGS = 10_000, 1_000, 10_000
 _CIRCLE = 32  # segments a quarter circle: the disk's area is 0.04 % short
 _PRECISION = 2.0**-20  # pixels that polygons are rounded to: on a fixed grid of points, intersections are sound
 
@@ -179,8 +177,8 @@ def _signed_areas(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) 
     return np.maximum(areas, 0.0)  # rounding leaves -1e-13 in cells outside
 
 
-def _cut(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> tuple[Ints, Floats]:
-    """Cut edges wherever they cross a line of the grid; the number of the edge and the point (N, 2) xy of every cut."""
+def _cut(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """The number of the edge and the point (N, 2) xy of every place where edges begin, end or cross the grid."""
     numbers = np.arange(len(start))
     owners, shares = [numbers, numbers], [np.zeros(len(start)), np.ones(len(start))]
     for axis, lines in ((0, x_edges), (1, y_edges)):

@@ -49,13 +49,8 @@ def draw_regions(
     Args:
         image: What :func:`regiongpt.load_image` takes.
         regions: Regions in pixels of that image, in the order of their numbers.
-        captions: One text a region, ``None`` or empty for no caption; the list may be left out.
+        captions: One text a region, ``None`` or empty for no caption.
         dialogue: Questions and their answers, written beneath the captions; ``<regionN>`` in them becomes ``[N]``.
-
-    Raises:
-        DataError: The image cannot be read.
-        RegionError: A region does not fit the image.
-        ConfigError: There is not one caption a region.
     """
     photo, regions = load_image(image), Region.list_of(regions)
     if captions is not None and len(captions) != len(regions):
@@ -106,14 +101,11 @@ class _Outline:
     """A region on the picture."""
 
     number: int
+    colour: Colour
     area: float
     bounds: Box
     window: Box  # around it, with room for its outline
     inside: Image.Image  # its pixels in the window, 0..255
-
-    @property
-    def colour(self) -> Colour:
-        return COLOURS[(self.number - 1) % len(COLOURS)]
 
 
 def _measure(region: Region, number: int, size: tuple[int, int], drawn: tuple[int, int], reach: int) -> _Outline:
@@ -125,7 +117,8 @@ def _measure(region: Region, number: int, size: tuple[int, int], drawn: tuple[in
     x0, y0, x1, y1 = bounds = inside.getbbox() or (0, 0, 1, 1)
     margin = 2 * reach + 2
     window = (max(0, x0 - margin), max(0, y0 - margin), min(drawn[0], x1 + margin), min(drawn[1], y1 + margin))
-    return _Outline(number, region.area(*size), bounds, window, inside.crop(window))
+    colour = COLOURS[(number - 1) % len(COLOURS)]
+    return _Outline(number, colour, region.area(*size), bounds, window, inside.crop(window))
 
 
 def _paint(picture: Image.Image, region: _Outline, mask: Image.Image, colour: Colour, opacity: float) -> None:

@@ -135,10 +135,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class SquareFrame:
-    """The padding of a ``width`` x ``height`` image to a centred square. Paper: §4.
-
-    The image is moved by :meth:`pad`; its regions follow by being measured on the grid of :meth:`edges`.
-    """
+    """The padding of a ``width`` x ``height`` image to a centred square. Paper: §4."""
 
     width: int
     height: int
@@ -164,7 +161,7 @@ class SquareFrame:
     def edges(self, grid_h: int, grid_w: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Lines of a grid over the padded square, ``y_edges`` (grid_h + 1,) and ``x_edges`` (grid_w + 1,).
 
-        They are in pixels of the original image, negative or beyond it where the grid lies on padding.
+        They are in pixels of the original image; on padding, they lie outside it.
         """
         y_edges = np.linspace(0.0, self.side, grid_h + 1) - self.offset[1]
         x_edges = np.linspace(0.0, self.side, grid_w + 1) - self.offset[0]

@@ -22,11 +22,9 @@ from regiongpt.errors import RegionError, short
 from regiongpt.images import MAX_PIXELS, SquareFrame
 
 KINDS = ("box", "mask", "polygon", "rle", "point", "scribble")
-STROKE = 0.015
-"""Default radius of a point and width of a scribble, as a share of the longer side of the image."""
-MIN_AREA = 1e-3
-"""Square pixels below which a region counts as empty."""
-MAX_COORDINATE = 1e9
+STROKE = 0.015  # default radius of a point and width of a scribble, as a share of the longer side of the image
+MIN_AREA = 1e-3  # square pixels below which a region counts as empty
+MAX_COORDINATE = 1e9  # pixels
 
 
 class Region(ABC):
@@ -36,8 +34,7 @@ class Region(ABC):
     sense in it.
     """
 
-    kind: str
-    """One of :data:`KINDS`."""
+    kind: str  # one of KINDS
     note: str = ""
     """A note for the user about how the region was read, such as soft mask edges; else empty."""
 
@@ -201,11 +198,10 @@ class Region(ABC):
         return f"<{self}>"
 
     def check(self, width: int, height: int, name: str = "region") -> "Region":
-        """Return the region if it makes sense in an image; one partly outside does.
+        """Return the region if it makes sense in an image, as one partly outside does; messages call it ``name``.
 
         Raises:
-            RegionError: It is empty, inverted, not finite, malformed, wholly outside, of another size, or looks
-                normalized; the message calls it ``name``.
+            RegionError: It is empty, inverted, not finite, wholly outside, of another size, or looks normalized.
         """
         self._resolve(width, height, name, checked=True)
         return self

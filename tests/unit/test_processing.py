@@ -221,7 +221,7 @@ def test_the_models_own_placeholders_do_no_harm_in_a_history(processor: RegionGP
 
 
 def test_unfit_parts() -> None:
-    with pytest.raises(ConfigError, match="region_format with <region> once"):
+    with pytest.raises(ConfigError, match="region_format: expected <region> once"):
         make_processor(region_format="[{n}]")
     fine = make_processor()
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))

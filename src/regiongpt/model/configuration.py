@@ -18,14 +18,8 @@ EFFICIENTNET_LITE_CHANNELS: dict[str, tuple[int, int, int]] = {
 }
 """Channels of each variant's last block at stride 8, 16 and 32."""
 
-VISION_TOWERS = (
-    "clip_vision_model",
-    "siglip_vision_model",
-    "siglip2_vision_model",
-    "dinov2",
-    "dinov2_with_registers",
-    "efficientnet_lite",
-)
+VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "dinov2", "dinov2_with_registers",
+                 "efficientnet_lite")  # fmt: skip
 """``model_type`` of every vision tower that can stand in front of the refinement."""
 
 

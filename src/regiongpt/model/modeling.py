@@ -25,15 +25,12 @@ from transformers.utils.generic import can_return_tuple
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.model.configuration import REFINEMENTS, EfficientNetLiteConfig, RegionGPTConfig
-
-IGNORE = -100
-"""Label of a token that is not a target."""
+from regiongpt.model.processing import IGNORED
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """Name of the cache argument in the installed transformers; ``past_key_values`` became ``cache`` in 5.24."""
 
-CROPS = 16
-"""Crops that go through the tower at a time."""
+CROPS = 16  # that go through the tower at a time
 
 _VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_ids", "region_crops")
 
@@ -313,7 +310,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     def encode_crops(self, crops: Tensor) -> Tensor:
         """Features (B, R, C) of regions' own crops (B, R, 3, S, S): the mean of the frozen tower's grid over each.
 
-        A crop of zeros has features of zeros. What is (B, R, C) already stays as it is.
+        A crop of zeros has features of zeros, and features stay as they are.
         """
         if not self.config.region_crop:
             raise ConfigError("region_crops: this model was made without region_crop; leave them out")
@@ -340,8 +337,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     def region_features(self, refined: Tensor, region_weights: Tensor, region_crops: Tensor | None = None) -> Tensor:
         """Embed regions (B, R, D) from what ``refine`` returned. Paper: §3.1, ``H_r = h(Z_r)``.
 
-        ``region_weights`` (B, R, H, W) lie on ``config.weights_grid``, or RegionError; each region's sum to 1. Where
-        positions are coded, a last row begins with the region's box. ``region_crops`` are those of :meth:`forward`.
+        Where positions are coded, the last row of ``region_weights`` (B, R, H, W) begins with the region's box.
         """
         if region_crops is not None:
             region_crops = self.encode_crops(region_crops)
@@ -474,8 +470,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             output = self.language_model(**call, logits_to_keep=logits_to_keep)
             logits = output.logits
         else:
-            next_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(inputs_embeds.device)
-            is_target = next_BT != IGNORE
+            next_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(inputs_embeds.device)
+            is_target = next_BT != IGNORED
             targets = next_BT[is_target]
             with _head_only_at(self.get_output_embeddings(), is_target) if loss_only else nullcontext():
                 output = self.language_model(**call)

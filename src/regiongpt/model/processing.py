@@ -39,11 +39,11 @@ IGNORED = -100
 # Beyond this the image is shrunk before it is padded: the square around a 100,000 x 1,000 panorama takes 30 GB.
 _LARGEST_SIDE = 8192
 
+# A text that a saved tokenizer has to read as the one in memory does.
 _PROBE = (
     "{bos}A chat. USER: <image>\nIs <region> a cat, or <region>? ASSISTANT: It's a cat.{eos}USER: Why? "
     "[1] <region>  two  blanks\n\n\tZürich, 12345 x 0.5 — 東京 🙂 ÉCOLE "
 )
-"""A text that a saved tokenizer has to read as the one in memory does."""
 
 
 def prepare_tokenizer(tokenizer: Any, family: str) -> None:
@@ -104,24 +104,18 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         crop_size: int = 0,
     ):
         if region_format.count(REGION_TOKEN) != 1 or re.search(r"[{}]", region_format.replace("{n}", "")):
-            raise ConfigError(
-                f"expected region_format with {REGION_TOKEN} once and no field but {{n}}, got {region_format!r}"
-            )
+            raise ConfigError(f"region_format: expected {REGION_TOKEN} once, no field but {{n}}, got {region_format!r}")
         missing = [token for token in (IMAGE_TOKEN, REGION_TOKEN) if token not in tokenizer.get_added_vocab()]
         if missing:
             raise ConfigError(f"the tokenizer lacks {' and '.join(missing)}; call prepare_tokenizer on it first")
-        self.image_size = image_size
-        self.num_image_tokens = num_image_tokens
+        self.image_size, self.num_image_tokens = image_size, num_image_tokens
         self.refined_grid = list(refined_grid)
-        self.region_format = region_format
-        self.region_grid = region_grid
-        self.region_boxes = region_boxes
-        self.crop_size = crop_size
+        self.region_format, self.region_grid = region_format, region_grid
+        self.region_boxes, self.crop_size = region_boxes, crop_size
         mean = getattr(image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
         self.pad_fill = [round(255 * level) for level in mean] if pad_fill is None else list(pad_fill)
         self.image_token, self.region_token = IMAGE_TOKEN, REGION_TOKEN
-        self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-        self.region_token_id = int(tokenizer.convert_tokens_to_ids(REGION_TOKEN))
+        self.image_token_id, self.region_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, REGION_TOKEN])
         template = chat_template or prompts.template_family(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=CHAT_TEMPLATES.get(template, template))
 

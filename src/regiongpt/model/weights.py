@@ -105,9 +105,7 @@ def create(
     tower, image_processor = load_tower(str(vision), shape.get("image_size"))
     language_model = _pretrained(AutoModelForCausalLM, language, only_part=True, dtype=dtype)
     processing = {"chat_template": chat_template, "region_format": region_format, "region_grid": region_grid}
-    made = _join(tower, language_model, image_processor, language, processing, region_numbers, **shape)
-    _save(*made, out)
-    return made
+    return _save(*_join(tower, language_model, image_processor, language, processing, region_numbers, **shape), out)
 
 
 def number_offset(tokenizer: Any, region_format: str) -> int:
@@ -161,8 +159,7 @@ def from_llava(
             ours, theirs = getattr(model.connector, name), getattr(llava.model.multi_modal_projector, name)
             ours.weight.copy_(theirs.weight)
             ours.bias.zero_() if theirs.bias is None else ours.bias.copy_(theirs.bias)
-    _save(model, processor, out)
-    return model, processor
+    return _save(model, processor, out)
 
 
 def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
@@ -208,7 +205,7 @@ def _image_processor(side: int, source: str | None = None) -> Any:
     if source is not None:
         with reading(f"the image processor of {source}"):
             theirs = AutoImageProcessor.from_pretrained(source, backend="pil")
-        how = {name: getattr(theirs, name) for name in how}
+            how = {name: getattr(theirs, name) for name in how}
     return SiglipImageProcessorPil(size={"height": side, "width": side}, **how)
 
 
@@ -266,10 +263,10 @@ def _join(
     return model, processor
 
 
-def _save(model: Any, processor: RegionGPTProcessor, out: str | Path | None, loaded_in: str = "") -> None:
-    """Write a checkpoint folder, to be loaded in a dtype of that name or as it is stored."""
+def _save(model: Any, processor: RegionGPTProcessor, out: str | Path | None, loaded_in: str = "") -> Loaded:
+    """Write a checkpoint folder, to be loaded in a dtype of that name or as it is stored; nothing without ``out``."""
     if out is None:
-        return
+        return model, processor
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -279,6 +276,7 @@ def _save(model: Any, processor: RegionGPTProcessor, out: str | Path | None, loa
                 part.pop("_name_or_path", None)
                 part["dtype"] = loaded_in
             write_json(folder / "config.json", config, indent=2)
+    return model, processor
 
 
 def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **options: Any) -> Any:
