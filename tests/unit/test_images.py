@@ -68,11 +68,6 @@ def test_every_source_gives_the_same_pixels(tmp_path):
     image.tobytes()  # no longer depends on the file
 
 
-def test_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]
-    assert pixel(load_image(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))) == (255, 0, 0)
-
-
 # --- kinds of pixels -------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +82,9 @@ def test_exif_orientation_is_applied_once(orientation):
     np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(upright))
 
 
-def test_grey_bilevel_and_palette():
+def test_grey_bilevel_palette_and_the_first_frame():
+    frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]
+    assert pixel(load_image(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))) == (255, 0, 0)
     assert pixel(load_image(saved(Image.new("L", (3, 2), 77)))) == (77, 77, 77)
     assert pixel(load_image(saved(Image.new("1", (3, 2), 1)))) == (255, 255, 255)
     assert pixel(load_image(saved(Image.new("RGB", (3, 2), (10, 200, 30)).quantize(4)))) == (10, 200, 30)
@@ -110,17 +107,13 @@ def test_transparency_lies_on_white(mode, colour, expected):
 
 def test_transparent_colours_lie_on_white():
     palette = Image.new("P", (2, 1))
-    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpalette([0, 0, 255, 255, 0, 0])
     palette.putpixel((1, 0), 1)
-    image = load_image(saved(palette, transparency=1))
-    assert pixel(image, 0) == (255, 0, 0)
-    assert pixel(image, 1) == (255, 255, 255)
     grey = Image.fromarray(np.array([[0, 90]], np.uint8))
-    image = load_image(saved(grey, transparency=0))
-    assert (pixel(image, 0), pixel(image, 1)) == ((255, 255, 255), (90, 90, 90))
     colour = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
-    image = load_image(saved(colour, transparency=(1, 2, 3)))
-    assert (pixel(image, 0), pixel(image, 1)) == ((255, 255, 255), (4, 5, 6))
+    for picture, hidden, shown in ((palette, 0, (255, 0, 0)), (grey, 0, (90,) * 3), (colour, (1, 2, 3), (4, 5, 6))):
+        image = load_image(saved(picture, transparency=hidden))
+        assert (pixel(image, 0), pixel(image, 1)) == ((255, 255, 255), shown)
 
 
 DEEP = np.array([[0, 257, 128 * 257, 65535, 65535 - 257]], np.uint16)
@@ -196,24 +189,21 @@ def test_decompression_bombs_are_refused_from_the_header(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("array", "says"),
+    ("source", "says"),
     [
         (np.ones((4, 4, 3)), "white may be 1 or 255"),
         (np.ones((4, 4), bool), "dtype bool"),
         (np.zeros((3, 4, 5), np.uint8), "(3, 4, 5); put the channels last"),
         (np.zeros((1, 4, 4, 3), np.uint8), "one image per call"),
         (np.zeros((0, 4, 3), np.uint8), "got 4 x 0"),
+        (Image.new("RGB", (0, 3)), "got 0 x 3"),
+        (Image.new("F", (3, 2), 0.5), "float32 from 0.5"),
+        (Image.new("I", (3, 2), 70_000), "to 70000"),
+        (Image.new("I", (3, 2), -1), "-1"),
     ],
 )
-def test_ambiguous_arrays_are_refused(array, says):
-    refused(array, "image array", says)
-
-
-def test_pixels_of_unknown_range_are_refused():
-    refused(Image.new("F", (3, 2), 0.5), "float32 from 0.5")
-    refused(Image.new("I", (3, 2), 70_000), "to 70000")
-    refused(Image.new("I", (3, 2), -1), "-1")
-    refused(Image.new("RGB", (0, 3)), "got 0 x 3")
+def test_pixels_of_unknown_shape_or_range_are_refused(source, says):
+    refused(source, says)
 
 
 # --- the square frame ------------------------------------------------------------------------------------------------

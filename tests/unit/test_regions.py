@@ -106,20 +106,6 @@ def cells(geometry, y_edges, x_edges):
     return shapely.area(shapely.intersection(shapely.box(left, top, right, bottom), geometry))
 
 
-@repeatable
-@given(scenes())
-def test_pixels_agree_with_the_area_of_each_pixel(scene):
-    """A pixel that is wholly inside is set, one wholly outside is not, and the mask is never empty."""
-    region, width, height = scene
-    mask = region.to_mask(width, height)
-    pixels = region.coverage(np.arange(height + 1), np.arange(width + 1), width, height)
-    assert mask.shape == (height, width)
-    assert mask.dtype == np.bool_
-    assert mask.any()
-    assert mask[pixels > 1 - 1e-5].all()
-    assert not mask[pixels == 0].any()
-
-
 # --- hand-written 4 x 4 ----------------------------------------------------------------------------------------------
 
 L_SHAPE = np.array([list("#..."), list("#..."), list("###."), list("....")]) == "#"
