@@ -166,7 +166,6 @@ def test_region_never_mentioned(processor: RegionGPTProcessor, photo: Image.Imag
 def test_boxes_may_be_plain_numbers(processor: RegionGPTProcessor, photo: Image.Image, make: Any) -> None:
     boxes = make([[0, 0, 20, 30], [20, 0, 40, 30]])
     expected = processor.encode_conversation(TWO_TURNS, photo, [LEFT, RIGHT])["region_weights"]
-    assert torch.equal(processor.encode_conversation(TWO_TURNS, photo, boxes)["region_weights"], expected)
     for regions in (boxes, [LEFT, boxes[1]], [LEFT.to_dict(), RIGHT]):
         found = processor.apply_chat_template(TWO_TURNS[:3], images=photo, regions=regions, **ENCODED)
         assert torch.equal(found["region_weights"][0], expected)

@@ -113,6 +113,7 @@ L_SHAPE = np.array([list("#..."), list("#..."), list("###."), list("....")]) == 
 
 def test_mask_by_hand():
     region = Region.mask(L_SHAPE)
+    assert region.check(4, 4) is region
     assert region.area(4, 4) == 5
     assert region.bounds(4, 4) == (0, 0, 3, 3)
     np.testing.assert_array_equal(region.coverage([0, 2, 4], [0, 2, 4], 4, 4), [[2, 0], [2, 1]])
@@ -255,12 +256,6 @@ def test_what_cannot_be_a_region_is_refused_at_once(make):
     with pytest.raises(RegionError, match=r"^region: expected") as caught:
         make()
     assert "\n" not in str(caught.value)
-
-
-def test_check_returns_the_region_unchanged():
-    region = Region.box(-10, -10, 20, 12)
-    assert region.check(40, 24) is region
-    assert region.to_dict() == {"box": [-10, -10, 20, 12]}
 
 
 # --- json, drawing ---------------------------------------------------------------------------------------------------

