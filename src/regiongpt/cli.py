@@ -16,10 +16,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import regiongpt
 from regiongpt.console import progress_shown, quiet_libraries, tell
@@ -56,26 +55,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse an option with an empty value: as a path it would be the current folder."""
-        for before, word in zip(["", *(args or ())], args or (), strict=False):
-            name = before if not word else word.removesuffix("=")
-            # --model.init= takes back what a recipe says.
-            if name.startswith("--") and "." not in name and (not word or word.endswith("=")):
-                raise ConfigError(f"{name}: give a path or a value, not an empty text")
-        return super().parse_known_args(args, namespace)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the arguments after the program's name; default: those of this process.
-
-    Returns:
-        The exit code: 0; 1 where images were skipped or records are faulty; 2 for bad input, 130 after Ctrl-C, 141
-        where the reader of the output has gone.
-    """
+    """Run the command line, by default with this process's arguments; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the parent process
@@ -84,14 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a byte that is no text must not end in a traceback
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     try:
-        verb = VERBS.get(arguments[0]) if arguments else None
+        verb = arguments[0] if arguments and arguments[0] in VERBS else ""
         with warnings.catch_warnings(), progress_shown() if os.environ.get("RANK", "0") == "0" else nullcontext():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # they speak to programmers
-            if verb is None:
+            if not verb:
                 _top().parse_args(arguments)
                 return 0
-            code = verb[1](_Parser(prog=f"regiongpt {arguments[0]}"), arguments[1:])
+            summary, run = VERBS[verb]
+            code = run(_Parser(prog=f"regiongpt {verb}", description=f"{summary}."), arguments[1:])
         sys.stdout.flush()
         return code
     except RegionGPTError as error:
@@ -125,23 +108,17 @@ def _top() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------------------------------
 # ask, describe, classify, locate, chat
 
-# What each does; what stands behind the images, by its name and as messages call it; its options.
-_ABOUT_IMAGES: dict[str, tuple[str, str, str, type[Settings]]] = {
-    "ask": (
-        "Ask one question about regions of one image or several.",
-        *("QUESTION", "a question such as 'What is <region1>?'", Options),
-    ),
-    "describe": ("Describe many regions of one image or several.", "", "", DescribeOptions),
-    "classify": ("Choose the class of each region from a closed set.", "", "", ChoiceOptions),
-    "locate": (
-        "Choose the region that an expression such as 'the red cup' refers to, or none.",
-        *("EXPRESSION", "an expression such as 'the red cup'", LocateOptions),
-    ),
+# What stands behind the images, by its name and as messages call it; the options.
+_ABOUT_IMAGES: dict[str, tuple[str, str, type[Settings]]] = {
+    "ask": ("QUESTION", "a question such as 'What is <region1>?'", Options),
+    "describe": ("", "", DescribeOptions),
+    "classify": ("", "", ChoiceOptions),
+    "locate": ("EXPRESSION", "an expression such as 'the red cup'", LocateOptions),
 }
 
 
 def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    parser.description, last, meaning, kind = _ABOUT_IMAGES[verb]
+    last, meaning, kind = _ABOUT_IMAGES[verb]
     parser.usage = f"{parser.prog} IMAGE... {last + ' ' if last else ''}[options]"
     behind = f", then the {last.lower()} (after -- if it starts with a dash)" if last else ""
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"images or folders of images{behind}")
@@ -154,7 +131,7 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
     group.add_argument("--overwrite", action="store_true", help="with --out: replace an existing file")
     group.add_argument("--picture", metavar="FILE", help="draw the image with its regions and answers")
     add_options(parser, ModelOptions, "model")
-    options = parser.parse_intermixed_args(_bind_coordinates(words))
+    options = parser.parse_intermixed_args(words)
     model, sources = read_options(ModelOptions, options), read_options(Sources, options)
     settings, text = read_options(kind, options), ""
     if len(options.images) <= bool(last):
@@ -181,7 +158,7 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
     for option, given in (("picture", options.picture), ("image-id", sources.image_id)):
         if given is not None and len(images) > 1:
             raise ConfigError(f"--{option} goes with a single image, got {len(images)}; leave it out")
-    if options.picture:
+    if options.picture is not None:
         check_picture(options.picture)
         for each in (*images, *(value for option, value in options.regions if option == "--mask")):
             if os.path.exists(each) and os.path.exists(options.picture) and os.path.samefile(each, options.picture):
@@ -197,12 +174,11 @@ def _about_images(verb: str, parser: argparse.ArgumentParser, words: Sequence[st
 
 
 def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    parser.description = "Hold a conversation about regions of an image; questions are read from standard input."
     parser.add_argument("image", help="the image")
     _region_options(parser)
     add_options(parser, ModelOptions, "model")
     add_options(parser, Options, "answer")
-    options = parser.parse_args(_bind_coordinates(words))
+    options = parser.parse_args(words)
     model, generation = read_options(ModelOptions, options), dict(read_options(Options, options))
     from regiongpt.images import load_image
     from regiongpt.inference.over_images import load_predictor, read_regions
@@ -228,48 +204,34 @@ def _chat(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _questions(typed: bool) -> Iterator[str]:
-    """The lines of standard input, with a prompt and line editing where a person types them, up to ``exit``."""
+    """The lines of standard input up to ``exit``, with a prompt and line editing where a person types them."""
     if typed:
         import readline  # noqa: F401  # gives input() its line editing and history
     while True:
         try:
-            line = input("> ") if typed else sys.stdin.readline()
+            line = input("> " if typed else "").strip()
         except EOFError:
-            print()
             return
-        if (not typed and not line) or line.strip().lower() in ("exit", "quit"):
+        if line.lower() in ("exit", "quit"):
             return
-        if line.strip():
-            yield line.strip()
-
-
-class _AddRegion(argparse.Action):
-    """Collects (option, text) of every kind of region in one list, for regions are numbered as they were typed."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        namespace.regions = [*namespace.regions, (option, values)]
+        if line:
+            yield line
 
 
 def _region_options(parser: argparse.ArgumentParser) -> None:
+    """Options that collect (option, text) in one list, for regions are numbered as they were typed."""
+    parser._negative_number_matcher = re.compile(r"-(\d|\.|inf)")  # --box -5,0,9,9
     group = parser.add_argument_group("regions", "any number, in any order; the first is <region1>")
     for option, (metavar, text) in REGION_OPTIONS.items():
-        group.add_argument(option, action=_AddRegion, dest="regions", metavar=metavar, help=text, default=[])
+        given: dict[str, Any] = {"dest": "regions", "default": [], "type": partial(_pair, option)}
+        group.add_argument(option, action="append", metavar=metavar, help=text, **given)
     group.add_argument(
         "--normalized", action="store_true", help="coordinates are fractions of the image's width and height"
     )
 
 
-def _bind_coordinates(arguments: Sequence[str]) -> list[str]:
-    """Write ``--box -5,0,9,9`` as ``--box=-5,0,9,9``: argparse takes what begins with a dash for an option."""
-    bound: list[str] = []
-    for argument in arguments:
-        if bound and bound[-1] in REGION_OPTIONS and re.match(r"-(\d|\.|inf)", argument):
-            bound[-1] += f"={argument}"
-        else:
-            bound.append(argument)
-    return bound
+def _pair(option: str, text: str) -> tuple[str, str]:
+    return option, text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +242,6 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.data.shards import MANIFEST
     from regiongpt.data.sources import CONVERTERS, Output, convert, load_converter, summary
 
-    parser.description = "Convert a data set to training records."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "`regiongpt convert SOURCE --help` lists the files and options of a source."
     sources = parser.add_subparsers(title="sources", metavar="SOURCE", dest="source", required=True)
@@ -304,7 +265,6 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.data.inspection import Inspection, inspect
 
-    parser.description = "Show training records: statistics, or what an option asks for."
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of records, made by `regiongpt convert`")
     add_options(parser, Inspection)
     options = parser.parse_args(words)
@@ -315,7 +275,6 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _annotate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.annotate.options import GROUPS, Options
 
-    parser.description = "Caption regions of many images in two stages; run the same command again to resume."
     for title, kind in GROUPS.items():
         add_options(parser, kind, title)
     typed = parser.parse_args(words)
@@ -326,7 +285,6 @@ def _annotate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    parser.description = "Make checkpoint folders."
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     create = actions.add_parser("create", help="build an untrained model from a vision tower and a language model")
     create.add_argument(
@@ -350,10 +308,8 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         check_writable(options.out)
     if not creates:
         check_checkpoint(options.model)
-    elif bool(options.llava) == bool(options.vision or options.language):
+    elif (bool(options.vision), bool(options.language), bool(options.llava)) not in ((1, 1, 0), (0, 0, 1)):
         raise ConfigError("give --vision and --language, or --llava instead of the two")
-    elif not (options.llava or (options.vision and options.language)):
-        raise ConfigError(f"--vision and --language go together; give --{'language' if options.vision else 'vision'}")
     quiet_libraries(progress=creates)  # a download takes its time
     import torch
 
@@ -378,7 +334,6 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.evaluate import TASKS, task_class
     from regiongpt.evaluate.task import RunOptions
 
-    parser.description = "Score a model, or answers from a file, on benchmarks."
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
         raise ConfigError(f"{repeated[0]}: given twice; name every task once")
@@ -396,8 +351,11 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     )
     if not names:
         text = "with --compare: folder of the data set, if it has moved"
-        group.add_argument("--data", default=argparse.SUPPRESS, metavar="DIR", help=text)
-    _task_options(parser, names, kinds)
+        group.add_argument("--data", metavar="DIR", type=Path, help=text)
+    elif len(names) == 1:
+        add_options(parser, kinds[0], f"options of {names[0]}", required=False)
+    else:
+        add_options(parser, _shared(kinds), "options of the tasks")
     typed = parser.parse_args(words)
     if typed.tasks != names:
         listed = " ".join(typed.tasks)
@@ -411,10 +369,8 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         raise ConfigError("give --out DIR, the folder of the results")
     tasks: list[Task] = []
     for name, kind in zip(names, kinds, strict=True):
-        both = [(field, dest) for field in kind.model_fields for dest in (field, f"{name}.{field}")]
-        values = {field: getattr(typed, dest) for field, dest in both if hasattr(typed, dest)}
         with naming(name):
-            tasks.append(read_options(kind, argparse.Namespace(**values)))
+            tasks.append(read_options(kind, typed))
     quiet_libraries()
     from regiongpt.evaluate.report import as_text
     from regiongpt.evaluate.run import evaluate
@@ -428,39 +384,28 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0
 
 
-def _task_options(parser: argparse.ArgumentParser, names: Sequence[str], kinds: "Sequence[type[Task]]") -> None:
-    """The fields of a task; of several, ``--limit`` for all that have it, and ``--pope.limit`` for one of them."""
+def _shared(kinds: "Sequence[type[Task]]") -> type[Settings]:
+    """The options of several tasks that mean the same in each that has them."""
     from pydantic import Field, create_model
 
-    if len(names) == 1:
-        add_options(parser, kinds[0], f"options of {names[0]}", required=False)
-    if len(names) < 2:
-        return
     shared: dict[str, Any] = {}
     for field, info in ((field, info) for kind in kinds for field, info in kind.model_fields.items()):
         those = [kind.model_fields[field].annotation for kind in kinds if field in kind.model_fields]
         if all(each == those[0] for each in those):
             shared.setdefault(field, (info.annotation, Field(default=None, description=info.description)))
-    title = "options of the tasks; --TASK.OPTION is for one of them"
-    add_options(parser, create_model("Shared", __base__=Settings, **shared), title)
-    for name, kind in zip(names, kinds, strict=True):
-        add_options(parser, kind, prefix=f"{name}.")
+    return create_model("Shared", __base__=Settings, **shared)
 
 
 def _compare(typed: argparse.Namespace, resamples: int) -> int:
     from regiongpt.evaluate.report import compare_runs, comparison_as_text
     from regiongpt.evaluate.task import RunOptions
 
-    given = [
-        *typed.tasks,
-        *(f"--{name}" for name in sorted({*RunOptions.model_fields} & {*vars(typed)} - {"resamples"})),
-    ]
-    if given:
-        raise ConfigError(f"{given[0].replace('_', '-')}: --compare takes the settings of the runs; leave it out")
+    if typed.tasks or {*RunOptions.model_fields} & {*vars(typed)} - {"resamples"}:
+        raise ConfigError("--compare takes the settings of the two runs; give only --resamples and --data")
     if resamples == 0:
         raise ConfigError("--resamples: a comparison needs at least 1")
     a, b = typed.compare
-    found = compare_runs(a, b, Path(typed.data) if hasattr(typed, "data") else None, resamples)
+    found = compare_runs(a, b, typed.data, resamples)
     if typed.json:
         _print_json(found)
     else:
@@ -471,45 +416,31 @@ def _compare(typed: argparse.Namespace, resamples: int) -> int:
 def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.train.recipe import Recipe, find_config, own_script
 
-    parser.description = "Train a model from a recipe; run the same command again to resume."
     parser.epilog = (
-        "Every field of the recipe can be overridden by its dotted name: --stage2.lr 5e-4 --data.root DIR. "
-        "`regiongpt train --schema` lists them."
+        "Run the same command again to resume. Every field of the recipe can be overridden by its dotted name: "
+        "--stage2.lr 5e-4 --data.root DIR."
     )
     parser.add_argument("recipe", nargs="?", help="TOML file, or the name of a shipped recipe such as finetune_records")
     parser.add_argument("--plan", action="store_true", help="estimate parameters, tokens, memory and time, and stop")
-    parser.add_argument("--gpu", metavar="NAME", help="with --plan: kind of GPU, such as a100-80gb or h100-sxm")
-    parser.add_argument("--gpus", metavar="N", help="with --plan: number of GPUs")
-    parser.add_argument("--json", action="store_true", help="with --plan: print JSON")
     parser.add_argument(
         "--debug", action="store_true", help="run the recipe in seconds with tiny models and drawn images"
     )
     parser.add_argument(
         "--from-scratch", action="store_true", help="let stage 2 start from an untrained refinement and connector"
     )
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
+    parser.add_argument(
         "--report", metavar="RUN", type=Path, help="write the report of a run, finished or not, and stop"
     )
-    instead.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe, and stop")
     options, overrides = parser.parse_known_args(words)
-    if options.schema or options.report:
-        if options.recipe is not None or overrides or options.plan:
-            raise ConfigError("--schema and --report take neither a recipe nor --plan; leave these out")
-        if options.schema:
-            _print_json(Recipe.model_json_schema())
-            return 0
-        if not options.report.is_dir():
-            raise ConfigError(f"--report {options.report}: no such folder; give the --out of a run")
+    if options.report:
+        if options.recipe is not None or overrides:
+            raise ConfigError("--report takes no recipe; leave it out")
         from regiongpt.train.watch import write_report
 
         print(write_report(options.report))
         return 0
     if options.recipe is None:
         raise ConfigError(f"give a recipe, such as finetune_records; see `{parser.prog} --help`")
-    if not options.plan and (options.gpu or options.gpus or options.json):
-        raise ConfigError("--gpu, --gpus and --json go with --plan; give it too, or leave them out")
-    overrides += [f"--plan.{name}={value}" for name in ("gpu", "gpus") if (value := getattr(options, name))]
     overrides += ["--from_scratch=true"] if options.from_scratch else []
     if script := own_script(options.recipe):
         if options.plan:
@@ -525,18 +456,14 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     quiet_libraries()
     from regiongpt.environment import Processes, connect
     from regiongpt.train.debug import debug_size
-    from regiongpt.train.plan import make_plan
+    from regiongpt.train.plan import make_plan, plan_text
     from regiongpt.train.stages import train
 
     if options.debug:
         connect()
         recipe = Processes().from_first(lambda: debug_size(recipe))
     if options.plan:
-        plan = make_plan(recipe)
-        if options.json:
-            _print_json(asdict(plan))
-        else:
-            print(plan.text())
+        print(plan_text(recipe, make_plan(recipe)))
         return 0
     finished = train(recipe)
     if Processes().is_first:
@@ -547,9 +474,6 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.ablate import KINDS, Options, Study
 
-    parser.description = (
-        "Train variants of one part of the model in the same way, evaluate them, and compare the results."
-    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     kinds = "\n".join(f"  {name:<12}{kind.summary}" for name, kind in KINDS.items())
     parser.epilog = (
@@ -571,7 +495,6 @@ def _ablate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _serve(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from regiongpt.serve.options import ServeOptions
 
-    parser.description = "Serve the model: an OpenAI-compatible API, and a page to draw on and ask."
     add_options(parser, ModelOptions, "model")
     add_options(parser, ServeOptions, "serving")
     options = parser.parse_args(words)
@@ -606,22 +529,22 @@ def _log() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]]] = {
-    "ask": ("ask one question about regions of images", partial(_about_images, "ask")),
-    "chat": ("hold a conversation about regions of an image", _chat),
-    "describe": ("describe many regions of images at once", partial(_about_images, "describe")),
-    "classify": ("choose the class of regions from a closed set", partial(_about_images, "classify")),
-    "locate": ("choose the region that an expression refers to", partial(_about_images, "locate")),
-    "convert": ("convert a data set to training records", _convert),
-    "annotate": ("caption regions of many images in two stages", _annotate),
-    "inspect": ("show and check training records", _inspect),
-    "weights": ("make checkpoint folders", _weights),
-    "train": ("train a model in the paper's two stages", _train),
-    "evaluate": ("score a model, or answers from a file, on benchmarks", _evaluate),
-    "serve": ("serve the model: an API and a page to draw on", _serve),
-    "ablate": ("train and score the variants of one part of the model", _ablate),
+VERBS: Final[dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]]]] = {
+    "ask": ("Ask one question about regions of one image or several", partial(_about_images, "ask")),
+    "chat": ("Hold a conversation about regions of an image; questions are read from standard input", _chat),
+    "describe": ("Describe many regions of one image or several", partial(_about_images, "describe")),
+    "classify": ("Choose the class of regions from a closed set", partial(_about_images, "classify")),
+    "locate": ("Choose the region that an expression refers to, or none", partial(_about_images, "locate")),
+    "convert": ("Convert a data set to training records", _convert),
+    "annotate": ("Caption regions of many images in two stages; run the same command again to resume", _annotate),
+    "inspect": ("Show and check training records: statistics, or what an option asks for", _inspect),
+    "weights": ("Make checkpoint folders", _weights),
+    "train": ("Train a model in the paper's two stages", _train),
+    "evaluate": ("Score a model, or answers from a file, on benchmarks", _evaluate),
+    "serve": ("Serve the model: an OpenAI-compatible API, and a page to draw on and ask", _serve),
+    "ablate": ("Train and score the variants of one part of the model, in the same way", _ablate),
 }
-"""Each verb with its line in the help and the function that reads its options."""
+"""Each verb with its summary and the function that reads its options."""
 
 
 if __name__ == "__main__":

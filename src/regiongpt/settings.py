@@ -42,11 +42,7 @@ class Settings(BaseModel, metaclass=_OwnErrors):
 
     @classmethod
     def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
-        """Read a TOML file and the files it extends, and apply overrides.
-
-        Args:
-            path: A TOML file; ``extends = ["other.toml"]`` names files beside it whose values it changes.
-            overrides: Command-line words, by dotted name: ``--stage2.lr 5e-4`` or ``--stage2.lr=5e-4``.
+        """Read a TOML file, with those that its ``extends`` names, and apply overrides such as ``--stage2.lr 5e-4``.
 
         Raises:
             ConfigError: The file is no TOML; a key is unknown (names the nearest one); a value cannot be used.
@@ -66,8 +62,8 @@ class Settings(BaseModel, metaclass=_OwnErrors):
         if isinstance(value, str) and tuple in kinds and str not in kinds:
             return [part.strip() for part in value.split(",") if part.strip()]
         several = value if isinstance(value, list | tuple) else [value]
-        if Path in kinds | inner and not all(str(each).strip() for each in several):
-            raise ValueError("give a path, not an empty text")
+        if Path in kinds | inner and not all(str(each).strip() and "\0" not in str(each) for each in several):
+            raise ValueError("give a path")
         if isinstance(value, bool) and bool not in kinds and {int, float} & kinds:
             raise ValueError("give a number")
         return value
@@ -92,20 +88,20 @@ def read_toml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def override(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """The values with those of command-line words such as ``--stage2.lr 5e-4`` in their places."""
-    merged, rest = dict(values), list(words)
+    merged, rest = _merge({}, values), list(words)
     while rest:
         name, equals, text = rest.pop(0).partition("=")
         if not name.startswith("--") or len(name) < 3:
             raise ConfigError(f"{name}: not an override; write --name.of.field value, such as --stage2.lr 5e-4")
         if not (equals or rest):
             raise ConfigError(f"{name}: give a value after it")
-        given: Any = text if equals else rest.pop(0)
-        for part in reversed(name[2:].split(".")):
-            given = {part: given}
-        try:
-            merged = _merge(merged, given, strict=True)
-        except TypeError as error:
-            raise ConfigError(f"{name}: '{error}' is a value, not a table") from None
+        *tables, leaf = name[2:].split(".")
+        inner = merged
+        for table in tables:
+            inner = inner.setdefault(table, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{name}: '{table}' is a value, not a table")
+        inner[leaf] = text if equals else rest.pop(0)
     return merged
 
 
@@ -127,9 +123,8 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
         inner: Any = kind
         for table in tables:  # a number is a place in a list of tables
             fields = getattr(inner, "model_fields", {})
-            inner = (
-                typing.get_args(inner)[0] if isinstance(table, int) else getattr(fields.get(table), "annotation", None)
-            )
+            hint = inner if isinstance(table, int) else getattr(fields.get(table), "annotation", None)
+            inner = typing.get_args(hint)[0] if isinstance(table, int) else hint
         known = getattr(inner, "model_fields", {})
         return f"unknown setting '{where}'; {nearest(str(leaf), known, ''.join(f'{table}.' for table in tables))}"
     if first["type"] == "missing":
@@ -142,11 +137,7 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
 
 
 def add_options(
-    parser: argparse.ArgumentParser,
-    kind: type[Settings],
-    title: str = "options",
-    prefix: str = "",
-    required: bool = True,
+    parser: argparse.ArgumentParser, kind: type[Settings], title: str = "options", required: bool = True
 ) -> None:
     """Add one option per field: ``image_grid`` becomes ``--image-grid``, its docstring the help.
 
@@ -156,19 +147,15 @@ def add_options(
         parser: Gets the options.
         kind: Class whose fields they are.
         title: Heading of the options in the help.
-        prefix: Before each name, such as ``pope.`` for ``--pope.limit``; such options are not in the help.
         required: Whether fields without a default have to be typed.
     """
     group: Any = parser if title == "options" else parser.add_argument_group(title)
     for name, field in kind.model_fields.items():
         kinds = plain_types(field.annotation)
         text = " ".join((field.description or "").split()).replace("%", "%%").replace("``", "")
-        shown = not field.is_required() and field.default not in (None, "", (), False) and field.default_factory is None
-        given: dict[str, Any] = {
-            "dest": f"{prefix}{name}",
-            "default": argparse.SUPPRESS,
-            "help": argparse.SUPPRESS if prefix else f"{text} (default: {field.default})" if shown else text,
-        }
+        if field.default_factory is None and not field.is_required() and field.default not in (None, "", (), False):
+            text += f" (default: {field.default})"
+        given: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         if bool in kinds:  # what is off by default needs no --no-...
             given["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         else:
@@ -179,8 +166,7 @@ def add_options(
             given["metavar"] = "|".join(map(str, choices)) or named
             if tuple in kinds:
                 given["nargs"] = "+"
-        given["required"] = required and not prefix and field.is_required()
-        group.add_argument(f"--{prefix}{name.replace('_', '-')}", **given)
+        group.add_argument(f"--{name.replace('_', '-')}", required=required and field.is_required(), **given)
 
 
 def read_options(kind: type[T], options: argparse.Namespace) -> T:
@@ -194,16 +180,12 @@ def read_options(kind: type[T], options: argparse.Namespace) -> T:
         raise ConfigError(f"--{name.replace('_', '-')}:{rest}" if is_option else f"{name}{colon}{rest}") from None
 
 
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any], strict: bool = False) -> dict[str, Any]:
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """New tables with the values of both."""
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
-            merged[key] = _merge(below, value, strict)
-        elif strict and isinstance(value, Mapping) and below is not None:
-            raise TypeError(key)
-        else:
-            merged[key] = value
+        merged[key] = _merge(below if isinstance(below, dict) else {}, value) if isinstance(value, dict) else value
     return merged
 
 

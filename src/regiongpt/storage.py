@@ -10,11 +10,10 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Self
 
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError, short
+from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
 
 
 def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]) -> None:
@@ -28,10 +27,10 @@ def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]
         DataError: The file cannot be written.
     """
     path = Path(os.path.realpath(path))  # a link stays a link
-    if os.path.isdir(path):
+    if path.is_dir():
         raise DataError(f"{path}: a folder; give the path of a file")
     # A device or a pipe is written to, not replaced. The suffix stays last, for writers that choose the format by it.
-    special = os.path.exists(path) and not os.path.isfile(path)
+    special = path.exists() and not path.is_file()
     beside = path if special else path.with_name(f".{os.getpid()}-{path.name}")
     try:
         with writing(path):
@@ -75,11 +74,9 @@ def writing(path: str | Path) -> Iterator[None]:
     """Turn a failed write inside the block into a DataError of one line."""
     try:
         yield
-    except RegionGPTError:
-        raise
     except Exception as error:
         # safetensors and tokenizers report a failed write by exceptions of their own.
-        if not isinstance(error, OSError) and "(os error" not in str(error):
+        if isinstance(error, RegionGPTError) or not (isinstance(error, OSError) or "(os error" in str(error)):
             raise
         told = f"{path}: cannot be written: {reason(error)}; free some space or choose another place"
         raise DataError(told) from None
@@ -88,15 +85,14 @@ def writing(path: str | Path) -> Iterator[None]:
 def check_writable(path: str | Path) -> None:
     """Raise ConfigError unless a file can be written, before there is anything to write."""
     folder = Path(path).resolve().parent
-    if not folder.is_dir():
-        raise ConfigError(f"{path}: no folder {folder}; create it first")
     if Path(path).is_dir():
         raise ConfigError(f"{path}: a folder; name a file in it")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"{path}: {folder} is not writable ({reason(error)}); choose another place") from None
+        told = "no folder" if not folder.is_dir() else f"not writable ({reason(error)})"
+        raise ConfigError(f"{path}: {told}: {folder}; create it or choose another place") from None
 
 
 def check_checkpoint(folder: str | Path) -> None:
@@ -118,8 +114,6 @@ def check_checkpoint(folder: str | Path) -> None:
 
 def check_new(folder: str | Path | None) -> None:
     """Raise ConfigError for a folder to write that has something in it, or cannot be there."""
-    if folder is not None and (not isinstance(folder, str | os.PathLike) or not str(folder)):
-        raise ConfigError(f"out: expected the path of a folder, got {short(folder)}")
     if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise ConfigError(f"{folder}: expected a new or empty folder; choose another")
 
@@ -256,17 +250,13 @@ class Store:
 
     def get(self, keys: Collection[str]) -> dict[str, Any]:
         """The values of those keys that any process has added; DataError where a file is damaged."""
-        wanted = set(keys)
+        wanted = sorted(set(keys))
         found: dict[str, Any] = {}
-        if len(wanted) <= 1000:  # looked up one by one; for more, all are read
-            places = ",".join("?" * len(wanted))
-            rows = self._rows(f"SELECT key, value FROM done WHERE key IN ({places}) ORDER BY rowid", [*wanted])
-        else:
-            rows = (row for row in self._rows("SELECT key, value FROM done") if row[0] in wanted)
-        with _one_line(self.folder):
-            while some := list(islice(rows, 1000)):  # parsed together, which takes half the time
-                names, texts = zip(*some, strict=True)
-                found.update(zip(names, json.loads(f"[{','.join(texts)}]"), strict=True))
+        for start in range(0, len(wanted), 500):
+            some = wanted[start : start + 500]
+            query = f"SELECT key, value FROM done WHERE key IN ({','.join('?' * len(some))}) ORDER BY rowid"
+            with _one_line(self.folder):
+                found |= {key: json.loads(value) for key, value in self._rows(query, some)}
         return found
 
     def total(self, field: str) -> float:

@@ -1,9 +1,8 @@
-"""Checkpoints: what they hold, who can read them; reading one runs nothing, and nothing damaged is gone on from."""
+"""Checkpoints: what they hold, who can read them; reading one runs nothing."""
 
 import json
 import logging
 import shutil
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from tiny import text_config
 
 from regiongpt.errors import CheckpointError
-from regiongpt.train.checkpoint import LIST
 from regiongpt.train.recipe import WatchConfig
 
 KEPT = WatchConfig(keep=9)
@@ -42,16 +40,6 @@ def go_on(out: Path, **options: Any) -> None:
     learn(out, text_config=text_config(attention_dropout=0.1), **options)
 
 
-def seal(folder: Path) -> None:
-    """List the files as they are now."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LIST]
-    listed = {
-        path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path.read_bytes()).hexdigest())
-        for path in files
-    }
-    (folder / LIST).write_text(json.dumps(listed))
-
-
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "tensors.safetensors")
 
@@ -77,18 +65,6 @@ def test_settings_that_may_change_do_on_going_on(run: Path, caplog: pytest.LogCa
     assert told == ["stage2: step 4 of 4"]
 
 
-def test_the_last_weights_are_kept_where_the_best_checkpoint_is_damaged(
-    run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    stage = json.loads((run / "checkpoint-2" / "stage.json").read_text())
-    (run / "checkpoint-2" / "stage.json").write_text(json.dumps({**stage, "best_step": 1, "best_loss": 0.0}))
-    seal(run / "checkpoint-2")
-    path = run / "checkpoint-1" / "tensors.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
-    go_on(run, watch=WatchConfig(keep=9, dev_steps=2), dev=2)
-    assert "checkpoint-1: the best checkpoint is lost (tensors.safetensors is damaged" in caplog.text
-
-
 def test_reading_a_checkpoint_runs_no_code(run: Path) -> None:
     assert {path.suffix for path in (run / "checkpoint-2").iterdir()} == {".json", ".safetensors"}
 
@@ -96,24 +72,19 @@ def test_reading_a_checkpoint_runs_no_code(run: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        *(("stage.json", each) for each in (b"", b'{"settings": {}', b'{"step": 2}', b"[]")),
-        *(("random-0.json", each) for each in (None, b"", b"null", b"{}", b'{"python": [3, [1e400], null]}')),
+        *(("stage.json", each) for each in (b"", b'{"step": 2}', b"[]")),
+        ("random-0.json", b""),
         *(("tensors.safetensors", each) for each in (b"", b"\x10\0\0\0\0\0\0\0{}")),
-        *((LIST, each) for each in (None, b"[]", b'{"a": [0, ""]}')),
     ],
 )
-@pytest.mark.parametrize("listed", [False, True])
-def test_a_damaged_file_is_never_gone_on_from(
-    listed: bool, file: str, content: bytes | None, finished: Path, run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Found by its hash, and the checkpoint before is taken; or, listed as it is, refused in one line."""
-    (run / "checkpoint-2" / file).unlink() if content is None else (run / "checkpoint-2" / file).write_bytes(content)
-    if listed and file != LIST:
-        seal(run / "checkpoint-2")
-        with pytest.raises(CheckpointError, match=r"checkpoint-2.*delete the folder"):
-            go_on(run)
-    else:
+def test_a_damaged_file_is_refused_in_one_line(file: str, content: bytes, run: Path) -> None:
+    (run / "checkpoint-2" / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2"):
         go_on(run)
-        assert f"{file} " in caplog.text
-        assert "aside-1-checkpoint-2, and the one before is taken" in caplog.text
-        assert_equal(run / "checkpoint-4", finished / "checkpoint-4")
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(finished: Path, run: Path) -> None:
+    shutil.copytree(run / "checkpoint-2", run / ".unfinished-1-checkpoint-3")
+    go_on(run)
+    assert_equal(run / "checkpoint-4", finished / "checkpoint-4")
+    assert not list(run.glob(".unfinished-*"))

@@ -225,7 +225,7 @@ DESCRIBE = ["describe", "photo.png"]
         (["locate", "photo.png", "a cup", *BOX, "--by", "luck"], ["--by"]),
         ([*ASK, *BOX, "--picture", "out.xyz"], ["out.xyz", ".png"]),
         ([*ASK, *BOX, "--picture", "photo.png"], ["would replace what is asked about"]),
-        ([*ASK, *BOX, "--picture", ""], ["--picture: give a path"]),
+        ([*ASK, *BOX, "--picture", ""], ["end its name in .png"]),
         (["ask", "photo.png", "other.png", "What?", "--picture", "out.png"], ["single image"]),
         ([*ASK, *BOX, "--out", "out.txt"], [".jsonl"]),
         ([*ASK, *BOX, "--out", "out.jsonl", "--json"], ["leave one of them out"]),

@@ -206,9 +206,9 @@ def test_predictions_of_one_run_score_as_that_run(run, data, tmp_path, capsys):
         (["drawn", "--out", "x", "--data", "DATA", "--model", "nowhere"], "nowhere: no checkpoint folder"),
         (["drawn", "--out", "x", "--data", "DATA", "--model", "unfinished"], "a checkpoint folder without weights"),
         (["drawn", "--out", "taken/x", "--data", "DATA"], "taken/x: cannot be written"),
-        (["--compare", "a", "b", "--device", "cpu"], "--device: --compare takes the settings"),
+        (["--compare", "a", "b", "--device", "cpu"], "--compare takes the settings"),
         (["--compare", "a", "b"], "a: no finished task"),
-        (["drawn", "--compare", "a", "b"], "drawn: --compare takes the settings"),
+        (["drawn", "--compare", "a", "b"], "--compare takes the settings"),
         (["--compare", "a", "b", "--resamples", "0"], "--resamples: a comparison needs at least 1"),
     ],
 )

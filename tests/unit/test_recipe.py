@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 import pytest
 
-from regiongpt.cli import main
 from regiongpt.errors import ConfigError
 from regiongpt.model.configuration import REFINEMENTS
 from regiongpt.train.recipe import ModelConfig, Recipe
@@ -20,8 +19,6 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 NEW = [
     "--model.language=a",
-    "--model.region_format=[{n}]<region>",
-    "--model.region_numbers=true",
     "--data.mixture=m",
     "--data.pretrain_mixture=p",
 ]
@@ -34,24 +31,12 @@ NEW = [
         *("stage2.epochs=0", "stage2.epochs=1e99", "stage2.weight_decay=-0.1", "stage2.max_grad_norm=0"),
         *("stage1.batch_size=9", "stage1.batch_size=0", "stage1.micro_batch_size=0", "stage1.warmup_ratio=1"),
         *("stage1.save_steps=0", "stage1.log_steps=0", "seed=-1", "seed=1.5", "seed.a=1"),
-        *("seed=99999999999", "steps=stage3", "steps=stage2,stage2", "out=", "out=a\0b", "out=a\udcff"),
-        *("data.mixture=a\udcff", "data.root=a\0b"),
+        *("seed=99999999999", "steps=stage3", "out=", "out=a\0b"),
         *("engine.precision=fp8", "engine.sharding=none"),
-        *("engine.pack_length=-1", "engine.workers=-1", "engine.compile=perhaps", "watch.keep=0"),
+        *("engine.workers=-1", "engine.packing=perhaps", "watch.keep=0"),
         *("model.image_grid=-1", "model.image_size=-32", "model.refinement=cubic"),
-        *(
-            "model.region_grid=0",
-            "model.region_grid=17",
-            "model.image_size=33",
-            "model.chat_template=vicuna",
-            "model.vision=",
-        ),
-        *(f"model.region_format={text}" for text in ("", "{n}", "<region><region>", "{x}<region>", "{n!r}<region>")),
-        *(
-            f"model.region_format={text}"
-            for text in ("{<region>", "<region>}", "{{n}}<region>", "{0}<region>", "<region>{n}")
-        ),
-        *("plan.gpu=a100", "plan.gpus=0", "plan.stage1.answer_tokens=5"),
+        *("model.region_grid=0", "model.region_grid=17", "model.vision="),
+        *("plan.gpu=a100", "plan.gpus=0"),
         *("lora.rank=-1", "lora.alpha=0", "lora.dropout=1", "watch.tensorboard=2"),
     ],
 )
@@ -60,7 +45,7 @@ def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word: str) -> None
     with pytest.raises(ConfigError) as error:
         Recipe.load(None, [*NEW, *rank, f"--{word}"])
     table, _, field = word.partition("=")[0].partition(".")
-    assert str(error.value).startswith((table, f"--{table}", f"model: {field}", "model: region_numbers"))
+    assert str(error.value).startswith((table, f"--{table}", f"model: {field}"))
     assert "\n" not in str(error.value)
 
 
@@ -111,23 +96,6 @@ def test_a_bare_name_finds_what_ships_and_a_misspelt_one_the_nearest(tmp_path: P
             Recipe.load(name)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "seed = ",
-        "seed = " + "9" * 5000,
-        "a = " + "[" * 5000,
-        b"seed = 1 # \xff",
-        "seed = 1e999",
-        'extends = ["a.toml"]',
-    ],
-)
-def test_a_file_that_is_no_recipe_is_refused(text: str | bytes, tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError):
-        Recipe.load(tmp_path / "a.toml")
-
-
 def test_a_wheel_holds_every_recipe(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("weights", "*.egg-info", "__pycache__"))
@@ -169,10 +137,7 @@ MISTAKES = [
     "train /etc",
     "train finetune_records --stage2.epoch 8",
     "train finetune_records --stage2.lr 1e30",
-    "train finetune_records --gpus 8",
-    "train finetune_records --schema",
-    "train --schema --plan",
-    "train --report nowhere",
+    "train finetune_records --report nowhere",
     "train finetune_records --data.mixture nowhere",
     "train finetune_records --data.mixture . --model.init nowhere",
     "train finetune_records --data.mixture nowhere.toml --data.root .",
@@ -189,19 +154,12 @@ MISTAKES = [
 
 
 def test_help_and_mistakes_load_nothing_heavy(tmp_path: Path) -> None:
-    calls = [["train", "--help"], ["ablate", "--help"], ["train", "--schema"], *(line.split() for line in MISTAKES)]
+    calls = [["train", "--help"], ["ablate", "--help"], *(line.split() for line in MISTAKES)]
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(calls)], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     codes, heavy = json.loads(ran.stdout.splitlines()[-1])
-    assert codes == [0, 0, 0, *[2] * len(MISTAKES)]
+    assert codes == [0, 0, *[2] * len(MISTAKES)]
     assert heavy == []
     assert len(ran.stderr.splitlines()) == len(MISTAKES)
     assert all(line.startswith("regiongpt: error: ") for line in ran.stderr.splitlines())
-
-
-def test_the_schema_describes_every_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--schema"]) == 0
-    schema = json.loads(capsys.readouterr().out)
-    assert schema["properties"].keys() == Recipe.model_fields.keys()
-    assert "cosine" in schema["$defs"]["StageConfig"]["properties"]["lr"]["description"]

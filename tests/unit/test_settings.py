@@ -63,7 +63,7 @@ def test_reads_toml_extended_and_overridden(tmp_path: Path) -> None:
         ("count = 1.5", (), "count: input should be a valid integer"),
         ("[inner]\nkind = 'b'", (), "inner: kind b needs steps"),
         ("count = 13", (), "count: 13 is unlucky; give another"),
-        ('out = " "', (), "out: give a path, not an empty text"),
+        ('out = " "', (), "out: give a path, got"),
         ("[inner]\nkind = 'c'", (), "inner.kind: input should be 'a' or 'b', got 'c'"),
         ("", ("--count",), "--count: give a value after it"),
         ("", ("count", "3"), "count: not an override"),

@@ -5,11 +5,9 @@ import logging
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +21,7 @@ from transformers import LlamaConfig
 from regiongpt.environment import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.model import RegionGPTForConditionalGeneration
-from regiongpt.train.checkpoint import Checkpoints, damage
+from regiongpt.train.checkpoint import Checkpoints
 from regiongpt.train.dataset import answer_loss
 from regiongpt.train.loop import StepBatches, targets_in
 from regiongpt.train.packing import (
@@ -125,7 +123,7 @@ def test_packed_loss_and_gradients_are_those_of_the_padded_batch(in_units: bool,
 def test_a_language_model_with_a_window_is_not_packed(options: dict[str, Any]) -> None:
     require_packable(LlamaConfig())
     require_packable(SimpleNamespace(sliding_window=64, use_sliding_window=False))
-    with pytest.raises(ConfigError, match=r"attend to all earlier tokens, got .*--engine.packing false"):
+    with pytest.raises(ConfigError, match=r"attend to all earlier tokens"):
         require_packable(SimpleNamespace(**options))
 
 
@@ -137,7 +135,7 @@ def test_eight_at_once_are_one_at_a_time_and_packed_and_with_less_memory(tmp_pat
     assert trainer.progress.step == 4
     for name, micro, engine in (
         ("1", 1, EngineConfig()),
-        ("packed", 4, EngineConfig(packing=True, pack_length=80)),
+        ("packed", 4, EngineConfig(packing=True)),
         ("checkpointed", 2, EngineConfig(gradient_checkpointing=True, workers=1)),
     ):
         stage = settings(micro_batch_size=micro)
@@ -165,33 +163,11 @@ def test_bfloat16_learns_about_the_same_and_keeps_its_weights_in_float32(tmp_pat
     assert model.training == expected.training
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("packing", [False, True])
-def test_compiled_layers_learn_the_same(packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, compiled = torch.nn.Module.compile, []
-
-    def compile_layer(layer: torch.nn.Module, **options: Any) -> None:
-        compiled.append(layer)
-        whole(layer, backend="aot_eager", **options)  # the default backend's C++ takes half a minute to build
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
-    expected, _ = learn(tmp_path / "plain", items=16)
-    assert not compiled
-    torch._dynamo.utils.counters.clear()
-    model, _ = learn(tmp_path / "compiled", items=16, engine=EngineConfig(compile=True, packing=packing))
-    assert len(compiled) == model.config.text_config.num_hidden_layers
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
-    assert_close(weights_of(model), weights_of(expected))
-
-
 def test_the_weights_with_the_lowest_dev_loss_are_taken_and_kept(tmp_path: Path) -> None:
     watch = WatchConfig(keep=1, dev_steps=2, dev_items=5)
     model, trainer = learn(tmp_path, stage=settings(lr=0.3, save_steps=100), watch=watch, dev=5)
-    measured = {
-        line["step"]: line["dev_loss"] if "dev_loss" in line else line["loss"]
-        for line in map(json.loads, (tmp_path / "dev.jsonl").read_text().splitlines())
-    }
+    lines = map(json.loads, (tmp_path / "dev.jsonl").read_text().splitlines())
+    measured = {line["step"]: line["loss"] for line in lines}
     best = min(measured, key=measured.__getitem__)
     assert sorted(measured) == [2, 4]
     assert trainer.progress.best_step == best
@@ -207,12 +183,11 @@ def test_the_weights_with_the_lowest_dev_loss_are_taken_and_kept(tmp_path: Path)
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def put(folder: Path, step: int, keep: int = 5, best: int | None = None) -> bool:
+def put(folder: Path, step: int, keep: int = 5, best: int | None = None) -> None:
     def fill(path: Path) -> None:
-        (path / "a").write_text(f"weights {step}")
         (path / "stage.json").write_text('{"settings": {}}')
 
-    return Checkpoints(folder, keep, Processes()).write(step, fill, best)
+    Checkpoints(folder, keep, Processes()).write(step, fill, best)
 
 
 def names(folder: Path) -> list[str]:
@@ -221,29 +196,18 @@ def names(folder: Path) -> list[str]:
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 100):
-        assert put(tmp_path, step, keep=2, best=5)
+        put(tmp_path, step, keep=2, best=5)
     assert names(tmp_path) == ["checkpoint-100", "checkpoint-15", "checkpoint-5"]
     assert Checkpoints(tmp_path, 2, Processes()).newest() == tmp_path / "checkpoint-100"
 
 
-def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected, _ = learn(tmp_path / "enough", stage=settings(save_steps=1))
-    original = Checkpoints.write
-
-    def write(self: Checkpoints, step: int, fill: Any, best: int | None = None) -> bool:
-        with full_disk(20_000) if step == 3 else nullcontext():
-            return original(self, step, fill, best)
-
-    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(Checkpoints, "write", write)
-        got, _ = learn(tmp_path / "full", stage=settings(save_steps=1), watch=WatchConfig(keep=9))
-    assert "checkpoint-3 could not be written" in caplog.text
-    assert "the newest checkpoint is" in caplog.text
-    whole = [name for name in names(tmp_path / "full") if "checkpoint" in name or name.startswith(".")]
-    assert whole == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
-    assert_close(weights_of(got), weights_of(expected), 0)
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before(tmp_path: Path) -> None:
+    learn(tmp_path / "enough")
+    with full_disk(20_000), pytest.raises(DataError, match="checkpoint-2: cannot be written"):
+        learn(tmp_path / "full")
+    assert not [name for name in names(tmp_path / "full") if "checkpoint" in name]
+    learn(tmp_path / "full")
+    assert losses(tmp_path / "full") == losses(tmp_path / "enough")
 
 
 def test_going_on_is_as_if_it_had_not_stopped_and_other_settings_are_refused(
@@ -281,7 +245,6 @@ def test_a_loss_that_is_no_number_stops_and_names_the_records(packing: bool, tmp
     assert f"the last good checkpoint is {tmp_path}/checkpoint-2" in message
     assert "record-20, record-21," in message
     assert "checkpoint-3" not in names(tmp_path)
-    assert damage(tmp_path / "checkpoint-2") is None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -355,39 +318,17 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_losses(
     assert losses(tmp_path) == losses(out)
 
 
-@pytest.mark.slow
-def test_sigterm_saves_first_and_the_run_goes_on(
-    one_process: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
-    out, expected = one_process
-    command = [str(word) for word in (sys.executable, SCRIPT, tmp_path, "--items", 77, *TEXTS)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "checkpoint-1").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
-    newest = Checkpoints(tmp_path, 3, Processes()).newest()
-    assert newest is not None
-    assert len(losses(tmp_path)) == int(newest.name.removeprefix("checkpoint-"))
-    assert not (tmp_path / "weights.pt").exists()
-    assert_close(run(tmp_path, *TEXTS), expected, 0)
-    assert losses(tmp_path) == losses(out)
-
-
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", [(), ("q_proj",), ("q_proj", "lm_head"), ("lm_head",)])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_a_merged_model_answers_as_its_adapters_did(targets: tuple[str, ...], tied: bool, tmp_path: Path) -> None:
+def test_a_merged_model_answers_as_its_adapters_did(tied: bool, tmp_path: Path) -> None:
     model = tiny_model(text_config=text_config(tie_word_embeddings=tied)).eval().double()
     language = model.language_model
     inputs = tiny_inputs(model.config, [1, 2])
     words = language.get_input_embeddings().weight.detach().clone()
-    add_adapters(language, LoraConfig(rank=2, targets=targets))
+    add_adapters(language, LoraConfig(rank=2))
     for name, parameter in language.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -400,4 +341,4 @@ def test_a_merged_model_answers_as_its_adapters_did(targets: tuple[str, ...], ti
         again = RegionGPTForConditionalGeneration.from_pretrained(tmp_path)
         torch.testing.assert_close(again(**inputs).logits, adapted, rtol=1e-5, atol=1e-5)
     head = again.get_output_embeddings().weight
-    assert (head is again.get_input_embeddings().weight) == (tied and "lm_head" not in targets)
+    assert (head is again.get_input_embeddings().weight) == tied

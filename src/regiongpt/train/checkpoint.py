@@ -1,21 +1,17 @@
-"""Atomic, verified checkpoints of a stage; keeps the newest few and the best. Reading one runs no code in it.
+"""Atomic checkpoints of a stage; keeps the newest few and the best. Reading one runs no code in it.
 
 A folder ``checkpoint-N``, N the optimiser steps done, holds ``tensors.safetensors`` (trained tensors and AdamW's
-moments, whole), ``random-R.json`` (random state of process R), ``stage.json`` (how far the stage is, and the settings
-that decide what is learnt), and ``files.json``, written last: sizes and hashes of the others.
+moments, whole), ``random-R.json`` (random state of process R), and ``stage.json`` (how far the stage is, and the
+settings that decide what is learnt).
 """
 
 import json
-import logging
 import os
-import random
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
@@ -24,13 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from regiongpt.environment import Processes
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
+from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.settings import Settings
-from regiongpt.storage import read_json, reason, sha256, writing
-
-log = logging.getLogger(__name__)
-
-LIST = "files.json"
+from regiongpt.storage import new_folder, read_json, reason
 
 _STAGE, _TENSORS, _MOMENTS = "stage.json", "tensors.safetensors", ("step", "exp_avg", "exp_avg_sq")
 _PREFIX, _UNFINISHED = "checkpoint-", ".unfinished-"
@@ -50,12 +42,9 @@ class Progress(Settings):
 
 def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError if a stage's newest checkpoint was made with other settings; each is named."""
-    for checkpoint in reversed(_written(folder)):
-        with suppress(CheckpointError):  # skip damaged ones
-            found = _read_stage(checkpoint)["settings"]
-            break
-    else:
+    if not (written := _written(folder)):
         return
+    checkpoint, found = written[-1], _read_stage(written[-1])["settings"]
     odd = []
     for name, ours in settings.items():
         if ours != (theirs := found.get(name)):
@@ -74,9 +63,7 @@ def contents(model: nn.Module, optimizer: torch.optim.Optimizer, processes: Proc
         whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
         if processes.is_first:
             mine[name] = whole.contiguous()
-    kind, keys, *rest = cast(Any, np.random.get_state())
-    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
-    state["torch"] = torch.get_rng_state().tolist()
+    state = {"torch": torch.get_rng_state().tolist()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state().tolist()
     return {"tensors": mine, "random": processes.gathered(state)}
@@ -94,20 +81,13 @@ def save(folder: Path, held: Mapping[str, Any], settings: Mapping[str, Any], pro
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> Progress:
     """Restore, in place, what :func:`save` has written; with more processes than before, new ones get new states."""
     _put_back(folder, _tensors(model, optimizer))
-    try:
-        stage = _read_stage(folder)
-        if processes.rank < max(1, len(list(folder.glob("random-*.json")))):
-            state = read_json(folder / f"random-{processes.rank}.json")
-            version, internal, gauss = state["python"]
-            random.setstate((version, tuple(internal), gauss))
-            kind, keys, *rest = state["numpy"]
-            np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-            torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-            if torch.cuda.is_available() and "cuda" in state:
-                torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
-        return Progress(**{name: stage[name] for name in Progress.model_fields})
-    except (RegionGPTError, ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot be read: {reason(error)}; {_DELETE}") from None
+    if (path := folder / f"random-{processes.rank}.json").exists():
+        state = read_json(path, CheckpointError)
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if torch.cuda.is_available() and "cuda" in state:
+            torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+    stage = _read_stage(folder)
+    return Progress(**{name: stage[name] for name in Progress.model_fields})
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -141,14 +121,14 @@ def _put_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                 if isinstance(tensor, DTensor):
                     value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
                 tensor.copy_(value)
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: its tensors cannot be read: {reason(error)}; {_DELETE}") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {reason(error)}; {_DELETE}") from None
 
 
 def _read_stage(checkpoint: Path) -> dict[str, Any]:
     found = read_json(checkpoint / _STAGE, CheckpointError)
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
-        raise CheckpointError(f"{checkpoint}: its {_STAGE} is not that of a checkpoint; {_DELETE}")
+        raise CheckpointError(f"{checkpoint}: damaged {_STAGE}; {_DELETE}")
     return found
 
 
@@ -166,56 +146,33 @@ class Checkpoints:
         return self.folder / f"{_PREFIX}{step}"
 
     def newest(self) -> Path | None:
-        """The newest intact checkpoint; None if there is none.
-
-        What a kill has left unfinished is removed. A damaged checkpoint is renamed, with a line in the log.
-        """
+        """The newest checkpoint; None if there is none. What a kill has left unfinished is removed."""
         return self.processes.from_first(self._newest)
 
     def _newest(self) -> Path | None:
         for leftover in self.folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        found = _written(self.folder)
-        while found:
-            checkpoint = found.pop()
-            fault = damage(checkpoint)
-            if fault is None:
-                return checkpoint
-            then = "the one before is taken" if found else "none is left, so the stage begins anew"
-            log.warning("%s: %s; it is now %s, and %s", checkpoint, fault, _set_aside(checkpoint).name, then)
-        return None
+        return next(reversed(_written(self.folder)), None)
 
-    def write(self, step: int, fill: Callable[[Path], None], best: int | None = None) -> bool:
-        """Write a checkpoint atomically, then remove old ones; False if the disk is full.
+    def write(self, step: int, fill: Callable[[Path], None], best: int | None = None) -> None:
+        """Write a checkpoint atomically, then remove old ones; DataError if it cannot be written.
 
-        Nothing is left of it then, and the checkpoints before are untouched. All processes call it; ``fill`` writes the
-        files into the given folder, in the first.
+        All processes call it; ``fill`` writes the files into the given folder, in the first.
         """
-        return self.processes.from_first(lambda: self._write(step, fill, best))
+        self.processes.from_first(lambda: self._write(step, fill, best))
 
-    def _write(self, step: int, fill: Callable[[Path], None], best: int | None) -> bool:
-        unfinished, path = self.folder / f"{_UNFINISHED}{step}", self.path(step)
-        try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
+    def _write(self, step: int, fill: Callable[[Path], None], best: int | None) -> None:
+        with new_folder(self.path(step)) as unfinished:
             fill(unfinished)
-            _seal(unfinished)
-            shutil.rmtree(path, ignore_errors=True)
-            unfinished.rename(path)
-            _sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            newest = next(reversed(_written(self.folder)), "none")
-            told = "%s could not be written (%s); training continues, the newest checkpoint is %s"
-            log.warning(told, path, reason(error), newest)
-            return False
+            for each in (*unfinished.iterdir(), unfinished):
+                _sync(each)
+        _sync(self.folder)
         for checkpoint in _written(self.folder)[: -self.keep]:
             if _step_of(checkpoint) != best:
                 # A kill in the middle of this must not leave what looks like a checkpoint.
                 gone = self.folder / f"{_UNFINISHED}{_step_of(checkpoint)}"
                 checkpoint.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
-        return True
 
 
 def _written(folder: Path) -> list[Path]:
@@ -226,42 +183,6 @@ def _written(folder: Path) -> list[Path]:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's folder; None if it is intact."""
-    try:
-        listed = {name: (size, digest) for name, (size, digest) in read_json(checkpoint / LIST).items()}
-    except (DataError, ValueError, AttributeError, TypeError):
-        listed = {}
-    if _STAGE not in listed:
-        return f"it was not written to its end, or its {LIST} is damaged"
-    for name, (size, digest) in listed.items():
-        try:
-            if (checkpoint / name).stat().st_size != size or sha256(checkpoint / name) != digest:
-                return f"{name} is damaged: not what was written"
-        except OSError as error:
-            return f"{name} cannot be read: {reason(error)}"
-    return None
-
-
-def _set_aside(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"aside-{number}-{path.name}")).exists():
-        number += 1
-    with writing(path):
-        return path.rename(aside)
-
-
-def _seal(folder: Path) -> None:
-    """Flush all files to the disk, and list them with their sizes and hashes."""
-    listed = {}
-    for path in sorted(folder.iterdir()):
-        _sync(path)
-        listed[path.name] = (path.stat().st_size, sha256(path))
-    (folder / LIST).write_text(json.dumps(listed, indent=1), encoding="utf-8")
-    _sync(folder / LIST)
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -39,7 +39,7 @@ class RecordDataset(Dataset[Example]):
 
     Args:
         mixture: The records.
-        processor: Pads and normalises images, tokenises, and makes the label mask.
+        processor: Makes the model's inputs.
         items: Number of examples in the whole run.
         longest: Most tokens in an example, None for no limit.
         suffixes: Whether guided questions end with the suffix that fixes the format of their answer.
@@ -75,8 +75,7 @@ class RecordDataset(Dataset[Example]):
             DataError: The image is missing, not readable or of another size; a region makes no sense in it; a
                 placeholder has no region; there is nothing to learn.
         """
-        record = drawn.records[drawn.index]
-        where = f"{drawn.records.folder}, record {record.id}"
+        record = drawn.record()
         try:
             path = drawn.records.image_path(record)
             if path is None:
@@ -85,22 +84,16 @@ class RecordDataset(Dataset[Example]):
             if image.size != (record.width, record.height):
                 size = f"{record.width} x {record.height}"
                 raise DataError(f"expected an image of {size} pixels, got {image.width} x {image.height}: {path}")
-            weights = self.processor.region_inputs([each.region for each in record.regions], *image.size)
-            example = self._encode_turns(record, drawn, weights)
+            regions = [each.region for each in record.regions]
+            example = self._encode_turns(record, drawn, self.processor.region_inputs(regions, *image.size))
             example["pixel_values"] = self.processor.pixels_of(image)[0]
             if self.processor.crop_size:
-                regions = [each.region for each in record.regions]
                 example["region_crops"] = self.processor.crop_inputs(image, regions)
                 example["region_crops"][left_out(len(regions), self.mixture.seed, drawn.times, drawn.index)] = 0
         except (DataError, RegionError) as error:
+            where = f"{drawn.records.folder}, record {record.id}"
             raise DataError(f"{where}: {error}; `regiongpt inspect` checks all records of a folder") from error
         return example
-
-    def words(self, drawn: Drawn) -> tuple[Record, Example]:
-        """A record and its tokens and targets; its image is not read."""
-        record = drawn.records[drawn.index]
-        weights = torch.zeros(len(record.regions) * self.processor.tokens_per_region, 1, 1)
-        return record, self._encode_turns(record, drawn, weights)
 
     def _encode_turns(self, record: Record, drawn: Drawn, weights: Tensor | None) -> Example:
         messages = record.messages(self.mixture.seed, drawn.times, drawn.index, self.suffixes)
@@ -130,18 +123,13 @@ class RecordDataset(Dataset[Example]):
 
 
 class DataCollator:
-    """Pads examples into a batch, those without an image among the others.
-
-    Args:
-        processor: Processor that made them.
-        extras: What else to pad; nothing for a trainer that knows the model's inputs alone.
-    """
+    """Pads examples into a batch, those without an image among the others; ``extras`` are padded too, with -1."""
 
     def __init__(self, processor: "RegionGPTProcessor", extras: Sequence[str] = ("tasks",)) -> None:
         self.processor, self.extras = processor, extras
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """The model's inputs and ``labels``, and the extras, -1 behind the shorter ones."""
+        """The model's inputs, ``labels`` and the extras."""
         blank = next((torch.zeros_like(each["pixel_values"]) for each in examples if "pixel_values" in each), None)
         if blank is not None:
             # A text without <image> takes nothing from the pixels in its row, which are there to fill the batch.

@@ -21,7 +21,7 @@ from regiongpt.prompts import closed_set_suffix
 from regiongpt.regions import Region
 from regiongpt.storage import locked, write_json, writing
 from regiongpt.train.known import language_shape, tower_shape
-from regiongpt.train.recipe import ModelConfig, PlanConfig, Recipe
+from regiongpt.train.recipe import ModelConfig, Recipe
 from regiongpt.train.stages import create_start, save_whole, train_tokenizer
 
 IMAGES, WIDTH, HEIGHT, POSITIONS = 12, 96, 64, 512
@@ -50,8 +50,19 @@ def debug_size(config: Recipe) -> Recipe:
                 data[name] = str(made / name)
         if config.data.dev_mixture:
             data["dev_mixture"] = data.get("mixture", data.get("pretrain_mixture"))
-        shape = _small_on_records(config.model, made)
-        return config.replace(**few_steps(config, made), data=config.data.replace(**data), model=shape)
+        # A new model of the same families, nano's if none are named; or a checkpoint of it if the recipe has one.
+        shape, vision, language = config.model, "efficientnet_lite", "llama"
+        if shape.language:
+            vision, language = tower_shape(shape.vision).model_type, language_shape(shape.language).model_type
+        model = str(make_language(language, made / "language"))
+        template = shape.chat_template or _TEMPLATES.get(language, "plain")
+        small = small_model(shape, made, vision, language=model, chat_template=template, init="")
+        if shape.init:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(2)
+                create_start(small, model, made / "start")
+            small = small.replace(init=str(made / "start"))
+        return config.replace(**few_steps(config, made), data=config.data.replace(**data), model=small)
 
 
 @contextmanager
@@ -88,9 +99,9 @@ def few_steps(config: Recipe, made: Path, epochs: Mapping[str, float] = {}) -> d
         "from_scratch": True,
         "lora": config.lora.replace(rank=min(config.lora.rank, 4)),
         "watch": config.watch.replace(dev_steps=min(config.watch.dev_steps, 2), dev_items=2),
-        "plan": PlanConfig(gpu=config.plan.gpu),
+        "plan": config.plan.replace(gpus=1),
         # Data-loading processes take longer to start than all of the run.
-        "engine": config.engine.replace(pack_length=min(config.engine.pack_length, POSITIONS), workers=0),
+        "engine": config.engine.replace(workers=0),
     }
 
 
@@ -134,8 +145,8 @@ def _make_tower(kind: str, folder: Path) -> Path:
         shape["mlp_ratio"] = 2
     elif kind == "efficientnet_lite":
         shape = {"variant": "efficientnet-lite0", "image_size": side}
-    tower = _drawn(0, AutoModel, kind, shape)
-    save_whole(folder, tower, SiglipImageProcessorPil(size={"height": side, "width": side}))
+    processor = SiglipImageProcessorPil(size={"height": side, "width": side})
+    save_whole(folder, _drawn(0, AutoModel, kind, shape), processor)
     return folder
 
 
@@ -143,22 +154,6 @@ def _drawn(seed: int, auto: Any, kind: str, shape: dict[str, Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto.from_config(AutoConfig.for_model(kind, **shape))
-
-
-def _small_on_records(shape: ModelConfig, made: Path) -> ModelConfig:
-    """A new model of the same families (nano's if none are named), or a checkpoint of it if the recipe has one."""
-    vision, language = "efficientnet_lite", "llama"
-    if shape.language:
-        vision, language = tower_shape(shape.vision).model_type, language_shape(shape.language).model_type
-    model = str(make_language(language, made / "language"))
-    template = shape.chat_template or _TEMPLATES.get(language, "plain")
-    small: ModelConfig = small_model(shape, made, vision, language=model, chat_template=template, init="")
-    if not shape.init:
-        return small
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        create_start(small, model, made / "start")
-    return small.replace(init=str(made / "start"))
 
 
 def _draw_images(folder: Path) -> None:

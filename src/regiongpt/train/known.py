@@ -1,6 +1,5 @@
 """Known GPUs, towers and language models, to plan a recipe where none of them is at hand."""
 
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from regiongpt.errors import ConfigError
@@ -22,20 +21,13 @@ class Gpu(NamedTuple):
 GPUS: Final[dict[str, Gpu]] = {
     "a100-40gb": Gpu(312, 19.5, 40),
     "a100-80gb": Gpu(312, 19.5, 80),
-    "h100-pcie": Gpu(756, 51, 80, 0.35),
     "h100-sxm": Gpu(989, 67, 80, 0.35),
     "h200": Gpu(989, 67, 141, 0.35),
     "b200": Gpu(2250, 75, 180, 0.35),
     "l40s": Gpu(362, 91.6, 48),
-    "l4": Gpu(121, 30.3, 24),
-    "a10": Gpu(125, 31.2, 24),
-    "a6000": Gpu(155, 38.7, 48),
-    "rtx3090": Gpu(71, 35.6, 24),
     "rtx4090": Gpu(165, 82.6, 24),
-    "mi300x": Gpu(1307, 163.4, 192, 0.3),
-    "laptop": Gpu(0.1, 0.1, 16),
 }
-"""By the name that ``--gpu`` takes. ``laptop`` is no GPU: two cores of a CPU, for the small recipes."""
+"""By the name that ``plan.gpu`` takes."""
 
 _VISION: Final = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _TEXT: Final = ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -83,7 +75,7 @@ def tower_shape(name: str) -> Any:
 
 
 def language_shape(name: str) -> Any:
-    """Configuration of a language model, with the vocabulary of its folder; otherwise as :func:`tower_shape`."""
+    """Configuration of a language model; otherwise as :func:`tower_shape`."""
     return _find(name, LANGUAGE_MODELS, "model.language")
 
 
@@ -97,8 +89,5 @@ def _find(name: str, known: dict[str, dict[str, Any]], field: str) -> Any:
         return AutoConfig.from_pretrained(name, local_files_only=True)
     # A hub name that was never fetched, a folder of something else, a torn file: each has an exception of its own.
     except Exception as error:
-        kind = "folder" if Path(name).exists() else "name"
-        raise ConfigError(
-            f"{field}: the shape of '{name}' is not known here, a {kind} that could not be read; give a folder with "
-            f"config.json, or one of {', '.join(known)}"
-        ) from error
+        told = f"{field}: the shape of '{name}' is not known here; give a folder with config.json, or one of"
+        raise ConfigError(f"{told} {', '.join(known)}") from error

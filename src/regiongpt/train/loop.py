@@ -6,10 +6,9 @@ step divided by their number, and every trained parameter has a gradient in ever
 
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -34,9 +33,6 @@ from regiongpt.train.watch import Watch, read_tally, tally
 
 log = logging.getLogger(__name__)
 
-STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
-"""Exit code of a run that saved and stopped on SIGTERM."""
-
 Loss = Callable[[Any, dict[str, Any], Any], Tensor]
 """Takes a model, a batch, and the number of target tokens in the whole optimiser step."""
 
@@ -58,13 +54,9 @@ class Loop:
         config: Hyper-parameters.
         folder: Folder of the stage's checkpoints and logs.
         seed: Seed of dropout; the data set has its own.
-        engine: How it is computed.
-        watch: How many checkpoints are kept, and how often the dev loss is measured.
+        engine, watch: As in a recipe.
         dev: Dev data. The weights with the lowest dev loss are restored at the end.
         made_of: What else a checkpoint in the folder must share for the stage to resume from it, as plain values.
-
-    Attributes:
-        progress: The steps done, and the best of them by dev loss.
 
     Raises:
         ConfigError: Options do not go with each other, with the number of processes, or with the checkpoint.
@@ -96,8 +88,6 @@ class Loop:
                 f"{name}.batch_size: {config.batch_size} is not a multiple of {self.together}, the micro_batch_size of "
                 f"{config.micro_batch_size} in {self.processes.count} processes"
             )
-        if not several and (gpus := torch.cuda.device_count()) > 1:
-            log.info("using one of %d GPUs; to use all, start with `torchrun --nproc-per-node N`", gpus)
         set_seed(seed)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -111,22 +101,20 @@ class Loop:
             if self.processes.is_first:
                 log.info("%s: going on from %s", name, self.begin)
         self.watcher = Watch(name, folder, self.watch, config.log_steps)
-        kind = torch.accelerator.current_accelerator()
-        if kind is None or (several and kind.type != "cuda"):  # several processes share the CPU
-            self.device = torch.device("cpu")
-        else:
-            self.device = torch.device(kind.type, torch.accelerator.current_device_index())
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.units: Any = nullcontext()
+        own: Any = model
         if self.engine.packing and hasattr(model, "embed"):  # text in windows of one length is full already
-            self._pack()
+            text = own.config.text_config
+            require_packable(text)
+            longest = getattr(text, "max_position_embeddings", None) or 1 << 30
+            self.collate = PackedCollate(collate, longest, width_cost(text))
+            self.units = units_on_cpu(own.language_model, self.device)
         if self.engine.gradient_checkpointing:
             # Newer releases of transformers call it by another name, and warn at the old one.
-            own: Any = model
             enable = getattr(model, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        if self.engine.compile:
-            for layer in decoder_layers(model):
-                layer.compile(dynamic=True)
         self.sharded = self.engine.sharding == "fsdp" and several
         self.module: Any = StageModule(model, loss, self.engine.precision == "bf16")
         if self.sharded:
@@ -136,16 +124,6 @@ class Loop:
             if several:
                 self.module = DistributedDataParallel(self.module)
         self.optimizer = make_optimizer(model, config)
-        self.asked_to_stop = self.stopped = False
-
-    def _pack(self) -> None:
-        model: Any = self.model
-        text = model.config.text_config
-        require_packable(text)
-        longest = self.engine.pack_length or getattr(text, "max_position_embeddings", None) or 1 << 30
-        self.collate = PackedCollate(self.collate, longest, width_cost(text))
-        if not self.engine.compile:  # compiled layers take masks, since each batch has other units
-            self.units = units_on_cpu(model.language_model, self.device)
 
     def run(self) -> Self:
         """Train from the newest checkpoint, or from the first step, to the last.
@@ -154,18 +132,9 @@ class Loop:
             CheckpointError: A checkpoint in the folder is of another model.
             DataError: A record cannot be used, a loss is not finite (training has stopped before that step), or the
                 folder cannot be written.
-            SystemExit: 143, after SIGTERM: the last step is in a checkpoint.
         """
-        with self._stops_on_sigterm(), self.units:
+        with self.units:
             self._train()
-        if self.progress.step < self.steps:
-            if self.processes.is_first:
-                log.info(
-                    "%s: stopped by SIGTERM after step %d; run the same command again to resume",
-                    self.name,
-                    self.progress.step,
-                )
-            raise SystemExit(STOPPED_BY_SIGTERM)
         self._load_best()
         if self.sharded:
             put_together(self.model, self.processes.is_first)
@@ -182,7 +151,7 @@ class Loop:
         first = self.processes.is_first
         if first:
             self.watcher.start(self.progress.step)
-        while self.progress.step < self.steps and not self.stopped:
+        while self.progress.step < self.steps:
             began = time.perf_counter()
             step = list(islice(batches, rounds))
             waited = time.perf_counter() - began
@@ -192,7 +161,7 @@ class Loop:
             if first:
                 line = {"step": at, "of": self.steps, "epoch": at / self.steps, **found}
                 self.watcher.step({**line, "seconds": time.perf_counter() - began, "wait": waited})
-            saves = last or self.stopped or at % self.config.save_steps == 0
+            saves = last or at % self.config.save_steps == 0
             if self.dev is not None and self.watch.dev_steps and (last or at % self.watch.dev_steps == 0):
                 saves |= self._measure()
             if saves:
@@ -219,12 +188,10 @@ class Loop:
             rows.append(tally(losses[-1], each, tasks, (len(batch.items), batch.tokens, batch.images)))
         norm: Any = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        # All processes have to agree that the step is sound, and whether to stop after it.
+        # All processes have to agree that the step is sound.
         sound = torch.stack(losses).isfinite().all() & norm.isfinite()
         row = torch.stack(rows).sum(0)
-        flags = torch.stack([~sound, torch.tensor(self.asked_to_stop, device=sound.device)]).to(row)
-        *values, failed, asked = self.processes.summed(torch.cat([row, flags])).tolist()
-        self.stopped = asked > 0
+        *values, failed = self.processes.summed(torch.cat([row, (~sound)[None].to(row)])).tolist()
         if failed:
             self._refuse(step, losses, float(norm))
         rate = rate_at(self.progress.step, self.steps, self.config.warmup_ratio)
@@ -240,12 +207,12 @@ class Loop:
         mine = [(batch.items, float(loss)) for batch, loss in zip(step, losses, strict=True)]
         every = [each for part in self.processes.gathered(mine) for each in part]
         wrong = [each for each in every if not math.isfinite(each[1])] or every
-        items = sorted(item for batch, _ in wrong for item in batch)
         name = getattr(self.dataset, "name_of", lambda item: f"item {item}")
+        names = ", ".join(name(item) for item in sorted(item for batch, _ in wrong for item in batch))
         raise DataError(
-            f"{self.name}, step {self.progress.step + 1}: a loss of {', '.join(f'{loss:g}' for _, loss in wrong[:4])} "
-            f"and a gradient of {norm:g} are not finite; the last good checkpoint is {self.checkpoints.newest()}; "
-            f"inspect the records {', '.join(map(name, items))}, or lower the learning rate"
+            f"{self.name}, step {self.progress.step + 1}: a loss of {wrong[0][1]:g} and a gradient of {norm:g} are not "
+            f"finite; the last good checkpoint is {self.checkpoints.newest()}; inspect the records {names}, or lower "
+            "the learning rate"
         )
 
     def _batches(
@@ -300,30 +267,9 @@ class Loop:
         """Restore the weights with the lowest dev loss."""
         best = self.progress.best_step
         if best is not None and best != self.progress.step:
-            path = self.checkpoints.path(best)
-            if fault := self.processes.from_first(lambda: checkpoint.damage(path)):
-                log.warning("%s: the best checkpoint is lost (%s); the last weights are kept", path, fault)
-                return
             if self.processes.is_first:
                 log.info("weights of step %d restored: the lowest dev loss, %.4f", best, self.progress.best_loss)
-            checkpoint.load_model(path, self.model)
-
-    @contextmanager
-    def _stops_on_sigterm(self) -> Iterator[None]:
-        """SIGTERM ends training after the step at hand, with a checkpoint; outside the main thread, at once."""
-
-        def ask(*_: Any) -> None:
-            self.asked_to_stop = True
-
-        try:
-            before = signal.signal(signal.SIGTERM, ask)
-        except ValueError:  # not the main thread
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+            checkpoint.load_model(self.checkpoints.path(best), self.model)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -470,9 +416,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     for part in language.modules():
         if isinstance(part, nn.ModuleList) and len(part) == count:
             return list(part)
-    raise ConfigError(
-        f"engine: {type(language).__name__} has no list of {count} layers; leave out compile and sharding = 'fsdp'"
-    )
+    raise ConfigError(f"engine.sharding: {type(language).__name__} has no list of {count} layers; give 'ddp'")
 
 
 def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
@@ -489,7 +433,7 @@ def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
 
 
 def rate_at(step: int, steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at a step from 0: a line while warming up, then a cosine to zero."""
+    """Share of the peak learning rate at a step from 0: linear warm-up, then a cosine to zero."""
     warm = math.ceil(warmup_ratio * steps)
     if step < warm:
         return step / max(1, warm)

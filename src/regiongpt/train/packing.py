@@ -108,9 +108,7 @@ def plan_rows(lengths: Sequence[int], longest: int, cost: float) -> list[list[in
 def attention_mask(documents_PW: Tensor, turns_PW: Tensor) -> Tensor:
     """Boolean (P, 1, W, W), True where attention is allowed: within a conversation, to what came before.
 
-    Args:
-        documents_PW: Conversation of each token, -1 in the padding, which sees itself.
-        turns_PW: Turn of each token, which sees that turn and turn 0 alone.
+    Padding (conversation -1) sees itself; a turn sees itself and turn 0.
     """
     width = documents_PW.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=documents_PW.device).tril()
@@ -227,10 +225,9 @@ def require_packable(text_config: Any) -> None:
     kinds = set(getattr(text_config, "layer_types", None) or ())
     window = getattr(text_config, "sliding_window", None) if getattr(text_config, "use_sliding_window", True) else None
     if kinds - {"full_attention"} or (window and not kinds):
-        told = ", ".join(sorted(kinds)) or f"a window of {window} tokens"
         raise ConfigError(
-            f"engine.packing: expected a language model whose layers attend to all earlier tokens, got {told}; "
-            "give --engine.packing false"
+            "engine.packing: expected a language model whose layers attend to all earlier tokens, got some with a "
+            "window; give --engine.packing false"
         )
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
 from regiongpt.errors import CheckpointError, ConfigError
-from regiongpt.prompts import CHAT_TEMPLATES
 from regiongpt.settings import Settings, nearest, override
 from regiongpt.train.known import GPUS
 
@@ -27,10 +26,12 @@ _RECIPES = _PACKAGE.parents[1] / "recipes"
 
 def find_config(path: str | Path) -> Path:
     """A TOML file, or one that ships by its name, such as ``table6_none`` or ``configs/data/finetune.toml``."""
+    if Path(path).is_file():
+        return Path(path)
     name = Path(path).as_posix().removeprefix("configs/").removesuffix(".toml")
     shipped = {each.stem: each for each in _RECIPES.glob("*/*.toml")}
     shipped |= {each.relative_to(_SHIPPED).with_suffix("").as_posix(): each for each in _SHIPPED.rglob("*.toml")}
-    return Path(path) if Path(path).is_file() else shipped.get(name, Path(path))
+    return shipped.get(name, Path(path))
 
 
 def own_script(path: str | Path) -> Path | None:
@@ -63,8 +64,7 @@ class ModelConfig(Settings):
     """The new model (paper §3.1), or the checkpoint to continue from."""
 
     init: str = ""
-    """Checkpoint folder to continue from, or ``nano``. It brings its own shape: the rest of this table then describes,
-    with ``language``, what it must be made of."""
+    """Checkpoint folder to continue from, or ``nano``; with ``language``, the rest says what it must be."""
     vision: str = Field("efficientnet-lite2", min_length=1)
     """Vision tower: ``efficientnet-lite2``, or folder or hub name of a CLIP, SigLIP, SigLIP 2 or DINOv2 model."""
     language: str = ""
@@ -99,29 +99,6 @@ class ModelConfig(Settings):
         """Folder of the checkpoint to continue from."""
         return _PACKAGE / "weights" / "nano" if self.init == "nano" else Path(self.init)
 
-    @field_validator("region_format")
-    @classmethod
-    def _check_format(cls, value: str) -> str:
-        rest = value.replace("{n}", "")
-        if value.count("<region>") != 1 or "{" in rest or "}" in rest:
-            raise ValueError("write <region> once, and {n} for its number, as in '[{n}]<region>'")
-        return value
-
-    @field_validator("chat_template")
-    @classmethod
-    def _check_template(cls, value: str) -> str:
-        if value and value not in CHAT_TEMPLATES:
-            raise ValueError(f"unknown chat template; {nearest(value, CHAT_TEMPLATES)}")
-        return value
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.region_numbers and "{n}" not in self.region_format.partition("<region>")[0]:
-            raise ValueError("region_numbers needs '{n}' before '<region>' in region_format, as in '[{n}]<region>'")
-        if self.vision.startswith("efficientnet") and self.image_size % 32:
-            raise ValueError(f"image_size must be a multiple of 32 with {self.vision}, got {self.image_size}")
-        return self
-
 
 class LoraConfig(Settings):
     """Low-rank adapters that stage 2 trains instead of the language model; merged into the finished checkpoint."""
@@ -132,8 +109,6 @@ class LoraConfig(Settings):
     """The adapters' output is scaled by ``alpha / rank``."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapters' input."""
-    targets: tuple[str, ...] = ()
-    """Layer names such as ``q_proj``; all linear layers but the head when empty."""
 
 
 class EngineConfig(Settings):
@@ -145,20 +120,10 @@ class EngineConfig(Settings):
     """Over several processes: ``ddp`` keeps the whole model on each, ``fsdp`` a share of it (FSDP2)."""
     gradient_checkpointing: bool = False
     """Recompute the language model's activations in the backward pass: a third more FLOPs, far less memory."""
-    compile: bool = False
-    """Compile the language model's layers with ``torch.compile``."""
     packing: bool = False
     """Pack the conversations of a micro-batch end to end instead of padding them."""
-    pack_length: Limit = 0
-    """Longest packed row in tokens; 0 for the language model's context."""
     workers: int = Field(0, ge=0, le=1024)
     """Data-loading processes; 0 loads in the training process."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.pack_length and not self.packing:
-            raise ValueError("pack_length needs packing = true")
-        return self
 
 
 class WatchConfig(Settings):
@@ -172,32 +137,24 @@ class WatchConfig(Settings):
     """Conversations in a measurement."""
     tensorboard: bool = False
     """Write a TensorBoard log beside the JSON lines."""
-    report: bool = True
-    """Write an HTML report when the run ends."""
 
 
 class DataSize(Settings):
-    """Assumed size of a stage's data, for ``--plan`` where its records cannot be read."""
+    """Assumed size of a stage's data, for ``--plan``."""
 
     records: Limit = 0
-    """Records per epoch."""
-    text_tokens: Limit = 0
+    """Records per epoch, where they cannot be counted."""
+    text_tokens: Limit = 200
     """Tokens per record on average, without those of the image."""
-    answer_tokens: Limit = 0
+    answer_tokens: Limit = 100
     """How many of these are supervised."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.answer_tokens > self.text_tokens:
-            raise ValueError(f"answer_tokens must not exceed text_tokens = {self.text_tokens}")
-        return self
 
 
 class PlanConfig(Settings):
     """Machines and data that ``--plan`` assumes."""
 
     gpu: str = "a100-80gb"
-    """A name from the table in :mod:`regiongpt.train.known`."""
+    """Kind of GPU, by its name in :mod:`regiongpt.train.known`."""
     gpus: Count = 1
     """Number of GPUs."""
     stage1: DataSize = DataSize()
@@ -269,21 +226,6 @@ class Recipe(Settings):
     stage2: StageConfig = StageConfig()
     """Refinement, connector and language model."""
 
-    @field_validator("steps")
-    @classmethod
-    def _check_steps(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError("give each step once")
-        return value
-
-    @model_validator(mode="after")
-    def _check_texts(self) -> Self:
-        for name, value in dotted(self.model_dump()).items():
-            text = str(value) if isinstance(value, str | Path) else ""
-            if "\0" in text or text != text.encode(errors="replace").decode():
-                raise ValueError(f"{name}: {text!r} is not valid UTF-8")
-        return self
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.model.init and not self.model.language:
@@ -296,23 +238,17 @@ class Recipe(Settings):
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Self:
-        """Read a recipe and apply overrides, as :meth:`Settings.load` does.
-
-        Args:
-            path: A TOML file, or the name of a shipped recipe such as ``finetune_records``.
-            overrides: Command-line words, by dotted name: ``--stage2.lr 5e-4`` or ``--stage2.lr=5e-4``.
+        """Read a recipe, a TOML file or the name of one that ships, and apply overrides such as ``--stage2.lr 5e-4``.
 
         Raises:
             ConfigError: There is no such recipe, or a setting, unless it was inherited, would not be read.
         """
-        path = find_config(path) if path is not None else None
-        if path is not None and not path.is_file():
-            if path.stem == "nano":
-                raise ConfigError(f"{path}: nano's recipe is recipes/nano/nano.toml of the repository")
+        path = None if path is None else find_config(path)
+        if path and not path.is_file():
             known = nearest(path.stem, sorted(each.stem for each in _SHIPPED.glob("*.toml")))
             what = "a folder; give a recipe's TOML file" if path.is_dir() else f"no such recipe; {known}"
             raise ConfigError(f"{path}: {what}")
-        if cls is Recipe and path is not None and (script := own_script(path)):
+        if cls is Recipe and path and (script := own_script(path)):
             raise ConfigError(f"{path}: has steps of its own; run python {script}")
         recipe = super().load(path, overrides)
         own = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
@@ -328,23 +264,15 @@ class Recipe(Settings):
 
         for mixture in filter(None, (self.data.pretrain_mixture, self.data.mixture, self.data.dev_mixture)):
             find_parts(mixture, self.data.root)
-        if self.with_start().model.init and not (self.model.folder / "config.json").is_file():
-            raise CheckpointError(f"model.init: {self.model.init}: no checkpoint there; give another, or nano")
-
-    def with_start(self) -> Self:
-        """The recipe without ``model.init`` if stage 2 starts from an untrained model; ConfigError if it must not."""
         init = self.model.init
-        trained = init and (self.model.folder / "config.json").is_file()
-        stage1 = self.runs("stage1") or any((self.out / stage / "model").exists() for stage in ("stage1", "stage2"))
-        if trained or stage1 or not self.model.language:
-            return self
-        if not self.from_scratch:
+        if init and not (self.model.folder / "config.json").is_file():
+            told = "run stage 1 first, or give another, or '' for a new model"
+            raise CheckpointError(f"model.init: {init}: no checkpoint there; {told}")
+        if not (init or self.from_scratch or self.runs("stage1") or (self.out / "stage1" / "model").exists()):
             raise ConfigError(
-                f"stage 2 needs a checkpoint that stage 1 has trained, got "
-                f"{f'{init}, where there is none' if init else 'none'}; run stage 1 first and give its result as "
-                "model.init, or give --from-scratch"
+                "stage 2 needs a model that stage 1 has trained; run stage 1 first and give its result as model.init, "
+                "or give --from-scratch"
             )
-        return self.replace(model=self.model.replace(init=""))
 
     def runs(self, step: str) -> bool:
         """Whether a step is to be run, given ``steps`` and the data."""
@@ -353,18 +281,14 @@ class Recipe(Settings):
 
     def unused(self, name: str) -> str:
         """Why a setting, by its dotted name, has no effect, and what would change that; empty if it has one."""
-        table = name.partition(".")[0]
+        table, dev = name.partition(".")[0], self.data.dev_mixture
         if table == "lora" and not self.lora.rank and name != "lora.rank":
             return "lora.rank is 0; give lora.rank too"
-        if table == "stage1" and not self.data.pretrain_mixture:
-            return "stage1 has no records to train on; give data.pretrain_mixture too"
-        if table == "stage2" and not self.data.mixture:
-            return "stage2 has no records to train on; give data.mixture too"
+        field = {"stage1": "pretrain_mixture", "stage2": "mixture"}.get(table)
+        if field and not getattr(self.data, field):
+            return f"{table} has no records to train on; give data.{field} too"
         if table == "model" and name != "model.init" and self.model.init and not self.model.language:
-            return (
-                f"the checkpoint {self.model.init} brings its own shape; give a new model's parts instead of model.init"
-            )
-        dev = self.data.dev_mixture
+            return f"the checkpoint {self.model.init} brings its own shape"
         if name == "data.dev_mixture" and dev and not self.watch.dev_steps:
             return "nothing is measured on it; give watch.dev_steps too"
         if name in ("watch.dev_steps", "watch.dev_items") and self.watch.dev_steps and not dev:

@@ -8,7 +8,6 @@ import ctypes
 import logging
 import platform
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -33,7 +32,7 @@ from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
 from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.loop import Loop, decisive_settings
 from regiongpt.train.recipe import LoraConfig, ModelConfig, Recipe
-from regiongpt.train.watch import data_of, note_run, report_what_there_is
+from regiongpt.train.watch import note_run, report_what_there_is
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def train(config: Recipe) -> Path:
     Paper: §3.2, §4
     """
     with training(config):
-        return _train(config.with_start())
+        return _train(config)
 
 
 @contextmanager
@@ -71,7 +70,7 @@ def training(config: Recipe) -> Iterator[None]:
         try:
             yield
         finally:
-            if config.watch.report and processes.is_first:
+            if processes.is_first:
                 report_what_there_is(config.out)
 
 
@@ -115,7 +114,7 @@ def _train(config: Recipe) -> Path:
     processes.from_first(make_start)
     if processes.is_first:
         read = mixtures | ({"dev": dev} if dev is not None else {})
-        note_run(config.out, config, {name: data_of(mixture) for name, mixture in read.items()})
+        note_run(config.out, config, {name: {"records": mixture.report()} for name, mixture in read.items()})
 
     for name, mixture in mixtures.items():
 
@@ -220,12 +219,11 @@ def _shape_options(shape: ModelConfig) -> dict[str, Any]:
 def check_start(config: Recipe) -> None:
     """Check that a recipe can start, without making anything; raises a RegionGPTError if not."""
     config.check_files()
-    if config.with_start().model.init:
-        read_shape(config.model.folder)
+    if config.model.init:
         check_shape(config.model, config.model.folder)
-        return
-    tower, _ = weights.load_tower(config.model.vision, config.model.image_size or None)
-    new_shape(config.model, tower.config)
+    else:
+        tower, _ = weights.load_tower(config.model.vision, config.model.image_size or None)
+        new_shape(config.model, tower.config)
 
 
 def check_shape(shape: ModelConfig, folder: Path) -> None:
@@ -234,9 +232,9 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     Raises:
         CheckpointError: It is no RegionGPT checkpoint, or differs; the message lists every difference.
     """
+    there = read_shape(folder)
     if not shape.language:
         return
-    there = read_shape(folder)
     here = new_shape(shape, tower_shape(shape.vision), language_shape(shape.language))
     names = ["refinement", "refinement_channels", "connector_size", "region_position", "region_crop"]
     names += [name for name in ("image_size", "image_grid") if getattr(shape, name)]
@@ -244,14 +242,12 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     pairs["image_marks"] = there.image_marks, shape.image_marks
     pairs["region_numbers"] = bool(there.region_number_offset), shape.region_numbers
     described = read_json(folder / "processor_config.json", CheckpointError)
-    if isinstance(described, dict):  # reported where the checkpoint is loaded
-        pairs |= {name: (described.get(name), getattr(shape, name)) for name in ("region_grid", "region_format")}
+    pairs |= {name: (described.get(name), getattr(shape, name)) for name in ("region_grid", "region_format")}
     for part, kind in (("vision", "vision_config"), ("language", "text_config")):
         for name in _OF_PARTS:
             ours, theirs = (getattr(getattr(each, kind), name, None) for each in (there, here))
             pairs[f"{part}.{name}"] = ours, theirs
-    wrong = [f"{name} is {got} there and {wanted} here" for name, (got, wanted) in pairs.items() if got != wanted]
-    if wrong:
+    if wrong := [f"{name} is {got} there and {wanted} here" for name, (got, wanted) in pairs.items() if got != wanted]:
         raise CheckpointError(
             f"{folder}: the checkpoint does not match the recipe: {'; '.join(wrong)}; correct model.init or the "
             "recipe's [model], or give another --out"
@@ -339,10 +335,7 @@ def keep_freed_memory() -> None:
 
 
 def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
-    """Choose what to train: refinement and connector, and in ``stage2`` the language model or adapters on it.
-
-    True if there are adapters, to be merged when the stage is done.
-    """
+    """Freeze or train the language model, or add adapters to it; True if there are any, to be merged at the end."""
     model.language_model.requires_grad_(stage == "stage2")
     adapts = stage == "stage2" and config.rank > 0
     if adapts:
@@ -351,47 +344,28 @@ def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
 
 
 def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:
-    """Put adapters beside linear layers of the language model, in place; they alone require gradients afterwards."""
+    """Put adapters beside the linear layers but the head, in place; they alone require gradients afterwards."""
     try:
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
     except ImportError as error:
         raise ConfigError("lora: peft is not installed; run: pip install '.[train]'") from error
-    linear = {name.rpartition(".")[2] for name, each in language_model.named_modules() if isinstance(each, nn.Linear)}
-    if wrong := [name for name in config.targets if name not in linear]:
-        known = ", ".join(sorted(linear))
-        raise ConfigError(f"lora.targets: the language model has no linear layers '{wrong[0]}'; known: {known}")
-    adapters = PeftConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(config.targets) or "all-linear",
-    )
+    given: Any = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     language_model.requires_grad_(False)
-    inject_adapter_in_model(adapters, language_model)
+    inject_adapter_in_model(PeftConfig(**given, target_modules="all-linear"), language_model)
     for name, parameter in language_model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
 
 def merge_adapters(language_model: Any) -> None:
-    """Add the adapters to the weights beside them, and take them out: the checkpoint is then like any other.
-
-    A head that shares its weight with the word embeddings gets a weight of its own: adding to the shared one would
-    change the embeddings too.
-    """
+    """Add the adapters to the weights beside them, and take them out: the checkpoint is then like any other."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapted = [(name, each) for name, each in language_model.named_modules() if isinstance(each, BaseTunerLayer)]
-    uses = Counter(id(each) for _, each in language_model.named_parameters(remove_duplicate=False))
-    for name, layer in adapted:
-        base: Any = layer.get_base_layer()
-        if uses[id(base.weight)] > 1:
-            base.weight = nn.Parameter(base.weight.detach().clone())
-            language_model.config.tie_word_embeddings = False
-        layer.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(language_model.get_submodule(parent), child, base)
+    for name, layer in list(language_model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(language_model.get_submodule(parent), child, layer.get_base_layer())
     # peft's marks on the model would look like remaining adapters.
     for note in ("peft_config", "_hf_peft_config_loaded"):
-        if note in vars(language_model):
-            delattr(language_model, note)
+        vars(language_model).pop(note, None)
