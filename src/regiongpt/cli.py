@@ -223,15 +223,11 @@ def _region_options(parser: argparse.ArgumentParser) -> None:
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf)")  # --box -5,0,9,9
     group = parser.add_argument_group("regions", "any number, in any order; the first is <region1>")
     for option, (metavar, text) in REGION_OPTIONS.items():
-        given: dict[str, Any] = {"dest": "regions", "default": [], "type": partial(_pair, option)}
-        group.add_argument(option, action="append", metavar=metavar, help=text, **given)
+        kind = partial(lambda option, text: (option, text), option)
+        group.add_argument(option, action="append", dest="regions", default=[], type=kind, metavar=metavar, help=text)
     group.add_argument(
         "--normalized", action="store_true", help="coordinates are fractions of the image's width and height"
     )
-
-
-def _pair(option: str, text: str) -> tuple[str, str]:
-    return option, text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,10 +348,9 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if not names:
         text = "with --compare: folder of the data set, if it has moved"
         group.add_argument("--data", metavar="DIR", type=Path, help=text)
-    elif len(names) == 1:
-        add_options(parser, kinds[0], f"options of {names[0]}", required=False)
-    else:
-        add_options(parser, _shared(kinds), "options of the tasks")
+    parser.conflict_handler = "resolve"  # an option of several tasks is given to each of them
+    for name, kind in zip(names, kinds, strict=True):
+        add_options(parser, kind, f"options of {name}", required=False)
     typed = parser.parse_args(words)
     if typed.tasks != names:
         listed = " ".join(typed.tasks)
@@ -382,18 +377,6 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         print("\n\n".join(map(as_text, runs)))
         print(f"\nresults written to {', '.join(str(run.folder / 'index.html') for run in runs)}")
     return 0
-
-
-def _shared(kinds: "Sequence[type[Task]]") -> type[Settings]:
-    """The options of several tasks that mean the same in each that has them."""
-    from pydantic import Field, create_model
-
-    shared: dict[str, Any] = {}
-    for field, info in ((field, info) for kind in kinds for field, info in kind.model_fields.items()):
-        those = [kind.model_fields[field].annotation for kind in kinds if field in kind.model_fields]
-        if all(each == those[0] for each in those):
-            shared.setdefault(field, (info.annotation, Field(default=None, description=info.description)))
-    return create_model("Shared", __base__=Settings, **shared)
 
 
 def _compare(typed: argparse.Namespace, resamples: int) -> int:

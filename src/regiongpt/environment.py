@@ -1,7 +1,6 @@
-"""The environment of a run: the processes started together, versions, the commit of a checkout, the machine.
+"""The processes started together by ``torchrun`` or ``accelerate launch``, and what results are recorded with.
 
-``torchrun`` or ``accelerate launch`` starts several processes to train or evaluate together. One is the ordinary case:
-nothing is connected, and nothing here imports PyTorch.
+Nothing here imports PyTorch before it is needed; a single process is not connected to anything.
 """
 
 import atexit
@@ -95,7 +94,7 @@ class Processes:
 
 
 def connect(on_cpu: bool = False) -> Processes:
-    """Connect this process to those started with it, each with an accelerator of its own unless ``on_cpu``.
+    """Connect this process to those started with it, each with a GPU of its own unless ``on_cpu``.
 
     Raises:
         ConfigError: Several were started that cannot be connected.
@@ -109,10 +108,8 @@ def connect(on_cpu: bool = False) -> Processes:
         try:
             _torch().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"the {launched()} processes of WORLD_SIZE cannot connect "
-                f"({str(error).splitlines()[0][:200]}); start them with torchrun or `accelerate launch`"
-            ) from None
+            told = f"{launched()} processes (WORLD_SIZE) cannot connect ({str(error).splitlines()[0][:200]})"
+            raise ConfigError(f"{told}; start them with torchrun or `accelerate launch`") from None
         atexit.register(_disconnect)  # a process that ends connected may be taken for one that failed
     return Processes()
 
@@ -141,10 +138,10 @@ _PACKAGES: Final = "regiongpt torch transformers tokenizers safetensors accelera
 
 
 @cache
-def versions(packages: tuple[str, ...] = tuple(_PACKAGES.split())) -> dict[str, str]:
+def versions() -> dict[str, str]:
     """The versions of packages that results may depend on."""
-    found = dict.fromkeys(packages, "not installed")
-    for name in packages:
+    found = dict.fromkeys(_PACKAGES.split(), "not installed")
+    for name in found:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

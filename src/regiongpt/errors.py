@@ -1,7 +1,6 @@
 """The errors a user of regiongpt can cause, by what needs fixing.
 
-Each message is one line: what was expected, what came, where, and what to do about it. The command line prints that
-line and exits with code 2; library callers catch :class:`RegionGPTError` for all of them.
+Each message is one line. The command line prints it and exits with code 2; libraries catch :class:`RegionGPTError`.
 """
 
 import reprlib
@@ -11,11 +10,7 @@ from typing import Any
 
 
 class RegionGPTError(Exception):
-    """Base of every error caused by user input rather than a bug.
-
-    Args:
-        message: Becomes one line, whatever the values that it quotes look like.
-    """
+    """Base of every error caused by user input rather than a bug; its message becomes one line."""
 
     def __init__(self, message: object = "") -> None:
         text = str(message)

@@ -141,13 +141,8 @@ def add_options(
 ) -> None:
     """Add one option per field: ``image_grid`` becomes ``--image-grid``, its docstring the help.
 
-    The values stay text, or absent where not typed: :func:`read_options` validates them.
-
-    Args:
-        parser: Gets the options.
-        kind: Class whose fields they are.
-        title: Heading of the options in the help.
-        required: Whether fields without a default have to be typed.
+    The values stay text, or absent where not typed: :func:`read_options` validates them. With ``required``, fields
+    without a default have to be typed.
     """
     group: Any = parser if title == "options" else parser.add_argument_group(title)
     for name, field in kind.model_fields.items():

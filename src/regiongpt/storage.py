@@ -11,20 +11,15 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionGPTError
 
 
 def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Write a file so that a kill or a full disk leaves the old one or none, never a part.
+    """Write a file so that a kill or a full disk leaves the old one or none, never a part; DataError if it fails.
 
-    Args:
-        path: The file; its folder must exist.
-        content: Text (UTF-8), bytes, or a function that writes the file whose path it is given.
-
-    Raises:
-        DataError: The file cannot be written.
+    The content is text (UTF-8), bytes, or a function that writes the file whose path it is given.
     """
     path = Path(os.path.realpath(path))  # a link stays a link
     if path.is_dir():
@@ -100,14 +95,13 @@ def check_checkpoint(folder: str | Path) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no checkpoint folder at this path")
-    index = folder / "model.safetensors.index.json"
-    weights = ["model.safetensors"]
+    index, weights = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.exists():
         try:
-            weights = sorted({str(Path(name)) for name in read_json(index, CheckpointError)["weight_map"].values()})
+            weights = {str(name) for name in read_json(index, CheckpointError)["weight_map"].values()}
         except (KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index}: not an index of weights; copy the whole folder again") from None
-    wanted = ["config.json", *weights, "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
+    wanted = ["config.json", *sorted(weights), "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise CheckpointError(f"the checkpoint {folder} lacks {', '.join(missing)}; copy the whole folder again")
 
@@ -135,12 +129,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-_OUTSIDE: Final = re.compile(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\0]")
-
-
 def is_below(name: str) -> bool:
     """Whether a relative path stays in its folder and uses ``/``."""
-    return not _OUTSIDE.search(name)
+    return not re.search(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\0]", name)
 
 
 def sha256(path: str | Path) -> str:
@@ -161,7 +152,6 @@ def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
 
     Raises:
         ConfigError: Another process holds it, and ``wait`` is not given; the message names it.
-        DataError: The folder cannot be written.
     """
     folder = Path(folder)
     with writing(folder):
@@ -206,12 +196,8 @@ def weights_digest(folder: Path) -> str:
 class Store:
     """Finished work: JSON values by key in a folder, kept as they come; a kill at any moment loses nothing added.
 
-    Each process adds to a SQLite file of its own and reads the files of all, so processes never wait for each other
-    and may run on several machines.
-
-    Args:
-        folder: Made when the first value is added.
-        writer: Number of this process, from 0.
+    Each process (``writer``, from 0) adds to a SQLite file of its own and reads the files of all, so processes never
+    wait for each other and may run on several machines.
     """
 
     def __init__(self, folder: str | Path, writer: int = 0) -> None:
@@ -281,8 +267,6 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, ValueError) as error:
-        if isinstance(error, sqlite3.OperationalError) and "UTF-8" not in str(error):
-            told = "cannot be read or written: {}; free some space or check its permissions"
-        else:
-            told = "damaged: {}; delete it to redo its part"
-        raise DataError(f"{path}: {told.format(reason(error))}") from None
+        busy = isinstance(error, sqlite3.OperationalError) and "UTF-8" not in str(error)
+        told = "free some space or check its permissions" if busy else "damaged; delete it to redo its part"
+        raise DataError(f"{path}: {reason(error)}; {told}") from None

@@ -7,7 +7,6 @@ stands above it.
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -16,12 +15,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -35,8 +34,7 @@ NOTE = re.compile(r"<!-- (not run|output not compared): (\S.*) -->")
 OPERATORS = frozenset("();<>|&")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
+class Block(NamedTuple):
     """A fenced block, and what the comment on the line above it says of it."""
 
     place: str
@@ -56,13 +54,9 @@ def blocks(path: Path) -> Iterator[Block]:
             start = index
             continue
         above = NOTE.fullmatch(lines[start - 1]) if start else None
-        yield Block(
-            place=f"{path.relative_to(ROOT)}:{start + 1}",
-            line=start + 1,
-            language=lines[start].strip("` "),
-            body="".join(f"{each}\n" for each in lines[start + 1 : index]),
-            note=above[1] if above else "",
-        )
+        place, language = f"{path.relative_to(ROOT)}:{start + 1}", lines[start].strip("` ")
+        body = "".join(f"{each}\n" for each in lines[start + 1 : index])
+        yield Block(place, start + 1, language, body, above[1] if above else "")
         start = None
     assert start is None, f"{path}:{start}: a fence that is never closed"
 
@@ -71,10 +65,7 @@ def blocks(path: Path) -> Iterator[Block]:
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the documents speak of: a photograph, two masks of its size, and the recipes."""
     folder = tmp_path_factory.mktemp("photographs")
-    spec = importlib.util.find_spec("skimage")
-    assert spec is not None, "scikit-image, whose photographs the documents are about, is not installed"
-    assert spec.origin is not None
-    photo = Image.open(Path(spec.origin).parent / "data" / "chelsea.png").convert("RGB")
+    photo = Image.fromarray(skimage.data.chelsea())
     photo.save(folder / "photo.jpg", quality=95)
     rows, columns = np.mgrid[: photo.height, : photo.width]
     mask = ((columns - 240) / 110) ** 2 + ((rows - 150) / 90) ** 2 < 1
@@ -166,15 +157,8 @@ def run_command(command: str) -> tuple[int, str]:
     words = arguments(command)
     if words is None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
-            env={**os.environ, "PATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        given: Any = {"env": {**os.environ, "PATH": path}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], **given, text=True, timeout=300, check=False)
         return done.returncode, done.stdout
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

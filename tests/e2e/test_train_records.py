@@ -4,6 +4,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,13 +128,7 @@ def test_stages_one_by_one_are_both_at_once_and_a_finished_one_is_not_run_again(
     ],
 )
 def test_a_run_does_not_go_on_with_other_records_seed_or_adapters(
-    word: str,
-    what: str,
-    pictures: Path,
-    start: Path,
-    finished: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    word: str, what: str, pictures: Path, start: Path, finished: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(pictures)
     assert run(start, finished, "--data.mixture=both.toml", "--stage2.epochs=2", *SMALL, word) == 2
@@ -151,17 +146,17 @@ def test_a_record_that_cannot_be_used_is_named(
 
 
 def test_the_second_stage_of_a_new_model_is_refused_before_the_model_is_made(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = debug_size(Recipe.load(ROOT / "configs" / "vicuna7b_stage2.toml", [f"--out={tmp_path / 'made'}"]))
-    parts = [f"--model.{name}={value}" for name, value in (("vision", made.model.vision), ("image_size", 0))]
-    parts += [f"--model.language={made.model.language}", f"--data.mixture={made.data.mixture}", "--engine.workers=0"]
-    recipe = ["train", str(ROOT / "configs" / "vicuna7b_stage2.toml"), f"--out={tmp_path / 'run'}", *parts, *SMALL]
+    config = ROOT / "configs" / "vicuna7b_stage2.toml"
+    made = debug_size(Recipe.load(config, [f"--out={tmp_path / 'made'}"]))
+    recipe = ["train", str(config), f"--out={tmp_path / 'run'}", f"--model.language={made.model.language}", *SMALL]
+    recipe += [f"--model.vision={made.model.vision}", "--model.image_size=0", f"--data.mixture={made.data.mixture}"]
     for init, told in ((tmp_path / "none", "no checkpoint there; run stage 1 first"), ("", "give --from-scratch")):
         assert main([*recipe, f"--model.init={init}"]) == 2
         assert told in capsys.readouterr().err
         assert not (tmp_path / "run" / "start").exists()
-    new = [*recipe, "--model.init=", "--from-scratch"]
+    new = [*recipe, "--model.init=", "--from-scratch", "--engine.workers=0"]
     with caplog.at_level(logging.WARNING):
         assert main(new) == 0
     assert "are untrained" in caplog.text

@@ -100,19 +100,12 @@ def test_a_mask_with_soft_edges_is_said_once(run, files):
     assert Region.from_dict(json.loads(out)["regions"][0]) == Region.mask(soft >= 128)
 
 
-@pytest.mark.parametrize(
-    ("option", "pixels", "fractions"),
-    [
-        ("--box", "6,10,30,30", "0.1,0.25,0.5,0.75"),
-        ("--polygon", "6,10,30,10,30,30", "0.1,0.25,0.5,0.25,0.5,0.75"),
-        ("--point", "30,20", "0.5,0.5"),
-        ("--scribble", "6,10,30,30", "0.1,0.25,0.5,0.75"),
-    ],
-)
-def test_fractions_of_the_image(run, option, pixels, fractions):
-    words = ["ask", "photo.png", QUESTION, *SHORT, "--json", option]
-    expected = json.loads(run(*words, pixels)[1])["regions"]
-    assert json.loads(run(*words, fractions, "--normalized")[1])["regions"] == expected
+def test_fractions_of_the_image(run):
+    words = ["ask", "photo.png", QUESTION, *SHORT, "--json"]
+    pixels = ["--box", "6,10,30,30", "--polygon", "6,10,30,10,30,30", "--point", "30,20"]
+    fractions = ["--box", "0.1,0.25,0.5,0.75", "--polygon", "0.1,0.25,0.5,0.25,0.5,0.75", "--point", "0.5,0.5"]
+    expected = json.loads(run(*words, *pixels)[1])["regions"]
+    assert json.loads(run(*words, *fractions, "--normalized")[1])["regions"] == expected
 
 
 def test_a_region_never_mentioned_is_a_warning(run):
@@ -179,53 +172,38 @@ DESCRIBE = ["describe", "photo.png"]
         (["ask", "nowhere.jpg", QUESTION, *BOX], ["nowhere.jpg", "no such file"]),
         (["ask", "empty", QUESTION, *BOX], ["empty", "no image"]),
         (["ask", "text.jpg", QUESTION, *BOX], ["text.jpg", "expected an image"]),
-        (["ask", "x" * 5000, "What?"], ["File name too long"]),
         (["classify", *BOX], ["expected an image"]),
         # regions
         ([*ASK, "--box", "30,30,5,5"], ["<region1>", "--box", "inverted"]),
         ([*ASK, "--box", "a,b,c,d"], ["<region1> (--box)", "X0,Y0,X1,Y1", "'a,b,c,d'"]),
         ([*ASK, "--box"], ["--box", "expected one argument"]),
-        ([*ASK, *BOX, "--polygon", "1,1,9,9"], ["<region2>", "at least 3 points", "of 2 points"]),
-        ([*ASK, "--point", "5"], ["<region1>", "2 numbers", "got [5"]),
         ([*ASK, "--box", "5,5,30,30", "--normalized"], ["<region1> (--box)", "normalized"]),
-        ([*ASK, "--mask", "mask.png", "--normalized"], ["--normalized"]),
         ([*ASK, "--mask", "mask_small.png"], ["<region1>", "60 x 40", "60 x 20"]),
-        ([*ASK, "--mask", "text.jpg"], ["<region1>", "text.jpg", "expected an image"]),
         ([*ASK, "--box", "0.1,0.1,0.5,0.5"], ["<region1>", "--normalized"]),
         ([*ASK, "--rle", "rle_broken.json"], ["JSON", "rle_broken.json"]),
         # questions, expressions, choices
         (["ask", "photo.png", "What is <region2>?", *BOX], ["<region2>", "1 region was given"]),
-        (["ask", "photo.png", "other.png", "What is <region2>?", *BOX], ["<region2>"]),
         (["ask", "photo.png", "What is <regionx>?", *BOX], ["<regionx>"]),
         (["ask", "photo.png", "", *BOX], ["question", "''"]),
         (["ask", "photo.png", "caf\udce9?"], ["UTF-8"]),
         (["classify", "photo.png", *BOX, "--choices", "cat,cat"], ["'cat' more than once"]),
-        (["classify", "photo.png", *BOX, "--choices", "<region1>"], ["<region1>"]),
         (["classify", "photo.png", *BOX, "--label-set", "LVIS"], ["COCO-80"]),
         (["locate", "photo.png", *BOX], ["an image and an expression"]),
         (["locate", "photo.png", "a cup"], ["expected regions"]),
-        (["locate", "photo.png", "a cup", "--box", "90,90,99,99"], ["60 x 40"]),
-        (["locate", "photo.png", "<region2>", *BOX], ["<region2>"]),
         # proposals
         (DESCRIBE, ["--proposals, --grid, --sam, --box"]),
-        ([*DESCRIBE, "--grid", "0"], ["--grid: "]),
         ([*DESCRIBE, "--grid", "2", "--proposals", "boxes.json"], ["only one of"]),
         ([*DESCRIBE, "--grid", "2", "--image-id", "3"], ["--image-id goes with --proposals"]),
         ([*DESCRIBE, "--proposals", "none.json"], ["none.json"]),
         ([*DESCRIBE, "--proposals", "boxes.json", "--min-score", "0.95"], ["no region is left"]),
         ([*DESCRIBE, "other.png", "--proposals", "boxes.json", "--image-id", "5"], ["single image"]),
-        ([*DESCRIBE, "--grid", "2", "--max-regions", "0"], ["--max-regions: "]),
         ([*DESCRIBE, "--grid", "2", "--min-score", "0.5"], ["no score"]),
         ([*DESCRIBE, "--sam", "none"], ["SAM model at none"]),
         # options
         ([*ASK, *BOX, "--temperature", "-1"], ["temperature", "-1"]),
-        ([*DESCRIBE, "--grid", "2", "--temperature", "1"], ["--temperature"]),
-        ([*ASK, *BOX, "--seed", "x"], ["--seed", "'x'"]),
         (["classify", "photo.png", *BOX, "--top-k", "0"], ["--top-k"]),
-        (["locate", "photo.png", "a cup", *BOX, "--by", "luck"], ["--by"]),
         ([*ASK, *BOX, "--picture", "out.xyz"], ["out.xyz", ".png"]),
         ([*ASK, *BOX, "--picture", "photo.png"], ["would replace what is asked about"]),
-        ([*ASK, *BOX, "--picture", ""], ["end its name in .png"]),
         (["ask", "photo.png", "other.png", "What?", "--picture", "out.png"], ["single image"]),
         ([*ASK, *BOX, "--out", "out.txt"], [".jsonl"]),
         ([*ASK, *BOX, "--out", "out.jsonl", "--json"], ["leave one of them out"]),
@@ -311,13 +289,6 @@ def test_a_full_disk_is_one_line(run, tmp_path):
     assert "out.jsonl: cannot be written: No space left" in err
 
 
-def test_an_image_without_regions_among_many_has_an_empty_answer(run):
-    words = ["--proposals", "boxes.json", "--min-score", "0.95", "--json"]
-    _, out, err = run("describe", "images/a.png", "images/b.jpg", *words)
-    assert [json.loads(line)["regions"] for line in out.splitlines()] == [[], []]
-    assert err.count("left out 2 of 2 regions") == 2
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # chat, weights, and what all commands share
 
@@ -356,7 +327,6 @@ def test_weights_create_then_ask(run, tmp_path):
     for arguments, part in (
         ([*parts, "--out", out], "empty folder"),
         ([*parts, "--refinement", "cubic"], "cubic"),
-        ([*parts, "--chat-template", "alpaca"], "alpaca"),
         (["--vision", vision], "--language"),
         ([*parts, "--llava", vision], "--llava"),
         (["--vision", str(tmp_path / "nowhere"), "--language", language], "nowhere"),

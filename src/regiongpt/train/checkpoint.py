@@ -147,32 +147,34 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest checkpoint; None if there is none. What a kill has left unfinished is removed."""
-        return self.processes.from_first(self._newest)
 
-    def _newest(self) -> Path | None:
-        for leftover in self.folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        return next(reversed(_written(self.folder)), None)
+        def find() -> Path | None:
+            for leftover in self.folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            return next(reversed(_written(self.folder)), None)
+
+        return self.processes.from_first(find)
 
     def write(self, step: int, fill: Callable[[Path], None], best: int | None = None) -> None:
         """Write a checkpoint atomically, then remove old ones; DataError if it cannot be written.
 
         All processes call it; ``fill`` writes the files into the given folder, in the first.
         """
-        self.processes.from_first(lambda: self._write(step, fill, best))
 
-    def _write(self, step: int, fill: Callable[[Path], None], best: int | None) -> None:
-        with new_folder(self.path(step)) as unfinished:
-            fill(unfinished)
-            for each in (*unfinished.iterdir(), unfinished):
-                _sync(each)
-        _sync(self.folder)
-        for checkpoint in _written(self.folder)[: -self.keep]:
-            if _step_of(checkpoint) != best:
-                # A kill in the middle of this must not leave what looks like a checkpoint.
-                gone = self.folder / f"{_UNFINISHED}{_step_of(checkpoint)}"
-                checkpoint.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+        def write() -> None:
+            with new_folder(self.path(step)) as unfinished:
+                fill(unfinished)
+                for each in (*unfinished.iterdir(), unfinished):
+                    _sync(each)
+            _sync(self.folder)
+            for checkpoint in _written(self.folder)[: -self.keep]:
+                if _step_of(checkpoint) != best:
+                    # A kill in the middle of this must not leave what looks like a checkpoint.
+                    gone = self.folder / f"{_UNFINISHED}{_step_of(checkpoint)}"
+                    checkpoint.rename(gone)
+                    shutil.rmtree(gone, ignore_errors=True)
+
+        self.processes.from_first(write)
 
 
 def _written(folder: Path) -> list[Path]:

@@ -32,17 +32,10 @@ TASKS: Final[tuple[str, ...]] = (*QUESTIONS, "chat")
 
 
 class RecordDataset(Dataset[Example]):
-    """The records of a mixture as examples, for any number of epochs as one indexable list.
+    """The records of a mixture as examples, for any number of epochs (``items``) as one indexable list.
 
-    A conversation that is longer than the language model can read is cut: at the end of the last turn that fits, or
-    inside its only answer.
-
-    Args:
-        mixture: The records.
-        processor: Makes the model's inputs.
-        items: Number of examples in the whole run.
-        longest: Most tokens in an example, None for no limit.
-        suffixes: Whether guided questions end with the suffix that fixes the format of their answer.
+    A conversation of more than ``longest`` tokens is cut: at the end of the last turn that fits, or inside its only
+    answer. ``suffixes``: whether guided questions end with the suffix that fixes the format of their answer.
     """
 
     def __init__(
@@ -177,9 +170,7 @@ def answer_output(model: Any, batch: dict[str, Any], items: Any) -> Any:
 def task_numbers(labels_T: Tensor, tasks: Sequence[str]) -> Tensor:
     """Place in :data:`TASKS` of each target's task, (T,) int64; -1 where not a target, and in turns of any other task.
 
-    Args:
-        labels_T: (T,), -100 where not a target; each run of targets is the answer of one turn.
-        tasks: Task of each turn; there may be more of them than answers, where the last did not fit.
+    Each run of targets is the answer of one turn; there may be more turns in ``tasks``, where the last did not fit.
     """
     numbers = torch.tensor([*(TASKS.index(task) if task in TASKS else -1 for task in tasks), -1])
     is_target = labels_T != IGNORED

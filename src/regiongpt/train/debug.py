@@ -36,8 +36,7 @@ def debug_size(config: Recipe) -> Recipe:
     ``out`` gets ``-debug`` behind its name; what another debug run left there is deleted.
 
     Raises:
-        ConfigError: The shape of the recipe's tower or language model is not known, a library is missing, or the folder
-            holds something else than a debug run, or one that is not finished.
+        ConfigError: The shape of tower or language model is not known; the folder holds something else, or is in use.
         DataError: The folder cannot be written; nothing is left in it.
     """
     with debug_folder(config) as made:

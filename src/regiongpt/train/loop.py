@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -51,16 +51,11 @@ class Loop:
         dataset: The whole run; one pass over it is the stage. ``name_of(item)``, if it has that, names bad records.
         collate: Makes a padded batch.
         loss: A sum over targets, divided by the number of them in the whole optimiser step.
-        config: Hyper-parameters.
+        config, engine, watch: As in a recipe.
         folder: Folder of the stage's checkpoints and logs.
         seed: Seed of dropout; the data set has its own.
-        engine, watch: As in a recipe.
         dev: Dev data. The weights with the lowest dev loss are restored at the end.
         made_of: What else a checkpoint in the folder must share for the stage to resume from it, as plain values.
-
-    Raises:
-        ConfigError: Options do not go with each other, with the number of processes, or with the checkpoint.
-        DataError: The folder cannot be written.
     """
 
     def __init__(
@@ -135,7 +130,11 @@ class Loop:
         """
         with self.units:
             self._train()
-        self._load_best()
+        best = self.progress.best_step
+        if best is not None and best != self.progress.step:
+            if self.processes.is_first:
+                log.info("weights of step %d restored: the lowest dev loss, %.4f", best, self.progress.best_loss)
+            checkpoint.load_model(self.checkpoints.path(best), self.model)
         if self.sharded:
             put_together(self.model, self.processes.is_first)
         return self
@@ -226,7 +225,6 @@ class Loop:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            pin_memory=self.device.type == "cuda",
             generator=generator,
         )
 
@@ -234,8 +232,7 @@ class Loop:
         if batch.fault is not None:
             raise batch.fault
         inputs = {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.inputs.items()
+            name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()
         }
         found: tuple[Tensor, Tensor | None, Tensor | None] = self.module(inputs, targets)
         return found
@@ -255,21 +252,13 @@ class Loop:
 
     def _measure(self) -> bool:
         """Whether the dev loss is the lowest so far."""
-        found = self.evaluate()
+        found, step = self.evaluate(), self.progress.step
         if self.processes.is_first:
-            self.watcher.measured(self.progress.step, found)
+            self.watcher.measured(step, found)
         best = math.isfinite(found) and (self.progress.best_loss is None or found < self.progress.best_loss)
         if best:
-            self.progress = Progress(step=self.progress.step, best_step=self.progress.step, best_loss=found)
+            self.progress = Progress(step=step, best_step=step, best_loss=found)
         return best
-
-    def _load_best(self) -> None:
-        """Restore the weights with the lowest dev loss."""
-        best = self.progress.best_step
-        if best is not None and best != self.progress.step:
-            if self.processes.is_first:
-                log.info("weights of step %d restored: the lowest dev loss, %.4f", best, self.progress.best_loss)
-            checkpoint.load_model(self.checkpoints.path(best), self.model)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -312,11 +301,6 @@ class Batch:
     images: int = 0  # conversations with one
     fault: RegionGPTError | None = None  # raised in the training process: here its message would hold a stack
 
-    def pin_memory(self) -> "Batch":
-        """The same in page-locked memory; PyTorch's loader asks for it by this name."""
-        pinned = {k: each.pin_memory() if isinstance(each, Tensor) else each for k, each in self.inputs.items()}
-        return replace(self, inputs=pinned)
-
 
 @dataclass
 class _MicroBatches(Dataset[Batch]):
@@ -355,10 +339,7 @@ def targets_in(inputs: dict[str, Any]) -> int:
 
 
 class StageModule(nn.Module):
-    """A model with its loss as one module: whatever wraps it sees all that is computed.
-
-    With ``half`` matrices are multiplied in bfloat16; weights, sums and the loss stay float32.
-    """
+    """A model with its loss as one module, for what wraps it; with ``half``, matrices are multiplied in bfloat16."""
 
     def __init__(self, model: nn.Module, loss: Loss, half: bool = False) -> None:
         super().__init__()

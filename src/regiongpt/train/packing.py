@@ -1,9 +1,7 @@
 """Several conversations in one row, each attending only to itself: loss and gradients are those of a padded batch.
 
-On a CPU, whose kernels do not skip what a mask hides, each conversation or isolated turn (a *unit*) attends by itself.
-
-Shapes: B conversations, T tokens of the longest, P packed rows, W tokens of a row, D language model width, H heads,
-N tokens of all units, E width of a head.
+B conversations, T tokens of the longest, P packed rows, W tokens of a row, D language model width, H heads,
+N tokens of all units (conversations or isolated turns, which on a CPU attend by themselves), E width of a head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +32,7 @@ PACKED = ("packed_from", "packed_labels", "packed_positions", "packed_documents"
 class PackedCollate:
     """Makes packed batches: words and visual embeddings stay in the padded layout, all else is laid out in rows.
 
-    Args:
-        collate: Makes the padded batch; it gets examples without labels, tasks and turns.
-        longest: Most tokens in a row; a single conversation may be longer.
-        width_cost: See :func:`width_cost`.
+    A row has at most ``longest`` tokens; a single conversation may be longer.
     """
 
     def __init__(self, collate: Collate, longest: int, width_cost: float) -> None:
@@ -76,8 +71,7 @@ class PackedCollate:
 def width_cost(text_config: Any) -> float:
     """Cost of a token besides attention, in multiples of attending to one more token.
 
-    A layer multiplies a token by about 4 D^2 + 3 D M weights, and by 2 D numbers for each token it attends to; with a
-    mask these are half as fast.
+    A layer multiplies a token by about 4 D^2 + 3 D M weights, and by 2 D numbers for each token it attends to.
     """
     width = int(text_config.hidden_size)
     inner = int(getattr(text_config, "intermediate_size", None) or 4 * width)
@@ -187,21 +181,12 @@ def units_of(documents_N: Tensor, turns_N: Tensor) -> list[Unit]:
 
 
 def unit_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    units: list[Unit] | None = None,
-    **options: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, Any]:
     """Attention of one layer, as transformers calls it: (1, H, N, E) in units if there are any, else its ``sdpa``."""
+    units: list[Unit] | None = options.pop("units", None)
     if units is None:
-        result: tuple[Tensor, Any] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
+        result: tuple[Tensor, Any] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return result
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -211,7 +196,8 @@ def unit_attention(
         if unit.head >= 0:
             own_keys = torch.cat([keys[unit.head], own_keys], 2)
             own_values = torch.cat([values[unit.head], own_values], 2)
-        given: Any = {"dropout_p": dropout, "scale": scaling, "is_causal": unit.mask is None}
+        given: Any = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
+        given["is_causal"] = unit.mask is None
         outputs.append(F.scaled_dot_product_attention(asked, own_keys, own_values, unit.mask, **given))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
@@ -235,15 +221,13 @@ def require_packable(text_config: Any) -> None:
 def units_on_cpu(language_model: Any, device: torch.device) -> Iterator[None]:
     """Have a language model attend in units while it is trained, if it is on a CPU and its attention is ``sdpa``."""
     config = language_model.config.get_text_config()
-    able = getattr(language_model, "_supports_attention_backend", False) and config._attn_implementation == "sdpa"
-    if device.type != "cpu" or not able:
-        yield
-        return
-    config._attn_implementation = ATTENTION
+    before = config._attn_implementation
+    if device.type == "cpu" and before == "sdpa" and getattr(language_model, "_supports_attention_backend", False):
+        config._attn_implementation = ATTENTION
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = before
 
 
 def attends_in_units(language_model: Any) -> bool:

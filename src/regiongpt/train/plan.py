@@ -39,13 +39,7 @@ class StagePlan:
 
 
 def make_plan(config: Recipe) -> tuple[StagePlan, ...]:
-    """Estimate what each stage of a recipe takes.
-
-    Raises:
-        ConfigError: A shape is not known, or a batch cannot be divided among the GPUs.
-        CheckpointError: The checkpoint that the recipe continues from is not what the recipe says.
-        DataError: Records cannot be read, and their number is not in [plan].
-    """
+    """Estimate what each stage of a recipe takes; a RegionGPTError if a shape or the number of records is not known."""
     model = config.model
     if model.init and (model.folder / "config.json").exists():
         check_shape(model, model.folder)
@@ -113,8 +107,8 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig) -> StagePlan:
         own = list(getattr(model, part).named_parameters())  # a tied one comes once
         for title, adapters in ((part, False), ("adapters", True)):
             if tensors := [tensor for key, tensor in own if ("lora_" in key) == adapters]:
-                trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
-                parameters[title] = (sum(tensor.numel() for tensor in tensors), trained)
+                sizes = [(tensor.numel(), tensor.numel() * tensor.requires_grad) for tensor in tensors]
+                parameters[title] = (sum(total for total, _ in sizes), sum(trained for _, trained in sizes))
     costs, attention = costs_of(model), items * tokens**2
     flops = {
         "tower": items * costs.tower,

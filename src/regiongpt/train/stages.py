@@ -26,7 +26,7 @@ from regiongpt.images import load_image
 from regiongpt.model import weights
 from regiongpt.model.configuration import RegionGPTConfig
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, chat_template, closed_set_suffix
-from regiongpt.storage import locked, new_folder, read_json, write_json
+from regiongpt.storage import locked, new_folder, read_json
 from regiongpt.train.checkpoint import require_settings
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
 from regiongpt.train.known import language_shape, tower_shape
@@ -40,10 +40,7 @@ _OF_PARTS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layer
 
 
 def train(config: Recipe) -> Path:
-    """Run every stage of a recipe that is not yet done.
-
-    Returns:
-        Folder of the finished checkpoint, which ``--model`` and ``from_pretrained`` take.
+    """Run every stage of a recipe that is not yet done; returns the folder of the finished checkpoint.
 
     Raises:
         ConfigError: The run's folder holds a run on other records, or another process is training there.
@@ -102,13 +99,10 @@ def _train(config: Recipe) -> Path:
     finished = config.model.folder if config.model.init else config.out / "start"
 
     def make_start() -> None:
-        if not config.model.init:
-            note = finished / "start.json"
-            made_for = {"seed": config.seed, **config.model.model_dump(mode="json")}
-            if note.exists() and read_json(note) != made_for:  # the run was stopped before its first checkpoint
-                shutil.rmtree(finished)
+        begun = any(list((config.out / name).glob("checkpoint-*")) for name in mixtures)
+        if not config.model.init and not begun:  # an earlier start may have been made for other settings
+            shutil.rmtree(finished, ignore_errors=True)
             create_start(config.model, config.model.language, finished, _images_of(next(iter(mixtures.values()))))
-            write_json(note, made_for)
         check_shape(config.model, finished)
 
     processes.from_first(make_start)
@@ -227,11 +221,7 @@ def check_start(config: Recipe) -> None:
 
 
 def check_shape(shape: ModelConfig, folder: Path) -> None:
-    """Check that a checkpoint is what the recipe's [model] describes, if that names a language model.
-
-    Raises:
-        CheckpointError: It is no RegionGPT checkpoint, or differs; the message lists every difference.
-    """
+    """Raise CheckpointError, with every difference, if a checkpoint is not what the recipe's [model] describes."""
     there = read_shape(folder)
     if not shape.language:
         return
@@ -256,8 +246,6 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
 
 def read_shape(folder: Path) -> RegionGPTConfig:
     """Configuration of a checkpoint folder, without its weights; CheckpointError if it has none."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no checkpoint there")
     with weights.reading(f"the configuration of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
@@ -274,7 +262,7 @@ def _images_of(mixture: Mixture) -> Iterator[Path]:
 
 @torch.no_grad()
 def _calibrate(model: Any, processor: Any, images: Sequence[Path]) -> None:
-    """Measure on some images the mean and spread of what goes into the refinement and into the connector, in place.
+    """Standardise, in place, what goes into refinement and connector, as measured on some images.
 
     The connector's output layer is scaled so that what it writes begins with the length of a word.
     """
@@ -324,7 +312,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory: activations are otherwise mapped anew for every layer, at twice the time."""
-    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+    if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(mmap_threshold, 1 << 30)

@@ -3,11 +3,9 @@
 import json
 import logging
 import math
-import os
-import shutil
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,14 +43,13 @@ def tally(loss: Tensor, losses_N: Tensor | None, tasks_N: Tensor | None, counts:
         tasks_N: (N,) place in :data:`TASKS` of each target, -1 for none.
         counts: Number of conversations, tokens without padding, and images.
     """
-    kind = torch.float64
-    row = torch.zeros(len(_PLAIN) + 2 * len(TASKS), dtype=kind, device=loss.device)
-    row[0] = loss.to(kind)
+    row = torch.zeros(len(_PLAIN) + 2 * len(TASKS), dtype=torch.float64, device=loss.device)
+    row[0] = loss.double()
     row[1:5] = row.new_tensor([*counts, 0 if losses_N is None else len(losses_N)])
     if losses_N is not None and tasks_N is not None:
         # A product, for scattered sums on a GPU come out a little different each time.
         chosen = tasks_N.to(loss.device)[None] == torch.arange(len(TASKS), device=loss.device)[:, None]
-        row[5:] = torch.cat([chosen.to(kind) @ losses_N.to(kind), chosen.sum(1)])
+        row[5:] = torch.cat([chosen.double() @ losses_N.double(), chosen.sum(1)])
     return row
 
 
@@ -71,28 +68,24 @@ class Watch:
             raise ConfigError("watch.tensorboard: TensorBoard is not installed; run: pip install '.[train]'")
         self.name, self.folder, self.tensorboard, self.log_steps = name, folder, config.tensorboard, log_steps
         self._files = [StepLog(folder / LOG), StepLog(folder / DEV)]
-        self._events: Any = None
+        self._board: Any = None
         self._untold: list[dict[str, Any]] = []
 
     def start(self, step: int) -> None:
         """Open the logs and remove lines after the step to resume from."""
-        kept = [line for file in self._files for line in file.cut(step)]
+        for file in self._files:
+            file.cut(step)
         if self.tensorboard:
-            from tensorboard.summary.writer.record_writer import RecordWriter
+            from torch.utils.tensorboard import SummaryWriter
 
-            path = self.folder / EVENTS / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
-            shutil.rmtree(path.parent, ignore_errors=True)
-            with writing(path):
-                path.parent.mkdir(parents=True)
-                self._events = RecordWriter(path.open("wb"))
-            self._add_event(file_version="brain.Event:2")
-            for line in kept:
-                self._add_scalars(line)
+            self._board = SummaryWriter(self.folder / EVENTS, purge_step=step + 1)
 
     def step(self, line: dict[str, Any]) -> None:
         """Write the line of a step."""
-        self._files[0].write(line)
-        self._add_scalars(line)
+        scalars = {f"loss/{name}": each["loss"] for name, each in line["tasks"].items()}
+        scalars |= {f"lr/{name}": value for name, value in line["lr"].items()}
+        scalars |= {"loss/all": line["loss"], "gradient/norm": line["grad_norm"]}
+        self._write(self._files[0], line, scalars)
         self._untold.append(line)
         step, steps = line["step"], line["of"]
         if step in (1, steps) or step % self.log_steps == 0:
@@ -106,28 +99,14 @@ class Watch:
 
     def measured(self, step: int, loss: float) -> None:
         """Write the dev loss after a step."""
-        line = {"step": step, "loss": loss}
-        self._files[1].write(line)
-        self._add_scalars(line)
+        self._write(self._files[1], {"step": step, "loss": loss}, {"dev/loss": loss})
 
-    def _add_scalars(self, line: Mapping[str, Any]) -> None:
-        found = {"dev/loss": line["loss"]}
-        if "tasks" in line:
-            found = {f"loss/{name}": each["loss"] for name, each in line["tasks"].items()}
-            found |= {f"lr/{name}": value for name, value in line["lr"].items()}
-            found |= {"loss/all": line["loss"], "gradient/norm": line["grad_norm"]}
-            found["speed/tokens_a_second"] = line["tokens"] / line["seconds"]
-        for name, value in found.items():
-            self._add_event(step=line["step"], summary={"value": [{"tag": name, "simple_value": float(value)}]})
-
-    def _add_event(self, **values: Any) -> None:
-        """Write to TensorBoard's file, if it is wanted. Its own writer ends in a traceback when the disk is full."""
-        if self._events is not None:
-            from tensorboard.compat.proto.event_pb2 import Event
-
-            with writing(self.folder / EVENTS):
-                self._events.write(Event(wall_time=time.time(), **values).SerializeToString())
-                self._events.flush()
+    def _write(self, file: "StepLog", line: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
+        file.write(line)
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, line["step"])
+            self._board.flush()
 
 
 class StepLog:
@@ -136,11 +115,9 @@ class StepLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def cut(self, step: int) -> list[dict[str, Any]]:
-        """Remove lines after a step and incomplete ones; returns the rest."""
-        kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        write_file(self.path, "".join(map(_line, kept)))
-        return kept
+    def cut(self, step: int) -> None:
+        """Remove lines after a step and incomplete ones."""
+        write_file(self.path, "".join(_line(line) for line in read_lines(self.path) if line["step"] <= step))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line; DataError if the disk is full."""
@@ -192,13 +169,12 @@ def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
 
 def _read_notes(out: Path) -> dict[str, Any]:
     """A run's notes; empty ones where they are torn or missing, for they are worth less than the run."""
-    try:
+    empty: dict[str, Any] = {"config": {}, "data": {}, "starts": []}
+    with suppress(DataError):
         notes = read_json(out / RUN)
-    except DataError:
-        notes = None
-    kinds: dict[str, Any] = {"config": dict, "data": dict, "starts": list}
-    whole = isinstance(notes, dict) and all(isinstance(notes.get(name), kind) for name, kind in kinds.items())
-    return notes if whole else {name: kind() for name, kind in kinds.items()}
+        if isinstance(notes, dict) and all(isinstance(notes.get(name), type(each)) for name, each in empty.items()):
+            return notes
+    return empty
 
 
 def write_report(out: Path) -> Path:
@@ -216,11 +192,8 @@ def write_report(out: Path) -> Path:
     recipe[""] = {name: value for name, value in notes["config"].items() if name not in recipe}
     try:
         logs = {path.parent.name.removesuffix("-checkpoints"): read_lines(path) for path in stages}
+        charts = [_charts(logs[name], read_lines(path.with_name(DEV))) for name, path in zip(logs, stages, strict=True)]
         states = [_state(name, lines) for name, lines in logs.items()]
-        charts = [
-            list(_charts(lines, read_lines(path.with_name(DEV))))
-            for path, lines in zip(stages, logs.values(), strict=True)
-        ]
         write_page(
             out / PAGE,
             "train.html",
@@ -258,12 +231,12 @@ def _state(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     return f"{state}; the loss was no finite number at step {bad[0]:,}" if bad else state
 
 
-def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
+def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]) -> Sequence[Markup]:
     def curve(name: str, values: Mapping[int, Any], exact: bool = False) -> Curve:
         return Curve(name=name, xs=list(values), ys=[float(y) for y in values.values()], exact=exact)
 
     training, measured = ({line["step"]: line["loss"] for line in each} for each in (lines, dev))
-    yield line_chart("Loss", [curve("training", training), curve("dev", measured)])
+    norms = {line["step"]: line["grad_norm"] for line in lines}
     tasks: dict[str, dict[int, float]] = {}
     rates: dict[str, dict[int, float]] = {}
     for line in lines:
@@ -271,6 +244,9 @@ def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]
             tasks.setdefault(name, {})[line["step"]] = each["loss"]
         for name, rate in line["lr"].items():
             rates.setdefault(name, {})[line["step"]] = rate
-    yield line_chart("Loss by task", [curve(*each) for each in sorted(tasks.items())])
-    yield line_chart("Learning rate", [curve(*each, exact=True) for each in sorted(rates.items())])
-    yield line_chart("Gradient norm, before clipping", [curve("norm", {x["step"]: x["grad_norm"] for x in lines})])
+    return [
+        line_chart("Loss", [curve("training", training), curve("dev", measured)]),
+        line_chart("Loss by task", [curve(*each) for each in sorted(tasks.items())]),
+        line_chart("Learning rate", [curve(*each, exact=True) for each in sorted(rates.items())]),
+        line_chart("Gradient norm, before clipping", [curve("norm", norms)]),
+    ]
