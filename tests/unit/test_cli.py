@@ -14,7 +14,6 @@ from tiny_checkpoint import make_checkpoint, make_parts
 
 from regiongpt import cli
 from regiongpt.inference import RegionPredictor
-from regiongpt.regions import Region
 
 QUESTION = "What is <region1>?"
 BOX = ["--box", "5,5,30,30"]
@@ -91,15 +90,6 @@ def test_regions_are_numbered_as_typed_across_kinds(run):
     assert set(record) >= {"image", "question", "answer", "cited", "warnings", "seconds"}
 
 
-def test_a_mask_with_soft_edges_is_said_once(run, files):
-    soft = np.tile(np.arange(60, dtype=np.uint8) * 4, (40, 1))
-    Image.fromarray(soft).save(files / "mask_soft.png")
-    code, out, err = run("ask", "photo.png", QUESTION, "--mask", "mask_soft.png", "--json", *SHORT)
-    assert code == 0
-    assert err.count("more than two values") == err.count("\n") == 1
-    assert Region.from_dict(json.loads(out)["regions"][0]) == Region.mask(soft >= 128)
-
-
 def test_fractions_of_the_image(run):
     words = ["ask", "photo.png", QUESTION, *SHORT, "--json"]
     pixels = ["--box", "6,10,30,30", "--polygon", "6,10,30,10,30,30", "--point", "30,20"]
@@ -132,16 +122,6 @@ def test_describe_proposals_as_text_json_and_picture(run, files):
     assert run("describe", "photo.png", "--proposals", "again.json", *SHORT)[1].count("\n") == 1
     record = json.loads(run("describe", "photo.png", "--grid", "2", *BOX, "--json", *SHORT)[1])
     assert [next(iter(entry["region"])) for entry in record["regions"]] == ["box", *["point"] * 4]
-
-
-def test_a_bad_entry_of_a_data_set_is_left_out_and_said(run, files):
-    entries = [{"id": k, "image_id": 1, "bbox": [5, 5, 20 * k, 9], "iscrowd": int(k == 2)} for k in (0, 1, 2)]
-    data = {"images": [{"id": 1, "file_name": "set\\photo.png", "width": 60, "height": 40}], "annotations": entries}
-    (files / "set.json").write_text(json.dumps(data))
-    words = ["describe", "photo.png", "--proposals", "set.json", *SHORT]
-    code, out, err = run(*words, "--json")
-    assert (code, json.loads(out)["left_out"]) == (0, 1)
-    assert "left out 1 of 3 regions (unusable: 1 box without size)" in err
 
 
 def test_classify_prints_a_class_a_region(run):

@@ -156,11 +156,10 @@ def test_what_is_frozen_stays_to_the_bit_and_all_else_learns(name: str, tmp_path
 
 def test_bfloat16_learns_about_the_same_and_keeps_its_weights_in_float32(tmp_path: Path) -> None:
     model, _ = learn(tmp_path / "16", engine=EngineConfig(precision="bf16"))
-    expected, _ = learn(tmp_path / "32")
+    learn(tmp_path / "32")
     assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
     assert losses(tmp_path / "16") == pytest.approx(losses(tmp_path / "32"), rel=0.05)
     assert losses(tmp_path / "16") != losses(tmp_path / "32")
-    assert model.training == expected.training
 
 
 def test_the_weights_with_the_lowest_dev_loss_are_taken_and_kept(tmp_path: Path) -> None:
