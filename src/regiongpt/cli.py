@@ -225,9 +225,8 @@ def _region_options(parser: argparse.ArgumentParser) -> None:
     for option, (metavar, text) in REGION_OPTIONS.items():
         kind = partial(lambda option, text: (option, text), option)
         group.add_argument(option, action="append", dest="regions", default=[], type=kind, metavar=metavar, help=text)
-    group.add_argument(
-        "--normalized", action="store_true", help="coordinates are fractions of the image's width and height"
-    )
+    text = "coordinates are fractions of the image's width and height"
+    group.add_argument("--normalized", action="store_true", help=text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,9 +341,8 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print json")
     add_options(parser, RunOptions, "options of the run")
     group = parser.add_argument_group("comparing")
-    group.add_argument(
-        "--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), help="the --out folders of two runs"
-    )
+    text = "the --out folders of two runs"
+    group.add_argument("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), help=text)
     if not names:
         text = "with --compare: folder of the data set, if it has moved"
         group.add_argument("--data", metavar="DIR", type=Path, help=text)
@@ -404,16 +402,10 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         "--stage2.lr 5e-4 --data.root DIR."
     )
     parser.add_argument("recipe", nargs="?", help="TOML file, or the name of a shipped recipe such as finetune_records")
-    parser.add_argument("--plan", action="store_true", help="estimate parameters, tokens, memory and time, and stop")
-    parser.add_argument(
-        "--debug", action="store_true", help="run the recipe in seconds with tiny models and drawn images"
-    )
-    parser.add_argument(
-        "--from-scratch", action="store_true", help="let stage 2 start from an untrained refinement and connector"
-    )
-    parser.add_argument(
-        "--report", metavar="RUN", type=Path, help="write the report of a run, finished or not, and stop"
-    )
+    parser.add_argument("--plan", action="store_true", help="estimate parameters, memory and time, and stop")
+    parser.add_argument("--debug", action="store_true", help="run in seconds with tiny models and drawn images")
+    parser.add_argument("--from-scratch", action="store_true", help="let stage 2 start without stage 1")
+    parser.add_argument("--report", metavar="RUN", type=Path, help="write the report of a run, and stop")
     options, overrides = parser.parse_known_args(words)
     if options.report:
         if options.recipe is not None or overrides:

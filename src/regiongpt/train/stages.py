@@ -102,7 +102,10 @@ def _train(config: Recipe) -> Path:
         begun = any(list((config.out / name).glob("checkpoint-*")) for name in mixtures)
         if not config.model.init and not begun:  # an earlier start may have been made for other settings
             shutil.rmtree(finished, ignore_errors=True)
-            create_start(config.model, config.model.language, finished, _images_of(next(iter(mixtures.values()))))
+            first = next(iter(mixtures.values()))
+            drawn = [first.draw(item) for item in range(min(128, len(first)))]
+            paths = filter(None, (each.records.image_path(each.record()) for each in drawn))
+            create_start(config.model, config.model.language, finished, paths)
         check_shape(config.model, finished)
 
     processes.from_first(make_start)
@@ -251,13 +254,6 @@ def read_shape(folder: Path) -> RegionGPTConfig:
     if not isinstance(config, RegionGPTConfig):
         raise CheckpointError(f"{folder}: expected a RegionGPT checkpoint, got model_type {config.model_type!r}")
     return config
-
-
-def _images_of(mixture: Mixture) -> Iterator[Path]:
-    for drawn in (mixture.draw(item) for item in range(min(128, len(mixture)))):
-        path = drawn.records.image_path(drawn.record())
-        if path is not None:
-            yield path
 
 
 @torch.no_grad()
