@@ -383,6 +383,8 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
         raise ConfigError(f"{repeated[0]}: given twice; name every task once")
     kinds = [task_class(name) for name in names]
+    if not names and "--compare" not in words and (late := [word for word in words if word in TASKS]):
+        raise ConfigError(f"{late[0]}: name the tasks before all options: `{parser.prog} {late[0]} ...`")
     if not names and {"-h", "--help"} & {*words}:  # only this help imports all tasks
         known = "\n".join(f"  {name:<18}{task_class(name).summary}" for name in TASKS)
         parser.epilog = f"tasks:\n{known}\n\n`regiongpt evaluate TASK --help` lists the options of a task."
@@ -394,9 +396,6 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     group.add_argument(
         "--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), help="the --out folders of two runs"
     )
-    if not names:
-        text = "with --compare: folder of the data set, if it has moved"
-        group.add_argument("--data", default=argparse.SUPPRESS, metavar="DIR", help=text)
     _task_options(parser, names, kinds)
     typed = parser.parse_args(words)
     if typed.tasks != names:
@@ -404,7 +403,7 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         raise ConfigError(f"{typed.tasks[0]}: name the tasks before all options: `{parser.prog} {listed} ...`")
     options = read_options(RunOptions, typed)
     if typed.compare:
-        return _compare(typed, options.resamples)
+        return _compare(typed)
     if not names:
         raise ConfigError(f"give a task: {', '.join(TASKS)}; see `{parser.prog} --help`")
     if options.out is None:
@@ -447,20 +446,15 @@ def _task_options(parser: argparse.ArgumentParser, names: Sequence[str], kinds: 
         add_options(parser, kind, prefix=f"{name}.")
 
 
-def _compare(typed: argparse.Namespace, resamples: int) -> int:
+def _compare(typed: argparse.Namespace) -> int:
     from regiongpt.evaluate.report import compare_runs, comparison_as_text
     from regiongpt.evaluate.task import RunOptions
 
-    given = [
-        *typed.tasks,
-        *(f"--{name}" for name in sorted({*RunOptions.model_fields} & {*vars(typed)} - {"resamples"})),
-    ]
+    given = [*typed.tasks, *(f"--{name}" for name in sorted({*RunOptions.model_fields} & {*vars(typed)}))]
     if given:
         raise ConfigError(f"{given[0].replace('_', '-')}: --compare takes the settings of the runs; leave it out")
-    if resamples == 0:
-        raise ConfigError("--resamples: a comparison needs at least 1")
     a, b = typed.compare
-    found = compare_runs(a, b, Path(typed.data) if hasattr(typed, "data") else None, resamples)
+    found = compare_runs(a, b)
     if typed.json:
         _print_json(found)
     else:
