@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from regiongpt.ablate import cell_text
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.evaluate.report import TaskRun, markdown, printed_rows, read_run, tables
 from regiongpt.evaluate.task import TABLES
@@ -28,7 +29,7 @@ def task_section(run: TaskRun) -> str:
     """One benchmark: every protocol, beside the paper's results in their own column."""
     # The protocols' rules are in docs/evaluation.md.
     conditions = "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items() if "protocol" not in name)
-    parts = [f"### {run.name}", conditions + "."]
+    parts = [f"### {run.result['task']}", conditions + "."]
     same: dict[str, list[tuple[str, list[list[str]]]]] = {}  # protocols of the same results in one table
     for protocol, cells in tables(run):
         same.setdefault(str([row[:4] for row in cells[1:]]), []).append((protocol, cells))
@@ -75,7 +76,7 @@ def ablation_section(folder: Path) -> str:
     ]
     seen = []
     for protocol, results in found["protocols"].items():
-        rows = [[result, *(cell(cells[name]) for name in names)] for result, cells in results.items()]
+        rows = [[result, *(cell_text(cells[name]) for name in names)] for result, cells in results.items()]
         body = [
             row
             for row in rows
@@ -91,18 +92,6 @@ def ablation_section(folder: Path) -> str:
         parts.append(f"The paper's {printed.number}, on {printed.data}:\n\n{markdown(printed_rows(printed))}")
     first = next(iter(found["manifests"].values()))[0]
     return "\n\n".join([*parts, origin(first)])
-
-
-def cell(values: dict[str, Any]) -> str:
-    """A mean with its interval, and the difference from the first variant."""
-    if values["mean"] is None:
-        return "–"
-    text = f"{values['mean']:.1f}"
-    if values["interval"] and None not in values["interval"]:
-        text += f" ({values['interval'][0]:.1f} to {values['interval'][1]:.1f})"
-    if values["gain"] is None:
-        return text
-    return f"{text}, {'too few to tell' if values.get('too_few') else format(values['gain'], '+.1f')}"
 
 
 def document(text: str, sections: Sequence[str]) -> str:

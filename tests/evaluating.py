@@ -13,7 +13,7 @@ from regiongpt import Region, evaluate
 from regiongpt.errors import ConfigError
 from regiongpt.evaluate.bootstrap import mean_statistic
 from regiongpt.evaluate.caption_metrics import find_java, find_package
-from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, images_of
+from regiongpt.evaluate.task import OURS, TABLES, Answer, Item, Measured, PaperTable, Scored, Task, images_of
 
 CHOICES = ("cat", "dog", "bird")
 
@@ -23,10 +23,7 @@ class Drawn(Task):
 
     name: ClassVar[str] = "drawn"
     summary: ClassVar[str] = "the class of every box of drawn pictures"
-    item_id: ClassVar[str] = "annotation id"
     by: ClassVar[tuple[str, ...]] = ("size", "category")
-    reads: ClassVar[tuple[str, ...]] = ("text", "scores")
-    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {"generated": {"accuracy": 0.8061}}
 
     wording: str = "What is <region1>?"
     """The question."""
@@ -49,6 +46,7 @@ class Drawn(Task):
                 question=self.wording,
                 regions=(Region.box(x, y, x + w, y + h),),
                 choices=CHOICES,
+                sure=True,
                 max_new_tokens=4,
                 truth=category,
                 groups={"size": "small" if w < 24 else "large", "category": category},
@@ -76,6 +74,8 @@ def register(patch: pytest.MonkeyPatch) -> None:
     module.Drawn = Drawn  # type: ignore[attr-defined]
     patch.setitem(sys.modules, module.__name__, module)
     patch.setitem(evaluate.TASKS, "drawn", "drawn:Drawn")  # type: ignore[arg-type]
+    paper = PaperTable("Table 0", "Drawn", "drawings", ("accuracy",), {OURS: [80.61]}, "", "drawn", "generated")
+    patch.setitem(TABLES, "drawn", paper)
 
 
 def need_java() -> None:

@@ -333,6 +333,8 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
         raise ConfigError(f"{repeated[0]}: given twice; name every task once")
     kinds = [task_class(name) for name in names]
+    if not names and "--compare" not in words and (late := [word for word in words if word in TASKS]):
+        raise ConfigError(f"{late[0]}: name the tasks before all options: `{parser.prog} {late[0]} ...`")
     if not names and {"-h", "--help"} & {*words}:  # only this help imports all tasks
         known = "\n".join(f"  {name:<18}{task_class(name).summary}" for name in TASKS)
         parser.epilog = f"tasks:\n{known}\n\n`regiongpt evaluate TASK --help` lists the options of a task."
@@ -341,11 +343,9 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print json")
     add_options(parser, RunOptions, "options of the run")
     group = parser.add_argument_group("comparing")
-    text = "the --out folders of two runs"
-    group.add_argument("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), help=text)
-    if not names:
-        text = "with --compare: folder of the data set, if it has moved"
-        group.add_argument("--data", metavar="DIR", type=Path, help=text)
+    group.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), help="the --out folders of two runs"
+    )
     parser.conflict_handler = "resolve"  # an option of several tasks is given to each of them
     for name, kind in zip(names, kinds, strict=True):
         add_options(parser, kind, f"options of {name}", required=False)
@@ -355,7 +355,7 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         raise ConfigError(f"{typed.tasks[0]}: name the tasks before all options: `{parser.prog} {listed} ...`")
     options = read_options(RunOptions, typed)
     if typed.compare:
-        return _compare(typed, options.resamples)
+        return _compare(typed)
     if not names:
         raise ConfigError(f"give a task: {', '.join(TASKS)}; see `{parser.prog} --help`")
     if options.out is None:
@@ -377,16 +377,15 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0
 
 
-def _compare(typed: argparse.Namespace, resamples: int) -> int:
+def _compare(typed: argparse.Namespace) -> int:
     from regiongpt.evaluate.report import compare_runs, comparison_as_text
     from regiongpt.evaluate.task import RunOptions
 
-    if typed.tasks or {*RunOptions.model_fields} & {*vars(typed)} - {"resamples"}:
-        raise ConfigError("--compare takes the settings of the two runs; give only --resamples and --data")
-    if resamples == 0:
-        raise ConfigError("--resamples: a comparison needs at least 1")
+    given = [*typed.tasks, *(f"--{name}" for name in sorted({*RunOptions.model_fields} & {*vars(typed)}))]
+    if given:
+        raise ConfigError(f"{given[0].replace('_', '-')}: --compare takes the settings of the runs; leave it out")
     a, b = typed.compare
-    found = compare_runs(a, b, typed.data, resamples)
+    found = compare_runs(a, b)
     if typed.json:
         _print_json(found)
     else:

@@ -81,20 +81,13 @@ def _environment() -> Environment:
 # ---------------------------------------------------------------------------------------------------------------------
 # Charts
 
-_INK, _FAINT, _LINE = "#000001", "#000002", "#000003"
-_COLOURS: Final = [f"#00001{k}" for k in range(8)]
-_VARIABLES: Final = {_INK: "ink", _FAINT: "faint", _LINE: "line", **{each: f"c{k}" for k, each in enumerate(_COLOURS)}}
+_GREY: Final = "#808890"  # on a light page and on a dark one
 _SETTINGS: Final = {
     "svg.fonttype": "none",
     "svg.hashsalt": "regiongpt",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _FAINT,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "grid.color": _LINE,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _GREY),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -118,57 +111,36 @@ class Curve:
 def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step") -> Markup:
     """Curves over one axis as a ``<figure>``; empty where there is nothing to draw, or no matplotlib.
 
-    A measurement of many points is drawn faint under its moving average; a few outliers do not flatten the rest.
+    A measurement of many points is drawn faint under its moving average.
     """
-    drawn = []
-    for curve in curves:
-        xs, ys = np.asarray(curve.xs, float), np.asarray(curve.ys, float)
-        if (kept := np.isfinite(ys)).any():
-            drawn.append((curve, xs[kept], ys[kept]))
+    known = [(curve, np.asarray(curve.xs, float), np.asarray(curve.ys, float)) for curve in curves]
+    drawn = [(curve, xs[np.isfinite(ys)], ys[np.isfinite(ys)]) for curve, xs, ys in known if np.isfinite(ys).any()]
     if not drawn or find_spec("matplotlib") is None:
         return Markup("")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    legend = 0.2 * -(-len(drawn) // 2)  # inches, as all sizes
-    width, height, below = 4.6, 2.5 + legend, 0.55 + legend
     with rc_context(_SETTINGS):
-        figure = Figure((width, height))
+        figure = Figure((4.6, 2.5 + 0.2 * -(-len(drawn) // 2)), layout="constrained")
         axes = figure.add_subplot()
-        # To have matplotlib find the margins would draw all twice.
-        axes.set_position((0.6 / width, below / height, 1 - 0.7 / width, 1 - (below + 0.2) / height))
         for number, (curve, xs, ys) in enumerate(drawn):
-            colour = _COLOURS[number % len(_COLOURS)]
+            colour, some = f"C{number}", slice(None, None, -(-len(xs) // _POINTS))
             if not curve.exact and len(ys) >= _SMOOTHED_FROM:
-                axes.plot(*_thinned(xs, ys), color=colour, alpha=0.28, linewidth=0.8)
+                axes.plot(xs[some], ys[some], color=colour, alpha=0.28, linewidth=0.8)
                 span = np.ones(2 * max(2, len(ys) // 40) + 1)
                 ys = np.convolve(ys, span, "same") / np.convolve(np.ones(len(ys)), span, "same")
             name, marker = f"{curve.name} {ys[-1]:.4g}", "." if len(ys) == 1 else ""
-            axes.plot(*_thinned(xs, ys), color=colour, linewidth=1.5, label=name, marker=marker)
-        values = np.concatenate([ys for _, _, ys in drawn])
-        most = np.percentile(values, 99.5)
-        if 0 < 5 * most < values.max():
-            axes.set_ylim(min(0.0, values.min()), 1.5 * most)
+            axes.plot(xs[some], ys[some], color=colour, linewidth=1.5, label=name, marker=marker)
         axes.set_xlabel(x_label)
         axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for _, xs, _ in drawn for x in xs))
-        axes.grid(axis="y")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.25), ncols=2, borderpad=0)
+        axes.grid(axis="y", alpha=0.3)
+        figure.legend(loc="outside lower left", ncols=2)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r"#0000\d\d", lambda match: f"var(--{_VARIABLES[match[0]]})", svg)
     svg = svg.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(title), 1)
     return Markup('<figure class="chart"><figcaption>{}</figcaption>{}</figure>').format(title, Markup(svg))
-
-
-def _thinned(xs: Any, ys: Any) -> tuple[Any, Any]:
-    """At most 300 points, each the mean of its neighbours; the last one stays."""
-    if len(xs) > _POINTS:
-        starts = np.arange(_POINTS) * len(xs) // _POINTS
-        counts = np.diff([*starts, len(xs)])
-        xs, ys = (np.append(np.add.reduceat(each, starts) / counts, each[-1]) for each in (xs, ys))
-    return xs, ys
 
 
 def short(value: float) -> str:

@@ -74,29 +74,13 @@ def test_meteor_follows_from_the_counts() -> None:
 @pytest.mark.slow
 def test_meteor_counts_odd_captions_and_takes_the_best_reference() -> None:
     need_java()
-    captions = ["a red bears on the table", "a | b ||| c", "SCORE ||| x", "caf\u00e9", "dog " * 30_000, ""]
-    references = ["the red bear on a table", "a b", "x", "caf\u00e9", "a dog", "a red bear"]
-    counts = meteor_counts(captions, references)
+    captions = ["a red bears on the table", "a | b ||| c", "SCORE ||| x", "caf\u00e9", ""]
+    counts = meteor_counts(captions, ["the red bear on a table", "a b", "x", "caf\u00e9", "a red bear"])
     assert counts[[0, -1]].tolist() == PRINTED[:2].tolist()
     assert meteor_scores(counts)[3] == 1
-    assert counts[4, 0] == 30_000
     found = caption_scores(["a red bear"] * 2, [["a cat", "a red bear", "a red dog"], ["a cat"]], metrics=("METEOR",))
     assert found["METEOR"].items[0] == 1
     assert found["METEOR"].items[1] < 0.5
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A program in the place of Java."""
-    need_java()
-
-    def write(body: str) -> None:
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / "java").write_text(f"#!{sys.executable}\nimport sys, time, os, signal\n{body}\n")
-        (tmp_path / "bin" / "java").chmod(0o755)
-        monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-
-    return write
 
 
 @pytest.mark.parametrize(
@@ -105,15 +89,15 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("sys.stderr.write('Error: no memory'); sys.exit(3)", "ended with code 3: Error: no memory"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "ended with code -9: no output"),
         ("print('6 6 3')", "answered"),
-        ("os.close(0); os.close(1); time.sleep(60)", "gave no result after 0 s"),
     ],
-    ids=["dies", "killed", "says too little", "hangs"],
+    ids=["dies", "killed", "says too little"],
 )
-def test_a_program_that_fails_is_one_line_and_no_hang(fake, body: str, message: str, monkeypatch) -> None:
-    fake(body)
-    if "0 s" in message:
-        monkeypatch.setattr(caption_metrics, "SECONDS", 0.3)
-        monkeypatch.setattr(caption_metrics, "SECONDS_PER_WORD", 0.001)
+def test_a_program_that_fails_is_one_line(body: str, message: str, tmp_path: Path, monkeypatch) -> None:
+    need_java()
+    program = tmp_path / "java"
+    program.write_text(f"#!{sys.executable}\nimport sys, os, signal\n{body}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(caption_metrics, "find_java", lambda: str(program))
     with pytest.raises(ConfigError, match=f"METEOR {message}"):
         meteor_counts(["a dog"] * 5, ["a dog"] * 5)
     with pytest.raises(ConfigError, match="the tokenizer "):
@@ -121,10 +105,9 @@ def test_a_program_that_fails_is_one_line_and_no_hang(fake, body: str, message: 
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(caption_metrics, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"Java, which was not found; install it with: pip install '\.\[evaluate\]'"):
+    with pytest.raises(ConfigError, match=r"Java, .*; install it with: pip install '\.\[evaluate\]'"):
         find_java()
-    with pytest.raises(ConfigError, match="pycocoevalcap, which is not installed; install it with"):
+    with pytest.raises(ConfigError, match="pycocoevalcap; install it with"):
         scored_words(["a"])

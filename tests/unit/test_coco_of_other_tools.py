@@ -14,7 +14,6 @@ from regiongpt.data.shards import Rejects
 from regiongpt.data.sources import CocoConverter, LvisConverter
 from regiongpt.errors import DataError
 from regiongpt.evaluate.coco_cls import CocoClassification
-from regiongpt.evaluate.pope import Pope
 from regiongpt.inference.over_images import read_proposals
 from regiongpt.regions import Region
 
@@ -132,17 +131,6 @@ def test_accents_in_names_may_be_composed_or_not(tmp_path: Path) -> None:
     assert len(proposed(tmp_path, image=tmp_path / "caf\u00e9.png")) == 1
 
 
-def test_questions_are_built_about_images_with_an_empty_address(tmp_path: Path) -> None:
-    image = {"id": 1, "file_name": "photo.png", "coco_url": "", "width": 40, "height": 30}
-    other = {**image, "id": 2}
-    write(tmp_path, *(thing(k, category_id=k) for k in range(1, 5)), thing(5, image_id=2, category_id=5, iscrowd=1),
-          *(thing(k, image_id=2, category_id=k) for k in (6, 7, 8)), images=[image, other],
-          categories=[{"id": k, "name": name} for k, name in enumerate("abcdefgh", 1)])  # fmt: skip
-    task = Pope(data=tmp_path, annotations=tmp_path / "instances.json", images=tmp_path)
-    assert {item.image for item in task.items()} == {tmp_path / "photo.png"}
-    assert task.left_out.counts == {}, "a crowd of people is people there"
-
-
 def test_equal_base_names_in_different_folders_are_not_mixed_up(tmp_path: Path) -> None:
     images = [
         {"id": 1, "file_name": "a/1.png", "width": 40, "height": 30},
@@ -253,7 +241,7 @@ def test_a_mask_alone_needs_no_sound_box(tmp_path: Path) -> None:
     write(tmp_path, thing(bbox=[50, 5, 20, 10], segmentation=[RING]))
     assert convert(tmp_path)[1] == {"box outside the image": 1}
     assert regions(tmp_path, shapes="mask") == proposed(tmp_path) == [Region.polygon([RING])]
-    assert asked(tmp_path, region="mask").items()[0].detail["box"] == [5, 5, 20, 10]
+    assert asked(tmp_path, region="mask").items()[0].detail["object"]["bbox"] == [5, 5, 20, 10]
 
 
 def test_what_looks_normalized_is_left_out(tmp_path: Path) -> None:

@@ -222,6 +222,7 @@ def test_an_evaluation_looks_twice_and_keeps_its_answers_apart(tmp_path: Path) -
     predictor = RegionPredictor(model, processor)
     fast, careful = (answer_image(predictor, items, detail) for detail in ("fast", "careful"))
     assert all(one["scores"] != other["scores"] for one, other in zip(fast, careful, strict=True))
-    model.save_pretrained(tmp_path / "model")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
     keys = {model_identity(tmp_path / "model", "float32", "cpu", detail)["key"] for detail in ("fast", "careful")}
     assert len(keys) == 2

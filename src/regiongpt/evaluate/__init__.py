@@ -14,8 +14,7 @@ TASKS: Final[Mapping[str, str]] = {
     "coco_cls": "coco_cls:CocoClassification",
     "refcocog_caption": "captions:RefCocogCaption",
     "vg_caption": "captions:VisualGenomeCaption",
-    "refcocog_rec": "choosing:RefCocogRec",
-    "coco_rec": "choosing:CocoRec",
+    "refcocog_rec": "refcocog:RefCocogRec",
     "pope": "pope:Pope",
     "facts": "facts:Facts",
 }

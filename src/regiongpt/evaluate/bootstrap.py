@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ Floats = NDArray[np.float64]
 FEWEST_IMAGES: Final = 30
 FEWEST_DIFFERENT: Final = 6
 TOO_FEW: Final = "too few to tell"
-_AT_ONCE = 1 << 22  # multiplicities held at a time
+_AT_ONCE: Final = 100  # resamples held at a time
 
 
 class Statistic(ABC):
@@ -27,8 +28,8 @@ class Statistic(ABC):
         """The result (N,) for weights (N, C) of the C images; NaN if undefined."""
 
     @abstractmethod
-    def parts(self) -> list[Hashable]:
-        """Each image's contribution, equal for two systems with equal answers; None for an image without one."""
+    def parts(self) -> list[int | None]:
+        """A checksum of each image's contribution, equal for equal answers; None for an image without one."""
 
     def value(self) -> float:
         """The result itself; NaN if undefined."""
@@ -48,9 +49,9 @@ class SumStatistic(Statistic):
         """See :meth:`Statistic.values`."""
         return self.combine(times @ self.sums)
 
-    def parts(self) -> list[Hashable]:
-        """The sums of each image."""
-        return [row.tobytes() if row.any() else None for row in self.sums]
+    def parts(self) -> list[int | None]:
+        """See :meth:`Statistic.parts`."""
+        return [crc32(row.tobytes()) if row.any() else None for row in self.sums]
 
 
 def sum_statistic(
@@ -77,13 +78,13 @@ def mean_statistic(
     sums = np.zeros((len(scores), 2 * width))
     for row, (name, score) in enumerate(zip(names, scores, strict=True)):
         sums[row, [column[name], column[name] + width]] = score, 1.0
+    return sum_statistic(clusters, sums, lambda totals: known_mean(ratio(totals[:, :width], totals[:, width:])))
 
-    def combine(totals: Floats) -> Floats:
-        means = ratio(totals[:, :width], totals[:, width:])
-        there = ~np.isnan(means)
-        return ratio(np.where(there, means, 0.0).sum(axis=1), there.sum(axis=1))
 
-    return sum_statistic(clusters, sums, combine)
+def known_mean(values: Floats) -> Floats:
+    """The mean (N,) of the values (N, K) that are no NaN; NaN where all are."""
+    there = ~np.isnan(values)
+    return ratio(np.where(there, values, 0.0).sum(axis=1), there.sum(axis=1))
 
 
 def ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
@@ -93,22 +94,56 @@ def ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
     return result
 
 
-def interval(statistic: Statistic, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a result; NaN where nothing can be measured."""
-    return around(resampled((statistic,), resamples, seed)[0], statistic.value(), statistic.most)
+class Sampled(NamedTuple):
+    """A result and its bootstrap; that of another system on the same images has drawn the same images."""
+
+    value: float
+    values: Floats  # (R,) of the resamples, around the value
+    parts: Sequence[int | None]  # of each image, see Statistic.parts
+    most: float = 1.0
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The middle 95 % of the resamples, within 0 and ``most``."""
+        return ends(np.clip(self.values, 0.0, self.most))
 
 
-def too_few(a: Statistic, b: Statistic) -> bool:
+def resample(statistic: Statistic, resamples: int, seed: int = 0) -> Sampled:
+    """A result with its values where the images are drawn with replacement; without those for a single image.
+
+    An average over classes, such as a mean AP, is biased in resamples, since rare classes fall out of some; so the
+    values are moved to have the result as their mean.
+    """
+    count, value = len(statistic.clusters), statistic.value()
+    rng = np.random.default_rng((seed, count))
+    found = [np.empty(0)]
+    left = min(resamples, statistic.most_resamples) if count > 1 else 0
+    for start in range(0, left, _AT_ONCE):
+        times = rng.multinomial(count, np.full(count, 1 / count), size=min(_AT_ONCE, left - start))
+        found.append(statistic.values(times.astype(np.float64)))
+    values = np.concatenate(found)
+    values += value - known_mean(values[None])[0]
+    return Sampled(value, values, statistic.parts(), statistic.most)
+
+
+def ends(values: Floats) -> tuple[float, float] | None:
+    """Where the middle 95 % of the values lie; None where none is a number."""
+    if np.isnan(values).all():
+        return None
+    low, high = np.nanpercentile(values, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def too_few(a: Sampled, b: Sampled) -> bool:
     """Whether two systems were compared on fewer than 30 images, or differ on 1 to 5 of them only.
 
     Even if all five favour one system, a fair coin would do so once in 16, where the bootstrap claims p = 0.01.
     """
-    pairs = [(x, y) for x, y in zip(a.parts(), b.parts(), strict=True) if x is not None or y is not None]
+    pairs = [(x, y) for x, y in zip(a.parts, b.parts, strict=True) if x is not None or y is not None]
     return len(pairs) < FEWEST_IMAGES or 0 < sum(x != y for x, y in pairs) < FEWEST_DIFFERENT
 
 
-@dataclass(frozen=True, kw_only=True)
-class Paired:
+class Paired(NamedTuple):
     """Two systems on the same items; interval and p are None where they cannot be computed.
 
     The two-sided p is twice the share of resamples in which the difference has the other sign or is 0.
@@ -117,59 +152,19 @@ class Paired:
     a: float
     b: float
     difference: float  # b - a
-    interval: tuple[float, float] | None = None  # 95 % of the resampled differences, as in interval()
-    p: float | None = None
-    too_few: bool = False
+    interval: tuple[float, float] | None  # 95 % of the resampled differences
+    p: float | None
+    too_few: bool
 
 
-def paired(a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0) -> Paired:
-    """The paired bootstrap: each resample counts the same images for both systems, whose images must be the same."""
-    difference = b.value() - a.value()
-    result = Paired(a=a.value(), b=b.value(), difference=difference, too_few=too_few(a, b))
-    if result.too_few:
-        return result
-    first, second = resampled((a, b), resamples, seed)
-    differences = centred(second - first, difference)
+def paired(a: Sampled, b: Sampled) -> Paired:
+    """The paired bootstrap: each resample has the same images for both systems."""
+    few, count = too_few(a, b), min(len(a.values), len(b.values))
+    differences = b.values[:count] - a.values[:count]
     differences = differences[~np.isnan(differences)]
-    if not len(differences):
-        return result
-    beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
-    p = min(1.0, 2 * (int(beyond) + 1) / (len(differences) + 1)) if differences.any() else 1.0
-    return replace(result, interval=ends(differences), p=p)
-
-
-def resampled(statistics: Sequence[Statistic], resamples: int, seed: int) -> list[Floats]:
-    """Each statistic (resamples,) on the same resamples of its images, drawn with replacement."""
-    count = len(statistics[0].clusters)
-    size = max(1, _AT_ONCE // count)
-    parts: list[list[Floats]] = []
-    for part, start in enumerate(range(0, resamples, size)):
-        rng = np.random.default_rng((seed + part * 1_000_003, count))
-        times = rng.multinomial(count, np.full(count, 1 / count), size=min(size, resamples - start)).astype(np.float64)
-        parts.append([statistic.values(times) for statistic in statistics])
-    return [np.concatenate(found) for found in zip(*parts, strict=True)]
-
-
-def centred(values: Floats, result: float) -> Floats:
-    """Resampled values, moved so that their mean is the result where it differs by more than chance.
-
-    An average over classes, such as a mean AP, is biased in resamples, since rare classes fall out of some.
-    """
-    there = values[~np.isnan(values)]
-    if len(there) < 2:
-        return values
-    bias = float(there.mean()) - result
-    return values if abs(bias) <= 3 * float(there.std()) / len(there) ** 0.5 else values - bias
-
-
-def around(values: Floats, result: float, most: float) -> tuple[float, float]:
-    """The interval of a result by its resampled values, within 0 and ``most``."""
-    return ends(np.clip(centred(values, result), 0.0, most))
-
-
-def ends(values: Floats) -> tuple[float, float]:
-    """Where the middle 95 % of the values lie; NaN where none is a number."""
-    if np.isnan(values).all():
-        return float("nan"), float("nan")
-    low, high = np.nanpercentile(values, (2.5, 97.5))
-    return float(low), float(high)
+    interval = p = None
+    if not few and len(differences):
+        beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+        p = min(1.0, 2 * (int(beyond) + 1) / (len(differences) + 1)) if differences.any() else 1.0
+        interval = ends(differences)
+    return Paired(a.value, b.value, b.value - a.value, interval, p, few)

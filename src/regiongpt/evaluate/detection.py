@@ -10,15 +10,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from regiongpt.evaluate.bootstrap import Floats, Statistic, ratio
+from regiongpt.evaluate.bootstrap import Floats, Statistic, known_mean, ratio
 
 FIGURES: Final = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),
 )
 """The twelve results of the COCO API, in its order. Small is below 32^2 px^2 of object area, large from 96^2."""
-ENOUGH: Final = 0.5
-"""Least IoU for a box to count as the object (paper §4.3)."""
 FREQUENCIES: Final = {"r": "AP_rare", "c": "AP_common", "f": "AP_frequent"}
 """LVIS' groups of categories, by the letter in its annotations, and the precision of each."""
 MOST_RESAMPLES: Final = 200
@@ -26,7 +24,6 @@ MOST_RESAMPLES: Final = 200
 _AREAS: Final = {"AP": 0, "AP50": 0, "AP75": 0, "AP_small": 1, "AP_medium": 2, "AP_large": 3}
 _THRESHOLDS: Final = {"AP50": 0.5, "AP75": 0.75}
 _LVIS_MOST: Final = 300  # detections of an image that LVIS looks at, over all categories
-_AT_ONCE = 1 << 20  # numbers held at a time
 
 
 def overlaps(box: Sequence[float], others: Sequence[Sequence[float]] | Floats) -> Floats:
@@ -55,13 +52,10 @@ class DetectionScores(NamedTuple):
     # FIGURES, or by LVIS' rules the six precisions and those of FREQUENCIES; NaN where there is nothing to find.
     figures: Mapping[str, float]
     statistics: Mapping[str, Statistic]  # the precisions
-    by_category: Mapping[int, float]  # AP of each category that has objects, by its id
 
 
 def detection_scores(
-    truth: Mapping[str, Any],
-    detections: Sequence[Mapping[str, Any]],
-    federated: Federated | None = None,
+    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], federated: Federated | None = None
 ) -> DetectionScores:
     """Score boxes against annotations.
 
@@ -94,18 +88,14 @@ def detection_scores(
         for each in evaluation.evalImgs:
             if each is not None and each["category_id"] in partly.get(each["image_id"], ()):
                 each["dtIgnore"] = np.asarray(each["dtIgnore"], bool) | (each["dtMatches"] == 0)
-        evaluation.accumulate()
         if federated is None:
+            evaluation.accumulate()
             evaluation.summarize()
-    statistics: dict[str, Statistic] = dict(_precisions(evaluation, detections, federated))
-    if federated is None:
-        stats = [float("nan") if value < 0 else float(value) for value in evaluation.stats]
-        figures = dict(zip(FIGURES, stats, strict=True))
-    else:
-        figures = {name: statistic.value() for name, statistic in statistics.items()}
-    precision = np.ma.masked_equal(evaluation.eval["precision"][:, :, :, 0, -1], -1).mean(axis=(0, 1)).filled(np.nan)
-    by_category = dict(zip(map(int, evaluation.params.catIds), precision.tolist(), strict=True))
-    return DetectionScores(figures, statistics, {name: value for name, value in by_category.items() if value == value})
+    statistics = _precisions(evaluation, detections, federated)
+    if federated is not None:
+        return DetectionScores({name: statistic.value() for name, statistic in statistics.items()}, statistics)
+    stats = [float("nan") if value < 0 else float(value) for value in evaluation.stats]
+    return DetectionScores(dict(zip(FIGURES, stats, strict=True)), statistics)
 
 
 def _looked_for(
@@ -143,7 +133,7 @@ class PrecisionStatistic(Statistic):
     """One of the precisions, from what COCOeval matched. Counted once each, the images give its own result."""
 
     clusters: tuple[Hashable, ...]
-    found: tuple[int, ...]  # a hash of what was detected in each image
+    found: tuple[int, ...]  # a checksum of what was detected in each image
     categories: tuple[_Category, ...]
     recalls: Floats
     most_resamples: int = MOST_RESAMPLES
@@ -152,48 +142,36 @@ class PrecisionStatistic(Statistic):
         """See :meth:`Statistic.values`."""
         if not self.categories:
             return np.full(len(times), np.nan)
-        found = np.stack([self._of(category, times) for category in self.categories])
-        there = ~np.isnan(found)
-        return ratio(np.where(there, found, 0.0).sum(axis=0), there.sum(axis=0))
+        return known_mean(np.stack([self._of(category, times) for category in self.categories], axis=1))
 
-    def parts(self) -> list[Hashable]:
-        """The detections in each image that has objects to find."""
+    def parts(self) -> list[int | None]:
+        """See :meth:`Statistic.parts`; only images with objects to find have one."""
         objects = sum((each.objects for each in self.categories), np.zeros(len(self.clusters)))
         return [found if count else None for found, count in zip(self.found, objects, strict=True)]
 
     def _of(self, category: _Category, times: Floats) -> Floats:
         """The precision (N,) of one category, averaged over thresholds and recalls; NaN without objects."""
+        total, weights = times @ category.objects, times[:, category.image]
+        found = np.zeros(len(times))
         # Most thresholds match alike, above all where the regions were given.
         kinds = Counter(zip(map(bytes, category.hits), map(bytes, category.misses), strict=True))
-        size = max(1, _AT_ONCE // max(1, len(category.image)))
-        found = np.zeros(len(times))
-        for matched, count in kinds.items():
-            hits, misses = (np.frombuffer(each, bool) for each in matched)
-            parts = [self._curve(category, hits, misses, times[k : k + size]) for k in range(0, len(times), size)]
-            found += count * np.concatenate(parts)
-        result: Floats = found / kinds.total()
-        return result
-
-    def _curve(self, category: _Category, hits: NDArray[np.bool_], misses: NDArray[np.bool_], times: Floats) -> Floats:
-        total = times @ category.objects
-        best = np.zeros((len(times), len(self.recalls) + 1))
-        at = np.flatnonzero(hits)
-        if len(at):
-            weights = times[:, category.image]
+        for (hits, misses), count in kinds.items():
+            best = np.zeros((len(times), len(self.recalls) + 1))
+            at = np.flatnonzero(np.frombuffer(hits, bool))
             right = np.cumsum(weights[:, at], axis=1)
             # Between hits precision only falls, so only the hits need to be looked at.
-            wrong = np.cumsum(weights * misses, axis=1)[:, at]
-            precision = right / (right + wrong + np.spacing(1))
+            wrong = np.cumsum(weights * np.frombuffer(misses, bool), axis=1)[:, at]
             reached = np.searchsorted(self.recalls, ratio(right, total[:, None]), side="right")
+            precision = right / (right + wrong + np.spacing(1))
             np.maximum.at(best, (np.arange(len(times))[:, None], reached), precision)
-        # What counts at a recall is the best precision of all detections that reach it.
-        best = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1][:, 1:]
-        return np.where(total > 0, best.mean(axis=1), np.nan)
+            # What counts at a recall is the best precision of all detections that reach it.
+            found += count * np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1][:, 1:].mean(axis=1)
+        return np.where(total > 0, found / kinds.total(), np.nan)
 
 
 def _precisions(
     evaluation: Any, detections: Sequence[Mapping[str, Any]], federated: Federated | None
-) -> dict[str, PrecisionStatistic]:
+) -> dict[str, Statistic]:
     """The statistics of all precisions, by name."""
     p = evaluation.params
     seen: dict[Hashable, int] = dict.fromkeys(p.imgIds, 0)
@@ -204,12 +182,14 @@ def _precisions(
     if federated is not None:
         for letter, name in FREQUENCIES.items():
             wanted[name] = [each for each in by_area[0] if federated.frequency.get(each.id) == letter]
-    found = {}
+    found: dict[str, Statistic] = {}
     for name, categories in wanted.items():
         rows = np.isclose(p.iouThrs, _THRESHOLDS[name]) if name in _THRESHOLDS else np.full(len(p.iouThrs), True)
-        own = tuple(each._replace(hits=each.hits[rows], misses=each.misses[rows]) for each in categories)
         found[name] = PrecisionStatistic(
-            clusters=tuple(p.imgIds), found=tuple(seen.values()), categories=own, recalls=p.recThrs
+            clusters=tuple(p.imgIds),
+            found=tuple(each & 0xFFFFFFFF for each in seen.values()),
+            categories=tuple(each._replace(hits=each.hits[rows], misses=each.misses[rows]) for each in categories),
+            recalls=p.recThrs,
         )
     return found
 

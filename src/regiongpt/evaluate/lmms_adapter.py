@@ -34,8 +34,9 @@ def answer(predictor: "RegionPredictor", request: Request) -> str:
     if re.match(r"refcoco(\+|g)?_bbox_rec|refcoco_grounding", task):
         raise DataError(f"{task}: asks for coordinates, which RegionGPT cannot answer; see `regiongpt evaluate`")
     regions: list[Region] = []
-    if re.match(r"refcoco(\+|g)?_(bbox|seg)", task):
-        image, regions = document["image"], [_region(task, document)]
+    if named := re.match(r"refcoco(?:\+|g)?_(bbox|seg)", task):
+        key = {"bbox": "bbox", "seg": "segmentation"}[named[1]]
+        image, regions = document["image"], [_region(document.get(key), f"{task}: {key}")]
         context = context.replace("this region", "<region1>")
         context += "" if "<region1>" in context else " <region1>"
     else:
@@ -44,13 +45,9 @@ def answer(predictor: "RegionPredictor", request: Request) -> str:
             raise DataError(f"{task}: {len(images)} images in a question; only one is supported")
         image = images[0]
     predictor.set_image(load_image(image))
-    said = predictor.ask(
-        context,
-        regions,
-        max_new_tokens=int(options.get("max_new_tokens") or 128),
-        temperature=float(options.get("temperature") or 0.0),
-        top_p=float(options.get("top_p") or 1.0),
-    ).text
+    numbers = {"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0}
+    given: Any = {name: type(default)(options.get(name) or default) for name, default in numbers.items()}
+    said = predictor.ask(context, regions, **given).text
     until = options.get("until") or ()
     for stop in filter(None, [until] if isinstance(until, str) else until):
         said = said.partition(stop)[0]
@@ -58,16 +55,15 @@ def answer(predictor: "RegionPredictor", request: Request) -> str:
     return word[1].lower() if word and task.startswith("pope") else said.strip()
 
 
-def _region(task: str, document: Mapping[str, Any]) -> Region:
-    key, wanted = ("segmentation", "x, y, x, y, ...") if "_seg" in task else ("bbox", "x, y, width, height")
+def _region(value: Any, where: str) -> Region:
     try:
-        flat = [float(value) for value in document[key]]
-        if key == "segmentation":
-            return Region.polygon([list(zip(flat[::2], flat[1::2], strict=True))])
-        x, y, width, height = flat
+        numbers = [float(each) for each in value]
+        if where.endswith("segmentation"):
+            return Region.polygon([list(zip(numbers[::2], numbers[1::2], strict=True))])
+        x, y, width, height = numbers
         return Region.box(x, y, x + width, y + height)
-    except (KeyError, TypeError, ValueError):
-        raise DataError(f"{task}: {key}: give {wanted}, got {short(document.get(key))}") from None
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: give x, y, width, height or x, y, x, y, ..., got {short(value)}") from None
 
 
 @cache

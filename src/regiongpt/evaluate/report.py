@@ -1,60 +1,36 @@
 """Results of finished runs: read, as text, as a page, and two runs compared by the paired bootstrap."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple
 
-from markupsafe import Markup
+import numpy as np
 
-from regiongpt.data.shards import file_identity, many
+from regiongpt.data.shards import many
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
-from regiongpt.evaluate import TASKS, task_class
-from regiongpt.evaluate.bootstrap import TOO_FEW, paired
-from regiongpt.evaluate.task import OURS, RESAMPLES, TABLES, Answer, Item, PaperTable, Rows, Task
+from regiongpt.evaluate import TASKS
+from regiongpt.evaluate.bootstrap import TOO_FEW, Sampled, paired
+from regiongpt.evaluate.task import OURS, TABLES, Answer, Item, PaperTable, Rows
 from regiongpt.report import picture, write_page
 from regiongpt.storage import finite, read_json, reason
 
-T = TypeVar("T")
-
 RESULT, MANIFEST, PAGE = "result.json", "manifest.json", "index.html"
-ITEMS, PREDICTIONS = "items.jsonl", "predictions.jsonl"
+ITEMS, PREDICTIONS, SAMPLED = "items.jsonl", "predictions.jsonl", "resamples.json"
 NOTHING: Final = "–"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskRun:
+class TaskRun(NamedTuple):
     """A scored task of a run: its folder ``DIR/TASK`` and what is in there; without items where it was read."""
 
     folder: Path
     result: dict[str, Any]
     manifest: dict[str, Any]
     items: Sequence[Item] = ()
-    answers: Mapping[str, Answer] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Name of the task."""
-        return str(self.result["task"])
-
-    def task(self, data: Path | None = None) -> Task:
-        """The task with the options of the run and all images; its files are in ``data`` if they moved.
-
-        Raises:
-            ConfigError: This version has no such task or option.
-        """
-        try:
-            found = task_class(self.name)(**{**self.manifest["options"], "limit": 0})
-        except (ConfigError, TypeError) as error:
-            raise ConfigError(f"{self.folder}: a run of another version: {error}; evaluate again") from None
-
-        def moved(path: Path) -> Path:
-            return data / path.relative_to(found.data) if data and path.is_relative_to(found.data) else path
-
-        return found.replace(**found.options(moved))
+    answers: Mapping[str, Answer] = {}
 
 
 def read_run(out: Path) -> list[TaskRun]:
@@ -66,14 +42,14 @@ def read_run(out: Path) -> list[TaskRun]:
     folders = [out / name for name in TASKS if (out / name / MANIFEST).is_file()]
     if not folders:
         raise DataError(f"{out}: no finished task of `regiongpt evaluate` in this folder")
-    result, manifest = ("task", "pinned", "protocols", "notes"), ("options", "inputs", "code")
+    result, manifest = ("task", "pinned", "protocols", "notes"), ("settings", "inputs", "code")
     return [
         TaskRun(folder=each, result=read_object(each / RESULT, result), manifest=read_object(each / MANIFEST, manifest))
         for each in folders
     ]
 
 
-def read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+def read_object(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     """A JSON object with some keys; DataError where the file holds none."""
     found = read_json(path)
     if not isinstance(found, dict) or not set(keys) <= found.keys():
@@ -100,7 +76,7 @@ def tables(run: TaskRun) -> list[tuple[str, Rows]]:
 
 def as_text(run: TaskRun) -> str:
     """A task's results for a terminal."""
-    lines = [run.name, "  " + "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items())]
+    lines = [run.result["task"], "  " + "; ".join(f"{name}: {text}" for name, text in run.result["pinned"].items())]
     for protocol, rows in tables(run):
         lines += ["", f"  {protocol}", *(f"    {line}" for line in aligned(rows))]
     if paper := run.result.get("paper"):
@@ -141,25 +117,18 @@ def printed_rows(table: PaperTable) -> Rows:
 
 def write_report(run: TaskRun, rows: Sequence[Mapping[str, Any]], mistakes: int) -> None:
     """Write ``index.html`` of a task that was just scored; DataError where it cannot be written."""
-    model, predictions = run.manifest.get("model"), run.manifest.get("predictions")
-    name = f"predictions {predictions['name']}" if predictions else f"model {model['name']}" if model else "unknown"
-    commit = (run.manifest["code"].get("commit") or {}).get("hash", "")
+    model, predictions = run.manifest["model"], run.manifest.get("predictions")
+    name = f"predictions {predictions['name']}" if predictions else f"model {model['name']}"
     asked = {item.id: item for item in run.items}
     write_page(
         run.folder / PAGE,
         "evaluation.html",
-        title=f"Evaluation: {run.name}",
-        made=f"{name}, regiongpt {run.manifest['packages']['regiongpt']}{f' at {commit[:10]}' if commit else ''}",
+        title=f"Evaluation: {run.result['task']}",
+        made=f"{name}, regiongpt {run.manifest['packages']['regiongpt']}",
         result=run.result,
         tables=tables(run),
-        printed=[(table, printed_rows(table)) for table in TABLES.values() if table.task == run.name],
-        few=12,  # columns of a table that is not folded away
-        origin=[
-            (f"{part}: {name}" if name else part, value if isinstance(value, str) else json.dumps(value))
-            for part, values in run.manifest.items()
-            for name, value in (values.items() if isinstance(values, Mapping) else [("", values)])
-            if part != "options" and value is not None
-        ],
+        printed=[(table, printed_rows(table)) for table in TABLES.values() if table.task == run.result["task"]],
+        origin=[(part, json.dumps(values)) for part, values in run.manifest.items()],
         mistakes=[
             _card(asked[row["id"]], run.answers.get(row["id"], Answer())) for row in worst(rows, run.answers, mistakes)
         ],
@@ -171,21 +140,18 @@ def worst(rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], coun
 
     def rank(row: Mapping[str, Any]) -> tuple[float, float, str]:
         answer = answers.get(row["id"], Answer())
-        return first(row), -(max(answer.scores) if answer.scores else answer.probability or 0.0), row["id"]
+        sure = max(answer.scores) if answer.scores else answer.probability or 0.0
+        return next(iter(row["scores"].values()), 1.0), -sure, row["id"]
 
-    def first(row: Mapping[str, Any]) -> float:
-        return float(next(iter(row["scores"].values()), 1.0))
-
-    return sorted((row for row in rows if not row["missing"] and first(row) < 1.0), key=rank)[:count]
+    return sorted((row for row in rows if not row["missing"] and rank(row)[0] < 1.0), key=rank)[:count]
 
 
 def _card(item: Item, answer: Answer) -> dict[str, Any]:
     """A mistake on the page: the image with its regions, the question, the answer and the truth."""
     try:
-        alt = f"{item.image.name} with the regions asked about"
-        shown: Markup | str = picture(draw_regions(item.image, item.regions), alt, 640)
+        shown = picture(draw_regions(item.image, item.regions), f"{item.image.name} with the regions asked about", 640)
     except RegionGPTError as error:
-        shown = str(error)
+        return {"item": item, "answer": answer, "scores": [], "picture": str(error)}
     ranked = sorted(zip(item.choices, answer.scores or (), strict=False), key=lambda pair: -pair[1])
     return {"item": item, "answer": answer, "scores": ranked[:3], "picture": shown}
 
@@ -194,58 +160,41 @@ def _card(item: Item, answer: Answer) -> dict[str, Any]:
 # Two runs compared
 
 
-def compare_runs(a: Path, b: Path, data: Path | None = None, resamples: int = RESAMPLES) -> list[dict[str, Any]]:
-    """Compare every task that two runs have in common.
-
-    Args:
-        a: Folder of the first run.
-        b: Folder of the second; differences are B less A.
-        data: Where the data set is now, if it has moved.
-        resamples: Bootstrap resamples.
+def compare_runs(a: Path, b: Path) -> list[dict[str, Any]]:
+    """Compare every task that two runs have in common; differences are B less A.
 
     Returns:
-        Plain JSON for each: ``task``, ``items`` (how many both were asked), ``figures`` (by protocol and result, see
-        :class:`Paired`), and the items that ``gained`` and ``lost``, with both answers and the change of their score.
+        Plain JSON for each: ``task``, ``items`` (how many), ``figures`` (by protocol and result, see :class:`Paired`),
+        and the items that ``gained`` and ``lost``.
 
     Raises:
-        ConfigError: The runs have different settings, or no task in common.
-        DataError: A run cannot be read, its data set has changed, or the two have no item in common.
+        ConfigError: The runs have different settings, files or items, or no task in common.
+        DataError: A run cannot be read.
     """
-    first, second = ({run.name: run for run in read_run(folder)} for folder in (a, b))
+    first, second = ({run.folder.name: run for run in read_run(folder)} for folder in (a, b))
     shared = [name for name in first if name in second]
     if not shared:
         raise ConfigError(f"no task in common: {', '.join(first)} in {a}, {', '.join(second)} in {b}")
-    return [_compare(first[name], second[name], data, resamples) for name in shared]
+    return [_compare(first[name], second[name]) for name in shared]
 
 
-def _compare(a: TaskRun, b: TaskRun, data: Path | None, resamples: int) -> dict[str, Any]:
-    task = a.task(data)
-    ours, theirs = ({**run.task().options(lambda path: path.name), "data": ""} for run in (a, b))
-    differing = [f"--{name}: {ours[name]!r} and {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]
+def _compare(a: TaskRun, b: TaskRun) -> dict[str, Any]:
+    ours, theirs = ({**run.manifest["settings"], "data": ""} for run in (a, b))
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    differing = [f"--{name}: {ours.get(name)!r} and {theirs.get(name)!r}" for name in names]
     differing += ["the annotation files"] if a.manifest["inputs"] != b.manifest["inputs"] else []
+    rows = [_read_rows(run.folder / ITEMS) for run in (a, b)]
+    sampled = [_read_sampled(run.folder / SAMPLED) for run in (a, b)]
+    if not differing and [row["id"] for row in rows[0]] != [row["id"] for row in rows[1]]:
+        differing = ["the items"]
     if differing:
-        raise ConfigError(
-            f"{a.folder} and {b.folder}: the runs have different settings or files ({'; '.join(differing)})"
-        )
-    if [file_identity(path) for path in task.inputs()] != a.manifest["inputs"]:
-        raise DataError(
-            f"{task.data}: different annotation files from those of {a.folder}; give their folder with --data"
-        )
-    asked = [set(_read_lines(run.folder / ITEMS, lambda row: str(row["id"]))) for run in (a, b)]
-    items = [item for item in task.items() if item.id in asked[0] & asked[1]]
-    if not items:
-        raise DataError(f"{a.folder} and {b.folder}: no item in common")
-    results = []
-    for run in (a, b):
-        read = _read_lines(run.folder / PREDICTIONS, lambda row: (str(row["id"]), Answer.from_dict(row)))
-        results.append(task.score(items, dict(read), resamples=0))
-    other = results[1].statistics
+        raise ConfigError(f"{a.folder} and {b.folder}: the runs differ in {'; '.join(differing)}")
     figures: dict[str, Any] = {}
-    for protocol, found in results[0].statistics.items():
-        for name in (name for name in found if name in other.get(protocol, {})):
-            pair = paired(found[name], other[protocol][name], resamples)
-            figures.setdefault(protocol, {})[name] = finite(vars(pair))
-    return {"task": a.name, "items": len(items), "figures": figures, **changes(results[0].rows, results[1].rows)}
+    for protocol, found in sampled[0].items():
+        for name in (name for name in found if name in sampled[1].get(protocol, {})):
+            pair = paired(found[name], sampled[1][protocol][name])
+            figures.setdefault(protocol, {})[name] = finite(pair._asdict())
+    return {"task": a.folder.name, "items": len(rows[0]), "figures": figures, **changes(*rows)}
 
 
 def changes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -280,12 +229,23 @@ def comparison_as_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _read_lines(path: Path, made: Callable[[dict[str, Any]], T]) -> list[T]:
-    found: list[T] = []
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    with _whole(path):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return [{name: row[name] for name in ("id", "truth", "answer", "scores")} for row in rows]
+
+
+def _read_sampled(path: Path) -> dict[str, dict[str, Sampled]]:
+    with _whole(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for each in (each for own in found.values() for each in own.values()):  # None stands for NaN
+            each["value"], each["values"] = float(np.float64(each["value"])), np.array(each["values"], np.float64)
+        return {name: {key: Sampled(**each) for key, each in own.items()} for name, own in found.items()}
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
     try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                found.append(made(dict(json.loads(line))))
-        return found
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, DataError) as error:
-        raise DataError(f"{path}:{len(found) + 1}: damaged: {reason(error)}; evaluate again") from None
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: {reason(error)}; evaluate again") from None

@@ -1,55 +1,64 @@
-"""Runs benchmarks and writes the folder of results; see ``docs/evaluation.md``."""
+"""Runs benchmarks, or reads predictions, and writes the folder of results; see ``docs/evaluation.md``."""
 
 import json
 import math
 import platform
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pydantic import ConfigDict
 
 import regiongpt
 from regiongpt.console import progress
 from regiongpt.data.reading import TRUNCATED, known_size
 from regiongpt.data.shards import file_identity
 from regiongpt.environment import Processes, commit, connect, launched, machine, versions
-from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, RegionGPTError
-from regiongpt.evaluate.predictions import Predictions, read_predictions
-from regiongpt.evaluate.report import ITEMS, MANIFEST, PREDICTIONS, RESULT, TaskRun, read_object, write_report
-from regiongpt.evaluate.task import Answer, Item, RunOptions, Task
+from regiongpt.errors import ConfigError, DataError, RegionError, short
+from regiongpt.evaluate.report import ITEMS, MANIFEST, PREDICTIONS, RESULT, SAMPLED, TaskRun, read_object, write_report
+from regiongpt.evaluate.task import Answer, Item, RunOptions, Task, listed
 from regiongpt.images import load_image
-from regiongpt.storage import Store, digest, locked, reason, sha256, write_file, write_json, writing
+from regiongpt.storage import (
+    Store,
+    check_checkpoint,
+    digest,
+    finite,
+    locked,
+    reason,
+    sha256,
+    write_file,
+    write_json,
+    writing,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from regiongpt.inference.options import Detail
     from regiongpt.inference.predictor import RegionPredictor
 
 ANSWERING: Final = ("inference", "model", "prompts.py", "regions.py", "coverage.py", "images.py")
 """The part of this package that turns an image and a question into an answer."""
-SHORT: Final = 16
-"""Longest answer, in tokens, whose probability is computed if it is not a choice; this takes another pass."""
-_DECIDING: Final = ("settings", "inputs", "model", "predictions", "scoring")
-"""Parts of a manifest that have to be equal before results are replaced, but for the values in ``_NOTED``."""
-_NOTED: Final = ("data", "name", "device", "key")
+
+
+class Predictions(NamedTuple):
+    """Answers by item id, and sentences on what is missing or could not be asked."""
+
+    answers: Mapping[str, Answer]
+    report: Sequence[str] = ()
 
 
 def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
     """Ask a model the questions without a stored answer, or read predictions, then score and write the results.
-
-    If a task cannot be scored, the others still are.
 
     Returns:
         The tasks as written; of several processes, in the first alone.
 
     Raises:
         ConfigError: An option is wrong, or the folder holds something else or is being written to.
-        DataError: A file of a data set or of predictions cannot be used.
+        DataError: A file of a data set or of predictions cannot be used, or a task cannot be scored.
         CheckpointError: The model cannot be loaded.
     """
     assert options.out is not None, "evaluate() needs options.out"
@@ -61,24 +70,21 @@ def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
     processes = Processes() if given else connect(on_cpu=options.device == "cpu")
     model, load = ({}, None) if given else _find_model(options, processes)
     manifests = [make_manifest(task, model, options) for task in tasks]
-    if not options.overwrite:
-        for task, manifest in zip(tasks, manifests, strict=True):
-            _refuse_other(out / task.name, manifest)
+    for task, manifest in zip(tasks, manifests, strict=True):
+        path = out / task.name / MANIFEST
+        if path.exists() and not options.overwrite and read_object(path).get("key") != manifest["key"]:
+            raise ConfigError(
+                f"{path.parent}: holds results of another model, other settings or other files; give another --out, or "
+                "--overwrite"
+            )
     runs: list[TaskRun] = []
-    failures: list[RegionGPTError] = []
     with locked(out) if processes.is_first else nullcontext():
         if given:
-            answered = [read_predictions(given, tasks[0], listed[0], missing=options.missing)]
+            answered = [read_predictions(given, listed[0])]
         else:
             answered = _ask(tasks, listed, model, load, Store(out / "answers", processes.rank), processes)
         for task, items, manifest, found in zip(tasks, listed, manifests, answered, strict=processes.is_first):
-            try:
-                runs.append(_finish(out / task.name, task, items, found, manifest, options))
-            except RegionGPTError as error:
-                failures.append(type(error)("; ".join([f"{task.name}: {error}", *found.report])))
-                print(failures[-1], file=sys.stderr, flush=True)
-    if failures:
-        raise failures[0]
+            runs.append(_finish(out / task.name, task, items, found, manifest, options))
     return runs
 
 
@@ -95,12 +101,11 @@ def load_items(task: Task) -> list[Item]:
         raise DataError(f"{task.name}: truncated annotation file; download again: {files}")
     if not items:
         raise DataError(f"{task.name}: nothing to ask about in {task.data}")
-    if repeated := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
-        raise DataError(f"{task.name}: {task.item_id} {repeated[0]!r} comes more than once")
+    assert len({item.id for item in items}) == len(items), f"{task.name}: an id comes more than once"
     images = {item.image: item.size for item in items}
     if missing := [path for path in images if not path.is_file()]:
-        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"{task.name}: the image {missing[0]} is not there{others}; check where the images are")
+        count = f"{len(missing)} of {len(images)} images are not there"
+        raise DataError(f"{task.name}: {count}, such as {missing[0]}; check where the images are")
     wrong = set()
     for path, size in images.items():
         # An unreadable image is noted when it is asked about.
@@ -125,12 +130,11 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
     from regiongpt.inference.predictor import RegionPredictor
     from regiongpt.model.weights import nano_path
 
+    logging.disable_progress_bar()
     path, device = options.model or nano_path(), pick_device(options.device)
     if options.device is None and device.type == "cuda" and processes.count > 1:
         device = pick_device(f"cuda:{processes.local}")
     dtype = pick_dtype(options.dtype, device)
-
-    logging.disable_progress_bar()
     load = partial(RegionPredictor.from_pretrained, path, device=device, dtype=dtype, untrained=options.untrained)
     return model_identity(path, str(dtype).removeprefix("torch."), str(device), options.detail), load
 
@@ -175,8 +179,8 @@ def _ask(
         said = {item.id: known[key] for key, item in zip(own, items, strict=True)}
         refused = {name: values["refused"] for name, values in said.items() if "refused" in values}
         count = f"{len(refused)} of {len(said)} questions could not be asked and count as wrong"
-        notes = tuple(f"{count}, such as item {name}: {why}" for name, why in [*refused.items()][:1])
-        answered = {name: Answer.from_dict(each) for name, each in said.items() if name not in refused}
+        notes = [f"{count}, such as item {name}: {why}" for name, why in [*refused.items()][:1]]
+        answered = {name: Answer.model_validate(each) for name, each in said.items() if name not in refused}
         found.append(Predictions(answered, notes))
     return found
 
@@ -192,7 +196,7 @@ def answer_image(
     """
     import torch
 
-    from regiongpt.inference.choices import answer_scores, called
+    from regiongpt.inference.choices import ClosedSet, answer_scores, closed_set, log_likelihoods
     from regiongpt.inference.engine import TooLong, check_regions, question_turns
     from regiongpt.inference.options import Options
 
@@ -200,96 +204,68 @@ def answer_image(
         photo = load_image(items[0].image)
     except DataError as error:
         return [{"refused": str(error)} for _ in items]
-    refused: dict[int, str] = {}
-    for k, item in enumerate(items):
+    found: list[dict[str, Any]] = [{} for _ in items]
+    for item, own in zip(items, found, strict=True):
         try:
             check_regions(item.regions, *photo.size)
         except RegionError as error:
-            refused[k] = str(error)
-    found: dict[int, dict[str, Any]] = {k: {} for k in range(len(items)) if k not in refused}
-
-    @contextmanager
-    def refusing(*places: int) -> Iterator[None]:
-        """Leave out items whose question is too long."""
-        try:
-            yield
-        except TooLong as error:
-            for k in places:
-                refused[k] = str(error)
-                found.pop(k, None)
-
+            own["refused"] = str(error)
     engine = predictor.engine
     scene, rows = engine.encode_image(photo), engine.processor.tokens_per_region
-    regions = [region for k in found for region in items[k].regions]
-    sizes = [rows * len(items[k].regions) for k in found]
-    pooled = dict(zip(found, torch.split(engine.pool(scene, regions, detail), sizes) if found else (), strict=True))
+    inside = [k for k, own in enumerate(found) if not own]
+    pooled = engine.pool(scene, [region for k in inside for region in items[k].regions], detail)
+    parts = torch.split(pooled, [rows * len(items[k].regions) for k in inside]) if inside else ()
+    features = dict(zip(inside, parts, strict=True))
 
-    def likelihoods(places: Sequence[int], answers: Sequence[str]) -> "dict[int, Tensor]":
-        """Log likelihoods (A,) of answers to items with the same question; none where it is too long."""
-        with refusing(*places):
-            turns = question_turns((), items[places[0]].question)
-            scores = answer_scores(engine, scene, turns, [pooled[k] for k in places], answers)
-            return dict(zip(places, scores, strict=True))
-        return {}
-
-    together: dict[Any, list[int]] = {}  # items with the same question and choices run together
-    for k in found:
-        if items[k].choices:
-            together.setdefault((items[k].question, items[k].choices, len(items[k].regions)), []).append(k)
-    logs: dict[int, Tensor] = {}
-    for (_, choices, _), places in together.items():
-        logs |= likelihoods(places, choices)
-    asked = {}
-    for k in list(found):
-        item = items[k]
-        with refusing(k):
-            prompt = engine.prompt(question_turns((), item.question), pooled[k], len(item.regions), item.max_new_tokens)
-            asked[k] = (scene, prompt, Options(max_new_tokens=item.max_new_tokens))
-    for place, answer in engine.answers(list(asked.values())):
-        found[list(asked)[place]]["text"] = answer.text
-
-    for k, own in list(found.items()):
-        item, text, likely = items[k], own["text"], logs.get(k)
-        if item.expression:
-            with refusing(k):
-                scores = called(engine, scene, torch.split(pooled[k], rows), [item.expression])[0]
-                own["called"] = tuple(scores.tolist())
+    prompts = {}
+    together: dict[ClosedSet, list[int]] = {}  # items with the same question and choices run together
+    for k in inside:
+        item, turns = items[k], question_turns((), items[k].question)
+        try:
+            prompt = engine.prompt(turns, features[k], len(item.regions), item.max_new_tokens)
+            if item.choices:
+                together.setdefault(closed_set(engine, turns, len(item.regions), item.choices), []).append(k)
+            prompts[k] = (scene, prompt, Options(max_new_tokens=item.max_new_tokens))
+        except TooLong as error:
+            found[k]["refused"] = str(error)
+    likelihoods: dict[int, torch.Tensor] = {}
+    for closed, places in together.items():
+        likelihoods.update(
+            zip(places, log_likelihoods(engine, scene, closed, [features[k] for k in places]), strict=True)
+        )
+    for place, answer in engine.answers(list(prompts.values())):
+        found[list(prompts)[place]]["text"] = answer.text
+    for k in prompts:
+        item, own, likely = items[k], found[k], likelihoods.get(k)
         if likely is not None:
             own["scores"] = tuple(likely.softmax(-1).tolist())
-        if likely is not None and text in item.choices:
-            own["probability"] = min(1.0, math.exp(float(likely[item.choices.index(text)])))
-        elif text and item.max_new_tokens <= SHORT and (alone := likelihoods([k], (text,))):
-            own["probability"] = min(1.0, math.exp(float(alone[k][0])))
-    for k, own in found.items():
-        try:
-            found[k] = Answer(**own).to_dict()
-        except DataError as error:
-            raise DataError(f"{items[k].image.name}, item {items[k].id}: {error}") from None
-    return [{"refused": refused[k]} if k in refused else found[k] for k in range(len(items))]
+        if item.sure and own["text"]:
+            if likely is not None and own["text"] in item.choices:
+                own["probability"] = min(1.0, math.exp(likely[item.choices.index(own["text"])]))
+            else:
+                with suppress(TooLong):  # with the end of the turn behind it
+                    alone = answer_scores(
+                        engine, scene, question_turns((), item.question), [features[k]], [own["text"]]
+                    )
+                    own["probability"] = min(1.0, math.exp(alone[0, 0]))
+        found[k] = Answer.read(own, f"{item.image.name}, item {item.id}: ").to_dict()
+    return found
 
 
 def question_key(model: str, image: str, item: Item) -> str:
     """Cache key of an answer: a hash of the model's key, the image's SHA-256 and the question."""
     regions = [region.to_dict() for region in item.regions]
-    asked = [item.question, regions, list(item.choices), item.max_new_tokens]
-    asked += [item.expression] if item.expression else []
-    return digest(model, image, asked)
+    return digest(model, image, [item.question, regions, list(item.choices), item.max_new_tokens, item.sure])
 
 
 def model_identity(path: Path, dtype: str, device: str, detail: str = "fast") -> dict[str, Any]:
     """Identity of a checkpoint: the SHA-256 of its files, and what else its answers depend on.
 
     Its ``key`` is a digest of files, dtype, detail, the code that answers, torch and transformers, but not of the
-    device, which changes rounding alone. CheckpointError where the folder is no checkpoint, or a file cannot be read.
+    device, which changes rounding alone. CheckpointError where the folder is no checkpoint.
     """
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no checkpoint folder, it has no config.json; check --model")
-    try:
-        files = {each.name: sha256(each) for each in sorted(path.iterdir()) if each.is_file()}
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.filename} cannot be read: {reason(error)}") from None
-    if not any(name.endswith(".safetensors") for name in files):
-        raise CheckpointError(f"{path}: a checkpoint folder without weights (*.safetensors); check --model")
+    check_checkpoint(path)
+    files = {each.name: file_identity(each)["sha256"] for each in sorted(path.iterdir()) if each.is_file()}
     libraries = {name: found for name, found in versions().items() if name in ("torch", "transformers")}
     # The last parts of the path tell checkpoints from one another; every run ends in "stage2/model".
     parts = [part for part in path.resolve().parts[1:] if part not in ("model", "stage1", "stage2")]
@@ -307,39 +283,86 @@ def code_hash() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
+class _Line(Answer):
+    model_config = ConfigDict(extra="forbid")
+
+    id: int | str
+    regions: str = ""
+
+
+def read_predictions(path: Path, items: Sequence[Item]) -> Predictions:
+    """Read predictions and match them with the items; ``docs/evaluation.md`` describes the file.
+
+    Raises:
+        DataError: The file is missing or of another form; predictions are of other regions, for no item, missing, or
+            given twice.
+    """
+    by_id = {item.id: item for item in items}
+    lines: dict[str, _Line] = {}
+    try:
+        # Line feeds alone end a line: JSON may hold other separators of lines within a text.
+        texts = path.read_bytes().decode("utf-8-sig").split("\n")
+        entries = [(f"{path}:{k}", json.loads(text)) for k, text in enumerate(texts, 1) if text.strip()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON lines in UTF-8: {reason(error)}") from None
+    for where, entry in entries:
+        line = _Line.read(entry, f"{where}: ")
+        name = str(line.id)
+        if name not in by_id:
+            raise DataError(f"{where}: no item {short(name)}; the benchmark has {listed(list(by_id))}")
+        if name in lines:
+            raise DataError(f"{where}: another prediction for item {name}; keep one")
+        item, lines[name] = by_id[name], line
+        if line.regions and line.regions != item.regions_key:
+            raise DataError(
+                f"{where}: about other regions than this question; give --seed and --proposals as they were"
+            )
+        choices = item.choices or tuple(item.detail.get("ids", ()))
+        if line.scores is not None and len(line.scores) != len(choices):
+            raise DataError(f"{where}: scores: give a number for each of {len(choices)} choices")
+    answers = {
+        name: Answer(text=line.text, probability=line.probability, scores=line.scores)
+        for name, line in lines.items()
+        if not (line.text is None and line.scores is None)
+    }
+    lacking = {"prediction": [name for name in by_id if name not in lines]}
+    for kind in ("text", "scores"):
+        without = [name for name, answer in answers.items() if getattr(answer, kind) is None]
+        lacking[kind] = without if len(without) < len(answers) else []
+    for kind, those in lacking.items():
+        if those:
+            raise DataError(f"{path}: {len(those)} of {len(items)} items have no {kind}: {listed(those)}; add it")
+    return Predictions(answers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The folder
 
 
 def make_manifest(task: Task, model: Mapping[str, Any], options: RunOptions) -> dict[str, Any]:
     """Where the results of a task come from; ``model`` is empty where predictions are scored."""
     given = options.predictions
+    typed = {name: getattr(task, name) for name in type(task).model_fields}
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in typed.items()}
+    inputs = [file_identity(path) for path in task.inputs()]
+    predictions = {"predictions": file_identity(given)} if given else {}
+    scoring = {"resamples": options.resamples}
+    deciding = [{**settings, "data": ""}, inputs, model.get("key"), predictions, scoring]
     return {
-        "settings": task.options(lambda path: path.name),
-        "inputs": [file_identity(path) for path in task.inputs()],
+        "settings": settings,
+        "inputs": inputs,
         "model": dict(model) or None,
-        **({"predictions": file_identity(given)} if given else {}),
+        **predictions,
         "code": {"commit": commit(), "answering": code_hash()},
         "packages": {"python": platform.python_version(), **versions()},
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "options": task.options(lambda path: str(path.absolute())),
-        "scoring": {"resamples": options.resamples, **({"missing": options.missing} if given else {})},
+        "scoring": scoring,
+        "key": digest(deciding),
     }
-
-
-def _refuse_other(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a folder holds results of another model, other settings or other files."""
-    if not (folder / MANIFEST).exists():
-        return
-    there, now = read_object(folder / MANIFEST, ()), json.loads(json.dumps(manifest))
-
-    def deciding(part: Any) -> Any:
-        return {name: value for name, value in part.items() if name not in _NOTED} if isinstance(part, dict) else part
-
-    if differing := [part for part in _DECIDING if deciding(there.get(part)) != deciding(now.get(part))]:
-        raise ConfigError(
-            f"{folder}: holds other results ({', '.join(differing)} differ); give another --out, or --overwrite"
-        )
 
 
 def _finish(
@@ -357,9 +380,16 @@ def _finish(
     _write_lines(folder / ITEMS, result.rows)
     # The regions that a number in an answer stands for, to read it again.
     marks = {item.id: {"regions": item.regions_key} if item.regions_key else {} for item in items}
-    rows = [{"id": name, **answer.to_dict(), **marks[name]} for name, answer in found.answers.items()]
-    _write_lines(folder / PREDICTIONS, rows)
+    answers = {item.id: found.answers.get(item.id, Answer()) for item in items}
+    _write_lines(
+        folder / PREDICTIONS, [{"id": name, **marks[name], **each.to_dict()} for name, each in answers.items()]
+    )
     write_report(run, result.rows, options.gallery)
+    sampled = {
+        name: {key: {**each._asdict(), "values": each.values.tolist()} for key, each in own.items()}
+        for name, own in result.sampled.items()
+    }
+    write_json(folder / SAMPLED, finite(sampled), indent=None)
     write_json(folder / RESULT, run.result)
     write_json(folder / MANIFEST, manifest)
     return run

@@ -1,21 +1,21 @@
 """A benchmark: questions about images, and scores of the answers; neither needs a model."""
 
-import math
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
+from regiongpt.data.reading import Row
 from regiongpt.data.shards import Rejects, many
 from regiongpt.errors import DataError
-from regiongpt.evaluate.bootstrap import Statistic, interval
+from regiongpt.evaluate.bootstrap import Sampled, Statistic, resample
 from regiongpt.regions import Region
 from regiongpt.settings import Settings
 from regiongpt.storage import digest, finite
@@ -41,11 +41,11 @@ class Item:
     size: tuple[int, int] | None = None  # annotated W x H; items of images of another size are left out
     regions: tuple[Region, ...] = ()  # what the placeholders stand for, in pixels of the image
     choices: tuple[str, ...] = ()  # answers to score by likelihood, in this order
-    expression: str = ""  # score how likely the model calls each region by it
+    sure: bool = False  # whether the probability of the generated text is wanted
     max_new_tokens: int = 32
     truth: str = ""  # the right answer in words: a class name, Region [2], yes; the first reference
     groups: Mapping[str, str] = field(default_factory=dict)  # what results are broken down by: {"size": "small"}
-    detail: Mapping[str, Any] = field(default_factory=dict)  # what the task itself needs for scoring, as plain JSON
+    detail: Mapping[str, Any] = field(default_factory=dict)  # what the task itself needs for scoring
 
     @property
     def regions_key(self) -> str:
@@ -53,35 +53,18 @@ class Item:
         return digest([region.to_dict() for region in self.regions])[:12] if len(self.regions) > 1 else ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """The answer to an item; None for what is unknown or was not requested.
+class Answer(Row):
+    """The answer to an item; None for what is unknown or was not requested."""
 
-    Raises:
-        DataError: A number is not finite, or the probability lies outside [0, 1].
-    """
+    model_config = ConfigDict(frozen=True, strict=False, extra="ignore", allow_inf_nan=False)
 
     text: str | None = None
-    probability: float | None = None  # probability of the text and its end
+    probability: float | None = Field(default=None, ge=0, le=1)  # of the text and its end
     scores: tuple[float, ...] | None = None  # one per choice of the item, in order; larger is better
-    called: tuple[float, ...] | None = None  # log likelihood that each region is called by the item's expression
-
-    def __post_init__(self) -> None:
-        if self.probability is not None and not 0 <= self.probability <= 1:
-            raise DataError(f"probability: {self.probability} is not between 0 and 1")
-        for score in (*(self.scores or ()), *(self.called or ())):
-            if not math.isfinite(score):
-                raise DataError(f"scores: {score} is not a finite number")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON, without what is not known."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Answer":
-        """The inverse of :meth:`to_dict`; other keys are ignored."""
-        lists = {name: tuple(map(float, values[name])) for name in ("scores", "called") if name in values}
-        return cls(text=values.get("text"), probability=values.get("probability"), **lists)
+        return self.model_dump(exclude_none=True)
 
 
 class Scored(NamedTuple):
@@ -90,7 +73,6 @@ class Scored(NamedTuple):
     statistics: Mapping[str, Statistic]  # by result, such as "accuracy"
     scores: Mapping[str, Sequence[float | None]]  # by result, of each item; None where there is nothing to say of it
     of: Mapping[str, int] = {}  # how many items a result is about, where that is not all that have a score
-    by_group: Mapping[str, Mapping[str, Mapping[str, float | None]]] = {}  # besides mean scores, by kind and group
 
 
 class Measured(NamedTuple):
@@ -99,7 +81,7 @@ class Measured(NamedTuple):
     protocols: Mapping[str, Scored]
     pinned: Mapping[str, str]  # what has to be equal for two results to be comparable: split, grouping, scorer, ...
     notes: Sequence[str] = ()  # sentences that belong beside the results
-    tables: Mapping[str, Rows] = {}  # for the page of results, such as a confusion matrix, by their titles
+    tables: Mapping[str, Rows] = {}  # for the page of results, by their titles
 
 
 class Result(NamedTuple):
@@ -107,7 +89,7 @@ class Result(NamedTuple):
 
     data: dict[str, Any]  # as plain JSON, what result.json holds
     rows: list[dict[str, Any]]  # one JSON object an item, its scores under "protocol.result"
-    statistics: Mapping[str, Mapping[str, Statistic]]  # by protocol and result, for comparisons
+    sampled: Mapping[str, Mapping[str, Sampled]]  # by protocol and result, for comparisons
 
 
 class Task(Settings, ABC):
@@ -115,10 +97,7 @@ class Task(Settings, ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    item_id: ClassVar[str]  # what an item's id is, for messages: "annotation id"
-    reads: ClassVar[tuple[str, ...]] = ("text",)  # what is scored of an answer, any of text, scores, called
     by: ClassVar[tuple[str, ...]] = ()  # groups of the items that mean scores are broken down by
-    paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}  # its results by protocol and name, as shares of 1
 
     data: Path
     """Folder of the data set with the files below."""
@@ -146,51 +125,35 @@ class Task(Settings, ABC):
         first = set(list(dict.fromkeys(item.image_id for item in items))[: self.limit or None])
         return [item for item in items if item.image_id in first]
 
-    def score(
-        self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Result:
-        """Score answers by item id; an item without one counts as wrong, and is noted.
-
-        Args:
-            items: What :meth:`items` gave, or some of them.
-            answers: By item id.
-            resamples: Bootstrap resamples; 0 for no intervals.
-            seed: Bootstrap seed.
-
-        Raises:
-            DataError: An answer does not fit its item.
-        """
-        for item in items:
-            given = answers.get(item.id, Answer())
-            counts = len(item.choices or item.detail.get("ids", ())), len(item.regions)
-            for name, values, count in zip(("scores", "called"), (given.scores, given.called), counts, strict=True):
-                if values is not None and len(values) != count:
-                    raise DataError(f"item {item.id}: {len(values)} {name}, not {count}")
+    def score(self, items: Sequence[Item], answers: Mapping[str, Answer], *, resamples: int = RESAMPLES) -> Result:
+        """Score answers by the id of items, those of :meth:`items` or some; one without an answer counts as wrong."""
         measured = self.measure(items, answers)
         if not measured.protocols:
-            raise DataError(f"no item has an answer to score, any of {', '.join(self.reads)}")
+            raise DataError(f"{self.name}: no item has an answer to score")
         protocols: dict[str, Any] = {}
         breakdowns: dict[str, Any] = {}
         scores: dict[str, Sequence[float | None]] = {}
+        sampled: dict[str, dict[str, Sampled]] = {}
+        paper = printed(self.name)
         for protocol, scored in measured.protocols.items():
             places = [k for k in range(len(items)) if any(each[k] is not None for each in scored.scores.values())]
+            sampled[protocol] = {name: resample(each, resamples) for name, each in scored.statistics.items()}
             protocols[protocol] = {
                 name: {
-                    "value": finite(statistic.value()),
+                    "value": finite(each.value),
                     "of": scored.of.get(name, len(places)),
-                    # What chance gives is known, not measured.
-                    "interval": _interval(statistic, resamples, seed) if name != "chance" else None,
-                    "paper": self.paper.get(protocol, {}).get(name),
+                    "interval": each.interval,
+                    "paper": paper.get(protocol, {}).get(name),
                 }
-                for name, statistic in scored.statistics.items()
+                for name, each in sampled[protocol].items()
             }
-            found = {key: _breakdown(items, places, key, scored) for key in self.by}
+            found = {key: _breakdown(items, places, key, scored.scores) for key in self.by}
             breakdowns[protocol] = {key: groups for key, groups in found.items() if groups}
             scores |= {f"{protocol}.{name}": each for name, each in scored.scores.items()}
         notes = []
         if missing := [item.id for item in items if item.id not in answers]:
             those = f"{len(missing)} of {many(len(items), 'item')} {'has' if len(missing) == 1 else 'have'}"
-            notes.append(f"{those} no answer and count as wrong ({self.item_id}s {listed(missing)})")
+            notes.append(f"{those} no answer and count as wrong ({listed(missing)})")
         if self.left_out.counts:
             notes.append(f"annotations not asked about: {self.left_out.listed()}")
         data = {
@@ -202,26 +165,18 @@ class Task(Settings, ABC):
             "notes": [*notes, *measured.notes],
             "tables": dict(measured.tables),
         }
-        rows = []
-        for place, item in enumerate(items):
-            row: dict[str, Any] = {
-                "id": item.id,
-                "image_id": item.image_id,
-                "image": item.image.name,
-                "question": item.question,
+        rows = [
+            {
+                **{"id": item.id, "image_id": item.image_id, "image": item.image.name, "question": item.question},
+                **{"truth": item.truth, "answer": answers.get(item.id, Answer()).text, "groups": dict(item.groups)},
+                "missing": item.id not in answers,
+                # The number of a region means something only beside the regions.
+                **({"regions": [each.to_dict() for each in item.regions]} if len(item.regions) > 1 else {}),
+                "scores": {name: each[place] for name, each in scores.items() if each[place] is not None},
             }
-            row |= {"truth": item.truth, "answer": answers.get(item.id, Answer()).text, "groups": dict(item.groups)}
-            row["missing"] = item.id not in answers
-            if len(item.regions) > 1:  # the number of a region means something only beside the regions
-                row["regions"] = [region.to_dict() for region in item.regions]
-            row["scores"] = {name: each[place] for name, each in scores.items() if each[place] is not None}
-            rows.append(row)
-        return Result(data, rows, {name: scored.statistics for name, scored in measured.protocols.items()})
-
-    def options(self, change: Callable[[Path], object]) -> dict[str, Any]:
-        """The options, each path in them changed."""
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: change(value) if isinstance(value, Path) else value for name, value in values.items()}
+            for place, item in enumerate(items)
+        ]
+        return Result(data, rows, sampled)
 
     @cached_property
     def left_out(self) -> Rejects:
@@ -229,14 +184,9 @@ class Task(Settings, ABC):
         return Rejects()
 
 
-def _interval(statistic: Statistic, resamples: int, seed: int) -> list[float] | None:
-    if not resamples or len(statistic.clusters) < 2:
-        return None
-    low, high = interval(statistic, min(resamples, statistic.most_resamples), seed)
-    return [low, high] if low == low else None
-
-
-def _breakdown(items: Sequence[Item], places: Sequence[int], key: str, scored: Scored) -> dict[str, dict[str, Any]]:
+def _breakdown(
+    items: Sequence[Item], places: Sequence[int], key: str, scores: Mapping[str, Sequence[float | None]]
+) -> dict[str, dict[str, Any]]:
     """Mean scores of the items of each group: sizes in their order, other groups the largest first."""
     groups: dict[str, list[int]] = {}
     for k in places:
@@ -246,10 +196,10 @@ def _breakdown(items: Sequence[Item], places: Sequence[int], key: str, scored: S
     found: dict[str, dict[str, Any]] = {}
     for group in sorted(groups, key=lambda name: (order.index(name) if name in order else 3, -len(groups[name]))):
         means: dict[str, float | None] = {}
-        for name, each in scored.scores.items():
+        for name, each in scores.items():
             own = [value for k in groups[group] if (value := each[k]) is not None]
             means[name] = float(np.mean(own)) if own else None
-        found[group] = {**means, **scored.by_group.get(key, {}).get(group, {}), "items": len(groups[group])}
+        found[group] = {**means, "items": len(groups[group])}
     return found
 
 
@@ -267,6 +217,8 @@ class PaperTable(NamedTuple):
     rows: Mapping[str, list[float | None]]
     note: str = ""
     task: str = ""
+    protocol: str = ""
+    results: tuple[str, ...] = ()  # what the columns are called here, where that differs; empty for none
 
 
 TABLES: Final = {
@@ -276,38 +228,21 @@ TABLES: Final = {
 """Tables 3-8, from ``paper.toml``."""
 
 
-def printed(table: str, **columns: str) -> dict[str, float]:
-    """The paper's own results, as shares of 1, by the name that they have here."""
-    found = dict(zip(TABLES[table].columns, TABLES[table].rows[OURS], strict=True))
-    return {name: value / 100 for name, column in columns.items() if (value := found[column]) is not None}
+def printed(task: str) -> dict[str, dict[str, float]]:
+    """The paper's own results for a task, as shares of 1, by protocol and by the name that they have here."""
+    return {
+        each.protocol: {
+            name: value / 100
+            for name, value in zip(each.results or each.columns, each.rows[OURS], strict=True)
+            if value is not None
+        }
+        for each in TABLES.values()
+        if each.task == task
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What tasks share
-
-
-class InstancesTask(Task):
-    """A benchmark on an instances file in COCO's format."""
-
-    wanted: ClassVar[str] = "annotations"
-
-    split: str = "val2017"
-    """Split of the annotations: instances_SPLIT.json."""
-    annotations: Path | None = None
-    """Annotations file, if not in the folder."""
-    images: Path | None = None
-    """Folder of the images, if not in the folder."""
-
-    @property
-    def file(self) -> Path:
-        """The annotations file."""
-        names = [f"annotations/instances_{self.split}.json", f"instances_{self.split}.json", f"{self.split}.json"]
-        return find(self.annotations, self.data, names, self.wanted, "annotations")
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the images."""
-        return find(self.images, self.data, [self.split, "images", "."], "images", "images", file=False)
 
 
 class AnnotatedTask(Task):
@@ -327,21 +262,17 @@ class AnnotatedTask(Task):
         return list(data.images)
 
 
-def find(given: Path | None, folder: Path, names: Iterable[str], what: str, flag: str, *, file: bool = True) -> Path:
-    """The path given, or the first of the names in the folder.
-
-    Raises:
-        DataError: There is none; the message calls it ``what``, and names the option ``flag``.
-    """
+def find(given: Path | None, folder: Path, names: Iterable[str], option: str, *, file: bool = True) -> Path:
+    """The path given by an option, or the first of the names in the folder; DataError where there is none."""
     tried = [given] if given is not None else [folder / name for name in names]
     for path in tried:
         if path.is_file() if file else path.is_dir():
             return path
-    raise DataError(f"found no {what} at {' or '.join(map(str, tried))}; check the path, or give --{flag}")
+    raise DataError(f"found no {' or '.join(map(str, tried))}; give --{option}")
 
 
 def given(items: Sequence[Item], answers: Mapping[str, Answer], kind: str) -> list[Any]:
-    """The ``text``, ``probability``, ``scores`` or ``called`` of each item's answer; None where there is none."""
+    """The ``text``, ``probability`` or ``scores`` of each item's answer; None where there is none."""
     return [getattr(answers.get(item.id), kind, None) for item in items]
 
 
@@ -380,8 +311,6 @@ class RunOptions(Settings):
     """fast, or careful: also encode each region's own crop, if the model was trained for it."""
     predictions: Path | None = None
     """Score the answers in this file; no model is run."""
-    missing: Literal["refuse", "wrong"] = "refuse"
-    """With --predictions: items without an answer are an error, or wrong."""
     resamples: int = Field(default=RESAMPLES, ge=0, le=1_000_000)
     """Bootstrap resamples; 0 for no intervals."""
     gallery: int = Field(default=24, ge=0)
@@ -391,9 +320,7 @@ class RunOptions(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        without = self.predictions is None
-        for name in ("missing",) if without else ("model", "device", "dtype", "untrained", "detail"):
+        for name in ("model", "device", "dtype", "untrained", "detail") if self.predictions else ():
             if name in self.model_fields_set:
-                why = "it goes with --predictions" if without else "no model is run for --predictions"
-                raise ValueError(f"--{name}: {why}; leave it out")
+                raise ValueError(f"--{name}: no model is run for --predictions; leave it out")
         return self

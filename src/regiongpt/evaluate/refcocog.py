@@ -1,0 +1,206 @@
+"""RefCOCOg: its objects with the expressions that refer to them, and the choice of one among proposals.
+
+Paper: §4.3, Table 5
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Final, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from regiongpt.data.coco import annotated_box, read_annotation, read_score
+from regiongpt.data.reading import APART, MALFORMED, Corners, iter_array
+from regiongpt.data.refcoco import read_instances, read_json, read_pickle
+from regiongpt.data.shards import Fault, Rejects, many
+from regiongpt.errors import DataError, short
+from regiongpt.evaluate.bootstrap import mean_statistic
+from regiongpt.evaluate.detection import overlaps
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, find, given, images_of, size_name
+from regiongpt.prompts import NO_MATCH, parse_region_answer, question, region_answer
+from regiongpt.regions import Region
+
+ENOUGH: Final = 0.5
+"""Least IoU for a box to count as the object (paper §4.3)."""
+PROTOCOLS: Final = {"generate": "text", "score all choices": "scores"}
+"""By what is scored: the generated ``Region [x]``, or the most probable of these answers and that of no match."""
+_REFS: Final = ("refcocog/refs(umd).p", "refs(umd).p", "refcocog/refs(google).p", "refs(google).p")
+_INSTANCES: Final = ("refcocog/instances.json", "instances.json")
+_FOLDERS: Final = ("train2014", "images/mscoco/images/train2014", "coco/train2014", "images", ".")
+
+
+class Referred(NamedTuple):
+    """One object with the expressions that refer to it, each with its id."""
+
+    image_id: int
+    image: Path
+    size: tuple[int, int]
+    ann_id: int
+    box: Corners
+    category: str
+    expressions: Sequence[tuple[int, str]]
+
+
+class RefCocogTask(Task):
+    """A benchmark on the files of RefCOCOg."""
+
+    split: str = "val"
+    """Split of refs(...).p; a JSON file holds only one, which this names."""
+    refs: Path | None = None
+    """refs(umd).p or a JSON file in COCO's format, if not in the folder."""
+    instances: Path | None = None
+    """instances.json, if not in the folder; only for refs(...).p."""
+    images: Path | None = None
+    """Folder of the images, if not in the folder."""
+
+    def inputs(self) -> list[Path]:
+        """Expressions and objects."""
+        refs = find(self.refs, self.data, _REFS, "refs")
+        return [refs, find(self.instances, self.data, _INSTANCES, "instances")] if refs.suffix == ".p" else [refs]
+
+    def objects(self) -> list[Referred]:
+        """The objects of the split, in the order of the file; DataError if there are none."""
+        path, *instances = self.inputs()
+        rejects, folder = self.left_out, find(self.images, self.data, _FOLDERS, "images", file=False)
+        if path.suffix == ".p":
+            refs = read_pickle(path, self.split, rejects)
+            scenes = read_instances(instances[0], set(refs), rejects)
+        else:
+            refs, scenes = read_json(path, "refcocog", rejects)
+        found: list[Referred] = []
+        for image_id, ann_id, said in ((k, *each) for k, those in refs.items() for each in those.items()):
+            scene = scenes.get(image_id)
+            if scene is None or ann_id not in scene.objects:
+                rejects.add(APART, path, ann_id, "expected the object in the instances, found none")
+                continue
+            box, category, _ = scene.objects[ann_id]
+            size = (scene.width, scene.height)
+            found.append(Referred(image_id, folder / scene.path, size, ann_id, box, category, said))
+        if not found:
+            raise DataError(f"{path}: no objects of the split {self.split!r}; {rejects.summary()}")
+        return found
+
+
+class RefCocogRec(RefCocogTask):
+    """One question per expression, among the proposals of its image.
+
+    Where none overlaps the object by 0.5, the object's own box is added, as in the paper; a result of its own counts
+    these questions as wrong.
+    """
+
+    name: ClassVar[str] = "refcocog_rec"
+    summary: ClassVar[str] = "the box that an expression refers to, among proposals (Table 5)"
+    by: ClassVar[tuple[str, ...]] = ("size", "injected")
+
+    proposals: Path | None = None
+    """JSON array of detections: image_id, bbox (x, y, w, h), score."""
+    top: int = Field(default=20, ge=0)
+    """Most proposals per image, the best by score; 0 for all."""
+
+    def inputs(self) -> list[Path]:
+        """Expressions, objects and proposals."""
+        names = [f"proposals_{self.split}.json", "proposals.json"]
+        return [*super().inputs(), find(self.proposals, self.data, names, "proposals")]
+
+    def read_items(self) -> list[Item]:
+        """One item per expression, in the order of the file."""
+        objects = self.objects()
+        proposed = read_proposals(self.inputs()[-1], {o.image_id: o.size for o in objects}, self.top, self.left_out)
+        items = []
+        for each, (number, text) in [(one, said) for one in objects for said in one.expressions]:
+            own = proposed.get(each.image_id, ())
+            boxes, lacking = candidates_of(each.box, own, (self.seed, each.image_id, number))
+            agreement = overlaps(each.box, boxes)
+            right = (np.flatnonzero(agreement >= ENOUGH) + 1).tolist()
+            items.append(
+                Item(
+                    id=str(number),
+                    image=each.image,
+                    image_id=each.image_id,
+                    size=each.size,
+                    question=question("locate", 0, regions=range(1, len(boxes) + 1), expression=text),
+                    regions=tuple(Region.box(*box) for box in boxes),
+                    choices=(*map(region_answer, range(1, len(boxes) + 1)), NO_MATCH),
+                    truth=region_answer(int(agreement.argmax()) + 1),
+                    groups={"size": size_name(each.box), "injected": "yes" if lacking else "no"},
+                    detail={"right": right, "injected": lacking, "chance": len(right) / len(boxes)},
+                )
+            )
+        return items
+
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
+        """A candidate with an IoU of at least 0.5 with the object is correct."""
+        injected = [bool(item.detail["injected"]) for item in items]
+        protocols = {}
+        for protocol, kind in PROTOCOLS.items():
+            said = given(items, answers, kind)
+            if all(each is None for each in said):
+                continue
+            picked = [_choice(each, len(item.regions)) for each, item in zip(said, items, strict=True)]
+            right = [number in item.detail["right"] for item, number in zip(items, picked, strict=True)]
+            results = {
+                "accuracy": [float(each) for each in right],
+                "without_injection": [float(ok and not own) for ok, own in zip(right, injected, strict=True)],
+                "chance": [item.detail["chance"] for item in items],
+                "no_match": [float(each == "none") for each in picked],
+                "invalid": [float(each == "invalid") for each in picked],
+            }
+            statistics = {name: mean_statistic(images_of(items), values) for name, values in results.items()}
+            protocols[protocol] = Scored(statistics=statistics, scores={"accuracy": results["accuracy"]})
+        refs, *_, proposals = self.inputs()
+        these = f"at most {self.top} an image" if self.top else "all"
+        return Measured(
+            protocols=protocols,
+            pinned={
+                "split": f"RefCOCOg {self.split} of {refs.name}",
+                "candidates": f"{proposals.name}, {these}, order drawn by seed {self.seed}",
+                "injection": "the object's box is added where none overlaps it enough",
+                "right": f"overlap with the object of at least {ENOUGH}",
+            },
+            notes=[f"the object's box was added to {sum(injected)} of {many(len(items), 'question')}"],
+        )
+
+
+def _choice(said: str | Sequence[float] | None, count: int) -> int | str:
+    """The number of the region chosen, "none", or "invalid", also without an answer."""
+    if said is None:
+        return "invalid"
+    number = parse_region_answer(said) if isinstance(said, str) else int(np.argmax(said)) + 1
+    if number is None or (number == count + 1 and not isinstance(said, str)):  # the last score is of none
+        return "none"
+    return number if isinstance(number, int) and number <= count else "invalid"
+
+
+def read_proposals(
+    path: Path, sizes: Mapping[int, tuple[int, int]], top: int, rejects: Rejects
+) -> dict[int, list[Corners]]:
+    """The ``top`` best boxes (xyxy in pixels), or all for 0, from a JSON array of detection results.
+
+    They are those of images of these ids, clipped to the size (W, H) of their image.
+    """
+    found: dict[int, list[tuple[float, Corners]]] = {}
+    for place, entry in enumerate(iter_array(path)):
+        with rejects.noting(path, place):
+            row, score = read_annotation(entry), read_score(entry)
+            if row.image is None or row.box is None or score is None:
+                wanted = "expected image_id, a score, and a bbox of four numbers or a segmentation"
+                raise Fault(MALFORMED, f"{wanted}, got {short(entry)}")
+            if row.image in sizes:
+                found.setdefault(row.image, []).append((score, annotated_box(row.box, *sizes[row.image])))
+    if not found:
+        raise DataError(f"{path}: no candidates of these images; {rejects.summary()}; is the file of another split?")
+    for those in found.values():
+        those.sort(key=lambda each: -each[0])
+    return {number: [box for _, box in those[: top or None]] for number, those in found.items()}
+
+
+def candidates_of(truth: Corners, proposed: Sequence[Corners], seed: tuple[int, ...]) -> tuple[list[Corners], bool]:
+    """The boxes to choose among, in drawn order, and whether none overlapped the truth by 0.5, which was then added.
+
+    Paper: §4.3
+    """
+    lacking = not proposed or bool(overlaps(truth, proposed).max() < ENOUGH)
+    boxes = [*proposed, truth] if lacking else list(proposed)
+    order = np.random.default_rng(seed).permutation(len(boxes)).tolist()
+    return [boxes[k] for k in order], lacking
