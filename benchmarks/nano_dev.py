@@ -29,7 +29,7 @@ from nano_metrics import (
 from stamp import Progress, stamp
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.data.facts import DevQuestion, View, colours_of, dev_questions
+from regiongpt.data.facts import View, colours_of
 from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.inference.choices import locate_expressions
@@ -43,6 +43,7 @@ from regiongpt.train.stages import keep_freed_memory
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "nano"))
 
 from conversations import ClassStatistics
+from expressions import DevQuestion, dev_questions
 
 TASKS = ("classify", "locate", "presence", "describe", "caption")
 # The longest answer read, in tokens. Of a yes/no answer only the first word counts; closed answers get more room where

@@ -38,7 +38,7 @@ def stamp(arguments: Mapping[str, Any], files: Mapping[str, Path | None]) -> dic
         "command": Path(sys.argv[0]).name,
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
         "machine": _machine(),
-        "packages": {"python": platform.python_version(), **versions(PACKAGES)},
+        "packages": {"python": platform.python_version(), **versions()},
         "files": {name: _hashes(path) for name, path in files.items() if path is not None},
     }
 

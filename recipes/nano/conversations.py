@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from expressions import distinctions, express, fitting_expression
 from numpy.typing import NDArray
 from sentences import describe, relate, say_presence
 
@@ -21,9 +22,6 @@ from regiongpt.data.facts import (
     View,
     ViewObject,
     clashing,
-    distinctions,
-    express,
-    fitting_expression,
     noun,
     pick,
     relation,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
+from expressions import neighbours, relation_words
 
 from regiongpt.data.facts import (
     ALIKE,
@@ -18,13 +19,11 @@ from regiongpt.data.facts import (
     View,
     ViewObject,
     mention,
-    neighbours,
     noun,
     pick,
     place_name,
     plural,
     relation,
-    relation_words,
     size_name,
     with_article,
 )

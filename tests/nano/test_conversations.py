@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conversations import ClassStatistics, Conversation, ConversationSampler
+from expressions import dev_questions
 from pictures import annotated
 from sentences import describe, say_presence
 
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
-from regiongpt.data.facts import COLOURS, View, ViewObject, dev_questions, holds, read
+from regiongpt.data.facts import COLOURS, View, ViewObject, holds, read
 from regiongpt.errors import ConfigError
 from regiongpt.prompts import (
     COCO_80,

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from expressions import distinctions, neighbours
 from pictures import annotated
 from PIL import Image
 
@@ -14,9 +15,7 @@ from regiongpt.data.facts import (
     clashing,
     colour_name,
     colours_of,
-    distinctions,
     holds,
-    neighbours,
     noun,
     place_name,
     plural,

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regiongpt.data.coco import Box, ImageAnnotations, ObjectAnnotation
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import DataError
 from regiongpt.images import load_image
-from regiongpt.prompts import COCO_80, question, region_answer
-from regiongpt.regions import Region
+from regiongpt.prompts import COCO_80
 
 T = TypeVar("T")
 MIN_VISIBLE = 0.3
@@ -268,7 +267,7 @@ def place_name(box: Box, width: float, height: float) -> str | None:
     if tall:
         return None if column is None else ("in the middle", "on the right side", "on the left side")[column]
     if column is not None and row is not None:
-        return _CELLS[row, column]
+        return CELLS[row, column]
     if row is not None and row != 0:
         return "in the upper part" if row < 0 else "in the lower part"
     if column is not None and column != 0:
@@ -280,7 +279,7 @@ def place_name(box: Box, width: float, height: float) -> str | None:
     return None
 
 
-_CELLS = {
+CELLS = {
     (-1, -1): "in the upper left", (-1, 0): "at the top", (-1, 1): "in the upper right",
     (0, -1): "on the left", (0, 0): "in the centre", (0, 1): "on the right",
     (1, -1): "in the lower left", (1, 0): "at the bottom", (1, 1): "in the lower right",
@@ -330,90 +329,12 @@ def relation(a: Box, b: Box) -> str | None:
     return "overlapping" if shared >= 0.25 * min(area, other) else None
 
 
-def neighbours(view: View, each: ViewObject, limit: int = 3) -> list[tuple[ViewObject, str]]:
-    """The nearest objects of different classes to which an object clearly relates, with its relation to each."""
-    x0, y0, x1, y1 = each.box
-    ranked = []
-    for other in view.objects:
-        if other.id != each.id and other.area >= 0.001 * view.width * view.height:
-            a0, b0, a1, b1 = other.box
-            gap = max(a0 - x1, x0 - a1, 0.0) + max(b0 - y1, y0 - b1, 0.0)
-            ranked.append((gap / (other.area**0.5), other.id, other))
-    found: list[tuple[ViewObject, str]] = []
-    classes: set[str] = set()
-    for _, _, other in sorted(ranked)[:12]:
-        how = relation(each.box, other.box) if other.category not in classes else None
-        if how is not None:
-            found.append((other, how))
-            classes.add(other.category)
-            if len(found) == limit:
-                break
-    return found
-
-
 def clashing(colour: str | None, other: str | None) -> bool:
     """Whether two objects could pass for the same colour; an unknown colour could be any."""
     return colour is None or other is None or colour == other or frozenset((colour, other)) in CONFUSABLE
 
 
-def distinctions(view: View, each: ViewObject, colours: Mapping[int, str]) -> list[tuple[str, str]]:
-    """All facts that single out an object among everything in the image.
-
-    Returns:
-        (kind, value) pairs that :func:`express` takes; none when a crowd or a cut piece of the class leaves it open.
-    """
-    count = view.count(each.category)
-    if count is None or each.iscrowd:
-        return []
-    rivals = [other for other in view.by_category[each.category] if other.id != each.id]
-    if not rivals:
-        return [("class", "")]
-    if len(rivals) > 7:  # beyond this the annotators may have left some out
-        return []
-    facts: list[tuple[str, str]] = []
-    colour = colours.get(each.id)
-    if colour is not None and not any(clashing(colour, colours.get(other.id)) for other in rivals):
-        facts.append(("colour", colour))
-    place = place_name(each.box, view.width, view.height)
-    cell = next((cell for cell, name in _CELLS.items() if name == place), None)
-    if place and cell and all(_elsewhere(cell, other, view) for other in rivals):
-        facts.append(("place", place))
-    facts.extend(("most", which) for which in _superlatives(view, each, rivals))
-    for anchor, how in neighbours(view, each):
-        if anchor.category == each.category or anchor.iscrowd or view.count(anchor.category) != 1 or how in _VAGUE:
-            continue
-        words = set(how.split(" and "))
-        others = [relation(other.box, anchor.box) for other in rivals]
-        if all(other is not None and not words & set(other.split(" and ")) for other in others):
-            facts.append(("relation", f"{how}|{anchor.category}"))
-    return facts
-
-
-_VAGUE = frozenset({"overlapping", "inside", "around"})
-
-
-def _elsewhere(cell: tuple[int, int], other: ViewObject, view: View) -> bool:
-    """Whether a rival is clearly out of a cell: its centre at least 8 % of a side beyond the cell's limits."""
-    centre = ((other.box[1] + other.box[3]) / 2 / view.height, (other.box[0] + other.box[2]) / 2 / view.width)
-    return any(
-        share < LIMITS[k][0] - 0.08 or share > LIMITS[k][1] + 0.08 for share, k in zip(centre, cell, strict=True)
-    )
-
-
-def _superlatives(view: View, each: ViewObject, rivals: Sequence[ViewObject]) -> list[str]:
-    found = []
-    for axis, side, names in ((0, view.width, ("left", "right")), (1, view.height, ("top", "bottom"))):
-        low, high = each.box[axis], each.box[axis + 2]
-        margin = 0.12 * side  # twice the 6 %, since sums of two edges are compared
-        if all(o.box[axis] + o.box[axis + 2] - low - high >= margin and o.box[axis] >= low for o in rivals):
-            found.append(names[0])
-        if all(low + high - o.box[axis] - o.box[axis + 2] >= margin and o.box[axis + 2] <= high for o in rivals):
-            found.append(names[1])
-    if all(each.area >= 1.6 * o.area for o in rivals):
-        found.append("large")
-    if all(1.6 * each.area <= o.area for o in rivals):
-        found.append("small")
-    return found
+VAGUE = frozenset({"overlapping", "inside", "around"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,7 +420,7 @@ def _relates(how: str, a: Box, b: Box) -> bool | None:
     found = relation(a, b)
     if found is None:
         return None
-    return set(how.split(" and ")) <= {*found.split(" and "), *(["overlapping"] if found in _VAGUE else [])}
+    return set(how.split(" and ")) <= {*found.split(" and "), *(["overlapping"] if found in VAGUE else [])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,18 +439,6 @@ RELATIONS = {
     "inside": ("within the area of",),
     "around": ("around",),
     "overlapping": ("overlapping", "partly overlapping"),
-}
-EXPRESSIONS = {
-    "class": ("the {n}", "the {n}", "the only {n}"),
-    "colour": ("the {v} {n}", "the {n} that is {v}", "the {v} {n}"),
-    "place": ("the {n} {v}", "the {n} that is {v}", "the {n} {v} of the image"),
-    "relation": ("the {n} {v}", "the {n} that is {v}"),
-    "left": ("the leftmost {n}", "the {n} furthest to the left", "the {n} on the far left"),
-    "right": ("the rightmost {n}", "the {n} furthest to the right", "the {n} on the far right"),
-    "top": ("the topmost {n}", "the highest {n}", "the {n} nearest the top"),
-    "bottom": ("the lowest {n}", "the bottommost {n}", "the {n} nearest the bottom"),
-    "large": ("the largest {n}", "the biggest {n}", "the {n} that looks largest"),
-    "small": ("the smallest {n}", "the {n} that looks smallest"),
 }
 CALLED = "It is {a}."
 BRIEF = ("{A}.", "{A} {place}.", "{A} {near}.", "{A} {place}, {near}.")
@@ -612,21 +521,6 @@ def mention(view: View, other: ViewObject, beside: ViewObject) -> str:
     if other.category == beside.category:
         return f"another {word}"
     return f"the {word}" if view.count(other.category) == 1 else with_article(word)
-
-
-def relation_words(rng: np.random.Generator, how: str) -> str:
-    """One wording of what :func:`relation` gives; pairs such as 'above and ...' stay as they are."""
-    return pick(rng, RELATIONS.get(how, (how,)))
-
-
-def express(rng: np.random.Generator, category: str, kind: str, value: str) -> str:
-    """Words one of :func:`distinctions` as a referring expression."""
-    if kind == "relation":
-        how, anchor = value.split("|")
-        value = f"{relation_words(rng, how)} the {noun(anchor)}"
-    if kind == "colour" and category in HEADS:
-        return f"the {noun(category, value)}"
-    return pick(rng, EXPRESSIONS[value if kind == "most" else kind]).format(n=noun(category), v=value)
 
 
 def _any(words: Iterable[str]) -> str:
@@ -737,90 +631,3 @@ def _named(words: str) -> str:
     """The class in a phrase that ends in it."""
     known = {**_SINGULAR, **_PLURAL}
     return known[max((each for each in known if words.endswith(each)), key=len)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions with one right answer, always the same, in the first wording
-
-LOCATED_AMONG = 5
-"""Boxes that an expression is held against."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DevQuestion:
-    """One question with one right answer about a whole image."""
-
-    image: ImageAnnotations
-    task: str  # a key of prompts.QUESTIONS
-    text: str  # without <image>
-    regions: list[Region]  # what its placeholders stand for, in pixels of the image
-    answer: str  # class name or "Region [n]"; for a description the class name it must contain
-    category: str  # class of the object asked about
-    share: float = 0.0  # area of the object's box as a share of the image
-    kind: str = ""  # kind of expression
-    expression: str = ""  # what to find, for "locate"
-
-
-def dev_questions(
-    images: Sequence[ImageAnnotations], task: str, seed: int = 0, colours: Mapping[int, str] | None = None
-) -> list[DevQuestion]:
-    """The questions of one task.
-
-    Args:
-        images: Whole images, not views.
-        task: ``"classify"``, ``"describe"`` or ``"caption"``: one question for each box that is not a crowd.
-            ``"locate"``: up to three an image, each among five boxes with an expression that fits one alone.
-        seed: Picks candidates and expressions.
-        colours: Annotation id -> colour over all images, for expressions; None leaves colours out.
-
-    Raises:
-        ConfigError: Another task.
-    """
-
-    def ask(image: ImageAnnotations, boxes: Sequence[Box], each: Any, **more: Any) -> DevQuestion:
-        area = (each.box[2] - each.box[0]) * (each.box[3] - each.box[1])
-        regions, share = [Region.box(*box) for box in boxes], area / (image.width * image.height)
-        return DevQuestion(image=image, task=task, regions=regions, category=each.category, share=share, **more)
-
-    if task in ("classify", "describe", "caption"):
-        text = question(task, 0, regions=[1])
-        return [
-            ask(image, [each.box], each, text=text, answer=each.category)
-            for image in images
-            for each in image.objects
-            if not each.iscrowd
-        ]
-    if task != "locate":
-        raise ConfigError(f"expected classify, describe, caption or locate, got {task!r}")
-    found: list[DevQuestion] = []
-    for index, image in enumerate(images):
-        rng, view = np.random.default_rng((seed, index)), View(image)
-        for _ in range(3 if len(view.askable) >= LOCATED_AMONG else 0):
-            options = [view.askable[k] for k in rng.permutation(len(view.askable))[:LOCATED_AMONG]]
-            target = options[int(rng.integers(LOCATED_AMONG))]
-            expression = fitting_expression(rng, view, target, options, colours or {})
-            if expression is not None:
-                kind, text = expression
-                asked = question(task, 0, regions=range(1, LOCATED_AMONG + 1), expression=text)
-                more = {"text": asked, "answer": region_answer(options.index(target) + 1)}
-                found.append(ask(image, [o.box for o in options], target, kind=kind, expression=text, **more))
-    return found
-
-
-def fitting_expression(
-    rng: np.random.Generator, view: View, target: ViewObject, options: Sequence[ViewObject], colours: Mapping[int, str]
-) -> tuple[str, str] | None:
-    """A kind and an expression that fits the target alone: ("the ...") in the view, ("a ...") among the options."""
-    alike = [each for each in options if each.category == target.category and each.id != target.id]
-    colour = colours.get(target.id)
-    found = distinctions(view, target, colours)
-    if not alike:
-        found.append(("a class", ""))
-    if colour is not None and not any(clashing(colour, colours.get(each.id)) for each in alike):
-        found.append(("a colour", colour))
-    if not found:
-        return None
-    kind, value = pick(rng, found)
-    if kind.startswith("a "):
-        return kind, with_article(noun(target.category, value))
-    return kind, express(rng, target.category, kind, value)
