@@ -32,7 +32,7 @@ import regiongpt
 from regiongpt import cli
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import RecordSet, Rejects, open_mixture, write_records
-from regiongpt.evaluate.coco_cls import CocoClassification
+from regiongpt.evaluate.detection import CocoClassification
 from regiongpt.evaluate.report import as_text
 from regiongpt.inference import RegionPredictor
 from regiongpt.inference.engine import Engine

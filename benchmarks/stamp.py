@@ -12,11 +12,6 @@ from typing import Any
 from regiongpt.environment import machine, versions
 from regiongpt.storage import sha256
 
-PACKAGES = (
-    "regiongpt", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "shapely",
-    "efficientnet-lite-pytorch",
-)  # fmt: skip
-
 
 def stamp(arguments: Mapping[str, Any], files: Mapping[str, Path | None]) -> dict[str, Any]:
     """Say where figures come from.

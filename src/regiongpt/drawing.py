@@ -20,15 +20,7 @@ Box = tuple[int, int, int, int]
 
 # Okabe and Ito's palette, which people with every kind of colour vision can tell apart, in the order that keeps
 # neighbours furthest apart. Numbers, not colours, carry the meaning: from the eighth region on, colours repeat.
-COLOURS: tuple[Colour, ...] = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (213, 94, 0),
-    (204, 121, 167),
-    (0, 114, 178),
-    (240, 228, 66),
-)
+COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178), (240, 228, 66))
 MIN_SIDE = 640  # images smaller than this are enlarged, or neither outline nor number could be read
 INK: Colour = (33, 33, 33)
 PAPER: Colour = (255, 255, 255)

@@ -76,10 +76,10 @@ class Region(ABC):
 
     @staticmethod
     def box(x0: float, y0: float, x1: float, y1: float, *, normalized: bool | None = None) -> "Region":
-        """The half-open box from its left and top edge to its right and bottom edge, fractions allowed.
+        """The half-open box from its left and top edge to its right and bottom edge, fractions of pixels allowed.
 
-        With ``normalized``, the numbers are fractions of the image's width and height. By default they are pixels, but
-        :meth:`check` refuses a box within 0..1; with False it takes that, too.
+        With ``normalized``, the numbers are fractions of the image's size. :meth:`check` refuses a box within 0..1
+        unless that is said to be False.
         """
         x0, y0, x1, y1 = _numbers((x0, y0, x1, y1), "x0, y0, x1, y1")
         if not isinstance(normalized, bool | np.bool_ | None):
@@ -241,16 +241,6 @@ class Region(ABC):
         mask[top:bottom, left:right] = areas >= min(0.5, areas.max())
         return mask
 
-    def to_coco(self, width: int, height: int) -> dict[str, Any]:
-        """``bbox``, ``area`` and ``segmentation`` of a COCO annotation; what is no box or polygon becomes RLE."""
-        x0, y0, x1, y1 = map(float, self.bounds(width, height))
-        segmentation: Any = []
-        if self.kind == "polygon":
-            segmentation = [[number for point in ring for number in point] for ring in self.to_dict()["polygon"]]
-        elif self.kind != "box":
-            segmentation = _encoded(self.to_mask(width, height))
-        return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": self.area(width, height), "segmentation": segmentation}
-
     def _resolve(self, width: int, height: int, name: str = "region", checked: bool = False) -> Shape:
         """The region clipped to the image; ``checked`` refuses numbers that look normalized."""
         with _called(name):
@@ -290,10 +280,8 @@ class _Box(Region):
         if not all(map(math.isfinite, (x0, y0, x1, y1))):
             raise RegionError(f"region: expected finite pixels x0,y0,x1,y1, got {self}; give numbers")
         if x0 >= x1 or y0 >= y1:
-            wrong = "inverted" if x0 > x1 or y0 > y1 else "empty"
-            raise RegionError(
-                f"region: expected x0 < x1 and y0 < y1, got {self}, which is {wrong}; give left, top, right, bottom"
-            )
+            wrong = f"got {self}, inverted or empty; give left, top, right, bottom"
+            raise RegionError(f"region: expected x0 < x1 and y0 < y1, {wrong}")
         return BoxShape((max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))))
 
 
@@ -346,9 +334,6 @@ class _Vector(Region):
     rings: tuple[NDArray[np.float64], ...]  # (N, 2) each; a point or scribble has one ring, its points
     size: float | None = None  # radius of a point, width of a scribble
     certain: bool = False  # numbers within 0..1 are known to be pixels
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_drawn"}
 
     def __str__(self) -> str:
         if self.kind == "point":
@@ -445,9 +430,7 @@ def _points(values: Any, what: str) -> NDArray[np.float64]:
     if array.ndim == 1 and array.size % 2 == 0:
         array = array.reshape(-1, 2)
     if array.size == 0 or array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iuf":
-        raise RegionError(
-            f"region: expected a {what} as [[x, y], ...] or [x, y, x, y, ...] in numbers, got {short(values)}"
-        )
+        raise RegionError(f"region: expected a {what} as numbers [[x, y], ...] or [x, y, ...], got {short(values)}")
     return array.astype(float)
 
 
@@ -470,17 +453,13 @@ def _inside(values: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
     low, high = (values.min(), values.max()) if numeric else (-1, -1)
     if low < 0 or high > 65535:
         got = f"{_number(low)} to {_number(high)}" if numeric else "other values"
-        raise RegionError(
-            f"region: expected a mask of bool, integers 0..65535 or floats 0..1, got {values.dtype} of {got}"
-        )
+        raise RegionError(f"region: expected a mask of bool, 0..65535 or floats 0..1, got {values.dtype} of {got}")
     if np.all((values == low) | (values == high)):
         return (values == high) & (high > 0), ""
     white = 1 if values.dtype.kind == "f" and high <= 1 else 255 if high <= 255 else 65535
     inside: NDArray[np.bool_] = values >= white / 2
     if not inside.any():
-        raise RegionError(
-            f"region: expected a mask that reaches half of {white}, got several values up to {_number(high)}"
-        )
+        raise RegionError(f"region: expected a mask that reaches half of {white}, got values up to {_number(high)}")
     return inside, f"the mask has more than two values; inside is from {math.ceil(white / 2) if white > 1 else 0.5} on"
 
 

@@ -21,13 +21,12 @@ from tiny_checkpoint import make_checkpoint
 PICTURES = 60
 
 
-def command(root: Path, out: Path, processes: int) -> list[str]:
-    words = ["evaluate", "coco_cls", "--data", str(root), "--split", "dev", "--model", str(root / "checkpoint")]
-    words += ["--out", str(out), "--resamples", "20", "--gallery", "2"]
-    if processes == 1:
-        return [sys.executable, "-m", "regiongpt.cli", *words]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *launcher, "-m", "regiongpt.cli", *words]
+def start(root: Path, name: str, *launcher: str) -> subprocess.Popen:
+    words = ["evaluate", "coco_cls", "--data", root, "--split", "dev", "--model", root / "checkpoint"]
+    words += ["--out", root / name, "--resamples", "20", "--gallery", "2"]
+    command = [sys.executable, *launcher, "-m", "regiongpt.cli", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
@@ -35,13 +34,12 @@ def command(root: Path, out: Path, processes: int) -> list[str]:
 def test_two_processes_answer_as_one_does_and_go_on_after_a_kill(tmp_path):
     draw_pictures(tmp_path, PICTURES, "instances_dev.json")
     make_checkpoint(tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    process = subprocess.Popen(command(tmp_path, tmp_path / "two", 2), env=environment, stderr=subprocess.PIPE)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = start(tmp_path, "two", *launcher)
     answers = tmp_path / "two" / "answers"
     deadline = time.monotonic() + 240
     while not Store(answers).keys():
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     # The launcher gives each of its processes a session of its own, so that killing it alone would leave them running.
@@ -54,21 +52,15 @@ def test_two_processes_answer_as_one_does_and_go_on_after_a_kill(tmp_path):
         time.sleep(0.01)
     kept = len(Store(answers).keys())
 
-    done = subprocess.run(command(tmp_path, tmp_path / "two", 2), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before = int(re.search(rf"{2 * PICTURES} questions, (\d+) answered before", done.stderr)[1])
+    said, told = start(tmp_path, "two", *launcher).communicate()
+    before = int(re.search(rf"{2 * PICTURES} questions, (\d+) answered before", told)[1])
     assert before == kept < 2 * PICTURES
-    assert done.stdout.count("results written to") == 1
+    assert said.count("results written to") == 1
     assert sorted(path.name for path in answers.iterdir()) == ["00000.sqlite", "00001.sqlite"]
 
-    single = subprocess.run(command(tmp_path, tmp_path / "one", 1), env=environment, capture_output=True, text=True)
-    assert single.returncode == 0, single.stderr
-    (two,), (one,) = read_run(tmp_path / "two"), read_run(tmp_path / "one")
-    answers = [
-        [json.loads(line)["answer"] for line in (run.folder / "items.jsonl").read_text().splitlines()]
-        for run in (two, one)
-    ]
-    assert answers[0] == answers[1]
-    assert json.dumps(two.result["protocols"]["generate and match"]) == json.dumps(
-        one.result["protocols"]["generate and match"]
-    )
+    start(tmp_path, "one").communicate()
+    found = []
+    for (run,) in (read_run(tmp_path / "two"), read_run(tmp_path / "one")):
+        rows = map(json.loads, (run.folder / "items.jsonl").read_text().splitlines())
+        found.append(([row["answer"] for row in rows], run.result["protocols"]["generate and match"]))
+    assert found[0] == found[1]

@@ -9,25 +9,14 @@ from evaluating import need_java
 
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate import caption_metrics
-from regiongpt.evaluate.caption_metrics import (
-    caption_scores,
-    find_java,
-    meteor_addends,
-    meteor_counts,
-    meteor_scores,
-    scored_words,
-)
+from regiongpt.evaluate.caption_metrics import caption_scores, find_java, meteor_counts, meteor_scores, scored_words
 
-# What METEOR 1.5 printed for "a red bear" and "the red bear on a table" against "a red bears on the table", for the
-# empty caption, and for 12 words against 7.
-PRINTED = np.array(
-    [
-        [6, 6, 3, 3, 2, 2, 3, 3, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 6, 6],
-        [0, 3, 0, 1, *[0] * 19],
-        [12, 7, 4, 2, 4, 4, 1, 1, *[0] * 12, 2, 5, 5],
-    ],
-    float,
-)
+# What METEOR 1.5 printed for "a red bears on the table" against "the red bear on a table", for the empty caption
+# against "a red bear", and for 12 words against 7.
+PRINTED = np.zeros((3, 23))
+PRINTED[0, [*range(10), 20, 21, 22]] = [6, 6, 3, 3, 2, 2, 3, 3, 1, 1, 4, 6, 6]
+PRINTED[1, [1, 3]] = [3, 1]
+PRINTED[2, [*range(8), 20, 21, 22]] = [12, 7, 4, 2, 4, 4, 1, 1, 2, 5, 5]
 
 
 def test_no_caption_is_lost_or_runs_into_another() -> None:
@@ -44,11 +33,8 @@ def test_no_caption_is_lost_or_runs_into_another() -> None:
         "y'> of a dog": "y > of a dog",
         "<b>bold</b> <i class='x'>": "<b> bold </b> <i\u00a0class='x'>",
         "=.[^x= mouth": None,
-        "open <>] end": "open < > -rsb- end",
         "dog " * 20_000: "dog " * 19_999 + "dog",
         "x" * 100_000: "x" * 100_000,
-        " ": "",
-        "the end ": "the end",
         "\n": "",
     }
     found = scored_words(list(captions))
@@ -64,11 +50,7 @@ def test_no_caption_is_lost_or_runs_into_another() -> None:
 
 
 def test_meteor_follows_from_the_counts() -> None:
-    assert meteor_scores(PRINTED)[2] == pytest.approx(0.34885174167642846, abs=1e-12)
-    assert meteor_scores(PRINTED)[1] == 0
-    whole = np.array([[3, 3, 1, 1, 2, 2, 1, 1, *[0] * 12, 1, 3, 3]], float)
-    assert meteor_scores(whole)[0] == 1
-    assert meteor_addends(whole)[0, 20] == 0
+    assert meteor_scores(PRINTED)[1:] == pytest.approx([0, 0.34885174167642846], abs=1e-12)
 
 
 @pytest.mark.slow
@@ -87,15 +69,14 @@ def test_meteor_counts_odd_captions_and_takes_the_best_reference() -> None:
     ("body", "message"),
     [
         ("sys.stderr.write('Error: no memory'); sys.exit(3)", "ended with code 3: Error: no memory"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "ended with code -9: no output"),
         ("print('6 6 3')", "answered"),
     ],
-    ids=["dies", "killed", "says too little"],
+    ids=["dies", "says too little"],
 )
 def test_a_program_that_fails_is_one_line(body: str, message: str, tmp_path: Path, monkeypatch) -> None:
     need_java()
     program = tmp_path / "java"
-    program.write_text(f"#!{sys.executable}\nimport sys, os, signal\n{body}\n")
+    program.write_text(f"#!{sys.executable}\nimport sys\n{body}\n")
     program.chmod(0o755)
     monkeypatch.setattr(caption_metrics, "find_java", lambda: str(program))
     with pytest.raises(ConfigError, match=f"METEOR {message}"):

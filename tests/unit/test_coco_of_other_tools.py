@@ -13,7 +13,7 @@ from regiongpt.data.coco import CocoSource, entry_of, load_coco
 from regiongpt.data.shards import Rejects
 from regiongpt.data.sources import CocoConverter, LvisConverter
 from regiongpt.errors import DataError
-from regiongpt.evaluate.coco_cls import CocoClassification
+from regiongpt.evaluate.detection import CocoClassification
 from regiongpt.inference.over_images import read_proposals
 from regiongpt.regions import Region
 

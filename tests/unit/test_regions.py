@@ -63,17 +63,13 @@ def scenes(draw, kind=None):
     return Region.polygon([triangle, *rings]), width, height
 
 
-# --- areas -----------------------------------------------------------------------------------------------------------
-
-
 @repeatable
 @given(scenes(), st.integers(1, 30), st.integers(1, 30))
 def test_coverage_of_a_padded_grid_adds_up_to_the_area(scene, grid_h, grid_w):
     region, width, height = scene
     frame = SquareFrame(width, height)
     coverage = region.coverage(*frame.edges(grid_h, grid_w), width, height)
-    assert coverage.shape == (grid_h, grid_w)
-    assert coverage.dtype == np.float32
+    assert (coverage.shape, coverage.dtype) == ((grid_h, grid_w), np.float32)
     assert coverage.min() >= 0
     assert coverage.sum(dtype=float) == pytest.approx(region.area(width, height), rel=1e-4)
     cell = frame.side**2 / grid_h / grid_w
@@ -106,8 +102,6 @@ def cells(geometry, y_edges, x_edges):
     return shapely.area(shapely.intersection(shapely.box(left, top, right, bottom), geometry))
 
 
-# --- hand-written 4 x 4 ----------------------------------------------------------------------------------------------
-
 L_SHAPE = np.array([list("#..."), list("#..."), list("###."), list("....")]) == "#"
 
 
@@ -124,9 +118,6 @@ def test_mask_by_hand():
 def test_a_pixel_is_in_the_mask_if_half_of_it_is_inside_and_of_a_sliver_the_one_it_covers_most():
     for box, pixels in (((1.6, 2.1, 2.2, 2.3), [[2, 1]]), ((0.5, 1, 2.4, 2), [[1, 0], [1, 1]])):
         assert np.argwhere(Region.box(*box).to_mask(4, 4)).tolist() == pixels
-
-
-# --- polygons --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,17 +148,11 @@ def test_polygon_notations_and_knots(points, area):
     assert region.to_mask(10, 10).sum() == pytest.approx(area, abs=10)
 
 
-# --- points and scribbles --------------------------------------------------------------------------------------------
-
-
 def test_default_sizes_grow_with_the_image():
     assert Region.point(500, 500).area(1000, 2000) == pytest.approx(math.pi * 30**2, rel=1e-3)
     stroke = Region.scribble([[500, 500], [600, 500]])
     assert stroke.area(2000, 1000) == pytest.approx(100 * 30 + math.pi * 225, rel=1e-3)
     assert Region.scribble([[5, 5], [5, 5]]).area(10, 10) == Region.scribble([[5, 5]]).area(10, 10)
-
-
-# --- run-length encoding ---------------------------------------------------------------------------------------------
 
 
 @repeatable
@@ -188,32 +173,25 @@ def test_rle_decodes_as_pycocotools_does(height, width, seed, share):
     ids=str,
 )
 def test_malformed_rle_is_named(counts):
-    region = Region.rle({"size": [4, 4], "counts": counts})
-    with pytest.raises(RegionError, match=r"^<region2>: expected COCO RLE of 4 x 4 pixels") as caught:
-        region.check(4, 4, "<region2>")
-    assert "\n" not in str(caught.value)
-
-
-# --- wrong regions ---------------------------------------------------------------------------------------------------
-
-NAN, INF = math.nan, math.inf
+    with pytest.raises(RegionError, match=r"^<region2>: expected COCO RLE of 4 x 4 pixels"):
+        Region.rle({"size": [4, 4], "counts": counts}).check(4, 4, "<region2>")
 
 
 @pytest.mark.parametrize(
     ("region", "says"),
     [
-        (Region.box(20, 5, 10, 15), "x0 < x1 and y0 < y1, got box (20, 5, 10, 15), which is inverted"),
+        (Region.box(20, 5, 10, 15), "x0 < x1 and y0 < y1, got box (20, 5, 10, 15)"),
         (Region.box(10, 5, 10, 15), "empty"),
-        (Region.box(NAN, 5, 20, 15), "finite"),
+        (Region.box(math.nan, 5, 20, 15), "finite"),
         (Region.box(100, 5, 120, 15), "covers nothing of the image of 40 x 24 pixels"),
         (Region.box(1, 1, 1 + 1e-9, 2), "covers nothing"),
         (Region.polygon([[1, 1], [5, 5]]), "at least 3 points"),
         (Region.polygon([[1, 1], [5, 5], [9, 9]]), "covers nothing"),
-        (Region.polygon([[1, 1], [5, NAN], [9, 1]]), "finite coordinates in pixels, got nan"),
-        (Region.point(NAN, 3), "finite"),
+        (Region.polygon([[1, 1], [5, math.nan], [9, 1]]), "finite coordinates in pixels, got nan"),
+        (Region.point(math.nan, 3), "finite"),
         (Region.point(60, 3), "covers nothing"),
         (Region.point(3, 3, radius=0), "radius above 0 pixels, got 0"),
-        (Region.scribble([[3, INF], [1, 2]]), "finite"),
+        (Region.scribble([[3, math.inf], [1, 2]]), "finite"),
         (Region.scribble([[3, 3], [4, 4]], width=0), "width above 0"),
         (Region.mask(np.zeros((24, 40), bool)), "at least one set pixel"),
         (Region.mask(np.ones((40, 24), bool)), "40 x 24 pixels (W x H), got 24 x 40"),
@@ -235,30 +213,21 @@ def test_wrong_regions_are_named_in_one_line(region, says):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "values"),
     [
-        lambda: Region.polygon([1, 2, 3, 4, 5]),
-        lambda: Region.polygon([[1, 2, 3], [4, 5, 6]]),
-        lambda: Region.point(1, 2, radius="big"),
-        lambda: Region.mask(np.array([[0, 1, 2]])),
-        lambda: Region.mask(np.array([[0.0, 300.0, np.nan]])),
-        lambda: Region.mask(torch.ones(4, 4, device="meta")),
-        lambda: Region.of(torch.ones(4).to_sparse()),
-        lambda: Region.rle({"counts": "04"}),
-        lambda: Region.rle({"size": [4, 4], "counts": 7}),
-        lambda: Region.rle({"size": [4, "4"], "counts": "04"}),
-        lambda: Region.rle({"size": [10**6, 10**6], "counts": "0"}),
-        lambda: Region.box(0.1, 0.1, 0.5, 0.5, normalized="no"),
-        lambda: Region.from_dict({"box": [0.1, 0.1, 0.5, 0.5], "normalized": 2}),
+        (Region.polygon, ([1, 2, 3, 4, 5], [[1, 2, 3], [4, 5, 6]])),
+        (lambda radius: Region.point(1, 2, radius), ("big", [1])),
+        (Region.mask, ([[0, 1, 2]], [[0.0, 300.0, math.nan]], torch.ones(4, 4, device="meta"), torch.ones(4))),
+        (Region.rle, ({"counts": "04"}, {"size": [4, 4], "counts": 7}, {"size": [4, "4"], "counts": "04"})),
+        (Region.rle, ({"size": [10**6, 10**6], "counts": "0"},)),
+        (lambda normalized: Region.box(0.1, 0.1, 0.5, 0.5, normalized=normalized), ("no", 2)),
+        (Region.of, (torch.ones(4).to_sparse(), {"box": [0.1, 0.1, 0.5, 0.5], "normalized": 2})),
     ],
 )
-def test_what_cannot_be_a_region_is_refused_at_once(make):
-    with pytest.raises(RegionError, match=r"^region: expected") as caught:
-        make()
-    assert "\n" not in str(caught.value)
-
-
-# --- json, drawing ---------------------------------------------------------------------------------------------------
+def test_what_cannot_be_a_region_is_refused_at_once(make, values):
+    for value in values:
+        with pytest.raises(RegionError, match=r"^region: expected"):
+            make(value)
 
 
 @repeatable
@@ -266,9 +235,7 @@ def test_what_cannot_be_a_region_is_refused_at_once(make):
 def test_json_round_trip(scene):
     region, width, height = scene
     again = Region.from_dict(json.loads(json.dumps(region.to_dict())))
-    assert again == region
-    assert hash(again) == hash(region)
-    assert again.kind == region.kind
+    assert (again, hash(again), again.kind) == (region, hash(region), region.kind)
     assert again.area(width, height) == region.area(width, height)
     assert pickle.loads(pickle.dumps(region)) == region
 
@@ -277,17 +244,14 @@ def test_json_round_trip(scene):
     "value",
     [
         {}, {"box": [1, 2, 3]}, {"box": "1,2,3,4"}, {"box": [1, 2, 3, 4], "radius": 3}, {"point": [1, 2, 3]},
-        {"point": [1, 2], "radius": [1]}, {"rle": {"size": [4, 4]}}, {"mask": {"size": [4, 4], "counts": "0"}},
+        {"mask": {"size": [4, 4], "counts": "0"}},
         "1,2,3,4", None, 5, [1, 2, 3], [1, 2, None, 4], [True, 1, 2, 3], [1j, 2, 3, 4], [[1, 2], [3]], ["1"] * 4,
     ],
 )  # fmt: skip
 def test_values_that_stand_for_no_region(value):
-    with pytest.raises(RegionError, match=r"^<region2>: expected") as caught:
+    with pytest.raises(RegionError, match=r"^<region2>: expected"):
         Region.list_of([Region.point(1, 2), value])
-    assert "\n" not in str(caught.value)
 
-
-# --- masks with soft edges -------------------------------------------------------------------------------------------
 
 SOFT = np.array([[0, 1, 3, 127, 128, 200, 255, 255]], np.uint8)
 INSIDE = SOFT >= 128
@@ -324,9 +288,6 @@ def test_of_two_values_the_larger_is_inside():
     assert Region.mask(brush) == Region.mask([[False, True]])
 
 
-# --- regions as people write them ------------------------------------------------------------------------------------
-
-
 def test_values_that_stand_for_regions():
     box = Region.box(1, 2, 3, 4)
     tensor = torch.tensor([1, 2, 3, 4], dtype=torch.bfloat16)
@@ -352,9 +313,6 @@ def test_normalized_boxes():
     Region.box(0, 0, 1, 1, normalized=False).check(40, 30)
     with pytest.raises(RegionError, match="normalized"):
         Region.box(10, 20, 30, 40, normalized=True)
-
-
-# --- tangled outlines and long strokes -------------------------------------------------------------------------------
 
 
 def tangle(seed, points, width=80, height=60):

@@ -18,19 +18,14 @@ import results_doc
 CELL = {"mean": 12.34, "interval": [10.0, 15.0], "gain": None, "gain_interval": None, "too_few": False}
 
 
-@pytest.fixture(autouse=True)
-def _known(monkeypatch):
-    register(monkeypatch)
-
-
 @pytest.fixture
-def run(tmp_path) -> Path:
-    (tmp_path / "data").mkdir()
-    draw_pictures(tmp_path / "data", 2, "instances_dev.json")
-    items = Drawn(data=tmp_path / "data").items()
-    given = tmp_path / "given.jsonl"
-    given.write_text("".join(json.dumps({"id": i.id, "text": "cat", "scores": [3, 2, 1]}) + "\n" for i in items))
-    evaluate([Drawn(data=tmp_path / "data")], RunOptions(out=tmp_path / "run", gallery=0, predictions=given))
+def run(tmp_path, monkeypatch) -> Path:
+    register(monkeypatch)
+    draw_pictures(tmp_path, 2, "instances_dev.json")
+    task, given = Drawn(data=tmp_path), tmp_path / "given.jsonl"
+    lines = [json.dumps({"id": item.id, "text": "cat", "scores": [3, 2, 1]}) for item in task.items()]
+    given.write_text("\n".join(lines))
+    evaluate([task], RunOptions(out=tmp_path / "run", gallery=0, predictions=given))
     return tmp_path / "run"
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from regiongpt.evaluate.task import Task
 
 TASKS: Final[Mapping[str, str]] = {
-    "coco_cls": "coco_cls:CocoClassification",
+    "coco_cls": "detection:CocoClassification",
     "refcocog_caption": "captions:RefCocogCaption",
     "vg_caption": "captions:VisualGenomeCaption",
     "refcocog_rec": "refcocog:RefCocogRec",

@@ -38,7 +38,7 @@ class Statistic(ABC):
 
 @dataclass(frozen=True)
 class SumStatistic(Statistic):
-    """A result computed from sums over items: shares, averages over classes, F1, METEOR, BLEU."""
+    """A result of sums over items: shares, averages over classes, F1, METEOR, BLEU."""
 
     clusters: tuple[Hashable, ...]
     sums: Floats  # (C, K) what each image adds to each of K sums

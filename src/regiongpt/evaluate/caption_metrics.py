@@ -57,15 +57,8 @@ def caption_scores(
     Args:
         captions: n texts; ``""`` for an item without an answer, which scores 0.
         references: Texts to compare each with, at least one of them with a word; those without are left out.
-        metrics: Which to compute.
+        metrics: Which to compute; the results are ``BLEU_1`` to ``BLEU_4``, all in [0, 1] but ``CIDEr``, in [0, 10].
         clusters: Image of each caption, for the statistics; by default each its own.
-
-    Returns:
-        By metric: ``CIDEr`` (in [0, 10]), ``METEOR``, ``ROUGE_L``, ``BLEU_1`` to ``BLEU_4`` (in [0, 1]).
-
-    Raises:
-        ConfigError: pycocoevalcap or Java is missing, or a program fails.
-        DataError: An item has no reference with words.
     """
     said, wanted = tokenized(captions, references)
     images = clusters if clusters is not None else range(len(captions))

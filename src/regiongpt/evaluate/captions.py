@@ -3,6 +3,7 @@
 Paper: §4.2, Table 4
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
@@ -38,15 +39,7 @@ class CaptionTask(Task):
     def item(
         self, number: str, box: Sequence[float], references: Sequence[str], category: str = "", **place: Any
     ) -> list[Item]:
-        """The question about a box (xyxy in pixels); none where no reference has a word.
-
-        Args:
-            number: The item's id.
-            box: The region.
-            references: What people said of it.
-            category: Its class, if known.
-            place: ``image``, ``image_id`` and ``size`` of the item.
-        """
+        """The question about a box (xyxy in pixels) of an image, the ``place``; none where no reference has a word."""
         worded = [text for text in references if any(map(str.isalnum, text))]
         self.left_out.counts["reference without words"] += len(references) - len(worded)
         item = Item(
@@ -61,7 +54,11 @@ class CaptionTask(Task):
         )
         return [item] if worded else []
 
-    def measured(self, items: Sequence[Item], answers: Mapping[str, Answer], split: str, references: str) -> Measured:
+    @abstractmethod
+    def references(self) -> dict[str, str]:
+        """The split, and what the captions are compared with."""
+
+    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """The metrics over all items; one without an answer is the empty caption."""
         texts = [text or "" for text in given(items, answers, "text")]
         found = caption_scores(
@@ -75,7 +72,7 @@ class CaptionTask(Task):
         )
         return Measured(
             protocols={PROTOCOL: scored},
-            pinned={"split": split, "references": references, "tokenizer": TOKENIZER, "scorer": SCORERS},
+            pinned={**self.references(), "tokenizer": TOKENIZER, "scorer": SCORERS},
             notes=[f"{many(empty, 'caption')} without a word, of the score 0"] if empty else [],
         )
 
@@ -97,15 +94,16 @@ class RefCocogCaption(RefCocogTask, CaptionTask):
             said = [(number, [text]) for number, text in each.expressions]
             if self.grouping == "object":
                 said = [(each.ann_id, [text for _, text in each.expressions])]
-            place: Any = {"image": each.image, "image_id": each.image_id, "size": each.size}
             for number, texts in said:
-                items += self.item(str(number), each.box, texts, each.category, **place)
+                items += self.item(str(number), each.box, texts, each.category, **each.place)
         return items
 
-    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
-        """See :meth:`CaptionTask.measured`."""
-        split = f"RefCOCOg {self.split} of {self.inputs()[0].name}"
-        return self.measured(items, answers, split, f"grouped by {self.grouping}")
+    def references(self) -> dict[str, str]:
+        """The file of expressions, and how they are grouped."""
+        return {
+            "split": f"RefCOCOg {self.split} of {self.inputs()[0].name}",
+            "references": f"grouped by {self.grouping}",
+        }
 
 
 class VisualGenomeCaption(CaptionTask):
@@ -116,10 +114,6 @@ class VisualGenomeCaption(CaptionTask):
 
     split: str = "test"
     """Split in the splits file."""
-    regions: Path | None = None
-    """region_descriptions.json, if not in the folder."""
-    image_data: Path | None = None
-    """image_data.json, if not in the folder."""
     splits: Path | None = None
     """JSON of image ids by split, such as densecap_splits.json; default: all images."""
     images: Path | None = None
@@ -127,9 +121,8 @@ class VisualGenomeCaption(CaptionTask):
 
     def inputs(self) -> list[Path]:
         """Regions, images' sizes and splits."""
-        regions = find(self.regions, self.data, ["region_descriptions.json"], "regions")
-        image_data = find(self.image_data, self.data, ["image_data.json"], "image-data")
-        return [regions, image_data, *([self.splits] if self.splits else [])]
+        names = "region_descriptions.json", "image_data.json"
+        return [*(find(None, self.data, [name], "data") for name in names), *([self.splits] if self.splits else [])]
 
     def read_items(self) -> list[Item]:
         """One a region, by image and region id."""
@@ -139,17 +132,15 @@ class VisualGenomeCaption(CaptionTask):
         splits = read_json(self.splits) if self.splits else {}
         wanted = splits.get(self.split) if isinstance(splits, dict) else None
         if self.splits and not (wanted and isinstance(wanted, list) and all(map(is_whole, wanted))):
-            raise DataError(
-                f"{self.splits}: no list of image ids under {self.split!r}; give another --splits or --split"
-            )
+            raise DataError(f"{self.splits}: no image ids under {self.split!r}; give another --splits or --split")
         reader = VisualGenomeConverter(
             images=folder, regions=regions, image_data=image_data, boxes_per_image=0, check_images=False
         )
         items: list[Item] = []
-        kept = None if wanted is None else set(wanted)
+        kept = set(wanted or ())
         for record in reader.records(self.left_out):
             image_id = int(record.id.rsplit("/", 1)[-1])
-            if kept is not None and image_id not in kept:
+            if kept and image_id not in kept:
                 continue
             place: Any = {"image": folder / record.image, "image_id": image_id, "size": (record.width, record.height)}
             asked = [(record.regions[turn.regions[0] - 1], turn.answer) for turn in record.turns]
@@ -159,7 +150,7 @@ class VisualGenomeCaption(CaptionTask):
             raise DataError(f"{regions}: no regions of the split {self.split!r}; {self.left_out.summary()}")
         return items
 
-    def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
-        """See :meth:`CaptionTask.measured`."""
+    def references(self) -> dict[str, str]:
+        """The images of the split, and their phrases."""
         split = f"{self.split} of {self.splits.name}" if self.splits else "all images of the file"
-        return self.measured(items, answers, f"Visual Genome, {split}", "the one phrase of each region")
+        return {"split": f"Visual Genome, {split}", "references": "the one phrase of each region"}

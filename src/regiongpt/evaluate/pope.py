@@ -10,7 +10,7 @@ from typing import ClassVar, Final, Literal
 
 import numpy as np
 
-from regiongpt.data.reading import image_name, iter_lines, plain_text
+from regiongpt.data.reading import TRUNCATED, image_name, iter_lines, plain_text
 from regiongpt.data.shards import Fault
 from regiongpt.errors import DataError, short
 from regiongpt.evaluate.bootstrap import Floats, Statistic, ratio, sum_statistic
@@ -71,6 +71,8 @@ class Pope(Task):
                         truth=label,
                         groups={"strategy": strategy},
                     )
+            if self.left_out.counts[TRUNCATED]:
+                raise DataError(f"{path}: ends within a line; download it again")
         return list(items.values())
 
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:

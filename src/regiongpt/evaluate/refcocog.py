@@ -5,7 +5,7 @@ Paper: §4.3, Table 5
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -33,9 +33,7 @@ _FOLDERS: Final = ("train2014", "images/mscoco/images/train2014", "coco/train201
 class Referred(NamedTuple):
     """One object with the expressions that refer to it, each with its id."""
 
-    image_id: int
-    image: Path
-    size: tuple[int, int]
+    place: dict[str, Any]  # image, image_id and size of an item
     ann_id: int
     box: Corners
     category: str
@@ -49,15 +47,13 @@ class RefCocogTask(Task):
     """Split of refs(...).p; a JSON file holds only one, which this names."""
     refs: Path | None = None
     """refs(umd).p or a JSON file in COCO's format, if not in the folder."""
-    instances: Path | None = None
-    """instances.json, if not in the folder; only for refs(...).p."""
     images: Path | None = None
     """Folder of the images, if not in the folder."""
 
     def inputs(self) -> list[Path]:
         """Expressions and objects."""
         refs = find(self.refs, self.data, _REFS, "refs")
-        return [refs, find(self.instances, self.data, _INSTANCES, "instances")] if refs.suffix == ".p" else [refs]
+        return [refs, find(None, self.data, _INSTANCES, "data")] if refs.suffix == ".p" else [refs]
 
     def objects(self) -> list[Referred]:
         """The objects of the split, in the order of the file; DataError if there are none."""
@@ -75,8 +71,8 @@ class RefCocogTask(Task):
                 rejects.add(APART, path, ann_id, "expected the object in the instances, found none")
                 continue
             box, category, _ = scene.objects[ann_id]
-            size = (scene.width, scene.height)
-            found.append(Referred(image_id, folder / scene.path, size, ann_id, box, category, said))
+            place = {"image": folder / scene.path, "image_id": image_id, "size": (scene.width, scene.height)}
+            found.append(Referred(place, ann_id, box, category, said))
         if not found:
             raise DataError(f"{path}: no objects of the split {self.split!r}; {rejects.summary()}")
         return found
@@ -106,19 +102,18 @@ class RefCocogRec(RefCocogTask):
     def read_items(self) -> list[Item]:
         """One item per expression, in the order of the file."""
         objects = self.objects()
-        proposed = read_proposals(self.inputs()[-1], {o.image_id: o.size for o in objects}, self.top, self.left_out)
+        sizes = {each.place["image_id"]: each.place["size"] for each in objects}
+        proposed = read_proposals(self.inputs()[-1], sizes, self.top, self.left_out)
         items = []
         for each, (number, text) in [(one, said) for one in objects for said in one.expressions]:
-            own = proposed.get(each.image_id, ())
-            boxes, lacking = candidates_of(each.box, own, (self.seed, each.image_id, number))
+            image_id = each.place["image_id"]
+            boxes, lacking = candidates_of(each.box, proposed.get(image_id, ()), (self.seed, image_id, number))
             agreement = overlaps(each.box, boxes)
             right = (np.flatnonzero(agreement >= ENOUGH) + 1).tolist()
             items.append(
                 Item(
                     id=str(number),
-                    image=each.image,
-                    image_id=each.image_id,
-                    size=each.size,
+                    **each.place,
                     question=question("locate", 0, regions=range(1, len(boxes) + 1), expression=text),
                     regions=tuple(Region.box(*box) for box in boxes),
                     choices=(*map(region_answer, range(1, len(boxes) + 1)), NO_MATCH),
@@ -175,10 +170,7 @@ def _choice(said: str | Sequence[float] | None, count: int) -> int | str:
 def read_proposals(
     path: Path, sizes: Mapping[int, tuple[int, int]], top: int, rejects: Rejects
 ) -> dict[int, list[Corners]]:
-    """The ``top`` best boxes (xyxy in pixels), or all for 0, from a JSON array of detection results.
-
-    They are those of images of these ids, clipped to the size (W, H) of their image.
-    """
+    """The ``top`` best boxes (xyxy in pixels; 0 for all) of each image, by its id, from a JSON array of detections."""
     found: dict[int, list[tuple[float, Corners]]] = {}
     for place, entry in enumerate(iter_array(path)):
         with rejects.noting(path, place):

@@ -15,25 +15,14 @@ from pydantic import ConfigDict
 
 import regiongpt
 from regiongpt.console import progress
-from regiongpt.data.reading import TRUNCATED, known_size
+from regiongpt.data.reading import known_size
 from regiongpt.data.shards import file_identity
 from regiongpt.environment import Processes, commit, connect, launched, machine, versions
 from regiongpt.errors import ConfigError, DataError, RegionError, short
 from regiongpt.evaluate.report import ITEMS, MANIFEST, PREDICTIONS, RESULT, SAMPLED, TaskRun, read_object, write_report
 from regiongpt.evaluate.task import Answer, Item, RunOptions, Task, listed
 from regiongpt.images import load_image
-from regiongpt.storage import (
-    Store,
-    check_checkpoint,
-    digest,
-    finite,
-    locked,
-    reason,
-    sha256,
-    write_file,
-    write_json,
-    writing,
-)
+from regiongpt.storage import Store, check_checkpoint, digest, finite, locked, reason, write_file, write_json, writing
 
 if TYPE_CHECKING:
     from regiongpt.inference.options import Detail
@@ -53,13 +42,7 @@ class Predictions(NamedTuple):
 def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
     """Ask a model the questions without a stored answer, or read predictions, then score and write the results.
 
-    Returns:
-        The tasks as written; of several processes, in the first alone.
-
-    Raises:
-        ConfigError: An option is wrong, or the folder holds something else or is being written to.
-        DataError: A file of a data set or of predictions cannot be used, or a task cannot be scored.
-        CheckpointError: The model cannot be loaded.
+    Of several processes, the first returns the tasks as written, and the others nothing.
     """
     assert options.out is not None, "evaluate() needs options.out"
     out, given = options.out, options.predictions
@@ -89,16 +72,11 @@ def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
 
 
 def load_items(task: Task) -> list[Item]:
-    """The items of a task: each id once, every image there; images of another size than annotated are left out.
+    """The items of a task, all of their images there; images of another size than annotated are left out.
 
-    Raises:
-        DataError: A file cannot be used, or is truncated; an image is missing; there is nothing to ask.
-        ConfigError: An option is wrong.
+    DataError where an image is missing or there is nothing to ask.
     """
     items = task.items()
-    if task.left_out.counts[TRUNCATED]:
-        files = ", ".join(map(str, task.inputs()))
-        raise DataError(f"{task.name}: truncated annotation file; download again: {files}")
     if not items:
         raise DataError(f"{task.name}: nothing to ask about in {task.data}")
     assert len({item.id for item in items}) == len(items), f"{task.name}: an id comes more than once"
@@ -142,7 +120,7 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
 def _ask(
     tasks: Sequence[Task], listed: Sequence[list[Item]], model: Any, load: Any, store: Store, processes: Processes
 ) -> list[Predictions]:
-    """The answers of each task, with notes on questions that could not be asked; none but in the first process."""
+    """The answers of each task, and which questions could not be asked; in the first process alone."""
     images = list(dict.fromkeys(item.image for items in listed for item in items))
     hashes = {path: file_identity(path)["sha256"] for path in progress(images, "reading", "images", len(images))}
     keys = [[question_key(model["key"], hashes[item.image], item) for item in items] for items in listed]
@@ -188,11 +166,10 @@ def _ask(
 def answer_image(
     predictor: "RegionPredictor", items: Sequence[Item], detail: "Detail" = "fast"
 ) -> list[dict[str, Any]]:
-    """Answer the items of one image, which is encoded once; their questions run as a batch behind it.
+    """Answers as plain JSON to the items of one image, which is encoded once; the questions run as a batch behind it.
 
-    Returns:
-        Each answer as plain JSON; ``{"refused": why}`` where the image cannot be read, a region lies outside it, or the
-        question does not fit the model's context.
+    An answer is ``{"refused": why}`` where the image cannot be read, a region lies outside it, or the question does not
+    fit the model's context.
     """
     import torch
 
@@ -204,12 +181,13 @@ def answer_image(
         photo = load_image(items[0].image)
     except DataError as error:
         return [{"refused": str(error)} for _ in items]
-    found: list[dict[str, Any]] = [{} for _ in items]
-    for item, own in zip(items, found, strict=True):
+    found: list[dict[str, Any]] = []
+    for item in items:
         try:
             check_regions(item.regions, *photo.size)
+            found.append({})
         except RegionError as error:
-            own["refused"] = str(error)
+            found.append({"refused": str(error)})
     engine = predictor.engine
     scene, rows = engine.encode_image(photo), engine.processor.tokens_per_region
     inside = [k for k, own in enumerate(found) if not own]
@@ -230,24 +208,20 @@ def answer_image(
             found[k]["refused"] = str(error)
     likelihoods: dict[int, torch.Tensor] = {}
     for closed, places in together.items():
-        likelihoods.update(
-            zip(places, log_likelihoods(engine, scene, closed, [features[k] for k in places]), strict=True)
-        )
+        likelihoods |= zip(places, log_likelihoods(engine, scene, closed, [features[k] for k in places]), strict=True)
     for place, answer in engine.answers(list(prompts.values())):
         found[list(prompts)[place]]["text"] = answer.text
     for k in prompts:
-        item, own, likely = items[k], found[k], likelihoods.get(k)
+        item, own, text, likely = items[k], found[k], found[k]["text"], likelihoods.get(k)
         if likely is not None:
             own["scores"] = tuple(likely.softmax(-1).tolist())
-        if item.sure and own["text"]:
-            if likely is not None and own["text"] in item.choices:
-                own["probability"] = min(1.0, math.exp(likely[item.choices.index(own["text"])]))
-            else:
-                with suppress(TooLong):  # with the end of the turn behind it
-                    alone = answer_scores(
-                        engine, scene, question_turns((), item.question), [features[k]], [own["text"]]
-                    )
-                    own["probability"] = min(1.0, math.exp(alone[0, 0]))
+        if item.sure and text:
+            with suppress(TooLong):  # with the end of the turn behind it
+                if likely is not None and text in item.choices:
+                    sure = likely[item.choices.index(text)]
+                else:
+                    sure = answer_scores(engine, scene, question_turns((), item.question), [features[k]], [text])[0, 0]
+                own["probability"] = min(1.0, math.exp(sure))
         found[k] = Answer.read(own, f"{item.image.name}, item {item.id}: ").to_dict()
     return found
 
@@ -279,7 +253,7 @@ def code_hash() -> str:
     """A digest of the sources that turn a question into an answer."""
     root = Path(regiongpt.__file__).parent
     sources = [path for name in ANSWERING for path in ([root / name] if "." in name else (root / name).rglob("*.py"))]
-    return digest({str(path.relative_to(root)): sha256(path) for path in sorted(sources)})
+    return digest({str(path.relative_to(root)): file_identity(path)["sha256"] for path in sorted(sources)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,12 +268,7 @@ class _Line(Answer):
 
 
 def read_predictions(path: Path, items: Sequence[Item]) -> Predictions:
-    """Read predictions and match them with the items; ``docs/evaluation.md`` describes the file.
-
-    Raises:
-        DataError: The file is missing or of another form; predictions are of other regions, for no item, missing, or
-            given twice.
-    """
+    """Read a prediction for each item; ``docs/evaluation.md`` describes the file. DataError where one is wrong."""
     by_id = {item.id: item for item in items}
     lines: dict[str, _Line] = {}
     try:
