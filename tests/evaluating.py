@@ -35,23 +35,14 @@ class Drawn(Task):
         content = json.loads(self.inputs()[0].read_text())
         names = {each["id"]: each["name"] for each in content["categories"]}
         files = {each["id"]: each["file_name"] for each in content["images"]}
+        asked = {"question": self.wording, "choices": CHOICES, "sure": True, "max_new_tokens": 4}
         found = []
         for each in content["annotations"]:
-            x, y, w, h = each["bbox"]
-            category = names[each["category_id"]]
-            item = Item(
-                id=str(each["id"]),
-                image=self.data / "images" / files[each["image_id"]],
-                image_id=each["image_id"],
-                question=self.wording,
-                regions=(Region.box(x, y, x + w, y + h),),
-                choices=CHOICES,
-                sure=True,
-                max_new_tokens=4,
-                truth=category,
-                groups={"size": "small" if w < 24 else "large", "category": category},
-            )
-            found.append(item)
+            (x, y, w, h), category, image_id = each["bbox"], names[each["category_id"]], each["image_id"]
+            place = {"image": self.data / "images" / files[image_id], "image_id": image_id}
+            groups = {"size": "small" if w < 24 else "large", "category": category}
+            box = Region.box(x, y, x + w, y + h)
+            found.append(Item(id=str(each["id"]), regions=(box,), truth=category, groups=groups, **place, **asked))
         return found
 
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:

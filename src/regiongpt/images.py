@@ -67,9 +67,7 @@ def open_image(source: ImageSource) -> tuple[str, Image.Image]:
         except Image.DecompressionBombError as error:
             raise DataError(f"{name}: its header claims more than {MAX_PIXELS:,} pixels; scale it down") from error
         except Exception as error:  # parsers and decoders raise nearly every built-in exception on broken data
-            raise DataError(
-                f"{name}: expected an image, got one that is truncated or damaged, or another file"
-            ) from error
+            raise DataError(f"{name}: expected an image, got one truncated or damaged, or another file") from error
     return name, image
 
 
@@ -86,9 +84,8 @@ def _read(source: str | Path | bytes | BinaryIO) -> tuple[str, bytes]:
     except (OSError, ValueError) as error:
         raise DataError(f"{name}: the image file cannot be read: {reason(error)}") from error
     if not isinstance(data, bytes | bytearray | memoryview):
-        raise DataError(
-            f"{name}: expected an image as a path, bytes, binary file, PIL image or array, got {type(data).__name__}"
-        )
+        wanted = "an image as a path, bytes, binary file, PIL image or array"
+        raise DataError(f"{name}: expected {wanted}, got {type(data).__name__}")
     if not data:
         raise DataError(f"{name}: expected an image, got an empty file")
     return name, bytes(data)

@@ -55,9 +55,8 @@ class Region(ABC):
                 return Region.mask(array)
             if array.shape == (4,):
                 return Region.box(*(array.tolist() if hasattr(value, "dtype") else value))
-        raise RegionError(
-            f"{name}: expected a Region such as Region.box(x0, y0, x1, y1), or [x0, y0, x1, y1], got {short(value)}"
-        )
+        wanted = "a Region such as Region.box(x0, y0, x1, y1), or [x0, y0, x1, y1]"
+        raise RegionError(f"{name}: expected {wanted}, got {short(value)}")
 
     @staticmethod
     def list_of(values: Any) -> "list[Region]":
@@ -301,9 +300,8 @@ class _Pixels(Region):
         try:
             return PixelShape.of(decode_rle(self.source, self.height, self.width))
         except ValueError as error:
-            raise RegionError(
-                f"region: expected COCO RLE of {self.width} x {self.height} pixels (W x H), but {error}"
-            ) from None
+            size = f"{self.width} x {self.height} pixels (W x H)"
+            raise RegionError(f"region: expected COCO RLE of {size}, but {error}") from None
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.width} x {self.height} pixels"
@@ -316,10 +314,8 @@ class _Pixels(Region):
 
     def _shape(self, width: int, height: int) -> Shape:
         if (self.height, self.width) != (height, width):
-            raise RegionError(
-                f"region: expected a {self.kind} of the image's size, {width} x {height} pixels (W x H), "
-                f"got {self.width} x {self.height}; draw it on this image, or resize it without smoothing"
-            )
+            wanted = f"a {self.kind} of the image's size, {width} x {height} pixels (W x H)"
+            raise RegionError(f"region: expected {wanted}, got {self.width} x {self.height}; draw it on this image")
         pixels = self.pixels()
         if pixels.area == 0:
             raise RegionError(f"region: expected a {self.kind} with at least one set pixel, got an empty {self}")

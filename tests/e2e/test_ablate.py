@@ -38,9 +38,8 @@ def ablate(kind: str, pictures: Path, out: Path, *words: str, recipe: str = "tab
         sizes += [f"--model.{name}={pictures / name}" for name in ("vision", "language")]
         sizes += [f"--data.pretrain_mixture={pictures / 'records'}", "--model.image_size=32", "--model.image_grid=2"]
     asked = ["--eval.split", "dev", "--eval.limit=4", f"--eval.data={pictures}"]
-    given = [
-        word for word in [*sizes, *asked] if not any(own.startswith(f"{word.partition('=')[0]}=") for own in words)
-    ]
+    taken = {word.partition("=")[0] for word in words if "=" in word}
+    given = [word for word in [*sizes, *asked] if word.partition("=")[0] not in taken]
     return main(["ablate", kind, str(CONFIGS / f"{recipe}.toml"), "--out", str(out), *given, *words])
 
 
@@ -83,11 +82,10 @@ def test_variants_are_trained_asked_and_tabulated_and_not_twice(pictures, tmp_pa
     models = {name: out / name / "seed-0/training/stage2/model" for name in ("none", "deconv")}
     for name, model in models.items():
         assert json.loads((model / "config.json").read_text())["refinement"] == name
-    stamps = [(model / "model.safetensors").stat().st_mtime_ns for model in models.values()]
-    table = (out / "table.md").read_text()
+    files = [model / "model.safetensors" for model in models.values()]
+    before = [path.stat().st_mtime_ns for path in files], (out / "table.md").read_text()
     assert ablate("refinement", pictures, out, *words) == 0
-    assert [(model / "model.safetensors").stat().st_mtime_ns for model in models.values()] == stamps
-    assert (out / "table.md").read_text() == table
+    assert ([path.stat().st_mtime_ns for path in files], (out / "table.md").read_text()) == before
     # Another recipe in the same folder would pass the old models off as its own.
     capsys.readouterr()
     assert ablate("refinement", pictures, out, *words, "--stage2.lr=1e-2") == 2
@@ -123,9 +121,9 @@ def test_variants_by_name_and_by_value():
     recipe = Recipe.load(CONFIGS / "table6_deconv.toml")
     assert [each.name for each in choose_variants("refinement", None, recipe)] == list(REFINEMENTS)
     assert choose_variants("refinement", "none,deconv", recipe)[0].recipe == {"model.refinement": "none"}
-    tower = choose_variants("tower", "efficientnet-lite0@320,models/clip", recipe)
-    assert tower[0].recipe == {"model.vision": "efficientnet-lite0", "model.image_size": "320"}
-    assert (tower[1].name, tower[1].recipe) == ("clip", {"model.vision": "models/clip"})
+    lite, clip = choose_variants("tower", "efficientnet-lite0@320,models/clip", recipe)
+    assert lite.recipe == {"model.vision": "efficientnet-lite0", "model.image_size": "320"}
+    assert (clip.name, clip.recipe) == ("clip", {"model.vision": "models/clip"})
     masks = choose_variants("data", "masks=records-m,boxes=records-b", recipe)[0]
     assert (masks.recipe, masks.asked) == ({"data.mixture": "records-m"}, {"region": "mask"})
     assert choose_variants("prompt", None, recipe) == KINDS["prompt"].variants

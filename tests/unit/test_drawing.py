@@ -58,10 +58,11 @@ def test_captions_and_dialogue_stand_beneath():
 
 
 def test_errors():
+    regions = [Region.box(0, 0, 5, 5), Region.box(50, 50, 60, 60)]
     with pytest.raises(ConfigError, match="1 captions for 2 regions"):
-        draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5)] * 2, ["one"])
+        draw_regions(grey(9, 9), regions, ["one"])
     with pytest.raises(RegionError, match="<region2>"):
-        draw_regions(grey(9, 9), [Region.box(0, 0, 5, 5), Region.box(50, 50, 60, 60)])
+        draw_regions(grey(9, 9), regions)
 
 
 @pytest.mark.parametrize("name", ["out.xyz", "out", "out.psd", "out.xbm", "none/out.png", "."])

@@ -112,12 +112,12 @@ def test_three_protocols_by_hand(two_images: Path) -> None:
 def test_answers_decide_which_protocols_there_are(two_images: Path) -> None:
     task = classes(two_images)
     items = task.items()
-    for probability, note in (
-        (None, "2 of 3 items have no answer and count as wrong (11, 20)"),
-        (0.5, "'generate with probability' is not measured: 2 answers without a probability (11, 20)"),
+    one, others = {"10": Answer(text="cat", probability=0.5)}, {item.id: Answer(text="cat") for item in items[1:]}
+    for said, note in (
+        (others, "1 of 3 items has no answer, which counts as wrong (10)"),
+        (one | others, "'generate with probability' is not measured: 2 answers without a probability (11, 20)"),
     ):
-        said = {item.id: Answer(text="cat") for item in items[: 1 if probability is None else None]}
-        result = task.score(items, {**said, "10": Answer(text="cat", probability=probability)}, resamples=0)
+        result = task.score(items, said, resamples=0)
         assert list(result.data["protocols"]) == ["generate and match"]
         assert note in result.data["notes"]
     with pytest.raises(DataError, match="no item has an answer"):
@@ -328,6 +328,9 @@ def test_published_questions_are_read(tmp_path: Path) -> None:
     assert {(item.truth, item.image_id) for item in items} == {("yes", 42), ("no", 42)}
     assert items[0].image == tmp_path / "images" / "000000000042.jpg"
     assert task.left_out.counts == {"duplicate id": 2, "question of another form": 2}
+    (tmp_path / "coco_pope_popular.json").write_text(json.dumps(lines[0]) + '\n{"question_id"')
+    with pytest.raises(DataError, match=r"popular\.json: ends within a line"):
+        task.items()
 
     said = {"popular-1": Answer(text="Certainly"), "popular-2": Answer(text="There is no cat.")}
     result = task.score(items, said, resamples=0)

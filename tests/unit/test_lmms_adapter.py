@@ -73,26 +73,22 @@ def test_what_cannot_be_asked_is_said(task, row, message):
 
 def test_lmms_eval_finds_the_model(monkeypatch):
     lmms = type("lmms", (), {})
-    for name, members in {
-        "lmms_eval": {},
-        "lmms_eval.models": {},
-        "lmms_eval.models.registry_v2": {"ModelManifest": types.SimpleNamespace},
-        "lmms_eval.api": {},
-        "lmms_eval.api.model": {"lmms": lmms},
-    }.items():
-        module = types.ModuleType(name)
-        vars(module).update(members)
+    for name in (
+        "lmms_eval",
+        "lmms_eval.models",
+        "lmms_eval.models.registry_v2",
+        "lmms_eval.api",
+        "lmms_eval.api.model",
+    ):
+        module = types.SimpleNamespace(ModelManifest=types.SimpleNamespace, lmms=lmms)
         monkeypatch.setitem(sys.modules, name, module)
     (entry,) = entry_points(group="lmms_eval.models")
     found = entry.load()()
     module, _, kind = found.simple_class_path.rpartition(".")
     assert (found.model_id, module) == ("regiongpt", "regiongpt.evaluate.lmms_adapter")
+    made = getattr(lmms_adapter, kind)
     lmms_adapter.__getattr__.cache_clear()
-    try:
-        made = getattr(lmms_adapter, kind)
-        assert issubclass(made, lmms)
-        assert made.is_simple
-    finally:
-        lmms_adapter.__getattr__.cache_clear()
+    assert issubclass(made, lmms)
+    assert made.is_simple
     with pytest.raises(AttributeError):
         _ = lmms_adapter.Nothing

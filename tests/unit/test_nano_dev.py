@@ -91,13 +91,19 @@ def test_scores_of_answers_by_hand():
 
 def test_a_run_gives_the_predictors_answers(tmp_path, capsys):
     draw_pictures(tmp_path, 2, "instances_dev.json")
+    content = json.loads((tmp_path / "instances_dev.json").read_text())
+    names = ["person", "dog", "cat", "hot dog", "car", "bus"]
+    content["categories"] = [{"id": k, "name": name} for k, name in enumerate(names)]
+    boxes = [{"category_id": k, "bbox": [14 * k, 8 * k, 12, 10 + k]} for k in range(len(names))]
+    content["annotations"] = [{"id": 10 * n + k, "image_id": n, **box} for n in (1, 2) for k, box in enumerate(boxes)]
+    (tmp_path / "instances_dev.json").write_text(json.dumps(content))
     data, checkpoint = tmp_path, make_checkpoint(tmp_path)
     out, answers = tmp_path / "out.json", tmp_path / "answers.jsonl"
     command = ["--data", data, "--model", checkpoint, "--out", out, "--answers", answers, "--device", "cpu"]
     assert nano_dev.main([*map(str, command), "--describe-limit", "3"]) == 0
     report = json.loads(out.read_text())
     assert set(report["results"]) == {*nano_dev.TASKS, "locate_by_answer", "locate_by_words", "locate_by_both"}
-    assert report["results"]["classify"]["accuracy"]["of"] == 4
+    assert report["results"]["classify"]["accuracy"]["of"] == 12
     assert report["results"]["caption"]["classify"]["of"] == 3
     assert {"commit", "date", "arguments", "machine", "packages", "files"} <= set(report)
     assert "model.safetensors" in report["files"]["model"]

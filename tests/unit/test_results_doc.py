@@ -50,14 +50,9 @@ def test_figures_go_between_the_marks_and_the_rest_stays(run, ablation, tmp_path
     assert "2 sections" in capsys.readouterr().out
     text = document.read_text()
     assert (text[:6], text[-6:], "old" in text) == ("before", "after\n", False)
-    for part in (
-        "| accuracy | 50.0 | 50.0 to 50.0 | 4 | 80.61 |",
-        "| result | none | deconv |",
-        "(10.0 to 15.0) | 20.0 (10.0 to 15.0), +7.7 |",
-        "The paper's Table 6",
-        "instances_dev.json",
-    ):
+    for part in ("| accuracy | 50.0 | 50.0 to 50.0 | 4 | 80.61 |", "(10.0 to 15.0) | 20.0 (10.0 to 15.0), +7.7 |"):
         assert part in text
+    assert "instances_dev.json" in text
     results_doc.main(words)
     assert document.read_text() == text
 
@@ -65,10 +60,11 @@ def test_figures_go_between_the_marks_and_the_rest_stays(run, ablation, tmp_path
 def test_what_cannot_be_written_is_said(run, tmp_path, capsys):
     document = tmp_path / "results.md"
     document.write_text("no marks")
-    assert results_doc.main(["--runs", str(run), "--document", str(document)]) == 2
-    assert results_doc.main(["--document", str(document)]) == 2
-    assert results_doc.main(["--ablations", str(run / "drawn"), "--document", str(document)]) == 2
-    error = capsys.readouterr().err
-    for part in ("one of them missing", "at least one folder", "expected the folder of `regiongpt ablate`"):
-        assert part in error
+    for words, part in (
+        (["--runs", run], "one of them missing"),
+        ([], "at least one folder"),
+        (["--ablations", run / "drawn"], "expected the folder of `regiongpt ablate`"),
+    ):
+        assert results_doc.main([*map(str, words), "--document", str(document)]) == 2
+        assert part in capsys.readouterr().err
     assert document.read_text() == "no marks"

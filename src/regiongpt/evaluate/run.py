@@ -148,10 +148,7 @@ def _ask(
     if processes.count > 1:
         known = store.get(wanted)
     if lost := sum(key not in known for key in wanted):
-        raise DataError(
-            f"{store.folder}: {lost} answers of other processes are not there; let all of them write to the same "
-            "folder, then run the same command again"
-        )
+        raise DataError(f"{store.folder}: lacks {lost} answers of other processes; give all one folder, then run again")
     found = []
     for own, items in zip(keys, listed, strict=True):
         said = {item.id: known[key] for key, item in zip(own, items, strict=True)}
@@ -286,9 +283,7 @@ def read_predictions(path: Path, items: Sequence[Item]) -> Predictions:
             raise DataError(f"{where}: another prediction for item {name}; keep one")
         item, lines[name] = by_id[name], line
         if line.regions and line.regions != item.regions_key:
-            raise DataError(
-                f"{where}: about other regions than this question; give --seed and --proposals as they were"
-            )
+            raise DataError(f"{where}: about other regions than this question; give --seed and --proposals as before")
         choices = item.choices or tuple(item.detail.get("ids", ()))
         if line.scores is not None and len(line.scores) != len(choices):
             raise DataError(f"{where}: scores: give a number for each of {len(choices)} choices")

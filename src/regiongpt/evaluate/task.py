@@ -153,7 +153,7 @@ class Task(Settings, ABC):
         notes = []
         if missing := [item.id for item in items if item.id not in answers]:
             those = f"{len(missing)} of {many(len(items), 'item')} {'has' if len(missing) == 1 else 'have'}"
-            notes.append(f"{those} no answer and count as wrong ({listed(missing)})")
+            notes.append(f"{those} no answer, which counts as wrong ({listed(missing)})")
         if self.left_out.counts:
             notes.append(f"annotations not asked about: {self.left_out.listed()}")
         data = {
