@@ -290,16 +290,13 @@ ITEMS = [
     Item(id=str(k), image=Path("x.jpg"), image_id=1, question="?", choices=("cat", "dog"), truth="cat")
     for k in (1, 2, 3)
 ]
+WHOLE = [{"id": k, "text": "cat"} for k in (1, 2, 3)]
 
 
 def write(folder, entries: list) -> Path:
     path = folder / "answers.jsonl"
     path.write_text("\n".join(json.dumps(each, ensure_ascii=False) for each in entries), encoding="utf-8")
     return path
-
-
-def whole(**changes) -> list[dict]:
-    return [{"id": k, "text": "cat", **changes} for k in (1, 2, 3)]
 
 
 def test_lines_are_taken(tmp_path):
@@ -311,13 +308,12 @@ def test_lines_are_taken(tmp_path):
     path = write(tmp_path, [{"id": name, **answer.to_dict()} for name, answer in answers.items()])
     assert read_predictions(path, ITEMS).answers == answers
     # An id alone says that there is no answer, which counts as wrong.
-    assert list(read_predictions(write(tmp_path, [*whole()[:1], {"id": 2}, {"id": 3}]), ITEMS).answers) == ["1"]
+    assert list(read_predictions(write(tmp_path, [*WHOLE[:1], {"id": 2}, {"id": 3}]), ITEMS).answers) == ["1"]
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"text": "cat"}, "id: give a value"),
         ({"id": 8, "text": "cat"}, "no item '8'; the benchmark has 1, 2, 3"),
         ({"id": 2, "text": "cat"}, "another prediction for item 2; keep one"),
         ({"id": 1, "caption": "cat"}, "unknown setting 'caption'"),
@@ -336,9 +332,8 @@ def test_what_cannot_be_read_is_said_with_its_line(tmp_path, entry, message):
 @pytest.mark.parametrize(
     ("entries", "lack"),
     [
-        (whole()[:1], "2 of 3 items have no prediction: 2, 3"),
-        ([{**whole()[0], "scores": [1, 0]}, *whole()[1:]], "2 of 3 items have no scores: 2, 3"),
-        ([{"id": 1, "scores": [1, 0]}, *whole(scores=[1, 0])[1:]], "1 of 3 items have no text: 1"),
+        (WHOLE[:1], "2 of 3 items have no prediction: 2, 3"),
+        ([{**WHOLE[0], "scores": [1, 0]}, *WHOLE[1:]], "2 of 3 items have no scores: 2, 3"),
     ],
 )
 def test_what_some_items_have_all_must_have(tmp_path, entries, lack):

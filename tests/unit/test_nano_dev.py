@@ -120,8 +120,3 @@ def test_a_run_gives_the_predictors_answers(tmp_path, capsys):
         whole = predictor.ask(record["question"], regions, max_new_tokens=60).text
         # Cut off inside a character of several bytes, an answer ends in the mark for what cannot be decoded.
         assert whole.startswith(record["answer"].rstrip("\ufffd"))
-
-
-def test_wrong_data_is_one_line(tmp_path, capsys):
-    assert nano_dev.main(["--data", str(tmp_path)]) == 2
-    assert "COCO annotations" in capsys.readouterr().err

@@ -4,7 +4,6 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from markupsafe import Markup
 from PIL import Image
@@ -43,20 +42,6 @@ def test_a_page_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(report._environment().globals, "has_charts", False)
     assert line_chart("t", [Curve(name="n", xs=[1], ys=[1.0])]) == ""
     assert "matplotlib" in report.render("base.html", title="t", made="m", body="")
-
-
-def paths(ys: list[float], **more: bool) -> list[np.ndarray]:
-    """The points (x, y) of every curve that is drawn, downwards as in SVG."""
-    chart = line_chart("t", [Curve(name="n", xs=list(range(len(ys))), ys=ys, **more)])
-    found = re.findall(r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: #1f77b4', chart)
-    return [np.array(re.findall(r"[ML] (\S+) (\S+)", each), float) for each in found]
-
-
-def test_noisy_curves_are_averaged_and_schedules_are_not() -> None:
-    raw, smooth = paths([2 + (-1) ** x for x in range(2000)])
-    assert max(len(raw), len(smooth)) <= 301
-    assert np.ptp(smooth[:, 1]) < np.ptp(raw[:, 1])
-    assert len(paths([x / 1000 for x in range(2000)], exact=True)) == 1
 
 
 @pytest.mark.parametrize(
