@@ -100,10 +100,8 @@ class RefCocogCaption(RefCocogTask, CaptionTask):
 
     def references(self) -> dict[str, str]:
         """The file of expressions, and how they are grouped."""
-        return {
-            "split": f"RefCOCOg {self.split} of {self.inputs()[0].name}",
-            "references": f"grouped by {self.grouping}",
-        }
+        split = f"RefCOCOg {self.split} of {self.inputs()[0].name}"
+        return {"split": split, "references": f"grouped by {self.grouping}"}
 
 
 class VisualGenomeCaption(CaptionTask):
