@@ -1,4 +1,4 @@
-"""COCO files as CVAT, datumaro, Roboflow, supervision, kwcoco, Label Studio and LabelMe write them, wherever read."""
+"""COCO files as CVAT, datumaro, Roboflow, supervision, Label Studio and LabelMe write them, wherever they are read."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 from converting import run
 from PIL import Image
 
-from regiongpt.cli import main
 from regiongpt.data.coco import CocoSource, entry_of, load_coco
 from regiongpt.data.shards import Rejects
-from regiongpt.data.sources import CocoConverter, LvisConverter
+from regiongpt.data.sources import CocoConverter, LvisConverter, summary
+from regiongpt.data.sources import convert as convert_to
 from regiongpt.errors import DataError
 from regiongpt.evaluate.detection import CocoClassification
 from regiongpt.inference.over_images import read_proposals
@@ -57,8 +57,7 @@ def regions(folder: Path, **options: object) -> list[Region]:
 
 def test_crowds_are_counted_and_taken_where_asked_for(tmp_path: Path) -> None:
     write(tmp_path, thing(1, segmentation=RLE, iscrowd=1), thing(2, iscrowd="1"), thing(3, segmentation=RLE))
-    _, rejects = convert(tmp_path)
-    assert rejects == {"crowd": 2}
+    assert convert(tmp_path)[1] == {"crowd": 2}
     assert regions(tmp_path, shapes="mask", crowds=True) == [Region.rle(RLE)] * 2
     task = asked(tmp_path)
     assert [item.id for item in task.items()] == ["3"]
@@ -67,16 +66,12 @@ def test_crowds_are_counted_and_taken_where_asked_for(tmp_path: Path) -> None:
     assert len(proposed(tmp_path)) == 3
 
 
-def test_a_file_of_crowds_alone_names_the_option_that_takes_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_of_crowds_alone_names_the_option_that_takes_them(tmp_path: Path) -> None:
     file = write(tmp_path, thing(1, segmentation=RLE, iscrowd=1), thing(2, segmentation=RLE, iscrowd=True))
-    command = ["convert", "coco", "--instances", str(file), "--images", str(tmp_path), "--label-set", "mine"]
-    assert main([*command, "--out", str(tmp_path / "out"), "--strict"]) == 0
-    printed = capsys.readouterr().out
-    assert "2  crowd" in printed
-    assert "--crowds includes them" in printed
-    assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 2
+    made = CocoConverter(images=tmp_path, instances=(file,), label_set="mine")
+    written = convert_to(made, tmp_path / "out", strict=True)
+    assert written.rejects == {"crowd": 2}
+    assert "--crowds includes them" in summary(written, tmp_path / "out", 1)
     with pytest.raises(DataError, match="--crowds includes"):
         asked(tmp_path).items()
 
@@ -84,23 +79,17 @@ def test_a_file_of_crowds_alone_names_the_option_that_takes_them(
 @pytest.mark.parametrize(
     "entry",
     [
-        {"file_name": "photo.png", "coco_url": ""},
         {"file_name": "photo.png", "coco_url": None},
         {"file_name": "photo.png", "coco_url": "http://host/val2017/renamed.png"},
-        {"file_name": "photo.PNG"},
         {"file_name": "set/photo.png"},
         {"file_name": "set\\photo.png"},
-        {"file_name": "./photo.png"},
         {"coco_url": "http://host/val2017/photo.png"},
         {"file_name": "https://host/upload/photo.png"},
         {"file_name": "/data/local-files/?d=set/photo.png"},
         {"file_name": "other/photo.png"},
-        {"file_name": "/data/upload/photo.png"},
         {"file_name": "C:\\data\\photo.png"},
         {"file_name": "../photo.png"},
-        {"file_name": "set//photo%2Epng"},
-        {"file_name": "photo_png.rf.0a1b2c.png"},
-        {"file_name": "copy.png", "extra": {"name": "photo.png"}},
+        {"file_name": "set//photo.png"},
     ],
 )
 def test_one_rule_finds_the_image_of_an_entry(tmp_path: Path, entry: dict) -> None:
@@ -124,13 +113,6 @@ def test_what_is_found_by_the_last_part_of_its_name_is_said(tmp_path: Path, capl
             caplog.clear()
 
 
-def test_accents_in_names_may_be_composed_or_not(tmp_path: Path) -> None:
-    write(tmp_path, thing(), images=[{"id": 1, "file_name": "cafe\u0301.png", "width": 40, "height": 30}])
-    (tmp_path / "photo.png").rename(tmp_path / "caf\u00e9.png")
-    assert convert(tmp_path)[0][0].image == "caf\u00e9.png"
-    assert len(proposed(tmp_path, image=tmp_path / "caf\u00e9.png")) == 1
-
-
 def test_equal_base_names_in_different_folders_are_not_mixed_up(tmp_path: Path) -> None:
     images = [
         {"id": 1, "file_name": "a/1.png", "width": 40, "height": 30},
@@ -150,12 +132,10 @@ def test_equal_base_names_in_different_folders_are_not_mixed_up(tmp_path: Path) 
     assert (record.id, record.image) == ("coco/2", "1.png")
     for name, left in (("a", 1), ("b", 2)):
         assert [box.bounds(40, 30)[0] for box in proposed(tmp_path, image=tmp_path / name / "1.png")] == [left]
-    with pytest.raises(DataError, match=r"2 images that may be 1\.png: a/1\.png, b/1\.png; give --image-id"):
-        proposed(tmp_path, image=tmp_path / "c" / "1.png")
     assert len(proposed(tmp_path, image="1.png", image_id="2")) == 1
 
 
-@pytest.mark.parametrize("name", ["../photo.png", "/photo.png", "C:\\photo.png", "a/../../photo.png", "", None, 3])
+@pytest.mark.parametrize("name", ["../photo.png", "/photo.png", "C:\\photo.png", "", None])
 def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: object) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -167,33 +147,21 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: object) 
         asked(tmp_path, images=folder).items()
 
 
-@pytest.mark.parametrize("name", ["frame_10.jpg", "000000000010.jpg", "other/photo.png.jpg"])
-def test_an_image_is_not_guessed_where_the_file_has_names(tmp_path: Path, name: str) -> None:
-    images = [{"id": k, "file_name": f"shop/{k}_a.jpg", "width": 40, "height": 30} for k in (10, 11)]
-    write(tmp_path, thing(image_id=10), images=images)
-    with pytest.raises(DataError, match=rf"instances\.json has no image called {Path(name).name}; give --image-id"):
-        proposed(tmp_path, image=name)
-
-
 @pytest.mark.parametrize(
     ("names", "image", "found"),
     [
-        (["img\\frame_10.jpg", "img\\x.jpg"], "frame_10.jpg", 0),
-        (["frame_10.JPG", "x.jpg"], "frame_10.jpg", 0),
+        (["img\\1.jpg", "img\\2.jpg"], "1.jpg", 0),
         (["1.jpg", "a/1.jpg"], "a/1.jpg", 1),
         (["1.jpg", "a/1.jpg"], "1.jpg", 0),
         (["b/a/1.jpg", "c/a/1.jpg"], "c/a/1.jpg", 1),
-        (["frame_10_jpg.rf.0a1b2c.jpg", "frame_11_jpg.rf.0a1b2c.jpg"], "frame_10.jpg", 0),
-        (["frame_10_png.rf.0a1b2c.jpg", "x.jpg"], "frame_10.png", 0),
-        (["frame_10_jpg.rf.0a1b2c.jpg", "frame_10_jpg.rf.ffff.jpg"], "frame_10_jpg.rf.ffff.jpg", 1),
-        (["frame_10_jpg.rf.0a1b2c.jpg", "frame_10_jpg.rf.ffff.jpg"], "frame_10.jpg", None),
-        (["frame_10_jpg.rf.0a1b2c.jpg", "frame_10.jpg"], "frame_10.jpg", 1),
+        (["b/1.jpg", "c/1.jpg"], "1.jpg", "2 images that may be 1.jpg"),
+        (["a_10.jpg", "a_11.jpg"], "000000000010.jpg", "no image called 000000000010.jpg"),
     ],
 )
-def test_the_entry_of_an_image(names: list[str], image: str, found: int | None) -> None:
+def test_the_entry_of_an_image(names: list[str], image: str, found: int | str) -> None:
     images = [{"id": 10 + k, "file_name": name} for k, name in enumerate(names)]
-    if found is None:
-        with pytest.raises(DataError, match="2 images that may be"):
+    if isinstance(found, str):
+        with pytest.raises(DataError, match=rf"set\.json has {found}.*; give --image-id"):
             entry_of(images, image, "set.json")
     else:
         assert entry_of(images, image, "set.json") == images[found]
@@ -220,19 +188,14 @@ def test_a_size_that_is_not_stated_is_that_of_the_image(tmp_path: Path) -> None:
     assert convert(tmp_path, check_images=False)[1] == {"image without size": 1, "annotation of an absent image": 1}
 
 
+@pytest.mark.parametrize("box", [None, [], [0, 0, 0, 0], [1, 2, float("nan"), 3]])
 @pytest.mark.parametrize(
-    "box", [{}, {"bbox": None}, {"bbox": []}, {"bbox": [0, 0, 0, 0]}, {"bbox": [1, 2, float("nan"), 3]}]
+    ("segmentation", "bounds"), [([RING, [30, 20, 38, 20, 38, 28]], (5, 5, 38, 28)), (RLE, STROKE), ([RLE], STROKE)]
 )
-@pytest.mark.parametrize(
-    ("segmentation", "bounds"),
-    [([RING], (5, 5, 25, 15)), ([RING, [30, 20, 38, 20, 38, 28]], (5, 5, 38, 28)), (RLE, STROKE), ([RLE], STROKE)],
-)
-def test_a_box_follows_from_the_mask(tmp_path: Path, box: dict, segmentation: object, bounds: tuple) -> None:
-    given = {key: value for key, value in thing(segmentation=segmentation).items() if key != "bbox"}
-    file = write(tmp_path, {**given, **box})
+def test_a_box_follows_from_the_mask(tmp_path: Path, box: object, segmentation: object, bounds: tuple) -> None:
+    file = write(tmp_path, thing(segmentation=segmentation, bbox=box))
     assert regions(tmp_path) == [Region.box(*bounds)]
     assert len(regions(tmp_path, shapes="mask")) == 1
-    assert [item.regions for item in asked(tmp_path).items()] == [(Region.box(*bounds),)]
     assert load_coco([CocoSource(instances=file, images=tmp_path)]).images[0].objects[0].box == bounds
     assert [region.bounds(40, 30) for region in proposed(tmp_path)] == [bounds]
 
@@ -262,29 +225,24 @@ def test_corners_in_place_of_a_size_are_warned_of(tmp_path: Path, caplog: pytest
         caplog.clear()
 
 
-@pytest.mark.parametrize("segmentation", [None, [], [[]], {}, ""])
-def test_an_empty_mask_beside_a_sound_box_is_none(tmp_path: Path, segmentation: object) -> None:
-    write(tmp_path, thing(segmentation=segmentation))
-    for found in (regions(tmp_path), proposed(tmp_path), regions(tmp_path, shapes="both")):
-        assert found == [Region.box(5, 5, 25, 15)]
-
-
 POINTS = [[5, 5], [25, 5], [25, 15], [5, 15]]
-POLYGONS = [RING, [POINTS], POINTS, [list(map(str, RING))], [list(map(float, RING)), [1, 1]],
-            [{"exterior": POINTS, "interiors": []}]]  # fmt: skip
+POLYGONS = [RING, [POINTS], POINTS, [list(map(str, RING))], [list(map(float, RING)), [1, 1]]]
 RUNS = [{"size": [30.0, 40.0], "counts": [float(run) for run in RLE["counts"]]},
         {"size": ["30", "40"], "counts": RLE["counts"]}, {**RLE, "counts": "k4:d0000km0"}]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("segmentation", "expected"),
-    [*((given, Region.polygon([RING])) for given in POLYGONS), *((given, Region.rle(RLE)) for given in RUNS)],
+    [
+        *((given, Region.polygon([RING])) for given in POLYGONS),
+        *((given, Region.rle(RLE)) for given in RUNS),
+        *((given, Region.box(5, 5, 25, 15)) for given in (None, [], [[]], {}, "")),
+    ],
 )
 def test_every_way_to_write_a_mask(tmp_path: Path, segmentation: object, expected: Region) -> None:
     write(tmp_path, thing(segmentation=segmentation))
-    (found,) = regions(tmp_path, shapes="mask")
-    assert found == expected
-    assert proposed(tmp_path) == [found]
+    assert proposed(tmp_path) == [expected]
+    assert regions(tmp_path, shapes="both")[-1] == expected
 
 
 def test_whole_numbers_as_floats_and_text_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -301,11 +259,10 @@ def test_whole_numbers_as_floats_and_text_and_a_byte_order_mark(tmp_path: Path) 
 
 def test_ids_that_are_text(tmp_path: Path) -> None:
     image = {"id": "a-1", "file_name": "photo.png", "width": 40, "height": 30}
-    write(tmp_path, thing("x", image_id="a-1", category_id="c"), thing("y", image_id="a-2", category_id="c"),
-          images=[image], categories=[{"id": "c", "name": "cat"}])  # fmt: skip
+    names = [{"id": "c", "name": "cat"}]
+    write(tmp_path, thing("x", image_id="a-1", category_id="c"), images=[image], categories=names)
     (record,), rejects = convert(tmp_path)
-    assert (record.id, [each.source_id for each in record.regions]) == ("coco/a-1", ["x"])
-    assert rejects == {"annotation of an absent image": 1}
+    assert (record.id, [each.source_id for each in record.regions], rejects) == ("coco/a-1", ["x"], {})
     assert [(item.id, item.image_id, item.truth) for item in asked(tmp_path).items()] == [("x", "a-1", "cat")]
     assert len(proposed(tmp_path)) == len(proposed(tmp_path, image_id="a-1")) == 1
 
@@ -340,22 +297,3 @@ def test_a_name_of_two_categories_is_one(tmp_path: Path, caplog: pytest.LogCaptu
     items = asked(tmp_path).items()
     assert [(item.truth, item.choices) for item in items] == [("cat", ("cat",))] * 2
     assert "categories 1 and 4 are both called 'cat'" in caplog.text
-
-
-@pytest.mark.parametrize("text", ["<image>", "a <region1>", "<region of interest that is long>", "<Region2"])
-def test_placeholders_in_names_and_captions_are_rejected(tmp_path: Path, text: str) -> None:
-    write(tmp_path, thing(1), thing(2, category_id=2), categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": text}])
-    caption = {"id": 1, "image_id": 1, "caption": text}
-    (tmp_path / "captions.json").write_text(json.dumps({"annotations": [caption]}))
-    (record,), rejects = convert(tmp_path, captions=(tmp_path / "captions.json",))
-    assert [turn.answer for turn in record.turns] == ["cat"]
-    assert rejects == {"placeholder in the text": 2, "unknown category": 1}
-
-
-@pytest.mark.parametrize("inside", ["1" * 5000, "[" * 100_000])
-def test_absurd_json_is_one_line(tmp_path: Path, inside: str) -> None:
-    file = write(tmp_path, thing())
-    file.write_text(file.read_text().replace('"id": 1', f'"id": {inside}', 1))
-    for read in convert, proposed:
-        with pytest.raises(DataError, match=r"instances\.json: not a (whole|readable)"):
-            read(tmp_path)

@@ -13,7 +13,6 @@ from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, NamedTuple
-from unicodedata import normalize
 from urllib.parse import unquote
 
 import numpy as np
@@ -88,7 +87,6 @@ class Mask(NamedTuple):
         return Region.polygon([np.array(ring) for ring in self.rings]) if self.rings else None
 
 
-_NO_MASK: Final = Mask()
 _SPOILT: Final = Mask(faults=[Fault(MALFORMED, "already noted")])
 
 
@@ -184,8 +182,6 @@ def read_mask(segmentation: Any) -> Mask:
     if not segmentation:
         return Mask()
     listed = segmentation if isinstance(segmentation, list) else [segmentation]
-    if all(isinstance(each, dict) and "exterior" in each and not each.get("interiors") for each in listed):
-        listed = [each["exterior"] for each in listed]  # kwcoco's; those with holes have no form in COCO
     first = listed[0]
     if isinstance(first, dict) and len(listed) == 1 and not first.keys().isdisjoint(("size", "counts")):
         # Whole numbers where a tool has written 80.0
@@ -230,44 +226,22 @@ def _names(entry: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _original(entry: Mapping[str, Any], name: str) -> str:
-    """The image's name before Roboflow's suffix; ``""`` for any other name."""
-    extra = entry.get("extra")
-    if isinstance(extra, Mapping) and isinstance(extra.get("name"), str):
-        return PurePosixPath(extra["name"]).name
-    copied = re.fullmatch(r"(.+?)(?:_(\w{3,4}))?\.rf\.\w+\.(\w+)", name) if ".rf." in name else None
-    return f"{copied[1]}.{copied[2] or copied[3]}" if copied else ""
-
-
-def _lasts(entry: Mapping[str, Any]) -> list[str]:
-    """The last parts of an entry's names, and what its image was called before Roboflow made a copy."""
-    lasts = [name.rpartition("/")[2] for name in _names(entry)]
-    return [*lasts, *filter(None, (_original(entry, last) for last in lasts))]
-
-
-def _spellings(name: str) -> Iterator[str]:
-    """A name as it is, with its suffix in other letters, without escapes, and with accents composed or not."""
-    stem, suffix = os.path.splitext(name)
-    yield from (name, stem + suffix.lower(), stem + suffix.upper())
-    if "%" in name:
-        yield unquote(name)
-    if not name.isascii():
-        yield from (normalize("NFC", name), normalize("NFD", name))
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 class ImageFinder:
     """The image file of an entry of an instances file, never one of the same name in another folder.
 
     It is the file of the ``file_name`` below the folder, then that of the end of the ``coco_url``; else, if only one
-    entry has it, the file of the last part of a name, or of the name before Roboflow made a copy.
+    entry has it, the file of the last part of a name.
     """
 
     def __init__(self, entries: Iterable[Mapping[str, Any]], folder: Path | None) -> None:
         self._folder = folder
         self._parts = () if folder is None else folder.resolve().parts
-        # How many images have a last part
-        images = {tuple(_names(each)): each for each in entries} if folder else {}
-        self._bearers = Counter(last for each in images.values() for last in set(_lasts(each)))
+        images = {tuple(_names(each)) for each in entries} if folder else ()
+        self._bearers = Counter(last for names in images for last in set(map(_last, names)))
         self.by_last_part: list[str] = []  # names found by no more than that
 
     def find(self, entry: Mapping[str, Any]) -> str:
@@ -281,16 +255,15 @@ class ImageFinder:
             raise Fault("image outside the folder", "expected a file_name or coco_url below it, got neither")
         if path := self._there(candidate for name in names for candidate in self._below(name)):
             return path
-        if path := self._there(last for last in _lasts(entry) if self._bearers[last] == 1):
+        if path := self._there(last for last in map(_last, names) if self._bearers[last] == 1):
             self.by_last_part.append(names[0])
             return path
         return image_name(names[0])
 
     def _there(self, names: Iterable[str]) -> str:
-        """The first of some names, in any spelling, that is a file below the folder; ``""`` if none is."""
-        spelt = (path for name in names if self._folder for path in _spellings(name))
-        spelt = (path for path in spelt if is_unicode(path) and is_below(path))
-        return next((path for path in spelt if os.path.isfile(f"{self._folder}/{path}")), "")
+        """The first of some names that is a file below the folder; ``""`` if none is."""
+        usable = (name for name in names if self._folder and is_unicode(name) and is_below(name))
+        return next((name for name in usable if os.path.isfile(f"{self._folder}/{name}")), "")
 
     def _below(self, name: str) -> Iterator[str]:
         """A name as it is, and without the folders that the images' folder ends in."""
@@ -304,27 +277,25 @@ class ImageFinder:
 def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) -> Mapping[str, Any]:
     """The entry of an image among those of an instances file, whose name is ``file``: the inverse of ImageFinder.
 
-    It is the one whose name, or else address, shares the most of the image's path from its end, at least the last part
-    or the name before Roboflow made a copy. DataError if none does, or several do.
+    It is the one whose name, or else address, shares the most of the image's path from its end, at least the last part.
+    DataError if none does, or several do.
     """
     path = PurePosixPath(Path(image).absolute().as_posix())
     ranked = []
     for entry in images:
         for k, name in enumerate(_names(entry)):
-            own = PurePosixPath(name)
-            same = path.name in _spellings(own.name)
-            if same or _original(entry, own.name) == path.name:
-                folders = own.parent.parts
+            *folders, last = PurePosixPath(name).parts
+            if last == path.name:
                 pairs = zip(folders[::-1], path.parent.parts[::-1], strict=False)
                 shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(folders))
-                ranked.append(((same, k == 0, shared, shared == len(folders), own.name == path.name), entry))
-    most = max((rank for rank, _ in ranked), default=(False, False, 0, False, False))
+                ranked.append(((k == 0, shared, shared == len(folders)), entry))
+    most = max((rank for rank, _ in ranked), default=(False, 0, False))
     best = [entry for rank, entry in ranked if rank == most]
     if len({str(entry.get("id")) for entry in best}) != 1:
         listed = ", ".join(_names(entry)[0] for entry in best[:4])
         several = f"{len(best)} images that may be {path.name}: {listed}" if best else f"no image called {path.name}"
         raise DataError(f"{file} has {several}; give --image-id")
-    if not most[3]:
+    if not most[2]:
         log.warning("%s: %s is matched to %s only by file name", file, _names(best[0])[0], image)
     return best[0]
 
@@ -443,7 +414,7 @@ class InstancesFile:
         if number in self._entries or number in self._known:
             raise Fault("duplicate id", f"expected each image once, got {self.name_of(number)} again")
         if self._wanted is None or number in self._wanted:
-            needed = ("width", "height", "file_name", "coco_url", "extra", *_LVIS)
+            needed = ("width", "height", "file_name", "coco_url", *_LVIS)
             self._entries[number] = {key: entry[key] for key in needed if key in entry}
 
     def _read_annotation(self, entry: Any, place: int) -> None:
@@ -457,7 +428,7 @@ class InstancesFile:
             if number is not None and number >> 62:
                 self._texts[number] = entry[key]
         own_id = _NO_ID + place if row.id is None else row.id
-        mask = _NO_MASK if self._shapes == "box" and not row.boxless else row.mask
+        mask = Mask() if self._shapes == "box" and not row.boxless else row.mask
         for fault in mask.faults:
             self._leave_out(own_id, fault)
         self._rows.append(row._replace(id=own_id, mask=mask))
@@ -671,12 +642,6 @@ class CocoData(NamedTuple):
     images: tuple[ImageAnnotations, ...]
     skipped: Mapping[str, int]
 
-    def report(self) -> str:
-        """One line for the log."""
-        objects, captions = (sum(len(getattr(each, name)) for each in self.images) for name in ("objects", "captions"))
-        faults = ", ".join(f"{count} {kind}" for kind, count in self.skipped.items()) or "nothing"
-        return f"{len(self.images)} images, {objects} objects, {captions} captions; left out: {faults}"
-
 
 def photo_sources(root: Path, split: str) -> list[CocoSource]:
     """The sources of one split.
@@ -710,25 +675,20 @@ def load_coco(sources: Iterable[CocoSource]) -> CocoData:
         known |= ids
         captions = read_captions([source.captions] if source.captions else [], ids, rejects)
         for image, found in file.by_image():
-            objects = [
+            objects = tuple(
                 ObjectAnnotation(
-                    id=each.id,
-                    category=file.names[each.category],
-                    box=each.box,
-                    polygons=tuple(tuple(ring) for ring in each.mask.rings) or None,
-                    iscrowd=each.crowd,
+                    id=each.id, category=file.names[each.category], box=each.box, iscrowd=each.crowd,
+                    polygons=tuple(map(tuple, each.mask.rings)) or None,
                 )
                 for each in found
-            ]
-            one = ImageAnnotations(
-                path=source.images / image.path,
-                image_id=image.id,
-                width=image.width,
-                height=image.height,
-                objects=tuple(objects),
-                captions=tuple(filter(None, (normalise_caption(text) for _, text in captions.get(image.id, ())))),
-            )
-            images.append(one)
+            )  # fmt: skip
+            texts = tuple(filter(None, (normalise_caption(text) for _, text in captions.get(image.id, ()))))
+            images.append(
+                ImageAnnotations(
+                    path=source.images / image.path, image_id=image.id, width=image.width, height=image.height,
+                    objects=objects, captions=texts,
+                )
+            )  # fmt: skip
     return CocoData(tuple(images), dict(sorted(rejects.counts.items())))
 
 

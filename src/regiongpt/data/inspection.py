@@ -17,19 +17,16 @@ from pydantic import Field, model_validator
 from regiongpt.console import progress
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Fault, RecordSet, counted, fault_of, many, require_data_extra
-from regiongpt.drawing import draw_regions
-from regiongpt.errors import DataError, RegionError, RegionGPTError, naming
+from regiongpt.drawing import check_picture, draw_regions, save_picture
+from regiongpt.errors import DataError, RegionGPTError, naming
 from regiongpt.images import load_image
-from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
-from regiongpt.report import picture, write_page
+from regiongpt.prompts import PLACEHOLDER
 from regiongpt.settings import Settings
-from regiongpt.storage import check_checkpoint, check_writable, sha256
+from regiongpt.storage import check_checkpoint, sha256
 
 if TYPE_CHECKING:
     from regiongpt.model.processing import RegionGPTProcessor
 
-SHARES: Final = {1e-4: "under 0.01 %", 1e-3: "0.01 to 0.1 %", 1e-2: "0.1 to 1 %", 0.1: "1 to 10 %", 2.0: "10 to 100 %"}
-"""Classes of the share of its image that a region covers, each by its upper bound."""
 _MOST_CATEGORIES: Final = 20
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -43,23 +40,19 @@ class Inspection(Settings):
     """check every record; exit code 1 if there are faults"""
     record: str | None = Field(None, min_length=1)
     """show one record, by index from 0 or by id"""
-    html: Path | None = None
-    """write a page that shows records as training reads them"""
-    count: int | None = Field(None, ge=1)
-    """with --html: how many records (default: 24)"""
+    picture: Path | None = None
+    """with --record: write its image with the regions drawn"""
     model: Path | None = None
     """checkpoint folder whose tokenizer and template are used (default: the package's model)"""
     seed: int | None = Field(None, ge=0)
-    """seed of the wording and of the records on the page (default: 0)"""
+    """with --record: seed of the wording (default: 0)"""
 
     @model_validator(mode="after")
     def _refuse_idle(self) -> "Inspection":
-        for name, needed in (("count", "html"), ("seed", "record html"), ("model", "record html check"),
-                             ("images", "html check")):  # fmt: skip
+        for name, needed in (("picture", "record"), ("seed", "record"), ("model", "record check"),
+                             ("images", "picture check")):  # fmt: skip
             if getattr(self, name) is not None and not any(getattr(self, other) for other in needed.split()):
                 raise ValueError(f"--{name} goes with --{' or --'.join(needed.split())}; add one or leave it out")
-        if self.count is not None and self.record:
-            raise ValueError("--count and --record cannot be combined; leave one out")
         return self
 
 
@@ -73,39 +66,27 @@ def inspect(folder: Path, options: Inspection) -> bool:
         RegionGPTError: A file cannot be read or written, or there is no such record.
     """
     require_data_extra()
-    if options.html is not None:
-        check_writable(options.html)
-    seed = options.seed or 0
+    if options.picture is not None:
+        check_picture(options.picture)
     records = RecordSet(folder, options.images)
-    index = find(records, options.record) if options.record else None
-    processor: Any = load_processor(options.model) if options.record or options.html or options.check else None
-    tables: Tables = []
-    if index is not None:
+    if not options.record and not options.check:
+        read = progress(records, "statistics", "records", len(records))
+        print(as_text(statistics(records.manifest.source, read, records.manifest.rejects)))
+        return False
+    processor = load_processor(options.model)
+    if options.record:
+        index = find(records, options.record)
         record = records[index]
-        shown = runs(encode(record, processor, seed, index), processor)
+        shown = runs(encode(record, processor, options.seed or 0, index), processor)
         total, supervised = sum(run.tokens for run in shown), sum(run.tokens for run in shown if run.target)
         print(f"{_described(record, index)}\n\n{total:,} tokens, {supervised:,} of them supervised:\n\n{marked(shown)}")
-    elif options.html or not options.check:
-        read = progress(records, "statistics", "records", len(records))
-        tables = statistics(records.manifest.source, read, records.manifest.rejects)
-        if not options.check:
-            print(as_text(tables) + ("" if records.manifest.rejects else "\n\nThe conversion left nothing out."))
-    if options.html:
-        chosen = [index or 0]
-        if index is None:
-            count = min(len(records), options.count or 24)
-            chosen = sorted(np.random.default_rng(seed).choice(len(records), count, replace=False).tolist())
-        write_page(
-            options.html,
-            "records.html",
-            title=f"{records.manifest.source}: {many(len(records), 'record')}",
-            made=f"{records.folder}, converted by regiongpt {records.manifest.regiongpt_version}; "
-            f"questions as worded with seed {seed}",
-            tables=tables,
-            records=len(records),
-            cards=[_card(records, index, processor, seed) for index in chosen],
-        )
-        print(f"page of {many(len(chosen), 'record')} written to {options.html}")
+        if options.picture is not None:
+            with naming(record.id):
+                if (path := records.image_path(record)) is None:
+                    raise DataError("has no image to draw on; leave --picture out")
+                image = load_image(path)
+                _check_size(image.size, record)
+                save_picture(draw_regions(image, [each.region for each in record.regions]), options.picture)
     if not options.check:
         return False
     faulty: set[str] = set()
@@ -123,8 +104,7 @@ def find(records: RecordSet, which: str) -> int:
     """Index of a record given by index from 0 or by id; DataError if there is none."""
     if which.isdecimal() and int(which) < len(records):
         return int(which)
-    ids = records.table.data.column("id")
-    place: int = ids.index(which).as_py()
+    place: int = records.table.data.column("id").index(which).as_py()
     if place < 0:
         known = f"0 to {len(records) - 1}, or an id such as '{records[0].id}'"
         raise DataError(f"{records.folder}: expected a record from {known}, got '{which}'")
@@ -146,18 +126,18 @@ def _described(record: Record, index: int) -> str:
 # Statistics
 
 
-Tables = list[tuple[str, list[list[str]]]]
+Table = list[list[str]]
+"""Rows of text, the first of them the header."""
 
 
-def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int]) -> Tables:
-    """Counts over records, with the rejects of their conversion, as titled tables of text.
+def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int]) -> list[Table]:
+    """Counts over records, with the rejects of their conversion; empty tables are left out.
 
-    The first row of a table is its header; empty tables are left out. ``regions`` of a task are those that its
-    questions are about.
+    ``regions`` of a task are those that its questions are about.
     """
     images: set[str] = set()
     n_records = n_regions = 0
-    kinds, categories, shares = Counter[str](), Counter[str](), Counter(dict.fromkeys(SHARES.values(), 0))
+    kinds, categories = Counter[str](), Counter[str]()
     tasks: dict[str, Counter[str]] = {}
     for record in records:
         images.update(filter(None, [record.image]))
@@ -165,12 +145,6 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
         n_regions += len(record.regions)
         kinds.update(each.region.kind for each in record.regions)
         categories.update(each.category for each in record.regions if each.category)
-        for each in record.regions:
-            try:
-                share = each.region.area(record.width, record.height) / (record.width * record.height)
-                shares[next(name for bound, name in SHARES.items() if share < bound)] += 1
-            except RegionError:
-                shares["no area"] += 1
         for turn in record.turns:
             asked = len(turn.regions or set(PLACEHOLDER.findall(turn.question)))
             found = {"turns": 1, "guided": int(turn.guided), "regions": asked, "words": len(turn.answer.split())}
@@ -180,8 +154,8 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
     def average(counts: Counter[str]) -> str:
         return f"{counts['words'] / max(1, counts['turns']):.2f}"
 
-    def shared(name: str, counts: Sequence[tuple[str, int]]) -> list[list[str]]:
-        rows = [[part, f"{n:,}", f"{100 * n / max(1, n_regions):.1f} %"] for part, n in counts[:_MOST_CATEGORIES]]
+    def shared(name: str, counts: Sequence[tuple[str, int]]) -> Table:
+        rows = [[part, f"{n:,}", f"{100 * n / n_regions:.1f} %"] for part, n in counts[:_MOST_CATEGORIES]]
         if rest := [n for _, n in counts[_MOST_CATEGORIES:]]:
             rows.append([f"{len(rest):,} more", f"{sum(rest):,}", f"the rarest {rest[-1]:,}"])
         return [[name, "regions", "share"], *rows]
@@ -193,20 +167,19 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
         for name, each in sorted(tasks.items())
     ]
     tables = [
-        ("", [header, [source, *numbers[:2], average(total), *numbers[2:]]]),
-        ("Turns", [["task", "turns", "guided", "regions", "average words"], *by_task]),
-        ("Area of the regions", shared("share of the image", [*shares.items()])),
-        ("Kinds", shared("kind of region", kinds.most_common())),
-        ("Categories", shared("category", categories.most_common())),
-        ("Rejects", [["left out by the conversion", "times"], *([k, f"{n:,}"] for k, n in sorted(rejects.items()))]),
+        [header, [source, *numbers[:2], average(total), *numbers[2:]]],
+        [["task", "turns", "guided", "regions", "average words"], *by_task],
+        shared("kind of region", kinds.most_common()),
+        shared("category", categories.most_common()),
+        [["left out by the conversion", "times"], *([kind, f"{n:,}"] for kind, n in sorted(rejects.items()))],
     ]
-    return [(title, table) for title, table in tables if len(table) > 1]
+    return [table for table in tables if len(table) > 1]
 
 
-def as_text(tables: Tables) -> str:
+def as_text(tables: Sequence[Table]) -> str:
     """Tables for a terminal: words to the left and numbers to the right."""
     blocks = []
-    for _, table in tables:
+    for table in tables:
         first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
         for name, *cells in table:
             right = (f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))
@@ -277,25 +250,6 @@ def marked(shown: Sequence[Run]) -> str:
         ended = bool(parts) and parts[-1].endswith("⟧") and not (run.target or text.startswith("\n"))
         parts.append(f"⟦{text}⟧" if run.target else "\n" * ended + text)
     return "".join(parts)
-
-
-def _card(records: RecordSet, index: int, processor: "RegionGPTProcessor", seed: int) -> dict[str, Any]:
-    """One record for the page."""
-    record, shown = records[index], None
-    with naming(record.id):
-        if path := records.image_path(record):
-            image = load_image(path)
-            _check_size(image.size, record)
-            alt = f"{record.image} with {many(len(record.regions), 'numbered region')}"
-            shown = picture(draw_regions(image, [each.region for each in record.regions]), alt)
-        texts = [each["content"].removeprefix(f"{IMAGE_TOKEN}\n") for each in record.messages(seed, 0, index)]
-        return {
-            "index": index,
-            "record": record,
-            "dialogue": list(zip(texts[::2], texts[1::2], strict=True)),
-            "picture": shown,
-            "runs": runs(encode(record, processor, seed, index), processor),
-        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
