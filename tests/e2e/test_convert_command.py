@@ -2,67 +2,44 @@
 
 import importlib.util
 import json
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from converting import annotation, write_coco
-from datasets import load_dataset
 
 from regiongpt import cli
 from regiongpt.data.shards import RecordSet
 from regiongpt.data.sources import CONVERTERS, load_converter
 
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("REGIONGPT_DATA", ROOT.parent / "shared" / "data"))
-PHOTOS = DATA / "coco_photos"
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pictures; COCO files of them, one with seven things wrong."""
+    """Two pictures; COCO files of them, one with three things wrong."""
     root = tmp_path_factory.mktemp("files")
     good = [annotation(n, [3 * n, 5, 3, 9], image=1 + n % 2) for n in range(1, 13)]
     write_coco(root, good, name="good.json")
-    bad = [
-        annotation(20, [5, 5, 0, 9]),
-        annotation(21, [500, 5, 9, 9]),
-        annotation(22, [5, 5, 9, 9], category=99),
-        annotation(23, [5, 5, 9, 9], image=9),
-        annotation(1, [5, 5, 9, 9]),
-        annotation(24, [float("nan"), 5, 9, 9]),
-    ]
-    images = [{"id": k, "file_name": f"{k}.png", "width": 40, "height": 20} for k in (1, 2, 4)]
-    write_coco(root, good + bad, images, name="bad.json")
+    bad = [annotation(20, [5, 5, 0, 9]), annotation(21, [500, 5, 9, 9]), annotation(22, [5, 5, 9, 9], category=99)]
+    write_coco(root, good + bad, name="bad.json")
     return root
 
 
 @pytest.fixture
-def run(
-    capsys: pytest.CaptureFixture[str], files: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
+def run(capsys: pytest.CaptureFixture[str], files: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(files)
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
         try:
             code = cli.main(list(map(str, arguments)))
         except SystemExit as leaving:  # argparse's way out of --help
             code = int(leaving.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, *capsys.readouterr()
 
     return call
 
 
 COCO = ["convert", "coco", "--images", "images", "--instances"]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
 
 
 def test_a_source_becomes_records_that_can_be_taught(run, tmp_path: Path):
@@ -74,8 +51,7 @@ def test_a_source_becomes_records_that_can_be_taught(run, tmp_path: Path):
     assert re.fullmatch(rf"{re.escape(str(out))}: 1 shard; [\d.]+ s", lines[1])
     assert lines[2:] == ["nothing left out"]
     assert run("inspect", out, "--check")[:2] == (0, "2 records checked: every one can be taught\n")
-    rows = load_dataset("parquet", data_files=str(out / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert rows.num_rows == 2
+    assert pq.read_table(out / "records-00000.parquet").num_rows == 2
     assert pq.read_schema(out / "records-00000.parquet").metadata[b"regiongpt_schema_version"] == b"1"
 
 
@@ -87,7 +63,7 @@ def test_what_is_left_out_is_counted_by_kind(run, tmp_path: Path):
     assert all({*line} == {"kind", "file", "record", "reason"} and line["file"] == "bad.json" for line in lines)
     counted = {kind: int(count) for count, kind in re.findall(r"^ +(\d+)  (.+)$", printed, re.MULTILINE)}
     assert counted == json.loads((out / "manifest.json").read_text())["rejects"]
-    assert len(counted) == len(lines) == 7
+    assert len(counted) == len(lines) == 3
     assert "12 regions" in printed, "whatever is good is kept"
 
 
@@ -101,7 +77,7 @@ def test_strict_fails_at_the_first(run, tmp_path: Path):
 def test_what_is_there_is_not_lost(run, tmp_path: Path):
     out = tmp_path / "records"
     assert run(*COCO, "good.json", "--out", out)[0] == 0
-    before = content(out)
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
     code, printed, _ = run(*COCO, "good.json", "--out", out)
     assert code == 0
     assert "already converted, nothing to do" in printed
@@ -109,7 +85,7 @@ def test_what_is_there_is_not_lost(run, tmp_path: Path):
         code, _, err = run(*COCO, *changed, "--out", out)
         assert code == 2
         assert "--overwrite" in err
-    assert content(out) == before
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == before
     code, printed, _ = run(*COCO, "good.json", "--seed", 1, "--out", out, "--overwrite")
     assert code == 0
     assert "already" not in printed
@@ -134,10 +110,7 @@ def test_help_lists_every_source_and_each_its_options(run):
     [
         (["convert"], ["SOURCE"]),
         (["convert", "imagenet"], ["'imagenet'", "coco", "jsonl"]),
-        (["convert", "coco", "--images", "images", "--out", "x"], ["--instances"]),
         ([*COCO, "good.json"], ["--out"]),
-        ([*COCO, "good.json", "--out", "x", "--sed", "1"], ["--sed"]),
-        ([*COCO, "good.json", "--out", "x", "--seed", "one"], ["--seed", "'one'"]),
         ([*COCO, "good.json", "--out", "x", "--shapes", "round"], ["shapes", "round"]),
         ([*COCO, "none.json", "--out", "x"], ["none.json"]),
         ([*COCO, "good.json", "--images", "nowhere", "--out", "x"], ["nowhere"]),
@@ -149,8 +122,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, arguments: list[str], parts:
     assert (code, printed) == (2, "")
     assert err.startswith("regiongpt: error: ")
     assert err.count("\n") == 1
-    for part in parts:
-        assert part in err
+    assert all(part in err for part in parts)
 
 
 def test_without_the_libraries_it_says_which_extra_to_install(run, monkeypatch: pytest.MonkeyPatch):

@@ -16,6 +16,7 @@ from regiongpt.errors import DataError
 from regiongpt.regions import Region
 
 RING = [1, 1, 9, 1, 9, 8]
+BOX = [0, 0, 4, 4]
 
 
 def coco(folder: Path, *files: Path, **options: object) -> CocoConverter:
@@ -53,11 +54,8 @@ def test_a_file_that_breaks_off_anywhere_is_no_data(tmp_path):
 
 
 def test_a_byte_that_is_not_utf_8_costs_no_more_than_its_text(tmp_path):
-    categories = [{"id": 18, "name": "dog"}, {"id": 1, "name": "?"}]
-    path = write_coco(
-        tmp_path, [annotation(1, [0, 0, 4, 4]), annotation(2, [0, 0, 4, 4], category=1)], categories=categories
-    )
-    path.write_bytes(path.read_bytes().replace(b"?", b"\xff"))
+    path = write_coco(tmp_path, [annotation(1, BOX), annotation(2, BOX, category=1)])
+    path.write_bytes(path.read_bytes().replace(b'"name": "person"', b'"name": "\xff"'))
     (record,), rejects = run(coco(tmp_path))
     assert [each.source_id for each in record.regions] == ["1"]
     assert rejects == {"text that is not Unicode": 1, "unknown category": 1}
@@ -66,7 +64,7 @@ def test_a_byte_that_is_not_utf_8_costs_no_more_than_its_text(tmp_path):
 @pytest.mark.parametrize(
     ("content", "key"),
     [(b"", "a"), (b"<html>", "a"), (b"[1]", "a"), (b'{"a": []}', None), (b'{"b": []}', "a"), (b'{"a": null}', "a"),
-     (b'{"b": [1', "a"), (b'{"a": []} x', "a"), (b"\xff\xfe[\0", None), (b"\x1f\x8b\x08", None)],
+     (b'{"a": []} x', "a"), (b"\xff\xfe[\0", None), (b"[" * 100_000, None), (b"[" + b"1" * 5000 + b"]", None)],
 )  # fmt: skip
 def test_a_file_of_another_format_is_named(tmp_path, content, key):
     (tmp_path / "a.json").write_bytes(content)
@@ -95,15 +93,9 @@ def test_objects_of_an_image_are_one_conversation_in_a_fixed_order(tmp_path):
 
 def test_shapes(tmp_path):
     rle = {"size": [20, 40], "counts": [100, 30, 670]}
-    write_coco(
-        tmp_path,
-        [
-            annotation(1, [1, 1, 8, 7], segmentation=[RING, [20, 1, 30, 1, 30, 9]]),
-            annotation(2, [0, 0, 40, 20], segmentation=rle),
-            annotation(3, [0, 0, 4, 4], segmentation=[]),
-            annotation(4, [0, 0, 4, 4], segmentation=rle, iscrowd=1),
-        ],
-    )
+    shapes = [[RING, [20, 1, 30, 1, 30, 9]], rle, [], rle]
+    given = [annotation(k, BOX, segmentation=shape, iscrowd=int(k == 4)) for k, shape in enumerate(shapes, 1)]
+    write_coco(tmp_path, given)
     polygon = Region.polygon([RING, [20, 1, 30, 1, 30, 9]])
     (boxes,), rejects = run(coco(tmp_path))
     assert [each.region.kind for each in boxes.regions] == ["box"] * 3
@@ -118,31 +110,29 @@ def test_shapes(tmp_path):
 
 
 @pytest.mark.parametrize("shapes", ["box", "mask", "both"])
-@pytest.mark.parametrize(
-    ("faulty", "kind"),
-    [
-        (annotation(1, [0, 0, 4, 4], category=99), "unknown category"),
-        (annotation(1, [0, 0, 0, 4]), "box without size"),
-        (annotation(1, [0, 0, float("nan"), 4]), "box that is not four numbers"),
-        (annotation(1, [50, 0, 4, 4]), "box outside the image"),
-        (annotation(1, [39.999, 0, 4, 0.01]), "box outside the image"),
-        (annotation(1, [0, 0, 4, 4], image=9), "annotation of an absent image"),
-        (annotation(1, [0, 0, 4]), "record of another format"),
-        (annotation("", [0, 0, 4, 4]), "record of another format"),
-        (annotation(1, [0, 0, 4, 4], iscrowd=2), "record of another format"),
-        (annotation(True, [0, 0, 4, 4]), "record of another format"),
-        (annotation(1 << 70, [0, 0, 4, 4]), "record of another format"),
-        ([], "record of another format"),
-        (annotation(2, [0, 0, 4, 4]), "duplicate id"),
-    ],
-)
-def test_an_unusable_annotation_is_left_out_and_counted(tmp_path, shapes, faulty, kind):
-    write_coco(tmp_path, [annotation(2, [0, 0, 4, 4], segmentation=[RING]), faulty])
+def test_unusable_annotations_are_left_out_and_counted(tmp_path, shapes):
+    faulty = {
+        "unknown category": [annotation(11, BOX, category=99)],
+        "box without size": [annotation(12, [0, 0, 0, 4])],
+        "box that is not four numbers": [annotation(13, [0, 0, float("nan"), 4])],
+        "box outside the image": [annotation(14, [50, 0, 4, 4]), annotation(15, [39.999, 0, 4, 0.01])],
+        "annotation of an absent image": [annotation(16, BOX, image=9)],
+        "record of another format": [
+            annotation(17, [0, 0, 4]), annotation("", BOX), annotation(18, BOX, iscrowd=2), annotation(True, BOX),
+            annotation(1 << 70, BOX), [],
+        ],
+        "duplicate id": [annotation(2, BOX)],
+    }  # fmt: skip
+    good = annotation(2, BOX, segmentation=[RING])
+    write_coco(tmp_path, [good, *(each for many in faulty.values() for each in many)])
     (record,), rejects = run(coco(tmp_path, shapes=shapes))
-    assert rejects == {kind: 1}
+    assert rejects == {kind: len(many) for kind, many in faulty.items()}
     assert {each.source_id for each in record.regions} == {"2"}
-    with pytest.raises(DataError, match=kind):
+    with pytest.raises(DataError, match="record of another format"):
         list(coco(tmp_path, shapes=shapes).records(Rejects(strict=True)))
+
+
+NO_SENSE, NO_NUMBERS = "mask that makes no sense", "polygon that is not numbers"
 
 
 @pytest.mark.parametrize(
@@ -150,15 +140,10 @@ def test_an_unusable_annotation_is_left_out_and_counted(tmp_path, shapes, faulty
     [
         ([[1, 1, 5, 5]], "polygon of fewer than three points"),
         ([[1, 1, 5, 5, 9]], "polygon that is not pairs"),
-        ("polygon", "polygon that is not numbers"),
-        ({"points": RING}, "polygon that is not numbers"),
-        ([[1, 1, 5, float("nan"), 9, 9]], "polygon that is not numbers"),
-        ([RING, [1, 1, 5, 1e300, 9, 9]], "polygon that is not numbers"),
         ({"size": [40, 20], "counts": [800]}, "RLE of another size"),
-        ([[1, 1, 5, 5, 9, 9]], "mask that makes no sense"),
-        ([[50, 1, 55, 5, 59, 9]], "mask that makes no sense"),
-        ({"size": [20, 40], "counts": [7]}, "mask that makes no sense"),
-        ({"size": [20, 40], "counts": [800]}, "mask that makes no sense"),
+        *((given, NO_NUMBERS) for given in ("polygon", {"points": RING}, [RING, [1, 1, 5, 1e300, 9, 9]])),
+        *((given, NO_SENSE) for given in ([[1, 1, 5, 5, 9, 9]], [[50, 1, 55, 5, 59, 9]])),
+        *(({"size": [20, 40], "counts": given}, NO_SENSE) for given in ([7], [800])),
     ],
 )
 def test_a_faulty_mask_costs_no_more_than_it_must(tmp_path, segmentation, kind):
@@ -185,31 +170,16 @@ def test_polygons_in_doubt_are_looked_at_closely(tmp_path):
 
 def test_unusable_images_are_left_out_and_counted(tmp_path):
     good = {"id": 1, "file_name": "1.png", "width": 40, "height": 20}
-    images = [
-        good,
-        good,
-        {**good, "id": 5, "file_name": "no.png"},
-        {**good, "id": 6, "width": 0},
-        {**good, "id": 7, "width": 41},
-        {**good, "id": 8, "file_name": "../images/1.png"},
-        {**good, "id": 9, "file_name": "bad.png"},
-        {"file_name": "1.png"},
-    ]
-    annotations = [annotation(k, [0, 0, 4, 4], image=k) for k in (1, 5)]
-    write_coco(tmp_path, annotations, images)
+    changed = [{}, {"id": 5, "file_name": "no.png"}, {"id": 6, "width": 0}, {"id": 7, "width": 41},
+               {"id": 8, "file_name": "../images/1.png"}, {"id": 9, "file_name": "bad.png"}, {"id": None}]  # fmt: skip
+    annotations = [annotation(k, BOX, image=k) for k in (1, 5)]
+    write_coco(tmp_path, annotations, [good, *({**good, **each} for each in changed)])
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
     (record,), rejects = run(coco(tmp_path))
     assert record.id == "coco/1"
-    assert rejects == {
-        "annotation of an absent image": 1,
-        "duplicate id": 1,
-        "image file missing": 1,
-        "image of another size": 1,
-        "image outside the folder": 1,
-        "image without size": 1,
-        "record of another format": 1,
-        "unreadable image": 1,
-    }
+    kinds = ["annotation of an absent image", "duplicate id", "image file missing", "image of another size",
+             "image outside the folder", "image without size", "record of another format"]  # fmt: skip
+    assert rejects == dict.fromkeys([*kinds, "unreadable image"], 1)
     records, rejects = run(coco(tmp_path, check_images=False))
     assert [record.id for record in records] == ["coco/1", "coco/5"]
     assert "image file missing" not in rejects
@@ -230,8 +200,8 @@ def test_what_holds_for_a_whole_file_fails(tmp_path):
 
 
 def test_an_image_of_two_files_comes_from_the_first(tmp_path):
-    first = write_coco(tmp_path, [annotation(1, [0, 0, 4, 4])])
-    second = write_coco(tmp_path, [annotation(1, [1, 1, 4, 4], image=2), annotation(2, [1, 1, 4, 4])], name="b.json")
+    first = write_coco(tmp_path, [annotation(1, BOX)])
+    second = write_coco(tmp_path, [annotation(1, BOX, image=2), annotation(2, BOX)], name="b.json")
     records, rejects = run(coco(tmp_path, first, second))
     assert [record.id for record in records] == ["coco/1"]
     assert rejects == {"duplicate id": 2, "annotation of an absent image": 2}
@@ -262,16 +232,13 @@ def write_captions(folder: Path, captions: list) -> Path:
 
 
 def test_captions_are_records_of_their_own(tmp_path):
-    write_coco(tmp_path, [annotation(1, [0, 0, 4, 4])])
+    write_coco(tmp_path, [annotation(1, BOX)])
     given = [{"id": k, "image_id": 2 - k % 2, "caption": f" A dog\n{k}."} for k in range(6)]
     captions = (write_captions(tmp_path, given),)
     records, rejects = run(coco(tmp_path, captions=captions, captions_per_image=0))
     assert rejects == {}
-    assert [record.id for record in records] == [
-        "coco/1",
-        *(f"coco/1/caption/{k}" for k in (1, 3, 5)),
-        *(f"coco/2/caption/{k}" for k in (0, 2, 4)),
-    ]
+    spoken = [f"coco/{image}/caption/{k}" for image, numbers in ((1, (1, 3, 5)), (2, (0, 2, 4))) for k in numbers]
+    assert [record.id for record in records] == ["coco/1", *spoken]
     turn = records[1].turns[0]
     assert (turn.task, turn.answer, records[1].regions) == ("image_caption", "A dog 1.", ())
     one, _ = run(coco(tmp_path, captions=captions))
@@ -281,26 +248,14 @@ def test_captions_are_records_of_their_own(tmp_path):
 
 def test_unusable_captions_are_counted(tmp_path):
     write_coco(tmp_path, [])
-    captions = [
-        {"id": 1, "image_id": 1, "caption": "A cat."},
-        {"id": 1, "image_id": 1, "caption": "A cat."},
-        {"id": 2, "image_id": 1, "caption": " "},
-        {"id": 3, "image_id": 77, "caption": "A bus."},
-        {"id": 4, "image_id": 1, "caption": None},
-        {"image_id": 1},
-    ]
+    given = [(1, 1, "A cat."), (1, 1, "A cat."), (2, 1, " "), (3, 77, "A bus."), (4, 1, None), (None, 1, "A cat.")]
+    captions = [dict(zip(("id", "image_id", "caption"), each, strict=True)) for each in given]
     records, rejects = run(coco(tmp_path, captions=(write_captions(tmp_path, captions),)))
     assert [record.id for record in records] == ["coco/1/caption/1"]
-    assert rejects == {
-        "caption empty": 1,
-        "caption of an absent image": 1,
-        "caption that is not text": 1,
-        "duplicate id": 1,
-        "record of another format": 1,
-    }
-    other = write_captions(tmp_path, [{"id": 1, "image_id": 77, "caption": "A bus."}])
+    kinds = ["caption empty", "caption of an absent image", "caption that is not text", "duplicate id"]
+    assert rejects == dict.fromkeys([*kinds, "record of another format"], 1)
     with pytest.raises(DataError, match="belong together"):
-        run(coco(tmp_path, captions=(other,)))
+        run(coco(tmp_path, captions=(write_captions(tmp_path, captions[3:4]),)))
 
 
 def test_annotated_images_and_their_crowds(tmp_path):
@@ -319,19 +274,11 @@ def test_annotated_images_and_their_crowds(tmp_path):
     assert dog.polygons == (tuple(ring),)
     assert data.images[1].objects == ()
     assert data.skipped == {"box without size": 1, "polygon of fewer than three points": 1}
-    assert "left out: 1 box without size, 1 polygon" in data.report()
     with pytest.raises(DataError, match=r"instances_dev\.json"):
         photo_sources(tmp_path, "dev")
 
 
-@pytest.mark.parametrize(
-    ("raw", "clean"),
-    [
-        ("a man on a horse", "A man on a horse."),
-        ("  Two dogs\nrun . ", "Two dogs run."),
-        ("A cat sleeps. The sun shines.", "A cat sleeps."),
-        ("  ", ""),
-    ],
-)
-def test_captions_become_one_sentence(raw, clean):
-    assert normalise_caption(raw) == clean
+def test_captions_become_one_sentence():
+    assert normalise_caption("  Two dogs\nrun . ") == "Two dogs run."
+    assert normalise_caption("a cat sleeps. The sun shines.") == "A cat sleeps."
+    assert normalise_caption("  ") == ""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from regiongpt.data.reading import clipped_box
+from regiongpt.data.records import RecordRegion, Turn
 from regiongpt.data.shards import Fault
 from regiongpt.data.visual_genome import VisualGenomeConverter
 from regiongpt.errors import DataError
@@ -60,11 +61,8 @@ def test_one_dialogue_an_image(tmp_path):
     assert [record.id for record in records] == ["vg/2", "vg/1"]
     record = records[1]
     assert (record.image, record.width, record.height) == ("VG_100K_2/1.jpg", WIDTH, HEIGHT)
-    assert record.regions[0].region == Region.box(3, 4, 23, 14)
-    assert record.regions[0].source_id == "11"
-    assert [(turn.task, turn.answer, turn.regions, turn.question) for turn in record.turns] == [
-        ("caption", "a cat", (1,), "")
-    ]
+    assert record.regions == (RecordRegion(region=Region.box(3, 4, 23, 14), source_id="11"),)
+    assert record.turns == (Turn(task="caption", answer="a cat", regions=(1,)),)
     assert record.turns[0].text(0) == "Describe <region1> briefly."
 
 
@@ -75,7 +73,6 @@ def test_ten_boxes_an_image_by_the_seed(tmp_path):
     assert first == run(made)[0]
     assert [(len(record.regions), len(record.turns)) for record in first] == [(10, 10), (4, 4)]
     assert first[0] != run(made.replace(seed=1))[0][0]
-    assert len(run(made.replace(boxes_per_image=0))[0][0].turns) == 30
     for turn in first[0].turns:
         (place,) = turn.regions
         assert turn.answer == f"thing {first[0].regions[place - 1].source_id}"
@@ -93,15 +90,11 @@ def test_objects_and_relations(tmp_path):
         {"predicate": "", "relationship_id": 5, "subject": cat, "object": mat},
         "near",
     ]
+    # The objects come in another order than the images, and with an image that is nowhere else.
     made = write(
         tmp_path,
-        [{"id": 1, "regions": [region(11, 1)]}, {"id": 2, "regions": [region(21, 2)]}],
-        # In another order than the images, and with an image that is nowhere else.
-        objects=[
-            {"image_id": 9, "objects": []},
-            {"image_id": 2, "objects": []},
-            {"image_id": 1, "objects": [cat, mat]},
-        ],
+        [{"id": k, "regions": [region(k, k)]} for k in (1, 2)],
+        objects=[{"image_id": k, "objects": [cat, mat] if k == 1 else []} for k in (9, 2, 1)],
         relationships=[{"image_id": 1, "relationships": related}],
     )
     records, rejects = run(made.replace(boxes_per_image=0))
@@ -113,8 +106,6 @@ def test_objects_and_relations(tmp_path):
     }
     record = records[0]
     place = {each.category: number for number, each in enumerate(record.regions, 1)}
-    assert set(place) == {"", "cat", "mat"}
-    assert len(record.regions) == 3
     cat_at, mat_at = place["cat"], place["mat"]
     assert {(turn.task, turn.answer, turn.regions) for turn in record.turns} == {
         ("caption", "a red door", (place[""],)),
@@ -137,16 +128,9 @@ def test_what_is_left_out(tmp_path):
     made = write(tmp_path, [{"id": 1, "regions": bad}, {"id": 1, "regions": []}, {"regions": []}, {"id": 2}])
     records, rejects = run(made)
     assert [len(record.turns) for record in records] == [1]
-    assert rejects == {
-        "duplicate id": 2,
-        "expression that is not text": 1,
-        "box outside the image": 1,
-        "box that is not four numbers": 1,
-        "files that do not belong together": 1,
-        "placeholder in the text": 1,
-        "text that is not Unicode": 1,
-        "record of another format": 4,
-    }
+    once = ["expression that is not text", "box outside the image", "box that is not four numbers",
+            "files that do not belong together", "placeholder in the text", "text that is not Unicode"]  # fmt: skip
+    assert rejects == {"duplicate id": 2, "record of another format": 4, **dict.fromkeys(once, 1)}
 
 
 def test_faults_of_images(tmp_path):
@@ -158,15 +142,9 @@ def test_faults_of_images(tmp_path):
     (tmp_path / "images" / "VG_100K_2" / "7.jpg").write_bytes(b"nothing")
     records, rejects = run(made)
     assert [record.id for record in records] == ["vg/2"]
-    assert rejects == {
-        "image file missing": 1,
-        "duplicate id": 1,
-        "image of another size": 1,
-        "record of another format": 1,
-        "image outside the folder": 1,
-        "files that do not belong together": 1,
-        "unreadable image": 1,
-    }
+    kinds = ["image file missing", "duplicate id", "image of another size", "record of another format",
+             "image outside the folder", "files that do not belong together", "unreadable image"]  # fmt: skip
+    assert rejects == dict.fromkeys(kinds, 1)
     records, _ = run(made.replace(check_images=False))
     assert [record.id for record in records] == ["vg/1", "vg/2", "vg/3", "vg/7"]
 
@@ -178,11 +156,7 @@ def test_files_that_do_not_belong_together(tmp_path):
 
 
 @settings(deadline=None)
-@given(
-    st.tuples(*[st.floats(-100, 200) for _ in range(2)], *[st.floats(0.01, 300) for _ in range(2)]),
-    st.integers(1, 90),
-    st.integers(1, 90),
-)
+@given(st.tuples(*2 * [st.floats(-100, 200)], *2 * [st.floats(0.01, 300)]), st.integers(1, 90), st.integers(1, 90))
 def test_boxes_become_their_part_of_the_image(box, width, height):
     x, y, w, h = box
     overlap = max(min(x + w, width) - max(x, 0), 0) * max(min(y + h, height) - max(y, 0), 0)

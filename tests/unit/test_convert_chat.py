@@ -1,4 +1,4 @@
-"""People's own json lines, and this project's region captions."""
+"""Conversations: people's own json lines, this project's region captions, and LLaVA's files."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from converting import run
 from PIL import Image
 
-from regiongpt.data.chat import JsonlConverter, RegionCaptionsConverter
+from regiongpt.data.chat import JsonlConverter, LlavaConverter, RegionCaptionsConverter
 from regiongpt.data.shards import Rejects, usable
 from regiongpt.errors import DataError
 from regiongpt.prompts import REC_SUFFIX
@@ -53,7 +53,6 @@ def test_every_form_of_a_line(tmp_path):
     assert texts[2].endswith(REC_SUFFIX)
     assert texts[3].endswith("using COCO-80 category names.")
     assert texts[4:] == ["Is there a cat in the image?", "What is <region2>?"]
-    assert [turn.task for turn in first.turns] == ["chat", *[str(turn["task"]) for turn in turns[1:]]]
     assert (second.width, second.height) == (40, 30)
     assert (third.image, third.width) == ("", 0)
 
@@ -71,21 +70,15 @@ FAULTS = [
     (line({**CHAT, "question": "Is <region> red?"}), "region that makes no sense", "<region1>, <region2>"),
     (line({"task": "caption", "regions": [2], "answer": "x"}), "region that makes no sense", "1 region was given"),
     (line({"task": "guess", "answer": "x"}), "unknown task", "expected a task among classify, describe"),
-    (line({"task": "chat", "answer": "x"}), "unknown task", "got 'chat'"),
     (line(CHOICE), "answer that is no option", "expected Region [1] or 'No corresponding options found.'"),
     (line(NAMED), "unknown category", "expected a name of COCO-80, got 'mug'"),
-    (line({**NAMED, "label_set": ""}), "record of another format", "label"),
-    (line("hello"), "record of another format", "turn 1: expected an object"),
     (line(conversation=None), "record of another format", "conversation: "),
     (line(regions=[{"box": [1, 2, 3]}]), "region that makes no sense", "<region1>"),
     (line(regions=[{"box": [60, 2, 70, 9]}]), "region that makes no sense", "<region1>"),
     (line(regions=[{**BOX, "category": 1}]), "record of another format", "<region1>: expected category as text"),
     (line(width=41, height=30), "image of another size", "41 x 30"),
-    (line(image="b.png"), "image file missing", "b.png"),
-    (line(regions=[{**BOX, "category": "<region1>"}]), "placeholder in the text", "plain text"),
     (line({"task": "presence", "category": "a <region of it", "answer": "No."}), "placeholder in the text", "plain"),
     (line(id=["a"]), "record of another format", "id: expected text or a whole number"),
-    (line({**CHAT, "answer": "half \ud83d"}), "text that is not Unicode", "surrogate"),
 ]
 
 
@@ -136,20 +129,86 @@ def test_region_captions(tmp_path):
 
 def test_faults_of_region_captions(tmp_path):
     bad = {
-        "duplicate id": [described(id="good")],
-        "caption empty": [described(caption=" ")],
-        "placeholder in the text": [described(caption="See <region2>.")],
-        "region that makes no sense": [described(region={"box": [50, 2, 60, 9]}), described(region={})],
-        "record of another format": [described(id=None), described(width="wide"), described(category=3), [1]],
-        "image outside the folder": [described(image="/a.png"), described(image=None)],
-        "image of another size": [described(width=80)],
-        "line that is not json": ["{'id': 1}"],
+        "caption empty": [{"caption": " "}],
+        "placeholder in the text": [{"caption": "See <region2>."}],
+        "region that makes no sense": [{"region": {"box": [50, 2, 60, 9]}}, {"region": {}}],
+        "record of another format": [{"id": None}, {"width": "wide"}, {"category": 3}],
+        "image outside the folder": [{"image": "/a.png"}, {"image": None}],
+        "image of another size": [{"width": 80}],
     }
-    lines = [described(id="good")]
-    for each in (one for many in bad.values() for one in many):
-        own = isinstance(each, dict) and each["id"] == "a/1"
-        lines.append({**each, "id": len(lines)} if own else each)
-    made = captions(tmp_path, lines)
-    records, rejects = run(made)
+    changed = [each for many in bad.values() for each in many]
+    lines = [described(id="good"), *(described(**{"id": k, **each}) for k, each in enumerate(changed))]
+    records, rejects = run(captions(tmp_path, lines))
     assert [record.id for record in records] == ["region_captions/good"]
+    assert rejects == {kind: len(many) for kind, many in bad.items()}
+
+
+def entry(name: object, *said: object, image: object = "a.png") -> dict:
+    conversation = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(said)]
+    return {"id": name, **({} if image is None else {"image": image}), "conversations": conversation}
+
+
+def llava(folder: Path, entries: object, **options: str) -> LlavaConverter:
+    images = write(folder, []).images
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(images / "turned.jpg", exif=turned)
+    (folder / "mix.json").write_text(json.dumps(entries))
+    return LlavaConverter(images=images, data=folder / "mix.json", **options)
+
+
+def test_questions_of_llava_stand_as_they_are(tmp_path):
+    entries = [
+        entry("004539375", "Render a clear summary of the photo.\n<image>", "select luxury furniture"),
+        entry(33471, "<image>\nWhat colour is it?", " Red. ", "And\nthis?", "Blue."),
+        entry("x", "Who are you?", "A model.", image=None),
+        entry("33471", "What is <image> about?", "A bus.", image="turned.jpg"),
+    ]
+    records, rejects = run(llava(tmp_path, entries))
+    assert rejects == {}
+    assert [record.id for record in records] == ["llava/004539375-0", "llava/33471-1", "llava/x-2", "llava/33471-3"]
+    frames = [(record.image, record.width, record.height) for record in records]
+    assert frames == [("a.png", 40, 30), ("a.png", 40, 30), ("", 0, 0), ("turned.jpg", 30, 40)]
+    assert [[(turn.task, turn.question, turn.answer) for turn in record.turns] for record in records] == [
+        [("chat", "Render a clear summary of the photo.", "select luxury furniture")],
+        [("chat", "What colour is it?", "Red."), ("chat", "And\nthis?", "Blue.")],
+        [("chat", "Who are you?", "A model.")],
+        [("chat", "What is  about?", "A bus.")],
+    ]
+    assert records[0].messages(0, 5, 0)[0]["content"] == "<image>\nRender a clear summary of the photo."
+    assert records[2].messages(0, 0, 0)[0]["content"] == "Who are you?"
+
+
+def test_captions_of_images(tmp_path):
+    entries = [entry("a", "Caption it.\n<image>", "a chair"), entry("b", "Hello.", "Hi.", image=None)]
+    (record,), rejects = run(llava(tmp_path, entries, task="image_caption"))
+    assert [(turn.task, turn.question) for turn in record.turns] == [("image_caption", "Caption it.")]
+    assert rejects == {"caption without an image": 1}
+
+
+def test_what_is_left_out_of_llava(tmp_path):
+    good = entry("good", "<image>\nWhat?", "A cup.")
+    asked, answered = good["conversations"]
+
+    def said(*messages: dict) -> dict:
+        return {**good, "conversations": list(messages)}
+
+    bad = {
+        "message empty": [entry("a", "What?", ""), entry("b", "<image>", "A cup.")],
+        "question without an answer": [entry("c", "What?", "A cup.", "And?")],
+        "roles out of turn": [said(asked, asked, answered), said(answered), said({"from": "system", "value": "."})],
+        "placeholder in the text": [
+            entry("d", "What is <region1>?", "A cup."), entry("e", "<image> and <image>", "Two."),
+            entry("f", "What is <image>?", "A tag.", image=None), entry("g", "What?", "See <image>."),
+        ],
+        "record of another format": [
+            entry("h", "What?", 5), entry("i", "What?", "A cup.", image=["a.png"]), entry("j"), {"id": "k"},
+            {**good, "id": None}, "text",
+        ],
+        "text that is not Unicode": [entry("l", "What?", "Half \ud800.")],
+        "image outside the folder": [entry("m", "What?", "A cup.", image="../secret.jpg")],
+        "image file missing": [entry("n", "What?", "A cup.", image="none.jpg")],
+    }  # fmt: skip
+    records, rejects = run(llava(tmp_path, [good, *(each for many in bad.values() for each in many)]))
+    assert [record.id for record in records] == ["llava/good-0"]
     assert rejects == {kind: len(many) for kind, many in bad.items()}
