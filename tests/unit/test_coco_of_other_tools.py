@@ -200,13 +200,6 @@ def test_a_box_follows_from_the_mask(tmp_path: Path, box: object, segmentation: 
     assert [region.bounds(40, 30) for region in proposed(tmp_path)] == [bounds]
 
 
-def test_a_mask_alone_needs_no_sound_box(tmp_path: Path) -> None:
-    write(tmp_path, thing(bbox=[50, 5, 20, 10], segmentation=[RING]))
-    assert convert(tmp_path)[1] == {"box outside the image": 1}
-    assert regions(tmp_path, shapes="mask") == proposed(tmp_path) == [Region.polygon([RING])]
-    assert asked(tmp_path, region="mask").items()[0].detail["object"]["bbox"] == [5, 5, 20, 10]
-
-
 def test_what_looks_normalized_is_left_out(tmp_path: Path) -> None:
     ring = [0.1, 0.1, 0.5, 0.1, 0.5, 0.5]
     write(tmp_path, thing(1, bbox=[0.1, 0.1, 0.4, 0.4]), thing(2, segmentation=[ring]), thing(3, segmentation=[RING]))

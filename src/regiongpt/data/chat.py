@@ -89,10 +89,7 @@ class JsonlConverter(Converter):
                 line = _Line.read(entry)
                 size = (0, 0)
                 if line.image:
-                    size = check_image(self.images / image_name(line.image))
-                    if size != (line.width or size[0], line.height or size[1]):
-                        expected = f"expected {line.width} x {line.height} pixels (W x H)"
-                        raise Fault("image of another size", f"{expected}, got {size[0]} x {size[1]}")
+                    size = check_image(self.images / image_name(line.image), line.width, line.height)
                 regions = []
                 for place, given in enumerate(line.regions, 1):
                     category = given.pop("category", "")

@@ -44,13 +44,10 @@ log = logging.getLogger(__name__)
 
 Box = Corners
 Shapes = Literal["box", "mask", "both"]
-_CROWDS: Final[dict[str | float | None, bool]] = {
-    **dict.fromkeys((None, 0, "", "0", "false"), False),
-    **dict.fromkeys((1, "1", "true"), True),
-}
 _LVIS: Final = ("neg_category_ids", "not_exhaustive_category_ids")
 _NO_CLASS: Final = ("_background_", "__background__", "background", "__ignore__")  # as LabelMe begins its categories
 _NO_ID: Final = -(1 << 62)
+_NO_SENSE: Final = "mask that makes no sense"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,9 +82,6 @@ class Mask(NamedTuple):
         if self.rle is not None:
             return Region.rle(self.rle)
         return Region.polygon([np.array(ring) for ring in self.rings]) if self.rings else None
-
-
-_SPOILT: Final = Mask(faults=[Fault(MALFORMED, "already noted")])
 
 
 class Annotation(NamedTuple):
@@ -173,8 +167,8 @@ def number_of(identity: Any) -> int | None:
 
 def is_crowd(value: Any) -> bool | None:
     """Value of ``iscrowd``, False if missing; None if invalid."""
-    known = value.lower() if isinstance(value, str) else value
-    return _CROWDS.get(known) if known is None or isinstance(known, str | int | float) else None
+    known = {"none": False, "": False, "0": False, "false": False, "1": True, "true": True}
+    return known.get(str(value).lower().removesuffix(".0"))
 
 
 def read_mask(segmentation: Any) -> Mask:
@@ -333,15 +327,14 @@ class InstancesFile:
         rejects: Where faults are noted.
         shapes: What is wanted of each object. Without ``"box"``, an object without a sound mask is left out.
         folder: Folder of the images; None does not look for them.
-        check: With a folder, leave out images that are missing, or those of another size too; or check nothing.
+        check: With a folder, whether images that are missing, or of another size too, are left out.
         crowds: Leave out groups of objects, take them for objects, or keep them apart.
         wanted: Ids of the images whose objects are read; None for all.
         known: Ids of images that earlier files had.
 
     Attributes:
         names: Categories by id; of two ids of one name, the first that is used stands for both.
-        images: In the order of their ids.
-        objects: In the order of their images and ids.
+        images, objects: In the order of their images' ids, then their own.
         groups: Image, category, box as given (x, y, width, height) and area of each crowd that is left out.
         federated: What LVIS' rules go by, None where not every image and category has it.
 
@@ -506,19 +499,10 @@ class InstancesFile:
                 if given not in self._alias:
                     raise Fault("unknown category", f"expected a category of the file, got {self.name_of(given)}")
                 frame, category = self.images[places[image]], self._alias[given]
-                if mask.rle is not None and mask.rle.get("size") != [frame.height, frame.width]:
-                    wanted = f"expected the size {[frame.height, frame.width]} of its image"
-                    other = Fault("RLE of another size", f"{wanted}, got {short(mask.rle.get('size'))}")
-                    if boxless:
-                        raise other
-                    self._leave_out(number, other)
-                    mask = _SPOILT
-                try:
-                    box = annotated_box(bounds, frame.width, frame.height)
-                except Fault:  # a mask alone is asked about, and has a box of its own
-                    if self._shapes != "mask" or (around := mask.bounds()) is None:
-                        raise
-                    box = annotated_box(around, frame.width, frame.height)
+                if boxless and mask.rle and mask.rle.get("size") != [frame.height, frame.width]:
+                    wanted = f"expected RLE of the size {[frame.height, frame.width]} of its image"
+                    raise Fault(_NO_SENSE, f"{wanted}, got {short(mask.rle.get('size'))}")
+                box = annotated_box(bounds, frame.width, frame.height)
                 overhung += overhangs(bounds, frame.width, frame.height)
                 if crowd and self._crowds == "leave out":
                     self.groups.append((image, category, list(bounds), area))
@@ -547,13 +531,13 @@ class InstancesFile:
             try:
                 if not is_clear and (region := mask.region()) is not None:
                     region.check(*sizes[one.place], "mask")
-            except RegionError as error:
-                self._leave_out(one.id, Fault("mask that makes no sense", str(error)))
-                mask = _SPOILT
+                if self._shapes == "mask" and not mask.faults and not (mask.rings or mask.rle):
+                    raise Fault("object without a mask", "expected a mask, got a box alone")
+            except (Fault, RegionError) as error:
+                self._leave_out(one.id, error if isinstance(error, Fault) else Fault(_NO_SENSE, str(error)))
+                mask = Mask()
             if self._shapes == "both" or mask.rings or mask.rle:
                 checked.append(one._replace(mask=mask))
-            elif mask.sound:
-                self._leave_out(one.id, Fault("object without a mask", "expected a mask, got a box alone"))
         self.objects = checked
 
 
@@ -641,6 +625,12 @@ class CocoData(NamedTuple):
 
     images: tuple[ImageAnnotations, ...]
     skipped: Mapping[str, int]
+
+    def report(self) -> str:
+        """One line for the log."""
+        objects, captions = (sum(len(getattr(each, name)) for each in self.images) for name in ("objects", "captions"))
+        faults = ", ".join(f"{count} {kind}" for kind, count in self.skipped.items()) or "nothing"
+        return f"{len(self.images)} images, {objects} objects, {captions} captions; left out: {faults}"
 
 
 def photo_sources(root: Path, split: str) -> list[CocoSource]:

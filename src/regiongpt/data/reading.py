@@ -127,7 +127,7 @@ def check_image(path: str | Path, width: int | None = None, height: int | None =
         Fault: It is missing, cannot be read, or is not of the stated width and height.
     """
     found = _measured(os.fspath(path))  # text is many times as fast to look up as a Path
-    if width is not None and height is not None and found != (width, height):
+    if found != (width or found[0], height or found[1]):
         expected = f"expected {width} x {height} pixels (W x H) as annotated"
         raise Fault("image of another size", f"{expected}, got {found[0]} x {found[1]} in {path}")
     return found
