@@ -105,29 +105,24 @@ def test_one_rule_finds_the_image_of_an_entry(tmp_path: Path, entry: dict) -> No
 
 
 def test_what_is_found_by_the_last_part_of_its_name_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("a/photo.png", "photo.png"):
+    for name in ("photo.png", "a/photo.png"):
         write(tmp_path, thing(), images=[{"id": 1, "file_name": name, "width": 40, "height": 30}])
-        for read in (convert, proposed):
-            read(tmp_path)
-            assert ("only by file name" in caplog.text) == (name != "photo.png")
-            caplog.clear()
+        convert(tmp_path)
+        proposed(tmp_path)
+        assert caplog.text.count("only by file name") == 2 * (name != "photo.png")
 
 
 def test_equal_base_names_in_different_folders_are_not_mixed_up(tmp_path: Path) -> None:
-    images = [
-        {"id": 1, "file_name": "a/1.png", "width": 40, "height": 30},
-        {"id": 2, "file_name": "b\\1.png", "width": 40, "height": 30},
-        {"id": 3, "coco_url": "http://host/c/2.png", "width": 40, "height": 30},
-        {"id": 4, "coco_url": "http://host/d/2.png", "width": 40, "height": 30},
-    ]
+    names = [{"file_name": "a/1.png"}, {"file_name": "b\\1.png"}, {"coco_url": "http://host/c/2.png"},
+             {"coco_url": "http://host/d/2.png"}]  # fmt: skip
+    images = [{"id": k, "width": 40, "height": 30, **name} for k, name in enumerate(names, 1)]
     write(tmp_path, *(thing(k, image_id=k, bbox=[k, 1, 9, 9]) for k in (1, 2, 3, 4)), images=images)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (40, 30)).save(tmp_path / name / "1.png")
-    Image.new("RGB", (40, 30)).save(tmp_path / "2.png")
-    missing = {"annotation of an absent image": 2, "image file missing": 2}
+    for name in ("a/1.png", "b/1.png", "2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
     records, rejects = convert(tmp_path)
-    assert ([record.image for record in records], rejects) == (["a/1.png", "b/1.png"], missing)
+    assert [record.image for record in records] == ["a/1.png", "b/1.png"]
+    assert rejects == {"annotation of an absent image": 2, "image file missing": 2}
     (record,), rejects = convert(tmp_path, images=tmp_path / "b")
     assert (record.id, record.image) == ("coco/2", "1.png")
     for name, left in (("a", 1), ("b", 2)):
@@ -181,10 +176,8 @@ def test_a_size_that_is_stated_is_held_against_the_image(tmp_path: Path, size: d
 
 
 def test_a_size_that_is_not_stated_is_that_of_the_image(tmp_path: Path) -> None:
-    file = write(tmp_path, thing(), images=[{"id": 1, "file_name": "photo.png"}])
+    write(tmp_path, thing(), images=[{"id": 1, "file_name": "photo.png"}])
     assert [(record.width, record.height) for record in convert(tmp_path)[0]] == [(40, 30)]
-    assert asked(tmp_path).items()[0].size == (40, 30)
-    assert load_coco([CocoSource(instances=file, images=tmp_path)]).images[0].width == 40
     assert convert(tmp_path, check_images=False)[1] == {"image without size": 1, "annotation of an absent image": 1}
 
 

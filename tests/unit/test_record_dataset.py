@@ -193,7 +193,6 @@ def test_a_long_answer_is_cut_and_a_question_that_leaves_no_room_for_one_is_refu
     ("one", "message"),
     [
         (record(chat("What is <region1>?", " ")), "expected an answer as message 2 of 2"),
-        (record(chat("What is <region4>?", "A cat")), "<region4> stands for region 4"),
         (record(chat("What is it?", "<region9>")), "<region9> stands for region 9"),
         (record(chat("What?", "A cat"), image="text.png"), "text.png: expected an image"),
         (record(chat("What?", "A cat"), image="wide.png"), "expected an image of 40 x 30 pixels, got 41 x 30"),

@@ -3,17 +3,17 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import converting
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.records import Record, Turn
 from regiongpt.data.shards import MANIFEST, REJECTS, Manifest, RecordSet, Rejects, file_identity, write_records
 from regiongpt.errors import DataError, RegionError
 from regiongpt.prompts import QUESTIONS
@@ -47,17 +47,10 @@ regions = st.one_of(
 )
 
 
-def record(number: int, *given: Region, **changed: object) -> Record:
-    parts: dict = {
-        "id": f"test/{number}",
-        "source": "test",
-        "image": f"{number % 7}.jpg",
-        "width": WIDTH,
-        "height": HEIGHT,
-        "regions": tuple(RecordRegion(region=each, category="dog", source_id=str(number)) for each in given),
-        "turns": (Turn(task="image_caption", answer=f"A dog, {number} é."),),
-    }
-    return Record(**{**parts, **changed})
+def record(number: int, *given: Region, **changed: Any) -> Record:
+    named = [(each, "dog") for each in given]
+    made = converting.record(str(number), *named, image=f"{number % 7}.jpg", size=(WIDTH, HEIGHT))
+    return replace(made, **changed)
 
 
 def save(out: Path, records: object, rejects: Rejects | None = None, **more: object) -> Manifest:
@@ -170,28 +163,16 @@ def test_what_cannot_be_learnt_is_left_out_and_counted(tmp_path):
         save(tmp_path, [good, outside], Rejects(strict=True))
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from test_records import some, save
-def until_killed():
-    yield from some(70)
-    os.kill(os.getpid(), signal.SIGKILL)
-save(Path(sys.argv[1]), until_killed(), records_per_shard=20)
-"""
-
-
-def test_a_killed_run_leaves_nothing_that_is_read_and_the_next_completes_it(tmp_path):
-    out = tmp_path / "records"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", KILLED, str(out)], env={**os.environ, "PYTHONPATH": path}, check=False)
-    assert len(list(out.glob(".unfinished-*/records-*"))) > 1
+def test_what_a_killed_run_left_is_not_read_and_the_next_run_removes_it(tmp_path):
+    left = tmp_path / ".unfinished-1"
+    left.mkdir()
+    (left / "records-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="run `regiongpt convert`"):
-        RecordSet(out)
+        RecordSet(tmp_path)
     written = some(15)
-    save(out, written, records_per_shard=20)
-    assert sorted(each.name for each in out.glob("*.*")) == [MANIFEST, "records-00000.parquet", REJECTS]
-    assert list(RecordSet(out)) == written
+    save(tmp_path, written)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [MANIFEST, "records-00000.parquet", REJECTS]
+    assert list(RecordSet(tmp_path)) == written
 
 
 def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path, monkeypatch):
