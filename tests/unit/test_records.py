@@ -120,13 +120,6 @@ def test_a_record_that_teaches_nothing_is_told(changed, message):
         record(0, Region.box(0, 0, 4, 4), **changed).check()
 
 
-def test_a_row_of_another_schema_is_told():
-    row = record(0, Region.box(0, 0, 4, 4)).row()
-    for broken in ({"turns": [{"task": "chat"}]}, {"regions": [{**row["regions"][0], "kind": "oval"}]}):
-        with pytest.raises(DataError, match="schema version 1"):
-            Record.from_row({**row, **broken})
-
-
 def test_the_same_records_give_the_same_bytes(tmp_path):
     first, second = (save(tmp_path / name, iter(some(50)), records_per_shard=20) for name in "ab")
     assert first == second
