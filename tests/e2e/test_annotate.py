@@ -24,11 +24,10 @@ from PIL import Image
 from tiny_checkpoint import make_checkpoint
 
 from regiongpt.annotate import engine
-from regiongpt.annotate.plan import AnnotatedImages
 from regiongpt.cli import main
 from regiongpt.data.records import Record
 from regiongpt.data.shards import RecordSet
-from regiongpt.data.sources import convert, load_converter
+from regiongpt.data.sources import AnnotatedImages, convert, load_converter
 from regiongpt.images import load_image
 
 ROOT = Path(__file__).parents[2]

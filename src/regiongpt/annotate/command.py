@@ -7,9 +7,10 @@ from regiongpt.annotate.captioners import make_captioner
 from regiongpt.annotate.engine import Run, scorer_of
 from regiongpt.annotate.options import Captions, Filters, Options
 from regiongpt.annotate.output import Output
-from regiongpt.annotate.plan import AnnotatedImages, works
+from regiongpt.annotate.plan import works
 from regiongpt.console import tell
 from regiongpt.data.shards import CROWD, require_data_extra
+from regiongpt.data.sources import AnnotatedImages
 from regiongpt.errors import ConfigError
 from regiongpt.storage import Store, locked
 

@@ -1,15 +1,11 @@
 """Output of a run: the table of all captions, training records, exports, a data card and a page."""
 
-import io
-import json
 import shutil
-import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import count, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,13 +13,13 @@ import numpy as np
 
 from regiongpt.annotate.filters import judge, least_of_share, why_not, words
 from regiongpt.annotate.options import MODES, Filters, Options
-from regiongpt.annotate.plan import WORDING, AnnotatedImages, Ask, Work, window, works
+from regiongpt.annotate.plan import WORDING, Ask, Work, window, works
 from regiongpt.data.records import Record, Turn, region_of_row, region_row
-from regiongpt.data.shards import Rejects, schema, write_records
+from regiongpt.data.shards import Rejects, schema, write_llava, write_records, write_webdataset
+from regiongpt.data.sources import AnnotatedImages
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.images import load_image
-from regiongpt.prompts import replace_placeholders
 from regiongpt.report import Curve, line_chart, picture, render, write_page
 from regiongpt.storage import Store, locked, new_folder, sha256, write_file, write_json, writing
 
@@ -242,48 +238,3 @@ def _read(folder: Path) -> Iterator[Record]:
     for file in sorted(folder.glob("*.parquet")):
         for batch in pq.ParquetFile(file).iter_batches(1000):
             yield from map(Record.from_row, batch.to_pylist())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layouts of other trainers
-
-
-def write_llava(records: Iterable[Record], path: str | Path) -> None:
-    """Write records as JSON lines of ``{id, image, conversations}``, as LLaVA's training reads them.
-
-    A region becomes a box written out in its question, in fractions of the image's sides. DataError if the file cannot
-    be written.
-    """
-
-    def lines() -> Iterator[str]:
-        for index, record in enumerate(records):
-            sides = 2 * (record.width, record.height)
-            boxes = []
-            for each in record.regions:
-                corners = zip(each.region.bounds(*sides[:2]), sides, strict=True)
-                boxes.append(f"region [{', '.join(f'{value / side:.3f}' for value, side in corners)}]")
-            said = []
-            for message in record.messages(0, 0, index):
-                text = replace_placeholders(message["content"], ["", *boxes].__getitem__)
-                said.append({"from": "human" if message["role"] == "user" else "gpt", "value": text})
-            yield json.dumps({"id": record.id, "image": record.image, "conversations": said}, ensure_ascii=False) + "\n"
-
-    with writing(path), Path(path).open("w", encoding="utf-8") as file:
-        file.writelines(lines())
-
-
-def write_webdataset(records: Iterable[Record], images: Path, folder: Path) -> None:
-    """Write records with their images as tar files of a thousand samples: an image and the record's row as JSON."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        rest = iter(records)
-        for number in count():
-            if not (some := list(islice(rest, 1000))):
-                return
-            with tarfile.open(folder / f"records-{number:05d}.tar", "w") as tar:
-                for record in some:
-                    path, row = images / record.image, json.dumps(record.row(), ensure_ascii=False).encode()
-                    for suffix, data in ((path.suffix.lower() or ".jpg", path.read_bytes()), (".json", row)):
-                        member = tarfile.TarInfo(record.id.replace("/", "-").replace(".", "-") + suffix)
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))

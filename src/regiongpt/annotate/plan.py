@@ -3,82 +3,21 @@
 import math
 import os
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from hashlib import blake2b
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from regiongpt.annotate.options import MODES, Captions, Mode, Options
-from regiongpt.data.coco import InstancesFile, crowd_hint
-from regiongpt.data.records import Record, RecordRegion, region_row
-from regiongpt.data.shards import RecordSet, Rejects
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.data.records import Record, region_row
+from regiongpt.data.sources import AnnotatedImages
 from regiongpt.regions import Region
 from regiongpt.storage import Store, digest, sha256
 
 WORDING: Final[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("wording.toml").read_text(encoding="utf-8"))
 Stage = Literal["image", "region", "locate", "score"]
 Value = dict[str, Any]
-
-
-class AnnotatedImages:
-    """All images with their regions, as records without turns in an order that the files alone decide.
-
-    Attributes:
-        count: Number of regions.
-        rejects: What could not be used, by kind.
-
-    Args:
-        images: Folder of the images.
-        regions: JSON of COCO, LVIS, V3Det or another tool's COCO export, or a folder of records.
-        crowds: Take what is marked as a crowd too.
-
-    Raises:
-        ConfigError: A path does not exist.
-        DataError: The regions cannot be read, or there are none.
-    """
-
-    def __init__(self, images: Path, regions: Path, crowds: bool = False) -> None:
-        if not images.is_dir():
-            raise ConfigError(f"--images {images}: no such folder")
-        if not regions.exists():
-            raise ConfigError(f"--regions {regions}: no such file or folder")
-        self.images, self.path, self.rejects = images, regions, Rejects()
-        self._held: RecordSet | InstancesFile
-        if regions.is_dir():
-            self._held = RecordSet(regions, images)
-            self.count = self._held.manifest.counts.get("regions", 0)
-        else:
-            self._held = InstancesFile(
-                regions, self.rejects, shapes="both", folder=images, check="missing",
-                crowds="take" if crowds else "leave out",
-            )  # fmt: skip
-            self.count = len(self._held.objects)
-        if not self.count:
-            told = f": {self.rejects.summary()}; the last: {self.rejects.last}" if self.rejects.counts else ""
-            raise DataError(f"--regions {regions}: no usable region{told}{crowd_hint(self.rejects)}")
-
-    def __iter__(self) -> Iterator[Record]:
-        for place, (image, width, height, regions) in enumerate(self._read()):
-            if image and regions:
-                yield Record(
-                    id=str(place), source="regions", image=image, width=width, height=height, regions=tuple(regions),
-                    turns=(),
-                )  # fmt: skip
-
-    def _read(self) -> Iterator[tuple[str, int, int, Iterable[RecordRegion]]]:
-        if isinstance(self._held, InstancesFile):
-            file = self._held
-            for image, found in file.by_image():
-                regions = [file.record_region(each, each.mask.region() or Region.box(*each.box)) for each in found]
-                yield image.path, image.width, image.height, regions
-            return
-        for name, group in groupby(self._held, key=lambda record: record.image):
-            first, *others = group
-            shared = dict.fromkeys(each for record in (first, *others) for each in record.regions)  # some are repeated
-            yield name, first.width, first.height, shared
 
 
 class Ask(NamedTuple):

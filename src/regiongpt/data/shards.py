@@ -3,16 +3,18 @@
 A folder without a manifest is not read: a kill at any moment leaves nothing half-written. Paper: §3.2, §4 (mixtures)
 """
 
+import io
 import json
 import os
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -23,6 +25,7 @@ from typing_extensions import TypedDict
 
 from regiongpt.data.records import SCHEMA_VERSION, Record
 from regiongpt.errors import ConfigError, DataError, RegionError, RegionGPTError, naming
+from regiongpt.prompts import replace_placeholders
 from regiongpt.settings import Settings, read_toml
 from regiongpt.storage import is_below, read_json, reason, sha256, write_json, writing
 
@@ -453,3 +456,48 @@ class Mixture:
         """One line: what an epoch holds."""
         listed = ", ".join(f"{part.name} {part.per_epoch:,} of {len(part.records):,}" for part in self.parts)
         return f"{len(self):,} records an epoch: {listed}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts of other trainers
+
+
+def write_llava(records: Iterable[Record], path: str | Path) -> None:
+    """Write records as JSON lines of ``{id, image, conversations}``, as LLaVA's training reads them.
+
+    A region becomes a box written out in its question, in fractions of the image's sides. DataError if the file cannot
+    be written.
+    """
+
+    def lines() -> Iterator[str]:
+        for index, record in enumerate(records):
+            sides = 2 * (record.width, record.height)
+            boxes = []
+            for each in record.regions:
+                corners = zip(each.region.bounds(*sides[:2]), sides, strict=True)
+                boxes.append(f"region [{', '.join(f'{value / side:.3f}' for value, side in corners)}]")
+            said = []
+            for message in record.messages(0, 0, index):
+                text = replace_placeholders(message["content"], ["", *boxes].__getitem__)
+                said.append({"from": "human" if message["role"] == "user" else "gpt", "value": text})
+            yield json.dumps({"id": record.id, "image": record.image, "conversations": said}, ensure_ascii=False) + "\n"
+
+    with writing(path), Path(path).open("w", encoding="utf-8") as file:
+        file.writelines(lines())
+
+
+def write_webdataset(records: Iterable[Record], images: Path, folder: Path) -> None:
+    """Write records with their images as tar files of a thousand samples: an image and the record's row as JSON."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        rest = iter(records)
+        for number in count():
+            if not (some := list(islice(rest, 1000))):
+                return
+            with tarfile.open(folder / f"records-{number:05d}.tar", "w") as tar:
+                for record in some:
+                    path, row = images / record.image, json.dumps(record.row(), ensure_ascii=False).encode()
+                    for suffix, data in ((path.suffix.lower() or ".jpg", path.read_bytes()), (".json", row)):
+                        member = tarfile.TarInfo(record.id.replace("/", "-").replace(".", "-") + suffix)
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))

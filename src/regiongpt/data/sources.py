@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib import import_module
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final
 
@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from regiongpt.console import progress
-from regiongpt.data.coco import Frame, Instance, InstancesFile, Shapes, read_captions
+from regiongpt.data.coco import Frame, Instance, InstancesFile, Shapes, crowd_hint, read_captions
 from regiongpt.data.reading import Words, is_unicode
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import (
@@ -26,6 +26,7 @@ from regiongpt.data.shards import (
     MANIFEST,
     REJECTS,
     Manifest,
+    RecordSet,
     Rejects,
     counted,
     file_identity,
@@ -323,3 +324,65 @@ class V3DetConverter(InstancesConverter):
 def _turn(label_set: str, region: int, name: str) -> Turn:
     """One closed-set question; the same few thousand serve a million objects."""
     return Turn(task="classify", regions=(region,), answer=name, label_set=label_set, guided=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Annotated images as they are, of any source
+
+
+class AnnotatedImages:
+    """All images with their regions, as records without turns in an order that the files alone decide.
+
+    Attributes:
+        count: Number of regions.
+        rejects: What could not be used, by kind.
+
+    Args:
+        images: Folder of the images.
+        regions: JSON of COCO, LVIS, V3Det or another tool's COCO export, or a folder of records.
+        crowds: Take what is marked as a crowd too.
+
+    Raises:
+        ConfigError: A path does not exist.
+        DataError: The regions cannot be read, or there are none.
+    """
+
+    def __init__(self, images: Path, regions: Path, crowds: bool = False) -> None:
+        if not images.is_dir():
+            raise ConfigError(f"--images {images}: no such folder")
+        if not regions.exists():
+            raise ConfigError(f"--regions {regions}: no such file or folder")
+        self.images, self.path, self.rejects = images, regions, Rejects()
+        self._held: RecordSet | InstancesFile
+        if regions.is_dir():
+            self._held = RecordSet(regions, images)
+            self.count = self._held.manifest.counts.get("regions", 0)
+        else:
+            self._held = InstancesFile(
+                regions, self.rejects, shapes="both", folder=images, check="missing",
+                crowds="take" if crowds else "leave out",
+            )  # fmt: skip
+            self.count = len(self._held.objects)
+        if not self.count:
+            told = f": {self.rejects.summary()}; the last: {self.rejects.last}" if self.rejects.counts else ""
+            raise DataError(f"--regions {regions}: no usable region{told}{crowd_hint(self.rejects)}")
+
+    def __iter__(self) -> Iterator[Record]:
+        for place, (image, width, height, regions) in enumerate(self._read()):
+            if image and regions:
+                yield Record(
+                    id=str(place), source="regions", image=image, width=width, height=height, regions=tuple(regions),
+                    turns=(),
+                )  # fmt: skip
+
+    def _read(self) -> Iterator[tuple[str, int, int, Iterable[RecordRegion]]]:
+        if isinstance(self._held, InstancesFile):
+            file = self._held
+            for image, found in file.by_image():
+                regions = [file.record_region(each, each.mask.region() or Region.box(*each.box)) for each in found]
+                yield image.path, image.width, image.height, regions
+            return
+        for name, group in groupby(self._held, key=lambda record: record.image):
+            first, *others = group
+            shared = dict.fromkeys(each for record in (first, *others) for each in record.regions)  # some are repeated
+            yield name, first.width, first.height, shared
