@@ -58,9 +58,6 @@ def ask(processor: RegionGPTProcessor) -> Any:
     return processor.apply_chat_template(messages, images=image, regions=regions, **how)
 
 
-# -- create ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", TOWERS)
 def test_create_keeps_the_trained_parts(kind: str, tmp_path: Path, language: Path) -> None:
     torch.manual_seed(0)
@@ -204,9 +201,6 @@ def test_create_from_the_wrong_kind_of_folder(tower: Path, language: Path, tmp_p
             weights.create(*parts)
 
 
-# -- load --------------------------------------------------------------------------------------------------------------
-
-
 def refuse(folder: Path, *words: str) -> None:
     with pytest.raises(CheckpointError) as raised:
         weights.load(folder)
@@ -223,9 +217,6 @@ def test_shards_are_loaded_unless_one_is_missing(checkpoint: Path, tmp_path: Pat
     assert_same(model, weights.load(tmp_path)[0], ask(processor))
     next(tmp_path.glob("model-00002-*")).unlink()
     refuse(tmp_path, "lacks model-00002-")
-
-
-# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

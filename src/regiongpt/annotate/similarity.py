@@ -1,4 +1,4 @@
-"""How well texts fit images, by CLIP or SigLIP."""
+"""How well captions fit crops, by CLIP or SigLIP."""
 
 import re
 import threading
