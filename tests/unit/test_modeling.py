@@ -250,9 +250,9 @@ def test_two_turns_with_one_cache_are_written_as_without(name: str) -> None:
         answer = model.generate(**first, **{name: cache}, **call)
         assert torch.equal(answer, model.generate(**first, **call))
         ids = torch.cat([answer, torch.tensor([[7, REGION, 9]])], dim=1)
-        second = {**first, "input_ids": ids, "region_ids": torch.tensor([[2, 1]])}
-        second["attention_mask"] = torch.ones_like(ids)
-        expected = model.generate(**second, **call)
+        second = {**first, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        expected = model.generate(**{**second, "region_ids": torch.tensor([[2, 1]])}, **call)
+        second["region_ids"] = torch.tensor([[1]])  # of what is not cached
         assert torch.equal(model.generate(**second, **{name: cache}, **call), expected)
 
 

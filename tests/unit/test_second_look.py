@@ -1,6 +1,7 @@
 """A second look at regions, their own crops: what it sees, what it adds, when it is left out."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from asking import boxes, photograph, tiny_parts
 from PIL import Image
 
 from regiongpt.data.records import Record, RecordRegion, Turn
+from regiongpt.data.shards import Drawn
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.run import answer_image, model_identity
 from regiongpt.evaluate.task import Item
@@ -167,18 +169,11 @@ def test_training_leaves_half_of_the_crops_out_by_seed_item_and_region(tmp_path:
     class Records(list[Record]):
         folder = tmp_path
 
-        def image_path(self, record: Record) -> Path | None:
-            return tmp_path / record.image if record.image else None
+        def image_path(self, record: Record) -> Path:
+            return tmp_path / str(record.image)
 
-    class Mixed:
-        seed = 0
-
-        def draw(self, item: int) -> Any:
-            from regiongpt.data.shards import Drawn
-
-            return Drawn(records=Records([record] * 30), index=item % 30, times=item // 30)  # type: ignore[arg-type]
-
-    mixture: Any = Mixed()
+    records: Any = Records([record] * 30)
+    mixture: Any = SimpleNamespace(seed=0, draw=lambda item: Drawn(records=records, index=item % 30, times=item // 30))
     dataset = RecordDataset(mixture, processor, 60)
 
     def kept(item: int) -> list[bool]:

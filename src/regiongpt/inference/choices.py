@@ -1,7 +1,5 @@
 """Answers from a closed set: the likelihood of every choice after one prompt.
 
-The prompt goes through the language model once; every answer is then a short sequence behind it.
-
 Shapes: B questions, R regions, K tokens of a region, A answers, E expressions, L tokens of answers, D model width, V
 vocabulary.
 """
@@ -38,10 +36,7 @@ class ClosedSet:
 
 
 def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> ClosedSet:
-    """Prepare the answers to a question for scoring; recent ones are cached.
-
-    TooLong where the longest does not fit the model's context; ConfigError for a chat template that changes answers.
-    """
+    """Prepare the answers to a question for scoring, or find them cached; TooLong for the model's context."""
 
     def make() -> ClosedSet:
         prompt = engine.encode_text(messages, n_regions)
@@ -135,18 +130,11 @@ def _behind(engine: Engine, prefixes: Sequence[Prefix], paths: Sequence[Sequence
 def answer_scores(
     engine: Engine, scene: Scene, messages: Sequence[Turn], pooled: Sequence[Tensor], answers: Sequence[str]
 ) -> Tensor:
-    """Log likelihoods (B, A) of answers to one question for each of B sets of region features (R * K, D).
-
-    Their softmax gives the probabilities if the answer is one of these. Raises as :func:`closed_set` does.
-    """
+    """Log likelihoods (B, A) of answers to one question for each of B sets of region features (R * K, D)."""
     if not pooled:
         return torch.empty((0, len(answers)))
     closed = closed_set(engine, messages, len(pooled[0]) // engine.processor.tokens_per_region, answers)
     return log_likelihoods(engine, scene, closed, pooled)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The class of a region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +154,7 @@ class Classified:
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The ``k`` most probable choices with their probabilities, best first."""
-        return sorted(self.probabilities.items(), key=lambda choice: -choice[1])[: max(0, k)]
+        return sorted(self.probabilities.items(), key=lambda choice: -choice[1])[:k]
 
 
 def classified(scores_A: Tensor, names: Sequence[str], top_k: int | None) -> Classified:
@@ -176,10 +164,6 @@ def classified(scores_A: Tensor, names: Sequence[str], top_k: int | None) -> Cla
     kept = {names[k]: shares[k] for k in (range(len(names)) if top_k is None else best)}
     label = names[best[0]]
     return Classified(label=label, probability=kept[label], probabilities=kept)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The region that an expression refers to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,14 +194,18 @@ def locate_expressions(
     asked = [question("locate", regions=numbers, expression=each) for each in expressions if by != "words"]
     # All made ready before the first is scored: what is too long is known at once.
     ready = [closed_set(engine, question_turns((), text), len(pooled), answers) for text in asked]
-    called_ER = called(engine, scene, pooled, expressions) if by != "answer" and expressions else torch.empty(0)
+    if by != "answer" and expressions:
+        different = list(dict.fromkeys(expressions))
+        turns = question_turns((), question("refer", regions=[1]))
+        scores_ER = answer_scores(engine, scene, turns, pooled, different).T
     results = []
-    for row in range(len(expressions)):
+    for row, expression in enumerate(expressions):
         if by != "words":
             shares = log_likelihoods(engine, scene, ready[row], [torch.cat(list(pooled))])[0].softmax(-1)
             no_match = shares[-1:]
         if by != "answer":
-            shares = torch.cat([(1 - no_match) * called_ER[row].softmax(-1), no_match])
+            called_R = scores_ER[different.index(expression)].softmax(-1)
+            shares = torch.cat([(1 - no_match) * called_R, no_match])
         # Two regions that fit equally share their probability; that does not make it likelier that none fits.
         best = int(shares.argmax()) if by == "answer" or shares[-1] > 0.5 else int(shares[:-1].argmax())
         found = best if best < len(pooled) else None
@@ -231,11 +219,3 @@ def locate_expressions(
             )
         )
     return results
-
-
-def called(engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str]) -> Tensor:
-    """Log likelihood (E, R) of each expression as each region's name."""
-    different = list(dict.fromkeys(expressions))
-    turns = question_turns((), question("refer", regions=[1]))
-    scores_RE = answer_scores(engine, scene, turns, pooled, different)
-    return scores_RE.T[[different.index(each) for each in expressions]]
