@@ -35,10 +35,10 @@ from regiongpt.annotate.captioners import Captioner, Reply, Request, make_captio
 from regiongpt.annotate.filters import judge, least_of_share, why_not
 from regiongpt.annotate.options import MODES, Captions, Filters, Options
 from regiongpt.annotate.plan import WORDING, context, draw, region_prompt, window
-from regiongpt.annotate.similarity import Similarity
 from regiongpt.cli import main
 from regiongpt.data.records import RecordRegion
 from regiongpt.errors import CheckpointError, ConfigError
+from regiongpt.inference.choices import Similarity
 
 HERE = Path(__file__).parent
 SNAPSHOT = Path(__file__).parent / "annotate_prompts.json"

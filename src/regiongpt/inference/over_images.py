@@ -329,14 +329,14 @@ class Reply:
 def _ask(predictor: "RegionPredictor", given: Sequence[Proposal], question: str, options: Options) -> Reply:
     regions = [each.region for each in given]
     answer = predictor.ask(question, regions, **dict(options))
-    said = {"answer": answer.text, "cited": list(answer.cited), "warnings": list(answer.warnings)}
-    about = {"question": question, "regions": [region.to_dict() for region in regions]}
-    return Reply(
-        record={**about, **said, "complete": answer.complete},
-        lines=[answer.text],
-        dialogue=[(question, answer.text)],
-        warnings=list(answer.warnings),
-    )
+    warnings = list(answer.warnings)
+    record: dict[str, Any] = {
+        "question": question,
+        "regions": [region.to_dict() for region in regions],
+        "answer": answer.text,
+    }
+    record |= {"cited": list(answer.cited), "warnings": warnings, "complete": answer.complete}
+    return Reply(record=record, lines=[answer.text], dialogue=[(question, answer.text)], warnings=warnings)
 
 
 def _describe(predictor: "RegionPredictor", given: Sequence[Proposal], _: str, options: DescribeOptions) -> Reply:

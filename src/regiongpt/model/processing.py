@@ -336,14 +336,10 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         images = images if isinstance(images, list | tuple) else [images]
         if len(images) > 1:
             raise DataError(f"expected one image, got {len(images)}")
-        item = self.encode_conversation(
-            conversation,
-            images[0] if images else None,
-            None if regions is None else Region.list_of(regions),
-            add_generation_prompt=add_generation_prompt,
-            with_image=with_image,
-            **options,
-        )
+        image = images[0] if images else None
+        regions = None if regions is None else Region.list_of(regions)
+        how = {"add_generation_prompt": add_generation_prompt, "with_image": with_image, **options}
+        item = self.encode_conversation(conversation, image, regions, **how)
         for note in item.pop("warnings"):
             warnings.warn(note, stacklevel=2)
         batch = self.collate([item])
