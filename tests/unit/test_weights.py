@@ -291,7 +291,7 @@ BIAS = "connector.linear_1.bias"
         (edit("config.json", region_position=1.0), ["region_boxes is False, not True"]),
         (edit("config.json", text_config={"model_type": "llama", "hidden_size": 1e300}), ["'hidden_size'"]),
         (
-            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 5}'),
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"0": 5}}'),
             ["lacks 5"],
         ),
         (more_tokens, ["the tokenizer has", "vocabulary of"]),
