@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.inference.choices import locate_expressions
 from regiongpt.inference.engine import Engine, Prompt, Scene, pick_device, pick_dtype
-from regiongpt.inference.options import WAYS, By, Options
+from regiongpt.inference.options import By, Options
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
 from regiongpt.storage import finite, write_json
@@ -242,7 +242,10 @@ def tables(results: dict[str, Any]) -> str:
             lines.append(f"    {pair['truth']} called {pair['answer']}: {pair['count']} of {pair['of_truth']}")
         for other in found["off_list"][:5]:
             lines.append(f"    off the list: {other['answer']!r} ({other['count']})")
-    for task, how in (("locate", "generated answer"), *((f"locate_by_{by}", f"locate(by={by!r})") for by in WAYS)):
+    for task, how in (
+        ("locate", "generated answer"),
+        *((f"locate_by_{by}", f"locate(by={by!r})") for by in get_args(By)),
+    ):
         if not (found := results.get(task)):
             continue
         head(f"Region chosen by an expression: {how}")
@@ -326,7 +329,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         began_task = time.monotonic()
         rows[task] = answered(questions[task], answer_all(engine, task, ready[task]))
         seconds[task] = time.monotonic() - began_task
-    for by in WAYS if "locate" in options.tasks else ():
+    for by in get_args(By) if "locate" in options.tasks else ():
         began_task, name = time.monotonic(), f"locate_by_{by}"
         questions[name] = questions["locate"]
         rows[name] = answered(questions[name], locate_all(engine, ready["locate"], by))

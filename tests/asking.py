@@ -19,15 +19,7 @@ from regiongpt.regions import Region
 def tiny_parts(
     tower: str = "clip_vision_model", template: str = "vicuna_v1", language: Any = None, seed: int = 0, **options: Any
 ) -> tuple[RegionGPTForConditionalGeneration, RegionGPTProcessor]:
-    """A random model and its processor.
-
-    Args:
-        tower: a key of ``tiny.TOWERS``, or ``efficientnet_lite``.
-        template: a key of ``regiongpt.prompts.CHAT_TEMPLATES``.
-        language: makes the language model's configuration from the size of its vocabulary; a Llama's by default.
-        seed: seed of the weights.
-        **options: of the model's configuration.
-    """
+    """A random model and its processor; ``language`` makes its configuration from the size of the vocabulary."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=trained_bpe(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )

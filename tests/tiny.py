@@ -34,16 +34,8 @@ def tower_config(kind: str) -> Any:
 
 
 def text_config(**options: Any) -> LlamaConfig:
-    shape: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": WORDS,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    shape: dict[str, Any] = {**VIT, "num_hidden_layers": 2, "vocab_size": WORDS}
+    shape |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     # The usual 0.02 leaves so small a model all but indifferent to its input.
     return LlamaConfig(**{**shape, "initializer_range": 0.3, **options})
 

@@ -38,7 +38,7 @@ from regiongpt.annotate.plan import WORDING, context, draw, region_prompt, windo
 from regiongpt.cli import main
 from regiongpt.data.records import RecordRegion
 from regiongpt.errors import CheckpointError, ConfigError
-from regiongpt.inference.similarity import Similarity
+from regiongpt.inference.choices import Similarity
 
 HERE = Path(__file__).parent
 SNAPSHOT = Path(__file__).parent / "annotate_prompts.json"

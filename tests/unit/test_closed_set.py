@@ -5,7 +5,6 @@ import torch
 from asking import boxes, photograph, tiny_parts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_checkpoint import make_checkpoint
 
 from regiongpt.errors import DataError
 from regiongpt.inference import RegionPredictor, choices
@@ -18,9 +17,8 @@ PHOTO = photograph()
 
 
 @pytest.fixture(scope="module")
-def predictor(tmp_path_factory: pytest.TempPathFactory) -> RegionPredictor:
-    checkpoint = make_checkpoint(tmp_path_factory.mktemp("tiny"), context=1024)
-    return RegionPredictor.from_pretrained(checkpoint, device="cpu").set_image(PHOTO)
+def predictor() -> RegionPredictor:
+    return RegionPredictor(*tiny_parts()).set_image(PHOTO)
 
 
 def full_pass(predictor: RegionPredictor, text: str, regions: list[Region], answer: str) -> float:
@@ -40,9 +38,6 @@ def scores(predictor: RegionPredictor, text: str, sets: list[list[Region]], answ
     closed = choices.closed_set(engine, question_turns((), text), len(sets[0]), answers)
     return log_likelihoods(engine, scene, closed, [engine.pool(scene, regions) for regions in sets])
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
 
 NAMES = st.text("abc ä-(", min_size=1, max_size=14).map(lambda name: " ".join(name.split())).filter(bool)
 

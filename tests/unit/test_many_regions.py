@@ -1,9 +1,5 @@
 """Many regions in one batch against plain ``generate``, one region at a time: the same tokens, the same logits."""
 
-import json
-import math
-from pathlib import Path
-
 import pytest
 import torch
 from asking import batch_tokens, boxes, photograph, plain_tokens, tiny_parts
@@ -29,13 +25,6 @@ COMBINATIONS = [
     for i, tower in enumerate(KINDS)
     for j, refinement in enumerate(REFINEMENTS)
 ]
-
-
-def spelt(engine: Engine, tokens: list[int]) -> str:
-    """The text of an answer's tokens, up to its end of turn."""
-    stops = engine.processor.stop_token_ids
-    end = next((place for place, token in enumerate(tokens) if token in stops), None)
-    return engine.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
 
 
 def assert_exact(engine: Engine, most: int = 5) -> None:
@@ -82,10 +71,6 @@ def test_with_other_language_models(kind):
     engine.model.language_model.set_attn_implementation("eager")  # the one that caps Gemma's scores in every release
     assert isinstance(engine.decoder, RereadingDecoder) == (kind == "bloom")
     assert_exact(engine)
-    photo, turns = photograph(), question_turns((), BRIEF)
-    found = engine.answer_each(engine.encode_image(load_image(photo)), BRIEF, boxes(3), Options(max_new_tokens=4))
-    plain = [plain_tokens(engine, photo, turns, [region], 4) for region in boxes(3)]
-    assert [answer.text for answer in found] == [spelt(engine, tokens) for tokens in plain]
 
 
 @pytest.fixture(scope="module")
@@ -129,22 +114,3 @@ def test_the_image_is_read_once_for_all_questions(engine, monkeypatch):
     (prefix,) = scene.prefixes.kept.values()
     ids = [engine.encode_text(question_turns((), text), 1)["input_ids"] for text in (DESCRIBE, BRIEF)]
     assert read == [(1, prefix.length), *((5, 5 * (len(each) - prefix.length)) for each in ids)]
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs_as_small_as_it_goes(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import many_regions
-
-    small = ["--models", "nano", "--regions", "1", "2", "--tokens", "2", "--alone", "1"]
-    small += ["--choice-regions", "1", "--many-choices", "20"]
-    out, picture = tmp_path / "out.json", tmp_path / "out.png"
-    assert many_regions.main([*small, "--device", "cpu", "--out", str(out), "--plot", str(picture)]) == 0
-    found = json.loads(out.read_text())["results"]["nano"]
-    assert [row["regions"] for row in found["generation"]] == [1, 2]
-    for row in found["generation"]:
-        assert all(row["seconds"][way] > 0 for way in ("alone", "copied", "shared"))
-        assert row["machine"]["flops"] > 0
-        assert math.isfinite(row["share_of_limit"])
-    assert found["choices"]["many"]["names"] == 20
-    assert picture.stat().st_size > 0

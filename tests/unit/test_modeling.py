@@ -1,4 +1,4 @@
-"""The model: configuration checks, freezing, losses, batching, generation, saving."""
+"""The model: configuration, freezing, refinement and pooling, losses, batching, generation, saving."""
 
 import warnings
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import IMAGE, REGION, assert_same, text_config, tiny_config, tiny_inputs, tiny_model
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
@@ -14,6 +15,7 @@ import regiongpt.model.modeling as modeling
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.model import RegionGPTConfig
 from regiongpt.model.configuration import REFINEMENTS
+from regiongpt.model.modeling import Refinement, mask_pool
 
 LITE = {"model_type": "efficientnet_lite", "variant": "efficientnet-lite0", "image_size": 32}
 
@@ -38,26 +40,19 @@ def joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     }
 
 
-# -- configuration -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"refinement": "deconvolution"}, "refinement must be one of deconv, bilinear.*'deconvolution'"),
         ({"image_size": 30}, "multiple of the patch size, 7 px; got 30"),
-        ({"image_size": 0}, "image_size must be a positive multiple"),
         ({"image_grid": [17, 4]}, r"image_grid must be two numbers up to the refined grid \[16, 16\].*\[17, 4\]"),
-        ({"image_grid": [4]}, "image_grid must be two numbers"),
         ({"region_position": -1}, "region_position must be at least 0.*; got -1"),
         (
             {"region_position": 1, "refinement": "none", "image_size": 21},
             r"region_position must be .* under 4 columns, as \[3, 3\]; got 1",
         ),
         ({"vision_config": 5}, "vision_config must be a configuration"),
-        ({"text_config": [1]}, "text_config must be a configuration"),
         ({"image_grid": [0, 4]}, "image_grid must be two numbers"),
-        ({"refinement": "none", "image_grid": [5, 5]}, r"refined grid \[4, 4\]"),
         ({"vision_feature_layer": -5}, "between -4 and 3; got -5"),
         ({"vision_config": text_config()}, "must be one of clip_vision_model.*'llama'"),
         ({"vision_config": {**LITE, "image_size": 48}}, "patch size, 32 px; got 48"),
@@ -77,9 +72,6 @@ def test_the_papers_grids(refinement: str, scale: int) -> None:
     assert config.num_image_tokens == 576
 
 
-# -- the frozen tower --------------------------------------------------------------------------------------------------
-
-
 def test_the_tower_is_frozen_and_all_else_learns() -> None:
     model = tiny_model().train()
     inputs = tiny_inputs(model.config, [0, 1])
@@ -94,9 +86,6 @@ def test_the_tower_is_frozen_and_all_else_learns() -> None:
             assert parameter.grad is None, name
         else:
             assert parameter.grad is not None, name
-
-
-# -- where features go -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("refinement", REFINEMENTS)
@@ -141,8 +130,9 @@ def test_precomputed_features_stand_in_for_pixels() -> None:
 @pytest.mark.parametrize("refinement", ["deconv", "bilinear"])
 def test_batch_equals_one_by_one(refinement: str) -> None:
     model = tiny_model(refinement=refinement)
-    rows = [[0, 1, 2, 0], [], [1]]
+    rows = [[0, 1, 2, 0], [], [1], []]
     parts = [tiny_inputs(model.config, r, seed=i, regions=max(r, default=0) + 1) for i, r in enumerate(rows)]
+    parts[3]["input_ids"][parts[3]["input_ids"] == IMAGE] = 7  # text without an image
     batch = joined(parts)
     with torch.no_grad():
         logits = model(**batch).logits
@@ -155,15 +145,6 @@ def test_batch_equals_one_by_one(refinement: str) -> None:
         assert answers[row, : len(alone)].tolist() == alone.tolist()
 
 
-def test_a_batch_may_hold_texts_without_image() -> None:
-    model = tiny_model()
-    parts = [tiny_inputs(model.config, [0, 1]), tiny_inputs(model.config, [])]
-    text = parts[1]["input_ids"] = torch.where(parts[1]["input_ids"] == IMAGE, 7, parts[1]["input_ids"])
-    with torch.no_grad():
-        logits = model(**joined(parts)).logits[1, -text.shape[1] :]
-        torch.testing.assert_close(logits, model(input_ids=text).logits[0])
-
-
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -171,7 +152,6 @@ def test_a_batch_may_hold_texts_without_image() -> None:
         (lambda i: i["input_ids"].__setitem__((0, 1), 7), DataError, r"16 <image> tokens here; got \[15\]"),
         (lambda i: i.pop("region_weights"), RegionError, "region_weights or region_ids is missing"),
         (lambda i: i.update(region_ids=torch.tensor([[0]])), RegionError, r"\[2\] tokens and \[1\] ids"),
-        (lambda i: i.update(region_ids=torch.tensor([[0, 1, 2]])), RegionError, r"\[2\] tokens and \[3\] ids"),
         (lambda i: i.update(region_ids=torch.tensor([[0, 3]])), RegionError, "rows of region_weights, 0 to 2; got 3"),
         (lambda i: i.update(region_weights=torch.rand(1, 3, 4, 4)), RegionError, r"refined grid \(16, 16\)"),
         (
@@ -188,9 +168,6 @@ def test_features_that_do_not_fit_the_text(change: Any, error: type[Exception], 
     with pytest.raises(error, match=words) as raised:
         model(**inputs)
     assert "\n" not in str(raised.value)
-
-
-# -- loss --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -238,9 +215,6 @@ def test_no_target_gives_no_loss_rather_than_nan(loss_only: bool) -> None:
     assert model(**ids, labels=torch.full_like(ids["input_ids"], -100), loss_only=loss_only).loss == 0
 
 
-# -- generation --------------------------------------------------------------------------------------------------------
-
-
 def test_generate_with_and_without_a_cache_is_greedy() -> None:
     model = tiny_model()
     inputs = tiny_inputs(model.config, [1, 0])
@@ -276,17 +250,16 @@ def test_two_turns_with_one_cache_are_written_as_without(name: str) -> None:
         answer = model.generate(**first, **{name: cache}, **call)
         assert torch.equal(answer, model.generate(**first, **call))
         ids = torch.cat([answer, torch.tensor([[7, REGION, 9]])], dim=1)
-        second = {**first, "input_ids": ids, "region_ids": torch.tensor([[2, 1]])}
-        second["attention_mask"] = torch.ones_like(ids)
-        expected = model.generate(**second, **call)
+        second = {**first, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        expected = model.generate(**{**second, "region_ids": torch.tensor([[2, 1]])}, **call)
+        second["region_ids"] = torch.tensor([[1]])  # of what is not cached
         assert torch.equal(model.generate(**second, **{name: cache}, **call), expected)
 
 
-# -- saving ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("options", [*({"refinement": each} for each in REFINEMENTS), {"vision_config": LITE}])
+@pytest.mark.parametrize(
+    "options", [*({"refinement": each} for each in REFINEMENTS), {"vision_config": LITE}, {"region_crop": True}]
+)
 def test_save_and_load_keep_the_logits(options: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     model = tiny_model(text_config=text_config(tie_word_embeddings=tied), refinement_channels=8, **options)
     inputs = tiny_inputs(model.config, [0, 2])
@@ -296,3 +269,44 @@ def test_save_and_load_keep_the_logits(options: dict[str, Any], tied: bool, tmp_
     assert_same(model, loaded, inputs)
     head, words = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
     assert (head is words) == tied
+
+
+def refinement_of(refinement: str, **options: object) -> Refinement:
+    torch.manual_seed(0)
+    return Refinement(tiny_config(refinement=refinement, **options)).eval()
+
+
+@pytest.mark.parametrize("grid", [[4, 4], [3, 5], [1, 1]])
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_pooling_equals_pooling_the_explicit_map(refinement: str, grid: list[int]) -> None:
+    image_grid = [min(n, 4 * REFINEMENTS[refinement]) for n in grid]
+    module = refinement_of(refinement, image_grid=image_grid)
+    with torch.no_grad():
+        small = module(torch.randn(2, 32, 4, 4))
+        explicit = F.interpolate(small, scale_factor=module.bilinear_scale, mode="bilinear")
+        side = 4 * REFINEMENTS[refinement]
+        assert explicit.shape == (2, 32, side, side)
+        weights = torch.rand(2, 3, side, side)
+        weights[0, 0] = 0
+        weights[0, 0, side - 1, 0] = 1  # a single cell, in a corner
+        weights /= weights.sum((2, 3), keepdim=True)
+        torch.testing.assert_close(module.pool_regions(small, weights), mask_pool(explicit, weights), rtol=0, atol=1e-5)
+        expected = F.adaptive_avg_pool2d(explicit, image_grid).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(module.pool_image(small), expected, rtol=0, atol=1e-5)
+
+
+def test_deconvolution_is_the_papers_block() -> None:
+    module = refinement_of("deconv")
+    features = torch.randn(1, 32, 4, 4)
+    finer = nn.ConvTranspose2d.forward(module.deconv_1, features)
+    finer = F.layer_norm(finer.permute(0, 2, 3, 1), (32,), module.norm.weight, module.norm.bias).permute(0, 3, 1, 2)
+    expected = F.gelu(nn.ConvTranspose2d.forward(module.deconv_2, F.gelu(finer)))
+    assert expected.shape == (1, 32, 16, 16)
+    torch.testing.assert_close(module(features), expected)
+
+
+def test_fewer_channels_begin_with_a_one_by_one_convolution() -> None:
+    module = refinement_of("bilinear", refinement_channels=8)
+    features = torch.randn(1, 32, 4, 4)
+    torch.testing.assert_close(module(features), F.conv2d(features, module.reduce.weight, module.reduce.bias))
+    assert not list(refinement_of("bilinear").parameters())

@@ -1,70 +1,59 @@
-"""The predictor against the plain transformers way, on a tiny random model."""
+"""The predictor and its shared batch on a tiny random model: questions, conversations, threads, budgets, sampling."""
 
-from pathlib import Path
+import threading
+from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoint import make_checkpoint
+from asking import boxes, photograph, tiny_parts
+from PIL import Image
+from tiny import text_config
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
 from regiongpt.inference import Question, RegionPredictor, scheduler
 from regiongpt.inference.choices import answer_scores
 from regiongpt.inference.engine import question_turns
+from regiongpt.inference.scheduler import TextReader, draw
 from regiongpt.prompts import COCO_80, question
 from regiongpt.regions import Region
 
-BOX, OTHER = Region.box(4, 4, 30, 20), Region.polygon([[30, 5], [58, 8], [44, 36]])
-ASK = {"max_new_tokens": 8}
+BOXES = boxes(4)
+BOX, OTHER, OUTSIDE = BOXES[0], Region.polygon([[30, 5], [58, 8], [44, 36]]), Region.box(90, 90, 99, 99)
+ASK = "Describe <region1>."
+SHORT, LONG = {"max_new_tokens": 8}, {"max_new_tokens": 40}
 
 
 @pytest.fixture(scope="module")
-def photo() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+def parts():
+    return tiny_parts()
 
 
 @pytest.fixture
-def predictor(checkpoint: Path, photo: np.ndarray) -> RegionPredictor:
-    return RegionPredictor.from_pretrained(checkpoint, device="cpu").set_image(photo)
+def predictor(parts) -> RegionPredictor:
+    return RegionPredictor(*parts).set_image(photograph())
 
 
-def plain_generate(predictor: RegionPredictor, photo: np.ndarray, text: str, regions: list[Region]) -> str:
-    """The same question through the processor and ``generate`` alone."""
-    processor, model = predictor.engine.processor, predictor.engine.model
-    messages = [{"role": "user", "content": text}]
-    inputs = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=True, images=[photo], regions=regions
-    )
-    new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+@pytest.fixture
+def encoded(parts, monkeypatch) -> Counter:
+    """How often the tower ran."""
+    count: Counter = Counter()
+    run = parts[0].encode_image
 
+    def counted(pixels):
+        count["images"] += 1
+        return run(pixels)
 
-def test_ask_equals_generate(predictor, photo):
-    text = "What is <region1> doing next to <region2>, and why <region1>?"
-    answer = predictor.ask(text, [BOX, OTHER], **ASK)
-    assert answer.text == plain_generate(predictor, photo, text, [BOX, OTHER])
-    assert answer.text
-    assert answer.seconds > 0
-    assert not answer.warnings
-
-
-def test_stream_pieces_join_to_the_answer(predictor):
-    asked = predictor.ask("Describe <region1>.", [BOX], max_new_tokens=80)
-    pieces = list(predictor.stream("Describe <region1>.", [BOX], max_new_tokens=80))
-    assert "".join(pieces).strip() == asked.text
-    assert len(pieces) > 1
+    monkeypatch.setattr(parts[0], "encode_image", counted)
+    return count
 
 
 def test_classify_defaults_to_coco(predictor):
     result = predictor.classify(BOX)
     assert tuple(result.probabilities) == COCO_80
     assert sum(result.probabilities.values()) == pytest.approx(1, abs=1e-5)
-    assert predictor.classify([]) == []
 
 
 def test_locate_by_what_each_region_is_called_and_by_both(predictor):
@@ -83,17 +72,17 @@ def test_locate_by_what_each_region_is_called_and_by_both(predictor):
         found = torch.tensor(by_both[k].probabilities)
         torch.testing.assert_close(found[:3], (1 - none) * expected, atol=1e-4, rtol=1e-4)
         assert found[3] == pytest.approx(none, abs=1e-5)
-        best = None if none > 0.5 else by_words[k].index
-        assert by_both[k].index == best
+        assert by_both[k].index == (None if none > 0.5 else by_words[k].index)
 
 
-def test_conversation_equals_ask_with_history_about_the_image_it_began_with(predictor, photo):
+def test_conversation_equals_ask_with_history_about_the_image_it_began_with(predictor):
     conversation = predictor.conversation([BOX, OTHER])
-    predictor.set_image(255 - photo)
-    first = conversation.ask("What is <region1>?", **ASK)
-    second = "".join(conversation.stream("And <region2>?", **ASK)).strip()
-    history = [{"role": "user", "content": "What is <region1>?"}, {"role": "assistant", "content": first.text}]
-    assert predictor.set_image(photo).ask("And <region2>?", [BOX, OTHER], history=history, **ASK).text == second
+    predictor.set_image(255 - photograph())
+    first = conversation.ask(ASK, **SHORT)
+    second = "".join(conversation.stream("And <region2>?", **SHORT)).strip()
+    history = [{"role": "user", "content": ASK}, {"role": "assistant", "content": first.text}]
+    predictor.set_image(photograph())
+    assert predictor.ask("And <region2>?", [BOX, OTHER], history=history, **SHORT).text == second
     assert [turn["role"] for turn in conversation.messages] == ["user", "assistant"] * 2
     before = list(conversation.messages)
     with pytest.raises(RegionError, match="<region3>"):
@@ -105,18 +94,18 @@ def test_how_a_mask_was_read_is_a_warning_wherever_it_is_asked_about(predictor):
     soft, short = Region.mask(np.tile(np.arange(60, dtype=np.uint8) * 4, (40, 1))), {"max_new_tokens": 2}
     talk = predictor.conversation([soft])
     for answer in (
-        predictor.ask("What is <region1>?", soft, **short),
-        predictor.ask_many([Question(text="What is <region1>?", regions=soft)], **short)[0],
+        predictor.ask(ASK, soft, **short),
+        predictor.ask_many([Question(text=ASK, regions=soft)], **short)[0],
         predictor.describe([BOX, soft], **short)[1],
-        talk.ask("What is <region1>?", **short),
+        talk.ask(ASK, **short),
     ):
         assert answer.warnings[0].startswith("<region1>: the mask has more than two values")
     assert talk.ask("And <region1>?", **short).warnings == ()
 
 
-def test_a_long_conversation_forgets_its_oldest_turns(tmp_path, photo):
-    predictor = RegionPredictor.from_pretrained(make_checkpoint(tmp_path, context=200), device="cpu").set_image(photo)
-    conversation = predictor.conversation([BOX])
+def test_a_long_conversation_forgets_its_oldest_turns():
+    parts = tiny_parts(language=lambda size: text_config(vocab_size=size, max_position_embeddings=200))
+    conversation = RegionPredictor(*parts).set_image(photograph()).conversation([BOX])
     warned = False
     for _ in range(6):
         conversation.ask("What is in <region1>, and what colour does it have?", max_new_tokens=24)
@@ -126,18 +115,13 @@ def test_a_long_conversation_forgets_its_oldest_turns(tmp_path, photo):
         conversation.ask("why " * 200)
 
 
-def written(predictor, monkeypatch, text: str) -> None:
-    """Have the model write a text, whatever it is asked."""
+def test_regions_that_an_answer_names_are_cited_or_warned_of(predictor, monkeypatch):
+    text = "Region [2] is left of region [1], unlike Region [7]. Region [2]!"
     processor = predictor.engine.processor
     tokens = [*processor.tokenizer(text)["input_ids"], processor.stop_token_ids[0]]
     monkeypatch.setattr(
         scheduler, "choose", lambda logits, jobs, never: [tokens[min(len(job.tokens), len(tokens) - 1)] for job in jobs]
     )
-
-
-def test_regions_that_an_answer_names_are_cited_or_warned_of(predictor, monkeypatch):
-    text = "Region [2] is left of region [1], unlike Region [7]. Region [2]!"
-    written(predictor, monkeypatch, text)
     warning = "the answer names region 7, but 2 regions were given"
     answer = predictor.ask("Are <region1> and <region2> alike?", [BOX, OTHER])
     assert (answer.text, answer.cited, answer.warnings, answer.complete) == (text, (2, 1), (warning,), True)
@@ -150,6 +134,11 @@ def test_regions_that_an_answer_names_are_cited_or_warned_of(predictor, monkeypa
     assert predictor.describe(BOX).warnings[0] == "the answer names region 2, but 1 region was given"
 
 
+def third(bad: Any) -> Any:
+    """Ask something as the last of three questions."""
+    return lambda p: p.answers([Question(text="What?"), Question(text="Why?"), bad])
+
+
 @pytest.mark.parametrize(
     ("kind", "message", "call"),
     [
@@ -159,8 +148,9 @@ def test_regions_that_an_answer_names_are_cited_or_warned_of(predictor, monkeypa
         (RegionError, "got none", lambda p: p.locate("a cup", [])),
         (DataError, "UTF-8", lambda p: p.ask("caf\udce9?")),
         (DataError, "history", lambda p: p.ask("What?", history=["Hello"])),
-        (RegionError, "<region1>.*inverted", lambda p: p.stream("What is <region1>?", [Region.box(9, 9, 2, 2)])),
+        (RegionError, "<region1>.*inverted", lambda p: p.stream(ASK, [Region.box(9, 9, 2, 2)])),
         (RegionError, "60 x 40", lambda p: p.conversation([Region.mask(np.ones((5, 5), bool))])),
+        (RegionError, "<region131>", lambda p: p.describe([*boxes(130), OUTSIDE])),
         (ConfigError, "stop", lambda p: p.stream("What?", stop=5)),
         (ConfigError, "bogus", lambda p: p.ask("What?", bogus=1)),
         (ConfigError, "questions", lambda p: p.ask_many(Question(text="What?"))),
@@ -168,25 +158,209 @@ def test_regions_that_an_answer_names_are_cited_or_warned_of(predictor, monkeypa
         (ConfigError, "top_k", lambda p: p.classify(BOX, top_k="x")),
         (DataError, "expected expression", lambda p: p.locate(5, [BOX])),
         (RegionError, "<region2>", lambda p: p.locate("<region2>", [BOX])),
-        (RegionError, "<region1>.*60 x 40", lambda p: p.locate("a cup", [Region.box(90, 90, 99, 99)])),
+        (RegionError, "<region1>.*60 x 40", lambda p: p.locate("a cup", [OUTSIDE])),
         (ConfigError, "by: .*'luck'", lambda p: p.locate("a cup", [BOX], by="luck")),
+        (DataError, "question 3: expected a question", third(Question(text=" "))),
+        (RegionError, "question 3: .*<region2>", third(Question(text="<region2>?", regions=[BOX]))),
+        (RegionError, "question 3: <region1>", third(Question(text="?", regions=[OUTSIDE]))),
+        (DataError, "question 3: no/such/file.png", third(Question(text="?", image="no/such/file.png"))),
+        (ConfigError, "question 3: stop: ", third(Question(text="?", stop=[""]))),
+        (ConfigError, "question 3: expected a Question", third("What?")),
+        (CheckpointError, "nowhere", lambda p: p.from_pretrained("nowhere")),
+        *(
+            (ConfigError, name, lambda p, own={name: value}: p.from_pretrained("nowhere", **own))
+            for name, value in {"device": "gpu", "dtype": "int8", "images": -1, "rows": 0, "token_budget": 0}.items()
+        ),
     ],
 )
-def test_bad_questions(predictor, monkeypatch, kind, message, call):
+def test_what_is_wrong_is_said_before_anything_is_computed(predictor, monkeypatch, kind, message, call):
     monkeypatch.setattr(predictor.engine.decoder, "forward", lambda *_, **__: pytest.fail("something was computed"))
     with pytest.raises(kind, match=message):
         call(predictor)
 
 
-def test_bad_checkpoints_devices_and_dtypes(checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere"):
-        RegionPredictor.from_pretrained(tmp_path / "nowhere")
-    for name, value in {"device": "gpu", "dtype": "int8", "images": -1, "rows": 0, "pictures": 3}.items():
-        with pytest.raises(ConfigError, match=name):
-            RegionPredictor.from_pretrained(**{"path": checkpoint, name: value})
-
-
-def test_half_precision(checkpoint, photo):
-    predictor = RegionPredictor.from_pretrained(checkpoint, device="cpu", dtype="bfloat16").set_image(photo)
-    assert predictor.ask("What is <region1>?", [BOX], **ASK).text
+def test_half_precision():
+    model, processor = tiny_parts()
+    predictor = RegionPredictor(model.bfloat16(), processor).set_image(photograph())
+    assert predictor.ask(ASK, [BOX], **SHORT).text
     assert predictor.classify(BOX, ["cat", "hot dog"]).label in ("cat", "hot dog")
+
+
+def test_many_questions_come_in_their_order_with_timings(predictor):
+    asked = [
+        Question(text="What is <region1>" + ", really" * (place % 3) + "?", regions=[BOXES[place % 4]])
+        for place in range(6)
+    ]
+    asked += [Question(text="Why?", max_new_tokens=1), Question(text="<region2>?", regions=BOXES[:2])]
+    found = predictor.ask_many(asked, max_new_tokens=7)
+    alone = [predictor.ask(each.text, each.regions, max_new_tokens=each.max_new_tokens or 7) for each in asked]
+    assert [(answer.text, answer.warnings) for answer in found] == [(each.text, each.warnings) for each in alone]
+    assert found[-2].tokens == 1
+    assert all(answer.seconds > 0 for answer in found)
+    assert found[-1].warnings  # <region1> was never mentioned
+    assert predictor.ask_many([]) == []
+
+
+def test_many_images_are_encoded_once_each(predictor, encoded, tmp_path):
+    pictures = [photograph(seed) for seed in (1, 2)]
+    path = tmp_path / "two.png"
+    Image.fromarray(pictures[1]).save(path)
+    images = [None, pictures[0], path, pictures[0].copy(), str(path), pictures[1]]
+    found = predictor.ask_many([Question(text=ASK, regions=BOX, image=image) for image in images], **SHORT)
+    assert encoded["images"] == 2
+    for answer, seed in zip(found, (0, 1, 2, 1, 2, 2), strict=True):
+        assert answer.text == predictor.set_image(photograph(seed)).ask(ASK, BOX, **SHORT).text
+    assert encoded["images"] == 2
+
+
+def test_answers_come_as_they_finish_and_may_be_left(predictor):
+    answers = predictor.answers([Question(text="Why?", max_new_tokens=30), Question(text="Why?", max_new_tokens=1)])
+    assert next(answers)[0] == 1
+    answers.close()
+    assert predictor.engine.scheduler.active == 0
+
+
+def test_encoded_images_are_found_by_their_pixels_and_forgotten_by_age(parts, encoded):
+    predictor = RegionPredictor(*parts, images=2)
+    for seed in (0, 1, 0, 2, 0, 1):
+        predictor.set_image(photograph(seed).copy())
+    # 0 and 1, then 2 in place of 1, then 1 again
+    assert encoded["images"] == 4
+    none = RegionPredictor(*parts, images=0)
+    assert len({none.set_image(photograph()).ask("What?", **SHORT).text for _ in range(2)}) == 1
+    assert encoded["images"] == 6
+
+
+def test_threads_have_images_of_their_own(parts):
+    predictor = RegionPredictor(*parts)
+    expected = {seed: predictor.set_image(photograph(seed)).ask(ASK, BOX, **LONG).text for seed in range(4)}
+    found: dict[int, list[str]] = {}
+    ready = threading.Barrier(4)
+
+    def work(seed: int) -> None:
+        predictor.set_image(photograph(seed))
+        ready.wait()
+        texts = [predictor.ask(ASK, BOX, **LONG).text for _ in range(2)]
+        found[seed] = [*texts, "".join(predictor.stream(ASK, BOX, **LONG)).strip()]
+
+    def run(threads: list[threading.Thread]) -> None:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    last: list[str] = []
+    run([threading.Thread(target=lambda: last.append(predictor.ask(ASK, BOX, **LONG).text))])
+    assert last == [expected[3]], "a thread that set no image asks about the last"
+    run([threading.Thread(target=work, args=(seed,)) for seed in range(4)])
+    assert found == {seed: [text] * 3 for seed, text in expected.items()}
+    assert predictor.engine.scheduler.active == 0
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_a_pass_that_fails_ends_what_was_in_it_and_nothing_else(predictor, monkeypatch, kind):
+    expected = predictor.ask("What?", **LONG).text
+    stream = predictor.stream("What?", **LONG)
+    next(stream)
+
+    def fail(*_, **__):
+        raise kind("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor.engine.decoder, "forward", fail)
+        with pytest.raises(kind):
+            predictor.ask("What?")
+    with pytest.raises(RuntimeError, match=r"interrupted|out of memory"):
+        list(stream)
+    assert predictor.ask("What?", **LONG).text == expected
+
+
+def test_a_stop_string_ends_the_answer(predictor):
+    whole = predictor.ask(ASK, BOX, **LONG)
+    stop = whole.text[10:13]
+    before = whole.text[: whole.text.index(stop)].strip()
+    cut = predictor.ask(ASK, BOX, stop=["no such text", stop], **LONG)
+    assert (cut.text, cut.complete) == (before, True)
+    assert cut.tokens < whole.tokens
+    pieces = list(predictor.stream(ASK, BOX, stop=stop, **LONG))
+    assert "".join(pieces).strip() == before
+    assert len(pieces) > 1
+    assert predictor.ask_many([Question(text=ASK, regions=BOX, stop=stop)], **LONG)[0].text == before
+    conversation = predictor.conversation(BOX)
+    assert conversation.ask(ASK, stop=stop, **LONG).text == before
+    assert conversation.messages[-1]["content"] == before
+
+
+class Letters:
+    """A tokenizer of one byte a token."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_pieces_are_whole_characters_and_never_taken_back():
+    reader, pieces = TextReader(Letters(), stop=["END"]), []
+    for byte in "Zwei Kätzchen, 猫と犬 EN route END never".encode():
+        reader.push(byte)
+        pieces.append(reader.take())
+    reader.finish()
+    pieces.append(reader.take(final=True))
+    assert "".join(pieces) == "Zwei Kätzchen, 猫と犬 EN route "
+    assert {"ä", "猫", "EN "} <= set(pieces)
+    assert "E" not in pieces
+    assert reader.stopped
+    unfinished = TextReader(Letters())
+    for byte in "Kä".encode()[:-1]:
+        unfinished.push(byte)
+    assert unfinished.text == "K"
+    unfinished.finish()
+    assert unfinished.text == "K\ufffd"
+
+
+def test_the_token_budget_bounds_memory_and_changes_no_answer(parts, monkeypatch):
+    predictor = RegionPredictor(*parts).set_image(photograph())
+    expected = [answer.text for answer in predictor.describe(BOXES * 5, max_new_tokens=5)]
+    tight = RegionPredictor(*parts, token_budget=90).set_image(photograph())
+    most, forward = [0], tight.engine.decoder.forward
+
+    def watched(cache, *arguments, **options):
+        most[0] = max(most[0], len(cache.lengths))
+        return forward(cache, *arguments, **options)
+
+    monkeypatch.setattr(tight.engine.decoder, "forward", watched)
+    assert [answer.text for answer in tight.describe(BOXES * 5, max_new_tokens=5)] == expected
+    assert 1 <= most[0] <= 4
+    with pytest.raises(ConfigError, match="token budget"):
+        tight.describe(BOXES, max_new_tokens=200)
+
+
+def test_what_is_drawn_does_not_depend_on_the_company(predictor):
+    options = {"temperature": 1.2, "top_p": 0.9, "max_new_tokens": 9}
+    asked = [Question(text=ASK, regions=[box], seed=place) for place, box in enumerate(BOXES)]
+    together = [answer.text for answer in predictor.ask_many(asked, **options)]
+    assert together == [predictor.ask(each.text, each.regions, seed=each.seed, **options).text for each in asked]
+    same = [Question(text="What?")] * 4
+    first = [answer.text for answer in predictor.ask_many(same, seed=5, **options)]
+    assert [answer.text for answer in predictor.ask_many(same, seed=5, **options)] == first
+    assert len(set(first)) > 1
+    assert [answer.text for answer in predictor.ask_many(same[:2], seed=5, **options)] == first[:2]
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    assert len({predictor.ask("What?", **options).text for _ in range(4)}) > 1, "without a seed"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.3), (1.0, 1e-6), (1e-310, 1.0)]
+)
+def test_draws_follow_the_distribution_of_transformers(temperature, top_p):
+    scores = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 2
+    scores[3] = float("-inf")
+    if temperature < 1e-300:  # transformers overflows; the likeliest is what is left
+        assert {draw(scores, temperature, top_p, at) for at in (0.0, 0.9)} == {int(scores.argmax())}
+        return
+    warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, scores[None]))
+    draws = 4000
+    drawn = [draw(scores, temperature, top_p, (place + 0.5) / draws) for place in range(draws)]
+    shares = np.bincount(drawn, minlength=12) / draws
+    np.testing.assert_allclose(shares, warped.softmax(-1)[0].numpy(), atol=2 / draws)

@@ -1,6 +1,6 @@
 """Many sequences behind a shared beginning against each run plainly by itself, for many kinds of language models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,16 +12,9 @@ from regiongpt.inference.shared_prefix import Decoder, PrefixCache, RereadingDec
 
 WORDS = 90
 SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": WORDS,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"vocab_size": WORDS, "max_position_embeddings": 256, "initializer_range": 0.3},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
 }
 GROUPED = {"num_key_value_heads": 2}
 WINDOW = {**GROUPED, "head_dim": 8, "sliding_window": 8}
@@ -51,13 +44,8 @@ REREADING: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3, compressed keys": (
         "deepseek_v3",
         {
-            **{
-                "num_key_value_heads": 4,
-                "n_routed_experts": 4,
-                "n_group": 1,
-                "topk_group": 1,
-                "num_experts_per_tok": 2,
-            },
+            **{"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+            **{"num_experts_per_tok": 2},
             **{"moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
             **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
         },
@@ -75,17 +63,12 @@ def language_model(kind: str, options: dict[str, Any]) -> Any:
     return model
 
 
-class Words:
-    """Random words of a model, as embeddings."""
-
-    def __init__(self, model: Any, seed: int = 0) -> None:
-        self.table = model.get_input_embeddings()
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, count: int) -> Tensor:
-        with torch.inference_mode():
-            embeds: Tensor = self.table(torch.randint(3, WORDS, (count,), generator=self.generator))
-        return embeds
+def words_of(model: Any) -> Callable[[int], Tensor]:
+    """Gives some random words of a model, as embeddings."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.inference_mode()(
+        lambda count: model.get_input_embeddings()(torch.randint(3, WORDS, (count,), generator=generator))
+    )
 
 
 @torch.inference_mode()
@@ -101,7 +84,7 @@ def assert_alike(model: Any, texts: Sequence[Tensor], last_RV: Tensor) -> None:
 
 def walk(decoder: Decoder) -> None:
     """Prefixes of several kinds, suffixes of several lengths, steps, a sequence that leaves and one that enters."""
-    model, words = decoder.model, Words(decoder.model)
+    model, words = decoder.model, words_of(decoder.model)
     long_text, short_text = words(13), words(7)
     long, short = decoder.read(long_text), decoder.read(short_text)
     more = words(5)
@@ -155,7 +138,7 @@ def llama() -> Decoder:
 
 
 def test_the_prefix_is_stored_once(llama):
-    words = Words(llama.model)
+    words = words_of(llama.model)
     prefix = llama.read(words(200))
     sizes = []
     for count in (2, 20):
@@ -172,7 +155,7 @@ def test_the_prefix_is_stored_once(llama):
 
 
 def test_the_model_keeps_its_own_attention(llama):
-    words = Words(llama.model)
+    words = words_of(llama.model)
     text = words(9)
     before = plainly(llama.model, text)
     llama.read(text)

@@ -1,17 +1,20 @@
 """The processor: placeholder expansion and label masks as snapshots, batching, errors, saving."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import trained_bpe
-from tokenizers import Tokenizer, models
-from transformers import AutoProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
+from tiny import save_language, save_tower, tower_config, trained_bpe
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from regiongpt.errors import ConfigError, DataError, RegionError
 from regiongpt.images import SquareFrame
+from regiongpt.model import weights
 from regiongpt.model.processing import RegionGPTProcessor, prepare_tokenizer
 from regiongpt.prompts import CHAT_TEMPLATES
 from regiongpt.regions import Region
@@ -21,9 +24,10 @@ ENCODED = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
 LEFT, RIGHT = Region.box(0, 0, 20, 30), Region.box(20, 0, 40, 30)
 
 
-def make_processor(family: str = "plain", **options: Any) -> RegionGPTProcessor:
-    """A processor of four image tokens, an 8 x 8 refined grid and a byte-level vocabulary."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained_bpe(), bos_token="<s>", eos_token="</s>")
+def make_processor(family: str = "plain", tokenizer: Any = None, **options: Any) -> RegionGPTProcessor:
+    """A processor of four image tokens, an 8 x 8 refined grid and, by default, a byte-level vocabulary."""
+    if tokenizer is None:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained_bpe(), bos_token="<s>", eos_token="</s>")
     prepare_tokenizer(tokenizer, family)
     images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
     settings = {"image_size": 16, "num_image_tokens": 4, "refined_grid": [8, 8], "chat_template": family}
@@ -40,9 +44,8 @@ def photo() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
 
 
-def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-    return ([{"role": "system", "content": system}] if system else []) + turns
+def chat(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
 def show(processor: RegionGPTProcessor, encoded: dict[str, Any]) -> str:
@@ -81,41 +84,31 @@ SNAPSHOTS = {
 TWO_TURNS = chat("What is <region1>?", "A cat.", "And <region2> by <region1>?", "A cup.")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_label_mask_is_the_responses_and_their_ends(family: str) -> None:
-    processor = make_processor(family)
-    encoded = processor.encode_conversation(TWO_TURNS, None, [LEFT, RIGHT], image_size=(40, 30))
-    assert show(processor, encoded) == SNAPSHOTS[family]
-    assert encoded["region_ids"].tolist() == [0, 1, 0]
-    assert encoded["warnings"] == []
-    assert "pixel_values" not in encoded
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_numbered_region_format(family: str) -> None:
-    processor = make_processor(family, region_format="[{n}] <region>")
-    encoded = processor.encode_conversation(TWO_TURNS, None, [LEFT, RIGHT], image_size=(40, 30))
-    expected = SNAPSHOTS[family].replace("is <region>", "is [1] <region>")
-    assert show(processor, encoded) == expected.replace("And <region> by <region>", "And [2] <region> by [1] <region>")
-
-
-SYSTEM_STARTS = {
-    "vicuna_v1": f"<s>Be brief. USER: {IMAGE}\nHello ASSISTANT:⟦ Hi</s>⟧",
-    "llama2": f"<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{IMAGE}\nHello [/INST]⟦ Hi </s>⟧",
-    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-    f"<|start_header_id|>user<|end_header_id|>\n\n{IMAGE}\nHello<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Hi<|eot_id|>⟧",
-    "chatml": f"<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{IMAGE}\nHello<|im_end|>\n"
-    "<|im_start|>assistant\n⟦Hi<|im_end|>⟧\n",
-    "plain": f"<s>Be brief.\n{IMAGE}\nHello\n⟦ Hi</s>⟧",
+# What a system text changes in them.
+SYSTEM = {
+    "vicuna_v1": (VICUNA, "<s>Be brief. "),
+    "llama2": ("[INST] ", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n"),
+    "llama3": ("<s>", "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"),
+    "chatml": ("<s>", "<s><|im_start|>system\nBe brief.<|im_end|>\n"),
+    "plain": ("<s>", "<s>Be brief.\n"),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_system_prompt(family: str) -> None:
-    processor = make_processor(family)
-    encoded = processor.encode_conversation(chat("Hello", "Hi", system="Be brief."))
-    assert show(processor, encoded) == SYSTEM_STARTS[family]
+def test_label_mask_is_the_responses_and_their_ends(family: str) -> None:
+    options: dict[str, Any] = {"regions": [LEFT, RIGHT], "image_size": (40, 30)}
+    processor, expected = make_processor(family), SNAPSHOTS[family]
+    encoded = processor.encode_conversation(TWO_TURNS, **options)
+    assert show(processor, encoded) == expected
+    assert encoded["region_ids"].tolist() == [0, 1, 0]
+    assert encoded["warnings"] == []
+    assert "pixel_values" not in encoded
+    prompted = processor.encode_conversation([{"role": "system", "content": "Be brief."}, *TWO_TURNS], **options)
+    assert show(processor, prompted) == expected.replace(*SYSTEM[family], 1)
+    processor = make_processor(family, region_format="[{n}] <region>")
+    numbered = expected.replace("is <region>", "is [1] <region>")
+    numbered = numbered.replace("And <region> by <region>", "And [2] <region> by [1] <region>")
+    assert show(processor, processor.encode_conversation(TWO_TURNS, **options)) == numbered
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,6 +130,8 @@ def test_region_in_an_answer_is_no_target(processor: RegionGPTProcessor) -> None
 
 
 def test_image_and_weights(processor: RegionGPTProcessor, photo: Image.Image) -> None:
+    panorama = Image.new("RGB", (60_000, 10), "red")  # its square would take 10 GB
+    assert processor.pixels_of(panorama).shape == (1, 3, 16, 16)
     encoded = processor.encode_conversation(TWO_TURNS, photo, [LEFT, RIGHT])
     assert encoded["pixel_values"].shape == (3, 16, 16)
     assert encoded["region_weights"].shape == (2, 8, 8)
@@ -146,18 +141,9 @@ def test_image_and_weights(processor: RegionGPTProcessor, photo: Image.Image) ->
     assert all(torch.equal(again[name], encoded[name]) for name in encoded if name != "warnings")
 
 
-def test_an_endless_panorama_needs_little_memory(processor: RegionGPTProcessor) -> None:
-    pixels = processor.pixels_of(Image.new("RGB", (60_000, 10), "red"))
-    assert pixels.shape == (1, 3, 16, 16)
-
-
-# -- bad input ---------------------------------------------------------------------------------------------------------
-
-
 def test_region_never_mentioned(processor: RegionGPTProcessor, photo: Image.Image) -> None:
     encoded = processor.encode_conversation(chat("What is <region1>?", "A cat"), photo, [LEFT, RIGHT])
-    assert len(encoded["warnings"]) == 1
-    assert "<region2> is never mentioned" in encoded["warnings"][0]
+    assert ["<region2> is never mentioned" in warning for warning in encoded["warnings"]] == [True]
     with pytest.warns(UserWarning, match="<region2> is never mentioned"):
         processor.apply_chat_template(chat("What is <region1>?"), images=photo, regions=[LEFT, RIGHT], **ENCODED)
 
@@ -228,9 +214,6 @@ def test_unfit_parts() -> None:
         RegionGPTProcessor(fine.image_processor, bare)
     with pytest.raises(ConfigError, match="marks no responses"):
         make_processor(chat_template="{{ messages[0]['content'] }}").encode_conversation(chat("a", "b"))
-
-
-# -- batches and the transformers way ----------------------------------------------------------------------------------
 
 
 def test_batch_of_different_lengths_and_numbers_of_regions(processor: RegionGPTProcessor, photo: Image.Image) -> None:
@@ -305,3 +288,112 @@ def test_saved_and_loaded_it_does_the_same(family: str, tmp_path: Any, photo: Im
     assert before.pop("warnings") == after.pop("warnings")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# What was trained is what answers: prompts tokenize as the language model's own tokenizer does, saved or not.
+
+LETTERS = [chr(code) for code in range(33, 127)]
+PIECES = ["<unk>", "<s>", "</s>", "▁", "\n", *LETTERS, *(f"▁{letter}" for letter in LETTERS)]
+FAST, LLAMA = {"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": "LlamaTokenizer"}
+LOWER, PREPEND = normalizers.Lowercase(), [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+
+
+def special(text: str, **options: Any) -> AddedToken:
+    return AddedToken(text, special=True, **{"normalized": False, **options})
+
+
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama, legacy": ({"scheme": "always"}, {**LLAMA, "legacy": True, "add_bos_token": True}),
+    "llama, not legacy": ({"scheme": "always"}, {**LLAMA, "legacy": False, "add_bos_token": True}),
+    "llama, legacy not said": ({}, {**LLAMA, "legacy": None}),
+    "llama, no begin token added": ({}, {**LLAMA, "add_bos_token": False}),
+    "a blank at the start alone": ({}, FAST),
+    "a blank after every special token": ({"scheme": "always"}, FAST),
+    "a blank by the normalizer": ({"scheme": "never", "normalizer": normalizers.Sequence(PREPEND)}, FAST),
+    "lower case": ({"normalizer": LOWER}, FAST),
+    "begin token that strips": ({"begin": special("<s>", rstrip=True)}, FAST),
+    "end token that strips": ({"end": special("</s>", lstrip=True, rstrip=True)}, FAST),
+    "placeholders that strip": ({"more": [special("<region>", lstrip=True), special("<image>", rstrip=True)]}, FAST),
+    "placeholders known as words": ({"more": [AddedToken("<image>", normalized=False)]}, FAST),
+}
+TALK = chat("Is  <region1>a Cat, or <region1>?", "It's <region1>.", "Why?", "So.")
+
+
+def save_tokenizer(
+    folder: Path,
+    scheme: str = "first",
+    normalizer: Any = None,
+    begin: Any = None,
+    end: Any = None,
+    more: Any = (),
+    **config: Any,
+) -> Path:
+    tokenizer = Tokenizer(
+        models.BPE({p: i for i, p in enumerate(PIECES)}, [("▁", letter) for letter in LETTERS], unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Metaspace()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens([special("<unk>"), begin or special("<s>"), end or special("</s>")])
+    tokenizer.add_tokens(list(more))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named | config))
+    return folder
+
+
+def ids(processor: RegionGPTProcessor, talk: list[dict[str, str]] = TALK, **options: Any) -> list[int]:
+    one_region = torch.full((1, 8, 8), 1 / 64)
+    return processor.encode_conversation(talk, region_weights=one_region, **options)["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_tokenized_as_by_the_tokenizer_itself_before_and_after_saving(kind, family, tmp_path):
+    backend, config = KINDS[kind]
+    processor = make_processor(
+        family, AutoTokenizer.from_pretrained(save_tokenizer(tmp_path, **backend, **config)), num_image_tokens=1
+    )
+    processor.save_pretrained(tmp_path / "saved")
+    loaded = RegionGPTProcessor.from_pretrained(tmp_path / "saved")
+    assert ids(loaded) == ids(processor)
+    for talk in (TALK[:1], TALK[:3]):
+        prompt = processor.apply_chat_template(talk, add_generation_prompt=True).replace("<region1>", "<region>")
+        begun = [1] if prompt.startswith("<s>") else []
+        for tokenizer in (processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+            expected = tokenizer(prompt.removeprefix("<s>"), add_special_tokens=False)["input_ids"]
+            assert ids(processor, talk, add_generation_prompt=True) == begun + expected
+
+
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_a_created_checkpoint_reads_as_its_language_model(legacy, tmp_path):
+    torch.manual_seed(0)
+    save_tower(tmp_path / "tower", AutoModel.from_config(tower_config("clip_vision_model")))
+    save_language(tmp_path / "language")
+    save_tokenizer(tmp_path / "language", scheme="always", **LLAMA, legacy=legacy)
+    _, processor = weights.create(tmp_path / "tower", tmp_path / "language", tmp_path / "out", chat_template="plain")
+    own = AutoTokenizer.from_pretrained(tmp_path / "language")("A cat\n", add_special_tokens=False)["input_ids"]
+    asked = {"talk": chat("A cat"), "with_image": False, "add_generation_prompt": True}
+    for each in (processor, weights.load(tmp_path / "out")[1]):
+        assert ids(each, **asked) == [1, *own]
+
+
+def test_special_tokens_are_words_in_any_case(tmp_path):
+    tokens = {"begin": special("<s>", normalized=True), "end": special("</s>", normalized=True)}
+    folder = save_tokenizer(tmp_path, normalizer=LOWER, **tokens, **FAST)
+    processor = make_processor("vicuna_v1", AutoTokenizer.from_pretrained(folder))
+    found = ids(processor, chat("Say </S> and <S>"), add_generation_prompt=True)
+    assert 2 not in found
+    assert found.count(1) == 1
+
+
+class Shouting(PreTrainedTokenizerFast):
+    def __call__(self, text: Any, **options: Any) -> Any:
+        return super().__call__(text.upper(), **options)
+
+
+def test_a_tokenizer_that_reads_otherwise_once_saved_is_refused(tmp_path):
+    folder = save_tokenizer(tmp_path, **FAST)
+    with pytest.raises(ConfigError, match="Shouting reads a text differently once saved"):
+        prepare_tokenizer(Shouting.from_pretrained(folder), "plain")

@@ -18,33 +18,23 @@ WIDTH, HEIGHT = 60, 40
 MASK = Region.mask(np.tri(HEIGHT, WIDTH, dtype=bool))
 
 
-def write(folder: Path, data: object) -> Path:
-    path = folder / "boxes.json"
-    path.write_text(json.dumps(data))
-    return path
-
-
 def read(folder: Path, data: object, **more: object) -> list[Proposal]:
-    return read_proposals(write(folder, data), WIDTH, HEIGHT, **more)
+    (folder / "boxes.json").write_text(json.dumps(data))
+    return read_proposals(folder / "boxes.json", WIDTH, HEIGHT, **more)
 
 
 def test_coco_results(tmp_path):
     rle = MASK.to_dict()["mask"]
-    found = read(
-        tmp_path,
-        [
-            {"image_id": 7, "category_id": 1, "bbox": [1, 2, 10.5, 20], "score": 0.5},
-            {"image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1], "segmentation": rle, "score": 0.9},
-            {"image_id": 7, "category_id": 1, "segmentation": [[0, 0, 20, 0, 20, 20]]},
-        ],
-    )
-    assert [proposal.region for proposal in found] == [
-        Region.box(1, 2, 11.5, 22),
-        Region.rle(rle),
-        Region.polygon([[0, 0], [20, 0], [20, 20]]),
+    results = [
+        {"image_id": 7, "category_id": 1, "bbox": [1, 2, 10.5, 20], "score": 0.5},
+        {"image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1], "segmentation": rle, "score": 0.9},
+        {"image_id": 7, "category_id": 1, "segmentation": [[0, 0, 20, 0, 20, 20]]},
     ]
-    assert [proposal.score for proposal in found] == [0.5, 0.9, None]
-    assert found[2].place == "boxes.json[2]"
+    assert read(tmp_path, results) == [
+        Proposal(region=Region.box(1, 2, 11.5, 22), score=0.5, place="boxes.json[0]"),
+        Proposal(region=Region.rle(rle), score=0.9, place="boxes.json[1]"),
+        Proposal(region=Region.polygon([[0, 0], [20, 0], [20, 20]]), place="boxes.json[2]"),
+    ]
 
 
 def test_regions_of_this_project(tmp_path):
@@ -95,8 +85,7 @@ def test_one_image_of_several(tmp_path):
     ("data", "message"),
     [
         ([], "empty list of regions"),
-        ({}, "expected a list of regions"),
-        ({"boxes": []}, "'boxes'"),
+        ({"boxes": []}, "expected a list of regions.*'boxes'"),
         (3, "expected a list of regions"),
     ],
 )
@@ -153,13 +142,9 @@ def test_choose_keeps_the_best_in_the_order_given():
 
 
 def test_choose_compares_masks_by_their_pixels():
-    half = np.zeros((HEIGHT, WIDTH), bool)
-    half[:20] = True
-    proposals = [
-        Proposal(region=Region.mask(half), score=0.3),
-        Proposal(region=Region.box(0, 0, WIDTH, 20), score=0.4),
-        Proposal(region=Region.mask(~half), score=0.1),
-    ]
+    half = np.arange(HEIGHT)[:, None].repeat(WIDTH, 1) < 20
+    regions = {0.3: Region.mask(half), 0.4: Region.box(0, 0, WIDTH, 20), 0.1: Region.mask(~half)}
+    proposals = [Proposal(region=region, score=score) for score, region in regions.items()]
     assert [p.score for p in choose(proposals, WIDTH, HEIGHT, iou=0.9)] == [0.4, 0.1]
     assert choose([], WIDTH, HEIGHT, iou=0.5) == []
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import TOWERS, assert_same, save_language, save_tower, tiny_tokenizer, tower_config
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.inference import RegionPredictor
@@ -20,7 +20,7 @@ from regiongpt.model import RegionGPTProcessor, weights
 from regiongpt.prompts import CHAT_TEMPLATES
 from regiongpt.regions import Region
 
-PARTS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "siglip2_vision_model": "siglip2"}
+WHOLES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "siglip2_vision_model": "siglip2"}
 
 
 @pytest.fixture(scope="module")
@@ -58,42 +58,27 @@ def ask(processor: RegionGPTProcessor) -> Any:
     return processor.apply_chat_template(messages, images=image, regions=regions, **how)
 
 
-# -- create ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", TOWERS)
-def test_create_keeps_the_trained_parts(kind: str, tmp_path: Path, language: Path) -> None:
-    torch.manual_seed(0)
-    source = AutoModel.from_config(tower_config(kind))
-    save_tower(tmp_path / "tower", source)
-    model, _ = weights.create(tmp_path / "tower", language)
-    for name, tensor in source.state_dict().items():
-        assert torch.equal(model.vision_tower.state_dict()[name], tensor), name
-    plain = save_language(tmp_path / "language")
-    words = plain.get_input_embeddings().weight
-    assert torch.equal(model.get_input_embeddings().weight[: len(words)], words)
-    for name, tensor in plain.model.layers.state_dict().items():
-        assert torch.equal(model.language_model.model.layers.state_dict()[name], tensor), name
-
-
-@pytest.mark.parametrize(("kind", "whole"), PARTS.items())
-def test_create_takes_the_vision_half_of_a_whole_checkpoint(
-    kind: str, whole: str, tmp_path: Path, language: Path
-) -> None:
-    from transformers import AutoConfig
-
-    shape = {**TOWERS[kind], "image_size": 28} if kind != "siglip2_vision_model" else TOWERS[kind]
-    words = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = AutoConfig.for_model(whole, vision_config=shape, text_config={**words, "vocab_size": 50})
+@pytest.mark.parametrize(("kind", "whole"), [*((kind, "") for kind in TOWERS), *WHOLES.items()])
+def test_create_keeps_the_trained_parts(kind: str, whole: str, tmp_path: Path, language: Path) -> None:
+    """Of a whole checkpoint, the vision half."""
+    config = tower_config(kind)
+    if whole:
+        words = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        config = AutoConfig.for_model(whole, vision_config=TOWERS[kind], text_config={**words, "vocab_size": 50})
     torch.manual_seed(0)
     source = AutoModel.from_config(config)
-    save_tower(tmp_path, source)
-    model, processor = weights.create(tmp_path, language)
+    save_tower(tmp_path / "tower", source)
+    model, processor = weights.create(tmp_path / "tower", language)
     assert model.config.vision_config.model_type == kind
     assert not [name for name in model.vision_tower.state_dict() if name.startswith("text_model")]
-    for name, tensor in source.vision_model.state_dict().items():
+    for name, tensor in (source.vision_model if whole else source).state_dict().items():
         assert torch.equal(model.vision_tower.state_dict()[name], tensor), name
     assert ask(processor)["pixel_values"].shape == (1, 3, 28, 28)
+    plain = save_language(tmp_path / "language")
+    embeddings = plain.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight[: len(embeddings)], embeddings)
+    for name, tensor in plain.model.layers.state_dict().items():
+        assert torch.equal(model.language_model.model.layers.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("family", CHAT_TEMPLATES)
@@ -134,23 +119,20 @@ def test_regions_may_carry_their_numbers_and_cells_the_mark_of_an_image(
     torch.testing.assert_close(after[is_cell], before[is_cell] + words.weight[model.config.image_token_id])
     loaded = weights.load(tmp_path)[0].config
     assert (loaded.region_number_offset, loaded.image_marks) == (model.config.region_number_offset, True)
-    with pytest.raises(ConfigError, match=r"region_numbers: expected a region_format"):
-        weights.create(tower, language, region_format="<region>", region_numbers=True)
-    with pytest.raises(ConfigError, match="unknown option 'refine'"):
-        weights.create(tower, language, refine="none")
 
 
 def test_dtype_and_device(checkpoint: Path, tower: Path, language: Path, tmp_path: Path) -> None:
-    model, _ = weights.load(checkpoint, device="cpu", dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert weights.load(checkpoint)[0].dtype == torch.float32
-    model, _ = weights.create(tower, language, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     halved = tmp_path / "halved"
     AutoModelForCausalLM.from_pretrained(language, dtype=torch.bfloat16).save_pretrained(halved)
     tiny_tokenizer().save_pretrained(halved)
     weights.create(tower, halved, out=tmp_path / "mixed")
-    assert {p.dtype for p in weights.load(tmp_path / "mixed")[0].parameters()} == {torch.bfloat16}
+    for model, _ in (
+        weights.load(checkpoint, device="cpu", dtype=torch.bfloat16),
+        weights.create(tower, language, dtype=torch.bfloat16),
+        weights.load(tmp_path / "mixed"),
+    ):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_convert_halves_the_files_and_loads_in_full_precision(checkpoint: Path, tmp_path: Path) -> None:
@@ -189,6 +171,8 @@ def test_efficientnet_lite_comes_with_its_imagenet_weights(language: Path, monke
         ({"chat_template": "vicuna"}, "chat template"),
         ({"image_size": 447}, "image_size must be a positive multiple"),
         ({"region_format": "<region>{"}, "no field but {n}"),
+        ({"region_format": "<region>", "region_numbers": True}, "region_numbers: expected a region_format"),
+        ({"refine": "none"}, "unknown option 'refine'"),
     ],
 )
 def test_create_with_a_wrong_option(options: dict[str, Any], words: str, tower: Path, language: Path) -> None:
@@ -202,9 +186,6 @@ def test_create_from_the_wrong_kind_of_folder(tower: Path, language: Path, tmp_p
     for parts, words in (((tower, tower), "weights of .*tower"), ((tmp_path, language), "configuration of the tower")):
         with pytest.raises(CheckpointError, match=words):
             weights.create(*parts)
-
-
-# -- load --------------------------------------------------------------------------------------------------------------
 
 
 def refuse(folder: Path, *words: str) -> None:
@@ -225,9 +206,6 @@ def test_shards_are_loaded_unless_one_is_missing(checkpoint: Path, tmp_path: Pat
     refuse(tmp_path, "lacks model-00002-")
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")]
 )
@@ -242,18 +220,11 @@ def test_a_full_disk_leaves_no_half_folder(
         lambda out: weights.create(tower, language, out),
         lambda out: weights.convert(checkpoint, out, torch.float16),
     ):
+        with pytest.raises(ConfigError, match="a new or empty folder"):
+            write(checkpoint)
         with pytest.raises(DataError, match="cannot be written: No space left on device"):
             write(tmp_path / "out")
         assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_with_something_in_it_is_not_written_to(checkpoint: Path, tower: Path, language: Path) -> None:
-    for write in (
-        lambda: weights.create(tower, language, checkpoint),
-        lambda: weights.convert(checkpoint, checkpoint, torch.float16),
-    ):
-        with pytest.raises(ConfigError, match="a new or empty folder"):
-            write()
 
 
 def test_an_untrained_checkpoint_answers_only_when_told_to(checkpoint: Path, tmp_path: Path) -> None:
@@ -313,7 +284,6 @@ BIAS = "connector.linear_1.bias"
         ),
         (tensors(lambda held: held.update({BIAS: torch.zeros(5)})), ["of another shape", f"{BIAS} [5] for [32]"]),
         (tensors(lambda held: held[BIAS][3:4].fill_(float("nan"))), ["NaN or infinity", BIAS]),
-        (tensors(lambda held: held[BIAS][3:4].fill_(float("-inf"))), ["NaN or infinity", BIAS]),
         (edit("config.json", model_type="llama"), ["expected a RegionGPT checkpoint"]),
         (edit("config.json", refinement="cubic"), ["cannot read the configuration of", "refinement must be one of"]),
         (edit("config.json", vision_config=5), ["cannot read the configuration of"]),

@@ -185,7 +185,7 @@ def scorer_of(options: Options) -> tuple[Scorer | None, str]:
     """What scores captions against crops, and what tells it from others; None and "" without ``--similarity``."""
     if options.similarity is None:
         return None, ""
-    from regiongpt.inference.similarity import Similarity
+    from regiongpt.inference.choices import Similarity
 
     scorer = Similarity(options.similarity, options.device)
     return scorer.score, scorer.identity

@@ -1,24 +1,30 @@
-"""Answers from a closed set: the likelihood of every choice after one prompt.
-
-The prompt goes through the language model once; every answer is then a short sequence behind it.
+"""Scores of texts: of answers from a closed set by the model, of captions by CLIP or SigLIP.
 
 Shapes: B questions, R regions, K tokens of a region, A answers, E expressions, L tokens of answers, D model width, V
 vocabulary.
 """
 
+import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import AutoModel, AutoProcessor
 
-from regiongpt.errors import ConfigError
-from regiongpt.inference.engine import Engine, Scene, TooLong, Turn, question_turns
+from regiongpt.errors import CheckpointError, ConfigError
+from regiongpt.inference.engine import Engine, Scene, TooLong, Turn, pick_device, question_turns
 from regiongpt.inference.options import By
 from regiongpt.inference.shared_prefix import Prefix, PrefixCache
 from regiongpt.model.processing import expand_regions
 from regiongpt.prompts import NO_MATCH, question, region_answer
+from regiongpt.storage import read_json, reason, weights_digest
 
 TOKENS = 4096
 """Tokens of a forward pass, unless a single question has more."""
@@ -38,10 +44,7 @@ class ClosedSet:
 
 
 def closed_set(engine: Engine, messages: Sequence[Turn], n_regions: int, answers: Sequence[str]) -> ClosedSet:
-    """Prepare the answers to a question for scoring; recent ones are cached.
-
-    TooLong where the longest does not fit the model's context; ConfigError for a chat template that changes answers.
-    """
+    """Prepare the answers to a question for scoring, or find them cached; TooLong for the model's context."""
 
     def make() -> ClosedSet:
         prompt = engine.encode_text(messages, n_regions)
@@ -135,18 +138,11 @@ def _behind(engine: Engine, prefixes: Sequence[Prefix], paths: Sequence[Sequence
 def answer_scores(
     engine: Engine, scene: Scene, messages: Sequence[Turn], pooled: Sequence[Tensor], answers: Sequence[str]
 ) -> Tensor:
-    """Log likelihoods (B, A) of answers to one question for each of B sets of region features (R * K, D).
-
-    Their softmax gives the probabilities if the answer is one of these. Raises as :func:`closed_set` does.
-    """
+    """Log likelihoods (B, A) of answers to one question for each of B sets of region features (R * K, D)."""
     if not pooled:
         return torch.empty((0, len(answers)))
     closed = closed_set(engine, messages, len(pooled[0]) // engine.processor.tokens_per_region, answers)
     return log_likelihoods(engine, scene, closed, pooled)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The class of a region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +162,7 @@ class Classified:
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The ``k`` most probable choices with their probabilities, best first."""
-        return sorted(self.probabilities.items(), key=lambda choice: -choice[1])[: max(0, k)]
+        return sorted(self.probabilities.items(), key=lambda choice: -choice[1])[:k]
 
 
 def classified(scores_A: Tensor, names: Sequence[str], top_k: int | None) -> Classified:
@@ -176,10 +172,6 @@ def classified(scores_A: Tensor, names: Sequence[str], top_k: int | None) -> Cla
     kept = {names[k]: shares[k] for k in (range(len(names)) if top_k is None else best)}
     label = names[best[0]]
     return Classified(label=label, probability=kept[label], probabilities=kept)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The region that an expression refers to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,14 +202,18 @@ def locate_expressions(
     asked = [question("locate", regions=numbers, expression=each) for each in expressions if by != "words"]
     # All made ready before the first is scored: what is too long is known at once.
     ready = [closed_set(engine, question_turns((), text), len(pooled), answers) for text in asked]
-    called_ER = called(engine, scene, pooled, expressions) if by != "answer" and expressions else torch.empty(0)
+    if by != "answer" and expressions:
+        different = list(dict.fromkeys(expressions))
+        turns = question_turns((), question("refer", regions=[1]))
+        scores_ER = answer_scores(engine, scene, turns, pooled, different).T
     results = []
-    for row in range(len(expressions)):
+    for row, expression in enumerate(expressions):
         if by != "words":
             shares = log_likelihoods(engine, scene, ready[row], [torch.cat(list(pooled))])[0].softmax(-1)
             no_match = shares[-1:]
         if by != "answer":
-            shares = torch.cat([(1 - no_match) * called_ER[row].softmax(-1), no_match])
+            called_R = scores_ER[different.index(expression)].softmax(-1)
+            shares = torch.cat([(1 - no_match) * called_R, no_match])
         # Two regions that fit equally share their probability; that does not make it likelier that none fits.
         best = int(shares.argmax()) if by == "answer" or shares[-1] > 0.5 else int(shares[:-1].argmax())
         found = best if best < len(pooled) else None
@@ -233,9 +229,64 @@ def locate_expressions(
     return results
 
 
-def called(engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str]) -> Tensor:
-    """Log likelihood (E, R) of each expression as each region's name."""
-    different = list(dict.fromkeys(expressions))
-    turns = question_turns((), question("refer", regions=[1]))
-    scores_RE = answer_scores(engine, scene, turns, pooled, different)
-    return scores_RE.T[[different.index(each) for each in expressions]]
+class Similarity:
+    """Scores captions of crops by CLIP or SigLIP; ``identity`` stands for the model.
+
+    A caption longer than the text tower's window is scored sentence by sentence, a sentence that is longer still in
+    halves. The score is the cosine of crop and part, averaged over the parts with their numbers of tokens as weights;
+    ``least`` is that of the worst part. CheckpointError where the folder holds no CLIP or SigLIP model.
+    """
+
+    def __init__(self, path: Path, device: str | None = None) -> None:
+        kind = read_json(path / "config.json", CheckpointError).get("model_type")
+        if kind not in ("clip", "siglip"):
+            raise CheckpointError(f"{path}: expected a CLIP or SigLIP model, got {kind!r}")
+        self._device = pick_device(device)
+        try:
+            self._model = AutoModel.from_pretrained(path).to(self._device).eval()
+            self._processor = AutoProcessor.from_pretrained(path)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: cannot be loaded: {reason(error)[:200]}") from None
+        self._pads, self._lock = kind == "siglip", threading.Lock()  # one batch at a time
+        self.window = int(self._model.config.text_config.max_position_embeddings)
+        self.identity = f"{path.resolve().name} {weights_digest(path)}"
+
+    def score(self, crops: Sequence[Image.Image], captions: Sequence[str]) -> list[dict[str, float]]:
+        """Cosines of crops and their captions; NaN-free, ``{"similarity": ..., "least": ...}`` each."""
+        parts = [self.parts(caption) for caption in captions]
+        flat = [part for own in parts for part in own]
+        # SigLIP was trained on text padded to its window and attends to the padding; CLIP is the other way round.
+        padded = {"padding": "max_length", "max_length": self.window} if self._pads else {"padding": True}
+        tokens = {**self._processor.tokenizer(flat, return_tensors="pt", **padded).to(self._device)}
+        if self._pads:
+            tokens = {"input_ids": tokens["input_ids"]}
+        pixels = self._processor.image_processor(images=list(crops), return_tensors="pt").to(self._device)
+        with self._lock, torch.inference_mode():
+            seen, read = _unit(self._model.get_image_features(**pixels)), _unit(self._model.get_text_features(**tokens))
+        found = []
+        for own, features, crop in zip(parts, read.split([len(own) for own in parts]), seen, strict=True):
+            cosines = (features @ crop).double().cpu().numpy()
+            mean = np.average(cosines, weights=[self._length(part) for part in own])
+            found.append({"similarity": float(mean), "least": float(cosines.min())})
+        return found
+
+    def parts(self, caption: str) -> list[str]:
+        """A caption as it is if it fits the window, else its sentences, each halved between words until it fits."""
+        if self._length(caption) <= self.window:
+            return [caption]
+        pieces = re.findall(r"\S.*?(?:[.!?]+(?=\s)|$)", caption, re.DOTALL)
+        if len(pieces) == 1:
+            words_of = caption.split(" ")
+            joint, pieces = (" ", words_of) if len(words_of) > 1 else ("", list(caption))
+            middle = len(pieces) // 2
+            pieces = [joint.join(pieces[:middle]), joint.join(pieces[middle:])]
+        return [part for piece in pieces for part in self.parts(piece)]
+
+    def _length(self, text: str) -> int:
+        return len(self._processor.tokenizer(text)["input_ids"])
+
+
+def _unit(output: Any) -> Any:
+    """Normalized features, of transformers that returns them by themselves or in an output."""
+    features = getattr(output, "pooler_output", output)
+    return features / features.norm(dim=-1, keepdim=True)

@@ -157,10 +157,7 @@ class Engine:
     def prompt(
         self, messages: Sequence[Turn], pooled: Tensor, n_regions: int, wanted: int, notes: Sequence[str] = ()
     ) -> Prompt:
-        """A question ready for the language model, with an answer of at most ``wanted`` tokens.
-
-        RegionError where a placeholder stands for no region; DataError where a turn is empty, out of order or too long.
-        """
+        """A question ready for the language model, with an answer of at most ``wanted`` tokens."""
         encoded = self.encode_text(messages, n_regions)
         ids, rows = encoded["input_ids"].tolist(), encoded["region_ids"].tolist()
         room, warnings = self.room(len(ids), wanted), (*notes, *encoded["warnings"])
@@ -190,19 +187,17 @@ class Engine:
             embeds_ND[ids_N == region] = self.model.add_numbers(pooled[list(rows)].to(embeds_ND.dtype), ids_T)
         return embeds_ND
 
-    def begin(
-        self, scene: Scene, ids: Sequence[int], rows: Sequence[int], pooled: Tensor
-    ) -> tuple[Prefix | None, Tensor]:
+    def begin(self, scene: Scene, ids: list[int], rows: Sequence[int], pooled: Tensor) -> tuple[Prefix | None, Tensor]:
         """The prefix that a prompt shares with others about its image, and embeddings (N, D) of the rest."""
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
-        end = len(ids) - list(reversed(ids)).index(image) if image in ids else 0
+        end = len(ids) - ids[::-1].index(image) if image in ids else 0
         if region in ids[:end]:  # in the system text
-            end = list(ids).index(region)
-        prefix = None
-        if 0 < end < len(ids):
-            head = list(ids[:end])
-            prefix = scene.prefixes.get(tuple(head), lambda: self.decoder.read(self.embed(scene, head, (), pooled)))
-        return prefix, self.embed(scene, ids, rows, pooled, start=end if prefix else 0)
+            end = ids.index(region)
+        if not 0 < end < len(ids):
+            return None, self.embed(scene, ids, rows, pooled)
+        head = ids[:end]
+        prefix = scene.prefixes.get(tuple(head), lambda: self.decoder.read(self.embed(scene, head, (), pooled)))
+        return prefix, self.embed(scene, ids, rows, pooled, start=end)
 
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """A prompt as the scheduler takes it."""
@@ -214,22 +209,20 @@ class Engine:
         """The answer that a finished job has written, asked at ``began`` by ``time.perf_counter``."""
         stops = set(self.processor.stop_token_ids)
         end = next((place for place, token in enumerate(job.tokens) if token in stops), None)
-        stopped = job.reader is not None and job.reader.stopped
-        if job.reader is not None and stopped:
-            text = job.reader.text
-        else:
-            text = self.processor.tokenizer.decode(job.tokens[:end], skip_special_tokens=True)
+        stopped = job.reader.text if job.reader is not None and job.reader.stopped else None
+        written = job.tokens[:end]
+        text = self.processor.tokenizer.decode(written, skip_special_tokens=True) if stopped is None else stopped
         return Answer(
             text=text.strip(),
             cited=tuple(number for number in cited(text) if 1 <= number <= prompt.n_regions),
             warnings=(*prompt.warnings, *citation_warnings(text, prompt.n_regions)),
             seconds=time.perf_counter() - began,
-            complete=stopped or end is not None,
+            complete=stopped is not None or end is not None,
             tokens=len(job.tokens) if end is None else end + 1,
         )
 
     def stream(self, scene: Scene, prompt: Prompt, options: Options) -> Iterator[str]:
-        """Write one answer and yield it in pieces. Leaving the iteration ends it."""
+        """Write one answer and yield it in pieces."""
         yield from self.scheduler.stream(self.job(scene, prompt, options, streams=True))
 
     def answers(
@@ -259,8 +252,7 @@ class Engine:
             (scene, replace(first, pooled=features, warnings=(*notes([region]), *first.warnings)), options)
             for region, features in zip(regions, pooled, strict=True)
         )
-        found = dict(self.answers(asked, began))
-        return [found[place] for place in range(len(regions))]
+        return [answer for _, answer in sorted(self.answers(asked, began), key=lambda found: found[0])]
 
 
 # "Region [2]" as the paper has it, and the placeholder itself, which a model may repeat from the question.
@@ -305,13 +297,10 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):
-        raise ConfigError(
-            f"expected device cuda, cuda:N, mps or cpu, available on this machine, got {str(device)!r}"
-        ) from None
-    return chosen
+        raise ConfigError(f"expected device cuda, cuda:N, mps or cpu, if this machine has it, got {device!r}") from None
+    return torch.device(device)
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

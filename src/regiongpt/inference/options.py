@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,7 +12,6 @@ from regiongpt.storage import check_checkpoint
 
 By = Literal["answer", "words", "both"]
 Detail = Literal["fast", "careful"]
-WAYS: Final[tuple[By, ...]] = ("answer", "words", "both")
 ROWS = 64
 """Answers written at a time, unless the token budget allows fewer."""
 

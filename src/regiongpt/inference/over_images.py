@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -62,10 +62,6 @@ class Proposal:
     place: str = "a region"  # as messages name it: ``boxes.json[3]``
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Regions that were typed
-
-
 class Typed(NamedTuple):
     """Regions for every image, with their names for messages."""
 
@@ -107,10 +103,6 @@ def read_regions(typed: Sequence[tuple[str, str]], normalized: bool = False) -> 
     return Typed(regions, normalized)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Regions from a file
-
-
 def read_proposals(
     path: str | Path,
     width: int,
@@ -123,10 +115,9 @@ def read_proposals(
     """Read regions of one image from a JSON file; an entry that cannot be used is left out and counted.
 
     The file is a list of COCO detection results or of regions as :meth:`Region.to_dict` writes them, or an object with
-    such a list as its ``regions`` (the output of ``--json``) or ``annotations`` (a COCO data set). Masks come before
-    boxes. Of several images, this one (``width`` x ``height`` pixels) is known by its ``image_id``, else by the name of
-    its file ``image``, or the number that it ends in. DataError where the file has another form, another size for the
-    image, or nothing about it.
+    such a list as its ``regions`` (the output of ``--json``) or ``annotations`` (a COCO data set). Of several images,
+    this one (``width`` x ``height`` pixels) is known by its ``image_id``, else by the name of its file ``image``, or
+    the number that it ends in. DataError where the file has another form, another size for the image, or nothing of it.
     """
     file = Path(path)
     rejects = Rejects() if rejects is None else rejects
@@ -234,10 +225,6 @@ def _region(entry: Any, width: int, height: int) -> Region:
     return Region.box(x, y, x + w, y + h)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Regions that nobody marked
-
-
 def grid_points(side: int, width: int, height: int) -> list[Proposal]:
     """Points in the middle of ``side`` x ``side`` cells over an image of a size in pixels, row by row."""
     return [
@@ -267,11 +254,10 @@ class Segmenter:
     def propose(
         self, photo: "Image", side: int = 32, *, min_quality: float = 0.88, min_stability: float = 0.95
     ) -> list[Proposal]:
-        """Masks of the objects at ``side`` x ``side`` points, with the model's own opinion of each as its score.
+        """Masks at ``side`` x ``side`` points, scored by the model; :func:`choose` removes duplicates.
 
         Kept are masks that the model expects to overlap the true object by ``min_quality``, and that drawn slightly
-        larger overlap themselves drawn slightly smaller by ``min_stability``, both as in Segment Anything. Several are
-        of one object: :func:`choose` removes duplicates.
+        larger overlap themselves drawn slightly smaller by ``min_stability``, both as in Segment Anything.
         """
         import torch
 
@@ -308,17 +294,10 @@ def choose(
     iou: float | None = None,
     min_score: float | None = None,
 ) -> list[Proposal]:
-    """Drop low scores, duplicates and excess proposals; the others keep their order.
+    """Drop low scores, duplicates and all but the ``most`` best of an image's proposals; the others keep their order.
 
-    Higher scores are better, then earlier ones; those without a score come last.
-
-    Args:
-        proposals: regions of an image.
-        width: width of the image in pixels.
-        height: its height.
-        most: how many to keep.
-        iou: leave out what shares more than this of its pixels (0 to 1, of the union) with something better.
-        min_score: leave out scores under this; ConfigError where one has no score.
+    Higher scores are better, then earlier ones, and no score is the worst, but a ConfigError with ``min_score``.
+    Duplicates share more than ``iou`` (0 to 1) of their union's pixels with something better.
     """
     if min_score is not None:
         if unscored := next((each for each in proposals if each.score is None), None):
@@ -336,10 +315,6 @@ def choose(
     return [proposals[k] for k in sorted(ranked[:most])]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One image
-
-
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """Answers about an image."""
@@ -354,14 +329,14 @@ class Reply:
 def _ask(predictor: "RegionPredictor", given: Sequence[Proposal], question: str, options: Options) -> Reply:
     regions = [each.region for each in given]
     answer = predictor.ask(question, regions, **dict(options))
-    said = {"answer": answer.text, "cited": list(answer.cited), "warnings": list(answer.warnings)}
-    about = {"question": question, "regions": [region.to_dict() for region in regions]}
-    return Reply(
-        record={**about, **said, "complete": answer.complete},
-        lines=[answer.text],
-        dialogue=[(question, answer.text)],
-        warnings=list(answer.warnings),
-    )
+    warnings = list(answer.warnings)
+    record: dict[str, Any] = {
+        "question": question,
+        "regions": [region.to_dict() for region in regions],
+        "answer": answer.text,
+    }
+    record |= {"cited": list(answer.cited), "warnings": warnings, "complete": answer.complete}
+    return Reply(record=record, lines=[answer.text], dialogue=[(question, answer.text)], warnings=warnings)
 
 
 def _describe(predictor: "RegionPredictor", given: Sequence[Proposal], _: str, options: DescribeOptions) -> Reply:
@@ -408,10 +383,8 @@ def _with_answers(given: Sequence[Proposal], said: Sequence[dict[str, Any]]) -> 
     ]
 
 
+_as_json = partial(json.dumps, ensure_ascii=False, allow_nan=False)
 _VERBS: dict[str, Callable[..., Reply]] = {"ask": _ask, "describe": _describe, "classify": _classify, "locate": _locate}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Many images
 
 
 def find_images(words: Sequence[str]) -> list[str]:
@@ -486,8 +459,7 @@ def over_images(
 ) -> int:
     """Answer about each image, and print or write the answers as they come; returns how many were skipped.
 
-    A single image that cannot be read is an error. One of several is reported and skipped. The model is loaded once the
-    first image has been read.
+    An image of several that cannot be read is reported and skipped. The model is loaded once one has been read.
 
     Args:
         images: paths.
@@ -522,13 +494,13 @@ def over_images(
         for line in reply.warnings:
             tell(f"regiongpt: warning: {f'{path}: ' * several}{line}")
         record = {"image": path, **reply.record, "seconds": round(time.perf_counter() - began, 3)}
-        record |= {"left_out": n_left_out, "device": str(predictor.device)}
+        record |= {"left_out": n_left_out, "device": str(predictor.engine.device)}
         if out is not None:
             with writing(out), out.open(mode, encoding="utf-8", errors="backslashreplace") as file:
                 file.write(_as_json({**record, "request": key}) + "\n")
             mode = "a"
         elif json:
-            print(_as_json(record, None if several else 2), flush=True)
+            print(_as_json(record, indent=None if several else 2), flush=True)
         else:
             for line in reply.lines:
                 print(f"{path}: {' '.join(line.split())}" if several else line, flush=True)
@@ -559,7 +531,3 @@ def _answered(out: Path, key: str) -> set[str]:
     if len(whole) < len(content):
         os.truncate(out, len(whole))
     return found
-
-
-def _as_json(record: Any, indent: int | None = None) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=indent)

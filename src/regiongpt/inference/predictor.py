@@ -110,14 +110,12 @@ class RegionPredictor:
         Args:
             path: the folder.
             device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; default: the first of CUDA, MPS, CPU there is.
-            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 on CUDA devices that have it, else
-                float32.
+            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 where CUDA has it, else float32.
             untrained: take a model whose answers mean nothing, too.
             **memory: ``images``, ``token_budget`` and ``rows``, as above.
 
         Raises:
             CheckpointError: a file is missing, damaged, or does not fit the others, or the model is untrained.
-            ConfigError: an option is out of its range, or not there on this machine.
         """
         kept = Memory(**memory)
         chosen = pick_device(device)
@@ -127,11 +125,6 @@ class RegionPredictor:
                 f"{path}: refinement and connector are untrained; train them, or give --untrained (untrained=True)"
             )
         return cls(model, processor, **dict(kept))
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return self.engine.device
 
     def set_image(self, image: ImageSource) -> "RegionPredictor":
         """Encode an image, of any kind that :func:`regiongpt.load_image` takes, and return this predictor. Paper: §3.1.
@@ -153,9 +146,6 @@ class RegionPredictor:
             raise ConfigError("expected an image before the first question; call set_image(...) first")
         return scene
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Open questions
-
     def ask(self, question: str, regions: Regions = (), *, history: Sequence[Turn] = (), **generation: Any) -> Answer:
         """Ask one question about the image.
 
@@ -163,8 +153,7 @@ class RegionPredictor:
             question: text in which ``<regionN>`` stands for the N-th region (from 1), any number of times.
             regions: in pixels of the image; the same list for the whole conversation.
             history: earlier turns, ``{"role": "user" | "assistant", "content": ...}``, the oldest first.
-            **generation: ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``stop`` and ``detail``, as
-                :class:`~regiongpt.inference.options.Options` has them.
+            **generation: fields of :class:`~regiongpt.inference.options.Options`, such as ``max_new_tokens``.
         """
         began, options, scene = time.perf_counter(), Options(**generation), self._here()
         prompt = self._prompt(scene, question, regions, history, options)
@@ -174,10 +163,7 @@ class RegionPredictor:
     def stream(
         self, question: str, regions: Regions = (), *, history: Sequence[Turn] = (), **generation: Any
     ) -> Iterator[str]:
-        """Ask like :meth:`ask`, checking arguments at once, and yield the answer in pieces as it is generated.
-
-        Leaving the iteration early ends the generation.
-        """
+        """Ask like :meth:`ask` and yield the answer in pieces; leaving the iteration ends the generation."""
         options, scene = Options(**generation), self._here()
         return self.engine.stream(scene, self._prompt(scene, question, regions, history, options), options)
 
@@ -191,9 +177,8 @@ class RegionPredictor:
     def ask_many(self, questions: Iterable[Question], **generation: Any) -> list[Answer]:
         """Ask many questions in one batch, each with regions of its own, about one image or several.
 
-        All are checked before the first is answered; an error names the question, from 1. Options are those of
-        :meth:`ask`; a question's own come first. With a ``seed`` an answer depends on the seed and the question's
-        place, not on the others.
+        All are checked before the first is answered; an error names the question, from 1. A question's own options
+        come first. With a ``seed`` an answer depends on the seed and the question's place, not on the others.
         """
         return [answer for _, answer in sorted(self.answers(questions, **generation), key=lambda found: found[0])]
 
@@ -243,9 +228,6 @@ class RegionPredictor:
         check_regions(listed, scene.width, scene.height)
         return Conversation(engine=self.engine, scene=scene, regions=tuple(listed))
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Tasks
-
     @overload
     def describe(self, regions: Region, **options: Any) -> Answer: ...
 
@@ -276,8 +258,7 @@ class RegionPredictor:
     ) -> Classified | list[Classified]:
         """Choose the class of each region from a closed set; nothing off the list can come out.
 
-        A choice's score is the log likelihood of all its tokens and of the end of the answer; their softmax is the
-        probability of each answer given that it is on the list. Paper: §3.2, Table 1 (the prompt), §4.1
+        A choice's score is the log likelihood of its tokens and the end of the answer. Paper: §3.2, Table 1, §4.1.
 
         Args:
             regions: one region or several, each classified on its own.
@@ -329,11 +310,10 @@ class RegionPredictor:
 
 @dataclass(kw_only=True)
 class Conversation:
-    """Several turns about one image and one list of regions; made by :meth:`RegionPredictor.conversation`.
+    """Several turns about one image and one list of regions, by one thread at a time.
 
-    It keeps the image it started with. Answers equal those of :meth:`RegionPredictor.ask` with the turns so far as
-    history. Where the model's context is full, the oldest turns are forgotten, with a warning. One thread at a time
-    may use it.
+    Answers equal those of :meth:`RegionPredictor.ask` with the turns so far as history. Where the model's context is
+    full, the oldest turns are forgotten, with a warning.
 
     Attributes:
         messages: the turns so far, the oldest first, as transformers writes them.
@@ -347,10 +327,7 @@ class Conversation:
     warnings: tuple[str, ...] = ()
 
     def ask(self, question: str, **generation: Any) -> Answer:
-        """Ask the next question, with the options of :meth:`RegionPredictor.ask`.
-
-        It may mention every region of the conversation. One that fails leaves the conversation as it was.
-        """
+        """Ask as :meth:`RegionPredictor.ask` does; a question that fails leaves the conversation as it was."""
         began, options = time.perf_counter(), Options(**generation)
         prompt = self._prepare(question, options)
         ((_, answer),) = self.engine.answers([(self.scene, prompt, options)], began)

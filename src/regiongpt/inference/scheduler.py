@@ -80,14 +80,11 @@ class Scheduler:
 
     @property
     def active(self) -> int:
-        """Number of answers being generated, for all callers."""
+        """Number of answers being generated."""
         return len(self._running)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
-        """Write answers and yield each job as it finishes; jobs are taken from the iterable as there is room for them.
-
-        Leaving the iteration cancels them. What a pass through the language model raises comes out here.
-        """
+        """Write answers; take jobs as there is room, yield each as it finishes. Leaving the iteration cancels them."""
         source = iter(jobs)
         mine: list[Job] = []
         try:
@@ -116,8 +113,7 @@ class Scheduler:
             while not job.finished:
                 self.advance([job])
                 piece = job.reader.take(final=job.finished)
-                piece = piece if begun else piece.lstrip()
-                if piece:
+                if piece := (piece if begun else piece.lstrip()):
                     begun = True
                     yield piece
         finally:
@@ -127,11 +123,8 @@ class Scheduler:
 
     def submit(self, job: Job) -> None:
         """Have an answer written by the next calls of :meth:`advance`; ConfigError if it exceeds the token budget."""
-        budget = self._budget(job)
-        if job.reserve > budget:
-            raise ConfigError(
-                f"{job.reserve} tokens of question and answer exceed the token budget, {budget}; raise token_budget"
-            )
+        if job.reserve > (budget := self._budget(job)):
+            raise ConfigError(f"question and answer of {job.reserve} tokens: raise the token budget, {budget}")
         with self._lock:
             self._waiting.append(job)
 

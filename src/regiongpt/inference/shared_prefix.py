@@ -155,10 +155,6 @@ def _grown(part: Tensor, rows: int, room: int) -> Tensor:
     return grown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One pass
-
-
 class Decoder:
     """Runs a language model over the sequences of a :class:`PrefixCache`; threads take turns.
 
@@ -188,7 +184,7 @@ class Decoder:
 
         Args:
             cache: what the sequences have read so far.
-            embeds_ND: embeddings of the new tokens, those of the first row first, without padding.
+            embeds_ND: those of the first row first, without padding.
             counts: how many new tokens each row has, at least 1.
             logits: which of the N tokens to compute the head at; by default the last of each row.
         """
@@ -303,9 +299,6 @@ class _Step:
 
 STEP: ContextVar[_Step | None] = ContextVar("regiongpt_step", default=None)
 """The step of this thread, for the cache's layers and the attention."""
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
 
 
 class _Group:

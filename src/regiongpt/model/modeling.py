@@ -38,8 +38,8 @@ _VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_i
 class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
     """EfficientNet-Lite without its head, its three coarsest stages side by side on the stride-32 grid.
 
-    Finer stages are laid out as channels, and sines and cosines of the position appended. The stages differ in scale,
-    so each channel is standardised by the buffers ``mean`` and ``std``, which a recipe measures on its training images.
+    Finer stages are laid out as channels, standardised by the buffers ``mean`` and ``std``, which a recipe measures on
+    its training images; sines and cosines of the position are appended.
     """
 
     config_class = EfficientNetLiteConfig
@@ -101,10 +101,7 @@ def _position_channels(frequencies: int, like_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def tower_features(model: Any, pixel_values: Tensor, layer: int = -2) -> Tensor:
-    """Run a frozen tower and arrange its patch tokens as a grid (B, C, H, W). Paper: §3.1, visual backbone.
-
-    ``layer`` is an index into the tower's hidden states, of which class and register tokens are dropped.
-    """
+    """Run a frozen tower and arrange the patch tokens of one of its layers as a grid (B, C, H, W). Paper: §3.1."""
     config = model.config
     pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
     if config.model_type == "efficientnet_lite":
@@ -126,10 +123,7 @@ def tower_features(model: Any, pixel_values: Tensor, layer: int = -2) -> Tensor:
 
 
 class Deconvolution(nn.ConvTranspose2d):
-    """A 2x2 deconvolution of stride 2, computed as the matrix product that it is.
-
-    On a CPU this trains nearly twice as fast as the library's kernel for the general case.
-    """
+    """A 2x2 deconvolution of stride 2 as a matrix product, which trains nearly twice as fast on a CPU."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Refine (B, C, H, W) to (B, C, 2H, 2W), channels last in memory."""
@@ -217,8 +211,8 @@ def _as_matrix(linear: Callable[[Tensor], Tensor], cells: int, device: torch.dev
 class Connector(nn.Module):
     """Two-layer perceptron from visual features to word embeddings, one for image and regions. Paper: §3.1.
 
-    Input channels are first standardised by ``mean`` and ``std``, 0 and 1 unless a recipe measured them: refined
-    features are all positive, and what they have in common would outgrow what tells them apart.
+    Input channels are first standardised by ``mean`` and ``std``, 0 and 1 unless a recipe measured them, since what the
+    all positive refined features have in common would outgrow what tells them apart.
     """
 
     def __init__(self, config: RegionGPTConfig) -> None:
@@ -377,24 +371,19 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         vision_features: Tensor | None = None,
         region_weights: Tensor | None = None,
         region_ids: Tensor | None = None,
-        continues: bool = False,
         region_crops: Tensor | None = None,
     ) -> Tensor:
-        """Embed the inputs of :meth:`forward`, with visual embeddings in place of placeholders: (B, T, D).
-
-        If the sequences continue cached ones, ``region_ids`` may begin with regions already seen, and without an image
-        placeholders stay words.
-        """
+        """Embed the inputs of :meth:`forward`, with visual embeddings in place of placeholders: (B, T, D)."""
         embeds: Tensor = self.get_input_embeddings()(input_ids)
         image_id, region_id = self.config.image_token_id, self.config.region_token_id
         image_BT, region_BT = (input_ids == (-1 if token is None else token) for token in (image_id, region_id))
         has_image, has_region = bool(image_BT.any()), bool(region_BT.any())
-        if vision_features is None and pixel_values is not None and (has_image or has_region):
-            vision_features = self.encode_image(pixel_values)
-        if not (has_image or has_region) or (vision_features is None and continues):
+        if not (has_image or has_region):
             return embeds
         if vision_features is None:
-            raise DataError("the text has <image> or <region> tokens; give pixel_values or vision_features")
+            if pixel_values is None:
+                raise DataError("the text has <image> or <region> tokens; give pixel_values or vision_features")
+            vision_features = self.encode_image(pixel_values)
         refined = self.refine(vision_features)
         if has_image:
             tokens = image_BT.sum(1)
@@ -405,7 +394,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         if has_region:
             if region_weights is None or region_ids is None:
                 raise RegionError("the text has <region> tokens, but region_weights or region_ids is missing")
-            owners, rows = _region_rows(region_BT, region_ids, region_weights.shape[1], continues)
+            owners, rows = _region_rows(region_BT, region_ids, region_weights.shape[1])
             features = self.region_features(refined, region_weights, region_crops)[owners, rows].to(embeds.dtype)
             embeds = embeds.masked_scatter(region_BT[..., None], self.add_numbers(features, input_ids))
         return embeds
@@ -439,7 +428,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             pixel_values: (B, 3, S, S).
             vision_features: (B, C, H, W) from ``encode_image``, in place of ``pixel_values``.
             region_weights: (B, R, H, W) on ``config.weights_grid``, each region's summing to 1; rows of zeros pad.
-            region_ids: (B, K), for each ``<region>`` token the row of ``region_weights``; -1 pads at the end.
+            region_ids: (B, K), for each ``<region>`` token behind the cache its row of ``region_weights``; -1 pads.
             labels: (B, T), -100 where not a target.
             inputs_embeds: (B, T, D) from ``embed``, in place of ``input_ids`` and all visual inputs.
             cache: the language model's cache; ``past_key_values`` is its older name.
@@ -454,9 +443,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """
         cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
-            continues = cache is not None and cache.get_seq_length() > 0
-            seen = (pixel_values, vision_features, region_weights, region_ids)
-            inputs_embeds = self.embed(cast(Tensor, input_ids), *seen, continues, region_crops)
+            seen = (pixel_values, vision_features, region_weights, region_ids, region_crops)
+            inputs_embeds = self.embed(cast(Tensor, input_ids), *seen)
         call = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -549,21 +537,19 @@ def number_ids(input_ids: Tensor, region_token_id: int, offset: int) -> Tensor:
     return input_ids.gather(-1, (begun - offset).clamp_min(0))[is_region]
 
 
-def _region_rows(region_BT: Tensor, region_ids: Tensor, regions: int, continues: bool) -> tuple[Tensor, Tensor]:
+def _region_rows(region_BT: Tensor, region_ids: Tensor, regions: int) -> tuple[Tensor, Tensor]:
     """For every region token, in reading order, its sequence and its row of that sequence's region weights."""
     tokens = region_BT.sum(1)
     region_ids = region_ids.to(region_BT.device)
     given = (region_ids >= 0).sum(1)
-    if bool((tokens > given).any()) or (not continues and bool((tokens != given).any())):
+    if bool((tokens != given).any()):
         raise RegionError(
             f"every <region> token needs one region id; got {tokens.tolist()} tokens and {given.tolist()} ids"
         )
     if (most := int(region_ids.max())) >= regions:
         raise RegionError(f"region_ids must name rows of region_weights, 0 to {regions - 1}; got {most}")
-    # After a cached beginning, only the last ids belong to the tokens at hand.
-    order_BT = region_BT.cumsum(1) - 1 + (given - tokens)[:, None]
     owners, places = region_BT.nonzero(as_tuple=True)
-    return owners, region_ids[owners, order_BT[owners, places]]
+    return owners, region_ids[owners, region_BT.cumsum(1)[owners, places] - 1]
 
 
 @contextmanager

@@ -47,10 +47,7 @@ _PROBE = (
 
 
 def prepare_tokenizer(tokenizer: Any, family: str) -> None:
-    """Add RegionGPT's tokens to a fast tokenizer, in place, and check that saving preserves it.
-
-    ``family`` is the chat template to be used. ConfigError if the tokenizer is slow, or is another once saved.
-    """
+    """Add the tokens of RegionGPT and a chat template to a fast tokenizer; ConfigError if saving would change it."""
     turn_tokens = () if family == "llama2" else CONTROL_TOKENS[family]  # Llama 2 spells its marks as plain text
     tokenizer.add_tokens([IMAGE_TOKEN, REGION_TOKEN, *turn_tokens], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -148,11 +145,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return self.region_grid**2
 
     def split_begin(self, text: str) -> tuple[list[int], str]:
-        """The begin token of a text as an id, and the rest of the text.
-
-        Behind the begin token as text, some tokenizers leave out the blank before the first word.
-        """
-        begin = self.tokenizer.bos_token
+        """The begin token of a text as an id, and the rest of the text."""
+        begin = self.tokenizer.bos_token  # behind which, as text, some tokenizers leave out a blank
         return ([self.tokenizer.bos_token_id], text[len(begin) :]) if begin and text.startswith(begin) else ([], text)
 
     def plain_words(self, text: str) -> str:
@@ -172,11 +166,10 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return SquareFrame(*picture.size).pad(picture, fill=(red, green, blue))
 
     def region_inputs(self, regions: Sequence[Any], width: int, height: int, first: int = 1) -> torch.Tensor:
-        """Pooling weights (R, gh, gw) of regions on the refined grid of an original image of that size. Paper: §3.1.
+        """Pooling weights (R * K, gh, gw) of regions on the refined grid, each summing to 1. Paper: §3.1.
 
-        As many of them a region as it takes tokens, each summing to 1. With ``region_boxes`` there is one row more,
-        which begins with the box: x0, y0, x1, y1 as shares of the image's width and height. Messages number regions
-        from ``first`` on.
+        With ``region_boxes`` there is one row more, which begins with the box: x0, y0, x1, y1 as shares of the image's
+        width and height. Messages number regions from ``first`` on.
         """
         frame, (rows, columns) = SquareFrame(width, height), self.refined_grid
         weights, boxes = (np.zeros((len(regions), each, columns), np.float32) for each in (rows, 1))
@@ -234,7 +227,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
 
         Args:
             messages: turns with ``role`` (an optional ``system`` first, then ``user`` and ``assistant`` by turns) and
-                ``content``, a string or transformers' list of parts. Special tokens in the content count as plain text.
+                ``content``, a string or transformers' list of parts. Special tokens in it count as plain text.
             image: as for :func:`load_image`; None where the model is given its features.
             regions: whatever :meth:`Region.of` takes.
             image_size: (width, height) of the original image in pixels, for regions without ``image``.
@@ -258,9 +251,9 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             image = load_image(image)
             image_size = image.size
         regions = [] if regions is None else regions
-        if region_weights is None and len(regions) and image_size is None:
-            raise DataError("regions need the size of their image; give the image, or image_size as (width, height)")
         if region_weights is None:
+            if len(regions) and image_size is None:
+                raise DataError("regions need the size of their image; give image or image_size as (width, height)")
             region_weights = self.region_inputs(regions, *(image_size or (1, 1)))
         n_regions = len(region_weights) // self.tokens_per_region
         turns = self._turns(messages, with_image, n_regions if add_generation_prompt else None)
@@ -327,9 +320,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         with_image: bool = True,
         **options: Any,
     ) -> Any:
-        """Render a conversation, and encode it if ``tokenize``. For a batch, :meth:`collate` encoded conversations.
-
-        Arguments not listed are those of :meth:`encode_conversation`. Tensors are always PyTorch's.
+        """Render a conversation, or encode it as :meth:`encode_conversation` does, a batch of one in PyTorch's tensors.
 
         Args:
             tokenize: return tensors rather than text with ``<image>`` and ``<regionN>`` in place.
@@ -345,14 +336,10 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         images = images if isinstance(images, list | tuple) else [images]
         if len(images) > 1:
             raise DataError(f"expected one image, got {len(images)}")
-        item = self.encode_conversation(
-            conversation,
-            images[0] if images else None,
-            None if regions is None else Region.list_of(regions),
-            add_generation_prompt=add_generation_prompt,
-            with_image=with_image,
-            **options,
-        )
+        image = images[0] if images else None
+        regions = None if regions is None else Region.list_of(regions)
+        how = {"add_generation_prompt": add_generation_prompt, "with_image": with_image, **options}
+        item = self.encode_conversation(conversation, image, regions, **how)
         for note in item.pop("warnings"):
             warnings.warn(note, stacklevel=2)
         batch = self.collate([item])
@@ -375,10 +362,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return re.compile("|".join(map(re.escape, breakable)), flags)
 
     def _turns(self, messages: Messages, with_image: bool, forgive_beyond: int | None = None) -> list[dict[str, str]]:
-        """Turns in order, their contents as strings, with ``<image>`` before the first question.
-
-        In the assistant's turns, placeholders beyond ``forgive_beyond`` and malformed ones are plain text.
-        """
+        """Turns with contents as strings; placeholders beyond ``forgive_beyond`` in the assistant's are plain text."""
         turns: list[dict[str, str]] = []
         expected: tuple[str, ...] = ("system", "user")
         first_question = True
@@ -397,9 +381,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             text = text.removeprefix(IMAGE_TOKEN) if is_first else text
             if n_images > (with_image and is_first):
                 raise DataError(f"{where}: expected one image, in the first question, got {n_images} here")
-            prompts.check_text(
-                text, f"{ {'user': 'a question', 'assistant': 'an answer'}.get(role, 'a prompt') } as {where}"
-            )
+            wanted = {"user": "a question", "assistant": "an answer"}.get(role, "a prompt")
+            prompts.check_text(text, f"{wanted} as {where}")
             # A trailing blank is kept out because no tokenizer spells it the same way with and without a next word.
             text = text.strip()
             if role == "assistant" and forgive_beyond is not None:
@@ -420,7 +403,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     def _render(
         self, turns: list[dict[str, str]], add_generation_prompt: bool, **variables: Any
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Apply the chat template; returns the text and the character spans of responses and ends of turn."""
+        """The text of turns, and the character spans of responses and ends of turn in it."""
         if add_generation_prompt and turns[-1]["role"] != "user":
             raise DataError("expected a question as the last message before an answer, got the assistant's")
         if not re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
@@ -441,8 +424,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         ids: list[int] = begun + encoding["input_ids"]
         cut = len(text) - len(rest)
         places = [(0, cut)] * len(begun) + [(start + cut, end + cut) for start, end in encoding["offset_mapping"]]
-        # An embedding stands in place of these, which no word can predict. Expanding them in ids rather than in text
-        # spares the tokenizer some hundred placeholders.
+        # An embedding stands in place of these, which no word can predict; expanding ids spares the tokenizer hundreds.
         counts = {self.image_token_id: self.num_image_tokens, self.region_token_id: self.tokens_per_region}
         expanded, labels = [], []
         for token, (start, end) in zip(ids, places, strict=True):
@@ -467,10 +449,7 @@ def _small_enough(picture: Image.Image) -> Image.Image:
 
 
 def _split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
-    """Divide a region's weights among the cells of a square grid over the rows and columns it touches.
-
-    Returns (parts * parts, H, W), row by row, each summing to 1; the whole region's weights for a part it leaves empty.
-    """
+    """A region's weights in each cell of a square grid over it, (parts * parts, H, W), the whole for an empty one."""
     overlaps = []
     for axis in (1, 0):
         touched = np.flatnonzero(weights_HW.any(axis=axis))
@@ -482,8 +461,7 @@ def _split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.fl
     split = weights_HW * rows[:, None, :, None] * columns[None, :, None, :]
     split = split.reshape(parts * parts, *weights_HW.shape)
     sums = split.sum((1, 2), keepdims=True)
-    split = np.where(sums > 0, split / np.where(sums > 0, sums, 1), weights_HW)
-    return split.astype(np.float32)
+    return np.where(sums > 0, split / np.where(sums > 0, sums, 1), weights_HW).astype(np.float32)
 
 
 def expand_regions(text: str, region_format: str) -> tuple[str, list[int]]:

@@ -1,7 +1,6 @@
 """Checkpoint folders: create an untrained model, convert a LLaVA one, load a trained one, find the one that ships.
 
-Whatever does not fit - a missing file, a torn one, a tensor too many, too few, of another shape or not finite - is an
-error here. transformers would warn and fill the gap with random numbers.
+What does not fit is an error here, where transformers would warn and fill the gap with random numbers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,13 +47,10 @@ def nano_path() -> Path:
 def load(
     path: str | Path | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Loaded:
-    """Load a checkpoint folder, or the shipped nano model, in evaluation mode, with its processor.
+    """Load a checkpoint folder, or nano, for evaluation; by default on the CPU, in the dtype that is stored.
 
-    By default it goes to the CPU, in the dtype that is stored.
-
-    Raises:
-        CheckpointError: a file is missing, torn or of the wrong kind, or the weights are not exactly the finite
-            floating-point numbers that ``config.json`` describes.
+    CheckpointError where a file is missing, torn or of the wrong kind, or the weights are not exactly the finite
+    numbers that ``config.json`` describes.
     """
     folder = nano_path() if path is None else Path(path)
     check_checkpoint(folder)
@@ -129,10 +125,9 @@ def from_llava(
     region_format: str = REGION_TOKEN,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
-    """Start from a LLaVA-1.5 checkpoint in the transformers format: tower, connector and language model are its own.
+    """Take tower, connector and language model from a LLaVA-1.5 checkpoint; options are those of :func:`create`.
 
-    With refinement ``none`` the result gives LLaVA's logits on prompts with an image and no region; any other puts
-    something untrained before the trained connector. Options and errors are those of :func:`create`.
+    With refinement ``none`` the result gives LLaVA's logits on prompts without regions; any other is untrained.
     """
     check_new(out)
     known_template(chat_template)
@@ -194,8 +189,7 @@ def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
     with reading(f"the ImageNet weights of {variant}"):
         stored = torch.load(files.get_model_file_path(), map_location="cpu", weights_only=True)
         tower.network.load_state_dict({name: stored[name] for name in tower.network.state_dict()})
-    tower.eval()
-    return tower
+    return tower.eval()  # type: ignore[no-any-return]
 
 
 def _image_processor(side: int, source: str | None = None) -> Any:
@@ -236,7 +230,7 @@ def _join(
         region_number_offset=number_offset(tokenizer, processing["region_format"]) if region_numbers else 0,
         **shape,
     )
-    with torch.device("meta"):  # not to fill billions of weights with noise to be thrown away
+    with torch.device("meta"):  # no noise for billions of weights that are replaced
         model = RegionGPTForConditionalGeneration(config)
     model.vision_tower, model.language_model = tower, language_model
     model.refinement, model.connector = Refinement(config), Connector(config)
@@ -332,5 +326,4 @@ def reading(what: str) -> Iterator[None]:
 
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} ({', '.join(names[:3])}{rest})"
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
