@@ -95,11 +95,7 @@ class Processes:
 
 
 def connect(on_cpu: bool = False) -> Processes:
-    """Connect this process to those started with it, each with a GPU of its own unless ``on_cpu``.
-
-    Raises:
-        ConfigError: Several were started that cannot be connected.
-    """
+    """Connect this process to those started with it, each with a GPU of its own unless ``on_cpu``, or ConfigError."""
     if launched() > 1 and not _connected():
         import torch
 

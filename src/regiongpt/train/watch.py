@@ -140,11 +140,7 @@ def _read_notes(out: Path) -> dict[str, Any]:
 
 
 def write_report(out: Path) -> Path:
-    """Write ``report.html`` into the folder of a run, finished or not, and name it.
-
-    Raises:
-        DataError: The folder holds no log of a run, or one that cannot be read; the page cannot be written.
-    """
+    """Write ``report.html`` into the folder of a run, finished or not, and name it; DataError where there is no log."""
     # nano's recipe trains its language model first.
     stages = sorted(out.glob(f"*/{LOG}"), key=lambda path: (not path.parent.name.startswith("language"), path))
     if not stages:
