@@ -95,7 +95,7 @@ class Processes:
 
 
 def connect(on_cpu: bool = False) -> Processes:
-    """Connect this process to those started with it, each with a GPU of its own unless ``on_cpu``, or ConfigError."""
+    """Connect this process to those started with it, each with a GPU of its own unless ``on_cpu``; or ConfigError."""
     if launched() > 1 and not _connected():
         import torch
 

@@ -360,7 +360,7 @@ LANGUAGE_MODELS: Final[dict[str, dict[str, Any]]] = {
 
 
 def tower_shape(name: str) -> Any:
-    """Configuration of a tower of :data:`TOWERS`, EfficientNet-Lite, a folder or a fetched hub name, or ConfigError."""
+    """Configuration of a tower of :data:`TOWERS`, EfficientNet-Lite, a folder or a fetched hub name; or ConfigError."""
     from regiongpt.model.configuration import EFFICIENTNET_LITE_CHANNELS, EfficientNetLiteConfig
 
     if name in EFFICIENTNET_LITE_CHANNELS:
